@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command `vmctl`: talk to running machines.
+
+It is a few blocking calls on a machine's control socket and imports no asyncio: a verb must feel instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ..control.client import REPLY_TIMEOUT, Client, VarlinkError
+from ..errors import NotConnected, Timeout, UsageError, VmspawnError
+from ..host.runtime import check_name, machine_names
+from ..storage import drive as drives
+from ..storage.drive import BUSES, DEFAULT_BUS, FORMATS
+from ..version import VERSION
+from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
+from .tables import JSON_MODES, format_duration, format_size, print_fields, print_json, print_table
+
+_PROGRAM = "vmctl"
+_INSTANCE = "io.systemd.MachineInstance"
+_MACHINE = "io.vmspawn.Machine"
+
+#: Seconds that `list` waits for each machine, so that one that is stuck does not hide the others.
+_LIST_TIMEOUT = 2.0
+
+#: Seconds beyond the guest's time that the manager has for its answer.
+_GRACE = 10.0
+
+
+def build_parser() -> Parser:
+    """The command's verbs and options."""
+    parser = Parser(
+        prog=_PROGRAM,
+        usage="vmctl [OPTION…] VERB [MACHINE] …",
+        description="Control virtual machines that vmspawn runs.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vmctl {VERSION}", help="show the version")
+    _add_common(parser, top=True)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
+    _add_machine_verbs(verbs)
+    _add_disk_verbs(verbs)
+    _add_event_verbs(verbs)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
+    """The global options, which may stand before the verb and after it."""
+    default: dict[str, Any] = {} if top else {"default": argparse.SUPPRESS}
+    json_default: dict[str, Any] = {"default": "off"} if top else {"default": argparse.SUPPRESS}
+    parser.add_argument(
+        "-j", dest="json", action="store_const", const="pretty", help="the same as --json=pretty", **json_default
+    )
+    parser.add_argument("--json", choices=JSON_MODES, help="print JSON for programs", **json_default)
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors", **default)
+    timeout_default: dict[str, Any] = {"default": None} if top else {"default": argparse.SUPPRESS}
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=_seconds, help="how long to wait for an answer", **timeout_default
+    )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise ValueError
+    return value
+
+
+def _add_verb(
+    verbs: Any, name: str, action: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.prog = _PROGRAM
+    parser.usage = f"{_PROGRAM} {name} [OPTION…]"
+    _add_common(parser, top=False)
+    parser.set_defaults(action=action)
+    return parser
+
+
+def _add_machine_verb(verbs: Any, name: str, action: Callable[[argparse.Namespace], None], text: str) -> Any:
+    parser = _add_verb(verbs, name, action, text)
+    parser.add_argument("machine", metavar="MACHINE")
+    parser.usage = f"{_PROGRAM} {name} MACHINE [OPTION…]"
+    return parser
+
+
+def _add_machine_verbs(verbs: Any) -> None:
+    _add_verb(verbs, "list", _list, "list the running machines")
+    _add_machine_verb(verbs, "status", _status, "show a machine")
+    for name, method, text in (
+        ("poweroff", "PowerOff", "press a machine's power button"),
+        ("reboot", "Reboot", "reset a machine"),
+        ("pause", "Pause", "stop a machine's processors"),
+        ("resume", "Resume", "let a machine's processors run on"),
+        ("terminate", "Terminate", "end a machine at once, without asking the guest"),
+    ):
+        _add_machine_verb(verbs, name, _simple, text).set_defaults(method=method)
+
+
+def _add_disk_verbs(verbs: Any) -> None:
+    attach = _add_machine_verb(verbs, "attach-disk", _attach_disk, "plug a disk into a running machine")
+    attach.usage = f"{_PROGRAM} attach-disk MACHINE PATH [OPTION…]"
+    attach.add_argument("path", metavar="PATH", help="an image or a block device; opened as you")
+    attach.add_argument(
+        "--bus", choices=BUSES, default=DEFAULT_BUS, help="how the guest sees it (default: %(default)s)"
+    )
+    attach.add_argument("--name", help="the disk's name (default: the file's name)")
+    attach.add_argument("--format", choices=FORMATS, help="the image's format (default: raw)")
+    attach.add_argument("--read-only", action="store_true", help="the guest may not write")
+    attach.add_argument("--serial", help="the serial number that the guest sees (default: from the name)")
+    detach = _add_machine_verb(verbs, "detach-disk", _detach_disk, "unplug a disk from a running machine")
+    detach.usage = f"{_PROGRAM} detach-disk MACHINE DISK [OPTION…]"
+    detach.add_argument("disk", metavar="DISK", help="the disk's name")
+    _add_machine_verb(verbs, "list-disks", _list_disks, "list a machine's disks")
+
+
+def _add_event_verbs(verbs: Any) -> None:
+    events = _add_machine_verb(verbs, "events", _events, "show a machine's events as they come")
+    events.add_argument("--filter", metavar="EVENT[,EVENT…]", default="", help="only these events")
+
+
+# The verbs. Each raises VmspawnError if it did not happen.
+
+
+def _client(options: argparse.Namespace) -> Client:
+    return Client(options.machine, timeout=REPLY_TIMEOUT if options.timeout is None else options.timeout)
+
+
+def _list(options: argparse.Namespace) -> None:
+    machines = [found for name in machine_names() if (found := _look_at(name)) is not None]
+    if options.json != "off":
+        print_json(machines, options.json)
+    elif machines:
+        rows = [
+            (m["name"], m["status"], m["qemuVersion"], m["accelerator"], str(m["processId"] or "-")) for m in machines
+        ]
+        print_table(("MACHINE", "STATE", "QEMU", "ACCEL", "PID"), rows, right=("PID",))
+    elif not options.quiet:
+        print("No machines.")
+
+
+def _look_at(name: str) -> dict[str, Any] | None:
+    """A machine's description, or None if nothing runs under the name. One that does not answer is listed as such."""
+    try:
+        check_name(name)
+        with Client(name, timeout=_LIST_TIMEOUT) as client:
+            return client.call(f"{_MACHINE}.Describe")
+    except (NotConnected, UsageError):
+        return None
+    except Timeout:
+        return {"name": name, "status": "unresponsive", "qemuVersion": "-", "accelerator": "-", "processId": 0}
+
+
+def _status(options: argparse.Namespace) -> None:
+    with _client(options) as client:
+        found = client.call(f"{_MACHINE}.Describe")
+        disks = client.call(f"{_MACHINE}.ListStorage")["storage"]
+    if options.json != "off":
+        print_json({**found, "storage": disks}, options.json)
+        return
+    print_fields(
+        [
+            ("Machine", found["name"]),
+            ("State", found["status"]),
+            ("Up", format_duration(found["uptimeUSec"] / 1e6)),
+            (
+                "QEMU",
+                f"{found['qemuVersion']}, {found['accelerator']}, {found['machineType']}, pid {found['processId']}",
+            ),
+            ("Ports", f"{found['portsFree']} of {found['ports']} free"),
+            ("Disks", ", ".join(disk["name"] for disk in disks) or "none"),
+        ]
+    )
+
+
+def _simple(options: argparse.Namespace) -> None:
+    with _client(options) as client, _context(f"cannot {options.verb} {options.machine}"):
+        client.call(f"{_INSTANCE}.{options.method}")
+
+
+def _attach_disk(options: argparse.Namespace) -> None:
+    with _client(options) as client, _context(f"cannot attach {options.path}"):
+        backing = drives.open_drive(options.path, read_only=options.read_only or options.bus == "scsi-cd")
+        wanted = {
+            "fileDescriptorIndex": 0,
+            "name": options.name or os.path.basename(options.path),
+            "bus": options.bus,
+            "format": options.format,
+            "serial": options.serial,
+            "path": os.path.abspath(options.path),
+        }
+        try:
+            attached = client.call(f"{_MACHINE}.AttachStorage", wanted, fds=(backing.fd,))
+        finally:
+            backing.close()
+    if options.json != "off":
+        print_json(attached, options.json)
+    elif not options.quiet:
+        mode = ", read-only" if attached["readOnly"] else ""
+        print(f"Attached {attached['name']} on {attached['bus']} at {attached['place']}{mode}: {attached['byId']}")
+
+
+def _detach_disk(options: argparse.Namespace) -> None:
+    parameters: dict[str, Any] = {"name": options.disk}
+    reply_timeout = REPLY_TIMEOUT
+    if options.timeout is not None:
+        parameters["timeoutUSec"] = int(options.timeout * 1e6)
+        reply_timeout = options.timeout + _GRACE
+    with Client(options.machine, timeout=reply_timeout) as client, _context(f"cannot detach {options.disk}"):
+        client.call(f"{_MACHINE}.DetachStorage", parameters)
+    if not options.quiet and options.json == "off":
+        print(f"Detached {options.disk}")
+
+
+def _list_disks(options: argparse.Namespace) -> None:
+    with _client(options) as client:
+        disks = client.call(f"{_MACHINE}.ListStorage")["storage"]
+    if options.json != "off":
+        print_json(disks, options.json)
+    elif disks:
+        columns = ("DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "BY-ID")
+        print_table(columns, [_disk_row(disk) for disk in disks], right=("SIZE",))
+    elif not options.quiet:
+        print("No disks.")
+
+
+def _disk_row(disk: dict[str, Any]) -> tuple[str, ...]:
+    state = "boot" if disk["boot"] else disk["state"]
+    mode = "ro" if disk["readOnly"] else "rw"
+    by_id = disk["byId"].removeprefix("/dev/disk/by-id/")
+    return (
+        disk["name"],
+        disk["bus"],
+        format_size(disk["sizeBytes"]),
+        disk["format"],
+        mode,
+        state,
+        disk["place"],
+        by_id,
+    )
+
+
+def _events(options: argparse.Namespace) -> None:
+    wanted = [name for name in options.filter.split(",") if name]
+    with _client(options) as client:
+        try:
+            for event in client.stream(f"{_INSTANCE}.SubscribeEvents", {"filter": wanted}):
+                _print_event(event, options.json)
+        except VmspawnError as error:
+            # The machine ended, and its events with it.
+            if not isinstance(error, NotConnected) and not (
+                isinstance(error, VarlinkError) and error.leaf == "NotConnected"
+            ):
+                raise
+
+
+def _print_event(event: dict[str, Any], mode: str) -> None:
+    if mode != "off":
+        print_json(event, mode)
+        return
+    import time
+
+    data = event.get("data") or {}
+    words = " ".join(f"{key}={value}" for key, value in data.items())
+    print(f"{time.strftime('%H:%M:%S')} {event['event']} {words}".rstrip(), flush=True)
+
+
+class _context:
+    """Says what failed in front of why."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, VmspawnError):
+            raise VmspawnError(f"{self._what}: {error}", hint=error.hint) from None
+
+
+def main() -> NoReturn:
+    """The entry point."""
+    status = 0
+    try:
+        options = build_parser().parse_args()
+        options.action(options)
+    except UsageError as error:
+        complain(_PROGRAM, error)
+        status = EXIT_USAGE
+    except VmspawnError as error:
+        complain(_PROGRAM, error)
+        status = EXIT_FAILURE
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not try to flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

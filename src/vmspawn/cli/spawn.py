@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command `vmspawn`: options in, a machine's life, an exit status out.
+
+QEMU is started as soon as the options are understood; asyncio, asyncvarlink and the rest are imported while it comes
+up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from ..errors import StartError, UsageError, VmspawnError
+from ..machine import config as configuration
+from ..machine.config import MachineConfig
+from ..machine.launch import Launched, launch
+from ..storage.drive import BUSES, FORMATS, parse_extra_drive
+from ..version import VERSION
+from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
+
+_PROGRAM = "vmspawn"
+# The same as supervisor.END_SIGNALS, which is not imported yet when they are blocked.
+_BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def build_parser() -> Parser:
+    """The command's options; those of systemd-vmspawn(1) have its names, values and meanings."""
+    parser = Parser(
+        prog=_PROGRAM,
+        usage="vmspawn [OPTION…] [KERNEL ARGUMENT…]",
+        description="Start a virtual machine and stay beside it as its manager.",
+        epilog="Drive the running machine with vmctl, machinectl or varlinkctl.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=110),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    _add_general(parser)
+    _add_boot(parser)
+    _add_machine(parser)
+    _add_storage(parser)
+    parser.add_argument("kernel_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_general(parser: Parser) -> None:
+    group = parser.add_argument_group("General")
+    group.add_argument("-h", "--help", action="help", help="show this help")
+    group.add_argument("--version", action="version", version=f"vmspawn {VERSION}", help="show the version")
+    group.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    group.add_argument("-M", "--machine", metavar="NAME", help="the machine's name (default: from what boots)")
+    group.add_argument("--uuid", metavar="UUID", help="the machine's UUID")
+    group.add_argument(
+        "--console",
+        choices=configuration.CONSOLES,
+        default="read-only",
+        help="read-only: the guest's console on standard output (default); headless: nowhere",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=configuration.SHUTDOWN_TIMEOUT,
+        help="how long the guest may take to power off once asked (default: %(default)g)",
+    )
+
+
+def _add_boot(parser: Parser) -> None:
+    group = parser.add_argument_group("What boots")
+    group.add_argument("--guest", choices=("builtin",), help="a tiny guest that vmspawn makes itself")
+    group.add_argument("-i", "--image", metavar="PATH", help="a disk image or block device")
+    group.add_argument("--image-format", choices=FORMATS, help="the image's format (default: raw)")
+    group.add_argument("--image-disk-type", choices=BUSES, default=BUSES[0], help="its bus (default: %(default)s)")
+    group.add_argument("--linux", metavar="PATH", help="a kernel to boot directly")
+    group.add_argument("--initrd", metavar="PATH", help="the initrd for --linux=")
+
+
+def _add_machine(parser: Parser) -> None:
+    group = parser.add_argument_group("The machine")
+    group.add_argument("--cpus", metavar="N", type=int, default=1, help="virtual processors (default: %(default)s)")
+    group.add_argument("--ram", metavar="BYTES", help="memory, with K, M, G or T (default: 2G; builtin guest: 256M)")
+    group.add_argument(
+        "--kvm", choices=configuration.KVM_CHOICES, default="auto", help="use KVM (default: %(default)s)"
+    )
+    group.add_argument(
+        "--machine-type",
+        choices=configuration.MACHINE_TYPES,
+        default="q35",
+        help="QEMU's machine (default: %(default)s)",
+    )
+    group.add_argument("--qemu", metavar="PATH", help="the QEMU to use")
+    group.add_argument(
+        "--qemu-arg",
+        metavar="ARG",
+        action="append",
+        default=[],
+        help="an argument for QEMU, as a last resort; repeatable",
+    )
+
+
+def _add_storage(parser: Parser) -> None:
+    group = parser.add_argument_group("Drives")
+    group.add_argument(
+        "--extra-drive",
+        metavar="[FORMAT:][DISKTYPE:]PATH",
+        action="append",
+        default=[],
+        help="another drive, there from boot; repeatable",
+    )
+    group.add_argument(
+        "--hotplug-ports", metavar="N", type=int, help="PCI devices that can be plugged in later (default: 8; pc: 28)"
+    )
+
+
+def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
+    """The machine that the arguments ask for, and whether to be quiet. Raises UsageError, or exits as argparse does."""
+    options = build_parser().parse_args(arguments)
+    kernel_arguments = options.kernel_arguments
+    if kernel_arguments[:1] == ["--"]:
+        kernel_arguments = kernel_arguments[1:]
+    if options.shutdown_timeout < 0:
+        raise UsageError(f"--shutdown-timeout={options.shutdown_timeout:g} is negative")
+    config = MachineConfig(
+        name=options.machine,
+        guest=options.guest,
+        image=_absolute(options.image),
+        image_format=options.image_format,
+        image_disk_type=options.image_disk_type,
+        linux=_absolute(options.linux),
+        initrd=_absolute(options.initrd),
+        kernel_arguments=tuple(kernel_arguments),
+        uuid=options.uuid,
+        cpus=options.cpus,
+        ram=None if options.ram is None else configuration.parse_size(options.ram, option="--ram="),
+        kvm=options.kvm,
+        machine_type=options.machine_type,
+        hotplug_ports=options.hotplug_ports,
+        extra_drives=tuple(parse_extra_drive(text) for text in options.extra_drive),
+        console=options.console,
+        qemu=options.qemu,
+        qemu_arguments=tuple(options.qemu_arg),
+        shutdown_timeout=options.shutdown_timeout,
+    )
+    return configuration.check(config), options.quiet
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a machine to its end and return the command's exit status."""
+    config, quiet = parse(arguments)
+
+    def notice(line: str) -> None:
+        if not quiet:
+            print(f"{_PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+    # A signal that comes before the supervisor listens must not leave QEMU without its manager.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    launched = launch(config, notice=notice)
+    try:
+        import asyncio
+
+        from ..supervisor import supervise
+    except BaseException:
+        launched.abandon()
+        raise
+    end = asyncio.run(supervise(launched, notice, output=sys.stdout.fileno()))
+    if not end.clean:
+        raise StartError(end.message)
+    notice(end.message)
+    return 0
+
+
+def main() -> NoReturn:
+    """The entry point."""
+    try:
+        status = run(sys.argv[1:])
+    except UsageError as error:
+        complain(_PROGRAM, error)
+        status = EXIT_USAGE
+    except VmspawnError as error:
+        complain(_PROGRAM, error)
+        status = EXIT_FAILURE
+    sys.exit(status)
+
+
+__all__ = ["Launched", "main", "run"]
+
+if __name__ == "__main__":
+    main()

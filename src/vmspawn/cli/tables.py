@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+JSON_MODES = ("pretty", "short", "off")
+
+_UNITS = ("B", "K", "M", "G", "T", "P")
+
+
+def print_json(value: Any, mode: str) -> None:
+    """Print a value as JSON, `pretty` over several lines or `short` on one."""
+    print(json.dumps(value, indent=2) if mode == "pretty" else json.dumps(value, separators=(",", ":")), flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print rows below their columns' names; the columns in `right` are numbers and end flush."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        cells = [
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(columns, row, widths, strict=True)
+        ]
+        line = " ".join(cells).rstrip()
+        print(f"\033[4m{line}\033[0m" if row is columns and sys.stdout.isatty() else line)
+
+
+def print_fields(fields: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, the names flush right as systemctl status does."""
+    width = max(len(name) for name, _ in fields)
+    for name, value in fields:
+        print(f"{name:>{width}}: {value}")
+
+
+def format_size(size: int) -> str:
+    """Bytes as people write them, in powers of 1024."""
+    value = float(size)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            return f"{value:.0f}{unit}" if value == int(value) else f"{value:.1f}{unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_duration(seconds: float) -> str:
+    """A time span as systemd writes it, its two largest units."""
+    left = int(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if left >= length or (unit == "s" and not parts):
+            parts.append(f"{left // length}{unit}")
+            left %= length
+    return " ".join(parts[:2])

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One Varlink connection, served: asyncvarlink's interfaces and conversions on a transport that bounds its client.
+
+A client is served one call at a time, and nothing more is read from it before the reply has left, so what it may keep
+busy is one message, one call and the socket's own buffers. Message ends are looked for before anything is taken from
+the socket, so that descriptors are matched with their message, and what follows a message stays where it is.
+"""
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from asyncvarlink import (
+    FileDescriptorArray,
+    VarlinkErrorReply,
+    VarlinkInterfaceRegistry,
+    VarlinkMethodCall,
+    VarlinkMethodReply,
+    VarlinkMethodSignature,
+)
+from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
+from asyncvarlink.serviceerrors import InvalidParameter
+
+from ..errors import VmspawnError
+from .errors import to_reply
+
+#: The longest call. The largest honest one is a few hundred bytes.
+MESSAGE_MAX = 256 * 1024
+
+#: Descriptors that one message may carry, as many as the kernel passes at once (SCM_MAX_FD).
+DESCRIPTORS_MAX = 253
+
+#: Bytes of replies that a client may leave unread before it is cut off. Only a subscriber gets more than one reply, so
+#: this is how far it may fall behind the events.
+UNSENT_MAX = 4 * 1024 * 1024
+
+_PEEK_SIZE = 16384
+_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
+
+
+class _Closed(Exception):
+    """The connection ended, or has to."""
+
+
+class Connection:
+    """A client's connection. Owns the socket; `closed` is called once when it is gone."""
+
+    def __init__(
+        self, client: socket.socket, registry: VarlinkInterfaceRegistry, closed: Callable[["Connection"], None]
+    ) -> None:
+        client.setblocking(False)
+        self._socket: socket.socket | None = client
+        self._registry = registry
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._message = bytearray()
+        self._descriptors: list[int] = []
+        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._unsent_bytes = 0
+        self._call: asyncio.Task[None] | None = None
+        self._streaming = False
+        self._reading = False
+        self._ended = False
+        #: When the client last sent something, by the monotonic clock; tells who has been idle the longest.
+        self.last_active = time.monotonic()
+        self._resume_reading()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is being served."""
+        return self._call is not None
+
+    def close(self) -> None:
+        """End the connection at once. A call that is under way is finished all the same, but for a stream."""
+        if self._socket is None:
+            return
+        self._stop_reading()
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._socket = None
+        self._drop_descriptors()
+        for _, fds in self._unsent:
+            _close_all(fds)
+        self._unsent.clear()
+        if self._call is not None and self._streaming:
+            self._call.cancel()
+        self._closed(self)
+
+    # Reading.
+
+    def _resume_reading(self) -> None:
+        if self._socket is not None and not self._reading and not self._ended:
+            self._reading = True
+            self._loop.add_reader(self._socket, self._readable)
+
+    def _stop_reading(self) -> None:
+        if self._socket is not None and self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._socket)
+
+    def _readable(self) -> None:
+        try:
+            if self._call is not None:
+                self._readable_while_busy()
+            elif message := self._receive():
+                self.last_active = time.monotonic()
+                self._serve(message)
+        except (_Closed, OSError):
+            self.close()
+
+    def _readable_while_busy(self) -> None:
+        """A client that is waiting for a reply has sent more, or has gone."""
+        assert self._socket is not None
+        with contextlib.suppress(BlockingIOError):
+            if self._socket.recv(1, socket.MSG_PEEK):
+                self._stop_reading()
+                return
+            self._end_of_input()
+
+    def _end_of_input(self) -> None:
+        """The client sends no more. It may still want its reply, unless it is gone altogether."""
+        assert self._socket is not None
+        self._ended = True
+        self._stop_reading()
+        poll = select.poll()
+        poll.register(self._socket, 0)
+        if (self._call is None and not self._unsent) or any(event & select.POLLHUP for _, event in poll.poll(0)):
+            raise _Closed
+
+    def _receive(self) -> bytes:
+        """The next whole message, or nothing if there is none yet; its descriptors are in `_descriptors`."""
+        assert self._socket is not None
+        try:
+            peeked = self._socket.recv(_PEEK_SIZE, socket.MSG_PEEK)
+        except BlockingIOError:
+            return b""
+        if not peeked:
+            self._end_of_input()
+            return b""
+        end = peeked.find(b"\0") + 1
+        data, fds, flags, _ = socket.recv_fds(self._socket, end or len(peeked), DESCRIPTORS_MAX, _RECEIVE_FLAGS)
+        self._descriptors += fds
+        self._message += data
+        if len(self._message) > MESSAGE_MAX or len(self._descriptors) > DESCRIPTORS_MAX or flags & socket.MSG_CTRUNC:
+            raise _Closed
+        if not end or len(data) < end:
+            return b""
+        message = bytes(self._message[:-1])
+        self._message.clear()
+        return message
+
+    def _drop_descriptors(self) -> None:
+        _close_all(self._descriptors)
+        self._descriptors = []
+
+    # Serving.
+
+    def _serve(self, message: bytes) -> None:
+        """Serve a call. Bytes that are no JSON object end the connection: nothing says where the next call begins."""
+        try:
+            request = msgspec.json.decode(message)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise _Closed from None
+        if not isinstance(request, dict):
+            raise _Closed
+        fds, self._descriptors = self._descriptors, []
+        owner = object()
+        descriptors = FileDescriptorArray(owner, fds)
+        try:
+            call = _parse(request)
+            method, signature = self._registry.lookup_method(call)
+            arguments = _convert(signature, call, descriptors)
+        except VarlinkErrorReply as error:
+            descriptors.release(owner)
+            if request.get("oneway") is not True:
+                self._send(error.tojson())
+            return
+        if signature.asynchronous:
+            self._start(method, signature, call, arguments, descriptors, owner)
+        else:
+            self._serve_at_once(method, signature, call, arguments)
+            descriptors.release(owner)
+
+    def _serve_at_once(
+        self,
+        method: Callable[..., Any],
+        signature: VarlinkMethodSignature,
+        call: VarlinkMethodCall,
+        arguments: dict[str, Any],
+    ) -> None:
+        try:
+            result = method(**arguments)
+        except (VmspawnError, VarlinkErrorReply) as error:
+            self._fail(call, error)
+        else:
+            self._reply(call, signature, result)
+
+    def _start(
+        self,
+        method: Callable[..., Any],
+        signature: VarlinkMethodSignature,
+        call: VarlinkMethodCall,
+        arguments: dict[str, Any],
+        descriptors: FileDescriptorArray,
+        owner: object,
+    ) -> None:
+        async def run() -> None:
+            try:
+                if signature.more:
+                    async with contextlib.aclosing(method(**arguments)) as replies:
+                        async for result in replies:
+                            self._reply(call, signature, result)
+                else:
+                    self._reply(call, signature, await method(**arguments))
+            except (VmspawnError, VarlinkErrorReply) as error:
+                self._fail(call, error)
+            finally:
+                descriptors.release(owner)
+
+        self._streaming = signature.more
+        self._call = asyncio.create_task(run())
+        self._call.add_done_callback(self._call_done)
+
+    def _call_done(self, task: asyncio.Task[None]) -> None:
+        self._call = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._loop.call_exception_handler({"message": "a Varlink method failed", "exception": error})
+            self.close()
+        elif self._ended and not self._unsent:
+            self.close()
+        elif not self._unsent:
+            self._resume_reading()
+
+    def _fail(self, call: VarlinkMethodCall, error: VmspawnError | VarlinkErrorReply) -> None:
+        reply = to_reply(error, call.method_interface) if isinstance(error, VmspawnError) else error
+        if not call.oneway:
+            self._send(reply.tojson())
+
+    def _reply(self, call: VarlinkMethodCall, signature: VarlinkMethodSignature, result: Any) -> None:
+        if call.oneway:
+            return
+        owner = object()
+        descriptors = FileDescriptorArray(owner)
+        try:
+            state = {FileDescriptorVarlinkType: descriptors}
+            parameters = signature.return_type.tojson(result.parameters, state)
+            reply = VarlinkMethodReply(parameters, continues=result.continues, extensions=result.extensions)
+            self._send(reply.tojson(), tuple(os.dup(each.fileno()) for each in descriptors))
+        finally:
+            descriptors.release(owner)
+
+    # Writing.
+
+    def _send(self, reply: object, fds: tuple[int, ...] = ()) -> None:
+        """Queue a reply, and its descriptors, which are ours to close. A client that reads too little is cut off."""
+        data = msgspec.json.encode(reply) + b"\0"
+        if self._socket is None:
+            _close_all(fds)
+            return
+        self._unsent.append((data, fds))
+        self._unsent_bytes += len(data)
+        if len(self._unsent) == 1:
+            self._writable()
+        if self._unsent_bytes > UNSENT_MAX:
+            self.close()
+
+    def _writable(self) -> None:
+        assert self._socket is not None
+        while self._unsent:
+            data, fds = self._unsent[0]
+            try:
+                sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
+            except BlockingIOError:
+                self._stop_reading()
+                self._loop.add_writer(self._socket, self._writable)
+                return
+            except OSError:
+                self.close()
+                return
+            _close_all(fds)
+            self._unsent_bytes -= sent
+            if sent < len(data):
+                self._unsent[0] = (data[sent:], ())
+            else:
+                self._unsent.popleft()
+        self._loop.remove_writer(self._socket)
+        if self._call is None:
+            if self._ended:
+                self.close()
+            else:
+                self._resume_reading()
+
+
+def _parse(request: dict[str, Any]) -> VarlinkMethodCall:
+    """The call in a JSON object; a shape that is none is answered with the field that is wrong."""
+    try:
+        return VarlinkMethodCall.fromjson(request)
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        fields = ("parameters", "oneway", "more", "upgrade")
+        raise InvalidParameter(parameter=next((name for name in fields if name in text), "method")) from None
+
+
+def _convert(
+    signature: VarlinkMethodSignature, call: VarlinkMethodCall, descriptors: FileDescriptorArray
+) -> dict[str, Any]:
+    try:
+        arguments: dict[str, Any] = signature.parameter_type.fromjson(
+            call.parameters, {FileDescriptorVarlinkType: descriptors}
+        )
+    except ConversionError as error:
+        raise InvalidParameter(parameter=_culprit(error, signature, call)) from None
+    return arguments
+
+
+def _culprit(error: ConversionError, signature: VarlinkMethodSignature, call: VarlinkMethodCall) -> str:
+    """The parameter that a conversion failed on: where it says so, else the one that is unknown or missing."""
+    if error.location:
+        return str(error.location[0])
+    unknown = [name for name in call.parameters if name in error.message]
+    return unknown[0] if unknown else error.message.rpartition(" ")[2]
+
+
+def _close_all(fds: tuple[int, ...] | list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

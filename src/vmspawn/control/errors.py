@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Our exceptions as Varlink errors.
+
+What systemd's interface has a name for is sent under that name, without parameters, as its definition has it. On
+`io.vmspawn.Machine` every error carries the message and the hint that a person would want to read.
+"""
+
+import typing
+
+from asyncvarlink import TypedVarlinkErrorReply, VarlinkErrorReply
+
+from .. import errors
+
+MACHINE_INSTANCE = "io.systemd.MachineInstance"
+VMSPAWN = "io.vmspawn.Machine"
+
+
+class _Nothing(typing.TypedDict):
+    pass
+
+
+class _Explained(typing.TypedDict):
+    message: str
+    hint: str | None
+
+
+class _Errno(typing.TypedDict):
+    origin: str | None
+    errno: int
+    errnoName: str | None
+
+
+class System(TypedVarlinkErrorReply, name="io.systemd.System"):
+    """The operating system refused, as systemd's interfaces report it."""
+
+    parameters: _Errno
+
+
+def _plain(name: str) -> type[TypedVarlinkErrorReply]:
+    namespace = {"__annotations__": {"parameters": _Nothing}}
+    return type(name, (TypedVarlinkErrorReply,), namespace, interface=MACHINE_INSTANCE)
+
+
+def _explained(name: str, doc: str) -> type[TypedVarlinkErrorReply]:
+    namespace = {"__annotations__": {"parameters": _Explained}, "__doc__": doc}
+    return type(name, (TypedVarlinkErrorReply,), namespace, interface=VMSPAWN)
+
+
+#: The errors of io.systemd.MachineInstance, in the order of its definition.
+MACHINE_INSTANCE_ERRORS = tuple(
+    _plain(name)
+    for name in (
+        "NotConnected",
+        "NotSupported",
+        "NoSuchStorage",
+        "StorageExists",
+        "StorageImmutable",
+        "BadConfig",
+        "ConfigNotSupported",
+    )
+)
+
+#: The errors of io.vmspawn.Machine, which are those of the package's exceptions that a method can raise.
+_SOURCES: tuple[type[errors.VmspawnError], ...] = (
+    errors.NotConnected,
+    errors.NotSupported,
+    errors.NoSuchStorage,
+    errors.StorageExists,
+    errors.StorageImmutable,
+    errors.BadConfig,
+    errors.ConfigNotSupported,
+    errors.StoragePending,
+    errors.NoFreePort,
+    errors.QmpError,
+    errors.Timeout,
+    errors.EventsLost,
+)
+VMSPAWN_ERRORS = tuple(_explained(source.__name__, source.__doc__ or "") for source in _SOURCES)
+
+_BY_NAME = {reply.name: reply for reply in (*MACHINE_INSTANCE_ERRORS, *VMSPAWN_ERRORS)}
+
+
+def to_reply(error: errors.VmspawnError, interface: str) -> VarlinkErrorReply:
+    """The Varlink error for an exception that a method of `interface` raised."""
+    if isinstance(error, errors.SystemFailure) and interface != VMSPAWN:
+        return System({"origin": "linux", "errno": error.errno, "errnoName": error.errno_name})
+    name = _leaf_name(error)
+    if reply := _BY_NAME.get(f"{interface}.{name}"):
+        return reply({}) if interface == MACHINE_INSTANCE else _explain(reply, error)
+    return _explain(_BY_NAME[f"{VMSPAWN}.{name}"], error)
+
+
+def _leaf_name(error: errors.VmspawnError) -> str:
+    for source in _SOURCES:
+        if isinstance(error, source):
+            return source.__name__
+    return errors.NotSupported.__name__
+
+
+def _explain(reply: type[TypedVarlinkErrorReply], error: errors.VmspawnError) -> VarlinkErrorReply:
+    return reply(message=str(error), hint=error.hint or None)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The Varlink interfaces of a machine: what each method takes, returns and does.
+
+`io.systemd.MachineInstance` and `io.systemd.VirtualMachineInstance` are systemd 262's, to the letter;
+`io.vmspawn.Machine` says what they cannot. Varlink's names are part of the protocol, hence their case here.
+"""
+
+import os
+import typing
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
+from asyncvarlink.serviceerrors import InvalidParameter
+
+from ..errors import BadConfig, EventsLost, NotConnected
+from ..machine.machine import Machine as RunningMachine
+from ..storage import drive as drives
+from ..storage.attachment import Attachment
+from ..storage.drive import DEFAULT_BUS, Backing, Drive
+from ..storage.hotplug import DETACH_TIMEOUT
+from . import errors
+
+# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+
+_MICROSECONDS = 1_000_000
+#: The first reply to SubscribeEvents: what is sent from now on is complete.
+READY = "READY"
+
+
+class _Description(typing.TypedDict):
+    running: bool
+    status: str
+
+
+class _Event(typing.TypedDict):
+    event: str
+    data: typing.NotRequired[typing.Any]
+
+
+def _take(descriptor: FileDescriptor) -> int:
+    """Take a received descriptor out of the message's care; the caller owns it."""
+    taken = descriptor.take()
+    if not isinstance(taken, int):
+        raise BadConfig("the descriptor was used already")
+    return taken
+
+
+def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
+    """What a received descriptor holds. The caller owns the Backing; on failure the descriptor is closed."""
+    fd = _take(descriptor)
+    try:
+        return drives.inspect(fd, read_only=read_only)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
+    """Control of one running machine, as systemd defines it."""
+
+    errors = errors.MACHINE_INSTANCE_ERRORS
+
+    def __init__(self, machine: RunningMachine) -> None:
+        self._machine = machine
+
+    @varlinkmethod
+    async def Terminate(self) -> None:
+        """End the machine at once, without asking the guest."""
+        await self._machine.terminate()
+
+    @varlinkmethod
+    async def PowerOff(self) -> None:
+        """Press the power button."""
+        await self._machine.power_off()
+
+    @varlinkmethod
+    async def Reboot(self) -> None:
+        """Press the reset button."""
+        await self._machine.reboot()
+
+    @varlinkmethod
+    async def Pause(self) -> None:
+        """Stop the guest's processors."""
+        await self._machine.pause()
+
+    @varlinkmethod
+    async def Resume(self) -> None:
+        """Let the guest's processors run on."""
+        await self._machine.resume()
+
+    @varlinkmethod
+    def Describe(self) -> _Description:
+        """The run state, in QEMU's words."""
+        return {"running": self._machine.running, "status": self._machine.status}
+
+    @varlinkmethod(allow_foreign=True, delay_generator=False)
+    async def SubscribeEvents(self, *, filter: list[str] | None = None) -> AsyncIterator[_Event]:
+        """The events from now on, QEMU's and ours; no filter, or an empty one, means all."""
+        wanted = frozenset(filter or ())
+        with self._machine.events() as events:
+            yield {"event": READY}
+            async for event in events:
+                if not wanted or event.name in wanted:
+                    yield {"event": event.name, "data": event.data}
+        if events.overrun:
+            raise EventsLost("you read too slowly, and events were lost", hint="subscribe again")
+        raise NotConnected("the machine ended")
+
+    @varlinkmethod
+    async def AddStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str, config: str | None = None) -> None:
+        """Plug in a raw image or block device; `config` is the bus. Read-only if the descriptor is."""
+        bus = drives.check_bus(config or DEFAULT_BUS)
+        backing = _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
+        await self._machine.attach_backing(Drive("", name, bus, "raw", not backing.writable), backing)
+
+    @varlinkmethod
+    async def RemoveStorage(self, *, name: str) -> None:
+        """Unplug a drive; replies when it is really gone, or that it is pending."""
+        await self._machine.detach(name)
+
+
+class VirtualMachineInstance(VarlinkInterface, name="io.systemd.VirtualMachineInstance"):
+    """Says that the machine is a virtual one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A drive. `state` is attaching, attached or detaching; `place` its port, slot or SCSI address."""
+
+    name: str
+    bus: str
+    format: str
+    readOnly: bool
+    sizeBytes: int
+    serial: str
+    byId: str
+    place: str
+    boot: bool
+    state: str
+    path: str | None
+    problem: str | None
+
+
+class _Attached(typing.TypedDict):
+    name: str
+    bus: str
+    format: str
+    readOnly: bool
+    serial: str
+    byId: str
+    place: str
+
+
+class _MachineDescription(typing.TypedDict):
+    name: str
+    status: str
+    running: bool
+    processId: int
+    qemuVersion: str
+    accelerator: str
+    machineType: str
+    ports: int
+    portsFree: int
+    uptimeUSec: int
+
+
+class Machine(VarlinkInterface, name=errors.VMSPAWN):
+    """What vmspawn's machines can do beyond systemd's interfaces."""
+
+    errors = errors.VMSPAWN_ERRORS
+
+    def __init__(self, machine: RunningMachine) -> None:
+        self._machine = machine
+
+    @varlinkmethod
+    def Describe(self) -> _MachineDescription:
+        """The machine at a glance."""
+        machine = self._machine
+        return {
+            "name": machine.name,
+            "status": machine.status,
+            "running": machine.running,
+            "processId": machine.pid,
+            "qemuVersion": machine.qemu_version,
+            "accelerator": machine.accelerator,
+            "machineType": machine.config.machine_type,
+            "ports": machine.storage.ports,
+            "portsFree": machine.storage.ports_free,
+            "uptimeUSec": int(machine.uptime * _MICROSECONDS),
+        }
+
+    @varlinkmethod(return_parameter="storage")
+    async def ListStorage(self) -> list[Storage]:
+        """All drives, boot drives included."""
+        sizes = await self._machine.storage.sizes()
+        return [_storage(each, sizes[each.name]) for each in self._machine.storage]
+
+    @varlinkmethod
+    async def AttachStorage(
+        self,
+        *,
+        fileDescriptorIndex: FileDescriptor,
+        name: str,
+        bus: str | None = None,
+        format: str | None = None,
+        readOnly: bool | None = None,
+        serial: str | None = None,
+        path: str | None = None,
+    ) -> _Attached:
+        """Plug in an image or block device. `path` is only told to people; the descriptor is what is used."""
+        wanted = Drive(path or "", name, drives.check_bus(bus or DEFAULT_BUS), format, False, serial or "")
+        backing = _backing(fileDescriptorIndex, read_only=readOnly or wanted.bus == "scsi-cd" or None)
+        attached = await self._machine.attach_backing(wanted, backing)
+        return {
+            "name": attached.name,
+            "bus": attached.drive.bus,
+            "format": attached.format,
+            "readOnly": not attached.backing.writable,
+            "serial": attached.serial,
+            "byId": attached.by_id,
+            "place": str(attached.place),
+        }
+
+    @varlinkmethod
+    async def DetachStorage(self, *, name: str, timeoutUSec: int | None = None) -> None:
+        """Unplug a drive, waiting for the guest for `timeoutUSec`, 30 s if that is not given."""
+        if timeoutUSec is not None and timeoutUSec < 0:
+            raise InvalidParameter(parameter="timeoutUSec")
+        timeout = DETACH_TIMEOUT if timeoutUSec is None else timeoutUSec / _MICROSECONDS
+        await self._machine.detach(name, timeout=timeout)
+
+
+def _storage(attachment: Attachment, size: int) -> Storage:
+    return Storage(
+        name=attachment.name,
+        bus=attachment.drive.bus,
+        format=attachment.format,
+        readOnly=not attachment.backing.writable,
+        sizeBytes=size,
+        serial=attachment.serial,
+        byId=attachment.by_id,
+        place=str(attachment.place),
+        boot=attachment.boot,
+        state=attachment.state.value,
+        path=attachment.drive.path or None,
+        problem=attachment.answer or None,
+    )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The control socket: who may connect, how many, and what they are served."""
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+
+from asyncvarlink import VarlinkInterfaceRegistry
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
+
+from ..host.runtime import CONTROL, MachineDirectory
+from ..machine.machine import Machine as RunningMachine
+from ..version import VERSION
+from .connection import Connection
+from .interfaces import Machine, MachineInstance, VirtualMachineInstance
+
+#: Connections at once. A client more, and the one that has been idle the longest is let go.
+CONNECTIONS_MAX = 256
+
+#: Connections that the kernel holds for us while we are busy.
+_BACKLOG = 128
+
+#: Seconds without accepting after the process has run out of descriptors.
+_ACCEPT_PAUSE = 0.5
+
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid; unix(7), SO_PEERCRED
+
+
+def build_registry(machine: RunningMachine) -> VarlinkInterfaceRegistry:
+    """The interfaces that a machine's control socket serves."""
+    registry = VarlinkInterfaceRegistry()
+    registry.register_interface(VarlinkServiceInterface("vmspawn", "vmspawn", VERSION, "", registry, comments=True))
+    registry.register_interface(MachineInstance(machine))
+    registry.register_interface(VirtualMachineInstance())
+    registry.register_interface(Machine(machine))
+    return registry
+
+
+class ControlServer:
+    """The listening socket and its connections. `close` ends them all and leaves the socket file to the directory."""
+
+    def __init__(self, directory: MachineDirectory, registry: VarlinkInterfaceRegistry) -> None:
+        self._registry = registry
+        self._connections: set[Connection] = set()
+        self._loop = asyncio.get_running_loop()
+        self._listener: socket.socket | None = _listen(directory)
+        self._loop.add_reader(self._listener, self._accept)
+
+    def close(self) -> None:
+        """Stop listening and end every connection."""
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        for connection in tuple(self._connections):
+            connection.close()
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            client, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._pause()
+            return
+        if not _is_allowed(client):
+            client.close()
+            return
+        if len(self._connections) >= CONNECTIONS_MAX:
+            self._make_room()
+        self._connections.add(Connection(client, self._registry, self._connections.discard))
+
+    def _make_room(self) -> None:
+        idle = [each for each in self._connections if not each.busy] or list(self._connections)
+        min(idle, key=lambda each: each.last_active).close()
+
+    def _pause(self) -> None:
+        """Out of descriptors: whoever waits in the backlog waits a little longer."""
+        assert self._listener is not None
+        self._loop.remove_reader(self._listener)
+        self._loop.call_later(_ACCEPT_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener, self._accept)
+
+
+def _listen(directory: MachineDirectory) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(directory.socket_address(CONTROL))
+        finally:
+            os.umask(mask)
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_allowed(client: socket.socket) -> bool:
+    """Whether the peer is root or our own user."""
+    raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    _, uid, _ = _PEER_CREDENTIALS.unpack(raw)
+    return uid in (0, os.geteuid())

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Watching a process through its pidfd: a child of ours, or one that an earlier manager started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+
+from .runtime import start_time
+
+
+class Process:
+    """A running process. Owns a pidfd until the process has ended and been reaped."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.started = start_time(pid)
+        self._fd = os.pidfd_open(pid)
+        #: The exit status as in os.waitstatus_to_exitcode, or None where the process was not our child.
+        self.status: int | None = None
+        self.ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._fd, self._reap)
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._fd)
+        with contextlib.suppress(ChildProcessError):
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._fd)
+        self._fd = -1
+        self.ended.set()
+
+    def kill(self) -> None:
+        """Send SIGKILL, to this very process and never to another that got its number."""
+        if self._fd >= 0:
+            signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def describe_end(self) -> str:
+        """How it ended, in words."""
+        if self.status is None:
+            return "ended"
+        if self.status < 0:
+            try:
+                return f"died of {signal.Signals(-self.status).name}"
+            except ValueError:
+                return f"died of signal {-self.status}"
+        return f"exited with status {self.status}"

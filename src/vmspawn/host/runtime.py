@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The runtime directory: one folder a machine, held by the living manager's lock.
+
+`$VMSPAWN_RUNTIME_DIR`, else `/run/vmspawn` for root, else `$XDG_RUNTIME_DIR/vmspawn`; below it `NAME/`, mode 0700. The
+manager holds a flock(2) on the folder for as long as it lives, so a folder without a lock is a leftover. This module is
+on the start path and imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+
+from ..errors import StartError, UsageError
+
+#: A machine's name is used as a host name, in a path and on a command line; systemd's limit for it is 64.
+NAME_MAX = 64
+
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+#: What a manager keeps in its folder; nothing else is ever deleted there.
+CONTROL = "control"
+CONSOLE = "console"
+STATE = "state.json"
+LOG = "qemu.log"
+MONITORS = ("qmp-manager", "qmp-sessions", "qmp-bulk")
+FILES = (CONTROL, CONSOLE, STATE, STATE + ".new", LOG, *MONITORS)
+
+
+def runtime_root() -> str:
+    """The folder that holds one folder a machine.
+
+    Raises UsageError where the environment names none.
+    """
+    if explicit := os.environ.get("VMSPAWN_RUNTIME_DIR"):
+        return explicit
+    if os.geteuid() == 0:
+        return "/run/vmspawn"
+    if user := os.environ.get("XDG_RUNTIME_DIR"):
+        return os.path.join(user, "vmspawn")
+    raise UsageError(
+        "no runtime directory: XDG_RUNTIME_DIR is not set", hint="set VMSPAWN_RUNTIME_DIR to a folder of yours"
+    )
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a machine may be called that, raise UsageError if not."""
+    if not name or len(name) > NAME_MAX or name[0] in ".-" or not _NAME_CHARACTERS.issuperset(name):
+        raise UsageError(
+            f"invalid machine name {name!r}",
+            hint=f"use up to {NAME_MAX} letters, digits, dots, dashes and underscores; begin with a letter or digit",
+        )
+    return name
+
+
+class MachineDirectory:
+    """One machine's folder, created and locked. Owns the folder's descriptor; `remove` or `close` ends that."""
+
+    __slots__ = ("_fd", "name", "path")
+
+    def __init__(self, name: str, path: str, fd: int) -> None:
+        self.name = name
+        self.path = path
+        self._fd = fd
+
+    @classmethod
+    def create(cls, name: str) -> MachineDirectory:
+        """Make and lock the folder of `name`, and clean what a dead manager left in it.
+
+        Raises StartError if a living machine has the name, or the folder is not ours.
+        """
+        root = runtime_root()
+        path = os.path.join(root, check_name(name))
+        try:
+            os.makedirs(root, mode=0o700, exist_ok=True)
+            fd = _open_locked(path, name)
+        except OSError as error:
+            raise StartError(f"cannot use the runtime directory {path}: {error.strerror}") from None
+        directory = cls(name, path, fd)
+        try:
+            directory._clean()
+        except OSError as error:
+            directory.close()
+            raise StartError(f"cannot clean the runtime directory {path}: {error.strerror}") from None
+        except StartError:
+            directory.close()
+            raise
+        return directory
+
+    def file(self, name: str) -> str:
+        """The path of a file in the folder."""
+        return os.path.join(self.path, name)
+
+    def socket_address(self, name: str) -> str:
+        """An address for bind(2) and connect(2) that fits into their 108 bytes however long the path is."""
+        return f"/proc/self/fd/{self._fd}/{name}"
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file's content so that a reader, or a crash, sees all of the old or all of the new."""
+        fd = os.open(name + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        try:
+            os.write(fd, content)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(name + ".new", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def create_log(self) -> int:
+        """Open a fresh `qemu.log` for appending; the caller owns the descriptor."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        return os.open(LOG, flags, 0o600, dir_fd=self._fd)
+
+    def read_log(self) -> str:
+        """What QEMU said on its standard output and error."""
+        try:
+            with open(self.file(LOG), errors="replace") as log:
+                return log.read()
+        except OSError:
+            return ""
+
+    def remove(self) -> None:
+        """Delete the folder with what we put into it, and unlock it."""
+        if self._fd < 0:
+            return
+        self._unlink_files()
+        try:
+            os.rmdir(self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Unlock the folder and leave it as it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _clean(self) -> None:
+        if pid := running_qemu(self.path):
+            raise StartError(
+                f"machine {self.name} still runs without its manager (QEMU is process {pid})",
+                hint=f"choose another name with --machine=, or end it with: kill {pid}",
+            )
+        self._unlink_files()
+
+    def _unlink_files(self) -> None:
+        for name in FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._fd)
+
+
+def _open_locked(path: str, name: str) -> int:
+    """Create `path` and lock it; the caller owns the descriptor that is returned."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _check_ours(fd, path)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The machine that had the folder may have removed it between our open and our lock: look once more.
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise StartError(
+                f"a machine named {name} is already running", hint="choose another name with --machine="
+            ) from None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _check_ours(fd: int, path: str) -> None:
+    found = os.fstat(fd)
+    if found.st_uid != os.geteuid():
+        raise StartError(f"the runtime directory {path} belongs to another user")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        os.fchmod(fd, 0o700)
+
+
+def machine_names() -> list[str]:
+    """The names of the folders that are there, sorted; whether a manager lives behind one, its control socket tells."""
+    try:
+        return sorted(name for name in os.listdir(runtime_root()) if name[0] not in ".-")
+    except OSError:
+        return []
+
+
+def running_qemu(path: str) -> int:
+    """The process id of the QEMU that a folder's state names, if that very process still runs, else 0."""
+    import json
+
+    try:
+        with open(os.path.join(path, STATE), "rb") as file:
+            process = json.load(file)["qemu"]
+        pid, started = int(process["pid"]), int(process["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return pid if start_time(pid) == started else 0
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot (proc(5), field 22 of stat), or 0 if it is not there."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    # A zombie has ended; only its parent has not looked yet.
+    return 0 if fields[0] == b"Z" else int(fields[19])

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's command line, put together concern by concern, each option and its value on one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from ..storage import buses, nodes, ports
+from ..storage.drive import Backing, Drive
+from ..storage.nodes import Identifiers
+from .config import MachineConfig
+from .qemu import QemuBinary
+
+
+class Boot(NamedTuple):
+    """The kernel that QEMU is to load, if it is to load one."""
+
+    kernel: str
+    initrd: str | None
+    arguments: tuple[str, ...]
+
+
+class BootDrive(NamedTuple):
+    """A drive that is there from boot. It is built of the same nodes and device as one that is plugged in later."""
+
+    drive: Drive
+    identifiers: Identifiers
+    place: ports.Place
+    backing: Backing
+    format: str
+    serial: str
+    boot_index: int
+
+    def device(self) -> dict[str, object]:
+        """The device's properties."""
+        return buses.device(
+            self.drive.bus,
+            device_id=self.identifiers.device,
+            node=self.identifiers.format_node,
+            place=self.place,
+            serial=self.serial,
+            boot_index=self.boot_index,
+        )
+
+
+class Inherited(NamedTuple):
+    """The descriptors that QEMU gets, by what they are for: listening sockets for its monitors and the console."""
+
+    monitors: Mapping[str, int]
+    console: int
+
+
+def command_line(
+    binary: QemuBinary,
+    config: MachineConfig,
+    accelerator: str,
+    layout: ports.Layout,
+    boot: Boot | None,
+    drives: Sequence[BootDrive],
+    inherited: Inherited,
+) -> list[str]:
+    """The whole command line."""
+    return [
+        binary.path,
+        *_identity(config),
+        *_hardware(config, accelerator),
+        *_monitors(binary, inherited.monitors),
+        *_console(inherited.console),
+        *_controllers(config, layout),
+        *_drives(drives),
+        *_boot(boot),
+        *config.qemu_arguments,
+    ]
+
+
+def _identity(config: MachineConfig) -> list[str]:
+    uuid = ["-uuid", _dashed(config.uuid)] if config.uuid else []
+    return ["-name", f"{config.name},process=vmspawn-qemu", *uuid, "-no-user-config", "-nodefaults"]
+
+
+def _dashed(uuid: str) -> str:
+    digits = uuid.replace("-", "").lower()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+def _hardware(config: MachineConfig, accelerator: str) -> list[str]:
+    return [
+        *("-machine", f"{config.machine_type},accel={accelerator}"),
+        *("-cpu", "host" if accelerator == "kvm" else "max"),
+        *("-smp", str(config.cpus)),
+        *("-m", f"{config.ram_bytes}B"),
+        *("-display", "none"),
+        *("-vga", "none"),
+    ]
+
+
+def _monitors(binary: QemuBinary, sockets: Mapping[str, int]) -> Iterable[str]:
+    for name, fd in sockets.items():
+        yield from ("-chardev", f"socket,id={name},fd={fd},server=on,wait=off")
+        if binary.monitor_object:
+            yield from ("-object", f"monitor-qmp,id={name}-monitor,chardev={name}")
+        else:
+            yield from ("-mon", f"chardev={name},mode=control")
+
+
+def _console(fd: int) -> list[str]:
+    return ["-chardev", f"socket,id=console,fd={fd},server=on,wait=off", "-serial", "chardev:console"]
+
+
+def _controllers(config: MachineConfig, layout: ports.Layout) -> Iterable[str]:
+    bus = "pci.0" if config.machine_type == "pc" else "pcie.0"
+    rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": bus, "addr": hex(ports.RNG_SLOT)}
+    scsi_slot = hex(ports.SCSI_CONTROLLER_SLOT)
+    scsi = {"driver": "virtio-scsi-pci", "id": ports.SCSI_CONTROLLER, "bus": bus, "addr": scsi_slot}
+    for device in (scsi, rng, *ports.port_devices(layout.ports)):
+        yield from ("-device", json.dumps(device))
+
+
+def _drives(drives: Sequence[BootDrive]) -> Iterable[str]:
+    for each in drives:
+        yield from ("-add-fd", f"fd={each.backing.fd},set={each.identifiers.fdset}")
+        yield from ("-blockdev", json.dumps(nodes.file_node(each.identifiers, each.backing)))
+        yield from ("-blockdev", json.dumps(nodes.format_node(each.identifiers, each.backing, each.format)))
+        yield from ("-device", json.dumps(each.device()))
+
+
+def _boot(boot: Boot | None) -> list[str]:
+    if boot is None:
+        return []
+    initrd = ["-initrd", boot.initrd] if boot.initrd else []
+    return ["-kernel", boot.kernel, *initrd, "-append", " ".join(boot.arguments)]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a machine is to be: every choice of the user's, checked as far as it can be without touching anything.
+
+On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from ..errors import UsageError
+from ..host.runtime import NAME_MAX, check_name
+from ..storage.drive import DEFAULT_BUS, Drive
+
+MACHINE_TYPES = ("q35", "pc")
+KVM_CHOICES = ("auto", "yes", "no")
+CONSOLES = ("read-only", "headless")
+
+#: The seconds that a guest has for its own power-off, systemd's DefaultTimeoutStopSec=.
+SHUTDOWN_TIMEOUT = 90.0
+
+_MIB = 1 << 20
+#: systemd-vmspawn's default.
+RAM_DEFAULT = 2048 * _MIB
+#: The built-in guest lives in an initramfs and needs little.
+RAM_BUILTIN = 256 * _MIB
+_RAM_MIN = 32 * _MIB
+_CPUS_MAX = 255
+
+
+class MachineConfig(NamedTuple):
+    """A machine as the user wants it.
+
+    What boots is one of: `guest` "builtin"; `linux` with an optional `initrd`; `image` by its own boot loader. Sizes
+    are bytes, times are seconds. None stands for the default that depends on something else.
+    """
+
+    name: str | None = None
+    guest: str | None = None
+    image: str | None = None
+    image_format: str | None = None
+    image_disk_type: str = DEFAULT_BUS
+    linux: str | None = None
+    initrd: str | None = None
+    kernel_arguments: tuple[str, ...] = ()
+    uuid: str | None = None
+    cpus: int = 1
+    ram: int | None = None
+    kvm: str = "auto"
+    machine_type: str = "q35"
+    hotplug_ports: int | None = None
+    extra_drives: tuple[Drive, ...] = ()
+    console: str = "read-only"
+    qemu: str | None = None
+    qemu_arguments: tuple[str, ...] = ()
+    shutdown_timeout: float = SHUTDOWN_TIMEOUT
+
+    @property
+    def ram_bytes(self) -> int:
+        """The guest's memory."""
+        if self.ram is not None:
+            return self.ram
+        return RAM_BUILTIN if self.guest else RAM_DEFAULT
+
+
+def check(config: MachineConfig) -> MachineConfig:
+    """Return the configuration with its name filled in. Raises UsageError for what contradicts itself."""
+    _check_choice("--machine-type=", config.machine_type, MACHINE_TYPES)
+    _check_choice("--kvm=", config.kvm, KVM_CHOICES)
+    _check_choice("--console=", config.console, CONSOLES)
+    if config.guest is not None:
+        _check_choice("--guest=", config.guest, ("builtin",))
+    _check_boot(config)
+    if not 1 <= config.cpus <= _CPUS_MAX:
+        raise UsageError(f"--cpus={config.cpus} is out of range", hint=f"use 1 to {_CPUS_MAX}")
+    if config.ram_bytes < _RAM_MIN:
+        raise UsageError(f"--ram= is too small for a guest ({config.ram_bytes} bytes)", hint="use at least 32M")
+    if config.uuid is not None:
+        _check_uuid(config.uuid)
+    return config._replace(name=check_name(config.name if config.name is not None else _default_name(config)))
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option}{value} is not known", hint=f"there are: {', '.join(choices)}")
+
+
+def _check_boot(config: MachineConfig) -> None:
+    if config.guest and (config.linux or config.initrd):
+        raise UsageError("--guest=builtin brings its own kernel", hint="leave out --linux= and --initrd=, or --guest=")
+    if config.initrd and not config.linux:
+        raise UsageError("--initrd= needs --linux=", hint="name the kernel that the initrd belongs to")
+    if not (config.guest or config.linux or config.image):
+        raise UsageError("nothing to boot", hint="try --guest=builtin, or name an image with --image=")
+    if config.kernel_arguments and not (config.guest or config.linux):
+        raise UsageError(
+            "kernel arguments need a kernel of ours to go to",
+            hint="add --linux= (or --guest=builtin), or leave out: " + " ".join(config.kernel_arguments),
+        )
+
+
+def _check_uuid(text: str) -> None:
+    digits = text.replace("-", "")
+    if len(digits) != 32 or not set(digits.lower()) <= set("0123456789abcdef"):
+        raise UsageError(f"--uuid={text} is not a UUID", hint="write 32 hexadecimal digits, with or without dashes")
+
+
+def _default_name(config: MachineConfig) -> str:
+    """A name from what boots, as systemd-vmspawn does: the file's name without its suffix."""
+    source = config.image or config.linux or config.guest or ""
+    stem = os.path.basename(source)
+    for suffix in (".raw", ".img", ".qcow2"):
+        stem = stem.removesuffix(suffix)
+    cleaned = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in stem)
+    return cleaned.lstrip(".-")[:NAME_MAX] or "machine"
+
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Parse bytes with an optional suffix B, K, M, G or T (powers of 1024), as systemd does. Raises UsageError."""
+    number = text.rstrip("BKMGTbkmgt")
+    unit = text[len(number) :].upper()
+    # "2GB" and "2G" are both common.
+    unit = unit[:-1] if len(unit) == 2 and unit.endswith("B") else unit
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise UsageError(f"{option}{text} is not a size", hint="write for example 512M or 2G") from None

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From a checked configuration to a running QEMU, synchronously and with as few imports as that needs.
+
+QEMU takes a moment to start in any case; whatever the manager still has to import, it imports meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import BadConfig, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
+from ..host import runtime
+from ..host.runtime import MachineDirectory
+from ..storage import drive as drives
+from ..storage import ports
+from ..storage.drive import Backing, Drive
+from ..storage.nodes import Identifiers
+from .commandline import Boot, BootDrive, Inherited, command_line
+from .config import MachineConfig
+from .qemu import QemuBinary, choose_accelerator, find_qemu
+
+if TYPE_CHECKING:
+    from ..guest.builtin import BuiltinGuest
+
+_POWER_SIGNALS = (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+#: Of our environment QEMU gets what it can use, and nothing that may be secret or change what it loads.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "WAYLAND_DISPLAY")
+
+
+class Launched:
+    """A QEMU that has just been started, and all that belongs to it.
+
+    Owns the directory, the process, and our connected ends of its sockets, until somebody takes them; `abandon` ends
+    and removes what is still there.
+    """
+
+    def __init__(self, config: MachineConfig, binary: QemuBinary, layout: ports.Layout) -> None:
+        self.config = config
+        self.binary = binary
+        self.layout = layout
+        self.accelerator = ""
+        self.directory: MachineDirectory | None = None
+        self.boot_drives: list[BootDrive] = []
+        self.sockets: dict[str, socket.socket] = {}
+        self.pid = 0
+
+    def abandon(self) -> None:
+        """Kill QEMU if it runs, close every descriptor and remove the directory. May be called again."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+        for connected in self.sockets.values():
+            connected.close()
+        self.sockets.clear()
+        self.close_images()
+        if self.directory is not None:
+            self.directory.remove()
+            self.directory = None
+
+    def close_images(self) -> None:
+        """Close our descriptors of the boot drives; QEMU has its own by then."""
+        for each in self.boot_drives:
+            if each.backing.fd >= 0:
+                each.backing.close()
+        self.boot_drives = [each._replace(backing=each.backing._replace(fd=-1)) for each in self.boot_drives]
+
+
+def launch(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Launched:
+    """Start QEMU. `notice` is told, in one line, what the user would want to know of how it is started.
+
+    Raises StartError, UsageError or what the drives raise; nothing is left behind then.
+    """
+    binary = find_qemu(config.qemu)
+    launched = Launched(config, binary, ports.layout(config.machine_type, config.hotplug_ports))
+    try:
+        accelerator, why = choose_accelerator(config.kvm)
+        launched.accelerator = accelerator
+        if why:
+            notice(f"no KVM ({why}), so the guest is emulated and slow")
+        boot = _boot(config, notice)
+        launched.directory = MachineDirectory.create(config.name or "")
+        _open_boot_drives(launched)
+        _start(launched, boot)
+    except BaseException:
+        launched.abandon()
+        raise
+    return launched
+
+
+def _boot(config: MachineConfig, notice: Callable[[str], None]) -> Boot | None:
+    console = "console=ttyS0"
+    if config.guest:
+        guest = _builtin_guest(notice)
+        return Boot(guest.kernel, guest.initrd, (console, *guest.arguments, *config.kernel_arguments))
+    if config.linux is None:
+        return None
+    _check_readable("--linux=", config.linux)
+    if config.initrd:
+        _check_readable("--initrd=", config.initrd)
+    return Boot(config.linux, config.initrd, (console, *config.kernel_arguments))
+
+
+def _builtin_guest(notice: Callable[[str], None]) -> BuiltinGuest:
+    from ..guest import builtin
+
+    if guest := builtin.find():
+        return guest
+    from ..guest import build
+
+    return build.build(progress=notice)
+
+
+def _check_readable(option: str, path: str) -> None:
+    """QEMU reads these by path; say what is wrong before it does."""
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise StartError(f"cannot use {option}{path}: the file is empty")
+    except OSError as error:
+        raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
+
+
+def _open_boot_drives(launched: Launched) -> None:
+    config = launched.config
+    wanted = [(drive, f"--extra-drive={drive.path}", -1) for drive in config.extra_drives]
+    if config.image:
+        name = os.path.basename(config.image)
+        image = Drive(config.image, name, config.image_disk_type, config.image_format)
+        wanted.insert(0, (image, f"--image={config.image}", 0))
+    for number, (drive, option, boot_index) in enumerate(wanted):
+        launched.boot_drives.append(_open_boot_drive(launched, number, drive, option, boot_index))
+
+
+def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str, boot_index: int) -> BootDrive:
+    for other in launched.boot_drives:
+        if other.drive.name == drive.name:
+            raise UsageError(f"two drives are called {drive.name}", hint="give the files different names")
+    try:
+        backing = drives.open_drive(drive.path, read_only=drive.read_only or drive.bus == "scsi-cd")
+    except (BadConfig, SystemFailure) as error:
+        raise StartError(f"cannot use {option}: {error}", hint=error.hint) from None
+    try:
+        image_format = _boot_format(backing, drive, option)
+        if any(other.backing.identity == backing.identity for other in launched.boot_drives if backing.writable):
+            raise StorageExists(f"{option} is the same file as another drive")
+        place = _boot_place(launched, drive)
+    except BaseException:
+        backing.close()
+        raise
+    serial = drive.serial or drives.serial_for(drive.name)
+    return BootDrive(drive, Identifiers(number), place, backing, image_format, serial, boot_index)
+
+
+def _boot_format(backing: Backing, drive: Drive, option: str) -> str:
+    if not backing.size and drive.bus != "scsi-cd":
+        raise StartError(f"cannot use {option}: the image is empty", hint="make one with: qemu-img create IMAGE SIZE")
+    try:
+        return drives.choose_format(backing, drive.format, what=drive.path)
+    except BadConfig as error:
+        hint = error.hint.replace("say format ", "say --image-format=") if option.startswith("--image=") else error.hint
+        raise StartError(f"cannot use {option}: {error}", hint=hint) from None
+
+
+def _boot_place(launched: Launched, drive: Drive) -> ports.Place:
+    """SCSI drives go to the controller, the others to slots, which on `pc` the hot-plug pool must not hand out too."""
+    layout = launched.layout
+    if drive.bus in ("virtio-scsi", "scsi-cd"):
+        return layout.scsi.take()
+    place = layout.boot.take()
+    layout.pci.claim(place)
+    return place
+
+
+def _start(launched: Launched, boot: Boot | None) -> None:
+    directory = launched.directory
+    assert directory is not None
+    listeners = {name: _listen(directory, name) for name in (*runtime.MONITORS, runtime.CONSOLE)}
+    log = directory.create_log()
+    try:
+        monitors = {name: listeners[name].fileno() for name in runtime.MONITORS}
+        inherited = Inherited(monitors, listeners[runtime.CONSOLE].fileno())
+        arguments = command_line(
+            launched.binary,
+            launched.config,
+            launched.accelerator,
+            launched.layout,
+            boot,
+            launched.boot_drives,
+            inherited,
+        )
+        images = [each.backing.fd for each in launched.boot_drives]
+        launched.pid = spawn(arguments, keep=[*monitors.values(), inherited.console, *images], log=log)
+        _connect(launched)
+    finally:
+        os.close(log)
+        for listener in listeners.values():
+            listener.close()
+    launched.close_images()
+
+
+def _listen(directory: MachineDirectory, name: str) -> socket.socket:
+    """A listening socket for QEMU to inherit. We can connect at once, without waiting for QEMU to come up."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # The folder is 0700; the socket's own mode is a second lock.
+        mask = os.umask(0o177)
+        try:
+            listener.bind(directory.socket_address(name))
+        finally:
+            os.umask(mask)
+        listener.listen(4)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _connect(launched: Launched) -> None:
+    """Connect to the sockets while we still hold their listening ends, so that it cannot fail for QEMU's haste."""
+    assert launched.directory is not None
+    names = list(runtime.MONITORS)
+    if launched.config.console == "read-only":
+        names.append(runtime.CONSOLE)
+    for name in names:
+        launched.sockets[name] = connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connected.connect(launched.directory.socket_address(name))
+        connected.setblocking(False)
+
+
+def spawn(arguments: list[str], *, keep: list[int], log: int) -> int:
+    """Start a program that outlives us if we die: a session of its own, no terminal, output to a log.
+
+    It inherits exactly `keep`, which stay the caller's, as the numbers they have here. Returns its process id.
+    """
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, log, 1),
+        (os.POSIX_SPAWN_DUP2, log, 2),
+    ]
+    # Duplicating a descriptor onto itself makes it inheritable in the child alone.
+    actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
+    actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in keep]
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    try:
+        return os.posix_spawn(
+            arguments[0],
+            arguments,
+            environment,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=[],
+            setsigdef=_POWER_SIGNALS,
+        )
+    except OSError as error:
+        raise StartError(f"cannot run QEMU {arguments[0]}: {os.strerror(error.errno or errno.ENOEXEC)}") from None
+
+
+def _inheritable() -> list[int]:
+    """Descriptors above the standard ones that whoever started us left open for children."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if (fd := int(name)) > 2 and os.get_inheritable(fd):
+                found.append(fd)
+        except OSError:
+            pass  # the descriptor of the listing itself
+    return found
+
+
+def explain_failure(launched: Launched, log: str) -> VmspawnError:
+    """Why QEMU ended before it was up, from what it printed, in the user's words where we know them."""
+    lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
+    if not lines:
+        return StartError("QEMU ended as soon as it was started, without a word", hint="is something killing it?")
+    blamed = next((each for each in launched.boot_drives if _mentions(log, each)), None)
+    if "lock" in log and "Failed to get" in log and blamed is not None:
+        return StartError(
+            f"cannot use {blamed.drive.path}: another process uses the image (QEMU could not lock it)",
+            hint="shut down the other machine, or give this one a copy",
+        )
+    message = lines[0].partition("qemu-system-")[2].partition(": ")[2] or lines[0]
+    if blamed is not None:
+        message = f"{blamed.drive.path}: {message.rpartition('}: ')[2]}"
+    return StartError(f"QEMU could not start: {message}")
+
+
+def _mentions(log: str, each: BootDrive) -> bool:
+    names = (each.identifiers.file_node, each.identifiers.format_node, f"/dev/fdset/{each.identifiers.fdset}")
+    return any(name in log for name in names)

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine: a QEMU with its guest, and what one can do to it while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from typing import Any, NamedTuple
+
+from ..errors import NotConnected, Timeout
+from ..host import runtime
+from ..host.process import Process
+from ..qmp.monitor import EventStream, Monitor
+from ..qmp.runstate import RunState
+from ..storage import drive as drives
+from ..storage.attachment import Attachment
+from ..storage.drive import Backing, Drive
+from ..storage.hotplug import DETACH_TIMEOUT, Storage
+from .config import MachineConfig, check
+from .launch import Launched, explain_failure, launch
+
+#: The form of state.json. A reader refuses a newer one.
+STATE_VERSION = 1
+
+#: Seconds between `quit`, which QEMU obeys in milliseconds, and SIGKILL.
+QUIT_TIMEOUT = 5.0
+
+#: Seconds that QEMU has to end after it closed its monitor.
+_EXIT_TIMEOUT = 10.0
+
+
+class End(NamedTuple):
+    """How a machine ended: `reason` is QEMU's ShutdownCause or `qemu-died`, `message` says it for people."""
+
+    reason: str
+    message: str
+    clean: bool
+
+
+_REASONS = {
+    "guest-shutdown": "the guest powered off",
+    "guest-reset": "the guest asked for a reboot, which this machine does not do",
+    "guest-panic": "the guest's kernel panicked",
+    "host-qmp-quit": "the machine was terminated",
+    "host-signal": "QEMU was ended by a signal",
+}
+
+
+class Machine:
+    """A virtual machine.
+
+    `async with Machine(guest="builtin") as machine:` starts it, and ends it on the way out if it still runs. The
+    keyword arguments are the fields of MachineConfig. Raises StartError or UsageError if it cannot be started.
+    """
+
+    def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
+        self.config = check((config or MachineConfig())._replace(**options))
+        self._launched: Launched | None = None
+        self._process: Process | None = None
+        self._monitor: Monitor | None = None
+        self._run_state: RunState | None = None
+        self._storage: Storage | None = None
+        self._opened = 0.0
+        self._killer: asyncio.TimerHandle | None = None
+
+    # Starting and ending.
+
+    async def __aenter__(self) -> Machine:
+        self.open(launch(self.config))
+        await self.started()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def open(self, launched: Launched) -> None:
+        """Take over a QEMU that was just launched; `started` waits until it is up, `close` must follow."""
+        self._launched = launched
+        self._opened = time.monotonic()
+        self._process = Process(launched.pid)
+        self._monitor = Monitor(launched.sockets.pop("qmp-manager"))
+        self._run_state = RunState(self._monitor)
+        self._storage = Storage(self._monitor, self._run_state, launched.layout, journal=self._save_state)
+        for each in launched.boot_drives:
+            self._storage.add_boot_drive(
+                Attachment(each.drive, each.identifiers, each.place, each.backing, each.format, each.serial)
+            )
+        self._save_state()
+
+    async def started(self) -> None:
+        """Wait until QEMU is up. Raises StartError in QEMU's words if it does not come up; nothing is left then."""
+        try:
+            await self.monitor.start()
+            assert self._run_state is not None
+            await self._run_state.start()
+            await self.storage.release_boot_descriptors()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
+            raise await self._failed_start(error) from None
+
+    async def _failed_start(self, error: BaseException) -> BaseException:
+        """Clean up after a start that failed, and say why in the words of QEMU if it died."""
+        assert self._launched is not None
+        log = ""
+        if isinstance(error, NotConnected) and self._process is not None:
+            await self._await_exit(QUIT_TIMEOUT)
+            log = self._launched.directory.read_log() if self._launched.directory else ""
+            error = explain_failure(self._launched, log)
+        await self.close()
+        return error
+
+    async def close(self) -> None:
+        """End the machine if it runs, at once, and leave nothing behind. May be called again."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        if self._process is not None:
+            if not self._process.ended.is_set():
+                await self._quit()
+            launched.pid = 0
+        if self._storage is not None:
+            self._storage.close()
+        if self._monitor is not None:
+            self._monitor.close("the machine ended")
+        if self._killer is not None:
+            self._killer.cancel()
+        launched.abandon()
+
+    async def _quit(self) -> None:
+        assert self._process is not None
+        await self.terminate()
+        await self._process.ended.wait()
+
+    async def _await_exit(self, seconds: float) -> None:
+        assert self._process is not None
+        try:
+            async with asyncio.timeout(seconds):
+                await self._process.ended.wait()
+        except TimeoutError:
+            pass
+
+    async def wait(self) -> End:
+        """Wait until QEMU has ended, and say how."""
+        process = self._running_process()
+        await process.ended.wait()
+        # What QEMU said before it went may still lie in the socket.
+        if self._monitor is not None:
+            try:
+                async with asyncio.timeout(_EXIT_TIMEOUT):
+                    await self._monitor.closed.wait()
+            except TimeoutError:
+                pass
+        return self._end(process)
+
+    def _end(self, process: Process) -> End:
+        reason = self._run_state.shutdown_reason if self._run_state else ""
+        if process.status not in (0, None) or not reason:
+            log = self._launched.directory.read_log() if self._launched and self._launched.directory else ""
+            last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
+            return End("qemu-died", f"QEMU {process.describe_end()}" + (f": {last}" if last else ""), False)
+        return End(reason, _REASONS.get(reason, f"the machine ended ({reason})"), reason != "host-signal")
+
+    # What it is.
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.config.name or ""
+
+    @property
+    def directory(self) -> runtime.MachineDirectory:
+        """The machine's runtime directory."""
+        if self._launched is None or self._launched.directory is None:
+            raise NotConnected("the machine does not run")
+        return self._launched.directory
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self._running_process().pid
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since QEMU was started."""
+        return time.monotonic() - self._opened
+
+    @property
+    def qemu_version(self) -> str:
+        """QEMU's version."""
+        assert self._launched is not None
+        return ".".join(map(str, self._launched.binary.version))
+
+    @property
+    def accelerator(self) -> str:
+        """`kvm` or `tcg`."""
+        assert self._launched is not None
+        return self._launched.accelerator
+
+    @property
+    def status(self) -> str:
+        """QEMU's run state, such as `running` or `paused`; known without asking QEMU."""
+        return self._run_state.status if self._run_state else "prelaunch"
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest's processors run."""
+        return self._run_state is not None and self._run_state.running
+
+    @property
+    def monitor(self) -> Monitor:
+        """The manager's own QMP connection."""
+        if self._monitor is None:
+            raise NotConnected("the machine does not run")
+        return self._monitor
+
+    @property
+    def storage(self) -> Storage:
+        """The machine's drives."""
+        if self._storage is None:
+            raise NotConnected("the machine does not run")
+        return self._storage
+
+    def _running_process(self) -> Process:
+        if self._process is None:
+            raise NotConnected("the machine does not run")
+        return self._process
+
+    def take_console(self) -> socket.socket | None:
+        """Our end of the guest's serial console, once; the caller owns it. None where the console is headless."""
+        return self._launched.sockets.pop(runtime.CONSOLE, None) if self._launched else None
+
+    # What one can do to it.
+
+    async def attach(self, drive: Drive) -> Attachment:
+        """Open a drive's image as the caller and plug it in; returns once QEMU has plugged the device.
+
+        Raises what `open_drive` and `Storage.attach` raise; nothing is left behind then.
+        """
+        named = drives.with_defaults(drive)
+        backing = drives.open_drive(drive.path, read_only=drive.read_only or drive.bus == "scsi-cd")
+        return await self.storage.attach(named, backing)
+
+    async def attach_backing(self, drive: Drive, backing: Backing) -> Attachment:
+        """Plug in a drive whose image is open already. Owns `backing` from the call on."""
+        try:
+            storage = self.storage
+        except BaseException:
+            backing.close()
+            raise
+        return await storage.attach(drive, backing)
+
+    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT) -> None:
+        """Unplug a drive; returns once nothing of it is left. Raises what `Storage.detach` raises."""
+        await self.storage.detach(name, timeout=timeout)
+
+    def events(self) -> EventStream:
+        """The events from now on, QEMU's and ours: `with machine.events() as events: async for event in events:`."""
+        return self.monitor.events()
+
+    async def power_off(self) -> None:
+        """Press the power button (ACPI); the guest decides what follows. `wait` tells when it is off."""
+        await self.monitor.execute("system_powerdown")
+
+    async def reboot(self) -> None:
+        """Reset the machine, as its reset button does."""
+        await self.monitor.execute("system_reset")
+
+    async def pause(self) -> None:
+        """Stop the guest's processors."""
+        await self.monitor.execute("stop")
+
+    async def resume(self) -> None:
+        """Let the guest's processors run on."""
+        await self.monitor.execute("cont")
+
+    async def terminate(self) -> None:
+        """End QEMU without asking the guest; returns once QEMU has agreed. One that does not go is killed."""
+        process = self._running_process()
+        if self._killer is None:
+            self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, process.kill)
+        # It may go before its reply does, or be about to be killed.
+        with contextlib.suppress(NotConnected, Timeout):
+            await self.monitor.execute("quit", timeout=QUIT_TIMEOUT)
+
+    # Its state on disk.
+
+    def _save_state(self) -> None:
+        if self._launched is None or self._process is None or self._launched.directory is None:
+            return
+        state = {
+            "version": STATE_VERSION,
+            "name": self.name,
+            "qemu": {"pid": self._process.pid, "started": self._process.started, "path": self._launched.binary.path},
+            "machine": {"type": self.config.machine_type, "hotplug-ports": self.config.hotplug_ports},
+            "storage": self._storage.to_state() if self._storage else {},
+        }
+        self._launched.directory.write(runtime.STATE, json.dumps(state).encode())

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The manager's own monitor: one QMP connection, commands with deadlines, and events for any number of listeners.
+
+The protocol is QEMU's docs/interop/qmp-spec.rst. What clients of the machine get is not this but a session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ..errors import NotConnected, QmpError, Timeout
+
+#: Seconds for QEMU's greeting. It answers 0.05 s after it was started; a monitor that stays silent belongs to somebody
+#: else, for QEMU serves one client a socket.
+GREETING_TIMEOUT = 15.0
+
+#: Seconds for the reply to a command of the manager's. All of them are quick; a QEMU that takes longer hangs, and
+#: whoever waits for us should hear that before they lose patience (sd-varlink's clients do after 45 s).
+COMMAND_TIMEOUT = 20.0
+
+_RECEIVE_SIZE = 65536
+
+#: Events that a stream holds for a reader who does not come for them. QEMU sends a handful a second at the most.
+EVENT_QUEUE_MAX = 4096
+
+
+class Event(NamedTuple):
+    """An event as QEMU sent it; `data` is None where it carried none."""
+
+    name: str
+    data: dict[str, Any] | None
+    timestamp: dict[str, int] | None = None
+
+
+class _Message(msgspec.Struct):
+    """All that a monitor can send, as one shape (docs/interop/qmp-spec.rst)."""
+
+    QMP: dict[str, Any] | None = None
+    # `return` is a keyword of Python, hence the rename.
+    result: Any = msgspec.field(default=msgspec.UNSET, name="return")
+    error: dict[str, str] | None = None
+    id: int | None = None
+    event: str | None = None
+    data: dict[str, Any] | None = None
+    timestamp: dict[str, int] | None = None
+
+
+class EventStream:
+    """The events from now on, for one reader. Iterate over it; it ends when QEMU is gone or `close` is called."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._queue: deque[Event] = deque()
+        self._wake: asyncio.Future[None] | None = None
+        self._ended = False
+        #: Set when the reader was so slow that events were dropped; the stream ends then.
+        self.overrun = False
+
+    def put(self, event: Event) -> None:
+        """Append an event. A reader who leaves EVENT_QUEUE_MAX of them lying is cut off."""
+        if self._ended:
+            return
+        if len(self._queue) >= EVENT_QUEUE_MAX:
+            self.overrun = True
+            self.close()
+            return
+        self._queue.append(event)
+        self._notify()
+
+    def close(self) -> None:
+        """End the stream; what is queued can still be read."""
+        self._ended = True
+        self._monitor.forget(self)
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._queue:
+            if self._ended:
+                raise StopAsyncIteration
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        return self._queue.popleft()
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Monitor:
+    """A client of one QMP monitor. Owns the socket it is given, from construction on."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self._socket: socket.socket | None = connected
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._decoder = msgspec.json.Decoder(_Message)
+        self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self._negotiated = asyncio.Event()
+        self._pending: dict[int | None, tuple[str, asyncio.Future[Any]]] = {}
+        self._next_id = 0
+        self._outgoing: deque[tuple[bytes, Sequence[int], asyncio.Future[None]]] = deque()
+        self._streams: set[EventStream] = set()
+        self._listeners: list[Callable[[Event], None]] = []
+        self._lost: str | None = None
+        #: Set when the connection is gone.
+        self.closed = asyncio.Event()
+        self._loop.add_reader(connected, self._readable)
+
+    async def start(self, *, timeout: float = GREETING_TIMEOUT) -> dict[str, Any]:
+        """Wait for the greeting and negotiate; return what QEMU greeted with.
+
+        Raises Timeout if no greeting comes, NotConnected if QEMU goes away first.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                greeting = await asyncio.shield(self._greeting)
+                await self._run("qmp_capabilities", None, ())
+        except TimeoutError:
+            raise Timeout(f"QEMU's monitor gave no greeting within {timeout:g} s; somebody else may hold it") from None
+        self._negotiated.set()
+        return greeting
+
+    async def execute(
+        self,
+        command: str,
+        arguments: dict[str, object] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        timeout: float = COMMAND_TIMEOUT,
+    ) -> Any:
+        """Run a command and return what QEMU returned. While the monitor is still starting, that is waited for.
+
+        `fds` go along as SCM_RIGHTS and stay the caller's; QEMU has its own when this returns. Raises QmpError with
+        QEMU's words, Timeout if the reply does not come, NotConnected if QEMU is gone.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self._negotiated.wait()
+                return await self._run(command, arguments, fds)
+        except TimeoutError:
+            raise Timeout(f"QEMU did not answer {command} within {timeout:g} s") from None
+
+    async def _run(self, command: str, arguments: dict[str, object] | None, fds: Sequence[int]) -> Any:
+        if self._lost is not None:
+            raise NotConnected(self._lost)
+        key = self._free_key()
+        message: dict[str, object] = {"execute": command}
+        if arguments:
+            message["arguments"] = arguments
+        if key is not None:
+            message["id"] = key
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        sent: asyncio.Future[None] = self._loop.create_future()
+        self._pending[key] = (command, reply)
+        self._send(msgspec.json.encode(message), fds, sent)
+        try:
+            return await reply
+        finally:
+            if not sent.done():
+                self._drop_unsent(key, sent)
+
+    def _free_key(self) -> int | None:
+        """The id of the next command. QEMU reads a byte at a time, so the only command in flight goes without one."""
+        if not self._pending:
+            return None
+        self._next_id += 1
+        return self._next_id
+
+    def events(self) -> EventStream:
+        """A stream of the events from now on; close it, or use it in `with`."""
+        stream = EventStream(self)
+        if self._lost is None:
+            self._streams.add(stream)
+        else:
+            stream.close()
+        return stream
+
+    def forget(self, stream: EventStream) -> None:
+        """Stop feeding a stream."""
+        self._streams.discard(stream)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with each event as it is read, before any stream sees it. It must not raise."""
+        self._listeners.append(listener)
+
+    def publish(self, event: Event) -> None:
+        """Hand an event of our own to the streams, in line with QEMU's."""
+        for stream in tuple(self._streams):
+            stream.put(event)
+
+    def close(self, why: str = "the monitor was closed") -> None:
+        """Close the connection; commands in flight fail with NotConnected."""
+        if self._socket is None:
+            return
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._socket = None
+        self._lost = why
+        error = NotConnected(why)
+        for future in [self._greeting, *(reply for _, reply in self._pending.values())]:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # nobody may be waiting; that is no reason to log it
+        for _, _, sent in self._outgoing:
+            if not sent.done():
+                sent.set_exception(error)
+                sent.exception()
+        self._pending.clear()
+        self._outgoing.clear()
+        self._negotiated.set()  # whoever waits for it finds the connection lost
+        for stream in tuple(self._streams):
+            stream.close()
+        self.closed.set()
+
+    # Sending.
+
+    def _send(self, message: bytes, fds: Sequence[int], sent: asyncio.Future[None]) -> None:
+        self._outgoing.append((message, fds, sent))
+        if len(self._outgoing) == 1:
+            self._writable()
+
+    def _drop_unsent(self, key: int | None, sent: asyncio.Future[None]) -> None:
+        """Forget a message whose caller is gone, so that its descriptors are not used after they were closed.
+
+        The one at the head may be under way: its rest must follow, and its reply will come.
+        """
+        for position, entry in enumerate(self._outgoing):
+            if entry[2] is sent and (position > 0 or entry[1]):
+                del self._outgoing[position]
+                self._pending.pop(key, None)
+                return
+
+    def _writable(self) -> None:
+        while self._outgoing and self._socket is not None:
+            message, fds, sent = self._outgoing[0]
+            try:
+                count = socket.send_fds(self._socket, [message], fds) if fds else self._socket.send(message)
+            except BlockingIOError:
+                self._loop.add_writer(self._socket, self._writable)
+                return
+            except OSError as error:
+                self.close(f"QEMU closed its monitor ({error.strerror})")
+                return
+            if count < len(message):
+                self._outgoing[0] = (message[count:], (), sent)
+                continue
+            self._outgoing.popleft()
+            if not sent.done():
+                sent.set_result(None)
+        if self._socket is not None:
+            self._loop.remove_writer(self._socket)
+
+    # Receiving.
+
+    def _readable(self) -> None:
+        assert self._socket is not None
+        try:
+            data = self._socket.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(f"QEMU closed its monitor ({error.strerror})")
+            return
+        if not data:
+            self.close("QEMU closed its monitor")
+            return
+        self._buffer += data
+        # QEMU ends each message with CR LF, and escapes both inside strings.
+        if b"\n" not in data:
+            return
+        *lines, rest = self._buffer.split(b"\n")
+        self._buffer = rest
+        for line in lines:
+            self._dispatch(bytes(line))
+
+    def _dispatch(self, line: bytes) -> None:
+        try:
+            message = self._decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self.close(f"QEMU sent what is not QMP ({error})")
+            return
+        if message.event is not None:
+            self._event(Event(message.event, message.data, message.timestamp))
+        elif message.QMP is not None:
+            if not self._greeting.done():
+                self._greeting.set_result(message.QMP)
+        else:
+            self._reply(message)
+
+    def _event(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+        self.publish(event)
+
+    def _reply(self, message: _Message) -> None:
+        command, reply = self._pending.pop(message.id, ("", None))
+        # A reply that came after its deadline has nobody waiting for it.
+        if reply is None or reply.done():
+            return
+        if message.error is not None:
+            error = message.error
+            reply.set_exception(QmpError(command, error.get("class", "GenericError"), error.get("desc", "")))
+        else:
+            reply.set_result(None if message.result is msgspec.UNSET else message.result)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where devices can go: which ports, slots and SCSI targets there are, and which are taken.
+
+QEMU's own choice is not to be relied on: 7.2 takes a second device on an occupied port and loses both, 11.1 finds no
+slot on `pc` while some are free (HOTPLUG.md). So every place is chosen and accounted for here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..errors import NoFreePort, UsageError
+
+
+class PciPlace(NamedTuple):
+    """A PCI address: `addr` is the slot on `bus`, 0x0 behind a root port, which has only that one."""
+
+    bus: str
+    addr: str
+
+    def properties(self) -> dict[str, object]:
+        """The device_add properties that put a device here."""
+        return {"bus": self.bus, "addr": self.addr}
+
+    def __str__(self) -> str:
+        return self.bus if self.addr == "0x0" else f"{self.bus}:{self.addr}"
+
+
+class ScsiPlace(NamedTuple):
+    """A target and LUN on a SCSI controller."""
+
+    bus: str
+    target: int
+    lun: int
+
+    def properties(self) -> dict[str, object]:
+        """The device_add properties that put a device here."""
+        return {"bus": self.bus, "scsi-id": self.target, "lun": self.lun}
+
+    def __str__(self) -> str:
+        return f"{self.bus.removesuffix('.0')}:{self.target}:{self.lun}"
+
+
+Place = PciPlace | ScsiPlace
+
+
+class Pool:
+    """Places of one kind. The one that has been free the longest is taken first, so that a guest which is slow to
+    notice a removal sees another place at once."""
+
+    __slots__ = ("_free", "_hint", "_what", "places")
+
+    def __init__(self, places: Iterable[Place], what: str, hint: str) -> None:
+        self.places = tuple(places)
+        self._free = deque(self.places)
+        self._what = what
+        self._hint = hint
+
+    @property
+    def free(self) -> int:
+        """How many places are free."""
+        return len(self._free)
+
+    def take(self) -> Place:
+        """Reserve a place. Raises NoFreePort when there is none."""
+        if not self._free:
+            raise NoFreePort(f"no free {self._what}: all {len(self.places)} are in use", hint=self._hint)
+        return self._free.popleft()
+
+    def claim(self, place: Place) -> None:
+        """Reserve that very place, which is known to be taken. Claiming it twice is harmless."""
+        if place in self._free:
+            self._free.remove(place)
+
+    def release(self, place: Place) -> None:
+        """Give a place back. Giving it back twice is harmless."""
+        if place in self.places and place not in self._free:
+            self._free.append(place)
+
+
+# The layout of pcie.0 on q35 and pci.0 on pc. Slot 0 is the host bridge; 1 is left to a display or, on pc, holds the
+# PIIX3 functions; 31 is q35's ICH9. What we put at fixed slots is always there, so addresses are the same every boot.
+SCSI_CONTROLLER_SLOT = 2
+RNG_SLOT = 3
+FIRST_PORT_SLOT = 4
+PORTS_PER_SLOT = 8
+
+#: QEMU 7.2 and 11.1 boot guests with 120 ports; with 200 and one CPU the guest runs out of interrupts (HOTPLUG.md 1).
+HOTPLUG_PORTS_MAX = 120
+#: Each port makes the guest boot slower: 8 cost 0.3 s of 3 s under TCG (HOTPLUG.md 1).
+HOTPLUG_PORTS_DEFAULT = 8
+
+_LAST_SLOT_Q35 = 30
+_LAST_SLOT_PC = 31
+
+SCSI_CONTROLLER = "scsi0"
+#: A virtio-scsi target id is one byte.
+SCSI_TARGETS = 256
+
+
+class Layout(NamedTuple):
+    """The places of a machine: those for devices that are there from boot, and those for hot-plug."""
+
+    boot: Pool
+    pci: Pool
+    scsi: Pool
+    ports: int
+
+
+def layout(machine_type: str, hotplug_ports: int | None) -> Layout:
+    """Lay out a machine. `hotplug_ports` None is the default number. Raises UsageError if there cannot be that many."""
+    scsi = Pool(
+        (ScsiPlace(f"{SCSI_CONTROLLER}.0", target, 0) for target in range(SCSI_TARGETS)),
+        "SCSI target",
+        "detach a drive first",
+    )
+    if machine_type == "pc":
+        return _layout_pc(hotplug_ports, scsi)
+    return _layout_pcie(hotplug_ports, scsi)
+
+
+def _layout_pcie(hotplug_ports: int | None, scsi: Pool) -> Layout:
+    count = HOTPLUG_PORTS_DEFAULT if hotplug_ports is None else hotplug_ports
+    if not 0 <= count <= HOTPLUG_PORTS_MAX:
+        raise UsageError(f"--hotplug-ports={count} is out of range", hint=f"use 0 to {HOTPLUG_PORTS_MAX}")
+    ports = Pool((PciPlace(f"port{n}", "0x0") for n in range(count)), "hot-plug port", _MORE_PORTS)
+    first_boot_slot = FIRST_PORT_SLOT + -(-count // PORTS_PER_SLOT)
+    # From the top down, so that a boot drive keeps its address whatever the number of ports is.
+    slots = range(_LAST_SLOT_Q35, first_boot_slot - 1, -1)
+    boot = Pool((PciPlace("pcie.0", hex(slot)) for slot in slots), "PCI slot for drives at boot", "use fewer drives")
+    return Layout(boot, ports, scsi, count)
+
+
+def _layout_pc(hotplug_ports: int | None, scsi: Pool) -> Layout:
+    slots = range(RNG_SLOT + 1, _LAST_SLOT_PC + 1)
+    count = len(slots) if hotplug_ports is None else hotplug_ports
+    if not 0 <= count <= len(slots):
+        raise UsageError(
+            f"--hotplug-ports={count} is out of range for the machine type pc",
+            hint=f"use 0 to {len(slots)}, or --machine-type=q35, which takes up to {HOTPLUG_PORTS_MAX}",
+        )
+    places = [PciPlace("pci.0", hex(slot)) for slot in slots]
+    pci = Pool(places[:count], "PCI slot", _MORE_PORTS)
+    # Drives at boot and later ones share the bus: a slot that is claimed at boot is taken from the hot-plug pool too.
+    boot = Pool(reversed(places), "PCI slot for drives at boot", "use fewer drives, or --machine-type=q35")
+    return Layout(boot, pci, scsi, 0)
+
+
+_MORE_PORTS = "detach a drive, use bus virtio-scsi, or start the machine with a larger --hotplug-ports="
+
+
+def port_devices(count: int) -> list[dict[str, object]]:
+    """The root ports for hot-plug on a PCIe machine, packed eight to a slot, as QEMU device properties."""
+    return [
+        {
+            "driver": "pcie-root-port",
+            "id": f"port{n}",
+            "bus": "pcie.0",
+            "addr": f"{FIRST_PORT_SLOT + n // PORTS_PER_SLOT:#x}.{n % PORTS_PER_SLOT:#x}",
+            "multifunction": True,
+            "chassis": n + 1,
+            "slot": n,
+        }
+        for n in range(count)
+    ]

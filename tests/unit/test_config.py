@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which configurations are understood, and how the others are refused."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmspawn.errors import UsageError
+from vmspawn.host.runtime import check_name
+from vmspawn.machine.config import MachineConfig, check, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512M", 512 << 20), ("2G", 2 << 30), ("2GB", 2 << 30), ("1.5G", 3 << 29), ("1024", 1024), ("4k", 4096), ("1T", 1 << 40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text, option="--ram=") == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "x", "12Q", "1GG", "--", "inf", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--ram=.* is not a size"):
+        parse_size(text, option="--ram=")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"guest": "builtin"}, "builtin"),
+        ({"image": "/x/debian-13.qcow2"}, "debian-13"),
+        ({"image": "/x/my image.raw"}, "my-image"),
+        ({"linux": "/boot/vmlinuz-6.1"}, "vmlinuz-6.1"),
+        ({"image": "/x/...raw"}, "machine"),
+        ({"guest": "builtin", "name": "mine"}, "mine"),
+    ],
+)
+def test_a_machine_is_named_after_what_boots(options: dict[str, Any], name: str) -> None:
+    assert check(MachineConfig(**options)).name == name
+
+
+@given(st.text(max_size=80))
+def test_a_name_never_leads_out_of_the_runtime_directory(name: str) -> None:
+    try:
+        check_name(name)
+    except UsageError:
+        return
+    assert "/" not in name
+    assert name not in ("", ".", "..")
+    assert len(name) <= 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to boot"),
+        ({"guest": "builtin", "linux": "/k"}, "brings its own kernel"),
+        ({"initrd": "/i", "image": "/x"}, "--initrd= needs --linux="),
+        ({"image": "/x", "kernel_arguments": ("quiet",)}, "kernel arguments need a kernel"),
+        ({"guest": "builtin", "cpus": 0}, "--cpus=0 is out of range"),
+        ({"guest": "builtin", "ram": 1 << 20}, "--ram= is too small"),
+        ({"guest": "builtin", "uuid": "123"}, "is not a UUID"),
+        ({"guest": "builtin", "name": "../x"}, "invalid machine name"),
+        ({"guest": "builtin", "machine_type": "isapc"}, "--machine-type=isapc is not known"),
+        ({"guest": "builtin", "kvm": "maybe"}, "--kvm=maybe is not known"),
+        ({"guest": "other"}, "--guest=other is not known"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        check(MachineConfig(**options))
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
