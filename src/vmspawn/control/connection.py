@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 from asyncvarlink import (
+    FileDescriptor,
     FileDescriptorArray,
     VarlinkErrorReply,
     VarlinkInterfaceRegistry,
@@ -47,6 +48,15 @@ _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
 
 class _Closed(Exception):
     """The connection ended, or has to."""
+
+
+class _Descriptors(FileDescriptorArray):
+    """The descriptors of a call. On the wire an index counts from the front only."""
+
+    def __getitem__(self, index: int) -> FileDescriptor:
+        if index < 0:
+            raise IndexError(index)
+        return super().__getitem__(index)
 
 
 class Connection:
@@ -109,7 +119,7 @@ class Connection:
         try:
             if self._call is not None:
                 self._readable_while_busy()
-            elif message := self._receive():
+            elif (message := self._receive()) is not None:
                 self.last_active = time.monotonic()
                 self._serve(message)
         except (_Closed, OSError):
@@ -134,16 +144,16 @@ class Connection:
         if (self._call is None and not self._unsent) or any(event & select.POLLHUP for _, event in poll.poll(0)):
             raise _Closed
 
-    def _receive(self) -> bytes:
-        """The next whole message, or nothing if there is none yet; its descriptors are in `_descriptors`."""
+    def _receive(self) -> bytes | None:
+        """The next whole message, or None if there is none yet; its descriptors are in `_descriptors`."""
         assert self._socket is not None
         try:
             peeked = self._socket.recv(_PEEK_SIZE, socket.MSG_PEEK)
         except BlockingIOError:
-            return b""
+            return None
         if not peeked:
             self._end_of_input()
-            return b""
+            return None
         end = peeked.find(b"\0") + 1
         data, fds, flags, _ = socket.recv_fds(self._socket, end or len(peeked), DESCRIPTORS_MAX, _RECEIVE_FLAGS)
         self._descriptors += fds
@@ -151,7 +161,7 @@ class Connection:
         if len(self._message) > MESSAGE_MAX or len(self._descriptors) > DESCRIPTORS_MAX or flags & socket.MSG_CTRUNC:
             raise _Closed
         if not end or len(data) < end:
-            return b""
+            return None
         message = bytes(self._message[:-1])
         self._message.clear()
         return message
@@ -172,7 +182,7 @@ class Connection:
             raise _Closed
         fds, self._descriptors = self._descriptors, []
         owner = object()
-        descriptors = FileDescriptorArray(owner, fds)
+        descriptors = _Descriptors(owner, fds)
         try:
             call = _parse(request)
             method, signature = self._registry.lookup_method(call)

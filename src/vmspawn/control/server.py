@@ -19,8 +19,11 @@ from .interfaces import Machine, MachineInstance, VirtualMachineInstance
 #: Connections at once. A client more, and the one that has been idle the longest is let go.
 CONNECTIONS_MAX = 256
 
-#: Connections that the kernel holds for us while we are busy.
-_BACKLOG = 128
+#: Connections that the kernel holds for us while we are busy; to a client beyond them a non-blocking connect(2) fails.
+_BACKLOG = 1024
+
+#: Connections accepted before the loop serves others again.
+_ACCEPT_BATCH = 32
 
 #: Seconds without accepting after the process has run out of descriptors.
 _ACCEPT_PAUSE = 0.5
@@ -59,12 +62,16 @@ class ControlServer:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        try:
-            client, _ = self._listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._pause()
-            return
+        for _turn in range(_ACCEPT_BATCH):
+            try:
+                client, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause()
+                return
+            self._admit(client)
+
+    def _admit(self, client: socket.socket) -> None:
         if not _is_allowed(client):
             client.close()
             return

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`./dev demo`: the main job shown end to end, by the commands that a user would type.
+
+A guest boots, gains three disks on three buses, writes to one of them, loses them again and powers itself off.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO, NoReturn
+
+from ..errors import Timeout, VmspawnError
+from ..host import runtime
+from .options import complain
+
+_MACHINE = "demo"
+_SIZE = 64 << 20
+_TEXT = "Hello from inside the guest"
+
+#: Seconds for anything that the guest is to do; under emulation on a busy host it may take long to boot.
+_PATIENCE = 120.0
+
+_DISKS = (("red", "virtio-blk"), ("green", "nvme"), ("blue", "virtio-scsi"))
+
+
+class Stage:
+    """What is shown: each line with the seconds since the beginning and with who speaks."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def say(self, who: str, text: str) -> None:
+        """Show a line. `who` is empty for us, `$` for a command, `guest` for the guest's console."""
+        seconds = f"{time.monotonic() - self._start:7.2f} s"
+        style = {"$": "\033[1m", "guest": "\033[36m", "": "\033[32m"}.get(who, "") if self._colour else ""
+        print(f"{seconds}  {who:>6}  {style}{text}{chr(27) + '[0m' if style else ''}", flush=True)
+
+
+class Console:
+    """The guest's console: shows what the guest says of itself, and types commands."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(os.path.join(runtime.runtime_root(), _MACHINE, runtime.CONSOLE))
+        self._buffer = b""
+
+    def wait_for(self, text: str) -> str:
+        """Read on until a line contains `text`, and return that line. Raises Timeout."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            line, newline, rest = self._buffer.partition(b"\n")
+            if newline:
+                self._buffer = rest
+                shown = self._show(line.decode(errors="replace").strip())
+                if text in shown:
+                    return shown
+                continue
+            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                data = self._socket.recv(65536)
+            except TimeoutError:
+                raise Timeout(f"the guest did not say {text!r} within {_PATIENCE:g} s") from None
+            if not data:
+                raise Timeout(f"the guest ended before it said {text!r}")
+            self._buffer += data
+
+    def _show(self, line: str) -> str:
+        if "vmspawn-guest:" in line and "printf" not in line:
+            self._stage.say("guest", line.partition("vmspawn-guest: ")[2])
+        return line
+
+    def type(self, command: str) -> None:
+        """Type a command into the guest's shell."""
+        self._stage.say("guest", f"# {command}")
+        self._socket.sendall(command.encode() + b"\n")
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._socket.close()
+
+
+class Demo:
+    """The machine of the demo and what is done to it."""
+
+    def __init__(self, stage: Stage, folder: str) -> None:
+        self._stage = stage
+        self._folder = folder
+        self._vmspawn: subprocess.Popen[str] | None = None
+
+    def run(self, options: list[str]) -> None:
+        """Show everything. Raises VmspawnError if something does not happen."""
+        self._start(options)
+        console = Console(self._stage)
+        try:
+            console.wait_for("ready")
+            for name, bus in _DISKS:
+                self._attach(console, name, bus)
+            self._vmctl("list-disks", _MACHINE)
+            self._write_and_read_back(console)
+            for name, _ in _DISKS:
+                self._vmctl("detach-disk", _MACHINE, f"{name}.raw")
+                console.wait_for("went")
+            self._power_off(console)
+        finally:
+            console.close()
+
+    def close(self) -> None:
+        """End the machine if it still runs."""
+        if self._vmspawn is not None and self._vmspawn.poll() is None:
+            subprocess.run([*_command("ctl"), "terminate", _MACHINE], check=False, capture_output=True)
+            self._vmspawn.wait()
+
+    def _start(self, options: list[str]) -> None:
+        arguments = ["--guest=builtin", f"--machine={_MACHINE}", "--console=headless", *options]
+        self._stage.say("$", f"vmspawn {' '.join(arguments)} &")
+        self._vmspawn = subprocess.Popen([*_command("spawn"), *arguments], stderr=subprocess.PIPE, text=True)
+        assert self._vmspawn.stderr is not None
+        for line in self._vmspawn.stderr:
+            self._stage.say("", line.strip())
+            if "is running" in line:
+                return
+        raise VmspawnError("the machine did not start")
+
+    def _attach(self, console: Console, name: str, bus: str) -> None:
+        path = os.path.join(self._folder, f"{name}.raw")
+        with open(path, "wb") as image:
+            image.truncate(_SIZE)
+        self._vmctl("attach-disk", _MACHINE, path, f"--bus={bus}")
+        console.wait_for(f"serial {name}.raw")
+
+    def _write_and_read_back(self, console: Console) -> None:
+        disk = "/dev/disk/by-id/virtio-red.raw"
+        # printf puts the answer together, so that the echo of the command is not taken for it.
+        console.type(f"echo {_TEXT} | dd of={disk} conv=fsync 2>/dev/null && printf 'vmspawn-guest: %s\\n' written")
+        console.wait_for("vmspawn-guest: written")
+        with open(os.path.join(self._folder, "red.raw"), "rb") as image:
+            found = image.readline(200).decode(errors="replace").strip()
+        if found != _TEXT:
+            raise VmspawnError(f"the host's file does not have what the guest wrote, but {found!r}")
+        self._stage.say("", f"red.raw on the host now begins with: {found}")
+
+    def _power_off(self, console: Console) -> None:
+        assert self._vmspawn is not None
+        self._stage.say("$", f"kill -TERM {self._vmspawn.pid}")
+        self._vmspawn.send_signal(signal.SIGTERM)
+        console.wait_for("powering off")
+        assert self._vmspawn.stderr is not None
+        for line in self._vmspawn.stderr:
+            self._stage.say("", line.strip())
+        if status := self._vmspawn.wait():
+            raise VmspawnError(f"vmspawn exited with status {status}")
+        self._stage.say("", "vmspawn exited with status 0; nothing is left of the machine")
+
+    def _vmctl(self, *arguments: str) -> None:
+        self._stage.say("$", f"vmctl {' '.join(arguments)}")
+        done = subprocess.run([*_command("ctl"), *arguments], check=False, capture_output=True, text=True)
+        for line in (done.stdout + done.stderr).splitlines():
+            self._stage.say("", line)
+        if done.returncode:
+            raise VmspawnError(f"vmctl {arguments[0]} failed")
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", f"vmspawn.cli.{name}"]
+
+
+def main() -> NoReturn:
+    """The entry point; arguments are further options for vmspawn."""
+    print("A guest boots, gains and loses three disks on three buses, and powers itself off.\n", flush=True)
+    stage = Stage()
+    status = 0
+    with tempfile.TemporaryDirectory(prefix="vmspawn-demo-") as folder:
+        demo = Demo(stage, folder)
+        try:
+            demo.run(sys.argv[1:])
+        except VmspawnError as error:
+            complain("demo", error)
+            status = 1
+        finally:
+            demo.close()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

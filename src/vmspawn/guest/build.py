@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Making the built-in guest: a kernel, and an initramfs with busybox, the kernel's modules and our scripts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vmspawn.errors import GuestError
+from vmspawn.guest import builtin
+from vmspawn.guest.builtin import BuiltinGuest
+from vmspawn.guest.busybox import find_busybox
+from vmspawn.guest.initramfs import Initramfs
+from vmspawn.guest.kernel import Kernel, find_kernel
+from vmspawn.guest.modules import modules_alias, modules_dep
+from vmspawn.guest.packages import Fetcher
+
+#: Modules that are loaded at boot, in this order; first what a console needs. Not every kernel has all as modules.
+BOOT_MODULES = (
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "nvme",
+    "virtio_scsi",
+    "sd_mod",
+    "sr_mod",
+    "evdev",
+    "button",
+    "gpio_keys",
+    "i8042",
+    "atkbd",
+    "virtio_input",
+    "pvpanic_pci",
+)
+
+#: Modules that are there for when somebody mounts something.
+EXTRA_MODULES = ("crc32c_generic", "ext4", "isofs")
+
+_DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "dev", "mnt", "proc", "root", "run", "sys", "tmp")
+
+# What is left behind by a build that was killed is of no use to anybody after this.
+_STALE_SECONDS = 3600
+_SCRATCH_PREFIX = ".new-"
+
+
+def build(architecture: str = "x86_64", progress: Callable[[str], None] = lambda phrase: None) -> BuiltinGuest:
+    """Make the guest in the cache, unless it is there by now, and return it.
+
+    `progress` is called with a short phrase for people at each step. Builds may run side by side: the guest appears
+    in one step and complete, and the first one stays. A build that fails leaves nothing behind.
+    """
+    if architecture not in builtin.ARGUMENTS:
+        raise GuestError(
+            f"there is no built-in guest for {architecture}",
+            hint=f"There is one for {' and '.join(builtin.ARGUMENTS)}.",
+        )
+    cache = Path(builtin.cache_directory())
+    try:
+        return builtin.find(architecture) or _build(architecture, cache, progress)
+    except OSError as error:
+        raise GuestError(
+            f"the built-in guest could not be built in {cache}: {error.strerror}",
+            hint="VMSPAWN_CACHE_DIR= names another directory for it.",
+        ) from error
+
+
+def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> BuiltinGuest:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=cache) as scratch:
+        fetcher = Fetcher(architecture, Path(scratch), progress)
+        kernel = find_kernel(architecture, fetcher, progress)
+        busybox = find_busybox(architecture, fetcher, progress)
+        new = Path(scratch, "guest")
+        new.mkdir()
+        progress("Writing the initramfs")
+        shutil.copyfile(kernel.image, new / "kernel")
+        with open(new / "initrd", "wb") as file:
+            write_initramfs(Initramfs(file), kernel, busybox)
+        for name in ("kernel", "initrd"):
+            _sync(new / name)
+        guest = _publish(new, cache / f"{architecture}-{builtin.fingerprint()}", architecture)
+    _remove_old(cache, guest, architecture)
+    return guest
+
+
+def write_initramfs(archive: Initramfs, kernel: Kernel, busybox: bytes) -> None:
+    """Write all that the guest consists of beside its kernel."""
+    for directory in _DIRECTORIES:
+        archive.add_directory(directory)
+    # The kernel opens it for PID 1, before anything is mounted
+    archive.add_character_device("dev/console", 5, 1)
+    archive.add_file("bin/busybox", busybox, executable=True)
+    archive.add_link("bin/sh", "busybox")
+    for name in builtin.FILES:
+        content = Path(builtin.ROOTFS, name).read_bytes()
+        archive.add_file(name, content, executable=content.startswith(b"#!"))
+    _add_modules(archive, kernel)
+    archive.close()
+
+
+def _add_modules(archive: Initramfs, kernel: Kernel) -> None:
+    modules = kernel.modules.load((*BOOT_MODULES, *EXTRA_MODULES))
+    directory = f"lib/modules/{kernel.modules.version}"
+    for module in modules.values():
+        archive.add_file(f"{directory}/{module.name}.ko", module.content)
+    archive.add_file(f"{directory}/modules.dep", modules_dep(modules).encode())
+    archive.add_file(f"{directory}/modules.alias", modules_alias(modules).encode())
+    archive.add_file("etc/modules", "".join(f"{name}\n" for name in BOOT_MODULES if name in modules).encode())
+
+
+def _publish(new: Path, final: Path, architecture: str) -> BuiltinGuest:
+    """Move the guest to its place, unless another build was faster."""
+    if builtin.guest_in(str(final), architecture) is None:
+        shutil.rmtree(final, ignore_errors=True)
+        try:
+            new.rename(final)
+        except OSError:
+            if builtin.guest_in(str(final), architecture) is None:
+                raise
+    guest = builtin.guest_in(str(final), architecture)
+    assert guest is not None
+    return guest
+
+
+def _remove_old(cache: Path, guest: BuiltinGuest, architecture: str) -> None:
+    """Remove the guests of other versions of this package, and what builds that were killed have left."""
+    stale = time.time() - _STALE_SECONDS
+    for directory in cache.iterdir():
+        old = directory.name.startswith(f"{architecture}-") and directory != Path(guest.kernel).parent
+        if old or (directory.name.startswith(_SCRATCH_PREFIX) and directory.stat().st_mtime < stale):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file)

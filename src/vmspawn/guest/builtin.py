@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The built-in guest: a kernel and an initramfs that we make ourselves, once, and keep in the cache.
+
+Every start of a machine comes through here, so this module imports next to nothing; `build` does the work.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Goes up whenever the same files below `rootfs` would make another guest.
+FORMAT = 1
+
+#: What the initramfs takes from this package as it is, by its path below `rootfs` and in the guest alike.
+ROOTFS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rootfs")
+FILES = (
+    "init",
+    "etc/filesystems",
+    "etc/group",
+    "etc/mdev.conf",
+    "etc/modprobe.conf",
+    "etc/passwd",
+    "etc/profile",
+    "lib/vmspawn/block",
+    "lib/vmspawn/button",
+    "lib/vmspawn/console",
+    "lib/vmspawn/functions",
+)
+
+#: Kernel arguments, measured: see docs. The first two are for quiet and for an end of a guest that panics.
+ARGUMENTS = {
+    "x86_64": ("quiet", "panic=-1", "cryptomgr.notests", "noreplace-smp", "no_timer_check"),
+    "aarch64": ("quiet", "panic=-1", "cryptomgr.notests"),
+}
+
+_PRIME = 2**64 - 59
+
+
+class BuiltinGuest(tuple[str, str, tuple[str, ...]]):
+    """What QEMU needs to boot the guest; `console=` is for the caller to add to the arguments."""
+
+    __slots__ = ()
+
+    def __new__(cls, kernel: str, initrd: str, arguments: tuple[str, ...]) -> BuiltinGuest:
+        return super().__new__(cls, (kernel, initrd, arguments))
+
+    @property
+    def kernel(self) -> str:
+        """The absolute path of the kernel image."""
+        return self[0]
+
+    @property
+    def initrd(self) -> str:
+        """The absolute path of the initramfs."""
+        return self[1]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The kernel arguments that this guest wants."""
+        return self[2]
+
+
+def find(architecture: str = "x86_64") -> BuiltinGuest | None:
+    """Look for a guest that is ready in the cache; None if it has yet to be built."""
+    directory = os.path.join(cache_directory(), f"{architecture}-{fingerprint()}")
+    return guest_in(directory, architecture)
+
+
+def guest_in(directory: str, architecture: str) -> BuiltinGuest | None:
+    """The guest of that architecture whose files are in this directory, if both are."""
+    kernel, initrd = os.path.join(directory, "kernel"), os.path.join(directory, "initrd")
+    if os.path.exists(kernel) and os.path.exists(initrd):
+        return BuiltinGuest(kernel, initrd, ARGUMENTS.get(architecture, ()))
+    return None
+
+
+def cache_directory() -> str:
+    """The absolute path of the directory that holds the guests of all architectures, whether it exists or not."""
+    base = os.environ.get("VMSPAWN_CACHE_DIR")
+    if not base:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        base = os.path.join(home, "vmspawn")
+    return os.path.abspath(os.path.join(base, "guest"))
+
+
+def fingerprint() -> str:
+    """A short name for what is in `rootfs`: another version of this package must not find the guest of this one.
+
+    The remainder by a prime tells files apart well enough, and hashlib would take longer to import than all this.
+    """
+    value = FORMAT
+    for name in FILES:
+        with open(os.path.join(ROOTFS, name), "rb") as file:
+            value = int.from_bytes(b"%x %b" % (value, file.read()), "big") % _PRIME
+    return f"{value:016x}"

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The busybox of the built-in guest: a statically linked one, from this host or from its distribution."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from vmspawn.errors import GuestError
+from vmspawn.guest.packages import Fetcher, available
+
+_PROGRAMS = ("busybox", "busybox.static", "busybox-static")
+_PACKAGE = "busybox-static"
+
+# `mdev -d`, which our scripts build on, came with this version
+_OLDEST = (1, 31)
+
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+_PT_INTERP = 3
+
+
+def find_busybox(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> bytes:
+    """The content of a busybox that runs in the guest."""
+    for program in _PROGRAMS:
+        path = shutil.which(program)
+        content = Path(path).read_bytes() if path else b""
+        if is_usable(content, architecture):
+            return content
+    if not available():
+        raise GuestError(
+            f"the built-in guest needs a statically linked busybox with mdev for {architecture}, and none is here",
+            hint="Install the package busybox-static (or busybox, where that one is linked statically).",
+        )
+    content = _busybox_in(fetcher.fetch(_PACKAGE))
+    if not is_usable(content, architecture):
+        raise GuestError("the distribution's busybox-static is too old, or has no mdev")
+    return content
+
+
+def is_usable(content: bytes, architecture: str) -> bool:
+    """Whether this is a busybox for the architecture that needs no libraries and has what our scripts use."""
+    version = re.search(rb"BusyBox v(\d+)\.(\d+)", content)
+    return (
+        is_static(content, architecture)
+        and version is not None
+        and (int(version[1]), int(version[2])) >= _OLDEST
+        and b"\0mdev\0" in content
+    )
+
+
+def is_static(content: bytes, architecture: str) -> bool:
+    """Whether this is a 64-bit ELF program for the architecture that asks for no dynamic linker."""
+    if content[:6] != b"\x7fELF\x02\x01" or len(content) < 64:
+        return False
+    (machine,) = struct.unpack_from("<H", content, 0x12)
+    (table,) = struct.unpack_from("<Q", content, 0x20)
+    size, count = struct.unpack_from("<HH", content, 0x36)
+    types = [struct.unpack_from("<I", content, table + size * index)[0] for index in range(count)]
+    return machine == _ELF_MACHINES[architecture] and _PT_INTERP not in types
+
+
+def _busybox_in(tree: Path) -> bytes:
+    for name in ("bin/busybox", "usr/bin/busybox"):
+        if (tree / name).is_file():
+            return (tree / name).read_bytes()
+    raise GuestError(f"the distribution's package {_PACKAGE} has no busybox")

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A writer of initramfs archives, in cpio's "newc" format.
+
+The format is the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. The same input makes the
+same bytes: there are no times and no owners but root.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import BinaryIO
+
+
+class Initramfs:
+    """Entries go straight to the file; `close` ends the archive, and leaves the file to the caller."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._entries = 0
+        self._directories: set[str] = set()
+
+    def add_directory(self, path: str, mode: int = 0o755) -> None:
+        """Add a directory and those above it, unless they are there."""
+        if path in self._directories:
+            return
+        self._add_parents(path)
+        self._directories.add(path)
+        self._write(path, stat.S_IFDIR | mode)
+
+    def add_file(self, path: str, content: bytes, *, executable: bool = False) -> None:
+        """Add a regular file, and the directories above it."""
+        self._add_parents(path)
+        self._write(path, stat.S_IFREG | (0o755 if executable else 0o644), content)
+
+    def add_link(self, path: str, target: str) -> None:
+        """Add a symbolic link, and the directories above it."""
+        self._add_parents(path)
+        self._write(path, stat.S_IFLNK | 0o777, target.encode())
+
+    def add_character_device(self, path: str, major: int, minor: int) -> None:
+        """Add a character device, and the directories above it."""
+        self._add_parents(path)
+        self._write(path, stat.S_IFCHR | 0o600, device=(major, minor))
+
+    def close(self) -> None:
+        """Write the mark of the end."""
+        self._write("TRAILER!!!", 0)
+
+    def _add_parents(self, path: str) -> None:
+        parent = path.rpartition("/")[0]
+        if parent:
+            self.add_directory(parent)
+
+    def _write(self, path: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
+        name = path.encode() + b"\0"
+        self._entries += 1
+        # inode, mode, uid, gid, links, time, size, device of the file system (2), device, length of name, checksum
+        fields = (self._entries, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(name), 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields)
+        self._file.write(_padded(header + name) + _padded(content))
+
+
+def _padded(data: bytes) -> bytes:
+    return data + b"\0" * (-len(data) % 4)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The modules of a kernel: which are there, which are built in, what each needs.
+
+A package that was unpacked and not installed has no `modules.dep` yet (depmod makes it at installation), so the
+dependencies are read where depmod reads them too: in the `.modinfo` section of each module.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from vmspawn.errors import GuestError
+
+_ZSTD_SECONDS = 30
+
+
+class Modules:
+    """What is below a directory like `/lib/modules/6.1.0-amd64`; names have underscores only, as in lsmod."""
+
+    def __init__(self, directory: Path) -> None:
+        self.version = directory.name
+        self._paths = {_name(path.name): path for path in directory.joinpath("kernel").rglob("*.ko*")}
+        builtin = directory / "modules.builtin"
+        lines = builtin.read_text().splitlines() if builtin.exists() else []
+        self._builtin = {_name(line.rpartition("/")[2]) for line in lines}
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those names that the kernel has neither as a module nor built in."""
+        return [name for name in names if name not in self._paths and name not in self._builtin]
+
+    def load(self, names: Iterable[str]) -> dict[str, Module]:
+        """Read those of the modules that are not built in, and all that they need, in the order to load them in."""
+        loaded: dict[str, Module] = {}
+        for name in names:
+            self._load(name, loaded)
+        return loaded
+
+    def _load(self, name: str, loaded: dict[str, Module]) -> None:
+        if name in loaded or name not in self._paths:
+            return
+        module = Module(name, _read(self._paths[name]))
+        for other in module.depends:
+            self._load(other, loaded)
+        loaded[name] = module
+
+
+class Module:
+    """One module: its name, its uncompressed content, and what this says of itself."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.name = name
+        self.content = content
+        information = modinfo(content)
+        self.depends = [_name(other) for value in information.get("depends", []) for other in value.split(",") if other]
+        self.aliases = information.get("alias", [])
+
+
+def modules_dep(modules: dict[str, Module]) -> str:
+    """The text of `modules.dep` for these modules, all in one directory, in the order that `load` gives.
+
+    What a module needs is listed in full, and what to load first stands last.
+    """
+    needs: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        others = [*module.depends, *(deeper for other in module.depends for deeper in needs.get(other, []))]
+        needs[name] = [other for other in reversed(modules) if other in others]
+    return "".join(f"{name}.ko:{''.join(f' {other}.ko' for other in others)}\n" for name, others in needs.items())
+
+
+def modules_alias(modules: dict[str, Module]) -> str:
+    """The text of `modules.alias` for these modules."""
+    return "".join(f"alias {alias} {module.name}\n" for module in modules.values() for alias in module.aliases)
+
+
+def modinfo(content: bytes) -> dict[str, list[str]]:
+    """What the `.modinfo` section of a 64-bit ELF object says: each key with its values in order."""
+    found: dict[str, list[str]] = {}
+    for entry in _section(content, b".modinfo").split(b"\0"):
+        key, separator, value = entry.decode(errors="replace").partition("=")
+        if separator:
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def _section(content: bytes, name: bytes) -> bytes:
+    if content[:6] != b"\x7fELF\x02\x01":
+        raise GuestError("a kernel module is not a 64-bit little-endian ELF object")
+    (table,) = struct.unpack_from("<Q", content, 0x28)
+    size, count, names = struct.unpack_from("<HHH", content, 0x3A)
+    # Of an Elf64_Shdr: sh_name, sh_offset, sh_size
+    headers = [struct.unpack_from("<I20xQQ", content, table + size * index) for index in range(count)]
+    strings = headers[names][1]
+    for offset, start, length in headers:
+        if content.startswith(name + b"\0", strings + offset):
+            return content[start : start + length]
+    return b""
+
+
+def _name(file_name: str) -> str:
+    return file_name.partition(".ko")[0].replace("-", "_")
+
+
+def _read(path: Path) -> bytes:
+    match path.suffix:
+        case ".ko":
+            return path.read_bytes()
+        case ".xz":
+            return lzma.decompress(path.read_bytes())
+        case ".gz":
+            return gzip.decompress(path.read_bytes())
+        case ".zst":
+            return _zstd(path)
+    raise GuestError(f"the kernel module {path} is compressed in an unknown way")
+
+
+def _zstd(path: Path) -> bytes:
+    if not shutil.which("zstd"):
+        raise GuestError("the kernel's modules are compressed with zstd", hint="Install the package zstd.")
+    try:
+        return subprocess.run(
+            ["zstd", "-dcq", str(path)], check=True, capture_output=True, timeout=_ZSTD_SECONDS
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise GuestError(f"the kernel module {path} could not be decompressed: {error}") from error

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Packages of the distribution, fetched and unpacked without installing them and without root.
+
+Only apt's own sources are asked, in the way this host is set up; no address is known here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from vmspawn.errors import GuestError
+
+#: What Debian calls the architectures.
+DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+# A kernel is 20 to 100 MB, the lists of packages are 10: enough for a line of 1 MB/s.
+_DOWNLOAD_SECONDS = 300
+_LOCAL_SECONDS = 60
+
+# A kernel's package may leave its modules, or the image itself, to packages that it depends on.
+_KERNEL_PART = re.compile(r"linux-(image|modules|binary)-\d")
+
+_CONFIG = """\
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear APT::Architectures;
+APT::Architecture "{architecture}";
+APT::Architectures {{ "{architecture}"; }};
+APT::Get::List-Cleanup "true";
+Acquire::Languages "none";
+Dir::State "{directory}/state";
+Dir::State::status "/dev/null";
+Dir::Cache "{directory}/cache";
+"""
+
+
+class Apt:
+    """apt-get and apt-cache with a set of lists: the host's own, or ones in a private directory.
+
+    Where the host's are missing, out of date or for another architecture, the private ones help.
+    """
+
+    def __init__(self, options: tuple[str, ...] = ()) -> None:
+        self._options = options
+
+    @classmethod
+    def private(cls, directory: Path, architecture: str) -> Apt:
+        """An apt whose lists are in the directory, and are fetched now."""
+        for name in ("state/lists/partial", "cache/archives/partial"):
+            (directory / name).mkdir(parents=True)
+        config = directory / "apt.conf"
+        config.write_text(_CONFIG.format(architecture=architecture, directory=directory))
+        apt = cls(("-c", str(config)))
+        # Some source of the host may be out of order: what counts is whether the package is found
+        _run(["apt-get", *apt._options, "-q", "update"], seconds=_DOWNLOAD_SECONDS, check=False)
+        return apt
+
+    def depends(self, package: str) -> list[str]:
+        """The names of the packages that this one depends on, alternatives included."""
+        record = _run(["apt-cache", *self._options, "show", "--no-all-versions", package], seconds=_LOCAL_SECONDS)
+        depends = re.search(r"^Depends: (.*)$", record, re.MULTILINE)
+        return [entry.split()[0] for entry in re.split(r"[,|]", depends[1])] if depends else []
+
+    def kernel_parts(self, metapackage: str) -> list[str]:
+        """The packages that make up the kernel which the metapackage stands for."""
+        parts: list[str] = []
+        wanted = [metapackage]
+        while wanted:
+            found = [name for name in self.depends(wanted.pop()) if _KERNEL_PART.match(name)]
+            new = [name for name in found if name not in parts]
+            parts += new
+            wanted += new
+        if not parts:
+            raise GuestError(f"the package {metapackage} names no kernel")
+        return parts
+
+    def download(self, packages: list[str], directory: Path) -> None:
+        """Fetch the packages' files into the directory."""
+        _run(["apt-get", *self._options, "-q", "download", *packages], directory=directory, seconds=_DOWNLOAD_SECONDS)
+
+
+def available() -> bool:
+    """Whether this host has what it takes to fetch and unpack Debian's kind of packages."""
+    return all(shutil.which(program) for program in ("apt-get", "apt-cache", "dpkg-deb"))
+
+
+class Fetcher:
+    """Fetches packages of one architecture and unpacks them below a scratch directory, which the caller removes."""
+
+    def __init__(self, architecture: str, scratch: Path, progress: Callable[[str], None]) -> None:
+        self._architecture = DEBIAN_NAMES[architecture]
+        self._scratch = scratch
+        self._progress = progress
+        self._private: Apt | None = None
+
+    def fetch(self, package: str) -> Path:
+        """Unpack one package; return the directory that has its tree."""
+        return self._first_that_works([package], lambda apt, name: [name])
+
+    def fetch_kernel(self, metapackages: Sequence[str]) -> Path:
+        """Unpack the kernel that the first of the metapackages there is stands for; return its tree."""
+        return self._first_that_works(metapackages, lambda apt, name: apt.kernel_parts(name))
+
+    def _first_that_works(self, names: Sequence[str], resolve: Callable[[Apt, str], list[str]]) -> Path:
+        errors: list[GuestError] = []
+        for apt in self._apts():
+            for name in names:
+                try:
+                    return self._unpack(apt, name, resolve(apt, name))
+                except GuestError as error:
+                    errors.append(error)
+        raise GuestError(
+            f"the package {names[0]} for {self._architecture} could not be fetched: {errors[0]}",
+            hint="Does `apt-get update` work on this host?",
+        ) from errors[0]
+
+    def _apts(self) -> Iterator[Apt]:
+        if self._architecture == _run(["dpkg", "--print-architecture"], seconds=_LOCAL_SECONDS).strip():
+            yield Apt()
+        if self._private is None:
+            self._progress("Fetching the lists of packages")
+            self._private = Apt.private(self._scratch / "apt", self._architecture)
+        yield self._private
+
+    def _unpack(self, apt: Apt, name: str, packages: list[str]) -> Path:
+        archives, tree = self._scratch / f"{name}.debs", self._scratch / name
+        for directory in (archives, tree):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+        self._progress(f"Downloading {', '.join(packages)}")
+        apt.download(packages, archives)
+        for archive in archives.iterdir():
+            _run(["dpkg-deb", "-x", str(archive), str(tree)], seconds=_LOCAL_SECONDS)
+            archive.unlink()
+        return tree
+
+
+def _run(command: list[str], *, seconds: float, directory: Path | None = None, check: bool = True) -> str:
+    """Run a program to its end and return its output; GuestError has the first complaint it made."""
+    environment = os.environ | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(
+            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise GuestError(f"{command[0]} did not finish within {seconds:.0f} s") from None
+    except OSError as error:
+        raise GuestError(f"{command[0]} could not be started: {error.strerror}") from error
+    if check and done.returncode != 0:
+        raise GuestError(_complaint(command[0], done))
+    return done.stdout.decode(errors="replace")
+
+
+def _complaint(program: str, done: subprocess.CompletedProcess[bytes]) -> str:
+    lines = done.stderr.decode(errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("E: ")] or lines
+    return f"{program}: {errors[0].removeprefix('E: ')}" if errors else f"{program} exited with {done.returncode}"

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The commands as a user runs them: processes of their own, judged by what they print and how they exit."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.machines import fresh_name
+
+#: Nothing here takes longer; a test that waits this long has failed.
+DEADLINE = 60.0
+
+
+def vmctl(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
+    """Run vmctl to its end."""
+    command = [sys.executable, "-m", "vmspawn.cli.ctl", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
+    """Run a vmspawn that is expected to end by itself."""
+    command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+
+
+class Spawned:
+    """A running vmspawn. What it prints on either output is read while something is waited for."""
+
+    def __init__(self, name: str, arguments: tuple[str, ...]) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "vmspawn.cli.spawn", "-M", name, *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.output = {"stdout": "", "stderr": ""}
+        self._open = {"stdout": self.process.stdout, "stderr": self.process.stderr}
+
+    def wait_for(self, text: str, *, stream: str = "stderr", timeout: float = DEADLINE) -> None:
+        """Read until `text` was printed."""
+        deadline = time.monotonic() + timeout
+        while text not in self.output[stream]:
+            assert self._read(deadline - time.monotonic()), f"{text!r} did not come; there is: {self.output}"
+
+    def wait(self, *, timeout: float = DEADLINE) -> int:
+        """Read to the end and return the exit status."""
+        deadline = time.monotonic() + timeout
+        while self._read(deadline - time.monotonic()):
+            pass
+        return self.process.wait(timeout=max(0.1, deadline - time.monotonic()))
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the manager."""
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self.process.poll() is None and vmctl("terminate", self.name).returncode != 0:
+            self.process.kill()
+        self.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        self.process.wait()
+
+    def _read(self, seconds: float) -> bool:
+        """Read once from what is readable; False at the deadline, or when both streams have ended."""
+        if not self._open:
+            return False
+        ready, _, _ = select.select(list(self._open.values()), [], [], max(0.0, seconds))
+        for name, stream in tuple(self._open.items()):
+            if stream in ready and stream is not None:
+                data = os.read(stream.fileno(), 65536)
+                self.output[name] += data.decode(errors="replace")
+                if not data:
+                    del self._open[name]
+        return bool(ready)
+
+
+@contextmanager
+def spawned(*arguments: str, name: str | None = None) -> Iterator[Spawned]:
+    """A vmspawn with these arguments, killed afterwards if it still runs."""
+    running = Spawned(name or fresh_name(), arguments)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def qemu_pid(machine: str) -> int:
+    """The process id of a running machine's QEMU."""
+    import json
+
+    found = json.loads(vmctl("status", machine, "--json=short").stdout)
+    return int(found["processId"])
+
+
+def make_script(path: Path, text: str) -> Path:
+    """An executable shell script."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path

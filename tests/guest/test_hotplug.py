@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The main job, seen from inside: a booted guest gains disks, uses them and loses them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import MIB, make_qcow2, make_raw
+from tests.machines import Snapshot, event_named, fresh_name
+from tests.shell import Shell
+from vmspawn import Drive, Machine
+from vmspawn.errors import StoragePending
+from vmspawn.storage.hotplug import DETACHED_EVENT
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PATTERN = b"written in the guest\n"
+
+
+class Booted(NamedTuple):
+    machine: Machine
+    shell: Shell
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
+async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
+    options = {"guest": "builtin", "qemu": qemu, "name": fresh_name(), "console": "headless"}
+    async with Machine(**options, machine_type=request.param) as machine:
+        shell = await Shell.open(machine)
+        yield Booted(machine, shell)
+        shell.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def nothing_left(guest: Booted) -> AsyncIterator[None]:
+    """Every test must leave the machine as it found it."""
+    before = await Snapshot.take(guest.machine)
+    yield
+    assert await Snapshot.take(guest.machine) == before
+
+
+async def seen_by_the_guest(shell: Shell, serial: str) -> tuple[str, int, str]:
+    """Wait for the guest's line on a new disk; return its name, size and mode."""
+    line = rf"vmspawn-guest: block (\S+) came: (\d+) bytes, serial {serial}, (read-write|read-only)"
+    match = await shell.wait_for(line)
+    return match[1], int(match[2]), match[3]
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_a_disk_comes_is_written_and_goes(guest: Booted, tmp_path: Path, bus: str, image_format: str) -> None:
+    machine, shell = guest
+    path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / f"disk-{bus}", 64 * MIB)
+    attached = await machine.attach(Drive(str(path), bus=bus, format=image_format))
+    name, size, mode = await seen_by_the_guest(shell, f"disk-{bus}")
+    assert (size, mode) == (64 * MIB, "read-write")
+    assert await shell.run(f"readlink -f {attached.by_id}") == f"/dev/{name}"
+    await shell.run(f"echo written in the guest | dd of=/dev/{name} bs=512 conv=fsync,sync")
+    if image_format == "raw":
+        assert path.read_bytes().startswith(PATTERN)
+    await machine.detach(attached.name)
+    await shell.wait_for(f"vmspawn-guest: block {name} went")
+    assert await first_bytes(path, image_format) == PATTERN
+
+
+async def first_bytes(path: Path, image_format: str) -> bytes:
+    """The beginning of an image's content, by qemu-img: an independent reader."""
+    command = ["qemu-img", "dd", "-f", image_format, "-O", "raw", "bs=512", "count=1", f"if={path}", f"of={path}.out"]
+    process = await asyncio.create_subprocess_exec(*command)
+    assert await process.wait() == 0
+    return Path(f"{path}.out").read_bytes()[: len(PATTERN)]
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
+async def test_a_read_only_disk_cannot_be_written(guest: Booted, tmp_path: Path, bus: str) -> None:
+    machine, shell = guest
+    path = make_raw(tmp_path / "disk", 8 * MIB)
+    path.write_bytes(b"from the host\n" + path.read_bytes()[14:])
+    await machine.attach(Drive(str(path), bus=bus, read_only=True))
+    name, size, _ = await seen_by_the_guest(shell, "disk")
+    assert size == 8 * MIB
+    assert await shell.run(f"head -n 1 /dev/{name}") == "from the host"
+    await shell.run(f"! dd if=/dev/urandom of=/dev/{name} bs=4096 count=1 conv=fsync 2>/dev/null")
+    await machine.detach("disk")
+    await shell.wait_for(f"vmspawn-guest: block {name} went")
+    assert path.read_bytes()[:14] == b"from the host\n"
+
+
+async def test_a_disk_with_a_long_name_has_a_hashed_serial(guest: Booted, tmp_path: Path) -> None:
+    machine, shell = guest
+    path = make_raw(tmp_path / "disk", 8 * MIB)
+    attached = await machine.attach(Drive(str(path), "my disk"))
+    # printf %s 'my disk' | sha256sum | cut -c1-20
+    assert attached.serial == "514d464627a195887561"
+    name, _, _ = await seen_by_the_guest(shell, attached.serial)
+    assert await shell.run(f"readlink -f {attached.by_id}") == f"/dev/{name}"
+    await machine.detach("my disk")
+
+
+async def test_a_block_device_of_the_host(guest: Booted, tmp_path: Path) -> None:
+    machine, shell = guest
+    path = make_raw(tmp_path / "backing", 8 * MIB)
+    process = await asyncio.create_subprocess_exec(
+        "losetup", "--find", "--show", str(path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, errors = await process.communicate()
+    if process.returncode != 0:
+        pytest.skip(f"no loop device: {errors.decode().strip()}")
+    loop = output.decode().strip()
+    try:
+        await machine.attach(Drive(loop, "disk", "virtio-blk"))
+        name, size, _ = await seen_by_the_guest(shell, "disk")
+        assert size == 8 * MIB
+        await shell.run(f"echo written in the guest | dd of=/dev/{name} bs=512 conv=fsync,sync")
+        await machine.detach("disk")
+    finally:
+        assert await (await asyncio.create_subprocess_exec("losetup", "--detach", loop)).wait() == 0
+    assert path.read_bytes().startswith(PATTERN)
+
+
+async def test_all_ports_are_used_and_used_again(guest: Booted, tmp_path: Path) -> None:
+    """Eight disks on as many ports, twice; they arrive and leave at once and in any order."""
+    machine, shell = guest
+    for _ in range(2):
+        names = [f"disk{n}" for n in range(8)]
+        paths = {name: make_raw(tmp_path / name, MIB) for name in names}
+        await asyncio.gather(*(machine.attach(Drive(str(paths[name]))) for name in names))
+        came = [await shell.wait_for(r"block (\S+) came: 1048576 bytes, serial (disk\d)") for _ in names]
+        assert {match[2] for match in came} == set(names)
+        await asyncio.gather(*(machine.detach(name) for name in reversed(names)))
+        went = [await shell.wait_for(r"block (\S+) went") for _ in names]
+        assert {match[1] for match in went} == {match[1] for match in came}
+
+
+async def test_a_paused_guest_lets_go_once_it_runs_again(guest: Booted, tmp_path: Path) -> None:
+    machine, shell = guest
+    await machine.attach(Drive(str(make_raw(tmp_path / "disk", MIB))))
+    await seen_by_the_guest(shell, "disk")
+    await machine.pause()
+    with pytest.raises(StoragePending, match="stays while the guest is paused"):
+        await machine.detach("disk", timeout=0.2)
+    late = asyncio.create_task(event_named(machine, DETACHED_EVENT))
+    await asyncio.sleep(0)
+    await machine.resume()
+    assert await late == {"name": "disk"}
+    await shell.wait_for("vmspawn-guest: block vda went")
+
+
+async def test_60_cycles_over_all_buses_leave_nothing(guest: Booted, tmp_path: Path) -> None:
+    machine, shell = guest
+    path = str(make_raw(tmp_path / "disk", MIB))
+    for _ in range(20):
+        for bus in ("virtio-blk", "nvme", "virtio-scsi"):
+            await machine.attach(Drive(path, bus=bus))
+            name, _, _ = await seen_by_the_guest(shell, "disk")
+            await machine.detach("disk")
+            await shell.wait_for(f"vmspawn-guest: block {name} went")

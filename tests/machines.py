@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Machines for tests, and what of a machine must be the same before and after."""
+
+import asyncio
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import make_raw
+from vmspawn import Machine
+from vmspawn.host import runtime
+
+
+def fresh_name() -> str:
+    """A name that no other machine has."""
+    return f"t{uuid.uuid4().hex[:10]}"
+
+
+def idle_machine(qemu: str, folder: Path, **options: Any) -> Machine:
+    """A machine whose guest is its firmware, looking for something to boot: for all that needs no guest."""
+    image = make_raw(folder / f"boot-{fresh_name()}", 1 << 20)
+    defaults = {"image": str(image), "qemu": qemu, "name": fresh_name(), "console": "headless", "ram": 64 << 20}
+    return Machine(**{**defaults, **options})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a drive may leave behind."""
+
+    nodes: frozenset[str]
+    fdsets: tuple[int, ...]
+    pci_devices: frozenset[str]
+    ports_free: int
+    qemu_files: int
+    own_files: int
+
+    @classmethod
+    async def take(cls, machine: Machine) -> "Snapshot":
+        """Look at QEMU through its monitor, and at both processes through /proc."""
+        nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+        fdsets = await machine.monitor.execute("query-fdsets")
+        pci = await machine.monitor.execute("query-pci")
+        return cls(
+            frozenset(node["node-name"] for node in nodes),
+            tuple(sorted(fdset["fdset-id"] for fdset in fdsets)),
+            frozenset(_qdev_ids(pci)),
+            machine.storage.ports_free,
+            open_files(machine.pid),
+            open_files(os.getpid()),
+        )
+
+
+def open_files(pid: int) -> int:
+    """How many files a process has open. Event descriptors do not count: QEMU makes some for its worker threads, once,
+    when they are first needed."""
+    folder = Path(f"/proc/{pid}/fd")
+    return sum(not link.startswith("anon_inode:[event") for link in map(_read_link, folder.iterdir()))
+
+
+def _read_link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:  # the descriptor of the listing itself
+        return "anon_inode:[eventpoll]"
+
+
+def _qdev_ids(found: Any) -> list[str]:
+    ids: list[str] = []
+    for bus in found:
+        for device in bus["devices"]:
+            ids.append(device["qdev_id"] or f"{device['bus']}:{device['slot']}.{device['function']}")
+            if bridge := device.get("pci_bridge"):
+                ids += _qdev_ids([{"devices": bridge.get("devices", [])}])
+    return ids
+
+
+def is_gone(name: str) -> bool:
+    """Whether nothing of a machine is left in the runtime directory."""
+    return not os.path.exists(os.path.join(runtime.runtime_root(), name))
+
+
+def process_is_gone(pid: int) -> bool:
+    """Whether no such process runs."""
+    return runtime.start_time(pid) == 0
+
+
+async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> dict[str, Any]:
+    """Wait for the next event of that name and return its data."""
+    async with asyncio.timeout(timeout):
+        with machine.events() as events:
+            async for event in events:
+                if event.name == name:
+                    return event.data or {}
+    raise AssertionError(f"the machine ended before {name}")

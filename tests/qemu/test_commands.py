@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vmspawn and vmctl as processes, on a real QEMU without a guest: every mistake gets one line and leaves nothing."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Spawned, make_script, qemu_pid, spawned, vmctl, vmspawn
+from tests.conftest import make_qcow2, make_raw
+from tests.machines import is_gone, process_is_gone
+from vmspawn.host import runtime
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_raw(tmp_path_factory.mktemp("image") / "image", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
+    image = make_raw(tmp_path_factory.mktemp("image") / "boot", 1 << 20)
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
+        running.wait_for("is running")
+        yield running
+
+
+def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:
+    """The error that a command ended with: one line, and at most one more with a hint."""
+    lines = [line for line in done.stderr.splitlines() if "no KVM" not in line]
+    assert "Traceback" not in done.stderr
+    assert len(lines) in (1, 2), done.stderr
+    assert lines[0].startswith(f"{program}: ")
+    assert all(line.startswith(" ") for line in lines[1:])
+    return lines[0]
+
+
+def test_a_machine_is_there_when_it_says_so_and_gone_when_it_was_terminated(qemu: str, image: Path) -> None:
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
+        running.wait_for("is running")
+        pid = qemu_pid(running.name)
+        assert vmctl("terminate", running.name).returncode == 0
+        assert running.wait() == 0
+    assert "the machine was terminated" in running.output["stderr"]
+    assert is_gone(running.name)
+    assert process_is_gone(pid)
+
+
+def test_qemu_prints_no_warning(qemu: str, image: Path) -> None:
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
+        running.wait_for("is running")
+        log = Path(runtime.runtime_root(), running.name, runtime.LOG)
+        assert log.read_text() == ""
+
+
+def test_quiet_says_nothing(qemu: str, image: Path) -> None:
+    with spawned("-q", f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
+        while vmctl("status", running.name).returncode != 0:
+            assert running.process.poll() is None
+        vmctl("terminate", running.name)
+        assert running.wait() == 0
+    assert running.output == {"stdout": "", "stderr": ""}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_second_signal_ends_a_machine_whose_guest_does_not_listen(
+    qemu: str, image: Path, number: signal.Signals
+) -> None:
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
+        running.wait_for("is running")
+        pid = qemu_pid(running.name)
+        running.signal(number)
+        running.wait_for(f"{number.name}: asked the guest to power off")
+        running.signal(number)
+        assert running.wait() == 0
+    assert is_gone(running.name)
+    assert process_is_gone(pid)
+
+
+def test_a_guest_that_does_not_power_off_in_time_is_ended(qemu: str, image: Path) -> None:
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0.5") as running:
+        running.wait_for("is running")
+        running.signal(signal.SIGTERM)
+        assert running.wait() == 0
+    assert "the guest did not power off within 0.5 s" in running.output["stderr"]
+    assert is_gone(running.name)
+
+
+def test_a_signal_while_it_starts_leaves_nothing(qemu: str, image: Path) -> None:
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0") as running:
+        running.signal(signal.SIGTERM)
+        running.wait()
+    assert is_gone(running.name)
+
+
+def test_qemu_killed_under_us_is_said_and_cleaned_up(qemu: str, image: Path) -> None:
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
+        running.wait_for("is running")
+        os.kill(qemu_pid(running.name), signal.SIGKILL)
+        assert running.wait() == 1
+    assert "vmspawn: QEMU died of SIGKILL" in running.output["stderr"]
+    assert is_gone(running.name)
+
+
+def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, image: Path) -> None:
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
+        running.wait_for("is running")
+        pid = qemu_pid(running.name)
+        running.process.kill()
+        running.wait()
+    try:
+        done = vmspawn("-M", running.name, f"--qemu={qemu}", f"--image={image}")
+        assert done.returncode == 1
+        assert f"QEMU is process {pid}" in one_line(done, "vmspawn")
+        assert "does not run" in vmctl("status", running.name).stderr
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        pidfd = os.pidfd_open(pid)
+        import select
+
+        select.select([pidfd], [], [], 10)
+        os.close(pidfd)
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", name=running.name) as again:
+        again.wait_for("is running")
+    assert is_gone(running.name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "nothing to boot"),
+        (["--nonsense"], 2, "--nonsense"),
+        (["--image={image}", "-M", "../up"], 2, "invalid machine name '../up'"),
+        (["--image={image}", "--ram=lots"], 2, "--ram=lots is not a size"),
+        (["--image={image}", "--cpus=many"], 2, "--cpus"),
+        (["--image={image}", "--hotplug-ports=500"], 2, "--hotplug-ports=500 is out of range"),
+        (["--image={image}", "--machine-type=pc", "--hotplug-ports=40"], 2, "out of range for the machine type pc"),
+        (["--image={image}", "--extra-drive=nvme:"], 2, "names no path"),
+        (["--image={image}", "--kvm=yes"], 2, "--kvm=yes, but"),
+        (["--image={image}", "--qemu=/nonexistent/qemu"], 1, "cannot use QEMU /nonexistent/qemu: not found"),
+        (["--image={image}", "--qemu={image}"], 1, "not executable"),
+        (["--image={image}", "--qemu=/bin/true"], 1, "/bin/true is not QEMU"),
+        (["--image={image}", "--qemu={old}"], 1, "is QEMU 6.2.0, which is too old"),
+        (["--image=/nonexistent"], 1, "cannot open /nonexistent: No such file or directory"),
+        (["--image=/tmp"], 1, "/tmp is a directory"),
+        (["--image={empty}"], 1, "the image is empty"),
+        (["--image={qcow2}"], 1, "looks like qcow2"),
+        (["--image={image}", "--image-format=qcow2"], 1, "is not in qcow2 format"),
+        (["--image={image}", "--extra-drive={image}"], 2, "two drives are called image"),
+        (["--image={image}", "--extra-drive={link}"], 1, "the same file as another drive"),
+        (["--linux=/nonexistent"], 1, "cannot use --linux=/nonexistent: No such file or directory"),
+        (["--linux={empty}"], 1, "the file is empty"),
+        (["--linux={image}", "--initrd=/nonexistent"], 1, "cannot use --initrd=/nonexistent"),
+        (["--image={image}", "--qemu-arg=-nonsense"], 1, "QEMU could not start: -nonsense: invalid option"),
+        (["--image={image}", "--qemu-arg=-device", "--qemu-arg=nonsense"], 1, "QEMU could not start"),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_line(
+    qemu: str, image: Path, tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
+    names = {
+        "image": str(image),
+        "empty": str(make_raw(tmp_path / "empty", 0)),
+        "qcow2": str(make_qcow2(tmp_path / "qcow2")),
+        "link": str(tmp_path / "link"),
+        "old": str(make_script(tmp_path / "old", "echo QEMU emulator version 6.2.0")),
+    }
+    os.symlink(image, names["link"])
+    filled = [argument.format(**names) for argument in arguments]
+    explicit = [] if any(argument.startswith("--qemu=") for argument in filled) else [f"--qemu={qemu}"]
+    name = [] if "-M" in filled else ["-M", "broken"]
+    done = vmspawn(*explicit, *name, *filled)
+    assert done.returncode == status, done.stderr
+    assert message in one_line(done, "vmspawn")
+    assert is_gone("broken")
+
+
+def test_a_qemu_that_cannot_be_executed_is_named(image: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "qemu"
+    broken.write_bytes(b"\x7fELF nonsense")
+    broken.chmod(0o755)
+    done = vmspawn(f"--qemu={broken}", f"--image={image}")
+    assert (done.returncode, one_line(done, "vmspawn")) == (1, f"vmspawn: cannot run QEMU {broken}: Exec format error")
+
+
+def test_an_image_that_another_machine_uses_is_named(machine: Spawned, qemu: str) -> None:
+    boot = json.loads(vmctl("list-disks", machine.name, "--json=short").stdout)[0]["path"]
+    done = vmspawn(f"--qemu={qemu}", f"--image={boot}", "-M", "second")
+    assert done.returncode == 1
+    assert f"cannot use {boot}: another process uses the image" in one_line(done, "vmspawn")
+    assert is_gone("second")
+
+
+def test_a_name_in_use_is_refused(machine: Spawned, qemu: str, image: Path) -> None:
+    done = vmspawn(f"--qemu={qemu}", f"--image={image}", "-M", machine.name)
+    assert (done.returncode, one_line(done, "vmspawn")) == (1, f"vmspawn: a machine named {machine.name} is already running")
+    assert vmctl("status", machine.name).returncode == 0
+
+
+def test_vmctl_lists_the_machine_as_a_table_and_as_json(machine: Spawned) -> None:
+    table = vmctl("list").stdout.splitlines()
+    assert table[0].split() == ["MACHINE", "STATE", "QEMU", "ACCEL", "PID"]
+    assert any(line.split()[:2] == [machine.name, "running"] for line in table[1:])
+    found = json.loads(vmctl("list", "--json=short").stdout)
+    assert [entry["status"] for entry in found if entry["name"] == machine.name] == ["running"]
+
+
+def test_vmctl_pauses_and_resumes(machine: Spawned) -> None:
+    for verb, status in (("pause", "paused"), ("resume", "running")):
+        assert vmctl(verb, machine.name).returncode == 0
+        assert json.loads(vmctl("status", machine.name, "-j").stdout)["status"] == status
+
+
+def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "data.raw")
+    done = vmctl("attach-disk", machine.name, str(path), "--bus=virtio-scsi", "--read-only")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_data.raw" in done.stdout
+    row = next(line for line in vmctl("list-disks", machine.name).stdout.splitlines() if line.startswith("data.raw"))
+    assert row.split()[:6] == ["data.raw", "virtio-scsi", "64M", "raw", "ro", "attached"]
+    assert vmctl("detach-disk", machine.name, "data.raw").stdout == "Detached data.raw\n"
+    assert json.loads(vmctl("list-disks", machine.name, "--json=short").stdout)[0]["boot"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["attach-disk", "{machine}", "/nonexistent"], 1, "cannot attach /nonexistent: cannot open /nonexistent: No such"),
+        (["attach-disk", "{machine}", "/tmp"], 1, "cannot attach /tmp: /tmp is a directory"),
+        (["attach-disk", "{machine}", "{image}", "--bus=floppy"], 2, "invalid choice: 'floppy'"),
+        (["attach-disk", "{machine}"], 2, "the following arguments are required: PATH"),
+        (["attach-disk", "{machine}", "{boot}", "--name=x"], 1, "this file is attached already, as boot"),
+        (["detach-disk", "{machine}", "nobody"], 1, "cannot detach nobody: there is no drive named nobody"),
+        (["detach-disk", "{machine}", "boot"], 1, "has been there from boot"),
+        (["detach-disk", "{machine}", "image", "--timeout=soon"], 2, "--timeout"),
+        (["status", "nobody"], 1, "there is no machine named nobody"),
+        (["status", "../up"], 2, "invalid machine name"),
+        (["dance", "{machine}"], 2, "invalid choice: 'dance'"),
+        ([], 2, "VERB"),
+    ],
+)
+def test_what_vmctl_cannot_do_it_says_in_one_line(
+    machine: Spawned, image: Path, arguments: list[str], status: int, message: str
+) -> None:
+    boot = json.loads(vmctl("list-disks", machine.name, "--json=short").stdout)[0]["path"]
+    done = vmctl(*(argument.format(machine=machine.name, image=image, boot=boot) for argument in arguments))
+    assert done.returncode == status, done.stderr
+    assert message in one_line(done, "vmctl")
+    assert done.stdout == ""
+
+
+def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None:
+    import sys
+
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
+        running.wait_for("is running")
+        command = [sys.executable, "-m", "vmspawn.cli.ctl", "events", running.name, "--json=short", "--filter=STOP,SHUTDOWN"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
+            assert watcher.stdout is not None
+            assert json.loads(watcher.stdout.readline()) == {"event": "READY"}
+            vmctl("pause", running.name)
+            assert json.loads(watcher.stdout.readline())["event"] == "STOP"
+            vmctl("terminate", running.name)
+            rest = [json.loads(line) for line in watcher.stdout]
+            assert [event["event"] for event in rest] == ["SHUTDOWN"]
+            assert watcher.wait(timeout=20) == 0

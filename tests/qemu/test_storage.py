@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Attaching and detaching on a real QEMU, without a guest: what is refused, and that nothing is left behind."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import make_qcow2, make_raw
+from tests.machines import Snapshot, event_named, idle_machine
+from vmspawn import Drive, Machine
+from vmspawn.errors import (
+    BadConfig,
+    ConfigNotSupported,
+    NoFreePort,
+    NoSuchStorage,
+    QmpError,
+    StorageExists,
+    StorageImmutable,
+    StoragePending,
+    SystemFailure,
+)
+from vmspawn.storage import drive as drives
+from vmspawn.storage.hotplug import DETACHED_EVENT
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
+async def machine(
+    request: pytest.FixtureRequest, qemu: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Machine]:
+    folder = tmp_path_factory.mktemp("idle")
+    async with idle_machine(qemu, folder, machine_type=request.param, hotplug_ports=4) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def nothing_left(machine: Machine) -> AsyncIterator[None]:
+    """Every test must leave the machine as it found it."""
+    before = await Snapshot.take(machine)
+    yield
+    assert await Snapshot.take(machine) == before
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_a_scsi_drive_comes_and_goes_without_the_guest(
+    machine: Machine, tmp_path: Path, image_format: str, read_only: bool
+) -> None:
+    path = (make_qcow2 if image_format == "qcow2" else make_raw)(tmp_path / "disk")
+    drive = Drive(str(path), bus="virtio-scsi", format=image_format, read_only=read_only)
+    attached = await machine.attach(drive)
+    assert attached.backing.writable is not read_only
+    assert await machine.storage.sizes() == {attached.name: 64 << 20, **await boot_sizes(machine)}
+    await machine.detach("disk")
+
+
+async def boot_sizes(machine: Machine) -> dict[str, int]:
+    return {each.name: 1 << 20 for each in machine.storage if each.boot}
+
+
+async def test_no_descriptor_set_is_left_once_a_drive_is_attached(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+    found = await machine.monitor.execute("query-fdsets")
+    assert all(not fdset["fds"] for fdset in found)
+    await machine.detach("disk")
+
+
+async def test_a_drive_works_after_its_file_was_unlinked(machine: Machine, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    backing = drives.open_drive(str(path), read_only=False)
+    path.unlink()
+    await machine.attach_backing(Drive("", "disk", "virtio-scsi"), backing)
+    await machine.detach("disk")
+
+
+async def test_a_name_is_used_once(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+    with pytest.raises(StorageExists, match="named disk exists already"):
+        await machine.attach(Drive(str(make_raw(tmp_path / "other")), "disk", "virtio-scsi"))
+    await machine.detach("disk")
+
+
+async def test_a_file_is_attached_once_however_it_is_opened(machine: Machine, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    os.link(path, tmp_path / "link")
+    await machine.attach(Drive(str(path), bus="virtio-scsi"))
+    for other in (path, tmp_path / "link"):
+        for read_only in (False, True):
+            with pytest.raises(StorageExists, match="attached already, as disk"):
+                await machine.attach(Drive(str(other), "again", "virtio-scsi", read_only=read_only))
+    await machine.detach("disk")
+
+
+async def test_a_file_may_be_attached_twice_if_nobody_writes(machine: Machine, tmp_path: Path) -> None:
+    path = str(make_raw(tmp_path / "disk"))
+    for name in ("one", "two"):
+        await machine.attach(Drive(path, name, "virtio-scsi", read_only=True))
+    for name in ("one", "two"):
+        await machine.detach(name)
+
+
+async def test_an_image_that_another_machine_uses_is_refused(machine: Machine, qemu: str, tmp_path: Path) -> None:
+    path = str(make_raw(tmp_path / "disk"))
+    async with idle_machine(qemu, tmp_path) as other:
+        await other.attach(Drive(path, bus="virtio-scsi"))
+        with pytest.raises(SystemFailure, match="another process uses the image") as caught:
+            await machine.attach(Drive(path, bus="virtio-scsi"))
+        assert caught.value.errno_name == "EBUSY"
+
+
+@pytest.mark.parametrize(
+    ("drive", "error", "message"),
+    [
+        (Drive("none", bus="nvme"), SystemFailure, "No such file"),
+        (Drive(".", bus="nvme"), BadConfig, "directory"),
+        (Drive("empty"), BadConfig, "is empty"),
+        (Drive("disk", bus="floppy"), BadConfig, "unknown bus 'floppy'"),
+        (Drive("disk", name="a\nb"), BadConfig, "invalid drive name"),
+        (Drive("disk", format="vmdk"), BadConfig, "unknown image format"),
+        (Drive("disk", format="qcow2"), BadConfig, "not in qcow2 format"),
+        (Drive("disk", serial="x" * 21), BadConfig, "invalid serial"),
+    ],
+)
+async def test_what_cannot_be_attached(
+    machine: Machine, tmp_path: Path, drive: Drive, error: type[Exception], message: str
+) -> None:
+    make_raw(tmp_path / "disk")
+    make_raw(tmp_path / "empty", 0)
+    with pytest.raises(error, match=message) as caught:
+        await machine.attach(drive._replace(path=str(tmp_path / drive.path)))
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_broken_qcow2_image_is_refused_in_qemus_words(machine: Machine, tmp_path: Path) -> None:
+    path = tmp_path / "broken"
+    path.write_bytes(b"QFI\xfb" + bytes(1 << 16))
+    with pytest.raises(QmpError, match="refused blockdev-add"):
+        await machine.attach(Drive(str(path), bus="nvme", format="qcow2"))
+
+
+async def test_a_writable_descriptor_makes_no_optical_disk(machine: Machine, tmp_path: Path) -> None:
+    backing = drives.open_drive(str(make_raw(tmp_path / "disk")), read_only=False)
+    with pytest.raises(ConfigNotSupported, match="scsi-cd is read-only"):
+        await machine.attach_backing(Drive("", "cd", "scsi-cd"), backing)
+
+
+async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path) -> None:
+    """The place of a device that failed to come is free again, and the last failure says what to do."""
+    free = machine.storage.ports_free
+    taken = [machine.storage._context.layout.pci.take() for _ in range(free)]
+    with pytest.raises(NoFreePort, match="are in use") as caught:
+        await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="nvme"))
+    assert "--hotplug-ports=" in caught.value.hint
+    for place in taken:
+        machine.storage._context.layout.pci.release(place)
+
+
+async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Machine, tmp_path: Path) -> None:
+    """Somebody took the port through QMP: device_add fails, and the nodes, descriptors and port are given back."""
+    stranger = make_raw(tmp_path / "stranger")
+    await machine.monitor.execute("blockdev-add", {"driver": "file", "node-name": "foreign", "filename": str(stranger)})
+    free = machine.storage._context.layout.pci.take()
+    machine.storage._context.layout.pci.release(free)
+    # Places are used in turn: of all that are free, occupy the one that comes next.
+    upcoming = machine.storage._context.layout.pci._free[0]
+    device = {"driver": "virtio-blk-pci", "id": "foreign", "drive": "foreign", **upcoming.properties()}
+    await machine.monitor.execute("device_add", device)
+    with pytest.raises(QmpError, match="refused device_add"):
+        await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-blk"))
+    gone = asyncio.create_task(event_named(machine, "DEVICE_DELETED"))
+    await asyncio.sleep(0)
+    # The firmware does not let a device go; a reset does.
+    await machine.monitor.execute("device_del", {"id": "foreign"})
+    await machine.reboot()
+    await gone
+    await machine.monitor.execute("blockdev-del", {"node-name": "foreign"})
+
+
+async def test_an_unknown_drive_cannot_be_detached(machine: Machine) -> None:
+    with pytest.raises(NoSuchStorage, match="no drive named nobody"):
+        await machine.detach("nobody")
+
+
+async def test_a_boot_drive_stays(machine: Machine) -> None:
+    boot = next(each for each in machine.storage if each.boot)
+    with pytest.raises(StorageImmutable, match="has been there from boot"):
+        await machine.detach(boot.name)
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme"])
+async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str, tmp_path: Path, bus: str) -> None:
+    """Firmware ignores the request. The caller hears so in time, may ask again, and a reset completes the removal.
+
+    The machine is its own: a firmware that was reset before resets itself once more, some time later.
+    """
+    async with idle_machine(qemu, tmp_path) as machine:
+        before = await Snapshot.take(machine)
+        await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus=bus))
+        with pytest.raises(StoragePending, match=r"has not let go of disk within 0\.2 s"):
+            await machine.detach("disk", timeout=0.2)
+        assert [each.state.value for each in machine.storage if not each.boot] == ["detaching"]
+        with pytest.raises(StorageExists, match="exists already") as caught:
+            await machine.attach(Drive(str(make_raw(tmp_path / "other")), "disk", bus))
+        assert "pending" in caught.value.hint
+        late = asyncio.create_task(event_named(machine, DETACHED_EVENT))
+        again = asyncio.create_task(machine.detach("disk", timeout=20))
+        await asyncio.sleep(0)
+        await machine.reboot()
+        assert await late == {"name": "disk"}
+        await again
+        assert await Snapshot.take(machine) == before
+
+
+async def test_a_device_removed_by_raw_qmp_takes_its_drive_along(machine: Machine, tmp_path: Path) -> None:
+    attached = await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+    detached = asyncio.create_task(event_named(machine, DETACHED_EVENT))
+    await asyncio.sleep(0)
+    await machine.monitor.execute("device_del", {"id": attached.identifiers.device})
+    assert await detached == {"name": "disk"}
+    assert not [each for each in machine.storage if not each.boot]
+
+
+async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path) -> None:
+    path = str(make_raw(tmp_path / "disk"))
+    for turns in range(12):
+        task = asyncio.create_task(machine.attach(Drive(path, bus="virtio-scsi")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            await machine.detach("disk")
+        for each in [each for each in machine.storage if each.unwinding]:
+            await asyncio.wait({each.unwinding})
+
+
+async def test_many_at_once_in_any_order(machine: Machine, tmp_path: Path) -> None:
+    names = [f"disk{n}" for n in range(12)]
+
+    async def come_and_go(name: str) -> None:
+        await machine.attach(Drive(str(make_raw(tmp_path / name)), bus="virtio-scsi"))
+        await machine.detach(name)
+
+    await asyncio.gather(*(come_and_go(name) for name in names))
+
+
+async def test_200_cycles_leave_nothing(machine: Machine, tmp_path: Path) -> None:
+    """The fixture compares nodes, descriptor sets, devices, ports and open files of both processes."""
+    path = str(make_raw(tmp_path / "disk"))
+    for _ in range(200):
+        await machine.attach(Drive(path, bus="virtio-scsi"))
+        await machine.detach("disk")

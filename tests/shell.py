@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A person at the built-in guest's console: types commands, reads what comes back, waits for what the guest says."""
+
+import asyncio
+import re
+
+from vmspawn import Machine
+from vmspawn.host.runtime import CONSOLE
+
+#: The guest boots in three seconds under emulation; on a busy machine it may take a while.
+BOOT_TIMEOUT = 60.0
+COMMAND_TIMEOUT = 30.0
+
+READY = "vmspawn-guest: ready"
+
+
+class Shell:
+    """The console of one machine. All that was printed is kept in `text`; waiting goes on where the last wait ended."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._position = 0
+        self._count = 0
+        self.text = ""
+
+    @classmethod
+    async def open(cls, machine: Machine) -> "Shell":
+        """Connect to a headless machine's console and wait until the guest is up."""
+        reader, writer = await asyncio.open_unix_connection(machine.directory.file(CONSOLE))
+        shell = cls(reader, writer)
+        await shell.wait_for(READY, timeout=BOOT_TIMEOUT)
+        await shell.run("stty -echo; PS1=")
+        return shell
+
+    async def wait_for(self, pattern: str, *, timeout: float = COMMAND_TIMEOUT) -> re.Match[str]:
+        """Wait until the guest prints what the regular expression matches, after the last match."""
+        expression = re.compile(pattern)
+        try:
+            async with asyncio.timeout(timeout):
+                while not (match := expression.search(self.text, self._position)):
+                    data = await self._reader.read(65536)
+                    assert data, f"the console ended before {pattern!r}: {self.text[-2000:]!r}"
+                    self.text += data.decode(errors="replace").replace("\r", "")
+        except TimeoutError:
+            raise AssertionError(f"the guest did not print {pattern!r}: {self.text[-2000:]!r}") from None
+        self._position = match.end()
+        return match
+
+    async def run(self, command: str, *, timeout: float = COMMAND_TIMEOUT) -> str:
+        """Run a command in the guest and return what it printed. It must succeed."""
+        self._count += 1
+        mark = f"done-{self._count}"
+        start = len(self.text)
+        # The mark is typed in two pieces, so that the echo of the command is not taken for it.
+        self._writer.write(f"{command}; echo \"done\"-{self._count}-$?\n".encode())
+        match = await self.wait_for(rf"{mark}-(\d+)\n", timeout=timeout)
+        output = self.text[start : match.start()]
+        assert match[1] == "0", f"{command!r} failed in the guest: {output!r}"
+        return output.strip()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._writer.close()
