@@ -139,7 +139,12 @@ def main() -> None:
         (f"python3 -c '{MODULES}'", f"{found['modules'] * 1000:.0f} ms", "", ""),
         ("bare QEMU: exec to greeting", f"{found['bare'] * 1000:.0f} ms", "", ""),
         ("vmspawn: command to QEMU spawned", f"{found['spawned'] * 1000:.0f} ms", ratio(found, "spawned", "pass"), ""),
-        ("vmspawn: command to first answer", f"{found['answered'] * 1000:.0f} ms", ratio(found, "answered", "bare"), "200 ms"),
+        (
+            "vmspawn: command to first answer",
+            f"{found['answered'] * 1000:.0f} ms",
+            ratio(found, "answered", "bare"),
+            "200 ms",
+        ),
         ("vmctl status", f"{found['verb'] * 1000:.0f} ms", ratio(found, "verb", "modules"), "3.00 x modules"),
         ("the manager, resident", f"{found['resident']:.1f} MB", "", "26 MB"),
     )

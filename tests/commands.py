@@ -26,7 +26,9 @@ def vmctl(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedPro
 def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
     """Run a vmspawn that is expected to end by itself."""
     command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
+    )
 
 
 class Spawned:
@@ -39,6 +41,8 @@ class Spawned:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         self.output = {"stdout": "", "stderr": ""}
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
         self._open = {"stdout": self.process.stdout, "stderr": self.process.stderr}
 
     def wait_for(self, text: str, *, stream: str = "stderr", timeout: float = DEADLINE) -> None:
@@ -74,7 +78,7 @@ class Spawned:
             return False
         ready, _, _ = select.select(list(self._open.values()), [], [], max(0.0, seconds))
         for name, stream in tuple(self._open.items()):
-            if stream in ready and stream is not None:
+            if stream in ready:
                 data = os.read(stream.fileno(), 65536)
                 self.output[name] += data.decode(errors="replace")
                 if not data:

@@ -18,7 +18,9 @@ def qemu_paths() -> list[str]:
     return [path for path in os.environ.get("VMSPAWN_TEST_QEMU", "qemu-system-x86_64").split(":") if path]
 
 
-@pytest.fixture(scope="session", params=qemu_paths(), ids=lambda path: os.path.basename(os.path.dirname(path)) or "system")
+@pytest.fixture(
+    scope="session", params=qemu_paths(), ids=lambda path: os.path.basename(os.path.dirname(path)) or "system"
+)
 def qemu(request: pytest.FixtureRequest) -> str:
     """A QEMU to test with."""
     return str(request.param)

@@ -53,7 +53,7 @@ class Shell:
         mark = f"done-{self._count}"
         start = len(self.text)
         # The mark is typed in two pieces, so that the echo of the command is not taken for it.
-        self._writer.write(f"{command}; echo \"done\"-{self._count}-$?\n".encode())
+        self._writer.write(f'{command}; echo "done"-{self._count}-$?\n'.encode())
         match = await self.wait_for(rf"{mark}-(\d+)\n", timeout=timeout)
         output = self.text[start : match.start()]
         assert match[1] == "0", f"{command!r} failed in the guest: {output!r}"

@@ -330,7 +330,8 @@ def test_powers_off_at_the_power_button_of_virt() -> None:
 
 def powers_off(guest: Guest) -> None:
     guest.command("system_powerdown")
-    assert "\nvmspawn-guest: power button pressed, powering off\n" in guest.drain()
+    # A virtio console may lose its last byte, the end of this line, to the power-off.
+    assert "\nvmspawn-guest: power button pressed, powering off" in guest.drain()
     assert guest.process.returncode == 0
 
 

@@ -4,7 +4,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
@@ -28,8 +28,8 @@ class Booted(NamedTuple):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
-    options = {"guest": "builtin", "qemu": qemu, "name": fresh_name(), "console": "headless"}
-    async with Machine(**options, machine_type=request.param) as machine:
+    options: dict[str, Any] = {"qemu": qemu, "name": fresh_name(), "console": "headless", "machine_type": request.param}
+    async with Machine(guest="builtin", **options) as machine:
         shell = await Shell.open(machine)
         yield Booted(machine, shell)
         shell.close()
@@ -60,8 +60,6 @@ async def test_a_disk_comes_is_written_and_goes(guest: Booted, tmp_path: Path, b
     assert (size, mode) == (64 * MIB, "read-write")
     assert await shell.run(f"readlink -f {attached.by_id}") == f"/dev/{name}"
     await shell.run(f"echo written in the guest | dd of=/dev/{name} bs=512 conv=fsync,sync")
-    if image_format == "raw":
-        assert path.read_bytes().startswith(PATTERN)
     await machine.detach(attached.name)
     await shell.wait_for(f"vmspawn-guest: block {name} went")
     assert await first_bytes(path, image_format) == PATTERN
@@ -72,7 +70,7 @@ async def first_bytes(path: Path, image_format: str) -> bytes:
     command = ["qemu-img", "dd", "-f", image_format, "-O", "raw", "bs=512", "count=1", f"if={path}", f"of={path}.out"]
     process = await asyncio.create_subprocess_exec(*command)
     assert await process.wait() == 0
-    return Path(f"{path}.out").read_bytes()[: len(PATTERN)]
+    return await asyncio.to_thread(lambda: Path(f"{path}.out").read_bytes()[: len(PATTERN)])
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])

@@ -145,7 +145,9 @@ class Machine:
             listening[-1].listen(8)
             command += ["-chardev", f"socket,id=c{number},fd={listening[-1].fileno()},server=on,wait=off"]
             command += ["-mon", f"chardev=c{number},mode=control{options}"]
-        self.process = subprocess.Popen(command, pass_fds=[each.fileno() for each in listening], stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, pass_fds=[each.fileno() for each in listening], stderr=subprocess.DEVNULL
+        )
 
     def path(self, number: int) -> Path:
         """A monitor's socket."""
@@ -235,6 +237,5 @@ class Server:
 @contextmanager
 def shared(qemu: str, *, monitors: int = 3, arguments: Sequence[str] = ()) -> Iterator[tuple[Machine, Server]]:
     """A QEMU whose monitors 0 and 1 are a multiplexer's, and whose others are for native clients."""
-    with Machine(qemu, monitors, arguments) as machine:
-        with Server(machine.connect(0), machine.connect(1)) as server:
-            yield machine, server.start()
+    with Machine(qemu, monitors, arguments) as machine, Server(machine.connect(0), machine.connect(1)) as server:
+        yield machine, server.start()

@@ -197,7 +197,10 @@ def test_an_image_that_another_machine_uses_is_named(machine: Spawned, qemu: str
 
 def test_a_name_in_use_is_refused(machine: Spawned, qemu: str, image: Path) -> None:
     done = vmspawn(f"--qemu={qemu}", f"--image={image}", "-M", machine.name)
-    assert (done.returncode, one_line(done, "vmspawn")) == (1, f"vmspawn: a machine named {machine.name} is already running")
+    assert (done.returncode, one_line(done, "vmspawn")) == (
+        1,
+        f"vmspawn: a machine named {machine.name} is already running",
+    )
     assert vmctl("status", machine.name).returncode == 0
 
 
@@ -229,7 +232,11 @@ def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["attach-disk", "{machine}", "/nonexistent"], 1, "cannot attach /nonexistent: cannot open /nonexistent: No such"),
+        (
+            ["attach-disk", "{machine}", "/nonexistent"],
+            1,
+            "cannot attach /nonexistent: cannot open /nonexistent: No such",
+        ),
         (["attach-disk", "{machine}", "/tmp"], 1, "cannot attach /tmp: /tmp is a directory"),
         (["attach-disk", "{machine}", "{image}", "--bus=floppy"], 2, "invalid choice: 'floppy'"),
         (["attach-disk", "{machine}"], 2, "the following arguments are required: PATH"),
@@ -258,7 +265,15 @@ def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None
 
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
         running.wait_for("is running")
-        command = [sys.executable, "-m", "vmspawn.cli.ctl", "events", running.name, "--json=short", "--filter=STOP,SHUTDOWN"]
+        command = [
+            sys.executable,
+            "-m",
+            "vmspawn.cli.ctl",
+            "events",
+            running.name,
+            "--json=short",
+            "--filter=STOP,SHUTDOWN",
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
             assert watcher.stdout is not None
             assert json.loads(watcher.stdout.readline()) == {"event": "READY"}

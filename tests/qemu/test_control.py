@@ -125,7 +125,9 @@ async def test_the_reference_client_can_introspect_and_call(machine: Machine) ->
                 return interfaces, instance.Describe()
 
     interfaces, described = await in_thread(use)
-    assert {INSTANCE, "io.systemd.VirtualMachineInstance", "io.vmspawn.Machine", "org.varlink.service"} <= set(interfaces)
+    assert {INSTANCE, "io.systemd.VirtualMachineInstance", "io.vmspawn.Machine", "org.varlink.service"} <= set(
+        interfaces
+    )
     assert described == {"running": True, "status": "running"}
 
 
@@ -441,7 +443,7 @@ async def test_another_user_is_turned_away_even_where_the_files_let_it_in(machin
         "os.setgid(65534); os.setuid(65534)\n"
         "s=socket.socket(socket.AF_UNIX); s.settimeout(20); s.connect(sys.argv[1])\n"
         "try:\n"
-        "    s.sendall(b'{\"method\":\"io.systemd.MachineInstance.Terminate\"}\\0'); sys.exit(len(s.recv(10)))\n"
+        '    s.sendall(b\'{"method":"io.systemd.MachineInstance.Terminate"}\\0\'); sys.exit(len(s.recv(10)))\n'
         "except OSError: sys.exit(0)\n"
     )
     process = await asyncio.create_subprocess_exec("/usr/bin/python3", "-c", script, path)

@@ -235,8 +235,9 @@ async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path
         await asyncio.wait({task})
         if not task.cancelled():
             await machine.detach("disk")
-        for each in [each for each in machine.storage if each.unwinding]:
-            await asyncio.wait({each.unwinding})
+        for each in machine.storage:
+            if each.unwinding is not None:
+                await asyncio.wait({each.unwinding})
 
 
 async def test_many_at_once_in_any_order(machine: Machine, tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from vmspawn.machine.config import MachineConfig, check, parse_size
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512M", 512 << 20), ("2G", 2 << 30), ("2GB", 2 << 30), ("1.5G", 3 << 29), ("1024", 1024), ("4k", 4096), ("1T", 1 << 40)],
+    [
+        ("512M", 512 << 20),
+        ("2G", 2 << 30),
+        ("2GB", 2 << 30),
+        ("1.5G", 3 << 29),
+        ("1024", 1024),
+        ("4k", 4096),
+        ("1T", 1 << 40),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, option="--ram=") == size

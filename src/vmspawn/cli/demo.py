@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from ..errors import Timeout, VmspawnError
 from ..host import runtime

@@ -85,7 +85,9 @@ class Client:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             sent = self._socket.sendmsg([data], ancillary)
-            self._socket.sendall(data[sent:])
+            # sendall() of nothing is a system call too, and fails if the service has answered and gone by then.
+            if sent < len(data):
+                self._socket.sendall(data[sent:])
         except TimeoutError:
             raise Timeout(f"machine {self.machine} takes no calls") from None
         except OSError as error:

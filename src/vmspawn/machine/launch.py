@@ -112,9 +112,9 @@ def _builtin_guest(notice: Callable[[str], None]) -> BuiltinGuest:
 
     if guest := builtin.find():
         return guest
-    from ..guest import build
+    from ..guest.build import build
 
-    return build.build(progress=notice)
+    return build(progress=notice)
 
 
 def _check_readable(option: str, path: str) -> None:

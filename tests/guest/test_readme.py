@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the README shows, run as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import spawned
+from tests.conftest import make_raw
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def example(name: str) -> str:
+    """The block that follows the mark `run: name`."""
+    match = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert match
+    return match[1]
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> dict[str, str]:
+    """An environment in which `vmspawn` and `vmctl` are commands, whatever the installation is like."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for command, module in (("vmspawn", "spawn"), ("vmctl", "ctl")):
+        path = folder / command
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} -m vmspawn.cli.{module} "$@"\n')
+        path.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_the_commands(commands: dict[str, str], tmp_path: Path) -> None:
+    with spawned("--guest=builtin", name="demo") as machine:
+        machine.wait_for("vmspawn-guest: ready", stream="stdout")
+        script = "set -e\n" + example("commands")
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=tmp_path, env=commands, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Attached data.raw on nvme" in done.stdout
+        assert "Detached data.raw" in done.stdout
+        assert machine.wait() == 0
+    assert "the guest powered off" in machine.output["stderr"]
+
+
+def test_the_python_example(tmp_path: Path) -> None:
+    make_raw(tmp_path / "data.raw")
+    done = subprocess.run(
+        [sys.executable, "-c", example("python")], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "StorageAttached" in done.stdout
+    assert done.stdout.endswith("the machine was terminated\n")

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The house: which layer may import which, and what must not be loaded on the way to QEMU's start."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
+
+#: From the top down. A layer imports from itself and from what stands below it.
+LAYERS = ["cli", "supervisor", "control", "machine", "storage", "qmp", "console", "host", "guest", "errors", "version"]
+#: These know nothing of each other.
+APART = {"qmp", "console", "host", "guest"}
+
+#: Modules that take long to load, and that neither command needs at its start.
+SLOW = {"asyncio", "asyncvarlink", "msgspec", "dataclasses", "subprocess", "hashlib", "pathlib", "inspect"}
+
+
+def layer_of(module: tuple[str, ...]) -> str:
+    return module[0] if module else ""
+
+
+def imports(path: Path) -> set[str]:
+    """The layers that a file imports from, those inside functions included."""
+    home = path.relative_to(PACKAGE).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = home[: len(home) - node.level]
+            names = [*node.module.split(".")] if node.module else []
+            targets = [(*base, *names)] if names or base else [(alias.name,) for alias in node.names]
+            found |= {layer_of(target) for target in targets}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vmspawn"):
+            parts = (node.module or "").split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return found - {""}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_layer_and_below(path: Path) -> None:
+    home = layer_of(path.relative_to(PACKAGE).with_suffix("").parts)
+    if home == "__init__":
+        return
+    for target in imports(path):
+        assert LAYERS.index(target) >= LAYERS.index(home), f"{home} imports {target}"
+        if home in APART and target in APART:
+            assert target == home, f"{home} imports {target}"
+
+
+@pytest.mark.parametrize("module", ["vmspawn.cli.spawn", "vmspawn.cli.ctl"])
+def test_the_commands_load_nothing_that_they_can_do_without(module: str) -> None:
+    script = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert not set(done.stdout.split()) & SLOW
