@@ -18,6 +18,7 @@ from ..host.runtime import check_name, machine_names
 from ..storage import drive as drives
 from ..storage.drive import BUSES, DEFAULT_BUS, FORMATS
 from ..version import VERSION
+from . import qmp
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 from .tables import JSON_MODES, format_duration, format_size, print_fields, print_json, print_table
 
@@ -47,6 +48,7 @@ def build_parser() -> Parser:
     _add_machine_verbs(verbs)
     _add_disk_verbs(verbs)
     _add_event_verbs(verbs)
+    _add_qmp_verbs(verbs)
     return parser
 
 
@@ -123,6 +125,17 @@ def _add_disk_verbs(verbs: Any) -> None:
 def _add_event_verbs(verbs: Any) -> None:
     events = _add_machine_verb(verbs, "events", _events, "show a machine's events as they come")
     events.add_argument("--filter", metavar="EVENT[,EVENT…]", default="", help="only these events")
+
+
+def _add_qmp_verbs(verbs: Any) -> None:
+    session = _add_machine_verb(verbs, "qmp", qmp.run, "talk QMP to a machine: one command, a pipe, or a shell")
+    session.usage = f"{_PROGRAM} qmp MACHINE [COMMAND [ARGUMENT…]] [OPTION…]"
+    qmp.add_options(session)
+    _add_machine_verb(verbs, "list-sessions", _list_sessions, "list the QMP clients of a machine")
+    share = _add_verb(verbs, "qmp-share", qmp.share, "share the QMP socket of any QEMU among many clients")
+    share.usage = f"{_PROGRAM} qmp-share SOCKET LISTEN [OPTION…]"
+    share.add_argument("socket", metavar="SOCKET", help="QEMU's QMP socket, which nobody else may hold")
+    share.add_argument("listen", metavar="LISTEN", help="the socket to make, for any number of clients")
 
 
 # The verbs. Each raises VmspawnError if it did not happen.
@@ -244,6 +257,25 @@ def _disk_row(disk: dict[str, Any]) -> tuple[str, ...]:
         disk["place"],
         by_id,
     )
+
+
+def _list_sessions(options: argparse.Namespace) -> None:
+    with _client(options) as client:
+        sessions = client.call(f"{_MACHINE}.ListSessions")["sessions"]
+    if options.json != "off":
+        print_json(sessions, options.json)
+    elif sessions:
+        columns = ("PID", "UID", "COMMAND", "MODE", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
+        numbers = ("PID", "UID", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
+        print_table(columns, [_session_row(session) for session in sessions], right=numbers)
+    elif not options.quiet:
+        print("No QMP sessions.")
+
+
+def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
+    who = [str(session[key]) if session[key] is not None else "-" for key in ("processId", "userId", "command")]
+    counts = [str(session[key]) for key in ("commands", "events", "bytesIn", "bytesOut", "queued")]
+    return (*who, "ro" if session["readOnly"] else "rw", *counts)
 
 
 def _events(options: argparse.Namespace) -> None:

@@ -80,6 +80,16 @@ class Client:
             reply, continues = self._receive(method)
             yield reply
 
+    def upgrade(self, method: str, parameters: dict[str, Any] | None = None) -> tuple[socket.socket, bytes]:
+        """Call a method that turns this connection into another protocol's.
+
+        Returns the socket, which stays this client's, and what came behind the reply. Raises what `call` raises.
+        """
+        self._send({"method": method, "parameters": parameters or {}, "upgrade": True}, ())
+        self._receive(method)
+        received, self._buffer = bytes(self._buffer), bytearray()
+        return self._socket, received
+
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         data = json.dumps(message, separators=(",", ":")).encode() + b"\0"
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

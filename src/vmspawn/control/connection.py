@@ -13,7 +13,8 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -27,10 +28,11 @@ from asyncvarlink import (
     VarlinkMethodSignature,
 )
 from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
-from asyncvarlink.serviceerrors import InvalidParameter
+from asyncvarlink.serviceerrors import InvalidParameter, MethodNotImplemented
 
 from ..errors import VmspawnError
 from .errors import to_reply
+from .upgrade import Taker, upgrader
 
 #: The longest call. The largest honest one is a few hundred bytes.
 MESSAGE_MAX = 256 * 1024
@@ -41,6 +43,9 @@ DESCRIPTORS_MAX = 253
 #: Bytes of replies that a client may leave unread before it is cut off. Only a subscriber gets more than one reply, so
 #: this is how far it may fall behind the events.
 UNSENT_MAX = 4 * 1024 * 1024
+
+#: The connection whose call is being served, for methods that want to know who is calling.
+CALLER: ContextVar[socket.socket] = ContextVar("caller")
 
 _PEEK_SIZE = 16384
 _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
@@ -76,6 +81,8 @@ class Connection:
         self._unsent_bytes = 0
         self._call: asyncio.Task[None] | None = None
         self._streaming = False
+        # Who takes the socket over once everything has been sent.
+        self._taker: Taker | None = None
         self._reading = False
         self._ended = False
         #: When the client last sent something, by the monotonic clock; tells who has been idle the longest.
@@ -187,13 +194,19 @@ class Connection:
             call = _parse(request)
             method, signature = self._registry.lookup_method(call)
             arguments = _convert(signature, call, descriptors)
+            upgrade = upgrader(method) if call.upgrade else None
+            if call.upgrade and upgrade is None:
+                raise MethodNotImplemented(method=call.method)
         except VarlinkErrorReply as error:
             descriptors.release(owner)
             if request.get("oneway") is not True:
                 self._send(error.tojson())
             return
-        if signature.asynchronous:
-            self._start(method, signature, call, arguments, descriptors, owner)
+        if upgrade is not None:
+            self._start(self._upgrade(upgrade, call, arguments), descriptors, owner)
+        elif signature.asynchronous:
+            self._streaming = signature.more
+            self._start(self._run(method, signature, call, arguments), descriptors, owner)
         else:
             self._serve_at_once(method, signature, call, arguments)
             descriptors.release(owner)
@@ -212,40 +225,66 @@ class Connection:
         else:
             self._reply(call, signature, result)
 
-    def _start(
+    def _start(self, work: Coroutine[Any, Any, None], descriptors: FileDescriptorArray, owner: object) -> None:
+        assert self._socket is not None
+        token = CALLER.set(self._socket)
+        self._call = asyncio.create_task(work)
+        CALLER.reset(token)
+        self._call.add_done_callback(lambda _: descriptors.release(owner))
+        self._call.add_done_callback(self._call_done)
+
+    async def _run(
         self,
         method: Callable[..., Any],
         signature: VarlinkMethodSignature,
         call: VarlinkMethodCall,
         arguments: dict[str, Any],
-        descriptors: FileDescriptorArray,
-        owner: object,
     ) -> None:
-        async def run() -> None:
-            try:
-                if signature.more:
-                    async with contextlib.aclosing(method(**arguments)) as replies:
-                        async for result in replies:
-                            self._reply(call, signature, result)
-                else:
-                    self._reply(call, signature, await method(**arguments))
-            except (VmspawnError, VarlinkErrorReply) as error:
-                self._fail(call, error)
-            finally:
-                descriptors.release(owner)
+        try:
+            if signature.more:
+                async with contextlib.aclosing(method(**arguments)) as replies:
+                    async for result in replies:
+                        self._reply(call, signature, result)
+            else:
+                self._reply(call, signature, await method(**arguments))
+        except (VmspawnError, VarlinkErrorReply) as error:
+            self._fail(call, error)
 
-        self._streaming = signature.more
-        self._call = asyncio.create_task(run())
-        self._call.add_done_callback(self._call_done)
+    async def _upgrade(
+        self, upgrade: Callable[..., Awaitable[Taker]], call: VarlinkMethodCall, arguments: dict[str, Any]
+    ) -> None:
+        try:
+            taker = await upgrade(**arguments)
+        except (VmspawnError, VarlinkErrorReply) as error:
+            self._fail(call, error)
+            return
+        self._taker = taker
+        self._send({"parameters": {}})
+
+    def _hand_over(self) -> None:
+        """The reply to an upgrade has left: the socket changes hands, with all that the client sent behind its call."""
+        connected, self._socket = self._socket, None
+        assert connected is not None
+        assert self._taker is not None
+        self._closed(self)
+        self._taker(connected)
 
     def _call_done(self, task: asyncio.Task[None]) -> None:
         self._call = None
         if not task.cancelled() and (error := task.exception()) is not None:
             self._loop.call_exception_handler({"message": "a Varlink method failed", "exception": error})
             self.close()
-        elif self._ended and not self._unsent:
-            self.close()
         elif not self._unsent:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Nothing is to be served or sent: read the next call, or end."""
+        if self._taker is not None and self._socket is not None:
+            self._stop_reading()
+            self._hand_over()
+        elif self._ended:
+            self.close()
+        else:
             self._resume_reading()
 
     def _fail(self, call: VarlinkMethodCall, error: VmspawnError | VarlinkErrorReply) -> None:
@@ -302,10 +341,7 @@ class Connection:
                 self._unsent.popleft()
         self._loop.remove_writer(self._socket)
         if self._call is None:
-            if self._ended:
-                self.close()
-            else:
-                self._resume_reading()
+            self._go_on()
 
 
 def _parse(request: dict[str, Any]) -> VarlinkMethodCall:

@@ -36,6 +36,12 @@ class System(TypedVarlinkErrorReply, name="io.systemd.System"):
     parameters: _Errno
 
 
+class AlreadyAcquired(TypedVarlinkErrorReply, name="io.systemd.QemuMachineInstance.AlreadyAcquired"):
+    """Declared because systemd's interface has it; there is no limit of one client here, so it is never sent."""
+
+    parameters: _Nothing
+
+
 def _plain(name: str) -> type[TypedVarlinkErrorReply]:
     namespace = {"__annotations__": {"parameters": _Nothing}}
     return type(name, (TypedVarlinkErrorReply,), namespace, interface=MACHINE_INSTANCE)

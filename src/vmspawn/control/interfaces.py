@@ -5,7 +5,9 @@
 `io.vmspawn.Machine` says what they cannot. Varlink's names are part of the protocol, hence their case here.
 """
 
+import contextlib
 import os
+import socket
 import typing
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,13 +15,17 @@ from dataclasses import dataclass
 from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
-from ..errors import BadConfig, EventsLost, NotConnected
+from ..errors import BadConfig, EventsLost, NotConnected, VmspawnError
 from ..machine.machine import Machine as RunningMachine
+from ..qmp.peer import Peer
+from ..qmp.session import Session as QmpSession
 from ..storage import drive as drives
 from ..storage.attachment import Attachment
 from ..storage.drive import DEFAULT_BUS, Backing, Drive
 from ..storage.hotplug import DETACH_TIMEOUT
 from . import errors
+from .connection import CALLER
+from .upgrade import Taker, upgradable
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
 
@@ -124,6 +130,64 @@ class VirtualMachineInstance(VarlinkInterface, name="io.systemd.VirtualMachineIn
     """Says that the machine is a virtual one."""
 
 
+class _Acquired(typing.TypedDict):
+    fileDescriptorIndex: FileDescriptor | None
+
+
+async def _acquire(machine: RunningMachine, *, read_only: bool) -> _Acquired:
+    """A QMP session on a socket pair; the other end goes to the caller and outlives the Varlink connection."""
+    multiplexer = await machine.multiplexer()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    with theirs:
+        multiplexer.open(ours, read_only=read_only, peer=Peer.of(CALLER.get()))
+        return {"fileDescriptorIndex": FileDescriptor(theirs.detach(), should_close=True)}
+
+
+async def _take_over(machine: RunningMachine, *, read_only: bool) -> Taker:
+    """A QMP session on the Varlink connection itself."""
+    multiplexer = await machine.multiplexer()
+
+    def take(connected: socket.socket) -> None:
+        # QEMU may have gone while the reply left; the client sees the end of the stream then.
+        with contextlib.suppress(VmspawnError):
+            multiplexer.open(connected, read_only=read_only, peer=Peer.of(connected))
+
+    return take
+
+
+class QemuMachineInstance(VarlinkInterface, name="io.systemd.QemuMachineInstance"):
+    """Direct access to QEMU, for any number of clients."""
+
+    errors = (errors.AlreadyAcquired,)
+
+    def __init__(self, machine: RunningMachine) -> None:
+        self._machine = machine
+
+    async def _upgrade(self) -> Taker:
+        return await _take_over(self._machine, read_only=False)
+
+    @upgradable(_upgrade)
+    @varlinkmethod
+    async def AcquireQMP(self) -> _Acquired:
+        """A QMP connection: as a descriptor or, with `upgrade`, this one. AlreadyAcquired is never sent."""
+        return await _acquire(self._machine, read_only=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A QMP client. Bytes, commands and events count from when it connected; `queued` commands wait for QEMU."""
+
+    processId: int | None
+    userId: int | None
+    command: str | None
+    readOnly: bool
+    commands: int
+    events: int
+    bytesIn: int
+    bytesOut: int
+    queued: int
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """A drive. `state` is attaching, attached or detaching; `place` its port, slot or SCSI address."""
@@ -222,6 +286,20 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
             "place": str(attached.place),
         }
 
+    async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:
+        return await _take_over(self._machine, read_only=bool(readOnly))
+
+    @upgradable(_upgrade)
+    @varlinkmethod
+    async def AcquireQMP(self, *, readOnly: bool | None = None) -> _Acquired:
+        """A QMP connection: as a descriptor or, with `upgrade`, this one. A read-only one may only look."""
+        return await _acquire(self._machine, read_only=bool(readOnly))
+
+    @varlinkmethod(return_parameter="sessions")
+    def ListSessions(self) -> list[Session]:
+        """The QMP clients that are connected, the oldest first."""
+        return [_session(each) for each in self._machine.sessions]
+
     @varlinkmethod
     async def DetachStorage(self, *, name: str, timeoutUSec: int | None = None) -> None:
         """Unplug a drive, waiting for the guest for `timeoutUSec`, 30 s if that is not given."""
@@ -229,6 +307,21 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
             raise InvalidParameter(parameter="timeoutUSec")
         timeout = DETACH_TIMEOUT if timeoutUSec is None else timeoutUSec / _MICROSECONDS
         await self._machine.detach(name, timeout=timeout)
+
+
+def _session(session: QmpSession) -> Session:
+    peer = session.peer
+    return Session(
+        processId=peer.pid if peer else None,
+        userId=peer.uid if peer else None,
+        command=peer.comm if peer else None,
+        readOnly=session.read_only,
+        commands=session.commands,
+        events=session.events,
+        bytesIn=session.bytes_in,
+        bytesOut=session.bytes_out,
+        queued=session.queued,
+    )
 
 
 def _storage(attachment: Attachment, size: int) -> Storage:

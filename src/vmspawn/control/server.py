@@ -14,7 +14,7 @@ from ..host.runtime import CONTROL, MachineDirectory
 from ..machine.machine import Machine as RunningMachine
 from ..version import VERSION
 from .connection import Connection
-from .interfaces import Machine, MachineInstance, VirtualMachineInstance
+from .interfaces import Machine, MachineInstance, QemuMachineInstance, VirtualMachineInstance
 
 #: Connections at once. A client more, and the one that has been idle the longest is let go.
 CONNECTIONS_MAX = 256
@@ -37,6 +37,7 @@ def build_registry(machine: RunningMachine) -> VarlinkInterfaceRegistry:
     registry.register_interface(VarlinkServiceInterface("vmspawn", "vmspawn", VERSION, "", registry, comments=True))
     registry.register_interface(MachineInstance(machine))
     registry.register_interface(VirtualMachineInstance())
+    registry.register_interface(QemuMachineInstance(machine))
     registry.register_interface(Machine(machine))
     return registry
 

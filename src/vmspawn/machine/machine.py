@@ -8,7 +8,8 @@ import contextlib
 import json
 import socket
 import time
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import NotConnected, Timeout
 from ..host import runtime
@@ -21,6 +22,10 @@ from ..storage.drive import Backing, Drive
 from ..storage.hotplug import DETACH_TIMEOUT, Storage
 from .config import MachineConfig, check
 from .launch import Launched, explain_failure, launch
+
+if TYPE_CHECKING:
+    from ..qmp.multiplexer import Multiplexer
+    from ..qmp.session import Session
 
 #: The form of state.json. A reader refuses a newer one.
 STATE_VERSION = 1
@@ -63,6 +68,8 @@ class Machine:
         self._monitor: Monitor | None = None
         self._run_state: RunState | None = None
         self._storage: Storage | None = None
+        self._multiplexer: Multiplexer | None = None
+        self._starting_multiplexer = asyncio.Lock()
         self._opened = 0.0
         self._killer: asyncio.TimerHandle | None = None
 
@@ -124,6 +131,8 @@ class Machine:
             self._storage.close()
         if self._monitor is not None:
             self._monitor.close("the machine ended")
+        if self._multiplexer is not None:
+            await self._multiplexer.close()
         if self._killer is not None:
             self._killer.cancel()
         launched.abandon()
@@ -254,6 +263,50 @@ class Machine:
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT) -> None:
         """Unplug a drive; returns once nothing of it is left. Raises what `Storage.detach` raises."""
         await self.storage.detach(name, timeout=timeout)
+
+    async def multiplexer(self) -> Multiplexer:
+        """What shares QEMU among QMP clients; started when it is first asked for.
+
+        Raises NotConnected if the machine does not run, Timeout if QEMU does not greet.
+        """
+        async with self._starting_multiplexer:
+            if self._multiplexer is None:
+                self._multiplexer = await self._start_multiplexer()
+            return self._multiplexer
+
+    async def _start_multiplexer(self) -> Multiplexer:
+        from ..qmp.multiplexer import Multiplexer
+
+        if self._launched is None:
+            raise NotConnected("the machine does not run")
+        names = ("qmp-sessions", "qmp-bulk")
+        sessions, bulk = (self._launched.sockets.pop(name) for name in names)
+        # That QEMU is gone, the manager's own monitor tells.
+        multiplexer = Multiplexer(sessions, bulk, on_lost=lambda _: None)
+        try:
+            await multiplexer.start()
+        except BaseException:
+            await multiplexer.close()
+            raise
+        return multiplexer
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """The QMP clients that are connected."""
+        return self._multiplexer.sessions if self._multiplexer else ()
+
+    @contextlib.asynccontextmanager
+    async def qmp(self, *, read_only: bool = False) -> AsyncIterator[Monitor]:
+        """A QMP connection of your own: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
+        multiplexer = await self.multiplexer()
+        ours, theirs = socket.socketpair()
+        client = Monitor(theirs)
+        try:
+            multiplexer.open(ours, read_only=read_only)
+            await client.start()
+            yield client
+        finally:
+            client.close()
 
     def events(self) -> EventStream:
         """The events from now on, QEMU's and ours: `with machine.events() as events: async for event in events:`."""

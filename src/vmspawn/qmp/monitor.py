@@ -104,7 +104,8 @@ class EventStream:
 class Monitor:
     """A client of one QMP monitor. Owns the socket it is given, from construction on."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, *, received: bytes = b"") -> None:
+        """`received` is what was read from the socket already."""
         connected.setblocking(False)
         self._socket: socket.socket | None = connected
         self._loop = asyncio.get_running_loop()
@@ -121,6 +122,8 @@ class Monitor:
         #: Set when the connection is gone.
         self.closed = asyncio.Event()
         self._loop.add_reader(connected, self._readable)
+        if received:
+            self._loop.call_soon(self._received, received)
 
     async def start(self, *, timeout: float = GREETING_TIMEOUT) -> dict[str, Any]:
         """Wait for the greeting and negotiate; return what QEMU greeted with.
@@ -281,6 +284,9 @@ class Monitor:
         if not data:
             self.close("QEMU closed its monitor")
             return
+        self._received(data)
+
+    def _received(self, data: bytes) -> None:
         self._buffer += data
         # QEMU ends each message with CR LF, and escapes both inside strings.
         if b"\n" not in data:

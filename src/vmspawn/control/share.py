@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sharing the QMP socket of a QEMU that somebody else started: one monitor in, any number of sessions out."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+from ..errors import NotConnected, StartError, VmspawnError
+from ..qmp.limits import GREETING_TIMEOUT
+from ..qmp.multiplexer import Multiplexer
+from ..qmp.peer import Peer
+
+#: Connections that the kernel holds for us while we are busy.
+_BACKLOG = 128
+
+
+async def share(source: str, listen: str, *, ready: Callable[[], None], timeout: float = GREETING_TIMEOUT) -> None:
+    """Take over the monitor behind the socket `source`, and serve sessions on a new socket `listen`.
+
+    Returns when SIGINT or SIGTERM comes; `listen` is removed then. `ready` is called once sessions are served;
+    `timeout` is for QEMU's greeting. Raises
+    NotConnected if QEMU is not there or goes, Timeout if the monitor gives no greeting, because another program holds
+    it, and StartError if `listen` cannot be made.
+    """
+    loop = asyncio.get_running_loop()
+    lost: list[str] = []
+    ended = asyncio.Event()
+
+    def on_lost(why: str) -> None:
+        lost.append(why)
+        ended.set()
+
+    multiplexer = Multiplexer(_connect(source), on_lost=on_lost)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    try:
+        await multiplexer.start(timeout=timeout)
+        with _listening(listen) as listener:
+            loop.add_reader(listener, _accept, listener, multiplexer)
+            ready()
+            await ended.wait()
+            loop.remove_reader(listener)
+        if lost:
+            raise NotConnected(f"{lost[0]} ({source})")
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        await multiplexer.close()
+
+
+def _connect(source: str) -> socket.socket:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connected.connect(source)
+    except OSError as error:
+        connected.close()
+        raise NotConnected(f"cannot connect to {source}: {error.strerror or error}") from None
+    return connected
+
+
+@contextlib.contextmanager
+def _listening(path: str) -> Iterator[socket.socket]:
+    """A listening socket that only its owner may connect to; its file goes with it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(path)
+        except OSError as error:
+            hint = "choose another path, or remove what is there" if os.path.exists(path) else ""
+            raise StartError(f"cannot listen on {path}: {error.strerror or error}", hint=hint) from None
+        finally:
+            os.umask(mask)
+        try:
+            listener.listen(_BACKLOG)
+            yield listener
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+    finally:
+        listener.close()
+
+
+def _accept(listener: socket.socket, multiplexer: Multiplexer) -> None:
+    try:
+        client, _ = listener.accept()
+    except OSError:
+        return
+    with contextlib.suppress(VmspawnError):
+        multiplexer.open(client, peer=Peer.of(client))

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is wrong with a message that is not JSON: the first error, as QEMU's parser words it (qobject/json-parser.c).
+
+This is off the usual path. It is fed tokens, so it needs no recursion and can stop and resume anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from enum import Enum, auto
+
+from .dialect import Dialect
+from .strings import BadString, value_of
+
+#: One token of text that QEMU's lexer takes; a number there ends where QEMU ends it (`0e5` is three tokens).
+_TOKEN = re.compile(
+    rb"""[\[\]{}:,]
+      |"(?:[^"\\]++|\\.)*+"
+      |'(?:[^'\\]++|\\.)*+'
+      |-?+(?:0(?:\.[0-9]++(?:[eE][-+]?+[0-9]++)?+)?+|[1-9][0-9]*+(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+)
+      |[a-z]++""",
+    re.VERBOSE | re.DOTALL,
+)
+
+_KEYWORDS = frozenset((b"true", b"false", b"null"))
+
+
+class _Expect(Enum):
+    """What may come next."""
+
+    VALUE = auto()
+    FIRST_VALUE = auto()  # or the end of the array
+    KEY = auto()
+    FIRST_KEY = auto()  # or the end of the object
+    COLON = auto()
+    SEPARATOR = auto()  # or the end of the object or array
+    NOTHING = auto()
+
+
+class _Object:
+    """An object that is open: the keys it has, and the one whose value comes next or None if that is no string."""
+
+    __slots__ = ("key", "keys")
+
+    def __init__(self) -> None:
+        self.key: str | None = ""
+        self.keys: set[str] = set()
+
+
+class SyntaxProblem(ValueError):
+    """Tokens that make no JSON, in QEMU's words."""
+
+
+class Grammar:
+    """Follows the tokens of one message."""
+
+    __slots__ = ("_dialect", "_expect", "_open")
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._expect = _Expect.VALUE
+        # The objects and arrays (None) that are open, the innermost last.
+        self._open: list[_Object | None] = []
+
+    def feed(self, token: bytes) -> None:
+        """Take the next token. Raises SyntaxProblem if it does not belong there."""
+        match self._expect:
+            case _Expect.FIRST_VALUE if token == b"]":
+                self._close()
+            case _Expect.FIRST_KEY if token == b"}":
+                self._close()
+            case _Expect.VALUE | _Expect.FIRST_VALUE:
+                self._value(token)
+            case _Expect.KEY | _Expect.FIRST_KEY:
+                self._key(token)
+            case _Expect.COLON:
+                self._require(token == b":", self._dialect.colon)
+                self._expect = _Expect.VALUE
+            case _Expect.SEPARATOR:
+                self._separator(token)
+            case _Expect.NOTHING:
+                raise SyntaxProblem("expecting value")
+
+    def _require(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise SyntaxProblem(problem)
+
+    def _value(self, token: bytes) -> None:
+        first = token[:1]
+        if first == b"{":
+            self._open.append(_Object())
+            self._expect = _Expect.FIRST_KEY
+        elif first == b"[":
+            self._open.append(None)
+            self._expect = _Expect.FIRST_VALUE
+        else:
+            self._scalar(token)
+            self._complete()
+
+    def _scalar(self, token: bytes) -> None:
+        if token in b"]}:,":
+            raise SyntaxProblem("expecting value")
+        if token[:1] in (b'"', b"'"):
+            _string(token)
+        elif token.isalpha() and token not in _KEYWORDS:
+            raise SyntaxProblem(f"invalid keyword '{token.decode('ascii')}'")
+
+    def _key(self, token: bytes) -> None:
+        innermost = self._open[-1]
+        assert innermost is not None
+        if token[:1] in (b'"', b"'"):
+            innermost.key = _string(token)
+            self._expect = _Expect.COLON
+        elif self._dialect.eager:
+            raise SyntaxProblem(self._dialect.key)
+        else:
+            # The older parser reads a value, and only then finds that it is no string.
+            innermost.key = None
+            self._value(token)
+
+    def _separator(self, token: bytes) -> None:
+        innermost = self._open[-1]
+        if innermost is None:
+            if token == b"]":
+                return self._close()
+            self._require(token == b",", self._dialect.array_separator)
+            self._expect = _Expect.VALUE
+        else:
+            if token == b"}":
+                return self._close()
+            self._require(token == b",", self._dialect.object_separator)
+            self._expect = _Expect.KEY
+
+    def _close(self) -> None:
+        self._open.pop()
+        self._complete()
+
+    def _complete(self) -> None:
+        """A value has ended: it is an element, a member, or the message."""
+        if not self._open:
+            self._expect = _Expect.NOTHING
+            return
+        self._expect = _Expect.SEPARATOR
+        innermost = self._open[-1]
+        if innermost is not None:
+            if innermost.key is None:
+                raise SyntaxProblem(self._dialect.key)
+            self._require(innermost.key not in innermost.keys, "duplicate key")
+            innermost.keys.add(innermost.key)
+
+
+def _string(token: bytes) -> str:
+    try:
+        return value_of(token)
+    except BadString as problem:
+        raise SyntaxProblem(str(problem)) from None
+
+
+def tokens(text: bytes | bytearray, start: int, end: int) -> Iterator[re.Match[bytes]]:
+    """The tokens of text that QEMU's lexer takes."""
+    return _TOKEN.finditer(text, start, end)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The bounds within which one client of the multiplexer can cost the others nothing, each with its reason."""
+
+from __future__ import annotations
+
+#: Bytes that are read from a socket at once. More is slower for small messages (a buffer of 256 kB costs 27 us, for the
+#: allocator maps and unmaps it), and one huge command must not keep the others waiting.
+RECEIVE_SIZE = 8192
+
+#: Bytes of one command as the client wrote it. QEMU's own limit is 64 MiB, which nobody can reach: it reads 225 kB/s,
+#: so 4 MiB keep it busy for 20 s. Refused with QEMU's own words.
+COMMAND_SIZE = 4 << 20
+
+#: Brackets and braces open at once; QEMU's own limit (qobject/json-streamer.c, MAX_NESTING).
+NESTING = 1024
+
+#: Tokens in one message; QEMU's own limit (qobject/json-streamer.c, MAX_TOKEN_COUNT).
+TOKEN_COUNT = 2 << 20
+
+#: Bytes of one number or keyword. A number is looked at again from its start whenever bytes arrive in its middle, and
+#: that must not become quadratic. No number that means anything is longer.
+ATOM_SIZE = 4096
+
+#: Messages taken from one client before the others have their turn. Junk is answered without QEMU, so only this stops
+#: 8 kB of `]]]]…` from being 8192 replies in a row.
+MESSAGES_PER_TURN = 16
+
+#: Tokens that one client may have looked at on their own before the others have their turn; about a millisecond. A
+#: usual message needs none.
+STEPS_PER_TURN = 200
+
+#: Bytes that wait for a client that does not read. QEMU would keep them without bound; we cut the client off when
+#: another message comes and this much is waiting. About 40 replies to query-qmp-schema.
+OUTPUT_SIZE = 8 << 20
+
+#: Bytes read ahead from a client while its command runs. QEMU itself reads nothing then; a little saves a turn of the
+#: event loop between pipelined commands, and lets us hear that the client has gone.
+READ_AHEAD = RECEIVE_SIZE
+
+#: In-band commands that wait in a client's queue once it has enabled `oob`, the running one not counted. QEMU's own
+#: number (monitor/monitor-internal.h, QMP_REQ_QUEUE_LEN_MAX): with that many waiting it stops reading, and an
+#: out-of-band command behind them is stuck, as the specification says.
+OOB_QUEUE = 8
+
+#: In-band commands in flight on one of QEMU's monitors. QEMU stops reading when OOB_QUEUE of them wait, and then
+#: nothing could overtake them; so one fewer.
+IN_FLIGHT = OOB_QUEUE - 1
+
+#: Compacted bytes from which on a command goes over the bulk monitor: at 4.4 us a byte it would hold up everybody else
+#: for 70 ms.
+BULK_SIZE = 16 << 10
+
+#: Sessions open at once. An event is sent to each of them, at some 10 us a session.
+SESSIONS = 1024
+
+#: Seconds for QEMU's greeting and for its answer to the negotiation. QEMU answers at once, unless it still starts.
+GREETING_TIMEOUT = 15.0
+
+#: Seconds in which what is queued for a client must leave once QEMU has gone, and in which QEMU must have undone what
+#: sessions left when the multiplexer closes.
+DRAIN_TIMEOUT = 5.0

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The order in which QEMU goes through the members of an object: that of its hash table (qobject/qdict.c, tdb_hash)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_BUCKETS = 512
+
+
+def by_bucket(keys: Iterable[str]) -> list[str]:
+    """The keys in QEMU's order, given in that in which they came."""
+    # A key is put before those that are in its bucket already.
+    return sorted(reversed(list(keys)), key=_bucket)
+
+
+def _bucket(key: str) -> int:
+    data = key.encode().replace(b"\0", b"\xc0\x80")
+    value = 0x238F13AF * len(data)
+    for position, byte in enumerate(data):
+        value += byte << position * 5 % 24
+    return (1103515243 * value + 12345) % (1 << 32) % _BUCKETS

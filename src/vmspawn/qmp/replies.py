@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Lines as QEMU writes them to a monitor: what is in them, and the same with another id.
+
+QEMU escapes line breaks in strings, so a line is a message; it is ASCII and ends with CR LF. A success ends with the
+id, an error begins with it: `{"return": …, "id": 1}`, `{"id": 1, "error": {"class": …, "desc": …}}`. Lines are spliced,
+not decoded; one that looks different (of a monitor with `pretty=on`) is taken apart.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from .strings import quote
+
+GENERIC_ERROR = "GenericError"
+COMMAND_NOT_FOUND = "CommandNotFound"
+
+#: How QEMU answers a command that returns nothing.
+EMPTY = b'{"return": {}}\r\n'
+
+_END = b"}\r\n"
+_SUCCESS = b'{"return": '
+_EVENT = b'{"timestamp": '
+_FAILURE = re.compile(rb'\{(?:"id": ([0-9]++), )?+"error": ')
+_ID_AT_END = re.compile(rb', "id": ([0-9]++)\}\r\n')
+#: Bytes at a line's end that hold any id of ours.
+_TAIL = len(b', "id": }\r\n') + 10
+
+
+class Reply(msgspec.Struct, frozen=True, gc=False):
+    """A reply to some command."""
+
+    #: The line without its id.
+    line: bytes
+    failed: bool
+    #: The id that it had, or -1.
+    id: int = -1
+
+    def labelled(self, id: bytes | None) -> bytes:
+        """The line with this JSON text as its id, or without one."""
+        if id is None:
+            return self.line
+        if self.failed:
+            return b"".join((b'{"id": ', id, b", ", self.line[1:]))
+        return b"".join((memoryview(self.line)[: -len(_END)], b', "id": ', id, _END))
+
+
+class _Line(msgspec.Struct):
+    """A line taken apart."""
+
+    result: msgspec.Raw | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="return")
+    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    id: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class Failure(msgspec.Struct):
+    """What an error says."""
+
+    error_class: str = msgspec.field(name="class")
+    description: str = msgspec.field(name="desc")
+
+
+class _FailureLine(msgspec.Struct):
+    error: Failure
+
+
+_LINE = msgspec.json.Decoder(_Line)
+_FAILURE_LINE = msgspec.json.Decoder(_FailureLine)
+
+
+def read(line: bytes) -> Reply | None:
+    """What reply a line is; None if it is an event."""
+    if line.startswith(_SUCCESS):
+        tail = _ID_AT_END.search(line, max(0, len(line) - _TAIL))
+        if tail is None:
+            return Reply(line, False)
+        return Reply(line[: tail.start()] + _END, False, int(tail[1]))
+    if line.startswith(_EVENT):
+        return None
+    head = _FAILURE.match(line)
+    if head is None:
+        return _taken_apart(line)
+    if head[1] is None:
+        return Reply(line, True)
+    return Reply(b"{" + line[head.end(1) + 2 :], True, int(head[1]))
+
+
+def _taken_apart(line: bytes) -> Reply | None:
+    parts = _LINE.decode(line)
+    id = -1 if parts.id is msgspec.UNSET else parts.id
+    if parts.result is not msgspec.UNSET:
+        return Reply(_SUCCESS + bytes(parts.result) + _END, False, id)
+    if parts.error is not msgspec.UNSET:
+        return Reply(b'{"error": ' + bytes(parts.error) + _END, True, id)
+    return None
+
+
+def failure_of(reply: Reply) -> Failure:
+    """What a reply that failed says."""
+    return _FAILURE_LINE.decode(reply.line).error
+
+
+def failure(description: str, *, error_class: str = GENERIC_ERROR, id: bytes | None = None) -> bytes:
+    """An error as QEMU would write it; `id` is JSON text."""
+    line = b'{"error": {"class": ' + quote(error_class) + b', "desc": ' + quote(description) + b"}}\r\n"
+    return Reply(line, True).labelled(id)
+
+
+def success(id: bytes | None) -> bytes:
+    """What QEMU writes for a command that returns nothing."""
+    return Reply(EMPTY, False).labelled(id)

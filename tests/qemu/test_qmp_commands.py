@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`vmctl qmp`, `vmctl list-sessions` and `vmctl qmp-share`, as a user runs them."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+from tests.commands import Spawned, make_script, spawned, vmctl
+from tests.conftest import make_raw
+
+DEADLINE = 30.0
+VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
+
+
+@pytest.fixture(scope="module")
+def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
+    image = make_raw(tmp_path_factory.mktemp("image") / "boot", 1 << 20)
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
+        running.wait_for("is running")
+        yield running
+
+
+def test_one_command_gives_one_reply_as_json(machine: Spawned) -> None:
+    done = vmctl("qmp", machine.name, "query-status")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["status"] == "running"
+    assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["path=/machine/peripheral"], ['{"path": "/machine/peripheral"}']])
+def test_arguments_are_pairs_or_an_object(machine: Spawned, arguments: list[str]) -> None:
+    found = json.loads(vmctl("qmp", machine.name, "qom-list", *arguments).stdout)
+    assert "scsi0" in {entry["name"] for entry in found}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["frob"], 1, "QEMU refused frob: The command frob has not been found"),
+        (["qom-list"], 1, "Parameter 'path' is missing"),
+        (["qom-list", "path"], 2, "'path' is no argument"),
+        (["qom-list", "{broken"], 2, "the arguments are not JSON"),
+        (["stop", "--read-only"], 1, "this session is read-only"),
+        ([], 2, "no command, and no terminal for a shell"),
+        (["query-status", "--stdio"], 2, "--stdio takes no command"),
+    ],
+)
+def test_what_fails_is_said_in_one_line(machine: Spawned, arguments: list[str], status: int, message: str) -> None:
+    done = subprocess.run(
+        [*VMCTL, "qmp", machine.name, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "")
+    assert message in done.stderr.splitlines()[0]
+
+
+def test_the_raw_stream_ends_when_both_sides_have_said_all(machine: Spawned) -> None:
+    sent = '{"execute":"qmp_capabilities"}' + "".join(f'{{"execute":"query-name","id":{n}}}' for n in range(50))
+    done = subprocess.run(
+        [*VMCTL, "qmp", machine.name, "--stdio"],
+        input=sent,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    greeting, negotiated, *replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "QMP" in greeting
+    assert negotiated == {"return": {}}
+    assert [reply["id"] for reply in replies] == list(range(50))
+
+
+def test_sessions_are_listed_with_who_holds_them(machine: Spawned) -> None:
+    with subprocess.Popen(
+        [*VMCTL, "qmp", machine.name, "--stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as session:
+        assert session.stdout is not None
+        assert b"QMP" in session.stdout.readline()
+        found = json.loads(vmctl("list-sessions", machine.name, "--json=short").stdout)
+        assert [entry["processId"] for entry in found] == [session.pid]
+        row = vmctl("list-sessions", machine.name).stdout.splitlines()[1].split()
+        assert row[:2] == [str(session.pid), str(os.geteuid())]
+
+
+def test_the_shell_completes_answers_and_shows_events(machine: Spawned, tmp_path: Path) -> None:
+    pytest.importorskip("prompt_toolkit")
+    environment: Any = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    shell = pexpect.spawn(
+        VMCTL[0],
+        [*VMCTL[1:], "qmp", machine.name],
+        env=environment,
+        encoding="utf-8",
+        timeout=DEADLINE,
+        dimensions=(40, 120),
+    )
+    shell.expect("Ctrl-D leaves")
+    shell.send("query-name\r")
+    shell.expect(f'"name": "{machine.name}"')
+    shell.send("stop\r")
+    shell.expect("STOP")
+    shell.send("cont\r")
+    shell.expect("RESUME")
+    shell.send("query-nonsense\r")
+    shell.expect("CommandNotFound")
+    shell.sendeof()
+    shell.expect(pexpect.EOF)
+    shell.close()
+    assert shell.exitstatus == 0
+
+
+# Sharing what somebody else started.
+
+
+@contextmanager
+def foreign_qemu(qemu: str, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A QEMU with one QMP socket, as other programs start it."""
+    path = str(folder / "qmp.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(4)
+        command = [qemu, "-machine", "none", "-nodefaults", "-display", "none", "-S"]
+        command += [
+            "-chardev",
+            f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off",
+            "-mon",
+            "chardev=qmp,mode=control",
+        ]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()], stderr=subprocess.DEVNULL)
+    try:
+        yield process, path
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def sharing(source: str, listen: str) -> Iterator[subprocess.Popen[str]]:
+    """A running `vmctl qmp-share`."""
+    with subprocess.Popen([*VMCTL, "qmp-share", source, listen], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert "sharing" in process.stderr.readline()
+            yield process
+        finally:
+            process.terminate()
+
+
+def query(path: str) -> list[Any]:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE)
+        client.connect(path)
+        client.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-status","id":"x"}')
+        with client.makefile("rb") as file:
+            return [json.loads(file.readline()) for _ in range(3)]
+
+
+def test_a_foreign_socket_is_shared_among_many(qemu: str, tmp_path: Path) -> None:
+    listen = str(tmp_path / "shared.sock")
+    with foreign_qemu(qemu, tmp_path) as (_, source), sharing(source, listen) as share:
+        assert stat.S_IMODE(os.stat(listen).st_mode) == 0o600
+        for _ in range(5):
+            assert query(listen)[2]["id"] == "x"
+        share.send_signal(signal.SIGINT)
+        assert share.wait(timeout=DEADLINE) == 0
+        assert not os.path.exists(listen)
+        # QEMU's own socket is as it was, and can be shared again.
+        with sharing(source, listen):
+            assert query(listen)[2]["id"] == "x"
+
+
+def test_sharing_ends_with_qemu_and_says_so(qemu: str, tmp_path: Path) -> None:
+    listen = str(tmp_path / "shared.sock")
+    with foreign_qemu(qemu, tmp_path) as (process, source), sharing(source, listen) as share:
+        process.kill()
+        assert share.wait(timeout=DEADLINE) == 1
+        assert share.stderr is not None
+        assert share.stderr.read().startswith("vmctl: QEMU closed its monitor")
+        assert not os.path.exists(listen)
+
+
+def test_a_socket_that_somebody_holds_is_said_to_be_in_use(qemu: str, tmp_path: Path) -> None:
+    with foreign_qemu(qemu, tmp_path) as (_, source), socket.socket(socket.AF_UNIX) as holder:
+        holder.connect(source)
+        assert b"QMP" in holder.recv(4096)
+        done = vmctl("qmp-share", source, str(tmp_path / "shared.sock"), "--timeout=1")
+        assert done.returncode == 1
+        assert "gave no greeting within 1 s" in done.stderr
+        assert "close the program that holds this socket" in done.stderr
+
+
+def test_what_cannot_be_shared(qemu: str, tmp_path: Path) -> None:
+    done = vmctl("qmp-share", str(tmp_path / "none"), str(tmp_path / "listen"))
+    assert (done.returncode, "No such file or directory" in done.stderr) == (1, True)
+    make_script(tmp_path / "taken", "")
+    with foreign_qemu(qemu, tmp_path) as (_, source):
+        done = vmctl("qmp-share", source, str(tmp_path / "taken"))
+    assert (done.returncode, "Address already in use" in done.stderr) == (1, True)
+    assert (tmp_path / "taken").exists()

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The same bytes to a monitor of QEMU's and to a session of the same QEMU: the answers are the same, byte for byte."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.qemu.qmp_fixtures import NEGOTIATE, NEGOTIATE_OOB, Client, Machine, Server, scaled, shared
+
+Shared = tuple[Machine, Server]
+
+#: How two clients have negotiated that are compared.
+MODES = ("before", "in-band", "oob")
+
+COMMANDS = (
+    ("query-status", {}),
+    ("query-name", {}),
+    ("query-version", {}),
+    ("query-status", {"extra": 1}),
+    ("nope", {}),
+    ("nope", {"nested": {"a": [1, {"b": None}]}}),
+    ("", {}),
+    ("qmp_capabilities", {}),
+    ("human-monitor-command", {"command-line": "info version"}),
+    ("human-monitor-command", {"command-line": 'say "é" \\ \n'}),
+    ("human-monitor-command", {}),
+    ("device-list-properties", {"typename": "nope"}),
+    ("device_del", {"id": "nope"}),
+    ("qom-get", {"path": "/machine", "property": "type"}),
+    ("qom-list", {"path": "/nope"}),
+    ("blockdev-del", {"node-name": "#nope"}),
+    ("getfd", {"fdname": "none"}),
+    ("add-fd", {}),
+    ("closefd", {"fdname": "none"}),
+    ("migrate-pause", {}),
+)
+
+#: What may stand between and in messages without being one.
+FRAGMENTS = (
+    b"{", b"}", b"[", b"]", b":", b",", b'"', b"'", b"\\", b"\n", b"\r\n", b" ", b"\t", b"\x00", b"\x01", b"\x7f", b"\xff",
+    b"\xfe", b"\xef\xbb\xbf", b"\xc0\x80", b"\xc3(", b"\xe9", b"\xf4\x90\x80\x80", b"0", b"-", b"1.", b"1e", b"0e5", b"007",
+    b"1.5", b"-0", b"tru", b"true", b"null", b"NaN", b"%p", b"@", b"{}", b"[]", b"''", b'"\\q"', b'"\\ud83d"', b'"\\u12"',
+    b'{"a" 1}', b"{1:2}", b'{"a":1,"a":2}', b"[1 2]", b"[1,]", b'{"a":1,}', b"{[}]", b"[}", b"{]", b'"a"b', b"'\\''",
+)  # fmt: skip
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cn"]), max_size=8)
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+IDS = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def rendered(draw: st.DrawFn, value: object) -> bytes:
+    """JSON in QEMU's dialect: white space, both kinds of quotes, escapes or none."""
+    text = json.dumps(
+        value, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([(",", ":"), (", ", " : ")]))
+    )
+    if "'" not in text and "\\" not in text and draw(st.integers(0, 3)) == 0:
+        text = text.replace('"', "'")
+    return text.encode()
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> bytes:
+    """A command, or something like one."""
+    name, arguments = draw(st.sampled_from(COMMANDS))
+    members: dict[str, object] = {"execute": name}
+    if arguments or draw(st.booleans()):
+        members["arguments"] = arguments
+    if draw(st.booleans()):
+        members["id"] = draw(IDS)
+    if draw(st.integers(0, 3)) == 0:
+        key = draw(st.sampled_from(["execute", "exec-oob", "arguments", "id", "extra", "é"]) | TEXT)
+        members[key] = draw(IDS | st.just("query-name"))
+    if draw(st.integers(0, 7)) == 0:
+        members["exec-oob"] = members.pop("execute")
+    if draw(st.integers(0, 7)) == 0:
+        members.pop(draw(st.sampled_from(sorted(members))))
+    return draw(rendered(dict(draw(st.permutations(list(members.items()))))))
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A message with a fragment in it that does not belong there."""
+    message = draw(messages())
+    start = draw(st.integers(0, len(message)))
+    end = start + draw(st.integers(0, 3))
+    return message[:start] + draw(st.sampled_from(FRAGMENTS)) + message[end:]
+
+
+PIECES = messages() | damaged() | st.sampled_from(FRAGMENTS) | st.binary(max_size=6)
+STREAMS = st.lists(PIECES | st.just(b"\n"), min_size=1, max_size=6).map(b"".join)
+
+
+class Pair:
+    """Two clients, a native one and one of a session, that are sent the same."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, both: Shared, mode: str) -> None:
+        machine, server = both
+        self.mode = mode
+        self.clients = (machine.native(2), server.open())
+        assert self.clients[0].line() == self.clients[1].line()
+        if mode != "before":
+            for client in self.clients:
+                assert client.execute(NEGOTIATE_OOB if mode == "oob" else NEGOTIATE) == {"return": {}}
+
+    def answers(self, stream: bytes) -> tuple[list[bytes], list[bytes]]:
+        """What they answer to a stream, which a byte ends that belongs to no message."""
+        end = f"end {next(self._numbers)}"
+        whole = stream + b'\xff\n{"execute":"nope","id":"%b"}\n' % end.encode()
+        native, session = (self._answer(client, whole, end) for client in self.clients)
+        return native, session
+
+    def _answer(self, client: Client, whole: bytes, end: str) -> list[bytes]:
+        client.send(whole)
+        lines = client.until(end)
+        # Which of two commands is first when one of them overtakes is a matter of time.
+        return sorted(lines) if self.mode == "oob" else lines
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture(scope="module")
+def both(qemu: str) -> Iterator[Shared]:
+    with shared(qemu) as made:
+        yield made
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.scaled
+def test_a_session_answers_any_stream_as_a_monitor_does(both: Shared, mode: str) -> None:
+    pairs: list[Pair] = []
+
+    @given(STREAMS)
+    @settings(max_examples=scaled(400), deadline=None, suppress_health_check=list(HealthCheck))
+    def check(stream: bytes) -> None:
+        pair = pairs.pop() if pairs else Pair(both, mode)
+        try:
+            native, session = pair.answers(stream)
+            assert session == native
+        except BaseException:
+            pair.close()
+            raise
+        pairs.append(pair)
+
+    try:
+        check()
+    finally:
+        for pair in pairs:
+            pair.close()
