@@ -8,7 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says nothing on a machine that others use too; pytest's own timeout catches what hangs.
+hypothesis.settings.register_profile("vmspawn", deadline=None)
+hypothesis.settings.load_profile("vmspawn")
 
 MIB = 1 << 20
 

@@ -133,8 +133,14 @@ class Guest:
         self.command("device_add", **device, drive=node["node-name"], id=name)
 
     def detach(self, name: str) -> None:
-        """Ask the guest to let go of the device; its node stays."""
+        """Ask the guest to let go of the device, and wait until it has; its node stays."""
         self.command("device_del", id=name)
+        while not (self._gone(json.loads(self._replies.readline()), name)):
+            pass
+
+    @staticmethod
+    def _gone(message: Mapping[str, Any], name: str) -> bool:
+        return message.get("event") == "DEVICE_DELETED" and message["data"].get("device") == name
 
 
 @contextmanager
@@ -330,8 +336,7 @@ def test_powers_off_at_the_power_button_of_virt() -> None:
 
 def powers_off(guest: Guest) -> None:
     guest.command("system_powerdown")
-    # A virtio console may lose its last byte, the end of this line, to the power-off.
-    assert "\nvmspawn-guest: power button pressed, powering off" in guest.drain()
+    assert "\nvmspawn-guest: power button pressed, powering off\n" in guest.drain()
     assert guest.process.returncode == 0
 
 
@@ -363,7 +368,10 @@ def test_uses_the_console_that_the_kernel_was_told(qemu: str) -> None:
     with booted(qemu, "q35", *options, console="hvc0", arguments="systemd.tty.term.hvc0=linux") as guest:
         guest.wait_for_shell()
         assert guest.run("tty; echo $TERM") == "/dev/hvc0\nlinux\n"
-        powers_off(guest)
+        # A virtio console loses what is still in its queue when the machine goes, so only the end itself is sure.
+        guest.command("system_powerdown")
+        guest.drain()
+        assert guest.process.returncode == 0
 
 
 def test_powers_off_without_a_console(qemu: str) -> None:

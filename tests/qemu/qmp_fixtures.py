@@ -96,7 +96,7 @@ class Client:
 
     def until(self, id: object) -> list[bytes]:
         """The lines before the reply with this id."""
-        lines = []
+        lines: list[bytes] = []
         while True:
             line = self.line()
             assert line, f"the connection ended before the reply {id!r}; there were {lines}"

@@ -466,14 +466,16 @@ async def test_a_subscriber_that_never_reads_is_let_go_at_its_bound(machine: Mac
             subscribe = {"method": f"{INSTANCE}.SubscribeEvents", "more": True}
             silent.send(json.dumps(subscribe).encode() + b"\0")
             silent.reply()
-            data = {"text": "x" * 100_000}
-            for _ in range(2 * limits.UNSENT_MAX // 100_000):
-                loop.call_soon_threadsafe(machine.monitor.publish, Event("TEST", data))
+            loop.call_soon_threadsafe(publish_too_much)
             while silent.socket.recv(1 << 20):
                 pass
             return True
 
     from vmspawn import Event
+
+    def publish_too_much() -> None:
+        for _ in range(2 * limits.UNSENT_MAX // 100_000):
+            machine.monitor.publish(Event("TEST", {"text": "x" * 100_000}))
 
     loop = asyncio.get_running_loop()
     assert await in_thread(use)

@@ -17,8 +17,6 @@ from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..errors import BadConfig, EventsLost, NotConnected, VmspawnError
 from ..machine.machine import Machine as RunningMachine
-from ..qmp.peer import Peer
-from ..qmp.session import Session as QmpSession
 from ..storage import drive as drives
 from ..storage.attachment import Attachment
 from ..storage.drive import DEFAULT_BUS, Backing, Drive
@@ -26,6 +24,9 @@ from ..storage.hotplug import DETACH_TIMEOUT
 from . import errors
 from .connection import CALLER
 from .upgrade import Taker, upgradable
+
+if typing.TYPE_CHECKING:
+    from ..qmp.session import Session as QmpSession
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
 
@@ -134,8 +135,13 @@ class _Acquired(typing.TypedDict):
     fileDescriptorIndex: FileDescriptor | None
 
 
+# What serves QMP is loaded with the first client that asks for it, for many machines never have one.
+
+
 async def _acquire(machine: RunningMachine, *, read_only: bool) -> _Acquired:
     """A QMP session on a socket pair; the other end goes to the caller and outlives the Varlink connection."""
+    from ..qmp.peer import Peer
+
     multiplexer = await machine.multiplexer()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     with theirs:
@@ -145,6 +151,8 @@ async def _acquire(machine: RunningMachine, *, read_only: bool) -> _Acquired:
 
 async def _take_over(machine: RunningMachine, *, read_only: bool) -> Taker:
     """A QMP session on the Varlink connection itself."""
+    from ..qmp.peer import Peer
+
     multiplexer = await machine.multiplexer()
 
     def take(connected: socket.socket) -> None:
@@ -309,7 +317,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         await self._machine.detach(name, timeout=timeout)
 
 
-def _session(session: QmpSession) -> Session:
+def _session(session: "QmpSession") -> Session:
     peer = session.peer
     return Session(
         processId=peer.pid if peer else None,

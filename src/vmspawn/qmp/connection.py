@@ -32,8 +32,8 @@ class Connection:
     ) -> None:
         """`received` gets data, and a descriptor that came with the last of it or -1; the descriptor is its to close.
 
-        `ended` is called when the client will send no more, `gone` when it is not there any more or was cut off, but not
-        when `close` was called.
+        `ended` is called when the client will send no more, `gone` when it is not there any more or was cut off, but
+        not when `close` was called.
         """
         connected.setblocking(False)
         self._socket = connected

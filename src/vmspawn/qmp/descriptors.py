@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What sessions hold in QEMU through descriptors that they passed, so that it goes when they do.
 
-The names of `getfd` belong to a monitor in QEMU, and all sessions share one: a name that one session holds is refused to
-the others. Names that stand in the arguments of other commands (`netdev_add` with `fd=`) are not looked at; a command
-that takes over a descriptor ends its name in QEMU, while here it stays its session's until that closes it or leaves.
-The sets of `add-fd` belong to all monitors; what a session added and nothing uses is removed when it leaves.
+The names of `getfd` belong to a monitor in QEMU, and all sessions share one: a name that one session holds is refused
+to the others. Names that stand in the arguments of other commands (`netdev_add` with `fd=`) are not looked at; a
+command that takes over a descriptor ends its name in QEMU, while here it stays its session's until that closes it or
+leaves. The sets of `add-fd` belong to all monitors; what a session added and nothing uses is removed when it leaves.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _ID = "id"
 #: A command without arguments as nearly all programs write it, and only with an id that QEMU echoes as it is.
 _USUAL = re.compile(
     rb"""[ \r\n]*+\{[ ]*+"execute":[ ]*+"([a-z0-9_-]++)"
-         (?:,[ ]*+"id":[ ]*+("[ !#-\[\]-~]*+"|[1-9][0-9]{0,17}+|0))?+[ ]*+\}[ \r\n]*+""",
+         (?:,[ ]*+"id":[ ]*+("[ !#-\[\]-~]*+"|[1-9][0-9]{0,17}+|0))?[ ]*+\}[ \r\n]*+""",
     re.VERBOSE,
 )
 

@@ -18,7 +18,7 @@ from . import limits
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 #: A brace, or a string and the colon behind it if it is a key.
-_KEYS = re.compile(rb'[{}]|("[^"]*+")(:)?+')
+_KEYS = re.compile(rb'[{}]|("[^"]*+")(:)?')
 
 #: Bytes of a message in which keys that occur twice in one object are searched for. In larger ones QEMU may find them.
 SEARCHED = 2048

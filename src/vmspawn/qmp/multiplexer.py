@@ -24,9 +24,9 @@ from .upstream import Call, Greeting, Upstream
 class Multiplexer:
     """Shares one of QEMU's monitors among sessions.
 
-    Owns the connected sockets that it is given, from construction on: `connected` to the monitor that the sessions share,
-    `bulk` to a second one for large commands, without which such a command holds up all sessions while QEMU reads it.
-    `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
+    Owns the connected sockets that it is given, from construction on: `connected` to the monitor that the sessions
+    share, `bulk` to a second one for large commands, without which such a command holds up all sessions while QEMU
+    reads it. `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
     """
 
     def __init__(

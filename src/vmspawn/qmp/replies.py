@@ -23,7 +23,7 @@ EMPTY = b'{"return": {}}\r\n'
 _END = b"}\r\n"
 _SUCCESS = b'{"return": '
 _EVENT = b'{"timestamp": '
-_FAILURE = re.compile(rb'\{(?:"id": ([0-9]++), )?+"error": ')
+_FAILURE = re.compile(rb'\{(?:"id": ([0-9]++), )?"error": ')
 _ID_AT_END = re.compile(rb', "id": ([0-9]++)\}\r\n')
 #: Bytes at a line's end that hold any id of ours.
 _TAIL = len(b', "id": }\r\n') + 10

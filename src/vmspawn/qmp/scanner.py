@@ -30,12 +30,15 @@ _WHITESPACE = re.compile(rb"[ \t\r\n]*+")
 
 #: Tokens that need no attention, then the next bracket if one follows. Left out, so that the match stops before them:
 #: single quotes, `\'` (which only QEMU has), numbers that QEMU takes for two tokens (`0e5`), and a number or keyword
-#: that the end of the data may have cut.
+#: that the end of the data may have cut. The last alternative, which never matches, is for Python before 3.11.5: there
+#: a possessive repeat goes on from wherever its last, failed attempt got to (CPython issue 106052), and this puts it
+#: back.
 _RUN = re.compile(
     rb"""(?:[ \t\r\n,:]++
          |"(?:[^"\\\x00-\x1f\xfe\xff]++|\\[^'\x00-\x1f\xfe\xff])*+"
-         |-?+(?:0(?![0-9eE])|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+(?![0-9.eE])(?=[\s\S])
+         |-?+(?:0(?![0-9eE])|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?+[0-9]++)?(?![0-9.eE])(?=[\s\S])
          |[a-z]++(?=[\s\S])
+         |(?!)
          )*+([\[\]{}])?+""",
     re.VERBOSE,
 )
@@ -49,8 +52,8 @@ _INSIDE = {
 #: As much of a number or keyword as there is, complete or not.
 _ATOM = re.compile(
     rb"""[a-z]++
-      |-?+(?:0(?:\.(?:[0-9]++(?:[eE][-+]?+[0-9]*+)?+)?+)?+
-         |[1-9][0-9]*+(?:\.(?:[0-9]++(?:[eE][-+]?+[0-9]*+)?+)?+|[eE][-+]?+[0-9]*+)?+)?+""",
+      |-?+(?:0(?:\.(?:[0-9]++(?:[eE][-+]?+[0-9]*+)?)?)?
+         |[1-9][0-9]*+(?:\.(?:[0-9]++(?:[eE][-+]?+[0-9]*+)?)?|[eE][-+]?+[0-9]*+)?)?""",
     re.VERBOSE,
 )
 

@@ -37,7 +37,8 @@ class Schedule:
         self._bulk = bulk
         self._turns: deque[Call] = deque()
         self._bulk_turns: deque[Call] = deque()
-        # Whether a command is in flight that takes a descriptor. QEMU keeps one, and gives it to whichever command asks.
+        # Whether a command is in flight that takes a descriptor. QEMU keeps one, and gives it to whichever command
+        # asks.
         self._consuming = False
         #: Whether the sessions' monitor executes out of band.
         self.oob = False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One client's connection, which behaves as a monitor of its own would.
 
-What a session does itself is what QEMU does for each monitor: it greets, negotiates, cuts the input into messages, keeps
-the order, and answers what is no command (docs/interop/qmp-spec.rst, monitor/qmp.c). While a command runs nothing
+What a session does itself is what QEMU does for each monitor: it greets, negotiates, cuts the input into messages,
+keeps the order, and answers what is no command (docs/interop/qmp-spec.rst, monitor/qmp.c). While a command runs nothing
 further is taken, so the socket is the queue; only a client that has enabled `oob` may have some more commands waiting.
 """
 

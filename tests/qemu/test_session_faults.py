@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Clients that lie, stall, flood and die: each is felt by itself alone, and leaves nothing in QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.qemu.qmp_fixtures import NEGOTIATE, Client, Machine, Server, scaled, shared, wait_until
+from vmspawn.qmp import limits
+
+Shared = tuple[Machine, Server]
+
+QUERY = b'{"execute":"query-status","id":"x"}'
+
+
+@pytest.fixture(scope="module")
+def both(qemu: str) -> Iterator[Shared]:
+    with shared(qemu) as made:
+        # QEMU 7.2 removes no descriptor set while the machine does not run.
+        with_session(made[1], lambda client: client.execute(b'{"execute":"cont"}'))
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(both: Shared) -> Iterator[None]:
+    """No test may leave a session, a descriptor of ours, or a descriptor set in QEMU."""
+    _, server = both
+    wait_until(lambda: not server.sessions(), "the end of the sessions before")
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    wait_until(lambda: not server.sessions(), "the end of the sessions")
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, "the closing of all descriptors")
+    with_session(server, lambda client: wait_until(lambda: client.run("query-fdsets") == {"return": []}, "no fdset"))
+
+
+def with_session(server: Server, use: Any) -> None:
+    client = server.open().negotiate()
+    use(client)
+    client.close()
+
+
+def a_file() -> int:
+    """A descriptor of a file without a name; the caller owns it."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+@pytest.mark.scaled
+def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
+    """The commands of the others are answered all the while, each to whom it belongs."""
+    _, server = both
+    honest = server.open().negotiate()
+    chance = random.Random(1)
+    fd = a_file()
+    stream = NEGOTIATE + b'{"execute":"query-qmp-schema"}{"execute":"getfd","arguments":{"fdname":"n"}}' + QUERY * 3
+    for number in range(scaled(200)):
+        client = server.open()
+        cut = chance.randrange(len(stream))
+        client.send(stream[:cut] or b" ", [fd] if chance.random() < 0.3 else [])
+        if chance.random() < 0.5:
+            client.line()
+        if chance.random() < 0.3:
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        assert honest.execute(b'{"execute":"query-name","id":%d}' % number) == {"return": {}, "id": number}
+    os.close(fd)
+    honest.close()
+
+
+def test_a_client_that_says_no_more_is_still_answered(both: Shared) -> None:
+    _, server = both
+    client = server.open().negotiate()
+    client.send(QUERY * 20)
+    client.socket.shutdown(socket.SHUT_WR)
+    assert [client.message()["id"] for _ in range(20)] == ["x"] * 20
+    assert client.at_end()
+    client.close()
+
+
+def test_a_client_that_does_not_read_is_cut_off_alone(both: Shared) -> None:
+    """At its bound, while another is served; what was kept for it is let go."""
+    _, server = both
+    stalled = server.open().negotiate()
+    honest = server.open().negotiate()
+    (session,) = [each for each in server.sessions() if each.bytes_out and each is server.sessions()[0]]
+    stalled.socket.setblocking(False)
+    schema = b'{"execute":"query-qmp-schema"}'
+    while session in server.sessions():
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            stalled.socket.send(schema)
+        assert honest.execute(QUERY)["id"] == "x"
+        assert session.unread <= limits.OUTPUT_SIZE + (1 << 20)
+    assert session.bytes_out > limits.OUTPUT_SIZE
+    stalled.close()
+    honest.close()
+
+
+def test_a_flood_does_not_keep_others_from_their_turn(both: Shared) -> None:
+    _, server = both
+    flood = server.open().negotiate()
+    honest = server.open().negotiate()
+    flood.send(QUERY * 1500)
+    answered = 0
+    for _ in range(20):
+        assert honest.execute(QUERY)["id"] == "x"
+    flood.socket.setblocking(False)
+    try:
+        while data := flood.socket.recv(1 << 20):
+            answered += data.count(b"\n")
+    except BlockingIOError:
+        pass
+    # In turns: while the other had twenty answers, the flood had about as many, and far from all.
+    assert answered < 1000
+    flood.close()
+    honest.close()
+
+
+def test_half_a_command_holds_nobody_up(both: Shared) -> None:
+    _, server = both
+    half = server.open().negotiate()
+    half.send(b'{"execute":"query-sta')
+    other = server.open().negotiate()
+    assert other.execute(QUERY)["id"] == "x"
+    half.send(b'tus"}')
+    assert "return" in half.message()
+    half.close()
+    other.close()
+
+
+def test_a_command_that_is_too_large_gets_qemus_own_words(both: Shared) -> None:
+    _, server = both
+    client = server.open().negotiate()
+    client.send(b'{"execute":"query-status","arguments":{"x":"')
+    for _ in range(limits.COMMAND_SIZE // (1 << 20) + 1):
+        client.send(b"x" * (1 << 20))
+    assert client.message() == {"error": {"class": "GenericError", "desc": "JSON token size limit exceeded"}}
+    client.send(b'"}}\xff' + QUERY)
+    client.until("x")
+    client.close()
+
+
+def test_a_large_command_is_answered_after_its_events_and_delays_only_its_client(both: Shared) -> None:
+    _, server = both
+    client = server.open().negotiate()
+    other = server.open().negotiate()
+    padding = "x" * (limits.BULK_SIZE * 4)
+    client.send(json.dumps({"execute": "qom-get", "arguments": {"path": "/", "property": padding}, "id": 1}).encode())
+    client.send(b'{"execute":"query-name","id":2}')
+    for _ in range(10):
+        assert other.execute(QUERY)["id"] == "x"
+    assert [client.message()["id"], client.message()["id"]] == [1, 2]
+    client.close()
+    other.close()
+
+
+def test_a_name_of_getfd_belongs_to_one_client(both: Shared) -> None:
+    _, server = both
+    fd = a_file()
+    first, second = server.open().negotiate(), server.open().negotiate()
+    assert first.run("getfd", fds=[fd], fdname="mine") == {"return": {}}
+    refused = second.run("getfd", fds=[fd], fdname="mine")
+    assert refused["error"]["class"] == "GenericError"
+    assert "mine" in refused["error"]["desc"]
+    assert "error" in second.run("closefd", fdname="mine")
+    first.close()
+    wait_until(lambda: second.run("getfd", fds=[fd], fdname="mine") == {"return": {}}, "the release of the name")
+    assert second.run("closefd", fdname="mine") == {"return": {}}
+    os.close(fd)
+    second.close()
+
+
+def test_an_unused_descriptor_set_goes_with_its_client(both: Shared) -> None:
+    _, server = both
+    fd = a_file()
+    client = server.open().negotiate()
+    assert "return" in client.run("add-fd", fds=[fd])
+    watcher = server.open().negotiate()
+    assert len(watcher.run("query-fdsets")["return"]) == 1
+    client.close()
+    wait_until(lambda: watcher.run("query-fdsets") == {"return": []}, "the removal of the set")
+    os.close(fd)
+    watcher.close()
+
+
+@pytest.mark.parametrize("who", ["native", "session"])
+def test_descriptors_wait_for_the_command_that_takes_one(both: Shared, who: str) -> None:
+    """Of two, the first is used; one that came with another command waits; without one it is said (QMP.md 9)."""
+    machine, server = both
+    fd = a_file()
+    client = (machine.native(2) if who == "native" else server.open()).negotiate()
+    missing = {"class": "GenericError", "desc": "No file descriptor supplied via SCM_RIGHTS"}
+    assert client.run("getfd", fdname="a")["error"] == missing
+    assert client.run("getfd", fds=[fd, fd], fdname="a") == {"return": {}}
+    assert client.run("getfd", fdname="b")["error"] == missing
+    assert "return" in client.run("query-status", fds=[fd])
+    assert client.run("getfd", fdname="b") == {"return": {}}
+    assert client.run("getfd", fdname="c")["error"] == missing
+    for name in ("a", "b"):
+        assert client.run("closefd", fdname=name) == {"return": {}}
+    os.close(fd)
+    client.close()
+
+
+def test_a_descriptor_never_reaches_another_client(both: Shared) -> None:
+    _, server = both
+    fd = a_file()
+    first, second = server.open().negotiate(), server.open().negotiate()
+    first.run("query-status", fds=[fd])
+    assert "No file descriptor" in second.run("add-fd")["error"]["desc"]
+    os.close(fd)
+    first.close()
+    second.close()
+
+
+def test_a_read_only_session_may_only_look(both: Shared) -> None:
+    _, server = both
+    client = server.open(read_only=True).negotiate()
+    assert "return" in client.run("query-status")
+    assert "return" in client.run("qom-list", path="/machine")
+    for command in ("stop", "quit", "device_del", "human-monitor-command"):
+        refused = client.run(command)["error"]
+        assert refused["class"] == "GenericError"
+        assert "read-only" in refused["desc"]
+    client.close()
+
+
+def test_the_end_of_qemu_is_an_end_for_each_and_said_once(qemu: str) -> None:
+    with shared(qemu) as (machine, server):
+        clients = [server.open().negotiate() for _ in range(50)]
+        machine.kill()
+        assert all(client.at_end() for client in clients)
+        for client in clients:
+            client.close()
+        wait_until(lambda: bool(server.lost), "the word that QEMU is gone")
+        assert len(server.lost) == 1
+        assert "QEMU closed its monitor" in server.lost[0]
+
+
+def test_a_monitor_that_somebody_holds_is_not_waited_for_without_end(qemu: str) -> None:
+    from vmspawn.errors import Timeout
+
+    with Machine(qemu, 1) as machine:
+        holder = machine.native(0).negotiate()
+        with Server(machine.connect(0)) as server, pytest.raises(Timeout, match="gave no greeting"):
+            server.start(timeout=0.3)
+        holder.close()
+
+
+def test_events_come_before_the_reply_of_the_command_that_caused_them(qemu: str) -> None:
+    with shared(qemu, arguments=["-machine", "q35", "-accel", "tcg"]) as (_, server):
+        client, watcher = server.open().negotiate(), server.open().negotiate()
+        client.send(b'{"execute":"cont","id":1}')
+        assert [json.loads(line)["event"] for line in client.until(1)] == ["RESUME"]
+        client.send(b'{"execute":"stop","id":2}')
+        assert [json.loads(line)["event"] for line in client.until(2)] == ["STOP"]
+        assert [watcher.message()["event"] for _ in range(2)] == ["RESUME", "STOP"]
+        client.close()
+        watcher.close()
+
+
+def test_an_out_of_band_command_overtakes(qemu: str) -> None:
+    with shared(qemu) as (_, server):
+        client = server.open().negotiate(oob=True)
+        slow = b'{"execute":"query-qmp-schema","id":%d}'
+        client.send(b"".join(slow % n for n in range(5)) + b'{"exec-oob":"migrate-pause","id":"now"}')
+        order = [client.message()["id"] for _ in range(6)]
+        assert [each for each in order if each != "now"] == list(range(5))
+        assert order.index("now") < 5
+        client.close()
+        plain: Client = server.open().negotiate()
+        assert "unexpected" in plain.execute(b'{"exec-oob":"migrate-pause"}')["error"]["desc"]
+        plain.close()
