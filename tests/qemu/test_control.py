@@ -466,16 +466,19 @@ async def test_a_subscriber_that_never_reads_is_let_go_at_its_bound(machine: Mac
             subscribe = {"method": f"{INSTANCE}.SubscribeEvents", "more": True}
             silent.send(json.dumps(subscribe).encode() + b"\0")
             silent.reply()
-            loop.call_soon_threadsafe(publish_too_much)
+            # It must not read before it is cut off: it could keep up otherwise.
+            asyncio.run_coroutine_threadsafe(publish_too_much(), loop).result(DEADLINE)
             while silent.socket.recv(1 << 20):
                 pass
             return True
 
     from vmspawn import Event
 
-    def publish_too_much() -> None:
+    async def publish_too_much() -> None:
         for _ in range(2 * limits.UNSENT_MAX // 100_000):
             machine.monitor.publish(Event("TEST", {"text": "x" * 100_000}))
+        while machine.monitor._streams:  # noqa: ASYNC110 - each turn of the loop may bring the end
+            await asyncio.sleep(0)
 
     loop = asyncio.get_running_loop()
     assert await in_thread(use)
