@@ -127,6 +127,8 @@ class Demo:
             self._stage.say("", line.strip())
             if "is running" in line:
                 return
+        # Wait for its end: `close` must not take somebody else's machine of that name for ours.
+        self._vmspawn.wait()
         raise VmspawnError("the machine did not start")
 
     def _attach(self, console: Console, name: str, bus: str) -> None:
