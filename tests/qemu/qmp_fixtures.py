@@ -156,6 +156,7 @@ class Machine:
     def connect(self, number: int) -> socket.socket:
         """A connection to a monitor, which greets."""
         connected = socket.socket(socket.AF_UNIX)
+        connected.settimeout(DEADLINE)
         connected.connect(str(self.path(number)))
         return connected
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.qemu.qmp_fixtures import NEGOTIATE, NEGOTIATE_OOB, Client, Machine, Server, scaled, shared
+from tests.qemu.qmp_fixtures import NEGOTIATE, NEGOTIATE_OOB, SCALE, Client, Machine, Server, scaled, shared
 
 Shared = tuple[Machine, Server]
 
@@ -170,7 +170,8 @@ def test_a_session_answers_any_stream_as_a_monitor_does(both: Shared, mode: str)
     pairs: list[Pair] = []
 
     @given(STREAMS)
-    @settings(max_examples=scaled(400), deadline=None, suppress_health_check=list(HealthCheck))
+    # The same examples in every ordinary run, so that a change is judged by them; others in a scaled one.
+    @settings(max_examples=scaled(400), derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
     def check(stream: bytes) -> None:
         pair = pairs.pop() if pairs else Pair(both, mode)
         try:

@@ -424,6 +424,7 @@ class Scanner:
         self._position -= start
         self._token -= start
         self._examined -= start
+        self._edits = [(first - start, end - start, text) for first, end, text in self._edits]
         self._start = 0
 
 
