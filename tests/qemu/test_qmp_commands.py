@@ -109,6 +109,8 @@ def test_the_shell_completes_answers_and_shows_events(machine: Spawned, tmp_path
         dimensions=(40, 120),
     )
     shell.expect("Ctrl-D leaves")
+    # The prompt says that the terminal is set up; what is typed before might be lost.
+    shell.expect(f"{machine.name}>")
     shell.send("query-name\r")
     shell.expect(f'"name": "{machine.name}"')
     shell.send("stop\r")
@@ -117,6 +119,7 @@ def test_the_shell_completes_answers_and_shows_events(machine: Spawned, tmp_path
     shell.expect("RESUME")
     shell.send("query-nonsense\r")
     shell.expect("CommandNotFound")
+    shell.expect(f"{machine.name}>")
     shell.sendeof()
     shell.expect(pexpect.EOF)
     shell.close()
