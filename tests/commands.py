@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.conftest import make_raw
 from tests.machines import fresh_name
 
 #: Nothing here takes longer; a test that waits this long has failed.
@@ -94,6 +95,15 @@ def spawned(*arguments: str, name: str | None = None) -> Iterator[Spawned]:
         yield running
     finally:
         running.close()
+
+
+@contextmanager
+def idle(qemu: str, folder: Path) -> Iterator[Spawned]:
+    """A vmspawn that is up, whose guest is its firmware, looking for something to boot."""
+    image = make_raw(folder / "boot", 1 << 20)
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
+        running.wait_for("is running")
+        yield running
 
 
 def qemu_pid(machine: str) -> int:

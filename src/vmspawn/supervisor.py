@@ -10,17 +10,15 @@ from collections.abc import Callable
 from .console.output import ConsoleOutput
 from .control.server import ControlServer, build_registry
 from .errors import NotConnected, Timeout
-from .machine.launch import Launched
+from .machine.launch import END_SIGNALS, Launched
 from .machine.machine import End, Machine
+from .waiting import first_of
 
 #: Seconds after which the power button is pressed again: a guest in its firmware does not notice it.
 _POWER_BUTTON_INTERVAL = 5.0
 
 #: Seconds that the last of the console's output has to be written.
 _FLUSH_TIMEOUT = 5.0
-
-#: Signals that ask for an end. They are blocked from the first moment until the supervisor listens to them.
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Shutdown:
@@ -92,7 +90,7 @@ async def supervise(launched: Launched, notice: Callable[[str], None], *, output
         notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
         end = await machine.wait()
         if console is not None:
-            await _flush(console)
+            await first_of(console.ended, timeout=_FLUSH_TIMEOUT)
         return end
     finally:
         shutdown.close()
@@ -101,11 +99,3 @@ async def supervise(launched: Launched, notice: Callable[[str], None], *, output
         if console is not None:
             console.close()
         await machine.close()
-
-
-async def _flush(console: ConsoleOutput) -> None:
-    try:
-        async with asyncio.timeout(_FLUSH_TIMEOUT):
-            await console.ended.wait()
-    except TimeoutError:
-        pass

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Spawned, make_script, qemu_pid, spawned, vmctl, vmspawn
+from tests.commands import Spawned, idle, make_script, qemu_pid, spawned, vmctl, vmspawn
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import is_gone, process_is_gone
 from vmspawn.host import runtime
@@ -23,9 +23,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
-    image = make_raw(tmp_path_factory.mktemp("image") / "boot", 1 << 20)
-    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
-        running.wait_for("is running")
+    with idle(qemu, tmp_path_factory.mktemp("image")) as running:
         yield running
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from tests.commands import Spawned, make_script, spawned, vmctl
-from tests.conftest import make_raw
+from tests.commands import Spawned, idle, make_script, vmctl
 
 DEADLINE = 30.0
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
@@ -25,9 +24,7 @@ VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
 
 @pytest.fixture(scope="module")
 def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
-    image = make_raw(tmp_path_factory.mktemp("image") / "boot", 1 << 20)
-    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
-        running.wait_for("is running")
+    with idle(qemu, tmp_path_factory.mktemp("image")) as running:
         yield running
 
 

@@ -11,7 +11,20 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 
 #: From the top down. A layer imports from itself and from what stands below it.
-LAYERS = ["cli", "supervisor", "control", "machine", "storage", "qmp", "console", "host", "guest", "errors", "version"]
+LAYERS = [
+    "cli",
+    "supervisor",
+    "control",
+    "machine",
+    "storage",
+    "qmp",
+    "console",
+    "host",
+    "guest",
+    "waiting",
+    "errors",
+    "version",
+]
 #: These know nothing of each other.
 APART = {"qmp", "console", "host", "guest"}
 

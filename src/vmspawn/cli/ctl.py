@@ -147,15 +147,31 @@ def _client(options: argparse.Namespace) -> Client:
 
 def _list(options: argparse.Namespace) -> None:
     machines = [found for name in machine_names() if (found := _look_at(name)) is not None]
+    columns = ("MACHINE", "STATE", "QEMU", "ACCEL", "PID")
+    _show(options, machines, "machines", columns, _machine_row, right=("PID",))
+
+
+def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
+    words = (machine[key] for key in ("name", "status", "qemuVersion", "accelerator"))
+    return (*words, str(machine["processId"] or "-"))
+
+
+def _show(
+    options: argparse.Namespace,
+    found: list[dict[str, Any]],
+    what: str,
+    columns: tuple[str, ...],
+    row: Callable[[dict[str, Any]], tuple[str, ...]],
+    *,
+    right: tuple[str, ...],
+) -> None:
+    """Print a list: as JSON for programs; as a table for people, or that there are none."""
     if options.json != "off":
-        print_json(machines, options.json)
-    elif machines:
-        rows = [
-            (m["name"], m["status"], m["qemuVersion"], m["accelerator"], str(m["processId"] or "-")) for m in machines
-        ]
-        print_table(("MACHINE", "STATE", "QEMU", "ACCEL", "PID"), rows, right=("PID",))
+        print_json(found, options.json)
+    elif found:
+        print_table(columns, [row(each) for each in found], right=right)
     elif not options.quiet:
-        print("No machines.")
+        print(f"No {what}.")
 
 
 def _look_at(name: str) -> dict[str, Any] | None:
@@ -234,13 +250,8 @@ def _detach_disk(options: argparse.Namespace) -> None:
 def _list_disks(options: argparse.Namespace) -> None:
     with _client(options) as client:
         disks = client.call(f"{_MACHINE}.ListStorage")["storage"]
-    if options.json != "off":
-        print_json(disks, options.json)
-    elif disks:
-        columns = ("DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "BY-ID")
-        print_table(columns, [_disk_row(disk) for disk in disks], right=("SIZE",))
-    elif not options.quiet:
-        print("No disks.")
+    columns = ("DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "BY-ID")
+    _show(options, disks, "disks", columns, _disk_row, right=("SIZE",))
 
 
 def _disk_row(disk: dict[str, Any]) -> tuple[str, ...]:
@@ -262,14 +273,9 @@ def _disk_row(disk: dict[str, Any]) -> tuple[str, ...]:
 def _list_sessions(options: argparse.Namespace) -> None:
     with _client(options) as client:
         sessions = client.call(f"{_MACHINE}.ListSessions")["sessions"]
-    if options.json != "off":
-        print_json(sessions, options.json)
-    elif sessions:
-        columns = ("PID", "UID", "COMMAND", "MODE", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
-        numbers = ("PID", "UID", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
-        print_table(columns, [_session_row(session) for session in sessions], right=numbers)
-    elif not options.quiet:
-        print("No QMP sessions.")
+    columns = ("PID", "UID", "COMMAND", "MODE", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
+    numbers = ("PID", "UID", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
+    _show(options, sessions, "QMP sessions", columns, _session_row, right=numbers)
 
 
 def _session_row(session: dict[str, Any]) -> tuple[str, ...]:

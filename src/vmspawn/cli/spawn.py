@@ -16,14 +16,12 @@ from typing import NoReturn
 from ..errors import StartError, UsageError, VmspawnError
 from ..machine import config as configuration
 from ..machine.config import MachineConfig
-from ..machine.launch import Launched, launch
+from ..machine.launch import END_SIGNALS, launch
 from ..storage.drive import BUSES, FORMATS, parse_extra_drive
 from ..version import VERSION
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 
 _PROGRAM = "vmspawn"
-# The same as supervisor.END_SIGNALS, which is not imported yet when they are blocked.
-_BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def build_parser() -> Parser:
@@ -159,7 +157,7 @@ def run(arguments: list[str]) -> int:
             print(f"{_PROGRAM}: {line}", file=sys.stderr, flush=True)
 
     # A signal that comes before the supervisor listens must not leave QEMU without its manager.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     launched = launch(config, notice=notice)
     try:
         import asyncio
@@ -187,8 +185,6 @@ def main() -> NoReturn:
         status = EXIT_FAILURE
     sys.exit(status)
 
-
-__all__ = ["Launched", "main", "run"]
 
 if __name__ == "__main__":
     main()

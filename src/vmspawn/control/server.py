@@ -11,6 +11,7 @@ from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from ..host.runtime import CONTROL, MachineDirectory
+from ..host.sockets import listen
 from ..machine.machine import Machine as RunningMachine
 from ..version import VERSION
 from .connection import Connection
@@ -49,7 +50,8 @@ class ControlServer:
         self._registry = registry
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
-        self._listener: socket.socket | None = _listen(directory)
+        self._listener: socket.socket | None = listen(directory.socket_address(CONTROL), _BACKLOG)
+        self._listener.setblocking(False)
         self._loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
@@ -93,21 +95,6 @@ class ControlServer:
     def _resume(self) -> None:
         if self._listener is not None:
             self._loop.add_reader(self._listener, self._accept)
-
-
-def _listen(directory: MachineDirectory) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(directory.socket_address(CONTROL))
-        finally:
-            os.umask(mask)
-        listener.listen(_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 def _is_allowed(client: socket.socket) -> bool:

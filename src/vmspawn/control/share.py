@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 from ..errors import NotConnected, StartError, VmspawnError
+from ..host import sockets
 from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.multiplexer import Multiplexer
 from ..qmp.peer import Peer
@@ -21,9 +22,8 @@ async def share(source: str, listen: str, *, ready: Callable[[], None], timeout:
     """Take over the monitor behind the socket `source`, and serve sessions on a new socket `listen`.
 
     Returns when SIGINT or SIGTERM comes; `listen` is removed then. `ready` is called once sessions are served;
-    `timeout` is for QEMU's greeting. Raises
-    NotConnected if QEMU is not there or goes, Timeout if the monitor gives no greeting, because another program holds
-    it, and StartError if `listen` cannot be made.
+    `timeout` is for QEMU's greeting. Raises NotConnected if QEMU is not there or goes, Timeout if the monitor gives no
+    greeting, because another program holds it, and StartError if `listen` cannot be made.
     """
     loop = asyncio.get_running_loop()
     lost: list[str] = []
@@ -63,25 +63,19 @@ def _connect(source: str) -> socket.socket:
 
 @contextlib.contextmanager
 def _listening(path: str) -> Iterator[socket.socket]:
-    """A listening socket that only its owner may connect to; its file goes with it."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    """A listening socket whose file goes with it."""
     try:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(path)
-        except OSError as error:
-            hint = "choose another path, or remove what is there" if os.path.exists(path) else ""
-            raise StartError(f"cannot listen on {path}: {error.strerror or error}", hint=hint) from None
-        finally:
-            os.umask(mask)
-        try:
-            listener.listen(_BACKLOG)
-            yield listener
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        listener = sockets.listen(path, _BACKLOG)
+    except OSError as error:
+        hint = "choose another path, or remove what is there" if os.path.exists(path) else ""
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}", hint=hint) from None
+    listener.setblocking(False)
+    try:
+        yield listener
     finally:
         listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _accept(listener: socket.socket, multiplexer: Multiplexer) -> None:

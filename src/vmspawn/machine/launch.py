@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..errors import BadConfig, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
 from ..host import runtime
 from ..host.runtime import MachineDirectory
+from ..host.sockets import listen
 from ..storage import drive as drives
 from ..storage import ports
 from ..storage.drive import Backing, Drive
@@ -27,7 +28,14 @@ from .qemu import QemuBinary, choose_accelerator, find_qemu
 if TYPE_CHECKING:
     from ..guest.builtin import BuiltinGuest
 
-_POWER_SIGNALS = (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+#: Signals that ask for an end. The command blocks them from the first moment until its supervisor listens to them.
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# What QEMU gets with its default action, whatever we make of it.
+_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGQUIT, *END_SIGNALS)
+
+# Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
+_BACKLOG = 4
 
 #: Of our environment QEMU gets what it can use, and nothing that may be secret or change what it loads.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "WAYLAND_DISPLAY")
@@ -181,7 +189,9 @@ def _boot_place(launched: Launched, drive: Drive) -> ports.Place:
 def _start(launched: Launched, boot: Boot | None) -> None:
     directory = launched.directory
     assert directory is not None
-    listeners = {name: _listen(directory, name) for name in (*runtime.MONITORS, runtime.CONSOLE)}
+    # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
+    names = (*runtime.MONITORS, runtime.CONSOLE)
+    listeners = {name: listen(directory.socket_address(name), _BACKLOG) for name in names}
     log = directory.create_log()
     try:
         monitors = {name: listeners[name].fileno() for name in runtime.MONITORS}
@@ -203,23 +213,6 @@ def _start(launched: Launched, boot: Boot | None) -> None:
         for listener in listeners.values():
             listener.close()
     launched.close_images()
-
-
-def _listen(directory: MachineDirectory, name: str) -> socket.socket:
-    """A listening socket for QEMU to inherit. We can connect at once, without waiting for QEMU to come up."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # The folder is 0700; the socket's own mode is a second lock.
-        mask = os.umask(0o177)
-        try:
-            listener.bind(directory.socket_address(name))
-        finally:
-            os.umask(mask)
-        listener.listen(4)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 def _connect(launched: Launched) -> None:
@@ -256,7 +249,7 @@ def spawn(arguments: list[str], *, keep: list[int], log: int) -> int:
             file_actions=actions,
             setsid=True,
             setsigmask=[],
-            setsigdef=_POWER_SIGNALS,
+            setsigdef=_DEFAULT_SIGNALS,
         )
     except OSError as error:
         raise StartError(f"cannot run QEMU {arguments[0]}: {os.strerror(error.errno or errno.ENOEXEC)}") from None

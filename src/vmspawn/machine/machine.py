@@ -20,6 +20,7 @@ from ..storage import drive as drives
 from ..storage.attachment import Attachment
 from ..storage.drive import Backing, Drive
 from ..storage.hotplug import DETACH_TIMEOUT, Storage
+from ..waiting import first_of
 from .config import MachineConfig, check
 from .launch import Launched, explain_failure, launch
 
@@ -110,11 +111,9 @@ class Machine:
     async def _failed_start(self, error: BaseException) -> BaseException:
         """Clean up after a start that failed, and say why in the words of QEMU if it died."""
         assert self._launched is not None
-        log = ""
         if isinstance(error, NotConnected) and self._process is not None:
-            await self._await_exit(QUIT_TIMEOUT)
-            log = self._launched.directory.read_log() if self._launched.directory else ""
-            error = explain_failure(self._launched, log)
+            await first_of(self._process.ended, timeout=QUIT_TIMEOUT)
+            error = explain_failure(self._launched, self._log())
         await self.close()
         return error
 
@@ -142,13 +141,9 @@ class Machine:
         await self.terminate()
         await self._process.ended.wait()
 
-    async def _await_exit(self, seconds: float) -> None:
-        assert self._process is not None
-        try:
-            async with asyncio.timeout(seconds):
-                await self._process.ended.wait()
-        except TimeoutError:
-            pass
+    def _log(self) -> str:
+        """What QEMU printed."""
+        return self._launched.directory.read_log() if self._launched and self._launched.directory else ""
 
     async def wait(self) -> End:
         """Wait until QEMU has ended, and say how."""
@@ -156,18 +151,13 @@ class Machine:
         await process.ended.wait()
         # What QEMU said before it went may still lie in the socket.
         if self._monitor is not None:
-            try:
-                async with asyncio.timeout(_EXIT_TIMEOUT):
-                    await self._monitor.closed.wait()
-            except TimeoutError:
-                pass
+            await first_of(self._monitor.closed, timeout=_EXIT_TIMEOUT)
         return self._end(process)
 
     def _end(self, process: Process) -> End:
         reason = self._run_state.shutdown_reason if self._run_state else ""
         if process.status not in (0, None) or not reason:
-            log = self._launched.directory.read_log() if self._launched and self._launched.directory else ""
-            last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
+            last = next((line for line in reversed(self._log().splitlines()) if line.strip()), "")
             return End("qemu-died", f"QEMU {process.describe_end()}" + (f": {last}" if last else ""), False)
         return End(reason, _REASONS.get(reason, f"the machine ended ({reason})"), reason != "host-signal")
 

@@ -8,6 +8,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..waiting import first_of
 from . import buses
 from .drive import Backing, Drive
 from .nodes import Identifiers
@@ -90,15 +91,3 @@ class Attachment:
             "state": self.state.value,
             "done": list(self.done),
         }
-
-
-async def first_of(*events: asyncio.Event, timeout: float | None = None) -> None:
-    """Wait until one of the events is set, for `timeout` seconds at the most."""
-    if any(event.is_set() for event in events):
-        return
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from ..errors import QmpError
 from ..qmp.monitor import Monitor
 from ..qmp.runstate import RunState
+from ..waiting import first_of
 from . import buses, nodes
-from .attachment import Attachment, first_of
+from .attachment import Attachment
 from .ports import Layout, Pool
 
 #: Seconds between requests to the guest to let a device go: early ones are lost in firmware (HOTPLUG.md 5), later ones
