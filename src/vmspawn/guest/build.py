@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmspawn.errors import GuestError
-from vmspawn.guest import builtin
-from vmspawn.guest.builtin import BuiltinGuest
-from vmspawn.guest.busybox import find_busybox
-from vmspawn.guest.initramfs import Initramfs
-from vmspawn.guest.kernel import Kernel, find_kernel
-from vmspawn.guest.modules import modules_alias, modules_dep
-from vmspawn.guest.packages import Fetcher
+from ..errors import GuestError
+from . import builtin
+from .builtin import BuiltinGuest
+from .busybox import find_busybox
+from .initramfs import Initramfs
+from .kernel import Kernel, find_kernel
+from .modules import modules_alias, modules_dep
+from .packages import Fetcher
 
 #: Modules that are loaded at boot, in this order; first what a console needs. Not every kernel has all as modules.
 BOOT_MODULES = (

@@ -9,8 +9,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from vmspawn.errors import GuestError
-from vmspawn.guest.packages import Fetcher, available
+from ..errors import GuestError
+from .packages import Fetcher, available
 
 _PROGRAMS = ("busybox", "busybox.static", "busybox-static")
 _PACKAGE = "busybox-static"

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the kernel of the built-in guest comes from: this host runs one, or its distribution has one."""
+"""Where the kernel of the built-in guest comes from: the host's distribution has one, or the host runs one.
+
+The distribution's is tried first. It is the same on every host, and Debian's kernel for clouds boots in less than half
+the time that its kernel for real hardware takes.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vmspawn.errors import GuestError
-from vmspawn.guest.modules import Modules
-from vmspawn.guest.packages import Fetcher, available
+from ..errors import GuestError
+from .modules import Modules
+from .packages import Fetcher, available
 
 # Without these a disk on some bus is not seen, or the power button is not heard.
 _NEEDED = ("virtio_pci", "virtio_blk", "nvme", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "evdev")
 NEEDED_MODULES = {"x86_64": (*_NEEDED, "button"), "aarch64": (*_NEEDED, "gpio_keys")}
+
+# Where modules are, below a root; the second may be a link to the first.
+_MODULES = ("usr/lib/modules", "lib/modules")
 
 #: The packages that stand for the newest kernel, of Debian and of Ubuntu. Debian's kernel for arm64 clouds lacks
 #: gpio_keys, and with it the power button of a machine that has a device tree.
@@ -32,43 +39,46 @@ class Kernel:
 
 
 def find_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
-    """The host's kernel if it will do, else the distribution's."""
-    reason = f"this host does not run a kernel for {architecture}"
-    if os.uname().machine == architecture:
+    """The distribution's kernel if it can be had, else the host's."""
+    errors: list[GuestError] = []
+    for source in (_distribution_kernel, _running_kernel):
         try:
-            return host_kernel(architecture)
+            return source(architecture, fetcher, progress)
         except GuestError as error:
-            reason = str(error)
+            errors.append(error)
+    raise GuestError(
+        f"the built-in guest has no kernel: {'; '.join(map(str, errors))}",
+        hint=errors[0].hint or "Boot a kernel of your own with --linux= and --initrd=, or an image with --image=.",
+    )
+
+
+def _distribution_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
     if not available():
-        raise GuestError(
-            f"the built-in guest has no kernel: {reason}, and there is no apt-get to fetch one with",
-            hint="Boot a kernel of your own with --linux= and --initrd=, or an image with --image=.",
-        )
-    return _kernel_in(fetcher.fetch_kernel(METAPACKAGES[architecture]), architecture)
+        raise GuestError("there is no apt-get to fetch one with")
+    tree = fetcher.fetch_kernel(METAPACKAGES[architecture])
+    release = next((path.name for base in _MODULES for path in tree.glob(f"{base}/*")), "none")
+    return kernel_at(tree, release, architecture)
 
 
-def host_kernel(architecture: str, root: Path = Path("/"), release: str = "") -> Kernel:
-    """The kernel that runs here, from where distributions install it; GuestError says why it will not do."""
-    release = release or os.uname().release
-    images = [root / f"boot/vmlinuz-{release}", root / f"lib/modules/{release}/vmlinuz"]
-    image = next((image for image in images if os.access(image, os.R_OK)), None)
-    if image is None:
-        state = "cannot be read" if images[0].exists() else "does not exist"
-        raise GuestError(f"{images[0]} {state}")
-    return _checked(Kernel(image, Modules(root / "lib/modules" / release)), architecture)
-
-
-def _kernel_in(tree: Path, architecture: str) -> Kernel:
-    """The kernel in a tree of unpacked packages."""
-    image = next(tree.glob("boot/vmlinuz-*"), None)
-    modules = next((found for base in ("lib", "usr/lib") for found in tree.glob(f"{base}/modules/*")), None)
-    if image is None or modules is None:
-        raise GuestError("the distribution's package of a kernel has no /boot/vmlinuz or no modules")
-    return _checked(Kernel(image, Modules(modules)), architecture)
-
-
-def _checked(kernel: Kernel, architecture: str) -> Kernel:
-    missing = kernel.modules.missing(NEEDED_MODULES[architecture])
-    if missing:
-        raise GuestError(f"the kernel {kernel.modules.version} lacks {', '.join(missing)}")
+def _running_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
+    if os.uname().machine != architecture:
+        raise GuestError(f"this host is no {architecture}")
+    kernel = kernel_at(Path("/"), os.uname().release, architecture)
+    progress(f"Taking this host's kernel, {kernel.modules.version}")
     return kernel
+
+
+def kernel_at(root: Path, release: str, architecture: str) -> Kernel:
+    """The kernel of that release that distributions install below this root; GuestError says why it will not do."""
+    directories = [root / base / release for base in _MODULES]
+    images = [root / f"boot/vmlinuz-{release}", *(directory / "vmlinuz" for directory in directories)]
+    image = next((image for image in images if os.access(image, os.R_OK)), None)
+    directory = next((directory for directory in directories if directory.is_dir()), None)
+    if image is None:
+        raise GuestError(f"{images[0]} {'cannot be read' if images[0].exists() else 'does not exist'}")
+    if directory is None:
+        raise GuestError(f"{directories[0]} does not exist")
+    modules = Modules(directory)
+    if missing := modules.missing(NEEDED_MODULES[architecture]):
+        raise GuestError(f"the kernel {release} lacks {', '.join(missing)}")
+    return Kernel(image, modules)

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmspawn.errors import GuestError
+from ..errors import GuestError
 
 _ZSTD_SECONDS = 30
 

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from vmspawn.errors import GuestError
+from ..errors import GuestError
 
 #: What Debian calls the architectures.
 DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -22,8 +22,11 @@ DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 _DOWNLOAD_SECONDS = 300
 _LOCAL_SECONDS = 60
 
-# A kernel's package may leave its modules, or the image itself, to packages that it depends on.
-_KERNEL_PART = re.compile(r"linux-(image|modules|binary)-\d")
+# apt would wait two minutes for a server that does not answer, and for each of its addresses.
+_IMPATIENT = ("-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20")
+
+# The package of a kernel may leave the modules (Ubuntu), or everything (Debian 14), to others that it depends on.
+_KERNEL_PART = re.compile(r"linux-(image|base|binary|modules)-\d")
 
 _CONFIG = """\
 #clear APT::Update::Post-Invoke;
@@ -47,6 +50,8 @@ class Apt:
 
     def __init__(self, options: tuple[str, ...] = ()) -> None:
         self._options = options
+        #: Why some of the lists may be missing.
+        self.trouble: GuestError | None = None
 
     @classmethod
     def private(cls, directory: Path, architecture: str) -> Apt:
@@ -56,8 +61,11 @@ class Apt:
         config = directory / "apt.conf"
         config.write_text(_CONFIG.format(architecture=architecture, directory=directory))
         apt = cls(("-c", str(config)))
-        # Some source of the host may be out of order: what counts is whether the package is found
-        _run(["apt-get", *apt._options, "-q", "update"], seconds=_DOWNLOAD_SECONDS, check=False)
+        # One source of many may be out of order: what counts is whether the package is found
+        try:
+            apt._get("update", "-o", "APT::Update::Error-Mode=any")
+        except GuestError as error:
+            apt.trouble = error
         return apt
 
     def depends(self, package: str) -> list[str]:
@@ -81,7 +89,10 @@ class Apt:
 
     def download(self, packages: list[str], directory: Path) -> None:
         """Fetch the packages' files into the directory."""
-        _run(["apt-get", *self._options, "-q", "download", *packages], directory=directory, seconds=_DOWNLOAD_SECONDS)
+        self._get("download", *packages, directory=directory)
+
+    def _get(self, *words: str, directory: Path | None = None) -> None:
+        _run(["apt-get", *self._options, *_IMPATIENT, "-q", *words], seconds=_DOWNLOAD_SECONDS, directory=directory)
 
 
 def available() -> bool:
@@ -107,17 +118,18 @@ class Fetcher:
         return self._first_that_works(metapackages, lambda apt, name: apt.kernel_parts(name))
 
     def _first_that_works(self, names: Sequence[str], resolve: Callable[[Apt, str], list[str]]) -> Path:
-        errors: list[GuestError] = []
         for apt in self._apts():
+            errors: list[GuestError] = []
             for name in names:
                 try:
                     return self._unpack(apt, name, resolve(apt, name))
                 except GuestError as error:
                     errors.append(error)
+            reason = apt.trouble or errors[0]
         raise GuestError(
-            f"the package {names[0]} for {self._architecture} could not be fetched: {errors[0]}",
+            f"the package {names[0]} for {self._architecture} could not be fetched: {reason}",
             hint="Does `apt-get update` work on this host?",
-        ) from errors[0]
+        ) from reason
 
     def _apts(self) -> Iterator[Apt]:
         if self._architecture == _run(["dpkg", "--print-architecture"], seconds=_LOCAL_SECONDS).strip():
@@ -140,7 +152,7 @@ class Fetcher:
         return tree
 
 
-def _run(command: list[str], *, seconds: float, directory: Path | None = None, check: bool = True) -> str:
+def _run(command: list[str], *, seconds: float, directory: Path | None = None) -> str:
     """Run a program to its end and return its output; GuestError has the first complaint it made."""
     environment = os.environ | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     try:
@@ -151,7 +163,7 @@ def _run(command: list[str], *, seconds: float, directory: Path | None = None, c
         raise GuestError(f"{command[0]} did not finish within {seconds:.0f} s") from None
     except OSError as error:
         raise GuestError(f"{command[0]} could not be started: {error.strerror}") from error
-    if check and done.returncode != 0:
+    if done.returncode != 0:
         raise GuestError(_complaint(command[0], done))
     return done.stdout.decode(errors="replace")
 
