@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The same bytes to a monitor of QEMU's and to a session of the same QEMU: the answers are the same, byte for byte but
-for what a syntax error quotes."""
+for infinity."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.qemu.qmp_fixtures import NEGOTIATE, NEGOTIATE_OOB, SCALE, Client, Machine, Server, scaled, shared
+from vmspawn.qmp.dialect import PULL
+from vmspawn.qmp.limits import OOB_QUEUE
+from vmspawn.qmp.scanner import Scanner
 
 Shared = tuple[Machine, Server]
 
@@ -106,13 +109,15 @@ PIECES = messages() | damaged() | st.sampled_from(FRAGMENTS) | st.binary(max_siz
 STREAMS = st.lists(PIECES | st.just(b"\n"), min_size=1, max_size=6).map(b"".join)
 
 
-#: How QEMU shows the token that it could not read differs between its versions; that it could not, and the place in the
-#: order, does not.
-_SYNTAX_ERROR = re.compile(rb'JSON parse error, (?:[^"\\]|\\.)*')
-
-
 #: QEMU writes a number that is too large as what is no JSON; a session repeats the number as it came.
 _INFINITY = re.compile(rb"(?<=[ \[-])inf\b")
+
+
+def _spares_qemu(stream: bytes) -> bool:
+    """Whether a monitor with oob survives it. One whose queue is full aborts when a byte ends two messages: `1}`."""
+    scanner = Scanner(PULL)
+    scanner.feed(stream)
+    return sum(1 for _ in iter(scanner.next, None)) < OOB_QUEUE - 2 and not scanner.busy
 
 
 def _comparable(line: bytes) -> object:
@@ -149,7 +154,7 @@ class Pair:
 
     def _answer(self, client: Client, whole: bytes, end: str) -> list[bytes]:
         client.send(whole)
-        lines = [_SYNTAX_ERROR.sub(b"JSON parse error", line) for line in client.until(end)]
+        lines = client.until(end)
         # Which of two commands is first when one of them overtakes is a matter of time.
         return sorted(lines) if self.mode == "oob" else lines
 
@@ -169,7 +174,7 @@ def both(qemu: str) -> Iterator[Shared]:
 def test_a_session_answers_any_stream_as_a_monitor_does(both: Shared, mode: str) -> None:
     pairs: list[Pair] = []
 
-    @given(STREAMS)
+    @given(STREAMS.filter(_spares_qemu) if mode == "oob" else STREAMS)
     # The same examples in every ordinary run, so that a change is judged by them; others in a scaled one.
     @settings(max_examples=scaled(400), derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
     def check(stream: bytes) -> None:

@@ -20,7 +20,9 @@ _ANCILLARY = socket.CMSG_SPACE(array("i").itemsize)
 class Connection:
     """Owns a connected socket of type SOCK_STREAM, and closes it in `close` or when the client is gone."""
 
-    __slots__ = ("_ended", "_gone", "_leaving", "_loop", "_output", "_reading", "_received", "_socket", "waiting")
+    __slots__ = (
+        "_ended", "_gone", "_leaving", "_loop", "_output", "_reading", "_received", "_socket", "waiting", "written",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -44,8 +46,8 @@ class Connection:
         self._reading = False
         self._leaving = False
         self._output: deque[bytes] = deque()
-        #: Bytes that the client has not taken yet.
-        self.waiting = 0
+        #: Bytes that the client has not taken yet, and all that were ever for it.
+        self.waiting = self.written = 0
 
     # In.
 
@@ -78,34 +80,36 @@ class Connection:
 
     def write(self, data: bytes) -> None:
         """Send, or queue what the client does not take. One that leaves too much lying is cut off."""
+        self.written += len(data)
         if self._output:
             if self.waiting >= OUTPUT_SIZE:
                 return self._lost()
             sent = 0
         else:
-            sent = self._send(data)
-        if 0 <= sent < len(data):
-            if not self._output:
-                self._loop.add_writer(self._socket, self._writable)
-            self._output.append(data[sent:])
-            self.waiting += len(data) - sent
+            try:
+                sent = self._socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return self._lost()
+        if sent < len(data):
+            self._queue(data[sent:])
 
-    def _send(self, data: bytes) -> int:
-        """Bytes that the client took; -1 if it is gone, and was reported so."""
-        try:
-            return self._socket.send(data, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            self._lost()
-            return -1
+    def _queue(self, data: bytes) -> None:
+        if not self._output:
+            self._loop.add_writer(self._socket, self._writable)
+        self._output.append(data)
+        self.waiting += len(data)
 
     def _writable(self) -> None:
         while self._output:
             data = self._output[0]
-            sent = self._send(data)
-            if sent < 0:
+            try:
+                sent = self._socket.send(data)
+            except BlockingIOError:
                 return
+            except OSError:
+                return self._lost()
             self.waiting -= sent
             if sent < len(data):
                 self._output[0] = data[sent:]

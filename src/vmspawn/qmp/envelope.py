@@ -8,7 +8,7 @@ command is left to QEMU.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -25,8 +25,9 @@ _ARGUMENTS = "arguments"
 _ID = "id"
 
 
-#: A command without arguments as nearly all programs write it, and only with an id that QEMU echoes as it is.
-_USUAL = re.compile(
+#: A command without arguments as nearly all programs write it, and with an id that QEMU echoes as it is. Most commands
+#: of chatty clients are such, and take half of the time this way.
+USUAL = re.compile(
     rb"""[ \r\n]*+\{[ ]*+"execute":[ ]*+"([a-z0-9_-]++)"
          (?:,[ ]*+"id":[ ]*+("[ !#-\[\]-~]*+"|[1-9][0-9]{0,17}+|0))?[ ]*+\}[ \r\n]*+""",
     re.VERBOSE,
@@ -57,12 +58,10 @@ class Refusal(msgspec.Struct, frozen=True, gc=False):
     oob: bool = False
 
 
-def usual(data: bytes) -> Command | None:
-    """The command that all of the data is, if it is one of the usual kind; this saves half of the work."""
-    match = _USUAL.fullmatch(data)
-    if match is None:
-        return None
-    name, id = match.groups()
+def usual(captured: Sequence[bytes | None]) -> Command:
+    """The command of which USUAL has captured the name and the id."""
+    name, id = captured
+    assert name is not None
     return Command(b'{"execute":"%b"' % name, name, b"", id)
 
 

@@ -42,9 +42,10 @@ READ_AHEAD = RECEIVE_SIZE
 #: out-of-band command behind them is stuck, as the specification says.
 OOB_QUEUE = 8
 
-#: In-band commands in flight on one of QEMU's monitors. QEMU stops reading when OOB_QUEUE of them wait, and then
-#: nothing could overtake them; so one fewer.
-IN_FLIGHT = OOB_QUEUE - 1
+#: In-band commands in flight on one of QEMU's monitors: one runs, one is read meanwhile, and one is for the time that
+#: we take. More would be no faster, and only one of them goes without an id. QEMU stops reading when OOB_QUEUE of them
+#: wait, so out-of-band commands can always overtake.
+IN_FLIGHT = 3
 
 #: Compacted bytes from which on a command goes over the bulk monitor: at 4.4 us a byte it would hold up everybody else
 #: for 70 ms.

@@ -22,45 +22,11 @@ import msgspec
 from . import limits
 from .dialect import Dialect
 from .grammar import Grammar, SyntaxProblem, tokens
+from .lexemes import ATOM, ATOM_STARTS, INSIDE, RUN, SKIPPED, WHITESPACE
 from .message import SEARCHED, Doubt, Message, parse
 from .places import Places
 from .strings import lenient, requote
 
-_WHITESPACE = re.compile(rb"[ \t\r\n]*+")
-
-#: Tokens that need no attention, then the next bracket if one follows. Left out, so that the match stops before them:
-#: single quotes, `\'` (which only QEMU has), numbers that QEMU takes for two tokens (`0e5`), and a number or keyword
-#: that the end of the data may have cut. The last alternative, which never matches, is for Python before 3.11.5: there
-#: a possessive repeat goes on from wherever its last, failed attempt got to (CPython issue 106052), and this puts it
-#: back.
-_RUN = re.compile(
-    rb"""(?:[ \t\r\n,:]++
-         |"(?:[^"\\\x00-\x1f\xfe\xff]++|\\[^'\x00-\x1f\xfe\xff])*+"
-         |-?+(?:0(?![0-9eE])|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?+[0-9]++)?(?![0-9.eE])(?=[\s\S])
-         |[a-z]++(?=[\s\S])
-         |(?!)
-         )*+([\[\]{}])?+""",
-    re.VERBOSE,
-)
-
-#: What a string may hold before its closing quote, a character that must not be there, or the end of the data.
-_INSIDE = {
-    ord('"'): re.compile(rb'(?:[^"\\\x00-\x1f\xfe\xff]++|\\[^\x00-\x1f\xfe\xff])*+'),
-    ord("'"): re.compile(rb"(?:[^'\\\x00-\x1f\xfe\xff]++|\\[^\x00-\x1f\xfe\xff])*+"),
-}
-
-#: As much of a number or keyword as there is, complete or not.
-_ATOM = re.compile(
-    rb"""[a-z]++
-      |-?+(?:0(?:\.(?:[0-9]++(?:[eE][-+]?+[0-9]*+)?)?)?
-         |[1-9][0-9]*+(?:\.(?:[0-9]++(?:[eE][-+]?+[0-9]*+)?)?|[eE][-+]?+[0-9]*+)?)?""",
-    re.VERBOSE,
-)
-
-#: Skipped after a lexical error, up to where QEMU's lexer resumes.
-_SKIPPED = re.compile(rb"[^\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]*+")
-
-_ATOM_STARTS = b"-0123456789abcdefghijklmnopqrstuvwxyz"
 _DIGITS = b"0123456789"
 _BACKSLASH = ord("\\")
 _APOSTROPHE = ord("'")
@@ -91,7 +57,7 @@ class _Mode(Enum):
 
     TOKEN = auto()
     STRING = auto()  # the rest of one
-    SKIPPED = auto()  # what follows a lexical error
+    SKIPPING = auto()  # what follows a lexical error
 
 
 class Scanner:
@@ -150,11 +116,37 @@ class Scanner:
         self._chunk = b""
         self._buffer += data
 
-    def skip(self, data: bytes) -> None:
-        """Count what was dealt with elsewhere; only when nothing is pending."""
-        self._origin += len(data)
-        if self._dialect.eager:
-            self._places.drop(data, len(data))
+    def take_whole(self, pattern: re.Pattern[bytes], data: bytes) -> tuple[bytes | None, ...] | None:
+        """What the pattern, which describes whole messages, captures if `data` is one; it was not fed before.
+
+        Otherwise feed it.
+        """
+        if self._buffer or self._chunk or self._mode is not _Mode.TOKEN or self._braces or self._brackets:
+            return None
+        match = pattern.fullmatch(data)
+        if match is None:
+            return None
+        self._pass(data, len(data))
+        return match.groups()
+
+    def take(self, pattern: re.Pattern[bytes]) -> tuple[bytes | None, ...] | None:
+        """What the pattern captures of the next message, if that is one that it describes; otherwise ask `next`."""
+        if self._mode is not _Mode.TOKEN or self._braces or self._brackets:
+            return None
+        if self._chunk:
+            if pattern.match(self._chunk) is None:
+                return None
+            self._buffer += self._chunk
+            self._chunk = b""
+        match = pattern.match(self._buffer, self._start)
+        if match is None:
+            return None
+        # Before the buffer changes, into which the match looks.
+        captured = match.groups()
+        self._start = self._position = match.end()
+        if self._start > limits.RECEIVE_SIZE or self._start == len(self._buffer):
+            self._forget()
+        return captured
 
     def next(self) -> Message | Malformed | None:
         """The next message, or what is wrong with it; None if more bytes must come first, or if `busy`."""
@@ -182,8 +174,14 @@ class Scanner:
         # Only brackets end by themselves.
         if message.members is None or message.doubt is not Doubt.NONE:
             return None
-        self.skip(chunk)
+        self._pass(chunk, len(chunk))
         return message
+
+    def _pass(self, chunk: bytes, end: int) -> None:
+        """Count what never was in the buffer."""
+        self._origin += end
+        if self._dialect.eager:
+            self._places.drop(chunk, end)
 
     def _outcome(self) -> Message | Malformed | None:
         if self._found is None:
@@ -203,7 +201,7 @@ class Scanner:
     def _first(self) -> bool:
         """The first token of a message. If it opens nothing, it is all of the message."""
         buffer = self._buffer
-        self._position = self._start = _end(_WHITESPACE, buffer, self._position)
+        self._position = self._start = _end(WHITESPACE, buffer, self._position)
         if self._start == len(buffer):
             return False
         if buffer[self._start] in b"{[":
@@ -218,7 +216,7 @@ class Scanner:
         buffer, position = self._buffer, self._position
         braces, brackets = self._braces, self._brackets
         while True:
-            match = _RUN.match(buffer, position)
+            match = RUN.match(buffer, position)
             assert match is not None
             position = match.end()
             if match.lastindex is None:
@@ -244,9 +242,9 @@ class Scanner:
     def _special(self) -> bool:
         """A token that stopped the run: in single quotes, wrong, or cut by the end of the data."""
         first = self._buffer[self._position]
-        if first in _ATOM_STARTS:
+        if first in ATOM_STARTS:
             return self._atom()
-        if first not in _INSIDE:
+        if first not in INSIDE:
             return self._error(self._position, self._position + 1)
         self._token, self._quote = self._position, first
         self._position += 1
@@ -255,7 +253,7 @@ class Scanner:
 
     def _string(self) -> bool:
         buffer = self._buffer
-        self._position = end = _end(_INSIDE[self._quote], buffer, self._position)
+        self._position = end = _end(INSIDE[self._quote], buffer, self._position)
         after = end + 1 if buffer[end : end + 1] == b"\\" else end
         if after >= len(buffer):
             return False
@@ -271,7 +269,7 @@ class Scanner:
     def _atom(self) -> bool:
         """A number or keyword, or what starts like one."""
         buffer, start = self._buffer, self._position
-        end = _end(_ATOM, buffer, start)
+        end = _end(ATOM, buffer, start)
         if end - start > limits.ATOM_SIZE:
             return self._error(start, end, _TOO_LARGE)
         if end == len(buffer):
@@ -282,8 +280,9 @@ class Scanner:
             return self._error(start, end + 1)
         if zero and buffer[end] in b"eE" and (self._braces or self._brackets):
             self._split = True
+        more = self._token_ended(end)
         self._resumed = self._origin + end
-        return self._token_ended(end)
+        return more
 
     def _token_ended(self, end: int) -> bool:
         self._position = end
@@ -291,7 +290,7 @@ class Scanner:
 
     def _skip(self) -> bool:
         """What QEMU's lexer ignores after an error."""
-        self._position = self._start = _end(_SKIPPED, self._buffer, self._position)
+        self._position = self._start = _end(SKIPPED, self._buffer, self._position)
         if self._start == len(self._buffer):
             return False
         self._mode = _Mode.TOKEN
@@ -347,7 +346,7 @@ class Scanner:
             stray = f"{self._place(start)}JSON parse error, stray '{lenient(bytes(self._buffer[start:end]))}'"
             self._found = Malformed(problem or description or stray)
         self._reset(end)
-        self._mode = _Mode.SKIPPED
+        self._mode = _Mode.SKIPPING
         return self._found is None
 
     def _too_deep(self) -> bool:

@@ -46,10 +46,17 @@ class Schedule:
 
     def submit(self, call: Call) -> None:
         """Send a command as soon as it is its turn."""
-        if (not self._turns or call.command.oob) and self._may_go(call):
-            self._go(call)
+        if self._turns or call.consumes or not self._main.can_take(call.command):
+            self._wait(call)
+        else:
+            self._main.send(call)
+
+    def _wait(self, call: Call) -> None:
+        if call.command.oob:
+            self._turns.appendleft(call)
         else:
             self._turns.append(call)
+        self._next()
 
     def submit_large(self, call: Call) -> None:
         """Send a command that any monitor may run, and that takes QEMU long to read."""
@@ -87,7 +94,7 @@ class Schedule:
             if self._may_go(turns[0]):
                 self._go(turns.popleft())
                 continue
-            call = next((call for call in turns if self._may_go(call)), None)
+            call = next((call for call in turns if self._may_go(call)), None) if self._main.has_room else None
             if call is None:
                 return
             turns.remove(call)

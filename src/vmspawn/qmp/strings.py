@@ -14,24 +14,25 @@ from collections.abc import Iterator
 REPLACEMENT = "\ufffd"
 
 _ESCAPES = {
-    '"': '"',
-    "'": "'",
-    "\\": "\\",
-    "/": "/",
-    "b": "\b",
-    "f": "\f",
-    "n": "\n",
-    "r": "\r",
-    "t": "\t",
+    b'"': '"',
+    b"'": "'",
+    b"\\": "\\",
+    b"/": "/",
+    b"b": "\b",
+    b"f": "\f",
+    b"n": "\n",
+    b"r": "\r",
+    b"t": "\t",
 }
 _WRITTEN = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
-#: An escape: a surrogate pair, another unicode escape (which the string's end may cut), or a letter.
-_ESCAPE = re.compile(
-    r"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u(.{0,4})|(.))",
+#: A piece of a string's inside: text, an escaped surrogate pair, another unicode escape (which the string's end may
+#: cut), or an escaped letter.
+_PIECE = re.compile(
+    rb"([^\\]+)|\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u(.{0,4})|(.))",
     re.DOTALL,
 )
-_HEXADECIMAL = re.compile(r"[0-9a-fA-F]{4}")
+_HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{4}")
 _SPECIAL = re.compile(r'["\\]|[^ -~]')
 _QUOTES = re.compile(rb"""\\(.)|(")""", re.DOTALL)
 
@@ -81,21 +82,15 @@ def lenient(data: bytes) -> str:
 def value_of(token: bytes) -> str:
     """What a string token stands for. Raises BadString with QEMU's description if it stands for nothing."""
     inside = token[1:-1]
-    if inside.isascii():
-        text = inside.decode("ascii")
-    else:
-        codes = list(_code_points(inside))
-        if min(codes) < 0:
-            raise BadString("invalid UTF-8 sequence in string")
-        text = "".join(map(chr, codes))
-    if "\\" not in text:
-        return text
-    quotation = chr(token[0])
-    return _ESCAPE.sub(lambda match: _unescaped(match, quotation), text)
+    if inside.isascii() and b"\\" not in inside:
+        return inside.decode("ascii")
+    return "".join(_unescaped(piece, token[-1:]) for piece in _PIECE.finditer(inside))
 
 
-def _unescaped(match: re.Match[str], quotation: str) -> str:
-    high, low, single, letter = match.groups()
+def _unescaped(piece: re.Match[bytes], quotation: bytes) -> str:
+    text, high, low, single, letter = piece.groups()
+    if text is not None:
+        return _decoded(text)
     if letter is not None:
         if letter not in _ESCAPES:
             raise BadString("invalid escape sequence in string")
@@ -105,10 +100,19 @@ def _unescaped(match: re.Match[str], quotation: str) -> str:
     else:
         code = int(single, 16) if _HEXADECIMAL.fullmatch(single) else -1
     if not _is_character(code):
-        # QEMU always shows four digits' worth, be it the closing quote.
-        shown = match[0] if high is not None or len(single) == 4 else match[0] + quotation
+        # QEMU shows four bytes of the escape, be one of them the closing quote.
+        shown = lenient(piece[0] if high is not None or len(single) == 4 else piece[0] + quotation)
         raise BadString(f"{shown} is not a valid Unicode character")
     return chr(code)
+
+
+def _decoded(text: bytes) -> str:
+    if text.isascii():
+        return text.decode("ascii")
+    codes = list(_code_points(text))
+    if min(codes) < 0:
+        raise BadString("invalid UTF-8 sequence in string")
+    return "".join(map(chr, codes))
 
 
 def _is_character(code: int) -> bool:

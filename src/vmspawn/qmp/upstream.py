@@ -169,6 +169,11 @@ class Upstream:
 
     # Sending.
 
+    @property
+    def has_room(self) -> bool:
+        """Whether an in-band command may be sent now, if it is an ordinary one."""
+        return self.in_flight < IN_FLIGHT
+
     def can_take(self, command: Command) -> bool:
         """Whether a command may be sent now."""
         return (self.in_flight < IN_FLIGHT or command.oob) and (self._unnamed is None or not command.doubtful)
@@ -192,34 +197,25 @@ class Upstream:
         self._write(b'%b,"id":%d}' % (command.body, number), call.fd)
 
     def _write(self, data: bytes, fd: int) -> None:
-        sent = 0 if self._output else self._send(data, fd)
+        """Send, or queue what QEMU does not take yet. A descriptor goes with the first byte."""
+        sent = 0
+        if not self._output:
+            try:
+                sent = self._socket.send(data) if fd < 0 else _send_with(self._socket, data, fd)
+            except BlockingIOError:
+                pass
+            except OSError:
+                # That QEMU is gone is for the reader to find, after what QEMU said before.
+                return
         if sent < len(data):
-            if not self._output:
-                self._loop.add_writer(self._socket, self._writable)
             self._output.append((data[sent:], -1 if sent else fd))
-
-    def _send(self, data: bytes, fd: int) -> int:
-        """Bytes that went out. That QEMU is gone is left for the reader to find, after what QEMU said before."""
-        try:
-            if fd < 0:
-                return self._socket.send(data)
-            # QEMU takes the descriptor with the first byte.
-            return self._socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))])
-        except BlockingIOError:
-            return 0
-        except OSError:
-            return len(data)
+            self._loop.add_writer(self._socket, self._writable)
 
     def _writable(self) -> None:
-        while self._output:
-            data, fd = self._output[0]
-            sent = self._send(data, fd)
-            if sent < len(data):
-                if sent:
-                    self._output[0] = (data[sent:], -1)
-                return
-            self._output.popleft()
+        waiting, self._output = self._output, deque()
         self._loop.remove_writer(self._socket)
+        for data, fd in waiting:
+            self._write(data, fd)
 
     # Receiving.
 
@@ -281,3 +277,7 @@ class Upstream:
         self._output.clear()
         self._named.clear()
         self._unnamed = None
+
+
+def _send_with(connected: socket.socket, data: bytes, fd: int) -> int:
+    return connected.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))])
