@@ -237,7 +237,7 @@ def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> 
         ),
         (["attach-disk", "{machine}", "/tmp"], 1, "cannot attach /tmp: /tmp is a directory"),
         (["attach-disk", "{machine}", "{image}", "--bus=floppy"], 2, "invalid choice: 'floppy'"),
-        (["attach-disk", "{machine}"], 2, "the following arguments are required: PATH"),
+        (["attach-disk", "{machine}"], 2, "no image"),
         (["attach-disk", "{machine}", "{boot}", "--name=x"], 1, "this file is attached already, as boot"),
         (["detach-disk", "{machine}", "nobody"], 1, "cannot detach nobody: there is no drive named nobody"),
         (["detach-disk", "{machine}", "boot"], 1, "has been there from boot"),

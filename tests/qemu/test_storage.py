@@ -23,7 +23,7 @@ from vmspawn.errors import (
     StoragePending,
     SystemFailure,
 )
-from vmspawn.storage import drive as drives
+from vmspawn.storage import backing as backings
 from vmspawn.storage.hotplug import DETACHED_EVENT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -54,7 +54,7 @@ async def test_a_scsi_drive_comes_and_goes_without_the_guest(
     path = (make_qcow2 if image_format == "qcow2" else make_raw)(tmp_path / "disk")
     drive = Drive(str(path), bus="virtio-scsi", format=image_format, read_only=read_only)
     attached = await machine.attach(drive)
-    assert attached.backing.writable is not read_only
+    assert attached.read_only is read_only
     assert await machine.storage.sizes() == {attached.name: 64 << 20, **await boot_sizes(machine)}
     await machine.detach("disk")
 
@@ -72,7 +72,7 @@ async def test_no_descriptor_set_is_left_once_a_drive_is_attached(machine: Machi
 
 async def test_a_drive_works_after_its_file_was_unlinked(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
-    backing = drives.open_drive(str(path), read_only=False)
+    backing = backings.open_drive(str(path), read_only=False)
     path.unlink()
     await machine.attach_backing(Drive("", "disk", "virtio-scsi"), backing)
     await machine.detach("disk")
@@ -121,7 +121,7 @@ async def test_an_image_that_another_machine_uses_is_refused(machine: Machine, q
         (Drive("empty"), BadConfig, "is empty"),
         (Drive("disk", bus="floppy"), BadConfig, "unknown bus 'floppy'"),
         (Drive("disk", name="a\nb"), BadConfig, "invalid drive name"),
-        (Drive("disk", format="vmdk"), BadConfig, "unknown image format"),
+        (Drive("disk", format="floppy"), BadConfig, "unknown image format"),
         (Drive("disk", format="qcow2"), BadConfig, "not in qcow2 format"),
         (Drive("disk", serial="x" * 21), BadConfig, "invalid serial"),
     ],
@@ -144,7 +144,7 @@ async def test_a_broken_qcow2_image_is_refused_in_qemus_words(machine: Machine, 
 
 
 async def test_a_writable_descriptor_makes_no_optical_disk(machine: Machine, tmp_path: Path) -> None:
-    backing = drives.open_drive(str(make_raw(tmp_path / "disk")), read_only=False)
+    backing = backings.open_drive(str(make_raw(tmp_path / "disk")), read_only=False)
     with pytest.raises(ConfigNotSupported, match="scsi-cd is read-only"):
         await machine.attach_backing(Drive("", "cd", "scsi-cd"), backing)
 
@@ -201,7 +201,7 @@ async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str,
     async with idle_machine(qemu, tmp_path) as machine:
         before = await Snapshot.take(machine)
         await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus=bus))
-        with pytest.raises(StoragePending, match=r"has not let go of disk within 0\.2 s"):
+        with pytest.raises(StoragePending, match=r"has not let go of disk.*waited 0\.2 s"):
             await machine.detach("disk", timeout=0.2)
         assert [each.state.value for each in machine.storage if not each.boot] == ["detaching"]
         with pytest.raises(StorageExists, match="exists already") as caught:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_qcow2, make_raw
 from vmspawn.errors import BadConfig, SystemFailure, UsageError
+from vmspawn.storage import backing as backings
 from vmspawn.storage import drive as drives
+from vmspawn.storage import formats
 from vmspawn.storage.drive import Drive, parse_extra_drive
 
 
@@ -44,19 +46,19 @@ def test_names_that_a_drive_may_have(name: str) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemFailure, match="No such file or directory"):
-        drives.open_drive(str(tmp_path / "none"), read_only=False)
+        backings.open_drive(str(tmp_path / "none"), read_only=False)
 
 
 def test_a_directory_is_no_drive(tmp_path: Path) -> None:
     for read_only in (True, False):
         with pytest.raises(BadConfig, match="is a directory"):
-            drives.open_drive(str(tmp_path), read_only=read_only)
+            backings.open_drive(str(tmp_path), read_only=read_only)
 
 
 def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(BadConfig, match="is a pipe"):
-        drives.open_drive(str(tmp_path / "fifo"), read_only=False)
+        backings.open_drive(str(tmp_path / "fifo"), read_only=False)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_descriptors_that_qemu_could_not_use(tmp_path: Path, flags: int, message
     fd = os.open(make_raw(tmp_path / "disk"), flags)
     try:
         with pytest.raises(BadConfig, match=message):
-            drives.inspect(fd)
+            backings.inspect(fd)
         fcntl.fcntl(fd, fcntl.F_GETFD)  # still the caller's
     finally:
         os.close(fd)
@@ -83,20 +85,20 @@ def test_a_pipe_and_a_socket_are_refused() -> None:
     with socket.socket() as endpoint:
         for fd, kind in ((reader, "pipe"), (endpoint.fileno(), "socket")):
             with pytest.raises(BadConfig, match=f"is a {kind}"):
-                drives.inspect(fd)
+                backings.inspect(fd)
     os.close(reader)
     os.close(writer)
 
 
 @pytest.mark.parametrize(("flags", "writable"), [(os.O_RDONLY, False), (os.O_RDWR, True)])
 def test_the_descriptor_says_whether_the_drive_is_writable(tmp_path: Path, flags: int, writable: bool) -> None:
-    backing = drives.inspect(os.open(make_raw(tmp_path / "disk", 12345), flags))
+    backing = backings.inspect(os.open(make_raw(tmp_path / "disk", 12345), flags))
     assert (backing.writable, backing.size, backing.block) == (writable, 12345, False)
     backing.close()
 
 
 def test_a_writable_descriptor_can_become_a_read_only_drive(tmp_path: Path) -> None:
-    backing = drives.inspect(os.open(make_raw(tmp_path / "disk"), os.O_RDWR), read_only=True)
+    backing = backings.inspect(os.open(make_raw(tmp_path / "disk"), os.O_RDWR), read_only=True)
     assert not backing.writable
     assert fcntl.fcntl(backing.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     assert not os.get_inheritable(backing.fd)
@@ -109,27 +111,27 @@ def test_direct_access_is_cleared_for_a_cached_node(tmp_path: Path) -> None:
         fd = os.open(path, os.O_RDWR | os.O_DIRECT)
     except OSError:
         pytest.skip("this file system has no O_DIRECT")
-    backing = drives.inspect(fd)
+    backing = backings.inspect(fd)
     assert not fcntl.fcntl(backing.fd, fcntl.F_GETFL) & os.O_DIRECT
     backing.close()
 
 
 def test_no_format_means_raw_but_never_for_an_image_that_looks_like_qcow2(tmp_path: Path) -> None:
-    raw = drives.open_drive(str(make_raw(tmp_path / "raw")), read_only=True)
-    assert drives.choose_format(raw, None, what="raw") == "raw"
+    raw = backings.open_drive(str(make_raw(tmp_path / "raw")), read_only=True)
+    assert formats.choose_format(raw, None, what="raw") == "raw"
     raw.close()
-    qcow2 = drives.open_drive(str(make_qcow2(tmp_path / "qcow2")), read_only=True)
+    qcow2 = backings.open_drive(str(make_qcow2(tmp_path / "qcow2")), read_only=True)
     with pytest.raises(BadConfig, match="looks like qcow2"):
-        drives.choose_format(qcow2, None, what="qcow2")
-    assert drives.choose_format(qcow2, "qcow2", what="qcow2") == "qcow2"
-    assert drives.choose_format(qcow2, "raw", what="qcow2") == "raw"
+        formats.choose_format(qcow2, None, what="qcow2")
+    assert formats.choose_format(qcow2, "qcow2", what="qcow2") == "qcow2"
+    assert formats.choose_format(qcow2, "raw", what="qcow2") == "raw"
     qcow2.close()
 
 
 def test_what_is_said_to_be_qcow2_must_be(tmp_path: Path) -> None:
-    raw = drives.open_drive(str(make_raw(tmp_path / "raw")), read_only=True)
+    raw = backings.open_drive(str(make_raw(tmp_path / "raw")), read_only=True)
     with pytest.raises(BadConfig, match="is not in qcow2 format"):
-        drives.choose_format(raw, "qcow2", what="raw")
+        formats.choose_format(raw, "qcow2", what="raw")
     raw.close()
 
 
@@ -140,9 +142,9 @@ def test_an_image_with_a_backing_file_is_refused(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay"
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(tmp_path / "base"), str(overlay)]
     subprocess.run(command, check=True)
-    backing = drives.open_drive(str(overlay), read_only=True)
+    backing = backings.open_drive(str(overlay), read_only=True)
     with pytest.raises(BadConfig, match="has a backing file"):
-        drives.choose_format(backing, "qcow2", what="overlay")
+        formats.choose_format(backing, "qcow2", what="overlay")
     backing.close()
 
 

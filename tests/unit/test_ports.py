@@ -82,11 +82,11 @@ def test_root_ports_differ_in_chassis_and_slot() -> None:
 def test_pc_shares_its_slots_between_boot_and_hot_plug() -> None:
     found = layout("pc", None)
     assert set(found.pci.places) == set(found.boot.places)
-    assert len(found.pci.places) == 28
+    assert len(found.pci.places) == 27
     assert found.ports == 0
 
 
-@pytest.mark.parametrize(("machine_type", "count"), [("q35", 121), ("q35", -1), ("pc", 29)])
+@pytest.mark.parametrize(("machine_type", "count"), [("q35", 121), ("q35", -1), ("pc", 28)])
 def test_too_many_ports_are_refused_with_the_range(machine_type: str, count: int) -> None:
     with pytest.raises(UsageError, match=f"--hotplug-ports={count} is out of range") as caught:
         layout(machine_type, count)

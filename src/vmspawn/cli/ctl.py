@@ -12,25 +12,19 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..control.client import REPLY_TIMEOUT, Client, VarlinkError
+from ..control.client import Client, VarlinkError
 from ..errors import NotConnected, Timeout, UsageError, VmspawnError
 from ..host.runtime import check_name, machine_names
-from ..storage import drive as drives
-from ..storage.drive import BUSES, DEFAULT_BUS, FORMATS
 from ..version import VERSION
-from . import qmp
+from . import disks, qmp
+from .calling import INSTANCE, MACHINE, client_for, context, show
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
-from .tables import JSON_MODES, format_duration, format_size, print_fields, print_json, print_table
+from .tables import JSON_MODES, format_duration, print_fields, print_json
 
 _PROGRAM = "vmctl"
-_INSTANCE = "io.systemd.MachineInstance"
-_MACHINE = "io.vmspawn.Machine"
 
 #: Seconds that `list` waits for each machine, so that one that is stuck does not hide the others.
 _LIST_TIMEOUT = 2.0
-
-#: Seconds beyond the guest's time that the manager has for its answer.
-_GRACE = 10.0
 
 
 def build_parser() -> Parser:
@@ -46,7 +40,7 @@ def build_parser() -> Parser:
     _add_common(parser, top=True)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
     _add_machine_verbs(verbs)
-    _add_disk_verbs(verbs)
+    disks.add_verbs(verbs, _add_machine_verb)
     _add_event_verbs(verbs)
     _add_qmp_verbs(verbs)
     return parser
@@ -105,23 +99,6 @@ def _add_machine_verbs(verbs: Any) -> None:
         _add_machine_verb(verbs, name, _simple, text).set_defaults(method=method)
 
 
-def _add_disk_verbs(verbs: Any) -> None:
-    attach = _add_machine_verb(verbs, "attach-disk", _attach_disk, "plug a disk into a running machine")
-    attach.usage = f"{_PROGRAM} attach-disk MACHINE PATH [OPTION…]"
-    attach.add_argument("path", metavar="PATH", help="an image or a block device; opened as you")
-    attach.add_argument(
-        "--bus", choices=BUSES, default=DEFAULT_BUS, help="how the guest sees it (default: %(default)s)"
-    )
-    attach.add_argument("--name", help="the disk's name (default: the file's name)")
-    attach.add_argument("--format", choices=FORMATS, help="the image's format (default: raw)")
-    attach.add_argument("--read-only", action="store_true", help="the guest may not write")
-    attach.add_argument("--serial", help="the serial number that the guest sees (default: from the name)")
-    detach = _add_machine_verb(verbs, "detach-disk", _detach_disk, "unplug a disk from a running machine")
-    detach.usage = f"{_PROGRAM} detach-disk MACHINE DISK [OPTION…]"
-    detach.add_argument("disk", metavar="DISK", help="the disk's name")
-    _add_machine_verb(verbs, "list-disks", _list_disks, "list a machine's disks")
-
-
 def _add_event_verbs(verbs: Any) -> None:
     events = _add_machine_verb(verbs, "events", _events, "show a machine's events as they come")
     events.add_argument("--filter", metavar="EVENT[,EVENT…]", default="", help="only these events")
@@ -141,14 +118,10 @@ def _add_qmp_verbs(verbs: Any) -> None:
 # The verbs. Each raises VmspawnError if it did not happen.
 
 
-def _client(options: argparse.Namespace) -> Client:
-    return Client(options.machine, timeout=REPLY_TIMEOUT if options.timeout is None else options.timeout)
-
-
 def _list(options: argparse.Namespace) -> None:
     machines = [found for name in machine_names() if (found := _look_at(name)) is not None]
     columns = ("MACHINE", "STATE", "QEMU", "ACCEL", "PID")
-    _show(options, machines, "machines", columns, _machine_row, right=("PID",))
+    show(options, machines, "machines", columns, _machine_row, right=("PID",))
 
 
 def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
@@ -156,30 +129,12 @@ def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
     return (*words, str(machine["processId"] or "-"))
 
 
-def _show(
-    options: argparse.Namespace,
-    found: list[dict[str, Any]],
-    what: str,
-    columns: tuple[str, ...],
-    row: Callable[[dict[str, Any]], tuple[str, ...]],
-    *,
-    right: tuple[str, ...],
-) -> None:
-    """Print a list: as JSON for programs; as a table for people, or that there are none."""
-    if options.json != "off":
-        print_json(found, options.json)
-    elif found:
-        print_table(columns, [row(each) for each in found], right=right)
-    elif not options.quiet:
-        print(f"No {what}.")
-
-
 def _look_at(name: str) -> dict[str, Any] | None:
     """A machine's description, or None if nothing runs under the name. One that does not answer is listed as such."""
     try:
         check_name(name)
         with Client(name, timeout=_LIST_TIMEOUT) as client:
-            return client.call(f"{_MACHINE}.Describe")
+            return client.call(f"{MACHINE}.Describe")
     except (NotConnected, UsageError):
         return None
     except Timeout:
@@ -187,9 +142,9 @@ def _look_at(name: str) -> dict[str, Any] | None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    with _client(options) as client:
-        found = client.call(f"{_MACHINE}.Describe")
-        disks = client.call(f"{_MACHINE}.ListStorage")["storage"]
+    with client_for(options) as client:
+        found = client.call(f"{MACHINE}.Describe")
+        disks = client.call(f"{MACHINE}.ListStorage")["storage"]
     if options.json != "off":
         print_json({**found, "storage": disks}, options.json)
         return
@@ -209,73 +164,16 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _simple(options: argparse.Namespace) -> None:
-    with _client(options) as client, _context(f"cannot {options.verb} {options.machine}"):
-        client.call(f"{_INSTANCE}.{options.method}")
-
-
-def _attach_disk(options: argparse.Namespace) -> None:
-    with _client(options) as client, _context(f"cannot attach {options.path}"):
-        backing = drives.open_drive(options.path, read_only=options.read_only or options.bus == "scsi-cd")
-        wanted = {
-            "fileDescriptorIndex": 0,
-            "name": options.name or os.path.basename(options.path),
-            "bus": options.bus,
-            "format": options.format,
-            "serial": options.serial,
-            "path": os.path.abspath(options.path),
-        }
-        try:
-            attached = client.call(f"{_MACHINE}.AttachStorage", wanted, fds=(backing.fd,))
-        finally:
-            backing.close()
-    if options.json != "off":
-        print_json(attached, options.json)
-    elif not options.quiet:
-        mode = ", read-only" if attached["readOnly"] else ""
-        print(f"Attached {attached['name']} on {attached['bus']} at {attached['place']}{mode}: {attached['byId']}")
-
-
-def _detach_disk(options: argparse.Namespace) -> None:
-    parameters: dict[str, Any] = {"name": options.disk}
-    reply_timeout = REPLY_TIMEOUT
-    if options.timeout is not None:
-        parameters["timeoutUSec"] = int(options.timeout * 1e6)
-        reply_timeout = options.timeout + _GRACE
-    with Client(options.machine, timeout=reply_timeout) as client, _context(f"cannot detach {options.disk}"):
-        client.call(f"{_MACHINE}.DetachStorage", parameters)
-    if not options.quiet and options.json == "off":
-        print(f"Detached {options.disk}")
-
-
-def _list_disks(options: argparse.Namespace) -> None:
-    with _client(options) as client:
-        disks = client.call(f"{_MACHINE}.ListStorage")["storage"]
-    columns = ("DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "BY-ID")
-    _show(options, disks, "disks", columns, _disk_row, right=("SIZE",))
-
-
-def _disk_row(disk: dict[str, Any]) -> tuple[str, ...]:
-    state = "boot" if disk["boot"] else disk["state"]
-    mode = "ro" if disk["readOnly"] else "rw"
-    by_id = disk["byId"].removeprefix("/dev/disk/by-id/")
-    return (
-        disk["name"],
-        disk["bus"],
-        format_size(disk["sizeBytes"]),
-        disk["format"],
-        mode,
-        state,
-        disk["place"],
-        by_id,
-    )
+    with client_for(options) as client, context(f"cannot {options.verb} {options.machine}"):
+        client.call(f"{INSTANCE}.{options.method}")
 
 
 def _list_sessions(options: argparse.Namespace) -> None:
-    with _client(options) as client:
-        sessions = client.call(f"{_MACHINE}.ListSessions")["sessions"]
+    with client_for(options) as client:
+        sessions = client.call(f"{MACHINE}.ListSessions")["sessions"]
     columns = ("PID", "UID", "COMMAND", "MODE", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
     numbers = ("PID", "UID", "COMMANDS", "EVENTS", "IN", "OUT", "QUEUED")
-    _show(options, sessions, "QMP sessions", columns, _session_row, right=numbers)
+    show(options, sessions, "QMP sessions", columns, _session_row, right=numbers)
 
 
 def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
@@ -286,9 +184,9 @@ def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
 
 def _events(options: argparse.Namespace) -> None:
     wanted = [name for name in options.filter.split(",") if name]
-    with _client(options) as client:
+    with client_for(options) as client:
         try:
-            for event in client.stream(f"{_INSTANCE}.SubscribeEvents", {"filter": wanted}):
+            for event in client.stream(f"{INSTANCE}.SubscribeEvents", {"filter": wanted}):
                 _print_event(event, options.json)
         except VmspawnError as error:
             # The machine ended, and its events with it.
@@ -307,20 +205,6 @@ def _print_event(event: dict[str, Any], mode: str) -> None:
     data = event.get("data") or {}
     words = " ".join(f"{key}={value}" for key, value in data.items())
     print(f"{time.strftime('%H:%M:%S')} {event['event']} {words}".rstrip(), flush=True)
-
-
-class _context:
-    """Says what failed in front of why."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, VmspawnError):
-            raise VmspawnError(f"{self._what}: {error}", hint=error.hint) from None
 
 
 def main() -> NoReturn:

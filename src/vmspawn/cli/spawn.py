@@ -17,7 +17,8 @@ from ..errors import StartError, UsageError, VmspawnError
 from ..machine import config as configuration
 from ..machine.config import MachineConfig
 from ..machine.launch import END_SIGNALS, launch
-from ..storage.drive import BUSES, FORMATS, parse_extra_drive
+from ..storage.drive import BUSES, parse_extra_drive
+from ..storage.formats import FORMATS
 from ..version import VERSION
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 
@@ -101,6 +102,13 @@ def _add_machine(parser: Parser) -> None:
 def _add_storage(parser: Parser) -> None:
     group = parser.add_argument_group("Drives")
     group.add_argument(
+        "--discard-disk",
+        metavar="BOOL",
+        type=_boolean,
+        default=True,
+        help="whether what the guest discards is given back to the host (default: yes)",
+    )
+    group.add_argument(
         "--extra-drive",
         metavar="[FORMAT:][DISKTYPE:]PATH",
         action="append",
@@ -108,7 +116,7 @@ def _add_storage(parser: Parser) -> None:
         help="another drive, there from boot; repeatable",
     )
     group.add_argument(
-        "--hotplug-ports", metavar="N", type=int, help="PCI devices that can be plugged in later (default: 8; pc: 28)"
+        "--hotplug-ports", metavar="N", type=int, help="PCI devices that can be plugged in later (default: 8; pc: 27)"
     )
 
 
@@ -126,6 +134,7 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
         image=_absolute(options.image),
         image_format=options.image_format,
         image_disk_type=options.image_disk_type,
+        discard_disk=options.discard_disk,
         linux=_absolute(options.linux),
         initrd=_absolute(options.initrd),
         kernel_arguments=tuple(kernel_arguments),
@@ -142,6 +151,15 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
         shutdown_timeout=options.shutdown_timeout,
     )
     return configuration.check(config), options.quiet
+
+
+def _boolean(text: str) -> bool:
+    """A boolean as systemd reads it."""
+    if text.lower() in ("yes", "y", "true", "t", "on", "1"):
+        return True
+    if text.lower() in ("no", "n", "false", "f", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
 
 
 def _absolute(path: str | None) -> str | None:

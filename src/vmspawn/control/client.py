@@ -6,6 +6,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -69,6 +70,18 @@ class Client:
         Raises VarlinkError, Timeout or NotConnected.
         """
         self._send({"method": method, "parameters": parameters or {}}, fds)
+        return self._receive(method)[0]
+
+    def begin(self, method: str, parameters: dict[str, Any] | None = None) -> None:
+        """Call a method without waiting for its reply, which `finish` returns."""
+        self._send({"method": method, "parameters": parameters or {}}, ())
+
+    def answered(self, *, within: float) -> bool:
+        """Whether a reply is there, or comes within so many seconds."""
+        return bool(self._buffer) or bool(select.select([self._socket], [], [], within)[0])
+
+    def finish(self, method: str) -> dict[str, Any]:
+        """The reply to what `begin` called. Raises what `call` raises."""
         return self._receive(method)[0]
 
     def stream(self, method: str, parameters: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:

@@ -17,12 +17,15 @@ from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..errors import BadConfig, EventsLost, NotConnected, VmspawnError
 from ..machine.machine import Machine as RunningMachine
+from ..storage import backing as backings
 from ..storage import drive as drives
-from ..storage.attachment import Attachment
-from ..storage.drive import DEFAULT_BUS, Backing, Drive
+from ..storage.backing import Backing
+from ..storage.drive import AUTO_BUS, DEFAULT_BUS, Drive
+from ..storage.formats import READ_ONLY_FORMATS
 from ..storage.hotplug import DETACH_TIMEOUT
 from . import errors
 from .connection import CALLER
+from .storage import Storage, StorageLimits, describe, to_limits, with_options
 from .upgrade import Taker, upgradable
 
 if typing.TYPE_CHECKING:
@@ -57,10 +60,15 @@ def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
     """What a received descriptor holds. The caller owns the Backing; on failure the descriptor is closed."""
     fd = _take(descriptor)
     try:
-        return drives.inspect(fd, read_only=read_only)
+        return backings.inspect(fd, read_only=read_only)
     except BaseException:
         os.close(fd)
         raise
+
+
+def _is_read_only(machine: RunningMachine, name: str) -> bool | None:
+    """True if a drive is there that the guest may not write: what comes in its place must not be writable either."""
+    return any(each.name == name and each.read_only for each in machine.storage) or None
 
 
 class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
@@ -125,6 +133,12 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
     async def RemoveStorage(self, *, name: str) -> None:
         """Unplug a drive; replies when it is really gone, or that it is pending."""
         await self._machine.detach(name)
+
+    @varlinkmethod
+    async def ReplaceStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str) -> None:
+        """Put another raw image or block device in the place of a drive's, while the guest uses it."""
+        backing = _backing(fileDescriptorIndex, read_only=_is_read_only(self._machine, name))
+        await self._machine.replace_backing(name, backing, format="raw")
 
 
 class VirtualMachineInstance(VarlinkInterface, name="io.systemd.VirtualMachineInstance"):
@@ -196,24 +210,6 @@ class Session:
     queued: int
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A drive. `state` is attaching, attached or detaching; `place` its port, slot or SCSI address."""
-
-    name: str
-    bus: str
-    format: str
-    readOnly: bool
-    sizeBytes: int
-    serial: str
-    byId: str
-    place: str
-    boot: bool
-    state: str
-    path: str | None
-    problem: str | None
-
-
 class _Attached(typing.TypedDict):
     name: str
     bus: str
@@ -263,36 +259,122 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         }
 
     @varlinkmethod(return_parameter="storage")
-    async def ListStorage(self) -> list[Storage]:
-        """All drives, boot drives included."""
-        sizes = await self._machine.storage.sizes()
-        return [_storage(each, sizes[each.name]) for each in self._machine.storage]
+    async def ListStorage(self, *, statistics: bool | None = None) -> list[Storage]:
+        """All drives, boot drives included; with `statistics`, what was read and written since each was attached."""
+        storage = self._machine.storage
+        counted = await storage.statistics() if statistics else {}
+        sizes = await storage.sizes()
+        return [
+            describe(each, sizes.get(each.name, 0), storage.why_pending(each), counted.get(each.name))
+            for each in storage
+        ]
 
     @varlinkmethod
     async def AttachStorage(
         self,
         *,
-        fileDescriptorIndex: FileDescriptor,
         name: str,
+        fileDescriptorIndex: FileDescriptor | None = None,
         bus: str | None = None,
         format: str | None = None,
         readOnly: bool | None = None,
         serial: str | None = None,
         path: str | None = None,
+        discard: str | None = None,
+        detectZeroes: str | None = None,
+        cache: str | None = None,
+        aio: str | None = None,
+        thread: bool | None = None,
+        share: bool | None = None,
+        bootIndex: int | None = None,
+        limits: StorageLimits | None = None,
     ) -> _Attached:
-        """Plug in an image or block device. `path` is only told to people; the descriptor is what is used."""
-        wanted = Drive(path or "", name, drives.check_bus(bus or DEFAULT_BUS), format, False, serial or "")
-        backing = _backing(fileDescriptorIndex, read_only=readOnly or wanted.bus == "scsi-cd" or None)
+        """Plug in an image or block device; `bus` may be "auto". A scsi-cd may come without a descriptor: empty.
+
+        `path` is only told to people; the descriptor is what is used.
+        """
+        chosen = bus or DEFAULT_BUS
+        if chosen != AUTO_BUS:
+            drives.check_bus(chosen)
+        wanted = with_options(
+            Drive(path or "", name, chosen, format, bool(readOnly), serial or "", limits=to_limits(limits)),
+            discard=discard,
+            detect_zeroes=detectZeroes,
+            cache=cache,
+            aio=aio,
+            thread=thread,
+            share=share,
+            boot_index=bootIndex,
+        )
+        backing = None
+        if fileDescriptorIndex is not None:
+            read_only = readOnly or chosen == "scsi-cd" or format in READ_ONLY_FORMATS
+            backing = _backing(fileDescriptorIndex, read_only=read_only or None)
         attached = await self._machine.attach_backing(wanted, backing)
         return {
             "name": attached.name,
             "bus": attached.drive.bus,
             "format": attached.format,
-            "readOnly": not attached.backing.writable,
+            "readOnly": attached.read_only,
             "serial": attached.serial,
             "byId": attached.by_id,
             "place": str(attached.place),
         }
+
+    @varlinkmethod(return_parameter="pending")
+    async def DetachStorage(self, *, name: str, timeoutUSec: int | None = None, force: bool | None = None) -> bool:
+        """Unplug a drive, waiting for the guest for `timeoutUSec`, 30 s if that is not given; then StoragePending.
+
+        `force` closes the image first, so that the guest sees errors; what is pending then is only the guest's device.
+        """
+        if timeoutUSec is not None and timeoutUSec < 0:
+            raise InvalidParameter(parameter="timeoutUSec")
+        timeout = DETACH_TIMEOUT if timeoutUSec is None else timeoutUSec / _MICROSECONDS
+        return not await self._machine.detach(name, timeout=timeout, force=bool(force))
+
+    @varlinkmethod(return_parameter="sizeBytes")
+    async def ReplaceStorage(
+        self,
+        *,
+        fileDescriptorIndex: FileDescriptor,
+        name: str,
+        format: str | None = None,
+        path: str | None = None,
+        shrink: bool | None = None,
+    ) -> int:
+        """Put another image in the place of a drive's, while the guest uses it."""
+        read_only = _is_read_only(self._machine, name)
+        backing = _backing(fileDescriptorIndex, read_only=read_only)
+        return await self._machine.replace_backing(name, backing, format=format, path=path or "", shrink=bool(shrink))
+
+    @varlinkmethod(return_parameter="sizeBytes")
+    async def ResizeStorage(self, *, name: str, sizeBytes: int | None = None, shrink: bool | None = None) -> int:
+        """Resize a drive and its image; without a size, tell the guest the one that the image has by now."""
+        return await self._machine.resize(name, sizeBytes, shrink=bool(shrink))
+
+    @varlinkmethod
+    async def LimitStorage(self, *, name: str, limits: StorageLimits | None = None) -> None:
+        """Change a drive's I/O limits; without any, there are none from now on."""
+        await self._machine.limit(name, to_limits(limits))
+
+    @varlinkmethod
+    async def InsertMedia(
+        self,
+        *,
+        fileDescriptorIndex: FileDescriptor,
+        name: str,
+        format: str | None = None,
+        path: str | None = None,
+        force: bool | None = None,
+    ) -> None:
+        """Put a medium into an optical drive, in the place of one that is there."""
+        backing = _backing(fileDescriptorIndex, read_only=True)
+        await self._machine.insert_media_backing(name, backing, format=format, path=path or "", force=bool(force))
+
+    @varlinkmethod
+    async def EjectMedia(self, *, name: str, force: bool | None = None) -> None:
+        """Take the medium out of an optical drive; the tray stays open."""
+        await self._machine.eject_media(name, force=bool(force))
 
     async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:
         return await _take_over(self._machine, read_only=bool(readOnly))
@@ -308,14 +390,6 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """The QMP clients that are connected, the oldest first."""
         return [_session(each) for each in self._machine.sessions]
 
-    @varlinkmethod
-    async def DetachStorage(self, *, name: str, timeoutUSec: int | None = None) -> None:
-        """Unplug a drive, waiting for the guest for `timeoutUSec`, 30 s if that is not given."""
-        if timeoutUSec is not None and timeoutUSec < 0:
-            raise InvalidParameter(parameter="timeoutUSec")
-        timeout = DETACH_TIMEOUT if timeoutUSec is None else timeoutUSec / _MICROSECONDS
-        await self._machine.detach(name, timeout=timeout)
-
 
 def _session(session: "QmpSession") -> Session:
     peer = session.peer
@@ -329,21 +403,4 @@ def _session(session: "QmpSession") -> Session:
         bytesIn=session.bytes_in,
         bytesOut=session.bytes_out,
         queued=session.queued,
-    )
-
-
-def _storage(attachment: Attachment, size: int) -> Storage:
-    return Storage(
-        name=attachment.name,
-        bus=attachment.drive.bus,
-        format=attachment.format,
-        readOnly=not attachment.backing.writable,
-        sizeBytes=size,
-        serial=attachment.serial,
-        byId=attachment.by_id,
-        place=str(attachment.place),
-        boot=attachment.boot,
-        state=attachment.state.value,
-        path=attachment.drive.path or None,
-        problem=attachment.answer or None,
     )

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..storage import buses, nodes, ports
-from ..storage.drive import Backing, Drive
+from ..storage.drive import Drive
+from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from .config import MachineConfig
 from .qemu import QemuBinary
@@ -28,21 +29,26 @@ class BootDrive(NamedTuple):
     drive: Drive
     identifiers: Identifiers
     place: ports.Place
-    backing: Backing
-    format: str
+    image: Image
     serial: str
-    boot_index: int
 
     def device(self) -> dict[str, object]:
         """The device's properties."""
         return buses.device(
-            self.drive.bus,
+            self.drive,
             device_id=self.identifiers.device,
-            node=self.identifiers.format_node,
+            node=self.identifiers.pivot,
             place=self.place,
             serial=self.serial,
-            boot_index=self.boot_index,
         )
+
+    def nodes(self) -> list[dict[str, object]]:
+        """The block nodes' options, from the bottom up."""
+        found = [nodes.file_node(self.image, self.drive)]
+        if self.image.format != "raw":
+            found.append(nodes.format_node(self.image, self.drive))
+        found.append(nodes.pivot_node(self.identifiers, self.image, self.drive, read_only=self.drive.read_only))
+        return found
 
 
 class Inherited(NamedTuple):
@@ -85,14 +91,18 @@ def _dashed(uuid: str) -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
+# The options of the machine types; GICv3 is what lets an aarch64 guest have more than eight processors.
+_MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
+
+
 def _hardware(config: MachineConfig, accelerator: str) -> list[str]:
     return [
-        *("-machine", f"{config.machine_type},accel={accelerator}"),
+        *("-machine", f"{_MACHINES[config.machine_type]},accel={accelerator}"),
         *("-cpu", "host" if accelerator == "kvm" else "max"),
         *("-smp", str(config.cpus)),
         *("-m", f"{config.ram_bytes}B"),
         *("-display", "none"),
-        *("-vga", "none"),
+        *(() if config.machine_type == "virt" else ("-vga", "none")),
     ]
 
 
@@ -114,15 +124,27 @@ def _controllers(config: MachineConfig, layout: ports.Layout) -> Iterable[str]:
     rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": bus, "addr": hex(ports.RNG_SLOT)}
     scsi_slot = hex(ports.SCSI_CONTROLLER_SLOT)
     scsi = {"driver": "virtio-scsi-pci", "id": ports.SCSI_CONTROLLER, "bus": bus, "addr": scsi_slot}
-    for device in (scsi, rng, *ports.port_devices(layout.ports)):
+    devices = [scsi, rng, *ports.port_devices(layout.ports)]
+    if layout.namespaces.places:
+        devices.append(
+            {
+                "driver": "nvme",
+                "id": ports.NAMESPACE_CONTROLLER,
+                "serial": buses.NAMESPACE_SERIAL,
+                "bus": bus,
+                "addr": hex(ports.NAMESPACE_CONTROLLER_SLOT),
+            }
+        )
+    for device in devices:
         yield from ("-device", json.dumps(device))
 
 
 def _drives(drives: Sequence[BootDrive]) -> Iterable[str]:
     for each in drives:
-        yield from ("-add-fd", f"fd={each.backing.fd},set={each.identifiers.fdset}")
-        yield from ("-blockdev", json.dumps(nodes.file_node(each.identifiers, each.backing)))
-        yield from ("-blockdev", json.dumps(nodes.format_node(each.identifiers, each.backing, each.format)))
+        assert each.image.backing is not None
+        yield from ("-add-fd", f"fd={each.image.backing.fd},set={each.image.fdset}")
+        for node in each.nodes():
+            yield from ("-blockdev", json.dumps(node))
         yield from ("-device", json.dumps(each.device()))
 
 

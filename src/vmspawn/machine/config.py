@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..host.runtime import NAME_MAX, check_name
 from ..storage.drive import DEFAULT_BUS, Drive
 
-MACHINE_TYPES = ("q35", "pc")
+MACHINE_TYPES = ("q35", "pc", "virt")
 KVM_CHOICES = ("auto", "yes", "no")
 CONSOLES = ("read-only", "headless")
 
@@ -41,6 +41,7 @@ class MachineConfig(NamedTuple):
     image: str | None = None
     image_format: str | None = None
     image_disk_type: str = DEFAULT_BUS
+    discard_disk: bool = True
     linux: str | None = None
     initrd: str | None = None
     kernel_arguments: tuple[str, ...] = ()

@@ -13,14 +13,18 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import BadConfig, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
+from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
 from ..host import runtime
 from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
+from ..storage import backing as backings
 from ..storage import drive as drives
-from ..storage import ports
-from ..storage.drive import Backing, Drive
+from ..storage import formats, ports
+from ..storage.backing import Backing
+from ..storage.drive import Drive
+from ..storage.image import Image
 from ..storage.nodes import Identifiers
+from . import qemu
 from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
 from .qemu import QemuBinary, choose_accelerator, find_qemu
@@ -33,6 +37,9 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # What QEMU gets with its default action, whatever we make of it.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGQUIT, *END_SIGNALS)
+
+# What the guest's kernel calls the serial port.
+_SERIAL_PORTS = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 
 # Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
 _BACKLOG = 4
@@ -75,9 +82,7 @@ class Launched:
     def close_images(self) -> None:
         """Close our descriptors of the boot drives; QEMU has its own by then."""
         for each in self.boot_drives:
-            if each.backing.fd >= 0:
-                each.backing.close()
-        self.boot_drives = [each._replace(backing=each.backing._replace(fd=-1)) for each in self.boot_drives]
+            each.image.close_backing()
 
 
 def launch(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Launched:
@@ -85,14 +90,15 @@ def launch(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: N
 
     Raises StartError, UsageError or what the drives raise; nothing is left behind then.
     """
-    binary = find_qemu(config.qemu)
-    launched = Launched(config, binary, ports.layout(config.machine_type, config.hotplug_ports))
+    binary = find_qemu(config.qemu, config.machine_type)
+    layout = ports.layout(config.machine_type, config.hotplug_ports, namespaces=binary.namespaces)
+    launched = Launched(config, binary, layout)
     try:
-        accelerator, why = choose_accelerator(config.kvm)
+        accelerator, why = choose_accelerator(config.kvm, binary.architecture)
         launched.accelerator = accelerator
         if why:
             notice(f"no KVM ({why}), so the guest is emulated and slow")
-        boot = _boot(config, notice)
+        boot = _boot(config, binary.architecture, notice)
         launched.directory = MachineDirectory.create(config.name or "")
         _open_boot_drives(launched)
         _start(launched, boot)
@@ -102,10 +108,10 @@ def launch(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: N
     return launched
 
 
-def _boot(config: MachineConfig, notice: Callable[[str], None]) -> Boot | None:
-    console = "console=ttyS0"
+def _boot(config: MachineConfig, architecture: str, notice: Callable[[str], None]) -> Boot | None:
+    console = f"console={_SERIAL_PORTS[architecture]}"
     if config.guest:
-        guest = _builtin_guest(notice)
+        guest = _builtin_guest(architecture, notice)
         return Boot(guest.kernel, guest.initrd, (console, *guest.arguments, *config.kernel_arguments))
     if config.linux is None:
         return None
@@ -115,14 +121,14 @@ def _boot(config: MachineConfig, notice: Callable[[str], None]) -> Boot | None:
     return Boot(config.linux, config.initrd, (console, *config.kernel_arguments))
 
 
-def _builtin_guest(notice: Callable[[str], None]) -> BuiltinGuest:
+def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> BuiltinGuest:
     from ..guest import builtin
 
-    if guest := builtin.find():
+    if guest := builtin.find(architecture):
         return guest
     from ..guest.build import build
 
-    return build(progress=notice)
+    return build(architecture, progress=notice)
 
 
 def _check_readable(option: str, path: str) -> None:
@@ -137,41 +143,51 @@ def _check_readable(option: str, path: str) -> None:
 
 def _open_boot_drives(launched: Launched) -> None:
     config = launched.config
-    wanted = [(drive, f"--extra-drive={drive.path}", -1) for drive in config.extra_drives]
+    wanted = [(drive, f"--extra-drive={drive.path}") for drive in config.extra_drives]
     if config.image:
         name = os.path.basename(config.image)
-        image = Drive(config.image, name, config.image_disk_type, config.image_format)
-        wanted.insert(0, (image, f"--image={config.image}", 0))
-    for number, (drive, option, boot_index) in enumerate(wanted):
-        launched.boot_drives.append(_open_boot_drive(launched, number, drive, option, boot_index))
+        image = Drive(config.image, name, config.image_disk_type, config.image_format, boot_index=0)
+        wanted.insert(0, (image, f"--image={config.image}"))
+    discard = "unmap" if config.discard_disk else "ignore"
+    for number, (drive, option) in enumerate(wanted):
+        launched.boot_drives.append(_open_boot_drive(launched, number, drive._replace(discard=discard), option))
 
 
-def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str, boot_index: int) -> BootDrive:
+def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str) -> BootDrive:
     for other in launched.boot_drives:
         if other.drive.name == drive.name:
             raise UsageError(f"two drives are called {drive.name}", hint="give the files different names")
     try:
-        backing = drives.open_drive(drive.path, read_only=drive.read_only or drive.bus == "scsi-cd")
+        read_only = drive.read_only or drive.bus == "scsi-cd" or drive.format in formats.READ_ONLY_FORMATS
+        backing = backings.open_drive(drive.path, read_only=read_only)
     except (BadConfig, SystemFailure) as error:
         raise StartError(f"cannot use {option}: {error}", hint=error.hint) from None
     try:
         image_format = _boot_format(backing, drive, option)
-        if any(other.backing.identity == backing.identity for other in launched.boot_drives if backing.writable):
-            raise StorageExists(f"{option} is the same file as another drive")
+        _check_once(launched, backing, option)
+        backings.set_direct(backing, drive.cache == "none", what=drive.path)
         place = _boot_place(launched, drive)
     except BaseException:
         backing.close()
         raise
     serial = drive.serial or drives.serial_for(drive.name)
-    return BootDrive(drive, Identifiers(number), place, backing, image_format, serial, boot_index)
+    image = Image(number, backing, image_format, drive.path)
+    return BootDrive(drive._replace(read_only=not backing.writable), Identifiers(number), place, image, serial)
+
+
+def _check_once(launched: Launched, backing: Backing, option: str) -> None:
+    for other in launched.boot_drives:
+        used = other.image.backing
+        if used is not None and used.identity == backing.identity and (used.writable or backing.writable):
+            raise StorageExists(f"{option} is the same file as another drive")
 
 
 def _boot_format(backing: Backing, drive: Drive, option: str) -> str:
     if not backing.size and drive.bus != "scsi-cd":
         raise StartError(f"cannot use {option}: the image is empty", hint="make one with: qemu-img create IMAGE SIZE")
     try:
-        return drives.choose_format(backing, drive.format, what=drive.path)
-    except BadConfig as error:
+        return formats.choose_format(backing, drive.format, what=drive.path)
+    except (BadConfig, ConfigNotSupported) as error:
         hint = error.hint.replace("say format ", "say --image-format=") if option.startswith("--image=") else error.hint
         raise StartError(f"cannot use {option}: {error}", hint=hint) from None
 
@@ -181,6 +197,10 @@ def _boot_place(launched: Launched, drive: Drive) -> ports.Place:
     layout = launched.layout
     if drive.bus in ("virtio-scsi", "scsi-cd"):
         return layout.scsi.take()
+    if drive.bus == "nvme-ns":
+        if not layout.namespaces.places:
+            raise StartError(f"cannot use {drive.path} on nvme-ns: {qemu.NO_NAMESPACES}", hint=qemu.NO_NAMESPACES_HINT)
+        return layout.namespaces.take_for(drive.name)
     place = layout.boot.take()
     layout.pci.claim(place)
     return place
@@ -205,7 +225,7 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             launched.boot_drives,
             inherited,
         )
-        images = [each.backing.fd for each in launched.boot_drives]
+        images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
         launched.pid = spawn(arguments, keep=[*monitors.values(), inherited.console, *images], log=log)
         _connect(launched)
     finally:
@@ -285,5 +305,5 @@ def explain_failure(launched: Launched, log: str) -> VmspawnError:
 
 
 def _mentions(log: str, each: BootDrive) -> bool:
-    names = (each.identifiers.file_node, each.identifiers.format_node, f"/dev/fdset/{each.identifiers.fdset}")
+    names = (each.image.file_node, each.image.format_node, each.identifiers.pivot, f"/dev/fdset/{each.image.fdset}")
     return any(name in log for name in names)

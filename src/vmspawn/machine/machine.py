@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -16,10 +17,14 @@ from ..host import runtime
 from ..host.process import Process
 from ..qmp.monitor import EventStream, Monitor
 from ..qmp.runstate import RunState
+from ..storage import backing as backings
 from ..storage import drive as drives
 from ..storage.attachment import Attachment
-from ..storage.drive import Backing, Drive
+from ..storage.backing import Backing
+from ..storage.drive import Drive
+from ..storage.formats import READ_ONLY_FORMATS
 from ..storage.hotplug import DETACH_TIMEOUT, Storage
+from ..storage.limits import Limits
 from ..waiting import first_of
 from .config import MachineConfig, check
 from .launch import Launched, explain_failure, launch
@@ -94,7 +99,7 @@ class Machine:
         self._storage = Storage(self._monitor, self._run_state, launched.layout, journal=self._save_state)
         for each in launched.boot_drives:
             self._storage.add_boot_drive(
-                Attachment(each.drive, each.identifiers, each.place, each.backing, each.format, each.serial)
+                Attachment(each.drive, each.identifiers, each.place, each.serial, [each.image])
             )
         self._save_state()
 
@@ -235,24 +240,69 @@ class Machine:
     async def attach(self, drive: Drive) -> Attachment:
         """Open a drive's image as the caller and plug it in; returns once QEMU has plugged the device.
 
-        Raises what `open_drive` and `Storage.attach` raise; nothing is left behind then.
+        A scsi-cd without a path is an empty one. Raises what `open_drive` and `Storage.attach` raise; nothing is left
+        behind then.
         """
         named = drives.with_defaults(drive)
-        backing = drives.open_drive(drive.path, read_only=drive.read_only or drive.bus == "scsi-cd")
-        return await self.storage.attach(named, backing)
+        backing = None
+        if drive.path:
+            read_only = drive.read_only or drive.bus == "scsi-cd" or drive.format in READ_ONLY_FORMATS
+            backing = backings.open_drive(drive.path, read_only=read_only)
+        return await self.attach_backing(named, backing)
 
-    async def attach_backing(self, drive: Drive, backing: Backing) -> Attachment:
+    async def attach_backing(self, drive: Drive, backing: Backing | None) -> Attachment:
         """Plug in a drive whose image is open already. Owns `backing` from the call on."""
-        try:
-            storage = self.storage
-        except BaseException:
-            backing.close()
-            raise
-        return await storage.attach(drive, backing)
+        return await self._storage_for(backing).attach(drive, backing)
 
-    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT) -> None:
-        """Unplug a drive; returns once nothing of it is left. Raises what `Storage.detach` raises."""
-        await self.storage.detach(name, timeout=timeout)
+    def _storage_for(self, backing: Backing | None) -> Storage:
+        """The machine's drives; if there is no machine, the backing that was for one of them is closed."""
+        try:
+            return self.storage
+        except BaseException:
+            if backing is not None:
+                backing.close()
+            raise
+
+    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
+        """Unplug a drive; returns once nothing of it is left. Raises what `Storage.detach` raises.
+
+        `force` takes the image away from under the guest first; returns False then if the device is still there.
+        """
+        return await self.storage.detach(name, timeout=timeout, force=force)
+
+    async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
+        """Open another image as the caller and put it in the place of a drive's; returns the new size in bytes.
+
+        Raises what `open_drive` and `Storage.replace` raise; the drive keeps its image then.
+        """
+        read_only = any(each.name == name and each.read_only for each in self.storage)
+        backing = backings.open_drive(path, read_only=read_only)
+        return await self.storage.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
+
+    async def replace_backing(self, name: str, backing: Backing, **options: Any) -> int:
+        """The same with an image that is open already. Owns `backing` from the call on."""
+        return await self._storage_for(backing).replace(name, backing, **options)
+
+    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
+        """Resize a drive and its image; returns its size in bytes. Raises what `Storage.resize` raises."""
+        return await self.storage.resize(name, size, shrink=shrink)
+
+    async def limit(self, name: str, limits: Limits) -> None:
+        """Change a drive's I/O limits. Raises what `Storage.limit` raises."""
+        await self.storage.limit(name, limits)
+
+    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+        """Open an image as the caller and put it into an optical drive. Raises what `Storage.insert_media` raises."""
+        backing = backings.open_drive(path, read_only=True)
+        await self.storage.insert_media(name, backing, format=format, path=_absolute(path), force=force)
+
+    async def insert_media_backing(self, name: str, backing: Backing, **options: Any) -> None:
+        """The same with an image that is open already. Owns `backing` from the call on."""
+        await self._storage_for(backing).insert_media(name, backing, **options)
+
+    async def eject_media(self, name: str, *, force: bool = False) -> None:
+        """Take the medium out of an optical drive. Raises what `Storage.eject_media` raises."""
+        await self.storage.eject_media(name, force=force)
 
     async def multiplexer(self) -> Multiplexer:
         """What shares QEMU among QMP clients; started when it is first asked for.
@@ -340,3 +390,7 @@ class Machine:
             "storage": self._storage.to_state() if self._storage else {},
         }
         self._launched.directory.write(runtime.STATE, json.dumps(state).encode())
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)

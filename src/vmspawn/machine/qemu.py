@@ -12,7 +12,18 @@ from ..errors import StartError, UsageError
 #: The oldest QEMU that is tested.
 VERSION_MIN = (7, 2)
 
-_BINARIES = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm")
+# By the guest's architecture, and what is to be installed for them.
+_BINARIES = {
+    "x86_64": ("qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm"),
+    "aarch64": ("qemu-system-aarch64",),
+}
+_PACKAGES = {
+    "x86_64": "Debian: qemu-system-x86, Fedora: qemu-kvm",
+    "aarch64": "Debian: qemu-system-arm, Fedora: qemu-system-aarch64",
+}
+
+#: The architecture of each machine type.
+ARCHITECTURES = {"q35": "x86_64", "pc": "x86_64", "virt": "aarch64"}
 
 _PROBE_TIMEOUT = 20.0
 _CACHE_FILE = "qemu-probes.json"
@@ -23,16 +34,28 @@ class QemuBinary(NamedTuple):
 
     path: str
     version: tuple[int, int, int]
+    #: What it emulates, in the kernel's words.
+    architecture: str
     #: QEMU 11.1 brought `-object monitor-qmp` and deprecated `-mon`.
     monitor_object: bool
+    #: Whether NVMe namespaces can be plugged in while the machine runs (from QEMU 11.1 on).
+    namespaces: bool
+    #: Whether it was built with io_uring.
+    io_uring: bool
 
 
-def find_qemu(explicit: str | None) -> QemuBinary:
-    """Find and probe QEMU. Probes are cached by the file's identity, for running QEMU twice costs 60 ms.
+#: Said where a drive asks for what `namespaces` denies.
+NO_NAMESPACES = "this QEMU cannot plug in NVMe namespaces while the machine runs"
+NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each drive, or QEMU 11.1"
 
-    Raises StartError if there is none, it does not run, or it is too old.
+
+def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
+    """Find and probe a QEMU for that machine type. Probes are cached by the file's identity, for one takes 0.1 s.
+
+    Raises StartError if there is none, it does not run, or it is too old; UsageError if it emulates something else.
     """
-    path = _locate(explicit)
+    architecture = ARCHITECTURES[machine_type]
+    path = _locate(explicit, architecture)
     try:
         found = os.stat(path)
     except OSError as error:
@@ -44,19 +67,24 @@ def find_qemu(explicit: str | None) -> QemuBinary:
         raise StartError(
             f"{path} is QEMU {have}, which is too old", hint=f"install QEMU {need} or newer, or name one by --qemu="
         )
+    if binary.architecture != architecture:
+        raise UsageError(
+            f"{path} emulates {binary.architecture}, and --machine-type={machine_type} is {architecture}",
+            hint=f"name a QEMU for {architecture} by --qemu=, or another --machine-type=",
+        )
     return binary
 
 
-def _locate(explicit: str | None) -> str:
-    for candidate in (explicit,) if explicit else _BINARIES:
+def _locate(explicit: str | None, architecture: str) -> str:
+    for candidate in (explicit,) if explicit else _BINARIES[architecture]:
         if path := _which(candidate):
             return path
     if explicit:
         reason = "not executable" if os.path.exists(explicit) else "not found"
         raise StartError(f"cannot use QEMU {explicit}: {reason}", hint="name a QEMU system emulator by --qemu=")
     raise StartError(
-        f"no QEMU found: neither of {', '.join(_BINARIES)}",
-        hint="install it (Debian: qemu-system-x86, Fedora: qemu-kvm), or name one by --qemu=",
+        f"no QEMU found: there is no {' or '.join(_BINARIES[architecture])}",
+        hint=f"install it ({_PACKAGES[architecture]}), or name one by --qemu=",
     )
 
 
@@ -87,28 +115,70 @@ def _cached(path: str, identity: list[int]) -> QemuBinary | None:
         if entry["identity"] != identity:
             return None
         major, minor, micro = entry["version"]
-        return QemuBinary(path, (major, minor, micro), bool(entry["monitor_object"]))
+        features = (bool(entry[name]) for name in ("monitor_object", "namespaces", "io_uring"))
+        return QemuBinary(path, (major, minor, micro), str(entry["architecture"]), *features)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+# What a probed QEMU is asked. Whether namespaces can be plugged in shows in whether their bus has a handler for that.
+_QUESTIONS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("qmp_capabilities", {}),
+    ("query-version", {}),
+    ("query-target", {}),
+    ("query-qmp-schema", {}),
+    ("qom-get", {"path": "/machine/peripheral/probe/probe", "property": "hotplug-handler"}),
+    ("quit", {}),
+)
+
+
 def _probe(path: str, identity: list[int]) -> QemuBinary:
     """Ask the binary, and remember its answers."""
-    version_text = _run(path, "--version")
-    version = _parse_version(path, version_text)
-    monitor_object = "monitor-qmp" in _run(path, "-object", "help").split() if version >= VERSION_MIN else False
-    binary = QemuBinary(path, version, monitor_object)
+    import json
+
+    version = _parse_version(path, _run(path, "--version"))
+    if version < VERSION_MIN:
+        return QemuBinary(path, version, "", False, False, False)
+    # Its name tells which machine it has; that it emulates what it says is asked.
+    machine = "virt" if "aarch64" in os.path.basename(path) else "q35"
+    commands = "".join(json.dumps({"execute": name, "arguments": arguments}) for name, arguments in _QUESTIONS)
+    options = ("-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-machine", machine)
+    try:
+        output = _run(path, *options, "-device", "nvme,id=probe,serial=probe", feed=commands)
+    except StartError:
+        # Some distributions leave the NVMe device out.
+        output = _run(path, *options, feed=commands)
+    binary = _understand(path, version, output)
     _remember(binary, identity)
     return binary
 
 
-def _run(path: str, *arguments: str) -> str:
+def _understand(path: str, version: tuple[int, int, int], output: str) -> QemuBinary:
+    """What the answers to the questions say."""
+    import json
+
+    answers = [json.loads(line) for line in output.splitlines() if line.startswith(('{"return"', '{"error"'))]
+    if len(answers) != len(_QUESTIONS):
+        raise StartError(f"QEMU {path} gave {len(answers)} answers to {len(_QUESTIONS)} questions")
+    _, _, target, schema, handler, _ = (answer.get("return") for answer in answers)
+    choices = [values for kind in schema if (values := kind.get("values"))]
+    return QemuBinary(
+        path,
+        version,
+        architecture=target["arch"],
+        monitor_object=any("monitor-qmp" in values for values in choices),
+        namespaces=bool(handler),
+        io_uring=any({"threads", "io_uring"} <= {*values} for values in choices),
+    )
+
+
+def _run(path: str, *arguments: str, feed: str = "") -> str:
     import subprocess
 
     try:
         done = subprocess.run(
             [path, *arguments],
-            stdin=subprocess.DEVNULL,
+            input=feed.encode(),
             capture_output=True,
             timeout=_PROBE_TIMEOUT,
             check=False,
@@ -147,7 +217,10 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
         entries[binary.path] = {
             "identity": identity,
             "version": binary.version,
+            "architecture": binary.architecture,
             "monitor_object": binary.monitor_object,
+            "namespaces": binary.namespaces,
+            "io_uring": binary.io_uring,
         }
         os.makedirs(os.path.dirname(path), exist_ok=True)
         fresh = f"{path}.{os.getpid()}"
@@ -158,15 +231,15 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
         pass
 
 
-def choose_accelerator(kvm: str) -> tuple[str, str]:
-    """The accelerator for `--kvm=auto|yes|no`, and why it is TCG where the user might have expected KVM.
+def choose_accelerator(kvm: str, architecture: str) -> tuple[str, str]:
+    """The accelerator for `--kvm=auto|yes|no` and that guest, and why it is TCG where the user might have expected KVM.
 
     An open /dev/kvm is not enough: there are hosts where it opens without the processor's help, and guests hang. Raises
     UsageError if KVM was a firm wish and cannot be.
     """
     if kvm == "no":
         return "tcg", ""
-    reason = _why_no_kvm()
+    reason = _why_no_kvm(architecture)
     if not reason:
         return "kvm", ""
     if kvm == "yes":
@@ -174,12 +247,15 @@ def choose_accelerator(kvm: str) -> tuple[str, str]:
     return "tcg", reason
 
 
-def _why_no_kvm() -> str:
+def _why_no_kvm(architecture: str) -> str:
+    host = os.uname().machine
+    if host != architecture:
+        return f"this host is {host} and the guest {architecture}"
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         return f"/dev/kvm cannot be opened: {error.strerror}"
-    if os.uname().machine == "x86_64" and not {"vmx", "svm"} & _cpu_flags():
+    if host == "x86_64" and not {"vmx", "svm"} & _cpu_flags():
         return "the processor shows neither vmx nor svm"
     return ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -142,7 +142,7 @@ class Monitor:
     async def execute(
         self,
         command: str,
-        arguments: dict[str, object] | None = None,
+        arguments: Mapping[str, object] | None = None,
         *,
         fds: Sequence[int] = (),
         timeout: float = COMMAND_TIMEOUT,
@@ -159,7 +159,7 @@ class Monitor:
         except TimeoutError:
             raise Timeout(f"QEMU did not answer {command} within {timeout:g} s") from None
 
-    async def _run(self, command: str, arguments: dict[str, object] | None, fds: Sequence[int]) -> Any:
+    async def _run(self, command: str, arguments: Mapping[str, object] | None, fds: Sequence[int]) -> Any:
         if self._lost is not None:
             raise NotConnected(self._lost)
         key = self._free_key()

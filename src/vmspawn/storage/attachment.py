@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..waiting import first_of
 from . import buses
-from .drive import Backing, Drive
+from .drive import Drive
+from .image import FAULT, Image
+from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
 from .ports import Place
 
@@ -24,26 +27,42 @@ class State(enum.StrEnum):
 
 
 @dataclass(slots=True, eq=False)
+class Removal:
+    """What is known of a removal that is under way, for people."""
+
+    #: When it began, by the monotonic clock.
+    since: float = field(default_factory=time.monotonic)
+    #: How often the guest was asked to let go.
+    requests: int = 0
+    #: What QEMU last said to a request that did not go through at once.
+    answer: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been under way."""
+        return time.monotonic() - self.since
+
+
+@dataclass(slots=True, eq=False)
 class Attachment:
     """A drive and all that taking it apart again needs, chosen before the first step.
 
-    `done` is the journal: the names of the steps that were begun and not undone, oldest first. `backing.fd` is ours
-    until QEMU has it, and -1 from then on.
+    `done` is the journal: the names of the steps that were begun and not undone, in the order of STEPS. `images` has
+    the one that the drive stands on, and while it is exchanged the other; an optical drive may have none.
     """
 
     drive: Drive
     identifiers: Identifiers
     place: Place
-    backing: Backing
-    format: str
     serial: str
+    images: list[Image] = field(default_factory=list)
+    limits: Limits = NO_LIMITS
     boot: bool = False
     done: list[str] = field(default_factory=list)
     state: State = State.ATTACHING
-    #: What QEMU last said to a request for removal that did not go through at once; for people.
-    answer: str = ""
-    #: How often the guest was asked to let go.
-    requests: int = 0
+    removal: Removal | None = None
+    #: Held by whoever changes the images, and by each step of taking the drive apart but for the guest's.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Set when QEMU says that the device is gone.
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     #: Set when somebody asks again for a removal that is under way: it is tried again at once.
@@ -59,35 +78,61 @@ class Attachment:
         return self.drive.name
 
     @property
+    def image(self) -> Image | None:
+        """The image that the drive stands on."""
+        return self.images[0] if self.images else None
+
+    @property
+    def format(self) -> str:
+        """The image's format; of a drive without an image, the one that it was attached with."""
+        return self.image.format if self.image else self.drive.format or "raw"
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the guest may not write."""
+        return self.drive.read_only
+
+    @property
+    def forced(self) -> bool:
+        """Whether the image was taken away from under the guest."""
+        return any(image.format == FAULT for image in self.images)
+
+    @property
     def by_id(self) -> str:
         """The drive's stable path in the guest."""
-        return buses.by_id_path(self.drive.bus, self.serial)
+        return buses.by_id_path(self.drive.bus, self.serial, self.place)
 
     async def wait_for_news(self, seconds: float) -> None:
         """Wait until the device is gone, somebody asks again, or the time has passed."""
         await first_of(self.gone, self.nudge, timeout=seconds)
         self.nudge.clear()
 
-    def close_backing(self) -> None:
-        """Close our descriptor of the image, if we still have it."""
-        if self.backing.fd >= 0:
-            self.backing.close()
-            self.backing = self.backing._replace(fd=-1)
+    def close_backings(self) -> None:
+        """Close our descriptors of the images, where we still have them."""
+        for image in self.images:
+            image.close_backing()
 
     def to_state(self) -> dict[str, Any]:
         """What another process would need to take the drive over, as JSON values."""
+        drive = self.drive
         return {
             "name": self.name,
-            "path": self.drive.path,
-            "bus": self.drive.bus,
-            "format": self.format,
+            "bus": drive.bus,
+            "options": {
+                "read-only": drive.read_only,
+                "discard": drive.discard,
+                "detect-zeroes": drive.detect_zeroes,
+                "cache": drive.cache,
+                "aio": drive.aio,
+                "thread": drive.thread,
+                "share": drive.share,
+            },
             "serial": self.serial,
+            "limits": list(self.limits),
             "boot": self.boot,
             "number": self.identifiers.number,
             "place": list(self.place),
-            "writable": self.backing.writable,
-            "block": self.backing.block,
-            "identity": list(self.backing.identity),
+            "images": [image.to_state() for image in self.images],
             "state": self.state.value,
             "done": list(self.done),
         }

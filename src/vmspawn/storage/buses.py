@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .ports import Place
+from .drive import Drive
+from .ports import NamespacePlace, Place
 
 
 class Bus(NamedTuple):
@@ -15,34 +16,61 @@ class Bus(NamedTuple):
     pool: str
     by_id: str
     writable: bool = True
+    #: Whether the guest can be told another size while the disk is there (HOTPLUG.md 9).
+    resizable: bool = True
 
 
-#: udev's 60-persistent-storage.rules: virtio-SERIAL; nvme-MODEL_SERIAL; scsi- and the name that scsi_id makes of VPD
-#: page 0x83, for which QEMU puts a drive's serial into a vendor specific designator (type 0).
+#: The serial number of the controller that carries the namespaces; theirs have none of their own.
+NAMESPACE_SERIAL = "vmspawn"
+
+#: udev's 60-persistent-storage.rules: virtio-SERIAL; nvme-MODEL_SERIAL, with _NSID where a controller has several
+#: namespaces; scsi- and the name that scsi_id makes of VPD page 0x83, for which QEMU puts a drive's serial into a
+#: vendor specific designator (type 0).
 TABLE = {
     "virtio-blk": Bus("virtio-blk-pci", "pci", "virtio-{serial}"),
-    "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}"),
+    "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False),
+    "nvme-ns": Bus("nvme-ns", "namespaces", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False),
     "virtio-scsi": Bus("scsi-hd", "scsi", "scsi-0QEMU_QEMU_HARDDISK_{serial}"),
-    "scsi-cd": Bus("scsi-cd", "scsi", "scsi-0QEMU_QEMU_CD-ROM_{serial}", writable=False),
+    "scsi-cd": Bus("scsi-cd", "scsi", "scsi-0QEMU_QEMU_CD-ROM_{serial}", writable=False, resizable=False),
 }
 
 
-def by_id_path(bus: str, serial: str) -> str:
+def by_id_path(bus: str, serial: str, place: Place) -> str:
     """The stable path of the drive in the guest."""
+    if isinstance(place, NamespacePlace):
+        serial = f"{NAMESPACE_SERIAL}_{place.nsid}"
     return "/dev/disk/by-id/" + TABLE[bus].by_id.format(serial=serial)
 
 
+def namespace_uuid(name: str) -> str:
+    """The UUID of a namespace, made from its drive's name; the same for the same name. (RFC 9562, version 8.)"""
+    import hashlib
+
+    digest = bytearray(hashlib.sha256(b"vmspawn namespace " + name.encode()).digest()[:16])
+    digest[6] = digest[6] & 0x0F | 0x80
+    digest[8] = digest[8] & 0x3F | 0x80
+    text = digest.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
 def device(
-    bus: str, *, device_id: str, node: str, place: Place, serial: str, boot_index: int = -1
+    drive: Drive, *, device_id: str, node: str | None, place: Place, serial: str, thread: str | None = None
 ) -> dict[str, object]:
-    """The properties of the device that makes `node` a disk on `bus`, for device_add and for -device alike."""
-    properties: dict[str, object] = {
-        "driver": TABLE[bus].driver,
-        "id": device_id,
-        "drive": node,
-        "serial": serial,
-        **place.properties(),
-    }
-    if boot_index >= 0:
-        properties["bootindex"] = boot_index
+    """The properties of the device that makes `node` a disk, for device_add and for -device alike.
+
+    `node` None makes an optical drive without a medium; `thread` is the I/O thread's id.
+    """
+    properties: dict[str, object] = {"driver": TABLE[drive.bus].driver, "id": device_id, **place.properties()}
+    if node is not None:
+        properties["drive"] = node
+    if isinstance(place, NamespacePlace):
+        properties["uuid"] = namespace_uuid(drive.name)
+    else:
+        properties["serial"] = serial
+    if thread is not None and drive.bus == "virtio-blk":
+        properties["iothread"] = thread
+    if drive.share:
+        properties["share-rw"] = True
+    if drive.boot_index >= 0:
+        properties["bootindex"] = drive.boot_index
     return properties

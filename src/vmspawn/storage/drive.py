@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A drive: what the user wants attached, and the open file behind it."""
+"""A drive: what the user wants attached."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import stat
 from typing import NamedTuple
 
-from ..errors import BadConfig, SystemFailure, UsageError
+from ..errors import BadConfig, UsageError
+from .formats import FORMATS
+from .limits import NO_LIMITS, Limits
 
 #: A bus is how the guest sees a drive. `null` on the wire means the first.
-BUSES = ("virtio-blk", "nvme", "virtio-scsi", "scsi-cd")
+BUSES = ("virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd")
 DEFAULT_BUS = "virtio-blk"
+#: What may be said in a bus's place: virtio-blk while there are ports, then virtio-scsi.
+AUTO_BUS = "auto"
 
-#: Image formats that a node can be built for.
-FORMATS = ("raw", "qcow2")
-DEFAULT_FORMAT = "raw"
+DISCARD_CHOICES = ("unmap", "ignore")
+DETECT_ZEROES_CHOICES = ("off", "on", "unmap")
+CACHE_CHOICES = ("writeback", "none")
+AIO_CHOICES = ("threads", "io_uring")
 
 #: Linux cuts a virtio-blk serial to 20 bytes (VIRTIO_BLK_ID_BYTES), and NVMe has 20; one length for all buses keeps a
 #: drive's serial the same on each.
@@ -27,18 +29,15 @@ _SERIAL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV
 #: A drive's name is free text for people and for systemd's PROVIDER:VOLUME names; one line of reasonable length.
 DRIVE_NAME_MAX = 255
 
-# The qcow2 header (QEMU's docs/interop/qcow2.txt): magic, version, then the offset of the backing file's name.
-_QCOW2_MAGIC = b"QFI\xfb"
-_QCOW2_BACKING_OFFSET = slice(8, 16)
-
-_O_PATH = getattr(os, "O_PATH", 0o10000000)
-
 
 class Drive(NamedTuple):
     """A drive as the user asks for it.
 
-    `path` is opened as the caller; an empty `name` is the path's file name. `format` None means raw, but refuses an
-    image that looks like another format. `serial` empty derives one from the name.
+    `path` is opened as the caller; an empty `name` is the path's file name; a scsi-cd without a path is an empty one.
+    `format` None means raw, but refuses an image that looks like another format. `serial` empty derives one from the
+    name. `discard`, `detect_zeroes` and `aio` are those of QEMU's block nodes (qapi/block-core.json); `cache` none
+    bypasses the host's page cache. `thread` gives the drive an I/O thread of its own. `share` lets other machines
+    write to the image at the same time. `boot_index` -1 leaves the boot order alone.
     """
 
     path: str
@@ -47,25 +46,20 @@ class Drive(NamedTuple):
     format: str | None = None
     read_only: bool = False
     serial: str = ""
-
-
-class Backing(NamedTuple):
-    """An open file or block device that a drive stands on. Whoever holds a Backing owns `fd`."""
-
-    fd: int
-    block: bool
-    writable: bool
-    identity: tuple[int, ...]
-    size: int
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self.fd)
+    discard: str = "unmap"
+    detect_zeroes: str = "off"
+    cache: str = "writeback"
+    aio: str = "threads"
+    thread: bool = False
+    share: bool = False
+    boot_index: int = -1
+    limits: Limits = NO_LIMITS
 
 
 def with_defaults(drive: Drive) -> Drive:
     """The drive with an absolute path, and named after its file if it has no name."""
-    return drive._replace(path=os.path.abspath(drive.path), name=drive.name or os.path.basename(drive.path))
+    path = os.path.abspath(drive.path) if drive.path else ""
+    return drive._replace(path=path, name=drive.name or os.path.basename(drive.path))
 
 
 def check_name(name: str) -> str:
@@ -77,16 +71,28 @@ def check_name(name: str) -> str:
 
 def check_bus(bus: str) -> str:
     """Return `bus` if it exists, raise BadConfig if not."""
-    if bus not in BUSES:
-        raise BadConfig(f"unknown bus {bus!r}", hint=f"there are: {', '.join(BUSES)}")
-    return bus
+    return check_choice("bus", bus, BUSES)
 
 
-def check_format(image_format: str) -> str:
-    """Return `image_format` if it exists, raise BadConfig if not."""
-    if image_format not in FORMATS:
-        raise BadConfig(f"unknown image format {image_format!r}", hint=f"there are: {', '.join(FORMATS)}")
-    return image_format
+def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of the choices, raise BadConfig if not."""
+    if value not in choices:
+        raise BadConfig(f"unknown {what} {value!r}", hint=f"there are: {', '.join(choices)}")
+    return value
+
+
+def check_options(drive: Drive) -> None:
+    """Raise BadConfig for an option that does not exist, or that the drive's bus cannot have."""
+    check_choice("discard mode", drive.discard, DISCARD_CHOICES)
+    check_choice("zero detection", drive.detect_zeroes, DETECT_ZEROES_CHOICES)
+    check_choice("cache mode", drive.cache, CACHE_CHOICES)
+    check_choice("asynchronous I/O", drive.aio, AIO_CHOICES)
+    if drive.detect_zeroes == "unmap" and drive.discard != "unmap":
+        raise BadConfig("to unmap zeroes, discard must be unmap", hint="use detect-zeroes on, or discard unmap")
+    if drive.thread and drive.bus not in ("virtio-blk", "virtio-scsi"):
+        raise BadConfig(f"bus {drive.bus} cannot have an I/O thread", hint="use virtio-blk or virtio-scsi")
+    if drive.boot_index < -1:
+        raise BadConfig(f"a boot index of {drive.boot_index} is out of range", hint="0 boots first")
 
 
 def serial_for(name: str) -> str:
@@ -105,117 +111,6 @@ def check_serial(serial: str) -> str:
             f"invalid serial {serial!r}", hint=f"use 1 to {SERIAL_MAX} of letters, digits, '.', '_' and '-'"
         )
     return serial
-
-
-def open_drive(path: str, *, read_only: bool) -> Backing:
-    """Open an image or block device as the caller.
-
-    Raises SystemFailure with the reason of the operating system, BadConfig if it is not something to make a drive of.
-    The caller owns the Backing.
-    """
-    # O_NONBLOCK so that opening a FIFO by mistake answers instead of waiting for a writer; QEMU clears it.
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        fd = os.open(path, flags)
-    except IsADirectoryError:
-        raise BadConfig(f"{path} is a directory, not an image", hint=_DIRECTORY_HINT) from None
-    except OSError as error:
-        hint = "attach it read-only, or change its permissions" if _readable_only(path, error) else ""
-        raise SystemFailure(f"cannot open {path}", error.errno or errno.EIO, hint=hint) from None
-    try:
-        return inspect(fd, what=path)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-_DIRECTORY_HINT = "name a disk image or a block device"
-
-
-def _readable_only(path: str, error: OSError) -> bool:
-    return error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and os.access(path, os.R_OK)
-
-
-def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
-    """Look at a descriptor that is to become a drive and say what it is.
-
-    The drive is read-only if the descriptor is; `read_only` True makes a read-only drive of a writable descriptor (by
-    a second, read-only descriptor: QEMU wants the access mode to match). Raises BadConfig for what QEMU could not
-    use. On success the Backing owns `fd`; on failure the caller still does.
-    """
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if flags & _O_PATH:
-        raise BadConfig(f"{what} is open with O_PATH only", hint="open it for reading, or reading and writing")
-    access = flags & os.O_ACCMODE
-    if access == os.O_WRONLY:
-        raise BadConfig(f"{what} is open for writing only", hint="open it for reading and writing")
-    found = os.fstat(fd)
-    block = stat.S_ISBLK(found.st_mode)
-    if not block and not stat.S_ISREG(found.st_mode):
-        kind = _kind(found.st_mode)
-        raise BadConfig(f"{what} is a {kind}, not an image or a block device", hint=_DIRECTORY_HINT)
-    # QEMU opens /dev/fdset/N by comparing flags, and knows no O_SYNC (HOTPLUG.md 7).
-    if flags & os.O_SYNC & ~os.O_DSYNC or flags & os.O_DSYNC:
-        raise BadConfig(f"{what} is open with O_SYNC, which QEMU cannot use", hint="open it without O_SYNC")
-    if read_only and access == os.O_RDWR:
-        fd = _reopen_read_only(fd, what)
-        access = os.O_RDONLY
-    _clear_direct(fd)
-    identity = (found.st_rdev,) if block else (found.st_dev, found.st_ino)
-    size = os.lseek(fd, 0, os.SEEK_END) if block else found.st_size
-    return Backing(fd, block, access == os.O_RDWR, identity, size)
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device"}
-    return kinds.get(stat.S_IFMT(mode), "special file")
-
-
-def _reopen_read_only(fd: int, what: str) -> int:
-    """Replace the description behind a descriptor number by a read-only one of the same file."""
-    try:
-        fresh = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SystemFailure(f"cannot open {what} read-only", error.errno or errno.EIO) from None
-    os.dup2(fresh, fd, inheritable=False)
-    os.close(fresh)
-    return fd
-
-
-def _clear_direct(fd: int) -> None:
-    """QEMU 11.1 compares O_DIRECT with the node's cache mode, which is write-back."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if flags & os.O_DIRECT:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-
-
-def choose_format(backing: Backing, image_format: str | None, *, what: str) -> str:
-    """The format to use, after a look at the image's first bytes.
-
-    A guest that owns a raw disk can write any header into it, so no format is ever guessed: not saying one means raw,
-    and an image that looks like qcow2 is refused until the user says which. Raises BadConfig.
-    """
-    header = os.pread(backing.fd, 104, 0)
-    is_qcow2 = header[:4] == _QCOW2_MAGIC
-    if image_format is None:
-        if is_qcow2:
-            raise BadConfig(f"{what} looks like qcow2, and no format was given", hint="say format qcow2 (or raw)")
-        return DEFAULT_FORMAT
-    check_format(image_format)
-    if image_format == "qcow2":
-        _check_qcow2(header, is_qcow2, what)
-    return image_format
-
-
-def _check_qcow2(header: bytes, is_qcow2: bool, what: str) -> None:
-    if not is_qcow2:
-        raise BadConfig(f"{what} is not in qcow2 format", hint="say format raw, or convert it with qemu-img")
-    if any(header[_QCOW2_BACKING_OFFSET]):
-        # QEMU would open the backing file by the path in the header: a path of the image's author, not of the user.
-        raise BadConfig(
-            f"{what} has a backing file, which cannot be opened through a descriptor",
-            hint="flatten it with: qemu-img convert -O qcow2 IMAGE FLAT",
-        )
 
 
 def parse_extra_drive(text: str) -> Drive:

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attaching and detaching drives while the machine runs, and the register of those that are there."""
+"""Attaching, changing and detaching drives while the machine runs, and the register of those that are there."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import (
-    BadConfig,
     ConfigNotSupported,
     NoSuchStorage,
-    NotConnected,
     QmpError,
-    StorageExists,
     StorageImmutable,
     StoragePending,
     SystemFailure,
@@ -22,17 +20,27 @@ from ..errors import (
 )
 from ..qmp.monitor import Event, Monitor
 from ..qmp.runstate import RunState
-from . import buses
-from . import drive as drives
-from .attachment import Attachment, State
-from .drive import Backing, Drive
-from .nodes import Identifiers
+from . import admission, chain, exchange, media, pending, statistics
+from . import resize as resizing
+from .attachment import Attachment, Removal, State
+from .backing import Backing
+from .context import Context
+from .drive import Drive
+from .explain import explain
+from .image import Image
+from .limits import Limits, check_limits
 from .ports import Layout
-from .steps import STEP_BY_NAME, STEPS, Context
+from .statistics import Statistics
+from .steps import STEPS, AddDevice, do_step, undo_step
+from .tasks import Tasks
+from .threaded import threaded_scsi
 
 #: Seconds that a detach waits for the guest before it says that the removal is pending. sd-varlink's clients give up
 #: after 45 s without an answer.
 DETACH_TIMEOUT = 30.0
+
+#: Seconds that a change of a drive, or taking its image away by force, is waited for. It goes on after that.
+CHANGE_TIMEOUT = 40.0
 
 #: Seconds after which an undo that QEMU refused is tried again: somebody uses the node through QMP, and may stop.
 _REFUSED_RETRY = 2.0
@@ -42,7 +50,11 @@ _UNWIND_TIMEOUT = 10.0
 
 #: Events of our own, in the streams beside QEMU's.
 ATTACHED_EVENT = "StorageAttached"
+CHANGED_EVENT = "StorageChanged"
+DETACHING_EVENT = "StorageDetaching"
 DETACHED_EVENT = "StorageDetached"
+
+_T = TypeVar("_T")
 
 
 class Storage:
@@ -55,11 +67,10 @@ class Storage:
         self, monitor: Monitor, run_state: RunState, layout: Layout, *, journal: Callable[[], None] = lambda: None
     ) -> None:
         self._monitor = monitor
-        self._context = Context(monitor, run_state, layout)
-        self._journal = journal
+        self._context = Context(monitor, run_state, layout, journal)
+        self._context.removal_requested = self._removal_requested
         self._attachments: dict[str, Attachment] = {}
-        self._next_number = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         monitor.listen(self._event)
 
     def __iter__(self) -> Iterator[Attachment]:
@@ -77,87 +88,62 @@ class Storage:
 
     def to_state(self) -> dict[str, Any]:
         """The register as JSON values."""
-        return {"next": self._next_number, "attachments": [each.to_state() for each in self]}
+        return {"next": self._context.next_number, "attachments": [each.to_state() for each in self]}
+
+    # At boot.
 
     def add_boot_drive(self, attachment: Attachment) -> None:
         """Enter a drive that QEMU was started with."""
         attachment.boot = True
         attachment.state = State.ATTACHED
-        attachment.done = [step.name for step in STEPS]
+        attachment.done = [step.name for step in STEPS if step.applies(attachment)]
+        for image in attachment.images:
+            image.done = [step.name for step in chain.IMAGE_STEPS if step.applies(image)]
+            self._context.numbers_used_up_to(image.number)
         attachment.settled.set()
         self._attachments[attachment.name] = attachment
-        self._next_number = max(self._next_number, attachment.identifiers.number + 1)
+        self._context.numbers_used_up_to(attachment.identifiers.number)
 
     async def release_boot_descriptors(self) -> None:
         """Drop the descriptor sets of the boot drives: their nodes are open by now."""
         for attachment in self:
-            if attachment.boot:
-                await self._context.remove_fdset(attachment.identifiers.fdset)
+            for image in attachment.images if attachment.boot else ():
+                await chain.release(self._context, image)
 
-    async def attach(self, drive: Drive, backing: Backing) -> Attachment:
+    # Attaching.
+
+    async def attach(self, drive: Drive, backing: Backing | None) -> Attachment:
         """Attach a drive whose image is open; returns once QEMU has plugged the device in.
 
-        Owns `backing` from the call on. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
-        SystemFailure, Timeout or NotConnected; then nothing of the drive is left behind. When cancelled, a task of the
-        machine's takes back what was done.
+        Owns `backing` from the call on; an optical drive may have none. Raises StorageExists, BadConfig,
+        ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected; then nothing of the drive is
+        left behind. When cancelled, a task of the machine's takes back what was done.
         """
         try:
-            attachment = self._admit(drive, backing)
+            if drive.thread and drive.bus == "virtio-scsi":
+                await threaded_scsi(self._context)
+            attachment = admission.admit(self._context, self, drive, backing)
         except BaseException:
-            backing.close()
+            if backing is not None:
+                backing.close()
             raise
+        self._attachments[attachment.name] = attachment
         try:
             for step in STEPS:
-                attachment.done.append(step.name)
-                self._journal()
-                await step.do(self._context, attachment)
+                if step.applies(attachment):
+                    await do_step(self._context, attachment, step.name)
+            for image in attachment.images:
+                await chain.release(self._context, image)
             if attachment.gone.is_set():
                 raise NoSuchStorage(f"{drive.name} was removed through QMP while it was being attached")
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
             await self._give_up(attachment, error)
-            raise _explain(error, drive) from None
+            raise explain(error, drive.name, attachment.image) from None
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        self._journal()
+        self._context.journal()
         self._publish(ATTACHED_EVENT, attachment)
         return attachment
-
-    def _admit(self, drive: Drive, backing: Backing) -> Attachment:
-        """Check what can be checked, and choose everything that undoing will need."""
-        drives.check_name(drive.name)
-        bus = buses.TABLE[drives.check_bus(drive.bus)]
-        if drive.name in self._attachments:
-            raise StorageExists(f"a drive named {drive.name} exists already", hint=self._exists_hint(drive.name))
-        self._check_not_attached(backing)
-        image_format = drives.choose_format(backing, drive.format, what=drive.path or drive.name)
-        serial = drives.check_serial(drive.serial) if drive.serial else drives.serial_for(drive.name)
-        if not bus.writable and backing.writable:
-            raise ConfigNotSupported(f"bus {drive.bus} is read-only", hint="open the image read-only")
-        if not backing.size and bus.writable:
-            raise BadConfig(
-                f"{drive.path or drive.name} is empty", hint="make an image with: qemu-img create IMAGE SIZE"
-            )
-        layout = self._context.layout
-        place = (layout.scsi if bus.pool == "scsi" else layout.pci).take()
-        identifiers = Identifiers(self._next_number)
-        self._next_number += 1
-        attachment = Attachment(drive, identifiers, place, backing, image_format, serial)
-        self._attachments[drive.name] = attachment
-        return attachment
-
-    def _exists_hint(self, name: str) -> str:
-        if self._attachments[name].state is State.DETACHING:
-            return "its removal is pending; the name is free once the guest has let go"
-        return "choose another name, or detach it first"
-
-    def _check_not_attached(self, backing: Backing) -> None:
-        """QEMU's image lock does not see one open file that is passed twice, so look ourselves."""
-        for other in self:
-            if other.backing.identity == backing.identity and (other.backing.writable or backing.writable):
-                raise StorageExists(
-                    f"this file is attached already, as {other.name}",
-                    hint="attach it read-only in both places, or attach a copy",
-                )
 
     async def _give_up(self, attachment: Attachment, error: BaseException) -> None:
         """Take back what a failed or cancelled attach has done. Whatever happens here, the caller raises `error`."""
@@ -166,15 +152,19 @@ class Storage:
         if isinstance(error, Exception):
             await asyncio.wait({task}, timeout=_UNWIND_TIMEOUT)
 
-    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT) -> None:
+    # Detaching.
+
+    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
         """Detach a drive; returns once it is really gone: device, nodes, descriptors, port.
 
         Raises NoSuchStorage, StorageImmutable for a boot drive, NotConnected, or StoragePending if the guest has not
         let go within `timeout` seconds. The removal then goes on, and a later call waits for the same removal.
+
+        `force` takes the image away first, so that the host has its file back whatever the guest does, who sees I/O
+        errors from then on. Returns False then if the device is still there after `timeout`, instead of raising.
         """
         attachment = self._find(name)
-        if attachment.boot:
-            raise StorageImmutable(f"{name} has been there from boot and cannot be detached while the machine runs")
+        _check_not_boot(attachment, "detached")
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
@@ -182,13 +172,177 @@ class Storage:
         except TimeoutError:
             raise StoragePending(f"{name} is still being attached", hint="try again") from None
         task = self._unwind(attachment)
+        if force:
+            await self._take_away(attachment)
         await asyncio.wait({task}, timeout=deadline - asyncio.get_running_loop().time())
         if not task.done():
-            raise StoragePending(_why_pending(attachment, self._context.run_state, timeout), hint=_PENDING_HINT)
-        if task.cancelled():
-            raise NotConnected("the machine ended")
-        if error := task.exception():
-            raise error
+            if force:
+                return False
+            why = pending.why(attachment, self._context.run_state)
+            raise StoragePending(f"{why} (waited {timeout:g} s)", hint=pending.HINT)
+        self._tasks.result(task)
+        return True
+
+    async def _take_away(self, attachment: Attachment) -> None:
+        async def work() -> None:
+            async with attachment.lock:
+                await exchange.take_away(self._context, attachment)
+
+        try:
+            await self._tasks.run(
+                work(), f"taking the image of {attachment.name} away", timeout=CHANGE_TIMEOUT, hint=pending.STORAGE_HINT
+            )
+        finally:
+            self._context.journal()
+
+    def _unwind(self, attachment: Attachment) -> asyncio.Task[None]:
+        """The one task that takes the attachment apart; started if it is not under way."""
+        if attachment.unwinding is None:
+            attachment.state = State.DETACHING
+            attachment.removal = Removal()
+            attachment.unwinding = self._tasks.start(self._undo_all(attachment))
+        attachment.nudge.set()
+        return attachment.unwinding
+
+    async def _undo_all(self, attachment: Attachment) -> None:
+        was_attached = attachment.settled.is_set()
+        assert attachment.removal is not None
+        self._context.journal()
+        while attachment.done:
+            try:
+                await self._undo_last(attachment)
+            except (QmpError, Timeout) as error:
+                attachment.removal.answer = error.description if isinstance(error, QmpError) else str(error)
+                await attachment.wait_for_news(_REFUSED_RETRY)
+        attachment.close_backings()
+        del self._attachments[attachment.name]
+        self._context.journal()
+        if was_attached:
+            self._publish(DETACHED_EVENT, attachment)
+
+    async def _undo_last(self, attachment: Attachment) -> None:
+        name = attachment.done[-1]
+        if name == AddDevice.name:
+            # The guest may take for ever, and meanwhile the image can be taken away by force.
+            await undo_step(self._context, attachment, name)
+            return
+        async with attachment.lock:
+            await undo_step(self._context, attachment, name)
+
+    # Changing.
+
+    async def replace(
+        self, name: str, backing: Backing, *, format: str | None = None, path: str = "", shrink: bool = False
+    ) -> int:
+        """Put another image in the place of a drive's, while the guest uses it, and return the new size in bytes.
+
+        Owns `backing` from the call on. An optical drive gets another medium. Raises NoSuchStorage, StorageImmutable,
+        SystemFailure with EROFS for a read-only image under a writable drive, and what an attach raises; the drive
+        keeps its image then.
+        """
+        try:
+            attachment = self._find(name)
+            _check_not_boot(attachment, "replaced")
+            if attachment.drive.bus == "scsi-cd":
+                raise ConfigNotSupported(f"{name} is an optical drive", hint="insert another medium")
+            _check_writable(attachment, backing)
+            admission.check_not_attached(self, backing, share=attachment.drive.share)
+            drive = attachment.drive._replace(path=path)
+            image = admission.make_image(self._context, drive, backing, format, path or "the new image")
+        except BaseException:
+            backing.close()
+            raise
+
+        async def work() -> int:
+            return await exchange.replace(self._context, attachment, image, shrink=shrink)
+
+        return await self._change(attachment, work, "replacing", image)
+
+    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
+        """Resize a drive and its image, while the guest uses it, and return its size in bytes.
+
+        None tells the guest the size that the image was given from outside. Raises NoSuchStorage, BadConfig,
+        ConfigNotSupported or QmpError.
+        """
+        attachment = self._find(name)
+
+        async def work() -> int:
+            return await resizing.resize(self._context, attachment, size, shrink=shrink)
+
+        return await self._change(attachment, work, "resizing")
+
+    async def limit(self, name: str, limits: Limits) -> None:
+        """Change a drive's I/O limits; the default Limits are none. Raises NoSuchStorage, BadConfig or QmpError."""
+        attachment = self._find(name)
+        check_limits(limits)
+
+        async def work() -> None:
+            await exchange.limit(self._context, attachment, limits)
+
+        await self._change(attachment, work, "limiting")
+
+    async def insert_media(
+        self, name: str, backing: Backing, *, format: str | None = None, path: str = "", force: bool = False
+    ) -> None:
+        """Put a medium into an optical drive, in the place of one that is there. Owns `backing` from the call on.
+
+        Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest holds the tray locked.
+        """
+        try:
+            attachment = self._find(name)
+            media.check_optical(attachment)
+            admission.check_not_attached(self, backing, share=False)
+            drive = attachment.drive._replace(path=path)
+            image = admission.make_image(self._context, drive, backing, format, path or "the medium")
+        except BaseException:
+            backing.close()
+            raise
+
+        async def work() -> None:
+            await media.insert(self._context, attachment, image, force=force)
+
+        await self._change(attachment, work, "changing the medium of", image)
+
+    async def eject_media(self, name: str, *, force: bool = False) -> None:
+        """Take the medium out of an optical drive; the tray stays open. Raises what `insert_media` raises."""
+        attachment = self._find(name)
+        media.check_optical(attachment)
+
+        async def work() -> None:
+            await media.eject(self._context, attachment, force=force)
+
+        await self._change(attachment, work, "ejecting the medium of")
+
+    async def _change(
+        self,
+        attachment: Attachment,
+        work: Callable[[], Coroutine[Any, Any, _T]],
+        doing: str,
+        image: Image | None = None,
+    ) -> _T:
+        """Do something to an attached drive, alone, and to its end even if the caller goes away.
+
+        `image` is one that comes to it; its descriptor is closed if it does not.
+        """
+
+        async def alone() -> _T:
+            async with attachment.lock:
+                if attachment.state is not State.ATTACHED:
+                    if image is not None:
+                        image.close_backing()
+                    raise StoragePending(f"{attachment.name} is {attachment.state}", hint="wait until that is over")
+                result = await work()
+            self._publish(CHANGED_EVENT, attachment)
+            return result
+
+        try:
+            return await self._tasks.run(
+                alone(), f"{doing} {attachment.name}", timeout=CHANGE_TIMEOUT, hint=pending.STORAGE_HINT
+            )
+        except VmspawnError as error:
+            raise explain(error, attachment.name, image) from None
+
+    # Looking.
 
     def _find(self, name: str) -> Attachment:
         try:
@@ -196,66 +350,41 @@ class Storage:
         except KeyError:
             raise NoSuchStorage(f"there is no drive named {name}", hint="see: vmctl list-disks MACHINE") from None
 
-    def _unwind(self, attachment: Attachment) -> asyncio.Task[None]:
-        """The one task that takes the attachment apart; started if it is not under way."""
-        if attachment.unwinding is None:
-            attachment.state = State.DETACHING
-            attachment.unwinding = self._start(self._undo_all(attachment))
-        attachment.nudge.set()
-        return attachment.unwinding
+    async def sizes(self) -> dict[str, int]:
+        """The size in bytes of each drive as the guest sees it, by name; 0 is an optical drive without a medium."""
+        found: list[dict[str, Any]] = await self._monitor.execute("query-named-block-nodes", {"flat": True})
+        by_node = {node["node-name"]: int(node["image"]["virtual-size"]) for node in found}
+        return {each.name: by_node.get(each.identifiers.pivot, 0) for each in self}
 
-    async def _undo_all(self, attachment: Attachment) -> None:
-        was_attached = attachment.settled.is_set()
-        self._journal()
-        while attachment.done:
-            step = STEP_BY_NAME[attachment.done[-1]]
-            try:
-                await step.undo(self._context, attachment)
-            except (QmpError, Timeout) as error:
-                attachment.answer = error.description if isinstance(error, QmpError) else str(error)
-                await attachment.wait_for_news(_REFUSED_RETRY)
-                continue
-            attachment.done.pop()
-            self._journal()
-        attachment.close_backing()
-        del self._attachments[attachment.name]
-        self._journal()
-        if was_attached:
-            self._publish(DETACHED_EVENT, attachment)
+    async def statistics(self) -> dict[str, Statistics]:
+        """What was read and written, by the drive's name; one that is coming or going may be missing."""
+        return await statistics.read(self._context, self)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-        return task
+    def why_pending(self, attachment: Attachment) -> str:
+        """Why a removal has not completed, as far as can be told; empty if none is under way."""
+        return pending.why(attachment, self._context.run_state) if attachment.removal else ""
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        # That QEMU ended meanwhile is told elsewhere; looking at the error keeps asyncio from logging it.
-        if not task.cancelled():
-            task.exception()
+    # Tasks and events.
 
     def close(self) -> None:
         """Stop all clean-up: QEMU is gone, and everything in it too."""
-        for task in tuple(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         for attachment in self:
-            attachment.close_backing()
+            attachment.close_backings()
 
-    async def sizes(self) -> dict[str, int]:
-        """The size in bytes of each drive as the guest sees it, by name."""
-        found: list[dict[str, Any]] = await self._monitor.execute("query-named-block-nodes", {"flat": True})
-        by_node = {node["node-name"]: int(node["image"]["virtual-size"]) for node in found}
-        return {each.name: by_node.get(each.identifiers.format_node, each.backing.size) for each in self}
+    def _publish(self, event: str, attachment: Attachment, **data: Any) -> None:
+        self._monitor.publish(Event(event, {"name": attachment.name, **data}))
 
-    def _publish(self, event: str, attachment: Attachment) -> None:
-        self._monitor.publish(Event(event, {"name": attachment.name}))
+    def _removal_requested(self, attachment: Attachment) -> None:
+        assert attachment.removal is not None
+        why = pending.why(attachment, self._context.run_state)
+        self._publish(DETACHING_EVENT, attachment, requests=attachment.removal.requests, reason=why)
 
     def _event(self, event: Event) -> None:
         if event.name == "DEVICE_DELETED" and event.data:
             self._device_deleted(event.data.get("device"))
         elif event.name == "RESUME" and self._context.deferred_fdsets:
-            self._start(self._remove_deferred_fdsets())
+            self._tasks.start(self._remove_deferred_fdsets())
 
     def _device_deleted(self, device: object) -> None:
         """Whoever removed it, we, the guest or somebody's raw device_del: what stands below it is taken apart."""
@@ -274,25 +403,13 @@ class Storage:
                 return
 
 
-_PENDING_HINT = "the removal goes on and completes when the guest lets go; repeat the command to wait for it"
-
-
-def _why_pending(attachment: Attachment, run_state: RunState, timeout: float) -> str:
-    if not run_state.has_run.is_set():
-        return f"{attachment.name} stays until the guest runs: it has not been started yet"
-    if not run_state.running:
-        return f"{attachment.name} stays while the guest is {run_state.status}: it cannot let go"
-    return f"the guest has not let go of {attachment.name} within {timeout:g} s"
-
-
-def _explain(error: BaseException, drive: Drive) -> BaseException:
-    """The error in the user's words where we know what QEMU means."""
-    import errno
-
-    if isinstance(error, QmpError) and "Failed to get" in error.description and "lock" in error.description:
-        return SystemFailure(
-            f"another process uses the image of {drive.name} (QEMU could not lock it)",
-            errno.EBUSY,
-            hint="detach it from the other machine, or attach it read-only in both",
+def _check_not_boot(attachment: Attachment, what: str) -> None:
+    if attachment.boot:
+        raise StorageImmutable(
+            f"{attachment.name} has been there from boot and cannot be {what} while the machine runs"
         )
-    return error
+
+
+def _check_writable(attachment: Attachment, backing: Backing) -> None:
+    if not attachment.read_only and not backing.writable:
+        raise SystemFailure(f"{attachment.name} is writable and the new image is not", errno.EROFS)

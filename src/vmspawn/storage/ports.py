@@ -43,7 +43,21 @@ class ScsiPlace(NamedTuple):
         return f"{self.bus.removesuffix('.0')}:{self.target}:{self.lun}"
 
 
-Place = PciPlace | ScsiPlace
+class NamespacePlace(NamedTuple):
+    """A namespace of an NVMe controller."""
+
+    bus: str
+    nsid: int
+
+    def properties(self) -> dict[str, object]:
+        """The device_add properties that put a device here."""
+        return {"bus": self.bus, "nsid": self.nsid}
+
+    def __str__(self) -> str:
+        return f"{self.bus}:{self.nsid}"
+
+
+Place = PciPlace | ScsiPlace | NamespacePlace
 
 
 class Pool:
@@ -65,9 +79,25 @@ class Pool:
 
     def take(self) -> Place:
         """Reserve a place. Raises NoFreePort when there is none."""
-        if not self._free:
-            raise NoFreePort(f"no free {self._what}: all {len(self.places)} are in use", hint=self._hint)
+        self._check_free()
         return self._free.popleft()
+
+    def take_for(self, name: str) -> Place:
+        """Reserve the place that a name always gets, or if that is taken the next one. Raises NoFreePort."""
+        from zlib import crc32
+
+        self._check_free()
+        first = crc32(name.encode()) % len(self.places)
+        place = next(place for place in (*self.places[first:], *self.places[:first]) if place in self._free)
+        self._free.remove(place)
+        return place
+
+    def _check_free(self) -> None:
+        if not self._free:
+            raise NoFreePort(f"no free {self._what}: {self._count()}", hint=self._hint)
+
+    def _count(self) -> str:
+        return f"all {len(self.places)} are in use" if self.places else "this machine has none"
 
     def claim(self, place: Place) -> None:
         """Reserve that very place, which is known to be taken. Claiming it twice is harmless."""
@@ -84,7 +114,8 @@ class Pool:
 # PIIX3 functions; 31 is q35's ICH9. What we put at fixed slots is always there, so addresses are the same every boot.
 SCSI_CONTROLLER_SLOT = 2
 RNG_SLOT = 3
-FIRST_PORT_SLOT = 4
+NAMESPACE_CONTROLLER_SLOT = 4
+FIRST_PORT_SLOT = 5
 PORTS_PER_SLOT = 8
 
 #: QEMU 7.2 and 11.1 boot guests with 120 ports; with 200 and one CPU the guest runs out of interrupts (HOTPLUG.md 1).
@@ -96,8 +127,14 @@ _LAST_SLOT_Q35 = 30
 _LAST_SLOT_PC = 31
 
 SCSI_CONTROLLER = "scsi0"
+#: The one that is plugged in for drives with an I/O thread.
+THREADED_SCSI_CONTROLLER = "scsi1"
 #: A virtio-scsi target id is one byte.
 SCSI_TARGETS = 256
+
+NAMESPACE_CONTROLLER = "nvme0"
+#: QEMU's own bound (hw/nvme/nvme.h, NVME_MAX_NAMESPACES).
+NAMESPACES = 256
 
 
 class Layout(NamedTuple):
@@ -106,22 +143,32 @@ class Layout(NamedTuple):
     boot: Pool
     pci: Pool
     scsi: Pool
+    namespaces: Pool
     ports: int
 
 
-def layout(machine_type: str, hotplug_ports: int | None) -> Layout:
-    """Lay out a machine. `hotplug_ports` None is the default number. Raises UsageError if there cannot be that many."""
-    scsi = Pool(
-        (ScsiPlace(f"{SCSI_CONTROLLER}.0", target, 0) for target in range(SCSI_TARGETS)),
-        "SCSI target",
-        "detach a drive first",
+def layout(machine_type: str, hotplug_ports: int | None, *, namespaces: bool = False) -> Layout:
+    """Lay out a machine. `hotplug_ports` None is the default number, `namespaces` says that NVMe namespaces can come.
+
+    Raises UsageError if there cannot be that many ports.
+    """
+    scsi = scsi_pool(SCSI_CONTROLLER)
+    nsids = range(1, NAMESPACES + 1) if namespaces else ()
+    nvme = Pool(
+        (NamespacePlace(NAMESPACE_CONTROLLER, nsid) for nsid in nsids), "NVMe namespace", "detach a drive first"
     )
     if machine_type == "pc":
-        return _layout_pc(hotplug_ports, scsi)
-    return _layout_pcie(hotplug_ports, scsi)
+        return _layout_pc(hotplug_ports, scsi, nvme)
+    return _layout_pcie(hotplug_ports, scsi, nvme)
 
 
-def _layout_pcie(hotplug_ports: int | None, scsi: Pool) -> Layout:
+def scsi_pool(controller: str) -> Pool:
+    """The targets of a SCSI controller."""
+    places = (ScsiPlace(f"{controller}.0", target, 0) for target in range(SCSI_TARGETS))
+    return Pool(places, "SCSI target", "detach a drive first")
+
+
+def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layout:
     count = HOTPLUG_PORTS_DEFAULT if hotplug_ports is None else hotplug_ports
     if not 0 <= count <= HOTPLUG_PORTS_MAX:
         raise UsageError(f"--hotplug-ports={count} is out of range", hint=f"use 0 to {HOTPLUG_PORTS_MAX}")
@@ -130,11 +177,11 @@ def _layout_pcie(hotplug_ports: int | None, scsi: Pool) -> Layout:
     # From the top down, so that a boot drive keeps its address whatever the number of ports is.
     slots = range(_LAST_SLOT_Q35, first_boot_slot - 1, -1)
     boot = Pool((PciPlace("pcie.0", hex(slot)) for slot in slots), "PCI slot for drives at boot", "use fewer drives")
-    return Layout(boot, ports, scsi, count)
+    return Layout(boot, ports, scsi, namespaces, count)
 
 
-def _layout_pc(hotplug_ports: int | None, scsi: Pool) -> Layout:
-    slots = range(RNG_SLOT + 1, _LAST_SLOT_PC + 1)
+def _layout_pc(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layout:
+    slots = range(FIRST_PORT_SLOT, _LAST_SLOT_PC + 1)
     count = len(slots) if hotplug_ports is None else hotplug_ports
     if not 0 <= count <= len(slots):
         raise UsageError(
@@ -145,7 +192,7 @@ def _layout_pc(hotplug_ports: int | None, scsi: Pool) -> Layout:
     pci = Pool(places[:count], "PCI slot", _MORE_PORTS)
     # Drives at boot and later ones share the bus: a slot that is claimed at boot is taken from the hot-plug pool too.
     boot = Pool(reversed(places), "PCI slot for drives at boot", "use fewer drives, or --machine-type=q35")
-    return Layout(boot, pci, scsi, 0)
+    return Layout(boot, pci, scsi, namespaces, 0)
 
 
 _MORE_PORTS = "detach a drive, use bus virtio-scsi, or start the machine with a larger --hotplug-ports="

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Drives as `io.vmspawn.Machine` shows them, and their options as it takes them.
+
+Varlink's names are part of the protocol, hence their case here.
+"""
+
+import typing
+from dataclasses import dataclass
+
+from ..storage.attachment import Attachment
+from ..storage.drive import Drive
+from ..storage.limits import NO_LIMITS, Limits
+from ..storage.statistics import Statistics
+
+# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+
+
+@dataclass(frozen=True, slots=True)
+class StorageLimits:
+    """Requests and bytes a second; 0 or nothing is no limit. `burstPercent` of them for a second after a quiet time."""
+
+    iops: int | None = None
+    iopsRead: int | None = None
+    iopsWrite: int | None = None
+    bps: int | None = None
+    bpsRead: int | None = None
+    bpsWrite: int | None = None
+    burstPercent: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StorageStatistics:
+    """Requests and bytes of the guest since the drive was attached, and the time that they took."""
+
+    reads: int
+    writes: int
+    flushes: int
+    readBytes: int
+    writtenBytes: int
+    readUSec: int
+    writeUSec: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRemoval:
+    """A removal that is under way: for how long, how often the guest was asked, and why it is taken not to be over.
+
+    `forced` says that the image was taken away from under the guest.
+    """
+
+    pendingUSec: int
+    requests: int
+    reason: str
+    forced: bool
+    answer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A drive. `state` is attaching, attached or detaching; `place` its port, slot, SCSI address or namespace.
+
+    An optical drive without a medium has a size of 0.
+    """
+
+    name: str
+    bus: str
+    format: str
+    readOnly: bool
+    sizeBytes: int
+    serial: str
+    byId: str
+    place: str
+    boot: bool
+    state: str
+    path: str | None
+    limits: StorageLimits | None
+    removal: StorageRemoval | None
+    statistics: StorageStatistics | None
+
+
+def to_limits(found: StorageLimits | None) -> Limits:
+    """The limits that a client asks for."""
+    if found is None:
+        return NO_LIMITS
+    return Limits(
+        found.iops or 0,
+        found.iopsRead or 0,
+        found.iopsWrite or 0,
+        found.bps or 0,
+        found.bpsRead or 0,
+        found.bpsWrite or 0,
+        (found.burstPercent or 100) / 100,
+    )
+
+
+def _from_limits(limits: Limits) -> StorageLimits | None:
+    return StorageLimits(*limits[:6], round(limits.burst * 100)) if limits.any else None
+
+
+def describe(attachment: Attachment, size: int, why: str, statistics: Statistics | None) -> Storage:
+    """A drive for a client."""
+    return Storage(
+        name=attachment.name,
+        bus=attachment.drive.bus,
+        format=attachment.format,
+        readOnly=attachment.read_only,
+        sizeBytes=size,
+        serial=attachment.serial,
+        byId=attachment.by_id,
+        place=str(attachment.place),
+        boot=attachment.boot,
+        state=attachment.state.value,
+        path=(attachment.image.path or None) if attachment.image else None,
+        limits=_from_limits(attachment.limits),
+        removal=_removal(attachment, why),
+        statistics=_statistics(statistics) if statistics else None,
+    )
+
+
+def _removal(attachment: Attachment, why: str) -> StorageRemoval | None:
+    removal = attachment.removal
+    if removal is None:
+        return None
+    microseconds = int(removal.seconds * 1_000_000)
+    return StorageRemoval(microseconds, removal.requests, why, attachment.forced, removal.answer or None)
+
+
+def _statistics(found: Statistics) -> StorageStatistics:
+    return StorageStatistics(
+        reads=found.reads,
+        writes=found.writes,
+        flushes=found.flushes,
+        readBytes=found.read_bytes,
+        writtenBytes=found.written_bytes,
+        readUSec=found.read_time // 1000,
+        writeUSec=found.write_time // 1000,
+        failed=found.failed,
+    )
+
+
+def with_options(drive: Drive, **options: typing.Any) -> Drive:
+    """The drive with those of the options that were given."""
+    return drive._replace(**{name: value for name, value in options.items() if value is not None})

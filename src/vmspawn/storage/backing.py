@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The open file or block device behind a drive. QEMU opens no path of the user's; it gets these descriptors."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from typing import NamedTuple
+
+from ..errors import BadConfig, SystemFailure
+
+_O_PATH = getattr(os, "O_PATH", 0o10000000)
+
+_DIRECTORY_HINT = "name a disk image or a block device"
+
+
+class Backing(NamedTuple):
+    """An open file or block device that a drive stands on. Whoever holds a Backing owns `fd`; -1 is none any more."""
+
+    fd: int
+    block: bool
+    writable: bool
+    identity: tuple[int, ...]
+    size: int
+
+    def close(self) -> None:
+        """Close the descriptor, if there is one."""
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def open_drive(path: str, *, read_only: bool) -> Backing:
+    """Open an image or block device as the caller.
+
+    Raises SystemFailure with the reason of the operating system, BadConfig if it is not something to make a drive of.
+    The caller owns the Backing.
+    """
+    # O_NONBLOCK so that opening a FIFO by mistake answers instead of waiting for a writer; QEMU clears it.
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags)
+    except IsADirectoryError:
+        raise BadConfig(f"{path} is a directory, not an image", hint=_DIRECTORY_HINT) from None
+    except OSError as error:
+        hint = "attach it read-only, or change its permissions" if _readable_only(path, error) else ""
+        raise SystemFailure(f"cannot open {path}", error.errno or errno.EIO, hint=hint) from None
+    try:
+        return inspect(fd, what=path)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _readable_only(path: str, error: OSError) -> bool:
+    return error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and os.access(path, os.R_OK)
+
+
+def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
+    """Look at a descriptor that is to become a drive and say what it is.
+
+    The drive is read-only if the descriptor is; `read_only` True makes a read-only drive of a writable descriptor (by
+    a second, read-only descriptor: QEMU wants the access mode to match). Raises BadConfig for what QEMU could not
+    use. On success the Backing owns `fd`; on failure the caller still does.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & _O_PATH:
+        raise BadConfig(f"{what} is open with O_PATH only", hint="open it for reading, or reading and writing")
+    access = flags & os.O_ACCMODE
+    if access == os.O_WRONLY:
+        raise BadConfig(f"{what} is open for writing only", hint="open it for reading and writing")
+    found = os.fstat(fd)
+    block = stat.S_ISBLK(found.st_mode)
+    if not block and not stat.S_ISREG(found.st_mode):
+        kind = _kind(found.st_mode)
+        raise BadConfig(f"{what} is a {kind}, not an image or a block device", hint=_DIRECTORY_HINT)
+    # QEMU opens /dev/fdset/N by comparing flags, and knows no O_SYNC (HOTPLUG.md 7).
+    if flags & os.O_SYNC & ~os.O_DSYNC or flags & os.O_DSYNC:
+        raise BadConfig(f"{what} is open with O_SYNC, which QEMU cannot use", hint="open it without O_SYNC")
+    if read_only and access == os.O_RDWR:
+        fd = _reopen_read_only(fd, what)
+        access = os.O_RDONLY
+    identity = (found.st_rdev,) if block else (found.st_dev, found.st_ino)
+    size = os.lseek(fd, 0, os.SEEK_END) if block else found.st_size
+    backing = Backing(fd, block, access == os.O_RDWR, identity, size)
+    # Whether the drive is to bypass the page cache is for the user to say; reading the header must not.
+    set_direct(backing, False, what=what)
+    return backing
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device"}
+    return kinds.get(stat.S_IFMT(mode), "special file")
+
+
+def _reopen_read_only(fd: int, what: str) -> int:
+    """Replace the description behind a descriptor number by a read-only one of the same file."""
+    try:
+        fresh = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SystemFailure(f"cannot open {what} read-only", error.errno or errno.EIO) from None
+    os.dup2(fresh, fd, inheritable=False)
+    os.close(fresh)
+    return fd
+
+
+def set_direct(backing: Backing, direct: bool, *, what: str) -> None:
+    """Make the descriptor bypass the host's page cache, or not: QEMU 11.1 compares O_DIRECT with the node's cache mode.
+
+    Raises BadConfig where the file system has no O_DIRECT.
+    """
+    flags = fcntl.fcntl(backing.fd, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+    if wanted == flags:
+        return
+    try:
+        fcntl.fcntl(backing.fd, fcntl.F_SETFL, wanted)
+    except OSError:
+        raise BadConfig(
+            f"cache none needs O_DIRECT, which the file system of {what} does not have", hint="use cache writeback"
+        ) from None

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What all work on drives needs: QEMU's monitor, the places, and the removal of what may be gone already."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import QmpError
+from ..qmp.monitor import Monitor
+from ..qmp.runstate import RunState
+from . import buses, ports
+from .attachment import Attachment
+from .ports import Layout, Pool
+
+
+class Context:
+    """What the steps work on.
+
+    `journal` is called ahead of each step and must have saved the register when it returns.
+    """
+
+    def __init__(self, monitor: Monitor, run_state: RunState, layout: Layout, journal: Callable[[], None]) -> None:
+        self.monitor = monitor
+        self.run_state = run_state
+        self.layout = layout
+        self.journal = journal
+        #: Descriptor sets whose removal QEMU 7.2 puts off until the guest runs again.
+        self.deferred_fdsets: set[int] = set()
+        #: The targets of the SCSI controller with an I/O thread, once there is one.
+        self.threaded_scsi: Pool | None = None
+        self.threading_scsi = asyncio.Lock()
+        #: Told of each request to the guest to let a drive go.
+        self.removal_requested: Callable[[Attachment], None] = lambda _: None
+        self._next_number = 0
+
+    @property
+    def next_number(self) -> int:
+        """The smallest number that nothing in QEMU was ever named by."""
+        return self._next_number
+
+    def fresh_number(self) -> int:
+        """A number that nothing in QEMU was ever named by."""
+        self._next_number += 1
+        return self._next_number - 1
+
+    def numbers_used_up_to(self, number: int) -> None:
+        """Names with these numbers were given elsewhere."""
+        self._next_number = max(self._next_number, number + 1)
+
+    def pool(self, attachment: Attachment) -> Pool:
+        """Where the attachment's place belongs."""
+        if attachment.place.bus == f"{ports.THREADED_SCSI_CONTROLLER}.0":
+            assert self.threaded_scsi is not None
+            return self.threaded_scsi
+        match buses.TABLE[attachment.drive.bus].pool:
+            case "scsi":
+                return self.layout.scsi
+            case "namespaces":
+                return self.layout.namespaces
+            case _:
+                return self.layout.pci
+
+    # What there is in QEMU.
+
+    async def has_node(self, name: str) -> bool:
+        """Whether QEMU has a block node of that name."""
+        found: list[dict[str, Any]] = await self.monitor.execute("query-named-block-nodes", {"flat": True})
+        return any(node.get("node-name") == name for node in found)
+
+    async def has_fdset(self, number: int) -> bool:
+        """Whether QEMU has a descriptor set of that number."""
+        found: list[dict[str, Any]] = await self.monitor.execute("query-fdsets")
+        return any(fdset["fdset-id"] == number for fdset in found)
+
+    async def has_device(self, device_id: str) -> bool:
+        """Whether QEMU has a device of that id."""
+        return await self._has_child("/machine/peripheral", device_id)
+
+    async def _has_child(self, path: str, name: str) -> bool:
+        found: list[dict[str, Any]] = await self.monitor.execute("qom-list", {"path": path})
+        return any(entry["name"] == name for entry in found)
+
+    async def virtual_size(self, node: str) -> int:
+        """The bytes of a node's content. Raises KeyError if there is no such node."""
+        found: list[dict[str, Any]] = await self.monitor.execute("query-named-block-nodes", {"flat": True})
+        sizes = {each.get("node-name"): int(each["image"]["virtual-size"]) for each in found}
+        return sizes[node]
+
+    # Removals: what is not there is fine.
+
+    async def remove_fdset(self, number: int) -> None:
+        """Remove a descriptor set."""
+        try:
+            await self.monitor.execute("remove-fd", {"fdset-id": number})
+        except QmpError:
+            if await self.has_fdset(number):
+                raise
+        if not self.run_state.running:
+            self.deferred_fdsets.add(number)
+
+    async def remove_node(self, name: str) -> None:
+        """Remove a block node."""
+        try:
+            await self.monitor.execute("blockdev-del", {"node-name": name})
+        except QmpError:
+            if await self.has_node(name):
+                raise
+
+    async def remove_object(self, name: str) -> None:
+        """Remove a user-created object."""
+        try:
+            await self.monitor.execute("object-del", {"id": name})
+        except QmpError:
+            if await self._has_child("/objects", name):
+                raise

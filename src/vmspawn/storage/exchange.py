@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Putting something else under a drive's pivot while the guest uses it: another image, limits, or errors.
+
+Each of these runs to its end once it was begun. One that fails leaves the drive as it was.
+"""
+
+from __future__ import annotations
+
+from ..errors import BadConfig, ConfigNotSupported, QmpError
+from . import buses, chain, nodes
+from .attachment import Attachment
+from .context import Context
+from .image import FAULT, Image
+from .limits import Limits
+from .steps import AddLimits, do_step, undo_step
+
+#: Seconds that QEMU may take to put another node under the pivot. It waits for the requests in flight, however long the
+#: host's storage takes for them (HOTPLUG.md 12), and answers nothing else meanwhile.
+REOPEN_TIMEOUT = 3600.0
+
+#: Bytes of the image that a drive stands on whose own is gone, where its size is not known.
+_FAULT_SIZE = 16 << 20
+
+
+async def replace(context: Context, attachment: Attachment, fresh: Image, *, shrink: bool) -> int:
+    """Put another image in the place of the drive's, and tell the guest its size, which is returned.
+
+    Raises BadConfig or ConfigNotSupported if the guest could not take the new size, QmpError if QEMU cannot use the
+    image. The descriptor of `fresh` is closed in any case.
+    """
+    old = attachment.images[0]
+    pivot = attachment.identifiers.pivot
+    size = await context.virtual_size(pivot)
+    fresh.limited = AddLimits.name in attachment.done
+    attachment.images.append(fresh)
+    try:
+        await chain.build(context, attachment, fresh)
+        new_size = await context.virtual_size(fresh.top_node)
+        _check_size(attachment, size, new_size, shrink=shrink)
+        await _put_under(context, attachment, fresh)
+        try:
+            if new_size != size:
+                await context.monitor.execute("block_resize", {"node-name": pivot, "size": new_size})
+            await chain.release(context, fresh)
+        except QmpError:
+            await _put_under(context, attachment, old)
+            raise
+    except (QmpError, BadConfig, ConfigNotSupported):
+        await chain.dismantle(context, attachment, fresh)
+        raise
+    await chain.dismantle(context, attachment, old)
+    return new_size
+
+
+def _check_size(attachment: Attachment, size: int, new_size: int, *, shrink: bool) -> None:
+    if new_size == size:
+        return
+    if not buses.TABLE[attachment.drive.bus].resizable:
+        raise ConfigNotSupported(
+            f"the new image has {new_size} bytes and the disk {size}, and a disk on bus {attachment.drive.bus} cannot "
+            "change its size",
+            hint="use an image of the same size, or detach the disk and attach the image",
+        )
+    if new_size < size and not shrink:
+        raise BadConfig(
+            f"the new image has {new_size} bytes and the disk {size}", hint="say so if the disk is to shrink (--shrink)"
+        )
+
+
+async def _put_under(context: Context, attachment: Attachment, image: Image) -> None:
+    """Let the pivot stand on that image, which becomes the drive's."""
+    options = nodes.pivot_node(attachment.identifiers, image, attachment.drive, read_only=attachment.read_only)
+    await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
+    attachment.images.remove(image)
+    attachment.images.insert(0, image)
+    context.journal()
+
+
+async def limit(context: Context, attachment: Attachment, limits: Limits) -> None:
+    """Change the limits; the first ones put a throttle node between pivot and image. Raises QmpError."""
+    group = attachment.identifiers.limits
+    before, attachment.limits = attachment.limits, limits
+    try:
+        if AddLimits.name in attachment.done:
+            arguments = {"path": f"/objects/{group}", "property": "limits", "value": limits.to_qemu()}
+            await context.monitor.execute("qom-set", arguments)
+        elif limits.any:
+            await _begin_limits(context, attachment)
+    except QmpError:
+        attachment.limits = before
+        raise
+    context.journal()
+
+
+async def _begin_limits(context: Context, attachment: Attachment) -> None:
+    await do_step(context, attachment, AddLimits.name)
+    for image in attachment.images:
+        await _limit_image(context, attachment, image)
+
+
+async def _limit_image(context: Context, attachment: Attachment, image: Image) -> None:
+    image.limited = True
+    try:
+        await chain.build(context, attachment, image)
+        await _put_under(context, attachment, image)
+    except QmpError:
+        await chain.remove_limit(context, image)
+        await undo_step(context, attachment, AddLimits.name)
+        raise
+
+
+async def take_away(context: Context, attachment: Attachment) -> None:
+    """Put errors in the place of the image, and close it: the host has its file back, whatever the guest does."""
+    if attachment.forced or not attachment.images:
+        return
+    try:
+        size = await context.virtual_size(attachment.identifiers.pivot)
+    except KeyError:
+        return  # it is being taken apart already
+    fault = Image(context.fresh_number(), None, FAULT, size=size or _FAULT_SIZE)
+    attachment.images.append(fault)
+    try:
+        await chain.build(context, attachment, fault)
+        await _put_under(context, attachment, fault)
+    except QmpError:
+        await chain.dismantle(context, attachment, fault)
+        raise
+    for image in attachment.images[1:]:
+        await chain.dismantle(context, attachment, image)

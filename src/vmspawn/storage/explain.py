@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's refusals in the user's words, where we know what it means."""
+
+from __future__ import annotations
+
+import errno
+from typing import TypeVar
+
+from ..errors import QmpError, SystemFailure
+from .holders import holder_of
+from .image import Image
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def explain(error: _Error, name: str, image: Image | None) -> _Error | SystemFailure:
+    """The error as it should reach the user. `image` is the one that QEMU was to open for the drive of that name."""
+    if not isinstance(error, QmpError) or "Failed to get" not in error.description or "lock" not in error.description:
+        return error
+    lock = "shared write" if "shared" in error.description else "write"
+    identity = image.backing.identity if image is not None and image.backing is not None else ()
+    holder = holder_of(identity) if identity else ""
+    return SystemFailure(
+        f"{holder or 'another process'} uses the image of {name} (QEMU could not get its {lock} lock)",
+        errno.EBUSY,
+        hint="detach it there, attach it read-only in both, or share it from both",
+    )

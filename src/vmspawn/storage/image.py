@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One image under a drive's pivot, with the journal of its own steps. A drive has one, and two while one replaces the
+other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .backing import Backing
+
+#: Descriptor sets are one space for all of a QEMU's monitors, and 0, 1, 2 … is what QEMU picks for clients that name
+#: none. Ours begin where no client counts to.
+FDSET_BASE = 1_000_000
+
+#: The format of an image that has no file, and fails every request: what a drive stands on that was detached by force.
+FAULT = "fault"
+
+
+class Image:
+    """An image and all that taking it apart needs. `number` is fresh for every image.
+
+    `backing.fd` is ours until QEMU has it, and -1 from then on; `backing` is None for one that fails every request.
+    `done` is the journal: the names of the steps that were begun and not undone, oldest first.
+    """
+
+    __slots__ = ("backing", "done", "format", "limited", "number", "path", "size")
+
+    # On the start path, where dataclasses would take long to load.
+    def __init__(
+        self,
+        number: int,
+        backing: Backing | None,
+        format: str,
+        path: str = "",
+        *,
+        size: int = 0,
+        limited: bool = False,
+    ) -> None:
+        """`size` is that of an image without a file, in bytes; `limited` says that it has a throttle node."""
+        self.number = number
+        self.backing = backing
+        self.format = format
+        self.path = path
+        self.size = size
+        self.limited = limited
+        self.done: list[str] = []
+
+    @property
+    def fdset(self) -> int:
+        """The number of the descriptor set."""
+        return FDSET_BASE + self.number
+
+    @property
+    def file_node(self) -> str:
+        """The node that opens the descriptor."""
+        return f"image{self.number}-file"
+
+    @property
+    def format_node(self) -> str:
+        """The node of the format; a raw image has none but the pivot."""
+        return f"image{self.number}-format"
+
+    @property
+    def limit_node(self) -> str:
+        """The throttle node."""
+        return f"image{self.number}-limit"
+
+    @property
+    def base_node(self) -> str:
+        """The node below any limits."""
+        return self.file_node if self.format == "raw" else self.format_node
+
+    @property
+    def top_node(self) -> str:
+        """The node that the pivot stands on."""
+        return self.limit_node if self.limited else self.base_node
+
+    @property
+    def writable(self) -> bool:
+        """Whether the image may be written."""
+        return self.backing is not None and self.backing.writable
+
+    def close_backing(self) -> None:
+        """Close our descriptor of the image, if we still have it."""
+        if self.backing is not None and self.backing.fd >= 0:
+            self.backing.close()
+            self.backing = self.backing._replace(fd=-1)
+
+    def to_state(self) -> dict[str, Any]:
+        """What another process would need to take the image over, as JSON values."""
+        backing = self.backing
+        return {
+            "number": self.number,
+            "format": self.format,
+            "path": self.path,
+            "size": self.size,
+            "limited": self.limited,
+            "done": list(self.done),
+            "backing": backing
+            and {"block": backing.block, "writable": backing.writable, "identity": list(backing.identity)},
+        }

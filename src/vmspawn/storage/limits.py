@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How much a guest may ask of a drive: I/O limits as QEMU's throttle groups enforce them (docs/throttle.txt)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..errors import BadConfig
+
+#: QEMU's own bound (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
+LIMIT_MAX = 10**15
+
+
+class Limits(NamedTuple):
+    """Requests and bytes a second; 0 is no limit. `burst` times as much is allowed for a second after a quiet time."""
+
+    iops: int = 0
+    iops_read: int = 0
+    iops_write: int = 0
+    bps: int = 0
+    bps_read: int = 0
+    bps_write: int = 0
+    burst: float = 1.0
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a limit at all."""
+        return any(self[:6])
+
+    def to_qemu(self) -> dict[str, object]:
+        """All of QEMU's ThrottleLimits, so that what is not limited any more is reset (qapi/block-core.json)."""
+        found: dict[str, object] = {}
+        for name, value in zip(_QEMU_NAMES, self[:6], strict=True):
+            found[name] = value
+            found[f"{name}-max"] = int(value * self.burst) if self.burst > 1 else 0
+        return found
+
+    def __str__(self) -> str:
+        words = [
+            f"{name.replace('_', '-')} {value}" for name, value in zip(self._fields[:6], self[:6], strict=True) if value
+        ]
+        if words and self.burst > 1:
+            words.append(f"burst {self.burst:g}")
+        return ", ".join(words)
+
+
+#: A drive that is not limited.
+NO_LIMITS = Limits()
+
+_QEMU_NAMES = ("iops-total", "iops-read", "iops-write", "bps-total", "bps-read", "bps-write")
+
+
+def check_limits(limits: Limits) -> Limits:
+    """Return the limits if QEMU can keep them, raise BadConfig if not."""
+    for name, value in zip(limits._fields[:6], limits[:6], strict=True):
+        if not 0 <= value <= LIMIT_MAX:
+            raise BadConfig(f"the limit {name.replace('_', '-')} of {value} is out of range", hint="0 is no limit")
+    for what, total, parts in (("iops", limits.iops, limits[1:3]), ("bps", limits.bps, limits[4:6])):
+        if total and any(parts):
+            raise BadConfig(f"{what} and {what}-read or {what}-write exclude each other", hint=f"give {what} alone")
+    if not 1 <= limits.burst <= 1000:
+        raise BadConfig(f"a burst of {limits.burst:g} is out of range", hint="use 1 to 1000 times the limits")
+    return limits

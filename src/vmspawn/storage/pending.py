@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Why a removal has not completed, for people."""
+
+from __future__ import annotations
+
+from ..qmp.runstate import RunState
+from .attachment import Attachment
+
+HINT = (
+    "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
+    "away by --force"
+)
+STORAGE_HINT = "QEMU waits for the host's storage, which has not answered requests that are in flight"
+
+
+def why(attachment: Attachment, run_state: RunState) -> str:
+    """Why the drive is still there, as far as can be told."""
+    removal = attachment.removal
+    name = attachment.name
+    if "device" not in attachment.done:
+        answer = f": {removal.answer}" if removal and removal.answer else ""
+        return f"QEMU still closes the image of {name}{answer}"
+    if not run_state.has_run.is_set():
+        return f"{name} stays until the guest runs: it has not been started yet"
+    if not run_state.running:
+        return f"{name} stays while the guest is {run_state.status}: it cannot let go"
+    if attachment.drive.bus == "nvme" and removal and removal.requests > 2:
+        return f"the guest has not let go of {name}; one that uses an NVMe disk may never do so"
+    return f"the guest has not let go of {name}; it may still be booting, or not know ACPI hot-plug"

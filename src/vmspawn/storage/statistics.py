@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What was read and written since a drive was attached (QEMU's query-blockstats)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from .attachment import Attachment
+from .context import Context
+
+
+class Statistics(NamedTuple):
+    """Requests and bytes of the guest since the drive was attached, and the time that they took, in nanoseconds."""
+
+    reads: int
+    writes: int
+    flushes: int
+    read_bytes: int
+    written_bytes: int
+    read_time: int
+    write_time: int
+    failed: int
+
+
+async def read(context: Context, attachments: Iterable[Attachment]) -> dict[str, Statistics]:
+    """The statistics of each drive, by name; one that is coming or going may be missing."""
+    found: list[dict[str, Any]] = await context.monitor.execute("query-blockstats")
+    # virtio-blk is known by its path with a child behind it, the others by their id alone (HOTPLUG.md 9).
+    by_device = {part: each["stats"] for each in found for part in each.get("qdev", "").split("/")}
+    return {
+        attachment.name: _statistics(by_device[attachment.identifiers.device])
+        for attachment in attachments
+        if attachment.identifiers.device in by_device
+    }
+
+
+def _statistics(stats: dict[str, Any]) -> Statistics:
+    return Statistics(
+        reads=stats["rd_operations"],
+        writes=stats["wr_operations"],
+        flushes=stats["flush_operations"],
+        read_bytes=stats["rd_bytes"],
+        written_bytes=stats["wr_bytes"],
+        read_time=stats["rd_total_time_ns"],
+        write_time=stats["wr_total_time_ns"],
+        failed=stats["failed_rd_operations"] + stats["failed_wr_operations"] + stats["failed_flush_operations"],
+    )

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Work that goes on to its end whoever asked for it, and is cancelled when QEMU is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from ..errors import NotConnected, Timeout
+
+_T = TypeVar("_T")
+
+
+class Tasks:
+    """A machine's work in the background."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """Begin, and keep the task until it is done."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    async def run(self, work: Coroutine[Any, Any, _T], doing: str, *, timeout: float, hint: str) -> _T:
+        """Begin, and wait for the result; raises Timeout if that does not come in time, while the work goes on."""
+        task = self.start(work)
+        await asyncio.wait({task}, timeout=timeout)
+        if not task.done():
+            raise Timeout(f"{doing} has taken {timeout:g} s already and goes on", hint=hint)
+        return self.result(task)
+
+    @staticmethod
+    def result(task: asyncio.Task[_T]) -> _T:
+        """The result of a task that is done; NotConnected if it was cancelled by `close`."""
+        if task.cancelled():
+            raise NotConnected("the machine ended")
+        return task.result()
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        # That QEMU ended meanwhile is told elsewhere; looking at the error keeps asyncio from logging it.
+        if not task.cancelled():
+            task.exception()
+
+    def cancel(self) -> None:
+        """Stop all: QEMU is gone, and everything in it too."""
+        for task in tuple(self._tasks):
+            task.cancel()

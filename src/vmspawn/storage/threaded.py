@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The SCSI controller with an I/O thread: plugged in for the first drive that wants one, and kept for the next."""
+
+from __future__ import annotations
+
+from ..errors import QmpError
+from . import ports
+from .context import Context
+from .ports import Pool
+
+_THREAD = "scsi-thread"
+
+
+async def threaded_scsi(context: Context) -> Pool:
+    """The controller's targets. The first call takes a port for it; raises NoFreePort or QmpError, and leaves nothing
+    then."""
+    async with context.threading_scsi:
+        if context.threaded_scsi is None:
+            await _plug_in(context)
+            context.threaded_scsi = ports.scsi_pool(ports.THREADED_SCSI_CONTROLLER)
+        return context.threaded_scsi
+
+
+async def _plug_in(context: Context) -> None:
+    place = context.layout.pci.take()
+    device = {
+        "driver": "virtio-scsi-pci",
+        "id": ports.THREADED_SCSI_CONTROLLER,
+        "iothread": _THREAD,
+        **place.properties(),
+    }
+    try:
+        await context.monitor.execute("object-add", {"qom-type": "iothread", "id": _THREAD})
+        await context.monitor.execute("device_add", device)
+    except QmpError:
+        await context.remove_object(_THREAD)
+        context.layout.pci.release(place)
+        raise
