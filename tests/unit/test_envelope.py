@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a message asks for. The errors are QEMU's (qapi/qmp-dispatch.c, docs/interop/qmp-spec.rst)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vmspawn.qmp.dialect import PULL
+from vmspawn.qmp.envelope import USUAL, Command, Refusal, read, usual
+from vmspawn.qmp.message import parse
+from vmspawn.qmp.scanner import Malformed, Scanner
+
+
+def read_text(text: bytes, *, oob: bool = False) -> Command | Refusal:
+    """Read the one message that the text is, by way of the scanner, as sessions do."""
+    scanner = Scanner(PULL)
+    # A number or keyword ends with the byte behind it.
+    scanner.feed(text + b"\n")
+    message = scanner.next()
+    assert message is not None
+    assert scanner.next() is None
+    return read(message, oob=oob)
+
+
+def command(text: bytes, *, oob: bool = False) -> Command:
+    item = read_text(text, oob=oob)
+    assert isinstance(item, Command), item
+    return item
+
+
+def refusal(text: bytes, *, oob: bool = False) -> dict[str, Any]:
+    """The error with which a message is refused."""
+    item = read_text(text, oob=oob)
+    assert isinstance(item, Refusal), item
+    assert item.line.endswith(b"\r\n")
+    reply = json.loads(item.line)
+    assert isinstance(reply, dict)
+    return reply
+
+
+def error(description: str) -> dict[str, str]:
+    return {"class": "GenericError", "desc": description}
+
+
+# Commands.
+
+
+def test_a_command_is_taken_apart() -> None:
+    taken = command(b'{ "id" : 7, "arguments" : { "a" : [ 1, "x y" ] }, "execute" : "query-status" }')
+    assert taken == Command(
+        b'{"execute":"query-status","arguments":{"a":[1,"x y"]}', b"query-status", b'{"a":[1,"x y"]}', b"7"
+    )
+
+
+def test_arguments_without_members_are_not_sent() -> None:
+    assert command(b'{"execute":"stop","arguments":{ }}').body == b'{"execute":"stop"'
+
+
+def test_what_is_sent_is_json_once_it_is_closed() -> None:
+    body = command(b"{'execute': 'x', 'arguments': {'it\\'s': '\"'}, 'id': null}").body
+    assert json.loads(body + b"}") == {"execute": "x", "arguments": {"it's": '"'}}
+
+
+@pytest.mark.parametrize(
+    ("text", "id"),
+    [
+        (b'{"execute":"x"}', None),
+        (b'{"execute":"x","id":null}', b"null"),
+        (b'{"execute":"x","id":false}', b"false"),
+        (b'{"execute":"x","id":0}', b"0"),
+        (b'{"execute":"x","id":-12}', b"-12"),
+        (b'{"execute":"x","id":""}', b'""'),
+        (b'{"execute":"x","id":{"a":[]}}', b'{"a": []}'),
+    ],
+)
+def test_an_id_is_kept_and_none_is_made_up(text: bytes, id: bytes | None) -> None:
+    assert command(text).id == id
+
+
+@pytest.mark.parametrize("written", [b"query\\u002dstatus", b"\\u0071uery-status"])
+def test_a_name_is_known_however_it_is_spelt(written: bytes) -> None:
+    """Or a read-only session could be talked into a command that it does not know by that name."""
+    assert command(b'{"execute":"%b"}' % written).name == b"query-status"
+
+
+@pytest.mark.parametrize("key", [b"exec\\u0075te", b"\\u0065xecute"])
+def test_a_member_is_known_however_it_is_spelt(key: bytes) -> None:
+    assert command(b'{"%b":"stop"}' % key).name == b"stop"
+
+
+def test_only_who_has_enabled_it_may_overtake() -> None:
+    text = b'{"exec-oob":"migrate-pause","id":1}'
+    assert command(text, oob=True) == Command(b'{"exec-oob":"migrate-pause"', b"migrate-pause", b"", b"1", True)
+    assert refusal(text) == {"error": error("QMP input member 'exec-oob' is unexpected"), "id": 1}
+    assert not command(b'{"execute":"migrate-pause"}', oob=True).oob
+
+
+@pytest.mark.parametrize(
+    ("text", "doubtful"),
+    [
+        (b'{"execute":"x","arguments":{"a":{"b":1,"c":2}}}', False),
+        # Keys that occur twice are looked for in small messages, and left to QEMU in large ones.
+        (b'{"execute":"x","arguments":{"a":{"b":1,"c":2},"pad":"%b"}}' % (b"x" * 5000), True),
+        (b'{"execute":"x","arguments":{"pad":"%b"}}' % (b"x" * 5000), False),
+    ],
+)
+def test_what_qemu_may_find_to_be_no_json_is_marked(text: bytes, doubtful: bool) -> None:
+    assert command(text).doubtful is doubtful
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("text", "description"),
+    [
+        (b'{"id":7}', "QMP input lacks member 'execute'"),
+        (b'{"id":7,"arguments":{}}', "QMP input lacks member 'execute'"),
+        (b'{"id":7,"execute":1}', "QMP input member 'execute' must be a string"),
+        (b'{"id":7,"execute":null}', "QMP input member 'execute' must be a string"),
+        (b'{"id":7,"execute":["stop"]}', "QMP input member 'execute' must be a string"),
+        (b'{"id":7,"execute":"stop","arguments":[]}', "QMP input member 'arguments' must be an object"),
+        (b'{"id":7,"execute":"stop","arguments":null}', "QMP input member 'arguments' must be an object"),
+        (b'{"id":7,"execute":"stop","arguments":""}', "QMP input member 'arguments' must be an object"),
+        (b'{"id":7,"execute":"stop","extra":1}', "QMP input member 'extra' is unexpected"),
+        (b'{"id":7,"execute":"stop","":1}', "QMP input member '' is unexpected"),
+        (b'{"id":7,"execute":"stop","control":{}}', "QMP input member 'control' is unexpected"),
+        (b'{"id":7,"execute":"stop","Execute":"stop"}', "QMP input member 'Execute' is unexpected"),
+        (b'{"id":7,"exec-oob":"stop"}', "QMP input member 'exec-oob' is unexpected"),
+        (b'{"id":7,"execute":"stop","exec-oob":"stop"}', "QMP input member 'exec-oob' is unexpected"),
+    ],
+)
+def test_what_has_the_wrong_shape_is_refused_with_its_id(text: bytes, description: str) -> None:
+    assert refusal(text) == {"error": error(description), "id": 7}
+
+
+@pytest.mark.parametrize("text", [b'{"execute":"a","exec-oob":"b","id":1}', b'{"id":1,"exec-oob":"b","execute":"a"}'])
+def test_a_command_has_one_name(text: bytes) -> None:
+    """Which of the two is said to clash with the other is for QEMU's hash table to say."""
+    found = refusal(text, oob=True)
+    assert found["id"] == 1
+    assert found["error"]["class"] == "GenericError"
+    assert set(found["error"]["desc"].split("'")[1::2]) == {"execute", "exec-oob"}
+    assert "clashes with" in found["error"]["desc"]
+
+
+@pytest.mark.parametrize("text", [b"[]", b'["execute"]', b"12", b'"stop"', b"null", b"true", b"-1.5e3"])
+def test_a_command_is_an_object(text: bytes) -> None:
+    assert refusal(text) == {"error": error("QMP input must be a JSON object")}
+
+
+@pytest.mark.parametrize("where", ["execute", "id"])
+def test_a_string_that_is_no_text_is_a_parse_error_without_id(where: str) -> None:
+    members = {"execute": '"x"', "id": "1", where: '"\\ud83d"'}
+    text = "{" + ",".join(f'"{key}":{value}' for key, value in members.items()) + "}"
+    assert refusal(text.encode()) == {"error": error("JSON parse error, \\ud83d is not a valid Unicode character")}
+
+
+def test_what_is_no_json_keeps_the_words_of_the_scanner() -> None:
+    item = read(Malformed("JSON parse error, expecting value"), oob=True)
+    assert isinstance(item, Refusal)
+    assert not item.oob
+    assert json.loads(item.line) == {"error": error("JSON parse error, expecting value")}
+
+
+# The short way.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"execute":"query-status"}',
+        b'{"execute": "query-status"}\r\n',
+        b'{"execute": "query-status", "id": "__qmp#00001"}',
+        b'{"execute":"query-status","id":18}',
+        b' { "execute": "x-query-irq", "id": 0 }\n',
+    ],
+)
+def test_what_programs_write_takes_the_short_way(text: bytes) -> None:
+    """qemu.qmp, libvirt and json.dumps: without this the property below could hold for nothing at all."""
+    assert USUAL.fullmatch(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"execute":"stop","id":007}',
+        b'{"execute":"stop","id":-0}',
+        b'{"execute":"stop","id":1.0}',
+        b'{"execute":"stop","id":99999999999999999999}',
+        b'{"execute":"stop","id":"\\u0041"}',
+        b'{"execute":"stop","id":"\xc3\xa9"}',
+        b'{"execute":"stop","id":"\x7f"}',
+        b'{"execute":"stop","id":"a" "b"}',
+        b'{"execute":"stop","execute":"quit"}',
+        b'{"execute":"stop",}',
+        b'{"execute":"stop"}{"execute":"stop"}',
+        b'{"exec-oob":"stop"}',
+    ],
+)
+def test_what_needs_a_closer_look_does_not_take_the_short_way(text: bytes) -> None:
+    assert not USUAL.fullmatch(text)
+
+
+@st.composite
+def nearly_usual(draw: st.DrawFn) -> bytes:
+    """A usual command, or one that something was put into."""
+    text = draw(st.from_regex(USUAL, fullmatch=True))
+    place = draw(st.integers(0, len(text)))
+    odd = draw(st.sampled_from([b"", b'"', b"\\", b" ", b",", b"0", b"-", b"{", b"}", b"'", b"\xc3\xa9", b"\x7f"]))
+    return text[:place] + odd + text[place:]
+
+
+@given(nearly_usual())
+@example(b'{"execute":"x","id":"%"}')
+@example(b'{"execute":"x","id":999999999999999999}')
+def test_the_short_way_leads_to_the_same_command(text: bytes) -> None:
+    match = USUAL.fullmatch(text)
+    if match is None:
+        return
+    taken = usual(match.groups())
+    for oob in (False, True):
+        assert read(parse(text), oob=oob) == taken
+        assert read_text(text, oob=oob) == taken
