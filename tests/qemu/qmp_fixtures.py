@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,10 +132,34 @@ def _id_of(line: bytes) -> object:
         return None
 
 
+class Kind(Enum):
+    """How QEMU is told to serve a monitor."""
+
+    OPTION = "-mon"
+    #: Since QEMU 11.1, where the option is deprecated.
+    OBJECT = "-object monitor-qmp"
+
+
+@cache
+def kinds(qemu: str) -> tuple[Kind, ...]:
+    """The kinds that a QEMU knows, the one that it prefers last."""
+    known = subprocess.run([qemu, "-object", "help"], check=True, capture_output=True, text=True).stdout.split()
+    return (Kind.OPTION, Kind.OBJECT) if "monitor-qmp" in known else (Kind.OPTION,)
+
+
 class Machine:
     """A QEMU without a machine, that serves monitors. Use as a context."""
 
-    def __init__(self, qemu: str, monitors: int = 3, arguments: Sequence[str] = (), options: str = "") -> None:
+    def __init__(
+        self,
+        qemu: str,
+        monitors: int = 3,
+        arguments: Sequence[str] = (),
+        options: str = "",
+        kind: Kind | None = None,
+    ) -> None:
+        """`options` are the monitors', `kind` is theirs too; by default what this QEMU prefers."""
+        kind = kind or kinds(qemu)[-1]
         self._stack = ExitStack()
         self.folder = Path(tempfile.mkdtemp(prefix="vmspawn-qmp-"))
         self._stack.callback(shutil.rmtree, self.folder)
@@ -144,7 +170,10 @@ class Machine:
             listening[-1].bind(str(self.path(number)))
             listening[-1].listen(8)
             command += ["-chardev", f"socket,id=c{number},fd={listening[-1].fileno()},server=on,wait=off"]
-            command += ["-mon", f"chardev=c{number},mode=control{options}"]
+            if kind is Kind.OBJECT:
+                command += ["-object", f"monitor-qmp,id=m{number},chardev=c{number}{options}"]
+            else:
+                command += ["-mon", f"chardev=c{number},mode=control{options}"]
         self.process = subprocess.Popen(
             command, pass_fds=[each.fileno() for each in listening], stderr=subprocess.DEVNULL
         )
@@ -236,7 +265,12 @@ class Server:
 
 
 @contextmanager
-def shared(qemu: str, *, monitors: int = 3, arguments: Sequence[str] = ()) -> Iterator[tuple[Machine, Server]]:
+def shared(
+    qemu: str, *, monitors: int = 3, arguments: Sequence[str] = (), kind: Kind | None = None
+) -> Iterator[tuple[Machine, Server]]:
     """A QEMU whose monitors 0 and 1 are a multiplexer's, and whose others are for native clients."""
-    with Machine(qemu, monitors, arguments) as machine, Server(machine.connect(0), machine.connect(1)) as server:
+    with (
+        Machine(qemu, monitors, arguments, kind=kind) as machine,
+        Server(machine.connect(0), machine.connect(1)) as server,
+    ):
         yield machine, server.start()

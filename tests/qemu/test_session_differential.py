@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.qemu.qmp_fixtures import NEGOTIATE, NEGOTIATE_OOB, SCALE, Client, Machine, Server, scaled, shared
+from tests.qemu.qmp_fixtures import NEGOTIATE, NEGOTIATE_OOB, SCALE, Client, Kind, Machine, Server, scaled, shared
 from vmspawn.qmp.dialect import PULL
 from vmspawn.qmp.limits import OOB_QUEUE
 from vmspawn.qmp.scanner import Scanner
@@ -164,8 +164,8 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def both(qemu: str) -> Iterator[Shared]:
-    with shared(qemu) as made:
+def both(qemu: str, kind: Kind) -> Iterator[Shared]:
+    with shared(qemu, kind=kind) as made:
         yield made
 
 

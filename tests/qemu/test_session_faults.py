@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.qemu.qmp_fixtures import NEGOTIATE, Client, Machine, Server, scaled, shared, wait_until
+from tests.qemu.qmp_fixtures import NEGOTIATE, Client, Kind, Machine, Server, scaled, shared, wait_until
 from vmspawn.qmp import limits
 
 Shared = tuple[Machine, Server]
@@ -23,8 +23,8 @@ QUERY = b'{"execute":"query-status","id":"x"}'
 
 
 @pytest.fixture(scope="module")
-def both(qemu: str) -> Iterator[Shared]:
-    with shared(qemu) as made:
+def both(qemu: str, kind: Kind) -> Iterator[Shared]:
+    with shared(qemu, kind=kind) as made:
         # QEMU 7.2 removes no descriptor set while the machine does not run.
         with_session(made[1], lambda client: client.execute(b'{"execute":"cont"}'))
         yield made
