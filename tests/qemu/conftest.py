@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the tests of QMP share."""
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.qemu.qmp_fixtures import Kind, kinds
+from tests.qemu.qmp_fixtures import PC, Kind, Machine, Server, Side, kinds, shared
 
 
 @pytest.fixture(scope="session", params=list(Kind), ids=lambda kind: kind.name.lower())
@@ -11,6 +13,20 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     """How the QEMU of `qemu` is told to serve its monitors: each way that it knows."""
     assert isinstance(request.param, Kind)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def both(qemu: str, kind: Kind) -> Iterator[tuple[Machine, Server]]:
+    """A QEMU that has a PC to run, whose monitors 2 and 3 are for native clients, and a multiplexer."""
+    with shared(qemu, monitors=4, arguments=PC, kind=kind) as made:
+        yield made
+
+
+@pytest.fixture(params=["native", "session"])
+def side(request: pytest.FixtureRequest, both: tuple[Machine, Server]) -> Iterator[Side]:
+    """Who is asked: QEMU itself, or a session of the same QEMU. A fact is a fact for both."""
+    with Side(request.param, *both) as opened:
+        yield opened
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,6 +32,13 @@ SCALE = float(os.environ.get("VMSPAWN_TEST_SCALE", "1"))
 NEGOTIATE = b'{"execute":"qmp_capabilities"}'
 NEGOTIATE_OOB = b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}'
 
+#: A machine with a place to plug a device in, and one that is taken by `d0`.
+PC = (
+    *("-machine", "q35", "-accel", "tcg", "-m", "64"),
+    *("-device", "pcie-root-port,id=port0,slot=1,chassis=1", "-device", "virtio-rng-pci,id=d0,bus=port0"),
+    *("-device", "pcie-root-port,id=port1,slot=2,chassis=2"),
+)
+
 _T = TypeVar("_T")
 
 
@@ -121,6 +128,7 @@ class Client:
         return self.line() == b""
 
     def close(self) -> None:
+        """Go away without a word."""
         self.socket.close()
 
 
@@ -175,7 +183,10 @@ class Machine:
             else:
                 command += ["-mon", f"chardev=c{number},mode=control{options}"]
         self.process = subprocess.Popen(
-            command, pass_fds=[each.fileno() for each in listening], stderr=subprocess.DEVNULL
+            command,
+            pass_fds=[each.fileno() for each in listening],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
 
     def path(self, number: int) -> Path:
@@ -262,6 +273,34 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+class Side:
+    """One of the two ways to be a client of a shared QEMU, native or by sessions. Use as a context."""
+
+    def __init__(self, who: str, machine: Machine, server: Server) -> None:
+        self.native = who == "native"
+        self.machine = machine
+        self.server = server
+        self._opened: list[Client] = []
+
+    def greeted(self) -> Client:
+        """A client that has its greeting still to read. There are as many native ones as the machine has monitors."""
+        # Monitors 0 and 1 are the multiplexer's.
+        client = self.machine.native(2 + len(self._opened)) if self.native else self.server.open()
+        self._opened.append(client)
+        return client
+
+    def open(self, *, oob: bool = False) -> Client:
+        """A client that has negotiated."""
+        return self.greeted().negotiate(oob=oob)
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for client in self._opened:
+            client.close()
 
 
 @contextmanager
