@@ -255,18 +255,6 @@ def test_a_monitor_that_somebody_holds_is_not_waited_for_without_end(qemu: str) 
         holder.close()
 
 
-def test_events_come_before_the_reply_of_the_command_that_caused_them(qemu: str) -> None:
-    with shared(qemu, arguments=["-machine", "q35", "-accel", "tcg"]) as (_, server):
-        client, watcher = server.open().negotiate(), server.open().negotiate()
-        client.send(b'{"execute":"cont","id":1}')
-        assert [json.loads(line)["event"] for line in client.until(1)] == ["RESUME"]
-        client.send(b'{"execute":"stop","id":2}')
-        assert [json.loads(line)["event"] for line in client.until(2)] == ["STOP"]
-        assert [watcher.message()["event"] for _ in range(2)] == ["RESUME", "STOP"]
-        client.close()
-        watcher.close()
-
-
 def test_an_out_of_band_command_overtakes(qemu: str) -> None:
     with shared(qemu) as (_, server):
         client = server.open().negotiate(oob=True)

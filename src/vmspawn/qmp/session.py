@@ -54,8 +54,8 @@ class Session:
     """
 
     __slots__ = (
-        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_flying", "_greeting", "_left",
-        "_loop", "_oob", "_queue", "_running", "_scanner", "_schedule", "_scheduled", "bytes_in",
+        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_left",
+        "_loop", "_oob", "_overtaking", "_queue", "_running", "_scanner", "_schedule", "_scheduled", "bytes_in",
         "commands", "events", "peer", "read_only", "state",
     )  # fmt: skip
 
@@ -79,10 +79,10 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._scanner = Scanner(greeting.dialect)
         self._oob = False
-        # The in-band command whose reply has not come, those that wait behind it, and those that overtake it.
+        # The in-band command whose reply has not come, those that wait behind it, and the one that overtakes them.
         self._running: Call | None = None
         self._queue: deque[Command | Refusal] = deque()
-        self._flying: set[Call] = set()
+        self._overtaking: Call | None = None
         # Whether the client will send no more.
         self._ended = False
         # Whether a further look at the input is due, after the others had their turn.
@@ -105,7 +105,11 @@ class Session:
     @property
     def queued(self) -> int:
         """Its commands that were not answered yet."""
-        return len(self._queue) + len(self._flying) + (self._running is not None)
+        return len(self._queue) + (self._overtaking is not None) + (self._running is not None)
+
+    @property
+    def _in_flight(self) -> bool:
+        return self._running is not None or self._overtaking is not None
 
     @property
     def bytes_out(self) -> int:
@@ -151,7 +155,7 @@ class Session:
             self._attach()
             self._arriving, self._arriving_at = fd, self.bytes_in
         self.bytes_in += len(data)
-        if fd < 0 and self._running is None and self.state is State.READY:
+        if fd < 0 and self._running is None and self._overtaking is None and self.state is State.READY:
             # Nearly all that clients send. A short way through the code is worth more here than its length in time,
             # for little of it is in the processor's caches when a client has been waited for.
             captured = self._scanner.take_whole(USUAL, data)
@@ -184,7 +188,8 @@ class Session:
 
     def _may_take(self) -> bool:
         if self._oob:
-            return len(self._queue) < limits.OOB_QUEUE and self.state is State.READY
+            # QEMU runs an out-of-band command before it reads on.
+            return self._overtaking is None and len(self._queue) < limits.OOB_QUEUE and self.state is State.READY
         return self._running is None and (self.state is State.READY or self.state is State.NEGOTIATING)
 
     def _wants_input(self) -> bool:
@@ -210,7 +215,7 @@ class Session:
         if self._scanner.busy:
             return self._again()
         self._attach()
-        if self._ended and self._running is None and not self._flying:
+        if self._ended and not self._in_flight:
             self.state = State.LEAVING
             self._connection.finish()
 
@@ -256,7 +261,7 @@ class Session:
                 call.consumes = True
                 call.fd, self._fd = self._fd, -1
         if command.oob:
-            self._flying.add(call)
+            self._overtaking = call
         else:
             self._running = call
         if len(command.body) > limits.BULK_SIZE and self._is_movable(call):
@@ -273,7 +278,7 @@ class Session:
         if _is_watched(command):
             self._settle(call, command, reply)
         if command.oob:
-            self._flying.discard(call)
+            self._overtaking = None
         else:
             self._running = None
         if self.state is State.CLOSED:
@@ -350,16 +355,14 @@ class Session:
         self._check_left()
 
     def _check_left(self) -> None:
-        if self._running is None and not self._flying:
+        if not self._in_flight:
             self._left(self)
 
     def _abandon(self) -> None:
         """Nothing that is in flight will be answered."""
-        for call in (*self._flying, self._running):
-            if call is not None:
-                _close(call.fd)
-        self._flying.clear()
-        self._running = None
+        if self._running is not None:
+            _close(self._running.fd)
+        self._running = self._overtaking = None
         self._queue.clear()
 
 
