@@ -71,7 +71,7 @@ def test_out_of_band_replies_overtake_and_are_not_overtaken(both: Shared, who: s
         client = side.open(oob=True)
 
         @given(mixtures())
-        @settings(max_examples=scaled(200), derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=scaled(100), derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
         def check(mixture: list[tuple[bytes, bool]]) -> None:
             client.send(b"".join(b'{%b,"id":%d}' % (each[0], number) for number, each in enumerate(mixture)))
             order = [client.message()["id"] for _ in mixture]

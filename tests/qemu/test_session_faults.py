@@ -76,16 +76,6 @@ def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
     honest.close()
 
 
-def test_a_client_that_says_no_more_is_still_answered(both: Shared) -> None:
-    _, server = both
-    client = server.open().negotiate()
-    client.send(QUERY * 20)
-    client.socket.shutdown(socket.SHUT_WR)
-    assert [client.message()["id"] for _ in range(20)] == ["x"] * 20
-    assert client.at_end()
-    client.close()
-
-
 def test_a_client_that_does_not_read_is_cut_off_alone(both: Shared) -> None:
     """At its bound, while another is served; what was kept for it is let go."""
     _, server = both
