@@ -192,8 +192,8 @@ def test_what_cannot_be_shared(qemu: str, tmp_path: Path) -> None:
     assert (tmp_path / "taken").exists()
 
 
-#: KiB that the process may keep: Python's allocator has arenas of 1 MiB that it gives back only when they are empty, and
-#: the C library keeps some too. Twice as much waits for a client at its bound.
+#: KiB that the process may keep: Python's allocator has arenas of 1 MiB that it gives back only when they are empty,
+#: and the C library keeps some too. Twice as much waits for a client at its bound.
 KEPT = 4096
 
 

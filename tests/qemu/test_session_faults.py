@@ -7,14 +7,13 @@ import contextlib
 import json
 import os
 import random
-import socket
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.qemu.qmp_fixtures import NEGOTIATE, Client, Kind, Machine, Server, scaled, shared, wait_until
+from tests.qemu.qmp_fixtures import NEGOTIATE, SCALE, Client, Kind, Machine, Server, scaled, shared, wait_until
 from vmspawn.qmp import limits
 
 Shared = tuple[Machine, Server]
@@ -32,14 +31,19 @@ def both(qemu: str, kind: Kind) -> Iterator[Shared]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(both: Shared) -> Iterator[None]:
-    """No test may leave a session, a descriptor of ours, or a descriptor set in QEMU."""
-    _, server = both
+    """No test may leave a session, a descriptor of ours or of QEMU's, or a descriptor set in QEMU."""
+    machine, server = both
     wait_until(lambda: not server.sessions(), "the end of the sessions before")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors(machine)
     yield
     wait_until(lambda: not server.sessions(), "the end of the sessions")
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, "the closing of all descriptors")
+    wait_until(lambda: open_descriptors(machine) == before, "the closing of all descriptors")
     with_session(server, lambda client: wait_until(lambda: client.run("query-fdsets") == {"return": []}, "no fdset"))
+
+
+def open_descriptors(machine: Machine) -> tuple[int, int]:
+    """How many we have open, and QEMU."""
+    return len(os.listdir("/proc/self/fd")), machine.descriptors()
 
 
 def with_session(server: Server, use: Any) -> None:
@@ -54,23 +58,47 @@ def a_file() -> int:
         return os.dup(file.fileno())
 
 
+#: What clients say that die while they say it. The large command goes its own way through QEMU.
+LAST_WORDS = b"".join(
+    (
+        NEGOTIATE,
+        b'{"execute":"query-qmp-schema"}',
+        b'{"execute":"getfd","arguments":{"fdname":"n"}}',
+        QUERY * 3,
+        b'{"execute":"add-fd"}',
+        b'{"execute":"qom-get","arguments":{"path":"/","property":"%b"}}' % (b"x" * limits.BULK_SIZE),
+        b'{"exec-oob":"query-yank"}',
+    )
+)
+
+
+def a_chance() -> random.Random:
+    """Always the same in an ordinary run, so that a change is judged by it."""
+    seed = 1 if SCALE == 1 else random.randrange(1 << 32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def a_dying_client(server: Server, chance: random.Random, fd: int) -> Client:
+    """A client that has said some of what it wanted to. It is the caller's to close."""
+    client = server.open()
+    # Half of the cuts come before the large command, which is nearly all of the stream.
+    cut = chance.randrange(chance.choice((400, len(LAST_WORDS))))
+    client.send(LAST_WORDS[:cut] or b" ", [fd] if chance.random() < 0.3 else [])
+    if chance.random() < 0.5:
+        client.line()
+    return client
+
+
 @pytest.mark.scaled
 def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
     """The commands of the others are answered all the while, each to whom it belongs."""
     _, server = both
     honest = server.open().negotiate()
-    chance = random.Random(1)
+    chance = a_chance()
     fd = a_file()
-    stream = NEGOTIATE + b'{"execute":"query-qmp-schema"}{"execute":"getfd","arguments":{"fdname":"n"}}' + QUERY * 3
-    for number in range(scaled(200)):
-        client = server.open()
-        cut = chance.randrange(len(stream))
-        client.send(stream[:cut] or b" ", [fd] if chance.random() < 0.3 else [])
-        if chance.random() < 0.5:
-            client.line()
-        if chance.random() < 0.3:
-            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
+    for number in range(scaled(100)):
+        a_dying_client(server, chance, fd).close()
         assert honest.execute(b'{"execute":"query-name","id":%d}' % number) == {"return": {}, "id": number}
     os.close(fd)
     honest.close()
@@ -233,6 +261,32 @@ def test_the_end_of_qemu_is_an_end_for_each_and_said_once(qemu: str) -> None:
         wait_until(lambda: bool(server.lost), "the word that QEMU is gone")
         assert len(server.lost) == 1
         assert "QEMU closed its monitor" in server.lost[0]
+
+
+@pytest.mark.scaled
+def test_clients_and_qemu_may_die_together(qemu: str) -> None:
+    """Whatever was under way between them: who is left gets the end of the stream, and nothing is left of the rest."""
+    chance = a_chance()
+    fd = a_file()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(scaled(5)):
+        with shared(qemu) as (machine, server):
+            clients = [a_dying_client(server, chance, fd) for _ in range(30)]
+            chance.shuffle(clients)
+            for client in clients[:10]:
+                client.close()
+            machine.process.kill()
+            for client in clients[10:20]:
+                client.close()
+            machine.kill()
+            for client in clients[20:]:
+                while client.line():
+                    pass
+                client.close()
+            wait_until(lambda: not server.sessions(), "the end of the sessions")
+            assert len(server.lost) == 1
+        assert len(os.listdir("/proc/self/fd")) == before
+    os.close(fd)
 
 
 def test_a_monitor_that_somebody_holds_is_not_waited_for_without_end(qemu: str) -> None:
