@@ -239,18 +239,6 @@ def test_a_descriptor_never_reaches_another_client(both: Shared) -> None:
     second.close()
 
 
-def test_a_read_only_session_may_only_look(both: Shared) -> None:
-    _, server = both
-    client = server.open(read_only=True).negotiate()
-    assert "return" in client.run("query-status")
-    assert "return" in client.run("qom-list", path="/machine")
-    for command in ("stop", "quit", "device_del", "human-monitor-command"):
-        refused = client.run(command)["error"]
-        assert refused["class"] == "GenericError"
-        assert "read-only" in refused["desc"]
-    client.close()
-
-
 def test_the_end_of_qemu_is_an_end_for_each_and_said_once(qemu: str) -> None:
     with shared(qemu) as (machine, server):
         clients = [server.open().negotiate() for _ in range(50)]
