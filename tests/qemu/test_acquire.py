@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ from qemu.qmp import QMPClient
 from tests.machines import Snapshot, idle_machine, open_files
 from vmspawn import Machine
 from vmspawn.control.server import ControlServer, build_registry
-from vmspawn.errors import QmpError
+from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -304,8 +305,6 @@ async def test_disks_come_and_go_beside_busy_sessions(
 
 
 async def test_fifty_sessions_see_the_end_of_qemu(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    import signal
-
     async with idle_machine(qemu, tmp_path_factory.mktemp("idle")) as machine:
         multiplexer = await machine.multiplexer()
         ends = []
@@ -325,3 +324,52 @@ async def test_fifty_sessions_see_the_end_of_qemu(qemu: str, tmp_path_factory: p
 
         assert await in_thread(read_to_the_end) == 50  # each its greeting, then the end
         assert (await machine.wait()).message == "QEMU died of SIGKILL"
+
+
+async def test_who_gives_up_does_not_end_the_start_of_sessions(
+    qemu: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    async with idle_machine(qemu, tmp_path_factory.mktemp("idle")) as machine:
+        os.kill(machine.pid, signal.SIGSTOP)
+        try:
+            impatient = asyncio.create_task(machine.multiplexer())
+            patient = asyncio.create_task(machine.multiplexer())
+            await asyncio.sleep(0)
+            impatient.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await impatient
+            assert not patient.done()
+        finally:
+            os.kill(machine.pid, signal.SIGCONT)
+        async with asyncio.timeout(DEADLINE):
+            assert await patient is await machine.multiplexer()
+        async with machine.qmp() as qmp:
+            assert (await qmp.execute("query-name"))["name"] == machine.name
+
+
+async def test_sessions_that_cannot_be_started_are_refused_each_time(
+    qemu: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    async with idle_machine(qemu, tmp_path_factory.mktemp("idle")) as machine:
+        os.kill(machine.pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(machine.multiplexer())
+        await asyncio.sleep(0)
+        os.kill(machine.pid, signal.SIGKILL)
+        async with asyncio.timeout(DEADLINE):
+            for attempt in (waiting, machine.multiplexer(), machine.multiplexer()):
+                with pytest.raises(NotConnected, match="QEMU closed its monitor"):
+                    await attempt
+
+
+async def test_a_machine_may_end_while_its_sessions_start(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    before = open_files(os.getpid())
+    async with idle_machine(qemu, tmp_path_factory.mktemp("idle")) as machine:
+        os.kill(machine.pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(machine.multiplexer())
+        await asyncio.sleep(0)
+        os.kill(machine.pid, signal.SIGCONT)
+        await machine.close()
+        with pytest.raises(NotConnected, match="does not run"):
+            await machine.multiplexer()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert open_files(os.getpid()) == before

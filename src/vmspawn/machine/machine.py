@@ -75,7 +75,7 @@ class Machine:
         self._run_state: RunState | None = None
         self._storage: Storage | None = None
         self._multiplexer: Multiplexer | None = None
-        self._starting_multiplexer = asyncio.Lock()
+        self._starting: asyncio.Task[Multiplexer] | None = None
         self._opened = 0.0
         self._killer: asyncio.TimerHandle | None = None
 
@@ -135,8 +135,7 @@ class Machine:
             self._storage.close()
         if self._monitor is not None:
             self._monitor.close("the machine ended")
-        if self._multiplexer is not None:
-            await self._multiplexer.close()
+        await self._close_multiplexer()
         if self._killer is not None:
             self._killer.cancel()
         launched.abandon()
@@ -307,20 +306,20 @@ class Machine:
     async def multiplexer(self) -> Multiplexer:
         """What shares QEMU among QMP clients; started when it is first asked for.
 
-        Raises NotConnected if the machine does not run, Timeout if QEMU does not greet.
+        Raises NotConnected if the machine does not run, Timeout if QEMU does not greet. A start that failed is final,
+        for its connections to QEMU are gone: all who ask later are told the same.
         """
-        async with self._starting_multiplexer:
-            if self._multiplexer is None:
-                self._multiplexer = await self._start_multiplexer()
-            return self._multiplexer
-
-    async def _start_multiplexer(self) -> Multiplexer:
-        from ..qmp.multiplexer import Multiplexer
-
         if self._launched is None:
             raise NotConnected("the machine does not run")
-        names = ("qmp-sessions", "qmp-bulk")
-        sessions, bulk = (self._launched.sockets.pop(name) for name in names)
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start_multiplexer(self._launched.sockets))
+        # Who gives up does not end it for the others.
+        return await asyncio.shield(self._starting)
+
+    async def _start_multiplexer(self, sockets: dict[str, socket.socket]) -> Multiplexer:
+        from ..qmp.multiplexer import Multiplexer
+
+        sessions, bulk = (sockets.pop(name) for name in ("qmp-sessions", "qmp-bulk"))
         # That QEMU is gone, the manager's own monitor tells.
         multiplexer = Multiplexer(sessions, bulk, on_lost=lambda _: None)
         try:
@@ -328,7 +327,16 @@ class Machine:
         except BaseException:
             await multiplexer.close()
             raise
+        self._multiplexer = multiplexer
         return multiplexer
+
+    async def _close_multiplexer(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            # However the start ended, those who waited for it were told.
+            await asyncio.gather(self._starting, return_exceptions=True)
+        if self._multiplexer is not None:
+            await self._multiplexer.close()
 
     @property
     def sessions(self) -> tuple[Session, ...]:
