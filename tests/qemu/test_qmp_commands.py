@@ -17,7 +17,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from tests.commands import Spawned, idle, make_script, vmctl
+from tests.commands import Spawned, idle, make_script, qemu_pid, vmctl
 from tests.qemu.qmp_fixtures import Client, Machine
 
 DEADLINE = 30.0
@@ -97,8 +97,40 @@ def test_sessions_are_listed_with_who_holds_them(machine: Spawned) -> None:
 
 
 def test_the_shell_completes_answers_and_shows_events(machine: Spawned, tmp_path: Path) -> None:
+    shell = at_the_prompt(machine, tmp_path)
+    shell.send("query-name\r")
+    shell.expect(f'"name": "{machine.name}"')
+    shell.send("stop\r")
+    shell.expect("STOP")
+    shell.send("cont\r")
+    shell.expect("RESUME")
+    shell.send("query-nonsense\r")
+    shell.expect("CommandNotFound")
+    shell.expect(f"{machine.name}>")
+    shell.sendeof()
+    assert_left(shell)
+
+
+def test_the_shell_keeps_keys_that_are_pressed_while_it_waits(machine: Spawned, tmp_path: Path) -> None:
+    shell = at_the_prompt(machine, tmp_path)
+    pid = qemu_pid(machine.name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        shell.send("query-name\r")
+        # The prompt is over when its line is.
+        shell.expect("query-name.*\n")
+        shell.send("query-status\r\x04")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    shell.expect(f'"name": "{machine.name}"')
+    shell.expect('"status": "running"')
+    assert_left(shell)
+
+
+def at_the_prompt(machine: Spawned, history: Path) -> Any:
+    """A shell on a terminal of its own."""
     pytest.importorskip("prompt_toolkit")
-    environment: Any = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    environment: Any = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(history)}
     shell = pexpect.spawn(
         VMCTL[0],
         [*VMCTL[1:], "qmp", machine.name],
@@ -110,16 +142,10 @@ def test_the_shell_completes_answers_and_shows_events(machine: Spawned, tmp_path
     shell.expect("Ctrl-D leaves")
     # The prompt says that the terminal is set up; what is typed before might be lost.
     shell.expect(f"{machine.name}>")
-    shell.send("query-name\r")
-    shell.expect(f'"name": "{machine.name}"')
-    shell.send("stop\r")
-    shell.expect("STOP")
-    shell.send("cont\r")
-    shell.expect("RESUME")
-    shell.send("query-nonsense\r")
-    shell.expect("CommandNotFound")
-    shell.expect(f"{machine.name}>")
-    shell.sendeof()
+    return shell
+
+
+def assert_left(shell: Any) -> None:
     shell.expect(pexpect.EOF)
     shell.close()
     assert shell.exitstatus == 0

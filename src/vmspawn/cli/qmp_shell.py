@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shlex
 import socket
+import sys
+import termios
+import tty
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,7 +69,7 @@ class _Shell:
             events = asyncio.create_task(self._show_events(monitor))
             completer = SchemaCompleter(await monitor.execute("query-qmp-schema"))
             session: PromptSession[str] = PromptSession(history=_history(), completer=completer)
-            with patch_stdout():
+            with patch_stdout(), _unbuffered_keys():
                 await self._converse(monitor, session)
             events.cancel()
         finally:
@@ -100,6 +104,17 @@ class _Shell:
         with monitor.events() as events:
             async for event in events:
                 print(f"{event.name} {json.dumps(event.data) if event.data else ''}".rstrip())
+
+
+@contextlib.contextmanager
+def _unbuffered_keys() -> Iterator[None]:
+    """Keep what is typed between two prompts for the next one; a terminal in its usual mode would swallow Ctrl-D."""
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin, termios.TCSADRAIN)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _parse(line: str) -> tuple[str, dict[str, Any]]:
