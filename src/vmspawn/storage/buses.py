@@ -54,15 +54,18 @@ def namespace_uuid(name: str) -> str:
 
 
 def device(
-    drive: Drive, *, device_id: str, node: str | None, place: Place, serial: str, thread: str | None = None
+    drive: Drive, *, device_id: str, node: str, place: Place, serial: str, thread: str | None = None
 ) -> dict[str, object]:
     """The properties of the device that makes `node` a disk, for device_add and for -device alike.
 
-    `node` None makes an optical drive without a medium; `thread` is the I/O thread's id.
+    `thread` is the I/O thread's id.
     """
-    properties: dict[str, object] = {"driver": TABLE[drive.bus].driver, "id": device_id, **place.properties()}
-    if node is not None:
-        properties["drive"] = node
+    properties: dict[str, object] = {
+        "driver": TABLE[drive.bus].driver,
+        "id": device_id,
+        "drive": node,
+        **place.properties(),
+    }
     if isinstance(place, NamespacePlace):
         properties["uuid"] = namespace_uuid(drive.name)
     else:

@@ -103,9 +103,19 @@ async def build(context: Context, attachment: Attachment, image: Image) -> None:
     """Do the steps that the image needs and that were not done."""
     for step in IMAGE_STEPS:
         if step.applies(image) and step.name not in image.done:
-            image.done.append(step.name)
-            context.journal()
-            await step.do(context, attachment, image)
+            await _do(context, attachment, image, step)
+
+
+async def add_limit(context: Context, attachment: Attachment, image: Image) -> None:
+    """Put the node that keeps limits on an image that has been built without."""
+    image.limited = True
+    await _do(context, attachment, image, _BY_NAME[AddLimitNode.name])
+
+
+async def _do(context: Context, attachment: Attachment, image: Image, step: ImageStep) -> None:
+    image.done.append(step.name)
+    context.journal()
+    await step.do(context, attachment, image)
 
 
 async def release(context: Context, image: Image) -> None:

@@ -55,10 +55,10 @@ async def replace(context: Context, attachment: Attachment, fresh: Image, *, shr
 def _check_size(attachment: Attachment, size: int, new_size: int, *, shrink: bool) -> None:
     if new_size == size:
         return
-    if not buses.TABLE[attachment.drive.bus].resizable:
+    if attachment.read_only or not buses.TABLE[attachment.drive.bus].resizable:
+        which = "a read-only disk" if attachment.read_only else f"a disk on bus {attachment.drive.bus}"
         raise ConfigNotSupported(
-            f"the new image has {new_size} bytes and the disk {size}, and a disk on bus {attachment.drive.bus} cannot "
-            "change its size",
+            f"the new image has {new_size} bytes and the disk {size}, and {which} cannot change its size",
             hint="use an image of the same size, or detach the disk and attach the image",
         )
     if new_size < size and not shrink:
@@ -99,9 +99,8 @@ async def _begin_limits(context: Context, attachment: Attachment) -> None:
 
 
 async def _limit_image(context: Context, attachment: Attachment, image: Image) -> None:
-    image.limited = True
     try:
-        await chain.build(context, attachment, image)
+        await chain.add_limit(context, attachment, image)
         await _put_under(context, attachment, image)
     except QmpError:
         await chain.remove_limit(context, image)

@@ -128,17 +128,20 @@ class Storage:
                 backing.close()
             raise
         self._attachments[attachment.name] = attachment
+        image = attachment.image
         try:
             for step in STEPS:
                 if step.applies(attachment):
                     await do_step(self._context, attachment, step.name)
-            for image in attachment.images:
+            if image is None:
+                await media.empty(self._context, attachment)
+            else:
                 await chain.release(self._context, image)
             if attachment.gone.is_set():
                 raise NoSuchStorage(f"{drive.name} was removed through QMP while it was being attached")
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
             await self._give_up(attachment, error)
-            raise explain(error, drive.name, attachment.image) from None
+            raise explain(error, drive.name, image) from None
         attachment.state = State.ATTACHED
         attachment.settled.set()
         self._context.journal()

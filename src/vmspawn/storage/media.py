@@ -23,6 +23,16 @@ def check_optical(attachment: Attachment) -> None:
         raise BadConfig(f"{attachment.name} is a {attachment.drive.bus} disk and has no media", hint="use replace-disk")
 
 
+async def empty(context: Context, attachment: Attachment) -> None:
+    """Take out what a drive that is to be empty was plugged in with; the tray ends closed.
+
+    QEMU would plug in an empty one too, but then it forgets to let go of the media that come and go later.
+    """
+    await _open_tray(context, attachment, force=True)
+    await _take_out(context, attachment, None)
+    await context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
+
+
 async def insert(context: Context, attachment: Attachment, image: Image, *, force: bool) -> None:
     """Put a medium in, in the place of one that is there. The descriptor of `image` is closed in any case.
 

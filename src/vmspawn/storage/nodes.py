@@ -90,6 +90,11 @@ def limit_node(image: Image, group: str, drive: Drive) -> dict[str, object]:
     }
 
 
+def blank_node(identifiers: Identifiers) -> dict[str, object]:
+    """The options of what stands in for the pivot of an optical drive that is to be empty."""
+    return {"driver": "null-co", "node-name": identifiers.pivot, "size": 0, "read-only": True, "read-zeroes": True}
+
+
 def pivot_node(identifiers: Identifiers, image: Image, drive: Drive, *, read_only: bool) -> dict[str, object]:
     """The options of the pivot. blockdev-reopen takes all of them again, with another file."""
     return {

@@ -107,12 +107,14 @@ class AddPivot:
     name = "pivot"
 
     def applies(self, attachment: Attachment) -> bool:
-        return bool(attachment.images)
+        return True
 
     async def do(self, context: Context, attachment: Attachment) -> None:
-        options = nodes.pivot_node(
-            attachment.identifiers, attachment.images[0], attachment.drive, read_only=attachment.read_only
-        )
+        identifiers, drive = attachment.identifiers, attachment.drive
+        if attachment.images:
+            options = nodes.pivot_node(identifiers, attachment.images[0], drive, read_only=attachment.read_only)
+        else:
+            options = nodes.blank_node(identifiers)
         await context.monitor.execute("blockdev-add", options)
 
     async def undo(self, context: Context, attachment: Attachment) -> None:
@@ -131,7 +133,7 @@ class AddDevice:
         properties = buses.device(
             attachment.drive,
             device_id=attachment.identifiers.device,
-            node=attachment.identifiers.pivot if attachment.images else None,
+            node=attachment.identifiers.pivot,
             place=attachment.place,
             serial=attachment.serial,
             thread=attachment.identifiers.thread if attachment.drive.thread else None,

@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What can be changed of a drive that is attached, and what is refused: one line, and the drive is as it was."""
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import MIB, make_qcow2, make_raw
+from tests.machines import Snapshot, event_named, idle_machine
+from vmspawn import Drive, Machine
+from vmspawn.errors import (
+    BadConfig,
+    ConfigNotSupported,
+    NoSuchStorage,
+    QmpError,
+    StorageExists,
+    StorageImmutable,
+    StoragePending,
+    SystemFailure,
+    VmspawnError,
+)
+from vmspawn.storage.hotplug import CHANGED_EVENT
+from vmspawn.storage.limits import NO_LIMITS, Limits
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+BUSES = ("virtio-blk", "nvme", "virtio-scsi")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
+async def machine(
+    request: pytest.FixtureRequest, qemu: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Machine]:
+    folder = tmp_path_factory.mktemp("machine")
+    async with idle_machine(qemu, folder, machine_type=request.param, hotplug_ports=8) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def nothing_left(machine: Machine) -> AsyncIterator[None]:
+    """Every test must leave the machine as it found it."""
+    before = await Snapshot.take(machine)
+    yield
+    assert await Snapshot.take(machine) == before
+
+
+async def open_images(machine: Machine, folder: Path) -> set[str]:
+    """The files of a folder that QEMU has open."""
+    return _open_images(machine.pid, folder)
+
+
+def _open_images(pid: int, folder: Path) -> set[str]:
+    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    return {os.path.basename(link) for link in links if link.startswith(f"{folder}/")}
+
+
+async def remove(machine: Machine, name: str) -> None:
+    """Detach a drive from a firmware that does not let go: a reset does."""
+    await machine.reboot()
+    with contextlib.suppress(NoSuchStorage):
+        await machine.detach(name, timeout=20)
+
+
+# Another image.
+
+
+@pytest.mark.parametrize("old", ["raw", "qcow2"])
+@pytest.mark.parametrize("new", ["raw", "qcow2"])
+async def test_an_image_is_replaced_by_one_of_any_format(machine: Machine, tmp_path: Path, old: str, new: str) -> None:
+    makers = {"raw": make_raw, "qcow2": make_qcow2}
+    first, second = makers[old](tmp_path / "first", 4 * MIB), makers[new](tmp_path / "second", 6 * MIB)
+    await machine.attach(Drive(str(first), "disk", "virtio-scsi", old))
+    assert await open_images(machine, tmp_path) == {"first"}
+    changed = asyncio.create_task(event_named(machine, CHANGED_EVENT))
+    await asyncio.sleep(0)
+    assert await machine.replace("disk", str(second), format=new) == 6 * MIB
+    assert await changed == {"name": "disk"}
+    # The host has its file back, and QEMU holds the new one once.
+    assert await open_images(machine, tmp_path) == {"second"}
+    assert (await machine.storage.sizes())["disk"] == 6 * MIB
+    await machine.detach("disk")
+
+
+async def test_a_smaller_image_must_be_asked_for(machine: Machine, tmp_path: Path) -> None:
+    first, second = make_raw(tmp_path / "first", 4 * MIB), make_raw(tmp_path / "second", 2 * MIB)
+    await machine.attach(Drive(str(first), "disk", "virtio-scsi"))
+    with pytest.raises(BadConfig, match=f"new image has {2 * MIB} bytes and the disk {4 * MIB}") as caught:
+        await machine.replace("disk", str(second))
+    assert "--shrink" in caught.value.hint
+    assert await open_images(machine, tmp_path) == {"first"}
+    assert await machine.replace("disk", str(second), shrink=True) == 2 * MIB
+    await machine.detach("disk")
+
+
+async def test_an_nvme_disk_takes_only_an_image_of_its_size(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "first", 4 * MIB)), "disk", "nvme"))
+    with pytest.raises(ConfigNotSupported, match="bus nvme cannot change its size"):
+        await machine.replace("disk", str(make_raw(tmp_path / "larger", 6 * MIB)), shrink=True)
+    assert await machine.replace("disk", str(make_qcow2(tmp_path / "same", 4 * MIB)), format="qcow2") == 4 * MIB
+    assert await open_images(machine, tmp_path) == {"same"}
+    await remove(machine, "disk")
+
+
+async def test_a_writable_drive_takes_no_read_only_image(machine: Machine, tmp_path: Path) -> None:
+    from vmspawn.storage import backing as backings
+
+    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
+    backing = backings.open_drive(str(make_raw(tmp_path / "second", MIB)), read_only=True)
+    with pytest.raises(SystemFailure, match="is writable and the new image is not") as caught:
+        await machine.replace_backing("disk", backing)
+    assert caught.value.errno == errno.EROFS
+    await machine.detach("disk")
+
+
+async def test_a_read_only_drive_stays_read_only(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi", read_only=True))
+    with pytest.raises(ConfigNotSupported, match="a read-only disk cannot change its size"):
+        await machine.replace("disk", str(make_raw(tmp_path / "larger", 2 * MIB)))
+    await machine.replace("disk", str(make_raw(tmp_path / "second", MIB)))
+    attached = next(each for each in machine.storage if each.name == "disk")
+    assert attached.image is not None
+    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+    writable = {node["node-name"] for node in nodes if not node["ro"]}
+    assert not writable & {attached.image.file_node, attached.identifiers.pivot}
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "error", "message"),
+    [
+        ("none", {}, SystemFailure, "No such file"),
+        (".", {}, BadConfig, "is a directory"),
+        ("empty", {}, BadConfig, "is empty"),
+        ("raw", {"format": "qcow2"}, BadConfig, "not in qcow2 format"),
+        ("broken", {"format": "qcow2"}, QmpError, "refused blockdev-add"),
+        ("first", {}, StorageExists, "attached already, as disk"),
+    ],
+)
+async def test_a_replacement_that_cannot_be_leaves_all_as_it_was(
+    machine: Machine, tmp_path: Path, path: str, options: dict[str, Any], error: type[VmspawnError], message: str
+) -> None:
+    make_raw(tmp_path / "empty", 0)
+    make_raw(tmp_path / "raw", MIB)
+    (tmp_path / "broken").write_bytes(b"QFI\xfb" + bytes(1 << 16))
+    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
+    attached = await Snapshot.take(machine)
+    with pytest.raises(error, match=message) as caught:
+        await machine.replace("disk", str(tmp_path / path), **options)
+    assert "\n" not in str(caught.value)
+    assert await Snapshot.take(machine) == attached
+    assert (await machine.storage.sizes())["disk"] == MIB
+    await machine.detach("disk")
+
+
+async def test_a_replacement_that_another_machine_writes_to_names_it(
+    machine: Machine, qemu: str, tmp_path: Path
+) -> None:
+    taken = str(make_raw(tmp_path / "taken", MIB))
+    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
+    attached = await Snapshot.take(machine)
+    async with idle_machine(qemu, tmp_path) as other:
+        await other.attach(Drive(taken, bus="virtio-scsi"))
+        with pytest.raises(
+            SystemFailure, match=f'machine {other.name} uses the image of disk .*"?write"? lock'
+        ) as caught:
+            await machine.replace("disk", taken)
+        assert caught.value.errno == errno.EBUSY
+    assert (await Snapshot.take(machine)).nodes == attached.nodes
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize("what", ["replace", "resize", "limit", "insert", "eject"])
+async def test_a_drive_that_is_not_there_cannot_be_changed(machine: Machine, tmp_path: Path, what: str) -> None:
+    path = str(make_raw(tmp_path / "disk", MIB))
+    changes: dict[str, Callable[[], Awaitable[object]]] = {
+        "replace": lambda: machine.replace("nobody", path),
+        "resize": lambda: machine.resize("nobody", MIB),
+        "limit": lambda: machine.limit("nobody", NO_LIMITS),
+        "insert": lambda: machine.insert_media("nobody", path),
+        "eject": lambda: machine.eject_media("nobody"),
+    }
+    with pytest.raises(NoSuchStorage, match="no drive named nobody"):
+        await changes[what]()
+
+
+async def test_a_boot_drive_can_be_neither_replaced_nor_forced_out(machine: Machine, tmp_path: Path) -> None:
+    boot = next(each for each in machine.storage if each.boot)
+    with pytest.raises(StorageImmutable, match="cannot be replaced"):
+        await machine.replace(boot.name, str(make_raw(tmp_path / "other", MIB)))
+    with pytest.raises(StorageImmutable, match="cannot be detached"):
+        await machine.detach(boot.name, force=True)
+
+
+# By force.
+
+
+@pytest.mark.parametrize("bus", BUSES)
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_force_gives_the_host_its_file_back_at_once(
+    qemu: str, tmp_path: Path, bus: str, image_format: str
+) -> None:
+    """Firmware does not let go of a PCI device; yet the image is closed, and can be attached again at once.
+
+    The machine is its own: a firmware that was reset before resets itself once more, some time later.
+    """
+    path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", 4 * MIB)
+    async with idle_machine(qemu, tmp_path) as machine:
+        before = await Snapshot.take(machine)
+        await machine.attach(Drive(str(path), "disk", bus, image_format))
+        await machine.detach("disk", timeout=0, force=True)
+        assert "image" not in await open_images(machine, tmp_path)
+        if bus != "virtio-scsi":
+            assert [(each.state.value, each.forced) for each in machine.storage if not each.boot] == [
+                ("detaching", True)
+            ]
+            with pytest.raises(StoragePending, match="disk is detaching"):
+                await machine.resize("disk", 8 * MIB)
+            with pytest.raises(StoragePending, match="disk is detaching"):
+                await machine.replace("disk", str(make_raw(tmp_path / "other", MIB)))
+            await machine.attach(Drive(str(path), "again", "virtio-scsi", image_format))
+            await machine.detach("again")
+            # Asking again changes nothing; neither does more force.
+            assert await machine.detach("disk", timeout=0.1, force=True) is False
+        await remove(machine, "disk")
+        assert await Snapshot.take(machine) == before
+
+
+# Limits.
+
+
+async def throttling(machine: Machine) -> list[dict[str, int]]:
+    """What QEMU says that it limits, whatever node that is on."""
+    groups = await machine.monitor.execute("qom-list", {"path": "/objects"})
+    names = [each["name"] for each in groups if each["type"] == "child<throttle-group>"]
+    found = [
+        await machine.monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "limits"}) for name in names
+    ]
+    return [{key: value for key, value in each.items() if value and not key.endswith("-length")} for each in found]
+
+
+@pytest.mark.parametrize("bus", ["virtio-scsi", "scsi-cd"])
+async def test_limits_come_change_and_go(machine: Machine, tmp_path: Path, bus: str) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", bus))
+    await machine.limit("disk", Limits(iops=100, bps=1 << 20, burst=3))
+    assert await throttling(machine) == [
+        {"iops-total": 100, "iops-total-max": 300, "bps-total": 1 << 20, "bps-total-max": 3 << 20}
+    ]
+    await machine.limit("disk", Limits(iops_read=5, bps_write=6))
+    assert await throttling(machine) == [{"iops-read": 5, "bps-write": 6}]
+    await machine.limit("disk", NO_LIMITS)
+    assert await throttling(machine) == [{}]
+    await machine.detach("disk")
+
+
+async def test_limits_are_there_from_the_beginning_and_stay_with_another_image(
+    machine: Machine, tmp_path: Path
+) -> None:
+    limits = Limits(iops_write=7)
+    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", limits=limits))
+    assert await throttling(machine) == [{"iops-write": 7}]
+    await machine.replace("disk", str(make_qcow2(tmp_path / "other", MIB)), format="qcow2")
+    assert await throttling(machine) == [{"iops-write": 7}]
+    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+    assert [node["drv"] for node in nodes].count("throttle") == 1
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(iops=-1), "iops of -1 is out of range"),
+        (Limits(iops=1, iops_read=1), "iops and iops-read or iops-write exclude each other"),
+        (Limits(bps=1, bps_write=1), "bps and bps-read or bps-write exclude each other"),
+        (Limits(iops=1, burst=0.5), "burst of 0.5 is out of range"),
+    ],
+)
+async def test_limits_that_cannot_be(machine: Machine, tmp_path: Path, limits: Limits, message: str) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi"))
+    with pytest.raises(BadConfig, match=message):
+        await machine.limit("disk", limits)
+    await machine.detach("disk")
+    with pytest.raises(BadConfig, match=message):
+        await machine.attach(Drive(str(tmp_path / "image"), "disk", "virtio-scsi", limits=limits))
+
+
+# The size.
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_a_disk_and_its_image_grow(machine: Machine, tmp_path: Path, image_format: str) -> None:
+    path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", MIB)
+    await machine.attach(Drive(str(path), "disk", "virtio-scsi", image_format))
+    assert await machine.resize("disk", 3 * MIB) == 3 * MIB
+    assert (await machine.storage.sizes())["disk"] == 3 * MIB
+    with pytest.raises(BadConfig, match="would be lost") as caught:
+        await machine.resize("disk", 2 * MIB)
+    assert "--shrink" in caught.value.hint
+    if image_format == "raw":
+        assert path.stat().st_size == 3 * MIB
+        assert await machine.resize("disk", 2 * MIB, shrink=True) == 2 * MIB
+        assert path.stat().st_size == 2 * MIB
+    await machine.detach("disk")
+
+
+async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "image", MIB)
+    await machine.attach(Drive(str(path), "disk", "virtio-scsi"))
+    os.truncate(path, 5 * MIB)
+    assert await machine.resize("disk") == 5 * MIB
+    assert path.stat().st_size == 5 * MIB
+    # Another file under the same path says nothing.
+    path.unlink()
+    make_raw(path, 9 * MIB)
+    with pytest.raises(BadConfig, match="does not tell its size"):
+        await machine.resize("disk")
+    await machine.detach("disk")
+
+
+async def test_what_cannot_be_resized(machine: Machine, tmp_path: Path) -> None:
+    path = str(make_raw(tmp_path / "image", MIB))
+    await machine.attach(Drive(path, "disk", "virtio-scsi", read_only=True))
+    with pytest.raises(ConfigNotSupported, match="disk is read-only"):
+        await machine.resize("disk", 2 * MIB)
+    await machine.detach("disk")
+    await machine.attach(Drive(path, "cd", "scsi-cd"))
+    with pytest.raises(ConfigNotSupported, match="an optical disk cannot change its size"):
+        await machine.resize("cd", 2 * MIB)
+    await machine.detach("cd")
+    await machine.attach(Drive(path, "disk", "virtio-scsi"))
+    with pytest.raises(BadConfig, match="cannot have 1000 bytes"):
+        await machine.resize("disk", 1000)
+    await machine.detach("disk")
+
+
+# Media.
+
+
+async def test_an_optical_drive_may_be_empty_and_gets_media(machine: Machine, tmp_path: Path) -> None:
+    first, second = make_raw(tmp_path / "first", MIB), make_raw(tmp_path / "second", 2 * MIB)
+    await machine.attach(Drive("", "cd", "scsi-cd"))
+    assert (await machine.storage.sizes())["cd"] == 0
+    await machine.insert_media("cd", str(first))
+    assert (await machine.storage.sizes())["cd"] == MIB
+    await machine.insert_media("cd", str(second))
+    assert (await machine.storage.sizes())["cd"] == 2 * MIB
+    assert await open_images(machine, tmp_path) == {"second"}
+    await machine.eject_media("cd")
+    assert (await machine.storage.sizes())["cd"] == 0
+    assert await open_images(machine, tmp_path) == set()
+    await machine.eject_media("cd")
+    await machine.insert_media("cd", str(first))
+    await machine.detach("cd")
+
+
+async def test_a_medium_that_qemu_cannot_open_leaves_the_old_one(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "cd", "scsi-cd"))
+    attached = await Snapshot.take(machine)
+    (tmp_path / "broken").write_bytes(b"QFI\xfb" + bytes(1 << 16))
+    with pytest.raises(QmpError, match="refused blockdev-add"):
+        await machine.insert_media("cd", str(tmp_path / "broken"), format="qcow2")
+    assert await Snapshot.take(machine) == attached
+    assert (await machine.storage.sizes())["cd"] == MIB
+    await machine.detach("cd")
+
+
+async def test_only_an_optical_drive_has_media(machine: Machine, tmp_path: Path) -> None:
+    path = str(make_raw(tmp_path / "image", MIB))
+    await machine.attach(Drive(path, "disk", "virtio-scsi"))
+    with pytest.raises(BadConfig, match="has no media"):
+        await machine.insert_media("disk", path)
+    with pytest.raises(BadConfig, match="has no media"):
+        await machine.eject_media("disk")
+    await machine.detach("disk")
+    with pytest.raises(BadConfig, match="has no image"):
+        await machine.attach(Drive("", "disk", "virtio-scsi"))
+    await machine.attach(Drive(path, "cd", "scsi-cd"))
+    with pytest.raises(ConfigNotSupported, match="is an optical drive"):
+        await machine.replace("cd", path)
+    await machine.detach("cd")
+
+
+# Options.
+
+
+async def test_a_shared_image_is_written_from_two_machines(machine: Machine, qemu: str, tmp_path: Path) -> None:
+    drive = Drive(str(make_raw(tmp_path / "image", MIB)), bus="virtio-scsi", share=True)
+    async with idle_machine(qemu, tmp_path) as other:
+        await machine.attach(drive)
+        await other.attach(drive)
+        # Somebody who does not share it is kept out.
+        await other.detach("image")
+        with pytest.raises(SystemFailure, match=f"machine {machine.name} uses the image of image"):
+            await other.attach(drive._replace(share=False))
+        await machine.detach("image")
+    with pytest.raises(BadConfig, match="qcow2 format cannot be shared"):
+        await machine.attach(Drive(str(make_qcow2(tmp_path / "qcow2")), format="qcow2", bus="virtio-scsi", share=True))
+
+
+async def test_options_reach_the_nodes(machine: Machine, tmp_path: Path) -> None:
+    path = str(make_raw(tmp_path / "image", MIB))
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    await machine.attach(Drive(path, "disk", "virtio-scsi", cache="none", detect_zeroes="unmap"))
+    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+    attached = next(each for each in machine.storage if each.name == "disk")
+    assert attached.image is not None
+    by_name = {node["node-name"]: node for node in nodes}
+    assert by_name[attached.image.file_node]["cache"]["direct"] is True
+    assert by_name[attached.identifiers.pivot]["detect_zeroes"] == "unmap"
+    await machine.detach("disk")
+
+
+async def test_an_io_thread_comes_and_goes_with_its_disk(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-blk", thread=True))
+    threads = await machine.monitor.execute("query-iothreads")
+    assert len(threads) == 1
+    await machine.replace("disk", str(make_qcow2(tmp_path / "other", 2 * MIB)), format="qcow2")
+    await machine.limit("disk", Limits(iops=10))
+    await remove(machine, "disk")
+    assert await machine.monitor.execute("query-iothreads") == []
+
+
+@pytest.mark.parametrize(
+    ("drive", "message"),
+    [
+        (Drive("image", discard="maybe"), "unknown discard mode 'maybe'"),
+        (Drive("image", detect_zeroes="maybe"), "unknown zero detection 'maybe'"),
+        (Drive("image", detect_zeroes="unmap", discard="ignore"), "discard must be unmap"),
+        (Drive("image", cache="maybe"), "unknown cache mode 'maybe'"),
+        (Drive("image", aio="maybe"), "unknown asynchronous I/O 'maybe'"),
+        (Drive("image", bus="nvme", thread=True), "bus nvme cannot have an I/O thread"),
+        (Drive("image", boot_index=-2), "boot index of -2"),
+    ],
+)
+async def test_options_that_cannot_be(machine: Machine, tmp_path: Path, drive: Drive, message: str) -> None:
+    make_raw(tmp_path / "image", MIB)
+    with pytest.raises(BadConfig, match=message):
+        await machine.attach(drive._replace(path=str(tmp_path / drive.path)))
+
+
+async def test_the_bus_auto_is_virtio_blk_while_there_are_ports(machine: Machine, tmp_path: Path) -> None:
+    taken = [machine.storage._context.layout.pci.take() for _ in range(machine.storage.ports_free)]
+    attached = await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "auto"))
+    assert attached.drive.bus == "virtio-scsi"
+    await machine.detach("disk")
+    for place in taken:
+        machine.storage._context.layout.pci.release(place)
+    attached = await machine.attach(Drive(str(tmp_path / "image"), "disk", "auto"))
+    assert attached.drive.bus == "virtio-blk"
+    await remove(machine, "disk")
+
+
+async def test_statistics_are_those_of_the_drive(machine: Machine, tmp_path: Path) -> None:
+    for bus in ("virtio-scsi", "scsi-cd"):
+        await machine.attach(Drive(str(make_raw(tmp_path / bus, MIB)), bus, bus))
+    found = await machine.storage.statistics()
+    assert {"virtio-scsi", "scsi-cd"} <= set(found)
+    assert found["virtio-scsi"].writes == 0
+    for bus in ("virtio-scsi", "scsi-cd"):
+        await machine.detach(bus)
