@@ -34,7 +34,7 @@ def admit(context: Context, others: Iterable[Attachment], drive: Drive, backing:
     for other in others:
         if other.name == drive.name:
             raise StorageExists(f"a drive named {drive.name} exists already", hint=_exists_hint(other))
-    serial = drives.check_serial(drive.serial) if drive.serial else drives.serial_for(drive.name)
+    serial = _choose_serial(drive)
     image = None
     if backing is not None:
         image = make_image(context, drive, backing, drive.format, drive.path or drive.name)
@@ -59,6 +59,14 @@ def _exists_hint(other: Attachment) -> str:
     if other.state is State.DETACHING:
         return "its removal is pending; the name is free once the guest has let go"
     return "choose another name, or detach it first"
+
+
+def _choose_serial(drive: Drive) -> str:
+    if drive.bus == "nvme-ns":
+        if drive.serial:
+            raise BadConfig("a namespace has no serial number but its controller's", hint="leave the serial out")
+        return buses.NAMESPACE_SERIAL
+    return drives.check_serial(drive.serial) if drive.serial else drives.serial_for(drive.name)
 
 
 def make_image(context: Context, drive: Drive, backing: Backing, image_format: str | None, what: str) -> Image:
