@@ -108,7 +108,7 @@ async def test_an_image_that_another_machine_uses_is_refused(machine: Machine, q
     path = str(make_raw(tmp_path / "disk"))
     async with idle_machine(qemu, tmp_path) as other:
         await other.attach(Drive(path, bus="virtio-scsi"))
-        with pytest.raises(SystemFailure, match="another process uses the image") as caught:
+        with pytest.raises(SystemFailure, match=f"machine {other.name} uses the image") as caught:
             await machine.attach(Drive(path, bus="virtio-scsi"))
         assert caught.value.errno_name == "EBUSY"
 

@@ -143,6 +143,7 @@ def _drives(drives: Sequence[BootDrive]) -> Iterable[str]:
     for each in drives:
         assert each.image.backing is not None
         yield from ("-add-fd", f"fd={each.image.backing.fd},set={each.image.fdset}")
+        yield from ("-object", json.dumps({"qom-type": "throttle-group", "id": each.identifiers.limits}))
         for node in each.nodes():
             yield from ("-blockdev", json.dumps(node))
         yield from ("-device", json.dumps(each.device()))

@@ -290,18 +290,18 @@ class Machine:
         """Change a drive's I/O limits. Raises what `Storage.limit` raises."""
         await self.storage.limit(name, limits)
 
-    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+    async def insert_media(self, name: str, path: str, **options: Any) -> None:
         """Open an image as the caller and put it into an optical drive. Raises what `Storage.insert_media` raises."""
         backing = backings.open_drive(path, read_only=True)
-        await self.storage.insert_media(name, backing, format=format, path=_absolute(path), force=force)
+        await self.storage.insert_media(name, backing, path=_absolute(path), **options)
 
     async def insert_media_backing(self, name: str, backing: Backing, **options: Any) -> None:
         """The same with an image that is open already. Owns `backing` from the call on."""
         await self._storage_for(backing).insert_media(name, backing, **options)
 
-    async def eject_media(self, name: str, *, force: bool = False) -> None:
+    async def eject_media(self, name: str, **options: Any) -> None:
         """Take the medium out of an optical drive. Raises what `Storage.eject_media` raises."""
-        await self.storage.eject_media(name, force=force)
+        await self.storage.eject_media(name, **options)
 
     async def multiplexer(self) -> Multiplexer:
         """What shares QEMU among QMP clients; started when it is first asked for.

@@ -79,7 +79,7 @@ def make_image(context: Context, drive: Drive, backing: Backing, image_format: s
     if drive.share and chosen != "raw":
         raise BadConfig(f"an image in {chosen} format cannot be shared", hint="share raw images only")
     backings.set_direct(backing, drive.cache == "none", what=what)
-    return Image(context.fresh_number(), backing, chosen, drive.path, limited=drive.limits.any)
+    return Image(context.fresh_number(), backing, chosen, drive.path)
 
 
 def check_not_attached(others: Iterable[Attachment], backing: Backing, *, share: bool) -> None:

@@ -18,6 +18,8 @@ class Bus(NamedTuple):
     writable: bool = True
     #: Whether the guest can be told another size while the disk is there (HOTPLUG.md 9).
     resizable: bool = True
+    #: Whether the guest is asked to let go of the device.
+    asks: bool = True
 
 
 #: The serial number of the controller that carries the namespaces; theirs have none of their own.
@@ -29,9 +31,9 @@ NAMESPACE_SERIAL = "vmspawn"
 TABLE = {
     "virtio-blk": Bus("virtio-blk-pci", "pci", "virtio-{serial}"),
     "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False),
-    "nvme-ns": Bus("nvme-ns", "namespaces", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False),
-    "virtio-scsi": Bus("scsi-hd", "scsi", "scsi-0QEMU_QEMU_HARDDISK_{serial}"),
-    "scsi-cd": Bus("scsi-cd", "scsi", "scsi-0QEMU_QEMU_CD-ROM_{serial}", writable=False, resizable=False),
+    "nvme-ns": Bus("nvme-ns", "namespaces", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False, asks=False),
+    "virtio-scsi": Bus("scsi-hd", "scsi", "scsi-0QEMU_QEMU_HARDDISK_{serial}", asks=False),
+    "scsi-cd": Bus("scsi-cd", "scsi", "scsi-0QEMU_QEMU_CD-ROM_{serial}", writable=False, resizable=False, asks=False),
 }
 
 

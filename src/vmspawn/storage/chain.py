@@ -79,23 +79,7 @@ class AddFormatNode:
         await context.remove_node(image.format_node)
 
 
-class AddLimitNode:
-    """Put the node on top that keeps the limits."""
-
-    name = "limit"
-
-    def applies(self, image: Image) -> bool:
-        return image.limited
-
-    async def do(self, context: Context, attachment: Attachment, image: Image) -> None:
-        group = attachment.identifiers.limits
-        await context.monitor.execute("blockdev-add", nodes.limit_node(image, group, attachment.drive))
-
-    async def undo(self, context: Context, image: Image) -> None:
-        await context.remove_node(image.limit_node)
-
-
-IMAGE_STEPS: tuple[ImageStep, ...] = (PassDescriptor(), AddFileNode(), AddFormatNode(), AddLimitNode())
+IMAGE_STEPS: tuple[ImageStep, ...] = (PassDescriptor(), AddFileNode(), AddFormatNode())
 _BY_NAME = {step.name: step for step in IMAGE_STEPS}
 
 
@@ -103,19 +87,9 @@ async def build(context: Context, attachment: Attachment, image: Image) -> None:
     """Do the steps that the image needs and that were not done."""
     for step in IMAGE_STEPS:
         if step.applies(image) and step.name not in image.done:
-            await _do(context, attachment, image, step)
-
-
-async def add_limit(context: Context, attachment: Attachment, image: Image) -> None:
-    """Put the node that keeps limits on an image that has been built without."""
-    image.limited = True
-    await _do(context, attachment, image, _BY_NAME[AddLimitNode.name])
-
-
-async def _do(context: Context, attachment: Attachment, image: Image, step: ImageStep) -> None:
-    image.done.append(step.name)
-    context.journal()
-    await step.do(context, attachment, image)
+            image.done.append(step.name)
+            context.journal()
+            await step.do(context, attachment, image)
 
 
 async def release(context: Context, image: Image) -> None:
@@ -123,15 +97,6 @@ async def release(context: Context, image: Image) -> None:
     if PassDescriptor.name in image.done:
         await _BY_NAME[PassDescriptor.name].undo(context, image)
         image.done.remove(PassDescriptor.name)
-
-
-async def remove_limit(context: Context, image: Image) -> None:
-    """Undo the image's limits alone."""
-    if AddLimitNode.name in image.done:
-        await _BY_NAME[AddLimitNode.name].undo(context, image)
-        image.done.remove(AddLimitNode.name)
-    image.limited = False
-    context.journal()
 
 
 async def dismantle(context: Context, attachment: Attachment, image: Image) -> None:

@@ -12,7 +12,6 @@ from .attachment import Attachment
 from .context import Context
 from .image import FAULT, Image
 from .limits import Limits
-from .steps import AddLimits, do_step, undo_step
 
 #: Seconds that QEMU may take to put another node under the pivot. It waits for the requests in flight, however long the
 #: host's storage takes for them (HOTPLUG.md 12), and answers nothing else meanwhile.
@@ -31,7 +30,6 @@ async def replace(context: Context, attachment: Attachment, fresh: Image, *, shr
     old = attachment.images[0]
     pivot = attachment.identifiers.pivot
     size = await context.virtual_size(pivot)
-    fresh.limited = AddLimits.name in attachment.done
     attachment.images.append(fresh)
     try:
         await chain.build(context, attachment, fresh)
@@ -77,35 +75,15 @@ async def _put_under(context: Context, attachment: Attachment, image: Image) -> 
 
 
 async def limit(context: Context, attachment: Attachment, limits: Limits) -> None:
-    """Change the limits; the first ones put a throttle node between pivot and image. Raises QmpError."""
-    group = attachment.identifiers.limits
-    before, attachment.limits = attachment.limits, limits
-    try:
-        if AddLimits.name in attachment.done:
-            arguments = {"path": f"/objects/{group}", "property": "limits", "value": limits.to_qemu()}
-            await context.monitor.execute("qom-set", arguments)
-        elif limits.any:
-            await _begin_limits(context, attachment)
-    except QmpError:
-        attachment.limits = before
-        raise
+    """Change the limits. Raises QmpError."""
+    arguments = {
+        "path": f"/objects/{attachment.identifiers.limits}",
+        "property": "limits",
+        "value": limits.to_qemu(),
+    }
+    await context.monitor.execute("qom-set", arguments)
+    attachment.limits = limits
     context.journal()
-
-
-async def _begin_limits(context: Context, attachment: Attachment) -> None:
-    await do_step(context, attachment, AddLimits.name)
-    for image in attachment.images:
-        await _limit_image(context, attachment, image)
-
-
-async def _limit_image(context: Context, attachment: Attachment, image: Image) -> None:
-    try:
-        await chain.add_limit(context, attachment, image)
-        await _put_under(context, attachment, image)
-    except QmpError:
-        await chain.remove_limit(context, image)
-        await undo_step(context, attachment, AddLimits.name)
-        raise
 
 
 async def take_away(context: Context, attachment: Attachment) -> None:

@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..qmp.monitor import Event, Monitor
 from ..qmp.runstate import RunState
-from . import admission, chain, exchange, media, pending, statistics
+from . import admission, buses, chain, exchange, media, pending, statistics
 from . import resize as resizing
 from .attachment import Attachment, Removal, State
 from .backing import Backing
@@ -174,9 +174,9 @@ class Storage:
                 await attachment.settled.wait()
         except TimeoutError:
             raise StoragePending(f"{name} is still being attached", hint="try again") from None
-        task = self._unwind(attachment)
         if force:
             await self._take_away(attachment)
+        task = self._unwind(attachment)
         await asyncio.wait({task}, timeout=deadline - asyncio.get_running_loop().time())
         if not task.done():
             if force:
@@ -187,6 +187,13 @@ class Storage:
         return True
 
     async def _take_away(self, attachment: Attachment) -> None:
+        going = attachment.unwinding is not None and AddDevice.name in attachment.done
+        if going and not buses.TABLE[attachment.drive.bus].asks:
+            # The device goes in a moment. (QEMU does not let go of a node that is changed while its device goes.)
+            return
+        # From here on nobody else changes the drive. The guest is asked once the image is gone.
+        self._begin_removal(attachment)
+
         async def work() -> None:
             async with attachment.lock:
                 await exchange.take_away(self._context, attachment)
@@ -195,17 +202,23 @@ class Storage:
             await self._tasks.run(
                 work(), f"taking the image of {attachment.name} away", timeout=CHANGE_TIMEOUT, hint=pending.STORAGE_HINT
             )
-        finally:
-            self._context.journal()
+        except VmspawnError:
+            # Then at least the guest is asked.
+            self._unwind(attachment)
+            raise
 
     def _unwind(self, attachment: Attachment) -> asyncio.Task[None]:
         """The one task that takes the attachment apart; started if it is not under way."""
+        self._begin_removal(attachment)
         if attachment.unwinding is None:
-            attachment.state = State.DETACHING
-            attachment.removal = Removal()
             attachment.unwinding = self._tasks.start(self._undo_all(attachment))
         attachment.nudge.set()
         return attachment.unwinding
+
+    def _begin_removal(self, attachment: Attachment) -> None:
+        if attachment.removal is None:
+            attachment.state = State.DETACHING
+            attachment.removal = Removal()
 
     async def _undo_all(self, attachment: Attachment) -> None:
         was_attached = attachment.settled.is_set()
@@ -285,11 +298,18 @@ class Storage:
         await self._change(attachment, work, "limiting")
 
     async def insert_media(
-        self, name: str, backing: Backing, *, format: str | None = None, path: str = "", force: bool = False
+        self,
+        name: str,
+        backing: Backing,
+        *,
+        format: str | None = None,
+        path: str = "",
+        force: bool = False,
+        timeout: float = media.TRAY_TIMEOUT,
     ) -> None:
         """Put a medium into an optical drive, in the place of one that is there. Owns `backing` from the call on.
 
-        Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest holds the tray locked.
+        Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest holds the tray locked for `timeout` s.
         """
         try:
             attachment = self._find(name)
@@ -302,17 +322,17 @@ class Storage:
             raise
 
         async def work() -> None:
-            await media.insert(self._context, attachment, image, force=force)
+            await media.insert(self._context, attachment, image, force=force, timeout=timeout)
 
         await self._change(attachment, work, "changing the medium of", image)
 
-    async def eject_media(self, name: str, *, force: bool = False) -> None:
+    async def eject_media(self, name: str, *, force: bool = False, timeout: float = media.TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive; the tray stays open. Raises what `insert_media` raises."""
         attachment = self._find(name)
         media.check_optical(attachment)
 
         async def work() -> None:
-            await media.eject(self._context, attachment, force=force)
+            await media.eject(self._context, attachment, force=force, timeout=timeout)
 
         await self._change(attachment, work, "ejecting the medium of")
 

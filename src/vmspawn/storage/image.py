@@ -23,7 +23,7 @@ class Image:
     `done` is the journal: the names of the steps that were begun and not undone, oldest first.
     """
 
-    __slots__ = ("backing", "done", "format", "limited", "number", "path", "size")
+    __slots__ = ("backing", "done", "format", "number", "path", "size")
 
     # On the start path, where dataclasses would take long to load.
     def __init__(
@@ -34,15 +34,13 @@ class Image:
         path: str = "",
         *,
         size: int = 0,
-        limited: bool = False,
     ) -> None:
-        """`size` is that of an image without a file, in bytes; `limited` says that it has a throttle node."""
+        """`size` is that of an image without a file, in bytes."""
         self.number = number
         self.backing = backing
         self.format = format
         self.path = path
         self.size = size
-        self.limited = limited
         self.done: list[str] = []
 
     @property
@@ -57,23 +55,13 @@ class Image:
 
     @property
     def format_node(self) -> str:
-        """The node of the format; a raw image has none but the pivot."""
+        """The node of the format; a raw image needs none."""
         return f"image{self.number}-format"
-
-    @property
-    def limit_node(self) -> str:
-        """The throttle node."""
-        return f"image{self.number}-limit"
-
-    @property
-    def base_node(self) -> str:
-        """The node below any limits."""
-        return self.file_node if self.format == "raw" else self.format_node
 
     @property
     def top_node(self) -> str:
         """The node that the pivot stands on."""
-        return self.limit_node if self.limited else self.base_node
+        return self.file_node if self.format == "raw" else self.format_node
 
     @property
     def writable(self) -> bool:
@@ -94,7 +82,6 @@ class Image:
             "format": self.format,
             "path": self.path,
             "size": self.size,
-            "limited": self.limited,
             "done": list(self.done),
             "backing": backing
             and {"block": backing.block, "writable": backing.writable, "identity": list(backing.identity)},

@@ -16,6 +16,9 @@ from .steps import AddPivot, BuildImage, do_step, enter_step, undo_step
 #: Seconds that the guest has to open a tray that it has locked.
 TRAY_TIMEOUT = 10.0
 
+#: How often a tray is opened again that the guest closes before the medium has moved.
+_ATTEMPTS = 10
+
 
 def check_optical(attachment: Attachment) -> None:
     """Raise BadConfig if the drive has no media."""
@@ -23,78 +26,112 @@ def check_optical(attachment: Attachment) -> None:
         raise BadConfig(f"{attachment.name} is a {attachment.drive.bus} disk and has no media", hint="use replace-disk")
 
 
+class Tray:
+    """The tray of one optical drive. The guest may lock it, and may close it at any moment."""
+
+    def __init__(self, context: Context, attachment: Attachment, *, force: bool, timeout: float = TRAY_TIMEOUT) -> None:
+        """`force` opens it whatever the guest does; else it has `timeout` seconds to open one that it has locked."""
+        self._monitor = context.monitor
+        self._device = attachment.identifiers.device
+        self._name = attachment.name
+        self._force = force
+        self._timeout = timeout
+
+    async def open(self) -> None:
+        """Open it, or ask the guest to. Raises StoragePending if the guest does not.
+
+        QEMU's `{}` proves nothing: it says the same where it has only passed on the wish.
+        """
+        with self._monitor.events() as events:
+            await self._monitor.execute("blockdev-open-tray", {"id": self._device, "force": self._force})
+            if await self._is_open():
+                return
+            try:
+                async with asyncio.timeout(self._timeout):
+                    async for event in events:
+                        if event.name == "DEVICE_TRAY_MOVED" and self._was_opened(event.data or {}):
+                            return
+            except TimeoutError:
+                raise StoragePending(
+                    f"the guest holds the tray of {self._name} locked and has not opened it within {self._timeout:g} s",
+                    hint="unmount it in the guest, or use --force",
+                ) from None
+
+    async def _is_open(self) -> bool:
+        for found in await self._monitor.execute("query-block"):
+            if self._device in found.get("qdev", "").split("/"):
+                return bool(found.get("tray_open"))
+        return False
+
+    def _was_opened(self, data: dict[str, Any]) -> bool:
+        return data.get("id") == self._device and bool(data.get("tray-open"))
+
+    async def run(self, command: str, **arguments: object) -> None:
+        """Run a command that needs the tray open, and open it first, again if the guest closes it meanwhile."""
+        for attempt in range(_ATTEMPTS):
+            await self.open()
+            try:
+                await self._monitor.execute(command, {"id": self._device, **arguments})
+            except QmpError as error:
+                if "is not open" not in error.description or attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                return
+
+    async def close(self) -> None:
+        """Close it."""
+        await self._monitor.execute("blockdev-close-tray", {"id": self._device})
+
+
 async def empty(context: Context, attachment: Attachment) -> None:
     """Take out what a drive that is to be empty was plugged in with; the tray ends closed.
 
     QEMU would plug in an empty one too, but then it forgets to let go of the media that come and go later.
     """
-    await _open_tray(context, attachment, force=True)
-    await _take_out(context, attachment, None)
-    await context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
+    tray = Tray(context, attachment, force=True)
+    await _take_out(context, attachment, tray, None)
+    await tray.close()
 
 
-async def insert(context: Context, attachment: Attachment, image: Image, *, force: bool) -> None:
+async def insert(context: Context, attachment: Attachment, image: Image, *, force: bool, timeout: float) -> None:
     """Put a medium in, in the place of one that is there. The descriptor of `image` is closed in any case.
 
     Raises StoragePending if the guest holds the tray locked, QmpError if QEMU cannot use the image; the old medium
     stays then.
     """
     old = attachment.image
+    tray = Tray(context, attachment, force=force, timeout=timeout)
     attachment.images.append(image)
     try:
         # QEMU opens the image before the tray is touched.
         enter_step(context, attachment, BuildImage.name)
         await chain.build(context, attachment, image)
-        await _open_tray(context, attachment, force=force)
-        await _take_out(context, attachment, old)
+        await tray.open()
+        await _take_out(context, attachment, tray, old)
         await chain.release(context, image)
         await do_step(context, attachment, AddPivot.name)
-        arguments = {"id": attachment.identifiers.device, "node-name": attachment.identifiers.pivot}
-        await context.monitor.execute("blockdev-insert-medium", arguments)
-        await context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
+        await tray.run("blockdev-insert-medium", **{"node-name": attachment.identifiers.pivot})
+        await tray.close()
     except (QmpError, StoragePending):
         if attachment.image is image:
-            await _take_out(context, attachment, image)
-        else:
-            await chain.dismantle(context, attachment, image)
+            await undo_step(context, attachment, AddPivot.name)
+        await chain.dismantle(context, attachment, image)
+        if not attachment.images:
+            await undo_step(context, attachment, BuildImage.name)
         raise
 
 
-async def eject(context: Context, attachment: Attachment, *, force: bool) -> None:
+async def eject(context: Context, attachment: Attachment, *, force: bool, timeout: float) -> None:
     """Take the medium out; the tray stays open. Raises StoragePending if the guest holds the tray locked."""
-    await _open_tray(context, attachment, force=force)
-    await _take_out(context, attachment, attachment.image)
+    tray = Tray(context, attachment, force=force, timeout=timeout)
+    await tray.open()
+    await _take_out(context, attachment, tray, attachment.image)
 
 
-async def _open_tray(context: Context, attachment: Attachment, *, force: bool) -> None:
-    """Open the tray, or ask the guest to; forced, it opens whatever the guest does."""
-    device = attachment.identifiers.device
-    arguments = {"id": device, "force": force}
-    with context.monitor.events() as events:
-        try:
-            await context.monitor.execute("blockdev-open-tray", arguments)
-        except QmpError as error:
-            if "is locked" not in error.description:
-                raise
-        else:
-            return
-        try:
-            async with asyncio.timeout(TRAY_TIMEOUT):
-                async for event in events:
-                    data: dict[str, Any] = event.data or {}
-                    if event.name == "DEVICE_TRAY_MOVED" and data.get("id") == device and data.get("tray-open"):
-                        return
-        except TimeoutError:
-            raise StoragePending(
-                f"the guest holds the tray of {attachment.name} locked and has not opened it within {TRAY_TIMEOUT:g} s",
-                hint="unmount it in the guest, or use --force",
-            ) from None
-
-
-async def _take_out(context: Context, attachment: Attachment, medium: Image | None) -> None:
-    """Remove the medium from the open tray, if there is one, and close its image."""
+async def _take_out(context: Context, attachment: Attachment, tray: Tray, medium: Image | None) -> None:
+    """Remove the medium, if there is one, and close its image."""
     if AddPivot.name in attachment.done:
-        await context.monitor.execute("blockdev-remove-medium", {"id": attachment.identifiers.device})
+        await tray.run("blockdev-remove-medium")
         await undo_step(context, attachment, AddPivot.name)
     if medium is not None:
         await chain.dismantle(context, attachment, medium)

@@ -66,12 +66,12 @@ class AddThread:
 
 
 class AddLimits:
-    """Make the group that the drive's limits belong to; without limits there is none."""
+    """Make the group that the drive's limits belong to, be there any or not."""
 
     name = "limits"
 
     def applies(self, attachment: Attachment) -> bool:
-        return attachment.limits.any
+        return True
 
     async def do(self, context: Context, attachment: Attachment) -> None:
         arguments = {

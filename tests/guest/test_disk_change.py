@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Disks that change, and images that are taken away, while a guest writes to them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import MIB, make_qcow2, make_raw
+from tests.machines import Snapshot, event_named, fresh_name
+from tests.shell import Shell
+from vmspawn import Drive, Machine
+from vmspawn.errors import ConfigNotSupported, StoragePending
+from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
+from vmspawn.storage.limits import NO_LIMITS, Limits
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+RESIZABLE = ("virtio-blk", "virtio-scsi")
+
+
+class Booted(NamedTuple):
+    machine: Machine
+    shell: Shell
+
+
+def options(qemu: str) -> dict[str, Any]:
+    return {"guest": "builtin", "qemu": qemu, "name": fresh_name(), "console": "headless"}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guest(qemu: str) -> AsyncIterator[Booted]:
+    async with Machine(**options(qemu)) as machine:
+        shell = await Shell.open(machine)
+        yield Booted(machine, shell)
+        shell.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def nothing_left(guest: Booted) -> AsyncIterator[None]:
+    """Every test must leave the machine as it found it, as far as drives go."""
+    before = await Snapshot.take(guest.machine)
+    yield
+    assert await Snapshot.take(guest.machine) == before
+
+
+async def attach(guest: Booted, path: Path, bus: str, **more: Any) -> str:
+    """Attach a disk called `disk`; returns the guest's name for it."""
+    await guest.machine.attach(Drive(str(path), "disk", bus, **more))
+    return (await guest.shell.wait_for(r"block (\S+) came"))[1]
+
+
+async def detach(guest: Booted, device: str) -> None:
+    await guest.machine.detach("disk")
+    await guest.shell.wait_for(f"block {device} went")
+
+
+#: Writes one sector, by an open descriptor: once the disk is gone, its name would make a file.
+WRITE = "echo line $i | dd of=/proc/self/fd/4 bs=512 seek=$i conv=fsync,sync 2>/dev/null"
+
+
+async def start_writer(shell: Shell, device: str) -> None:
+    """A writer in the guest, one sector after the other, that says when it cannot write any more."""
+    loop = f"i=0; while {WRITE}; do i=$(((i+1)%2048)); done"
+    await shell.run(f"(exec 4<>/dev/{device}; {loop}; echo 'writer' 'ended') >/dev/console & true")
+
+
+async def stop_writer(shell: Shell) -> None:
+    await shell.run("kill $! && wait $! 2>/dev/null; true")
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
+async def test_an_image_is_replaced_under_a_writer(guest: Booted, tmp_path: Path, bus: str) -> None:
+    machine, shell = guest
+    old, new = make_raw(tmp_path / "old", 4 * MIB), make_qcow2(tmp_path / "new", 4 * MIB)
+    device = await attach(guest, old, bus)
+    await start_writer(shell, device)
+    written = await wait_for_writes(machine, 5)
+    await machine.replace("disk", str(new), format="qcow2")
+    frozen = old.read_bytes()
+    # The writer goes on, into the new image and not into the old one.
+    await wait_for_writes(machine, written + 20)
+    assert old.read_bytes() == frozen
+    await stop_writer(shell)
+    await detach(guest, device)
+    content = await raw_content(new)
+    assert content.count(b"line ") > 0
+
+
+async def wait_for_writes(machine: Machine, count: int) -> int:
+    """Wait until the guest has written that often. Nothing announces it, so QEMU is asked now and then."""
+    async with asyncio.timeout(30):
+        while (done := (await machine.storage.statistics())["disk"].writes) < count:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return done
+
+
+async def raw_content(image: Path) -> bytes:
+    """What a qcow2 image holds, by qemu-img."""
+    command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), f"{image}.raw"]
+    assert await (await asyncio.create_subprocess_exec(*command)).wait() == 0
+    return await asyncio.to_thread(Path(f"{image}.raw").read_bytes)
+
+
+@pytest.mark.parametrize("bus", RESIZABLE)
+async def test_the_guest_sees_another_size_at_once(guest: Booted, tmp_path: Path, bus: str) -> None:
+    machine, shell = guest
+    device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), bus)
+
+    async def sectors() -> int:
+        return int((await shell.run(f"cat /sys/block/{device}/size")).split()[-1])
+
+    await machine.resize("disk", 6 * MIB)
+    assert await sectors() * 512 == 6 * MIB
+    await machine.replace("disk", str(make_qcow2(tmp_path / "larger", 8 * MIB)), format="qcow2")
+    assert await sectors() * 512 == 8 * MIB
+    await detach(guest, device)
+
+
+async def test_an_nvme_disk_keeps_its_size_and_says_why(guest: Booted, tmp_path: Path) -> None:
+    device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), "nvme")
+    with pytest.raises(ConfigNotSupported, match="bus nvme cannot change its size") as caught:
+        await guest.machine.resize("disk", 8 * MIB)
+    assert "detach it" in caught.value.hint
+    await detach(guest, device)
+
+
+@pytest.mark.parametrize("thread", [False, True])
+async def test_limits_hold_a_writer_back_until_they_are_lifted(guest: Booted, tmp_path: Path, thread: bool) -> None:
+    """A hundred writes take a moment, and most of a minute at two a second: lifting the limit is what ends them."""
+    machine, shell = guest
+    device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), "virtio-blk", thread=thread)
+    await machine.limit("disk", Limits(iops_write=2))
+    loop = f"i=0; while [ $i -lt 100 ]; do {WRITE}; i=$((i+1)); done"
+    await shell.run(f"(exec 4<>/dev/{device}; {loop}; echo 'writes' 'are done') >/dev/console & true")
+    await wait_for_writes(machine, 3)
+    assert (await machine.storage.statistics())["disk"].writes < 100
+    await machine.limit("disk", NO_LIMITS)
+    await shell.wait_for("writes are done")
+    assert (await machine.storage.statistics())["disk"].writes >= 100
+    await detach(guest, device)
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
+async def test_force_takes_the_image_from_a_writer(guest: Booted, tmp_path: Path, bus: str) -> None:
+    machine, shell = guest
+    image = make_raw(tmp_path / "image", 4 * MIB)
+    device = await attach(guest, image, bus)
+    await start_writer(shell, device)
+    await wait_for_writes(machine, 5)
+    await machine.detach("disk", timeout=0, force=True)
+    frozen = image.read_bytes()
+    await shell.wait_for("writer ended")
+    assert image.read_bytes() == frozen
+    if any(each.name == "disk" for each in machine.storage):
+        await machine.detach("disk", timeout=60)
+    await shell.wait_for(f"block {device} went")
+
+
+async def test_a_guest_that_removes_a_disk_itself_is_noticed(guest: Booted, tmp_path: Path) -> None:
+    machine, shell = guest
+    device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), "virtio-blk")
+    gone = asyncio.create_task(event_named(machine, DETACHED_EVENT))
+    await asyncio.sleep(0)
+    await shell.run(
+        f"address=$(basename $(readlink -f /sys/block/{device}/device/..)); "
+        "for slot in /sys/bus/pci/slots/*; do "
+        "[ $(cat $slot/address) != ${address%.*} ] || echo 0 >$slot/power; done"
+    )
+    assert await gone == {"name": "disk"}
+    await shell.run(f"[ ! -e /sys/block/{device} ]")
+
+
+async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tmp_path: Path) -> None:
+    """It does not even see the disk; the removal is pending with a reason, the image free, and a reset ends it."""
+    image = make_raw(tmp_path / "image", 4 * MIB)
+    async with Machine(**options(qemu), kernel_arguments=("acpi=off",)) as machine:
+        shell = await Shell.open(machine)
+        before = await Snapshot.take(machine)
+        await machine.attach(Drive(str(image), "disk"))
+        asked = asyncio.create_task(event_named(machine, DETACHING_EVENT))
+        await asyncio.sleep(0)
+        with pytest.raises(StoragePending, match="the guest has not let go of disk") as caught:
+            await machine.detach("disk", timeout=1.5)
+        assert "--force" in caught.value.hint
+        said = await asked
+        assert (said["name"], said["requests"]) == ("disk", 1)
+        assert "let go of disk" in said["reason"]
+        assert await machine.detach("disk", timeout=0, force=True) is False
+        await machine.attach(Drive(str(image), "again", "virtio-scsi"))
+        await machine.detach("again")
+        late = asyncio.create_task(event_named(machine, DETACHED_EVENT))
+        await asyncio.sleep(0)
+        await machine.reboot()
+        assert await late == {"name": "disk"}
+        assert await Snapshot.take(machine) == before
+        shell.close()

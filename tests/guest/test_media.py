@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Media that come and go in an optical drive that is there from boot, as an installer has it."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import MIB
+from tests.machines import fresh_name
+from tests.shell import Shell
+from vmspawn import Drive, Machine
+from vmspawn.errors import StoragePending
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Booted(NamedTuple):
+    machine: Machine
+    shell: Shell
+
+
+def make_medium(path: Path, text: bytes) -> Path:
+    path.write_bytes(text.ljust(MIB, b"\0"))
+    return path
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Booted]:
+    medium = make_medium(tmp_path_factory.mktemp("media") / "first", b"first medium\n")
+    drives = (Drive(str(medium), "installer", "scsi-cd"),)
+    name = fresh_name()
+    async with Machine(guest="builtin", qemu=qemu, name=name, console="headless", extra_drives=drives) as machine:
+        shell = await Shell.open(machine)
+        yield Booted(machine, shell)
+        shell.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def nothing_left(guest: Booted) -> AsyncIterator[None]:
+    """As many nodes and descriptor sets as before: those of the medium have other names each time."""
+
+    async def counts() -> tuple[int, int]:
+        nodes = await guest.machine.monitor.execute("query-named-block-nodes", {"flat": True})
+        return len(nodes), len(await guest.machine.monitor.execute("query-fdsets"))
+
+    before = await counts()
+    yield
+    assert await counts() == before
+
+
+def first_medium(machine: Machine) -> str:
+    image = next(each for each in machine.storage if each.name == "installer").image
+    assert image is not None
+    return image.path
+
+
+async def test_the_installers_flow(guest: Booted, tmp_path: Path) -> None:
+    """There at boot, ejected, and another one inserted."""
+    machine, shell = guest
+    first = first_medium(machine)
+    second = make_medium(tmp_path / "second", b"second medium\n")
+    assert await shell.run("head -n 1 /dev/sr0") == "first medium"
+    await machine.eject_media("installer")
+    await shell.run("! head -n 1 /dev/sr0 2>/dev/null")
+    await machine.insert_media("installer", str(second))
+    assert await shell.run("head -n 1 /dev/sr0") == "second medium"
+    await machine.insert_media("installer", first)
+    assert await shell.run("head -n 1 /dev/sr0") == "first medium"
+
+
+async def test_a_tray_that_the_guest_has_locked(guest: Booted) -> None:
+    machine, shell = guest
+    first = first_medium(machine)
+    await shell.run("exec 3</dev/sr0")
+    with pytest.raises(StoragePending, match="holds the tray of installer locked") as caught:
+        await machine.eject_media("installer", timeout=0.2)
+    assert "--force" in caught.value.hint
+    assert await shell.run("head -n 1 /dev/sr0") == "first medium"
+    await machine.eject_media("installer", force=True)
+    await shell.run("exec 3<&-")
+    await machine.insert_media("installer", first)
+    assert await shell.run("head -n 1 /dev/sr0") == "first medium"
