@@ -97,3 +97,24 @@ def test_places_read_as_people_would_write_them() -> None:
     assert str(PciPlace("port3", "0x0")) == "port3"
     assert str(PciPlace("pci.0", "0x5")) == "pci.0:0x5"
     assert str(ScsiPlace("scsi0.0", 7, 0)) == "scsi0:7:0"
+
+
+def test_a_name_gets_the_same_namespace_each_time() -> None:
+    found = layout("q35", None, namespaces=True).namespaces
+    place = found.take_for("data")
+    found.release(place)
+    assert found.take_for("data") == place
+    # If that is taken, it gets another.
+    assert found.take_for("data") != place
+    assert found.free == ports.NAMESPACES - 2
+
+
+def test_a_machine_without_namespaces_says_so() -> None:
+    with pytest.raises(NoFreePort, match="no free NVMe namespace: this machine has none"):
+        layout("q35", None).namespaces.take_for("data")
+
+
+@given(st.lists(st.text(min_size=1), max_size=ports.NAMESPACES, unique=True))
+def test_namespaces_are_handed_out_once_each(names: list[str]) -> None:
+    found = layout("pc", None, namespaces=True).namespaces
+    assert len({found.take_for(name) for name in names}) == len(names)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verbs of vmctl that are about disks, as people and programs use them."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+from tests.commands import Spawned, idle, vmctl
+from tests.conftest import MIB, make_qcow2, make_raw
+
+DEADLINE = 30.0
+
+
+@pytest.fixture(scope="module")
+def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
+    with idle(qemu, tmp_path_factory.mktemp("image")) as running:
+        yield running
+
+
+def run(*arguments: str) -> str:
+    """Run a verb that must succeed; returns what it printed."""
+    done = vmctl(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def disk(machine: Spawned, name: str) -> dict[str, Any]:
+    disks: list[dict[str, Any]] = json.loads(run("list-disks", machine.name, "--json=short"))
+    return next(each for each in disks if each["name"] == name)
+
+
+def test_a_disk_is_attached_changed_and_detached(machine: Spawned, tmp_path: Path) -> None:
+    first, second = make_raw(tmp_path / "first", 4 * MIB), make_qcow2(tmp_path / "second", 6 * MIB)
+    name = machine.name
+    said = run("attach-disk", name, str(first), "--name=data", "--bus=virtio-scsi", "--iops=1K", "--discard=ignore")
+    assert said == "Attached data on virtio-scsi at scsi0:0:0: /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_data\n"
+    assert disk(machine, "data")["limits"]["iops"] == 1024
+    assert run("resize-disk", name, "data", "5M") == "Resized data to 5M\n"
+    said = run("replace-disk", name, "data", str(second), "--format=qcow2")
+    assert said == f"Replaced the image of data by {second}, 6M\n"
+    found = disk(machine, "data")
+    assert (found["format"], found["path"], found["sizeBytes"]) == ("qcow2", str(second), 6 * MIB)
+    assert run("limit-disk", name, "data", "--bps-read=1M", "--burst=2") == "Limited data\n"
+    limits = disk(machine, "data")["limits"]
+    assert (limits["iops"], limits["bpsRead"], limits["burstPercent"]) == (0, MIB, 200)
+    assert run("limit-disk", name, "data") == "data has no limits now\n"
+    assert disk(machine, "data")["limits"] is None
+    assert run("detach-disk", name, "data") == "Detached data\n"
+
+
+def test_media_come_and_go(machine: Spawned, tmp_path: Path) -> None:
+    medium = make_raw(tmp_path / "medium", MIB)
+    said = run("attach-disk", machine.name, "--bus=scsi-cd", "--name=cd")
+    assert said.startswith("Attached cd on scsi-cd at scsi0:")
+    assert "read-only" in said
+    assert disk(machine, "cd")["path"] is None
+    assert run("insert-media", machine.name, "cd", str(medium)) == f"Inserted {medium} into cd\n"
+    assert disk(machine, "cd")["path"] == str(medium)
+    assert run("eject-media", machine.name, "cd") == "Ejected the medium of cd\n"
+    assert disk(machine, "cd")["sizeBytes"] == 0
+    run("detach-disk", machine.name, "cd")
+
+
+def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) -> None:
+    run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)), "--bus=virtio-scsi", "--bps=1M")
+    header, *lines = run("list-disks", machine.name).splitlines()
+    assert header.split() == ["DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "BY-ID", "LIMITS", "FILE"]
+    data = next(line for line in lines if line.startswith("data "))
+    assert data.split()[1:6] == ["virtio-scsi", "1M", "raw", "rw", "attached"]
+    assert data.split()[-2:] == ["bps=1048576", str(tmp_path / "data")]
+    header, *lines = run("list-disks", machine.name, "--stats").splitlines()
+    assert header.split()[:3] == ["DISK", "READS", "READ"]
+    assert [line.split()[0] for line in lines] == ["boot", "data"]
+    found = json.loads(run("list-disks", machine.name, "--stats", "--json=short"))
+    assert set(found[1]["perSecond"]) < set(found[1])
+    run("detach-disk", machine.name, "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (
+            ["replace-disk", "{machine}", "nobody", "{image}"],
+            1,
+            "cannot replace nobody: there is no drive named nobody",
+        ),
+        (["replace-disk", "{machine}", "boot", "{image}"], 1, "cannot replace boot: boot has been there from boot"),
+        (["resize-disk", "{machine}", "boot", "512"], 1, "would be lost"),
+        (["resize-disk", "{machine}", "boot", "big"], 2, "SIZE big is not a size"),
+        (["limit-disk", "{machine}", "boot", "--burst=2"], 2, "--burst= needs a limit"),
+        (["limit-disk", "{machine}", "boot", "--iops=1", "--iops-read=1"], 1, "exclude each other"),
+        (["insert-media", "{machine}", "boot", "{image}"], 1, "has no media"),
+        (["attach-disk", "{machine}", "{image}", "--bus=nvme", "--iothread"], 1, "bus nvme cannot have an I/O thread"),
+        (["attach-disk", "{machine}", "--bus=scsi-cd"], 2, "no image"),
+        (["detach-disk", "{machine}", "boot", "--force"], 1, "cannot be detached while the machine runs"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(
+    machine: Spawned, tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
+    image = make_raw(tmp_path / "image", MIB)
+    done = vmctl(*(argument.format(machine=machine.name, image=image) for argument in arguments))
+    assert done.returncode == status
+    first, *hint = done.stderr.splitlines()
+    assert first.startswith("vmctl: ")
+    assert message in first
+    assert len(hint) <= 1
+
+
+def test_a_bus_that_this_qemu_lacks_is_refused_with_one_that_it_has(
+    qemu: str, tmp_path: Path, machine: Spawned
+) -> None:
+    image = make_raw(tmp_path / "image", MIB)
+    done = vmctl("attach-disk", machine.name, str(image), "--bus=nvme-ns")
+    if done.returncode == 0:
+        assert re.search(r"nvme0:\d+: /dev/disk/by-id/nvme-QEMU_NVMe_Ctrl_vmspawn_\d+$", done.stdout.strip())
+        run("detach-disk", machine.name, "image")
+        return
+    assert "cannot plug in NVMe namespaces" in done.stderr
+    assert "use bus nvme" in done.stderr
+
+
+def test_a_pending_removal_is_shown_and_can_be_left_or_forced(qemu: str, tmp_path: Path) -> None:
+    """On a terminal it is shown what is waited for; firmware never lets go of a disk. Its machine is its own."""
+    with idle(qemu, tmp_path) as machine:
+        run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)))
+        assert run("detach-disk", machine.name, "data", "--no-wait").startswith(
+            "Detaching data: the guest has not let go"
+        )
+        # Every column is needed for the reason.
+        size = (24, 200)
+        arguments = ["-m", "vmspawn.cli.ctl", "detach-disk", machine.name, "data", "--timeout=3"]
+        terminal = pexpect.spawn(sys.executable, arguments, timeout=DEADLINE, encoding="utf-8", dimensions=size)
+        terminal.expect(r"\d+ s, asked (once|\d+ times): the guest has not let go of data")
+        terminal.expect("vmctl: cannot detach data: the guest has not let go of data")
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 1
+        found = disk(machine, "data")
+        assert (found["state"], found["removal"]["forced"]) == ("detaching", False)
+        assert found["removal"]["requests"] >= 1
+        said = run("detach-disk", machine.name, "data", "--force", "--timeout=0")
+        assert said.startswith("Detached data by force: its image is free.")
+        assert disk(machine, "data")["removal"]["forced"] is True
+        assert f"{tmp_path}/data" not in {os.path.realpath(path) for path in open_files(machine)}
+
+
+def open_files(machine: Spawned) -> list[str]:
+    from tests.commands import qemu_pid
+
+    return [str(entry) for entry in Path(f"/proc/{qemu_pid(machine.name)}/fd").iterdir()]
