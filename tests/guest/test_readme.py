@@ -42,7 +42,7 @@ def test_the_commands(commands: dict[str, str], tmp_path: Path) -> None:
             ["sh", "-c", script], cwd=tmp_path, env=commands, capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stderr) == (0, "")
-        assert "Attached data.raw on nvme" in done.stdout
+        assert "Attached data.raw on virtio-blk" in done.stdout
         assert "Detached data.raw" in done.stdout
         assert machine.wait() == 0
     assert "the guest powered off" in machine.output["stderr"]
