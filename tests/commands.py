@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,9 +35,10 @@ def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedP
 class Spawned:
     """A running vmspawn. What it prints on either output is read while something is waited for."""
 
-    def __init__(self, name: str, arguments: tuple[str, ...]) -> None:
+    def __init__(self, name: str, arguments: tuple[str, ...], *, program: Sequence[str] = ()) -> None:
+        """Start `program`, which is this checkout's vmspawn unless another is named."""
         self.name = name
-        command = [sys.executable, "-m", "vmspawn.cli.spawn", "-M", name, *arguments]
+        command = [*(program or (sys.executable, "-m", "vmspawn.cli.spawn")), "-M", name, *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -65,13 +66,17 @@ class Spawned:
 
     def close(self) -> None:
         """End what still runs."""
-        if self.process.poll() is None and vmctl("terminate", self.name).returncode != 0:
+        if self.process.poll() is None and not self.terminate():
             self.process.kill()
         self.wait()
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()
         self.process.wait()
+
+    def terminate(self) -> bool:
+        """End the machine without asking the guest, and say whether that was heard."""
+        return vmctl("terminate", self.name).returncode == 0
 
     def _read(self, seconds: float) -> bool:
         """Read once from what is readable; False at the deadline, or when both streams have ended."""

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 
 from .console.output import ConsoleOutput
+from .control.registration import Registered
 from .control.server import ControlServer, build_registry
 from .errors import NotConnected, Timeout
 from .machine.launch import END_SIGNALS, Launched
@@ -80,6 +81,7 @@ async def supervise(launched: Launched, notice: Callable[[str], None], *, output
     machine.open(launched)
     server: ControlServer | None = None
     console: ConsoleOutput | None = None
+    registered = Registered(machine, notice)
     shutdown = Shutdown(machine, notice)
     try:
         server = ControlServer(machine.directory, build_registry(machine))
@@ -87,6 +89,7 @@ async def supervise(launched: Launched, notice: Callable[[str], None], *, output
             console = ConsoleOutput(source, output)
         shutdown.listen()
         await machine.started()
+        await registered.begin()
         notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
         end = await machine.wait()
         if console is not None:
@@ -98,4 +101,5 @@ async def supervise(launched: Launched, notice: Callable[[str], None], *, output
             server.close()
         if console is not None:
             console.close()
+        await registered.end()
         await machine.close()

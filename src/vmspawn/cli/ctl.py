@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from ..control.client import Client, VarlinkError
 from ..errors import NotConnected, Timeout, UsageError, VmspawnError
+from ..host import machined
 from ..host.runtime import check_name, machine_names
 from ..version import VERSION
 from . import disks, qmp
@@ -119,7 +120,8 @@ def _add_qmp_verbs(verbs: Any) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    machines = [found for name in machine_names() if (found := _look_at(name)) is not None]
+    names = sorted({*machine_names(), *machined.machines()})
+    machines = [found for name in names if (found := _look_at(name)) is not None]
     columns = ("MACHINE", "STATE", "QEMU", "ACCEL", "PID")
     show(options, machines, "machines", columns, _machine_row, right=("PID",))
 
@@ -134,33 +136,45 @@ def _look_at(name: str) -> dict[str, Any] | None:
     try:
         check_name(name)
         with Client(name, timeout=_LIST_TIMEOUT) as client:
-            return client.call(f"{MACHINE}.Describe")
+            return _describe(client, name)
     except (NotConnected, UsageError):
         return None
     except Timeout:
         return {"name": name, "status": "unresponsive", "qemuVersion": "-", "accelerator": "-", "processId": 0}
 
 
+def _describe(client: Client, name: str) -> dict[str, Any]:
+    """What a machine says of itself. One of systemd-vmspawn's knows but its status."""
+    try:
+        return client.call(f"{MACHINE}.Describe")
+    except VarlinkError as error:
+        if error.leaf != "InterfaceNotFound":
+            raise
+        status = client.call(f"{INSTANCE}.Describe")["status"]
+        return {"name": name, "status": status, "qemuVersion": "-", "accelerator": "-", "processId": 0}
+
+
 def _status(options: argparse.Namespace) -> None:
     with client_for(options) as client:
-        found = client.call(f"{MACHINE}.Describe")
-        disks = client.call(f"{MACHINE}.ListStorage")["storage"]
+        found = _describe(client, options.machine)
+        disks = client.call(f"{MACHINE}.ListStorage")["storage"] if "ports" in found else []
     if options.json != "off":
         print_json({**found, "storage": disks}, options.json)
         return
-    print_fields(
-        [
-            ("Machine", found["name"]),
-            ("State", found["status"]),
-            ("Up", format_duration(found["uptimeUSec"] / 1e6)),
-            (
-                "QEMU",
-                f"{found['qemuVersion']}, {found['accelerator']}, {found['machineType']}, pid {found['processId']}",
-            ),
-            ("Ports", f"{found['portsFree']} of {found['ports']} free"),
-            ("Disks", ", ".join(disk["name"] for disk in disks) or "none"),
-        ]
-    )
+    print_fields([("Machine", found["name"]), ("State", found["status"]), *_details(found, disks)])
+
+
+def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What only a machine of our own says of itself."""
+    if "ports" not in found:
+        return []
+    qemu = f"{found['qemuVersion']}, {found['accelerator']}, {found['machineType']}, pid {found['processId']}"
+    return [
+        ("Up", format_duration(found["uptimeUSec"] / 1e6)),
+        ("QEMU", qemu),
+        ("Ports", f"{found['portsFree']} of {found['ports']} free"),
+        ("Disks", ", ".join(disk["name"] for disk in disks) or "none"),
+    ]
 
 
 def _simple(options: argparse.Namespace) -> None:

@@ -27,3 +27,21 @@ def complain(program: str, error: VmspawnError) -> None:
     print(f"{program}: {error}", file=sys.stderr)
     if error.hint:
         print(f"{' ' * len(program)}  {error.hint}", file=sys.stderr)
+
+
+#: What systemd takes for a boolean, in any case.
+_BOOLEANS = {
+    **dict.fromkeys(("1", "yes", "y", "true", "t", "on"), "yes"),
+    **dict.fromkeys(("0", "no", "n", "false", "f", "off"), "no"),
+}
+
+
+def boolean(option: str, text: str, *, auto: bool = False) -> str:
+    """`yes` or `no` for what systemd takes for a boolean, and `auto` if that is allowed. Raises UsageError."""
+    if auto and text in ("auto", ""):
+        return "auto"
+    try:
+        return _BOOLEANS[text.lower()]
+    except KeyError:
+        choices = "yes, no or auto" if auto else "yes or no"
+        raise UsageError(f"{option}{text} is neither yes nor no", hint=f"write {option}{choices}") from None

@@ -20,6 +20,7 @@ from ..machine.launch import END_SIGNALS, launch
 from ..storage.drive import BUSES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
+from . import system_options
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 
 _PROGRAM = "vmspawn"
@@ -40,6 +41,7 @@ def build_parser() -> Parser:
     _add_boot(parser)
     _add_machine(parser)
     _add_storage(parser)
+    system_options.add(parser)
     parser.add_argument("kernel_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -149,6 +151,7 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
         qemu=options.qemu,
         qemu_arguments=tuple(options.qemu_arg),
         shutdown_timeout=options.shutdown_timeout,
+        registration=system_options.registration(options),
     )
     return configuration.check(config), options.quiet
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import NotConnected, Timeout, VmspawnError
-from ..host import runtime
+from ..host import machined, runtime
 
 #: Seconds for a reply, as sd-varlink's clients have it.
 REPLY_TIMEOUT = 45.0
@@ -139,18 +139,26 @@ def _connect(machine: str) -> socket.socket:
     try:
         folder = os.open(os.path.join(runtime.runtime_root(), machine), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
+        # Others have their sockets elsewhere: systemd-vmspawn, and a vmspawn with another runtime directory.
+        if path := machined.machines().get(machine):
+            return _connect_to(path, machine)
         raise NotConnected(f"there is no machine named {machine}", hint="see: vmctl list") from None
     except OSError as error:
         raise NotConnected(f"cannot reach machine {machine}: {error.strerror}") from None
+    try:
+        return _connect_to(f"/proc/self/fd/{folder}/{runtime.CONTROL}", machine)
+    finally:
+        os.close(folder)
+
+
+def _connect_to(path: str, machine: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.connect(f"/proc/self/fd/{folder}/{runtime.CONTROL}")
+        connection.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         raise NotConnected(f"machine {machine} does not run", hint="see: vmctl list") from None
     except OSError as error:
         connection.close()
         raise NotConnected(f"cannot reach machine {machine}: {error.strerror}") from None
-    finally:
-        os.close(folder)
     return connection

@@ -10,6 +10,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import UsageError
+from ..host import machined
 from ..host.runtime import NAME_MAX, check_name
 from ..storage.drive import DEFAULT_BUS, Drive
 
@@ -56,6 +57,7 @@ class MachineConfig(NamedTuple):
     qemu: str | None = None
     qemu_arguments: tuple[str, ...] = ()
     shutdown_timeout: float = SHUTDOWN_TIMEOUT
+    registration: machined.Registration = machined.Registration()
 
     @property
     def ram_bytes(self) -> int:
@@ -79,6 +81,7 @@ def check(config: MachineConfig) -> MachineConfig:
         raise UsageError(f"--ram= is too small for a guest ({config.ram_bytes} bytes)", hint="use at least 32M")
     if config.uuid is not None:
         _check_uuid(config.uuid)
+    machined.check(config.registration)
     return config._replace(name=check_name(config.name if config.name is not None else _default_name(config)))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
-from ..host import runtime
+from ..host import runtime, scope
 from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
 from ..storage import backing as backings
@@ -225,6 +225,7 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             launched.boot_drives,
             inherited,
         )
+        arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
         images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
         launched.pid = spawn(arguments, keep=[*monitors.values(), inherited.console, *images], log=log)
         _connect(launched)

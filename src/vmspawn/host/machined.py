@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd-machined: making a machine known to machinectl, and finding those that others made known.
+
+Nothing here is needed for a machine to work; on a host without systemd nobody misses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..errors import StartError, Timeout, UsageError, VmspawnError
+from .varlink import REPLY_TIMEOUT, Service, ServiceError, ServiceMissing
+
+MODES = ("auto", "yes", "no")
+
+#: What we are called in machinectl's SERVICE column.
+SERVICE = "vmspawn"
+
+_INTERFACE = "io.systemd.Machine"
+
+#: Seconds that a machine's end may wait for machined; it notices by itself that the leader is gone.
+UNREGISTER_TIMEOUT = 5.0
+
+#: Seconds that a listing may wait for machined.
+LIST_TIMEOUT = 2.0
+
+
+class Registration(NamedTuple):
+    """How a machine is to be registered, and in which unit it is to run.
+
+    `mode` is one of MODES. `scope` is `system` or `user`, or empty: the system's for root, else the user's. `slice` and
+    `properties` are for a scope unit that is made for QEMU.
+    """
+
+    mode: str = "auto"
+    scope: str = ""
+    keep_unit: bool = False
+    slice: str = ""
+    properties: tuple[str, ...] = ()
+
+    @property
+    def user(self) -> bool:
+        """Whether the user's service manager is meant, not the system's."""
+        return self.scope == "user" if self.scope else os.geteuid() != 0
+
+    @property
+    def own_scope(self) -> bool:
+        """Whether QEMU is started in a scope unit of ours, for machined makes one that takes no settings."""
+        return bool(self.slice or self.properties)
+
+
+def check(registration: Registration) -> None:
+    """Raise UsageError for what contradicts itself."""
+    if registration.mode not in MODES:
+        raise UsageError(f"--register={registration.mode} is not known", hint="there are: yes, no, auto")
+    if registration.keep_unit and registration.own_scope:
+        option = "--slice=" if registration.slice else "--property="
+        raise UsageError(f"{option} is for a scope unit, and --keep-unit makes none", hint="leave out one of them")
+    if registration.keep_unit and registration.mode == "no":
+        # As systemd-vmspawn: the unit is what machined would be told.
+        return
+    for each in registration.properties:
+        if "=" not in each.lstrip("="):
+            raise UsageError(f"--property={each} has no value", hint="write --property=NAME=VALUE")
+
+
+def socket_path(*, user: bool) -> str:
+    """Where machined listens; an empty string where there can be none."""
+    if not user:
+        return "/run/systemd/machine/io.systemd.Machine"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return os.path.join(runtime, "systemd/machine/io.systemd.Machine") if runtime else ""
+
+
+def _connect(registration: Registration, timeout: float) -> Service:
+    return Service(socket_path(user=registration.user), timeout=timeout)
+
+
+def register(
+    registration: Registration,
+    *,
+    name: str,
+    uuid: str | None,
+    leader: int,
+    control: str,
+    directory: str | None,
+    notice: Callable[[str], None],
+) -> bool:
+    """Make a machine known to machined and say whether it is. Blocks for as long as machined does.
+
+    `leader` is QEMU's process, `control` the path of the control socket, `directory` the guest's root if it is one of
+    the host's. Raises StartError if registration was a firm wish; else it is silent where there is no machined, and
+    tells `notice` where there is one that refuses.
+    """
+    if registration.mode == "no":
+        return False
+    wanted: dict[str, Any] = {
+        "name": name,
+        "service": SERVICE,
+        "class": "vm",
+        "leader": leader,
+        "controlAddress": os.path.abspath(control),
+        "allocateUnit": not (registration.keep_unit or registration.own_scope),
+    }
+    if uuid:
+        wanted["id"] = uuid.replace("-", "").lower()
+    if directory:
+        wanted["rootDirectory"] = directory
+    try:
+        with _connect(registration, REPLY_TIMEOUT) as service:
+            service.call(f"{_INTERFACE}.Register", wanted)
+    except VmspawnError as error:
+        _not_registered(registration, name, error, notice)
+        return False
+    return True
+
+
+def _not_registered(registration: Registration, name: str, error: VmspawnError, notice: Callable[[str], None]) -> None:
+    hint = "use --register=auto or --register=no to do without"
+    if isinstance(error, ServiceMissing):
+        reason = f"systemd-machined does not run ({error})"
+        if registration.user:
+            hint = "use --system for the system's machined, or --register=no to do without"
+    elif isinstance(error, ServiceError) and error.leaf == "MachineExists":
+        reason = f"systemd-machined knows another machine named {name}"
+        hint = "choose another name with --machine="
+    else:
+        reason = f"systemd-machined refused: {error}"
+    if registration.mode == "yes":
+        raise StartError(f"cannot register the machine: {reason}", hint=hint)
+    if not isinstance(error, ServiceMissing):
+        notice(f"not registered: {reason}")
+
+
+def unregister(registration: Registration, name: str) -> None:
+    """Make machined forget a machine that we registered. That it has done so by itself is no error, nor is its end."""
+    with contextlib.suppress(VmspawnError), _connect(registration, UNREGISTER_TIMEOUT) as service:
+        service.call(f"{_INTERFACE}.Unregister", {"name": name})
+
+
+def machines() -> dict[str, str]:
+    """The control sockets of all virtual machines that the system's and the user's machined know, by name.
+
+    A machined that is not there, or does not answer in time, knows none.
+    """
+    found: dict[str, str] = {}
+    for user in (False, True):
+        if path := socket_path(user=user):
+            found = {**_machines_at(path), **found}
+    return found
+
+
+def _machines_at(path: str) -> dict[str, str]:
+    try:
+        with Service(path, timeout=LIST_TIMEOUT) as service:
+            return {
+                each["name"]: each["controlAddress"]
+                for each in service.stream(f"{_INTERFACE}.List", {})
+                if each.get("class") == "vm" and each.get("controlAddress")
+            }
+    except (ServiceMissing, ServiceError, Timeout):
+        return {}

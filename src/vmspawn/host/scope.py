@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A scope unit of QEMU's own, with a slice and properties of the user's choice.
+
+systemd-run makes it, for it knows every property and its type: it asks the service manager for the scope, puts itself
+in it, and becomes QEMU. The process id, the descriptors and the exit status are those of one process throughout.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import StartError
+from .machined import Registration
+
+_PROGRAM = "systemd-run"
+_HINT = "leave out --slice= and --property= where there is no systemd"
+
+
+def prefix(registration: Registration, name: str) -> list[str]:
+    """What to put in front of QEMU's command line; nothing if no scope of our own is wanted. Raises StartError."""
+    if not registration.own_scope:
+        return []
+    manager = "--user" if registration.user else "--system"
+    slice_option = [f"--slice={registration.slice}"] if registration.slice else []
+    properties = [f"--property={each}" for each in registration.properties]
+    # As machined names its scopes; of the characters of a machine's name, a unit's has only the dash escaped.
+    escaped = name.replace("-", r"\x2d")
+    return [
+        _find(),
+        *(manager, "--scope", "--quiet", "--collect", "--no-ask-password"),
+        f"--unit=machine-{escaped}.scope",
+        f"--description=Virtual Machine {name}",
+        *slice_option,
+        *properties,
+        "--",
+    ]
+
+
+def _find() -> str:
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        path = os.path.join(folder, _PROGRAM)
+        if os.access(path, os.X_OK):
+            return path
+    raise StartError(f"--slice= and --property= need {_PROGRAM}, which is not installed", hint=_HINT)

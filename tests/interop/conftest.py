@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the tests in the box share: one booted box, and machines in it."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.interop.box import Box, why_not
+from tests.interop.machines import BoxedMachine
+from vmspawn.guest import builtin
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All in this folder is of the mark."""
+    folder = Path(__file__).parent
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.interop)
+
+
+@pytest.fixture(scope="session")
+def box() -> Iterator[Box]:
+    """A booted box; where there can be none, the test says why."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Box() as booted:
+        if guest := builtin.find():
+            source = Path(guest.kernel).parent
+            shutil.copytree(source, booted.path(f"/root/.cache/vmspawn/guest/{source.name}"))
+        yield booted
+
+
+@pytest.fixture
+def spawn(box: Box) -> Iterator[Callable[..., BoxedMachine]]:
+    """Start machines in the box, each in a transient unit; they end with the test."""
+    with ExitStack() as machines:
+
+        def start(*arguments: str, unit: tuple[str, ...] = (), name: str | None = None) -> BoxedMachine:
+            machine = BoxedMachine(box, arguments, unit=unit, name=name)
+            machines.callback(machine.close)
+            return machine
+
+        yield start
+
+
+@pytest.fixture
+def idle(box: Box, spawn: Callable[..., BoxedMachine]) -> BoxedMachine:
+    """A running machine whose guest is its firmware, looking for something to boot."""
+    machine = spawn(f"--image={make_image(box)}", "--ram=64M", "--console=headless")
+    machine.wait_for("is running")
+    return machine
+
+
+def make_image(box: Box, size: int = 1 << 20) -> str:
+    """A new sparse image in the box; returns its path there."""
+    from tests.machines import fresh_name
+
+    path = f"/var/tmp/{fresh_name()}.raw"
+    with box.path(path).open("wb") as file:
+        file.truncate(size)
+    return path

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd-machined knows our machines, and machinectl drives them as it drives those of systemd-vmspawn."""
+
+import json
+import signal
+from collections.abc import Callable
+
+from tests.interop.box import Box
+from tests.interop.conftest import make_image
+from tests.interop.machines import BoxedMachine
+
+Spawn = Callable[..., BoxedMachine]
+
+#: A machine whose guest is its firmware.
+IDLE = ("--ram=64M", "--console=headless")
+
+
+def boot_builtin(spawn: Spawn, *arguments: str) -> BoxedMachine:
+    machine = spawn("--guest=builtin", *arguments)
+    machine.wait_for("vmspawn-guest: ready", stream="stdout")
+    return machine
+
+
+def test_a_machine_is_registered_with_what_machinectl_needs(box: Box, spawn: Spawn) -> None:
+    uuid = "6f1d2a1e8f0b4c7d9a3e5b7c9d1f2a3b"
+    machine = spawn(f"--image={make_image(box)}", *IDLE, f"--uuid={uuid}")
+    machine.wait_for("is running")
+    found = machine.registration()
+    assert found is not None
+    assert (found["class"], found["service"], found["id"]) == ("vm", "vmspawn", uuid)
+    assert found["controlAddress"] == machine.control
+    assert found["leader"]["pid"] == machine.call("io.vmspawn.Machine.Describe")["processId"]
+    assert found["unit"] == f"machine-{machine.name}.scope"
+
+
+def test_machinectl_list_and_status(box: Box, idle: BoxedMachine) -> None:
+    listed = json.loads(box.run("machinectl", "list", "--output=json").stdout)
+    assert [(each["class"], each["service"]) for each in listed if each["machine"] == idle.name] == [("vm", "vmspawn")]
+    status = box.run("machinectl", "status", idle.name).stdout
+    assert "vmspawn; class vm" in status
+    assert f"machine-{idle.name}.scope" in status
+
+
+def test_machinectl_pause_and_resume(idle: BoxedMachine) -> None:
+    idle.machinectl("pause")
+    assert idle.call("io.systemd.MachineInstance.Describe") == {"running": False, "status": "paused"}
+    idle.machinectl("resume")
+    assert idle.call("io.systemd.MachineInstance.Describe") == {"running": True, "status": "running"}
+
+
+def test_machinectl_terminate_ends_the_machine_and_its_registration(idle: BoxedMachine) -> None:
+    idle.machinectl("terminate")
+    assert idle.wait() == 0
+    assert idle.registration() is None
+
+
+def test_machinectl_reboot_and_poweroff(spawn: Spawn) -> None:
+    machine = boot_builtin(spawn)
+    machine.output["stdout"] = ""
+    machine.machinectl("reboot")
+    machine.wait_for("vmspawn-guest: ready", stream="stdout")
+    machine.machinectl("poweroff")
+    assert machine.wait() == 0
+    assert "the guest powered off" in machine.output["stderr"]
+    assert machine.registration() is None
+
+
+def test_machinectl_bind_volume_and_unbind_volume(box: Box, spawn: Spawn) -> None:
+    machine = boot_builtin(spawn)
+    volume = f"fs:{machine.name}.volume"
+    box.run("machinectl", "bind-volume", machine.name, f"{volume}:nvme:create=new,size=8M,template=sparse-file")
+    machine.wait_for("nvme", stream="stdout")
+    disks = json.loads(box.run("vmctl", "list-disks", machine.name, "--json=short").stdout)
+    assert [(each["name"], each["bus"]) for each in disks] == [(volume, "nvme")]
+    box.run("machinectl", "unbind-volume", machine.name, volume)
+    assert json.loads(box.run("vmctl", "list-disks", machine.name, "--json=short").stdout) == []
+
+
+def test_stopping_the_unit_shuts_the_guest_down(box: Box, spawn: Spawn) -> None:
+    machine = boot_builtin(spawn, "--keep-unit")
+    found = machine.registration()
+    assert found is not None
+    assert found["unit"] == machine.unit
+    # Only the manager is told; what is left after it is killed, as KillMode=mixed has it.
+    box.run("systemctl", "kill", "--kill-whom=main", f"--signal={signal.SIGTERM.name}", machine.unit)
+    assert machine.wait() == 0
+    assert "the guest powered off" in machine.output["stderr"]
+    assert machine.registration() is None
+
+
+def test_a_machine_whose_qemu_is_killed_is_not_registered_any_more(box: Box, idle: BoxedMachine) -> None:
+    pid = idle.call("io.vmspawn.Machine.Describe")["processId"]
+    box.run("bash", "-c", f"kill -KILL {pid}")
+    assert idle.wait() == 1
+    assert idle.registration() is None
+
+
+def test_slice_and_properties_are_those_of_a_scope_of_qemus_own(box: Box, spawn: Spawn) -> None:
+    settings = ("--slice=test-vm.slice", "--property=CollectMode=inactive-or-failed")
+    machine = spawn(f"--image={make_image(box)}", *IDLE, *settings, name="with-dash")
+    machine.wait_for("is running")
+    found = machine.registration()
+    assert found is not None
+    assert found["unit"] == r"machine-with\x2ddash.scope"
+    shown = box.run("systemctl", "show", found["unit"], "--property=Slice,CollectMode").stdout
+    assert set(shown.split("\n")) >= {"Slice=test-vm.slice", "CollectMode=inactive-or-failed"}
+
+
+def test_a_property_that_systemd_does_not_know_fails_in_one_line(box: Box) -> None:
+    done = box.run(
+        "vmspawn", f"--image={make_image(box)}", *IDLE, "--property=Nonsense=1", check=False, unit=("--wait", "--pipe")
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if "KVM" not in line]
+    assert len(lines) == 1
+    assert "Nonsense" in lines[0]
+
+
+def test_register_no_leaves_the_machine_alone(box: Box, spawn: Spawn) -> None:
+    machine = spawn(f"--image={make_image(box)}", *IDLE, "--register=no")
+    machine.wait_for("is running")
+    assert machine.registration() is None
+
+
+def test_the_users_machined_that_is_not_there_is_missed_only_if_it_was_a_firm_wish(box: Box, spawn: Spawn) -> None:
+    machine = spawn(f"--image={make_image(box)}", *IDLE, "--user", "--register=auto")
+    machine.wait_for("is running")
+    assert "register" not in machine.output["stderr"]
+    firm = spawn(f"--image={make_image(box)}", *IDLE, "--user", "--register=yes")
+    assert firm.wait() == 1
+    assert "cannot register the machine: systemd-machined does not run" in firm.output["stderr"]
+    assert not box.path(f"/run/vmspawn/{firm.name}").exists()
+
+
+def test_a_name_that_machined_has_already_is_refused(box: Box, spawn: Spawn) -> None:
+    first = spawn(f"--image={make_image(box)}", *IDLE)
+    first.wait_for("is running")
+    elsewhere = ("--setenv=VMSPAWN_RUNTIME_DIR=/run/elsewhere", f"--unit=test-{first.name}-again.service")
+    again = spawn(f"--image={make_image(box)}", *IDLE, "--register=yes", unit=elsewhere, name=first.name)
+    assert again.wait() == 1
+    assert "knows another machine named" in again.output["stderr"]
+
+
+def test_vmctl_finds_a_machine_with_another_runtime_directory(box: Box, spawn: Spawn) -> None:
+    machine = spawn(f"--image={make_image(box)}", *IDLE, unit=("--setenv=VMSPAWN_RUNTIME_DIR=/run/elsewhere",))
+    machine.wait_for("is running")
+    listed = json.loads(box.run("vmctl", "list", "--json=short").stdout)
+    assert machine.name in [each["name"] for each in listed]
+    box.run("vmctl", "pause", machine.name)
+    assert "paused" in box.run("vmctl", "status", machine.name).stdout
+
+
+def test_a_unit_of_type_notify_is_up_once_the_machine_runs(box: Box, spawn: Spawn) -> None:
+    machine = spawn(f"--image={make_image(box)}", *IDLE, unit=("--service-type=notify",))
+    machine.wait_for("is running")
+    shown = box.run("systemctl", "show", machine.unit, "--property=StatusText,SubState").stdout
+    assert set(shown.split("\n")) >= {"StatusText=The machine runs.", "SubState=running"}

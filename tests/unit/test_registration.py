@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The options for registration and units: what they mean, and which contradict each other."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from vmspawn.cli.options import boolean
+from vmspawn.cli.spawn import parse
+from vmspawn.errors import StartError, UsageError
+from vmspawn.host import machined, scope
+from vmspawn.host.machined import Registration
+
+
+@pytest.fixture
+def no_path() -> Iterator[None]:
+    """An empty PATH."""
+    before = os.environ["PATH"]
+    os.environ["PATH"] = ""
+    yield
+    os.environ["PATH"] = before
+
+
+def registration(*arguments: str) -> Registration:
+    config, _ = parse(["--guest=builtin", *arguments])
+    return config.registration
+
+
+@pytest.mark.parametrize("text", ["yes", "1", "true", "on", "Y", "TRUE"])
+def test_what_systemd_takes_for_yes(text: str) -> None:
+    assert boolean("--register=", text) == "yes"
+
+
+@pytest.mark.parametrize("text", ["no", "0", "false", "off", "n"])
+def test_what_systemd_takes_for_no(text: str) -> None:
+    assert boolean("--register=", text) == "no"
+
+
+@pytest.mark.parametrize("text", ["", "maybe", "auto", "2"])
+def test_what_is_no_boolean(text: str) -> None:
+    with pytest.raises(UsageError, match="neither yes nor no"):
+        boolean("--keep=", text)
+
+
+def test_a_machine_is_registered_if_it_can_be_unless_it_is_said() -> None:
+    assert registration() == Registration()
+    assert registration().mode == "auto"
+    assert registration("--register=off").mode == "no"
+    assert registration("--register=1").mode == "yes"
+
+
+def test_root_registers_with_the_systems_machined_and_others_with_their_own() -> None:
+    assert registration("--system").user is False
+    assert registration("--user").user is True
+    assert registration().user == (os.geteuid() != 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--register=perhaps"], "--register=perhaps is neither yes nor no"),
+        (["--keep-unit", "--slice=a.slice"], "--slice= is for a scope unit, and --keep-unit makes none"),
+        (["--keep-unit", "--property=A=b"], "--property= is for a scope unit, and --keep-unit makes none"),
+        (["--property=MemoryMax"], "--property=MemoryMax has no value"),
+    ],
+)
+def test_contradictions(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        registration(*arguments)
+    assert caught.value.hint
+
+
+def test_without_slice_and_properties_qemu_is_started_as_it_is() -> None:
+    assert scope.prefix(Registration(), "a") == []
+
+
+def test_a_slice_without_systemd_is_refused(no_path: None) -> None:
+    with pytest.raises(StartError, match="need systemd-run, which is not installed"):
+        scope.prefix(Registration(slice="a.slice"), "a")
+
+
+def test_without_machined_only_a_firm_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/nonexistent")
+    said: list[str] = []
+
+    def register(mode: str) -> bool:
+        wish = Registration(mode=mode, scope="user")
+        return machined.register(wish, name="a", uuid=None, leader=1, control="/c", directory=None, notice=said.append)
+
+    assert not register("auto")
+    assert not register("no")
+    assert said == []
+    with pytest.raises(StartError, match="systemd-machined does not run"):
+        register("yes")
