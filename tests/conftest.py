@@ -11,6 +11,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from vmspawn.machine import firmware
+
 # How long an example takes says nothing on a machine that others use too; pytest's own timeout catches what hangs.
 hypothesis.settings.register_profile("vmspawn", deadline=None)
 hypothesis.settings.load_profile("vmspawn")
@@ -44,6 +46,23 @@ def runtime_directory() -> Iterator[Path]:
     else:
         os.environ["VMSPAWN_RUNTIME_DIR"] = before
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_uefi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """UEFI takes long to give up on a disk with nothing on it, so the host's is hidden, as a user would hide it."""
+    home = tmp_path_factory.mktemp("config")
+    before = os.environ.get("XDG_CONFIG_HOME")
+    hidden = home / "qemu" / "firmware"
+    hidden.mkdir(parents=True)
+    os.environ["XDG_CONFIG_HOME"] = str(home)
+    for path in firmware.descriptors():
+        (hidden / os.path.basename(path)).touch()
+    yield
+    if before is None:
+        del os.environ["XDG_CONFIG_HOME"]
+    else:
+        os.environ["XDG_CONFIG_HOME"] = before
 
 
 def make_raw(path: Path, size: int = 64 * MIB) -> Path:

@@ -20,7 +20,7 @@ from ..machine.launch import END_SIGNALS, launch
 from ..storage.drive import BUSES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
-from . import system_options
+from . import boot_options, guest_options, later_options, system_options
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 
 _PROGRAM = "vmspawn"
@@ -41,7 +41,10 @@ def build_parser() -> Parser:
     _add_boot(parser)
     _add_machine(parser)
     _add_storage(parser)
+    boot_options.add(parser)
+    guest_options.add(parser)
     system_options.add(parser)
+    later_options.add(parser)
     parser.add_argument("kernel_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -51,6 +54,7 @@ def _add_general(parser: Parser) -> None:
     group.add_argument("-h", "--help", action="help", help="show this help")
     group.add_argument("--version", action="version", version=f"vmspawn {VERSION}", help="show the version")
     group.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen, and what is gone without")
     group.add_argument("-M", "--machine", metavar="NAME", help="the machine's name (default: from what boots)")
     group.add_argument("--uuid", metavar="UUID", help="the machine's UUID")
     group.add_argument(
@@ -75,13 +79,19 @@ def _add_boot(parser: Parser) -> None:
     group.add_argument("--image-format", choices=FORMATS, help="the image's format (default: raw)")
     group.add_argument("--image-disk-type", choices=BUSES, default=BUSES[0], help="its bus (default: %(default)s)")
     group.add_argument("--linux", metavar="PATH", help="a kernel to boot directly")
-    group.add_argument("--initrd", metavar="PATH", help="the initrd for --linux=")
+    group.add_argument(
+        "--initrd", metavar="PATH", action="append", default=[], help="the initrd for --linux=; several make one"
+    )
 
 
 def _add_machine(parser: Parser) -> None:
     group = parser.add_argument_group("The machine")
     group.add_argument("--cpus", metavar="N", type=int, default=1, help="virtual processors (default: %(default)s)")
-    group.add_argument("--ram", metavar="BYTES", help="memory, with K, M, G or T (default: 2G; builtin guest: 256M)")
+    group.add_argument(
+        "--ram",
+        metavar="BYTES[:MAX[:SLOTS]]",
+        help="memory, with K, M, G or T, and how far it may grow (default: 2G; builtin guest: 256M)",
+    )
     group.add_argument(
         "--kvm", choices=configuration.KVM_CHOICES, default="auto", help="use KVM (default: %(default)s)"
     )
@@ -125,6 +135,11 @@ def _add_storage(parser: Parser) -> None:
 def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
     """The machine that the arguments ask for, and whether to be quiet. Raises UsageError, or exits as argparse does."""
     options = build_parser().parse_args(arguments)
+    return configure(options), options.quiet
+
+
+def configure(options: argparse.Namespace) -> MachineConfig:
+    """The machine that the options ask for. Raises UsageError."""
     kernel_arguments = options.kernel_arguments
     if kernel_arguments[:1] == ["--"]:
         kernel_arguments = kernel_arguments[1:]
@@ -138,11 +153,11 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
         image_disk_type=options.image_disk_type,
         discard_disk=options.discard_disk,
         linux=_absolute(options.linux),
-        initrd=_absolute(options.initrd),
+        initrd=_absolute(options.initrd[0]) if options.initrd else None,
+        more_initrds=tuple(map(os.path.abspath, options.initrd[1:])),
         kernel_arguments=tuple(kernel_arguments),
         uuid=options.uuid,
         cpus=options.cpus,
-        ram=None if options.ram is None else configuration.parse_size(options.ram, option="--ram="),
         kvm=options.kvm,
         machine_type=options.machine_type,
         hotplug_ports=options.hotplug_ports,
@@ -152,8 +167,10 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
         qemu_arguments=tuple(options.qemu_arg),
         shutdown_timeout=options.shutdown_timeout,
         registration=system_options.registration(options),
+        firmware=boot_options.wish(options),
+        **guest_options.fields(options),
     )
-    return configuration.check(config), options.quiet
+    return configuration.check(config)
 
 
 def _boolean(text: str) -> bool:
@@ -171,15 +188,27 @@ def _absolute(path: str | None) -> str | None:
 
 def run(arguments: list[str]) -> int:
     """Run a machine to its end and return the command's exit status."""
-    config, quiet = parse(arguments)
+    options = build_parser().parse_args(arguments)
+    if (lines := boot_options.answer(options)) is not None:
+        print(*lines, sep="\n")
+        return 0
+    goes_without = later_options.check(options)
+    config = configure(options)
 
     def notice(line: str) -> None:
-        if not quiet:
+        if not options.quiet:
             print(f"{_PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+    def detail(line: str) -> None:
+        if options.verbose:
+            notice(line)
+
+    for line in goes_without:
+        detail(line)
 
     # A signal that comes before the supervisor listens must not leave QEMU without its manager.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
-    launched = launch(config, notice=notice)
+    launched = launch(config, notice=notice, detail=detail)
     try:
         import asyncio
 

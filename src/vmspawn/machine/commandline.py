@@ -11,6 +11,8 @@ from ..storage import buses, nodes, ports
 from ..storage.drive import Drive
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
+from . import memory
+from .additions import Additions
 from .config import MachineConfig
 from .qemu import QemuBinary
 
@@ -66,15 +68,17 @@ def command_line(
     boot: Boot | None,
     drives: Sequence[BootDrive],
     inherited: Inherited,
+    additions: Additions,
 ) -> list[str]:
     """The whole command line."""
     return [
         binary.path,
         *_identity(config),
-        *_hardware(config, accelerator),
+        *_hardware(config, accelerator, additions),
         *_monitors(binary, inherited.monitors),
         *_console(inherited.console),
         *_controllers(config, layout),
+        *additions.arguments,
         *_drives(drives),
         *_boot(boot),
         *config.qemu_arguments,
@@ -95,12 +99,12 @@ def _dashed(uuid: str) -> str:
 _MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
 
 
-def _hardware(config: MachineConfig, accelerator: str) -> list[str]:
+def _hardware(config: MachineConfig, accelerator: str, additions: Additions) -> list[str]:
     return [
-        *("-machine", f"{_MACHINES[config.machine_type]},accel={accelerator}"),
+        *("-machine", ",".join((_MACHINES[config.machine_type], f"accel={accelerator}", *additions.machine))),
         *("-cpu", "host" if accelerator == "kvm" else "max"),
         *("-smp", str(config.cpus)),
-        *("-m", f"{config.ram_bytes}B"),
+        *("-m", memory.size_argument(config.ram_bytes, config.ram_growth)),
         *("-display", "none"),
         *(() if config.machine_type == "virt" else ("-vga", "none")),
     ]
@@ -153,4 +157,5 @@ def _boot(boot: Boot | None) -> list[str]:
     if boot is None:
         return []
     initrd = ["-initrd", boot.initrd] if boot.initrd else []
-    return ["-kernel", boot.kernel, *initrd, "-append", " ".join(boot.arguments)]
+    arguments = ["-append", " ".join(boot.arguments)] if boot.arguments else []
+    return ["-kernel", boot.kernel, *initrd, *arguments]

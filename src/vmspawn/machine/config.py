@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..host import machined
 from ..host.runtime import NAME_MAX, check_name
 from ..storage.drive import DEFAULT_BUS, Drive
+from . import credentials, firmware, memory
 
 MACHINE_TYPES = ("q35", "pc", "virt")
 KVM_CHOICES = ("auto", "yes", "no")
@@ -58,6 +59,14 @@ class MachineConfig(NamedTuple):
     qemu_arguments: tuple[str, ...] = ()
     shutdown_timeout: float = SHUTDOWN_TIMEOUT
     registration: machined.Registration = machined.Registration()
+    firmware: firmware.FirmwareWish = firmware.FirmwareWish()
+    more_initrds: tuple[str, ...] = ()
+    ram_growth: memory.Growth | None = None
+    network_user: bool = False
+    vendor_strings: tuple[str, ...] = ()
+    credentials: tuple[credentials.Credential, ...] = ()
+    directory: str | None = None
+    ephemeral: bool = False
 
     @property
     def ram_bytes(self) -> int:
@@ -82,6 +91,9 @@ def check(config: MachineConfig) -> MachineConfig:
     if config.uuid is not None:
         _check_uuid(config.uuid)
     machined.check(config.registration)
+    firmware.check(config.firmware, direct_boot=bool(config.linux or config.guest))
+    memory.check(config.ram_bytes, config.ram_growth)
+    credentials.check(config.credentials)
     return config._replace(name=check_name(config.name if config.name is not None else _default_name(config)))
 
 
@@ -97,11 +109,6 @@ def _check_boot(config: MachineConfig) -> None:
         raise UsageError("--initrd= needs --linux=", hint="name the kernel that the initrd belongs to")
     if not (config.guest or config.linux or config.image):
         raise UsageError("nothing to boot", hint="try --guest=builtin, or name an image with --image=")
-    if config.kernel_arguments and not (config.guest or config.linux):
-        raise UsageError(
-            "kernel arguments need a kernel of ours to go to",
-            hint="add --linux= (or --guest=builtin), or leave out: " + " ".join(config.kernel_arguments),
-        )
 
 
 def _check_uuid(text: str) -> None:

@@ -25,8 +25,10 @@ from ..storage.drive import Drive
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from . import qemu
+from .additions import Additions
 from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
+from .prepare import prepare
 from .qemu import QemuBinary, choose_accelerator, find_qemu
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Launched:
         self.directory: MachineDirectory | None = None
         self.boot_drives: list[BootDrive] = []
         self.sockets: dict[str, socket.socket] = {}
+        self.additions = Additions()
         self.pid = 0
 
     def abandon(self) -> None:
@@ -75,6 +78,7 @@ class Launched:
             connected.close()
         self.sockets.clear()
         self.close_images()
+        self.additions.close()
         if self.directory is not None:
             self.directory.remove()
             self.directory = None
@@ -85,8 +89,14 @@ class Launched:
             each.image.close_backing()
 
 
-def launch(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Launched:
-    """Start QEMU. `notice` is told, in one line, what the user would want to know of how it is started.
+def launch(
+    config: MachineConfig,
+    *,
+    notice: Callable[[str], None] = lambda _: None,
+    detail: Callable[[str], None] = lambda _: None,
+) -> Launched:
+    """Start QEMU. `notice` is told, in one line, what the user would want to know of how it is started, and `detail`
+    what only one who looks closely would.
 
     Raises StartError, UsageError or what the drives raise; nothing is left behind then.
     """
@@ -101,6 +111,8 @@ def launch(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: N
         boot = _boot(config, binary.architecture, notice)
         launched.directory = MachineDirectory.create(config.name or "")
         _open_boot_drives(launched)
+        console = f"console={_SERIAL_PORTS[binary.architecture]}"
+        boot = prepare(launched.additions, config, boot, launched.layout, (console,), detail)
         _start(launched, boot)
     except BaseException:
         launched.abandon()
@@ -146,7 +158,9 @@ def _open_boot_drives(launched: Launched) -> None:
     wanted = [(drive, f"--extra-drive={drive.path}") for drive in config.extra_drives]
     if config.image:
         name = os.path.basename(config.image)
-        image = Drive(config.image, name, config.image_disk_type, config.image_format, boot_index=0)
+        # A kernel that QEMU loads takes the first place itself.
+        boot_index = -1 if config.linux or config.guest else 0
+        image = Drive(config.image, name, config.image_disk_type, config.image_format, boot_index=boot_index)
         wanted.insert(0, (image, f"--image={config.image}"))
     discard = "unmap" if config.discard_disk else "ignore"
     for number, (drive, option) in enumerate(wanted):
@@ -224,16 +238,19 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             boot,
             launched.boot_drives,
             inherited,
+            launched.additions,
         )
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
         images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
-        launched.pid = spawn(arguments, keep=[*monitors.values(), inherited.console, *images], log=log)
+        keep = [*monitors.values(), inherited.console, *images, *launched.additions.descriptors]
+        launched.pid = spawn(arguments, keep=keep, log=log)
         _connect(launched)
     finally:
         os.close(log)
         for listener in listeners.values():
             listener.close()
     launched.close_images()
+    launched.additions.close()
 
 
 def _connect(launched: Launched) -> None:

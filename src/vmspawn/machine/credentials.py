@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Credentials for the guest (systemd.exec(5), CREDENTIALS): named bytes that systemd in it passes on to services."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+from typing import NamedTuple
+
+from ..errors import StartError, UsageError
+
+#: systemd's CREDENTIAL_NAME_MAX and CREDENTIALS_TOTAL_SIZE_MAX.
+NAME_MAX = 255
+TOTAL_MAX = 1 << 20
+
+#: Seconds for a credential that is read from a socket.
+_SOCKET_TIMEOUT = 30.0
+
+
+class Credential(NamedTuple):
+    """A credential by its value, or by the path that it is loaded from when the machine starts."""
+
+    name: str
+    value: bytes = b""
+    path: str | None = None
+
+
+def parse_set(text: str) -> Credential:
+    """Parse `--set-credential=ID:VALUE`, with C's escapes in the value. Raises UsageError."""
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise UsageError(f"--set-credential={text} has no value", hint="write --set-credential=ID:VALUE")
+    return Credential(_check_name("--set-credential=", name), unescape("--set-credential=", value))
+
+
+def parse_load(text: str) -> Credential:
+    """Parse `--load-credential=ID:PATH`. A path that is no absolute one is a credential that we were given ourselves.
+
+    Raises UsageError.
+    """
+    name, colon, path = text.partition(":")
+    if not colon or not path:
+        raise UsageError(f"--load-credential={text} names no file", hint="write --load-credential=ID:PATH")
+    _check_name("--load-credential=", name)
+    if not os.path.isabs(path):
+        given = "" if "/" in path else os.environ.get("CREDENTIALS_DIRECTORY", "")
+        path = os.path.abspath(os.path.join(given, path))
+    return Credential(name, path=path)
+
+
+def _check_name(option: str, name: str) -> str:
+    if (
+        not 0 < len(name) <= NAME_MAX
+        or "/" in name
+        or name in (".", "..")
+        or not (name.isascii() and name.isprintable())
+    ):
+        raise UsageError(f"{option}{name}: not a credential's name", hint="use printable ASCII without slashes")
+    return name
+
+
+_SIMPLE = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11, "\\": 92, '"': 34, "'": 39, "s": 32}
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|[abfnrtv\\\"'s]|)", re.DOTALL)
+
+
+def unescape(option: str, text: str) -> bytes:
+    """Bytes from text with C's escapes, as systemd reads them. Raises UsageError."""
+    parts: list[bytes] = []
+    position = 0
+    for match in _ESCAPE.finditer(text):
+        parts += [os.fsencode(text[position : match.start()]), _character(option, text, match[1])]
+        position = match.end()
+    return b"".join((*parts, os.fsencode(text[position:])))
+
+
+def _character(option: str, text: str, escape: str) -> bytes:
+    try:
+        if not escape:
+            raise ValueError
+        if escape[0] in "uU":
+            return chr(int(escape[1:], 16)).encode()
+        if escape[0] == "x":
+            return bytes((int(escape[1:], 16),))
+        return bytes((_SIMPLE[escape] if escape in _SIMPLE else int(escape, 8),))
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{option}{text}: a backslash begins no escape there", hint=r"write \\ for a backslash, \n, \x00 and so on"
+        ) from None
+
+
+def check(credentials: tuple[Credential, ...]) -> None:
+    """Raise UsageError if two have one name."""
+    names = [each.name for each in credentials]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"there are two credentials named {name}", hint="leave out one of them")
+
+
+def load(credential: Credential) -> bytes:
+    """A credential's value; read from its file or AF_UNIX stream socket if it has a path. Raises StartError."""
+    if credential.path is None:
+        return credential.value
+    try:
+        if stat.S_ISSOCK(os.stat(credential.path).st_mode):
+            value = _read_socket(credential.path)
+        else:
+            with open(credential.path, "rb") as file:
+                value = file.read(TOTAL_MAX + 1)
+    except OSError as error:
+        reason = error.strerror or f"it sent nothing more for {_SOCKET_TIMEOUT:g} s"
+        raise StartError(f"cannot load the credential {credential.name} from {credential.path}: {reason}") from None
+    if len(value) > TOTAL_MAX:
+        raise StartError(f"the credential {credential.name} is larger than {TOTAL_MAX >> 20} MiB")
+    return value
+
+
+def _read_socket(path: str) -> bytes:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_SOCKET_TIMEOUT)
+        connection.connect(path)
+        value = bytearray()
+        while len(value) <= TOTAL_MAX and (data := connection.recv(65536)):
+            value += data
+        return bytes(value)

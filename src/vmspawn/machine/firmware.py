@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Firmware: which the user wants, and which QEMU's firmware descriptors offer.
+
+A descriptor is a JSON file that a firmware's package installs (QEMU's docs/interop/firmware.json). The files of all
+directories are looked at in the order of their names; one in an earlier directory hides one of the same name in a later
+one, and an empty one hides without offering anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ..errors import StartError, UsageError
+
+KINDS = ("auto", "uefi", "bios", "none")
+
+#: Firmware with keys enrolled boots nothing unsigned, so it must be asked for.
+EXCLUDED = ("enrolled-keys",)
+
+#: Where descriptors are, below the user's configuration directory, /etc and the like; the first counts most.
+_SUBDIRECTORY = "qemu/firmware"
+_SYSTEM = ("/etc", "/usr/local/share", "/usr/share")
+
+#: QEMU's versioned names of the machine types, which the descriptors' patterns are for.
+_MACHINE_NAMES = {"q35": "pc-q35-7.2", "pc": "pc-i440fx-7.2", "virt": "virt-7.2"}
+
+_DESCRIPTOR_MAX = 1 << 20
+
+
+class FirmwareWish(NamedTuple):
+    """What the user wants to boot by.
+
+    `kind` is one of KINDS or the path of a descriptor. `include` and `exclude` are features; what is in both counts as
+    included. `nvram_state` is `auto`, `off` or a path.
+    """
+
+    kind: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = EXCLUDED
+    nvram_template: str | None = None
+    nvram_state: str = "auto"
+
+    @property
+    def path(self) -> str | None:
+        """The descriptor that the user names, if it is that."""
+        return self.kind if "/" in self.kind else None
+
+
+class Blob(NamedTuple):
+    """A file with firmware, or with the initial contents of its variables."""
+
+    path: str
+    format: str
+
+
+class Firmware(NamedTuple):
+    """What one descriptor offers. `memory` says that it is loaded into memory and has no flash."""
+
+    descriptor: str
+    executable: Blob
+    template: Blob | None
+    features: frozenset[str]
+    memory: bool
+
+
+def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
+    """Raise UsageError for what contradicts itself. `direct_boot` says that the user names a kernel."""
+    if wish.path is None and wish.kind not in KINDS:
+        raise UsageError(
+            f"--firmware={wish.kind} is not known",
+            hint=f"there are: {', '.join(KINDS)}, list, describe, and a path that is absolute or begins with ./",
+        )
+    if wish.kind == "none" and not direct_boot:
+        raise UsageError("--firmware=none boots nothing by itself", hint="name a kernel with --linux=")
+    without_uefi = wish.kind in ("bios", "none")
+    if without_uefi and (wish.nvram_template or wish.nvram_state not in ("auto", "off")):
+        option = "--efi-nvram-template=" if wish.nvram_template else "--efi-nvram-state="
+        raise UsageError(f"{option} is for UEFI, and --firmware={wish.kind} is not", hint="leave out one of them")
+    if without_uefi and wish.include:
+        raise UsageError(
+            f"--firmware={wish.kind} has none of the features {', '.join(wish.include)}",
+            hint="leave out --firmware-features= and --secure-boot=, or use --firmware=uefi",
+        )
+
+
+def directories() -> list[str]:
+    """The directories that descriptors are looked for in, the one that counts most first."""
+    user = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return [os.path.join(base, _SUBDIRECTORY) for base in (user, *_SYSTEM)]
+
+
+def descriptors() -> list[str]:
+    """The paths of all descriptors, in the order in which they are to be tried."""
+    found: dict[str, str] = {}
+    for directory in directories():
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue
+        for name in names:
+            if name.endswith(".json"):
+                found.setdefault(name, os.path.join(directory, name))
+    return [path for _, path in sorted(found.items()) if os.path.getsize(path)]
+
+
+def features() -> list[str]:
+    """The features that some descriptor has."""
+    return sorted({feature for _, content in _readable() for feature in content.get("features", ())})
+
+
+def select(wish: FirmwareWish, architecture: str, machine_type: str) -> Firmware | None:
+    """The UEFI firmware that fits best, or None if none does. Raises StartError for a descriptor that cannot be used.
+
+    One that the user names must fit the machine and the features asked for.
+    """
+    if wish.path is not None:
+        return _named(wish, wish.path, architecture, machine_type)
+    excluded = set(wish.exclude) - set(wish.include)
+    for path, content in _readable():
+        offered = _offer(path, content, architecture, machine_type)
+        if offered and set(wish.include) <= offered.features and not excluded & offered.features:
+            return offered
+    return None
+
+
+def _named(wish: FirmwareWish, path: str, architecture: str, machine_type: str) -> Firmware:
+    offered = _offer(path, read(path), architecture, machine_type)
+    if offered is None:
+        raise StartError(
+            f"the firmware of {path} is not UEFI for {architecture} machines of type {machine_type}",
+            hint="see: vmspawn --firmware=list",
+        )
+    if missing := sorted(set(wish.include) - offered.features):
+        raise StartError(f"the firmware of {path} has no {', '.join(missing)}", hint="see: vmspawn --firmware=list")
+    return offered
+
+
+def read(path: str) -> dict[str, Any]:
+    """A descriptor's content. Raises StartError."""
+    import json
+
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read(_DESCRIPTOR_MAX))
+    except OSError as error:
+        raise StartError(f"cannot read the firmware descriptor {path}: {error.strerror}") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise StartError(f"the firmware descriptor {path} is not JSON as QEMU describes it")
+    return content
+
+
+def _readable() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The descriptors that can be read; one that somebody broke must not keep others from being found."""
+    for path in descriptors():
+        try:
+            yield path, read(path)
+        except StartError:
+            continue
+
+
+def _offer(path: str, content: dict[str, Any], architecture: str, machine_type: str) -> Firmware | None:
+    """What a descriptor offers to a machine, or None if it is not UEFI, not for it, or not understood."""
+    try:
+        if "uefi" not in content["interface-types"]:
+            return None
+        if not any(_fits(target, architecture, machine_type) for target in content["targets"]):
+            return None
+        mapping = content["mapping"]
+        memory = mapping["device"] == "memory"
+        if not memory and mapping["device"] != "flash":
+            return None
+        executable = Blob(mapping["filename"], "raw") if memory else _blob(mapping["executable"])
+        has_template = not memory and "nvram-template" in mapping
+        template = _blob(mapping["nvram-template"]) if has_template else None
+        return Firmware(path, executable, template, frozenset(content.get("features", ())), memory)
+    except (KeyError, TypeError):
+        return None
+
+
+def _blob(entry: dict[str, Any]) -> Blob:
+    return Blob(entry["filename"], entry.get("format", "raw"))
+
+
+def _fits(target: dict[str, Any], architecture: str, machine_type: str) -> bool:
+    if target["architecture"] != architecture:
+        return False
+    name = _MACHINE_NAMES[machine_type]
+    # The patterns are of glob(7)'s kind, and in practice end in a star.
+    return any(name == each or (each.endswith("*") and name.startswith(each[:-1])) for each in target["machines"])

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where a machine's UEFI keeps its variables: a file beside the image, one that the user names, or none that lasts."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ..errors import StartError
+from .firmware import Blob, FirmwareWish
+
+SUFFIX = ".efinvramstate"
+
+_COPY_SIZE = 1 << 20
+
+
+def state_path(wish: FirmwareWish, image: str | None, *, ephemeral: bool) -> str | None:
+    """The file that is to hold the variables, or None if they end with the machine.
+
+    `image` is the image or directory that boots. A block device has no place beside it.
+    """
+    if wish.nvram_state == "off":
+        return None
+    if wish.nvram_state != "auto":
+        return os.path.abspath(wish.nvram_state)
+    if image is None or ephemeral or _is_device(image):
+        return None
+    return image.rstrip("/") + SUFFIX
+
+
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def open_state(path: str | None, template: Blob) -> int:
+    """Open the variables for reading and writing; what is new begins as the template. The caller owns the descriptor.
+
+    Raises StartError.
+    """
+    if path is None:
+        fd = os.memfd_create("vmspawn-nvram", os.MFD_CLOEXEC)
+        try:
+            _copy(template, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+    hint = "name another file, or use --efi-nvram-state=off"
+    try:
+        # O_NONBLOCK so that a FIFO by mistake answers; QEMU's use of a regular file is not changed by it.
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return _create(path, template, hint)
+    except OSError as error:
+        raise StartError(f"cannot open the UEFI variables {path}: {error.strerror}", hint=hint) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StartError(f"the UEFI variables {path} are not a regular file", hint=hint)
+    return fd
+
+
+def _create(path: str, template: Blob, hint: str) -> int:
+    """Make the file complete before it has its name: an interrupted copy would be taken for variables next time."""
+    partial = f"{path}.{os.getpid()}"
+    try:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartError(f"cannot create the UEFI variables {path}: {error.strerror}", hint=hint) from None
+    try:
+        _copy(template, fd)
+        os.rename(partial, path)
+    except BaseException:
+        os.close(fd)
+        os.unlink(partial)
+        raise
+    return fd
+
+
+def _copy(template: Blob, target: int) -> None:
+    try:
+        with open(template.path, "rb") as source:
+            while data := source.read(_COPY_SIZE):
+                os.write(target, data)
+    except OSError as error:
+        raise StartError(f"cannot copy the UEFI variables' template {template.path}: {error.strerror}") from None

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""All that a machine gets beside its drives, in the order in which one thing depends on another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+from ..errors import StartError
+from ..storage import ports
+from . import credentials, kernelimage, uefi, vendorstrings
+from .additions import Additions
+from .commandline import Boot
+from .config import MachineConfig
+from .uefi import ARCHITECTURE
+
+#: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
+_INITRD_ALIGNMENT = 4
+
+#: Kernel arguments by which the user says what the root is.
+_ROOT = ("root=", "mount.usr=")
+
+
+def prepare(
+    additions: Additions,
+    config: MachineConfig,
+    boot: Boot | None,
+    layout: ports.Layout,
+    console_arguments: tuple[str, ...],
+    detail: Callable[[str], None],
+) -> Boot | None:
+    """Collect the additions; returns the boot with what they add to it. `console_arguments` are for a kernel that is
+    not ours. Raises StartError, UsageError.
+    """
+    if found := uefi.choose(config, ARCHITECTURE, detail):
+        uefi.add(additions, found, config)
+    if config.network_user:
+        _add_network(additions, layout)
+    additions.vendor_strings += [os.fsencode(each) for each in config.vendor_strings]
+    boot = _complete(additions, config, boot, console_arguments)
+    vendorstrings.add(additions, ((each.name, credentials.load(each)) for each in config.credentials))
+    return boot
+
+
+def _complete(
+    additions: Additions, config: MachineConfig, boot: Boot | None, console_arguments: tuple[str, ...]
+) -> Boot | None:
+    """Give the kernel its arguments: by -append, or by SMBIOS where a boot loader or a UKI's stub passes them."""
+    is_uki = config.linux is not None and kernelimage.kind_of(config.linux) == kernelimage.UKI
+    if boot is None or is_uki:
+        arguments = (*console_arguments, *additions.kernel_arguments, *config.kernel_arguments)
+        vendorstrings.check_kernel_arguments(arguments)
+        additions.vendor_strings += vendorstrings.of_kernel_arguments(arguments)
+        return None if boot is None else boot._replace(arguments=(), initrd=_initrd(additions, config, boot))
+    arguments = boot.arguments
+    if config.linux and config.image and not any(each.startswith(_ROOT) for each in config.kernel_arguments):
+        arguments += (_root(config, config.image),)
+    arguments += tuple(additions.kernel_arguments)
+    vendorstrings.check_kernel_arguments(arguments)
+    return boot._replace(arguments=arguments, initrd=_initrd(additions, config, boot))
+
+
+def _root(config: MachineConfig, image: str) -> str:
+    from . import qcow2, rootpartition
+
+    def read_raw(offset: int, length: int) -> bytes:
+        return os.pread(fd, length, offset)
+
+    try:
+        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StartError(f"cannot use --image={image}: {error.strerror}") from None
+    try:
+        read = qcow2.Reader(fd, image).read if config.image_format == "qcow2" else read_raw
+        return rootpartition.root_argument(read, architecture=ARCHITECTURE, bus=config.image_disk_type, path=image)
+    finally:
+        os.close(fd)
+
+
+def _initrd(additions: Additions, config: MachineConfig, boot: Boot) -> str | None:
+    """One initrd as it is; several as one, which is what a kernel makes of them one after the other."""
+    if not config.more_initrds:
+        return boot.initrd
+    merged = bytearray()
+    for path in (config.initrd, *config.more_initrds):
+        assert path is not None
+        merged += bytes(-len(merged) % _INITRD_ALIGNMENT)
+        try:
+            with open(path, "rb") as file:
+                merged += file.read()
+        except OSError as error:
+            raise StartError(f"cannot use --initrd={path}: {error.strerror}") from None
+    return additions.add_content("initrd", bytes(merged))
+
+
+def take_place(layout: ports.Layout) -> dict[str, object]:
+    """A slot for a device that is there from boot, as its properties. Raises NoFreePort."""
+    place = layout.boot.take()
+    layout.pci.claim(place)
+    return place.properties()
+
+
+def _add_network(additions: Additions, layout: ports.Layout) -> None:
+    """A network card behind QEMU's own NAT, which needs no right on the host."""
+    device = {"driver": "virtio-net-pci", "id": "network0", "netdev": "network0-user", **take_place(layout)}
+    # No boot over this network, and no need for the ROM that would do it.
+    device["romfile"] = ""
+    additions.arguments += ["-netdev", "user,id=network0-user", "-device", json.dumps(device)]

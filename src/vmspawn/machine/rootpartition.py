@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which root= a kernel needs that is started directly, and so is told by no boot loader what the image's root is.
+
+As systemd-vmspawn: the partition whose type says that it is the root, or /usr, of this architecture
+(uapi-group.org, Discoverable Partitions Specification); else the one partition that is Linux's at all; else, if the
+image has no partitions, the whole of it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ..errors import StartError
+
+_ROOT_TYPES = {"x86_64": "4f68bce3-e8cd-4db1-96e7-fbcaf984b709", "aarch64": "b921b045-1df0-41c3-af44-4c6f280d3fae"}
+_USR_TYPES = {"x86_64": "8484680c-9521-48c6-9c11-b0720656f69e", "aarch64": "b0e01050-ee5f-4390-949a-9101b17104e9"}
+_LINUX_TYPE = "0fc63daf-8483-4772-8e79-3d69d8477de4"
+
+#: The attribute that says a partition is not to be mounted automatically.
+_NO_AUTO = 1 << 63
+
+# The header of a GPT (UEFI specification, 5.3.2): signature, …, first LBA of the entries, their number and size.
+_GPT_HEADER = struct.Struct("<8s64xQII")
+_GPT_ENTRY = struct.Struct("<16s16s16xQ")
+_ENTRIES_MAX = 1 << 20
+
+# An MBR: its signature at 440, four entries at 446 (type at their fifth byte), 55 AA at the end.
+_MBR_ENTRIES = 446
+_MBR_LINUX = 0x83
+_MBR_PROTECTIVE = 0xEE
+
+#: The first disk of each kind, as the kernel calls it before udev runs.
+_FIRST_DISK = {"virtio-blk": "/dev/vda", "nvme": "/dev/nvme0n1", "virtio-scsi": "/dev/sda", "scsi-cd": "/dev/sr0"}
+
+Reader = Callable[[int, int], bytes]
+
+
+class _Partition(NamedTuple):
+    type: str
+    uuid: str
+    attributes: int
+
+
+def root_argument(read: Reader, *, architecture: str, bus: str, path: str) -> str:
+    """The argument for an image; `read` takes an offset and a length in it. Raises StartError if nothing can be it."""
+    sector = 2048 if bus == "scsi-cd" else 512
+    partitions = [each for each in _gpt(read, sector) if not each.attributes & _NO_AUTO]
+    for name, partition_type in (("root", _ROOT_TYPES[architecture]), ("mount.usr", _USR_TYPES[architecture])):
+        if found := next((each for each in partitions if each.type == partition_type), None):
+            return f"{name}=PARTUUID={found.uuid}"
+    generic = [each.uuid for each in partitions if each.type == _LINUX_TYPE]
+    if not partitions:
+        mbr = _mbr(read)
+        if mbr is None:
+            return f"root={_FIRST_DISK[bus]}"
+        generic = mbr
+    if len(generic) == 1:
+        return f"root=PARTUUID={generic[0]}"
+    what = "more than one partition that could be" if generic else "no partition that is"
+    raise StartError(
+        f"{path} has {what} the guest's root, so its kernel cannot be told one",
+        hint="say it in a kernel argument: root=…",
+    )
+
+
+def _gpt(read: Reader, sector: int) -> Iterator[_Partition]:
+    header = read(sector, _GPT_HEADER.size)
+    if len(header) < _GPT_HEADER.size:
+        return
+    signature, first, count, size = _GPT_HEADER.unpack(header)
+    if signature != b"EFI PART" or size < _GPT_ENTRY.size or count * size > _ENTRIES_MAX:
+        return
+    table = read(first * sector, count * size)
+    for at in range(0, len(table) - _GPT_ENTRY.size + 1, size):
+        kind, unique, attributes = _GPT_ENTRY.unpack_from(table, at)
+        if any(kind):
+            yield _Partition(_guid(kind), _guid(unique), attributes)
+
+
+def _guid(raw: bytes) -> str:
+    """A GUID as text: its first three fields are little-endian."""
+    first, second, third = struct.unpack_from("<IHH", raw)
+    return f"{first:08x}-{second:04x}-{third:04x}-{raw[8:10].hex()}-{raw[10:].hex()}"
+
+
+def _mbr(read: Reader) -> list[str] | None:
+    """What the kernel calls the Linux partitions of an MBR, or None if there is no MBR."""
+    block = read(0, 512)
+    if len(block) < 512 or block[510:] != b"\x55\xaa":
+        return None
+    types = [block[_MBR_ENTRIES + 16 * number + 4] for number in range(4)]
+    if not any(types) or _MBR_PROTECTIVE in types:
+        return None
+    disk = int.from_bytes(block[440:444], "little")
+    return [f"{disk:08x}-{number + 1:02x}" for number, kind in enumerate(types) if kind == _MBR_LINUX]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A guest that UEFI starts: firmware by its descriptors, variables kept beside the image, Secure Boot, refusals."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import ovmf
+from tests.commands import Spawned
+from tests.conftest import make_raw
+from tests.machines import fresh_name
+from vmspawn.guest import builtin
+
+#: UEFI takes some ten seconds under emulation.
+BOOT_TIMEOUT = 110.0
+
+
+@pytest.fixture
+def config_home(tmp_path: Path) -> Path:
+    """A user's configuration directory that offers UEFI firmware."""
+    ovmf.install(tmp_path / "config")
+    return tmp_path / "config"
+
+
+@pytest.fixture
+def kernel() -> tuple[str, ...]:
+    """The options that start the built-in guest's kernel as a user's own."""
+    guest = builtin.find()
+    assert guest is not None
+    arguments = [each for each in guest.arguments if each != "quiet"]
+    return ("--ram=512M", f"--linux={guest.kernel}", f"--initrd={guest.initrd}", *arguments, "loglevel=7")
+
+
+def run(config_home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vmspawn.cli.spawn", *arguments],
+        env=ovmf.environment(config_home),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def spawn(config_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Spawned]]:
+    """Machines that were started, to be ended."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(config_home))
+    machines: list[Spawned] = []
+    yield machines
+    for each in machines:
+        each.close()
+
+
+def boot(spawn: list[Spawned], *arguments: str) -> Spawned:
+    machine = Spawned(fresh_name(), arguments)
+    spawn.append(machine)
+    machine.wait_for("vmspawn-guest: ready", stream="stdout", timeout=BOOT_TIMEOUT)
+    return machine
+
+
+def test_a_kernel_that_uefi_can_start_is_started_by_uefi(
+    qemu: str, spawn: list[Spawned], kernel: tuple[str, ...], tmp_path: Path
+) -> None:
+    image = make_raw(tmp_path / "image.raw", 1 << 20)
+    machine = boot(spawn, f"--qemu={qemu}", f"--image={image}", *kernel)
+    assert "efi: EFI v" in machine.output["stdout"]
+    assert "root=/dev/vda" in machine.output["stdout"]
+    assert (tmp_path / "image.raw.efinvramstate").stat().st_size > 0
+
+
+def test_bios_starts_it_as_well_and_finds_its_disk(
+    qemu: str, spawn: list[Spawned], kernel: tuple[str, ...], tmp_path: Path
+) -> None:
+    image = make_raw(tmp_path / "image.raw", 1 << 20)
+    machine = boot(spawn, f"--qemu={qemu}", f"--image={image}", "--firmware=none", *kernel)
+    assert "efi: EFI v" not in machine.output["stdout"]
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["image.raw"]
+
+
+def test_list_and_describe(config_home: Path) -> None:
+    listed = run(config_home, "--firmware=list").stdout.split()
+    assert [Path(each).name for each in listed][-1] == "60-edk2-x86_64.json"
+    assert "secure-boot" in run(config_home, "--firmware-features=list").stdout.split()
+    described = json.loads(run(config_home, "--firmware=describe", "--secure-boot=no").stdout)
+    assert "secure-boot" not in described["features"]
+    assert "uefi" in described["interface-types"]
+    enrolled = run(config_home, "--firmware=describe", "--secure-boot=yes", "--firmware-features=enrolled-keys")
+    assert {"enrolled-keys", "secure-boot"} <= set(json.loads(enrolled.stdout)["features"])
+
+
+def test_uefi_that_is_not_there_is_missed_only_if_it_was_a_firm_wish(tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "image", 1 << 20)
+    hidden = tmp_path / "config"
+    for path in ovmf.install(hidden).iterdir():
+        path.write_text("")
+    for arguments in (["--firmware=uefi"], ["--secure-boot=yes"], ["--firmware-features=intel-tdx"]):
+        done = run(hidden, f"--image={image}", *arguments)
+        assert done.returncode == 1
+        assert "no UEFI firmware" in done.stderr
+        assert "install it" in done.stderr
+
+
+def test_the_variables_file_that_cannot_be_made_is_named(qemu: str, config_home: Path, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "image", 1 << 20)
+    done = run(config_home, f"--image={image}", f"--qemu={qemu}", f"--efi-nvram-state={tmp_path}/none/state")
+    assert done.returncode == 1
+    assert f"cannot create the UEFI variables {tmp_path}/none/state" in done.stderr

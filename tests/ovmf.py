@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""UEFI firmware for tests: the distribution's package, unpacked into the cache without installing it."""
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from vmspawn.errors import GuestError
+from vmspawn.guest.packages import Fetcher
+from vmspawn.machine.qemu import cache_directory
+
+PACKAGE = "ovmf"
+
+
+def cache() -> Path:
+    """Where tests keep what takes long to make."""
+    folder = Path(cache_directory()) / "test"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def tree() -> Path:
+    """The unpacked package; a test that cannot have it is skipped with the reason."""
+    final = cache() / PACKAGE
+    with (cache() / f"{PACKAGE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not final.exists():
+            with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+                try:
+                    fetched = Fetcher("x86_64", Path(scratch), lambda _: None).fetch(PACKAGE)
+                except GuestError as error:
+                    pytest.skip(f"no UEFI firmware for tests: {error}")
+                shutil.move(fetched, final)
+    return final
+
+
+def install(config_home: Path) -> Path:
+    """Offer the firmware in a user's configuration directory, as the package does in the system's. Returns the folder
+    of the descriptors."""
+    source = tree()
+    target = config_home / "qemu" / "firmware"
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted((source / "usr/share/qemu/firmware").glob("*.json")):
+        descriptor = json.loads(path.read_text())
+        for blob in descriptor["mapping"].values():
+            if isinstance(blob, dict):
+                blob["filename"] = str(source) + blob["filename"]
+        (target / path.name).write_text(json.dumps(descriptor))
+    return target
+
+
+def environment(config_home: Path) -> dict[str, str]:
+    """The environment of a user whose configuration directory that is."""
+    return {**os.environ, "XDG_CONFIG_HOME": str(config_home)}

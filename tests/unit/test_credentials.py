@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Credentials: how they are written on the command line, where they are read from, and what is refused."""
+
+import base64
+import os
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmspawn.cli.spawn import parse
+from vmspawn.errors import StartError, UsageError
+from vmspawn.machine import credentials, vendorstrings
+from vmspawn.machine.additions import Additions
+from vmspawn.machine.credentials import Credential, load, parse_load, parse_set, unescape
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a:", b""),
+        ("a:b:c", b"b:c"),
+        (r"a:line\nnext", b"line\nnext"),
+        (r"a:\x00\xff", b"\0\xff"),
+        (r"a:\101\\", b"A\\"),
+        (r"a:\u00e9\U0001f600", "é😀".encode()),
+        ("a:naïve", "naïve".encode()),
+    ],
+)
+def test_values_have_cs_escapes(text: str, value: bytes) -> None:
+    assert parse_set(text) == Credential("a", value)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_can_be_written(value: bytes) -> None:
+    assert unescape("", "".join(f"\\x{each:02x}" for each in value)) == value
+
+
+@given(st.text(alphabet="\\xuU0123456789abn\"' é", max_size=20))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    with suppress(UsageError):
+        unescape("--set-credential=a:", text)
+
+
+@pytest.mark.parametrize("text", ["novalue", ":x", "a/b:x", "..:x", "ü:x", "n" * 256 + ":x", r"a:\q", "a:\\"])
+def test_what_is_no_credential(text: str) -> None:
+    with pytest.raises(UsageError, match="--set-credential="):
+        parse_set(text)
+
+
+def test_two_of_one_name_are_refused() -> None:
+    with pytest.raises(UsageError, match="two credentials named a"):
+        parse(["--guest=builtin", "--set-credential=a:1", "--set-credential=a:2"])
+
+
+def test_a_credential_is_loaded_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\0secret\n")
+    assert load(parse_load(f"a:{tmp_path}/file")) == b"\0secret\n"
+
+
+def test_a_name_is_a_credential_that_we_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "given").write_bytes(b"x")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert load(parse_load("a:given")) == b"x"
+
+
+def test_a_credential_is_loaded_from_a_socket(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"from a socket")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert load(parse_load(f"a:{tmp_path}/socket")) == b"from a socket"
+        thread.join()
+
+
+def test_a_credential_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="cannot load the credential a from /nonexistent: No such file"):
+        load(parse_load("a:/nonexistent"))
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(credentials.TOTAL_MAX + 1)
+    with pytest.raises(StartError, match="larger than 1 MiB"):
+        load(parse_load(f"a:{tmp_path}/large"))
+    with pytest.raises(UsageError, match="names no file"):
+        parse_load("a:")
+
+
+def test_the_guest_gets_it_in_base64() -> None:
+    name, _, value = vendorstrings.of_credential("a.b", b"\0\xff").partition(b"=")
+    assert name == b"io.systemd.credential.binary:a.b"
+    assert base64.b64decode(value) == b"\0\xff"
+
+
+def test_kernel_arguments_are_for_the_stub_and_the_boot_loader() -> None:
+    assert vendorstrings.of_kernel_arguments(()) == []
+    assert vendorstrings.of_kernel_arguments(("a", "b=c")) == [
+        b"io.systemd.stub.kernel-cmdline-extra=a b=c",
+        b"io.systemd.boot.kernel-cmdline-extra=a b=c",
+    ]
+    with pytest.raises(StartError, match="the kernel arguments are 2048 bytes, and a kernel takes 2047"):
+        vendorstrings.check_kernel_arguments(("x" * 2048,))
+
+
+def test_what_has_no_room_in_the_table_goes_by_fw_cfg() -> None:
+    additions = Additions()
+    vendorstrings.add(additions, (("small", b"x"), ("large", bytes(vendorstrings.TOTAL_MAX))))
+    by_fw_cfg = [each for each in additions.arguments if each.startswith("name=")]
+    assert [each.partition(",")[0] for each in by_fw_cfg] == ["name=opt/io.systemd.credentials/large"]
+    assert len(additions.vendor_strings) == 1
+    with pytest.raises(StartError, match="cannot go another way"):
+        vendorstrings.add(additions, (("n" * 40, bytes(vendorstrings.TOTAL_MAX)),))
+    additions.close()
+
+
+def test_strings_that_would_be_lost_are_refused() -> None:
+    additions = Additions()
+    additions.vendor_strings.append(bytes(vendorstrings.TOTAL_MAX + 1))
+    with pytest.raises(StartError, match="longer than 60000 bytes"):
+        vendorstrings.add(additions, ())
+
+
+def test_what_others_could_read_is_not_on_the_command_line() -> None:
+    additions = Additions()
+    additions.vendor_strings.append(b"secret")
+    vendorstrings.add(additions, ())
+    assert not any("secret" in each for each in additions.arguments)
+    fd = additions.descriptors[0]
+    assert os.pread(fd, 100, 0) == b"secret"
+    additions.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

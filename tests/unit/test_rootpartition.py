@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which root= a kernel is told: by partition tables that sfdisk wrote, in raw images and in qcow2."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vmspawn.errors import StartError
+from vmspawn.machine import qcow2
+from vmspawn.machine.rootpartition import root_argument
+
+ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
+USR = "8484680C-9521-48C6-9C11-B0720656F69E"
+ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+UUIDS = ["aaaaaaaa-1111-4222-8333-444444444444", "bbbbbbbb-1111-4222-8333-444444444444"]
+
+needs_sfdisk = pytest.mark.skipif(not shutil.which("sfdisk"), reason="sfdisk is not installed")
+
+
+def partitioned(path: Path, *lines: str, label: str = "gpt") -> Path:
+    """An image of 32 MiB with partitions of 1 MiB each, as sfdisk's script lines have them."""
+    with path.open("wb") as file:
+        file.truncate(32 << 20)
+    script = "\n".join((f"label: {label}", *(f"size=1MiB, {line}" for line in lines)))
+    subprocess.run(["sfdisk", "--quiet", str(path)], input=script, text=True, check=True)
+    return path
+
+
+def root_of(path: Path, *, bus: str = "virtio-blk", qcow2_image: bool = False) -> str:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+
+        def read_raw(offset: int, length: int) -> bytes:
+            return os.pread(fd, length, offset)
+
+        read = qcow2.Reader(fd, str(path)).read if qcow2_image else read_raw
+        return root_argument(read, architecture="x86_64", bus=bus, path=str(path))
+    finally:
+        os.close(fd)
+
+
+@needs_sfdisk
+@pytest.mark.parametrize(
+    ("lines", "root"),
+    [
+        ([f"type={ESP}", f"type={ROOT}, uuid={UUIDS[0]}"], f"root=PARTUUID={UUIDS[0]}"),
+        ([f"type={USR}, uuid={UUIDS[0]}", f"type={LINUX}, uuid={UUIDS[1]}"], f"mount.usr=PARTUUID={UUIDS[0]}"),
+        ([f"type={USR}, uuid={UUIDS[0]}", f"type={ROOT}, uuid={UUIDS[1]}"], f"root=PARTUUID={UUIDS[1]}"),
+        ([f"type={ESP}", f"type={LINUX}, uuid={UUIDS[0]}"], f"root=PARTUUID={UUIDS[0]}"),
+        (
+            [f'type={ROOT}, uuid={UUIDS[0]}, attrs="GUID:63"', f"type={ROOT}, uuid={UUIDS[1]}"],
+            f"root=PARTUUID={UUIDS[1]}",
+        ),
+    ],
+)
+def test_gpt(tmp_path: Path, lines: list[str], root: str) -> None:
+    assert root_of(partitioned(tmp_path / "image", *lines)) == root
+
+
+@needs_sfdisk
+def test_mbr(tmp_path: Path) -> None:
+    image = partitioned(tmp_path / "image", "type=ef", "type=83", label="dos\nlabel-id: 0x1234abcd")
+    assert root_of(image) == "root=PARTUUID=1234abcd-02"
+
+
+@needs_sfdisk
+@pytest.mark.parametrize("lines", [[f"type={ESP}"], [f"type={LINUX}", f"type={LINUX}"]])
+def test_where_no_partition_can_only_be_the_root_the_user_must_say_it(tmp_path: Path, lines: list[str]) -> None:
+    with pytest.raises(StartError, match="its kernel cannot be told one") as caught:
+        root_of(partitioned(tmp_path / "image", *lines))
+    assert "root=" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("bus", "disk"), [("virtio-blk", "vda"), ("nvme", "nvme0n1"), ("virtio-scsi", "sda"), ("scsi-cd", "sr0")]
+)
+def test_an_image_without_partitions_is_the_root_as_a_whole(tmp_path: Path, bus: str, disk: str) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
+    assert root_of(tmp_path / "image", bus=bus) == f"root=/dev/{disk}"
+
+
+@needs_sfdisk
+@pytest.mark.parametrize("options", [[], ["-c"], ["-o", "cluster_size=512"], ["-o", "cluster_size=2M"]])
+def test_qcow2(tmp_path: Path, options: list[str]) -> None:
+    raw = partitioned(tmp_path / "raw", f"type={ROOT}, uuid={UUIDS[0]}")
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", *options, str(raw), str(image)], check=True)
+    assert root_of(image, qcow2_image=True) == f"root=PARTUUID={UUIDS[0]}"
+
+
+def test_an_empty_overlay_is_what_qemu_img_takes_it_for(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base", tmp_path / "overlay"
+    base.write_bytes(os.urandom(100_000) + bytes(4_700_000_000 % 4096))
+    fd = os.open(overlay, os.O_RDWR | os.O_CREAT)
+    qcow2.write_empty(fd, 5 << 30, backing=str(base), backing_format="raw")
+    assert qcow2.layout_of(fd, "overlay").size == 5 << 30
+    os.close(fd)
+    subprocess.run(["qemu-img", "check", "-q", str(overlay)], check=True)
+    with base.open("ab") as file:
+        file.truncate(5 << 30)
+    subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(overlay), str(base)], check=True)
