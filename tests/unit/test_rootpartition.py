@@ -92,14 +92,13 @@ def test_qcow2(tmp_path: Path, options: list[str]) -> None:
     assert root_of(image, qcow2_image=True) == f"root=PARTUUID={UUIDS[0]}"
 
 
-def test_an_empty_overlay_is_what_qemu_img_takes_it_for(tmp_path: Path) -> None:
-    base, overlay = tmp_path / "base", tmp_path / "overlay"
-    base.write_bytes(os.urandom(100_000) + bytes(4_700_000_000 % 4096))
+def test_an_empty_image_is_what_qemu_img_takes_it_for(tmp_path: Path) -> None:
+    overlay, empty = tmp_path / "overlay", tmp_path / "empty"
     fd = os.open(overlay, os.O_RDWR | os.O_CREAT)
-    qcow2.write_empty(fd, 5 << 30, backing=str(base), backing_format="raw")
+    qcow2.write_empty(fd, 5 << 30)
     assert qcow2.layout_of(fd, "overlay").size == 5 << 30
     os.close(fd)
     subprocess.run(["qemu-img", "check", "-q", str(overlay)], check=True)
-    with base.open("ab") as file:
+    with empty.open("wb") as file:
         file.truncate(5 << 30)
-    subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(overlay), str(base)], check=True)
+    subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(overlay), str(empty)], check=True)

@@ -14,13 +14,15 @@ import sys
 from typing import NoReturn
 
 from ..errors import StartError, UsageError, VmspawnError
+from ..host.runtime import check_name
 from ..machine import config as configuration
+from ..machine import images
 from ..machine.config import MachineConfig
 from ..machine.launch import END_SIGNALS, launch
 from ..storage.drive import BUSES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
-from . import boot_options, guest_options, later_options, system_options
+from . import boot_options, guest_options, later_options, share_options, system_options
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 
 _PROGRAM = "vmspawn"
@@ -42,6 +44,7 @@ def build_parser() -> Parser:
     _add_machine(parser)
     _add_storage(parser)
     boot_options.add(parser)
+    share_options.add(parser)
     guest_options.add(parser)
     system_options.add(parser)
     later_options.add(parser)
@@ -78,6 +81,10 @@ def _add_boot(parser: Parser) -> None:
     group.add_argument("-i", "--image", metavar="PATH", help="a disk image or block device")
     group.add_argument("--image-format", choices=FORMATS, help="the image's format (default: raw)")
     group.add_argument("--image-disk-type", choices=BUSES, default=BUSES[0], help="its bus (default: %(default)s)")
+    group.add_argument(
+        "-x", "--ephemeral", action="store_true", help="leave the image as it is: what is written is lost"
+    )
+    group.add_argument("-G", "--grow-image", metavar="BYTES", help="make the image at least that large first")
     group.add_argument("--linux", metavar="PATH", help="a kernel to boot directly")
     group.add_argument(
         "--initrd", metavar="PATH", action="append", default=[], help="the initrd for --linux=; several make one"
@@ -145,6 +152,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         kernel_arguments = kernel_arguments[1:]
     if options.shutdown_timeout < 0:
         raise UsageError(f"--shutdown-timeout={options.shutdown_timeout:g} is negative")
+    grow_image = options.grow_image
     config = MachineConfig(
         name=options.machine,
         guest=options.guest,
@@ -168,8 +176,14 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         shutdown_timeout=options.shutdown_timeout,
         registration=system_options.registration(options),
         firmware=boot_options.wish(options),
+        ephemeral=options.ephemeral,
+        grow_image=None if grow_image is None else configuration.parse_size(grow_image, option="--grow-image="),
+        **share_options.fields(options),
         **guest_options.fields(options),
     )
+    boots = config.image or config.directory or config.linux or config.guest
+    if not boots and config.name is not None:
+        config = config._replace(**images.find(check_name(config.name)))
     return configuration.check(config)
 
 

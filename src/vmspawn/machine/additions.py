@@ -6,15 +6,19 @@ from __future__ import annotations
 import os
 
 from ..storage.image import FDSET_BASE
+from .helper import Helper
 
 #: Where the numbers of our descriptor sets for other things than drives end; those of drives begin there.
 _FDSETS_END = FDSET_BASE
 
 
 class Additions:
-    """Arguments for QEMU and the guest, and the descriptors that QEMU inherits for them. Owns the descriptors."""
+    """Arguments for QEMU and the guest, the descriptors that QEMU inherits for them, and processes that serve it.
 
-    __slots__ = ("arguments", "descriptors", "kernel_arguments", "machine", "vendor_strings")
+    Owns the descriptors and the processes.
+    """
+
+    __slots__ = ("arguments", "descriptors", "helpers", "kernel_arguments", "machine", "vendor_strings")
 
     def __init__(self) -> None:
         #: Properties of `-machine`, such as `smm=on`.
@@ -27,6 +31,8 @@ class Additions:
         self.kernel_arguments: list[str] = []
         #: SMBIOS type 11 strings, which the guest finds in /sys/firmware/dmi/entries/11-*.
         self.vendor_strings: list[bytes] = []
+        #: Processes beside QEMU.
+        self.helpers: list[Helper] = []
 
     def keep(self, fd: int) -> int:
         """Let QEMU inherit a descriptor, which is ours to close from now on. Returns it."""
@@ -56,3 +62,8 @@ class Additions:
         """Close our descriptors; QEMU has its own by then. May be called again."""
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+    def end_helpers(self) -> None:
+        """Kill the helpers that still run. May be called again."""
+        while self.helpers:
+            self.helpers.pop().close()

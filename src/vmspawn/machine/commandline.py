@@ -33,6 +33,8 @@ class BootDrive(NamedTuple):
     place: ports.Place
     image: Image
     serial: str
+    #: The node that an overlay stands on.
+    below: str | None = None
 
     def device(self) -> dict[str, object]:
         """The device's properties."""
@@ -48,7 +50,8 @@ class BootDrive(NamedTuple):
         """The block nodes' options, from the bottom up."""
         found = [nodes.file_node(self.image, self.drive)]
         if self.image.format != "raw":
-            found.append(nodes.format_node(self.image, self.drive))
+            overlaid = {"backing": self.below} if self.below else {}
+            found.append({**nodes.format_node(self.image, self.drive), **overlaid})
         found.append(nodes.pivot_node(self.identifiers, self.image, self.drive, read_only=self.drive.read_only))
         return found
 

@@ -14,6 +14,7 @@ from ..host import machined
 from ..host.runtime import NAME_MAX, check_name
 from ..storage.drive import DEFAULT_BUS, Drive
 from . import credentials, firmware, memory
+from .shares import Share
 
 MACHINE_TYPES = ("q35", "pc", "virt")
 KVM_CHOICES = ("auto", "yes", "no")
@@ -66,7 +67,9 @@ class MachineConfig(NamedTuple):
     vendor_strings: tuple[str, ...] = ()
     credentials: tuple[credentials.Credential, ...] = ()
     directory: str | None = None
+    binds: tuple[Share, ...] = ()
     ephemeral: bool = False
+    grow_image: int | None = None
 
     @property
     def ram_bytes(self) -> int:
@@ -105,10 +108,23 @@ def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_boot(config: MachineConfig) -> None:
     if config.guest and (config.linux or config.initrd):
         raise UsageError("--guest=builtin brings its own kernel", hint="leave out --linux= and --initrd=, or --guest=")
+    if config.directory and (config.image or config.guest):
+        other = "--image=" if config.image else "--guest="
+        raise UsageError(f"--directory= and {other} are both what the guest's root is", hint="leave out one of them")
+    if config.ephemeral and (not config.image or config.extra_drives):
+        other = "--extra-drive=" if config.image else "anything but --image="
+        raise UsageError(f"--ephemeral does not work with {other}", hint="leave out one of them")
+    if config.binds and config.guest:
+        raise UsageError(
+            "--bind= is mounted by systemd in the guest, and the built-in guest has none", hint="boot an image instead"
+        )
     if config.initrd and not config.linux:
         raise UsageError("--initrd= needs --linux=", hint="name the kernel that the initrd belongs to")
-    if not (config.guest or config.linux or config.image):
-        raise UsageError("nothing to boot", hint="try --guest=builtin, or name an image with --image=")
+    if not (config.guest or config.linux or config.image or config.directory):
+        raise UsageError(
+            "nothing to boot",
+            hint="try --guest=builtin, or name an image with --image= or a directory with --directory=",
+        )
 
 
 def _check_uuid(text: str) -> None:
@@ -119,7 +135,7 @@ def _check_uuid(text: str) -> None:
 
 def _default_name(config: MachineConfig) -> str:
     """A name from what boots, as systemd-vmspawn does: the file's name without its suffix."""
-    source = config.image or config.linux or config.guest or ""
+    source = config.image or (config.directory or "").rstrip("/") or config.linux or config.guest or ""
     stem = os.path.basename(source)
     for suffix in (".raw", ".img", ".qcow2"):
         stem = stem.removesuffix(suffix)

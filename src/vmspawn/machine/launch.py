@@ -28,7 +28,8 @@ from . import qemu
 from .additions import Additions
 from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
-from .prepare import prepare
+from .ephemeral import BASE_NODE, grow, overlay
+from .prepare import complete, prepare
 from .qemu import QemuBinary, choose_accelerator, find_qemu
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Launched:
         self.sockets.clear()
         self.close_images()
         self.additions.close()
+        self.additions.end_helpers()
         if self.directory is not None:
             self.directory.remove()
             self.directory = None
@@ -100,6 +102,7 @@ def launch(
 
     Raises StartError, UsageError or what the drives raise; nothing is left behind then.
     """
+    config = complete(config)
     binary = find_qemu(config.qemu, config.machine_type)
     layout = ports.layout(config.machine_type, config.hotplug_ports, namespaces=binary.namespaces)
     launched = Launched(config, binary, layout)
@@ -111,8 +114,7 @@ def launch(
         boot = _boot(config, binary.architecture, notice)
         launched.directory = MachineDirectory.create(config.name or "")
         _open_boot_drives(launched)
-        console = f"console={_SERIAL_PORTS[binary.architecture]}"
-        boot = prepare(launched.additions, config, boot, launched.layout, (console,), detail)
+        boot = prepare(launched, boot, (f"console={_SERIAL_PORTS[binary.architecture]}",), notice, detail)
         _start(launched, boot)
     except BaseException:
         launched.abandon()
@@ -167,13 +169,31 @@ def _open_boot_drives(launched: Launched) -> None:
         launched.boot_drives.append(_open_boot_drive(launched, number, drive._replace(discard=discard), option))
 
 
+def _prepare_image(launched: Launched, backing: Backing, image_format: str, path: str) -> tuple[Backing, str]:
+    """The image as it is to boot: grown, or below an overlay. Owns `backing`; the caller owns what is returned."""
+    config = launched.config
+    if config.ephemeral and launched.directory is not None:
+        folder = launched.directory.path
+        grow_to = config.grow_image
+        return overlay(launched.additions, backing, image_format, path=path, folder=folder, grow_to=grow_to), "qcow2"
+    if config.grow_image is not None:
+        try:
+            return grow(backing, image_format, config.grow_image, path=path), image_format
+        except BaseException:
+            backing.close()
+            raise
+    return backing, image_format
+
+
 def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str) -> BootDrive:
     for other in launched.boot_drives:
         if other.drive.name == drive.name:
             raise UsageError(f"two drives are called {drive.name}", hint="give the files different names")
+    is_image = option.startswith("--image=")
+    overlaid = is_image and launched.config.ephemeral and drive.bus != "scsi-cd"
     try:
         read_only = drive.read_only or drive.bus == "scsi-cd" or drive.format in formats.READ_ONLY_FORMATS
-        backing = backings.open_drive(drive.path, read_only=read_only)
+        backing = backings.open_drive(drive.path, read_only=read_only or overlaid)
     except (BadConfig, SystemFailure) as error:
         raise StartError(f"cannot use {option}: {error}", hint=error.hint) from None
     try:
@@ -184,9 +204,12 @@ def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str)
     except BaseException:
         backing.close()
         raise
+    if is_image and drive.bus != "scsi-cd":
+        backing, image_format = _prepare_image(launched, backing, image_format, drive.path)
     serial = drive.serial or drives.serial_for(drive.name)
     image = Image(number, backing, image_format, drive.path)
-    return BootDrive(drive._replace(read_only=not backing.writable), Identifiers(number), place, image, serial)
+    drive = drive._replace(read_only=not backing.writable)
+    return BootDrive(drive, Identifiers(number), place, image, serial, BASE_NODE if overlaid else None)
 
 
 def _check_once(launched: Launched, backing: Backing, option: str) -> None:
@@ -307,6 +330,9 @@ def _inheritable() -> list[int]:
 
 def explain_failure(launched: Launched, log: str) -> VmspawnError:
     """Why QEMU ended before it was up, from what it printed, in the user's words where we know them."""
+    for helper in launched.additions.helpers:
+        if failure := helper.has_failed():
+            return StartError(failure)
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
         return StartError("QEMU ended as soon as it was started, without a word", hint="is something killing it?")

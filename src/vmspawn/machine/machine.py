@@ -28,6 +28,7 @@ from ..storage.limits import Limits
 from ..waiting import first_of
 from .config import MachineConfig, check
 from .launch import Launched, explain_failure, launch
+from .watch import Watch
 
 if TYPE_CHECKING:
     from ..qmp.multiplexer import Multiplexer
@@ -78,6 +79,7 @@ class Machine:
         self._starting: asyncio.Task[Multiplexer] | None = None
         self._opened = 0.0
         self._killer: asyncio.TimerHandle | None = None
+        self._watch = Watch(())
 
     # Starting and ending.
 
@@ -101,6 +103,7 @@ class Machine:
             self._storage.add_boot_drive(
                 Attachment(each.drive, each.identifiers, each.place, each.serial, [each.image])
             )
+        self._watch = Watch(launched.additions.helpers)
         self._save_state()
 
     async def started(self) -> None:
@@ -138,6 +141,7 @@ class Machine:
         await self._close_multiplexer()
         if self._killer is not None:
             self._killer.cancel()
+        await self._watch.close()
         launched.abandon()
 
     async def _quit(self) -> None:
@@ -152,7 +156,9 @@ class Machine:
     async def wait(self) -> End:
         """Wait until QEMU has ended, and say how."""
         process = self._running_process()
-        await process.ended.wait()
+        lost = await self._watch.until_ended(process, self.terminate)
+        if lost:
+            return End("helper-died", lost, False)
         # What QEMU said before it went may still lie in the socket.
         if self._monitor is not None:
             await first_of(self._monitor.closed, timeout=_EXIT_TIMEOUT)

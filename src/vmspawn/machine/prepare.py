@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from ..errors import StartError
 from ..storage import ports
-from . import credentials, kernelimage, uefi, vendorstrings
+from . import credentials, kernelimage, memory, uefi, vendorstrings
 from .additions import Additions
 from .commandline import Boot
 from .config import MachineConfig
 from .uefi import ARCHITECTURE
+
+if TYPE_CHECKING:
+    from .launch import Launched
 
 #: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
 _INITRD_ALIGNMENT = 4
@@ -22,25 +26,55 @@ _INITRD_ALIGNMENT = 4
 _ROOT = ("root=", "mount.usr=")
 
 
+def complete(config: MachineConfig) -> MachineConfig:
+    """The configuration with the kernel that a directory brings, if the user names none. Raises StartError."""
+    if config.directory is None or config.linux is not None:
+        return config
+    from . import bootentries
+
+    linux, initrds = bootentries.find(config.directory)
+    return config._replace(linux=linux, initrd=initrds[0] if initrds else None, more_initrds=initrds[1:])
+
+
 def prepare(
-    additions: Additions,
-    config: MachineConfig,
+    launched: Launched,
     boot: Boot | None,
-    layout: ports.Layout,
     console_arguments: tuple[str, ...],
+    notice: Callable[[str], None],
     detail: Callable[[str], None],
 ) -> Boot | None:
     """Collect the additions; returns the boot with what they add to it. `console_arguments` are for a kernel that is
     not ours. Raises StartError, UsageError.
     """
+    additions, config, layout = launched.additions, launched.config, launched.layout
     if found := uefi.choose(config, ARCHITECTURE, detail):
         uefi.add(additions, found, config)
     if config.network_user:
         _add_network(additions, layout)
+    if config.directory or config.binds:
+        from . import shares
+
+        memory.share(additions, config.ram_bytes)
+        assert launched.directory is not None
+        shares.start(additions, config.directory, config.binds, launched.directory, lambda: take_place(layout), notice)
     additions.vendor_strings += [os.fsencode(each) for each in config.vendor_strings]
     boot = _complete(additions, config, boot, console_arguments)
-    vendorstrings.add(additions, ((each.name, credentials.load(each)) for each in config.credentials))
+    vendorstrings.add(additions, _credentials(config))
     return boot
+
+
+def _credentials(config: MachineConfig) -> Iterator[tuple[str, bytes]]:
+    """The credentials by name; our lines for the guest's fstab are added to those that the user gives it."""
+    from .shares import FSTAB_CREDENTIAL, fstab
+
+    lines = fstab(config.binds)
+    for each in config.credentials:
+        value = credentials.load(each)
+        if each.name == FSTAB_CREDENTIAL and lines:
+            value, lines = value.rstrip(b"\n") + b"\n" + lines, b""
+        yield each.name, value
+    if lines:
+        yield FSTAB_CREDENTIAL, lines
 
 
 def _complete(
@@ -94,16 +128,21 @@ def _initrd(additions: Additions, config: MachineConfig, boot: Boot) -> str | No
     return additions.add_content("initrd", bytes(merged))
 
 
-def take_place(layout: ports.Layout) -> dict[str, object]:
-    """A slot for a device that is there from boot, as its properties. Raises NoFreePort."""
+def take_place(layout: ports.Layout) -> ports.Place:
+    """A slot for a device that is there from boot. Raises NoFreePort."""
     place = layout.boot.take()
     layout.pci.claim(place)
-    return place.properties()
+    return place
 
 
 def _add_network(additions: Additions, layout: ports.Layout) -> None:
     """A network card behind QEMU's own NAT, which needs no right on the host."""
-    device = {"driver": "virtio-net-pci", "id": "network0", "netdev": "network0-user", **take_place(layout)}
+    device = {
+        "driver": "virtio-net-pci",
+        "id": "network0",
+        "netdev": "network0-user",
+        **take_place(layout).properties(),
+    }
     # No boot over this network, and no need for the ROM that would do it.
     device["romfile"] = ""
     additions.arguments += ["-netdev", "user,id=network0-user", "-device", json.dumps(device)]

@@ -96,40 +96,17 @@ class Reader:
             ) from None
 
 
-def write_empty(fd: int, size: int, *, backing: str, backing_format: str) -> None:
-    """Make an open, empty file an overlay of `size` bytes that has all its content from `backing`.
+def write_empty(fd: int, size: int) -> None:
+    """Make an open, empty file an image of `size` bytes that has nothing of its own; what is below it shows through.
 
-    `backing` is a file name as QEMU takes it. Cluster 0 is the header, 1 the reference counts' table, 2 their first
-    block, the first-level table follows.
+    It names no backing file: QEMU is told the node. Cluster 0 is the header, 1 the reference counts' table, 2 their
+    first block, the first-level table follows.
     """
     per_l2 = _CLUSTER // 8
     l1_entries = -(-size // (per_l2 * _CLUSTER))
     l1_clusters = max(1, -(-l1_entries * 8 // _CLUSTER))
-    name = backing.encode()
-    extension = struct.pack(">II", 0xE2792ACA, len(backing_format)) + backing_format.encode().ljust(8, b"\0")
-    header_length = _HEADER.size
-    name_at = header_length + len(extension) + 8
-    header = _HEADER.pack(
-        _MAGIC,
-        3,
-        name_at,
-        len(name),
-        _CLUSTER_BITS,
-        size,
-        0,
-        l1_entries,
-        3 * _CLUSTER,
-        _CLUSTER,
-        1,
-        0,
-        0,
-        0,
-        0,
-        0,
-        4,
-        104,
-    )
+    header = (_MAGIC, 3, 0, 0, _CLUSTER_BITS, size, 0, l1_entries, 3 * _CLUSTER, _CLUSTER, 1, 0, 0, 0, 0, 0, 4)
     os.ftruncate(fd, (3 + l1_clusters) * _CLUSTER)
-    os.pwrite(fd, header + extension + bytes(8) + name, 0)
+    os.pwrite(fd, _HEADER.pack(*header, _HEADER.size), 0)
     os.pwrite(fd, struct.pack(">Q", 2 * _CLUSTER), _CLUSTER)
     os.pwrite(fd, struct.pack(">H", 1) * (3 + l1_clusters), 2 * _CLUSTER)

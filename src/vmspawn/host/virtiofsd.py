@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtiofsd, which serves a directory of the host's to a guest: finding it, and what it is to be told.
+
+There are two: the one in Rust that distributions have today, and the one in C that came with QEMU up to 7.2. Their
+options differ, and what they call themselves tells them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import NamedTuple
+
+from ..errors import StartError
+
+#: Where distributions put it; it is in nobody's PATH. QEMU's descriptors are asked first.
+_PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/local/libexec/virtiofsd")
+_DESCRIPTORS = ("/etc/qemu/vhost-user", "/usr/share/qemu/vhost-user")
+
+_PROBE_TIMEOUT = 10.0
+
+_HINT = "install it (Debian and Fedora: virtiofsd; Debian 12: it comes with qemu-system-common)"
+
+
+class Virtiofsd(NamedTuple):
+    """A virtiofsd, and what it can do."""
+
+    path: str
+    rust: bool
+    read_only: bool
+
+    def command(self, directory: str, listener: int, *, read_only: bool) -> list[str]:
+        """The command that serves a directory to who connects to the listening socket `listener`.
+
+        QEMU knows no mount points below the root of a share, so they are not announced.
+        """
+        if not self.rust:
+            # As a comma ends an option's value there, one in the path is doubled.
+            source = directory.replace(",", ",,")
+            return [self.path, "-f", f"--fd={listener}", "-o", f"source={source},xattr"]
+        options = ["--xattr", "--no-announce-submounts"]
+        if read_only and self.read_only:
+            options.append("--readonly")
+        return [self.path, f"--fd={listener}", f"--shared-dir={directory}", *options]
+
+
+def find() -> Virtiofsd:
+    """Find a virtiofsd and ask what it can do. Raises StartError if there is none, or it does not run."""
+    path = next((each for each in (*_described(), *_PLACES, *_in_path()) if os.access(each, os.X_OK)), None)
+    if path is None:
+        raise StartError("no virtiofsd found, which directories are shared by", hint=_HINT)
+    rust = "virtiofsd version" not in _ask(path, "--version")
+    return Virtiofsd(path, rust, rust and "--readonly" in _ask(path, "--help"))
+
+
+def _described() -> list[str]:
+    """The binaries of QEMU's descriptors of vhost-user back ends (QEMU's docs/interop/vhost-user.json)."""
+    found = []
+    for directory in _DESCRIPTORS:
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError:
+            continue
+        for name in names:
+            try:
+                with open(os.path.join(directory, name), "rb") as file:
+                    descriptor = json.load(file)
+                if descriptor["type"] == "fs":
+                    found.append(str(descriptor["binary"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    return found
+
+
+def _in_path() -> list[str]:
+    return [os.path.join(folder, "virtiofsd") for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)]
+
+
+def _ask(path: str, option: str) -> str:
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            [path, option], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise StartError(f"{path} did not answer {option} within {_PROBE_TIMEOUT:g} s") from None
+    except OSError as error:
+        raise StartError(f"cannot run {path}: {error.strerror}", hint=_HINT) from None
+    return (done.stdout + done.stderr).decode(errors="replace")

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kernel that a directory has for itself: by the entries of its boot loader, or as distributions put it there.
+
+The UAPI group's Boot Loader Specification: unified kernel images in EFI/Linux, and `.conf` files in loader/entries,
+below what is mounted at /efi or /boot.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from ..errors import StartError
+
+_BOOT_DIRECTORIES = ("efi", "boot", "boot/efi")
+
+#: What distributions call the initrd of a kernel, by its version.
+_INITRDS = ("initrd.img-{}", "initramfs-{}.img", "initrd-{}")
+
+
+class Entry(NamedTuple):
+    """A kernel and its initrds, by paths on the host."""
+
+    linux: str
+    initrds: tuple[str, ...]
+
+
+def find(root: str) -> Entry:
+    """The newest kernel of a directory; a unified image before an entry, and an entry before a bare kernel.
+
+    Raises StartError if there is none.
+    """
+    boots = [os.path.join(root, each) for each in _BOOT_DIRECTORIES]
+    if images := [each for boot in boots for each in _files(os.path.join(boot, "EFI/Linux"), ".efi")]:
+        return Entry(max(images, key=_version), ())
+    entries = [
+        (path, entry)
+        for boot in boots
+        for path in _files(os.path.join(boot, "loader/entries"), ".conf")
+        if (entry := _read(path, boot)) is not None
+    ]
+    if entries:
+        return max(entries, key=lambda each: _version(each[0]))[1]
+    if kernels := [each for each in _files(os.path.join(root, "boot"), "") if "/vmlinuz-" in each]:
+        return _bare(root, max(kernels, key=_version))
+    raise StartError(
+        f"{root} has no kernel: no boot loader's entry below efi or boot, and no boot/vmlinuz-*",
+        hint="name a kernel with --linux=, and its initrd with --initrd=",
+    )
+
+
+def _files(folder: str, suffix: str) -> list[str]:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [os.path.join(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
+
+
+def _version(path: str) -> list[tuple[int, str]]:
+    """A key that sorts versions: numbers in names count as numbers."""
+    parts = re.findall(r"\d+|\D+", os.path.basename(path))
+    return [(int(each), "") if each.isdigit() else (-1, each) for each in parts]
+
+
+def _read(path: str, boot: str) -> Entry | None:
+    """An entry whose kernel is there; the paths in it begin where its boot directory does."""
+    linux, initrds = "", []
+    try:
+        with open(path, errors="replace") as file:
+            for line in file:
+                key, _, value = line.strip().partition(" ")
+                if key == "linux":
+                    linux = value.strip()
+                elif key == "initrd":
+                    initrds.append(os.path.join(boot, value.strip().lstrip("/")))
+    except OSError:
+        return None
+    kernel = os.path.join(boot, linux.lstrip("/"))
+    return Entry(kernel, tuple(initrds)) if linux and os.path.isfile(kernel) else None
+
+
+def _bare(root: str, kernel: str) -> Entry:
+    version = os.path.basename(kernel).removeprefix("vmlinuz-")
+    found = (os.path.join(root, "boot", name.format(version)) for name in _INITRDS)
+    return Entry(kernel, tuple(path for path in found if os.path.exists(path))[:1])

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Processes that a machine cannot do without, beside QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+_LOG_MAX = 1 << 16
+
+
+class Helper:
+    """A running helper. `what` says for people what it did. Owns the process, which is our child, and its log."""
+
+    __slots__ = ("_log", "name", "pid", "what")
+
+    def __init__(self, name: str, what: str, pid: int, log: int) -> None:
+        self.name = name
+        self.what = what
+        #: The process, or 0 once it has been waited for: its number may be another's then.
+        self.pid = pid
+        self._log = log
+
+    def describe(self, end: str) -> str:
+        """Which helper ended how, with the last line that it printed."""
+        size = os.fstat(self._log).st_size
+        text = os.pread(self._log, _LOG_MAX, max(0, size - _LOG_MAX)).decode(errors="replace")
+        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+        return f"{self.name}, which {self.what}, {end}" + (f": {last}" if last else "")
+
+    def has_failed(self) -> str:
+        """How it ended, if it has ended already; else an empty string."""
+        if not self.pid:
+            return ""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return ""
+        self.pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        return self.describe(f"exited with status {code}" if code >= 0 else f"died of signal {-code}")
+
+    def close(self) -> None:
+        """Kill the process if it still runs, and give up the log."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+            self.pid = 0
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1

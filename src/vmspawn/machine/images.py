@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Images by name, where machinectl and importctl keep them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import UsageError
+
+_SYSTEM = ("/etc/machines", "/run/machines", "/var/lib/machines", "/usr/local/lib/machines", "/usr/lib/machines")
+
+#: Where an image is best put.
+_DEFAULT = "/var/lib/machines"
+
+
+def places() -> list[str]:
+    """The directories that are looked in, the first counts; a user's own come before the system's."""
+    if os.geteuid() == 0:
+        return list(_SYSTEM)
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local/state")
+    return [os.path.join(state, "machines"), *_SYSTEM]
+
+
+def find(name: str) -> dict[str, Any]:
+    """The fields of MachineConfig that boot the image of that name: NAME.raw, or the directory NAME.
+
+    Raises UsageError if there is none.
+    """
+    for place in places():
+        raw, directory = os.path.join(place, f"{name}.raw"), os.path.join(place, name)
+        if os.path.exists(raw):
+            return {"image": raw}
+        if os.path.isdir(directory):
+            return {"directory": directory}
+    raise UsageError(
+        f"nothing to boot: there is no image for a machine named {name}",
+        hint=f"name one with --image= or --directory=, try --guest=builtin, or put {name}.raw into {_DEFAULT}",
+    )

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Images that stay as they are, and images that grow, as a booted guest sees them."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import vmspawn
+from tests.conftest import MIB, make_qcow2, make_raw
+from tests.machines import fresh_name
+from tests.shell import Shell
+from vmspawn import Machine
+from vmspawn.errors import UsageError
+
+
+def checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def machine(qemu: str, image: Path, **options: Any) -> Machine:
+    defaults = {"guest": "builtin", "image": str(image), "name": fresh_name(), "console": "headless"}
+    return Machine(**{**defaults, "qemu": qemu, **options})
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_an_ephemeral_image_takes_writes_and_is_untouched(qemu: str, tmp_path: Path, image_format: str) -> None:
+    image = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", 16 * MIB)
+    if image_format == "raw":
+        with image.open("r+b") as file:
+            file.write(b"as it was")
+    before = checksum(image)
+    async with machine(qemu, image, image_format=image_format, ephemeral=True, grow_image=24 * MIB + 1) as running:
+        shell = await Shell.open(running)
+        assert await shell.run("cat /sys/block/vda/size") == str((24 * MIB + 4096) // 512)
+        if image_format == "raw":
+            assert await shell.run("head -c 9 /dev/vda") == "as it was"
+        await shell.run("printf changed | dd of=/dev/vda conv=notrunc,fsync bs=7 && echo 3 >/proc/sys/vm/drop_caches")
+        assert await shell.run("head -c 7 /dev/vda") == "changed"
+        shell.close()
+    assert checksum(image) == before
+    assert os.listdir(tmp_path) == ["image"]
+
+
+async def test_an_ephemeral_image_may_be_one_that_nobody_may_write(qemu: str, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "image", MIB)
+    image.chmod(0o400)
+    async with machine(qemu, image, ephemeral=True) as running:
+        assert running.running
+
+
+@pytest.mark.parametrize(("size", "after"), [(3 * MIB + 1, 3 * MIB + 4096), (MIB, 2 * MIB)])
+async def test_a_raw_image_grows_but_never_shrinks(qemu: str, tmp_path: Path, size: int, after: int) -> None:
+    image = make_raw(tmp_path / "image", 2 * MIB)
+    async with machine(qemu, image, grow_image=size) as running:
+        disks = await running.monitor.execute("query-block")
+        assert [each["inserted"]["image"]["virtual-size"] for each in disks if "inserted" in each] == [after]
+    assert image.stat().st_size == after
+
+
+def test_a_qcow2_image_is_not_grown_but_said_how(qemu: str, tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "image", 2 * MIB)
+    done = vmspawn(f"--qemu={qemu}", f"--image={image}", "--image-format=qcow2", "--grow-image=4M")
+    assert done.returncode == 2
+    assert "does not grow a qcow2 image" in done.stderr
+    assert "qemu-img resize" in done.stderr
+
+
+def test_ephemeral_is_for_the_image_alone(tmp_path: Path) -> None:
+    extra = vmspawn(f"--image={tmp_path}/a", "--ephemeral", f"--extra-drive={tmp_path}/b")
+    assert extra.returncode == 2
+    assert "--ephemeral does not work with --extra-drive=" in extra.stderr
+    with pytest.raises(UsageError, match="--ephemeral does not work with anything but --image="):
+        Machine(guest="builtin", ephemeral=True)
+
+
+async def test_an_overlay_leaves_no_descriptor_behind(qemu: str, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "image", MIB)
+    before = len(os.listdir("/proc/self/fd"))
+    async with machine(qemu, image, ephemeral=True):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before

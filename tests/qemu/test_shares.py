@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtiofsd beside a machine: started for each directory, gone with the machine, and the machine's end if it dies."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Spawned, qemu_pid, spawned, vmctl, vmspawn
+from tests.conftest import make_raw
+from tests.machines import is_gone, process_is_gone
+from vmspawn.errors import StartError
+from vmspawn.host import virtiofsd
+
+try:
+    PROGRAM = virtiofsd.find()
+except StartError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+if not PROGRAM.rust and os.geteuid() != 0:
+    pytest.skip("this virtiofsd needs root", allow_module_level=True)
+
+
+def servers(machine: Spawned) -> list[int]:
+    """The virtiofsd processes that the manager started; each may have children for its sandbox."""
+    children = Path(f"/proc/{machine.process.pid}/task/{machine.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "virtiofsd"]
+
+
+@pytest.fixture
+def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
+    """A machine whose guest is its firmware, with two directories."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    image = make_raw(tmp_path / "image", 1 << 20)
+    machine = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless")
+    return (*machine, f"--bind={tmp_path}/one:/mnt/one", f"--bind-ro={tmp_path}/two:/mnt/two")
+
+
+@pytest.mark.parametrize("machine_type", ["q35", "pc"])
+def test_each_directory_has_a_virtiofsd_that_goes_with_the_machine(options: tuple[str, ...], machine_type: str) -> None:
+    with spawned(*options, f"--machine-type={machine_type}") as machine:
+        machine.wait_for("is running")
+        pids = servers(machine)
+        assert len(pids) == 2
+        assert vmctl("terminate", machine.name).returncode == 0
+        assert machine.wait() == 0
+    assert all(process_is_gone(pid) for pid in pids)
+    assert is_gone(machine.name)
+
+
+def test_a_virtiofsd_that_dies_is_named_and_ends_the_machine(options: tuple[str, ...], tmp_path: Path) -> None:
+    with spawned(*options) as machine:
+        machine.wait_for("is running")
+        qemu = qemu_pid(machine.name)
+        pids = servers(machine)
+        os.kill(pids[0], signal.SIGKILL)
+        assert machine.wait() == 1
+    assert f"virtiofsd, which served {tmp_path}/one to the guest, died of SIGKILL" in machine.output["stderr"]
+    assert process_is_gone(qemu)
+    assert all(process_is_gone(pid) for pid in pids)
+    assert is_gone(machine.name)
+
+
+def test_a_qemu_that_dies_takes_its_virtiofsd_along(options: tuple[str, ...]) -> None:
+    with spawned(*options) as machine:
+        machine.wait_for("is running")
+        pids = servers(machine)
+        os.kill(qemu_pid(machine.name), signal.SIGKILL)
+        assert machine.wait() == 1
+    assert "QEMU died of SIGKILL" in machine.output["stderr"]
+    assert all(process_is_gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("option", ["--directory=", "--bind="])
+def test_what_is_no_directory_is_named(tmp_path: Path, qemu: str, option: str) -> None:
+    (tmp_path / "file").touch()
+    boot = () if option == "--directory=" else (f"--image={make_raw(tmp_path / 'image')}",)
+    for path, reason in (("file", "Not a directory"), ("none", "No such file or directory")):
+        done = vmspawn(f"--qemu={qemu}", *boot, f"{option}{tmp_path}/{path}")
+        assert done.returncode == 1
+        assert f"cannot use {option}{tmp_path}/{path}: {reason}" in done.stderr

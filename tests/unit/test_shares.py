@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Directories for the guest: how they are written, and what the guest is told of them."""
+
+import pytest
+
+from vmspawn.cli.spawn import parse as parse_arguments
+from vmspawn.errors import UsageError
+from vmspawn.host.virtiofsd import Virtiofsd
+from vmspawn.machine.shares import Share, fstab, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("/a", Share("/a", "/a")),
+        ("/a:/b", Share("/a", "/b")),
+        ("/a/../c/:/d//e/", Share("/c", "/d/e")),
+        (r"/a\:b:/c\\d", Share("/a:b", "/c\\d")),
+    ],
+)
+def test_source_and_target(text: str, share: Share) -> None:
+    assert parse("--bind=", text, read_only=False) == share
+
+
+@pytest.mark.parametrize("text", ["", ":", "/a:", ":/b", "/a:/b:/c", "/a:b", "/a\\"])
+def test_what_is_no_bind(text: str) -> None:
+    with pytest.raises(UsageError, match="--bind="):
+        parse("--bind=", text, read_only=False)
+
+
+def test_binds_keep_their_order_and_their_mode() -> None:
+    config, _ = parse_arguments(["--image=/x", "--bind-ro=/a", "--bind=/b:/c d"])
+    assert config.binds == (Share("/a", "/a", True), Share("/b", "/c d"))
+    assert fstab(config.binds) == b"mnt0 /a virtiofs ro,x-initrd.mount\nmnt1 /c\\040d virtiofs rw,x-initrd.mount\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image=/x", "--directory=/y"], "--directory= and --image= are both"),
+        (["--guest=builtin", "--directory=/y"], "--directory= and --guest= are both"),
+        (["--guest=builtin", "--bind=/y"], "mounted by systemd in the guest"),
+        (["--image=/x", "--bind=/a:/t", "--bind-ro=/b:/t"], "something else is bound to /t"),
+    ],
+)
+def test_contradictions(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_arguments(arguments)
+    assert caught.value.hint
+
+
+def test_each_virtiofsd_is_told_in_its_own_way() -> None:
+    old = Virtiofsd("/v", rust=False, read_only=False)
+    assert old.command("/a,b", 7, read_only=True) == ["/v", "-f", "--fd=7", "-o", "source=/a,,b,xattr"]
+    new = Virtiofsd("/v", rust=True, read_only=True)
+    assert new.command("/a", 7, read_only=False)[1:3] == ["--fd=7", "--shared-dir=/a"]
+    assert new.command("/a", 7, read_only=True)[-1] == "--readonly"
