@@ -17,7 +17,7 @@ from ..errors import NotConnected, Timeout, UsageError, VmspawnError
 from ..host import machined
 from ..host.runtime import check_name, machine_names
 from ..version import VERSION
-from . import disks, qmp
+from . import disks, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 from .tables import JSON_MODES, format_duration, print_fields, print_json
@@ -42,6 +42,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
     _add_machine_verbs(verbs)
     disks.add_verbs(verbs, _add_machine_verb)
+    volumes.add_verbs(verbs, _add_machine_verb)
     _add_event_verbs(verbs)
     _add_qmp_verbs(verbs)
     return parser

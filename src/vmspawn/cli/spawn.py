@@ -14,6 +14,7 @@ import sys
 from typing import NoReturn
 
 from ..errors import StartError, UsageError, VmspawnError
+from ..host import storageprovider
 from ..host.runtime import check_name
 from ..machine import config as configuration
 from ..machine import images
@@ -22,7 +23,7 @@ from ..machine.launch import END_SIGNALS, launch
 from ..storage.drive import BUSES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
-from . import boot_options, guest_options, later_options, share_options, system_options
+from . import boot_options, guest_options, later_options, share_options, system_options, volumes
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 
 _PROGRAM = "vmspawn"
@@ -135,6 +136,13 @@ def _add_storage(parser: Parser) -> None:
         help="another drive, there from boot; repeatable",
     )
     group.add_argument(
+        "--bind-volume",
+        metavar=storageprovider.SYNTAX,
+        action="append",
+        default=[],
+        help="a volume of a systemd storage provider, there from boot; repeatable",
+    )
+    group.add_argument(
         "--hotplug-ports", metavar="N", type=int, help="PCI devices that can be plugged in later (default: 8; pc: 27)"
     )
 
@@ -176,6 +184,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         shutdown_timeout=options.shutdown_timeout,
         registration=system_options.registration(options),
         firmware=boot_options.wish(options),
+        volumes=tuple(volumes.parse("--bind-volume=", each) for each in options.bind_volume),
         ephemeral=options.ephemeral,
         grow_image=None if grow_image is None else configuration.parse_size(grow_image, option="--grow-image="),
         **share_options.fields(options),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..errors import UsageError
 from ..host import machined
 from ..host.runtime import NAME_MAX, check_name
+from ..host.storageprovider import Volume
 from ..storage.drive import DEFAULT_BUS, Drive
 from . import credentials, firmware, memory
 from .shares import Share
@@ -68,6 +69,7 @@ class MachineConfig(NamedTuple):
     credentials: tuple[credentials.Credential, ...] = ()
     directory: str | None = None
     binds: tuple[Share, ...] = ()
+    volumes: tuple[Volume, ...] = ()
     ephemeral: bool = False
     grow_image: int | None = None
 

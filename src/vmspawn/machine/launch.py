@@ -14,14 +14,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
-from ..host import runtime, scope
+from ..host import runtime, scope, storageprovider
 from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
+from ..host.storageprovider import Volume
 from ..storage import backing as backings
 from ..storage import drive as drives
 from ..storage import formats, ports
 from ..storage.backing import Backing
-from ..storage.drive import Drive
+from ..storage.drive import DEFAULT_BUS, Drive
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from . import qemu
@@ -167,6 +168,24 @@ def _open_boot_drives(launched: Launched) -> None:
     discard = "unmap" if config.discard_disk else "ignore"
     for number, (drive, option) in enumerate(wanted):
         launched.boot_drives.append(_open_boot_drive(launched, number, drive._replace(discard=discard), option))
+    for volume in config.volumes:
+        launched.boot_drives.append(_acquire_boot_drive(launched, len(launched.boot_drives), volume, discard))
+
+
+def _acquire_boot_drive(launched: Launched, number: int, volume: Volume, discard: str) -> BootDrive:
+    drive = Drive("", volume.drive_name, volume.config or DEFAULT_BUS, "raw", discard=discard)
+    _check_drive_name(launched, drive)
+    try:
+        read_only = drive.bus == "scsi-cd"
+        fd = storageprovider.acquire(volume, user=launched.config.registration.user, read_only=read_only)
+        try:
+            backing = backings.inspect(fd, what=volume.drive_name, read_only=read_only or None)
+        except BaseException:
+            os.close(fd)
+            raise
+    except (VmspawnError, OSError) as error:
+        raise StartError(f"--bind-volume=: {error}", hint=getattr(error, "hint", "")) from None
+    return _boot_drive(launched, number, drive, backing, f"--bind-volume={volume.drive_name}")
 
 
 def _prepare_image(launched: Launched, backing: Backing, image_format: str, path: str) -> tuple[Backing, str]:
@@ -186,16 +205,24 @@ def _prepare_image(launched: Launched, backing: Backing, image_format: str, path
 
 
 def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str) -> BootDrive:
-    for other in launched.boot_drives:
-        if other.drive.name == drive.name:
-            raise UsageError(f"two drives are called {drive.name}", hint="give the files different names")
-    is_image = option.startswith("--image=")
-    overlaid = is_image and launched.config.ephemeral and drive.bus != "scsi-cd"
+    _check_drive_name(launched, drive)
+    overlaid = launched.config.ephemeral and option.startswith("--image=")
     try:
         read_only = drive.read_only or drive.bus == "scsi-cd" or drive.format in formats.READ_ONLY_FORMATS
         backing = backings.open_drive(drive.path, read_only=read_only or overlaid)
     except (BadConfig, SystemFailure) as error:
         raise StartError(f"cannot use {option}: {error}", hint=error.hint) from None
+    return _boot_drive(launched, number, drive, backing, option)
+
+
+def _check_drive_name(launched: Launched, drive: Drive) -> None:
+    for other in launched.boot_drives:
+        if other.drive.name == drive.name:
+            raise UsageError(f"two drives are called {drive.name}", hint="give the files different names")
+
+
+def _boot_drive(launched: Launched, number: int, drive: Drive, backing: Backing, option: str) -> BootDrive:
+    """Make an open image a drive. Owns `backing` from the call on."""
     try:
         image_format = _boot_format(backing, drive, option)
         _check_once(launched, backing, option)
@@ -204,12 +231,15 @@ def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str)
     except BaseException:
         backing.close()
         raise
-    if is_image and drive.bus != "scsi-cd":
+    is_image = option.startswith("--image=") and drive.bus != "scsi-cd"
+    if is_image:
         backing, image_format = _prepare_image(launched, backing, image_format, drive.path)
     serial = drive.serial or drives.serial_for(drive.name)
     image = Image(number, backing, image_format, drive.path)
     drive = drive._replace(read_only=not backing.writable)
-    return BootDrive(drive, Identifiers(number), place, image, serial, BASE_NODE if overlaid else None)
+    return BootDrive(
+        drive, Identifiers(number), place, image, serial, BASE_NODE if is_image and launched.config.ephemeral else None
+    )
 
 
 def _check_once(launched: Launched, backing: Backing, option: str) -> None:

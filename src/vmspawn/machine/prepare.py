@@ -30,8 +30,9 @@ def complete(config: MachineConfig) -> MachineConfig:
     """The configuration with the kernel that a directory brings, if the user names none. Raises StartError."""
     if config.directory is None or config.linux is not None:
         return config
-    from . import bootentries
+    from . import bootentries, shares
 
+    shares.check("--directory=", config.directory)
     linux, initrds = bootentries.find(config.directory)
     return config._replace(linux=linux, initrd=initrds[0] if initrds else None, more_initrds=initrds[1:])
 

@@ -85,7 +85,7 @@ def start(
         wanted.insert(0, (ROOT_TAG, Share(directory, "/"), "--directory="))
         additions.kernel_arguments += ROOT_ARGUMENTS
     for _, share, option in wanted:
-        _check(share.source, option)
+        check(option, share.source)
     program = virtiofsd.find()
     for tag, share, _ in wanted:
         if share.read_only and not program.read_only:
@@ -94,7 +94,8 @@ def start(
         _add_device(additions, tag, connected, take_place())
 
 
-def _check(path: str, option: str) -> None:
+def check(option: str, path: str) -> None:
+    """Raise StartError if this is no directory, or not ours to open."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
