@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vmspawn.guest import builtin
+
 PROJECT = Path(__file__).parents[2]
 
 #: Where the tree is kept; it takes some minutes to make and is the same for every checkout.
@@ -223,13 +225,31 @@ class Box:
             if time.monotonic() > deadline:
                 raise BoxError(f"the box's systemd did not say that it is up within {BOOT_TIMEOUT:g} s")
 
+    @property
+    def python(self) -> Path:
+        """The Python packages for the box's Python, under the same path on the host and in the box."""
+        return self._python
+
+    def take_guest(self) -> None:
+        """Copy the built-in guest into the box's cache, if there is one: nothing is fetched in the box."""
+        if guest := builtin.find():
+            source = Path(guest.kernel).parent
+            shutil.copytree(source, self.path(f"/root/.cache/vmspawn/guest/{source.name}"))
+
     def command(self, *arguments: str, unit: Sequence[str] | None = None) -> list[str]:
         """The command line that runs `arguments` in the box; with `unit`, as a transient service with those options."""
         enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--cgroup", "--ipc", "--uts", "--net", "--root"]
-        environment = ["env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "TERM=dumb"]
+        environment = [
+            "env",
+            "-i",
+            "--chdir=/root",
+            "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME=/root",
+            "TERM=dumb",
+        ]
         environment += ["LC_ALL=C.UTF-8", "SYSTEMD_PAGER=", "SYSTEMD_COLORS=0"]
         service = [] if unit is None else ["systemd-run", "--quiet", "--collect", *unit, "--"]
-        return [*enter, "--wd=/root", *environment, *service, *arguments]
+        return [*enter, *environment, *service, *arguments]
 
     def run(
         self, *arguments: str, timeout: float = RUN_TIMEOUT, check: bool = True, unit: Sequence[str] | None = None
@@ -280,12 +300,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev box", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
     verbs.add_parser("make", help=f"build the tree at {TREE}")
+    test = verbs.add_parser("test", help="run the ordinary tests in a box, with its Python, QEMU and virtiofsd")
+    test.add_argument("arguments", nargs=argparse.REMAINDER, help="pytest's arguments")
     run = verbs.add_parser("run", help="boot a box, run a command or a shell in it as a unit, and end the box")
     run.add_argument("command", nargs=argparse.REMAINDER, help="the command (default: bash)")
     options = parser.parse_args()
     try:
         if options.verb == "make":
             make()
+        elif options.verb == "test":
+            sys.exit(_test_in_new_box(options.arguments))
         else:
             sys.exit(_run_in_new_box(options.command or ["bash"]))
     except BoxError as error:
@@ -297,6 +321,18 @@ def _run_in_new_box(command: list[str]) -> int:
         terminal = "--pty" if os.isatty(0) else "--pipe"
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return subprocess.run(box.command(*command, unit=("--wait", terminal)), check=False).returncode
+
+
+def _test_in_new_box(arguments: Sequence[str]) -> int:
+    """Run pytest in a box as a service, whose output comes here. The checkout is read-only there."""
+    with Box() as box:
+        box.take_guest()
+        settings = [f"--setenv=PYTHONPATH={PROJECT}:{PROJECT}/src:{box.python}", f"--working-directory={PROJECT}"]
+        settings += ["--setenv=PYTHONDONTWRITEBYTECODE=1", "--setenv=HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis"]
+        settings += ["--setenv=HOME=/root", "--setenv=TERM=dumb"]
+        command = ["python3", "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        unit = ("--wait", "--pipe", *settings)
+        return subprocess.run(box.command(*command, unit=unit), stdin=subprocess.DEVNULL, check=False).returncode
 
 
 if __name__ == "__main__":

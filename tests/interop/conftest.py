@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the tests in the box share: one booted box, and machines in it."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 
 from tests.interop.box import Box, why_not
 from tests.interop.machines import BoxedMachine
-from vmspawn.guest import builtin
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,9 +25,7 @@ def box() -> Iterator[Box]:
     if reason := why_not():
         pytest.skip(reason)
     with Box() as booted:
-        if guest := builtin.find():
-            source = Path(guest.kernel).parent
-            shutil.copytree(source, booted.path(f"/root/.cache/vmspawn/guest/{source.name}"))
+        booted.take_guest()
         yield booted
 
 
@@ -49,7 +45,7 @@ def spawn(box: Box) -> Iterator[Callable[..., BoxedMachine]]:
 @pytest.fixture
 def idle(box: Box, spawn: Callable[..., BoxedMachine]) -> BoxedMachine:
     """A running machine whose guest is its firmware, looking for something to boot."""
-    machine = spawn(f"--image={make_image(box)}", "--ram=64M", "--console=headless")
+    machine = spawn(f"--image={make_image(box)}", "--firmware=bios", "--ram=64M", "--console=headless")
     machine.wait_for("is running")
     return machine
 

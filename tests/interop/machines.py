@@ -40,17 +40,18 @@ class BoxedMachine(Spawned):
 
     def registration(self) -> dict[str, Any] | None:
         """What machined knows of the machine, or None if it does not know it."""
-        done = self.box.run(
-            "varlinkctl",
-            "call",
-            "--json=short",
-            "/run/systemd/machine/io.systemd.Machine",
-            "io.systemd.Machine.List",
-            json.dumps({"name": self.name}),
-            check=False,
-        )
-        if done.returncode != 0:
-            assert "NoSuchMachine" in done.stderr
-            return None
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        return machine_registration(self.box, self.name)
+
+
+def machine_registration(box: Box, name: str) -> dict[str, Any] | None:
+    """What machined knows of a machine, or None if it does not know it."""
+    done = box.run(
+        *("varlinkctl", "call", "--json=short", "/run/systemd/machine/io.systemd.Machine", "io.systemd.Machine.List"),
+        json.dumps({"name": name}),
+        check=False,
+    )
+    if done.returncode != 0:
+        assert "NoSuchMachine" in done.stderr, done.stderr
+        return None
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

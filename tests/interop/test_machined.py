@@ -12,7 +12,7 @@ from tests.interop.machines import BoxedMachine
 Spawn = Callable[..., BoxedMachine]
 
 #: A machine whose guest is its firmware.
-IDLE = ("--ram=64M", "--console=headless")
+IDLE = ("--firmware=bios", "--ram=64M", "--console=headless")
 
 
 def boot_builtin(spawn: Spawn, *arguments: str) -> BoxedMachine:

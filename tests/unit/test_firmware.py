@@ -89,8 +89,9 @@ def test_what_is_no_uefi_or_for_another_machine_is_passed_over(folders: tuple[Pa
     descriptor(system / "20-arm.json", targets=[{"architecture": "aarch64", "machines": ["virt-*"]}])
     (system / "30-broken.json").write_text("{")
     descriptor(system / "40-kernel.json", mapping={"device": "kernel", "filename": "/k"})
-    descriptor(system / "50-memory.json", mapping={"device": "memory", "filename": "/m.fd"})
-    found = firmware.select(FirmwareWish(), "x86_64", "q35")
+    descriptor(system / "50-memory.json", "intel-tdx", mapping={"device": "memory", "filename": "/m.fd"})
+    assert selected() is None
+    found = firmware.select(FirmwareWish(include=("intel-tdx",)), "x86_64", "q35")
     assert found is not None
     assert (found.executable, found.template, found.memory) == (Blob("/m.fd", "raw"), None, True)
 

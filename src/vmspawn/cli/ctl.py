@@ -149,7 +149,7 @@ def _describe(client: Client, name: str) -> dict[str, Any]:
     try:
         return client.call(f"{MACHINE}.Describe")
     except VarlinkError as error:
-        if error.leaf != "InterfaceNotFound":
+        if error.leaf not in ("InterfaceNotFound", "MethodNotFound"):
             raise
         status = client.call(f"{INSTANCE}.Describe")["status"]
         return {"name": name, "status": status, "qemuVersion": "-", "accelerator": "-", "processId": 0}

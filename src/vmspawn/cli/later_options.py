@@ -44,6 +44,7 @@ _VALUES = (
     _Later("--forward-journal-keep-free", "BYTES", "the guest's journal on the host", ()),
     _Later("--forward-journal-max-file-size", "BYTES", "the guest's journal on the host", ()),
     _Later("--forward-journal-max-files", "N", "the guest's journal on the host", ()),
+    _Later("--background", "COLOR", "a tinted terminal", ("",)),
     _Later("--ssh-key-type", "TYPE", "an SSH key for the guest", ()),
 )
 

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 
 from ..host import machined
-from ..host.notify import notify
+from ..host.readiness import notify
 from ..host.runtime import CONTROL
 from ..machine.machine import Machine
 

@@ -26,6 +26,9 @@ _SYSTEM = ("/etc", "/usr/local/share", "/usr/share")
 #: QEMU's versioned names of the machine types, which the descriptors' patterns are for.
 _MACHINE_NAMES = {"q35": "pc-q35-7.2", "pc": "pc-i440fx-7.2", "virt": "virt-7.2"}
 
+#: Features of firmware for confidential machines. It is loaded into memory and keeps nothing, and is not for others.
+_CONFIDENTIAL = frozenset(("amd-sev-snp", "intel-tdx"))
+
 _DESCRIPTOR_MAX = 1 << 20
 
 
@@ -120,6 +123,8 @@ def select(wish: FirmwareWish, architecture: str, machine_type: str) -> Firmware
     excluded = set(wish.exclude) - set(wish.include)
     for path, content in _readable():
         offered = _offer(path, content, architecture, machine_type)
+        if offered and offered.memory and not _CONFIDENTIAL & set(wish.include):
+            continue
         if offered and set(wish.include) <= offered.features and not excluded & offered.features:
             return offered
     return None

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What systemd-vmspawn says, and what we say: the firmware that is found, and the options there are."""
+
+import json
+import re
+
+import pytest
+
+from tests.interop.box import Box
+
+
+def options(text: str) -> set[str]:
+    """The options that a --help lists."""
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
+
+
+def test_every_option_of_systemd_vmspawn_is_known_here(box: Box) -> None:
+    theirs = options(box.run("systemd-vmspawn", "--help").stdout)
+    # These are accepted and mean nothing here, or are another issue's.
+    elsewhere = {"--no-pager", "--no-ask-password", "--discard-disk", "--console-transport"}
+    assert theirs - options(box.run("vmspawn", "--help").stdout) <= elsewhere
+
+
+def test_the_same_firmware_is_listed(box: Box) -> None:
+    assert box.run("vmspawn", "--firmware=list").stdout == box.run("systemd-vmspawn", "--firmware=list").stdout
+    features = "--firmware-features=list"
+    assert box.run("vmspawn", features).stdout == box.run("systemd-vmspawn", features).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--secure-boot=no"],
+        ["--secure-boot=yes"],
+        ["--firmware-features=enrolled-keys"],
+        ["--firmware-features=~requires-smm"],
+    ],
+)
+def test_the_same_firmware_is_selected(box: Box, arguments: list[str]) -> None:
+    ours = json.loads(box.run("vmspawn", "--firmware=describe", *arguments).stdout)
+    assert ours == json.loads(box.run("systemd-vmspawn", "--firmware=describe", *arguments).stdout)

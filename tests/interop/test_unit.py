@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The unit vmspawn@.service: an image by its name, started and stopped by systemctl."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.disks import make_builtin_disk
+from tests.interop.box import PROJECT, Box
+from tests.interop.machines import machine_registration
+
+NAME = "by-unit"
+
+
+@pytest.fixture
+def unit(box: Box) -> Iterator[str]:
+    """The unit, installed and with an image that boots; stopped and removed afterwards."""
+    make_builtin_disk(box.path(f"/var/lib/machines/{NAME}.raw"))
+    box.path("/run/systemd/system/vmspawn@.service").write_bytes((PROJECT / "systemd/vmspawn@.service").read_bytes())
+    folder = box.path(f"/run/systemd/system/vmspawn@{NAME}.service.d")
+    folder.mkdir()
+    (folder / "test.conf").write_text(
+        "[Service]\nExecStart=\nExecStart=vmspawn --quiet --keep-unit --console=headless --network-user-mode "
+        "--machine=%i --ram=512M --firmware=bios\n"
+    )
+    box.run("systemctl", "daemon-reload")
+    yield f"vmspawn@{NAME}.service"
+    box.run("systemctl", "kill", "--signal=KILL", f"vmspawn@{NAME}.service", check=False)
+
+
+def test_start_boots_the_image_and_stop_shuts_the_guest_down(box: Box, unit: str) -> None:
+    assert box.run("systemd-analyze", "verify", "--man=no", "/run/systemd/system/vmspawn@.service").stderr == ""
+    box.run("systemctl", "start", unit)
+    found = machine_registration(box, NAME)
+    assert found is not None
+    assert found["unit"] == unit
+    assert "vmspawn" in box.run("machinectl", "status", NAME).stdout
+    # The power button is pressed until the guest, which still boots, listens.
+    box.run("systemctl", "stop", unit)
+    shown = box.run("systemctl", "show", unit, "--property=Result,ExecMainStatus,ActiveState").stdout.split()
+    assert set(shown) == {"Result=success", "ExecMainStatus=0", "ActiveState=inactive"}
+    assert machine_registration(box, NAME) is None
