@@ -46,12 +46,14 @@ def make_disk(
     initrd: Path,
     arguments: tuple[str, ...],
     *,
+    bios_arguments: tuple[str, ...] = (),
     boot_loader: Path | None = None,
     root: Path | None = None,
 ) -> Path:
     """A GPT disk with a boot partition and, if there is a file system for it, a root partition.
 
-    `boot_loader` is systemd-boot's PE image; without it the disk boots by BIOS alone.
+    `bios_arguments` are for the kernel if BIOS starts it. `boot_loader` is systemd-boot's PE image; without it the disk
+    boots by BIOS alone.
     """
     esp = path.with_name(path.name + ".esp")
     size = (kernel.stat().st_size + initrd.stat().st_size) // MIB + 36
@@ -59,7 +61,8 @@ def make_disk(
     _copy(esp, kernel, "linux")
     _copy(esp, initrd, "initrd")
     line = " ".join(arguments)
-    _write(esp, "syslinux.cfg", f"DEFAULT linux\nPROMPT 0\nLABEL linux\nLINUX /linux\nINITRD /initrd\nAPPEND {line}\n")
+    append = " ".join((line, *bios_arguments))
+    _write(esp, "syslinux.cfg", f"DEFAULT linux\nLABEL linux\nLINUX /linux\nINITRD /initrd\nAPPEND {append}\n")
     if boot_loader is not None:
         _run("mmd", "-i", str(esp), "::EFI", "::EFI/BOOT", "::loader", "::loader/entries")
         _copy(esp, boot_loader, "EFI/BOOT/BOOTX64.EFI")

@@ -300,16 +300,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev box", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
     verbs.add_parser("make", help=f"build the tree at {TREE}")
-    test = verbs.add_parser("test", help="run the ordinary tests in a box, with its Python, QEMU and virtiofsd")
-    test.add_argument("arguments", nargs=argparse.REMAINDER, help="pytest's arguments")
+    verbs.add_parser("test", help="run the ordinary tests in a box, with its Python, QEMU and virtiofsd; as pytest")
     run = verbs.add_parser("run", help="boot a box, run a command or a shell in it as a unit, and end the box")
     run.add_argument("command", nargs=argparse.REMAINDER, help="the command (default: bash)")
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
+    if rest and options.verb != "test":
+        parser.error(f"what is {rest[0]}?")
     try:
         if options.verb == "make":
             make()
         elif options.verb == "test":
-            sys.exit(_test_in_new_box(options.arguments))
+            sys.exit(_test_in_new_box(rest))
         else:
             sys.exit(_run_in_new_box(options.command or ["bash"]))
     except BoxError as error:

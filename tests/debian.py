@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A Debian for tests: a tree that debootstrap makes, and a disk of it that boots by BIOS and by UEFI; both cached."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import disks
+from tests.interop.box import mirror
+from tests.ovmf import cache
+
+SUITE = "trixie"
+PACKAGES = ("systemd", "systemd-sysv", "udev", "dbus", "systemd-boot-efi", "e2fsprogs", "ca-certificates")
+
+#: dracut makes an initrd that mounts a root by virtiofs; by debootstrap's own choice it would be initramfs-tools.
+KERNEL_PACKAGES = ("dracut", "linux-image-cloud-amd64")
+
+MIB = 1 << 20
+MAKE_TIMEOUT = 1800.0
+
+#: The file system's label, by which the kernel is told its root.
+LABEL = "debian"
+
+
+def need() -> None:
+    """Skip the test where such a tree cannot be made."""
+    if os.geteuid() != 0:
+        pytest.skip("debootstrap needs root")
+    if not shutil.which("debootstrap") and not (cache() / f"debian-{SUITE}").exists():
+        pytest.skip("debootstrap is not installed")
+    disks.need_tools()
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    with (cache() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def tree() -> Path:
+    """The tree. Tests may boot it, and so write to it, but must not count on what others wrote."""
+    final = cache() / f"debian-{SUITE}"
+    with _locked(final.name):
+        if not final.exists():
+            partial = final.with_name(final.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            _run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(partial), mirror())
+            for each in Path("/etc/apt/apt.conf.d").glob("*proxy*"):
+                shutil.copy(each, partial / "etc/apt/apt.conf.d")
+            _run("chroot", str(partial), "apt-get", "update")
+            _run("chroot", str(partial), "apt-get", "install", "-y", "--no-install-recommends", *KERNEL_PACKAGES)
+            partial.rename(final)
+    return final
+
+
+def kernel() -> tuple[Path, Path]:
+    """The tree's kernel and its initrd."""
+    boot = tree() / "boot"
+    return next(boot.glob("vmlinuz-*")), next(boot.glob("initrd.img-*"))
+
+
+def disk() -> Path:
+    """The disk, in raw format. Tests boot it with --ephemeral, or a copy."""
+    final = cache() / f"debian-{SUITE}.raw"
+    source = tree()
+    with _locked(final.name):
+        if not final.exists():
+            with tempfile.TemporaryDirectory(dir=cache()) as folder:
+                _make_disk(source, Path(folder), final)
+    return final
+
+
+def _make_disk(source: Path, folder: Path, final: Path) -> None:
+    root = folder / "root"
+    with root.open("wb") as file:
+        file.truncate(1536 * MIB)
+    _run("mkfs.ext4", "-q", "-L", LABEL, "-d", str(source), str(root))
+    linux, initrd = kernel()
+    # By UEFI the console is for vmspawn to say; a BIOS has no way to be told.
+    made = disks.make_disk(
+        folder / "disk",
+        linux,
+        initrd,
+        (f"root=LABEL={LABEL}", "rw"),
+        bios_arguments=("console=ttyS0",),
+        boot_loader=source / "usr/lib/systemd/boot/efi/systemd-bootx64.efi",
+        root=root,
+    )
+    made.rename(final)
+
+
+def _run(*command: str) -> None:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MAKE_TIMEOUT
+    )
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        pytest.skip(f"no Debian for tests: {command[0]} failed: {lines[-1] if lines else done.returncode}")

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A Debian, as people have it: booted to its shell by BIOS and by UEFI, from raw and qcow2, from a directory, without
+being changed; its udev sees what is plugged in, and its power button shuts it down."""
+
+import asyncio
+import hashlib
+import re
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import debian, ovmf
+from tests.conftest import make_raw
+from tests.machines import fresh_name
+from vmspawn import Drive, Machine
+from vmspawn.host.runtime import CONSOLE
+from vmspawn.machine import nvram
+from vmspawn.machine.credentials import Credential
+from vmspawn.machine.shares import Share
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+
+#: Under emulation, on a machine that others use too.
+BOOT_TIMEOUT = 400.0
+SHUTDOWN_TIMEOUT = 180.0
+COMMAND_TIMEOUT = 120.0
+
+#: systemd's getty logs root in without asking. That it does shows that credentials arrive.
+LOGIN = (Credential("agetty.autologin", b"root"), Credential("login.noauth", b"yes"))
+
+PROMPT = r"root@[^\n]*# "
+
+
+@pytest.fixture(autouse=True)
+def _needs() -> None:
+    debian.need()
+
+
+class Console:
+    """A shell on the guest's console."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self.text = ""
+
+    async def wait_for(self, pattern: str, timeout: float) -> None:
+        """Read until the pattern comes, and forget what came before its end."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not (match := re.search(pattern, self.text)):
+                    data = await self._reader.read(65536)
+                    assert data, f"the console ended before {pattern!r}: {self.text[-2000:]!r}"
+                    self.text += data.decode(errors="replace").replace("\r", "")
+        except TimeoutError:
+            raise AssertionError(f"{pattern!r} did not come: {self.text[-3000:]!r}") from None
+        self.text = self.text[match.end() :]
+
+    async def run(self, command: str) -> str:
+        """Run a command and return what it printed; it must succeed."""
+        self._writer.write(f"{command}; echo sta''tus=$?=\n".encode())
+        async with asyncio.timeout(COMMAND_TIMEOUT):
+            while not (match := re.search(r"status=(\d+)=\n", self.text)):
+                self.text += (await self._reader.read(65536)).decode(errors="replace").replace("\r", "")
+        output, self.text = self.text[: match.start()], self.text[match.end() :]
+        assert match[1] == "0", f"{command!r} failed: {output!r}"
+        return re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", output).strip()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@asynccontextmanager
+async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Console]]:
+    """A Debian that has booted to root's shell."""
+    defaults = {"name": fresh_name(), "console": "headless", "ram": 1 << 30, "cpus": 2, "credentials": LOGIN}
+    async with Machine(qemu=qemu, **{**defaults, **options}) as machine:
+        console = Console(*await asyncio.open_unix_connection(machine.directory.file(CONSOLE)))
+        await console.wait_for(PROMPT, BOOT_TIMEOUT)
+        await console.run("stty -echo cols 500; bind 'set enable-bracketed-paste off' 2>/dev/null; PS1=")
+        yield machine, console
+        console.close()
+
+
+async def power_off(machine: Machine) -> None:
+    """Press the power button as SIGTERM does, and see the guest go."""
+    await machine.power_off()
+    async with asyncio.timeout(SHUTDOWN_TIMEOUT):
+        end = await machine.wait()
+    assert (end.reason, end.clean) == ("guest-shutdown", True)
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_copy(path: Path) -> Path:
+    """The disk in qcow2 format."""
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(debian.disk()), str(path)], check=True)
+    return path
+
+
+def make_shared(folder: Path) -> Path:
+    """A directory with a file called hello."""
+    folder.mkdir()
+    (folder / "hello").write_text("from the host")
+    return folder
+
+
+async def test_bios_boots_it_and_udev_sees_what_is_plugged_in(qemu: str, tmp_path: Path) -> None:
+    image = debian.disk()
+    before = checksum(image)
+    async with booted(qemu, image=str(image), ephemeral=True, kernel_arguments=("not.for=bios",)) as (machine, console):
+        assert await console.run("findmnt -no FSTYPE /") == "ext4"
+        for bus in ("virtio-blk", "nvme", "virtio-scsi"):
+            disk = make_raw(tmp_path / f"disk-{bus}")
+            attached = await machine.attach(Drive(str(disk), bus=bus))
+            await console.run(f"udevadm wait --timeout=60 {attached.by_id}")
+            device = await console.run(f"readlink -f {attached.by_id}")
+            assert await console.run(f"blockdev --getsize64 {device}") == str(disk.stat().st_size)
+            await machine.detach(disk.name)
+            await console.run(f"udevadm wait --removed --timeout=60 {attached.by_id}")
+        await power_off(machine)
+    assert checksum(image) == before
+
+
+async def test_uefi_boots_a_qcow2_with_kernel_arguments(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ovmf.install(tmp_path / "config")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    image = make_copy(tmp_path / "debian.qcow2")
+    shared = make_shared(tmp_path / "shared")
+    async with booted(
+        qemu,
+        image=str(image),
+        image_format="qcow2",
+        kernel_arguments=("of.mine=1",),
+        credentials=(*LOGIN, Credential("large", bytes(70_000)), Credential("fstab.extra", b"none /mnt/b tmpfs rw\n")),
+        binds=(Share(str(shared), "/mnt/a"),),
+    ) as (machine, console):
+        assert "of.mine=1" in (await console.run("cat /proc/cmdline")).split()
+        assert await console.run("ls -d /sys/firmware/efi") == "/sys/firmware/efi"
+        assert await console.run("wc -c </run/credentials/@system/large") == "70000"
+        assert await console.run("cat /mnt/a/hello") == "from the host"
+        assert await console.run("findmnt -no FSTYPE /mnt/b") == "tmpfs"
+        await power_off(machine)
+    assert image.with_name(image.name + nvram.SUFFIX).stat().st_size > 0
+
+
+async def test_a_kernel_of_the_users_finds_its_root_on_the_image(qemu: str) -> None:
+    linux, initrd = debian.kernel()
+    options = {"linux": str(linux), "initrd": str(initrd), "image": str(debian.disk()), "ephemeral": True}
+    async with booted(qemu, **options, kernel_arguments=("rw",)) as (machine, console):
+        assert "root=PARTUUID=" in await console.run("cat /proc/cmdline")
+        assert await console.run("findmnt -no FSTYPE /") == "ext4"
+        await power_off(machine)
+
+
+async def test_a_directory_boots(qemu: str) -> None:
+    async with booted(qemu, directory=str(debian.tree())) as (machine, console):
+        assert await console.run("findmnt -no FSTYPE /") == "virtiofs"
+        await power_off(machine)
