@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.interop.box import Box
+from tests.interop.box import PROJECT, Box
 
 
 def options(text: str) -> set[str]:
@@ -19,6 +19,12 @@ def test_every_option_of_systemd_vmspawn_is_known_here(box: Box) -> None:
     # These are accepted and mean nothing here, or are another issue's.
     elsewhere = {"--no-pager", "--no-ask-password", "--discard-disk", "--console-transport"}
     assert theirs - options(box.run("vmspawn", "--help").stdout) <= elsewhere
+
+
+def test_the_table_of_options_is_complete(box: Box) -> None:
+    table = (PROJECT / "docs/compatibility.md").read_text()
+    listed = re.findall(r"^\| `(?:-\w, )?(--[\w-]+)", table, re.MULTILINE)
+    assert sorted(listed) == sorted(options(box.run("systemd-vmspawn", "--help").stdout))
 
 
 def test_the_same_firmware_is_listed(box: Box) -> None:

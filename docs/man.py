@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Makes the man pages vmspawn(1) and vmctl(1): the text in docs/man, with the options as the commands themselves have
+them. `python docs/man.py FOLDER` writes them into FOLDER; `./dev man` does that for build/man."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmspawn.cli import ctl, spawn
+from vmspawn.version import VERSION
+
+SOURCES = Path(__file__).parent / "man"
+
+#: Lines of a source that stand for what the program itself says.
+_OPTIONS = "@OPTIONS@"
+_VERBS = "@VERBS@"
+
+
+def escape(text: str) -> str:
+    """Text for roff(7): hyphens as they are typed, backslashes, and no control line by accident."""
+    text = text.replace("\\", "\\e").replace("-", "\\-").replace("…", "\\[u2026]")
+    return "\\&" + text if text[:1] in (".", "'") else text
+
+
+def metavar(action: argparse.Action) -> str:
+    """What stands for an option's value, or an empty string if it takes none."""
+    if action.nargs == 0:
+        return ""
+    if isinstance(action.metavar, str):
+        return action.metavar
+    if action.choices:
+        return "|".join(map(str, action.choices))
+    return action.dest.upper()
+
+
+def names(action: argparse.Action) -> str:
+    """An option's names, the long ones with what stands for the value: `-i, --image=PATH`."""
+    value = metavar(action)
+    return ", ".join(f"{name}={value}" if value and name.startswith("--") else name for name in action.option_strings)
+
+
+def help_of(action: argparse.Action) -> str:
+    """An option's help as a sentence."""
+    text = (action.help or "") % {"default": action.default, "prog": ""}
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def details() -> dict[str, str]:
+    """What there is to say of an option beyond its help, from docs/man/details: `--option` and lines that follow."""
+    found: dict[str, str] = {}
+    for block in (SOURCES / "details").read_text().split("\n\n"):
+        name, _, text = block.strip().partition("\n")
+        if name.startswith("--"):
+            found[name] = text
+    return found
+
+
+def _entry(action: argparse.Action, more: dict[str, str]) -> Iterator[str]:
+    yield ".TP"
+    yield f".B {escape(names(action))}"
+    yield escape(help_of(action))
+    for name in action.option_strings:
+        if name in more:
+            yield from map(escape, more[name].splitlines())
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The options of a parser by their groups."""
+    more = details()
+    for group in parser._action_groups:
+        actions = [each for each in group._group_actions if each.option_strings and each.help != argparse.SUPPRESS]
+        if not actions:
+            continue
+        yield f".SS {escape((group.title or 'Options').capitalize())}"
+        for action in actions:
+            yield from _entry(action, more)
+
+
+def verbs(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The verbs of vmctl, each with its arguments and its own options."""
+    shared = {name for action in parser._actions for name in action.option_strings}
+    for name, verb in _subparsers(parser).items():
+        yield ".TP"
+        usage = (verb.usage or name).removeprefix("vmctl ").replace(" [OPTION…]", "")
+        yield f".B {escape(usage)}"
+        text = verb.description or ""
+        yield escape(f"{text[:1].upper()}{text[1:]}.")
+        own = [each for each in verb._actions if each.option_strings and not set(each.option_strings) & shared]
+        for action in own:
+            yield ".br"
+            yield f"\\fB{escape(names(action))}\\fR: {escape(help_of(action))}"
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def page(name: str, parser: argparse.ArgumentParser) -> str:
+    """One man page. The source is man(7) but for the lines that stand for something."""
+    lines = [f'.TH {name.upper()} 1 "" "vmspawn {VERSION}" "vmspawn"']
+    for line in (SOURCES / f"{name}.man").read_text().splitlines():
+        match line:
+            case "@OPTIONS@":
+                lines += options(parser)
+            case "@VERBS@":
+                lines += verbs(parser)
+            case _ if line.startswith('.\\" SPDX'):
+                lines.insert(0, line)
+            case _:
+                lines.append(re.sub(r"(?<![\\])-", r"\\-", line))
+    return "\n".join(lines) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """All man pages by their file names."""
+    return {
+        "vmspawn.1": page("vmspawn", spawn.build_parser()),
+        "vmctl.1": page("vmctl", ctl.build_parser()),
+    }
+
+
+def main() -> None:
+    """Write the man pages."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/man")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (folder / name).write_text(text)
+        print(folder / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The man pages and the table of options: complete, and in a form that their readers take."""
+
+import argparse
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from docs import man
+from vmspawn.cli import ctl, spawn
+
+COMPATIBILITY = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+
+def visible_options(parser: argparse.ArgumentParser) -> set[str]:
+    return {
+        name
+        for action in parser._actions
+        if action.help != argparse.SUPPRESS
+        for name in action.option_strings
+        if name.startswith("--")
+    }
+
+
+@pytest.mark.parametrize(("name", "parser"), [("vmspawn.1", spawn.build_parser()), ("vmctl.1", ctl.build_parser())])
+def test_every_option_is_in_the_man_page(name: str, parser: argparse.ArgumentParser) -> None:
+    text = man.pages()[name].replace("\\-", "-")
+    missing = {option for option in visible_options(parser) if not re.search(rf"\.B .*{option}\b", text)}
+    assert not missing
+
+
+def test_every_verb_is_in_the_man_page() -> None:
+    text = man.pages()["vmctl.1"].replace("\\-", "-")
+    assert all(f".B {verb} " in text or f".B {verb}\n" in text for verb in man._subparsers(ctl.build_parser()))
+
+
+def test_nothing_is_said_of_an_option_that_is_not_there() -> None:
+    assert set(man.details()) <= visible_options(spawn.build_parser())
+
+
+@pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
+@pytest.mark.parametrize("name", ["vmspawn.1", "vmctl.1"])
+def test_groff_has_no_complaint(name: str) -> None:
+    done = subprocess.run(
+        ["groff", "-man", "-ww", "-z", "-K", "utf8"],
+        input=man.pages()[name],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
+def test_the_table_has_each_option_of_ours_that_is_systemd_vmspawns() -> None:
+    rows = re.findall(
+        r"^\| `(?:-\w, )?(--[\w-]+)[^|]*\| (same|differs|not yet|accepted)\b.*\| (.+) \|$",
+        COMPATIBILITY.read_text(),
+        re.MULTILINE,
+    )
+    listed = [name for name, _, _ in rows]
+    assert len(listed) == len(set(listed))
+    known = visible_options(spawn.build_parser())
+    assert {name for name, state, _ in rows if state in ("same", "differs")} <= known | {
+        "--console-transport",
+        "--discard-disk",
+    }
+    assert all(tested.strip() for _, _, tested in rows)
