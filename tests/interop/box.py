@@ -331,7 +331,7 @@ def _test_in_new_box(arguments: Sequence[str]) -> int:
         settings = [f"--setenv=PYTHONPATH={PROJECT}:{PROJECT}/src:{box.python}", f"--working-directory={PROJECT}"]
         settings += ["--setenv=PYTHONDONTWRITEBYTECODE=1", "--setenv=HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis"]
         settings += ["--setenv=HOME=/root", "--setenv=TERM=dumb"]
-        command = ["python3", "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        command = ["python3", "-m", "pytest", "-o", "cache_dir=/tmp/pytest", *arguments]
         unit = ("--wait", "--pipe", *settings)
         return subprocess.run(box.command(*command, unit=unit), stdin=subprocess.DEVNULL, check=False).returncode
 
