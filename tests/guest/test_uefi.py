@@ -2,6 +2,7 @@
 """A guest that UEFI starts: firmware by its descriptors, variables kept beside the image, Secure Boot, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,3 +112,13 @@ def test_the_variables_file_that_cannot_be_made_is_named(qemu: str, config_home:
     done = run(config_home, f"--image={image}", f"--qemu={qemu}", f"--efi-nvram-state={tmp_path}/none/state")
     assert done.returncode == 1
     assert f"cannot create the UEFI variables {tmp_path}/none/state" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("qemu-system-aarch64"), reason="qemu-system-aarch64 is not installed")
+@pytest.mark.parametrize("option", ["--set-credential=a:b", "--smbios11=x"])
+def test_what_only_uefi_could_hand_on_is_refused_without_it(tmp_path: Path, option: str) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"no PE image")
+    done = run(tmp_path, "--machine-type=virt", f"--linux={kernel}", option)
+    assert done.returncode == 1
+    assert f"{option.partition('=')[0]}= needs UEFI on machines of type virt" in done.stderr

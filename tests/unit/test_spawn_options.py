@@ -67,3 +67,10 @@ def test_a_firm_wish_is_refused_in_one_line_with_what_to_do(argument: str) -> No
 def test_several_initrds() -> None:
     config, _ = parse(["--linux=/k", "--initrd=/a", "--initrd=/b", "--initrd=/c"])
     assert (config.initrd, config.more_initrds) == ("/a", ("/b", "/c"))
+
+
+@pytest.mark.parametrize(("text", "discard"), [("yes", True), ("off", False)])
+def test_discard(text: str, discard: bool) -> None:
+    assert parse(["--image=/x", f"--discard-disk={text}"])[0].discard_disk is discard
+    with pytest.raises(UsageError, match="--discard-disk=maybe is neither yes nor no"):
+        parse(["--image=/x", "--discard-disk=maybe"])

@@ -7,8 +7,9 @@ import argparse
 import os
 
 from ..errors import StartError, UsageError
-from ..machine import firmware, uefi
+from ..machine import firmware
 from ..machine.firmware import FirmwareWish
+from ..machine.qemu import ARCHITECTURES
 from .options import boolean
 
 _SECURE_BOOT = "secure-boot"
@@ -95,7 +96,7 @@ def answer(options: argparse.Namespace) -> list[str] | None:
     import json
 
     options.firmware = "uefi"
-    found = firmware.select(wish(options), uefi.ARCHITECTURE, options.machine_type)
+    found = firmware.select(wish(options), ARCHITECTURES[options.machine_type], options.machine_type)
     if found is None:
         raise StartError("no UEFI firmware fits", hint="see: vmspawn --firmware=list")
     return [json.dumps(firmware.read(found.descriptor), indent=2)]

@@ -24,7 +24,7 @@ from ..storage.drive import BUSES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
 from . import boot_options, guest_options, later_options, share_options, system_options, volumes
-from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
+from .options import EXIT_FAILURE, EXIT_USAGE, Parser, boolean, complain
 
 _PROGRAM = "vmspawn"
 
@@ -124,7 +124,7 @@ def _add_storage(parser: Parser) -> None:
     group.add_argument(
         "--discard-disk",
         metavar="BOOL",
-        type=_boolean,
+        type=lambda text: boolean("--discard-disk=", text) == "yes",
         default=True,
         help="whether what the guest discards is given back to the host (default: yes)",
     )
@@ -194,15 +194,6 @@ def configure(options: argparse.Namespace) -> MachineConfig:
     if not boots and config.name is not None:
         config = config._replace(**images.find(check_name(config.name)))
     return configuration.check(config)
-
-
-def _boolean(text: str) -> bool:
-    """A boolean as systemd reads it."""
-    if text.lower() in ("yes", "y", "true", "t", "on", "1"):
-        return True
-    if text.lower() in ("no", "n", "false", "f", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
 
 
 def _absolute(path: str | None) -> str | None:

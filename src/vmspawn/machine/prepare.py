@@ -14,13 +14,15 @@ from . import credentials, kernelimage, memory, uefi, vendorstrings
 from .additions import Additions
 from .commandline import Boot
 from .config import MachineConfig
-from .uefi import ARCHITECTURE
 
 if TYPE_CHECKING:
     from .launch import Launched
 
 #: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
 _INITRD_ALIGNMENT = 4
+
+#: Where a guest has SMBIOS whatever the firmware is.
+_SMBIOS_BY_ITSELF = ("x86_64",)
 
 #: Kernel arguments by which the user says what the root is.
 _ROOT = ("root=", "mount.usr=")
@@ -48,7 +50,9 @@ def prepare(
     not ours. Raises StartError, UsageError.
     """
     additions, config, layout = launched.additions, launched.config, launched.layout
-    if found := uefi.choose(config, ARCHITECTURE, detail):
+    architecture = launched.binary.architecture
+    found = uefi.choose(config, architecture, detail)
+    if found is not None:
         uefi.add(additions, found, config)
     if config.network_user:
         _add_network(additions, layout)
@@ -59,7 +63,9 @@ def prepare(
         assert launched.directory is not None
         shares.start(additions, config.directory, config.binds, launched.directory, lambda: take_place(layout), notice)
     additions.vendor_strings += [os.fsencode(each) for each in config.vendor_strings]
-    boot = _complete(additions, config, boot, console_arguments)
+    if architecture not in _SMBIOS_BY_ITSELF and found is None:
+        _refuse_strings(config)
+    boot = _complete(launched, boot, console_arguments)
     vendorstrings.add(additions, _credentials(config))
     return boot
 
@@ -78,10 +84,19 @@ def _credentials(config: MachineConfig) -> Iterator[tuple[str, bytes]]:
         yield FSTAB_CREDENTIAL, lines
 
 
-def _complete(
-    additions: Additions, config: MachineConfig, boot: Boot | None, console_arguments: tuple[str, ...]
-) -> Boot | None:
+def _refuse_strings(config: MachineConfig) -> None:
+    """On these machines only UEFI hands SMBIOS on to the guest, and what is to go by it would be lost."""
+    wishes = {"--set-credential=": config.credentials, "--smbios11=": config.vendor_strings, "--bind=": config.binds}
+    for option, wish in wishes.items():
+        if wish:
+            raise StartError(
+                f"{option} needs UEFI on machines of type {config.machine_type}", hint="use --firmware=uefi"
+            )
+
+
+def _complete(launched: Launched, boot: Boot | None, console_arguments: tuple[str, ...]) -> Boot | None:
     """Give the kernel its arguments: by -append, or by SMBIOS where a boot loader or a UKI's stub passes them."""
+    additions, config = launched.additions, launched.config
     is_uki = config.linux is not None and kernelimage.kind_of(config.linux) == kernelimage.UKI
     if boot is None or is_uki:
         arguments = (*console_arguments, *additions.kernel_arguments, *config.kernel_arguments)
@@ -90,13 +105,13 @@ def _complete(
         return None if boot is None else boot._replace(arguments=(), initrd=_initrd(additions, config, boot))
     arguments = boot.arguments
     if config.linux and config.image and not any(each.startswith(_ROOT) for each in config.kernel_arguments):
-        arguments += (_root(config, config.image),)
+        arguments += (_root(config, config.image, launched.binary.architecture),)
     arguments += tuple(additions.kernel_arguments)
     vendorstrings.check_kernel_arguments(arguments)
     return boot._replace(arguments=arguments, initrd=_initrd(additions, config, boot))
 
 
-def _root(config: MachineConfig, image: str) -> str:
+def _root(config: MachineConfig, image: str, architecture: str) -> str:
     from . import qcow2, rootpartition
 
     def read_raw(offset: int, length: int) -> bytes:
@@ -108,7 +123,7 @@ def _root(config: MachineConfig, image: str) -> str:
         raise StartError(f"cannot use --image={image}: {error.strerror}") from None
     try:
         read = qcow2.Reader(fd, image).read if config.image_format == "qcow2" else read_raw
-        return rootpartition.root_argument(read, architecture=ARCHITECTURE, bus=config.image_disk_type, path=image)
+        return rootpartition.root_argument(read, architecture=architecture, bus=config.image_disk_type, path=image)
     finally:
         os.close(fd)
 

@@ -13,9 +13,6 @@ from .additions import Additions
 from .config import MachineConfig
 from .firmware import Blob, Firmware
 
-#: The architecture of the machines that we start: firmware is for one, and root partitions have a type for each.
-ARCHITECTURE = "x86_64"
-
 _INSTALL = "install it (Debian: ovmf, Fedora: edk2-ovmf), or use --firmware=bios"
 
 
@@ -67,7 +64,7 @@ def add(additions: Additions, found: Firmware, config: MachineConfig) -> None:
         path = nvram.state_path(config.firmware, config.image or config.directory, ephemeral=config.ephemeral)
         variables = nvram.open_state(path, template)
         _add_flash(additions, 1, "firmware-variables", variables, template.format, read_only=False)
-    if found.features & {"requires-smm", "secure-boot"}:
+    if config.machine_type != "virt" and found.features & {"requires-smm", "secure-boot"}:
         additions.machine.append("smm=on")
         # Only the firmware may write the variables, or the guest's kernel could enroll keys of its own.
         additions.arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
