@@ -198,3 +198,22 @@ async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tm
         assert await late == {"name": "disk"}
         assert await Snapshot.take(machine) == before
         shell.close()
+
+
+async def test_a_removal_by_the_attention_button_takes_its_time_and_is_no_failure(qemu: str, tmp_path: Path) -> None:
+    """Without ACPI the guest takes five seconds; QEMU's refusals of a second request are shown, and nothing is lost."""
+    native = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
+    async with Machine(**options(qemu), qemu_arguments=native) as machine:
+        shell = await Shell.open(machine)
+        before = await Snapshot.take(machine)
+        await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk"))
+        await shell.wait_for(r"block (\S+) came")
+        with pytest.raises(StoragePending, match="has not let go of disk"):
+            await machine.detach("disk", timeout=2)
+        removal = next(each for each in machine.storage if each.name == "disk").removal
+        assert removal is not None
+        assert removal.requests >= 2
+        assert "already in the process of unplug" in removal.answer
+        await machine.detach("disk", timeout=30)
+        assert await Snapshot.take(machine) == before
+        shell.close()
