@@ -360,6 +360,18 @@ async def test_an_optical_drive_may_be_empty_and_gets_media(machine: Machine, tm
     await machine.detach("cd")
 
 
+async def test_limits_of_an_optical_drive_stay_with_another_medium(machine: Machine, tmp_path: Path) -> None:
+    """Also those that came while it was empty."""
+    await machine.attach(Drive("", "cd", "scsi-cd"))
+    await machine.limit("cd", Limits(iops_read=9))
+    for name in ("first", "second"):
+        await machine.insert_media("cd", str(make_raw(tmp_path / name, MIB)))
+        nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+        assert [node["drv"] for node in nodes].count("throttle") == 1
+        assert await throttling(machine) == [{"iops-read": 9}]
+    await machine.detach("cd")
+
+
 async def test_a_medium_that_qemu_cannot_open_leaves_the_old_one(machine: Machine, tmp_path: Path) -> None:
     await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "cd", "scsi-cd"))
     attached = await Snapshot.take(machine)
