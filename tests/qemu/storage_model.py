@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a machine's drives ought to be, what they are, and a form in which the two can be compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from tests.conftest import make_raw
+from vmspawn import Machine
+from vmspawn.host.runtime import STATE
+
+#: Which of QEMU's devices a drive becomes.
+DEVICES = {
+    "virtio-blk": "virtio-blk-pci",
+    "nvme": "nvme",
+    "nvme-ns": "nvme-ns",
+    "virtio-scsi": "scsi-hd",
+    "scsi-cd": "scsi-cd",
+}
+#: Buses whose devices take a port, and which the guest has to let go of.
+PCI_BUSES = ("virtio-blk", "nvme")
+#: Buses on which a disk can have another size while it is there.
+RESIZABLE_BUSES = ("virtio-blk", "virtio-scsi")
+
+
+@dataclass(eq=False)
+class ImageFile:
+    """A file on the host."""
+
+    name: str
+    format: str
+    size: int
+
+
+@dataclass(eq=False)
+class Disk:
+    """A drive as it ought to be."""
+
+    name: str
+    bus: str
+    read_only: bool
+    #: None is an optical drive without a medium, or one whose image was taken away.
+    image: ImageFile | None
+    size: int
+    #: Whether it was given limits, now or at any time before.
+    limited: bool = False
+    thread: bool = False
+    detaching: bool = False
+    forced: bool = False
+    #: Whether QEMU has asked the guest to let go; a reset completes that.
+    asked: bool = False
+
+    @property
+    def on_pci(self) -> bool:
+        """Whether it takes a port."""
+        return self.bus in PCI_BUSES
+
+    @property
+    def state(self) -> str:
+        """What the register says of it."""
+        return "detaching" if self.detaching else "attached"
+
+    def nodes(self) -> Iterable[str]:
+        """The drivers of its block nodes, but for the boot drives'."""
+        if self.forced:
+            # The pivot stands on a node that fails every request.
+            yield from ("raw", "blkdebug", "null-co")
+        elif self.image is not None:
+            yield from ("raw", "file")
+            yield from () if self.image.format == "raw" else (self.image.format,)
+            yield from ("throttle",) if self.limited else ()
+
+    def objects(self) -> Iterable[str]:
+        """The types of its objects."""
+        yield from ("throttle-group",) if self.limited else ()
+        yield from ("iothread",) if self.thread and self.bus == "virtio-blk" else ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All drives at one moment, as the model has them or as the machine shows them."""
+
+    #: By name: the state, whether the image was taken away, and the size.
+    drives: dict[str, tuple[str, bool, int]]
+    #: What state.json says of the same.
+    journal: dict[str, str]
+    ports_free: int
+    nodes: Counter[str]
+    devices: Counter[str]
+    objects: Counter[str]
+    #: How often QEMU has each file open.
+    open_images: Counter[str]
+    #: Descriptors in sets that somebody could still open, and our own of the images.
+    passed: int = 0
+    own: int = 0
+
+    def changed_by(self, before: Picture) -> Picture:
+        """What has come since a picture was taken of the machine without any drive but the boot drive."""
+        return Picture(
+            {name: drive for name, drive in self.drives.items() if name not in before.drives},
+            {name: state for name, state in self.journal.items() if name not in before.journal},
+            self.ports_free - before.ports_free,
+            self.nodes - before.nodes,
+            self.devices - before.devices,
+            self.objects - before.objects,
+            self.open_images - before.open_images,
+            self.passed - before.passed,
+            self.own - before.own,
+        )
+
+
+@dataclass
+class Model:
+    """The drives and files that there ought to be."""
+
+    disks: dict[str, Disk] = field(default_factory=dict)
+    files: list[ImageFile] = field(default_factory=list)
+
+    def idle_files(self, image_format: str) -> list[ImageFile]:
+        """Files of a format that no drive stands on."""
+        used = [disk.image for disk in self.disks.values()]
+        return [file for file in self.files if file.format == image_format and file not in used]
+
+    def holds(self, file: ImageFile, *, writing: bool) -> bool:
+        """Whether a drive has the file, and somebody would write to it."""
+        return any(disk.image is file and (writing or not disk.read_only) for disk in self.disks.values())
+
+    def picture(self) -> Picture:
+        """The drives beyond the boot drive; ports count from what was free without any."""
+        disks = self.disks.values()
+        return Picture(
+            drives={disk.name: (disk.state, disk.forced, disk.size) for disk in disks},
+            journal={disk.name: disk.state for disk in disks},
+            ports_free=-sum(disk.on_pci for disk in disks),
+            nodes=Counter(node for disk in disks for node in disk.nodes()),
+            devices=Counter(DEVICES[disk.bus] for disk in disks),
+            objects=Counter(each for disk in disks for each in disk.objects()),
+            open_images=Counter(disk.image.name for disk in disks if disk.image),
+        )
+
+
+async def look(machine: Machine, folder: Path) -> Picture:
+    """What the machine shows, by its register, its journal, QEMU's monitor and /proc."""
+    monitor = machine.monitor
+    sizes = await machine.storage.sizes()
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    devices = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
+    objects = await monitor.execute("qom-list", {"path": "/objects"})
+    fdsets = await monitor.execute("query-fdsets")
+    return Picture(
+        drives={each.name: (each.state.value, each.forced, sizes[each.name]) for each in machine.storage},
+        journal=_journal(Path(machine.directory.file(STATE))),
+        ports_free=machine.storage.ports_free,
+        nodes=Counter(node["drv"] for node in nodes),
+        devices=Counter(_child_types(devices)),
+        objects=Counter(_child_types(objects)),
+        open_images=open_images(machine.pid, folder),
+        passed=sum(len(fdset["fds"]) for fdset in fdsets),
+        own=open_images(os.getpid(), folder).total(),
+    )
+
+
+def _journal(path: Path) -> dict[str, str]:
+    attachments = json.loads(path.read_bytes())["storage"]["attachments"]
+    return {each["name"]: each["state"] for each in attachments}
+
+
+def _child_types(entries: list[dict[str, str]]) -> Iterable[str]:
+    types = (entry["type"] for entry in entries)
+    return (each.removeprefix("child<").removesuffix(">") for each in types if each.startswith("child<"))
+
+
+def open_images(pid: int, folder: Path) -> Counter[str]:
+    """The files of a folder that a process has open, and how often."""
+    found: Counter[str] = Counter()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            link = os.readlink(entry)
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+        if link.startswith(f"{folder}/"):
+            found[os.path.basename(link)] += 1
+    return found
+
+
+def make_image(folder: Path, name: str, image_format: str, size: int) -> ImageFile:
+    """Make an empty image."""
+    path = folder / name
+    if image_format == "raw":
+        make_raw(path, size)
+    else:
+        path.write_bytes(_empty_image(image_format, size))
+    return ImageFile(name, image_format, size)
+
+
+@cache
+def _empty_image(image_format: str, size: int) -> bytes:
+    with tempfile.NamedTemporaryFile(prefix="vmspawn-image-") as file:
+        subprocess.run(["qemu-img", "create", "-q", "-f", image_format, file.name, str(size)], check=True)
+        return Path(file.name).read_bytes()

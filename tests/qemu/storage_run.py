@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What can be done to a machine's drives, step by step, with what must come of it.
+
+The guest is the firmware, which lets no PCI device go: their removal is pending until a reset. A firmware that was
+reset may reset itself once more, at any time later, so from the first reset on a pending drive may go by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Coroutine
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tests.background import Background
+from tests.conftest import make_raw
+from tests.machines import Snapshot, event_named, idle_machine
+from tests.qemu.storage_model import PCI_BUSES, RESIZABLE_BUSES, Disk, ImageFile, Model, Picture, look, make_image
+from vmspawn import Drive, Machine
+from vmspawn.errors import (
+    BadConfig,
+    ConfigNotSupported,
+    NoFreePort,
+    NoSuchStorage,
+    QmpError,
+    StorageExists,
+    StoragePending,
+    SystemFailure,
+    VmspawnError,
+)
+from vmspawn.machine.qemu import find_qemu
+from vmspawn.storage import backing as backings
+from vmspawn.storage.attachment import Attachment
+from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
+from vmspawn.storage.limits import NO_LIMITS, Limits
+
+#: Seconds that anything may take on a busy machine.
+DEADLINE = 30.0
+#: Seconds that a detach waits for a firmware that does not let go.
+SHORT = 0.05
+#: Ports of the machine: few, so that they run out.
+PORTS = 3
+
+#: What `attach_what_cannot_be` and `replace_by_what_cannot_be` know.
+UNATTACHABLE = ("wrong format", "unsaid format", "broken", "no file", "empty", "no medium", "boot drive")
+UNUSABLE = ("itself", "broken", "wrong format", "read-only")
+
+Error = type[VmspawnError]
+_T = TypeVar("_T")
+
+
+class Run:
+    """A machine, the model of its drives, and the steps. Each step says by itself whether it went as it must; `check`
+    compares all that there is."""
+
+    def __init__(self, qemu: str, folder: Path) -> None:
+        """`folder` is for the images. `end` must follow."""
+        self.folder = folder
+        self.model = Model()
+        self.paused = False
+        self.was_reset = False
+        self._stack = ExitStack()
+        self._background = self._stack.enter_context(Background(DEADLINE))
+        self.machine = self.wait(_start(qemu, folder))
+        self._stack.callback(lambda: self.wait(self.machine.close()))
+        self.namespaces = find_qemu(qemu).namespaces
+        # Older QEMUs let a descriptor set go only while the guest runs (HOTPLUG.md 7).
+        self._sets_linger = int(self.machine.qemu_version.partition(".")[0]) < 9
+        self._before = self.wait(_snapshot(self.machine))
+        self._empty = self.wait(look(self.machine, folder))
+
+    def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine on the machine's loop."""
+        return self._background.wait(work)
+
+    def end(self, *, check: bool = True) -> None:
+        """Detach everything, see that nothing is left, and end the machine."""
+        try:
+            if check:
+                self.wait(self._clear())
+                check_equal(self.wait(self._look()), self._empty)
+                check_equal(self.wait(_snapshot(self.machine)), self._before)
+        finally:
+            self._stack.close()
+
+    # What there is.
+
+    def disks(self, *buses: str) -> list[Disk]:
+        """The drives, or those of some buses, in an order that does not change."""
+        return [disk for _, disk in sorted(self.model.disks.items()) if not buses or disk.bus in buses]
+
+    def file(self, image_format: str, size: int, *, reuse: bool) -> ImageFile:
+        """A file that no drive has: one that a drive had before, or a new one."""
+        idle = self.model.idle_files(image_format)
+        if reuse and idle:
+            return idle[0]
+        made = make_image(self.folder, f"{image_format}{len(self.model.files)}", image_format, size)
+        self.model.files.append(made)
+        return made
+
+    def path(self, file: ImageFile) -> str:
+        """Where a file is."""
+        return str(self.folder / file.name)
+
+    def check(self) -> None:
+        """Compare the machine with the model."""
+        actual = self.wait(self._look()).changed_by(self._empty)
+        expected = self.model.picture()
+        if self._sets_linger and self.paused:
+            assert set(expected.open_images) <= set(actual.open_images)
+            actual = replace(actual, open_images=expected.open_images, passed=0)
+        check_equal(actual, expected)
+
+    async def _look(self) -> Picture:
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                names = await self._settle()
+                picture = await look(self.machine, self.folder)
+                if names == await self._settle():
+                    return picture
+
+    async def _settle(self) -> set[str]:
+        """Wait until what goes has gone, forget in the model what was free to go by itself; return the names."""
+        storage = self.machine.storage
+        devices = await self.machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})
+        present = {each["name"] for each in devices}
+        for each in storage:
+            # QEMU forgets a device first, and says so when nothing uses its memory any more.
+            if each.gone.is_set() or each.identifiers.device not in present:
+                await each.gone.wait()
+                assert each.unwinding is not None
+                await asyncio.wait({each.unwinding})
+        while not self.paused and storage._context.deferred_fdsets:
+            # Their removal is on its way, on the same monitor.
+            await self.machine.monitor.execute("query-status")
+        names = {each.name for each in storage}
+        for disk in self.disks():
+            if disk.name not in names and self.may_vanish(disk):
+                del self.model.disks[disk.name]
+        return names
+
+    def may_vanish(self, disk: Disk) -> bool:
+        """Whether a drive may go at any moment, by a reset of the firmware's own."""
+        return disk.asked and self.was_reset
+
+    def _attachment(self, disk: Disk) -> Attachment | None:
+        return next((each for each in self.machine.storage if each.name == disk.name), None)
+
+    # How it is done.
+
+    def expect(self, work: Coroutine[Any, Any, _T], error: Error | None, disk: Disk | None = None) -> bool:
+        """Do something; it must succeed, or fail in that way. Returns whether it succeeded.
+
+        What is done to a drive that may go at any moment may fail because it has gone.
+        """
+        vanishing = disk is not None and self.may_vanish(disk)
+        try:
+            self.wait(work)
+        except VmspawnError as caught:
+            check_one_line(caught)
+            gone = vanishing and isinstance(caught, NoSuchStorage | StoragePending)
+            if not gone and (error is None or not isinstance(caught, error)):
+                raise
+            return False
+        assert error is None or vanishing, f"there was no {error.__name__}"
+        return True
+
+    # The steps.
+
+    def attach(
+        self,
+        name: str,
+        bus: str,
+        *,
+        image_format: str = "raw",
+        size: int = 1 << 20,
+        reuse: bool = False,
+        read_only: bool = False,
+        limits: Limits = NO_LIMITS,
+        **options: Any,
+    ) -> None:
+        """Attach a drive. `bus` may be `empty-cd`."""
+        other = self.model.disks.get(name)
+        if other is not None and self.may_vanish(other):
+            return
+        file = None if bus == "empty-cd" else self.file(image_format, size, reuse=reuse)
+        bus = "scsi-cd" if bus == "empty-cd" else bus
+        ports = PORTS - sum(disk.on_pci for disk in self.disks())
+        if not ports and any(map(self.may_vanish, self.disks(*PCI_BUSES))):
+            return
+        error: Error | None = StorageExists if other else NoFreePort if bus in PCI_BUSES and not ports else None
+        if bus == "nvme-ns" and not self.namespaces:
+            error = error or ConfigNotSupported
+        drive = Drive(
+            self.path(file) if file else "",
+            name,
+            bus,
+            file.format if file else None,
+            read_only=read_only,
+            limits=limits,
+            **options,
+        )
+        if not self.expect(self.machine.attach(drive), error):
+            return
+        real_bus = ("virtio-blk" if ports else "virtio-scsi") if bus == "auto" else bus
+        self.model.disks[name] = Disk(
+            name,
+            real_bus,
+            read_only or real_bus == "scsi-cd",
+            file,
+            file.size if file else 0,
+            limited=limits.any,
+            thread=bool(options.get("thread")),
+        )
+
+    def attach_again(self, disk: Disk, *, read_only: bool) -> None:
+        """Attach the file of a drive once more, under another name."""
+        file = disk.image
+        if file is None or self.may_vanish(disk):
+            return
+        taken = "again" in self.model.disks or self.model.holds(file, writing=not read_only)
+        error = StorageExists if taken else None
+        drive = Drive(self.path(file), "again", "virtio-scsi", file.format, read_only=read_only)
+        if self.expect(self.machine.attach(drive), error):
+            self.model.disks["again"] = Disk("again", "virtio-scsi", read_only, file, file.size)
+
+    def attach_what_cannot_be(self, what: str) -> None:
+        """Attach something that is refused, and leaves nothing."""
+        raw = self.path(self.file("raw", 1 << 20, reuse=True))
+        qcow2 = self.path(self.file("qcow2", 1 << 20, reuse=True))
+        refused: dict[str, tuple[Drive, Error]] = {
+            "wrong format": (Drive(raw, "x", "virtio-scsi", "qcow2"), BadConfig),
+            "unsaid format": (Drive(qcow2, "x", "virtio-scsi"), BadConfig),
+            "broken": (Drive(self._broken(), "x", "virtio-scsi", "qcow2"), QmpError),
+            "no file": (Drive(str(self.folder / "none"), "x", "virtio-scsi"), SystemFailure),
+            "empty": (Drive(str(make_raw(self.folder / "empty", 0)), "x", "virtio-scsi"), BadConfig),
+            "no medium": (Drive("", "x", "virtio-scsi"), BadConfig),
+            "boot drive": (Drive(str(self.machine.config.image), "x", "virtio-scsi"), StorageExists),
+        }
+        drive, error = refused[what]
+        self.expect(self.machine.attach(drive), error)
+
+    def attach_descriptor(self, name: str, flags: int) -> None:
+        """Attach an open file: it makes a read-only drive, is refused, or makes a writable one."""
+        if name in self.model.disks:
+            return
+        file = self.file("raw", 1 << 20, reuse=True)
+        fd = os.open(self.path(file), flags | os.O_CLOEXEC)
+        try:
+            backing = backings.inspect(fd)
+        except BadConfig:
+            os.close(fd)
+            assert flags in (os.O_PATH, os.O_WRONLY, os.O_RDWR | os.O_SYNC)
+            return
+        assert self.expect(self.machine.attach_backing(Drive("", name, "virtio-scsi"), backing), None)
+        read_only = flags & os.O_ACCMODE == os.O_RDONLY
+        self.model.disks[name] = Disk(name, "virtio-scsi", read_only, file, file.size)
+
+    def detach(self, disk: Disk, *, force: bool = False) -> None:
+        """Detach a drive. Firmware keeps what is on PCI."""
+        # From the first request on, a reset of the firmware's own completes it.
+        disk.asked = disk.on_pci
+        self.expect(self._detach(disk, force=force), StoragePending if disk.on_pci and not force else None, disk)
+        if not disk.on_pci:
+            del self.model.disks[disk.name]
+            return
+        disk.detaching = True
+        if force:
+            disk.forced, disk.image = True, None
+
+    async def _detach(self, disk: Disk, *, force: bool) -> None:
+        asked = asyncio.create_task(self._events(disk, DETACHING_EVENT, DETACHED_EVENT))
+        await asyncio.sleep(0)
+        timeout = SHORT if disk.on_pci else DEADLINE
+        try:
+            gone = await self.machine.detach(disk.name, timeout=timeout, force=force)
+            assert gone is (not disk.on_pci) or self.may_vanish(disk)
+        finally:
+            await asked
+
+    async def _events(self, disk: Disk, *names: str) -> None:
+        """Wait for an event of one of these names about the drive."""
+        async with asyncio.timeout(DEADLINE):
+            with self.machine.events() as events:
+                async for event in events:
+                    if event.name in names and (event.data or {}).get("name") == disk.name:
+                        return
+
+    def remove_by_qmp(self, disk: Disk) -> None:
+        """Let somebody else unplug the device, without a word to us."""
+        attachment = self._attachment(disk)
+        if attachment is not None:
+            self.wait(self._remove_by_qmp(attachment, disk))
+        if disk.on_pci:
+            disk.asked = True
+        else:
+            del self.model.disks[disk.name]
+
+    async def _remove_by_qmp(self, attachment: Attachment, disk: Disk) -> None:
+        gone = asyncio.create_task(self._events(disk, DETACHED_EVENT)) if not disk.on_pci else None
+        await asyncio.sleep(0)
+        async with self.machine.qmp() as client:
+            try:
+                await client.execute("device_del", {"id": attachment.identifiers.device})
+            except QmpError as error:
+                if not self.may_vanish(disk) and "already in the process of unplug" not in error.description:
+                    raise
+        if gone is not None:
+            await gone
+
+    def replace(self, disk: Disk, *, image_format: str, size: int, reuse: bool, shrink: bool) -> None:
+        """Put another image under a drive."""
+        file = self.file(image_format, size, reuse=reuse)
+        work = self.machine.replace(disk.name, self.path(file), format=file.format, shrink=shrink)
+        if self.expect(work, self._replace_error(disk, file, shrink=shrink), disk):
+            disk.image, disk.size = file, file.size
+
+    def _replace_error(self, disk: Disk, file: ImageFile, *, shrink: bool) -> Error | None:
+        if disk.bus == "scsi-cd":
+            return ConfigNotSupported
+        if disk.detaching:
+            return StoragePending
+        if disk.thread and disk.limited:
+            return ConfigNotSupported
+        if file.size == disk.size:
+            return None
+        if disk.read_only or disk.bus not in RESIZABLE_BUSES:
+            return ConfigNotSupported
+        return BadConfig if file.size < disk.size and not shrink else None
+
+    def replace_by_what_cannot_be(self, disk: Disk, what: str) -> None:
+        """Put something under a drive that is refused, and leaves the drive as it was."""
+        if disk.detaching or disk.bus == "scsi-cd" or self.may_vanish(disk):
+            return
+        if what == "itself" and disk.image is not None and not disk.read_only:
+            self.expect(self.machine.replace(disk.name, self.path(disk.image), format=disk.image.format), StorageExists)
+        elif disk.thread and disk.limited:
+            return
+        elif what == "broken":
+            self.expect(self.machine.replace(disk.name, self._broken(), format="qcow2"), QmpError)
+        elif what == "wrong format":
+            path = self.path(self.file("raw", disk.size, reuse=True))
+            self.expect(self.machine.replace(disk.name, path, format="qcow2"), BadConfig)
+        elif what == "read-only" and not disk.read_only:
+            backing = backings.open_drive(self.path(self.file("raw", disk.size, reuse=False)), read_only=True)
+            self.expect(self.machine.replace_backing(disk.name, backing), SystemFailure)
+
+    def _broken(self) -> str:
+        """A file that begins like a qcow2 image and is none."""
+        path = self.folder / "broken"
+        path.write_bytes(b"QFI\xfb" + bytes(1 << 16))
+        return str(path)
+
+    def resize(self, disk: Disk, *, size: int, shrink: bool) -> None:
+        """Give a drive another size."""
+        if self.expect(
+            self.machine.resize(disk.name, size, shrink=shrink), self._resize_error(disk, size, shrink=shrink), disk
+        ):
+            disk.size = size
+            assert disk.image is not None
+            disk.image.size = size
+
+    def _resize_error(self, disk: Disk, size: int, *, shrink: bool) -> Error | None:
+        if disk.detaching:
+            return StoragePending
+        if disk.bus not in RESIZABLE_BUSES or disk.read_only:
+            return ConfigNotSupported
+        return BadConfig if size < disk.size and not shrink else None
+
+    def limit(self, disk: Disk, limits: Limits) -> None:
+        """Limit a drive, or no more."""
+        error: Error | None = StoragePending if disk.detaching else None
+        if disk.thread and limits.any and not disk.limited:
+            error = error or ConfigNotSupported
+        if self.expect(self.machine.limit(disk.name, limits), error, disk):
+            disk.limited = disk.limited or limits.any
+
+    def insert(self, disk: Disk, *, image_format: str, size: int, force: bool) -> None:
+        """Put a medium into a drive."""
+        file = self.file(image_format, size, reuse=True)
+        work = self.machine.insert_media(disk.name, self.path(file), format=file.format, force=force)
+        if self.expect(work, None if disk.bus == "scsi-cd" else BadConfig, disk):
+            disk.image, disk.size = file, file.size
+
+    def eject(self, disk: Disk, *, force: bool) -> None:
+        """Take the medium out of a drive."""
+        if self.expect(
+            self.machine.eject_media(disk.name, force=force), None if disk.bus == "scsi-cd" else BadConfig, disk
+        ):
+            disk.image, disk.size = None, 0
+
+    def pause(self) -> None:
+        """Stop the guest."""
+        self.wait(self.machine.pause())
+        self.paused = True
+
+    def resume(self) -> None:
+        """Let the guest run on."""
+        self.wait(self.machine.resume())
+        self.paused = False
+
+    def reset(self) -> None:
+        """Reset the machine: what the guest was asked to let go of is gone."""
+        asked = [disk for disk in self.disks() if disk.asked]
+        self.wait(self._reset(asked))
+        self.was_reset = True
+        for disk in asked:
+            del self.model.disks[disk.name]
+
+    async def _reset(self, asked: list[Disk]) -> None:
+        leaving = [each for disk in asked if (each := self._attachment(disk))]
+        reset = asyncio.create_task(event_named(self.machine, "RESET"))
+        await asyncio.sleep(0)
+        await self.machine.reboot()
+        await reset
+        async with asyncio.timeout(DEADLINE):
+            for each in leaving:
+                await each.gone.wait()
+                assert each.unwinding is not None
+                await asyncio.wait({each.unwinding})
+
+    async def _clear(self) -> None:
+        """Detach all drives."""
+        if self.paused:
+            await self.machine.resume()
+            self.paused = False
+        names = [each.name for each in self.machine.storage if not each.boot]
+        for name in names:
+            with contextlib.suppress(StoragePending, NoSuchStorage):
+                await self.machine.detach(name, timeout=SHORT)
+        await self.machine.reboot()
+        for name in names:
+            with contextlib.suppress(NoSuchStorage):
+                await self.machine.detach(name, timeout=DEADLINE)
+        await self._settle()
+
+
+async def _snapshot(machine: Machine) -> Snapshot:
+    """All but what query-pci says: what is behind a port, it shows once the firmware has numbered the buses."""
+    return replace(await Snapshot.take(machine), pci_devices=frozenset())
+
+
+def check_equal(actual: Picture | Snapshot, expected: Picture | Snapshot) -> None:
+    """Name what differs."""
+    names = [each.name for each in fields(actual)]
+    different = [name for name in names if getattr(actual, name) != getattr(expected, name)]
+    assert not different, "; ".join(
+        f"{name} is {getattr(actual, name)} and should be {getattr(expected, name)}" for name in different
+    )
+
+
+def check_one_line(error: VmspawnError) -> None:
+    """A message is one line, and so is a hint."""
+    assert "\n" not in f"{error}{error.hint}"
+
+
+async def _start(qemu: str, folder: Path) -> Machine:
+    machine = idle_machine(qemu, folder, hotplug_ports=PORTS + 1)
+    await machine.__aenter__()
+    # The drives with an I/O thread share a controller that comes with the first of them, and keeps a port.
+    await machine.attach(Drive(str(make_raw(folder / "first", 1 << 20)), "first", "virtio-scsi", thread=True))
+    await machine.detach("first")
+    return machine
