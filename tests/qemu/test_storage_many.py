@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""As many drives on one machine as its buses have room for, and one more."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MIB, make_raw
+from tests.machines import Snapshot, idle_machine
+from vmspawn import Drive, Machine
+from vmspawn.errors import NoFreePort
+from vmspawn.machine.qemu import find_qemu
+from vmspawn.storage.ports import NamespacePlace, Place, ScsiPlace
+
+#: A virtio-scsi target id is one byte, and so is the number of an NVMe controller's namespaces (QEMU's own bound).
+PLACES = 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bus", ["virtio-scsi", "nvme-ns"])
+async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path, bus: str) -> None:
+    if bus == "nvme-ns" and not find_qemu(qemu).namespaces:
+        pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
+    names = [f"disk{number}" for number in range(PLACES)]
+    for name in (*names, "one-more"):
+        make_raw(tmp_path / name, MIB)
+    async with idle_machine(qemu, tmp_path) as machine:
+        before = await Snapshot.take(machine)
+        await attach_all(machine, tmp_path, names, bus)
+        assert len(addresses(machine)) == PLACES
+        with pytest.raises(NoFreePort, match="all 256 are in use") as caught:
+            await machine.attach(Drive(str(tmp_path / "one-more"), bus=bus))
+        assert caught.value.hint == "detach a drive first"
+        await use_places_again(machine, tmp_path, names, bus)
+        await asyncio.gather(*(machine.detach(name) for name in names))
+        assert addresses(machine) == set()
+        assert await Snapshot.take(machine) == before
+
+
+async def attach_all(machine: Machine, folder: Path, names: list[str], bus: str) -> None:
+    """Attach all at once, as so many clients would."""
+    await asyncio.gather(*(machine.attach(Drive(str(folder / name), bus=bus)) for name in names))
+
+
+async def use_places_again(machine: Machine, folder: Path, names: list[str], bus: str) -> None:
+    """What was detached in the middle leaves places that the next ones take."""
+    leaving = names[10:250:24]
+    freed = {place(machine, name) for name in leaving}
+    for name in leaving:
+        await machine.detach(name)
+    assert len(addresses(machine)) == PLACES - len(leaving)
+    await attach_all(machine, folder, leaving, bus)
+    assert {place(machine, name) for name in leaving} == freed
+
+
+def place(machine: Machine, name: str) -> Place:
+    """Where a drive is."""
+    return next(each.place for each in machine.storage if each.name == name)
+
+
+def addresses(machine: Machine) -> set[int]:
+    """The targets or namespaces of all drives but the boot drive."""
+    return {_address(each.place) for each in machine.storage if not each.boot}
+
+
+def _address(found: Place) -> int:
+    match found:
+        case ScsiPlace():
+            return found.target
+        case NamespacePlace():
+            return found.nsid
+    raise AssertionError(f"{found} is on PCI")
