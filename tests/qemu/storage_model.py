@@ -50,8 +50,6 @@ class Disk:
     #: None is an optical drive without a medium, or one whose image was taken away.
     image: ImageFile | None
     size: int
-    #: Whether it was given limits, now or at any time before.
-    limited: bool = False
     thread: bool = False
     detaching: bool = False
     forced: bool = False
@@ -72,15 +70,14 @@ class Disk:
         """The drivers of its block nodes, but for the boot drives'."""
         if self.forced:
             # The pivot stands on a node that fails every request.
-            yield from ("raw", "blkdebug", "null-co")
+            yield from ("throttle", "blkdebug", "null-co")
         elif self.image is not None:
-            yield from ("raw", "file")
+            yield from ("throttle", "file")
             yield from () if self.image.format == "raw" else (self.image.format,)
-            yield from ("throttle",) if self.limited else ()
 
     def objects(self) -> Iterable[str]:
         """The types of its objects."""
-        yield from ("throttle-group",) if self.limited else ()
+        yield "throttle-group"
         yield from ("iothread",) if self.thread and self.bus == "virtio-blk" else ()
 
 

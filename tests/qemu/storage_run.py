@@ -213,7 +213,6 @@ class Run:
             read_only or real_bus == "scsi-cd",
             file,
             file.size if file else 0,
-            limited=limits.any,
             thread=bool(options.get("thread")),
         )
 
@@ -324,8 +323,6 @@ class Run:
             return ConfigNotSupported
         if disk.detaching:
             return StoragePending
-        if disk.thread and disk.limited:
-            return ConfigNotSupported
         if file.size == disk.size:
             return None
         if disk.read_only or disk.bus not in RESIZABLE_BUSES:
@@ -338,8 +335,6 @@ class Run:
             return
         if what == "itself" and disk.image is not None and not disk.read_only:
             self.expect(self.machine.replace(disk.name, self.path(disk.image), format=disk.image.format), StorageExists)
-        elif disk.thread and disk.limited:
-            return
         elif what == "broken":
             self.expect(self.machine.replace(disk.name, self._broken(), format="qcow2"), QmpError)
         elif what == "wrong format":
@@ -374,10 +369,7 @@ class Run:
     def limit(self, disk: Disk, limits: Limits) -> None:
         """Limit a drive, or no more."""
         error: Error | None = StoragePending if disk.detaching else None
-        if disk.thread and limits.any and not disk.limited:
-            error = error or ConfigNotSupported
-        if self.expect(self.machine.limit(disk.name, limits), error, disk):
-            disk.limited = disk.limited or limits.any
+        self.expect(self.machine.limit(disk.name, limits), error, disk)
 
     def insert(self, disk: Disk, *, image_format: str, size: int, force: bool) -> None:
         """Put a medium into a drive."""
