@@ -10,7 +10,7 @@ from vmspawn.cli.options import boolean
 from vmspawn.cli.spawn import parse
 from vmspawn.errors import StartError, UsageError
 from vmspawn.host import machined, scope
-from vmspawn.host.machined import Registration
+from vmspawn.host.machined import Candidate, Registration
 
 
 @pytest.fixture
@@ -80,16 +80,16 @@ def test_a_slice_without_systemd_is_refused(no_path: None) -> None:
         scope.prefix(Registration(slice="a.slice"), "a")
 
 
-def test_without_machined_only_a_firm_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_machined_only_a_firm_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/nonexistent")
     said: list[str] = []
 
-    def register(mode: str) -> bool:
+    async def register(mode: str) -> bool:
         wish = Registration(mode=mode, scope="user")
-        return machined.register(wish, name="a", uuid=None, leader=1, control="/c", directory=None, notice=said.append)
+        return await machined.register(wish, Candidate("a", 1, "/c"), said.append)
 
-    assert not register("auto")
-    assert not register("no")
+    assert not await register("auto")
+    assert not await register("no")
     assert said == []
     with pytest.raises(StartError, match="systemd-machined does not run"):
-        register("yes")
+        await register("yes")

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from ..host import machined
+from ..host.machined import Candidate
 from ..host.readiness import notify
 from ..host.runtime import CONTROL
 from ..machine.machine import Machine
 
 
 class Registered:
-    """The registration of one machine, from `begin` to `end`. machined may take its time, so a thread asks it."""
+    """The registration of one machine, from `begin` to `end`."""
 
     def __init__(self, machine: Machine, notice: Callable[[str], None]) -> None:
         self._machine = machine
@@ -23,16 +23,9 @@ class Registered:
     async def begin(self) -> None:
         """Register the machine and say that it is ready. Raises StartError if a firm wish to register it failed."""
         config = self._machine.config
-        self._registered = await asyncio.to_thread(
-            machined.register,
-            config.registration,
-            name=self._machine.name,
-            uuid=config.uuid,
-            leader=self._machine.pid,
-            control=self._machine.directory.file(CONTROL),
-            directory=None,
-            notice=self._notice,
-        )
+        control = self._machine.directory.file(CONTROL)
+        candidate = Candidate(self._machine.name, self._machine.pid, control, config.uuid, config.directory)
+        self._registered = await machined.register(config.registration, candidate, self._notice)
         # systemd-vmspawn says the leader's process so as well, to whoever supervises it.
         notify("READY=1", "STATUS=The machine runs.", f"X_VMSPAWN_LEADER_PID={self._machine.pid}")
 
@@ -40,4 +33,4 @@ class Registered:
         """Take the registration back. May be called whether there is one or not."""
         if self._registered:
             self._registered = False
-            await asyncio.to_thread(machined.unregister, self._machine.config.registration, self._machine.name)
+            await machined.unregister(self._machine.config.registration, self._machine.name)

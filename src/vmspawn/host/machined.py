@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import StartError, Timeout, UsageError, VmspawnError
-from .varlink import REPLY_TIMEOUT, Service, ServiceError, ServiceMissing
 
 MODES = ("auto", "yes", "no")
 
@@ -75,50 +74,55 @@ def socket_path(*, user: bool) -> str:
     return os.path.join(runtime, "systemd/machine/io.systemd.Machine") if runtime else ""
 
 
-def _connect(registration: Registration, timeout: float) -> Service:
-    return Service(socket_path(user=registration.user), timeout=timeout)
+class Candidate(NamedTuple):
+    """A machine that is to be made known: QEMU's process, the path of the control socket, and the guest's root if that
+    is a directory of the host's."""
+
+    name: str
+    leader: int
+    control: str
+    uuid: str | None = None
+    directory: str | None = None
+
+    def request(self, *, allocate_unit: bool) -> dict[str, Any]:
+        """The parameters of machined's Register."""
+        wanted: dict[str, Any] = {
+            "name": self.name,
+            "service": SERVICE,
+            "class": "vm",
+            "leader": self.leader,
+            "controlAddress": os.path.abspath(self.control),
+            "allocateUnit": allocate_unit,
+        }
+        if self.uuid:
+            wanted["id"] = self.uuid.replace("-", "").lower()
+        if self.directory:
+            wanted["rootDirectory"] = self.directory
+        return wanted
 
 
-def register(
-    registration: Registration,
-    *,
-    name: str,
-    uuid: str | None,
-    leader: int,
-    control: str,
-    directory: str | None,
-    notice: Callable[[str], None],
-) -> bool:
-    """Make a machine known to machined and say whether it is. Blocks for as long as machined does.
+async def register(registration: Registration, candidate: Candidate, notice: Callable[[str], None]) -> bool:
+    """Make a machine known to machined and say whether it is.
 
-    `leader` is QEMU's process, `control` the path of the control socket, `directory` the guest's root if it is one of
-    the host's. Raises StartError if registration was a firm wish; else it is silent where there is no machined, and
-    tells `notice` where there is one that refuses.
+    Raises StartError if registration was a firm wish; else it is silent where there is no machined, and tells `notice`
+    where there is one that refuses.
     """
+    from . import varlink
+
     if registration.mode == "no":
         return False
-    wanted: dict[str, Any] = {
-        "name": name,
-        "service": SERVICE,
-        "class": "vm",
-        "leader": leader,
-        "controlAddress": os.path.abspath(control),
-        "allocateUnit": not (registration.keep_unit or registration.own_scope),
-    }
-    if uuid:
-        wanted["id"] = uuid.replace("-", "").lower()
-    if directory:
-        wanted["rootDirectory"] = directory
+    wanted = candidate.request(allocate_unit=not (registration.keep_unit or registration.own_scope))
     try:
-        with _connect(registration, REPLY_TIMEOUT) as service:
-            service.call(f"{_INTERFACE}.Register", wanted)
+        await varlink.call(socket_path(user=registration.user), f"{_INTERFACE}.Register", wanted)
     except VmspawnError as error:
-        _not_registered(registration, name, error, notice)
+        _not_registered(registration, candidate.name, error, notice)
         return False
     return True
 
 
 def _not_registered(registration: Registration, name: str, error: VmspawnError, notice: Callable[[str], None]) -> None:
+    from .varlink import ServiceError, ServiceMissing
+
     hint = "use --register=auto or --register=no to do without"
     if isinstance(error, ServiceMissing):
         reason = f"systemd-machined does not run ({error})"
@@ -135,10 +139,13 @@ def _not_registered(registration: Registration, name: str, error: VmspawnError, 
         notice(f"not registered: {reason}")
 
 
-def unregister(registration: Registration, name: str) -> None:
+async def unregister(registration: Registration, name: str) -> None:
     """Make machined forget a machine that we registered. That it has done so by itself is no error, nor is its end."""
-    with contextlib.suppress(VmspawnError), _connect(registration, UNREGISTER_TIMEOUT) as service:
-        service.call(f"{_INTERFACE}.Unregister", {"name": name})
+    from . import varlink
+
+    path = socket_path(user=registration.user)
+    with contextlib.suppress(VmspawnError):
+        await varlink.call(path, f"{_INTERFACE}.Unregister", {"name": name}, timeout=UNREGISTER_TIMEOUT)
 
 
 def machines() -> dict[str, str]:
@@ -154,6 +161,8 @@ def machines() -> dict[str, str]:
 
 
 def _machines_at(path: str) -> dict[str, str]:
+    from .varlink import Service, ServiceError, ServiceMissing
+
     try:
         with Service(path, timeout=LIST_TIMEOUT) as service:
             return {

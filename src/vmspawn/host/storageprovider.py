@@ -10,7 +10,6 @@ import os
 from typing import Any, NamedTuple
 
 from ..errors import UsageError, VmspawnError
-from .varlink import Service, ServiceError, ServiceMissing
 
 _INTERFACE = "io.systemd.StorageProvider"
 
@@ -94,6 +93,8 @@ def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
 
     `read_only` is for a bus that writes nothing. Raises VmspawnError.
     """
+    from .varlink import Service, ServiceError, ServiceMissing
+
     parameters = {"name": volume.name, **volume.parameters}
     if read_only:
         parameters.setdefault("readOnly", True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls to the host's own Varlink services, such as systemd-machined: blocking, one at a time, each with a deadline.
+"""Calls to the host's own Varlink services, such as systemd-machined: one at a time, each with a deadline.
 
-On the start path: imports next to nothing until something is called.
+`Service` blocks, for the commands and the way to QEMU's start; `call` is for the manager's event loop.
 """
 
 from __future__ import annotations
@@ -103,29 +103,18 @@ class Service:
         return self._descriptors.pop(index)
 
     def _send(self, message: dict[str, Any]) -> None:
-        import json
-
         try:
-            self._socket.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\0")
+            self._socket.sendall(_encode(message))
         except TimeoutError:
             raise Timeout(f"{self.path} takes no calls") from None
         except OSError as error:
             raise ServiceMissing(f"lost the connection to {self.path}: {error.strerror}") from None
 
     def _receive(self, method: str) -> tuple[dict[str, Any], bool]:
-        import json
-
         while b"\0" not in self._buffer:
             self._receive_some(method)
         message, _, self._buffer = self._buffer.partition(b"\0")
-        try:
-            reply = json.loads(message)
-            parameters = reply.get("parameters") or {}
-        except (ValueError, AttributeError):
-            raise VmspawnError(f"{self.path} answered {method} with what is not Varlink") from None
-        if name := reply.get("error"):
-            raise ServiceError(name, parameters)
-        return parameters, bool(reply.get("continues"))
+        return _decode(message, self.path, method)
 
     def _receive_some(self, method: str) -> None:
         try:
@@ -142,3 +131,47 @@ class Service:
         self._buffer += data
         if len(self._buffer) > _REPLY_MAX:
             raise VmspawnError(f"{self.path} answered {method} with more than {_REPLY_MAX >> 20} MiB")
+
+
+async def call(path: str, method: str, parameters: dict[str, Any], *, timeout: float = REPLY_TIMEOUT) -> dict[str, Any]:
+    """Call one method of the service at `path`. Raises ServiceError, ServiceMissing or Timeout."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    buffer = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
+        try:
+            async with asyncio.timeout(timeout):
+                await loop.sock_connect(connection, path)
+                await loop.sock_sendall(connection, _encode({"method": method, "parameters": parameters}))
+                while not buffer.endswith(b"\0") and len(buffer) <= _REPLY_MAX:
+                    data = await loop.sock_recv(connection, _RECEIVE_SIZE)
+                    if not data:
+                        raise ServiceMissing(f"{path} closed the connection")
+                    buffer += data
+        except TimeoutError:
+            raise Timeout(f"{path} did not answer {method} within {timeout:g} s") from None
+        except OSError as error:
+            raise ServiceMissing(f"nothing listens on {path}: {error.strerror}") from None
+    return _decode(buffer.rstrip(b"\0"), path, method)[0]
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    import json
+
+    return json.dumps(message, separators=(",", ":")).encode() + b"\0"
+
+
+def _decode(message: bytes | bytearray, path: str, method: str) -> tuple[dict[str, Any], bool]:
+    """A reply's parameters, and whether more follow."""
+    import json
+
+    try:
+        reply = json.loads(message)
+        parameters = reply.get("parameters") or {}
+    except (ValueError, AttributeError):
+        raise VmspawnError(f"{path} answered {method} with what is not Varlink") from None
+    if name := reply.get("error"):
+        raise ServiceError(name, parameters)
+    return parameters, bool(reply.get("continues"))

@@ -7,7 +7,6 @@ options differ, and what they call themselves tells them apart.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import NamedTuple
 
@@ -55,6 +54,8 @@ def find() -> Virtiofsd:
 
 def _described() -> list[str]:
     """The binaries of QEMU's descriptors of vhost-user back ends (QEMU's docs/interop/vhost-user.json)."""
+    import json
+
     found = []
     for directory in _DESCRIPTORS:
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
 from typing import NamedTuple
 
 from ..errors import StartError
@@ -83,6 +82,8 @@ class Reader:
         return int.from_bytes(os.pread(self._fd, 8, table + 8 * index), "big")
 
     def _compressed(self, entry: int, size: int) -> bytes:
+        import zlib
+
         shift = 62 - (self._layout.cluster_bits - 8)
         offset = entry & ((1 << shift) - 1)
         sectors = ((entry & (_COMPRESSED - 1)) >> shift) + 1

@@ -12,15 +12,17 @@ import os
 import re
 import socket
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StartError, UsageError
-from ..host import virtiofsd
 from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
 from ..storage.ports import PciPlace, Place
 from .additions import Additions
 from .helper import Helper
+
+if TYPE_CHECKING:
+    from ..host.virtiofsd import Virtiofsd
 
 #: The tag of the root, and the kernel arguments by which the guest mounts it; as systemd-vmspawn.
 ROOT_TAG = "root"
@@ -84,6 +86,8 @@ def start(
     if directory is not None:
         wanted.insert(0, (ROOT_TAG, Share(directory, "/"), "--directory="))
         additions.kernel_arguments += ROOT_ARGUMENTS
+    from ..host import virtiofsd
+
     for _, share, option in wanted:
         check(option, share.source)
     program = virtiofsd.find()
@@ -102,9 +106,7 @@ def check(option: str, path: str) -> None:
         raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
 
 
-def _serve(
-    additions: Additions, program: virtiofsd.Virtiofsd, share: Share, tag: str, runtime: MachineDirectory
-) -> int:
+def _serve(additions: Additions, program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory) -> int:
     """Start a virtiofsd that listens; returns our connection to it, which is for QEMU and belongs to `additions`."""
     name = f"virtiofs-{tag}"
     address = runtime.socket_address(name)
