@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import debian, ovmf
+from tests import debian, ovmf, uki
 from tests.conftest import make_raw
 from tests.machines import fresh_name
 from vmspawn import Drive, Machine
@@ -159,6 +159,22 @@ async def test_a_kernel_of_the_users_finds_its_root_on_the_image(qemu: str) -> N
     async with booted(qemu, **options, kernel_arguments=("rw",)) as (machine, console):
         assert "root=PARTUUID=" in await console.run("cat /proc/cmdline")
         assert await console.run("findmnt -no FSTYPE /") == "ext4"
+        await power_off(machine)
+
+
+async def test_a_unified_kernel_image_is_started_by_uefi(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ovmf.install(tmp_path / "config")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    tree = debian.tree()
+    stub = tree / "usr/lib/systemd/boot/efi/linuxx64.efi.stub"
+    image = uki.make_uki(tmp_path / "uki.efi", stub, *debian.kernel(), tree / "usr/lib/os-release")
+    arguments = (f"root=LABEL={debian.LABEL}", "rw", "of.mine=1")
+    options = {"linux": str(image), "image": str(debian.disk()), "ephemeral": True, "kernel_arguments": arguments}
+    async with booted(qemu, **options) as (machine, console):
+        assert "of.mine=1" in (await console.run("cat /proc/cmdline")).split()
+        assert await console.run("ls -d /sys/firmware/efi") == "/sys/firmware/efi"
         await power_off(machine)
 
 
