@@ -53,6 +53,9 @@ BOOT_TIMEOUT = 90.0
 RUN_TIMEOUT = 60.0
 MAKE_TIMEOUT = 1800.0
 
+#: Whoever is killed while a box runs takes it along.
+_GO_WITH_US = ("setpriv", "--pdeathsig=KILL", "--")
+
 #: What of the project's development dependencies no test imports.
 _NOT_NEEDED = ("mypy", "ruff", "types-")
 
@@ -65,7 +68,7 @@ def why_not() -> str:
     """Why there can be no box here, or an empty string."""
     if os.geteuid() != 0:
         return "the box needs root"
-    for program in ("unshare", "nsenter", "chroot", "mount"):
+    for program in ("unshare", "nsenter", "setpriv", "chroot", "mount"):
         if not shutil.which(program):
             return f"the box needs {program}"
     if "overlay" not in Path("/proc/filesystems").read_text().split():
@@ -203,7 +206,7 @@ class Box:
         command = ["unshare", "--fork", "--kill-child", *namespaces, str(PROJECT / "tests/interop/box-init")]
         with (self._state / "log").open("wb") as log:
             return subprocess.Popen(
-                ["sh", "-c", script, str(self._cgroup), *command],
+                [*_GO_WITH_US, "sh", "-c", script, str(self._cgroup), *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
