@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .machine.config import MachineConfig
-    from .machine.machine import End, Machine
+    from .machine.end import End
+    from .machine.machine import Machine
     from .qmp.monitor import Event
     from .storage.drive import Drive
 
 _HOMES = {
     "Drive": "storage.drive",
-    "End": "machine.machine",
+    "End": "machine.end",
     "Event": "qmp.monitor",
     "Machine": "machine.machine",
     "MachineConfig": "machine.config",

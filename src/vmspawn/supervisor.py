@@ -4,102 +4,184 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-from collections.abc import Callable
+import sys
 
-from .console.output import ConsoleOutput
+from .console.interactive import Interactive
+from .console.terminal import Terminal
+from .console.viewers import OutputViewer
+from .console.voice import Voice
 from .control.registration import Registered
 from .control.server import ControlServer, build_registry
-from .errors import NotConnected, Timeout
+from .host.notify import Notifier
+from .machine.end import End
+from .machine.keys import Keys
 from .machine.launch import END_SIGNALS, Launched
-from .machine.machine import End, Machine
+from .machine.machine import Machine
+from .machine.shutdown import Shutdown
 from .waiting import first_of
-
-#: Seconds after which the power button is pressed again: a guest in its firmware does not notice it.
-_POWER_BUTTON_INTERVAL = 5.0
 
 #: Seconds that the last of the console's output has to be written.
 _FLUSH_TIMEOUT = 5.0
 
+#: Seconds that clients of the control socket have to take the machine's last event.
+_FAREWELL_TIMEOUT = 1.0
 
-class Shutdown:
-    """What the end signals do: first ask the guest, then end the machine."""
+_STDIN, _STDOUT = 0, 1
 
-    def __init__(self, machine: Machine, notice: Callable[[str], None]) -> None:
+
+class Front:
+    """What of the machine is on our own standard streams, as `--console=` says."""
+
+    def __init__(self, machine: Machine, shutdown: Shutdown, voice: Voice) -> None:
         self._machine = machine
-        self._notice = notice
-        self._task: asyncio.Task[None] | None = None
-        self._insist = asyncio.Event()
+        self._voice = voice
+        self._shutdown = shutdown
+        self._keys: Keys | None = None
+        self._interactive: Interactive | None = None
+        self._output: OutputViewer | None = None
+        self._lent: Terminal | None = None
+        self._resizing: asyncio.Task[None] | None = None
+        #: Whether the terminal is known to be gone.
+        self.hung_up = False
+        #: Whether SIGHUP is still to come for what we have seen for ourselves.
+        self.expects_hangup = False
 
-    def listen(self) -> None:
-        """Take over the end signals, those included that came since they were blocked."""
-        loop = asyncio.get_running_loop()
-        for number in END_SIGNALS:
-            loop.add_signal_handler(number, self._signalled, number)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+    def open(self) -> None:
+        """Show the console."""
+        kind = self._machine.config.console
+        if kind == "interactive":
+            self._keys = Keys(self._machine, self._shutdown, self._voice.say)
+            self._interactive = Interactive(
+                self._machine.console,
+                _STDIN,
+                _STDOUT,
+                pressed=self._keys.pressed,
+                gone=self._terminal_gone,
+                resized=self._resized,
+                say=self._voice.say,
+            )
+            self._voice.divert(self._interactive.write_line)
+        elif kind == "read-only":
+            self._output = OutputViewer(self._machine.console, _STDOUT)
+            self._machine.console.attach(self._output)
+
+    def lend(self) -> None:
+        """Remember how the terminal is, before QEMU gets it."""
+        if self._machine.config.console == "native" and os.isatty(_STDIN):
+            self._lent = Terminal(_STDIN)
+            self._voice.divert(lambda line: print(f"\r{line}\r", file=sys.stderr, flush=True))
+
+    def suspend(self) -> None:
+        """SIGTSTP: stop as a job of the shell does, the terminal in order; the guest runs on without its manager."""
+        if self._interactive is not None:
+            self._interactive.suspend()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        # Stops us here, unless nobody is there who could continue us.
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        self.resume()
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        if self._interactive is not None:
+            self._interactive.resume()
+
+    def window_changed(self) -> None:
+        """SIGWINCH."""
+        if self._interactive is not None:
+            self._interactive.window_changed()
 
     def close(self) -> None:
-        """Give up what is under way: the machine has ended."""
-        if self._task is not None:
-            self._task.cancel()
+        """Leave the streams, and the terminal as it was. May be called again."""
+        self._voice.divert(None)
+        if self._keys is not None:
+            self._keys.close()
+        if self._resizing is not None:
+            self._resizing.cancel()
+        if self._interactive is not None:
+            self._interactive.close()
+        if self._output is not None:
+            self._output.close()
+        if self._lent is not None:
+            self._lent.restore()
 
-    def _signalled(self, number: signal.Signals) -> None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._shut_down(signal.Signals(number).name))
+    def _resized(self, rows: int, columns: int) -> None:
+        if self._resizing is not None:
+            self._resizing.cancel()
+        self._resizing = asyncio.create_task(self._machine.window.resize(rows, columns))
+
+    def _terminal_gone(self) -> None:
+        # Under nohup(1) the machine is meant to go on.
+        if not self.hung_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self.hung_up = self.expects_hangup = True
+            self._shutdown.request("the terminal is gone")
+
+
+class Signals:
+    """What each signal means to the manager; docs/console.md has the list."""
+
+    def __init__(self, shutdown: Shutdown, front: Front) -> None:
+        self._shutdown = shutdown
+        self._front = front
+
+    def listen(self) -> None:
+        """Take over the signals, those included that came since they were blocked."""
+        loop = asyncio.get_running_loop()
+        for number in END_SIGNALS:
+            # Whoever started us with a signal ignored, such as nohup(1) or a shell with `&`, means it.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGTSTP, self._front.suspend)
+        loop.add_signal_handler(signal.SIGCONT, self._front.resume)
+        loop.add_signal_handler(signal.SIGWINCH, self._front.window_changed)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+
+    def _end(self, number: signal.Signals) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGQUIT:
+            self._shutdown.force(name)
+        elif number == signal.SIGHUP and self._front.expects_hangup:
+            self._front.expects_hangup = False
         else:
-            self._insist.set()
-
-    async def _shut_down(self, name: str) -> None:
-        seconds = self._machine.config.shutdown_timeout
-        self._notice(f"{name}: asked the guest to power off; again to end it at once, else after {seconds:g} s")
-        try:
-            async with asyncio.timeout(seconds):
-                await self._press_until_insisted()
-            self._notice("ending the machine")
-        except TimeoutError:
-            self._notice(f"the guest did not power off within {seconds:g} s; ending the machine")
-        except NotConnected:
-            return
-        await self._machine.terminate()
-
-    async def _press_until_insisted(self) -> None:
-        while not self._insist.is_set():
-            try:
-                await self._machine.power_off()
-                async with asyncio.timeout(_POWER_BUTTON_INTERVAL):
-                    await self._insist.wait()
-            except (TimeoutError, Timeout):
-                pass
+            self._front.hung_up |= number == signal.SIGHUP
+            self._shutdown.request(name)
 
 
-async def supervise(launched: Launched, notice: Callable[[str], None], *, output: int) -> End:
+async def supervise(launched: Launched, voice: Voice) -> End:
     """Run a machine that was just launched to its end, and say how it ended. Owns `launched`.
 
-    `output` is the descriptor for the guest's console. Raises StartError if QEMU does not come up.
+    Raises StartError if QEMU does not come up.
     """
     machine = Machine(launched.config)
     machine.open(launched)
+    notifier = Notifier()
+    shutdown = Shutdown(machine, voice.notice, notifier)
+    front = Front(machine, shutdown, voice)
     server: ControlServer | None = None
-    console: ConsoleOutput | None = None
-    registered = Registered(machine, notice)
-    shutdown = Shutdown(machine, notice)
+    registered = Registered(machine, voice.notice)
     try:
         server = ControlServer(machine.directory, build_registry(machine))
-        if source := machine.take_console():
-            console = ConsoleOutput(source, output)
-        shutdown.listen()
+        front.lend()
+        Signals(shutdown, front).listen()
         await machine.started()
         await registered.begin()
-        notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
+        voice.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
+        front.open()
+        notifier.send(READY=1, STATUS=f"Machine {machine.name} is running", X_VMSPAWN_LEADER_PID=machine.pid)
         end = await machine.wait()
-        if console is not None:
-            await first_of(console.ended, timeout=_FLUSH_TIMEOUT)
+        notifier.send(STOPPING=1, STATUS=end.message[:1].upper() + end.message[1:])
+        if machine.config.console != "native":
+            await first_of(machine.console.ended, timeout=_FLUSH_TIMEOUT)
+        await server.finish(timeout=_FAREWELL_TIMEOUT)
         return end
     finally:
         shutdown.close()
+        front.close()
         if server is not None:
             server.close()
-        if console is not None:
-            console.close()
         await registered.end()
         await machine.close()

@@ -22,6 +22,8 @@ from vmspawn import Machine
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
+from vmspawn.machine.end import MachineEvents
+from vmspawn.qmp.monitor import EventStream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -244,7 +246,7 @@ async def test_a_session_outlives_the_varlink_connection_that_acquired_it(machin
 async def test_events_reach_every_session_and_every_subscriber(machine: Machine) -> None:
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(machine.qmp()) for _ in range(10)]
-        streams = [stack.enter_context(client.events()) for client in clients]
+        streams: list[EventStream | MachineEvents] = [stack.enter_context(client.events()) for client in clients]
         streams.append(stack.enter_context(machine.events()))
         await machine.pause()
         await machine.resume()

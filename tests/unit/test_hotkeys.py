@@ -14,7 +14,8 @@ E = ESCAPE
 #: Bytes and the seconds that pass before each, in eighths, which add up exactly: much ^], p and r.
 typing = st.lists(
     st.tuples(
-        st.sampled_from([E, E, E, b"p", b"r", b"x", b"\x03"]), st.sampled_from([0.0, 0.125, 0.375, 0.5, 0.875, 1.0, 3.0])
+        st.sampled_from([E, E, E, b"p", b"r", b"x", b"\x03"]),
+        st.sampled_from([0.0, 0.125, 0.375, 0.5, 0.875, 1.0, 3.0]),
     ),
     max_size=24,
 )

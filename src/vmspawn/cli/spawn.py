@@ -13,12 +13,16 @@ import signal
 import sys
 from typing import NoReturn
 
-from ..errors import StartError, UsageError, VmspawnError
+from ..console.hotkeys import HELP
+from ..console.streams import ensure_standard_streams
+from ..console.terminal import is_foreground, window_size
+from ..console.voice import Voice
+from ..errors import UsageError, VmspawnError
 from ..host import storageprovider
 from ..host.runtime import check_name
 from ..machine import config as configuration
 from ..machine import images
-from ..machine.config import MachineConfig
+from ..machine.config import ConsoleTerminal, MachineConfig
 from ..machine.launch import END_SIGNALS, launch
 from ..storage.drive import BUSES, parse_extra_drive
 from ..storage.formats import FORMATS
@@ -27,6 +31,8 @@ from . import boot_options, guest_options, later_options, share_options, system_
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, boolean, complain
 
 _PROGRAM = "vmspawn"
+
+_STDIN, _STDOUT = 0, 1
 
 
 def build_parser() -> Parser:
@@ -64,9 +70,16 @@ def _add_general(parser: Parser) -> None:
     group.add_argument(
         "--console",
         choices=configuration.CONSOLES,
-        default="read-only",
-        help="read-only: the guest's console on standard output (default); headless: nowhere",
+        help="the guest's console: interactive (default on a terminal), read-only (default elsewhere), native "
+        "(QEMU has the terminal), gui (QEMU's window) or headless",
     )
+    group.add_argument(
+        "--console-transport",
+        choices=configuration.CONSOLE_TRANSPORTS,
+        default=configuration.CONSOLE_TRANSPORTS[0],
+        help="what it is to the guest: serial is ttyS0 (default), virtio is hvc0",
+    )
+    group.add_argument("--log", metavar="FILE", help="append what the console shows to a file")
     group.add_argument(
         "--shutdown-timeout",
         metavar="SECONDS",
@@ -178,7 +191,9 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         machine_type=options.machine_type,
         hotplug_ports=options.hotplug_ports,
         extra_drives=tuple(parse_extra_drive(text) for text in options.extra_drive),
-        console=options.console,
+        console=options.console or default_console(),
+        console_transport=options.console_transport,
+        console_log=_absolute(options.log),
         qemu=options.qemu,
         qemu_arguments=tuple(options.qemu_arg),
         shutdown_timeout=options.shutdown_timeout,
@@ -190,10 +205,26 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         **share_options.fields(options),
         **guest_options.fields(options),
     )
+    if config.console == "interactive":
+        config = config._replace(terminal=own_terminal())
     boots = config.image or config.directory or config.linux or config.guest
     if not boots and config.name is not None:
         config = config._replace(**images.find(check_name(config.name)))
     return configuration.check(config)
+
+
+def default_console() -> str:
+    """Interactive where somebody can type and see; a background job of a shell cannot."""
+    return "interactive" if is_foreground(_STDIN) and os.isatty(_STDOUT) else "read-only"
+
+
+def own_terminal() -> ConsoleTerminal | None:
+    """What the guest is told of our terminal, or None if there is none."""
+    if not os.isatty(_STDOUT):
+        return None
+    name = os.environ.get("TERM", "")
+    plain = name.replace("-", "").replace("+", "").replace(".", "").isalnum() and name.isascii()
+    return ConsoleTerminal(name if plain else "", *window_size(_STDOUT))
 
 
 def _absolute(path: str | None) -> str | None:
@@ -208,21 +239,21 @@ def run(arguments: list[str]) -> int:
         return 0
     goes_without = later_options.check(options)
     config = configure(options)
-
-    def notice(line: str) -> None:
-        if not options.quiet:
-            print(f"{_PROGRAM}: {line}", file=sys.stderr, flush=True)
+    voice = Voice(_PROGRAM, quiet=options.quiet)
 
     def detail(line: str) -> None:
         if options.verbose:
-            notice(line)
+            voice.notice(line)
 
     for line in goes_without:
         detail(line)
-
-    # A signal that comes before the supervisor listens must not leave QEMU without its manager.
+    if config.console == "interactive" and os.isatty(_STDIN):
+        voice.notice(HELP)
+    # A signal that comes before the supervisor listens must not leave QEMU without its manager. Where SIGCHLD is
+    # ignored, nobody would learn how QEMU ended.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
-    launched = launch(config, notice=notice, detail=detail)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    launched = launch(config, notice=voice.notice, detail=detail)
     try:
         import asyncio
 
@@ -230,15 +261,14 @@ def run(arguments: list[str]) -> int:
     except BaseException:
         launched.abandon()
         raise
-    end = asyncio.run(supervise(launched, notice, output=sys.stdout.fileno()))
-    if not end.clean:
-        raise StartError(end.message)
-    notice(end.message)
-    return 0
+    end = asyncio.run(supervise(launched, voice))
+    (voice.notice if end.clean else voice.say)(end.message)
+    return 0 if end.clean else EXIT_FAILURE
 
 
 def main() -> NoReturn:
     """The entry point."""
+    ensure_standard_streams()
     try:
         status = run(sys.argv[1:])
     except UsageError as error:

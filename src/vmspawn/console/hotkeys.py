@@ -16,6 +16,9 @@ ESCAPE = b"\x1d"
 #: Seconds that a sequence may take from its first key to its last, as in systemd-nspawn.
 WINDOW = 1.0
 
+#: The line that says which keys there are, as systemd-nspawn prints one.
+HELP = "press ^] three times within 1s to end the machine, ^]^]p to power it off, ^]^]r to reboot it"
+
 
 class Key(Enum):
     """What a sequence asks for. The value is what is typed."""

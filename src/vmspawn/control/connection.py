@@ -90,6 +90,11 @@ class Connection:
         self._resume_reading()
 
     @property
+    def call(self) -> asyncio.Task[None] | None:
+        """The call that is being served."""
+        return self._call
+
+    @property
     def busy(self) -> bool:
         """Whether a call is being served."""
         return self._call is not None

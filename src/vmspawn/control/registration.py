@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Making a running machine known to the host: to systemd-machined, and to the service manager that started us."""
+"""Making a running machine known to systemd-machined."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from ..host import machined
 from ..host.machined import Candidate
-from ..host.readiness import notify
 from ..host.runtime import CONTROL
 from ..machine.machine import Machine
 
@@ -21,13 +20,11 @@ class Registered:
         self._registered = False
 
     async def begin(self) -> None:
-        """Register the machine and say that it is ready. Raises StartError if a firm wish to register it failed."""
+        """Register the machine. Raises StartError if a firm wish to do so failed."""
         config = self._machine.config
         control = self._machine.directory.file(CONTROL)
         candidate = Candidate(self._machine.name, self._machine.pid, control, config.uuid, config.directory)
         self._registered = await machined.register(config.registration, candidate, self._notice)
-        # systemd-vmspawn says the leader's process so as well, to whoever supervises it.
-        notify("READY=1", "STATUS=The machine runs.", f"X_VMSPAWN_LEADER_PID={self._machine.pid}")
 
     async def end(self) -> None:
         """Take the registration back. May be called whether there is one or not."""

@@ -54,12 +54,22 @@ class ControlServer:
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener, self._accept)
 
-    def close(self) -> None:
-        """Stop listening and end every connection."""
+    async def finish(self, *, timeout: float) -> None:
+        """Stop listening, and give the calls that are being served `timeout` seconds for their last reply."""
+        self._stop_listening()
+        calls = [call for each in self._connections if (call := each.call) is not None]
+        if calls:
+            await asyncio.wait(calls, timeout=timeout)
+
+    def _stop_listening(self) -> None:
         if self._listener is not None:
             self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
+
+    def close(self) -> None:
+        """Stop listening and end every connection."""
+        self._stop_listening()
         for connection in tuple(self._connections):
             connection.close()
 

@@ -25,6 +25,7 @@ FILES = (
     "lib/vmspawn/button",
     "lib/vmspawn/console",
     "lib/vmspawn/functions",
+    "lib/vmspawn/window",
 )
 
 #: Kernel arguments. Under TCG the self-tests of the kernel's ciphers take 0.4 s, patching its locks for a single CPU

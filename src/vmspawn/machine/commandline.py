@@ -11,9 +11,10 @@ from ..storage import buses, nodes, ports
 from ..storage.drive import Drive
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
-from . import memory
+from . import consoles, memory
 from .additions import Additions
 from .config import MachineConfig
+from .consoles import ConsoleSockets
 from .qemu import QemuBinary
 
 
@@ -60,7 +61,7 @@ class Inherited(NamedTuple):
     """The descriptors that QEMU gets, by what they are for: listening sockets for its monitors and the console."""
 
     monitors: Mapping[str, int]
-    console: int
+    console: ConsoleSockets
 
 
 def command_line(
@@ -79,9 +80,9 @@ def command_line(
         *_identity(config),
         *_hardware(config, accelerator, additions),
         *_monitors(binary, inherited.monitors),
-        *_console(inherited.console),
         *_controllers(config, layout),
         *additions.arguments,
+        *consoles.devices(config, inherited.console),
         *_drives(drives),
         *_boot(boot),
         *config.qemu_arguments,
@@ -108,8 +109,6 @@ def _hardware(config: MachineConfig, accelerator: str, additions: Additions) -> 
         *("-cpu", "host" if accelerator == "kvm" else "max"),
         *("-smp", str(config.cpus)),
         *("-m", memory.size_argument(config.ram_bytes, config.ram_growth)),
-        *("-display", "none"),
-        *(() if config.machine_type == "virt" else ("-vga", "none")),
     ]
 
 
@@ -122,13 +121,10 @@ def _monitors(binary: QemuBinary, sockets: Mapping[str, int]) -> Iterable[str]:
             yield from ("-mon", f"chardev={name},mode=control")
 
 
-def _console(fd: int) -> list[str]:
-    return ["-chardev", f"socket,id=console,fd={fd},server=on,wait=off", "-serial", "chardev:console"]
-
-
 def _controllers(config: MachineConfig, layout: ports.Layout) -> Iterable[str]:
     bus = "pci.0" if config.machine_type == "pc" else "pcie.0"
-    rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": bus, "addr": hex(ports.RNG_SLOT)}
+    # The console's devices are the other functions of its slot.
+    rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": bus, "addr": hex(ports.RNG_SLOT), "multifunction": True}
     scsi_slot = hex(ports.SCSI_CONTROLLER_SLOT)
     scsi = {"driver": "virtio-scsi-pci", "id": ports.SCSI_CONTROLLER, "bus": bus, "addr": scsi_slot}
     devices = [scsi, rng, *ports.port_devices(layout.ports)]

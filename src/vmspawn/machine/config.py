@@ -19,7 +19,8 @@ from .shares import Share
 
 MACHINE_TYPES = ("q35", "pc", "virt")
 KVM_CHOICES = ("auto", "yes", "no")
-CONSOLES = ("read-only", "headless")
+CONSOLES = ("interactive", "native", "read-only", "gui", "headless")
+CONSOLE_TRANSPORTS = ("serial", "virtio")
 
 #: The seconds that a guest has for its own power-off, systemd's DefaultTimeoutStopSec=.
 SHUTDOWN_TIMEOUT = 90.0
@@ -31,6 +32,17 @@ RAM_DEFAULT = 2048 * _MIB
 RAM_BUILTIN = 256 * _MIB
 _RAM_MIN = 32 * _MIB
 _CPUS_MAX = 255
+
+
+class ConsoleTerminal(NamedTuple):
+    """What the guest's console will be shown on: the terminal's name in terminfo, and its window in characters.
+
+    An empty name, or 0, is not known and the guest's own default holds.
+    """
+
+    term: str
+    rows: int
+    columns: int
 
 
 class MachineConfig(NamedTuple):
@@ -57,6 +69,9 @@ class MachineConfig(NamedTuple):
     hotplug_ports: int | None = None
     extra_drives: tuple[Drive, ...] = ()
     console: str = "read-only"
+    console_transport: str = CONSOLE_TRANSPORTS[0]
+    console_log: str | None = None
+    terminal: ConsoleTerminal | None = None
     qemu: str | None = None
     qemu_arguments: tuple[str, ...] = ()
     shutdown_timeout: float = SHUTDOWN_TIMEOUT
@@ -86,6 +101,9 @@ def check(config: MachineConfig) -> MachineConfig:
     _check_choice("--machine-type=", config.machine_type, MACHINE_TYPES)
     _check_choice("--kvm=", config.kvm, KVM_CHOICES)
     _check_choice("--console=", config.console, CONSOLES)
+    _check_choice("--console-transport=", config.console_transport, CONSOLE_TRANSPORTS)
+    if config.console_log is not None and config.console == "native":
+        raise UsageError("--log= cannot see what QEMU shows with --console=native", hint="leave out one of the two")
     if config.guest is not None:
         _check_choice("--guest=", config.guest, ("builtin",))
     _check_boot(config)

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import socket
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,12 @@ from ..host import runtime, scope
 from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
 from ..storage import ports
+from . import consoles
 from .additions import Additions
 from .bootdrives import open_boot_drives
 from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
+from .consoles import ConsoleSockets
 from .prepare import complete, prepare
 from .qemu import QemuBinary, choose_accelerator, find_qemu
 
@@ -29,19 +32,19 @@ if TYPE_CHECKING:
     from ..guest.builtin import BuiltinGuest
 
 #: Signals that ask for an end. The command blocks them from the first moment until its supervisor listens to them.
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 # What QEMU gets with its default action, whatever we make of it.
-_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGQUIT, *END_SIGNALS)
-
-# What the guest's kernel calls the serial port.
-_SERIAL_PORTS = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
+_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGTSTP, signal.SIGUSR1, signal.SIGUSR2, *END_SIGNALS)
 
 # Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
 _BACKLOG = 4
 
+# Clients of the console that wait while we are busy.
+_CLIENTS_BACKLOG = 64
+
 #: Of our environment QEMU gets what it can use, and nothing that may be secret or change what it loads.
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "WAYLAND_DISPLAY")
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "XAUTHORITY", "WAYLAND_DISPLAY")
 
 
 class Launched:
@@ -60,6 +63,8 @@ class Launched:
         self.boot_drives: list[BootDrive] = []
         self.sockets: dict[str, socket.socket] = {}
         self.additions = Additions()
+        #: The file of `--log=`, or -1.
+        self.console_log = -1
         self.pid = 0
 
     def abandon(self) -> None:
@@ -71,6 +76,9 @@ class Launched:
         for connected in self.sockets.values():
             connected.close()
         self.sockets.clear()
+        if self.console_log >= 0:
+            os.close(self.console_log)
+            self.console_log = -1
         self.close_images()
         self.additions.close()
         self.additions.end_helpers()
@@ -105,9 +113,12 @@ def launch(
         if why:
             notice(f"no KVM ({why}), so the guest is emulated and slow")
         boot = _boot(config, binary.architecture, notice)
+        launched.console_log = _open_log(config.console_log)
         launched.directory = MachineDirectory.create(config.name or "")
         open_boot_drives(launched)
-        boot = prepare(launched, boot, (f"console={_SERIAL_PORTS[binary.architecture]}",), notice, detail)
+        if boot is None:
+            launched.additions.vendor_strings += consoles.vendor_strings(config)
+        boot = prepare(launched, boot, consoles.kernel_arguments(config), notice, detail)
         _start(launched, boot)
     except BaseException:
         launched.abandon()
@@ -116,16 +127,16 @@ def launch(
 
 
 def _boot(config: MachineConfig, architecture: str, notice: Callable[[str], None]) -> Boot | None:
-    console = f"console={_SERIAL_PORTS[architecture]}"
+    console = consoles.kernel_arguments(config)
     if config.guest:
         guest = _builtin_guest(architecture, notice)
-        return Boot(guest.kernel, guest.initrd, (console, *guest.arguments, *config.kernel_arguments))
+        return Boot(guest.kernel, guest.initrd, (*console, *guest.arguments, *config.kernel_arguments))
     if config.linux is None:
         return None
     _check_readable("--linux=", config.linux)
     if config.initrd:
         _check_readable("--initrd=", config.initrd)
-    return Boot(config.linux, config.initrd, (console, *config.kernel_arguments))
+    return Boot(config.linux, config.initrd, (*console, *config.kernel_arguments))
 
 
 def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> BuiltinGuest:
@@ -148,16 +159,32 @@ def _check_readable(option: str, path: str) -> None:
         raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
 
 
+def _open_log(path: str | None) -> int:
+    """Open the console's transcript for appending; the caller owns the descriptor. -1 if none is wanted."""
+    if path is None:
+        return -1
+    try:
+        # Not to wait for the reader of a pipe.
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartError(f"cannot use --log={path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode) and os.path.realpath(path) != os.devnull:
+        os.close(fd)
+        raise StartError(f"cannot use --log={path}: not a regular file")
+    return fd
+
+
 def _start(launched: Launched, boot: Boot | None) -> None:
     directory = launched.directory
     assert directory is not None
     # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
-    names = (*runtime.MONITORS, runtime.CONSOLE)
+    names = [*runtime.MONITORS, *_console_sockets(launched.config)]
     listeners = {name: listen(directory.socket_address(name), _BACKLOG) for name in names}
     log = directory.create_log()
     try:
         monitors = {name: listeners[name].fileno() for name in runtime.MONITORS}
-        inherited = Inherited(monitors, listeners[runtime.CONSOLE].fileno())
+        console = {name: listeners[name].fileno() for name in names if name not in runtime.MONITORS}
+        sockets = ConsoleSockets(console.get(runtime.QEMU_CONSOLE, -1), console.get(runtime.QEMU_SIZE, -1))
         arguments = command_line(
             launched.binary,
             launched.config,
@@ -165,14 +192,14 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             launched.layout,
             boot,
             launched.boot_drives,
-            inherited,
+            Inherited(monitors, sockets),
             launched.additions,
         )
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
         images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
-        keep = [*monitors.values(), inherited.console, *images, *launched.additions.descriptors]
-        launched.pid = spawn(arguments, keep=keep, log=log)
-        _connect(launched)
+        keep = [*monitors.values(), *console.values(), *images, *launched.additions.descriptors]
+        launched.pid = spawn(arguments, keep=keep, log=log, terminal=not consoles.has_socket(launched.config))
+        _connect(launched, names)
     finally:
         os.close(log)
         for listener in listeners.values():
@@ -181,28 +208,39 @@ def _start(launched: Launched, boot: Boot | None) -> None:
     launched.additions.close()
 
 
-def _connect(launched: Launched) -> None:
-    """Connect to the sockets while we still hold their listening ends, so that it cannot fail for QEMU's haste."""
+def _console_sockets(config: MachineConfig) -> list[str]:
+    """The names of the sockets that QEMU serves the console on; ours alone, for QEMU takes one client."""
+    names = [runtime.QEMU_CONSOLE] if consoles.has_socket(config) else []
+    return [*names, runtime.QEMU_SIZE] if consoles.has_size_port(config) else names
+
+
+def _connect(launched: Launched, names: list[str]) -> None:
+    """Connect to the sockets while we still hold their listening ends, so that it cannot fail for QEMU's haste.
+
+    What our own clients connect to, to see the console, listens from now on as well.
+    """
     assert launched.directory is not None
-    names = list(runtime.MONITORS)
-    if launched.config.console == "read-only":
-        names.append(runtime.CONSOLE)
+    if consoles.has_socket(launched.config):
+        address = launched.directory.socket_address(runtime.CONSOLE)
+        launched.sockets[runtime.CONSOLE] = listen(address, _CLIENTS_BACKLOG)
     for name in names:
         launched.sockets[name] = connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connected.connect(launched.directory.socket_address(name))
         connected.setblocking(False)
 
 
-def spawn(arguments: list[str], *, keep: list[int], log: int) -> int:
+def spawn(arguments: list[str], *, keep: list[int], log: int, terminal: bool = False) -> int:
     """Start a program that outlives us if we die: a session of its own, no terminal, output to a log.
 
-    It inherits exactly `keep`, which stay the caller's, as the numbers they have here. Returns its process id.
+    With `terminal` it gets our standard input and output all the same. It inherits exactly `keep`, which stay the
+    caller's, as the numbers they have here. Returns its process id.
     """
-    actions: list[tuple[object, ...]] = [
+    quiet: list[tuple[object, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_DUP2, log, 1),
-        (os.POSIX_SPAWN_DUP2, log, 2),
     ]
+    actions: list[tuple[object, ...]] = [] if terminal else quiet
+    actions.append((os.POSIX_SPAWN_DUP2, log, 2))
     # Duplicating a descriptor onto itself makes it inheritable in the child alone.
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
     actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in keep]

@@ -10,12 +10,14 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from ..errors import NotConnected, Timeout
+from ..console.hub import Console
+from ..console.viewers import Transcript
+from ..errors import NotConnected, NotSupported, Timeout
 from ..host import runtime
 from ..host.process import Process
-from ..qmp.monitor import EventStream, Monitor
+from ..qmp.monitor import Monitor
 from ..qmp.runstate import RunState
 from ..storage import backing as backings
 from ..storage import drive as drives
@@ -27,8 +29,10 @@ from ..storage.hotplug import DETACH_TIMEOUT, Storage
 from ..storage.limits import Limits
 from ..waiting import first_of
 from .config import MachineConfig, check
+from .end import End, MachineEvents
 from .launch import Launched, explain_failure, launch
 from .watch import Watch
+from .window import Window
 
 if TYPE_CHECKING:
     from ..qmp.multiplexer import Multiplexer
@@ -42,23 +46,6 @@ QUIT_TIMEOUT = 5.0
 
 #: Seconds that QEMU has to end after it closed its monitor.
 _EXIT_TIMEOUT = 10.0
-
-
-class End(NamedTuple):
-    """How a machine ended: `reason` is QEMU's ShutdownCause or `qemu-died`, `message` says it for people."""
-
-    reason: str
-    message: str
-    clean: bool
-
-
-_REASONS = {
-    "guest-shutdown": "the guest powered off",
-    "guest-reset": "the guest asked for a reboot, which this machine does not do",
-    "guest-panic": "the guest's kernel panicked",
-    "host-qmp-quit": "the machine was terminated",
-    "host-signal": "QEMU was ended by a signal",
-}
 
 
 class Machine:
@@ -80,6 +67,13 @@ class Machine:
         self._opened = 0.0
         self._killer: asyncio.TimerHandle | None = None
         self._watch = Watch(())
+        self._killed = False
+        self._closing = False
+        self._ended: End | None = None
+        self._console: Console | None = None
+        self._window: Window | None = None
+        #: Why the transcript of `--log=` was given up, once that has happened.
+        self.log_failure = ""
 
     # Starting and ending.
 
@@ -104,7 +98,21 @@ class Machine:
                 Attachment(each.drive, each.identifiers, each.place, each.serial, [each.image])
             )
         self._watch = Watch(launched.additions.helpers)
+        self._open_console(launched)
         self._save_state()
+
+    def _open_console(self, launched: Launched) -> None:
+        port = launched.sockets.pop(runtime.QEMU_SIZE, None)
+        self._window = Window(self.monitor, port, ask_qemu=self.config.console_transport == "virtio")
+        if runtime.QEMU_CONSOLE not in launched.sockets:
+            return
+        self._console = Console(launched.sockets.pop(runtime.QEMU_CONSOLE), launched.sockets.pop(runtime.CONSOLE))
+        if launched.console_log >= 0:
+            self._console.attach(Transcript(self._console, launched.console_log, self._log_failed))
+            launched.console_log = -1
+
+    def _log_failed(self, error: OSError) -> None:
+        self.log_failure = f"cannot write {self.config.console_log}: {error.strerror}"
 
     async def started(self) -> None:
         """Wait until QEMU is up. Raises StartError in QEMU's words if it does not come up; nothing is left then."""
@@ -127,13 +135,20 @@ class Machine:
 
     async def close(self) -> None:
         """End the machine if it runs, at once, and leave nothing behind. May be called again."""
-        launched, self._launched = self._launched, None
-        if launched is None:
+        launched = self._launched
+        if launched is None or self._closing:
             return
+        self._closing = True
         if self._process is not None:
             if not self._process.ended.is_set():
                 await self._quit()
             launched.pid = 0
+            await self.wait()
+        self._launched = None
+        if self._console is not None:
+            self._console.close()
+        if self._window is not None:
+            self._window.close()
         if self._storage is not None:
             self._storage.close()
         if self._monitor is not None:
@@ -162,14 +177,12 @@ class Machine:
         # What QEMU said before it went may still lie in the socket.
         if self._monitor is not None:
             await first_of(self._monitor.closed, timeout=_EXIT_TIMEOUT)
-        return self._end(process)
+        self._ended = self._ended or self._end(process)
+        return self._ended
 
     def _end(self, process: Process) -> End:
-        reason = self._run_state.shutdown_reason if self._run_state else ""
-        if process.status not in (0, None) or not reason:
-            last = next((line for line in reversed(self._log().splitlines()) if line.strip()), "")
-            return End("qemu-died", f"QEMU {process.describe_end()}" + (f": {last}" if last else ""), False)
-        return End(reason, _REASONS.get(reason, f"the machine ended ({reason})"), reason != "host-signal")
+        cause = self._run_state.shutdown_reason if self._run_state else ""
+        return End.of(process, cause, killed=self._killed, log=self._log())
 
     # What it is.
 
@@ -236,9 +249,19 @@ class Machine:
             raise NotConnected("the machine does not run")
         return self._process
 
-    def take_console(self) -> socket.socket | None:
-        """Our end of the guest's serial console, once; the caller owns it. None where the console is headless."""
-        return self._launched.sockets.pop(runtime.CONSOLE, None) if self._launched else None
+    @property
+    def console(self) -> Console:
+        """The guest's console. Raises NotSupported where it belongs to QEMU (`native`)."""
+        if self._console is None:
+            raise NotSupported("the console of this machine is QEMU's own (--console=native)")
+        return self._console
+
+    @property
+    def window(self) -> Window:
+        """The window of the guest's console."""
+        if self._window is None:
+            raise NotConnected("the machine does not run")
+        return self._window
 
     # What one can do to it.
 
@@ -362,9 +385,9 @@ class Machine:
         finally:
             client.close()
 
-    def events(self) -> EventStream:
+    def events(self) -> MachineEvents:
         """The events from now on, QEMU's and ours: `with machine.events() as events: async for event in events:`."""
-        return self.monitor.events()
+        return MachineEvents(self.monitor.events(), self.wait)
 
     async def power_off(self) -> None:
         """Press the power button (ACPI); the guest decides what follows. `wait` tells when it is off."""
@@ -386,10 +409,15 @@ class Machine:
         """End QEMU without asking the guest; returns once QEMU has agreed. One that does not go is killed."""
         process = self._running_process()
         if self._killer is None:
-            self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, process.kill)
+            self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, self._kill, process)
         # It may go before its reply does, or be about to be killed.
         with contextlib.suppress(NotConnected, Timeout):
             await self.monitor.execute("quit", timeout=QUIT_TIMEOUT)
+
+    def _kill(self, process: Process) -> None:
+        if not process.ended.is_set():
+            self._killed = True
+            process.kill()
 
     # Its state on disk.
 

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest's console, shared: QEMU's end of it is held here, and any number of viewers see it and may type.
+
+Whoever comes late is shown the last 64 KiB first. A viewer that takes its output slowly slows the console down for
+everybody, as a slow terminal does; what happens to one that takes nothing is for the viewer to decide. So what is kept
+in memory is bounded, and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from .client import ConsoleClient
+from .outlet import Outlet
+
+#: Bytes that a viewer who comes late is shown first.
+REPLAY_MAX = 64 * 1024
+
+#: Bytes of input that wait for the guest before those who can wait are asked to.
+INPUT_MAX = 64 * 1024
+
+#: Clients at once. Each costs a write for every piece of output.
+CLIENTS_MAX = 64
+
+_RECEIVE_SIZE = 65536
+
+
+class Viewer(Protocol):
+    """Who is shown the console."""
+
+    @property
+    def full(self) -> bool:
+        """Whether it should not be shown more for now; it calls `Console.viewer_has_room` when that is over."""
+
+    def show(self, data: bytes) -> None:
+        """Show output."""
+
+    def finish(self) -> None:
+        """There will be no more output; detach once all of it has been shown."""
+
+
+class Console:
+    """One machine's console. Owns both sockets: QEMU's, which is connected, and the one that clients connect to."""
+
+    def __init__(self, source: socket.socket, listener: socket.socket) -> None:
+        source.setblocking(False)
+        listener.setblocking(False)
+        self._source: socket.socket | None = source
+        self._listener: socket.socket | None = listener
+        self._loop = asyncio.get_running_loop()
+        self._viewers: list[Viewer] = []
+        self._clients: set[ConsoleClient] = set()
+        self._replay = bytearray()
+        self._input = Outlet(source.fileno(), source.send, on_empty=self._input_empty)
+        self._waiting_for_room: list[Callable[[], None]] = []
+        self._reading = False
+        #: Set when QEMU's end is closed and every viewer has seen everything, or is gone.
+        self.ended = asyncio.Event()
+        self._resume()
+        self._loop.add_reader(listener, self._accept)
+
+    # Viewers.
+
+    def attach(self, viewer: Viewer) -> None:
+        """Show the console from now on, and what it showed last before that."""
+        self._viewers.append(viewer)
+        if self._replay:
+            viewer.show(bytes(self._replay[-REPLAY_MAX:]))
+        if self._source is None:
+            viewer.finish()
+
+    def detach(self, viewer: Viewer) -> None:
+        """Stop showing. Harmless if it was not attached."""
+        if viewer in self._viewers:
+            self._viewers.remove(viewer)
+        if self._source is None and not self._viewers:
+            self.ended.set()
+        self.viewer_has_room()
+
+    def viewer_has_room(self) -> None:
+        """A viewer that was full is so no longer."""
+        if self._source is not None and not any(viewer.full for viewer in self._viewers):
+            self._resume()
+
+    # Input.
+
+    @property
+    def input_pending(self) -> int:
+        """Bytes that were typed and that the guest has not taken yet."""
+        return self._input.pending
+
+    def type(self, data: bytes) -> None:
+        """Send input to the guest. Everything that is given is kept until the guest takes it."""
+        if self._source is not None:
+            self._input.put(data)
+
+    def when_input_has_room(self, callback: Callable[[], None]) -> None:
+        """Call back once when less than INPUT_MAX is waiting; at once where that is so now."""
+        if self._input.pending < INPUT_MAX:
+            callback()
+        else:
+            self._waiting_for_room.append(callback)
+
+    def _input_empty(self) -> None:
+        waiting, self._waiting_for_room = self._waiting_for_room, []
+        for callback in waiting:
+            callback()
+
+    # Output.
+
+    def _resume(self) -> None:
+        if not self._reading and self._source is not None:
+            self._reading = True
+            self._loop.add_reader(self._source, self._readable)
+
+    def _pause(self) -> None:
+        if self._reading and self._source is not None:
+            self._reading = False
+            self._loop.remove_reader(self._source)
+
+    def _readable(self) -> None:
+        assert self._source is not None
+        try:
+            data = self._source.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._finish()
+            return
+        self._replay += data
+        if len(self._replay) > 2 * REPLAY_MAX:
+            del self._replay[:-REPLAY_MAX]
+        for viewer in tuple(self._viewers):
+            viewer.show(data)
+        if any(viewer.full for viewer in self._viewers):
+            self._pause()
+
+    def _finish(self) -> None:
+        """QEMU has gone. What it sent has been read; the viewers show the rest of it."""
+        self._close_sockets()
+        for viewer in tuple(self._viewers):
+            viewer.finish()
+        if not self._viewers:
+            self.ended.set()
+
+    # Clients.
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connected, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._clients) >= CLIENTS_MAX:
+            connected.close()
+            return
+        client = ConsoleClient(connected, self, gone=self._clients.discard)
+        self._clients.add(client)
+        self.attach(client)
+
+    def close(self) -> None:
+        """Let every viewer go and close the sockets."""
+        self._close_sockets()
+        for client in tuple(self._clients):
+            client.close()
+        self._viewers.clear()
+        self.ended.set()
+
+    def _close_sockets(self) -> None:
+        self._pause()
+        self._input.close()
+        self._waiting_for_room.clear()
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        if self._source is not None:
+            self._source.close()
+            self._source = None

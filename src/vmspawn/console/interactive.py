@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest's console on our standard input and output: typed here, shown here, the terminal raw for as long."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .hotkeys import Key
+from .keyboard import Keyboard
+from .terminal import Screen, Terminal, window_size
+from .viewers import OutputViewer
+
+if TYPE_CHECKING:
+    from .hub import Console
+
+
+class Interactive:
+    """Shows a console on a descriptor and types from another; both stay the caller's.
+
+    Where they are terminals they are raw until `close`; then they are as before, whatever the guest has shown.
+    `pressed` gets our own keys, `gone` is called when the terminal to type on is no more, `resized` gets the window's
+    rows and columns, at once and whenever `window_changed` is called.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        source: int,
+        target: int,
+        *,
+        pressed: Callable[[Key], None],
+        gone: Callable[[], None],
+        resized: Callable[[int, int], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._target = target
+        self._resized = resized
+        self._terminals: list[tuple[Terminal, bool]] = []
+        self._shared = _same_terminal(target, 2)
+        self._screen = Screen()
+        if os.isatty(source):
+            self._terminals.append((Terminal(source), True))
+        if os.isatty(target) and not _same_terminal(source, target):
+            self._terminals.append((Terminal(target), False))
+        self._suspended = True
+        try:
+            self.resume()
+            self._viewer = OutputViewer(console, target, self._screen)
+            console.attach(self._viewer)
+            self._keyboard = Keyboard(
+                console,
+                source,
+                terminal=os.isatty(source),
+                pressed=pressed,
+                gone=gone,
+                overflow=lambda: say("the guest takes no input; what is typed now is dropped"),
+            )
+        except BaseException:
+            self._restore()
+            raise
+
+    def write_line(self, line: str) -> None:
+        """Show a line of our own, in line with the guest's output and apart from it."""
+        start = "" if self._screen.at_line_start else "\r\n"
+        data = f"{start}{line}\r\n".encode()
+        if self._shared and not self._suspended:
+            self._viewer.show(data)
+        else:
+            with contextlib.suppress(OSError):
+                os.write(2, data)
+
+    def window_changed(self) -> None:
+        """Look at the window's size, and tell it."""
+        if os.isatty(self._target):
+            self._resized(*window_size(self._target))
+
+    def suspend(self) -> None:
+        """Give the terminal back for a while."""
+        self._suspended = True
+        self._restore()
+
+    def resume(self) -> None:
+        """Take the terminal, the first time or again. A background process is stopped here until it is in front."""
+        self._suspended = False
+        for terminal, typed in self._terminals:
+            terminal.raw(typed=typed)
+        self.window_changed()
+
+    def close(self) -> None:
+        """Give the terminal back for good. May be called again."""
+        self._keyboard.close()
+        if os.isatty(self._target) and (reset := self._screen.reset()):
+            self._screen = Screen()
+            self._viewer.write_last(reset)
+        self._viewer.close()
+        self._restore()
+
+    def _restore(self) -> None:
+        for terminal, _ in self._terminals:
+            terminal.restore()
+
+
+def _same_terminal(one: int, other: int) -> bool:
+    first, second = os.fstat(one), os.fstat(other)
+    return stat.S_ISCHR(first.st_mode) and os.isatty(one) and first.st_rdev == second.st_rdev

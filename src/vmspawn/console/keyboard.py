@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is typed on our terminal, or comes through a pipe, on its way to the guest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .hotkeys import Hotkeys, Key
+from .streams import Input
+
+if TYPE_CHECKING:
+    from .hub import Console
+
+#: Bytes typed on a terminal that may wait for the guest. A terminal cannot be asked to wait, for our own keys come by
+#: the same way; what a guest that takes nothing leaves beyond this is dropped.
+TYPED_MAX = 1024 * 1024
+
+
+class Keyboard:
+    """Types on the console what a descriptor, which stays the caller's, delivers.
+
+    On a terminal our own keys are taken out, and handed to `pressed`; `gone` is called once when the terminal is no
+    more, `overflow` once when input had to be dropped. Anything else is passed as it is, at the guest's pace, to its
+    end.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        fd: int,
+        *,
+        terminal: bool,
+        pressed: Callable[[Key], None],
+        gone: Callable[[], None],
+        overflow: Callable[[], None],
+    ) -> None:
+        self._console = console
+        self._input = Input(fd)
+        self._pressed = pressed
+        self._gone = gone
+        self._overflow = overflow
+        self._hotkeys = Hotkeys() if terminal else None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._pollable = True
+        self._overflowed = False
+        self._resume()
+
+    def close(self) -> None:
+        """Read no more. May be called again."""
+        if self._input.fd < 0:
+            return
+        if self._pollable:
+            self._loop.remove_reader(self._input.fd)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._input.close()
+
+    def _resume(self) -> None:
+        if self._input.fd < 0:
+            return
+        try:
+            if self._pollable:
+                self._loop.add_reader(self._input.fd, self._readable)
+                return
+        except PermissionError:
+            # A file, or /dev/null: always ready, which epoll(7) refuses to tell.
+            self._pollable = False
+        self._loop.call_soon(self._readable)
+
+    def _readable(self) -> None:
+        if self._input.fd < 0:
+            return
+        try:
+            data = self._input.read()
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            if self._hotkeys is not None:
+                self._gone()
+        elif self._hotkeys is not None:
+            self._type(self._hotkeys.feed(data, self._loop.time()))
+        else:
+            self._pass(data)
+
+    def _pass(self, data: bytes) -> None:
+        if self._pollable:
+            self._loop.remove_reader(self._input.fd)
+        self._console.type(data)
+        self._console.when_input_has_room(self._resume)
+
+    def _type(self, pieces: list[bytes | Key]) -> None:
+        for piece in pieces:
+            if isinstance(piece, Key):
+                self._pressed(piece)
+            elif self._console.input_pending < TYPED_MAX:
+                self._console.type(piece)
+            elif not self._overflowed:
+                self._overflowed = True
+                self._overflow()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        assert self._hotkeys is not None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._hotkeys.deadline is not None and self._input.fd >= 0:
+            self._timer = self._loop.call_at(self._hotkeys.deadline, self._expire)
+
+    def _expire(self) -> None:
+        assert self._hotkeys is not None
+        # The loop may call a little early, by its clock's resolution.
+        deadline = self._hotkeys.deadline or 0.0
+        self._type([self._hotkeys.expire(max(self._loop.time(), deadline))])

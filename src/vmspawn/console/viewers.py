@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Viewers of the console that are descriptors of ours: standard output, and the transcript of `--log=`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .outlet import Outlet
+from .streams import Output
+from .terminal import Screen
+
+if TYPE_CHECKING:
+    from .hub import Console
+
+
+class OutputViewer:
+    """Shows the console on a terminal, a pipe, a socket or a file, at the pace of whoever reads it.
+
+    The descriptor stays the caller's. The console goes on without it when nobody reads it any more.
+    """
+
+    def __init__(self, console: Console, fd: int, screen: Screen | None = None) -> None:
+        """`screen` takes note of what is shown."""
+        self._console = console
+        self._screen = screen
+        self._output = Output(fd)
+        self._outlet = Outlet(self._output.fd, self._output.write, on_empty=self._caught_up, on_lost=self._lost)
+        self._finishing = False
+
+    @property
+    def full(self) -> bool:
+        """Whether something has still to be written."""
+        return self._outlet.pending > 0
+
+    def show(self, data: bytes) -> None:
+        """Write output."""
+        if self._screen is not None:
+            self._screen.show(data)
+        self._outlet.put(data)
+
+    def finish(self) -> None:
+        """Detach once everything has been written."""
+        self._finishing = True
+        if not self._outlet.pending:
+            self._console.detach(self)
+
+    def write_last(self, data: bytes) -> None:
+        """Write what must stand at the end, if it can be written at once; nobody waits for it."""
+        if self._output.fd >= 0 and not self._outlet.pending:
+            with contextlib.suppress(OSError):
+                self._output.write(data)
+
+    def close(self) -> None:
+        """Show no more. May be called again."""
+        self._outlet.close()
+        self._output.close()
+        self._console.detach(self)
+
+    def _lost(self) -> None:
+        self._console.detach(self)
+
+    def _caught_up(self) -> None:
+        if self._finishing:
+            self._console.detach(self)
+        else:
+            self._console.viewer_has_room()
+
+
+class Transcript:
+    """Appends the console's output to a file. Owns the descriptor."""
+
+    def __init__(self, console: Console, fd: int, failed: Callable[[OSError], None]) -> None:
+        """`failed` is called once, when the file cannot be written any more; the console goes on without it."""
+        self._console = console
+        self._fd = fd
+        self._failed = failed
+
+    @property
+    def full(self) -> bool:
+        """Whether something has still to be written: a file never makes anybody wait."""
+        return False
+
+    def show(self, data: bytes) -> None:
+        """Write output."""
+        try:
+            while data and self._fd >= 0:
+                data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            self.finish()
+            self._failed(error)
+
+    def finish(self) -> None:
+        """Close the file. May be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._console.detach(self)

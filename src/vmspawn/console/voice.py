@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a program says of itself, in lines, on a terminal that it may be sharing with a guest."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class Voice:
+    """Says lines on standard error, or wherever `divert` sends them. Imports nothing: it is there from the start."""
+
+    def __init__(self, program: str, *, quiet: bool) -> None:
+        self._program = program
+        self._quiet = quiet
+        self._write: Callable[[str], None] = _to_stderr
+
+    def notice(self, line: str) -> None:
+        """Say a line, unless the user wants quiet."""
+        if not self._quiet:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Say a line that the user has to hear."""
+        self._write(f"{self._program}: {line}")
+
+    def divert(self, write: Callable[[str], None] | None) -> None:
+        """Say lines by `write` from now on; None is standard error again."""
+        self._write = write or _to_stderr
+
+
+def _to_stderr(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        # Nobody is there to hear it; there is no descriptor, or the terminal has gone.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it takes the place of one that is never closed either

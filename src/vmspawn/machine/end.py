@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How a machine ended, and the event that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from ..host.process import Process
+from ..qmp.monitor import Event, EventStream
+
+#: The last event of every machine: `reason`, `message` and `clean` of its End.
+MACHINE_ENDED = "MachineEnded"
+
+#: QEMU's ShutdownCause (qapi/run-state.json) in words, and whether that is what somebody wanted.
+_CAUSES = {
+    "guest-shutdown": ("the guest powered off", True),
+    "guest-reset": ("the guest asked for a reboot, which this machine does not do", True),
+    "guest-panic": ("the guest's kernel panicked", False),
+    "host-qmp-quit": ("the machine was terminated", True),
+    "host-signal": ("QEMU was ended by a signal", False),
+    "host-ui": ("the machine was ended from QEMU's own user interface", True),
+}
+
+
+class End(NamedTuple):
+    """How a machine ended.
+
+    `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, or `qemu-died`; `message` says it for
+    people, and `clean` whether it is what the guest or the user wanted.
+    """
+
+    reason: str
+    message: str
+    clean: bool
+
+    @classmethod
+    def of(cls, process: Process, cause: str, *, killed: bool, log: str) -> End:
+        """How a QEMU ended: `cause` is what it said last, `killed` whether that was us, `log` what it printed."""
+        if killed:
+            return cls("qemu-killed", "the machine was terminated; QEMU did not obey and was killed", True)
+        if process.status not in (0, None) or not cause:
+            last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
+            return cls("qemu-died", f"QEMU {process.describe_end()}" + (f": {last}" if last else ""), False)
+        message, clean = _CAUSES.get(cause, (f"the machine ended ({cause})", True))
+        return cls(cause, message, clean)
+
+    def event(self) -> Event:
+        """The event of this end."""
+        return Event(MACHINE_ENDED, {"reason": self.reason, "message": self.message, "clean": self.clean})
+
+
+class MachineEvents:
+    """A machine's events from now on, QEMU's and ours, for one reader; after QEMU's last one, MachineEnded.
+
+    Iterate over it, and close it or use it in `with`.
+    """
+
+    def __init__(self, events: EventStream, end: Callable[[], Awaitable[End]]) -> None:
+        self._events = events
+        self._end: Callable[[], Awaitable[End]] | None = end
+
+    @property
+    def overrun(self) -> bool:
+        """Whether the reader was so slow that events were dropped; the stream ended there."""
+        return self._events.overrun
+
+    def close(self) -> None:
+        """End the stream; what is queued can still be read."""
+        self._end = None
+        self._events.close()
+
+    def __aiter__(self) -> MachineEvents:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            return await anext(self._events)
+        except StopAsyncIteration:
+            end, self._end = self._end, None
+            if end is None or self.overrun:
+                raise
+        return (await end()).event()
+
+    def __enter__(self) -> MachineEvents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
