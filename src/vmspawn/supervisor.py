@@ -181,7 +181,8 @@ async def supervise(launched: Launched, voice: Voice) -> End:
     finally:
         shutdown.close()
         front.close()
-        if server is not None:
-            server.close()
         await registered.end()
         await machine.close()
+        # Last of all: whoever waits for the end of a connection finds nothing left of the machine.
+        if server is not None:
+            server.close()

@@ -17,7 +17,7 @@ from ..errors import NotConnected, Timeout, UsageError, VmspawnError
 from ..host import machined
 from ..host.runtime import check_name, machine_names
 from ..version import VERSION
-from . import disks, qmp, volumes
+from . import console, disks, ending, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 from .tables import JSON_MODES, format_duration, print_fields, print_json
@@ -44,6 +44,7 @@ def build_parser() -> Parser:
     disks.add_verbs(verbs, _add_machine_verb)
     volumes.add_verbs(verbs, _add_machine_verb)
     _add_event_verbs(verbs)
+    _add_console_verb(verbs)
     _add_qmp_verbs(verbs)
     return parser
 
@@ -98,12 +99,20 @@ def _add_machine_verbs(verbs: Any) -> None:
         ("resume", "Resume", "let a machine's processors run on"),
         ("terminate", "Terminate", "end a machine at once, without asking the guest"),
     ):
-        _add_machine_verb(verbs, name, _simple, text).set_defaults(method=method)
+        verb = _add_machine_verb(verbs, name, _simple, text)
+        verb.set_defaults(method=method, wait=False)
+        if name in ("poweroff", "reboot", "terminate"):
+            ending.add_options(verb)
 
 
 def _add_event_verbs(verbs: Any) -> None:
     events = _add_machine_verb(verbs, "events", _events, "show a machine's events as they come")
     events.add_argument("--filter", metavar="EVENT[,EVENT…]", default="", help="only these events")
+
+
+def _add_console_verb(verbs: Any) -> None:
+    attach = _add_machine_verb(verbs, "console", console.run, "attach to a machine's console")
+    console.add_options(attach)
 
 
 def _add_qmp_verbs(verbs: Any) -> None:
@@ -179,8 +188,12 @@ def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[s
 
 
 def _simple(options: argparse.Namespace) -> None:
-    with client_for(options) as client, context(f"cannot {options.verb} {options.machine}"):
-        client.call(f"{INSTANCE}.{options.method}")
+    with context(f"cannot {options.verb} {options.machine}"):
+        if options.wait:
+            ending.run(options)
+            return
+        with client_for(options) as client:
+            client.call(f"{INSTANCE}.{options.method}")
 
 
 def _list_sessions(options: argparse.Namespace) -> None:

@@ -49,10 +49,11 @@ class Client:
     def __init__(self, machine: str, *, timeout: float = REPLY_TIMEOUT) -> None:
         """Connect to the machine of that name. Raises NotConnected if there is none."""
         self.machine = machine
-        self._socket = _connect(runtime.check_name(machine))
+        self._socket = connect(machine, runtime.CONTROL)
         self._socket.settimeout(timeout)
         self._timeout = timeout
         self._buffer = bytearray()
+        self._method = ""
 
     def __enter__(self) -> Client:
         return self
@@ -92,6 +93,19 @@ class Client:
         while continues:
             reply, continues = self._receive(method)
             yield reply
+
+    def subscribe(self, method: str, parameters: dict[str, Any] | None = None) -> None:
+        """Call a method that replies many times; `next_reply` has the replies."""
+        self._send({"method": method, "parameters": parameters or {}, "more": True}, ())
+        self._method = method
+
+    def next_reply(self, seconds: float) -> dict[str, Any] | None:
+        """The next reply to `subscribe`, or None if there is none within so many seconds. Raises what `call` raises."""
+        self._socket.settimeout(seconds)
+        try:
+            return self._receive(self._method)[0]
+        except Timeout:
+            return None
 
     def upgrade(self, method: str, parameters: dict[str, Any] | None = None) -> tuple[socket.socket, bytes]:
         """Call a method that turns this connection into another protocol's.
@@ -134,19 +148,23 @@ class Client:
         return reply.get("parameters") or {}, bool(reply.get("continues"))
 
 
-def _connect(machine: str) -> socket.socket:
-    """Connect through the folder's descriptor, so that no path is too long for a socket address."""
+def connect(machine: str, name: str) -> socket.socket:
+    """Connect to the socket `name` of a machine; the caller owns it. Raises NotConnected if the machine does not run.
+
+    It is done through the folder's descriptor, so that no path is too long for a socket address.
+    """
+    runtime.check_name(machine)
     try:
         folder = os.open(os.path.join(runtime.runtime_root(), machine), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         # Others have their sockets elsewhere: systemd-vmspawn, and a vmspawn with another runtime directory.
         if path := machined.machines().get(machine):
-            return _connect_to(path, machine)
+            return _connect_to(path if name == runtime.CONTROL else os.path.join(os.path.dirname(path), name), machine)
         raise NotConnected(f"there is no machine named {machine}", hint="see: vmctl list") from None
     except OSError as error:
         raise NotConnected(f"cannot reach machine {machine}: {error.strerror}") from None
     try:
-        return _connect_to(f"/proc/self/fd/{folder}/{runtime.CONTROL}", machine)
+        return _connect_to(f"/proc/self/fd/{folder}/{name}", machine)
     finally:
         os.close(folder)
 

@@ -258,6 +258,14 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
             "uptimeUSec": int(machine.uptime * _MICROSECONDS),
         }
 
+    @varlinkmethod
+    async def ResizeConsole(self, *, rows: int, columns: int) -> None:
+        """Tell the guest how large the window is that shows its console, as far as it can be told."""
+        for name, value in (("rows", rows), ("columns", columns)):
+            if not 0 < value < 1 << 16:
+                raise InvalidParameter(parameter=name)
+        await self._machine.window.resize(rows, columns)
+
     @varlinkmethod(return_parameter="storage")
     async def ListStorage(self, *, statistics: bool | None = None) -> list[Storage]:
         """All drives, boot drives included; with `statistics`, what was read and written since each was attached."""

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine's console on this terminal, from another process than its manager's: what `vmctl console` does.
+
+It is one loop around poll(2), for a command that shows and types needs no more, and no asyncio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from .hotkeys import Hotkeys, Key
+from .keyboard import TYPED_MAX
+from .streams import READ_SIZE
+from .terminal import Screen, Terminal
+
+#: Bytes from a pipe that wait for the machine before no more are read.
+_PIPED_MAX = 65536
+
+#: Signals that end the command; the terminal is in order then.
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+
+
+class Attachment:
+    """Connects a console's socket with two descriptors. All stay the caller's."""
+
+    #: Whether it was the machine that ended the attachment.
+    machine_ended = False
+
+    def __init__(
+        self, console: socket.socket, source: int, target: int, *, read_only: bool, resized: Callable[[], None]
+    ) -> None:
+        """`resized` is called at the start, and whenever the window has changed."""
+        console.setblocking(False)
+        self._console = console
+        self._source = source
+        self._target = target
+        self._read_only = read_only
+        self._resized = resized
+        self._is_terminal = os.isatty(source)
+        self._hotkeys = Hotkeys() if self._is_terminal else None
+        self._terminal = Terminal(source) if self._is_terminal else None
+        self._screen = Screen()
+        self._outgoing = bytearray()
+        self._source_open = self._is_terminal or not read_only
+        self._signals: list[int] = []
+
+    def run(self) -> int:
+        """Show and type until the user detaches or the machine ends: 0; or until a signal comes: its number."""
+        wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        handled = {number: signal.signal(number, self._signalled) for number in self._handled_signals()}
+        old = signal.set_wakeup_fd(waker)
+        try:
+            self._take_terminal()
+            return self._loop(wake)
+        finally:
+            signal.set_wakeup_fd(old)
+            self._give_back()
+            for number, handler in handled.items():
+                signal.signal(number, handler)
+            os.close(wake)
+            os.close(waker)
+
+    def _handled_signals(self) -> list[signal.Signals]:
+        ends = [each for each in _END_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        return [*ends, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH]
+
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    # The loop.
+
+    def _loop(self, wake: int) -> int:
+        while True:
+            ready = self._wait(wake)
+            if wake in ready:
+                os.read(wake, 512)
+                if number := self._obey_signals():
+                    return number
+            if self._console.fileno() in ready and not self._exchange(ready[self._console.fileno()]):
+                self.machine_ended = True
+                return 0
+            if self._source in ready and not self._read():
+                return 0
+            if self._hotkeys is not None:
+                self._type(self._hotkeys.expire(time.monotonic()))
+
+    def _wait(self, wake: int) -> dict[int, int]:
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        poll.register(self._console, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+        if self._source_open and (self._is_terminal or len(self._outgoing) < _PIPED_MAX):
+            poll.register(self._source, select.POLLIN)
+        deadline = self._hotkeys.deadline if self._hotkeys is not None else None
+        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+        # A little late rather than a little early, or the loop would turn without effect.
+        return dict(poll.poll(None if seconds is None else int(seconds * 1000) + 1))
+
+    def _exchange(self, events: int) -> bool:
+        """Send what was typed and show what came; False when the machine has ended."""
+        try:
+            if events & select.POLLOUT and self._outgoing:
+                del self._outgoing[: self._console.send(bytes(self._outgoing[:READ_SIZE]))]
+            data = self._console.recv(READ_SIZE)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._screen.show(data)
+        rest = data
+        while rest:
+            rest = rest[os.write(self._target, rest) :]
+        return bool(data)
+
+    def _read(self) -> bool:
+        """Type what was typed; False when the user detaches, or the terminal is gone."""
+        try:
+            data = os.read(self._source, READ_SIZE)
+        except OSError:
+            data = b""
+        if not data:
+            self._source_open = False
+            return not self._is_terminal
+        if self._hotkeys is None:
+            self._type(data)
+            return True
+        for piece in self._hotkeys.feed(data, time.monotonic()):
+            if piece is Key.END:
+                return False
+            # The other keys are vmspawn's own; here they are for the guest.
+            self._type(piece.value if isinstance(piece, Key) else piece)
+        return True
+
+    def _type(self, data: bytes) -> None:
+        if not self._read_only and len(self._outgoing) < TYPED_MAX:
+            self._outgoing += data
+
+    # The terminal and the signals.
+
+    def _obey_signals(self) -> int:
+        """What the signals that came ask for; the number of one that ends the command, or 0."""
+        signals, self._signals = self._signals, []
+        for number in signals:
+            if number in _END_SIGNALS:
+                return number
+            if number == signal.SIGTSTP:
+                self._stop()
+            elif number == signal.SIGCONT:
+                self._take_terminal()
+            elif number == signal.SIGWINCH:
+                self._resized()
+        return 0
+
+    def _stop(self) -> None:
+        """Stop as a job of the shell does; goes on here when it is continued."""
+        if self._terminal is not None:
+            self._terminal.restore()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        self._take_terminal()
+
+    def _take_terminal(self) -> None:
+        if self._terminal is not None:
+            self._terminal.raw(typed=True)
+        self._resized()
+
+    def _give_back(self) -> None:
+        if os.isatty(self._target) and (reset := self._screen.reset()):
+            with contextlib.suppress(OSError):
+                os.write(self._target, reset)
+        if self._terminal is not None:
+            self._terminal.restore()
