@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import make_raw
 from tests.machines import fresh_name
@@ -100,6 +101,20 @@ def spawned(*arguments: str, name: str | None = None) -> Iterator[Spawned]:
         yield running
     finally:
         running.close()
+
+
+@contextmanager
+def background(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Another program that runs meanwhile; killed afterwards if it still runs. The options are Popen's."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import signal
 import sys
 
 from .console.interactive import Interactive
-from .console.terminal import Terminal
 from .console.viewers import OutputViewer
 from .console.voice import Voice
 from .control.registration import Registered
@@ -41,7 +40,6 @@ class Front:
         self._keys: Keys | None = None
         self._interactive: Interactive | None = None
         self._output: OutputViewer | None = None
-        self._lent: Terminal | None = None
         self._resizing: asyncio.Task[None] | None = None
         #: Whether the terminal is known to be gone.
         self.hung_up = False
@@ -66,11 +64,8 @@ class Front:
         elif kind == "read-only":
             self._output = OutputViewer(self._machine.console, _STDOUT)
             self._machine.console.attach(self._output)
-
-    def lend(self) -> None:
-        """Remember how the terminal is, before QEMU gets it."""
-        if self._machine.config.console == "native" and os.isatty(_STDIN):
-            self._lent = Terminal(_STDIN)
+        elif kind == "native":
+            # QEMU has made the terminal raw.
             self._voice.divert(lambda line: print(f"\r{line}\r", file=sys.stderr, flush=True))
 
     def suspend(self) -> None:
@@ -104,8 +99,6 @@ class Front:
             self._interactive.close()
         if self._output is not None:
             self._output.close()
-        if self._lent is not None:
-            self._lent.restore()
 
     def _resized(self, rows: int, columns: int) -> None:
         if self._resizing is not None:
@@ -165,7 +158,6 @@ async def supervise(launched: Launched, voice: Voice) -> End:
     registered = Registered(machine, voice.notice)
     try:
         server = ControlServer(machine.directory, build_registry(machine))
-        front.lend()
         Signals(shutdown, front).listen()
         await machine.started()
         await registered.begin()

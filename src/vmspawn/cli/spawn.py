@@ -11,11 +11,12 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from ..console.hotkeys import HELP
 from ..console.streams import ensure_standard_streams
-from ..console.terminal import is_foreground, window_size
+from ..console.terminal import Terminal, is_foreground, window_size
 from ..console.voice import Voice
 from ..errors import UsageError, VmspawnError
 from ..host import storageprovider
@@ -247,6 +248,17 @@ def run(arguments: list[str]) -> int:
 
     for line in goes_without:
         detail(line)
+    if config.console != "native" or not os.isatty(_STDIN):
+        return _run(config, voice, detail)
+    # QEMU gets the terminal as soon as it starts, and does not give it back if it is killed.
+    lent = Terminal(_STDIN)
+    try:
+        return _run(config, voice, detail)
+    finally:
+        lent.restore()
+
+
+def _run(config: MachineConfig, voice: Voice, detail: Callable[[str], None]) -> int:
     if config.console == "interactive" and os.isatty(_STDIN):
         voice.notice(HELP)
     # A signal that comes before the supervisor listens must not leave QEMU without its manager. Where SIGCHLD is

@@ -103,6 +103,7 @@ def launch(
 
     Raises StartError, UsageError or what the drives raise; nothing is left behind then.
     """
+    _check_display(config)
     config = complete(config)
     binary = find_qemu(config.qemu, config.machine_type)
     layout = ports.layout(config.machine_type, config.hotplug_ports, namespaces=binary.namespaces)
@@ -124,6 +125,14 @@ def launch(
         launched.abandon()
         raise
     return launched
+
+
+def _check_display(config: MachineConfig) -> None:
+    if config.console == "gui" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise StartError(
+            "--console=gui needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set",
+            hint="start it in a graphical session, or use another --console=",
+        )
 
 
 def _boot(config: MachineConfig, architecture: str, notice: Callable[[str], None]) -> Boot | None:

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A person at a terminal and the guest on the other side: typing, pasting, keys, windows, others who look on."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyte
+import pytest
+
+from tests.commands import background, vmctl
+from tests.terminal import END, POWER_OFF, PROMPT, READY, REBOOT, VMCTL, Seated, Tty, seated, terminal
+
+#: All bytes there are, 100 kB of them; no two ^] follow each other.
+EVERYTHING = bytes(range(256)) * 400
+
+
+@pytest.fixture(scope="module", params=["serial", "virtio"])
+def seat(qemu: str, request: pytest.FixtureRequest) -> Iterator[Seated]:
+    """A booted guest, its prompt shown."""
+    with seated(f"--qemu={qemu}", "--guest=builtin", f"--console-transport={request.param}") as machine:
+        machine.expect(READY)
+        machine.expect(PROMPT)
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def serial(qemu: str) -> Iterator[Seated]:
+    """A booted guest on the serial port."""
+    with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
+        machine.expect(READY)
+        machine.expect(PROMPT)
+        yield machine
+
+
+def receive_raw(machine: Seated, count: int) -> None:
+    """Have the guest take `count` bytes as they are, and give them back as they are between two marks."""
+    machine.type(b"stty raw -echo; echo rea''dy; head -c %d >/tmp/in; printf '<'; cat /tmp/in; " % count)
+    machine.type(b"printf '>'; stty sane; echo\n")
+    machine.expect(rb"ready\n")
+
+
+def test_commands_run_and_the_terminal_is_known(seat: Seated) -> None:
+    assert seat.run("echo $TERM; stty size").splitlines()[-2:] == [b"xterm-256color", b"24 80"]
+
+
+def test_the_first_line_says_which_keys_there_are(seat: Seated) -> None:
+    first = bytes(seat.everything).splitlines()[0]
+    assert all(keys in first for keys in (b"^]", b"^]^]p", b"^]^]r"))
+
+
+def test_the_keys_of_the_terminal_go_to_the_guest(seat: Seated) -> None:
+    seat.type(b"echo star''ted; sleep 1000\n")
+    seat.expect(rb"started\r\n")
+    seat.type(b"\x03")
+    seat.expect(PROMPT)
+    assert seat.process.poll() is None
+
+
+def test_100_kilobytes_are_pasted_and_come_back_unchanged(serial: Seated) -> None:
+    receive_raw(serial, len(EVERYTHING))
+    serial.type(EVERYTHING)
+    serial.expect(rb"<")
+    serial.expect(rb">\r\n")
+    # "<" and ">" are among what is pasted, so everything up to the last mark counts.
+    while len(serial.before) < len(EVERYTHING):
+        so_far = serial.before + b">\r\n"
+        serial.expect(rb">\r\n")
+        serial.before = so_far + serial.before
+    assert serial.before == EVERYTHING
+
+
+@pytest.mark.parametrize("typed", [b"\x1dx", b"\x1d\x1dx", b"\x1dp", b"\x1dr", b"\x1d\x1d\x03", b"p\x1d"])
+def test_what_is_no_key_of_ours_reaches_the_guest(serial: Seated, typed: bytes) -> None:
+    receive_raw(serial, len(typed))
+    serial.type(typed)
+    serial.expect(rb"<")
+    serial.expect(rb">\r\n")
+    assert serial.before == typed
+
+
+def test_slow_escapes_reach_the_guest(serial: Seated) -> None:
+    """Each is typed when the guest has got the one before, which is after its second."""
+    serial.type(b"stty raw -echo; echo rea''dy; dd bs=1 count=4 2>/dev/null | od -An -v -tx1 -w1; stty sane\n")
+    serial.expect(rb"ready\n")
+    for _ in range(3):
+        serial.type(b"\x1d")
+        serial.expect(rb" 1d\r?\n")
+    serial.type(b"p")
+    serial.expect(rb" 70\r?\n")
+    serial.expect(PROMPT)
+
+
+def test_the_window_is_followed(seat: Seated) -> None:
+    seat.resize(41, 133)
+    seat.run('until [ "$(stty size)" = "41 133" ]; do usleep 50000; done')
+    seat.resize(24, 80)
+    seat.run('until [ "$(stty size)" = "24 80" ]; do usleep 50000; done')
+
+
+def test_a_flood_is_shown_to_the_last_byte(serial: Seated) -> None:
+    lines = serial.run("seq 1 50000").split(b"\r\n")
+    assert lines[1:-1] == [b"%d" % number for number in range(1, 50001)]
+
+
+def test_ctrl_alt_delete_reboots_and_the_new_guest_knows_the_window(seat: Seated) -> None:
+    seat.resize(33, 99)
+    seat.type(REBOOT)
+    seat.expect(rb"ctrl-alt-del, rebooting")
+    seat.expect(READY)
+    seat.expect(PROMPT)
+    seat.run('until [ "$(stty size)" = "33 99" ]; do usleep 50000; done')
+    seat.resize(24, 80)
+
+
+# Others who look on.
+
+
+@pytest.fixture
+def visitor(serial: Seated) -> Iterator[Tty]:
+    """A terminal with `vmctl console` on it, attached."""
+    serial.type(b"\n")
+    serial.expect(PROMPT)
+    with terminal() as tty:
+        tty.start([*VMCTL, "console", serial.name])
+        tty.expect(rb"press \^\] three times")
+        tty.expect(PROMPT)
+        yield tty
+
+
+def test_several_see_and_type(serial: Seated, visitor: Tty) -> None:
+    with terminal() as third:
+        process = third.start([*VMCTL, "console", serial.name, "--read-only"])
+        third.expect(PROMPT)
+        third.type(b"echo not''hing\n")
+        visitor.type(b"echo some''thing\n")
+        for each in (serial, visitor, third):
+            each.expect(rb"something")
+            assert b"nothing" not in each.before
+        third.type(END)
+        assert third.wait(process) == 0
+    visitor.type(END)
+    assert visitor.wait(visitor.processes[0]) == 0
+    visitor.expect(rb"runs on without us")
+    serial.run("true")
+
+
+def test_the_last_64_kilobytes_are_replayed(serial: Seated) -> None:
+    serial.run("seq 1 20000")
+    with background(
+        [*VMCTL, "console", serial.name, "--read-only", "-q"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as watcher:
+        assert watcher.stdout is not None
+        replayed = b""
+        while len(replayed) < 65536:
+            replayed += os.read(watcher.stdout.fileno(), 65536)
+        watcher.terminate()
+        assert watcher.wait(timeout=20) == 128 + 15
+    serial.drain()
+    assert len(replayed) == 65536
+    assert bytes(serial.everything).endswith(replayed)
+
+
+def test_a_visitor_that_hangs_does_not_hang_the_others(serial: Seated) -> None:
+    """It is stopped, and the guest prints more than the sockets between them hold."""
+    with background(
+        [*VMCTL, "console", serial.name, "--read-only"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as stuck:
+        # It shows what is replayed into a pipe that nobody reads, and is stuck there.
+        serial.run("seq 1 200000 | tail -c 700000 | tr -d '\\n' | fold -w 1000")
+        stuck.kill()
+
+
+def test_a_pipe_types_and_shows(serial: Seated) -> None:
+    with background([*VMCTL, "console", serial.name, "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as piped:
+        assert piped.stdin is not None
+        assert piped.stdout is not None
+        # What would be a key on a terminal is none here.
+        piped.stdin.write(b"\x15echo pi''ped\n")
+        piped.stdin.close()
+        shown = b""
+        while b"piped\r\n" not in shown:
+            shown += os.read(piped.stdout.fileno(), 65536)
+        piped.terminate()
+        piped.wait(timeout=20)
+    serial.expect(rb"piped\r\n")
+
+
+# The ends of a guest that is up.
+
+
+@pytest.fixture
+def guest(qemu: str, tmp_path: Path) -> Iterator[Seated]:
+    """A booted guest of one's own, with a transcript."""
+    with seated(f"--qemu={qemu}", "--guest=builtin", f"--log={tmp_path / 'log'}") as machine:
+        machine.expect(READY)
+        machine.expect(PROMPT)
+        yield machine
+
+
+def test_acpi_power_off_by_key_and_the_screen_is_fit_for_use(guest: Seated, tmp_path: Path) -> None:
+    """The guest leaves colours, no cursor, a line-drawing character set, and an unfinished title behind."""
+    guest.run(r"printf '\033[31;44m\033[?25l\033(0\033[?7l\033]0;half'")
+    guest.type(POWER_OFF)
+    assert guest.ended() == 0
+    assert b"the guest powered off" in guest.shown
+    assert bytes(guest.everything).startswith(b"vmspawn: press")
+    # All that the guest said is in the transcript and was shown.
+    transcript = (tmp_path / "log").read_bytes()
+    assert b"power button pressed, powering off" in transcript
+    screen = pyte.Screen(80, 24)
+    pyte.ByteStream(screen).feed(bytes(guest.everything) + b"shell$ qqq")
+    assert pyte.modes.DECTCEM in screen.mode
+    assert pyte.modes.DECAWM in screen.mode
+    assert (screen.cursor.attrs.fg, screen.cursor.attrs.bg) == ("default", "default")
+    assert any(line.rstrip().endswith("shell$ qqq") for line in screen.display)
+
+
+def test_poweroff_with_wait_tells_what_the_guest_does(guest: Seated) -> None:
+    assert vmctl("pause", guest.name).returncode == 0
+    with background([*VMCTL, "poweroff", guest.name, "--wait"], stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr is not None
+        assert "paused and cannot react" in waiting.stderr.readline()
+        assert vmctl("resume", guest.name).returncode == 0
+        assert guest.ended() == 0
+        said = waiting.stderr.read()
+        assert waiting.wait(timeout=20) == 0
+    assert said.splitlines()[-1] == "vmctl: the guest powered off"
+
+
+def test_a_panic_is_told_to_everybody(guest: Seated) -> None:
+    with background([*VMCTL, "events", guest.name, "--json=short"], stdout=subprocess.PIPE) as events:
+        assert events.stdout is not None
+        assert b"READY" in events.stdout.readline()
+        guest.type(b"echo c >/proc/sysrq-trigger\n")
+        guest.expect(rb"Kernel panic")
+        assert guest.ended() == 1
+        told = events.stdout.read()
+    assert b"the guest's kernel panicked" in guest.shown
+    assert b'{"event":"GUEST_PANICKED"' in told
+    assert b'"reason":"guest-panic"' in told.splitlines()[-1]

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The console, the keys, the signals and the streams of machines whose guest is their firmware."""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, background, qemu_pid, spawned, vmctl, vmspawn
+from tests.conftest import make_raw
+from tests.machines import is_gone, process_is_gone
+from tests.terminal import END, POWER_OFF, REBOOT, VMCTL, VMSPAWN, Seated, Tty, seated, terminal
+
+
+@pytest.fixture(scope="module")
+def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A machine that boots nothing."""
+    image = make_raw(tmp_path_factory.mktemp("image") / "image", 1 << 20)
+    return (f"--qemu={qemu}", f"--image={image}", "--ram=64M")
+
+
+@pytest.fixture
+def machine(options: tuple[str, ...]) -> Iterator[Seated]:
+    """That machine on a terminal, up and shown."""
+    with seated(*options) as running:
+        running.expect(rb"is running[^\n]*\n")
+        yield running
+
+
+def wait_until_raw(tty: Tty) -> None:
+    """vmspawn takes the terminal just after it has said that the machine runs."""
+    while termios.tcgetattr(tty.slave)[3] & termios.ICANON:
+        assert all(process.poll() is None for process in tty.processes), bytes(tty.everything)
+
+
+# Keys.
+
+
+def test_three_escapes_typed_one_by_one_end_the_machine(machine: Seated) -> None:
+    wait_until_raw(machine)
+    pid = qemu_pid(machine.name)
+    for byte in END:
+        machine.type(bytes([byte]))
+    assert machine.ended() == 0
+    assert b"the machine was terminated" in machine.shown
+    assert is_gone(machine.name)
+    assert process_is_gone(pid)
+
+
+def test_a_guest_that_does_not_react_can_be_forced_by_the_same_keys(options: tuple[str, ...]) -> None:
+    """Its processors were never started."""
+    with seated(*options, "--qemu-arg=-S") as machine:
+        machine.expect(rb"is running")
+        wait_until_raw(machine)
+        machine.type(REBOOT)
+        machine.expect(rb"asked the guest to reboot\r\n")
+        machine.type(POWER_OFF)
+        machine.expect(rb"asked the guest to power off\r\n")
+        machine.expect(rb"has not reacted within 10 s; \^\]\^\]r again resets the machine\r\n")
+        machine.expect(rb"has not reacted within 10 s; \^\]\^\]p again ends the machine\r\n")
+        machine.type(REBOOT)
+        machine.expect(rb"resetting the machine\r\n")
+        machine.type(POWER_OFF)
+        machine.expect(rb"\^\]\^\]p: ending the machine\r\n")
+        assert machine.ended() == 0
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_asks_and_a_second_one_ends(machine: Seated, number: signal.Signals) -> None:
+    wait_until_raw(machine)
+    machine.signal(number)
+    machine.expect(rb"%b: asked the guest to power off" % number.name.encode())
+    machine.signal(number)
+    assert machine.ended() == 0
+    assert is_gone(machine.name)
+
+
+def test_sigquit_ends_at_once(machine: Seated) -> None:
+    wait_until_raw(machine)
+    machine.signal(signal.SIGQUIT)
+    assert machine.ended() == 0
+    assert b"SIGQUIT: ending the machine" in machine.shown
+
+
+def test_signals_that_mean_nothing_do_nothing(machine: Seated) -> None:
+    wait_until_raw(machine)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGCHLD, signal.SIGWINCH):
+        machine.signal(number)
+    assert vmctl("status", machine.name).returncode == 0
+    machine.type(END)
+    assert machine.ended() == 0
+
+
+def test_a_paused_guest_is_resumed_when_it_is_asked_to_power_off(machine: Seated) -> None:
+    wait_until_raw(machine)
+    assert vmctl("pause", machine.name).returncode == 0
+    machine.signal(signal.SIGTERM)
+    machine.expect(rb"it was paused and has been resumed")
+    machine.signal(signal.SIGTERM)
+    assert machine.ended() == 0
+
+
+def test_a_guest_that_was_never_started_is_ended_at_once(options: tuple[str, ...]) -> None:
+    with seated(*options, "--qemu-arg=-S") as machine:
+        machine.expect(rb"is running")
+        wait_until_raw(machine)
+        machine.signal(signal.SIGTERM)
+        assert machine.ended() == 0
+        assert b"SIGTERM: the guest was never started; ending the machine" in machine.shown
+
+
+def test_qemu_killed_under_us(machine: Seated) -> None:
+    wait_until_raw(machine)
+    os.kill(qemu_pid(machine.name), signal.SIGKILL)
+    assert machine.ended() == 1
+    assert b"vmspawn: QEMU died of SIGKILL\r\n" in machine.shown
+
+
+def test_qemu_that_does_not_obey_is_killed(machine: Seated) -> None:
+    wait_until_raw(machine)
+    pid = qemu_pid(machine.name)
+    os.kill(pid, signal.SIGSTOP)
+    machine.type(END)
+    assert machine.ended() == 0
+    assert b"QEMU did not obey and was killed" in machine.shown
+    assert process_is_gone(pid)
+
+
+def test_a_signal_that_ends_qemu_is_said(machine: Seated) -> None:
+    wait_until_raw(machine)
+    os.kill(qemu_pid(machine.name), signal.SIGTERM)
+    assert machine.ended() == 1
+    assert b"QEMU was ended by a signal" in machine.shown
+
+
+def test_an_ignored_sigchld_does_not_hide_how_qemu_ended(options: tuple[str, ...]) -> None:
+    script = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    with terminal() as tty:
+        process = tty.start([sys.executable, "-c", script, *VMSPAWN, "-M", "childless", *options])
+        tty.expect(rb"is running")
+        os.kill(qemu_pid("childless"), signal.SIGKILL)
+        assert tty.wait(process) == 1
+        assert b"QEMU died of SIGKILL" in tty.shown
+
+
+def test_it_stops_and_goes_on_as_a_job_of_a_shell(options: tuple[str, ...]) -> None:
+    with terminal() as tty:
+        shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
+        tty.expect(rb"\$ ")
+        tty.type(" ".join(["stty -a;", *VMSPAWN, "-M", "job", *options, "\n"]).encode())
+        tty.expect(rb"is running")
+        wait_until_raw(tty)
+        vmspawn_pid = int(subprocess.run(["pgrep", "-P", str(shell.pid)], check=True, capture_output=True).stdout)
+        os.kill(vmspawn_pid, signal.SIGTSTP)
+        tty.expect(rb"Stopped")
+        assert termios.tcgetattr(tty.slave)[3] & termios.ICANON
+        tty.type(b"fg\n")
+        tty.expect(rb"fg\r\n")
+        wait_until_raw(tty)
+        tty.type(END)
+        tty.expect(rb"the machine was terminated")
+        tty.expect(rb"\$ ")
+        tty.type(b"exit\n")
+        assert tty.wait(shell) == 0
+
+
+# Terminals that go, and streams that are none.
+
+
+def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> None:
+    with seated(*options, "--shutdown-timeout=0.2") as machine:
+        machine.expect(rb"is running")
+        wait_until_raw(machine)
+        pid = qemu_pid(machine.name)
+        os.close(machine.slave)
+        os.close(machine.master)
+        assert machine.process.wait(timeout=DEADLINE) == 0
+        assert process_is_gone(pid)
+        assert is_gone(machine.name)
+
+
+def test_where_sighup_is_ignored_the_machine_outlives_its_terminal(options: tuple[str, ...]) -> None:
+    with terminal() as tty:
+        process = tty.start(["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *VMSPAWN, "-M", "hardy", *options])
+        tty.expect(rb"is running")
+        wait_until_raw(tty)
+        os.close(tty.slave)
+        os.close(tty.master)
+        assert vmctl("status", "hardy").returncode == 0
+        assert vmctl("terminate", "hardy", "--wait").returncode == 0
+        assert process.wait(timeout=DEADLINE) == 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("console", ["interactive", "read-only"])
+def test_standard_streams_that_are_closed(options: tuple[str, ...], closed: str, console: str) -> None:
+    name = "closed"
+    command = " ".join([*VMSPAWN, "-M", name, *options, f"--console={console}", closed])
+    with background(["sh", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while vmctl("status", name).returncode != 0:
+            assert run.poll() is None
+        assert vmctl("poweroff", name).returncode == 0
+        assert vmctl("terminate", name, "--wait").returncode == 0
+        assert run.wait(timeout=DEADLINE) == 0
+    assert is_gone(name)
+
+
+def test_output_to_a_file_and_input_from_one(options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"x" * 200)
+    with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
+        target.write(b"before\n")
+        target.flush()
+        command = [*VMSPAWN, "-M", "filed", *options, "--console=interactive", f"--log={tmp_path / 'log'}"]
+        with background(command, stdin=source, stdout=target, stderr=subprocess.PIPE) as run:
+            assert run.stderr is not None
+            while b"is running" not in run.stderr.readline():
+                pass
+            assert vmctl("terminate", "filed", "--wait").returncode == 0
+            run.communicate(timeout=DEADLINE)
+            assert run.returncode == 0
+    assert (tmp_path / "out").read_bytes() == b"before\n" + (tmp_path / "log").read_bytes()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ...]) -> None:
+    with spawned(*options) as running:
+        running.wait_for("is running")
+        assert running.process.stdout is not None
+        running.process.stdout.close()
+        del running._open["stdout"]
+        assert vmctl("status", running.name).returncode == 0
+
+
+def test_flags_of_shared_descriptors_stay(options: tuple[str, ...]) -> None:
+    """O_NONBLOCK would be seen by the shell, and by whoever else has the terminal."""
+    with seated(*options) as machine:
+        before = fcntl.fcntl(machine.slave, fcntl.F_GETFL)
+        machine.expect(rb"is running")
+        wait_until_raw(machine)
+        assert fcntl.fcntl(machine.slave, fcntl.F_GETFL) == before
+        machine.type(END)
+        machine.ended()
+
+
+def test_a_start_that_fails_leaves_the_terminal_alone(options: tuple[str, ...]) -> None:
+    with seated(*options, "--qemu-arg=-nonsense") as machine:
+        assert machine.ended() == 1
+        assert b"QEMU could not start: -nonsense: invalid option" in machine.shown
+
+
+# The other consoles.
+
+
+def test_native_gives_the_terminal_to_qemu_and_takes_it_back(options: tuple[str, ...]) -> None:
+    with seated(*options, "--console=native") as machine:
+        machine.expect(rb"is running")
+        assert "QEMU's own" in vmctl("console", machine.name).stderr
+        machine.type(b"\x01c")
+        machine.expect(rb"\(qemu\) ")
+        machine.type(b"quit\n")
+        assert machine.ended() == 0
+
+
+def test_native_restores_the_terminal_of_a_qemu_that_is_killed(options: tuple[str, ...]) -> None:
+    with seated(*options, "--console=native") as machine:
+        machine.expect(rb"is running")
+        wait_until_raw(machine)
+        flags = os.O_NONBLOCK
+        os.kill(qemu_pid(machine.name), signal.SIGKILL)
+        assert machine.ended() == 1
+        assert not fcntl.fcntl(machine.slave, fcntl.F_GETFL) & flags
+
+
+def test_gui_without_a_display_says_so(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    done = vmspawn(*options, "-M", "blind", "--console=gui")
+    assert done.returncode == 1
+    assert "vmspawn: --console=gui needs a display" in done.stderr
+
+
+def test_headless_serves_the_console_all_the_same(options: tuple[str, ...]) -> None:
+    with spawned(*options, "--console=headless") as running:
+        running.wait_for("is running")
+        with terminal() as tty:
+            process = tty.start([*VMCTL, "console", running.name])
+            tty.expect(rb"press \^\]")
+            tty.type(END)
+            assert tty.wait(process) == 0
+        assert running.output["stdout"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--log=/nonexistent/log"], 1, "cannot use --log=/nonexistent/log: No such file or directory"),
+        (["--log=/tmp"], 1, "cannot use --log=/tmp: Is a directory"),
+        (["--log=/dev/zero"], 1, "cannot use --log=/dev/zero: not a regular file"),
+        (["--log=x", "--console=native"], 2, "--log= cannot see what QEMU shows"),
+        (["--console=loud"], 2, "invalid choice: 'loud'"),
+        (["--console-transport=pigeon"], 2, "invalid choice: 'pigeon'"),
+    ],
+)
+def test_what_makes_no_sense_is_said(options: tuple[str, ...], arguments: list[str], status: int, message: str) -> None:
+    done = vmspawn(*options, "-M", "wrong", *arguments)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False)
+    assert message in done.stderr
+
+
+# A service.
+
+
+@pytest.fixture
+def notifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A service manager's socket."""
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        manager.settimeout(DEADLINE)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        yield manager
+
+
+def received(manager: socket.socket) -> dict[str, str]:
+    """The next message."""
+    return dict(line.partition("=")[::2] for line in manager.recv(4096).decode().splitlines())
+
+
+def test_a_service_manager_is_told(options: tuple[str, ...], notifications: socket.socket) -> None:
+    with spawned(*options, "--console=headless", "--shutdown-timeout=6") as running:
+        assert received(notifications) == {"READY": "1", "STATUS": f"Machine {running.name} is running"}
+        running.signal(signal.SIGTERM)
+        assert received(notifications) == {"STOPPING": "1", "STATUS": "Waiting for the guest to power off"}
+        extensions = [int(received(notifications)["EXTEND_TIMEOUT_USEC"]) for _ in range(2)]
+        # The next one comes with the next press of the button, well before this one is used up.
+        assert all(extension > 10_000_000 for extension in extensions)
+        assert received(notifications)["STATUS"] == "Ending the machine"
+        assert running.wait() == 0
+        assert received(notifications) == {"STOPPING": "1", "STATUS": "The machine was terminated"}
+
+
+def test_without_a_service_manager_nothing_happens(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/notify")
+    with spawned(*options, "--console=headless") as running:
+        running.wait_for("is running")
+        assert vmctl("terminate", running.name, "--wait").returncode == 0
+        assert running.wait() == 0
+
+
+# Waiting.
+
+
+def test_waiting_for_a_reset_and_for_the_end(options: tuple[str, ...]) -> None:
+    with spawned(*options, "--console=headless") as running:
+        running.wait_for("is running")
+        done = vmctl("reboot", running.name, "--wait")
+        assert (done.returncode, done.stderr) == (0, "vmctl: the machine was reset\n")
+        done = vmctl("terminate", running.name, "--wait")
+        assert done.returncode == 0
+        assert done.stderr.endswith("vmctl: the machine was terminated\n")
+        # Its name is free by then.
+        assert is_gone(running.name)
+        assert running.wait() == 0
+
+
+def test_waiting_for_a_guest_that_does_not_power_off(options: tuple[str, ...]) -> None:
+    with spawned(*options, "--console=headless") as running:
+        running.wait_for("is running")
+        done = vmctl("poweroff", running.name, "--wait", "--timeout=0.5")
+        assert done.returncode == 1
+        assert f"cannot poweroff {running.name}: the guest did not power off within 0.5 s" in done.stderr
+        assert f"vmctl terminate {running.name}" in done.stderr
+
+
+def test_waiting_for_a_machine_whose_qemu_dies(options: tuple[str, ...]) -> None:
+    with spawned(*options, "--console=headless") as running:
+        running.wait_for("is running")
+        with background([*VMCTL, "poweroff", running.name, "--wait"], stderr=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stderr is not None
+            assert "the power button was pressed" in waiting.stderr.readline()
+            os.kill(qemu_pid(running.name), signal.SIGKILL)
+            assert waiting.wait(timeout=DEADLINE) == 1
+            assert "QEMU died of SIGKILL" in waiting.stderr.read()
