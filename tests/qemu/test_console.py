@@ -339,7 +339,11 @@ def received(manager: socket.socket) -> dict[str, str]:
 
 def test_a_service_manager_is_told(options: tuple[str, ...], notifications: socket.socket) -> None:
     with spawned(*options, "--console=headless", "--shutdown-timeout=6") as running:
-        assert received(notifications) == {"READY": "1", "STATUS": f"Machine {running.name} is running"}
+        assert received(notifications) == {
+            "READY": "1",
+            "STATUS": f"Machine {running.name} is running",
+            "X_VMSPAWN_LEADER_PID": str(qemu_pid(running.name)),
+        }
         running.signal(signal.SIGTERM)
         assert received(notifications) == {"STOPPING": "1", "STATUS": "Waiting for the guest to power off"}
         extensions = [int(received(notifications)["EXTEND_TIMEOUT_USEC"]) for _ in range(2)]
