@@ -43,6 +43,7 @@ PACKAGES = (
     "python3",
     "busybox-static",
     "zstd",
+    "fdisk",
     "jq",
     "e2fsprogs",
     "openssh-client",
