@@ -29,17 +29,6 @@ class Helper:
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
         return f"{self.name}, which {self.what}, {end}" + (f": {last}" if last else "")
 
-    def has_failed(self) -> str:
-        """How it ended, if it has ended already; else an empty string."""
-        if not self.pid:
-            return ""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid:
-            return ""
-        self.pid = 0
-        code = os.waitstatus_to_exitcode(status)
-        return self.describe(f"exited with status {code}" if code >= 0 else f"died of signal {-code}")
-
     def close(self) -> None:
         """Kill the process if it still runs, and give up the log."""
         if self.pid:

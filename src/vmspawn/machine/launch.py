@@ -282,9 +282,6 @@ def _inheritable() -> list[int]:
 
 def explain_failure(launched: Launched, log: str) -> VmspawnError:
     """Why QEMU ended before it was up, from what it printed, in the user's words where we know them."""
-    for helper in launched.additions.helpers:
-        if failure := helper.has_failed():
-            return StartError(failure)
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
         return StartError("QEMU ended as soon as it was started, without a word", hint="is something killing it?")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console.hub import Console
 from ..console.viewers import Transcript
-from ..errors import NotConnected, NotSupported, Timeout
+from ..errors import NotConnected, NotSupported, StartError, Timeout
 from ..host import runtime
 from ..host.process import Process
 from ..qmp.monitor import Monitor
@@ -129,7 +129,8 @@ class Machine:
         assert self._launched is not None
         if isinstance(error, NotConnected) and self._process is not None:
             await first_of(self._process.ended, timeout=QUIT_TIMEOUT)
-            error = explain_failure(self._launched, self._log())
+            lost = self._watch.lost()
+            error = StartError(lost) if lost else explain_failure(self._launched, self._log())
         await self.close()
         return error
 

@@ -30,11 +30,14 @@ class Watch:
         await first_of(qemu.ended, timeout=_GRACE)
         if qemu.ended.is_set():
             return ""
-        lost = next(
-            helper.describe(process.describe_end()) for helper, process in self._watched if process.ended.is_set()
-        )
+        lost = self.lost()
         await asyncio.gather(terminate(), qemu.ended.wait())
         return lost
+
+    def lost(self) -> str:
+        """Which helper has ended how, if one has; else an empty string."""
+        ended = (each for each in self._watched if each[1].ended.is_set())
+        return next((helper.describe(process.describe_end()) for helper, process in ended), "")
 
     async def close(self) -> None:
         """End the helpers, which QEMU has left, and wait for that."""
