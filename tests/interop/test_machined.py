@@ -154,4 +154,4 @@ def test_a_unit_of_type_notify_is_up_once_the_machine_runs(box: Box, spawn: Spaw
     machine = spawn(f"--image={make_image(box)}", *IDLE, unit=("--service-type=notify",))
     machine.wait_for("is running")
     shown = box.run("systemctl", "show", machine.unit, "--property=StatusText,SubState").stdout
-    assert set(shown.split("\n")) >= {"StatusText=The machine runs.", "SubState=running"}
+    assert set(shown.split("\n")) >= {f"StatusText=Machine {machine.name} is running", "SubState=running"}
