@@ -38,7 +38,7 @@ class Screen:
     def show(self, data: bytes) -> None:
         """Take note of output."""
         seen = self._tail + data
-        self._shown = True
+        self._shown |= bool(data)
         if b"\x1b[?" in seen:
             entered = max(seen.rfind(each) for each in _ENTER_ALTERNATE)
             left = max(seen.rfind(each) for each in _LEAVE_ALTERNATE)

@@ -24,12 +24,13 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 #: What a manager keeps in its folder; nothing else is ever deleted there.
 CONTROL = "control"
 CONSOLE = "console"
-QEMU_CONSOLE = "qemu-console"
+QEMU_INPUT = "qemu-input"
+QEMU_OUTPUT = "qemu-output"
 QEMU_SIZE = "qemu-console-size"
 STATE = "state.json"
 LOG = "qemu.log"
 MONITORS = ("qmp-manager", "qmp-sessions", "qmp-bulk")
-FILES = (CONTROL, CONSOLE, QEMU_CONSOLE, QEMU_SIZE, STATE, STATE + ".new", LOG, *MONITORS)
+FILES = (CONTROL, CONSOLE, QEMU_INPUT, QEMU_OUTPUT, QEMU_SIZE, STATE, STATE + ".new", LOG, *MONITORS)
 
 
 def runtime_root() -> str:

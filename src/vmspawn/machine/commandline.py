@@ -14,7 +14,6 @@ from ..storage.nodes import Identifiers
 from . import consoles, memory
 from .additions import Additions
 from .config import MachineConfig
-from .consoles import ConsoleSockets
 from .qemu import QemuBinary
 
 
@@ -58,10 +57,10 @@ class BootDrive(NamedTuple):
 
 
 class Inherited(NamedTuple):
-    """The descriptors that QEMU gets, by what they are for: listening sockets for its monitors and the console."""
+    """The listening sockets that QEMU gets: for its monitors, and for the console's size port or -1."""
 
     monitors: Mapping[str, int]
-    console: ConsoleSockets
+    size: int
 
 
 def command_line(
@@ -82,7 +81,7 @@ def command_line(
         *_monitors(binary, inherited.monitors),
         *_controllers(config, layout),
         *additions.arguments,
-        *consoles.devices(config, inherited.console),
+        *consoles.devices(config, inherited.size),
         *_drives(drives),
         *_boot(boot),
         *config.qemu_arguments,

@@ -2,14 +2,13 @@
 """What QEMU and the guest's kernel are told of the console: device and display, where the guest writes and logs in.
 
 The serial port is the default: firmware, boot loaders and every kernel speak it, and when nobody takes its output the
-guest waits. QEMU's virtio console drops what is not taken at once.
+guest waits. QEMU's virtio console drops what does not fit into the pipe.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from ..storage import ports
 from .config import MachineConfig
@@ -31,21 +30,14 @@ _FUNCTIONS = {"virtio-serial-pci": 1, "pvpanic-pci": 2, "virtio-keyboard-pci": 3
 _WITH_KEYBOARD = frozenset({"q35", "pc"})
 
 
-class ConsoleSockets(NamedTuple):
-    """The listening sockets that QEMU inherits for the console, or -1 for what this machine does not have."""
-
-    console: int
-    size: int
-
-
-def has_socket(config: MachineConfig) -> bool:
-    """Whether the console is a socket that we hold, and not the terminal that QEMU was given."""
+def is_shared(config: MachineConfig) -> bool:
+    """Whether the console is ours to share, and not on the terminal that QEMU was given."""
     return config.console != "native"
 
 
 def has_size_port(config: MachineConfig) -> bool:
     """Whether the guest listens for the window's size on a port of ours."""
-    return config.guest == "builtin" and has_socket(config)
+    return config.guest == "builtin" and is_shared(config)
 
 
 def tty(config: MachineConfig) -> str:
@@ -53,10 +45,13 @@ def tty(config: MachineConfig) -> str:
     return "hvc0" if config.console_transport == "virtio" else _SERIAL_PORTS[config.machine_type]
 
 
-def devices(config: MachineConfig, sockets: ConsoleSockets) -> Iterable[str]:
-    """QEMU's arguments for the console, the display and what belongs to them."""
-    if has_socket(config):
-        yield from ("-chardev", f"socket,id={CHARDEV},fd={sockets.console},server=on,wait=off")
+def devices(config: MachineConfig, size_socket: int) -> Iterable[str]:
+    """QEMU's arguments for the console, the display and what belongs to them.
+
+    The console is QEMU's standard input and output. `size_socket` is the listening socket for the size port, or -1.
+    """
+    if is_shared(config):
+        yield from ("-chardev", f"stdio,id={CHARDEV},signal=off")
     else:
         yield from ("-chardev", f"stdio,id={CHARDEV},mux=on,signal=off")
         yield from ("-mon", f"chardev={CHARDEV},mode=readline")
@@ -67,7 +62,7 @@ def devices(config: MachineConfig, sockets: ConsoleSockets) -> Iterable[str]:
     else:
         yield from ("-serial", f"chardev:{CHARDEV}")
     if has_size_port(config):
-        yield from ("-chardev", f"socket,id=size,fd={sockets.size},server=on,wait=off")
+        yield from ("-chardev", f"socket,id=size,fd={size_socket},server=on,wait=off")
         port = {"driver": "virtserialport", "id": SIZE_PORT_ID, "name": SIZE_PORT}
         yield from _json_device({**port, "chardev": "size", "bus": "serial.0", "nr": 1})
     yield from _device(config, "pvpanic-pci")

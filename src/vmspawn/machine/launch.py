@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import StartError, VmspawnError
-from ..host import runtime, scope
+from ..host import fifos, runtime, scope
+from ..host.fifos import ConsolePipes
 from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
 from ..storage import ports
@@ -24,7 +25,6 @@ from .additions import Additions
 from .bootdrives import open_boot_drives
 from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
-from .consoles import ConsoleSockets
 from .prepare import complete, prepare
 from .qemu import QemuBinary, choose_accelerator, find_qemu
 
@@ -39,6 +39,9 @@ _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGTSTP, signal.SIGUSR1, signal.SIGUS
 
 # Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
 _BACKLOG = 4
+
+# Bytes of output that a virtio console has room for; QEMU drops what does not fit. The most that anybody may ask for.
+_VIRTIO_CAPACITY = 1 << 20
 
 # Clients of the console that wait while we are busy.
 _CLIENTS_BACKLOG = 64
@@ -63,6 +66,8 @@ class Launched:
         self.boot_drives: list[BootDrive] = []
         self.sockets: dict[str, socket.socket] = {}
         self.additions = Additions()
+        #: Our ends of the console's pipes, for what is typed and what is shown, or nothing.
+        self.console: tuple[int, ...] = ()
         #: The file of `--log=`, or -1.
         self.console_log = -1
         self.pid = 0
@@ -76,6 +81,9 @@ class Launched:
         for connected in self.sockets.values():
             connected.close()
         self.sockets.clear()
+        for fd in self.console:
+            os.close(fd)
+        self.console = ()
         if self.console_log >= 0:
             os.close(self.console_log)
             self.console_log = -1
@@ -187,13 +195,11 @@ def _start(launched: Launched, boot: Boot | None) -> None:
     directory = launched.directory
     assert directory is not None
     # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
-    names = [*runtime.MONITORS, *_console_sockets(launched.config)]
+    names = [*runtime.MONITORS, *([runtime.QEMU_SIZE] if consoles.has_size_port(launched.config) else ())]
     listeners = {name: listen(directory.socket_address(name), _BACKLOG) for name in names}
     log = directory.create_log()
     try:
         monitors = {name: listeners[name].fileno() for name in runtime.MONITORS}
-        console = {name: listeners[name].fileno() for name in names if name not in runtime.MONITORS}
-        sockets = ConsoleSockets(console.get(runtime.QEMU_CONSOLE, -1), console.get(runtime.QEMU_SIZE, -1))
         arguments = command_line(
             launched.binary,
             launched.config,
@@ -201,13 +207,16 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             launched.layout,
             boot,
             launched.boot_drives,
-            Inherited(monitors, sockets),
+            Inherited(monitors, listeners[runtime.QEMU_SIZE].fileno() if runtime.QEMU_SIZE in names else -1),
             launched.additions,
         )
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
         images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
-        keep = [*monitors.values(), *console.values(), *images, *launched.additions.descriptors]
-        launched.pid = spawn(arguments, keep=keep, log=log, terminal=not consoles.has_socket(launched.config))
+        keep = [*(listener.fileno() for listener in listeners.values()), *images, *launched.additions.descriptors]
+        if consoles.is_shared(launched.config):
+            _spawn_with_pipes(launched, arguments, keep, log)
+        else:
+            launched.pid = spawn(arguments, keep=keep, log=log, streams=(0, 1))
         _connect(launched, names)
     finally:
         os.close(log)
@@ -217,10 +226,17 @@ def _start(launched: Launched, boot: Boot | None) -> None:
     launched.additions.close()
 
 
-def _console_sockets(config: MachineConfig) -> list[str]:
-    """The names of the sockets that QEMU serves the console on; ours alone, for QEMU takes one client."""
-    names = [runtime.QEMU_CONSOLE] if consoles.has_socket(config) else []
-    return [*names, runtime.QEMU_SIZE] if consoles.has_size_port(config) else names
+def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int], log: int) -> None:
+    """Start QEMU with the console's pipes as its standard streams."""
+    assert launched.directory is not None
+    capacity = _VIRTIO_CAPACITY if launched.config.console_transport == "virtio" else 0
+    pipes: ConsolePipes = fifos.make(launched.directory, capacity=capacity)
+    launched.console = (pipes.typed, pipes.shown)
+    try:
+        launched.pid = spawn(arguments, keep=keep, log=log, streams=(pipes.qemu_input, pipes.qemu_output))
+    finally:
+        os.close(pipes.qemu_input)
+        os.close(pipes.qemu_output)
 
 
 def _connect(launched: Launched, names: list[str]) -> None:
@@ -229,7 +245,7 @@ def _connect(launched: Launched, names: list[str]) -> None:
     What our own clients connect to, to see the console, listens from now on as well.
     """
     assert launched.directory is not None
-    if consoles.has_socket(launched.config):
+    if consoles.is_shared(launched.config):
         address = launched.directory.socket_address(runtime.CONSOLE)
         launched.sockets[runtime.CONSOLE] = listen(address, _CLIENTS_BACKLOG)
     for name in names:
@@ -238,18 +254,17 @@ def _connect(launched: Launched, names: list[str]) -> None:
         connected.setblocking(False)
 
 
-def spawn(arguments: list[str], *, keep: list[int], log: int, terminal: bool = False) -> int:
-    """Start a program that outlives us if we die: a session of its own, no terminal, output to a log.
+def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int, int] | None = None) -> int:
+    """Start a program that outlives us if we die: a session of its own, and errors to a log.
 
-    With `terminal` it gets our standard input and output all the same. It inherits exactly `keep`, which stay the
-    caller's, as the numbers they have here. Returns its process id.
+    `streams` become its standard input and output, which are nothing and the log otherwise. It inherits exactly `keep`
+    beside them, as the numbers they have here. All stay the caller's. Returns its process id.
     """
-    quiet: list[tuple[object, ...]] = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, log, 1),
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_DUP2, streams[0], 0) if streams else (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, streams[1] if streams else log, 1),
+        (os.POSIX_SPAWN_DUP2, log, 2),
     ]
-    actions: list[tuple[object, ...]] = [] if terminal else quiet
-    actions.append((os.POSIX_SPAWN_DUP2, log, 2))
     # Duplicating a descriptor onto itself makes it inheritable in the child alone.
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
     actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in keep]

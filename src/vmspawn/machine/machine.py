@@ -104,9 +104,10 @@ class Machine:
     def _open_console(self, launched: Launched) -> None:
         port = launched.sockets.pop(runtime.QEMU_SIZE, None)
         self._window = Window(self.monitor, port, ask_qemu=self.config.console_transport == "virtio")
-        if runtime.QEMU_CONSOLE not in launched.sockets:
+        if not launched.console:
             return
-        self._console = Console(launched.sockets.pop(runtime.QEMU_CONSOLE), launched.sockets.pop(runtime.CONSOLE))
+        (typed, shown), launched.console = launched.console, ()
+        self._console = Console(typed, shown, launched.sockets.pop(runtime.CONSOLE))
         if launched.console_log >= 0:
             self._console.attach(Transcript(self._console, launched.console_log, self._log_failed))
             launched.console_log = -1

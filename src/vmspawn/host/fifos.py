@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The console's way between QEMU and its manager: two named pipes in the runtime directory.
+
+QEMU writes a serial port's output a byte at a time. A socket keeps each byte apart and is full after a few hundred; a
+pipe puts them together and takes 64 kB. They have names, so that another manager can open them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from typing import NamedTuple
+
+from .runtime import QEMU_INPUT, QEMU_OUTPUT, MachineDirectory
+
+
+class ConsolePipes(NamedTuple):
+    """The descriptors of both pipes; whoever has this owns all four."""
+
+    #: Ours, which do not block: what is typed, and what is shown.
+    typed: int
+    shown: int
+    #: QEMU's standard input and output.
+    qemu_input: int
+    qemu_output: int
+
+
+def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
+    """Make and open the pipes; `capacity` is what the one that shows should hold, in bytes. Raises OSError.
+
+    QEMU's input is open for writing as well, in QEMU itself: so its end never comes, and QEMU survives us. When we are
+    gone, what QEMU shows is dropped.
+    """
+    taken: list[int] = []
+    flags = os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        names = [directory.socket_address(name) for name in (QEMU_INPUT, QEMU_OUTPUT)]
+        for name in names:
+            os.mkfifo(name, 0o600)
+        taken.append(os.open(names[0], os.O_RDWR | flags))
+        taken.append(os.open(names[0], os.O_WRONLY | flags))
+        taken.append(os.open(names[1], os.O_RDONLY | flags))
+        taken.append(os.open(names[1], os.O_WRONLY | flags))
+    except BaseException:
+        for fd in taken:
+            os.close(fd)
+        raise
+    qemu_input, typed, shown, qemu_output = taken
+    if capacity:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(shown, fcntl.F_SETPIPE_SZ, capacity)
+    return ConsolePipes(typed, shown, qemu_input, qemu_output)
