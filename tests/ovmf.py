@@ -16,6 +16,8 @@ from vmspawn.machine.qemu import cache_directory
 
 PACKAGE = "ovmf"
 
+_DESCRIPTORS = "/usr/share/qemu/firmware"
+
 
 def cache() -> Path:
     """Where tests keep what takes long to make."""
@@ -25,7 +27,9 @@ def cache() -> Path:
 
 
 def tree() -> Path:
-    """The unpacked package; a test that cannot have it is skipped with the reason."""
+    """The unpacked package, or the system's root where it is installed; a test that can have neither is skipped."""
+    if Path(_DESCRIPTORS, "60-edk2-x86_64.json").exists():
+        return Path("/")
     final = cache() / PACKAGE
     with (cache() / f"{PACKAGE}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -45,11 +49,11 @@ def install(config_home: Path) -> Path:
     source = tree()
     target = config_home / "qemu" / "firmware"
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted((source / "usr/share/qemu/firmware").glob("*.json")):
+    for path in sorted((source / _DESCRIPTORS.lstrip("/")).glob("*.json")):
         descriptor = json.loads(path.read_text())
         for blob in descriptor["mapping"].values():
             if isinstance(blob, dict):
-                blob["filename"] = str(source) + blob["filename"]
+                blob["filename"] = str(source / blob["filename"].lstrip("/"))
         (target / path.name).write_text(json.dumps(descriptor))
     return target
 
