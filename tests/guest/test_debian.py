@@ -81,6 +81,8 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Cons
     async with Machine(qemu=qemu, **{**defaults, **options}) as machine:
         console = Console(*await asyncio.open_unix_connection(machine.directory.file(CONSOLE)))
         await console.wait_for(PROMPT, BOOT_TIMEOUT)
+        # What the kernel says late is not to come between what commands print.
+        await console.run("dmesg --console-level emerg")
         await console.run("stty -echo cols 500; bind 'set enable-bracketed-paste off' 2>/dev/null; PS1=")
         yield machine, console
         console.close()
