@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from .console.interactive import Interactive
 from .console.viewers import OutputViewer
@@ -144,13 +145,17 @@ class Signals:
             self._shutdown.request(name)
 
 
-async def supervise(launched: Launched, voice: Voice) -> End:
-    """Run a machine that was just launched to its end, and say how it ended. Owns `launched`.
+async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], None] = lambda: None) -> End:
+    """Run a machine that was just launched or adopted to its end, and say how it ended. Owns `launched`.
 
-    Raises StartError if QEMU does not come up.
+    `ready` is called once the machine is up. Raises StartError if QEMU does not come up.
     """
     machine = Machine(launched.config)
-    machine.open(launched)
+    try:
+        machine.open(launched)
+    except BaseException:
+        launched.abandon()
+        raise
     notifier = Notifier()
     shutdown = Shutdown(machine, voice.notice, notifier)
     front = Front(machine, shutdown, voice)
@@ -160,7 +165,10 @@ async def supervise(launched: Launched, voice: Voice) -> End:
         server = ControlServer(machine.directory, build_registry(machine))
         Signals(shutdown, front).listen()
         await machine.started()
+        for note in machine.adoption_notes:
+            voice.notice(note)
         await registered.begin()
+        ready()
         voice.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
         front.open()
         notifier.send(READY=1, STATUS=f"Machine {machine.name} is running", X_VMSPAWN_LEADER_PID=machine.pid)
@@ -170,6 +178,10 @@ async def supervise(launched: Launched, voice: Voice) -> End:
             await first_of(machine.console.ended, timeout=_FLUSH_TIMEOUT)
         await server.finish(timeout=_FAREWELL_TIMEOUT)
         return end
+    except Exception:
+        # Whatever goes wrong with the manager, the guest runs on, and another one can take it over.
+        await machine.leave()
+        raise
     finally:
         shutdown.close()
         front.close()

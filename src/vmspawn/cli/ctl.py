@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from ..control.client import Client, VarlinkError
 from ..errors import NotConnected, Timeout, UsageError, VmspawnError
 from ..host import machined
-from ..host.runtime import check_name, machine_names
+from ..host.runtime import check_name, machine_names, running_qemu, runtime_root
 from ..version import VERSION
-from . import console, disks, ending, qmp, volumes
+from . import adopting, console, disks, ending, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
 from .tables import JSON_MODES, format_duration, print_fields, print_json
@@ -92,6 +92,7 @@ def _add_machine_verb(verbs: Any, name: str, action: Callable[[argparse.Namespac
 def _add_machine_verbs(verbs: Any) -> None:
     _add_verb(verbs, "list", _list, "list the running machines")
     _add_machine_verb(verbs, "status", _status, "show a machine")
+    _add_machine_verb(verbs, "adopt", adopting.run, "start a manager for a machine whose own has died")
     for name, method, text in (
         ("poweroff", "PowerOff", "press a machine's power button"),
         ("reboot", "Reboot", "reset a machine"),
@@ -144,10 +145,14 @@ def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
 def _look_at(name: str) -> dict[str, Any] | None:
     """A machine's description, or None if nothing runs under the name. One that does not answer is listed as such."""
     try:
-        check_name(name)
+        folder = os.path.join(runtime_root(), check_name(name))
         with Client(name, timeout=_LIST_TIMEOUT) as client:
             return _describe(client, name)
-    except (NotConnected, UsageError):
+    except UsageError:
+        return None
+    except NotConnected:
+        if pid := running_qemu(folder):
+            return {"name": name, "status": "no manager", "qemuVersion": "-", "accelerator": "-", "processId": pid}
         return None
     except Timeout:
         return {"name": name, "status": "unresponsive", "qemuVersion": "-", "accelerator": "-", "processId": 0}

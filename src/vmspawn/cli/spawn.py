@@ -24,11 +24,11 @@ from ..host.runtime import check_name
 from ..machine import config as configuration
 from ..machine import images
 from ..machine.config import ConsoleTerminal, MachineConfig
-from ..machine.launch import END_SIGNALS, launch
+from ..machine.launch import END_SIGNALS
 from ..storage.drive import BUSES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
-from . import boot_options, guest_options, later_options, share_options, system_options, volumes
+from . import adopting, boot_options, guest_options, later_options, share_options, system_options, volumes
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, boolean, complain
 
 _PROGRAM = "vmspawn"
@@ -67,6 +67,7 @@ def _add_general(parser: Parser) -> None:
     group.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen, and what is gone without")
     group.add_argument("-M", "--machine", metavar="NAME", help="the machine's name (default: from what boots)")
+    adopting.add_options(group)
     group.add_argument("--uuid", metavar="UUID", help="the machine's UUID")
     group.add_argument(
         "--console",
@@ -169,6 +170,8 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
 
 def configure(options: argparse.Namespace) -> MachineConfig:
     """The machine that the options ask for. Raises UsageError."""
+    if options.adopt:
+        return adopting.parse(options)
     kernel_arguments = options.kernel_arguments
     if kernel_arguments[:1] == ["--"]:
         kernel_arguments = kernel_arguments[1:]
@@ -249,23 +252,23 @@ def run(arguments: list[str]) -> int:
     for line in goes_without:
         detail(line)
     if config.console != "native" or not os.isatty(_STDIN):
-        return _run(config, voice, detail)
+        return _run(options, config, voice, detail)
     # QEMU gets the terminal as soon as it starts, and does not give it back if it is killed.
     lent = Terminal(_STDIN)
     try:
-        return _run(config, voice, detail)
+        return _run(options, config, voice, detail)
     finally:
         lent.restore()
 
 
-def _run(config: MachineConfig, voice: Voice, detail: Callable[[str], None]) -> int:
+def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detail: Callable[[str], None]) -> int:
     if config.console == "interactive" and os.isatty(_STDIN):
         voice.notice(HELP)
     # A signal that comes before the supervisor listens must not leave QEMU without its manager. Where SIGCHLD is
     # ignored, nobody would learn how QEMU ended.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    launched = launch(config, notice=voice.notice, detail=detail)
+    launched = adopting.begin(options, config, voice.notice, detail)
     try:
         import asyncio
 
@@ -273,7 +276,7 @@ def _run(config: MachineConfig, voice: Voice, detail: Callable[[str], None]) -> 
     except BaseException:
         launched.abandon()
         raise
-    end = asyncio.run(supervise(launched, voice))
+    end = asyncio.run(supervise(launched, voice, ready=adopting.ready(options)))
     (voice.notice if end.clean else voice.say)(end.message)
     return 0 if end.clean else EXIT_FAILURE
 

@@ -51,3 +51,17 @@ def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
         with contextlib.suppress(OSError):
             fcntl.fcntl(shown, fcntl.F_SETPIPE_SZ, capacity)
     return ConsolePipes(typed, shown, qemu_input, qemu_output)
+
+
+def open_again(directory: MachineDirectory) -> tuple[int, int]:
+    """Open our ends of the pipes of a QEMU that another manager started: for what is typed, and what is shown.
+
+    The caller owns both. Raises OSError.
+    """
+    flags = os.O_NONBLOCK | os.O_CLOEXEC
+    typed = os.open(directory.socket_address(QEMU_INPUT), os.O_WRONLY | flags)
+    try:
+        return typed, os.open(directory.socket_address(QEMU_OUTPUT), os.O_RDONLY | flags)
+    except BaseException:
+        os.close(typed)
+        raise

@@ -31,6 +31,13 @@ class Process:
         self._fd = -1
         self.ended.set()
 
+    def close(self) -> None:
+        """Stop watching: the process runs on without us."""
+        if self._fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
     def kill(self) -> None:
         """Send SIGKILL, to this very process and never to another that got its number."""
         if self._fd >= 0:

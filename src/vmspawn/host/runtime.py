@@ -12,9 +12,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import stat
 
-from ..errors import StartError, UsageError
+from ..errors import NotConnected, StartError, UsageError
 
 #: A machine's name is used as a host name, in a path and on a command line; systemd's limit for it is 64.
 NAME_MAX = 64
@@ -29,8 +30,21 @@ QEMU_OUTPUT = "qemu-output"
 QEMU_SIZE = "qemu-console-size"
 STATE = "state.json"
 LOG = "qemu.log"
+#: What a manager in the background says.
+MANAGER_LOG = "manager.log"
 MONITORS = ("qmp-manager", "qmp-sessions", "qmp-bulk")
-FILES = (CONTROL, CONSOLE, QEMU_INPUT, QEMU_OUTPUT, QEMU_SIZE, STATE, STATE + ".new", LOG, *MONITORS)
+FILES = (
+    CONTROL,
+    CONSOLE,
+    QEMU_INPUT,
+    QEMU_OUTPUT,
+    QEMU_SIZE,
+    STATE,
+    STATE + ".new",
+    LOG,
+    MANAGER_LOG,
+    *MONITORS,
+)
 
 
 def runtime_root() -> str:
@@ -93,6 +107,24 @@ class MachineDirectory:
             raise
         return directory
 
+    @classmethod
+    def take_over(cls, name: str) -> MachineDirectory:
+        """Lock the folder that a dead manager left, and leave in it what it needs not to be in our way.
+
+        Raises NotConnected if there is none, StartError if a living manager has it, or the folder is not ours.
+        """
+        path = os.path.join(runtime_root(), check_name(name))
+        try:
+            fd = _open_locked(path, name, create=False)
+        except FileNotFoundError:
+            raise NotConnected(f"there is no machine named {name}", hint="see: vmctl list") from None
+        except OSError as error:
+            raise StartError(f"cannot use the runtime directory {path}: {error.strerror}") from None
+        directory = cls(name, path, fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(CONTROL, dir_fd=fd)
+        return directory
+
     def file(self, name: str) -> str:
         """The path of a file in the folder."""
         return os.path.join(self.path, name)
@@ -110,6 +142,25 @@ class MachineDirectory:
         finally:
             os.close(fd)
         os.rename(name + ".new", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        os.fsync(self._fd)
+
+    def read(self, name: str) -> bytes:
+        """A file's content. Raises OSError."""
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._fd)
+        with open(fd, "rb") as file:
+            return file.read()
+
+    def has_monitor(self) -> bool:
+        """Whether a QEMU serves the manager's monitor here, whoever else has connected to it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(self.socket_address(MONITORS[0]))
+            except BlockingIOError:
+                return True  # so many wait for it that there is no room for another
+            except OSError:
+                return False
+            return True
 
     def create_log(self) -> int:
         """Open a fresh `qemu.log` for appending; the caller owns the descriptor."""
@@ -144,10 +195,13 @@ class MachineDirectory:
             self._fd = -1
 
     def _clean(self) -> None:
-        if pid := running_qemu(self.path):
+        pid = running_qemu(self.path)
+        # A manager that died as it started QEMU has not written down its number.
+        if pid or self.has_monitor():
+            process = f" (QEMU is process {pid})" if pid else ""
             raise StartError(
-                f"machine {self.name} still runs without its manager (QEMU is process {pid})",
-                hint=f"choose another name with --machine=, or end it with: kill {pid}",
+                f"machine {self.name} still runs without its manager{process}",
+                hint=f"take it over with: vmctl adopt {self.name}; or choose another name with --machine=",
             )
         self._unlink_files()
 
@@ -157,11 +211,12 @@ class MachineDirectory:
                 os.unlink(name, dir_fd=self._fd)
 
 
-def _open_locked(path: str, name: str) -> int:
-    """Create `path` and lock it; the caller owns the descriptor that is returned."""
+def _open_locked(path: str, name: str, *, create: bool = True) -> int:
+    """Create `path`, or not, and lock it; the caller owns the descriptor that is returned."""
     while True:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             _check_ours(fd, path)
@@ -171,11 +226,17 @@ def _open_locked(path: str, name: str) -> int:
                 return fd
         except BlockingIOError:
             os.close(fd)
+            if not create:
+                raise StartError(
+                    f"machine {name} has a manager, which lives", hint=f"see: vmctl status {name}"
+                ) from None
             raise StartError(
                 f"a machine named {name} is already running", hint="choose another name with --machine="
             ) from None
         except FileNotFoundError:
-            pass
+            if not create:
+                os.close(fd)
+                raise
         except BaseException:
             os.close(fd)
             raise
@@ -220,3 +281,22 @@ def start_time(pid: int) -> int:
         return 0
     # A zombie has ended; only its parent has not looked yet.
     return 0 if fields[0] == b"Z" else int(fields[19])
+
+
+def process_of_thread(tid: int) -> int:
+    """The process that a thread belongs to (proc(5), Tgid of status), or 0 if it is not there."""
+    try:
+        with open(f"/proc/{tid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Tgid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+def age(started: int) -> float:
+    """The seconds since a process started, from what `start_time` said of it."""
+    import time
+
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")

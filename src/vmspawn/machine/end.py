@@ -26,8 +26,9 @@ _CAUSES = {
 class End(NamedTuple):
     """How a machine ended.
 
-    `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, or `qemu-died`; `message` says it for
-    people, and `clean` whether it is what the guest or the user wanted.
+    `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, or `unknown` for a QEMU
+    that another manager started and that said nothing; `message` says it for people, and `clean` whether it is what the
+    guest or the user wanted.
     """
 
     reason: str
@@ -39,6 +40,9 @@ class End(NamedTuple):
         """How a QEMU ended: `cause` is what it said last, `killed` whether that was us, `log` what it printed."""
         if killed:
             return cls("qemu-killed", "the machine was terminated; QEMU did not obey and was killed", True)
+        if process.status is None and not cause:
+            # QEMU is not our child if another manager started it, so nobody tells.
+            return cls("unknown", "QEMU ended without a word, and why is not known", False)
         if process.status not in (0, None) or not cause:
             last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
             return cls("qemu-died", f"QEMU {process.describe_end()}" + (f": {last}" if last else ""), False)

@@ -21,12 +21,14 @@ from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
 from ..storage import ports
 from . import consoles
+from . import state as states
 from .additions import Additions
 from .bootdrives import open_boot_drives
 from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
 from .prepare import complete, prepare
 from .qemu import QemuBinary, choose_accelerator, find_qemu
+from .state import SavedQemu, State
 
 if TYPE_CHECKING:
     from ..guest.builtin import BuiltinGuest
@@ -71,6 +73,15 @@ class Launched:
         #: The file of `--log=`, or -1.
         self.console_log = -1
         self.pid = 0
+        #: What the last manager wrote down, if this one takes over from it.
+        self.saved: State | None = None
+
+    def leave(self) -> None:
+        """Let go of a QEMU that runs on, and its helpers, for another manager to take over. May be called again."""
+        self._close_sockets()
+        if self.directory is not None:
+            self.directory.close()
+            self.directory = None
 
     def abandon(self) -> None:
         """Kill QEMU if it runs, close every descriptor and remove the directory. May be called again."""
@@ -78,6 +89,13 @@ class Launched:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
+        self._close_sockets()
+        self.additions.end_helpers()
+        if self.directory is not None:
+            self.directory.remove()
+            self.directory = None
+
+    def _close_sockets(self) -> None:
         for connected in self.sockets.values():
             connected.close()
         self.sockets.clear()
@@ -89,10 +107,6 @@ class Launched:
             self.console_log = -1
         self.close_images()
         self.additions.close()
-        self.additions.end_helpers()
-        if self.directory is not None:
-            self.directory.remove()
-            self.directory = None
 
     def close_images(self) -> None:
         """Close our descriptors of the boot drives; QEMU has its own by then."""
@@ -191,11 +205,15 @@ def _open_log(path: str | None) -> int:
     return fd
 
 
+def _socket_names(config: MachineConfig) -> list[str]:
+    return [*runtime.MONITORS, *([runtime.QEMU_SIZE] if consoles.has_size_port(config) else ())]
+
+
 def _start(launched: Launched, boot: Boot | None) -> None:
     directory = launched.directory
     assert directory is not None
     # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
-    names = [*runtime.MONITORS, *([runtime.QEMU_SIZE] if consoles.has_size_port(launched.config) else ())]
+    names = _socket_names(launched.config)
     listeners = {name: listen(directory.socket_address(name), _BACKLOG) for name in names}
     log = directory.create_log()
     try:
@@ -213,17 +231,28 @@ def _start(launched: Launched, boot: Boot | None) -> None:
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
         images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
         keep = [*(listener.fileno() for listener in listeners.values()), *images, *launched.additions.descriptors]
+        # Ahead of the start, so that a QEMU whose manager dies in between can be found.
+        _write_state(launched)
         if consoles.is_shared(launched.config):
             _spawn_with_pipes(launched, arguments, keep, log)
         else:
             launched.pid = spawn(arguments, keep=keep, log=log, streams=(0, 1))
-        _connect(launched, names)
+        _write_state(launched)
+        connect(launched)
     finally:
         os.close(log)
         for listener in listeners.values():
             listener.close()
     launched.close_images()
     launched.additions.close()
+
+
+def _write_state(launched: Launched) -> None:
+    assert launched.directory is not None
+    qemu = SavedQemu(launched.pid, runtime.start_time(launched.pid), launched.accelerator)
+    storage = states.boot_storage(launched.boot_drives)
+    helpers = launched.additions.helpers
+    states.write(launched.directory, launched.config, launched.binary, qemu, helpers=helpers, storage=storage)
 
 
 def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int], log: int) -> None:
@@ -239,8 +268,9 @@ def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int],
         os.close(pipes.qemu_output)
 
 
-def _connect(launched: Launched, names: list[str]) -> None:
-    """Connect to the sockets while we still hold their listening ends, so that it cannot fail for QEMU's haste.
+def connect(launched: Launched) -> None:
+    """Connect to QEMU's sockets; at its start while we still hold their listening ends, so that it cannot fail for
+    QEMU's haste. Raises OSError.
 
     What our own clients connect to, to see the console, listens from now on as well.
     """
@@ -248,10 +278,11 @@ def _connect(launched: Launched, names: list[str]) -> None:
     if consoles.is_shared(launched.config):
         address = launched.directory.socket_address(runtime.CONSOLE)
         launched.sockets[runtime.CONSOLE] = listen(address, _CLIENTS_BACKLOG)
-    for name in names:
+    for name in _socket_names(launched.config):
         launched.sockets[name] = connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connected.connect(launched.directory.socket_address(name))
+        # Not blocking, so that where others wait for the same socket, we are told.
         connected.setblocking(False)
+        connected.connect(launched.directory.socket_address(name))
 
 
 def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int, int] | None = None) -> int:

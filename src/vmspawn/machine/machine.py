@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
-import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from ..console.viewers import Transcript
 from ..errors import NotConnected, NotSupported, StartError, Timeout
 from ..host import runtime
 from ..host.process import Process
-from ..qmp.monitor import Monitor
+from ..qmp.monitor import GREETING_TIMEOUT, Monitor
 from ..qmp.runstate import RunState
 from ..storage import backing as backings
 from ..storage import drive as drives
@@ -28,9 +26,12 @@ from ..storage.formats import READ_ONLY_FORMATS
 from ..storage.hotplug import DETACH_TIMEOUT, Storage
 from ..storage.limits import Limits
 from ..waiting import first_of
+from . import state as states
 from .config import MachineConfig, check
 from .end import End, MachineEvents
 from .launch import Launched, explain_failure, launch
+from .sessions import Sessions
+from .state import SavedQemu, State
 from .watch import Watch
 from .window import Window
 
@@ -38,11 +39,12 @@ if TYPE_CHECKING:
     from ..qmp.multiplexer import Multiplexer
     from ..qmp.session import Session
 
-#: The form of state.json. A reader refuses a newer one.
-STATE_VERSION = 1
-
 #: Seconds between `quit`, which QEMU obeys in milliseconds, and SIGKILL.
 QUIT_TIMEOUT = 5.0
+
+#: Seconds for the greeting of a QEMU that was up before. It comes at once, unless another program holds the monitor, or
+#: QEMU waits for the host's storage.
+ADOPT_GREETING_TIMEOUT = 5.0
 
 #: Seconds that QEMU has to end after it closed its monitor.
 _EXIT_TIMEOUT = 10.0
@@ -62,9 +64,8 @@ class Machine:
         self._monitor: Monitor | None = None
         self._run_state: RunState | None = None
         self._storage: Storage | None = None
-        self._multiplexer: Multiplexer | None = None
-        self._starting: asyncio.Task[Multiplexer] | None = None
-        self._opened = 0.0
+        self._sessions: Sessions | None = None
+        self._up = False
         self._killer: asyncio.TimerHandle | None = None
         self._watch = Watch(())
         self._killed = False
@@ -74,6 +75,8 @@ class Machine:
         self._window: Window | None = None
         #: Why the transcript of `--log=` was given up, once that has happened.
         self.log_failure = ""
+        #: What was found when the machine was taken over from a manager that died, for people.
+        self.adoption_notes: list[str] = []
 
     # Starting and ending.
 
@@ -86,13 +89,16 @@ class Machine:
         await self.close()
 
     def open(self, launched: Launched) -> None:
-        """Take over a QEMU that was just launched; `started` waits until it is up, `close` must follow."""
+        """Take over a QEMU that was just launched or adopted; `started` waits until it is up, `close` must follow."""
         self._launched = launched
-        self._opened = time.monotonic()
         self._process = Process(launched.pid)
         self._monitor = Monitor(launched.sockets.pop("qmp-manager"))
         self._run_state = RunState(self._monitor)
         self._storage = Storage(self._monitor, self._run_state, launched.layout, journal=self._save_state)
+        saved = launched.saved
+        self._sessions = Sessions(launched.sockets, saved and saved.sessions, self._save_state)
+        if saved is not None:
+            self._load_storage(saved)
         for each in launched.boot_drives:
             self._storage.add_boot_drive(
                 Attachment(each.drive, each.identifiers, each.place, each.serial, [each.image])
@@ -115,25 +121,83 @@ class Machine:
     def _log_failed(self, error: OSError) -> None:
         self.log_failure = f"cannot write {self.config.console_log}: {error.strerror}"
 
-    async def started(self) -> None:
-        """Wait until QEMU is up. Raises StartError in QEMU's words if it does not come up; nothing is left then."""
+    def _load_storage(self, saved: State) -> None:
         try:
-            await self.monitor.start()
+            self.storage.load(saved.storage)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StartError(
+                f"the state of machine {self.name} is damaged: {error!r}",
+                hint=f"please report it, with {self.directory.file(runtime.STATE)}",
+            ) from None
+
+    async def started(self) -> None:
+        """Wait until QEMU is up. Raises StartError in QEMU's words if it does not come up; nothing is left then.
+
+        A QEMU that was adopted runs on, whatever goes wrong.
+        """
+        try:
+            adopting = self._launched is not None and self._launched.saved is not None
+            await self.monitor.start(timeout=ADOPT_GREETING_TIMEOUT if adopting else GREETING_TIMEOUT)
             assert self._run_state is not None
             await self._run_state.start()
-            await self.storage.release_boot_descriptors()
+            await self._settle()
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
             raise await self._failed_start(error) from None
+        self._up = True
+
+    async def _settle(self) -> None:
+        """Let go of what was only needed on the way here."""
+        assert self._launched is not None
+        assert self._sessions is not None
+        if self._launched.saved is None:
+            await self.storage.release_boot_descriptors()
+            found = await self.monitor.execute("query-fdsets")
+            self._sessions.foreign_fdsets = tuple(each["fdset-id"] for each in found if each["fds"])
+            self._save_state()
+            return
+        await self._sessions.close_what_was_left()
+        self.adoption_notes = await self.storage.reconcile(self._sessions.foreign_fdsets)
 
     async def _failed_start(self, error: BaseException) -> BaseException:
         """Clean up after a start that failed, and say why in the words of QEMU if it died."""
         assert self._launched is not None
+        if self._launched.saved is not None and self._process is not None and not self._process.ended.is_set():
+            await self.leave()
+            return error
         if isinstance(error, NotConnected) and self._process is not None:
             await first_of(self._process.ended, timeout=QUIT_TIMEOUT)
             lost = self._watch.lost()
             error = StartError(lost) if lost else explain_failure(self._launched, self._log())
         await self.close()
         return error
+
+    async def leave(self) -> None:
+        """Let go of the machine, which runs on for another manager to adopt. One that is not up yet is ended."""
+        launched = self._launched
+        if launched is None or (not self._up and launched.saved is None):
+            await self.close()
+            return
+        # From here on nothing is written down: what tasks do as they are cancelled must not look like what was done.
+        self._launched = None
+        await self._close_connections()
+        if self._process is not None:
+            self._process.close()
+        self._watch.leave()
+        launched.leave()
+
+    async def _close_connections(self) -> None:
+        if self._console is not None:
+            self._console.close()
+        if self._window is not None:
+            self._window.close()
+        if self._storage is not None:
+            self._storage.close()
+        if self._monitor is not None:
+            self._monitor.close("the machine ended")
+        if self._sessions is not None:
+            await self._sessions.close()
+        if self._killer is not None:
+            self._killer.cancel()
 
     async def close(self) -> None:
         """End the machine if it runs, at once, and leave nothing behind. May be called again."""
@@ -147,17 +211,7 @@ class Machine:
             launched.pid = 0
             await self.wait()
         self._launched = None
-        if self._console is not None:
-            self._console.close()
-        if self._window is not None:
-            self._window.close()
-        if self._storage is not None:
-            self._storage.close()
-        if self._monitor is not None:
-            self._monitor.close("the machine ended")
-        await self._close_multiplexer()
-        if self._killer is not None:
-            self._killer.cancel()
+        await self._close_connections()
         await self._watch.close()
         launched.abandon()
 
@@ -207,8 +261,8 @@ class Machine:
 
     @property
     def uptime(self) -> float:
-        """Seconds since QEMU was started."""
-        return time.monotonic() - self._opened
+        """Seconds since QEMU was started, whoever did that."""
+        return runtime.age(self._running_process().started)
 
     @property
     def qemu_version(self) -> str:
@@ -340,39 +394,14 @@ class Machine:
         Raises NotConnected if the machine does not run, Timeout if QEMU does not greet. A start that failed is final,
         for its connections to QEMU are gone: all who ask later are told the same.
         """
-        if self._launched is None:
+        if self._launched is None or self._sessions is None:
             raise NotConnected("the machine does not run")
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start_multiplexer(self._launched.sockets))
-        # Who gives up does not end it for the others.
-        return await asyncio.shield(self._starting)
-
-    async def _start_multiplexer(self, sockets: dict[str, socket.socket]) -> Multiplexer:
-        from ..qmp.multiplexer import Multiplexer
-
-        sessions, bulk = (sockets.pop(name) for name in ("qmp-sessions", "qmp-bulk"))
-        # That QEMU is gone, the manager's own monitor tells.
-        multiplexer = Multiplexer(sessions, bulk, on_lost=lambda _: None)
-        try:
-            await multiplexer.start()
-        except BaseException:
-            await multiplexer.close()
-            raise
-        self._multiplexer = multiplexer
-        return multiplexer
-
-    async def _close_multiplexer(self) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            # However the start ended, those who waited for it were told.
-            await asyncio.gather(self._starting, return_exceptions=True)
-        if self._multiplexer is not None:
-            await self._multiplexer.close()
+        return await self._sessions.multiplexer()
 
     @property
     def sessions(self) -> tuple[Session, ...]:
         """The QMP clients that are connected."""
-        return self._multiplexer.sessions if self._multiplexer else ()
+        return self._sessions.open if self._sessions else ()
 
     @contextlib.asynccontextmanager
     async def qmp(self, *, read_only: bool = False) -> AsyncIterator[Monitor]:
@@ -424,16 +453,20 @@ class Machine:
     # Its state on disk.
 
     def _save_state(self) -> None:
-        if self._launched is None or self._process is None or self._launched.directory is None:
+        launched = self._launched
+        if launched is None or launched.directory is None or self._process is None:
             return
-        state = {
-            "version": STATE_VERSION,
-            "name": self.name,
-            "qemu": {"pid": self._process.pid, "started": self._process.started, "path": self._launched.binary.path},
-            "machine": {"type": self.config.machine_type, "hotplug-ports": self.config.hotplug_ports},
-            "storage": self._storage.to_state() if self._storage else {},
-        }
-        self._launched.directory.write(runtime.STATE, json.dumps(state).encode())
+        assert self._storage is not None
+        assert self._sessions is not None
+        states.write(
+            launched.directory,
+            self.config,
+            launched.binary,
+            SavedQemu(self._process.pid, self._process.started, launched.accelerator),
+            storage=self._storage.to_state(),
+            sessions=self._sessions.saved,
+            helpers=launched.additions.helpers,
+        )
 
 
 def _absolute(path: str) -> str:

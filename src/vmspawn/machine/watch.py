@@ -39,6 +39,12 @@ class Watch:
         ended = (each for each in self._watched if each[1].ended.is_set())
         return next((helper.describe(process.describe_end()) for helper, process in ended), "")
 
+    def leave(self) -> None:
+        """Stop watching: the helpers run on, as QEMU does."""
+        for _, process in self._watched:
+            process.close()
+        self._watched = []
+
     async def close(self) -> None:
         """End the helpers, which QEMU has left, and wait for that."""
         for helper, process in self._watched:

@@ -9,7 +9,7 @@ leaves. The sets of `add-fd` belong to all monitors; what a session added and no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -22,11 +22,11 @@ CONSUMING = frozenset((b"getfd", b"add-fd"))
 #: Commands that change what is held.
 WATCHED = CONSUMING | {b"closefd", b"remove-fd"}
 
-#: Taken over for a moment, to see whether QEMU left a descriptor unused.
-_SPARE = "vmspawn.unclaimed"
+#: A name that is taken for a moment, to see whether QEMU left a descriptor unused.
+SPARE = "vmspawn.unclaimed"
 
-CLAIM_SPARE = b'{"execute":"getfd","arguments":{"fdname":"%b"}' % _SPARE.encode()
-CLOSE_SPARE = b'{"execute":"closefd","arguments":{"fdname":"%b"}' % _SPARE.encode()
+CLAIM_SPARE = b'{"execute":"getfd","arguments":{"fdname":"%b"}' % SPARE.encode()
+CLOSE_SPARE = b'{"execute":"closefd","arguments":{"fdname":"%b"}' % SPARE.encode()
 
 #: What shows which sets block nodes have open files from.
 QUERY_USERS = b'{"execute":"query-named-block-nodes","arguments":{"flat":true}'
@@ -52,7 +52,7 @@ class _AddedReply(msgspec.Struct):
 class Descriptors:
     """The ledger of all sessions. A holder is a session; any object will do."""
 
-    __slots__ = ("_claims", "_members", "_names")
+    __slots__ = ("_claims", "_members", "_names", "changed")
 
     def __init__(self) -> None:
         self._names: dict[str, object] = {}
@@ -60,6 +60,13 @@ class Descriptors:
         self._claims: set[str] = set()
         # By set and number in QEMU.
         self._members: dict[tuple[int, int], object] = {}
+        #: Called when the names have changed, ahead of the command that makes a new one.
+        self.changed: Callable[[], None] = lambda: None
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names that any session holds."""
+        return tuple(self._names)
 
     def claim(self, holder: object, command: Command) -> str | None:
         """A session is about to run a watched command. Returns why it must not, or None."""
@@ -73,6 +80,7 @@ class Descriptors:
         if command.name == b"getfd" and name not in self._names:
             self._names[name] = holder
             self._claims.add(name)
+            self.changed()
         return None
 
     def settle(self, holder: object, command: Command, reply: Reply) -> None:
@@ -82,7 +90,7 @@ class Descriptors:
             case b"getfd" if arguments.fdname in self._claims:
                 self._claims.discard(arguments.fdname)
                 if reply.failed:
-                    del self._names[arguments.fdname]
+                    self.release(arguments.fdname)
             case b"closefd" if arguments.fdname is not None and not reply.failed:
                 self.release(arguments.fdname)
             case b"add-fd" if not reply.failed:
@@ -103,8 +111,9 @@ class Descriptors:
 
     def release(self, name: str) -> None:
         """The name is free in QEMU."""
-        self._names.pop(name, None)
         self._claims.discard(name)
+        if self._names.pop(name, None) is not None:
+            self.changed()
 
     def take_members(self, holder: object) -> list[tuple[int, int]]:
         """What a session added to sets, as set and number; it is forgotten here."""

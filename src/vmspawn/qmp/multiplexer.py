@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
-from ..errors import NotConnected, SystemFailure
+from ..errors import NotConnected, SystemFailure, Timeout
 from . import descriptors
 from .descriptors import Descriptors
 from .envelope import Command
@@ -27,6 +27,7 @@ class Multiplexer:
     Owns the connected sockets that it is given, from construction on: `connected` to the monitor that the sessions
     share, `bulk` to a second one for large commands, without which such a command holds up all sessions while QEMU
     reads it. `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
+    `on_names` is called when `names` has changed, ahead of the command that makes a new one.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Multiplexer:
         bulk: socket.socket | None = None,
         *,
         on_lost: Callable[[str], None],
+        on_names: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_lost = on_lost
         self._main = Upstream(connected, event=self._event, lost=self._lost)
         self._bulk = None if bulk is None else Upstream(bulk, event=lambda line: None, lost=self._lost)
         self._schedule = Schedule(self._main, self._bulk)
         self._descriptors = Descriptors()
+        self._descriptors.changed = on_names
         self._greeting: Greeting | None = None
         # In the order in which they came; those that are closed stay while something of theirs is in flight.
         self._sessions: dict[Session, None] = {}
@@ -99,6 +102,24 @@ class Multiplexer:
     def sessions(self) -> tuple[Session, ...]:
         """The sessions whose clients are there, the oldest first."""
         return tuple(session for session in self._sessions if session.state is not State.CLOSED)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of `getfd` that sessions hold in QEMU."""
+        return self._descriptors.all_names
+
+    async def close_names(self, names: Iterable[str]) -> None:
+        """Close names that the sessions of another multiplexer left; what is not there is fine.
+
+        Raises Timeout if QEMU does not answer.
+        """
+        for name in {*names, descriptors.SPARE}:
+            self._execute(descriptors.closefd(name), lambda reply: None)
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                await self._settled.wait()
+        except TimeoutError:
+            raise Timeout(f"QEMU did not close what sessions had left within {DRAIN_TIMEOUT:g} s") from None
 
     async def close(self) -> None:
         """Close the sessions, undo what they left in QEMU if that is quick, and close the monitors."""

@@ -142,14 +142,20 @@ class Upstream:
             oob = "oob" in msgspec.json.decode(greeting, type=_Hello).QMP.capabilities
         except msgspec.DecodeError:
             raise NotConnected("what answers on the socket is no QMP monitor") from None
-        await self._loop.sock_sendall(self._socket, PROBE)
+        await self._say(PROBE)
         problem = replies.read(await self._line())
         enable = b',"arguments":{"enable":["oob"]}' if oob else b""
-        await self._loop.sock_sendall(self._socket, b'{"execute":"qmp_capabilities"' + enable + b"}")
+        await self._say(b'{"execute":"qmp_capabilities"' + enable + b"}")
         answer = replies.read(await self._line())
         if problem is None or answer is None or not problem.failed or answer.failed:
             raise NotConnected("the monitor refused the negotiation")
         return Greeting(greeting, oob, dialect_of(replies.failure_of(problem).description))
+
+    async def _say(self, data: bytes) -> None:
+        try:
+            await self._loop.sock_sendall(self._socket, data)
+        except OSError as error:
+            raise NotConnected(f"QEMU closed its monitor: {error.strerror}") from None
 
     async def _line(self) -> bytes:
         """The next message, before the reader is there."""

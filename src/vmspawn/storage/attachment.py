@@ -16,6 +16,7 @@ from .image import FAULT, Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
 from .ports import Place
+from .saved import load_drive, load_image, load_limits, load_place, save_drive
 
 
 class State(enum.StrEnum):
@@ -114,25 +115,30 @@ class Attachment:
 
     def to_state(self) -> dict[str, Any]:
         """What another process would need to take the drive over, as JSON values."""
-        drive = self.drive
-        return {
-            "name": self.name,
-            "bus": drive.bus,
-            "options": {
-                "read-only": drive.read_only,
-                "discard": drive.discard,
-                "detect-zeroes": drive.detect_zeroes,
-                "cache": drive.cache,
-                "aio": drive.aio,
-                "thread": drive.thread,
-                "share": drive.share,
-            },
-            "serial": self.serial,
-            "limits": list(self.limits),
-            "boot": self.boot,
-            "number": self.identifiers.number,
-            "place": list(self.place),
-            "images": [image.to_state() for image in self.images],
-            "state": self.state.value,
-            "done": list(self.done),
-        }
+        return save_drive(
+            self.drive,
+            self.identifiers,
+            self.place,
+            self.serial,
+            self.images,
+            limits=self.limits,
+            boot=self.boot,
+            state=self.state.value,
+            done=self.done,
+        )
+
+    @classmethod
+    def from_state(cls, saved: dict[str, Any]) -> Attachment:
+        """The attachment that another process had saved. Raises KeyError, TypeError or ValueError if it is none."""
+        drive = load_drive(saved)
+        return cls(
+            drive,
+            Identifiers(int(saved["number"])),
+            load_place(drive.bus, saved["place"]),
+            str(saved["serial"]),
+            [load_image(each) for each in saved["images"]],
+            limits=load_limits(saved),
+            boot=bool(saved["boot"]),
+            done=[str(name) for name in saved["done"]],
+            state=State(saved["state"]),
+        )

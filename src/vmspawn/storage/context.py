@@ -12,7 +12,7 @@ from ..qmp.monitor import Monitor
 from ..qmp.runstate import RunState
 from . import buses, ports
 from .attachment import Attachment
-from .ports import Layout, Pool
+from .ports import Layout, Place, Pool
 
 
 class Context:
@@ -30,6 +30,8 @@ class Context:
         self.deferred_fdsets: set[int] = set()
         #: The targets of the SCSI controller with an I/O thread, once there is one.
         self.threaded_scsi: Pool | None = None
+        #: Where that controller is plugged in, once that was begun.
+        self.threaded_place: Place | None = None
         self.threading_scsi = asyncio.Lock()
         #: Told of each request to the guest to let a drive go.
         self.removal_requested: Callable[[Attachment], None] = lambda _: None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..qmp.monitor import Event, Monitor
 from ..qmp.runstate import RunState
-from . import admission, buses, chain, exchange, media, pending, statistics
+from . import admission, adoption, buses, chain, exchange, media, pending, statistics
 from . import resize as resizing
 from .attachment import Attachment, Removal, State
 from .backing import Backing
@@ -88,7 +88,12 @@ class Storage:
 
     def to_state(self) -> dict[str, Any]:
         """The register as JSON values."""
-        return {"next": self._context.next_number, "attachments": [each.to_state() for each in self]}
+        place = self._context.threaded_place
+        return {
+            "next": self._context.next_number,
+            "threaded-scsi": place and list(place),
+            "attachments": [each.to_state() for each in self],
+        }
 
     # At boot.
 
@@ -109,6 +114,21 @@ class Storage:
         for attachment in self:
             for image in attachment.images if attachment.boot else ():
                 await chain.release(self._context, image)
+
+    # Taking over from a manager that died.
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Enter the drives of a register that was saved. Raises KeyError, TypeError or ValueError if it is none."""
+        self._attachments = {each.name: each for each in adoption.load(self._context, saved)}
+
+    async def reconcile(self, foreign_fdsets: Sequence[int]) -> list[str]:
+        """Bring the register and QEMU together; returns in words what was found.
+
+        `foreign_fdsets` are descriptor sets that are not ours. Raises Timeout or NotConnected.
+        """
+        work = adoption.Adoption(self._context, self._unwind)
+        await work.run(self, foreign_fdsets)
+        return work.notes
 
     # Attaching.
 

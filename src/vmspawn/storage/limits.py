@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..errors import BadConfig
@@ -34,6 +35,15 @@ class Limits(NamedTuple):
             found[name] = value
             found[f"{name}-max"] = int(value * self.burst) if self.burst > 1 else 0
         return found
+
+    @classmethod
+    def from_qemu(cls, found: Mapping[str, int]) -> Limits:
+        """The limits that a throttle group keeps, from its `limits`."""
+        values = [int(found[name]) for name in _QEMU_NAMES]
+        bursts = (
+            round(found[f"{name}-max"] / value, 2) for name, value in zip(_QEMU_NAMES, values, strict=True) if value
+        )
+        return cls(*values)._replace(burst=max((1.0, *bursts)))
 
     def __str__(self) -> str:
         words = [

@@ -137,3 +137,11 @@ async def _take_out(context: Context, attachment: Attachment, tray: Tray, medium
         await chain.dismantle(context, attachment, medium)
     if not attachment.images:
         await undo_step(context, attachment, BuildImage.name)
+
+
+async def forget(context: Context, attachment: Attachment) -> None:
+    """Close what is left of media of a drive that has none in: a manager died between the tray and the image."""
+    await undo_step(context, attachment, AddPivot.name)
+    for image in tuple(attachment.images):
+        await chain.dismantle(context, attachment, image)
+    await undo_step(context, attachment, BuildImage.name)

@@ -8,31 +8,35 @@ from . import ports
 from .context import Context
 from .ports import Pool
 
-_THREAD = "scsi-thread"
+#: The id of its thread.
+CONTROLLER_THREAD = "scsi-thread"
 
 
 async def threaded_scsi(context: Context) -> Pool:
     """The controller's targets. The first call takes a port for it; raises NoFreePort or QmpError, and leaves nothing
     then."""
     async with context.threading_scsi:
-        if context.threaded_scsi is None:
+        if context.threaded_scsi is None or context.threaded_place is None:
             await _plug_in(context)
-            context.threaded_scsi = ports.scsi_pool(ports.THREADED_SCSI_CONTROLLER)
+            context.threaded_scsi = context.threaded_scsi or ports.scsi_pool(ports.THREADED_SCSI_CONTROLLER)
         return context.threaded_scsi
 
 
 async def _plug_in(context: Context) -> None:
     place = context.layout.pci.take()
+    context.threaded_place = place
+    context.journal()
     device = {
         "driver": "virtio-scsi-pci",
         "id": ports.THREADED_SCSI_CONTROLLER,
-        "iothread": _THREAD,
+        "iothread": CONTROLLER_THREAD,
         **place.properties(),
     }
     try:
-        await context.monitor.execute("object-add", {"qom-type": "iothread", "id": _THREAD})
+        await context.monitor.execute("object-add", {"qom-type": "iothread", "id": CONTROLLER_THREAD})
         await context.monitor.execute("device_add", device)
     except QmpError:
-        await context.remove_object(_THREAD)
+        await context.remove_object(CONTROLLER_THREAD)
         context.layout.pci.release(place)
+        context.threaded_place = None
         raise

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Taking over a machine whose manager died: vmspawn's options for it, and `vmctl adopt`, which starts a manager."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import NotConnected, StartError, Timeout, UsageError
+from ..host import runtime
+from ..machine.config import MachineConfig
+from ..machine.launch import launch
+
+if TYPE_CHECKING:
+    from ..machine.launch import Launched
+
+#: Seconds that a manager in the background has to take a machine over.
+_ADOPT_TIMEOUT = 45.0
+
+# What vmspawn says in front of its errors on standard error.
+_PREFIX = "vmspawn: "
+
+
+def add_options(group: Any) -> None:
+    """vmspawn's options for adopting."""
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--adopt", action="store_true", help="take over the machine -M, whose manager died")
+    choice.add_argument(
+        "--adopt-or-start", action="store_true", help="take it over if it runs without a manager, else start it"
+    )
+    # For whoever starts us in the background: a byte comes here once the machine is up.
+    group.add_argument("--ready-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
+
+
+def parse(options: argparse.Namespace) -> MachineConfig:
+    """Which machine is to be adopted, and how it is to be managed. Raises UsageError."""
+    if options.machine is None:
+        raise UsageError("--adopt needs to know which machine", hint="name it with --machine=; see: vmctl list")
+    if options.kernel_arguments:
+        raise UsageError(f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}")
+    name = runtime.check_name(options.machine)
+    return MachineConfig(name=name, console=options.console, shutdown_timeout=options.shutdown_timeout)
+
+
+def is_wanted(options: argparse.Namespace, config: MachineConfig) -> bool:
+    """Whether to adopt the machine, or start it."""
+    if not options.adopt_or_start:
+        return bool(options.adopt)
+    from ..machine.adopt import has_orphan
+
+    return has_orphan(config.name or "")
+
+
+def begin(
+    options: argparse.Namespace, config: MachineConfig, notice: Callable[[str], None], detail: Callable[[str], None]
+) -> Launched:
+    """Start the machine, or take it over. Raises what `launch` and `adopt` raise."""
+    if is_wanted(options, config):
+        from ..machine.adopt import adopt
+
+        return adopt(config, notice=notice)
+    return launch(config, notice=notice, detail=detail)
+
+
+def ready(options: argparse.Namespace) -> Callable[[], None]:
+    """What to call once the machine is up."""
+
+    def tell() -> None:
+        if options.ready_fd is not None:
+            os.write(options.ready_fd, b"\n")
+            os.close(options.ready_fd)
+
+    return tell
+
+
+# vmctl's part.
+
+
+def run(options: argparse.Namespace) -> None:
+    """`vmctl adopt`: start a manager in the background, and wait until it has the machine."""
+    name = runtime.check_name(options.machine)
+    folder = os.path.join(runtime.runtime_root(), name)
+    timeout = _ADOPT_TIMEOUT if options.timeout is None else options.timeout
+    try:
+        log = os.open(
+            os.path.join(folder, runtime.MANAGER_LOG), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+    except FileNotFoundError:
+        raise NotConnected(f"there is no machine named {name}", hint="see: vmctl list") from None
+    except OSError as error:
+        raise StartError(f"cannot use the runtime directory {folder}: {error.strerror}") from None
+    start = os.fstat(log).st_size
+    waiting, telling = os.pipe()
+    try:
+        pid = _start(name, log, telling)
+        os.close(telling)
+        telling = -1
+        if not select.select([waiting], [], [], timeout)[0]:
+            raise Timeout(f"the manager of {name} (process {pid}) has not taken it over within {timeout:g} s")
+        if not os.read(waiting, 1):
+            os.waitpid(pid, 0)
+            raise _failure(os.pread(log, 1 << 16, start).decode(errors="replace"))
+    finally:
+        for fd in (log, waiting, telling):
+            if fd >= 0:
+                os.close(fd)
+    if not options.quiet and options.json == "off":
+        print(f"Adopted {name}")
+
+
+def _start(name: str, log: int, telling: int) -> int:
+    """Start a manager that outlives us, and return its process id. It inherits `log` and `telling` and nothing else."""
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_DUP2, log, 2),
+        # Duplicating a descriptor onto itself makes it inheritable in the child alone.
+        (os.POSIX_SPAWN_DUP2, telling, telling),
+    ]
+    arguments = ["--adopt", f"--machine={name}", "--console=headless", f"--ready-fd={telling}"]
+    command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
+    return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True)
+
+
+def _failure(said: str) -> StartError:
+    """The error of a manager that gave up, from what it printed."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if line.startswith(_PREFIX):
+            hint = lines[number + 1].strip() if number + 1 < len(lines) else ""
+            return StartError(line.removeprefix(_PREFIX), hint=hint)
+    return StartError(lines[-1] if lines else "the manager ended without a word")

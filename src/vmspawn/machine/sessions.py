@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The QMP sessions of a machine: what serves them is started with the first one, for many machines never have one."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .state import SavedSessions
+
+if TYPE_CHECKING:
+    from ..qmp.multiplexer import Multiplexer
+    from ..qmp.session import Session
+
+
+class Sessions:
+    """Shares two of QEMU's monitors among clients. Owns the monitors' sockets, from the first client or `close` on.
+
+    `journal` is called when `saved` has changed, and must have saved it when it returns. `before` is what the sessions
+    of another manager may have left in QEMU.
+    """
+
+    def __init__(
+        self, sockets: dict[str, socket.socket], before: SavedSessions | None, journal: Callable[[], None]
+    ) -> None:
+        self._sockets = sockets
+        self._journal = journal
+        self._before = before or SavedSessions()
+        self._multiplexer: Multiplexer | None = None
+        self._starting: asyncio.Task[Multiplexer] | None = None
+        #: Descriptor sets that were there from boot, and are neither ours nor a session's.
+        self.foreign_fdsets: tuple[int, ...] = self._before.foreign_fdsets
+
+    @property
+    def open(self) -> tuple[Session, ...]:
+        """The clients that are connected."""
+        return self._multiplexer.sessions if self._multiplexer else ()
+
+    @property
+    def saved(self) -> SavedSessions:
+        """What another manager would have to close."""
+        names = self._multiplexer.names if self._multiplexer else ()
+        return SavedSessions(
+            self._starting is not None or self._before.served,
+            tuple({*names, *self._before.names}),
+            self.foreign_fdsets,
+        )
+
+    async def multiplexer(self) -> Multiplexer:
+        """What shares QEMU; started when it is first asked for.
+
+        Raises Timeout if QEMU does not greet, NotConnected if it is gone. A start that failed is final, for its
+        connections to QEMU are gone: all who ask later are told the same.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+            self._journal()
+        # Who gives up does not end it for the others.
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> Multiplexer:
+        from ..qmp.multiplexer import Multiplexer
+
+        sessions, bulk = (self._sockets.pop(name) for name in ("qmp-sessions", "qmp-bulk"))
+        # That QEMU is gone, the manager's own monitor tells.
+        multiplexer = Multiplexer(sessions, bulk, on_lost=lambda _: None, on_names=self._journal)
+        try:
+            await multiplexer.start()
+        except BaseException:
+            await multiplexer.close()
+            raise
+        self._multiplexer = multiplexer
+        return multiplexer
+
+    async def close_what_was_left(self) -> None:
+        """Close the descriptors that sessions of another manager passed to QEMU and nothing took over."""
+        if not self._before.served:
+            return
+        multiplexer = await self.multiplexer()
+        await multiplexer.close_names(self._before.names)
+        self._before = SavedSessions(served=True)
+        self._journal()
+
+    async def close(self) -> None:
+        """End the sessions."""
+        if self._starting is not None:
+            self._starting.cancel()
+            # However the start ended, those who waited for it were told.
+            await asyncio.gather(self._starting, return_exceptions=True)
+        if self._multiplexer is not None:
+            await self._multiplexer.close()

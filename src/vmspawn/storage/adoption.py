@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Taking over the drives of a manager that died: what its journal says, held against what QEMU has.
+
+An attach that was under way is taken back, a detach goes on, a change is finished if QEMU had made it and taken back if
+not. Whoever asked for it was never answered, so either is the truth. Drives whose devices went meanwhile are taken
+apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..errors import QmpError, Timeout
+from . import buses, chain, exchange, media, ports
+from .attachment import Attachment, State
+from .context import Context
+from .image import FAULT, FDSET_BASE
+from .inventory import Inventory, uses_fdset
+from .limits import Limits
+from .saved import load_pci_place
+from .steps import AddPivot, ReservePlace
+from .threaded import CONTROLLER_THREAD
+
+# Our own names in QEMU. Those of a drive that the journal does not know are left over; from the top down.
+_NODE_LAYERS = ("pivot", "format", "file")
+_NODE = re.compile(r"(?:drive|image)\d+-(?:pivot|format|file)")
+_OBJECT = re.compile(r"drive\d+-(?:limits|thread)")
+
+
+def load(context: Context, saved: dict[str, Any]) -> list[Attachment]:
+    """The drives in a saved register, with their places taken. Raises KeyError, TypeError or ValueError."""
+    context.numbers_used_up_to(int(saved["next"]) - 1)
+    if place := saved.get("threaded-scsi"):
+        context.threaded_place = load_pci_place(place)
+        context.threaded_scsi = ports.scsi_pool(ports.THREADED_SCSI_CONTROLLER)
+        context.layout.pci.claim(context.threaded_place)
+    attachments = [Attachment.from_state(each) for each in saved["attachments"]]
+    if any(each.place.bus == f"{ports.THREADED_SCSI_CONTROLLER}.0" for each in attachments):
+        context.threaded_scsi = context.threaded_scsi or ports.scsi_pool(ports.THREADED_SCSI_CONTROLLER)
+    for attachment in attachments:
+        attachment.settled.set()
+        if ReservePlace.name in attachment.done:
+            context.pool(attachment).claim(attachment.place)
+    return attachments
+
+
+class Adoption:
+    """One taking over. `unwind` starts to take a drive apart; `notes` says, in words, what was found and done."""
+
+    def __init__(self, context: Context, unwind: Callable[[Attachment], object]) -> None:
+        self._context = context
+        self._unwind = unwind
+        self.notes: list[str] = []
+
+    async def run(self, attachments: Iterable[Attachment], foreign_fdsets: Sequence[int]) -> None:
+        """Do it. `foreign_fdsets` were there from boot and are not ours. Raises Timeout or NotConnected."""
+        attachments = tuple(attachments)
+        found = await Inventory.take(self._context.monitor)
+        leftovers = _leftovers(found, attachments)
+        await self._settle_controller(found)
+        for attachment in attachments:
+            await self._settle(attachment, found)
+        await self._sweep(leftovers)
+        await self._drop_fdsets(found, attachments, foreign_fdsets)
+        self._context.journal()
+
+    async def _settle(self, attachment: Attachment, found: Inventory) -> None:
+        if not found.has_device(attachment):
+            attachment.gone.set()
+        match attachment.state:
+            case State.ATTACHING:
+                self.notes.append(f"takes back the attaching of {attachment.name}, which had not come to its end")
+                self._unwind(attachment)
+            case State.DETACHING:
+                self.notes.append(f"goes on detaching {attachment.name}")
+                await self._attempt(attachment, self._finish_force(attachment, found))
+                self._unwind(attachment)
+            case State.ATTACHED if attachment.gone.is_set():
+                self.notes.append(f"{attachment.name} was removed meanwhile")
+                self._unwind(attachment)
+            case State.ATTACHED:
+                await self._attempt(attachment, self._settle_change(attachment, found))
+
+    async def _attempt(self, attachment: Attachment, work: Any) -> None:
+        """Something that QEMU may refuse, for instance because somebody else uses a node. The drive works then too."""
+        try:
+            async with attachment.lock:
+                await work
+        except QmpError as error:
+            self.notes.append(f"could not tidy up {attachment.name}: {error}")
+
+    # Changes that were under way.
+
+    async def _settle_change(self, attachment: Attachment, found: Inventory) -> None:
+        if attachment.drive.bus == "scsi-cd":
+            await self._settle_medium(attachment, found)
+        elif len(attachment.images) > 1:
+            await self._settle_images(attachment, found)
+        await self._read_limits(attachment, found)
+        for image in attachment.images:
+            await chain.release(self._context, image)
+
+    async def _settle_images(self, attachment: Attachment, found: Inventory) -> None:
+        """An image was being replaced. The one that the guest works on stays."""
+        image = found.image_under(attachment)
+        if image is None:
+            self.notes.append(f"cannot tell which image {attachment.name} stands on; detach it when you can")
+            return
+        self.notes.append(f"{attachment.name} was getting another image; it stands on {image.path or 'the one'}")
+        attachment.images.remove(image)
+        attachment.images.insert(0, image)
+        self._context.journal()
+        for other in attachment.images[1:]:
+            await chain.dismantle(self._context, attachment, other)
+        if buses.TABLE[attachment.drive.bus].resizable and not attachment.read_only:
+            size = await self._context.virtual_size(image.top_node)
+            arguments = {"node-name": attachment.identifiers.pivot, "size": size}
+            await self._context.monitor.execute("block_resize", arguments)
+
+    async def _read_limits(self, attachment: Attachment, found: Inventory) -> None:
+        """The limits are those that QEMU keeps, whoever set them last."""
+        group = attachment.identifiers.limits
+        if group in found.objects:
+            arguments = {"path": f"/objects/{group}", "property": "limits"}
+            attachment.limits = Limits.from_qemu(await self._context.monitor.execute("qom-get", arguments))
+
+    async def _settle_medium(self, attachment: Attachment, found: Inventory) -> None:
+        """A medium that is in stays in, and another one that was to come does not. Where none is in, there is none."""
+        inserted, tray_open = found.medium(attachment)
+        if inserted != attachment.identifiers.pivot:
+            await media.forget(self._context, attachment)
+        elif len(attachment.images) > 1:
+            for other in attachment.images[1:]:
+                await chain.dismantle(self._context, attachment, other)
+            if tray_open:
+                await self._context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
+
+    async def _finish_force(self, attachment: Attachment, found: Inventory) -> None:
+        """Whoever detached by force wants the image back, whatever the guest does."""
+        faults = [image for image in attachment.images if image.format == FAULT]
+        if not faults or AddPivot.name not in attachment.done:
+            return
+        if found.image_under(attachment) is faults[0]:
+            attachment.images.remove(faults[0])
+            attachment.images.insert(0, faults[0])
+            for other in attachment.images[1:]:
+                await chain.dismantle(self._context, attachment, other)
+        else:
+            await chain.dismantle(self._context, attachment, faults[0])
+            await exchange.take_away(self._context, attachment)
+
+    # What is left over.
+
+    async def _settle_controller(self, found: Inventory) -> None:
+        """The controller with an I/O thread is there or not, whatever was under way."""
+        place = self._context.threaded_place
+        if place is None or ports.THREADED_SCSI_CONTROLLER in found.devices:
+            return
+        self._context.threaded_place = None
+        self._context.layout.pci.release(place)
+        await self._context.remove_object(CONTROLLER_THREAD)
+
+    async def _sweep(self, leftovers: tuple[list[str], list[str]]) -> None:
+        nodes, objects = leftovers
+        for name in nodes:
+            await self._remove(self._context.remove_node, name)
+        for name in objects:
+            await self._remove(self._context.remove_object, name)
+
+    async def _remove(self, remove: Callable[[str], Any], name: str) -> None:
+        try:
+            await remove(name)
+        except QmpError as error:
+            self.notes.append(f"could not remove {name}, which was left over: {error.description}")
+
+    async def _drop_fdsets(self, found: Inventory, attachments: Iterable[Attachment], foreign: Sequence[int]) -> None:
+        """Nothing needs a descriptor set by now, but for nodes that others opened, and what is being unwound."""
+        kept = {image.fdset for each in attachments for image in each.images if "fdset" in image.done} | {*foreign}
+        for number in sorted(found.fdsets - kept):
+            if number < FDSET_BASE and any(uses_fdset(text, number) for text in found.nodes.values()):
+                continue
+            try:
+                await self._context.remove_fdset(number)
+            except (QmpError, Timeout) as error:
+                self.notes.append(f"could not remove descriptor set {number}: {error}")
+
+
+def _leftovers(found: Inventory, attachments: Iterable[Attachment]) -> tuple[list[str], list[str]]:
+    """Nodes, from the top down, and objects with names of ours that belong to no drive of the journal."""
+    owned = {name for attachment in attachments for name in _names(attachment)}
+    nodes = [name for name in found.nodes if _NODE.fullmatch(name) and name not in owned]
+    nodes.sort(key=lambda name: _NODE_LAYERS.index(name.rpartition("-")[2]))
+    objects = [name for name in found.objects if _OBJECT.fullmatch(name) and name not in owned]
+    return nodes, objects
+
+
+def _names(attachment: Attachment) -> Iterable[str]:
+    identifiers = attachment.identifiers
+    yield from (identifiers.pivot, identifiers.limits, identifiers.thread)
+    for image in attachment.images:
+        yield from (image.file_node, image.format_node)

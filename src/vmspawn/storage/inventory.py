@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What of drives there is in a running QEMU, read back through its monitor (HOTPLUG.md 9)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..qmp.monitor import Monitor
+from .attachment import Attachment
+from .image import FAULT, Image
+
+
+class Medium(NamedTuple):
+    """What is in a drive: the node, if there is a medium, and whether the tray is open."""
+
+    node: str
+    tray_open: bool
+
+
+class Inventory(NamedTuple):
+    """Devices and objects by id, descriptor sets by number, and what each block node says that it stands on."""
+
+    devices: frozenset[str]
+    objects: frozenset[str]
+    fdsets: frozenset[int]
+    nodes: dict[str, str]
+    media: dict[str, Medium]
+
+    @classmethod
+    async def take(cls, monitor: Monitor) -> Inventory:
+        """Look at all of it. Raises what `Monitor.execute` raises."""
+        fdsets = await monitor.execute("query-fdsets")
+        nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+        blocks = await monitor.execute("query-block")
+        return cls(
+            await _children(monitor, "/machine/peripheral"),
+            await _children(monitor, "/objects"),
+            frozenset(int(each["fdset-id"]) for each in fdsets),
+            {str(each["node-name"]): str(each["file"]) for each in nodes if "node-name" in each},
+            {str(each["qdev"]): _medium(each) for each in blocks if "qdev" in each},
+        )
+
+    def has_device(self, attachment: Attachment) -> bool:
+        """Whether the drive's device is there."""
+        return attachment.identifiers.device in self.devices
+
+    def medium(self, attachment: Attachment) -> Medium:
+        """What is in an optical drive."""
+        return self.media.get(attachment.identifiers.device, Medium("", False))
+
+    def image_under(self, attachment: Attachment) -> Image | None:
+        """Which of its images the drive's pivot stands on, or None if that cannot be told.
+
+        QEMU 7.2 does not name a node's children, but it describes them down to the descriptor set, whose number is an
+        image's own; what stands for an image that was taken away has none.
+        """
+        text = self.nodes.get(attachment.identifiers.pivot, "")
+        for image in attachment.images:
+            if uses_fdset(text, image.fdset):
+                return image
+        faults = [image for image in attachment.images if image.format == FAULT]
+        return faults[0] if faults and "blkdebug" in text else None
+
+
+def uses_fdset(text: str, number: int) -> bool:
+    """Whether a node's description says that it stands on that descriptor set."""
+    path = f"/dev/fdset/{number}"
+    return text == path or f'{path}"' in text
+
+
+def _medium(block: dict[str, Any]) -> Medium:
+    return Medium(str(block.get("inserted", {}).get("node-name", "")), bool(block.get("tray_open")))
+
+
+async def _children(monitor: Monitor, path: str) -> frozenset[str]:
+    found: list[dict[str, Any]] = await monitor.execute("qom-list", {"path": path})
+    return frozenset(str(each["name"]) for each in found)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Drives as state.json has them: all that a manager needs to take over those of another one.
+
+On the start path, for the drives of boot are written down before QEMU is started: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from . import buses
+from .backing import Backing
+from .drive import Drive
+from .image import Image
+from .limits import NO_LIMITS, Limits
+from .nodes import Identifiers
+from .ports import NamespacePlace, PciPlace, Place, ScsiPlace
+
+# The fields of a Drive that are saved under `options`, by their names there.
+_OPTIONS = {
+    "read-only": "read_only",
+    "format": "format",
+    "discard": "discard",
+    "detect-zeroes": "detect_zeroes",
+    "cache": "cache",
+    "aio": "aio",
+    "thread": "thread",
+    "share": "share",
+    "boot-index": "boot_index",
+}
+
+
+def save_drive(
+    drive: Drive,
+    identifiers: Identifiers,
+    place: Place,
+    serial: str,
+    images: Iterable[Image],
+    *,
+    limits: Limits = NO_LIMITS,
+    boot: bool = False,
+    state: str = "attached",
+    done: Iterable[str] = (),
+) -> dict[str, Any]:
+    """A drive as JSON values."""
+    return {
+        "name": drive.name,
+        "bus": drive.bus,
+        "options": {name: getattr(drive, field) for name, field in _OPTIONS.items()},
+        "serial": serial,
+        "limits": list(limits),
+        "boot": boot,
+        "number": identifiers.number,
+        "place": list(place),
+        "images": [image.to_state() for image in images],
+        "state": state,
+        "done": list(done),
+    }
+
+
+def load_drive(saved: Mapping[str, Any]) -> Drive:
+    """The drive as the user asked for it. What an older version did not save has its default."""
+    options = {field: saved["options"][name] for name, field in _OPTIONS.items() if name in saved["options"]}
+    images = saved["images"]
+    path = str(images[0]["path"]) if images else ""
+    return Drive(path, str(saved["name"]), str(saved["bus"]), limits=load_limits(saved), **options)
+
+
+def load_limits(saved: Mapping[str, Any]) -> Limits:
+    """The limits of a drive."""
+    return Limits(*saved["limits"])
+
+
+def load_place(bus: str, values: list[Any]) -> Place:
+    """Where a drive on that bus is."""
+    match buses.TABLE[bus].pool:
+        case "scsi":
+            controller, target, lun = values
+            return ScsiPlace(str(controller), int(target), int(lun))
+        case "namespaces":
+            controller, nsid = values
+            return NamespacePlace(str(controller), int(nsid))
+        case _:
+            return load_pci_place(values)
+
+
+def load_pci_place(values: list[Any]) -> PciPlace:
+    """A port or slot."""
+    on, address = values
+    return PciPlace(str(on), str(address))
+
+
+def load_image(saved: Mapping[str, Any]) -> Image:
+    """An image. Its descriptor is not ours: QEMU has it, or nobody."""
+    found = saved["backing"]
+    backing = found and Backing(-1, bool(found["block"]), bool(found["writable"]), tuple(found["identity"]), 0)
+    image = Image(
+        int(saved["number"]),
+        backing or None,
+        str(saved["format"]),
+        str(saved["path"]),
+        size=int(saved["size"]),
+    )
+    image.done = [str(name) for name in saved["done"]]
+    return image

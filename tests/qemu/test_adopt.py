@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine whose manager was killed is taken over by another one, or it is said why not."""
+
+import array
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import Spawned, vmctl, vmspawn
+from tests.conftest import make_qcow2, make_raw
+from tests.machines import fresh_name, is_gone, process_is_gone
+from tests.survivors import RawMonitor, Survivor, survivor, wait_until_dead
+from vmspawn.host import runtime
+from vmspawn.machine.state import STATE_VERSION
+
+
+@pytest.fixture
+def machine(qemu: str, tmp_path: Path) -> Iterator[Survivor]:
+    image = make_raw(tmp_path / "boot", 1 << 20)
+    with survivor(
+        fresh_name(), f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--hotplug-ports=4"
+    ) as running:
+        yield running
+
+
+def attach(machine: Survivor, path: Path, *arguments: str) -> None:
+    done = vmctl("attach-disk", machine.name, str(path), *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_drives_keep_their_names_places_and_serials(machine: Survivor, tmp_path: Path) -> None:
+    attach(machine, make_raw(tmp_path / "one"), "--bus=virtio-blk", "--discard=ignore")
+    attach(machine, make_qcow2(tmp_path / "two"), "--bus=nvme", "--format=qcow2", "--serial=TWO")
+    attach(machine, make_raw(tmp_path / "three"), "--bus=virtio-scsi", "--iops=100", "--burst=3", "--iothread")
+    done = vmctl("attach-disk", machine.name, "--bus=scsi-cd", "--name=empty")
+    assert done.returncode == 0, done.stderr
+    before = machine.disks()
+    machine.kill_manager()
+    assert not process_is_gone(machine.pid)
+    listed = vmctl("list").stdout
+    ours = next(line.split() for line in listed.splitlines() if machine.name in line)
+    assert ours == [machine.name, "no", "manager", "-", "-", str(machine.pid)]
+    machine.adopt()
+    assert machine.disks() == before
+    status = json.loads(vmctl("status", machine.name, "--json=short").stdout)
+    # Of four ports two have drives, and one the SCSI controller with an I/O thread.
+    assert (status["processId"], status["portsFree"], status["accelerator"]) == (machine.pid, 1, "tcg")
+    for name in ("three", "empty"):
+        assert vmctl("detach-disk", machine.name, name).returncode == 0
+    attach(machine, tmp_path / "three", "--bus=virtio-scsi")
+
+
+def test_a_manager_in_the_background(machine: Survivor) -> None:
+    machine.kill_manager()
+    done = vmctl("adopt", machine.name)
+    assert (done.returncode, done.stdout) == (0, f"Adopted {machine.name}\n")
+    again = vmctl("adopt", machine.name)
+    assert (again.returncode, again.stderr.splitlines()[0]) == (
+        1,
+        f"vmctl: machine {machine.name} has a manager, which lives",
+    )
+    assert vmctl("terminate", machine.name).returncode == 0
+    wait_until_dead(machine.pid)
+
+
+def test_a_living_manager_keeps_its_machine(machine: Survivor) -> None:
+    done = vmspawn("--adopt", "-M", machine.name)
+    assert done.returncode == 1
+    assert f"machine {machine.name} has a manager, which lives" in done.stderr
+    assert machine.disks()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--adopt",), 2, "--adopt needs to know which machine"),
+        (("--adopt", "-M", "../x"), 2, "invalid machine name"),
+        (("--adopt", "-M", "nobody"), 1, "there is no machine named nobody"),
+        (("--adopt", "-M", "nobody", "quiet"), 2, "--adopt starts no kernel"),
+        (("--adopt", "--adopt-or-start", "-M", "nobody"), 2, "not allowed with argument"),
+    ],
+)
+def test_what_cannot_be_adopted(arguments: tuple[str, ...], status: int, message: str) -> None:
+    done = vmspawn(*arguments)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_drive_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_path: Path) -> None:
+    attach(machine, make_raw(tmp_path / "gone"), "--bus=virtio-scsi")
+    attach(machine, make_raw(tmp_path / "kept"), "--bus=virtio-scsi")
+    machine.kill_manager()
+    with machine.monitor() as monitor:
+        devices = monitor.execute("qom-list", path="/machine/peripheral")["return"]
+        ours = sorted(each["name"] for each in devices if each["name"].startswith("drive"))
+        assert monitor.execute("device_del", id=ours[1]) == {"return": {}}
+    machine.adopt()
+    assert "gone was removed meanwhile" in machine.manager.output["stderr"]
+    # Its name and its image are free again.
+    done = vmctl("detach-disk", machine.name, "gone")
+    assert done.returncode == 0 or "no drive named gone" in done.stderr
+    attach(machine, tmp_path / "gone", "--bus=virtio-scsi")
+    assert {disk["name"] for disk in machine.disks()} == {"boot", "kept", "gone"}
+
+
+def test_qemu_killed_while_nobody_manages_it(machine: Survivor) -> None:
+    machine.kill_manager()
+    machine.kill_qemu()
+    done = vmspawn("--adopt", "-M", machine.name)
+    assert done.returncode == 1
+    assert f"machine {machine.name} has ended while it had no manager; removed what it left" in done.stderr
+    assert is_gone(machine.name)
+
+
+def test_qemu_killed_after_an_adoption(machine: Survivor) -> None:
+    machine.kill_manager()
+    machine.adopt()
+    machine.kill_qemu()
+    assert machine.manager.wait() == 1
+    assert "QEMU ended without a word, and why is not known" in machine.manager.output["stderr"]
+    assert is_gone(machine.name)
+
+
+def test_an_adopted_machine_ends_as_any_other(machine: Survivor) -> None:
+    machine.kill_manager()
+    machine.adopt()
+    machine.manager.signal(signal.SIGTERM)
+    machine.manager.wait_for("asked the guest to power off")
+    machine.manager.signal(signal.SIGTERM)
+    assert machine.manager.wait() == 0
+    assert "the machine was terminated" in machine.manager.output["stderr"]
+    assert is_gone(machine.name)
+    assert process_is_gone(machine.pid)
+
+
+def edit_state(machine: Survivor, **changes: Any) -> None:
+    path = Path(machine.folder) / runtime.STATE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_newer_state_is_refused_and_qemu_lives(machine: Survivor) -> None:
+    machine.kill_manager()
+    edit_state(machine, version=STATE_VERSION + 1)
+    done = vmspawn("--adopt", "-M", machine.name)
+    assert done.returncode == 1
+    assert f"machine {machine.name} belongs to a newer vmspawn" in done.stderr
+    assert not process_is_gone(machine.pid)
+    edit_state(machine, version=STATE_VERSION)
+    machine.adopt()
+
+
+def test_an_older_state_is_read(machine: Survivor, tmp_path: Path) -> None:
+    """Version 1 had neither accelerator nor sessions, and less of the machine and of each drive."""
+    attach(machine, make_raw(tmp_path / "disk"), "--bus=virtio-scsi")
+    before = machine.disks()
+    machine.kill_manager()
+    path = Path(machine.folder) / runtime.STATE
+    found = json.loads(path.read_text())
+    for each in found["storage"]["attachments"]:
+        del each["options"]["format"], each["options"]["boot-index"]
+    old = {
+        "version": 1,
+        "name": machine.name,
+        "qemu": {name: found["qemu"][name] for name in ("pid", "started", "path")},
+        "machine": {"type": "q35", "hotplug-ports": 4},
+        "storage": {name: found["storage"][name] for name in ("next", "attachments")},
+    }
+    path.write_text(json.dumps(old))
+    machine.adopt()
+    assert machine.disks() == before
+    assert json.loads(path.read_text())["version"] == STATE_VERSION
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 2}', b'{"version": "x"}'])
+def test_a_damaged_state_is_said(machine: Survivor, damage: bytes) -> None:
+    machine.kill_manager()
+    path = Path(machine.folder) / runtime.STATE
+    whole = path.read_bytes()
+    path.write_bytes(damage)
+    done = vmspawn("--adopt", "-M", machine.name)
+    assert done.returncode == 1
+    assert f"the state of machine {machine.name} is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+    # Nor does it look like a leftover that could be cleaned.
+    assert "still runs without its manager" in vmspawn("-M", machine.name, "--guest=builtin").stderr
+    path.write_bytes(whole)
+    machine.adopt()
+
+
+def test_a_manager_that_died_before_it_knew_qemus_process(machine: Survivor) -> None:
+    """The state is written ahead of the start; QEMU itself then tells which process it is."""
+    machine.kill_manager()
+    state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
+    edit_state(machine, qemu={**state["qemu"], "pid": 0, "started": 0})
+    machine.adopt()
+    assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["processId"] == machine.pid
+
+
+def test_a_monitor_that_somebody_else_holds(machine: Survivor) -> None:
+    machine.kill_manager()
+    with machine.monitor():
+        done = vmspawn("--adopt", "-M", machine.name)
+    assert done.returncode == 1
+    assert "gave no greeting" in done.stderr
+    assert "somebody else may hold it" in done.stderr
+    assert not process_is_gone(machine.pid)
+    machine.adopt()
+
+
+def test_what_sessions_left_is_closed(machine: Survivor, tmp_path: Path) -> None:
+    """A name of getfd, which QEMU cannot list, and a descriptor set that nothing uses."""
+    session = acquire(machine)
+    run(session, "qmp_capabilities")
+    with open(make_raw(tmp_path / "passed", 4096), "rb") as file:
+        assert run(session, "getfd", fd=file.fileno(), fdname="left") == {"return": {}}
+        assert run(session, "add-fd", fd=file.fileno())["return"]["fdset-id"] == 0
+    machine.kill_manager()
+    session.close()
+    machine.adopt()
+    machine.kill_manager()
+    # Names belong to the sessions' monitor.
+    with RawMonitor(os.path.join(machine.folder, "qmp-sessions")) as monitor:
+        assert monitor.execute("closefd", fdname="left")["error"]["desc"].endswith("'left' not found")
+        assert not [fdset for fdset in monitor.execute("query-fdsets")["return"] if fdset["fds"]]
+    machine.adopt()
+
+
+def acquire(machine: Survivor) -> socket.socket:
+    """A QMP session on the control socket, by Varlink's upgrade."""
+    connected = socket.socket(socket.AF_UNIX)
+    connected.settimeout(20)
+    connected.connect(os.path.join(machine.folder, runtime.CONTROL))
+    connected.sendall(b'{"method":"io.systemd.QemuMachineInstance.AcquireQMP","upgrade":true}\0')
+    data = b""
+    while b"\0" not in data:
+        data += connected.recv(1)
+    read_line(connected)
+    return connected
+
+
+def read_line(connected: socket.socket) -> dict[str, Any]:
+    data = b""
+    while not data.endswith(b"\n"):
+        data += connected.recv(1)
+    found: dict[str, Any] = json.loads(data)
+    return found
+
+
+def run(connected: socket.socket, command: str, *, fd: int = -1, **arguments: Any) -> dict[str, Any]:
+    data = json.dumps({"execute": command, "arguments": arguments}).encode()
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+    connected.sendmsg([data], ancillary)
+    while "event" in (found := read_line(connected)):
+        pass
+    return found
+
+
+def test_adopt_or_start(qemu: str, tmp_path: Path) -> None:
+    name = fresh_name()
+    image = make_raw(tmp_path / "boot", 1 << 20)
+    arguments = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--adopt-or-start")
+    with survivor(name, *arguments) as machine:
+        machine.kill_manager()
+        machine.manager = Spawned(name, arguments)
+        machine.manager.wait_for("is running")
+        assert f"took over machine {name} (QEMU is process {machine.pid})" in machine.manager.output["stderr"]
+        assert vmctl("terminate", name).returncode == 0
+        assert machine.manager.wait() == 0
+
+
+def test_the_files_of_the_package_may_change_while_it_runs(machine: Survivor) -> None:
+    """QEMU's binary may be another one by then: what it could do was written down."""
+    machine.kill_manager()
+    state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
+    edit_state(machine, qemu={**state["qemu"], "path": shutil.which("true")})
+    machine.adopt()
+    assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["running"] is True

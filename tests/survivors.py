@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Managers that are killed, and the machines that survive them."""
+
+import json
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from tests.commands import Spawned, qemu_pid, vmctl
+from vmspawn.host import runtime
+
+
+class Survivor:
+    """A machine under `vmspawn` processes that follow each other. Ends what is left of both in `close`."""
+
+    def __init__(self, name: str, *arguments: str) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.manager = Spawned(name, arguments)
+        self.manager.wait_for("is running")
+        self.pid = qemu_pid(name)
+
+    @property
+    def folder(self) -> str:
+        """The machine's runtime directory."""
+        return os.path.join(runtime.runtime_root(), self.name)
+
+    def kill_manager(self) -> None:
+        """kill -9, and wait until it is dead."""
+        self.manager.process.kill()
+        self.manager.close()
+
+    def adopt(self, *arguments: str) -> None:
+        """A new manager takes over."""
+        self.manager = Spawned(self.name, ("--adopt", "--console=headless", *arguments))
+        self.manager.wait_for("is running")
+
+    def kill_qemu(self) -> None:
+        """Kill QEMU, and wait until it is dead."""
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until_dead(self.pid)
+
+    def disks(self) -> list[dict[str, Any]]:
+        """What `vmctl list-disks` shows."""
+        found: list[dict[str, Any]] = json.loads(vmctl("list-disks", self.name, "--json=short").stdout)
+        return found
+
+    def monitor(self) -> "RawMonitor":
+        """A connection to the manager's monitor, which it must not hold."""
+        return RawMonitor(os.path.join(self.folder, "qmp-manager"))
+
+    def close(self) -> None:
+        """Leave nothing."""
+        self.manager.close()
+        if runtime.start_time(self.pid):
+            self.kill_qemu()
+        if os.path.exists(self.folder):
+            vmctl("adopt", self.name)
+
+
+@contextmanager
+def survivor(name: str, *arguments: str) -> Iterator[Survivor]:
+    """A machine whose managers may be killed."""
+    made = Survivor(name, *arguments)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class RawMonitor:
+    """A blocking client of one of QEMU's monitors, without any of our code."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(20)
+        self._socket.connect(path)
+        self._lines = self._socket.makefile("rb")
+        assert "QMP" in json.loads(self._lines.readline())
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """The reply to a command; events before it are passed over."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            message = json.loads(self._lines.readline())
+            if "event" not in message:
+                return message
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._lines.close()
+        self._socket.close()
+
+    def __enter__(self) -> "RawMonitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def wait_until_dead(pid: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    with suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            assert select.select([fd], [], [], 20)[0], f"process {pid} has not ended"
+        finally:
+            os.close(fd)
