@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Managers that kill themselves at a chosen step, as a power cut would: `python -m tests.dying` serves orders.
+
+An order is a line: the machine's name, an operation, how many times the state has been written when the manager dies,
+whether before or after that, and the operation's arguments. The answer is `died` or `finished`. Each order is carried
+out by a process of its own, forked from one that has loaded everything.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+
+import vmspawn.qmp.multiplexer  # noqa: F401 - so that the forks have it
+from vmspawn import Drive, Machine, MachineConfig
+from vmspawn.host.runtime import MachineDirectory
+from vmspawn.machine.adopt import adopt
+from vmspawn.storage.limits import Limits
+
+
+async def attach(machine: Machine, path: str, image_format: str = "raw") -> None:
+    limits = Limits(iops=500) if image_format == "qcow2" else Limits()
+    await machine.attach(Drive(path, "disk", "virtio-scsi", image_format, limits=limits))
+
+
+async def attach_empty(machine: Machine) -> None:
+    await machine.attach(Drive("", "disk", "scsi-cd"))
+
+
+async def attach_threaded(machine: Machine, path: str) -> None:
+    await machine.attach(Drive(path, "disk", "virtio-scsi", thread=True))
+
+
+async def detach(machine: Machine) -> None:
+    await machine.detach("disk")
+
+
+async def force(machine: Machine) -> None:
+    await machine.detach("disk", force=True)
+
+
+async def replace(machine: Machine, path: str, image_format: str = "raw") -> None:
+    await machine.replace("disk", path, format=image_format)
+
+
+async def limit(machine: Machine, iops: str) -> None:
+    await machine.limit("disk", Limits(iops=int(iops)))
+
+
+async def insert(machine: Machine, path: str) -> None:
+    await machine.insert_media("disk", path)
+
+
+async def eject(machine: Machine) -> None:
+    await machine.eject_media("disk")
+
+
+OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
+    function.__name__: function
+    for function in (attach, attach_empty, attach_threaded, detach, force, replace, limit, insert, eject)
+}
+
+
+def die_at(count: int, when: str) -> None:
+    """Die at that many writes of the state from now on, before or after the write."""
+    write = MachineDirectory.write
+    left = count
+
+    def counted(self: MachineDirectory, name: str, content: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, name, content)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MachineDirectory.write = counted  # type: ignore[method-assign]
+
+
+async def manage(name: str, operation: str, count: int, when: str, arguments: list[str]) -> None:
+    """Take a machine over, and die while doing something to it."""
+    launched = adopt(MachineConfig(name=name, console="headless"))
+    machine = Machine(launched.config)
+    machine.open(launched)
+    await machine.started()
+    die_at(count, when)
+    await OPERATIONS[operation](machine, *arguments)
+    await machine.leave()
+
+
+class Dying:
+    """The process that takes the orders."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.dying"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def order(self, *words: object) -> str:
+        """Have something done by a manager that dies, and wait for its end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(*words, file=self._process.stdin, flush=True)
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate(timeout=20)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        name, operation, count, when, *arguments = line.split()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                asyncio.run(manage(name, operation, int(count), when, arguments))
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        outcomes = {-signal.SIGKILL: "died", 0: "finished"}
+        print(outcomes.get(os.waitstatus_to_exitcode(status), f"status {status}"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

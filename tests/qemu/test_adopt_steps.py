@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A manager dies at each step of each thing that it can do to a drive; the next one puts it right."""
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import dying
+from tests.conftest import make_qcow2, make_raw
+from tests.dying import Dying
+from tests.machines import Snapshot, idle_machine
+from vmspawn import Machine, MachineConfig
+from vmspawn.machine.adopt import adopt
+from vmspawn.storage.attachment import Attachment, State
+from vmspawn.storage.limits import Limits
+from vmspawn.storage.ports import THREADED_SCSI_CONTROLLER
+
+#: More steps than anything has.
+STEPS_MAX = 60
+
+
+@pytest.fixture(scope="module")
+def doomed() -> Iterator[Dying]:
+    process = Dying()
+    yield process
+    process.close()
+
+
+@asynccontextmanager
+async def adopted(name: str) -> AsyncIterator[Machine]:
+    """A manager that takes the machine over, and lets go of it in the end."""
+    launched = adopt(MachineConfig(name=name, console="headless"))
+    machine = Machine(launched.config)
+    machine.open(launched)
+    await machine.started()
+    try:
+        yield machine
+    finally:
+        await machine.leave()
+
+
+# What is there before, and what the manager dies doing; the arguments name files below.
+SCENES = [
+    ("", "attach raw1"),
+    ("", "attach qcow1 qcow2"),
+    ("", "attach_empty"),
+    ("", "attach_threaded raw1"),
+    ("attach raw1", "detach"),
+    ("attach qcow1 qcow2", "detach"),
+    ("attach raw1", "force"),
+    ("attach raw1", "replace raw2"),
+    ("attach raw1", "replace large"),
+    ("attach raw1", "replace qcow1 qcow2"),
+    ("attach qcow1 qcow2", "replace raw1"),
+    ("attach raw1", "limit 100"),
+    ("attach qcow1 qcow2", "limit 100"),
+    ("attach qcow1 qcow2", "limit 0"),
+    ("attach_empty", "insert raw1"),
+    ("attach_empty; insert raw1", "insert raw2"),
+    ("attach_empty; insert raw1", "eject"),
+]
+
+
+@pytest.mark.parametrize(("before", "doing"), SCENES, ids=lambda scene: scene.replace(" ", "-"))
+async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dying, before: str, doing: str) -> None:
+    make_files(tmp_path)
+    async with idle_machine(qemu, tmp_path) as machine:
+        name, pid = machine.name, machine.pid
+        await machine.multiplexer()
+        await machine.leave()
+        try:
+            async with adopted(name) as first:
+                clean = await Snapshot.take(first)
+            for when in ("before", "after"):
+                await die_at_each_step(doomed, name, tmp_path, before, doing, when, clean)
+        finally:
+            async with adopted(name) as last:
+                await last.terminate()
+                await last.wait()
+                assert last.pid == pid
+
+
+async def die_at_each_step(
+    doomed: Dying, name: str, folder: Path, before: str, doing: str, when: str, clean: Snapshot
+) -> None:
+    for step in range(1, STEPS_MAX):
+        async with adopted(name) as machine:
+            for operation in filter(None, before.split("; ")):
+                await carry_out(machine, folder, operation)
+        outcome = await asyncio.to_thread(doomed.order, name, *order(doing, step, when, folder))
+        assert outcome in ("died", "finished")
+        async with adopted(name) as machine:
+            await settle(machine)
+            await agrees_with_qemu(machine, folder)
+            for each in machine.storage:
+                if not each.boot:
+                    await machine.detach(each.name)
+            assert await snapshot(machine) == clean, f"{doing}, step {step}, {when}: {machine.adoption_notes}"
+        if outcome == "finished":
+            return
+    raise AssertionError(f"{doing} never came to its end")
+
+
+def make_files(folder: Path) -> None:
+    for number in (1, 2):
+        make_raw(folder / f"raw{number}")
+        make_qcow2(folder / f"qcow{number}")
+    make_raw(folder / "large", 96 << 20)
+
+
+def order(doing: str, step: int, when: str, folder: Path) -> list[object]:
+    operation, *arguments = doing.split()
+    return [operation, step, when, *(words(folder, arguments))]
+
+
+def words(folder: Path, arguments: list[str]) -> list[str]:
+    """The arguments of an operation, where the first that names a file is its path."""
+    return [str(folder / word) if number == 0 and not word.isdigit() else word for number, word in enumerate(arguments)]
+
+
+async def carry_out(machine: Machine, folder: Path, text: str) -> None:
+    operation, *arguments = text.split()
+    await dying.OPERATIONS[operation](machine, *words(folder, arguments))
+
+
+async def settle(machine: Machine) -> None:
+    """Wait until what was under way has come to its end."""
+    for each in machine.storage:
+        if each.unwinding is not None:
+            await asyncio.wait({each.unwinding}, timeout=20)
+            assert each.unwinding.done(), f"{each.name} was not taken apart: {machine.adoption_notes}"
+
+
+async def agrees_with_qemu(machine: Machine, folder: Path) -> None:
+    """The register and QEMU say the same: nodes, files, limits and media."""
+    drives = [each for each in machine.storage if not each.boot]
+    assert all(each.state is State.ATTACHED for each in drives)
+    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+    boot = {name for each in machine.storage if each.boot for name in expected_nodes(each)}
+    assert {node["node-name"] for node in nodes} - boot == {name for each in drives for name in expected_nodes(each)}
+    files = {os.path.basename(each.image.path) for each in drives if each.image}
+    assert files_of(machine.pid, folder) == files
+    for each in drives:
+        assert len(each.images) <= 1
+        assert await limits_of(machine, each) == each.limits
+        if each.image and each.drive.bus != "scsi-cd":
+            sizes = await machine.storage.sizes()
+            assert sizes[each.name] == (96 << 20 if each.image.path.endswith("large") else 64 << 20)
+
+
+def expected_nodes(attachment: Attachment) -> set[str]:
+    found = set()
+    for image in attachment.images:
+        found |= {attachment.identifiers.pivot, image.file_node, image.base_node, image.top_node}
+    return found
+
+
+def files_of(pid: int, folder: Path) -> set[str]:
+    """The files of the folder that a process has open, but for what it booted from."""
+    links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    found = {os.path.basename(link) for link in links if os.path.dirname(link) == str(folder)}
+    return {name for name in found if not name.startswith("boot")}
+
+
+async def limits_of(machine: Machine, attachment: Attachment) -> Limits:
+    objects = await machine.monitor.execute("qom-list", {"path": "/objects"})
+    group = attachment.identifiers.limits
+    if not any(each["name"] == group for each in objects):
+        return Limits()
+    arguments = {"path": f"/objects/{group}", "property": "limits"}
+    return Limits.from_qemu(await machine.monitor.execute("qom-get", arguments))
+
+
+async def snapshot(machine: Machine) -> Snapshot:
+    """A snapshot without the SCSI controller that has an I/O thread: it stays for the next drive that wants one."""
+    found = await Snapshot.take(machine)
+    planned = machine.storage._context.threaded_place is not None
+    assert (THREADED_SCSI_CONTROLLER in found.pci_devices) is planned
+    devices = found.pci_devices - {THREADED_SCSI_CONTROLLER}
+    return dataclasses.replace(found, pci_devices=devices, ports_free=found.ports_free + planned)
