@@ -53,10 +53,10 @@ class Snapshot:
 
 
 def open_files(pid: int) -> int:
-    """How many files a process has open. Event descriptors do not count: QEMU makes some for its worker threads, once,
+    """How many files a process has open. Event descriptors and rings do not count: QEMU makes some for its threads, once,
     when they are first needed."""
     folder = Path(f"/proc/{pid}/fd")
-    return sum(not link.startswith("anon_inode:[event") for link in map(_read_link, folder.iterdir()))
+    return sum(not link.startswith(("anon_inode:[event", "anon_inode:[io_uring")) for link in map(_read_link, folder.iterdir()))
 
 
 def _read_link(path: Path) -> str:
