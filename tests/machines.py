@@ -52,11 +52,14 @@ class Snapshot:
         )
 
 
+# QEMU makes event descriptors and rings for its threads, once, when they are first needed.
+_OF_THREADS = ("anon_inode:[event", "anon_inode:[io_uring")
+
+
 def open_files(pid: int) -> int:
-    """How many files a process has open. Event descriptors and rings do not count: QEMU makes some for its threads, once,
-    when they are first needed."""
+    """How many files a process has open, but for those of its threads."""
     folder = Path(f"/proc/{pid}/fd")
-    return sum(not link.startswith(("anon_inode:[event", "anon_inode:[io_uring")) for link in map(_read_link, folder.iterdir()))
+    return sum(not link.startswith(_OF_THREADS) for link in map(_read_link, folder.iterdir()))
 
 
 def _read_link(path: Path) -> str:

@@ -27,7 +27,12 @@ class Shell:
     @classmethod
     async def open(cls, machine: Machine) -> "Shell":
         """Connect to a headless machine's console and wait until the guest is up."""
-        reader, writer = await asyncio.open_unix_connection(machine.directory.file(CONSOLE))
+        return await cls.connect(machine.directory.file(CONSOLE))
+
+    @classmethod
+    async def connect(cls, path: str) -> "Shell":
+        """The same by the console's path, whoever manages the machine."""
+        reader, writer = await asyncio.open_unix_connection(path)
         shell = cls(reader, writer)
         await shell.wait_for(READY, timeout=BOOT_TIMEOUT)
         await shell.run("stty -echo; PS1=")
