@@ -17,7 +17,7 @@ import pytest
 
 from tests.commands import vmctl, vmspawn
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.guest.writing import records_written, start_writer, stop_writer, verify
+from tests.guest.writing import answer, records_written, start_writer, stop_writer, verify
 from tests.machines import fresh_name, is_gone
 from tests.qemu.qmp_fixtures import SCALE
 from tests.shell import Shell
@@ -166,7 +166,7 @@ async def check(guest: Survivor, shell: Shell, folder: Path, where: str) -> None
     names = " ".join(sorted(disk["byId"].rpartition("/")[2] for disk in disks))
     seen = "$(ls /dev/disk/by-id | sort | xargs)"
     waiting = f'n=0; until [ "{seen}" = "{names}" ] || [ $((n += 1)) -gt 500 ]; do usleep 20000; done'
-    assert await shell.run(f"{waiting}; echo {seen}") == names, where
+    assert answer(await shell.run(f"{waiting}; echo {seen}")) == names, where
     found = await asyncio.to_thread(look, guest)
     # A raw image has two nodes.
     assert len(found["nodes"]) == 2 * len(disks), f"{where}: {found['nodes']} for {disks}"

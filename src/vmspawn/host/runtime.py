@@ -93,6 +93,7 @@ class MachineDirectory:
         path = os.path.join(root, check_name(name))
         try:
             os.makedirs(root, mode=0o700, exist_ok=True)
+            _check_root(root)
             fd = _open_locked(path, name)
         except OSError as error:
             raise StartError(f"cannot use the runtime directory {path}: {error.strerror}") from None
@@ -115,6 +116,7 @@ class MachineDirectory:
         """
         path = os.path.join(runtime_root(), check_name(name))
         try:
+            _check_root(runtime_root())
             fd = _open_locked(path, name, create=False)
         except FileNotFoundError:
             raise NotConnected(f"there is no machine named {name}", hint="see: vmctl list") from None
@@ -241,6 +243,17 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _check_root(root: str) -> None:
+    """Nobody else may put anything into the folder of the machines: what is in it would be taken for ours."""
+    found = os.lstat(root)
+    if not stat.S_ISDIR(found.st_mode):
+        raise StartError(f"the runtime directory {root} is not a directory", hint="a symbolic link will not do either")
+    if found.st_uid != os.geteuid():
+        raise StartError(f"the runtime directory {root} belongs to another user", hint="set VMSPAWN_RUNTIME_DIR")
+    if stat.S_IMODE(found.st_mode) & 0o022:
+        raise StartError(f"others may write to the runtime directory {root}", hint=f"chmod go-w {root}")
 
 
 def _check_ours(fd: int, path: str) -> None:

@@ -15,6 +15,7 @@ from . import consoles, memory
 from .additions import Additions
 from .config import MachineConfig
 from .qemu import QemuBinary
+from .sandbox import sandbox
 
 
 class Boot(NamedTuple):
@@ -77,6 +78,7 @@ def command_line(
     return [
         binary.path,
         *_identity(config),
+        *sandbox(binary, config),
         *_hardware(config, accelerator, additions),
         *_monitors(binary, inherited.monitors),
         *_controllers(config, layout),

@@ -49,7 +49,7 @@ _VIRTIO_CAPACITY = 1 << 20
 _CLIENTS_BACKLOG = 64
 
 #: Of our environment QEMU gets what it can use, and nothing that may be secret or change what it loads.
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "XAUTHORITY", "WAYLAND_DISPLAY")
+ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "XAUTHORITY", "WAYLAND_DISPLAY")
 
 
 class Launched:
@@ -299,7 +299,7 @@ def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int
     # Duplicating a descriptor onto itself makes it inheritable in the child alone.
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
     actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in keep]
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     try:
         return os.posix_spawn(
             arguments[0],

@@ -42,6 +42,8 @@ class QemuBinary(NamedTuple):
     namespaces: bool
     #: Whether it was built with io_uring.
     io_uring: bool
+    #: Whether it was built with seccomp.
+    sandbox: bool
 
 
 #: Said where a drive asks for what `namespaces` denies.
@@ -115,18 +117,20 @@ def _cached(path: str, identity: list[int]) -> QemuBinary | None:
         if entry["identity"] != identity:
             return None
         major, minor, micro = entry["version"]
-        features = (bool(entry[name]) for name in ("monitor_object", "namespaces", "io_uring"))
+        features = (bool(entry[name]) for name in ("monitor_object", "namespaces", "io_uring", "sandbox"))
         return QemuBinary(path, (major, minor, micro), str(entry["architecture"]), *features)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 # What a probed QEMU is asked. Whether namespaces can be plugged in shows in whether their bus has a handler for that.
+# An option that QEMU was built without is none that it knows.
 _QUESTIONS: tuple[tuple[str, dict[str, str]], ...] = (
     ("qmp_capabilities", {}),
     ("query-version", {}),
     ("query-target", {}),
     ("query-qmp-schema", {}),
+    ("query-command-line-options", {"option": "sandbox"}),
     ("qom-get", {"path": "/machine/peripheral/probe/probe", "property": "hotplug-handler"}),
     ("quit", {}),
 )
@@ -138,7 +142,7 @@ def _probe(path: str, identity: list[int]) -> QemuBinary:
 
     version = _parse_version(path, _run(path, "--version"))
     if version < VERSION_MIN:
-        return QemuBinary(path, version, "", False, False, False)
+        return QemuBinary(path, version, "", False, False, False, False)
     # Its name tells which machine it has; that it emulates what it says is asked.
     machine = "virt" if "aarch64" in os.path.basename(path) else "q35"
     commands = "".join(json.dumps({"execute": name, "arguments": arguments}) for name, arguments in _QUESTIONS)
@@ -160,7 +164,7 @@ def _understand(path: str, version: tuple[int, int, int], output: str) -> QemuBi
     answers = [json.loads(line) for line in output.splitlines() if line.startswith(('{"return"', '{"error"'))]
     if len(answers) != len(_QUESTIONS):
         raise StartError(f"QEMU {path} gave {len(answers)} answers to {len(_QUESTIONS)} questions")
-    _, _, target, schema, handler, _ = (answer.get("return") for answer in answers)
+    _, _, target, schema, sandbox, handler, _ = (answer.get("return") for answer in answers)
     choices = [values for kind in schema if (values := kind.get("values"))]
     return QemuBinary(
         path,
@@ -169,6 +173,7 @@ def _understand(path: str, version: tuple[int, int, int], output: str) -> QemuBi
         monitor_object=any("monitor-qmp" in values for values in choices),
         namespaces=bool(handler),
         io_uring=any({"threads", "io_uring"} <= {*values} for values in choices),
+        sandbox=bool(sandbox),
     )
 
 
@@ -221,6 +226,7 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
             "monitor_object": binary.monitor_object,
             "namespaces": binary.namespaces,
             "io_uring": binary.io_uring,
+            "sandbox": binary.sandbox,
         }
         os.makedirs(os.path.dirname(path), exist_ok=True)
         fresh = f"{path}.{os.getpid()}"

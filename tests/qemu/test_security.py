@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What QEMU is allowed and given, and who may talk to the manager (docs/security.md)."""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.commands import idle, qemu_pid
+from tests.conftest import make_raw
+from tests.machines import idle_machine, is_gone, process_is_gone
+from vmspawn import Drive, Machine
+from vmspawn.errors import NotConnected, QmpError, StartError
+from vmspawn.host import runtime
+from vmspawn.machine import launch
+
+
+@pytest_asyncio.fixture
+async def machine(qemu: str, tmp_path: Path) -> AsyncIterator[Machine]:
+    async with idle_machine(qemu, tmp_path) as running:
+        yield running
+
+
+def statuses(pid: int) -> list[dict[str, str]]:
+    """The status of each thread of a process (proc(5))."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    lines = [(task / "status").read_text().splitlines() for task in tasks]
+    return [dict(line.split(":\t", 1) for line in found if ":\t" in line) for found in lines]
+
+
+async def test_every_thread_of_qemu_is_filtered(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi", thread=True))
+    threads = statuses(machine.pid)
+    assert len(threads) > 2
+    # 2 is SECCOMP_MODE_FILTER.
+    assert {thread["Seccomp"] for thread in threads} == {"2"}
+    assert {thread["NoNewPrivs"] for thread in threads} == {"1"}
+
+
+async def test_qemu_starts_no_program(machine: Machine, tmp_path: Path) -> None:
+    """One that is told to by its own monitor dies or is refused, and nothing is run."""
+    witness = tmp_path / "was-run"
+    try:
+        await machine.monitor.execute("migrate", {"uri": f"exec:touch {witness}"})
+        with machine.events() as events:
+            async for _ in events:
+                pass  # until it has died
+    except (NotConnected, QmpError):
+        pass
+    assert not witness.exists()
+
+
+async def test_the_user_may_bring_another_sandbox(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path, qemu_arguments=("-sandbox", "off")) as machine:
+        assert {thread["Seccomp"] for thread in statuses(machine.pid)} == {"0"}
+
+
+async def test_qemu_gets_no_secrets_of_the_environment(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SECRET_TOKEN", "LD_PRELOAD_NOT", "QEMU_AUDIO_DRV", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, "secret")
+    async with idle_machine(qemu, tmp_path) as machine:
+        environment = environment_of(machine.pid)
+    assert "secret" not in environment.values()
+    # Where QEMU is behind a shell script, the shell adds its own.
+    assert set(environment) - {"PWD", "OLDPWD", "SHLVL", "_", "LD_LIBRARY_PATH"} <= set(launch.ENVIRONMENT)
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(line.split("=", 1) for line in lines if line)
+
+
+async def test_qemu_inherits_no_descriptor_of_ours(qemu: str, tmp_path: Path) -> None:
+    """Not even one that whoever started us left open for children."""
+    ours = str(make_raw(tmp_path / "ours", 4096))
+    fd = os.open(ours, os.O_RDONLY)
+    os.set_inheritable(fd, True)
+    async with idle_machine(qemu, tmp_path) as machine:
+        links = [os.readlink(f"/proc/{machine.pid}/fd/{each}") for each in os.listdir(f"/proc/{machine.pid}/fd")]
+    os.close(fd)
+    assert ours not in links
+    assert not [link for link in links if link.endswith(machine.name)]
+
+
+def test_sockets_and_files_are_for_their_owner_alone(qemu: str, tmp_path: Path) -> None:
+    with idle(qemu, tmp_path) as running:
+        folder = Path(runtime.runtime_root()) / running.name
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        for file in folder.iterdir():
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_is_not_served(qemu: str, tmp_path: Path) -> None:
+    """Not even one that can reach the socket."""
+    with idle(qemu, tmp_path) as running:
+        folder = Path(runtime.runtime_root()) / running.name
+        for path in (folder.parent, folder):
+            path.chmod(0o755)
+        (folder / runtime.CONTROL).chmod(0o666)
+        script = (
+            "import os, socket, sys; os.setgid(65534); os.setuid(65534);"
+            "c = socket.socket(socket.AF_UNIX); c.settimeout(20); c.connect(sys.argv[1]);"
+            "\ntry:\n"
+            '    c.sendall(b\'{"method":"org.varlink.service.GetInfo"}\\0\')\n'
+            "    data = c.recv(100)\n"
+            "except OSError:\n"
+            "    data = b''\n"
+            "sys.exit(0 if data == b'' else 1)"
+        )
+        assert run_python(script, str(folder / runtime.CONTROL)) == 0
+        folder.parent.chmod(0o700)
+        assert qemu_pid(running.name)
+
+
+def run_python(script: str, *arguments: str) -> int:
+    return subprocess.run([sys.executable, "-I", "-c", script, *arguments], timeout=60, check=False).returncode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("what", ["foreign", "open", "link", "file"])
+def test_a_runtime_directory_that_others_could_change_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    root = tmp_path / "root"
+    match what:
+        case "foreign":
+            root.mkdir(mode=0o700)
+            os.chown(root, 65534, 65534)
+        case "open":
+            root.mkdir()
+            root.chmod(0o777)
+        case "link":
+            (tmp_path / "elsewhere").mkdir(mode=0o700)
+            root.symlink_to(tmp_path / "elsewhere")
+        case "file":
+            root.touch()
+    monkeypatch.setenv("VMSPAWN_RUNTIME_DIR", str(root))
+    with pytest.raises(StartError, match="runtime directory") as caught:
+        runtime.MachineDirectory.create("name")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "elsewhere" / "name").exists()
+
+
+async def test_a_machine_that_ends_leaves_neither_process_nor_folder(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        pid = machine.pid
+    assert process_is_gone(pid)
+    assert is_gone(machine.name)
