@@ -14,6 +14,7 @@ from .console.viewers import OutputViewer
 from .console.voice import Voice
 from .control.registration import Registered
 from .control.server import ControlServer, build_registry
+from .host.limits import allow_descriptors
 from .host.notify import Notifier
 from .machine.end import End
 from .machine.keys import Keys
@@ -150,6 +151,7 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
 
     `ready` is called once the machine is up. Raises StartError if QEMU does not come up.
     """
+    allow_descriptors()
     machine = Machine(launched.config)
     try:
         machine.open(launched)

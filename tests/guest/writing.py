@@ -39,7 +39,7 @@ async def records_written(shell: Shell) -> int:
 
 def answer(output: str) -> str:
     """What a command printed, without what the guest said of its disks meanwhile."""
-    return "\n".join(line for line in output.splitlines() if not line.startswith("vmspawn-guest:"))
+    return "\n".join(line for line in output.splitlines() if line and not line.startswith("vmspawn-guest:"))
 
 
 async def stop_writer(shell: Shell) -> int:
