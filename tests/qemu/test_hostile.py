@@ -26,7 +26,7 @@ from vmspawn.host import runtime
 from vmspawn.host.limits import DESCRIPTORS
 from vmspawn.qmp.limits import SESSIONS
 
-#: Messages of one connection. Few, for a message that is none ends its connection, and what follows it is not looked at.
+#: Messages of one connection. Few, for what is no message ends its connection, and what follows is not looked at.
 BATCH = 4
 
 #: Seconds for all that a stranger left to be gone.
@@ -40,9 +40,10 @@ class Honest:
         self.machine = machine
         self.varlink = Client(machine.name)
         self._upgraded = Client(machine.name)
-        self._qmp, _ = self._upgraded.upgrade("io.vmspawn.Machine.AcquireQMP")
+        self._qmp, received = self._upgraded.upgrade("io.vmspawn.Machine.AcquireQMP")
         self._lines = self._qmp.makefile("rb")
-        assert b"QMP" in self._lines.readline()
+        while not received.endswith(b"\n"):
+            received += self._lines.readline()
         self._numbers = itertools.count()
         self._execute("qmp_capabilities")
 
