@@ -164,8 +164,9 @@ async def check(guest: Survivor, shell: Shell, folder: Path, where: str) -> None
     for disk in disks:
         assert disk["state"] == "attached", where
     names = " ".join(sorted(disk["byId"].rpartition("/")[2] for disk in disks))
-    seen = "$(ls /dev/disk/by-id | sort | xargs)"
-    waiting = f'n=0; until [ "{seen}" = "{names}" ] || [ $((n += 1)) -gt 500 ]; do usleep 20000; done'
+    # An NVMe disk has other names: with the number of its namespace, and of what identifies that.
+    seen = "$(ls /dev/disk/by-id | grep -v ^nvme-nvme | sed 's/_[0-9]*$//' | sort -u | xargs)"
+    waiting = f'n=0; until [ "{seen}" = "{names}" ] || [ $((n += 1)) -gt 100 ]; do usleep 20000; done'
     assert answer(await shell.run(f"{waiting}; echo {seen}")) == names, where
     found = await asyncio.to_thread(look, guest)
     # A raw image has two nodes.

@@ -22,6 +22,7 @@ from ..storage.drive import (
     DEFAULT_BUS,
     DETECT_ZEROES_CHOICES,
     DISCARD_CHOICES,
+    ON_ERROR_CHOICES,
 )
 from ..storage.formats import FORMATS, READ_ONLY_FORMATS
 from .calling import MACHINE, client_for, context, show
@@ -95,6 +96,11 @@ def _add_attach_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--aio", choices=AIO_CHOICES, help="how the host does the I/O (default: threads)")
     parser.add_argument("--iothread", action="store_true", help="an I/O thread of its own")
     parser.add_argument("--share", action="store_true", help="let other machines write to the image too")
+    parser.add_argument(
+        "--on-error",
+        choices=ON_ERROR_CHOICES,
+        help="where a request fails: tell the guest, stop it, or stop it if the host is full (default)",
+    )
     parser.add_argument("--boot-index", metavar="N", type=int, help="its place in the boot order")
     _add_limit_options(parser)
 
@@ -146,6 +152,7 @@ def _attach(options: argparse.Namespace) -> None:
         "thread": options.iothread,
         "share": options.share,
         "bootIndex": options.boot_index,
+        "onError": options.on_error,
         "limits": _limits(options) or None,
     }
     if not options.path:

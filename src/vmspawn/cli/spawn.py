@@ -25,7 +25,7 @@ from ..machine import config as configuration
 from ..machine import images
 from ..machine.config import ConsoleTerminal, MachineConfig
 from ..machine.launch import END_SIGNALS
-from ..storage.drive import BUSES, parse_extra_drive
+from ..storage.drive import BUSES, ON_ERROR_CHOICES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
 from . import adopting, boot_options, guest_options, later_options, share_options, system_options, volumes
@@ -158,6 +158,12 @@ def _add_storage(parser: Parser) -> None:
         help="a volume of a systemd storage provider, there from boot; repeatable",
     )
     group.add_argument(
+        "--on-error",
+        choices=ON_ERROR_CHOICES,
+        default="",
+        help="where a drive's request fails: tell the guest, stop it, or stop it if the host is full (default)",
+    )
+    group.add_argument(
         "--hotplug-ports", metavar="N", type=int, help="PCI devices that can be plugged in later (default: 8; pc: 27)"
     )
 
@@ -194,6 +200,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         kvm=options.kvm,
         machine_type=options.machine_type,
         hotplug_ports=options.hotplug_ports,
+        on_error=options.on_error,
         extra_drives=tuple(parse_extra_drive(text) for text in options.extra_drive),
         console=options.console or default_console(),
         console_transport=options.console_transport,

@@ -295,6 +295,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         thread: bool | None = None,
         share: bool | None = None,
         bootIndex: int | None = None,
+        onError: str | None = None,
         limits: StorageLimits | None = None,
     ) -> _Attached:
         """Plug in an image or block device; `bus` may be "auto". A scsi-cd may come without a descriptor: empty.
@@ -313,6 +314,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
             thread=thread,
             share=share,
             boot_index=bootIndex,
+            on_error=onError,
         )
         backing = None
         if fileDescriptorIndex is not None:

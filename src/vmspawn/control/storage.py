@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass
 
 from ..storage.attachment import Attachment
+from ..storage.buses import TABLE
 from ..storage.drive import Drive
 from ..storage.limits import NO_LIMITS, Limits
 from ..storage.statistics import Statistics
@@ -60,7 +61,7 @@ class StorageRemoval:
 class Storage:
     """A drive. `state` is attaching, attached or detaching; `place` its port, slot, SCSI address or namespace.
 
-    An optical drive without a medium has a size of 0.
+    An optical drive without a medium has a size of 0. `failures` counts requests of the guest's that failed.
     """
 
     name: str
@@ -75,6 +76,9 @@ class Storage:
     state: str
     path: str | None
     limits: StorageLimits | None
+    onError: str
+    failures: int
+    lastFailure: str | None
     removal: StorageRemoval | None
     statistics: StorageStatistics | None
 
@@ -113,6 +117,9 @@ def describe(attachment: Attachment, size: int, why: str, statistics: Statistics
         state=attachment.state.value,
         path=(attachment.image.path or None) if attachment.image else None,
         limits=_from_limits(attachment.limits),
+        onError=attachment.drive.on_error or ("enospc" if TABLE[attachment.drive.bus].stops else "report"),
+        failures=attachment.failures,
+        lastFailure=attachment.last_failure or None,
         removal=_removal(attachment, why),
         statistics=_statistics(statistics) if statistics else None,
     )

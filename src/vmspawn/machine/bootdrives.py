@@ -10,8 +10,8 @@ from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, S
 from ..host import storageprovider
 from ..host.storageprovider import Volume
 from ..storage import backing as backings
+from ..storage import buses, formats, ports
 from ..storage import drive as drives
-from ..storage import formats, ports
 from ..storage.backing import Backing
 from ..storage.drive import DEFAULT_BUS, Drive
 from ..storage.image import Image
@@ -39,7 +39,10 @@ def open_boot_drives(launched: Launched) -> None:
         wanted.insert(0, (image, f"--image={config.image}"))
     discard = "unmap" if config.discard_disk else "ignore"
     for number, (drive, option) in enumerate(wanted):
-        launched.boot_drives.append(_open_boot_drive(launched, number, drive._replace(discard=discard), option))
+        # NVMe disks tell the guest of errors, whatever is said for all.
+        on_error = drive.on_error or (config.on_error if buses.TABLE[drive.bus].stops else "")
+        drive = drive._replace(discard=discard, on_error=on_error)
+        launched.boot_drives.append(_open_boot_drive(launched, number, drive, option))
     for volume in config.volumes:
         launched.boot_drives.append(_acquire_boot_drive(launched, len(launched.boot_drives), volume, discard))
 

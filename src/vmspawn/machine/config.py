@@ -68,6 +68,7 @@ class MachineConfig(NamedTuple):
     machine_type: str = "q35"
     hotplug_ports: int | None = None
     extra_drives: tuple[Drive, ...] = ()
+    on_error: str = ""
     console: str = "read-only"
     console_transport: str = CONSOLE_TRANSPORTS[0]
     console_log: str | None = None

@@ -62,6 +62,9 @@ class Attachment:
     done: list[str] = field(default_factory=list)
     state: State = State.ATTACHING
     removal: Removal | None = None
+    #: How many requests of the guest's have failed since this manager has the drive, and what is known of the last.
+    failures: int = 0
+    last_failure: str = ""
     #: Held by whoever changes the images, and by each step of taking the drive apart but for the guest's.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Set when QEMU says that the device is gone.

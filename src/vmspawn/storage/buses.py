@@ -20,6 +20,8 @@ class Bus(NamedTuple):
     resizable: bool = True
     #: Whether the guest is asked to let go of the device.
     asks: bool = True
+    #: Whether QEMU can stop the guest where a request fails.
+    stops: bool = True
 
 
 #: The serial number of the controller that carries the namespaces; theirs have none of their own.
@@ -30,8 +32,8 @@ NAMESPACE_SERIAL = "vmspawn"
 #: vendor specific designator (type 0).
 TABLE = {
     "virtio-blk": Bus("virtio-blk-pci", "pci", "virtio-{serial}"),
-    "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False),
-    "nvme-ns": Bus("nvme-ns", "namespaces", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False, asks=False),
+    "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False, stops=False),
+    "nvme-ns": Bus("nvme-ns", "namespaces", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False, asks=False, stops=False),
     "virtio-scsi": Bus("scsi-hd", "scsi", "scsi-0QEMU_QEMU_HARDDISK_{serial}", asks=False),
     "scsi-cd": Bus("scsi-cd", "scsi", "scsi-0QEMU_QEMU_CD-ROM_{serial}", writable=False, resizable=False, asks=False),
 }
@@ -55,6 +57,14 @@ def namespace_uuid(name: str) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
+# A read never meets a full disk.
+_ON_ERROR = {
+    "report": {"werror": "report", "rerror": "report"},
+    "stop": {"werror": "stop", "rerror": "stop"},
+    "enospc": {"werror": "enospc", "rerror": "report"},
+}
+
+
 def device(
     drive: Drive, *, device_id: str, node: str, place: Place, serial: str, thread: str | None = None
 ) -> dict[str, object]:
@@ -74,6 +84,8 @@ def device(
         properties["serial"] = serial
     if thread is not None and drive.bus == "virtio-blk":
         properties["iothread"] = thread
+    if TABLE[drive.bus].stops:
+        properties |= _ON_ERROR[drive.on_error or "enospc"]
     if drive.share:
         properties["share-rw"] = True
     if drive.boot_index >= 0:

@@ -20,6 +20,9 @@ DISCARD_CHOICES = ("unmap", "ignore")
 DETECT_ZEROES_CHOICES = ("off", "on", "unmap")
 CACHE_CHOICES = ("writeback", "none")
 AIO_CHOICES = ("threads", "io_uring")
+#: What becomes of a request that the host cannot do: the guest is told, or it stands still until it is resumed, or that
+#: only where the host's disk is full.
+ON_ERROR_CHOICES = ("report", "stop", "enospc")
 
 #: Linux cuts a virtio-blk serial to 20 bytes (VIRTIO_BLK_ID_BYTES), and NVMe has 20; one length for all buses keeps a
 #: drive's serial the same on each.
@@ -37,7 +40,8 @@ class Drive(NamedTuple):
     `format` None means raw, but refuses an image that looks like another format. `serial` empty derives one from the
     name. `discard`, `detect_zeroes` and `aio` are those of QEMU's block nodes (qapi/block-core.json); `cache` none
     bypasses the host's page cache. `thread` gives the drive an I/O thread of its own. `share` lets other machines
-    write to the image at the same time. `boot_index` -1 leaves the boot order alone.
+    write to the image at the same time. `boot_index` -1 leaves the boot order alone. `on_error` says what becomes of a
+    request that fails; empty is enospc, QEMU's own default, and report on the NVMe buses, which know nothing else.
     """
 
     path: str
@@ -53,6 +57,7 @@ class Drive(NamedTuple):
     thread: bool = False
     share: bool = False
     boot_index: int = -1
+    on_error: str = ""
     limits: Limits = NO_LIMITS
 
 
@@ -91,8 +96,15 @@ def check_options(drive: Drive) -> None:
         raise BadConfig("to unmap zeroes, discard must be unmap", hint="use detect-zeroes on, or discard unmap")
     if drive.thread and drive.bus not in ("virtio-blk", "virtio-scsi"):
         raise BadConfig(f"bus {drive.bus} cannot have an I/O thread", hint="use virtio-blk or virtio-scsi")
+    if drive.on_error:
+        check_choice("reaction to errors", drive.on_error, ON_ERROR_CHOICES)
+        if drive.bus.startswith("nvme") and drive.on_error != "report":
+            raise BadConfig(f"bus {drive.bus} tells the guest of errors, and can do nothing else", hint=_ON_ERROR_HINT)
     if drive.boot_index < -1:
         raise BadConfig(f"a boot index of {drive.boot_index} is out of range", hint="0 boots first")
+
+
+_ON_ERROR_HINT = "use virtio-blk or virtio-scsi, or report"
 
 
 def serial_for(name: str) -> str:

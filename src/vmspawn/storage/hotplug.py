@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..qmp.monitor import Event, Monitor
 from ..qmp.runstate import RunState
-from . import admission, adoption, buses, chain, exchange, media, pending, statistics
+from . import admission, adoption, buses, chain, exchange, failures, media, pending, statistics
 from . import resize as resizing
 from .attachment import Attachment, Removal, State
 from .backing import Backing
@@ -426,8 +426,18 @@ class Storage:
     def _event(self, event: Event) -> None:
         if event.name == "DEVICE_DELETED" and event.data:
             self._device_deleted(event.data.get("device"))
+        elif event.name == failures.QEMU_EVENT:
+            self._request_failed(event)
         elif event.name == "RESUME" and self._context.deferred_fdsets:
             self._tasks.start(self._remove_deferred_fdsets())
+
+    def _request_failed(self, event: Event) -> None:
+        attachment = failures.attachment_of(event, self)
+        if attachment is not None:
+            failure = failures.failure(event)
+            attachment.failures += 1
+            attachment.last_failure = str(failure)
+            self._publish(failures.FAILED_EVENT, attachment, **failure._asdict())
 
     def _device_deleted(self, device: object) -> None:
         """Whoever removed it, we, the guest or somebody's raw device_del: what stands below it is taken apart."""

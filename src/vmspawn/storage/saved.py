@@ -28,6 +28,7 @@ _OPTIONS = {
     "thread": "thread",
     "share": "share",
     "boot-index": "boot_index",
+    "on-error": "on_error",
 }
 
 

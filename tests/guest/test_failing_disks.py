@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Disks that fail under a guest that uses them: errors, a host without room, an image that is cut short."""
+
+import asyncio
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import MIB, make_raw
+from tests.machines import fresh_name
+from tests.shell import Shell
+from vmspawn import Drive, Machine
+from vmspawn.errors import BadConfig
+from vmspawn.qmp.monitor import EventStream
+from vmspawn.storage.attachment import Attachment
+from vmspawn.storage.failures import FAILED_EVENT
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+DEADLINE = 30.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guest(qemu: str) -> AsyncIterator[tuple[Machine, Shell]]:
+    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
+        shell = await Shell.open(machine)
+        yield machine, shell
+        shell.close()
+
+
+async def wait_for(events: EventStream, name: str) -> dict[str, Any]:
+    async with asyncio.timeout(DEADLINE):
+        async for event in events:
+            if event.name == name:
+                return event.data or {}
+    raise AssertionError(f"the machine ended before {name}")
+
+
+async def attached(guest: tuple[Machine, Shell], drive: Drive) -> tuple[Attachment, str]:
+    """Attach, and wait until the guest has the device."""
+    machine, shell = guest
+    attachment = await machine.attach(drive)
+    await shell.run(f"until [ -b {attachment.by_id} ]; do usleep 10000; done")
+    return attachment, attachment.by_id
+
+
+async def break_writes(machine: Machine, attachment: Attachment) -> None:
+    """Let QEMU fail every write below the drive's pivot, by raw QMP."""
+    image = attachment.images[0]
+    options = {
+        "driver": "blkdebug",
+        "node-name": "broken",
+        "image": image.base_node,
+        "inject-error": [{"event": "none", "iotype": "write", "errno": 5, "once": False}],
+    }
+    await machine.monitor.execute("blockdev-add", options)
+    await stand_on(machine, attachment, "broken")
+
+
+async def stand_on(machine: Machine, attachment: Attachment, node: str) -> None:
+    options = {
+        "driver": "raw",
+        "node-name": attachment.identifiers.pivot,
+        "file": node,
+        "read-only": False,
+        "discard": "unmap",
+        "detect-zeroes": "off",
+    }
+    await machine.monitor.execute("blockdev-reopen", {"options": [options]})
+
+
+async def mend(machine: Machine, attachment: Attachment) -> None:
+    await stand_on(machine, attachment, attachment.images[0].base_node)
+    await machine.monitor.execute("blockdev-del", {"node-name": "broken"})
+
+
+def write(device: str, *, at: int = 0, mib: int = 1) -> str:
+    return f"dd if=/dev/zero of={device} bs=1M count={mib} seek={at} conv=fsync,notrunc 2>/dev/null"
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
+async def test_an_error_is_reported_by_the_drives_name(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
+    machine, shell = guest
+    drive = Drive(str(make_raw(tmp_path / "disk")), bus=bus, on_error="report")
+    attachment, device = await attached(guest, drive)
+    await break_writes(machine, attachment)
+    with machine.events() as events:
+        await shell.run(f"! {write(device)}")
+        data = await wait_for(events, FAILED_EVENT)
+    assert data["name"] == "disk"
+    assert (data["operation"], data["action"], data["no_space"]) == ("write", "report", False)
+    assert machine.running
+    assert attachment.failures > 0
+    assert attachment.last_failure == "write: Input/output error"
+    await mend(machine, attachment)
+    await shell.run(write(device))
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
+async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
+    guest: tuple[Machine, Shell], tmp_path: Path, bus: str
+) -> None:
+    """And its request is done then: it never hears of the error."""
+    machine, shell = guest
+    drive = Drive(str(make_raw(tmp_path / "disk")), bus=bus, on_error="stop")
+    attachment, device = await attached(guest, drive)
+    await break_writes(machine, attachment)
+    with machine.events() as events:
+        writing = asyncio.create_task(shell.run(write(device)))
+        data = await wait_for(events, FAILED_EVENT)
+        await wait_for(events, "STOP")
+    assert data["action"] == "stop"
+    assert machine.status == "io-error"
+    await mend(machine, attachment)
+    await machine.resume()
+    await writing
+    assert machine.running
+    await machine.detach("disk")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB; `grow` gives it more."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "none", str(folder)], check=False)
+    if done.returncode != 0:
+        pytest.skip("only root can mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def grow(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64M", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
+async def test_a_full_host_stops_the_guest_until_there_is_room(
+    guest: tuple[Machine, Shell], small_disk: Path, bus: str
+) -> None:
+    machine, shell = guest
+    attachment, device = await attached(guest, Drive(str(make_raw(small_disk / "disk", 32 * MIB)), bus=bus))
+    with machine.events() as events:
+        writing = asyncio.create_task(shell.run(write(device, mib=16)))
+        data = await wait_for(events, FAILED_EVENT)
+        await wait_for(events, "STOP")
+    assert (data["name"], data["no_space"], data["action"]) == ("disk", True, "stop")
+    assert machine.status == "io-error"
+    assert attachment.last_failure == "write: no space left on the host (the guest was stopped)"
+    await asyncio.to_thread(grow, small_disk)
+    await machine.resume()
+    await writing
+    assert os.stat(small_disk / "disk").st_blocks * 512 >= 16 * MIB
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
+async def test_an_image_that_is_cut_short_under_us(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
+    """Reading what is gone fails or gives zeroes, by the version of QEMU; machine and drive go on."""
+    machine, shell = guest
+    path = make_raw(tmp_path / "disk", 32 * MIB)
+    _, device = await attached(guest, Drive(str(path), bus=bus))
+    os.truncate(path, 4 * MIB)
+    await shell.run(f"dd if={device} of=/dev/null bs=1M skip=16 count=1 2>/dev/null || :")
+    await shell.run(write(device))
+    assert machine.running
+    await machine.detach("disk")
+    assert [each.name for each in machine.storage] == []
+
+
+async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], tmp_path: Path) -> None:
+    machine, _ = guest
+    path = str(make_raw(tmp_path / "disk"))
+    for on_error in ("stop", "enospc"):
+        with pytest.raises(BadConfig, match="tells the guest of errors"):
+            await machine.attach(Drive(path, bus="nvme", on_error=on_error))
+    with pytest.raises(BadConfig, match="unknown reaction to errors"):
+        await machine.attach(Drive(path, on_error="ignore"))
+    await machine.attach(Drive(path, bus="nvme", on_error="report"))
+    await machine.detach("disk")
