@@ -17,6 +17,7 @@ from tests.shell import Shell
 from vmspawn import Drive, Machine
 from vmspawn.errors import BadConfig
 from vmspawn.qmp.monitor import EventStream
+from vmspawn.storage import nodes
 from vmspawn.storage.attachment import Attachment
 from vmspawn.storage.failures import FAILED_EVENT
 
@@ -55,7 +56,7 @@ async def break_writes(machine: Machine, attachment: Attachment) -> None:
     options = {
         "driver": "blkdebug",
         "node-name": "broken",
-        "image": image.base_node,
+        "image": image.top_node,
         "inject-error": [{"event": "none", "iotype": "write", "errno": 5, "once": False}],
     }
     await machine.monitor.execute("blockdev-add", options)
@@ -63,19 +64,12 @@ async def break_writes(machine: Machine, attachment: Attachment) -> None:
 
 
 async def stand_on(machine: Machine, attachment: Attachment, node: str) -> None:
-    options = {
-        "driver": "raw",
-        "node-name": attachment.identifiers.pivot,
-        "file": node,
-        "read-only": False,
-        "discard": "unmap",
-        "detect-zeroes": "off",
-    }
-    await machine.monitor.execute("blockdev-reopen", {"options": [options]})
+    options = nodes.pivot_node(attachment.identifiers, attachment.images[0], attachment.drive, read_only=False)
+    await machine.monitor.execute("blockdev-reopen", {"options": [{**options, "file": node}]})
 
 
 async def mend(machine: Machine, attachment: Attachment) -> None:
-    await stand_on(machine, attachment, attachment.images[0].base_node)
+    await stand_on(machine, attachment, attachment.images[0].top_node)
     await machine.monitor.execute("blockdev-del", {"node-name": "broken"})
 
 
