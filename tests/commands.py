@@ -61,6 +61,10 @@ class Spawned:
             pass
         return self.process.wait(timeout=max(0.1, deadline - time.monotonic()))
 
+    def hang_up(self, stream: str) -> None:
+        """Close our end of an output: what it prints there fails from now on."""
+        self._open.pop(stream).close()
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the manager."""
         self.process.send_signal(number)

@@ -38,6 +38,10 @@ class NotConnected(VmspawnError):
     """QEMU is gone, or does not answer on its monitor any more."""
 
 
+class ManagerFailed(VmspawnError):
+    """The manager met what it was not made for. Its machine runs on without it."""
+
+
 class Timeout(VmspawnError):
     """Something did not come before its deadline; the message says what."""
 

@@ -14,14 +14,19 @@ from .console.viewers import OutputViewer
 from .console.voice import Voice
 from .control.registration import Registered
 from .control.server import ControlServer, build_registry
+from .errors import ManagerFailed, VmspawnError
 from .host.limits import allow_descriptors
 from .host.notify import Notifier
 from .machine.end import End
 from .machine.keys import Keys
 from .machine.launch import END_SIGNALS, Launched
 from .machine.machine import Machine
+from .machine.report import write_report
 from .machine.shutdown import Shutdown
 from .waiting import first_of
+
+#: Ends of QEMU that somebody will want to look into.
+_UNEXPECTED = ("qemu-died", "unknown")
 
 #: Seconds that the last of the console's output has to be written.
 _FLUSH_TIMEOUT = 5.0
@@ -146,6 +151,16 @@ class Signals:
             self._shutdown.request(name)
 
 
+async def _leave(machine: Machine, error: Exception) -> ManagerFailed:
+    """Let go of a machine after a fault of ours, and say what becomes of it."""
+    what = f"the manager failed: {type(error).__name__}: {error}".splitlines()[0]
+    report = write_report(machine, what, error)
+    up = machine.is_up
+    await machine.leave()
+    becomes = f"the machine runs on, take it over with: vmctl adopt {machine.name}" if up else "the machine was ended"
+    return ManagerFailed(f"{what}; {becomes}", hint=f"please report it, with {report}" if report else "")
+
+
 async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], None] = lambda: None) -> End:
     """Run a machine that was just launched or adopted to its end, and say how it ended. Owns `launched`.
 
@@ -164,7 +179,7 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
     server: ControlServer | None = None
     registered = Registered(machine, voice.notice)
     try:
-        server = ControlServer(machine.directory, build_registry(machine))
+        server = ControlServer(machine.directory, build_registry(machine), failed=machine.failed)
         Signals(shutdown, front).listen()
         await machine.started()
         for note in machine.adoption_notes:
@@ -179,11 +194,15 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
         if machine.config.console != "native":
             await first_of(machine.console.ended, timeout=_FLUSH_TIMEOUT)
         await server.finish(timeout=_FAREWELL_TIMEOUT)
+        if end.reason in _UNEXPECTED and (report := write_report(machine, end.message)):
+            voice.notice(f"a report is in {report}")
         return end
-    except Exception:
-        # Whatever goes wrong with the manager, the guest runs on, and another one can take it over.
+    except VmspawnError:
         await machine.leave()
         raise
+    except Exception as error:
+        # Whatever goes wrong with the manager, the guest runs on, and another one can take it over.
+        raise await _leave(machine, error) from error
     finally:
         shutdown.close()
         front.close()

@@ -22,6 +22,7 @@ LAYERS = [
     "host",
     "guest",
     "waiting",
+    "log",
     "errors",
     "version",
 ]

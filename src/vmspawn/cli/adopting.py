@@ -43,7 +43,9 @@ def parse(options: argparse.Namespace) -> MachineConfig:
     if options.kernel_arguments:
         raise UsageError(f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}")
     name = runtime.check_name(options.machine)
-    return MachineConfig(name=name, console=options.console, shutdown_timeout=options.shutdown_timeout)
+    return MachineConfig(
+        name=name, console=options.console, shutdown_timeout=options.shutdown_timeout, qmp_log=options.qmp_log
+    )
 
 
 def is_wanted(options: argparse.Namespace, config: MachineConfig) -> bool:

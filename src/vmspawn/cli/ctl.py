@@ -24,6 +24,9 @@ from .tables import JSON_MODES, format_duration, print_fields, print_json
 
 _PROGRAM = "vmctl"
 
+#: How many of the last events `status` shows.
+_EVENTS_SHOWN = 5
+
 #: Seconds that `list` waits for each machine, so that one that is stuck does not hide the others.
 _LIST_TIMEOUT = 2.0
 
@@ -188,8 +191,22 @@ def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[s
         ("Up", format_duration(found["uptimeUSec"] / 1e6)),
         ("QEMU", qemu),
         ("Ports", f"{found['portsFree']} of {found['ports']} free"),
-        ("Disks", ", ".join(disk["name"] for disk in disks) or "none"),
+        ("Disks", ", ".join(map(_disk_text, disks)) or "none"),
+        ("Sessions", str(found["sessions"])),
+        ("Last error", _happening(found["lastError"]) if found["lastError"] else "none"),
+        ("Events", "\n".join(map(_happening, found["recentEvents"][-_EVENTS_SHOWN:])) or "none"),
     ]
+
+
+def _disk_text(disk: dict[str, Any]) -> str:
+    remark = disk["lastFailure"] or ("" if disk["state"] == "attached" else disk["state"])
+    return f"{disk['name']} ({remark})" if remark else str(disk["name"])
+
+
+def _happening(found: dict[str, Any]) -> str:
+    import time
+
+    return f"{time.strftime('%H:%M:%S', time.localtime(found['realTimeUSec'] / 1e6))} {found['text']}"
 
 
 def _simple(options: argparse.Namespace) -> None:

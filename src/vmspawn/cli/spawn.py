@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from .. import log
 from ..console.hotkeys import HELP
 from ..console.streams import ensure_standard_streams
 from ..console.terminal import Terminal, is_foreground, window_size
@@ -68,6 +69,7 @@ def _add_general(parser: Parser) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen, and what is gone without")
     group.add_argument("-M", "--machine", metavar="NAME", help="the machine's name (default: from what boots)")
     adopting.add_options(group)
+    group.add_argument("--qmp-log", metavar="FILE", default="", help="write down what is said on QEMU's monitors")
     group.add_argument("--uuid", metavar="UUID", help="the machine's UUID")
     group.add_argument(
         "--console",
@@ -201,6 +203,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         machine_type=options.machine_type,
         hotplug_ports=options.hotplug_ports,
         on_error=options.on_error,
+        qmp_log=options.qmp_log,
         extra_drives=tuple(parse_extra_drive(text) for text in options.extra_drive),
         console=options.console or default_console(),
         console_transport=options.console_transport,
@@ -253,7 +256,7 @@ def run(arguments: list[str]) -> int:
     voice = Voice(_PROGRAM, quiet=options.quiet)
 
     def detail(line: str) -> None:
-        if options.verbose:
+        if options.verbose or log.enabled():
             voice.notice(line)
 
     for line in goes_without:

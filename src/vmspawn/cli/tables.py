@@ -31,10 +31,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right:
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Print names and values, the names flush right as systemctl status does."""
+    """Print names and values, the names flush right as systemctl status does; a value may have several lines."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
-        print(f"{name:>{width}}: {value}")
+        first, *rest = value.split("\n")
+        print(f"{name:>{width}}: {first}", *(f"{'':{width}}  {line}" for line in rest), sep="\n")
 
 
 def format_size(size: int) -> str:

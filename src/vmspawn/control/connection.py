@@ -68,8 +68,14 @@ class Connection:
     """A client's connection. Owns the socket; `closed` is called once when it is gone."""
 
     def __init__(
-        self, client: socket.socket, registry: VarlinkInterfaceRegistry, closed: Callable[["Connection"], None]
+        self,
+        client: socket.socket,
+        registry: VarlinkInterfaceRegistry,
+        closed: Callable[["Connection"], None],
+        *,
+        failed: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._failed = failed
         client.setblocking(False)
         self._socket: socket.socket | None = client
         self._registry = registry
@@ -293,6 +299,8 @@ class Connection:
             self._resume_reading()
 
     def _fail(self, call: VarlinkMethodCall, error: VmspawnError | VarlinkErrorReply) -> None:
+        if isinstance(error, VmspawnError):
+            self._failed(f"{call.method.rpartition('.')[2]}: {error}")
         reply = to_reply(error, call.method_interface) if isinstance(error, VmspawnError) else error
         if not call.oneway:
             self._send(reply.tojson())

@@ -16,6 +16,7 @@ from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..errors import BadConfig, EventsLost, NotConnected, VmspawnError
+from ..machine.diary import Entry
 from ..machine.machine import Machine as RunningMachine
 from ..storage import backing as backings
 from ..storage import drive as drives
@@ -220,6 +221,18 @@ class _Attached(typing.TypedDict):
     place: str
 
 
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """Something that happened, and when, in microseconds since 1970."""
+
+    realTimeUSec: int
+    text: str
+
+
+def _happening(entry: Entry) -> Happening:
+    return Happening(int(entry.when * _MICROSECONDS), entry.text)
+
+
 class _MachineDescription(typing.TypedDict):
     name: str
     status: str
@@ -231,6 +244,9 @@ class _MachineDescription(typing.TypedDict):
     ports: int
     portsFree: int
     uptimeUSec: int
+    sessions: int
+    recentEvents: list[Happening]
+    lastError: Happening | None
 
 
 class Machine(VarlinkInterface, name=errors.VMSPAWN):
@@ -256,6 +272,9 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
             "ports": machine.storage.ports,
             "portsFree": machine.storage.ports_free,
             "uptimeUSec": int(machine.uptime * _MICROSECONDS),
+            "sessions": len(machine.sessions),
+            "recentEvents": [_happening(each) for each in machine.diary.events] if machine.diary else [],
+            "lastError": _happening(machine.diary.last_error) if machine.diary and machine.diary.last_error else None,
         }
 
     @varlinkmethod

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
 
 from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
@@ -46,7 +47,15 @@ def build_registry(machine: RunningMachine) -> VarlinkInterfaceRegistry:
 class ControlServer:
     """The listening socket and its connections. `close` ends them all and leaves the socket file to the directory."""
 
-    def __init__(self, directory: MachineDirectory, registry: VarlinkInterfaceRegistry) -> None:
+    def __init__(
+        self,
+        directory: MachineDirectory,
+        registry: VarlinkInterfaceRegistry,
+        *,
+        failed: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`failed` is told of each call that is answered with an error of ours."""
+        self._failed = failed
         self._registry = registry
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
@@ -90,7 +99,7 @@ class ControlServer:
             return
         if len(self._connections) >= CONNECTIONS_MAX:
             self._make_room()
-        self._connections.add(Connection(client, self._registry, self._connections.discard))
+        self._connections.add(Connection(client, self._registry, self._connections.discard, failed=self._failed))
 
     def _make_room(self) -> None:
         idle = [each for each in self._connections if not each.busy] or list(self._connections)

@@ -108,7 +108,11 @@ def _merged(saved: MachineConfig, given: MachineConfig) -> MachineConfig:
     # A console on a terminal of the first manager's is gone with that.
     console = saved.console if saved.console == "native" else given.console
     return saved._replace(
-        console=console, terminal=given.terminal, console_log=given.console_log, shutdown_timeout=timeout
+        console=console,
+        terminal=given.terminal,
+        console_log=given.console_log,
+        shutdown_timeout=timeout,
+        qmp_log=given.qmp_log,
     )
 
 

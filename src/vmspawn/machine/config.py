@@ -69,6 +69,7 @@ class MachineConfig(NamedTuple):
     hotplug_ports: int | None = None
     extra_drives: tuple[Drive, ...] = ()
     on_error: str = ""
+    qmp_log: str = ""
     console: str = "read-only"
     console_transport: str = CONSOLE_TRANSPORTS[0]
     console_log: str | None = None

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .. import log as log_to
 from ..errors import StartError, VmspawnError
 from ..host import fifos, runtime, scope
 from ..host.fifos import ConsolePipes
@@ -231,6 +232,7 @@ def _start(launched: Launched, boot: Boot | None) -> None:
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
         images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
         keep = [*(listener.fileno() for listener in listeners.values()), *images, *launched.additions.descriptors]
+        log_to.debug(f"runs {' '.join(arguments)}")
         # Ahead of the start, so that a QEMU whose manager dies in between can be found.
         _write_state(launched)
         if consoles.is_shared(launched.config):

@@ -10,13 +10,14 @@ import socket
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from ..console import viewers
 from ..console.hub import Console
-from ..console.viewers import Transcript
 from ..errors import NotConnected, NotSupported, StartError, Timeout
 from ..host import runtime
 from ..host.process import Process
 from ..qmp.monitor import GREETING_TIMEOUT, Monitor
 from ..qmp.runstate import RunState
+from ..qmp.transcript import Transcript
 from ..storage import backing as backings
 from ..storage import drive as drives
 from ..storage.attachment import Attachment
@@ -28,6 +29,7 @@ from ..storage.limits import Limits
 from ..waiting import first_of
 from . import state as states
 from .config import MachineConfig, check
+from .diary import Diary
 from .end import End, MachineEvents
 from .launch import Launched, explain_failure, launch
 from .sessions import Sessions
@@ -65,6 +67,9 @@ class Machine:
         self._run_state: RunState | None = None
         self._storage: Storage | None = None
         self._sessions: Sessions | None = None
+        self._transcript: Transcript | None = None
+        #: What happened to it of late.
+        self.diary: Diary | None = None
         self._up = False
         self._killer: asyncio.TimerHandle | None = None
         self._watch = Watch(())
@@ -90,13 +95,16 @@ class Machine:
 
     def open(self, launched: Launched) -> None:
         """Take over a QEMU that was just launched or adopted; `started` waits until it is up, `close` must follow."""
+        if self.config.qmp_log:
+            self._transcript = Transcript(self.config.qmp_log)
         self._launched = launched
         self._process = Process(launched.pid)
-        self._monitor = Monitor(launched.sockets.pop("qmp-manager"))
+        self._monitor = Monitor(launched.sockets.pop("qmp-manager"), transcript=self._transcript, name="manager")
+        self.diary = Diary(self._monitor)
         self._run_state = RunState(self._monitor)
         self._storage = Storage(self._monitor, self._run_state, launched.layout, journal=self._save_state)
         saved = launched.saved
-        self._sessions = Sessions(launched.sockets, saved and saved.sessions, self._save_state)
+        self._sessions = Sessions(launched.sockets, saved and saved.sessions, self._save_state, self._transcript)
         if saved is not None:
             self._load_storage(saved)
         for each in launched.boot_drives:
@@ -115,7 +123,7 @@ class Machine:
         (typed, shown), launched.console = launched.console, ()
         self._console = Console(typed, shown, launched.sockets.pop(runtime.CONSOLE))
         if launched.console_log >= 0:
-            self._console.attach(Transcript(self._console, launched.console_log, self._log_failed))
+            self._console.attach(viewers.Transcript(self._console, launched.console_log, self._log_failed))
             launched.console_log = -1
 
     def _log_failed(self, error: OSError) -> None:
@@ -196,6 +204,8 @@ class Machine:
             self._monitor.close("the machine ended")
         if self._sessions is not None:
             await self._sessions.close()
+        if self._transcript is not None:
+            self._transcript.close()
         if self._killer is not None:
             self._killer.cancel()
 
@@ -253,6 +263,11 @@ class Machine:
         if self._launched is None or self._launched.directory is None:
             raise NotConnected("the machine does not run")
         return self._launched.directory
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has started: from then on it outlives its manager."""
+        return self._up
 
     @property
     def pid(self) -> int:
@@ -415,6 +430,11 @@ class Machine:
             yield client
         finally:
             client.close()
+
+    def failed(self, what: str) -> None:
+        """Somebody asked for something that failed: it is remembered for those who look at the machine."""
+        if self.diary is not None:
+            self.diary.failed(what)
 
     def events(self) -> MachineEvents:
         """The events from now on, QEMU's and ours: `with machine.events() as events: async for event in events:`."""

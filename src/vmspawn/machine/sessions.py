@@ -13,6 +13,7 @@ from .state import SavedSessions
 if TYPE_CHECKING:
     from ..qmp.multiplexer import Multiplexer
     from ..qmp.session import Session
+    from ..qmp.transcript import Transcript
 
 
 class Sessions:
@@ -23,8 +24,13 @@ class Sessions:
     """
 
     def __init__(
-        self, sockets: dict[str, socket.socket], before: SavedSessions | None, journal: Callable[[], None]
+        self,
+        sockets: dict[str, socket.socket],
+        before: SavedSessions | None,
+        journal: Callable[[], None],
+        transcript: Transcript | None = None,
     ) -> None:
+        self._transcript = transcript
         self._sockets = sockets
         self._journal = journal
         self._before = before or SavedSessions()
@@ -65,7 +71,9 @@ class Sessions:
 
         sessions, bulk = (self._sockets.pop(name) for name in ("qmp-sessions", "qmp-bulk"))
         # That QEMU is gone, the manager's own monitor tells.
-        multiplexer = Multiplexer(sessions, bulk, on_lost=lambda _: None, on_names=self._journal)
+        multiplexer = Multiplexer(
+            sessions, bulk, on_lost=lambda _: None, on_names=self._journal, transcript=self._transcript
+        )
         try:
             await multiplexer.start()
         except BaseException:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..errors import NotConnected, QmpError, Timeout
+from .transcript import Transcript
 
 #: Seconds for QEMU's greeting. It answers 0.05 s after it was started; a monitor that stays silent belongs to somebody
 #: else, for QEMU serves one client a socket.
@@ -104,12 +105,16 @@ class EventStream:
 class Monitor:
     """A client of one QMP monitor. Owns the socket it is given, from construction on."""
 
-    def __init__(self, connected: socket.socket, *, received: bytes = b"") -> None:
-        """`received` is what was read from the socket already."""
+    def __init__(
+        self, connected: socket.socket, *, received: bytes = b"", transcript: Transcript | None = None, name: str = ""
+    ) -> None:
+        """`received` is what was read from the socket already; what is said goes into `transcript` under `name`."""
         connected.setblocking(False)
         self._socket: socket.socket | None = connected
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
+        self._transcript = transcript
+        self._name = name
         self._decoder = msgspec.json.Decoder(_Message)
         self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._negotiated = asyncio.Event()
@@ -194,6 +199,10 @@ class Monitor:
             stream.close()
         return stream
 
+    def feed(self, stream: EventStream) -> None:
+        """Hand a stream that somebody made the events from now on."""
+        self._streams.add(stream)
+
     def forget(self, stream: EventStream) -> None:
         """Stop feeding a stream."""
         self._streams.discard(stream)
@@ -235,6 +244,8 @@ class Monitor:
     # Sending.
 
     def _send(self, message: bytes, fds: Sequence[int], sent: asyncio.Future[None]) -> None:
+        if self._transcript is not None:
+            self._transcript.sent(self._name, message)
         self._outgoing.append((message, fds, sent))
         if len(self._outgoing) == 1:
             self._writable()
@@ -297,6 +308,8 @@ class Monitor:
             self._dispatch(bytes(line))
 
     def _dispatch(self, line: bytes) -> None:
+        if self._transcript is not None:
+            self._transcript.received(self._name, line)
         try:
             message = self._decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -18,6 +18,7 @@ from .peer import Peer
 from .replies import Reply
 from .schedule import Schedule
 from .session import Session, State
+from .transcript import Transcript
 from .upstream import Call, Greeting, Upstream
 
 
@@ -37,10 +38,13 @@ class Multiplexer:
         *,
         on_lost: Callable[[str], None],
         on_names: Callable[[], None] = lambda: None,
+        transcript: Transcript | None = None,
     ) -> None:
         self._on_lost = on_lost
-        self._main = Upstream(connected, event=self._event, lost=self._lost)
-        self._bulk = None if bulk is None else Upstream(bulk, event=lambda line: None, lost=self._lost)
+        self._main = Upstream(connected, event=self._event, lost=self._lost, transcript=transcript, name="sessions")
+        self._bulk = None
+        if bulk is not None:
+            self._bulk = Upstream(bulk, event=lambda line: None, lost=self._lost, transcript=transcript, name="bulk")
         self._schedule = Schedule(self._main, self._bulk)
         self._descriptors = Descriptors()
         self._descriptors.changed = on_names

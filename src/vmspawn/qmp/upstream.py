@@ -23,6 +23,7 @@ from .dialect import PROBE, Dialect, dialect_of
 from .envelope import Command
 from .limits import IN_FLIGHT, RECEIVE_SIZE
 from .replies import Reply
+from .transcript import Transcript
 
 #: How a message ends, and how it does on a monitor with `pretty=on`, where it has several lines.
 _END = b"\r\n"
@@ -74,19 +75,30 @@ class Upstream:
         "_input",
         "_loop",
         "_lost",
+        "_name",
         "_named",
         "_next",
         "_output",
         "_socket",
+        "_transcript",
         "_unnamed",
         "idle",
         "in_flight",
     )  # fmt: skip
 
     def __init__(
-        self, connected: socket.socket, *, event: Callable[[bytes], None], lost: Callable[[str], None]
+        self,
+        connected: socket.socket,
+        *,
+        event: Callable[[bytes], None],
+        lost: Callable[[str], None],
+        transcript: Transcript | None = None,
+        name: str = "",
     ) -> None:
-        """`event` gets each event's line, `lost` is called once when QEMU has closed the connection."""
+        """`event` gets each event's line, `lost` is called once when QEMU has closed the connection. What is said goes
+        into `transcript` under `name`."""
+        self._transcript = transcript
+        self._name = name
         connected.setblocking(False)
         self._socket = connected
         self._loop = asyncio.get_running_loop()
@@ -192,7 +204,7 @@ class Upstream:
         if self._unnamed is None:
             self._unnamed = call
             if not command.doubtful:
-                return self._write(command.body + b"}", call.fd)
+                return self._say_command(command.body + b"}", call.fd)
         if self._free:
             number = self._free.pop()
         else:
@@ -200,7 +212,12 @@ class Upstream:
             self._next += 1
         call.number = number
         self._named[number] = call
-        self._write(b'%b,"id":%d}' % (command.body, number), call.fd)
+        self._say_command(b'%b,"id":%d}' % (command.body, number), call.fd)
+
+    def _say_command(self, data: bytes, fd: int) -> None:
+        if self._transcript is not None:
+            self._transcript.sent(self._name, data)
+        self._write(data, fd)
 
     def _write(self, data: bytes, fd: int) -> None:
         """Send, or queue what QEMU does not take yet. A descriptor goes with the first byte."""
@@ -251,6 +268,8 @@ class Upstream:
         return message
 
     def _message(self, line: bytes) -> None:
+        if self._transcript is not None:
+            self._transcript.received(self._name, line)
         reply = replies.read(line)
         if reply is None:
             return self._event(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from .. import log
 from ..errors import QmpError
 from ..waiting import first_of
 from . import buses, chain, nodes
@@ -184,12 +185,14 @@ def enter_step(context: Context, attachment: Attachment, name: str) -> None:
 async def do_step(context: Context, attachment: Attachment, name: str) -> None:
     """Do a step."""
     enter_step(context, attachment, name)
+    log.debug(f"{attachment.name}: does {name}")
     await STEP_BY_NAME[name].do(context, attachment)
 
 
 async def undo_step(context: Context, attachment: Attachment, name: str) -> None:
     """Undo a step, if it was done, and strike it from the journal."""
     if name in attachment.done:
+        log.debug(f"{attachment.name}: undoes {name}")
         await STEP_BY_NAME[name].undo(context, attachment)
         attachment.done.remove(name)
         context.journal()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What happened to a machine of late, for people who look at it: the last events and the last error."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import NamedTuple
+
+from .. import log
+from ..qmp.monitor import Event, EventStream, Monitor
+from ..storage.failures import FAILED_EVENT
+
+#: Events that are remembered. One removal of a disk makes four.
+EVENTS = 16
+
+
+class Entry(NamedTuple):
+    """Something that happened, and when, in seconds since the epoch."""
+
+    when: float
+    text: str
+
+
+class Diary(EventStream):
+    """Remembers. Fed with a monitor's events, QEMU's and ours."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        super().__init__(monitor)
+        #: The last events, the oldest first.
+        self.events: deque[Entry] = deque(maxlen=EVENTS)
+        #: The last thing that failed, if anything did.
+        self.last_error: Entry | None = None
+        monitor.feed(self)
+
+    def put(self, event: Event) -> None:
+        """Remember an event."""
+        words = [
+            f"{name}={value}" for name, value in (event.data or {}).items() if isinstance(value, str | int) and value
+        ]
+        text = " ".join([event.name, *words])
+        self.events.append(Entry(time.time(), text))
+        log.debug(f"event {text}")
+        if event.name == FAILED_EVENT:
+            self.failed(f"drive {text.removeprefix(event.name).strip()}")
+
+    def failed(self, what: str) -> None:
+        """Remember something that failed."""
+        self.last_error = Entry(time.time(), what)
+        log.debug(f"failed: {what}")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A transcript of all that is said on QEMU's monitors: `--qmp-log=FILE`.
+
+A line is the time, the monitor, `->` or `<-`, and the message as it went over the wire, but for what is secret: the
+values of the members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+
+from ..errors import UsageError
+
+#: Bytes after which the file is renamed to FILE.old and begun anew.
+SIZE_MAX = 32 << 20
+
+_SECRETS = rb'"(password|passwd|data|secret|user-password|key)"(\s*:\s*)"(?:[^"\\]|\\.)*"'
+_SECRET = re.compile(_SECRETS)
+_HIDDEN = rb'"\1"\2"(left out)"'
+
+
+def without_secrets(message: bytes) -> bytes:
+    """The message with `(left out)` in the place of secrets."""
+    return _SECRET.sub(_HIDDEN, message)
+
+
+class Transcript:
+    """Writes a transcript. Owns the file; `close` closes it. What cannot be written is not, and harms nobody."""
+
+    def __init__(self, path: str) -> None:
+        """Open the file for appending, for its owner alone. Raises UsageError if that cannot be."""
+        self._path = os.path.abspath(path)
+        try:
+            self._open()
+        except OSError as error:
+            raise UsageError(f"cannot write --qmp-log={path}: {error.strerror}") from None
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(self._path, flags, 0o600)
+        self._size = os.fstat(self._fd).st_size
+
+    def sent(self, monitor: str, message: bytes) -> None:
+        """We said something to QEMU."""
+        self._write(monitor, b"->", message)
+
+    def received(self, monitor: str, message: bytes) -> None:
+        """QEMU said something."""
+        self._write(monitor, b"<-", message)
+
+    def _write(self, monitor: str, direction: bytes, message: bytes) -> None:
+        if self._fd < 0:
+            return
+        now = time.time()
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03} {monitor} "
+        line = stamp.encode() + direction + b" " + without_secrets(message.strip()) + b"\n"
+        try:
+            self._size += os.write(self._fd, line)
+            if self._size > SIZE_MAX:
+                os.rename(self._path, self._path + ".old")
+                self.close()
+                self._open()
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
