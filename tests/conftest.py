@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import figures
 from vmspawn.machine import firmware
 
 # How long an example takes says nothing on a machine that others use too; pytest's own timeout catches what hangs.
@@ -76,3 +77,11 @@ def make_qcow2(path: Path, size: int = 64 * MIB) -> Path:
     """Make an empty qcow2 image."""
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)], check=True)
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End a run with the figures that its tests found."""
+    if lines := figures.table():
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)

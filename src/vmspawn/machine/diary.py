@@ -8,11 +8,14 @@ from collections import deque
 from typing import NamedTuple
 
 from .. import log
-from ..qmp.monitor import Event, EventStream, Monitor
+from ..qmp.monitor import Event, Monitor
 from ..storage.failures import FAILED_EVENT
 
 #: Events that are remembered. One removal of a disk makes four.
 EVENTS = 16
+
+#: Characters of one of them.
+TEXT_MAX = 300
 
 
 class Entry(NamedTuple):
@@ -22,23 +25,21 @@ class Entry(NamedTuple):
     text: str
 
 
-class Diary(EventStream):
+class Diary:
     """Remembers. Fed with a monitor's events, QEMU's and ours."""
 
     def __init__(self, monitor: Monitor) -> None:
-        super().__init__(monitor)
         #: The last events, the oldest first.
         self.events: deque[Entry] = deque(maxlen=EVENTS)
         #: The last thing that failed, if anything did.
         self.last_error: Entry | None = None
-        monitor.feed(self)
+        monitor.witness(self._see)
 
-    def put(self, event: Event) -> None:
-        """Remember an event."""
+    def _see(self, event: Event) -> None:
         words = [
             f"{name}={value}" for name, value in (event.data or {}).items() if isinstance(value, str | int) and value
         ]
-        text = " ".join([event.name, *words])
+        text = " ".join([event.name, *words])[:TEXT_MAX]
         self.events.append(Entry(time.time(), text))
         log.debug(f"event {text}")
         if event.name == FAILED_EVENT:

@@ -123,6 +123,7 @@ class Monitor:
         self._outgoing: deque[tuple[bytes, Sequence[int], asyncio.Future[None]]] = deque()
         self._streams: set[EventStream] = set()
         self._listeners: list[Callable[[Event], None]] = []
+        self._witnesses: list[Callable[[Event], None]] = []
         self._lost: str | None = None
         #: Set when the connection is gone.
         self.closed = asyncio.Event()
@@ -199,9 +200,9 @@ class Monitor:
             stream.close()
         return stream
 
-    def feed(self, stream: EventStream) -> None:
-        """Hand a stream that somebody made the events from now on."""
-        self._streams.add(stream)
+    def witness(self, see: Callable[[Event], None]) -> None:
+        """Call `see` with each event from now on, QEMU's and ours. It must not raise."""
+        self._witnesses.append(see)
 
     def forget(self, stream: EventStream) -> None:
         """Stop feeding a stream."""
@@ -213,6 +214,8 @@ class Monitor:
 
     def publish(self, event: Event) -> None:
         """Hand an event of our own to the streams, in line with QEMU's."""
+        for see in self._witnesses:
+            see(event)
         for stream in tuple(self._streams):
             stream.put(event)
 
