@@ -21,7 +21,6 @@ from .machine.end import End
 from .machine.keys import Keys
 from .machine.launch import END_SIGNALS, Launched
 from .machine.machine import Machine
-from .machine.report import write_report
 from .machine.shutdown import Shutdown
 from .waiting import first_of
 
@@ -151,8 +150,17 @@ class Signals:
             self._shutdown.request(name)
 
 
+def _report(machine: Machine, end: End, notice: Callable[[str], None]) -> None:
+    from .machine.report import write_report
+
+    if path := write_report(machine, end.message):
+        notice(f"a report is in {path}")
+
+
 async def _leave(machine: Machine, error: Exception) -> ManagerFailed:
     """Let go of a machine after a fault of ours, and say what becomes of it."""
+    from .machine.report import write_report
+
     what = f"the manager failed: {type(error).__name__}: {error}".splitlines()[0]
     report = write_report(machine, what, error)
     up = machine.is_up
@@ -194,8 +202,8 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
         if machine.config.console != "native":
             await first_of(machine.console.ended, timeout=_FLUSH_TIMEOUT)
         await server.finish(timeout=_FAREWELL_TIMEOUT)
-        if end.reason in _UNEXPECTED and (report := write_report(machine, end.message)):
-            voice.notice(f"a report is in {report}")
+        if end.reason in _UNEXPECTED:
+            _report(machine, end, voice.notice)
         return end
     except VmspawnError:
         await machine.leave()

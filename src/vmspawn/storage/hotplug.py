@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..qmp.monitor import Event, Monitor
 from ..qmp.runstate import RunState
-from . import admission, adoption, buses, chain, exchange, failures, media, pending, statistics
+from . import admission, buses, chain, exchange, failures, media, pending, statistics
 from . import resize as resizing
 from .attachment import Attachment, Removal, State
 from .backing import Backing
@@ -119,6 +119,9 @@ class Storage:
 
     def load(self, saved: dict[str, Any]) -> None:
         """Enter the drives of a register that was saved. Raises KeyError, TypeError or ValueError if it is none."""
+        # Loaded where it is needed: most machines keep their manager.
+        from . import adoption
+
         self._attachments = {each.name: each for each in adoption.load(self._context, saved)}
 
     async def reconcile(self, foreign_fdsets: Sequence[int]) -> list[str]:
@@ -126,6 +129,8 @@ class Storage:
 
         `foreign_fdsets` are descriptor sets that are not ours. Raises Timeout or NotConnected.
         """
+        from . import adoption
+
         work = adoption.Adoption(self._context, self._unwind)
         await work.run(self, foreign_fdsets)
         return work.notes
