@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The unit vmspawn@.service: an image by its name, started and stopped by systemctl."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -18,9 +19,9 @@ def unit(box: Box) -> Iterator[str]:
     make_builtin_disk(box.path(f"/var/lib/machines/{NAME}.raw"))
     box.path("/run/systemd/system/vmspawn@.service").write_bytes((PROJECT / "systemd/vmspawn@.service").read_bytes())
     folder = box.path(f"/run/systemd/system/vmspawn@{NAME}.service.d")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "test.conf").write_text(
-        "[Service]\nExecStart=\nExecStart=vmspawn --quiet --keep-unit --console=headless --network-user-mode "
+        "[Service]\nExecStart=\nExecStart=vmspawn --adopt-or-start --quiet --keep-unit --console=headless --network-user-mode "
         "--machine=%i --ram=512M --firmware=bios\n"
     )
     box.run("systemctl", "daemon-reload")
@@ -40,3 +41,31 @@ def test_start_boots_the_image_and_stop_shuts_the_guest_down(box: Box, unit: str
     shown = box.run("systemctl", "show", unit, "--property=Result,ExecMainStatus,ActiveState").stdout.split()
     assert set(shown) == {"Result=success", "ExecMainStatus=0", "ActiveState=inactive"}
     assert machine_registration(box, NAME) is None
+
+
+def test_qemu_outlives_the_main_process_and_is_adopted(box: Box, unit: str) -> None:
+    """kill -9 of the service's main process: the next one has the same QEMU, and stops it as any other."""
+    box.run("systemctl", "start", unit)
+    qemu = process_of_qemu(box)
+    before = main_process(box, unit)
+    box.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", unit)
+    # Started again, the unit is active once its manager has the machine.
+    again = f"[ $(systemctl show --property=MainPID --value {unit}) != {before} ]"
+    box.run("sh", "-c", f"until {again} && systemctl --quiet is-active {unit}; do :; done")
+    assert main_process(box, unit) != before
+    assert process_of_qemu(box) == qemu
+    found = machine_registration(box, NAME)
+    assert found is not None
+    box.run("systemctl", "stop", unit)
+    shown = box.run("systemctl", "show", unit, "--property=Result,ActiveState").stdout.split()
+    assert set(shown) == {"Result=success", "ActiveState=inactive"}
+    assert machine_registration(box, NAME) is None
+
+
+def main_process(box: Box, unit: str) -> str:
+    return box.run("systemctl", "show", "--property=MainPID", "--value", unit).stdout.strip()
+
+
+def process_of_qemu(box: Box) -> int:
+    found = json.loads(box.run("vmctl", "status", NAME, "--json=short").stdout)
+    return int(found["processId"])
