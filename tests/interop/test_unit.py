@@ -21,8 +21,8 @@ def unit(box: Box) -> Iterator[str]:
     folder = box.path(f"/run/systemd/system/vmspawn@{NAME}.service.d")
     folder.mkdir(exist_ok=True)
     (folder / "test.conf").write_text(
-        "[Service]\nExecStart=\nExecStart=vmspawn --adopt-or-start --quiet --keep-unit --console=headless --network-user-mode "
-        "--machine=%i --ram=512M --firmware=bios\n"
+        "[Service]\nExecStart=\nExecStart=vmspawn --adopt-or-start --quiet --keep-unit --console=headless "
+        "--network-user-mode --machine=%i --ram=512M --firmware=bios\n"
     )
     box.run("systemctl", "daemon-reload")
     yield f"vmspawn@{NAME}.service"
