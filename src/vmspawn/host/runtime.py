@@ -139,7 +139,10 @@ class MachineDirectory:
         """Replace a file's content so that a reader, or a crash, sees all of the old or all of the new."""
         fd = os.open(name + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
         try:
-            os.write(fd, content)
+            # A file system that fills up takes a part, and says so at the next attempt.
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -8,11 +8,12 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator
+from errno import EIO
 from typing import TYPE_CHECKING, Any
 
 from ..console import viewers
 from ..console.hub import Console
-from ..errors import NotConnected, NotSupported, StartError, Timeout
+from ..errors import NotConnected, NotSupported, StartError, SystemFailure, Timeout
 from ..host import runtime
 from ..host.process import Process
 from ..qmp.monitor import GREETING_TIMEOUT, Monitor
@@ -478,15 +479,19 @@ class Machine:
             return
         assert self._storage is not None
         assert self._sessions is not None
-        states.write(
-            launched.directory,
-            self.config,
-            launched.binary,
-            SavedQemu(self._process.pid, self._process.started, launched.accelerator),
-            storage=self._storage.to_state(),
-            sessions=self._sessions.saved,
-            helpers=launched.additions.helpers,
-        )
+        try:
+            states.write(
+                launched.directory,
+                self.config,
+                launched.binary,
+                SavedQemu(self._process.pid, self._process.started, launched.accelerator),
+                storage=self._storage.to_state(),
+                sessions=self._sessions.saved,
+                helpers=launched.additions.helpers,
+            )
+        except OSError as error:
+            path = launched.directory.file(runtime.STATE)
+            raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None
 
 
 def _absolute(path: str) -> str:

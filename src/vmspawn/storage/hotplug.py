@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -248,16 +249,19 @@ class Storage:
     async def _undo_all(self, attachment: Attachment) -> None:
         was_attached = attachment.settled.is_set()
         assert attachment.removal is not None
-        self._context.journal()
+        # A journal that is behind does no harm here: what is undone already is found undone.
+        with contextlib.suppress(SystemFailure):
+            self._context.journal()
         while attachment.done:
             try:
                 await self._undo_last(attachment)
-            except (QmpError, Timeout) as error:
+            except (QmpError, Timeout, SystemFailure) as error:
                 attachment.removal.answer = error.description if isinstance(error, QmpError) else str(error)
                 await attachment.wait_for_news(_REFUSED_RETRY)
         attachment.close_backings()
         del self._attachments[attachment.name]
-        self._context.journal()
+        with contextlib.suppress(SystemFailure):
+            self._context.journal()
         if was_attached:
             self._publish(DETACHED_EVENT, attachment)
 
