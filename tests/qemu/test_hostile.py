@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tests import hostile
 from tests.commands import Spawned, idle, vmctl
 from tests.conftest import make_raw
+from tests.figures import figure
 from tests.machines import open_files
 from tests.qemu.qmp_fixtures import SCALE, scaled
 from vmspawn.control.client import Client
@@ -140,6 +141,7 @@ def test_a_storm_of_messages(honest: Honest, tmp_path: Path, protocol: str) -> N
     try:
         with nothing_left(honest):
             storm(honest, protocol, random.Random(seed), scaled(5000), fd)
+        figure(f"hostile messages, {protocol}, beside an honest client", scaled(5000))
     finally:
         os.close(fd)
 
