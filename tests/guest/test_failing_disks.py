@@ -16,7 +16,7 @@ from tests.machines import fresh_name
 from tests.shell import Shell
 from vmspawn import Drive, Machine
 from vmspawn.errors import BadConfig
-from vmspawn.qmp.monitor import EventStream
+from vmspawn.machine.end import MachineEvents
 from vmspawn.storage import nodes
 from vmspawn.storage.attachment import Attachment
 from vmspawn.storage.failures import FAILED_EVENT
@@ -34,7 +34,7 @@ async def guest(qemu: str) -> AsyncIterator[tuple[Machine, Shell]]:
         shell.close()
 
 
-async def wait_for(events: EventStream, name: str) -> dict[str, Any]:
+async def wait_for(events: MachineEvents, name: str) -> dict[str, Any]:
     async with asyncio.timeout(DEADLINE):
         async for event in events:
             if event.name == name:

@@ -14,6 +14,7 @@ from tests.conftest import make_raw
 from tests.machines import fresh_name, idle_machine, is_gone, process_is_gone
 from tests.survivors import survivor, wait_until_dead
 from vmspawn import MachineConfig
+from vmspawn.console.voice import Voice
 from vmspawn.errors import ManagerFailed
 from vmspawn.machine.adopt import adopt
 from vmspawn.machine.launch import launch
@@ -115,11 +116,12 @@ async def test_a_manager_that_fails_leaves_its_guest_running_and_a_report(
     launched = launch(config)
     pid = launched.pid
 
-    def notice(line: str) -> None:
-        raise LookupError(f"a fault of ours\nin {line}")
+    class Broken(Voice):
+        def notice(self, line: str) -> None:
+            raise LookupError(f"a fault of ours\nin {line}")
 
     with pytest.raises(ManagerFailed) as caught:
-        await supervise(launched, notice, output=1)
+        await supervise(launched, Broken("vmspawn", quiet=False))
     assert str(caught.value).startswith("the manager failed: LookupError: a fault of ours; the machine runs on")
     assert f"vmctl adopt {name}" in str(caught.value)
     report = await asyncio.to_thread(Path(caught.value.hint.rpartition(" ")[2]).read_text)
