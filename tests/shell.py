@@ -38,6 +38,11 @@ class Shell:
         await shell.run("stty -echo; PS1=")
         return shell
 
+    async def reconnect(self, path: str) -> None:
+        """Go on where another manager serves the console of the same guest."""
+        self._writer.close()
+        self._reader, self._writer = await asyncio.open_unix_connection(path)
+
     async def wait_for(self, pattern: str, *, timeout: float = COMMAND_TIMEOUT) -> re.Match[str]:
         """Wait until the guest prints what the regular expression matches, after the last match."""
         expression = re.compile(pattern)

@@ -47,7 +47,7 @@ def guest(qemu: str) -> Iterator[Survivor]:
 
 @contextlib.asynccontextmanager
 async def shell_of(guest: Survivor) -> AsyncIterator[Shell]:
-    """The guest's console, which is QEMU's own and knows nothing of managers."""
+    """The guest's console, which its manager serves."""
     shell = await Shell.connect(os.path.join(guest.folder, CONSOLE))
     try:
         yield shell
@@ -155,6 +155,7 @@ async def write_while_managers_die(
         begun = time.monotonic()
         await asyncio.to_thread(guest.adopt)
         adoptions.append(time.monotonic() - begun)
+        await shell.reconnect(os.path.join(guest.folder, CONSOLE))
         where = f"kill {number} of seed {seed}, in {kind}: {guest.manager.output['stderr']}"
         await check(guest, shell, folder, where)
         written = await records_written(shell)
@@ -234,9 +235,9 @@ async def test_qemu_is_killed(qemu: str, tmp_path: Path, manager: str) -> None:
                 done = await asyncio.to_thread(vmctl, "attach-disk", guest.name, str(image), "--format=qcow2")
                 assert done.returncode == 0, done.stderr
                 await start_writer(shell, "/dev/disk/by-id/virtio-log")
+                count = await records_written(shell)
                 if manager == "dead":
                     await asyncio.to_thread(guest.kill_manager)
-                count = await records_written(shell)
                 guest.kill_qemu()
             if manager == "dead":
                 done = await asyncio.to_thread(vmspawn, "--adopt", "-M", guest.name)

@@ -36,7 +36,7 @@ def add_options(group: Any) -> None:
     group.add_argument("--ready-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
 
 
-def parse(options: argparse.Namespace) -> MachineConfig:
+def parse(options: argparse.Namespace, console: str) -> MachineConfig:
     """Which machine is to be adopted, and how it is to be managed. Raises UsageError."""
     if options.machine is None:
         raise UsageError("--adopt needs to know which machine", hint="name it with --machine=; see: vmctl list")
@@ -44,7 +44,11 @@ def parse(options: argparse.Namespace) -> MachineConfig:
         raise UsageError(f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}")
     name = runtime.check_name(options.machine)
     return MachineConfig(
-        name=name, console=options.console, shutdown_timeout=options.shutdown_timeout, qmp_log=options.qmp_log
+        name=name,
+        console=console,
+        console_log=None if options.log is None else os.path.abspath(options.log),
+        shutdown_timeout=options.shutdown_timeout,
+        qmp_log=options.qmp_log,
     )
 
 

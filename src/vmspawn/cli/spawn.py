@@ -179,7 +179,7 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
 def configure(options: argparse.Namespace) -> MachineConfig:
     """The machine that the options ask for. Raises UsageError."""
     if options.adopt:
-        return adopting.parse(options)
+        return adopting.parse(options, options.console or default_console())
     kernel_arguments = options.kernel_arguments
     if kernel_arguments[:1] == ["--"]:
         kernel_arguments = kernel_arguments[1:]

@@ -14,7 +14,6 @@ from ..errors import NotConnected, StartError
 from ..host import fifos, runtime
 from ..host.runtime import MachineDirectory
 from ..storage import ports
-from . import consoles
 from . import state as states
 from .config import SHUTDOWN_TIMEOUT, MachineConfig
 from .helper import Helper
@@ -83,12 +82,15 @@ def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: No
 
 
 def _connect(launched: Adopted, directory: MachineDirectory) -> None:
-    """Connect to QEMU's monitors and its console. Raises OSError."""
-    if consoles.is_shared(launched.config):
+    """Connect to QEMU's monitors and, as far as it has been ours, its console. Raises OSError."""
+    if os.path.exists(directory.file(runtime.QEMU_OUTPUT)):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(directory.socket_address(runtime.CONSOLE))
+            os.unlink(directory.file(runtime.CONSOLE))
         launched.console = fifos.open_again(directory)
-    connect(launched)
+    else:
+        launched.config = launched.config._replace(console="native")
+    size = [runtime.QEMU_SIZE] if os.path.exists(directory.file(runtime.QEMU_SIZE)) else []
+    connect(launched, [*runtime.MONITORS, *size])
 
 
 def has_orphan(name: str) -> bool:
@@ -105,10 +107,8 @@ def has_orphan(name: str) -> bool:
 
 def _merged(saved: MachineConfig, given: MachineConfig) -> MachineConfig:
     timeout = saved.shutdown_timeout if given.shutdown_timeout == SHUTDOWN_TIMEOUT else given.shutdown_timeout
-    # A console on a terminal of the first manager's is gone with that.
-    console = saved.console if saved.console == "native" else given.console
     return saved._replace(
-        console=console,
+        console=given.console,
         terminal=given.terminal,
         console_log=given.console_log,
         shutdown_timeout=timeout,

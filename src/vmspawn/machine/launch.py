@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .. import log as log_to
@@ -206,15 +206,11 @@ def _open_log(path: str | None) -> int:
     return fd
 
 
-def _socket_names(config: MachineConfig) -> list[str]:
-    return [*runtime.MONITORS, *([runtime.QEMU_SIZE] if consoles.has_size_port(config) else ())]
-
-
 def _start(launched: Launched, boot: Boot | None) -> None:
     directory = launched.directory
     assert directory is not None
     # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
-    names = _socket_names(launched.config)
+    names = [*runtime.MONITORS, *([runtime.QEMU_SIZE] if consoles.has_size_port(launched.config) else ())]
     listeners = {name: listen(directory.socket_address(name), _BACKLOG) for name in names}
     log = directory.create_log()
     try:
@@ -240,7 +236,7 @@ def _start(launched: Launched, boot: Boot | None) -> None:
         else:
             launched.pid = spawn(arguments, keep=keep, log=log, streams=(0, 1))
         _write_state(launched)
-        connect(launched)
+        connect(launched, names)
     finally:
         os.close(log)
         for listener in listeners.values():
@@ -270,17 +266,17 @@ def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int],
         os.close(pipes.qemu_output)
 
 
-def connect(launched: Launched) -> None:
-    """Connect to QEMU's sockets; at its start while we still hold their listening ends, so that it cannot fail for
-    QEMU's haste. Raises OSError.
+def connect(launched: Launched, names: Sequence[str]) -> None:
+    """Connect to QEMU's sockets of these names; at its start while we still hold their listening ends, so that it
+    cannot fail for QEMU's haste. Raises OSError.
 
     What our own clients connect to, to see the console, listens from now on as well.
     """
     assert launched.directory is not None
-    if consoles.is_shared(launched.config):
+    if launched.console:
         address = launched.directory.socket_address(runtime.CONSOLE)
         launched.sockets[runtime.CONSOLE] = listen(address, _CLIENTS_BACKLOG)
-    for name in _socket_names(launched.config):
+    for name in names:
         launched.sockets[name] = connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Not blocking, so that where others wait for the same socket, we are told.
         connected.setblocking(False)

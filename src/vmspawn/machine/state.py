@@ -37,7 +37,6 @@ CONFIG_FIELDS = (
     "cpus",
     "ram",
     "shutdown_timeout",
-    "console",
     "console_transport",
 )
 
