@@ -163,7 +163,7 @@ def _migrate(found: dict[str, Any]) -> dict[str, Any]:
     machine_type = found["machine"]["type"]
     binary = find_qemu(found["qemu"]["path"], machine_type)
     defaults = {field: MachineConfig._field_defaults[field] for field in CONFIG_FIELDS}
-    machine = {"machine_type": machine_type, "hotplug_ports": found["machine"]["hotplug-ports"], "guest": "builtin"}
+    machine = {"machine_type": machine_type, "hotplug_ports": found["machine"]["hotplug-ports"], "linux": "unknown"}
     return {
         **found,
         "qemu": {"accelerator": "unknown", **found["qemu"], **binary._asdict()},
