@@ -485,7 +485,7 @@ class Machine:
                 self.config,
                 launched.binary,
                 SavedQemu(self._process.pid, self._process.started, launched.accelerator),
-                storage=self._storage.to_state(),
+                storage=self._storage.state_text(),
                 sessions=self._sessions.saved,
                 helpers=launched.additions.helpers,
             )

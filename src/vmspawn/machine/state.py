@@ -86,11 +86,11 @@ def write(
     binary: QemuBinary,
     qemu: SavedQemu,
     *,
-    storage: dict[str, Any],
+    storage: str,
     helpers: Sequence[Helper],
     sessions: SavedSessions = SavedSessions(),  # noqa: B008 - a constant
 ) -> None:
-    """Write it down; it is on the disk when this returns."""
+    """Write it down; it is on the disk when this returns. `storage` is the register of drives in JSON."""
     state = {
         "version": STATE_VERSION,
         "name": config.name,
@@ -99,17 +99,18 @@ def write(
         "registration": config.registration._asdict(),
         "helpers": [SavedHelper(each.name, each.what, each.pid, runtime.start_time(each.pid)) for each in helpers],
         "sessions": sessions._asdict(),
-        "storage": storage,
     }
-    directory.write(runtime.STATE, json.dumps(state).encode())
+    # There may be many drives, and they are in JSON already.
+    directory.write(runtime.STATE, f'{json.dumps(state)[:-1]}, "storage": {storage}}}'.encode())
 
 
-def boot_storage(drives: Sequence[BootDrive]) -> dict[str, Any]:
-    """The register of drives of a machine that is being started."""
+def boot_storage(drives: Sequence[BootDrive]) -> str:
+    """The register of drives of a machine that is being started, in JSON."""
     saved = [
         save_drive(each.drive, each.identifiers, each.place, each.serial, [each.image], boot=True) for each in drives
     ]
-    return {"next": max((each.identifiers.number + 1 for each in drives), default=0), "attachments": saved}
+    following = max((each.identifiers.number + 1 for each in drives), default=0)
+    return json.dumps({"next": following, "attachments": saved})
 
 
 def read(directory: MachineDirectory) -> State:

@@ -88,7 +88,7 @@ async def build(context: Context, attachment: Attachment, image: Image) -> None:
     for step in IMAGE_STEPS:
         if step.applies(image) and step.name not in image.done:
             image.done.append(step.name)
-            context.journal()
+            context.journal_begun(attachment)
             await step.do(context, attachment, image)
 
 
@@ -104,8 +104,13 @@ async def dismantle(context: Context, attachment: Attachment, image: Image) -> N
     while image.done:
         await _BY_NAME[image.done[-1]].undo(context, image)
         image.done.pop()
-        context.journal()
+        context.journal_undone(attachment)
     image.close_backing()
     if image in attachment.images:
         attachment.images.remove(image)
-    context.journal()
+    context.journal_undone(attachment)
+
+
+def plan(image: Image) -> list[str]:
+    """The names of the steps that the image will be made by."""
+    return [step.name for step in IMAGE_STEPS if step.applies(image)]

@@ -11,21 +11,23 @@ from ..errors import QmpError
 from ..qmp.monitor import Monitor
 from ..qmp.runstate import RunState
 from . import buses, ports
-from .attachment import Attachment
+from .attachment import Attachment, State
 from .ports import Layout, Place, Pool
 
 
 class Context:
     """What the steps work on.
 
-    `journal` is called ahead of each step and must have saved the register when it returns.
+    `journal` is told which drive has changed, or None for any, and must have saved the register when it returns.
     """
 
-    def __init__(self, monitor: Monitor, run_state: RunState, layout: Layout, journal: Callable[[], None]) -> None:
+    def __init__(
+        self, monitor: Monitor, run_state: RunState, layout: Layout, journal: Callable[[Attachment | None], None]
+    ) -> None:
         self.monitor = monitor
         self.run_state = run_state
         self.layout = layout
-        self.journal = journal
+        self._journal = journal
         #: Descriptor sets whose removal QEMU 7.2 puts off until the guest runs again.
         self.deferred_fdsets: set[int] = set()
         #: The targets of the SCSI controller with an I/O thread, once there is one.
@@ -63,6 +65,23 @@ class Context:
                 return self.layout.namespaces
             case _:
                 return self.layout.pci
+
+    # The journal. What it says of a drive is never less than what there is, and may be more, for an undo takes "not
+    # there" as done. So a drive that comes is entered once, with all its steps, and one that goes is struck in the end.
+
+    def journal(self, changed: Attachment | None = None) -> None:
+        """Save the register, in which a drive has changed, or any may have."""
+        self._journal(changed)
+
+    def journal_begun(self, attachment: Attachment) -> None:
+        """Save a step ahead of doing it."""
+        if attachment.state is not State.ATTACHING:
+            self._journal(attachment)
+
+    def journal_undone(self, attachment: Attachment) -> None:
+        """Save that a step was undone."""
+        if attachment.state is State.ATTACHED:
+            self._journal(attachment)
 
     # What there is in QEMU.
 

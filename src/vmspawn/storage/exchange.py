@@ -71,7 +71,7 @@ async def _put_under(context: Context, attachment: Attachment, image: Image) -> 
     await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
     attachment.images.remove(image)
     attachment.images.insert(0, image)
-    context.journal()
+    context.journal(attachment)
 
 
 async def limit(context: Context, attachment: Attachment, limits: Limits) -> None:
@@ -83,7 +83,7 @@ async def limit(context: Context, attachment: Attachment, limits: Limits) -> Non
     }
     await context.monitor.execute("qom-set", arguments)
     attachment.limits = limits
-    context.journal()
+    context.journal(attachment)
 
 
 async def take_away(context: Context, attachment: Attachment) -> None:

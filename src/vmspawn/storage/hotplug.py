@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from .image import Image
 from .limits import Limits, check_limits
 from .ports import Layout
 from .statistics import Statistics
-from .steps import STEPS, AddDevice, do_step, undo_step
+from .steps import STEPS, AddDevice, do_step, plan, undo_step
 from .tasks import Tasks
 from .threaded import threaded_scsi
 
@@ -61,14 +62,17 @@ _T = TypeVar("_T")
 class Storage:
     """The drives of a running machine.
 
-    `journal` is called ahead of each step and must have saved `to_state` when it returns.
+    `journal` must have saved `state_text` when it returns.
     """
 
     def __init__(
         self, monitor: Monitor, run_state: RunState, layout: Layout, *, journal: Callable[[], None] = lambda: None
     ) -> None:
         self._monitor = monitor
-        self._context = Context(monitor, run_state, layout, journal)
+        self._journal = journal
+        # What the journal says of each drive, in JSON, unless it has changed since.
+        self._records: dict[Attachment, str] = {}
+        self._context = Context(monitor, run_state, layout, self._save)
         self._context.removal_requested = self._removal_requested
         self._attachments: dict[str, Attachment] = {}
         self._tasks = Tasks()
@@ -87,14 +91,24 @@ class Storage:
         """How many places there are for hot-plugged PCI devices."""
         return len(self._context.layout.pci.places)
 
-    def to_state(self) -> dict[str, Any]:
-        """The register as JSON values."""
+    def state_text(self) -> str:
+        """The register, in JSON."""
         place = self._context.threaded_place
-        return {
-            "next": self._context.next_number,
-            "threaded-scsi": place and list(place),
-            "attachments": [each.to_state() for each in self],
-        }
+        head = json.dumps({"next": self._context.next_number, "threaded-scsi": place and list(place)})
+        return f'{head[:-1]}, "attachments": [{", ".join(map(self._record, self))}]}}'
+
+    def _record(self, attachment: Attachment) -> str:
+        """What the journal says of a drive. There may be many, so only that of one that has changed is made anew."""
+        if attachment not in self._records:
+            self._records[attachment] = json.dumps(attachment.to_state())
+        return self._records[attachment]
+
+    def _save(self, changed: Attachment | None) -> None:
+        if changed is None:
+            self._records.clear()
+        else:
+            self._records.pop(changed, None)
+        self._journal()
 
     # At boot.
 
@@ -115,6 +129,7 @@ class Storage:
         for attachment in self:
             for image in attachment.images if attachment.boot else ():
                 await chain.release(self._context, image)
+        self._records.clear()
 
     # Taking over from a manager that died.
 
@@ -156,9 +171,10 @@ class Storage:
         self._attachments[attachment.name] = attachment
         image = attachment.image
         try:
-            for step in STEPS:
-                if step.applies(attachment):
-                    await do_step(self._context, attachment, step.name)
+            steps = plan(attachment)
+            self._context.journal(attachment)
+            for name in steps:
+                await do_step(self._context, attachment, name)
             if image is None:
                 await media.empty(self._context, attachment)
             else:
@@ -170,7 +186,7 @@ class Storage:
             raise explain(error, drive.name, image) from None
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        self._context.journal()
+        self._context.journal(attachment)
         self._publish(ATTACHED_EVENT, attachment)
         return attachment
 
@@ -251,7 +267,7 @@ class Storage:
         assert attachment.removal is not None
         # A journal that is behind does no harm here: what is undone already is found undone.
         with contextlib.suppress(SystemFailure):
-            self._context.journal()
+            self._context.journal(attachment)
         while attachment.done:
             try:
                 await self._undo_last(attachment)
@@ -261,7 +277,7 @@ class Storage:
         attachment.close_backings()
         del self._attachments[attachment.name]
         with contextlib.suppress(SystemFailure):
-            self._context.journal()
+            self._context.journal(attachment)
         if was_attached:
             self._publish(DETACHED_EVENT, attachment)
 

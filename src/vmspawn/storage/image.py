@@ -23,7 +23,7 @@ class Image:
     `done` is the journal: the names of the steps that were begun and not undone, oldest first.
     """
 
-    __slots__ = ("backing", "done", "format", "number", "path", "size")
+    __slots__ = ("backing", "done", "format", "number", "path", "planned", "size")
 
     # On the start path, where dataclasses would take long to load.
     def __init__(
@@ -42,6 +42,8 @@ class Image:
         self.path = path
         self.size = size
         self.done: list[str] = []
+        #: All that will be done while the drive comes.
+        self.planned: list[str] = []
 
     @property
     def fdset(self) -> int:
@@ -74,15 +76,15 @@ class Image:
             self.backing.close()
             self.backing = self.backing._replace(fd=-1)
 
-    def to_state(self) -> dict[str, Any]:
-        """What another process would need to take the image over, as JSON values."""
+    def to_state(self, *, coming: bool = False) -> dict[str, Any]:
+        """What another process would need to take the image over, as JSON values; `coming` says with all its steps."""
         backing = self.backing
         return {
             "number": self.number,
             "format": self.format,
             "path": self.path,
             "size": self.size,
-            "done": list(self.done),
+            "done": list(self.planned if coming else self.done),
             "backing": backing
             and {"block": backing.block, "writable": backing.writable, "identity": list(backing.identity)},
         }

@@ -78,7 +78,7 @@ class AddLimits:
         arguments = {
             "qom-type": "throttle-group",
             "id": attachment.identifiers.limits,
-            "limits": attachment.limits.to_qemu(),
+            **({"limits": attachment.limits.to_qemu()} if attachment.limits.any else {}),
         }
         await context.monitor.execute("object-add", arguments)
 
@@ -174,12 +174,20 @@ STEP_BY_NAME = {step.name: step for step in STEPS}
 _ORDER = {step.name: position for position, step in enumerate(STEPS)}
 
 
+def plan(attachment: Attachment) -> list[str]:
+    """Choose the steps of a drive that is to be attached, and of its image; returns the names of its own."""
+    for image in attachment.images:
+        image.planned = chain.plan(image)
+    attachment.planned = [step.name for step in STEPS if step.applies(attachment)]
+    return attachment.planned
+
+
 def enter_step(context: Context, attachment: Attachment, name: str) -> None:
     """Enter a step in the journal, where it belongs in the order of undoing, ahead of doing it."""
     if name not in attachment.done:
         attachment.done.append(name)
         attachment.done.sort(key=_ORDER.__getitem__)
-    context.journal()
+    context.journal_begun(attachment)
 
 
 async def do_step(context: Context, attachment: Attachment, name: str) -> None:
@@ -195,4 +203,4 @@ async def undo_step(context: Context, attachment: Attachment, name: str) -> None
         log.debug(f"{attachment.name}: undoes {name}")
         await STEP_BY_NAME[name].undo(context, attachment)
         attachment.done.remove(name)
-        context.journal()
+        context.journal_undone(attachment)
