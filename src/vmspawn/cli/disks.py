@@ -23,8 +23,9 @@ from ..storage.drive import (
     DETECT_ZEROES_CHOICES,
     DISCARD_CHOICES,
     ON_ERROR_CHOICES,
+    is_only_read,
 )
-from ..storage.formats import FORMATS, READ_ONLY_FORMATS
+from ..storage.formats import FORMATS
 from .calling import MACHINE, client_for, context, show
 from .tables import format_size, print_json
 
@@ -137,6 +138,13 @@ def _say(options: argparse.Namespace, text: str) -> None:
         print(text)
 
 
+def _answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> None:
+    """Show a reply: as JSON for programs, in words for people."""
+    if options.json != "off":
+        print_json(reply, options.json)
+    _say(options, text)
+
+
 def _attach(options: argparse.Namespace) -> None:
     wanted: dict[str, Any] = {
         "name": options.name or os.path.basename(options.path or ""),
@@ -161,16 +169,18 @@ def _attach(options: argparse.Namespace) -> None:
         with client_for(options) as client, context(f"cannot attach {options.name}"):
             return _say_attached(options, client.call(f"{MACHINE}.AttachStorage", wanted))
     with client_for(options) as client, context(f"cannot attach {options.path}"):
-        read_only = options.read_only or options.bus == "scsi-cd" or options.format in READ_ONLY_FORMATS
+        read_only = is_only_read(options.bus, options.format, read_only=options.read_only)
         attached = _call_with_image(client, "AttachStorage", options.path, wanted, read_only=read_only)
     return _say_attached(options, attached)
 
 
 def _say_attached(options: argparse.Namespace, attached: dict[str, Any]) -> None:
-    if options.json != "off":
-        print_json(attached, options.json)
     mode = ", read-only" if attached["readOnly"] else ""
-    _say(options, f"Attached {attached['name']} on {attached['bus']} at {attached['place']}{mode}: {attached['byId']}")
+    _answer(
+        options,
+        attached,
+        f"Attached {attached['name']} on {attached['bus']} at {attached['place']}{mode}: {attached['byId']}",
+    )
 
 
 def _call_with_image(
@@ -252,9 +262,9 @@ def _replace(options: argparse.Namespace) -> None:
         }
         read_only = _disk(client, options.disk)["readOnly"]
         reply = _call_with_image(client, "ReplaceStorage", options.path, wanted, read_only=read_only)
-    if options.json != "off":
-        print_json(reply, options.json)
-    _say(options, f"Replaced the image of {options.disk} by {options.path}, {format_size(reply['sizeBytes'])}")
+    _answer(
+        options, reply, f"Replaced the image of {options.disk} by {options.path}, {format_size(reply['sizeBytes'])}"
+    )
 
 
 def _disk(client: Client, name: str) -> dict[str, Any]:
@@ -270,9 +280,7 @@ def _resize(options: argparse.Namespace) -> None:
     with client_for(options) as client, context(f"cannot resize {options.disk}"):
         wanted = {"name": options.disk, "sizeBytes": size, "shrink": options.shrink}
         reply = client.call(f"{MACHINE}.ResizeStorage", wanted)
-    if options.json != "off":
-        print_json(reply, options.json)
-    _say(options, f"Resized {options.disk} to {format_size(reply['sizeBytes'])}")
+    _answer(options, reply, f"Resized {options.disk} to {format_size(reply['sizeBytes'])}")
 
 
 def _limit(options: argparse.Namespace) -> None:

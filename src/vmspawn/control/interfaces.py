@@ -22,7 +22,6 @@ from ..storage import backing as backings
 from ..storage import drive as drives
 from ..storage.backing import Backing
 from ..storage.drive import AUTO_BUS, DEFAULT_BUS, Drive
-from ..storage.formats import READ_ONLY_FORMATS
 from ..storage.hotplug import DETACH_TIMEOUT
 from . import errors
 from .connection import CALLER
@@ -337,7 +336,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         )
         backing = None
         if fileDescriptorIndex is not None:
-            read_only = readOnly or chosen == "scsi-cd" or format in READ_ONLY_FORMATS
+            read_only = drives.is_only_read(chosen, format, read_only=bool(readOnly))
             backing = _backing(fileDescriptorIndex, read_only=read_only or None)
         attached = await self._machine.attach_backing(wanted, backing)
         return {

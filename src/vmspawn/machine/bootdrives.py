@@ -16,7 +16,6 @@ from ..storage.backing import Backing
 from ..storage.drive import DEFAULT_BUS, Drive
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
-from . import qemu
 from .commandline import BootDrive
 from .ephemeral import BASE_NODE, grow, overlay
 
@@ -83,8 +82,8 @@ def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str)
     _check_drive_name(launched, drive)
     overlaid = launched.config.ephemeral and option.startswith("--image=")
     try:
-        read_only = drive.read_only or drive.bus == "scsi-cd" or drive.format in formats.READ_ONLY_FORMATS
-        backing = backings.open_drive(drive.path, read_only=read_only or overlaid)
+        read_only = overlaid or drives.is_only_read(drive.bus, drive.format, read_only=drive.read_only)
+        backing = backings.open_drive(drive.path, read_only=read_only)
     except (BadConfig, SystemFailure) as error:
         raise StartError(f"cannot use {option}: {error}", hint=error.hint) from None
     return _boot_drive(launched, number, drive, backing, option)
@@ -141,7 +140,9 @@ def _boot_place(launched: Launched, drive: Drive) -> ports.Place:
         return layout.scsi.take()
     if drive.bus == "nvme-ns":
         if not layout.namespaces.places:
-            raise StartError(f"cannot use {drive.path} on nvme-ns: {qemu.NO_NAMESPACES}", hint=qemu.NO_NAMESPACES_HINT)
+            raise StartError(
+                f"cannot use {drive.path} on nvme-ns: {ports.NO_NAMESPACES}", hint=ports.NO_NAMESPACES_HINT
+            )
         return layout.namespaces.take_for(drive.name)
     place = layout.boot.take()
     layout.pci.claim(place)

@@ -24,7 +24,6 @@ from ..storage import drive as drives
 from ..storage.attachment import Attachment
 from ..storage.backing import Backing
 from ..storage.drive import Drive
-from ..storage.formats import READ_ONLY_FORMATS
 from ..storage.hotplug import DETACH_TIMEOUT, Storage
 from ..storage.limits import Limits
 from ..waiting import first_of
@@ -346,7 +345,7 @@ class Machine:
         named = drives.with_defaults(drive)
         backing = None
         if drive.path:
-            read_only = drive.read_only or drive.bus == "scsi-cd" or drive.format in READ_ONLY_FORMATS
+            read_only = drives.is_only_read(drive.bus, drive.format, read_only=drive.read_only)
             backing = backings.open_drive(drive.path, read_only=read_only)
         return await self.attach_backing(named, backing)
 

@@ -40,15 +40,8 @@ class QemuBinary(NamedTuple):
     monitor_object: bool
     #: Whether NVMe namespaces can be plugged in while the machine runs (from QEMU 11.1 on).
     namespaces: bool
-    #: Whether it was built with io_uring.
-    io_uring: bool
     #: Whether it was built with seccomp.
     sandbox: bool
-
-
-#: Said where a drive asks for what `namespaces` denies.
-NO_NAMESPACES = "this QEMU cannot plug in NVMe namespaces while the machine runs"
-NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each drive, or QEMU 11.1"
 
 
 def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
@@ -117,7 +110,7 @@ def _cached(path: str, identity: list[int]) -> QemuBinary | None:
         if entry["identity"] != identity:
             return None
         major, minor, micro = entry["version"]
-        features = (bool(entry[name]) for name in ("monitor_object", "namespaces", "io_uring", "sandbox"))
+        features = (bool(entry[name]) for name in ("monitor_object", "namespaces", "sandbox"))
         return QemuBinary(path, (major, minor, micro), str(entry["architecture"]), *features)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -142,7 +135,7 @@ def _probe(path: str, identity: list[int]) -> QemuBinary:
 
     version = _parse_version(path, _run(path, "--version"))
     if version < VERSION_MIN:
-        return QemuBinary(path, version, "", False, False, False, False)
+        return QemuBinary(path, version, "", False, False, False)
     # Its name tells which machine it has; that it emulates what it says is asked.
     machine = "virt" if "aarch64" in os.path.basename(path) else "q35"
     commands = "".join(json.dumps({"execute": name, "arguments": arguments}) for name, arguments in _QUESTIONS)
@@ -172,7 +165,6 @@ def _understand(path: str, version: tuple[int, int, int], output: str) -> QemuBi
         architecture=target["arch"],
         monitor_object=any("monitor-qmp" in values for values in choices),
         namespaces=bool(handler),
-        io_uring=any({"threads", "io_uring"} <= {*values} for values in choices),
         sandbox=bool(sandbox),
     )
 
@@ -225,7 +217,6 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
             "architecture": binary.architecture,
             "monitor_object": binary.monitor_object,
             "namespaces": binary.namespaces,
-            "io_uring": binary.io_uring,
             "sandbox": binary.sandbox,
         }
         os.makedirs(os.path.dirname(path), exist_ok=True)

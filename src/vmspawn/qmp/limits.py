@@ -14,9 +14,6 @@ COMMAND_SIZE = 4 << 20
 #: Brackets and braces open at once; QEMU's own limit (qobject/json-streamer.c, MAX_NESTING).
 NESTING = 1024
 
-#: Tokens in one message; QEMU's own limit (qobject/json-streamer.c, MAX_TOKEN_COUNT).
-TOKEN_COUNT = 2 << 20
-
 #: Bytes of one number or keyword. A number is looked at again from its start whenever bytes arrive in its middle, and
 #: that must not become quadratic. No number that means anything is longer.
 ATOM_SIZE = 4096

@@ -28,7 +28,6 @@ from .places import Places
 from .strings import lenient, requote
 
 _DIGITS = b"0123456789"
-_BACKSLASH = ord("\\")
 _APOSTROPHE = ord("'")
 
 _TOO_LARGE = "JSON token size limit exceeded"

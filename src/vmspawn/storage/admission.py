@@ -16,7 +16,7 @@ from .drive import AUTO_BUS, Drive
 from .image import Image
 from .limits import check_limits
 from .nodes import Identifiers
-from .ports import Place
+from .ports import NO_NAMESPACES, NO_NAMESPACES_HINT, Place
 
 
 def admit(context: Context, others: Iterable[Attachment], drive: Drive, backing: Backing | None) -> Attachment:
@@ -99,10 +99,7 @@ def _take_place(context: Context, drive: Drive) -> Place:
     match drive.bus:
         case "nvme-ns":
             if not context.layout.namespaces.places:
-                raise ConfigNotSupported(
-                    "this QEMU cannot plug in NVMe namespaces while the machine runs",
-                    hint="use bus nvme, which takes a port for each drive, or QEMU 11.1",
-                )
+                raise ConfigNotSupported(NO_NAMESPACES, hint=NO_NAMESPACES_HINT)
             return context.layout.namespaces.take_for(drive.name)
         case "virtio-scsi" if drive.thread:
             assert context.threaded_scsi is not None

@@ -7,7 +7,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import BadConfig, UsageError
-from .formats import FORMATS
+from .formats import FORMATS, READ_ONLY_FORMATS
 from .limits import NO_LIMITS, Limits
 
 #: A bus is how the guest sees a drive. `null` on the wire means the first.
@@ -59,6 +59,11 @@ class Drive(NamedTuple):
     boot_index: int = -1
     on_error: str = ""
     limits: Limits = NO_LIMITS
+
+
+def is_only_read(bus: str, image_format: str | None, *, read_only: bool) -> bool:
+    """Whether an image is to be opened for reading alone: by the user's wish, for its bus, or for its format."""
+    return read_only or bus == "scsi-cd" or image_format in READ_ONLY_FORMATS
 
 
 def with_defaults(drive: Drive) -> Drive:

@@ -33,7 +33,7 @@ from .image import Image
 from .limits import Limits, check_limits
 from .ports import Layout
 from .statistics import Statistics
-from .steps import STEPS, AddDevice, do_step, plan, undo_step
+from .steps import AddDevice, do_step, plan, undo_step
 from .tasks import Tasks
 from .threaded import threaded_scsi
 
@@ -116,9 +116,9 @@ class Storage:
         """Enter a drive that QEMU was started with."""
         attachment.boot = True
         attachment.state = State.ATTACHED
-        attachment.done = [step.name for step in STEPS if step.applies(attachment)]
+        attachment.done = list(plan(attachment))
         for image in attachment.images:
-            image.done = [step.name for step in chain.IMAGE_STEPS if step.applies(image)]
+            image.done = list(image.planned)
             self._context.numbers_used_up_to(image.number)
         attachment.settled.set()
         self._attachments[attachment.name] = attachment

@@ -137,6 +137,11 @@ NAMESPACE_CONTROLLER = "nvme0"
 NAMESPACES = 256
 
 
+#: Said where a drive wants a namespace and the machine has none.
+NO_NAMESPACES = "this QEMU cannot plug in NVMe namespaces while the machine runs"
+NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each drive, or QEMU 11.1"
+
+
 class Layout(NamedTuple):
     """The places of a machine: those for devices that are there from boot, and those for hot-plug."""
 
