@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import Snapshot, event_named, idle_machine
+from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Drive, Machine
 from vmspawn.errors import (
     BadConfig,
@@ -250,9 +251,10 @@ async def test_many_at_once_in_any_order(machine: Machine, tmp_path: Path) -> No
     await asyncio.gather(*(come_and_go(name) for name in names))
 
 
-async def test_200_cycles_leave_nothing(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.scaled
+async def test_cycles_leave_nothing(machine: Machine, tmp_path: Path) -> None:
     """The fixture compares nodes, descriptor sets, devices, ports and open files of both processes."""
     path = str(make_raw(tmp_path / "disk"))
-    for _ in range(200):
+    for _ in range(scaled(40)):
         await machine.attach(Drive(path, bus="virtio-scsi"))
         await machine.detach("disk")

@@ -7,6 +7,7 @@ QEMU takes a moment to start in any case; whatever the manager still has to impo
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -249,8 +250,8 @@ def _write_state(launched: Launched) -> None:
     assert launched.directory is not None
     qemu = SavedQemu(launched.pid, runtime.start_time(launched.pid), launched.accelerator)
     storage = states.boot_storage(launched.boot_drives)
-    helpers = launched.additions.helpers
-    states.write(launched.directory, launched.config, launched.binary, qemu, helpers=helpers, storage=storage)
+    constants = states.constants(launched.config, launched.binary, qemu, launched.additions.helpers)
+    states.write(launched.directory, json.dumps(constants), storage=storage)
 
 
 def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int], log: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -72,6 +73,8 @@ class Machine:
         self.diary: Diary | None = None
         self._up = False
         self._killer: asyncio.TimerHandle | None = None
+        # What state.json says of a machine whatever its drives do, in JSON, once it runs.
+        self._constants = ""
         self._watch = Watch(())
         self._killed = False
         self._closing = False
@@ -479,15 +482,12 @@ class Machine:
         assert self._storage is not None
         assert self._sessions is not None
         try:
-            states.write(
-                launched.directory,
-                self.config,
-                launched.binary,
-                SavedQemu(self._process.pid, self._process.started, launched.accelerator),
-                storage=self._storage.state_text(),
-                sessions=self._sessions.saved,
-                helpers=launched.additions.helpers,
-            )
+            if not self._constants:
+                qemu = SavedQemu(self._process.pid, self._process.started, launched.accelerator)
+                constants = states.constants(self.config, launched.binary, qemu, launched.additions.helpers)
+                self._constants = json.dumps(constants)
+            storage, sessions = self._storage.state_text(), self._sessions.saved
+            states.write(launched.directory, self._constants, storage=storage, sessions=sessions)
         except OSError as error:
             path = launched.directory.file(runtime.STATE)
             raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None

@@ -80,28 +80,31 @@ class State(NamedTuple):
     storage: dict[str, Any]
 
 
-def write(
-    directory: MachineDirectory,
-    config: MachineConfig,
-    binary: QemuBinary,
-    qemu: SavedQemu,
-    *,
-    storage: str,
-    helpers: Sequence[Helper],
-    sessions: SavedSessions = SavedSessions(),  # noqa: B008 - a constant
-) -> None:
-    """Write it down; it is on the disk when this returns. `storage` is the register of drives in JSON."""
-    state = {
+def constants(config: MachineConfig, binary: QemuBinary, qemu: SavedQemu, helpers: Sequence[Helper]) -> dict[str, Any]:
+    """What stays the same while the machine runs, as JSON values."""
+    return {
         "version": STATE_VERSION,
         "name": config.name,
         "qemu": {**qemu._asdict(), **binary._asdict()},
         "machine": {field: getattr(config, field) for field in CONFIG_FIELDS},
         "registration": config.registration._asdict(),
         "helpers": [SavedHelper(each.name, each.what, each.pid, runtime.start_time(each.pid)) for each in helpers],
-        "sessions": sessions._asdict(),
     }
-    # There may be many drives, and they are in JSON already.
-    directory.write(runtime.STATE, f'{json.dumps(state)[:-1]}, "storage": {storage}}}'.encode())
+
+
+def write(
+    directory: MachineDirectory,
+    constant: str,
+    *,
+    storage: str,
+    sessions: SavedSessions = SavedSessions(),  # noqa: B008 - a constant
+) -> None:
+    """Write it down; it is on the disk when this returns. `constant` and `storage` are in JSON.
+
+    They are `constants` and the register of drives. Raises OSError.
+    """
+    varying = f'"sessions": {json.dumps(sessions._asdict())}, "storage": {storage}'
+    directory.write(runtime.STATE, f"{constant[:-1]}, {varying}}}".encode())
 
 
 def boot_storage(drives: Sequence[BootDrive]) -> str:

@@ -31,6 +31,20 @@ _RECEIVE_SIZE = 65536
 EVENT_QUEUE_MAX = 4096
 
 
+#: The id of qmp_capabilities, the only command that has one. QEMU runs one command at a time, of whichever monitor, and
+#: answers in order (its docs/interop/qmp-spec.rst). So what comes before this reply was meant for the monitor's last
+#: client, and the commands after it need no ids: QEMU takes 4 us to read a byte.
+_FIRST_ID = 0
+
+
+class Command(NamedTuple):
+    """A QMP command with its arguments; `fds` go along as SCM_RIGHTS and stay the caller's."""
+
+    name: str
+    arguments: Mapping[str, object] | None = None
+    fds: Sequence[int] = ()
+
+
 class Event(NamedTuple):
     """An event as QEMU sent it; `data` is None where it carried none."""
 
@@ -50,6 +64,18 @@ class _Message(msgspec.Struct):
     event: str | None = None
     data: dict[str, Any] | None = None
     timestamp: dict[str, int] | None = None
+
+
+class _Outgoing:
+    """What one sendmsg takes, or is left of it: commands in JSON, descriptors, and where the replies go."""
+
+    __slots__ = ("begun", "data", "fds", "replies")
+
+    def __init__(self, data: bytes, fds: Sequence[int]) -> None:
+        self.data = data
+        self.fds = fds
+        self.replies: list[asyncio.Future[Any]] = []
+        self.begun = False
 
 
 class EventStream:
@@ -118,9 +144,9 @@ class Monitor:
         self._decoder = msgspec.json.Decoder(_Message)
         self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._negotiated = asyncio.Event()
-        self._pending: dict[int | None, tuple[str, asyncio.Future[Any]]] = {}
-        self._next_id = 0
-        self._outgoing: deque[tuple[bytes, Sequence[int], asyncio.Future[None]]] = deque()
+        # The commands that wait for their replies, in the order in which they were sent.
+        self._pending: deque[tuple[str, asyncio.Future[Any]]] = deque()
+        self._outgoing: deque[_Outgoing] = deque()
         self._streams: set[EventStream] = set()
         self._listeners: list[Callable[[Event], None]] = []
         self._witnesses: list[Callable[[Event], None]] = []
@@ -139,7 +165,7 @@ class Monitor:
         try:
             async with asyncio.timeout(timeout):
                 greeting = await asyncio.shield(self._greeting)
-                await self._run("qmp_capabilities", None, ())
+                await self._run([Command("qmp_capabilities")], id=_FIRST_ID)
         except TimeoutError:
             raise Timeout(f"QEMU's monitor gave no greeting within {timeout:g} s; somebody else may hold it") from None
         self._negotiated.set()
@@ -158,38 +184,24 @@ class Monitor:
         `fds` go along as SCM_RIGHTS and stay the caller's; QEMU has its own when this returns. Raises QmpError with
         QEMU's words, Timeout if the reply does not come, NotConnected if QEMU is gone.
         """
+        (result,) = await self.execute_all([Command(command, arguments, fds)], timeout=timeout)
+        if isinstance(result, QmpError):
+            raise result
+        return result
+
+    async def execute_all(self, commands: Sequence[Command], *, timeout: float = COMMAND_TIMEOUT) -> list[Any]:
+        """Send commands in one go and return what QEMU returned to each, a QmpError where it refused.
+
+        QEMU runs them in order, and all of them even where one fails: send together what does no harm then. Raises
+        Timeout or NotConnected as `execute` does.
+        """
         try:
             async with asyncio.timeout(timeout):
                 await self._negotiated.wait()
-                return await self._run(command, arguments, fds)
+                return await self._run(commands)
         except TimeoutError:
-            raise Timeout(f"QEMU did not answer {command} within {timeout:g} s") from None
-
-    async def _run(self, command: str, arguments: Mapping[str, object] | None, fds: Sequence[int]) -> Any:
-        if self._lost is not None:
-            raise NotConnected(self._lost)
-        key = self._free_key()
-        message: dict[str, object] = {"execute": command}
-        if arguments:
-            message["arguments"] = arguments
-        if key is not None:
-            message["id"] = key
-        reply: asyncio.Future[Any] = self._loop.create_future()
-        sent: asyncio.Future[None] = self._loop.create_future()
-        self._pending[key] = (command, reply)
-        self._send(msgspec.json.encode(message), fds, sent)
-        try:
-            return await reply
-        finally:
-            if not sent.done():
-                self._drop_unsent(key, sent)
-
-    def _free_key(self) -> int | None:
-        """The id of the next command. QEMU reads a byte at a time, so the only command in flight goes without one."""
-        if not self._pending:
-            return None
-        self._next_id += 1
-        return self._next_id
+            names = ", ".join(dict.fromkeys(command.name for command in commands))
+            raise Timeout(f"QEMU did not answer {names} within {timeout:g} s") from None
 
     def events(self) -> EventStream:
         """A stream of the events from now on; close it, or use it in `with`."""
@@ -229,14 +241,10 @@ class Monitor:
         self._socket = None
         self._lost = why
         error = NotConnected(why)
-        for future in [self._greeting, *(reply for _, reply in self._pending.values())]:
+        for future in [self._greeting, *(reply for _, reply in self._pending)]:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody may be waiting; that is no reason to log it
-        for _, _, sent in self._outgoing:
-            if not sent.done():
-                sent.set_exception(error)
-                sent.exception()
         self._pending.clear()
         self._outgoing.clear()
         self._negotiated.set()  # whoever waits for it finds the connection lost
@@ -246,41 +254,59 @@ class Monitor:
 
     # Sending.
 
-    def _send(self, message: bytes, fds: Sequence[int], sent: asyncio.Future[None]) -> None:
-        if self._transcript is not None:
-            self._transcript.sent(self._name, message)
-        self._outgoing.append((message, fds, sent))
-        if len(self._outgoing) == 1:
+    async def _run(self, commands: Sequence[Command], **members: object) -> list[Any]:
+        """Send commands, all of them with these members besides, and wait for the replies."""
+        if self._lost is not None:
+            raise NotConnected(self._lost)
+        encoded = [_encode(command, members) for command in commands]
+        messages: list[_Outgoing] = []
+        for command, data in zip(commands, encoded, strict=True):
+            reply: asyncio.Future[Any] = self._loop.create_future()
+            self._pending.append((command.name, reply))
+            # QEMU keeps the descriptors of one sendmsg only, for the next command that takes one.
+            if command.fds or not messages:
+                messages.append(_Outgoing(b"", command.fds))
+            messages[-1].data += data
+            messages[-1].replies.append(reply)
+            if self._transcript is not None:
+                self._transcript.sent(self._name, data)
+        idle = not self._outgoing
+        self._outgoing += messages
+        if idle:
             self._writable()
+        try:
+            return [await reply for message in messages for reply in message.replies]
+        finally:
+            self._drop_unsent(messages)
 
-    def _drop_unsent(self, key: int | None, sent: asyncio.Future[None]) -> None:
-        """Forget a message whose caller is gone, so that its descriptors are not used after they were closed.
+    def _drop_unsent(self, messages: Sequence[_Outgoing]) -> None:
+        """Forget messages whose caller is gone, so that their descriptors are not used after they were closed.
 
-        The one at the head may be under way: its rest must follow, and its reply will come.
+        One that is under way goes on: its replies will come.
         """
-        for position, entry in enumerate(self._outgoing):
-            if entry[2] is sent and (position > 0 or entry[1]):
-                del self._outgoing[position]
-                self._pending.pop(key, None)
-                return
+        for message in messages:
+            if message in self._outgoing and not message.begun:
+                self._outgoing.remove(message)
+                self._pending = deque(entry for entry in self._pending if entry[1] not in message.replies)
 
     def _writable(self) -> None:
         while self._outgoing and self._socket is not None:
-            message, fds, sent = self._outgoing[0]
+            message = self._outgoing[0]
             try:
-                count = socket.send_fds(self._socket, [message], fds) if fds else self._socket.send(message)
+                if message.fds and not message.begun:
+                    count = socket.send_fds(self._socket, [message.data], message.fds)
+                else:
+                    count = self._socket.send(message.data)
             except BlockingIOError:
                 self._loop.add_writer(self._socket, self._writable)
                 return
             except OSError as error:
                 self.close(f"QEMU closed its monitor ({error.strerror})")
                 return
-            if count < len(message):
-                self._outgoing[0] = (message[count:], (), sent)
-                continue
-            self._outgoing.popleft()
-            if not sent.done():
-                sent.set_result(None)
+            message.begun = True
+            message.data = message.data[count:]
+            if not message.data:
+                self._outgoing.popleft()
         if self._socket is not None:
             self._loop.remove_writer(self._socket)
 
@@ -332,12 +358,23 @@ class Monitor:
         self.publish(event)
 
     def _reply(self, message: _Message) -> None:
-        command, reply = self._pending.pop(message.id, ("", None))
+        if not self._negotiated.is_set() and message.id != _FIRST_ID:
+            return
+        if not self._pending:
+            return
+        command, reply = self._pending.popleft()
         # A reply that came after its deadline has nobody waiting for it.
-        if reply is None or reply.done():
+        if reply.done():
             return
         if message.error is not None:
             error = message.error
-            reply.set_exception(QmpError(command, error.get("class", "GenericError"), error.get("desc", "")))
+            reply.set_result(QmpError(command, error.get("class", "GenericError"), error.get("desc", "")))
         else:
             reply.set_result(None if message.result is msgspec.UNSET else message.result)
+
+
+def _encode(command: Command, members: Mapping[str, object]) -> bytes:
+    message: dict[str, object] = {"execute": command.name, **members}
+    if command.arguments:
+        message["arguments"] = command.arguments
+    return msgspec.json.encode(message)

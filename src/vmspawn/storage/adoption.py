@@ -19,6 +19,7 @@ from .context import Context
 from .image import FAULT, FDSET_BASE
 from .inventory import Inventory, uses_fdset
 from .limits import Limits
+from .parts import Part
 from .saved import load_pci_place
 from .steps import AddPivot, ReservePlace
 from .threaded import CONTROLLER_THREAD
@@ -62,7 +63,8 @@ class Adoption:
         await self._settle_controller(found)
         for attachment in attachments:
             await self._settle(attachment, found)
-        await self._sweep(leftovers)
+        for part in leftovers:
+            await self._remove(part, str(part.name))
         await self._drop_fdsets(found, attachments, foreign_fdsets)
         self._context.journal()
 
@@ -160,40 +162,30 @@ class Adoption:
             return
         self._context.threaded_place = None
         self._context.layout.pci.release(place)
-        await self._context.remove_object(CONTROLLER_THREAD)
+        await self._context.remove(Part("object", CONTROLLER_THREAD))
 
-    async def _sweep(self, leftovers: tuple[list[str], list[str]]) -> None:
-        nodes, objects = leftovers
-        for name in nodes:
-            await self._remove(self._context.remove_node, name)
-        for name in objects:
-            await self._remove(self._context.remove_object, name)
-
-    async def _remove(self, remove: Callable[[str], Any], name: str) -> None:
+    async def _remove(self, part: Part, what: str) -> None:
         try:
-            await remove(name)
-        except QmpError as error:
-            self.notes.append(f"could not remove {name}, which was left over: {error.description}")
+            await self._context.remove(part)
+        except (QmpError, Timeout) as error:
+            self.notes.append(f"could not remove {what}, which was left over: {error}")
 
     async def _drop_fdsets(self, found: Inventory, attachments: Iterable[Attachment], foreign: Sequence[int]) -> None:
         """Nothing needs a descriptor set by now, but for nodes that others opened, and what is being unwound."""
-        kept = {image.fdset for each in attachments for image in each.images if "fdset" in image.done} | {*foreign}
+        kept = {image.fdset for each in attachments for image in each.images if chain.FDSET in image.done} | {*foreign}
         for number in sorted(found.fdsets - kept):
             if number < FDSET_BASE and any(uses_fdset(text, number) for text in found.nodes.values()):
                 continue
-            try:
-                await self._context.remove_fdset(number)
-            except (QmpError, Timeout) as error:
-                self.notes.append(f"could not remove descriptor set {number}: {error}")
+            await self._remove(Part("fdset", number), f"descriptor set {number}")
 
 
-def _leftovers(found: Inventory, attachments: Iterable[Attachment]) -> tuple[list[str], list[str]]:
+def _leftovers(found: Inventory, attachments: Iterable[Attachment]) -> list[Part]:
     """Nodes, from the top down, and objects with names of ours that belong to no drive of the journal."""
     owned = {name for attachment in attachments for name in _names(attachment)}
     nodes = [name for name in found.nodes if _NODE.fullmatch(name) and name not in owned]
     nodes.sort(key=lambda name: _NODE_LAYERS.index(name.rpartition("-")[2]))
     objects = [name for name in found.objects if _OBJECT.fullmatch(name) and name not in owned]
-    return nodes, objects
+    return [Part("node", name) for name in nodes] + [Part("object", name) for name in objects]
 
 
 def _names(attachment: Attachment) -> Iterable[str]:

@@ -48,9 +48,8 @@ class Removal:
 class Attachment:
     """A drive and all that taking it apart again needs, chosen before the first step.
 
-    `done` is the journal: the names of the steps that were begun and not undone, in the order of STEPS; `planned` are
-    all that an attach will do. `images` has the one that the drive stands on, and while it is exchanged the other; an
-    optical drive may have none.
+    `done` is the journal: the names of the steps that were begun and not undone, in the order of STEPS. `images` has
+    the one that the drive stands on, and while it is exchanged the other; an optical drive may have none.
     """
 
     drive: Drive
@@ -61,7 +60,6 @@ class Attachment:
     limits: Limits = NO_LIMITS
     boot: bool = False
     done: list[str] = field(default_factory=list)
-    planned: list[str] = field(default_factory=list)
     state: State = State.ATTACHING
     removal: Removal | None = None
     #: How many requests of the guest's have failed since this manager has the drive, and what is known of the last.
@@ -119,10 +117,7 @@ class Attachment:
             image.close_backing()
 
     def to_state(self) -> dict[str, Any]:
-        """What another process would need to take the drive over, as JSON values.
-
-        While the drive comes, that is all that may be there of it, begun or not.
-        """
+        """What another process would need to take the drive over, as JSON values."""
         return save_drive(
             self.drive,
             self.identifiers,
@@ -132,7 +127,7 @@ class Attachment:
             limits=self.limits,
             boot=self.boot,
             state=self.state.value,
-            done=self.planned if self.state is State.ATTACHING else self.done,
+            done=self.done,
         )
 
     @classmethod

@@ -57,11 +57,12 @@ def namespace_uuid(name: str) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-# A read never meets a full disk.
-_ON_ERROR = {
+# A read never meets a full disk. `enospc` is QEMU's default, which need not be said.
+_ON_ERROR: dict[str, dict[str, object]] = {
+    "": {},
     "report": {"werror": "report", "rerror": "report"},
     "stop": {"werror": "stop", "rerror": "stop"},
-    "enospc": {"werror": "enospc", "rerror": "report"},
+    "enospc": {},
 }
 
 
@@ -85,7 +86,7 @@ def device(
     if thread is not None and drive.bus == "virtio-blk":
         properties["iothread"] = thread
     if TABLE[drive.bus].stops:
-        properties |= _ON_ERROR[drive.on_error or "enospc"]
+        properties |= _ON_ERROR[drive.on_error]
     if drive.share:
         properties["share-rw"] = True
     if drive.boot_index >= 0:

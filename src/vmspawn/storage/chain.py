@@ -1,116 +1,93 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The steps that make an image ready to be put under a drive's pivot, each with what takes it back.
+"""An image made ready to be put under a drive's pivot, and taken apart again.
 
-They are done in order and undone from the end. A step may have been begun only, or undone before by a process that then
-died, so an undo takes "not there" as done.
+Its parts are made from the bottom up and removed from the top down. The journal names them before they are made, so a
+part may never have come, or have been removed by a process that then died: "not there" is as good as removed.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from ..errors import QmpError
+from ..qmp.monitor import Command
 from . import nodes
 from .attachment import Attachment
 from .context import Context
+from .drive import Drive
 from .image import Image
+from .parts import Part
 
-
-class ImageStep(Protocol):
-    """One reversible step of an image. Both directions may raise what `Monitor.execute` raises."""
-
-    name: str
-
-    def applies(self, image: Image) -> bool:
-        """Whether the image needs it."""
-
-    async def do(self, context: Context, attachment: Attachment, image: Image) -> None:
-        """Do it."""
-
-    async def undo(self, context: Context, image: Image) -> None:
-        """Take it back, whether it was done, begun, or taken back already."""
-
-
-class PassDescriptor:
-    """Hand the open file to QEMU as a descriptor set, so that QEMU opens no path of the user's."""
-
-    name = "fdset"
-
-    def applies(self, image: Image) -> bool:
-        return image.backing is not None
-
-    async def do(self, context: Context, attachment: Attachment, image: Image) -> None:
-        assert image.backing is not None
-        arguments = {"fdset-id": image.fdset, "opaque": f"vmspawn {attachment.identifiers.device}"}
-        await context.monitor.execute("add-fd", arguments, fds=(image.backing.fd,))
-        image.close_backing()
-
-    async def undo(self, context: Context, image: Image) -> None:
-        image.close_backing()
-        await context.remove_fdset(image.fdset)
-
-
-class AddFileNode:
-    """Open the descriptor set as a block node."""
-
-    name = "file"
-
-    def applies(self, image: Image) -> bool:
-        return True
-
-    async def do(self, context: Context, attachment: Attachment, image: Image) -> None:
-        await context.monitor.execute("blockdev-add", nodes.file_node(image, attachment.drive))
-
-    async def undo(self, context: Context, image: Image) -> None:
-        await context.remove_node(image.file_node)
-
-
-class AddFormatNode:
-    """Put the image format on top."""
-
-    name = "format"
-
-    def applies(self, image: Image) -> bool:
-        return image.format != "raw"
-
-    async def do(self, context: Context, attachment: Attachment, image: Image) -> None:
-        await context.monitor.execute("blockdev-add", nodes.format_node(image, attachment.drive))
-
-    async def undo(self, context: Context, image: Image) -> None:
-        await context.remove_node(image.format_node)
-
-
-IMAGE_STEPS: tuple[ImageStep, ...] = (PassDescriptor(), AddFileNode(), AddFormatNode())
-_BY_NAME = {step.name: step for step in IMAGE_STEPS}
-
-
-async def build(context: Context, attachment: Attachment, image: Image) -> None:
-    """Do the steps that the image needs and that were not done."""
-    for step in IMAGE_STEPS:
-        if step.applies(image) and step.name not in image.done:
-            image.done.append(step.name)
-            context.journal_begun(attachment)
-            await step.do(context, attachment, image)
-
-
-async def release(context: Context, image: Image) -> None:
-    """Drop the descriptor set: the file's node holds a duplicate, and goes on with that."""
-    if PassDescriptor.name in image.done:
-        await _BY_NAME[PassDescriptor.name].undo(context, image)
-        image.done.remove(PassDescriptor.name)
-
-
-async def dismantle(context: Context, attachment: Attachment, image: Image) -> None:
-    """Undo what was done, and forget the image. May be called again where it failed."""
-    while image.done:
-        await _BY_NAME[image.done[-1]].undo(context, image)
-        image.done.pop()
-        context.journal_undone(attachment)
-    image.close_backing()
-    if image in attachment.images:
-        attachment.images.remove(image)
-    context.journal_undone(attachment)
+#: The names of an image's parts in the journal, from the bottom up: the descriptor set that QEMU gets, so that it opens
+#: no path of the user's; the block node on it; the node of the format.
+FDSET, FILE, FORMAT = "fdset", "file", "format"
 
 
 def plan(image: Image) -> list[str]:
-    """The names of the steps that the image will be made by."""
-    return [step.name for step in IMAGE_STEPS if step.applies(image)]
+    """The names of the parts that the image will have."""
+    names = [FILE]
+    if image.backing is not None:
+        names.insert(0, FDSET)
+    if image.format != "raw":
+        names.append(FORMAT)
+    return names
+
+
+def commands(drive: Drive, image: Image) -> list[Command]:
+    """What makes the image's parts and drops again what only that needs. All of them are entered as made.
+
+    The image's descriptor goes along and stays ours, until `made`.
+    """
+    image.done = plan(image)
+    found = [Command("blockdev-add", nodes.file_node(image, drive))]
+    if FORMAT in image.done:
+        found.append(Command("blockdev-add", nodes.format_node(image, drive)))
+    if image.backing is not None:
+        add = Command("add-fd", {"fdset-id": image.fdset}, (image.backing.fd,))
+        # The file's node has a duplicate of the descriptor, and goes on with that.
+        found = [add, *found, _part(image, FDSET).removal]
+    return found
+
+
+def made(context: Context, image: Image) -> None:
+    """QEMU has made the parts, and dropped the descriptor set."""
+    image.close_backing()
+    if FDSET in image.done:
+        context.removed(_part(image, FDSET))
+        image.done.remove(FDSET)
+
+
+def parts(image: Image) -> list[Part]:
+    """What the journal says of the image, from the top down."""
+    return [_part(image, name) for name in reversed(image.done)]
+
+
+def _part(image: Image, name: str) -> Part:
+    if name == FDSET:
+        return Part("fdset", image.fdset)
+    return Part("node", image.file_node if name == FILE else image.format_node)
+
+
+async def build(context: Context, attachment: Attachment, image: Image) -> None:
+    """Make the image of a drive that is there. Raises what `Monitor.execute` raises; then some parts may be there."""
+    sent = commands(attachment.drive, image)
+    context.journal_begun(attachment)
+    for result in await context.monitor.execute_all(sent):
+        if isinstance(result, QmpError):
+            raise result
+    made(context, image)
+
+
+async def release(context: Context, image: Image) -> None:
+    """Drop the descriptor set of an image that QEMU was started with, or that another manager has made."""
+    if FDSET in image.done:
+        await context.remove(_part(image, FDSET))
+        made(context, image)
+
+
+async def dismantle(context: Context, attachment: Attachment, image: Image) -> None:
+    """Remove the image's parts, and forget it. May be called again where it failed."""
+    image.close_backing()
+    await context.remove(*parts(image))
+    image.done = []
+    if image in attachment.images:
+        attachment.images.remove(image)
+    context.journal_undone(attachment)

@@ -7,11 +7,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import QmpError
 from ..qmp.monitor import Monitor
 from ..qmp.runstate import RunState
 from . import buses, ports
 from .attachment import Attachment, State
+from .parts import Part, remove_parts
 from .ports import Layout, Place, Pool
 
 
@@ -29,7 +29,7 @@ class Context:
         self.layout = layout
         self._journal = journal
         #: Descriptor sets whose removal QEMU 7.2 puts off until the guest runs again.
-        self.deferred_fdsets: set[int] = set()
+        self.deferred_fdsets: set[Part] = set()
         #: The targets of the SCSI controller with an I/O thread, once there is one.
         self.threaded_scsi: Pool | None = None
         #: Where that controller is plugged in, once that was begun.
@@ -85,23 +85,10 @@ class Context:
 
     # What there is in QEMU.
 
-    async def has_node(self, name: str) -> bool:
-        """Whether QEMU has a block node of that name."""
-        found: list[dict[str, Any]] = await self.monitor.execute("query-named-block-nodes", {"flat": True})
-        return any(node.get("node-name") == name for node in found)
-
-    async def has_fdset(self, number: int) -> bool:
-        """Whether QEMU has a descriptor set of that number."""
-        found: list[dict[str, Any]] = await self.monitor.execute("query-fdsets")
-        return any(fdset["fdset-id"] == number for fdset in found)
-
     async def has_device(self, device_id: str) -> bool:
         """Whether QEMU has a device of that id."""
-        return await self._has_child("/machine/peripheral", device_id)
-
-    async def _has_child(self, path: str, name: str) -> bool:
-        found: list[dict[str, Any]] = await self.monitor.execute("qom-list", {"path": path})
-        return any(entry["name"] == name for entry in found)
+        found: list[dict[str, Any]] = await self.monitor.execute("qom-list", {"path": "/machine/peripheral"})
+        return any(entry["name"] == device_id for entry in found)
 
     async def virtual_size(self, node: str) -> int:
         """The bytes of a node's content. Raises KeyError if there is no such node."""
@@ -109,30 +96,12 @@ class Context:
         sizes = {each.get("node-name"): int(each["image"]["virtual-size"]) for each in found}
         return sizes[node]
 
-    # Removals: what is not there is fine.
+    async def remove(self, *parts: Part) -> None:
+        """Remove them, from the first to the last; what is not there is fine. Raises what `remove_parts` raises."""
+        await remove_parts(self.monitor, parts)
+        self.removed(*parts)
 
-    async def remove_fdset(self, number: int) -> None:
-        """Remove a descriptor set."""
-        try:
-            await self.monitor.execute("remove-fd", {"fdset-id": number})
-        except QmpError:
-            if await self.has_fdset(number):
-                raise
+    def removed(self, *parts: Part) -> None:
+        """QEMU has let go of them, or on 7.2 will once the guest runs."""
         if not self.run_state.running:
-            self.deferred_fdsets.add(number)
-
-    async def remove_node(self, name: str) -> None:
-        """Remove a block node."""
-        try:
-            await self.monitor.execute("blockdev-del", {"node-name": name})
-        except QmpError:
-            if await self.has_node(name):
-                raise
-
-    async def remove_object(self, name: str) -> None:
-        """Remove a user-created object."""
-        try:
-            await self.monitor.execute("object-del", {"id": name})
-        except QmpError:
-            if await self._has_child("/objects", name):
-                raise
+            self.deferred_fdsets.update(part for part in parts if part.kind == "fdset")

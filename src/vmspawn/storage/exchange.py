@@ -39,7 +39,6 @@ async def replace(context: Context, attachment: Attachment, fresh: Image, *, shr
         try:
             if new_size != size:
                 await context.monitor.execute("block_resize", {"node-name": pivot, "size": new_size})
-            await chain.release(context, fresh)
         except QmpError:
             await _put_under(context, attachment, old)
             raise

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
+
+import msgspec
 
 from ..errors import (
     ConfigNotSupported,
@@ -33,7 +34,7 @@ from .image import Image
 from .limits import Limits, check_limits
 from .ports import Layout
 from .statistics import Statistics
-from .steps import AddDevice, do_step, plan, undo_step
+from .steps import AddDevice, do_all, plan, undo_steps, unplug
 from .tasks import Tasks
 from .threaded import threaded_scsi
 
@@ -70,7 +71,7 @@ class Storage:
     ) -> None:
         self._monitor = monitor
         self._journal = journal
-        # What the journal says of each drive, in JSON, unless it has changed since.
+        # What the journal says of each drive, in JSON: there may be many, and mostly one has changed.
         self._records: dict[Attachment, str] = {}
         self._context = Context(monitor, run_state, layout, self._save)
         self._context.removal_requested = self._removal_requested
@@ -93,19 +94,18 @@ class Storage:
 
     def state_text(self) -> str:
         """The register, in JSON."""
+        for attachment in self._attachments.values():
+            if attachment not in self._records:
+                self._records[attachment] = _to_json(attachment.to_state())
         place = self._context.threaded_place
-        head = json.dumps({"next": self._context.next_number, "threaded-scsi": place and list(place)})
-        return f'{head[:-1]}, "attachments": [{", ".join(map(self._record, self))}]}}'
-
-    def _record(self, attachment: Attachment) -> str:
-        """What the journal says of a drive. There may be many, so only that of one that has changed is made anew."""
-        if attachment not in self._records:
-            self._records[attachment] = json.dumps(attachment.to_state())
-        return self._records[attachment]
+        head = f'"next": {self._context.next_number}, "threaded-scsi": {_to_json(place and list(place))}'
+        return f'{{{head}, "attachments": [{", ".join(self._records.values())}]}}'
 
     def _save(self, changed: Attachment | None) -> None:
         if changed is None:
             self._records.clear()
+        elif self._attachments.get(changed.name) is changed:
+            self._records[changed] = _to_json(changed.to_state())
         else:
             self._records.pop(changed, None)
         self._journal()
@@ -116,9 +116,9 @@ class Storage:
         """Enter a drive that QEMU was started with."""
         attachment.boot = True
         attachment.state = State.ATTACHED
-        attachment.done = list(plan(attachment))
+        attachment.done = plan(attachment)
         for image in attachment.images:
-            image.done = list(image.planned)
+            image.done = chain.plan(image)
             self._context.numbers_used_up_to(image.number)
         attachment.settled.set()
         self._attachments[attachment.name] = attachment
@@ -171,14 +171,9 @@ class Storage:
         self._attachments[attachment.name] = attachment
         image = attachment.image
         try:
-            steps = plan(attachment)
-            self._context.journal(attachment)
-            for name in steps:
-                await do_step(self._context, attachment, name)
+            await do_all(self._context, attachment)
             if image is None:
                 await media.empty(self._context, attachment)
-            else:
-                await chain.release(self._context, image)
             if attachment.gone.is_set():
                 raise NoSuchStorage(f"{drive.name} was removed through QMP while it was being attached")
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
@@ -254,7 +249,8 @@ class Storage:
         self._begin_removal(attachment)
         if attachment.unwinding is None:
             attachment.unwinding = self._tasks.start(self._undo_all(attachment))
-        attachment.nudge.set()
+        else:
+            attachment.nudge.set()
         return attachment.unwinding
 
     def _begin_removal(self, attachment: Attachment) -> None:
@@ -270,7 +266,7 @@ class Storage:
             self._context.journal(attachment)
         while attachment.done:
             try:
-                await self._undo_last(attachment)
+                await self._undo(attachment)
             except (QmpError, Timeout, SystemFailure) as error:
                 attachment.removal.answer = error.description if isinstance(error, QmpError) else str(error)
                 await attachment.wait_for_news(_REFUSED_RETRY)
@@ -281,14 +277,11 @@ class Storage:
         if was_attached:
             self._publish(DETACHED_EVENT, attachment)
 
-    async def _undo_last(self, attachment: Attachment) -> None:
-        name = attachment.done[-1]
-        if name == AddDevice.name:
-            # The guest may take for ever, and meanwhile the image can be taken away by force.
-            await undo_step(self._context, attachment, name)
-            return
+    async def _undo(self, attachment: Attachment) -> None:
+        # The guest may take for ever, and meanwhile the image can be taken away by force.
+        await unplug(self._context, attachment)
         async with attachment.lock:
-            await undo_step(self._context, attachment, name)
+            await undo_steps(self._context, attachment, tuple(attachment.done))
 
     # Changing.
 
@@ -474,11 +467,14 @@ class Storage:
 
     async def _remove_deferred_fdsets(self) -> None:
         while self._context.deferred_fdsets:
-            number = self._context.deferred_fdsets.pop()
             try:
-                await self._context.remove_fdset(number)
+                await self._context.remove(self._context.deferred_fdsets.pop())
             except VmspawnError:
                 return
+
+
+def _to_json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _check_not_boot(attachment: Attachment, what: str) -> None:

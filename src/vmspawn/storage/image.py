@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One image under a drive's pivot, with the journal of its own steps. A drive has one, and two while one replaces the
+"""One image under a drive's pivot, with the journal of its own parts. A drive has one, and two while one replaces the
 other."""
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Image:
     """An image and all that taking it apart needs. `number` is fresh for every image.
 
     `backing.fd` is ours until QEMU has it, and -1 from then on; `backing` is None for one that fails every request.
-    `done` is the journal: the names of the steps that were begun and not undone, oldest first.
+    `done` is the journal: the names of the parts that may be there, from the bottom up.
     """
 
-    __slots__ = ("backing", "done", "format", "number", "path", "planned", "size")
+    __slots__ = ("backing", "done", "format", "number", "path", "size")
 
     # On the start path, where dataclasses would take long to load.
     def __init__(
@@ -42,8 +42,6 @@ class Image:
         self.path = path
         self.size = size
         self.done: list[str] = []
-        #: All that will be done while the drive comes.
-        self.planned: list[str] = []
 
     @property
     def fdset(self) -> int:
@@ -76,15 +74,15 @@ class Image:
             self.backing.close()
             self.backing = self.backing._replace(fd=-1)
 
-    def to_state(self, *, coming: bool = False) -> dict[str, Any]:
-        """What another process would need to take the image over, as JSON values; `coming` says with all its steps."""
+    def to_state(self) -> dict[str, Any]:
+        """What another process would need to take the image over, as JSON values."""
         backing = self.backing
         return {
             "number": self.number,
             "format": self.format,
             "path": self.path,
             "size": self.size,
-            "done": list(self.planned if coming else self.done),
+            "done": list(self.done),
             "backing": backing
             and {"block": backing.block, "writable": backing.writable, "identity": list(backing.identity)},
         }

@@ -11,7 +11,7 @@ from . import chain
 from .attachment import Attachment
 from .context import Context
 from .image import Image
-from .steps import AddPivot, BuildImage, do_step, enter_step, undo_step
+from .steps import AddPivot, BuildImage, do_step, enter_step, undo_steps
 
 #: Seconds that the guest has to open a tray that it has locked.
 TRAY_TIMEOUT = 10.0
@@ -108,16 +108,15 @@ async def insert(context: Context, attachment: Attachment, image: Image, *, forc
         await chain.build(context, attachment, image)
         await tray.open()
         await _take_out(context, attachment, tray, old)
-        await chain.release(context, image)
         await do_step(context, attachment, AddPivot.name)
         await tray.run("blockdev-insert-medium", **{"node-name": attachment.identifiers.pivot})
         await tray.close()
     except (QmpError, StoragePending):
         if attachment.image is image:
-            await undo_step(context, attachment, AddPivot.name)
+            await undo_steps(context, attachment, [AddPivot.name])
         await chain.dismantle(context, attachment, image)
         if not attachment.images:
-            await undo_step(context, attachment, BuildImage.name)
+            await undo_steps(context, attachment, [BuildImage.name])
         raise
 
 
@@ -132,16 +131,13 @@ async def _take_out(context: Context, attachment: Attachment, tray: Tray, medium
     """Remove the medium, if there is one, and close its image."""
     if AddPivot.name in attachment.done:
         await tray.run("blockdev-remove-medium")
-        await undo_step(context, attachment, AddPivot.name)
+        await undo_steps(context, attachment, [AddPivot.name])
     if medium is not None:
         await chain.dismantle(context, attachment, medium)
     if not attachment.images:
-        await undo_step(context, attachment, BuildImage.name)
+        await undo_steps(context, attachment, [BuildImage.name])
 
 
 async def forget(context: Context, attachment: Attachment) -> None:
     """Close what is left of media of a drive that has none in: a manager died between the tray and the image."""
-    await undo_step(context, attachment, AddPivot.name)
-    for image in tuple(attachment.images):
-        await chain.dismantle(context, attachment, image)
-    await undo_step(context, attachment, BuildImage.name)
+    await undo_steps(context, attachment, [BuildImage.name, AddPivot.name])

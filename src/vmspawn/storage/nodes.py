@@ -54,8 +54,6 @@ def file_node(image: Image, drive: Drive) -> dict[str, object]:
         "driver": "host_device" if image.backing.block else "file",
         "node-name": image.file_node,
         "filename": f"/dev/fdset/{image.fdset}",
-        # Else QEMU opens read-only first and reopens later, when the descriptor set is gone.
-        "auto-read-only": False,
         **_unless_default(drive, read_only=not image.backing.writable),
     }
     if drive.cache == "none":

@@ -54,7 +54,7 @@ def save_drive(
         "boot": boot,
         "number": identifiers.number,
         "place": list(place),
-        "images": [image.to_state(coming=state == "attaching") for image in images],
+        "images": [image.to_state() for image in images],
         "state": state,
         "done": list(done),
     }

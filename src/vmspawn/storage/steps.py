@@ -1,57 +1,68 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The steps that make a drive, each with what takes it back.
 
-Attaching does them in order. A failed attach, a detach and a clean-up all undo them from the end, by the same code. A
-step may have been begun only, or undone before by a process that then died, so an undo takes "not there" as done.
+Attaching does them in order: the journal names all of them, then QEMU gets their commands in one go. A failed attach, a
+detach and a clean-up all undo them by the same code: the device first, for which the guest is asked, and then the rest
+from the end. A step may have been begun only, or undone before by a process that then died, so an undo takes "not
+there" as done.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 from .. import log
-from ..errors import QmpError
+from ..errors import QmpError, SystemFailure
+from ..qmp.monitor import Command
 from ..waiting import first_of
 from . import buses, chain, nodes
 from .attachment import Attachment
 from .context import Context
+from .parts import Part
 
 #: Seconds between requests to the guest to let a device go: early ones are lost in firmware (HOTPLUG.md 5), later ones
 #: are harmless. The last one is repeated for ever.
 RETRY_INTERVALS = (1.0, 2.0, 4.0, 8.0)
 
 
-class Step(Protocol):
-    """One reversible step. Both directions may raise what `Monitor.execute` raises."""
+class Step:
+    """One reversible step."""
 
     name: str
 
     def applies(self, attachment: Attachment) -> bool:
         """Whether the drive needs it."""
+        return True
 
-    async def do(self, context: Context, attachment: Attachment) -> None:
-        """Do it."""
+    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+        """Do what is ours of it; returns the commands that do the rest."""
+        raise NotImplementedError
 
-    async def undo(self, context: Context, attachment: Attachment) -> None:
-        """Take it back, whether it was done, begun, or taken back already."""
+    def parts(self, attachment: Attachment) -> Sequence[Part]:
+        """What QEMU has of it then and lets go when told to, from the top down."""
+        raise NotImplementedError
+
+    def end(self, context: Context, attachment: Attachment) -> None:
+        """Take back what is ours of it, once QEMU has nothing of it any more."""
 
 
-class ReservePlace:
+class ReservePlace(Step):
     """Keep a port, slot, target or namespace for the device."""
 
     name = "place"
 
-    def applies(self, attachment: Attachment) -> bool:
-        return True
-
-    async def do(self, context: Context, attachment: Attachment) -> None:
+    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
         context.pool(attachment).claim(attachment.place)
+        return ()
 
-    async def undo(self, context: Context, attachment: Attachment) -> None:
+    def parts(self, attachment: Attachment) -> Sequence[Part]:
+        return ()
+
+    def end(self, context: Context, attachment: Attachment) -> None:
         context.pool(attachment).release(attachment.place)
 
 
-class AddThread:
+class AddThread(Step):
     """Make the I/O thread of a virtio-blk disk."""
 
     name = "thread"
@@ -59,34 +70,31 @@ class AddThread:
     def applies(self, attachment: Attachment) -> bool:
         return attachment.drive.thread and attachment.drive.bus == "virtio-blk"
 
-    async def do(self, context: Context, attachment: Attachment) -> None:
-        await context.monitor.execute("object-add", {"qom-type": "iothread", "id": attachment.identifiers.thread})
+    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+        return (Command("object-add", {"qom-type": "iothread", "id": attachment.identifiers.thread}),)
 
-    async def undo(self, context: Context, attachment: Attachment) -> None:
-        await context.remove_object(attachment.identifiers.thread)
+    def parts(self, attachment: Attachment) -> Sequence[Part]:
+        return (Part("object", attachment.identifiers.thread),)
 
 
-class AddLimits:
+class AddLimits(Step):
     """Make the group that the drive's limits belong to, be there any or not."""
 
     name = "limits"
 
-    def applies(self, attachment: Attachment) -> bool:
-        return True
-
-    async def do(self, context: Context, attachment: Attachment) -> None:
+    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
         arguments = {
             "qom-type": "throttle-group",
             "id": attachment.identifiers.limits,
             **({"limits": attachment.limits.to_qemu()} if attachment.limits.any else {}),
         }
-        await context.monitor.execute("object-add", arguments)
+        return (Command("object-add", arguments),)
 
-    async def undo(self, context: Context, attachment: Attachment) -> None:
-        await context.remove_object(attachment.identifiers.limits)
+    def parts(self, attachment: Attachment) -> Sequence[Part]:
+        return (Part("object", attachment.identifiers.limits),)
 
 
-class BuildImage:
+class BuildImage(Step):
     """Open the image in QEMU."""
 
     name = "image"
@@ -94,43 +102,40 @@ class BuildImage:
     def applies(self, attachment: Attachment) -> bool:
         return bool(attachment.images)
 
-    async def do(self, context: Context, attachment: Attachment) -> None:
-        await chain.build(context, attachment, attachment.images[0])
+    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+        return chain.commands(attachment.drive, attachment.images[0])
 
-    async def undo(self, context: Context, attachment: Attachment) -> None:
-        for image in reversed(attachment.images):
-            await chain.dismantle(context, attachment, image)
+    def parts(self, attachment: Attachment) -> Sequence[Part]:
+        return [part for image in attachment.images for part in chain.parts(image)]
+
+    def end(self, context: Context, attachment: Attachment) -> None:
+        attachment.close_backings()
+        attachment.images.clear()
 
 
-class AddPivot:
+class AddPivot(Step):
     """Put the node on the image that the device stands on."""
 
     name = "pivot"
 
-    def applies(self, attachment: Attachment) -> bool:
-        return True
-
-    async def do(self, context: Context, attachment: Attachment) -> None:
+    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
         identifiers, drive = attachment.identifiers, attachment.drive
         if attachment.images:
             options = nodes.pivot_node(identifiers, attachment.images[0], drive, read_only=attachment.read_only)
         else:
             options = nodes.blank_node(identifiers)
-        await context.monitor.execute("blockdev-add", options)
+        return (Command("blockdev-add", options),)
 
-    async def undo(self, context: Context, attachment: Attachment) -> None:
-        await context.remove_node(attachment.identifiers.pivot)
+    def parts(self, attachment: Attachment) -> Sequence[Part]:
+        return (Part("node", attachment.identifiers.pivot),)
 
 
-class AddDevice:
-    """Plug the device in; taking it back needs the guest, and may take for ever."""
+class AddDevice(Step):
+    """Plug the device in. Taking it back needs the guest, and may take for ever; that is `unplug`."""
 
     name = "device"
 
-    def applies(self, attachment: Attachment) -> bool:
-        return True
-
-    async def do(self, context: Context, attachment: Attachment) -> None:
+    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
         properties = buses.device(
             attachment.drive,
             device_id=attachment.identifiers.device,
@@ -139,29 +144,13 @@ class AddDevice:
             serial=attachment.serial,
             thread=attachment.identifiers.thread if attachment.drive.thread else None,
         )
-        await context.monitor.execute("device_add", properties)
+        return (Command("device_add", properties),)
 
-    async def undo(self, context: Context, attachment: Attachment) -> None:
-        device_id = attachment.identifiers.device
-        removal = attachment.removal
-        assert removal is not None
-        while not attachment.gone.is_set():
-            # A request before the guest has ever run would be stuck until a reset (HOTPLUG.md, "The five", 4).
-            await first_of(context.run_state.has_run, attachment.gone)
-            removal.requests += 1
-            try:
-                await context.monitor.execute("device_del", {"id": device_id})
-            except QmpError as error:
-                if error.error_class == "DeviceNotFound":
-                    return
-                # That it was asked already, or that the guest is busy, is a state and no failure.
-                removal.answer = error.description
-            context.removal_requested(attachment)
-            await attachment.wait_for_news(RETRY_INTERVALS[min(removal.requests, len(RETRY_INTERVALS)) - 1])
-            if not attachment.gone.is_set() and not await context.has_device(device_id):
-                return
+    def parts(self, attachment: Attachment) -> Sequence[Part]:
+        return ()
 
 
+# Each stands on those before it: where one fails, those after it fail too, and nothing is left of them.
 STEPS: tuple[Step, ...] = (
     ReservePlace(),
     AddThread(),
@@ -175,11 +164,8 @@ _ORDER = {step.name: position for position, step in enumerate(STEPS)}
 
 
 def plan(attachment: Attachment) -> list[str]:
-    """Choose the steps of a drive that is to be attached, and of its image; returns the names of its own."""
-    for image in attachment.images:
-        image.planned = chain.plan(image)
-    attachment.planned = [step.name for step in STEPS if step.applies(attachment)]
-    return attachment.planned
+    """The names of the steps that a drive needs."""
+    return [step.name for step in STEPS if step.applies(attachment)]
 
 
 def enter_step(context: Context, attachment: Attachment, name: str) -> None:
@@ -191,16 +177,74 @@ def enter_step(context: Context, attachment: Attachment, name: str) -> None:
 
 
 async def do_step(context: Context, attachment: Attachment, name: str) -> None:
-    """Do a step."""
+    """Do a step of a drive that is there. Raises what `Monitor.execute` raises."""
     enter_step(context, attachment, name)
-    log.debug(f"{attachment.name}: does {name}")
-    await STEP_BY_NAME[name].do(context, attachment)
+    for result in await context.monitor.execute_all(STEP_BY_NAME[name].begin(context, attachment)):
+        if isinstance(result, QmpError):
+            raise result
 
 
-async def undo_step(context: Context, attachment: Attachment, name: str) -> None:
-    """Undo a step, if it was done, and strike it from the journal."""
-    if name in attachment.done:
-        log.debug(f"{attachment.name}: undoes {name}")
-        await STEP_BY_NAME[name].undo(context, attachment)
-        attachment.done.remove(name)
+async def do_all(context: Context, attachment: Attachment) -> None:
+    """Do all the steps of a drive that comes. Raises what `Monitor.execute` raises; then some may have been done."""
+    attachment.done = plan(attachment)
+    commands = [command for name in attachment.done for command in STEP_BY_NAME[name].begin(context, attachment)]
+    try:
+        context.journal(attachment)
+        for name in attachment.done:
+            log.debug(f"{attachment.name}: does {name}")
+        for result in await context.monitor.execute_all(commands):
+            if isinstance(result, QmpError):
+                raise result
+    except (QmpError, SystemFailure):
+        # The device is the last of the steps, and not there if any has failed.
+        attachment.done.remove(AddDevice.name)
+        raise
+    for image in attachment.images:
+        chain.made(context, image)
+
+
+async def undo_steps(context: Context, attachment: Attachment, names: Iterable[str]) -> None:
+    """Undo those of the steps that were done, none of them the device, and strike them from the journal.
+
+    Raises what `remove_parts` raises; all of them can be undone again then.
+    """
+    steps = [STEP_BY_NAME[name] for name in reversed(attachment.done) if name in names]
+    if not steps:
+        return
+    for step in steps:
+        log.debug(f"{attachment.name}: undoes {step.name}")
+    await context.remove(*(part for step in steps for part in step.parts(attachment)))
+    for step in steps:
+        step.end(context, attachment)
+        attachment.done.remove(step.name)
+    context.journal_undone(attachment)
+
+
+async def unplug(context: Context, attachment: Attachment) -> None:
+    """Take the device back: ask the guest until it is gone. Raises what `Monitor.execute` raises."""
+    if AddDevice.name in attachment.done:
+        log.debug(f"{attachment.name}: undoes {AddDevice.name}")
+        await _ask_until_gone(context, attachment)
+        attachment.done.remove(AddDevice.name)
         context.journal_undone(attachment)
+
+
+async def _ask_until_gone(context: Context, attachment: Attachment) -> None:
+    device_id = attachment.identifiers.device
+    removal = attachment.removal
+    assert removal is not None
+    while not attachment.gone.is_set():
+        # A request before the guest has ever run would be stuck until a reset (HOTPLUG.md, "The five", 4).
+        await first_of(context.run_state.has_run, attachment.gone)
+        removal.requests += 1
+        try:
+            await context.monitor.execute("device_del", {"id": device_id})
+        except QmpError as error:
+            if error.error_class == "DeviceNotFound":
+                return
+            # That it was asked already, or that the guest is busy, is a state and no failure.
+            removal.answer = error.description
+        context.removal_requested(attachment)
+        await attachment.wait_for_news(RETRY_INTERVALS[min(removal.requests, len(RETRY_INTERVALS)) - 1])
+        if not attachment.gone.is_set() and not await context.has_device(device_id):
+            return

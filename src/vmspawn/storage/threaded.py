@@ -6,6 +6,7 @@ from __future__ import annotations
 from ..errors import QmpError
 from . import ports
 from .context import Context
+from .parts import Part
 from .ports import Pool
 
 #: The id of its thread.
@@ -32,11 +33,12 @@ async def _plug_in(context: Context) -> None:
         "iothread": CONTROLLER_THREAD,
         **place.properties(),
     }
+    thread = {"qom-type": "iothread", "id": CONTROLLER_THREAD}
     try:
-        await context.monitor.execute("object-add", {"qom-type": "iothread", "id": CONTROLLER_THREAD})
+        await context.monitor.execute("object-add", thread)
         await context.monitor.execute("device_add", device)
     except QmpError:
-        await context.remove_object(CONTROLLER_THREAD)
+        await context.remove(Part("object", CONTROLLER_THREAD))
         context.layout.pci.release(place)
         context.threaded_place = None
         raise
