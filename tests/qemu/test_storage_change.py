@@ -5,7 +5,10 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Snapshot, event_named, idle_machine
+from tests.qemu.qmp_fixtures import wait_until
 from vmspawn import Drive, Machine
 from vmspawn.errors import (
     BadConfig,
@@ -24,6 +28,7 @@ from vmspawn.errors import (
     StorageImmutable,
     StoragePending,
     SystemFailure,
+    Timeout,
     VmspawnError,
 )
 from vmspawn.storage.hotplug import CHANGED_EVENT
@@ -234,6 +239,45 @@ async def test_force_gives_the_host_its_file_back_at_once(
         assert await Snapshot.take(machine) == before
 
 
+# Storage that hangs.
+
+
+@pytest.mark.soak
+async def test_a_disk_on_storage_that_hangs(machine: Machine, tmp_path: Path) -> None:
+    """QEMU stands still in closing the file. That is said before clients lose patience, and then goes on by itself."""
+    with fuse_file(tmp_path) as (path, server):
+        await machine.attach(Drive(path, "disk", "virtio-scsi"))
+        server.send_signal(signal.SIGSTOP)
+        with pytest.raises(Timeout, match="did not answer blockdev-del within 20 s") as caught:
+            await machine.detach("disk", force=True)
+        assert "storage that the image is on may hang" in caught.value.hint
+        detached = asyncio.create_task(event_named(machine, "StorageDetached"))
+        await asyncio.sleep(0)
+        server.send_signal(signal.SIGCONT)
+        assert await detached == {"name": "disk"}
+
+
+@contextlib.contextmanager
+def fuse_file(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A file that a process serves; skips the test where there is none that can."""
+    if not shutil.which("qemu-storage-daemon") or not os.access("/dev/fuse", os.W_OK):
+        pytest.skip("needs qemu-storage-daemon and FUSE")
+    image, path = make_raw(folder / "served", MIB), folder / "file"
+    path.touch()
+    node = f"driver=file,node-name=image,filename={image}"
+    export = f"type=fuse,id=file,node-name=image,mountpoint={path},writable=on"
+    pid_file = folder / "pid"
+    command = ["qemu-storage-daemon", f"--blockdev={node}", f"--export={export}", f"--pidfile={pid_file}"]
+    server = subprocess.Popen(command)
+    try:
+        wait_until(pid_file.exists, "qemu-storage-daemon is up")
+        yield str(path), server
+    finally:
+        server.send_signal(signal.SIGCONT)
+        server.terminate()
+        server.wait(20)
+
+
 # Limits.
 
 
@@ -412,6 +456,36 @@ async def test_a_shared_image_is_written_from_two_machines(machine: Machine, qem
         await machine.detach("image")
     with pytest.raises(BadConfig, match="qcow2 format cannot be shared"):
         await machine.attach(Drive(str(make_qcow2(tmp_path / "qcow2")), format="qcow2", bus="virtio-scsi", share=True))
+
+
+async def test_a_block_device_is_shared_without_the_hosts_cache(machine: Machine, qemu: str, tmp_path: Path) -> None:
+    with loop_device(make_raw(tmp_path / "image", MIB)) as device:
+        drive = Drive(device, "disk", "virtio-scsi", cache="none", share=True)
+        async with idle_machine(qemu, tmp_path) as other:
+            await machine.attach(drive)
+            await other.attach(drive)
+            nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+            (node,) = (each for each in nodes if each["drv"] == "host_device")
+            assert (node["cache"]["direct"], node["ro"]) == (True, False)
+            await other.detach("disk")
+            with pytest.raises(SystemFailure, match=f"machine {machine.name} uses the image of disk"):
+                await other.attach(drive._replace(share=False))
+            await machine.detach("disk")
+
+
+@contextlib.contextmanager
+def loop_device(image: Path) -> Iterator[str]:
+    """A block device on an image; skips the test where there can be none."""
+    if os.geteuid() != 0 or not shutil.which("losetup"):
+        pytest.skip("loop devices are root's, and made by losetup")
+    made = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 async def test_options_reach_the_nodes(machine: Machine, tmp_path: Path) -> None:

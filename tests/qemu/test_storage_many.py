@@ -2,12 +2,15 @@
 """As many drives on one machine as its buses have room for, and one more."""
 
 import asyncio
+import contextlib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
+from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Drive, Machine
 from vmspawn.errors import NoFreePort
 from vmspawn.machine.qemu import find_qemu
@@ -71,3 +74,41 @@ def _address(found: Place) -> int:
         case NamespacePlace():
             return found.nsid
     raise AssertionError(f"{found} is on PCI")
+
+
+@pytest.mark.slow
+@pytest.mark.scaled
+async def test_many_machines_in_one_process_do_not_meet(qemu: str, tmp_path: Path) -> None:
+    """Drives of the same names come and go on all of them at once, and each machine ends as it began."""
+    async with contextlib.AsyncExitStack() as stack:
+        starting = (stack.enter_async_context(idle_machine(qemu, tmp_path)) for _ in range(min(20, scaled(4))))
+        machines = await asyncio.gather(*starting)
+        before = [await Seen.take(machine) for machine in machines]
+        await asyncio.gather(*(come_and_go(machine, tmp_path) for machine in machines))
+        assert [await Seen.take(machine) for machine in machines] == before
+
+
+class Seen(NamedTuple):
+    """What of a snapshot belongs to one machine alone."""
+
+    nodes: frozenset[str]
+    fdsets: tuple[int, ...]
+    qemu_files: int
+
+    @classmethod
+    async def take(cls, machine: Machine) -> "Seen":
+        """Look."""
+        found = await Snapshot.take(machine)
+        return cls(found.nodes, found.fdsets, found.qemu_files)
+
+
+async def come_and_go(machine: Machine, folder: Path) -> None:
+    """Eight drives, twice."""
+    names = [f"disk{number}" for number in range(8)]
+    for name in names:
+        make_raw(folder / f"{machine.name}-{name}", MIB)
+    for _ in range(2):
+        drives = [Drive(str(folder / f"{machine.name}-{name}"), name, "virtio-scsi") for name in names]
+        await asyncio.gather(*(machine.attach(drive) for drive in drives))
+        assert {each.name for each in machine.storage if not each.boot} == set(names)
+        await asyncio.gather(*(machine.detach(name) for name in names))

@@ -316,7 +316,7 @@ def _list(options: argparse.Namespace) -> None:
         if options.stats:
             return _list_statistics(options, client)
         disks = client.call(f"{MACHINE}.ListStorage")["storage"]
-    columns = ("DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "BY-ID", "LIMITS", "FILE")
+    columns = ("DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "SERIAL", "BY-ID", "LIMITS", "FILE")
     return show(options, disks, "disks", columns, _row, right=("SIZE",))
 
 
@@ -329,6 +329,7 @@ def _row(disk: dict[str, Any]) -> tuple[str, ...]:
         "ro" if disk["readOnly"] else "rw",
         _state(disk),
         disk["place"],
+        disk["serial"],
         disk["byId"].removeprefix("/dev/disk/by-id/"),
         _limits_text(disk["limits"]),
         disk["path"] or "-",

@@ -6,15 +6,18 @@ from __future__ import annotations
 import errno
 from typing import TypeVar
 
-from ..errors import QmpError, SystemFailure
+from ..errors import QmpError, SystemFailure, Timeout
 from .holders import holder_of
 from .image import Image
+from .pending import STORAGE_HINT
 
 _Error = TypeVar("_Error", bound=BaseException)
 
 
 def explain(error: _Error, name: str, image: Image | None) -> _Error | SystemFailure:
     """The error as it should reach the user. `image` is the one that QEMU was to open for the drive of that name."""
+    if isinstance(error, Timeout) and not error.hint:
+        error.hint = STORAGE_HINT
     if not isinstance(error, QmpError) or "Failed to get" not in error.description or "lock" not in error.description:
         return error
     lock = "shared write" if "shared" in error.description else "write"

@@ -239,10 +239,10 @@ class Storage:
             await self._tasks.run(
                 work(), f"taking the image of {attachment.name} away", timeout=CHANGE_TIMEOUT, hint=pending.STORAGE_HINT
             )
-        except VmspawnError:
+        except VmspawnError as error:
             # Then at least the guest is asked.
             self._unwind(attachment)
-            raise
+            raise explain(error, attachment.name, None) from None
 
     def _unwind(self, attachment: Attachment) -> asyncio.Task[None]:
         """The one task that takes the attachment apart; started if it is not under way."""

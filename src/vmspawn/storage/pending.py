@@ -10,7 +10,7 @@ HINT = (
     "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
     "away by --force"
 )
-STORAGE_HINT = "QEMU waits for the host's storage, which has not answered requests that are in flight"
+STORAGE_HINT = "the storage that the image is on may hang; once it answers, this goes on by itself"
 
 
 def why(attachment: Attachment, run_state: RunState) -> str:
