@@ -71,9 +71,11 @@ def test_media_come_and_go(machine: Spawned, tmp_path: Path) -> None:
 def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) -> None:
     run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)), "--bus=virtio-scsi", "--bps=1M")
     header, *lines = run("list-disks", machine.name).splitlines()
-    assert header.split() == ["DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "BY-ID", "LIMITS", "FILE"]
+    columns = ["DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "SERIAL", "BY-ID", "LIMITS", "FILE"]
+    assert header.split() == columns
     data = next(line for line in lines if line.startswith("data "))
     assert data.split()[1:6] == ["virtio-scsi", "1M", "raw", "rw", "attached"]
+    assert data.split()[7:9] == ["data", "scsi-0QEMU_QEMU_HARDDISK_data"]
     assert data.split()[-2:] == ["bps=1048576", str(tmp_path / "data")]
     header, *lines = run("list-disks", machine.name, "--stats").splitlines()
     assert header.split()[:3] == ["DISK", "READS", "READ"]

@@ -31,7 +31,7 @@ from vmspawn.errors import (
     Timeout,
     VmspawnError,
 )
-from vmspawn.storage.hotplug import CHANGED_EVENT
+from vmspawn.storage.changes import CHANGED_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

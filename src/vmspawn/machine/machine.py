@@ -375,36 +375,36 @@ class Machine:
     async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
         """Open another image as the caller and put it in the place of a drive's; returns the new size in bytes.
 
-        Raises what `open_drive` and `Storage.replace` raise; the drive keeps its image then.
+        Raises what `open_drive` and `Changes.replace` raise; the drive keeps its image then.
         """
         read_only = any(each.name == name and each.read_only for each in self.storage)
         backing = backings.open_drive(path, read_only=read_only)
-        return await self.storage.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
+        return await self.storage.changes.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
 
     async def replace_backing(self, name: str, backing: Backing, **options: Any) -> int:
         """The same with an image that is open already. Owns `backing` from the call on."""
-        return await self._storage_for(backing).replace(name, backing, **options)
+        return await self._storage_for(backing).changes.replace(name, backing, **options)
 
     async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a drive and its image; returns its size in bytes. Raises what `Storage.resize` raises."""
-        return await self.storage.resize(name, size, shrink=shrink)
+        """Resize a drive and its image; returns its size in bytes. Raises what `Changes.resize` raises."""
+        return await self.storage.changes.resize(name, size, shrink=shrink)
 
     async def limit(self, name: str, limits: Limits) -> None:
-        """Change a drive's I/O limits. Raises what `Storage.limit` raises."""
-        await self.storage.limit(name, limits)
+        """Change a drive's I/O limits. Raises what `Changes.limit` raises."""
+        await self.storage.changes.limit(name, limits)
 
     async def insert_media(self, name: str, path: str, **options: Any) -> None:
-        """Open an image as the caller and put it into an optical drive. Raises what `Storage.insert_media` raises."""
+        """Open an image as the caller and put it into an optical drive. Raises what `Changes.insert_media` raises."""
         backing = backings.open_drive(path, read_only=True)
-        await self.storage.insert_media(name, backing, path=_absolute(path), **options)
+        await self.storage.changes.insert_media(name, backing, path=_absolute(path), **options)
 
     async def insert_media_backing(self, name: str, backing: Backing, **options: Any) -> None:
         """The same with an image that is open already. Owns `backing` from the call on."""
-        await self._storage_for(backing).insert_media(name, backing, **options)
+        await self._storage_for(backing).changes.insert_media(name, backing, **options)
 
     async def eject_media(self, name: str, **options: Any) -> None:
-        """Take the medium out of an optical drive. Raises what `Storage.eject_media` raises."""
-        await self.storage.eject_media(name, **options)
+        """Take the medium out of an optical drive. Raises what `Changes.eject_media` raises."""
+        await self.storage.changes.eject_media(name, **options)
 
     async def multiplexer(self) -> Multiplexer:
         """What shares QEMU among QMP clients; started when it is first asked for.

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ..qmp.monitor import Monitor
+from ..qmp.monitor import Event, Monitor
 from ..qmp.runstate import RunState
 from . import buses, ports
 from .attachment import Attachment, State
@@ -82,6 +82,10 @@ class Context:
         """Save that a step was undone."""
         if attachment.state is State.ATTACHED:
             self._journal(attachment)
+
+    def publish(self, event: str, attachment: Attachment, **data: Any) -> None:
+        """An event of our own about a drive, in line with QEMU's."""
+        self.monitor.publish(Event(event, {"name": attachment.name, **data}))
 
     # What there is in QEMU.
 

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attaching, changing and detaching drives while the machine runs, and the register of those that are there."""
+"""Attaching and detaching drives while the machine runs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
-
-import msgspec
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ..errors import (
-    ConfigNotSupported,
     NoSuchStorage,
     QmpError,
-    StorageImmutable,
     StoragePending,
     SystemFailure,
     Timeout,
@@ -24,15 +19,14 @@ from ..errors import (
 from ..qmp.monitor import Event, Monitor
 from ..qmp.runstate import RunState
 from . import admission, buses, chain, exchange, failures, media, pending, statistics
-from . import resize as resizing
 from .attachment import Attachment, Removal, State
 from .backing import Backing
+from .changes import CHANGE_TIMEOUT, Changes, check_not_boot
 from .context import Context
 from .drive import Drive
 from .explain import explain
-from .image import Image
-from .limits import Limits, check_limits
 from .ports import Layout
+from .register import Register, to_json
 from .statistics import Statistics
 from .steps import AddDevice, do_all, plan, undo_steps, unplug
 from .tasks import Tasks
@@ -42,9 +36,6 @@ from .threaded import threaded_scsi
 #: after 45 s without an answer.
 DETACH_TIMEOUT = 30.0
 
-#: Seconds that a change of a drive, or taking its image away by force, is waited for. It goes on after that.
-CHANGE_TIMEOUT = 40.0
-
 #: Seconds after which an undo that QEMU refused is tried again: somebody uses the node through QMP, and may stop.
 _REFUSED_RETRY = 2.0
 
@@ -53,11 +44,8 @@ _UNWIND_TIMEOUT = 10.0
 
 #: Events of our own, in the streams beside QEMU's.
 ATTACHED_EVENT = "StorageAttached"
-CHANGED_EVENT = "StorageChanged"
 DETACHING_EVENT = "StorageDetaching"
 DETACHED_EVENT = "StorageDetached"
-
-_T = TypeVar("_T")
 
 
 class Storage:
@@ -71,16 +59,16 @@ class Storage:
     ) -> None:
         self._monitor = monitor
         self._journal = journal
-        # What the journal says of each drive, in JSON: there may be many, and mostly one has changed.
-        self._records: dict[Attachment, str] = {}
+        self._register = Register()
         self._context = Context(monitor, run_state, layout, self._save)
         self._context.removal_requested = self._removal_requested
-        self._attachments: dict[str, Attachment] = {}
         self._tasks = Tasks()
+        #: What can be done to drives that stay.
+        self.changes = Changes(self._context, self._register, self._tasks)
         monitor.listen(self._event)
 
     def __iter__(self) -> Iterator[Attachment]:
-        return iter(tuple(self._attachments.values()))
+        return iter(self._register)
 
     @property
     def ports_free(self) -> int:
@@ -94,20 +82,12 @@ class Storage:
 
     def state_text(self) -> str:
         """The register, in JSON."""
-        for attachment in self._attachments.values():
-            if attachment not in self._records:
-                self._records[attachment] = _to_json(attachment.to_state())
         place = self._context.threaded_place
-        head = f'"next": {self._context.next_number}, "threaded-scsi": {_to_json(place and list(place))}'
-        return f'{{{head}, "attachments": [{", ".join(self._records.values())}]}}'
+        head = f'"next": {self._context.next_number}, "threaded-scsi": {to_json(place and list(place))}'
+        return f'{{{head}, "attachments": {self._register.text()}}}'
 
     def _save(self, changed: Attachment | None) -> None:
-        if changed is None:
-            self._records.clear()
-        elif self._attachments.get(changed.name) is changed:
-            self._records[changed] = _to_json(changed.to_state())
-        else:
-            self._records.pop(changed, None)
+        self._register.changed(changed)
         self._journal()
 
     # At boot.
@@ -121,7 +101,7 @@ class Storage:
             image.done = chain.plan(image)
             self._context.numbers_used_up_to(image.number)
         attachment.settled.set()
-        self._attachments[attachment.name] = attachment
+        self._register.add(attachment)
         self._context.numbers_used_up_to(attachment.identifiers.number)
 
     async def release_boot_descriptors(self) -> None:
@@ -129,7 +109,7 @@ class Storage:
         for attachment in self:
             for image in attachment.images if attachment.boot else ():
                 await chain.release(self._context, image)
-        self._records.clear()
+        self._register.changed(None)
 
     # Taking over from a manager that died.
 
@@ -138,7 +118,8 @@ class Storage:
         # Loaded where it is needed: most machines keep their manager.
         from . import adoption
 
-        self._attachments = {each.name: each for each in adoption.load(self._context, saved)}
+        for attachment in adoption.load(self._context, saved):
+            self._register.add(attachment)
 
     async def reconcile(self, foreign_fdsets: Sequence[int]) -> list[str]:
         """Bring the register and QEMU together; returns in words what was found.
@@ -163,12 +144,12 @@ class Storage:
         try:
             if drive.thread and drive.bus == "virtio-scsi":
                 await threaded_scsi(self._context)
-            attachment = admission.admit(self._context, self, drive, backing)
+            attachment = admission.admit(self._context, self._register, drive, backing)
         except BaseException:
             if backing is not None:
                 backing.close()
             raise
-        self._attachments[attachment.name] = attachment
+        self._register.add(attachment)
         image = attachment.image
         try:
             await do_all(self._context, attachment)
@@ -182,7 +163,7 @@ class Storage:
         attachment.state = State.ATTACHED
         attachment.settled.set()
         self._context.journal(attachment)
-        self._publish(ATTACHED_EVENT, attachment)
+        self._context.publish(ATTACHED_EVENT, attachment)
         return attachment
 
     async def _give_up(self, attachment: Attachment, error: BaseException) -> None:
@@ -203,8 +184,8 @@ class Storage:
         `force` takes the image away first, so that the host has its file back whatever the guest does, who sees I/O
         errors from then on. Returns False then if the device is still there after `timeout`, instead of raising.
         """
-        attachment = self._find(name)
-        _check_not_boot(attachment, "detached")
+        attachment = self._register.find(name)
+        check_not_boot(attachment, "detached")
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
@@ -271,11 +252,11 @@ class Storage:
                 attachment.removal.answer = error.description if isinstance(error, QmpError) else str(error)
                 await attachment.wait_for_news(_REFUSED_RETRY)
         attachment.close_backings()
-        del self._attachments[attachment.name]
+        self._register.remove(attachment)
         with contextlib.suppress(SystemFailure):
             self._context.journal(attachment)
         if was_attached:
-            self._publish(DETACHED_EVENT, attachment)
+            self._context.publish(DETACHED_EVENT, attachment)
 
     async def _undo(self, attachment: Attachment) -> None:
         # The guest may take for ever, and meanwhile the image can be taken away by force.
@@ -283,133 +264,7 @@ class Storage:
         async with attachment.lock:
             await undo_steps(self._context, attachment, tuple(attachment.done))
 
-    # Changing.
-
-    async def replace(
-        self, name: str, backing: Backing, *, format: str | None = None, path: str = "", shrink: bool = False
-    ) -> int:
-        """Put another image in the place of a drive's, while the guest uses it, and return the new size in bytes.
-
-        Owns `backing` from the call on. An optical drive gets another medium. Raises NoSuchStorage, StorageImmutable,
-        SystemFailure with EROFS for a read-only image under a writable drive, and what an attach raises; the drive
-        keeps its image then.
-        """
-        try:
-            attachment = self._find(name)
-            _check_not_boot(attachment, "replaced")
-            if attachment.drive.bus == "scsi-cd":
-                raise ConfigNotSupported(f"{name} is an optical drive", hint="insert another medium")
-            _check_writable(attachment, backing)
-            admission.check_not_attached(self, backing, share=attachment.drive.share)
-            drive = attachment.drive._replace(path=path)
-            image = admission.make_image(self._context, drive, backing, format, path or "the new image")
-        except BaseException:
-            backing.close()
-            raise
-
-        async def work() -> int:
-            return await exchange.replace(self._context, attachment, image, shrink=shrink)
-
-        return await self._change(attachment, work, "replacing", image)
-
-    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a drive and its image, while the guest uses it, and return its size in bytes.
-
-        None tells the guest the size that the image was given from outside. Raises NoSuchStorage, BadConfig,
-        ConfigNotSupported or QmpError.
-        """
-        attachment = self._find(name)
-
-        async def work() -> int:
-            return await resizing.resize(self._context, attachment, size, shrink=shrink)
-
-        return await self._change(attachment, work, "resizing")
-
-    async def limit(self, name: str, limits: Limits) -> None:
-        """Change a drive's I/O limits; the default Limits are none. Raises NoSuchStorage, BadConfig or QmpError."""
-        attachment = self._find(name)
-        check_limits(limits)
-
-        async def work() -> None:
-            await exchange.limit(self._context, attachment, limits)
-
-        await self._change(attachment, work, "limiting")
-
-    async def insert_media(
-        self,
-        name: str,
-        backing: Backing,
-        *,
-        format: str | None = None,
-        path: str = "",
-        force: bool = False,
-        timeout: float = media.TRAY_TIMEOUT,
-    ) -> None:
-        """Put a medium into an optical drive, in the place of one that is there. Owns `backing` from the call on.
-
-        Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest holds the tray locked for `timeout` s.
-        """
-        try:
-            attachment = self._find(name)
-            media.check_optical(attachment)
-            admission.check_not_attached(self, backing, share=False)
-            drive = attachment.drive._replace(path=path)
-            image = admission.make_image(self._context, drive, backing, format, path or "the medium")
-        except BaseException:
-            backing.close()
-            raise
-
-        async def work() -> None:
-            await media.insert(self._context, attachment, image, force=force, timeout=timeout)
-
-        await self._change(attachment, work, "changing the medium of", image)
-
-    async def eject_media(self, name: str, *, force: bool = False, timeout: float = media.TRAY_TIMEOUT) -> None:
-        """Take the medium out of an optical drive; the tray stays open. Raises what `insert_media` raises."""
-        attachment = self._find(name)
-        media.check_optical(attachment)
-
-        async def work() -> None:
-            await media.eject(self._context, attachment, force=force, timeout=timeout)
-
-        await self._change(attachment, work, "ejecting the medium of")
-
-    async def _change(
-        self,
-        attachment: Attachment,
-        work: Callable[[], Coroutine[Any, Any, _T]],
-        doing: str,
-        image: Image | None = None,
-    ) -> _T:
-        """Do something to an attached drive, alone, and to its end even if the caller goes away.
-
-        `image` is one that comes to it; its descriptor is closed if it does not.
-        """
-
-        async def alone() -> _T:
-            async with attachment.lock:
-                if attachment.state is not State.ATTACHED:
-                    if image is not None:
-                        image.close_backing()
-                    raise StoragePending(f"{attachment.name} is {attachment.state}", hint="wait until that is over")
-                result = await work()
-            self._publish(CHANGED_EVENT, attachment)
-            return result
-
-        try:
-            return await self._tasks.run(
-                alone(), f"{doing} {attachment.name}", timeout=CHANGE_TIMEOUT, hint=pending.STORAGE_HINT
-            )
-        except VmspawnError as error:
-            raise explain(error, attachment.name, image) from None
-
     # Looking.
-
-    def _find(self, name: str) -> Attachment:
-        try:
-            return self._attachments[name]
-        except KeyError:
-            raise NoSuchStorage(f"there is no drive named {name}", hint="see: vmctl list-disks MACHINE") from None
 
     async def sizes(self) -> dict[str, int]:
         """The size in bytes of each drive as the guest sees it, by name; 0 is an optical drive without a medium."""
@@ -433,13 +288,10 @@ class Storage:
         for attachment in self:
             attachment.close_backings()
 
-    def _publish(self, event: str, attachment: Attachment, **data: Any) -> None:
-        self._monitor.publish(Event(event, {"name": attachment.name, **data}))
-
     def _removal_requested(self, attachment: Attachment) -> None:
         assert attachment.removal is not None
         why = pending.why(attachment, self._context.run_state)
-        self._publish(DETACHING_EVENT, attachment, requests=attachment.removal.requests, reason=why)
+        self._context.publish(DETACHING_EVENT, attachment, requests=attachment.removal.requests, reason=why)
 
     def _event(self, event: Event) -> None:
         if event.name == "DEVICE_DELETED" and event.data:
@@ -455,7 +307,7 @@ class Storage:
             failure = failures.failure(event)
             attachment.failures += 1
             attachment.last_failure = str(failure)
-            self._publish(failures.FAILED_EVENT, attachment, **failure._asdict())
+            self._context.publish(failures.FAILED_EVENT, attachment, **failure._asdict())
 
     def _device_deleted(self, device: object) -> None:
         """Whoever removed it, we, the guest or somebody's raw device_del: what stands below it is taken apart."""
@@ -471,19 +323,3 @@ class Storage:
                 await self._context.remove(self._context.deferred_fdsets.pop())
             except VmspawnError:
                 return
-
-
-def _to_json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _check_not_boot(attachment: Attachment, what: str) -> None:
-    if attachment.boot:
-        raise StorageImmutable(
-            f"{attachment.name} has been there from boot and cannot be {what} while the machine runs"
-        )
-
-
-def _check_writable(attachment: Attachment, backing: Backing) -> None:
-    if not attachment.read_only and not backing.writable:
-        raise SystemFailure(f"{attachment.name} is writable and the new image is not", errno.EROFS)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The register of a machine's drives, and its text in the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from ..errors import NoSuchStorage
+from .attachment import Attachment
+
+
+class Register:
+    """The drives by their names."""
+
+    def __init__(self) -> None:
+        self._attachments: dict[str, Attachment] = {}
+        # What the journal says of each drive, in JSON: there may be many, and mostly one has changed.
+        self._records: dict[Attachment, str] = {}
+
+    def __iter__(self) -> Iterator[Attachment]:
+        return iter(tuple(self._attachments.values()))
+
+    def find(self, name: str) -> Attachment:
+        """The drive of that name. Raises NoSuchStorage."""
+        try:
+            return self._attachments[name]
+        except KeyError:
+            raise NoSuchStorage(f"there is no drive named {name}", hint="see: vmctl list-disks MACHINE") from None
+
+    def add(self, attachment: Attachment) -> None:
+        """Enter a drive."""
+        self._attachments[attachment.name] = attachment
+
+    def remove(self, attachment: Attachment) -> None:
+        """Strike a drive out."""
+        del self._attachments[attachment.name]
+
+    # The journal.
+
+    def changed(self, attachment: Attachment | None) -> None:
+        """What the journal says of a drive is not true any more; None is any of them."""
+        if attachment is None:
+            self._records.clear()
+        elif self._attachments.get(attachment.name) is attachment:
+            self._records[attachment] = to_json(attachment.to_state())
+        else:
+            self._records.pop(attachment, None)
+
+    def text(self) -> str:
+        """All drives, as a list in JSON."""
+        for attachment in self._attachments.values():
+            if attachment not in self._records:
+                self._records[attachment] = to_json(attachment.to_state())
+        return f"[{', '.join(self._records.values())}]"
+
+
+def to_json(value: object) -> str:
+    """A value in JSON."""
+    return msgspec.json.encode(value).decode()
