@@ -157,26 +157,83 @@ def test_a_newer_state_is_refused_and_qemu_lives(machine: Survivor) -> None:
     machine.adopt()
 
 
-def test_an_older_state_is_read(machine: Survivor, tmp_path: Path) -> None:
-    """Version 1 had neither accelerator nor sessions, and less of the machine and of each drive."""
-    attach(machine, make_raw(tmp_path / "disk"), "--bus=virtio-scsi")
-    before = machine.disks()
-    machine.kill_manager()
-    path = Path(machine.folder) / runtime.STATE
-    found = json.loads(path.read_text())
-    for each in found["storage"]["attachments"]:
-        del each["options"]["format"], each["options"]["boot-index"]
-    old = {
+def plug_in_with_long_names(machine: Survivor, path: Path) -> None:
+    """A SCSI disk as managers attached it whose state had version 1 or 2."""
+    with machine.monitor() as monitor:
+        file = {"driver": "file", "node-name": "image4-file", "filename": str(path)}
+        pivot = {"driver": "throttle", "node-name": "drive5-pivot", "throttle-group": "drive5-limits"}
+        place = {"bus": "scsi0.0", "scsi-id": 3, "lun": 0}
+        for command, arguments in (
+            ("object-add", {"qom-type": "throttle-group", "id": "drive5-limits"}),
+            ("blockdev-add", file),
+            ("blockdev-add", {**pivot, "file": "image4-file"}),
+            ("device_add", {"driver": "scsi-hd", "id": "drive5", "drive": "drive5-pivot", "serial": "disk", **place}),
+        ):
+            assert monitor.execute(command, **arguments) == {"return": {}}
+
+
+def state_of_version(version: int, machine: Survivor, path: Path) -> dict[str, Any]:
+    """What such a manager left of a machine with that disk. Version 1 said less of all."""
+    found = json.loads((Path(machine.folder) / runtime.STATE).read_text())
+    options = {"read-only": False, "discard": "unmap", "detect-zeroes": "off", "cache": "writeback", "aio": "threads"}
+    status = path.stat()
+    backing = {"block": False, "writable": True, "identity": [status.st_dev, status.st_ino]}
+    image = {"number": 4, "format": "raw", "path": str(path), "size": 0, "done": ["file"], "backing": backing}
+    disk = {
+        "name": "disk",
+        "bus": "virtio-scsi",
+        "options": {**options, "thread": False, "share": False},
+        "serial": "disk",
+        "limits": [0, 0, 0, 0, 0, 0, 1.0],
+        "boot": False,
+        "number": 5,
+        "place": ["scsi0", 3, 0],
+        "images": [image],
+        "state": "attached",
+        "done": ["place", "limits", "image", "pivot", "device"],
+    }
+    drives = {"next": 6, "attachments": [disk]}
+    if version == 2:
+        return {**found, "version": 2, "storage": {**drives, "threaded-scsi": None}}
+    return {
         "version": 1,
         "name": machine.name,
         "qemu": {name: found["qemu"][name] for name in ("pid", "started", "path")},
         "machine": {"type": "q35", "hotplug-ports": 4},
-        "storage": {name: found["storage"][name] for name in ("next", "attachments")},
+        "storage": drives,
     }
-    path.write_text(json.dumps(old))
-    machine.adopt()
-    assert machine.disks() == before
-    assert json.loads(path.read_text())["version"] == STATE_VERSION
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_state_is_read(qemu: str, tmp_path: Path, version: int) -> None:
+    path = make_raw(tmp_path / "disk", 1 << 20)
+    with survivor(
+        fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--console=headless", "--hotplug-ports=4"
+    ) as machine:
+        machine.kill_manager()
+        plug_in_with_long_names(machine, path)
+        state = Path(machine.folder) / runtime.STATE
+        state.write_text(json.dumps(state_of_version(version, machine, path)))
+        machine.adopt()
+        (disk,) = machine.disks()
+        assert (disk["name"], disk["sizeBytes"], disk["state"], disk["path"]) == (
+            "disk",
+            1 << 20,
+            "attached",
+            str(path),
+        )
+        assert json.loads(state.read_text())["version"] == STATE_VERSION
+        # It is managed as any other, by this manager and by the next.
+        other = make_raw(tmp_path / "other", 1 << 20)
+        assert vmctl("replace-disk", machine.name, "disk", str(other)).returncode == 0
+        machine.kill_manager()
+        machine.adopt()
+        assert vmctl("detach-disk", machine.name, "disk").returncode == 0
+        machine.kill_manager()
+        with machine.monitor() as monitor:
+            assert monitor.execute("query-named-block-nodes") == {"return": []}
+            objects = monitor.execute("qom-list", path="/objects")["return"]
+            assert not [each["name"] for each in objects if each["name"].startswith(("drive", "limits"))]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 2}', b'{"version": "x"}'])

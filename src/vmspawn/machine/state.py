@@ -22,7 +22,8 @@ from .qemu import QemuBinary, find_qemu
 
 #: The form of state.json. Older ones are read, newer ones are refused.
 #: 1: had no accelerator, nor what QEMU can do, nor sessions.
-STATE_VERSION = 2
+#: 2: had drives with longer names in QEMU, and did not say so.
+STATE_VERSION = 3
 
 #: What of the configuration outlives the start: the fields of MachineConfig that a manager uses while the machine runs,
 #: and what booted, without which there is no configuration.
@@ -127,7 +128,11 @@ def read(directory: MachineDirectory) -> State:
                 f"machine {name} belongs to a newer vmspawn (its state has version {version}, not {STATE_VERSION})",
                 hint="take it over with that one",
             )
-        return _load(name, _migrate(found) if version < STATE_VERSION else found)
+        if version < 2:
+            found = _migrate_1(found)
+        if version < 3:
+            found = _migrate_2(found)
+        return _load(name, found)
     except OSError as error:
         raise StartError(f"machine {name} left no state to take it over from: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -162,8 +167,8 @@ def _load(name: str, found: dict[str, Any]) -> State:
     )
 
 
-def _migrate(found: dict[str, Any]) -> dict[str, Any]:
-    """A state of version 1 in the present form: the binary is asked again for what was not written down."""
+def _migrate_1(found: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 1 as one of version 2: the binary is asked again for what was not written down."""
     machine_type = found["machine"]["type"]
     binary = find_qemu(found["qemu"]["path"], machine_type)
     defaults = {field: MachineConfig._field_defaults[field] for field in CONFIG_FIELDS}
@@ -176,3 +181,11 @@ def _migrate(found: dict[str, Any]) -> dict[str, Any]:
         "sessions": SavedSessions(served=True)._asdict(),
         "helpers": [],
     }
+
+
+def _migrate_2(found: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 2 as one of version 3."""
+    for attachment in found["storage"]["attachments"]:
+        for named in (attachment, *attachment["images"]):
+            named["long-names"] = True
+    return found

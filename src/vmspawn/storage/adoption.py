@@ -24,10 +24,10 @@ from .saved import load_pci_place
 from .steps import AddPivot, ReservePlace
 from .threaded import CONTROLLER_THREAD
 
-# Our own names in QEMU. Those of a drive that the journal does not know are left over; from the top down.
-_NODE_LAYERS = ("pivot", "format", "file")
-_NODE = re.compile(r"(?:drive|image)\d+-(?:pivot|format|file)")
-_OBJECT = re.compile(r"drive\d+-(?:limits|thread)")
+# Our own names in QEMU, today's and the long ones. Those of a drive that the journal does not know are left over; nodes
+# from the top down.
+_NODES = tuple(map(re.compile, (r"drive\d+(-pivot)?", r"image\d+-format", r"image\d+(-file)?")))
+_OBJECT = re.compile(r"limits\d+|drive\d+-(limits|thread)")
 
 
 def load(context: Context, saved: dict[str, Any]) -> list[Attachment]:
@@ -182,8 +182,7 @@ class Adoption:
 def _leftovers(found: Inventory, attachments: Iterable[Attachment]) -> list[Part]:
     """Nodes, from the top down, and objects with names of ours that belong to no drive of the journal."""
     owned = {name for attachment in attachments for name in _names(attachment)}
-    nodes = [name for name in found.nodes if _NODE.fullmatch(name) and name not in owned]
-    nodes.sort(key=lambda name: _NODE_LAYERS.index(name.rpartition("-")[2]))
+    nodes = [name for layer in _NODES for name in found.nodes if layer.fullmatch(name) and name not in owned]
     objects = [name for name in found.objects if _OBJECT.fullmatch(name) and name not in owned]
     return [Part("node", name) for name in nodes] + [Part("object", name) for name in objects]
 

@@ -16,7 +16,7 @@ from .image import FAULT, Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
 from .ports import Place
-from .saved import load_drive, load_image, load_limits, load_place, save_drive
+from .saved import load_drive, load_identifiers, load_image, load_limits, load_place, save_drive
 
 
 class State(enum.StrEnum):
@@ -136,7 +136,7 @@ class Attachment:
         drive = load_drive(saved)
         return cls(
             drive,
-            Identifiers(int(saved["number"])),
+            load_identifiers(saved),
             load_place(drive.bus, saved["place"]),
             str(saved["serial"]),
             [load_image(each) for each in saved["images"]],

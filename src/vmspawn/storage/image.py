@@ -23,7 +23,7 @@ class Image:
     `done` is the journal: the names of the parts that may be there, from the bottom up.
     """
 
-    __slots__ = ("backing", "done", "format", "number", "path", "size")
+    __slots__ = ("backing", "done", "format", "long", "number", "path", "size")
 
     # On the start path, where dataclasses would take long to load.
     def __init__(
@@ -34,13 +34,15 @@ class Image:
         path: str = "",
         *,
         size: int = 0,
+        long: bool = False,
     ) -> None:
-        """`size` is that of an image without a file, in bytes."""
+        """`size` is that of an image without a file, in bytes; `long` names are explained at `Identifiers`."""
         self.number = number
         self.backing = backing
         self.format = format
         self.path = path
         self.size = size
+        self.long = long
         self.done: list[str] = []
 
     @property
@@ -51,7 +53,7 @@ class Image:
     @property
     def file_node(self) -> str:
         """The node that opens the descriptor."""
-        return f"image{self.number}-file"
+        return f"image{self.number}-file" if self.long else f"image{self.number}"
 
     @property
     def format_node(self) -> str:
@@ -83,6 +85,7 @@ class Image:
             "path": self.path,
             "size": self.size,
             "done": list(self.done),
+            **({"long-names": True} if self.long else {}),
             "backing": backing
             and {"block": backing.block, "writable": backing.writable, "identity": list(backing.identity)},
         }

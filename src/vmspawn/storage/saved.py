@@ -53,6 +53,7 @@ def save_drive(
         "limits": list(limits),
         "boot": boot,
         "number": identifiers.number,
+        **({"long-names": True} if identifiers.long else {}),
         "place": list(place),
         "images": [image.to_state() for image in images],
         "state": state,
@@ -66,6 +67,11 @@ def load_drive(saved: Mapping[str, Any]) -> Drive:
     images = saved["images"]
     path = str(images[0]["path"]) if images else ""
     return Drive(path, str(saved["name"]), str(saved["bus"]), limits=load_limits(saved), **options)
+
+
+def load_identifiers(saved: Mapping[str, Any]) -> Identifiers:
+    """The names of a drive in QEMU."""
+    return Identifiers(int(saved["number"]), bool(saved.get("long-names")))
 
 
 def load_limits(saved: Mapping[str, Any]) -> Limits:
@@ -102,6 +108,7 @@ def load_image(saved: Mapping[str, Any]) -> Image:
         str(saved["format"]),
         str(saved["path"]),
         size=int(saved["size"]),
+        long=bool(saved.get("long-names")),
     )
     image.done = [str(name) for name in saved["done"]]
     return image
