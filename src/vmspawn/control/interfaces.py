@@ -5,9 +5,7 @@
 `io.vmspawn.Machine` says what they cannot. Varlink's names are part of the protocol, hence their case here.
 """
 
-import contextlib
 import os
-import socket
 import typing
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
-from ..errors import BadConfig, EventsLost, NotConnected, VmspawnError
+from ..errors import BadConfig, EventsLost, NotConnected
 from ..machine.diary import Entry
 from ..machine.machine import Machine as RunningMachine
 from ..storage import backing as backings
@@ -23,13 +21,9 @@ from ..storage import drive as drives
 from ..storage.backing import Backing
 from ..storage.drive import AUTO_BUS, DEFAULT_BUS, Drive
 from ..storage.hotplug import DETACH_TIMEOUT
-from . import errors
-from .connection import CALLER
+from . import errors, qmp
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
 from .upgrade import Taker, upgradable
-
-if typing.TYPE_CHECKING:
-    from ..qmp.session import Session as QmpSession
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
 
@@ -145,38 +139,6 @@ class VirtualMachineInstance(VarlinkInterface, name="io.systemd.VirtualMachineIn
     """Says that the machine is a virtual one."""
 
 
-class _Acquired(typing.TypedDict):
-    fileDescriptorIndex: FileDescriptor | None
-
-
-# What serves QMP is loaded with the first client that asks for it, for many machines never have one.
-
-
-async def _acquire(machine: RunningMachine, *, read_only: bool) -> _Acquired:
-    """A QMP session on a socket pair; the other end goes to the caller and outlives the Varlink connection."""
-    from ..qmp.peer import Peer
-
-    multiplexer = await machine.multiplexer()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    with theirs:
-        multiplexer.open(ours, read_only=read_only, peer=Peer.of(CALLER.get()))
-        return {"fileDescriptorIndex": FileDescriptor(theirs.detach(), should_close=True)}
-
-
-async def _take_over(machine: RunningMachine, *, read_only: bool) -> Taker:
-    """A QMP session on the Varlink connection itself."""
-    from ..qmp.peer import Peer
-
-    multiplexer = await machine.multiplexer()
-
-    def take(connected: socket.socket) -> None:
-        # QEMU may have gone while the reply left; the client sees the end of the stream then.
-        with contextlib.suppress(VmspawnError):
-            multiplexer.open(connected, read_only=read_only, peer=Peer.of(connected))
-
-    return take
-
-
 class QemuMachineInstance(VarlinkInterface, name="io.systemd.QemuMachineInstance"):
     """Direct access to QEMU, for any number of clients."""
 
@@ -186,28 +148,13 @@ class QemuMachineInstance(VarlinkInterface, name="io.systemd.QemuMachineInstance
         self._machine = machine
 
     async def _upgrade(self) -> Taker:
-        return await _take_over(self._machine, read_only=False)
+        return await qmp.take_over(self._machine, read_only=False)
 
     @upgradable(_upgrade)
     @varlinkmethod
-    async def AcquireQMP(self) -> _Acquired:
+    async def AcquireQMP(self) -> qmp.Acquired:
         """A QMP connection: as a descriptor or, with `upgrade`, this one. AlreadyAcquired is never sent."""
-        return await _acquire(self._machine, read_only=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A QMP client. Bytes, commands and events count from when it connected; `queued` commands wait for QEMU."""
-
-    processId: int | None
-    userId: int | None
-    command: str | None
-    readOnly: bool
-    commands: int
-    events: int
-    bytesIn: int
-    bytesOut: int
-    queued: int
+        return await qmp.acquire(self._machine, read_only=False)
 
 
 class _Attached(typing.TypedDict):
@@ -405,30 +352,15 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         await self._machine.eject_media(name, force=bool(force))
 
     async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:
-        return await _take_over(self._machine, read_only=bool(readOnly))
+        return await qmp.take_over(self._machine, read_only=bool(readOnly))
 
     @upgradable(_upgrade)
     @varlinkmethod
-    async def AcquireQMP(self, *, readOnly: bool | None = None) -> _Acquired:
+    async def AcquireQMP(self, *, readOnly: bool | None = None) -> qmp.Acquired:
         """A QMP connection: as a descriptor or, with `upgrade`, this one. A read-only one may only look."""
-        return await _acquire(self._machine, read_only=bool(readOnly))
+        return await qmp.acquire(self._machine, read_only=bool(readOnly))
 
     @varlinkmethod(return_parameter="sessions")
-    def ListSessions(self) -> list[Session]:
+    def ListSessions(self) -> list[qmp.Session]:
         """The QMP clients that are connected, the oldest first."""
-        return [_session(each) for each in self._machine.sessions]
-
-
-def _session(session: "QmpSession") -> Session:
-    peer = session.peer
-    return Session(
-        processId=peer.pid if peer else None,
-        userId=peer.uid if peer else None,
-        command=peer.comm if peer else None,
-        readOnly=session.read_only,
-        commands=session.commands,
-        events=session.events,
-        bytesIn=session.bytes_in,
-        bytesOut=session.bytes_out,
-        queued=session.queued,
-    )
+        return [qmp.describe(each) for each in self._machine.sessions]
