@@ -160,7 +160,8 @@ def machine(folder: Path) -> Iterator[Side]:
 
             yield Side(functools.partial(attach, client), detach, raw, console)
     finally:
-        process.kill()
+        # A manager that is killed would leave its QEMU running.
+        subprocess.run([sys.executable, "-m", "vmspawn.cli.ctl", "terminate", "control"], check=False)
         process.wait(DEADLINE)
 
 
