@@ -7,6 +7,7 @@ import pytest
 
 from tests.commands import Spawned, qemu_pid, spawned, vmctl
 from tests.machines import is_gone, process_is_gone
+from tests.terminal import PROMPT, seated
 
 READY = "vmspawn-guest: ready"
 
@@ -36,23 +37,45 @@ def test_sigterm_in_firmware_reaches_the_guest_once_it_listens(qemu: str) -> Non
     assert "vmspawn: the guest powered off" in running.output["stderr"]
 
 
-def test_poweroff_and_reboot_by_vmctl(qemu: str) -> None:
-    with spawned(f"--qemu={qemu}", "--guest=builtin") as running:
+#: Takes the place of what listens for the power button, and takes its time, as a guest does that has services to stop.
+SLOW_BUTTON = (
+    "killall dd; button=$(grep -l 'Power Button' /sys/class/input/event*/device/name | cut -d/ -f5)",
+    "exec 3</dev/input/$button",
+    "pressed() { dd of=/dev/null bs=4096 count=1 2>/dev/null <&3; echo stop''ping; }",
+    "(pressed; until [ -e /tmp/go ]; do usleep 20000; done; poweroff -f) &",
+)
+
+
+@pytest.mark.parametrize("insist", [False, True], ids=["once", "twice"])
+def test_sigterm_while_the_guest_shuts_down_already(qemu: str, *, insist: bool) -> None:
+    """One waits for what goes on, as the first one does; two end it."""
+    with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
+        machine.expect(READY.encode())
+        machine.expect(PROMPT)
+        for line in SLOW_BUTTON:
+            machine.type(line.encode() + b"\n")
+            machine.expect(PROMPT)
+        assert vmctl("poweroff", machine.name).returncode == 0
+        machine.expect(rb"stopping\r\n")
+        machine.signal(signal.SIGTERM)
+        machine.expect(rb"SIGTERM: asked the guest to power off")
+        if insist:
+            machine.signal(signal.SIGTERM)
+        else:
+            machine.run(": >/tmp/go")
+        assert machine.ended() == 0
+        assert (b"the machine was terminated" if insist else b"the guest powered off") in machine.shown
+
+
+def test_poweroff_and_reboot_by_vmctl_and_the_kernel_arguments(qemu: str) -> None:
+    arguments = ("--cpus=2", "vmspawn.test=here", "loglevel=7")
+    with spawned("--ram=128M", f"--qemu={qemu}", "--guest=builtin", *arguments) as running:
         boot(running)
+        assert "vmspawn.test=here" in running.output["stdout"]
+        assert "2 CPUs" in running.output["stdout"]
         running.output["stdout"] = ""
         assert vmctl("reboot", running.name).returncode == 0
         boot(running)
         assert vmctl("poweroff", running.name).returncode == 0
         assert running.wait() == 0
     assert "vmspawn: the guest powered off" in running.output["stderr"]
-
-
-def test_kernel_arguments_reach_the_guest(qemu: str) -> None:
-    with spawned(
-        "--ram=128M", f"--qemu={qemu}", "--guest=builtin", "--cpus=2", "vmspawn.test=here", "loglevel=7"
-    ) as running:
-        boot(running)
-        vmctl("terminate", running.name)
-        running.wait()
-    assert "vmspawn.test=here" in running.output["stdout"]
-    assert "2 CPUs" in running.output["stdout"]
