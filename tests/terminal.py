@@ -95,6 +95,11 @@ class Tty:
         del self.shown[: start + match.end()]
         return match
 
+    def wait_until_raw(self) -> None:
+        """Wait until a program has taken the terminal: vmspawn does just after it has said that the machine runs."""
+        while termios.tcgetattr(self.slave)[3] & termios.ICANON:
+            assert all(process.poll() is None for process in self.processes), bytes(self.everything)
+
     def _read(self) -> None:
         data = os.read(self.master, 65536)
         self.shown += data

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from .console.interactive import Interactive
-from .console.viewers import OutputViewer
+from .console.viewers import OutputViewer, output_failed
 from .console.voice import Voice
 from .control.registration import Registered
 from .control.server import ControlServer, build_registry
@@ -68,7 +68,9 @@ class Front:
             )
             self._voice.divert(self._interactive.write_line)
         elif kind == "read-only":
-            self._output = OutputViewer(self._machine.console, _STDOUT)
+            self._output = OutputViewer(
+                self._machine.console, _STDOUT, failed=lambda error: self._voice.say(output_failed(error))
+            )
             self._machine.console.attach(self._output)
         elif kind == "native":
             # QEMU has made the terminal raw.
@@ -176,6 +178,7 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
     """
     allow_descriptors()
     machine = Machine(launched.config)
+    machine.warn = voice.say
     try:
         machine.open(launched)
     except BaseException:

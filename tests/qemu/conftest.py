@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import make_raw
 from tests.qemu.qmp_fixtures import PC, Kind, Machine, Server, Side, kinds, shared
 
 
@@ -37,3 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _is_possible(item: pytest.Item) -> bool:
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     return "kind" not in parameters or parameters["kind"] in kinds(parameters["qemu"])
+
+
+@pytest.fixture(scope="module")
+def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A vmspawn's options for a machine that boots nothing: its guest is its firmware."""
+    image = make_raw(tmp_path_factory.mktemp("image") / "image", 1 << 20)
+    return (f"--qemu={qemu}", f"--image={image}", "--ram=64M")

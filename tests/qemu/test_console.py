@@ -14,16 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import DEADLINE, background, qemu_pid, spawned, vmctl, vmspawn
-from tests.conftest import make_raw
 from tests.machines import is_gone, process_is_gone
-from tests.terminal import END, POWER_OFF, REBOOT, VMCTL, VMSPAWN, Seated, Tty, seated, terminal
-
-
-@pytest.fixture(scope="module")
-def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A machine that boots nothing."""
-    image = make_raw(tmp_path_factory.mktemp("image") / "image", 1 << 20)
-    return (f"--qemu={qemu}", f"--image={image}", "--ram=64M")
+from tests.terminal import END, POWER_OFF, REBOOT, VMCTL, VMSPAWN, Seated, seated, terminal
 
 
 @pytest.fixture
@@ -34,17 +26,11 @@ def machine(options: tuple[str, ...]) -> Iterator[Seated]:
         yield running
 
 
-def wait_until_raw(tty: Tty) -> None:
-    """vmspawn takes the terminal just after it has said that the machine runs."""
-    while termios.tcgetattr(tty.slave)[3] & termios.ICANON:
-        assert all(process.poll() is None for process in tty.processes), bytes(tty.everything)
-
-
 # Keys.
 
 
 def test_three_escapes_typed_one_by_one_end_the_machine(machine: Seated) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     pid = qemu_pid(machine.name)
     for byte in END:
         machine.type(bytes([byte]))
@@ -58,7 +44,7 @@ def test_a_guest_that_does_not_react_can_be_forced_by_the_same_keys(options: tup
     """Its processors were never started."""
     with seated(*options, "--qemu-arg=-S") as machine:
         machine.expect(rb"is running")
-        wait_until_raw(machine)
+        machine.wait_until_raw()
         machine.type(REBOOT)
         machine.expect(rb"asked the guest to reboot\r\n")
         machine.type(POWER_OFF)
@@ -77,7 +63,7 @@ def test_a_guest_that_does_not_react_can_be_forced_by_the_same_keys(options: tup
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_and_a_second_one_ends(machine: Seated, number: signal.Signals) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     machine.signal(number)
     machine.expect(rb"%b: asked the guest to power off" % number.name.encode())
     machine.signal(number)
@@ -86,14 +72,14 @@ def test_a_signal_asks_and_a_second_one_ends(machine: Seated, number: signal.Sig
 
 
 def test_sigquit_ends_at_once(machine: Seated) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     machine.signal(signal.SIGQUIT)
     assert machine.ended() == 0
     assert b"SIGQUIT: ending the machine" in machine.shown
 
 
 def test_signals_that_mean_nothing_do_nothing(machine: Seated) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGCHLD, signal.SIGWINCH):
         machine.signal(number)
     assert vmctl("status", machine.name).returncode == 0
@@ -102,7 +88,7 @@ def test_signals_that_mean_nothing_do_nothing(machine: Seated) -> None:
 
 
 def test_a_paused_guest_is_resumed_when_it_is_asked_to_power_off(machine: Seated) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     assert vmctl("pause", machine.name).returncode == 0
     machine.signal(signal.SIGTERM)
     machine.expect(rb"it was paused and has been resumed")
@@ -113,21 +99,21 @@ def test_a_paused_guest_is_resumed_when_it_is_asked_to_power_off(machine: Seated
 def test_a_guest_that_was_never_started_is_ended_at_once(options: tuple[str, ...]) -> None:
     with seated(*options, "--qemu-arg=-S") as machine:
         machine.expect(rb"is running")
-        wait_until_raw(machine)
+        machine.wait_until_raw()
         machine.signal(signal.SIGTERM)
         assert machine.ended() == 0
         assert b"SIGTERM: the guest was never started; ending the machine" in machine.shown
 
 
 def test_qemu_killed_under_us(machine: Seated) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     os.kill(qemu_pid(machine.name), signal.SIGKILL)
     assert machine.ended() == 1
     assert b"vmspawn: QEMU died of SIGKILL\r\n" in machine.shown
 
 
 def test_qemu_that_does_not_obey_is_killed(machine: Seated) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     pid = qemu_pid(machine.name)
     os.kill(pid, signal.SIGSTOP)
     machine.type(END)
@@ -137,7 +123,7 @@ def test_qemu_that_does_not_obey_is_killed(machine: Seated) -> None:
 
 
 def test_a_signal_that_ends_qemu_is_said(machine: Seated) -> None:
-    wait_until_raw(machine)
+    machine.wait_until_raw()
     os.kill(qemu_pid(machine.name), signal.SIGTERM)
     assert machine.ended() == 1
     assert b"QEMU was ended by a signal" in machine.shown
@@ -161,14 +147,14 @@ def test_it_stops_and_goes_on_as_a_job_of_a_shell(options: tuple[str, ...]) -> N
         tty.expect(rb"\$ ")
         tty.type(" ".join(["stty -a;", *VMSPAWN, "-M", "job", *options, "\n"]).encode())
         tty.expect(rb"is running")
-        wait_until_raw(tty)
+        tty.wait_until_raw()
         vmspawn_pid = int(subprocess.run(["pgrep", "-P", str(shell.pid)], check=True, capture_output=True).stdout)
         os.kill(vmspawn_pid, signal.SIGTSTP)
         tty.expect(rb"Stopped")
         assert termios.tcgetattr(tty.slave)[3] & termios.ICANON
         tty.type(b"fg\n")
         tty.expect(rb"fg\r\n")
-        wait_until_raw(tty)
+        tty.wait_until_raw()
         tty.type(END)
         tty.expect(rb"the machine was terminated")
         tty.expect(rb"\$ ")
@@ -176,70 +162,7 @@ def test_it_stops_and_goes_on_as_a_job_of_a_shell(options: tuple[str, ...]) -> N
         assert tty.wait(shell) == 0
 
 
-# Terminals that go, and streams that are none.
-
-
-def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> None:
-    with seated(*options, "--shutdown-timeout=0.2") as machine:
-        machine.expect(rb"is running")
-        wait_until_raw(machine)
-        pid = qemu_pid(machine.name)
-        os.close(machine.slave)
-        os.close(machine.master)
-        assert machine.process.wait(timeout=DEADLINE) == 0
-        assert process_is_gone(pid)
-        assert is_gone(machine.name)
-
-
-def test_where_sighup_is_ignored_the_machine_outlives_its_terminal(options: tuple[str, ...]) -> None:
-    with terminal() as tty:
-        process = tty.start(["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *VMSPAWN, "-M", "hardy", *options])
-        tty.expect(rb"is running")
-        wait_until_raw(tty)
-        os.close(tty.slave)
-        os.close(tty.master)
-        assert vmctl("status", "hardy").returncode == 0
-        assert vmctl("terminate", "hardy", "--wait").returncode == 0
-        assert process.wait(timeout=DEADLINE) == 0
-
-
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("console", ["interactive", "read-only"])
-def test_standard_streams_that_are_closed(options: tuple[str, ...], closed: str, console: str) -> None:
-    name = "closed"
-    command = " ".join([*VMSPAWN, "-M", name, *options, f"--console={console}", closed])
-    with background(["sh", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while vmctl("status", name).returncode != 0:
-            assert run.poll() is None
-        assert vmctl("poweroff", name).returncode == 0
-        assert vmctl("terminate", name, "--wait").returncode == 0
-        assert run.wait(timeout=DEADLINE) == 0
-    assert is_gone(name)
-
-
-def test_output_to_a_file_and_input_from_one(options: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "in").write_bytes(b"x" * 200)
-    with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
-        target.write(b"before\n")
-        target.flush()
-        command = [*VMSPAWN, "-M", "filed", *options, "--console=interactive", f"--log={tmp_path / 'log'}"]
-        with background(command, stdin=source, stdout=target, stderr=subprocess.PIPE) as run:
-            assert run.stderr is not None
-            while b"is running" not in run.stderr.readline():
-                pass
-            assert vmctl("terminate", "filed", "--wait").returncode == 0
-            run.communicate(timeout=DEADLINE)
-            assert run.returncode == 0
-    assert (tmp_path / "out").read_bytes() == b"before\n" + (tmp_path / "log").read_bytes()
-
-
-def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ...]) -> None:
-    with spawned(*options) as running:
-        running.wait_for("is running")
-        assert running.process.stdout is not None
-        running.process.stdout.close()
-        del running._open["stdout"]
-        assert vmctl("status", running.name).returncode == 0
+# The terminal itself.
 
 
 def test_flags_of_shared_descriptors_stay(options: tuple[str, ...]) -> None:
@@ -247,7 +170,7 @@ def test_flags_of_shared_descriptors_stay(options: tuple[str, ...]) -> None:
     with seated(*options) as machine:
         before = fcntl.fcntl(machine.slave, fcntl.F_GETFL)
         machine.expect(rb"is running")
-        wait_until_raw(machine)
+        machine.wait_until_raw()
         assert fcntl.fcntl(machine.slave, fcntl.F_GETFL) == before
         machine.type(END)
         machine.ended()
@@ -275,7 +198,7 @@ def test_native_gives_the_terminal_to_qemu_and_takes_it_back(options: tuple[str,
 def test_native_restores_the_terminal_of_a_qemu_that_is_killed(options: tuple[str, ...]) -> None:
     with seated(*options, "--console=native") as machine:
         machine.expect(rb"is running")
-        wait_until_raw(machine)
+        machine.wait_until_raw()
         flags = os.O_NONBLOCK
         os.kill(qemu_pid(machine.name), signal.SIGKILL)
         assert machine.ended() == 1
@@ -306,7 +229,7 @@ def test_headless_serves_the_console_all_the_same(options: tuple[str, ...]) -> N
     [
         (["--log=/nonexistent/log"], 1, "cannot use --log=/nonexistent/log: No such file or directory"),
         (["--log=/tmp"], 1, "cannot use --log=/tmp: Is a directory"),
-        (["--log=/dev/zero"], 1, "cannot use --log=/dev/zero: not a regular file"),
+        (["--log=/dev/full"], 1, "cannot use --log=/dev/full: not a regular file"),
         (["--log=x", "--console=native"], 2, "--log= cannot see what QEMU shows"),
         (["--console=loud"], 2, "invalid choice: 'loud'"),
         (["--console-transport=pigeon"], 2, "invalid choice: 'pigeon'"),

@@ -34,7 +34,7 @@ class ConsoleClient:
         self._console = console
         self._gone = gone
         self._loop = asyncio.get_running_loop()
-        self._outlet = Outlet(connected.fileno(), connected.send, on_empty=self._caught_up, on_lost=self.close)
+        self._outlet = Outlet(connected.fileno(), connected.send, on_empty=self._caught_up, on_lost=self._lost)
         self._finishing = False
         self._stall: asyncio.TimerHandle | None = None
         self._loop.add_reader(connected, self._readable)
@@ -70,6 +70,9 @@ class ConsoleClient:
         self._socket = None
         self._gone(self)
         self._console.detach(self)
+
+    def _lost(self, _error: OSError) -> None:
+        self.close()
 
     def _caught_up(self) -> None:
         if self._finishing:

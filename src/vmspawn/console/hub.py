@@ -181,6 +181,8 @@ class Console:
         self._close_sockets()
         for client in tuple(self._clients):
             client.close()
+        for viewer in tuple(self._viewers):
+            viewer.finish()
         self._viewers.clear()
         self.ended.set()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .hotkeys import Key
 from .keyboard import Keyboard
 from .terminal import Screen, Terminal, window_size
-from .viewers import OutputViewer
+from .viewers import OutputViewer, output_failed
 
 if TYPE_CHECKING:
     from .hub import Console
@@ -49,7 +49,7 @@ class Interactive:
         self._suspended = True
         try:
             self.resume()
-            self._viewer = OutputViewer(console, target, self._screen)
+            self._viewer = OutputViewer(console, target, self._screen, failed=lambda error: say(output_failed(error)))
             console.attach(self._viewer)
             self._keyboard = Keyboard(
                 console,

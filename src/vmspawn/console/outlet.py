@@ -10,7 +10,7 @@ from collections.abc import Callable
 _CHUNK = 65536
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -18,7 +18,8 @@ class Outlet:
     """The way out to one descriptor, which stays the caller's and must not block.
 
     `write` writes to it, returns how much, and raises BlockingIOError where it would have to wait. `on_empty` is called
-    when everything kept has been written, `on_lost` once when the other side is gone; what is put then is dropped.
+    when everything kept has been written, `on_lost` once when it cannot be written to any more; what is put then is
+    dropped.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Outlet:
         write: Callable[[bytes], int],
         *,
         on_empty: Callable[[], None] = _nothing,
-        on_lost: Callable[[], None] = _nothing,
+        on_lost: Callable[[OSError], None] = _nothing,
     ) -> None:
         self._fd = fd
         self._write = write
@@ -68,9 +69,9 @@ class Outlet:
                 del self._kept[:count]
         except BlockingIOError:
             self._wait()
-        except OSError:
+        except OSError as error:
             self.close()
-            self._on_lost()
+            self._on_lost(error)
         else:
             was_waiting = self._waiting
             self._stop_waiting()

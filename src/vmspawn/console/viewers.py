@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
 class OutputViewer:
     """Shows the console on a terminal, a pipe, a socket or a file, at the pace of whoever reads it.
 
-    The descriptor stays the caller's. The console goes on without it when nobody reads it any more.
+    The descriptor stays the caller's. The console goes on without it when nobody reads it any more, or a file takes no
+    more.
     """
 
-    def __init__(self, console: Console, fd: int, screen: Screen | None = None) -> None:
-        """`screen` takes note of what is shown."""
+    def __init__(
+        self, console: Console, fd: int, screen: Screen | None = None, *, failed: Callable[[OSError], None]
+    ) -> None:
+        """`screen` takes note of what is shown; `failed` is called once when a file cannot be written any more."""
         self._console = console
+        self._failed = failed
         self._screen = screen
         self._output = Output(fd)
         self._outlet = Outlet(self._output.fd, self._output.write, on_empty=self._caught_up, on_lost=self._lost)
@@ -59,14 +64,22 @@ class OutputViewer:
         self._output.close()
         self._console.detach(self)
 
-    def _lost(self) -> None:
+    def _lost(self, error: OSError) -> None:
         self._console.detach(self)
+        # A reader that has gone knows that himself.
+        if stat.S_ISREG(os.fstat(self._output.fd).st_mode):
+            self._failed(error)
 
     def _caught_up(self) -> None:
         if self._finishing:
             self._console.detach(self)
         else:
             self._console.viewer_has_room()
+
+
+def output_failed(error: OSError) -> str:
+    """A line for an output that `failed`."""
+    return f"cannot write to standard output: {error.strerror}; the machine goes on without"
 
 
 class Transcript:
@@ -89,12 +102,21 @@ class Transcript:
             while data and self._fd >= 0:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
-            self.finish()
+            self._close()
             self._failed(error)
 
     def finish(self) -> None:
         """Close the file. May be called again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            self._console.detach(self)
+        # A file system in a network may say only now that it is full.
+        if error := self._close():
+            self._failed(error)
+
+    def _close(self) -> OSError | None:
+        fd, self._fd = self._fd, -1
+        self._console.detach(self)
+        try:
+            if fd >= 0:
+                os.close(fd)
+        except OSError as error:
+            return error
+        return None

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from errno import EIO
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,8 @@ class Machine:
         self._ended: End | None = None
         self._console: Console | None = None
         self._window: Window | None = None
-        #: Why the transcript of `--log=` was given up, once that has happened.
-        self.log_failure = ""
+        #: Called with a line that somebody should hear; `Describe` has it as the last error too.
+        self.warn: Callable[[str], None] = lambda line: None
         #: What was found when the machine was taken over from a manager that died, for people.
         self.adoption_notes: list[str] = []
 
@@ -130,7 +130,9 @@ class Machine:
             launched.console_log = -1
 
     def _log_failed(self, error: OSError) -> None:
-        self.log_failure = f"cannot write {self.config.console_log}: {error.strerror}"
+        line = f"cannot write {self.config.console_log}: {error.strerror}; the machine goes on without"
+        self.failed(line)
+        self.warn(line)
 
     def _load_storage(self, saved: State) -> None:
         try:

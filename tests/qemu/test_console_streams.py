@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The console on streams that are no terminal, that are closed or full, and on terminals that vanish."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, Spawned, background, qemu_pid, spawned, vmctl
+from tests.conftest import make_raw
+from tests.machines import fresh_name, is_gone, process_is_gone
+from tests.terminal import VMSPAWN, seated, terminal
+from vmspawn import Machine
+
+#: Has SeaBIOS speak on the serial port.
+SPEAKS = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
+LAST_WORDS = "No bootable device."
+
+
+# Terminals that go.
+
+
+def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> None:
+    with seated(*options, "--shutdown-timeout=0.2") as machine:
+        machine.expect(rb"is running")
+        machine.wait_until_raw()
+        pid = qemu_pid(machine.name)
+        os.close(machine.slave)
+        os.close(machine.master)
+        assert machine.process.wait(timeout=DEADLINE) == 0
+        assert process_is_gone(pid)
+        assert is_gone(machine.name)
+
+
+def test_where_sighup_is_ignored_the_machine_outlives_its_terminal(options: tuple[str, ...]) -> None:
+    with terminal() as tty:
+        process = tty.start(["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *VMSPAWN, "-M", "hardy", *options])
+        tty.expect(rb"is running")
+        tty.wait_until_raw()
+        os.close(tty.slave)
+        os.close(tty.master)
+        assert vmctl("status", "hardy").returncode == 0
+        assert vmctl("terminate", "hardy", "--wait").returncode == 0
+        assert process.wait(timeout=DEADLINE) == 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("console", ["interactive", "read-only"])
+def test_standard_streams_that_are_closed(options: tuple[str, ...], closed: str, console: str) -> None:
+    name = "closed"
+    command = " ".join([*VMSPAWN, "-M", name, *options, f"--console={console}", closed])
+    with background(["sh", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while vmctl("status", name).returncode != 0:
+            assert run.poll() is None
+        assert vmctl("poweroff", name).returncode == 0
+        assert vmctl("terminate", name, "--wait").returncode == 0
+        assert run.wait(timeout=DEADLINE) == 0
+    assert is_gone(name)
+
+
+def test_output_to_a_file_and_input_from_one(options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"x" * 200)
+    with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
+        target.write(b"before\n")
+        target.flush()
+        command = [*VMSPAWN, "-M", "filed", *options, *SPEAKS, "--console=interactive", f"--log={tmp_path / 'log'}"]
+        with background(command, stdin=source, stdout=target, stderr=subprocess.PIPE) as run:
+            while LAST_WORDS.encode() not in (tmp_path / "out").read_bytes():
+                assert run.poll() is None
+            assert vmctl("terminate", "filed", "--wait").returncode == 0
+            run.communicate(timeout=DEADLINE)
+            assert run.returncode == 0
+    assert (tmp_path / "out").read_bytes() == b"before\n" + (tmp_path / "log").read_bytes()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ...]) -> None:
+    with spawned(*options) as running:
+        running.wait_for("is running")
+        assert running.process.stdout is not None
+        running.process.stdout.close()
+        del running._open["stdout"]
+        assert vmctl("status", running.name).returncode == 0
+
+
+# Files that are full.
+
+#: Bytes that the file has already, all that vmspawn may write. It is told by EFBIG, as by ENOSPC of a disk.
+LIMIT = 16 << 20
+
+
+def test_a_transcript_that_cannot_be_written_is_said_once(options: tuple[str, ...], tmp_path: Path) -> None:
+    log = make_raw(tmp_path / "log", LIMIT)
+    limited = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN]
+    running = Spawned(fresh_name(), (*options, *SPEAKS, f"--log={log}", "--quiet"), program=limited)
+    try:
+        running.wait_for(LAST_WORDS, stream="stdout")
+        said = f"cannot write {log}: File too large; the machine goes on without"
+        assert said in vmctl("status", running.name).stdout
+        assert vmctl("terminate", running.name, "--wait").returncode == 0
+        assert running.wait() == 0
+    finally:
+        running.close()
+    assert running.output["stderr"] == f"vmspawn: {said}\n"
+    assert log.stat().st_size == LIMIT
+
+
+def test_a_file_that_takes_no_more_output_is_said_once(options: tuple[str, ...], tmp_path: Path) -> None:
+    """The console goes on: its transcript has all of it."""
+    full, log = make_raw(tmp_path / "full", LIMIT), tmp_path / "log"
+    command = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN, "-M", "full", *options, *SPEAKS, f"--log={log}", "-q"]
+    with (
+        open(full, "ab") as target,
+        background(command, stdin=subprocess.DEVNULL, stdout=target, stderr=subprocess.PIPE, text=True) as run,
+    ):
+        assert run.stderr is not None
+        line = run.stderr.readline()
+        assert line == "vmspawn: cannot write to standard output: File too large; the machine goes on without\n"
+        while LAST_WORDS.encode() not in log.read_bytes():
+            assert run.poll() is None
+        assert vmctl("terminate", "full", "--wait").returncode == 0
+        assert run.wait(timeout=DEADLINE) == 0
+        assert run.stderr.read() == ""
+    assert full.stat().st_size == LIMIT
+
+
+async def test_a_transcript_is_closed_with_its_machine(qemu: str, tmp_path: Path) -> None:
+    image, log = make_raw(tmp_path / "image", 1 << 20), tmp_path / "log"
+    async with Machine(image=str(image), qemu=qemu, ram=64 << 20, console="headless", console_log=str(log)):
+        assert str(log) in open_files()
+    assert str(log) not in open_files()
+
+
+def open_files() -> list[str]:
+    """What this process has open."""
+    return [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")]
