@@ -38,6 +38,7 @@ class Tty:
 
     def __init__(self, rows: int = 24, columns: int = 80) -> None:
         self.master, self.slave = pty.openpty()
+        self.path = os.ttyname(self.slave)
         self.resize(rows, columns)
         # A size is not a setting that a program could spoil; everything else that stty(1) shows is.
         self.settings_before = self.settings()
@@ -66,7 +67,9 @@ class Tty:
 
     def settings(self) -> str:
         """`stty -a`, without the window's size."""
-        shown = subprocess.run(["stty", "-a"], stdin=self.slave, check=True, capture_output=True, text=True).stdout
+        shown = subprocess.run(
+            ["stty", "-a", "-F", self.path], stdin=subprocess.DEVNULL, check=True, capture_output=True, text=True
+        ).stdout
         return re.sub(r"rows \d+; columns \d+;", "", shown)
 
     def type(self, data: bytes) -> None:
@@ -164,10 +167,12 @@ class Seated(Tty):
         return self.wait(self.process, timeout=timeout)
 
     def close(self) -> None:
-        """End the machine as well."""
-        if self.process.poll() is None:
-            vmctl("terminate", self.name)
-        super().close()
+        """End the machine as well; that, too, leaves the terminal as it was."""
+        try:
+            if self.process.poll() is None and vmctl("terminate", self.name).returncode == 0:
+                self.ended()
+        finally:
+            super().close()
 
 
 @contextmanager
@@ -178,6 +183,21 @@ def seated(*arguments: str, name: str | None = None) -> Iterator[Seated]:
         yield terminal
     finally:
         terminal.close()
+
+
+def shell_job(shell: int) -> int:
+    """The process id of a shell's only job."""
+    return int(subprocess.run(["pgrep", "-P", str(shell)], check=True, capture_output=True).stdout)
+
+
+@contextmanager
+def attached(machine: str) -> Iterator[Tty]:
+    """A terminal with `vmctl console` on it, in its first process."""
+    with terminal() as tty:
+        tty.start([*VMCTL, "console", machine])
+        tty.expect(rb"press \^\] three times")
+        tty.wait_until_raw()
+        yield tty
 
 
 @contextmanager

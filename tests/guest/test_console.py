@@ -11,7 +11,7 @@ import pyte
 import pytest
 
 from tests.commands import DEADLINE, background, vmctl
-from tests.terminal import END, POWER_OFF, PROMPT, READY, REBOOT, VMCTL, Seated, Tty, seated, terminal
+from tests.terminal import END, POWER_OFF, PROMPT, READY, REBOOT, VMCTL, Seated, Tty, attached, seated, terminal
 from vmspawn.host.runtime import CONSOLE, runtime_root
 
 #: All bytes there are, 100 kB of them; no two ^] follow each other.
@@ -124,9 +124,7 @@ def visitor(serial: Seated) -> Iterator[Tty]:
     """A terminal with `vmctl console` on it, attached."""
     serial.type(b"\n")
     serial.expect(PROMPT)
-    with terminal() as tty:
-        tty.start([*VMCTL, "console", serial.name])
-        tty.expect(rb"press \^\] three times")
+    with attached(serial.name) as tty:
         tty.expect(PROMPT)
         yield tty
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from tests.commands import DEADLINE, background, qemu_pid, spawned, vmctl, vmspawn
 from tests.machines import is_gone, process_is_gone
-from tests.terminal import END, POWER_OFF, REBOOT, VMCTL, VMSPAWN, Seated, seated, terminal
+from tests.terminal import END, POWER_OFF, REBOOT, VMCTL, VMSPAWN, Seated, seated, shell_job, terminal
 
 
 @pytest.fixture
@@ -129,6 +128,16 @@ def test_a_signal_that_ends_qemu_is_said(machine: Seated) -> None:
     assert b"QEMU was ended by a signal" in machine.shown
 
 
+def test_a_guest_that_reboots_for_ever_can_be_ended(options: tuple[str, ...]) -> None:
+    """SeaBIOS resets the machine when it has found nothing to boot."""
+    loop = ("--qemu-arg=-boot", "--qemu-arg=reboot-timeout=1")
+    with seated(*options, *loop, "--qemu-arg=-machine", "--qemu-arg=graphics=off") as machine:
+        for _ in range(3):
+            machine.expect(rb"No bootable device")
+        machine.type(END)
+        assert machine.ended() == 0
+
+
 def test_an_ignored_sigchld_does_not_hide_how_qemu_ended(options: tuple[str, ...]) -> None:
     script = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
@@ -145,13 +154,12 @@ def test_it_stops_and_goes_on_as_a_job_of_a_shell(options: tuple[str, ...]) -> N
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
         tty.expect(rb"\$ ")
-        tty.type(" ".join(["stty -a;", *VMSPAWN, "-M", "job", *options, "\n"]).encode())
+        tty.type(" ".join([*VMSPAWN, "-M", "job", *options, "\n"]).encode())
         tty.expect(rb"is running")
         tty.wait_until_raw()
-        vmspawn_pid = int(subprocess.run(["pgrep", "-P", str(shell.pid)], check=True, capture_output=True).stdout)
-        os.kill(vmspawn_pid, signal.SIGTSTP)
+        os.kill(shell_job(shell.pid), signal.SIGTSTP)
         tty.expect(rb"Stopped")
-        assert termios.tcgetattr(tty.slave)[3] & termios.ICANON
+        assert tty.settings() == tty.settings_before
         tty.type(b"fg\n")
         tty.expect(rb"fg\r\n")
         tty.wait_until_raw()

@@ -2,6 +2,7 @@
 """The console on streams that are no terminal, that are closed or full, and on terminals that vanish."""
 
 import os
+import select
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from tests.commands import DEADLINE, Spawned, background, qemu_pid, spawned, vmctl
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
-from tests.terminal import VMSPAWN, seated, terminal
+from tests.terminal import VMSPAWN, seated, shell_job, terminal
 from vmspawn import Machine
 
 #: Has SeaBIOS speak on the serial port.
@@ -22,6 +23,7 @@ LAST_WORDS = "No bootable device."
 
 
 def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> None:
+    """Its settings go with it."""
     with seated(*options, "--shutdown-timeout=0.2") as machine:
         machine.expect(rb"is running")
         machine.wait_until_raw()
@@ -31,6 +33,23 @@ def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> N
         assert machine.process.wait(timeout=DEADLINE) == 0
         assert process_is_gone(pid)
         assert is_gone(machine.name)
+
+
+def test_a_terminal_that_is_taken_away_is_fit_for_the_next_one(options: tuple[str, ...]) -> None:
+    """The death of a session's leader hangs its terminal up; getty, say, then opens it anew."""
+    with terminal() as tty:
+        shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
+        tty.type(" ".join([*VMSPAWN, "-M", "orphan", *options, "--shutdown-timeout=0.2", "\n"]).encode())
+        tty.expect(rb"is running")
+        tty.wait_until_raw()
+        manager = os.pidfd_open(shell_job(shell.pid))
+        try:
+            shell.kill()
+            assert select.select([manager], [], [], DEADLINE)[0]
+        finally:
+            os.close(manager)
+        assert is_gone("orphan")
+        assert tty.settings() == tty.settings_before
 
 
 def test_where_sighup_is_ignored_the_machine_outlives_its_terminal(options: tuple[str, ...]) -> None:
@@ -127,10 +146,10 @@ def test_a_file_that_takes_no_more_output_is_said_once(options: tuple[str, ...],
 async def test_a_transcript_is_closed_with_its_machine(qemu: str, tmp_path: Path) -> None:
     image, log = make_raw(tmp_path / "image", 1 << 20), tmp_path / "log"
     async with Machine(image=str(image), qemu=qemu, ram=64 << 20, console="headless", console_log=str(log)):
-        assert str(log) in open_files()
-    assert str(log) not in open_files()
+        assert str(log) in open_paths()
+    assert str(log) not in open_paths()
 
 
-def open_files() -> list[str]:
+def open_paths() -> list[str]:
     """What this process has open."""
     return [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")]
