@@ -83,6 +83,15 @@ class Tty:
             if writable:
                 data = data[os.write(self.master, data[:512]) :]
 
+    def type_slowly(self, pieces: list[bytes], pause: float) -> None:
+        """Type pieces with a person's pauses between them, in which what is shown is read."""
+        for number, piece in enumerate(pieces):
+            next_at = time.monotonic() + (pause if number else 0.0)
+            while (left := next_at - time.monotonic()) > 0:
+                if select.select([self.master], [], [], left)[0]:
+                    self._read()
+            self.type(piece)
+
     def expect(self, pattern: bytes, *, timeout: float = DEADLINE) -> re.Match[bytes]:
         """Wait until what is shown matches, and forget it and all before it, which `before` has then."""
         expression = re.compile(pattern)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keys through a real terminal: every sequence, split at every byte, typed at several speeds.
+
+What the matcher makes of them is in tests/unit/test_hotkeys.py; here each piece is a read of its own.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Spawned, idle, vmctl
+from tests.conftest import make_raw
+from tests.terminal import END, POWER_OFF, REBOOT, Seated, attached, seated
+
+#: Seconds between two pieces: keys that repeat, and a slow person, who leaves a busy machine time to read.
+SPEEDS = (0.02, 0.25)
+
+#: How many bytes are typed at once, and the pause between.
+CASES = [((3,), 0.0), *product(((1, 2), (2, 1), (1, 1, 1)), SPEEDS)]
+
+
+def split(keys: bytes, sizes: tuple[int, ...]) -> list[bytes]:
+    """The keys in pieces of these sizes."""
+    ends = [sum(sizes[:count]) for count in range(1, len(sizes) + 1)]
+    return [keys[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def machine(options: tuple[str, ...]) -> Iterator[Seated]:
+    """A machine that hears the keys and does nothing."""
+    with seated(*options) as running:
+        running.expect(rb"is running[^\n]*\n")
+        running.wait_until_raw()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def headless(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
+    """A machine to attach to."""
+    with idle(qemu, tmp_path_factory.mktemp("headless")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("sizes", "pause"), CASES)
+def test_keys_that_ask_the_guest(machine: Seated, sizes: tuple[int, ...], pause: float) -> None:
+    for keys, what in ((REBOOT, b"reboot"), (POWER_OFF, b"power off")):
+        machine.type_slowly(split(keys, sizes), pause)
+        machine.expect(rb"asked the guest to %b\r\n" % what)
+
+
+def test_keys_that_are_too_slow_are_for_the_guest(machine: Seated) -> None:
+    """Then the same in time: nothing of the slow ones is left."""
+    machine.type_slowly(split(END, (1, 1, 1)), 1.05)
+    machine.type_slowly(split(REBOOT, (1, 2)), 1.05)
+    machine.type(POWER_OFF)
+    machine.expect(rb"asked the guest to power off\r\n")
+    assert b"asked" not in machine.before
+
+
+@pytest.mark.parametrize(("sizes", "pause"), CASES)
+def test_keys_that_detach(headless: Spawned, sizes: tuple[int, ...], pause: float) -> None:
+    with attached(headless.name) as tty:
+        tty.type_slowly(split(END, sizes), pause)
+        assert tty.wait(tty.processes[0]) == 0
+    assert vmctl("status", headless.name).returncode == 0
+
+
+@pytest.mark.parametrize(("sizes", "pause"), CASES)
+def test_keys_that_end_the_machine(qemu: str, tmp_path: Path, sizes: tuple[int, ...], pause: float) -> None:
+    image = make_raw(tmp_path / "image", 1 << 20)
+    with seated(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as machine:
+        machine.expect(rb"is running")
+        machine.wait_until_raw()
+        machine.type_slowly(split(END, sizes), pause)
+        assert machine.ended() == 0
+        assert b"^]^]^]: ending the machine" in machine.shown
