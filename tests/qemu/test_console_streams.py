@@ -102,6 +102,20 @@ def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ..
         assert vmctl("status", running.name).returncode == 0
 
 
+def test_a_background_job_leaves_the_terminal_alone(options: tuple[str, ...]) -> None:
+    """It shows the console and types nothing."""
+    with terminal() as tty:
+        shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
+        tty.type(" ".join([*VMSPAWN, "-M", "behind", *options, *SPEAKS, "&", "\n"]).encode())
+        tty.expect(LAST_WORDS.encode())
+        assert tty.settings() == tty.settings_before
+        tty.type(b"echo stays the she''ll\n")
+        tty.expect(rb"stays the shell\r\n")
+        assert vmctl("terminate", "behind", "--wait").returncode == 0
+        tty.type(b"exit\n")
+        assert tty.wait(shell) == 0
+
+
 # Files that are full.
 
 #: Bytes that the file has already, all that vmspawn may write. It is told by EFBIG, as by ENOSPC of a disk.
