@@ -213,14 +213,6 @@ def test_native_restores_the_terminal_of_a_qemu_that_is_killed(options: tuple[st
         assert not fcntl.fcntl(machine.slave, fcntl.F_GETFL) & flags
 
 
-def test_gui_without_a_display_says_so(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
-        monkeypatch.delenv(variable, raising=False)
-    done = vmspawn(*options, "-M", "blind", "--console=gui")
-    assert done.returncode == 1
-    assert "vmspawn: --console=gui needs a display" in done.stderr
-
-
 def test_headless_serves_the_console_all_the_same(options: tuple[str, ...]) -> None:
     with spawned(*options, "--console=headless") as running:
         running.wait_for("is running")

@@ -53,6 +53,9 @@ _CLIENTS_BACKLOG = 64
 #: Of our environment QEMU gets what it can use, and nothing that may be secret or change what it loads.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "XAUTHORITY", "WAYLAND_DISPLAY")
 
+#: What QEMU is told beside that. Where there is no session bus, its GTK would start one, and the sandbox kill it for it.
+OVERRIDES = {"DBUS_SESSION_BUS_ADDRESS": "disabled:"}
+
 
 class Launched:
     """A QEMU that has just been started, and all that belongs to it.
@@ -299,6 +302,7 @@ def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
     actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in keep]
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    environment |= OVERRIDES
     try:
         return os.posix_spawn(
             arguments[0],
