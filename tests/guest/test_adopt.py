@@ -176,7 +176,7 @@ async def check(guest: Survivor, shell: Shell, folder: Path, where: str) -> None
     names = " ".join(sorted(disk["byId"].rpartition("/")[2] for disk in disks))
     # An NVMe disk has other names: with the number of its namespace, and of what identifies that.
     seen = "$(ls /dev/disk/by-id | grep -v ^nvme-nvme | sed 's/_[0-9]*$//' | sort -u | xargs)"
-    waiting = f'n=0; until [ "{seen}" = "{names}" ] || [ $((n += 1)) -gt 100 ]; do usleep 20000; done'
+    waiting = f'n=0; until [ "{seen}" = "{names}" ] || [ $((n += 1)) -gt 100 ]; do usleep 10000; done'
     assert answer(await shell.run(f"{waiting}; echo {seen}")) == names, where
     found = await asyncio.to_thread(look, guest)
     # A raw image has two nodes.
@@ -222,6 +222,43 @@ def processes_of(name: str) -> set[int]:
             if name.encode() in words and int(pid) != os.getpid():
                 found.add(int(pid))
     return found
+
+
+@pytest.mark.parametrize("transport", ["serial", "virtio"])
+async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, transport: str) -> None:
+    """It says on a disk when it has printed, since nobody reads the console then."""
+    mark = make_raw(tmp_path / "mark", MIB)
+    options = ("--guest=builtin", "--console=headless", f"--console-transport={transport}")
+    with survivor(fresh_name(), f"--qemu={qemu}", f"--extra-drive={mark}", *options) as guest:
+        async with shell_of(guest) as shell:
+            for number in range(1 if SCALE <= 1 else 3):
+                await shell.run(f"(sh -c '{_LATE}' {number} </dev/null &)")
+                await asyncio.to_thread(guest.kill_manager)
+                await asyncio.to_thread(let_print, guest, mark, b"over%d" % number)
+                await asyncio.to_thread(guest.adopt)
+                await shell.reconnect(os.path.join(guest.folder, CONSOLE))
+                await shell.wait_for("".join((f"begin-{number}\n", *(f"{n} meanwhile\n" for n in range(1, 1001)))))
+                assert "missing" not in shell.text
+                await shell.run("echo and goes on")
+
+
+#: Waits for a word on the disk, prints, and writes one there itself.
+_LATE = (
+    'until dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | grep -q "^go"; do usleep 10000; done; '
+    "echo begin-$0; for n in $(seq 1000); do echo $n meanwhile; done; "
+    "echo over$0 | dd of=/dev/vda bs=512 count=1 conv=sync,fsync 2>/dev/null"
+)
+
+
+def let_print(guest: Survivor, path: Path, content: bytes) -> None:
+    """Give the word, and wait until the guest has written this; QEMU's answers are what time passes with."""
+    with open(path, "r+b") as disk:
+        disk.write(b"go".ljust(512, b"\0"))
+    deadline = time.monotonic() + 60
+    with guest.monitor() as monitor:
+        while path.read_bytes()[: len(content)] != content:
+            assert time.monotonic() < deadline, f"the guest did not write {content!r}"
+            monitor.execute("query-blockstats")
 
 
 @pytest.mark.scaled

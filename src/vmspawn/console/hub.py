@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The guest's console, shared: QEMU's end of it is held here, and any number of viewers see it and may type.
 
-Whoever comes late is shown the last 64 KiB first. A viewer that takes its output slowly slows the console down for
-everybody, as a slow terminal does; what happens to one that takes nothing is for the viewer to decide. So what is kept
-in memory is bounded, and nothing is dropped.
+Whoever comes late is shown the last 64 KiB first, or as much as was printed before there was a manager to show it. A
+viewer that takes its output slowly slows the console down for everybody, as a slow terminal does; what happens to one
+that takes nothing is for the viewer to decide. So what is kept in memory is bounded, and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Protocol
 
 from .client import ConsoleClient
 from .outlet import Outlet
+from .unread import Log
 
 #: Bytes that a viewer who comes late is shown first.
 REPLAY_MAX = 64 * 1024
@@ -52,10 +53,13 @@ class Viewer(Protocol):
 class Console:
     """One machine's console. Owns what it is given: two pipes to QEMU, which do not block, and a listening socket.
 
-    `typed` takes what is typed, `source` has what is shown, and clients connect to `listener`.
+    `typed` takes what is typed, `source` has what is shown, and clients connect to `listener`. `log` is QEMU's, which
+    is emptied of what has been read; `unread` is what was printed before there was anybody to show it.
     """
 
-    def __init__(self, typed: int, source: int, listener: socket.socket) -> None:
+    def __init__(
+        self, typed: int, source: int, listener: socket.socket, log: Log | None = None, unread: bytes = b""
+    ) -> None:
         listener.setblocking(False)
         self._typed = typed
         self._source: int | None = source
@@ -63,7 +67,9 @@ class Console:
         self._loop = asyncio.get_running_loop()
         self._viewers: list[Viewer] = []
         self._clients: set[ConsoleClient] = set()
-        self._replay = bytearray()
+        self._log = log
+        self._replay = bytearray(unread)
+        self._replay_max = max(REPLAY_MAX, len(unread))
         self._input = Outlet(typed, functools.partial(os.write, typed), on_empty=self._input_empty)
         self._waiting_for_room: list[Callable[[], None]] = []
         self._reading = False
@@ -78,7 +84,7 @@ class Console:
         """Show the console from now on, and what it showed last before that."""
         self._viewers.append(viewer)
         if self._replay:
-            viewer.show(bytes(self._replay[-REPLAY_MAX:]))
+            viewer.show(bytes(self._replay[-self._replay_max :]))
         if self._source is None:
             viewer.finish()
 
@@ -143,8 +149,10 @@ class Console:
             self._finish()
             return
         self._replay += data
-        if len(self._replay) > 2 * REPLAY_MAX:
-            del self._replay[:-REPLAY_MAX]
+        if len(self._replay) > 2 * self._replay_max:
+            del self._replay[: -self._replay_max]
+        if self._log is not None:
+            self._log.empty()
         for viewer in tuple(self._viewers):
             viewer.show(data)
         if any(viewer.full for viewer in self._viewers):
@@ -198,3 +206,5 @@ class Console:
             os.close(self._source)
             os.close(self._typed)
             self._source = None
+            if self._log is not None:
+                self._log.close()

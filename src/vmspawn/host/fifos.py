@@ -30,7 +30,8 @@ def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
     """Make and open the pipes; `capacity` is what the one that shows should hold, in bytes. Raises OSError.
 
     QEMU's input is open for writing as well, in QEMU itself: so its end never comes, and QEMU survives us. When we are
-    gone, what QEMU shows is dropped.
+    gone, what QEMU shows is dropped; but with a `capacity`, which is for a device that drops what does not fit, QEMU
+    can read its output as well, so that the pipe keeps that much for the next manager.
     """
     taken: list[int] = []
     flags = os.O_NONBLOCK | os.O_CLOEXEC
@@ -41,7 +42,7 @@ def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
         taken.append(os.open(names[0], os.O_RDWR | flags))
         taken.append(os.open(names[0], os.O_WRONLY | flags))
         taken.append(os.open(names[1], os.O_RDONLY | flags))
-        taken.append(os.open(names[1], os.O_WRONLY | flags))
+        taken.append(os.open(names[1], (os.O_RDWR if capacity else os.O_WRONLY) | flags))
     except BaseException:
         for fd in taken:
             os.close(fd)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from ..errors import NotConnected, StartError
 from ..host import fifos, runtime
+from ..host.consolelog import ConsoleLog
 from ..host.runtime import MachineDirectory
 from ..storage import ports
 from . import state as states
@@ -87,6 +88,7 @@ def _connect(launched: Adopted, directory: MachineDirectory) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(directory.file(runtime.CONSOLE))
         launched.console = fifos.open_again(directory)
+        launched.kept = ConsoleLog.of(launched.pid)
     else:
         launched.config = launched.config._replace(console="native")
     size = [runtime.QEMU_SIZE] if os.path.exists(directory.file(runtime.QEMU_SIZE)) else []

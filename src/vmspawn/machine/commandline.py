@@ -58,10 +58,12 @@ class BootDrive(NamedTuple):
 
 
 class Inherited(NamedTuple):
-    """The listening sockets that QEMU gets: for its monitors, and for the console's size port or -1."""
+    """The listening sockets that QEMU gets: for its monitors, and for the console's size port or -1; and
+    the console's log, or -1."""
 
     monitors: Mapping[str, int]
     size: int
+    log: int
 
 
 def command_line(
@@ -83,7 +85,7 @@ def command_line(
         *_monitors(binary, inherited.monitors),
         *_controllers(config, layout),
         *additions.arguments,
-        *consoles.devices(config, inherited.size),
+        *consoles.devices(config, inherited.size, inherited.log),
         *_drives(drives),
         *_boot(boot),
         *config.qemu_arguments,

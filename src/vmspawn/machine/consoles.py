@@ -45,13 +45,14 @@ def tty(config: MachineConfig) -> str:
     return "hvc0" if config.console_transport == "virtio" else _SERIAL_PORTS[config.machine_type]
 
 
-def devices(config: MachineConfig, size_socket: int) -> Iterable[str]:
+def devices(config: MachineConfig, size_socket: int, log: int) -> Iterable[str]:
     """QEMU's arguments for the console, the display and what belongs to them.
 
-    The console is QEMU's standard input and output. `size_socket` is the listening socket for the size port, or -1.
+    The console is QEMU's standard input and output. `size_socket` is the listening socket for the size port, or -1, and
+    `log` what QEMU logs the console to, or -1.
     """
     if is_shared(config):
-        yield from ("-chardev", f"stdio,id={CHARDEV},signal=off")
+        yield from ("-chardev", f"stdio,id={CHARDEV},signal=off{_logged(log)}")
     else:
         yield from ("-chardev", f"stdio,id={CHARDEV},mux=on,signal=off")
         yield from ("-mon", f"chardev={CHARDEV},mode=readline")
@@ -69,6 +70,16 @@ def devices(config: MachineConfig, size_socket: int) -> Iterable[str]:
     if config.machine_type not in _WITH_KEYBOARD:
         yield from _device(config, "virtio-keyboard-pci")
     yield from _display(config)
+
+
+def _logged(log: int) -> str:
+    return "" if log < 0 else f",logfile=/proc/self/fd/{log},logappend=on"
+
+
+def is_logged(config: MachineConfig) -> bool:
+    """Whether QEMU logs the console, for what it shows while there is no manager. A virtio console drops what the pipe
+    has no room for, so the pipe itself may keep it."""
+    return is_shared(config) and config.console_transport == "serial"
 
 
 def _display(config: MachineConfig) -> Iterable[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .. import log as log_to
 from ..errors import StartError, VmspawnError
 from ..host import fifos, runtime, scope
+from ..host.consolelog import ConsoleLog
 from ..host.fifos import ConsolePipes
 from ..host.runtime import MachineDirectory
 from ..host.sockets import listen
@@ -75,6 +76,8 @@ class Launched:
         self.additions = Additions()
         #: Our ends of the console's pipes, for what is typed and what is shown, or nothing.
         self.console: tuple[int, ...] = ()
+        #: QEMU's log of the console, if that is shared.
+        self.kept: ConsoleLog | None = None
         #: The file of `--log=`, or -1.
         self.console_log = -1
         self.pid = 0
@@ -107,6 +110,9 @@ class Launched:
         for fd in self.console:
             os.close(fd)
         self.console = ()
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None
         if self.console_log >= 0:
             os.close(self.console_log)
             self.console_log = -1
@@ -218,6 +224,9 @@ def _start(launched: Launched, boot: Boot | None) -> None:
     listeners = {name: listen(directory.socket_address(name), _BACKLOG) for name in names}
     log = directory.create_log()
     try:
+        if consoles.is_logged(launched.config):
+            launched.kept = ConsoleLog.make()
+        kept = [launched.kept.fd] if launched.kept else []
         monitors = {name: listeners[name].fileno() for name in runtime.MONITORS}
         arguments = command_line(
             launched.binary,
@@ -226,12 +235,19 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             launched.layout,
             boot,
             launched.boot_drives,
-            Inherited(monitors, listeners[runtime.QEMU_SIZE].fileno() if runtime.QEMU_SIZE in names else -1),
+            Inherited(
+                monitors, listeners[runtime.QEMU_SIZE].fileno() if runtime.QEMU_SIZE in names else -1, *(kept or [-1])
+            ),
             launched.additions,
         )
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
         images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
-        keep = [*(listener.fileno() for listener in listeners.values()), *images, *launched.additions.descriptors]
+        keep = [
+            *(listener.fileno() for listener in listeners.values()),
+            *images,
+            *launched.additions.descriptors,
+            *kept,
+        ]
         log_to.debug(f"runs {' '.join(arguments)}")
         # Ahead of the start, so that a QEMU whose manager dies in between can be found.
         _write_state(launched)

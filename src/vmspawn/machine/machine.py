@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import viewers
 from ..console.hub import Console
+from ..console.unread import take
 from ..errors import NotConnected, NotSupported, StartError, SystemFailure, Timeout
 from ..host import runtime
 from ..host.process import Process
@@ -124,7 +125,9 @@ class Machine:
         if not launched.console:
             return
         (typed, shown), launched.console = launched.console, ()
-        self._console = Console(typed, shown, launched.sockets.pop(runtime.CONSOLE))
+        kept, launched.kept = launched.kept, None
+        unread = take(shown, kept) if launched.saved else b""
+        self._console = Console(typed, shown, launched.sockets.pop(runtime.CONSOLE), kept, unread)
         if launched.console_log >= 0:
             self._console.attach(viewers.Transcript(self._console, launched.console_log, self._log_failed))
             launched.console_log = -1
