@@ -224,7 +224,8 @@ def processes_of(name: str) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("transport", ["serial", "virtio"])
+@pytest.mark.scaled
+@pytest.mark.parametrize("transport", ["serial"] if SCALE <= 1 else ["serial", "virtio"])
 async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, transport: str) -> None:
     """It says on a disk when it has printed, since nobody reads the console then."""
     mark = make_raw(tmp_path / "mark", MIB)
