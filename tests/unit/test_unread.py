@@ -82,13 +82,23 @@ def test_what_does_not_fit_is_said_to_be_missing() -> None:
         log.close()
 
 
+def test_that_nothing_was_kept_is_said() -> None:
+    source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.write(sink, LINES)
+        assert unread.take(source, None) == LINES + unread.NOT_KEPT
+    finally:
+        os.close(source)
+        os.close(sink)
+
+
 def test_a_pipe_that_keeps_what_it_can() -> None:
     source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.write(sink, LINES)
-        assert unread.take(source, None) == LINES
+        assert unread.take(source, None, kept_in_pipe=True) == LINES
         room = os.write(sink, b"z" * (1 << 20))
-        assert unread.take(source, None) == b"z" * room + unread.MISSING
+        assert unread.take(source, None, kept_in_pipe=True) == b"z" * room + unread.MISSING
     finally:
         os.close(source)
         os.close(sink)

@@ -10,6 +10,9 @@ from typing import Protocol
 #: Ends what was read late if some of it is not there.
 MISSING = b"\r\n[vmspawn: what the guest printed next, while it had no manager, is missing]\r\n"
 
+#: Ends it where nothing was kept.
+NOT_KEPT = b"\r\n[vmspawn: what the guest printed here, while it had no manager, was not kept]\r\n"
+
 _RECEIVE_SIZE = 65536
 
 # What is written at once may not fit into the rest of a pipe.
@@ -42,13 +45,15 @@ class Log(Protocol):
         """Let go of it. May be called again."""
 
 
-def take(source: int, log: Log | None) -> bytes:
+def take(source: int, log: Log | None, *, kept_in_pipe: bool = False) -> bytes:
     """Everything that has not been read, oldest first, from a pipe that has a reader again; the log is empty then.
 
-    Without a log it is what QEMU kept in the pipe.
+    Without a log it is what QEMU kept in the pipe, if it did.
     """
     if log is None:
         piped = _drain(source)
+        if not kept_in_pipe:
+            return piped + NOT_KEPT
         return piped + (MISSING if len(piped) > fcntl.fcntl(source, fcntl.F_GETPIPE_SZ) - _PAGE else b"")
     piped = b""
     size = log.size

@@ -77,9 +77,12 @@ def _logged(log: int) -> str:
 
 
 def is_logged(config: MachineConfig) -> bool:
-    """Whether QEMU logs the console, for what it shows while there is no manager. A virtio console drops what the pipe
-    has no room for, so the pipe itself may keep it."""
-    return is_shared(config) and config.console_transport == "serial"
+    """Whether QEMU logs the console, for what it shows while there is no manager.
+
+    A virtio console drops what the pipe has no room for, so the pipe itself may keep it. Nor where somebody sits at a
+    terminal: a call of the kernel for each byte makes an emulated serial port a third slower.
+    """
+    return is_shared(config) and config.console != "interactive" and config.console_transport == "serial"
 
 
 def _display(config: MachineConfig) -> Iterable[str]:

@@ -126,7 +126,8 @@ class Machine:
             return
         (typed, shown), launched.console = launched.console, ()
         kept, launched.kept = launched.kept, None
-        unread = take(shown, kept) if launched.saved else b""
+        in_pipe = self.config.console_transport == "virtio"
+        unread = take(shown, kept, kept_in_pipe=in_pipe) if launched.saved else b""
         self._console = Console(typed, shown, launched.sockets.pop(runtime.CONSOLE), kept, unread)
         if launched.console_log >= 0:
             self._console.attach(viewers.Transcript(self._console, launched.console_log, self._log_failed))
