@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Let atheris fuzz the targets, one after the other: `python -m tests.fuzz.run [--seconds=N] [TARGET…]`.
+
+What it found worth keeping is in `.cache/fuzz/TARGET`, and an input that failed is written there as well.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_FOLDER = Path(".cache/fuzz")
+
+#: The targets; those who make them are loaded later.
+NAMES = ("scanner", "envelopes", "varlink")
+
+#: Inputs are no longer than this: what matters happens within a few tokens.
+_LENGTH_MAX = 512
+
+
+def fuzz(name: str, seconds: int) -> None:
+    """Fuzz one target in this process, which atheris ends."""
+    import atheris
+
+    # What is fuzzed is followed, and nothing else: the whole of what is loaded takes a minute to prepare.
+    with atheris.instrument_imports(include=["vmspawn.qmp", "vmspawn.control"]):
+        from tests.fuzz.targets import TARGETS
+    target, seeds = TARGETS[name]
+    folder = _FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(seeds):
+        (folder / f"seed-{number}").write_bytes(seed)
+    options = [f"-max_total_time={seconds}", f"-max_len={_LENGTH_MAX}", f"-artifact_prefix={folder}/failed-"]
+    atheris.Setup([sys.argv[0], *options, str(folder)], target)
+    atheris.Fuzz()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./dev fuzz")
+    parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(NAMES)}; all without one")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.targets) - set(NAMES):
+        parser.error(f"no such target: {', '.join(sorted(unknown))}")
+    if importlib.util.find_spec("atheris") is None:
+        print("./dev fuzz: there is no atheris for this Python; hypothesis fuzzes in the suite", file=sys.stderr)
+        return 1
+    if arguments.here:
+        fuzz(arguments.targets[0], arguments.seconds)
+    failed = 0
+    for name in arguments.targets or NAMES:
+        print(f"fuzzing {name} for {arguments.seconds} s", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "tests.fuzz.run", "--here", f"--seconds={arguments.seconds}", name]
+        failed |= subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=False).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

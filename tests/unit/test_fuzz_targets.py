@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What `./dev fuzz` runs for hours holds for its first inputs, and for a few that hypothesis makes of them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz.run import NAMES
+from tests.fuzz.targets import TARGETS
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_a_target_holds(name: str, data: st.DataObject) -> None:
+    target, seeds = TARGETS[name]
+    for seed in seeds:
+        target(seed)
+    seed = data.draw(st.sampled_from(seeds))
+    start = data.draw(st.integers(0, len(seed)))
+    end = data.draw(st.integers(start, len(seed)))
+    target(seed[:start] + data.draw(st.binary(max_size=8)) + seed[end:])
