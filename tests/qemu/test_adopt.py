@@ -157,23 +157,32 @@ def test_a_newer_state_is_refused_and_qemu_lives(machine: Survivor) -> None:
     machine.adopt()
 
 
-def plug_in_with_long_names(machine: Survivor, path: Path) -> None:
-    """A SCSI disk as managers attached it whose state had version 1 or 2."""
+def plug_in_with_long_names(machine: Survivor, path: Path, *, threaded: bool) -> None:
+    """A SCSI disk as managers attached it whose state had version 1 or 2, and the controller that it is on."""
+    pivot = {"driver": "throttle", "node-name": "drive5-pivot", "throttle-group": "drive5-limits"}
+    disk = {"driver": "scsi-hd", "id": "drive5", "drive": "drive5-pivot", "serial": "disk", "scsi-id": 3, "lun": 0}
+    controller = {"driver": "virtio-scsi-pci", "id": "scsi1", "iothread": "scsi-thread", "bus": "port0", "addr": "0x0"}
+    commands: list[tuple[str, dict[str, Any]]] = [
+        ("object-add", {"qom-type": "throttle-group", "id": "drive5-limits"}),
+        ("blockdev-add", {"driver": "file", "node-name": "image4-file", "filename": str(path)}),
+        ("blockdev-add", {**pivot, "file": "image4-file"}),
+        ("device_add", {**disk, "bus": "scsi1.0" if threaded else "scsi0.0"}),
+    ]
+    if threaded:
+        commands[:0] = [
+            ("object-add", {"qom-type": "iothread", "id": "scsi-thread"}),
+            ("device_add", controller),
+        ]
     with machine.monitor() as monitor:
-        file = {"driver": "file", "node-name": "image4-file", "filename": str(path)}
-        pivot = {"driver": "throttle", "node-name": "drive5-pivot", "throttle-group": "drive5-limits"}
-        place = {"bus": "scsi0.0", "scsi-id": 3, "lun": 0}
-        for command, arguments in (
-            ("object-add", {"qom-type": "throttle-group", "id": "drive5-limits"}),
-            ("blockdev-add", file),
-            ("blockdev-add", {**pivot, "file": "image4-file"}),
-            ("device_add", {"driver": "scsi-hd", "id": "drive5", "drive": "drive5-pivot", "serial": "disk", **place}),
-        ):
+        for command, arguments in commands:
             assert monitor.execute(command, **arguments) == {"return": {}}
 
 
 def state_of_version(version: int, machine: Survivor, path: Path) -> dict[str, Any]:
-    """What such a manager left of a machine with that disk. Version 1 said less of all."""
+    """What such a manager left of a machine with that disk.
+
+    Version 1 said less of all, and not where the controller with an I/O thread is plugged in.
+    """
     found = json.loads((Path(machine.folder) / runtime.STATE).read_text())
     options = {"read-only": False, "discard": "unmap", "detect-zeroes": "off", "cache": "writeback", "aio": "threads"}
     status = path.stat()
@@ -182,12 +191,12 @@ def state_of_version(version: int, machine: Survivor, path: Path) -> dict[str, A
     disk = {
         "name": "disk",
         "bus": "virtio-scsi",
-        "options": {**options, "thread": False, "share": False},
+        "options": {**options, "thread": version == 1, "share": False},
         "serial": "disk",
         "limits": [0, 0, 0, 0, 0, 0, 1.0],
         "boot": False,
         "number": 5,
-        "place": ["scsi0", 3, 0],
+        "place": ["scsi1" if version == 1 else "scsi0", 3, 0],
         "images": [image],
         "state": "attached",
         "done": ["place", "limits", "image", "pivot", "device"],
@@ -211,24 +220,25 @@ def test_an_older_state_is_read(qemu: str, tmp_path: Path, version: int) -> None
         fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--console=headless", "--hotplug-ports=4"
     ) as machine:
         machine.kill_manager()
-        plug_in_with_long_names(machine, path)
+        plug_in_with_long_names(machine, path, threaded=version == 1)
         state = Path(machine.folder) / runtime.STATE
         state.write_text(json.dumps(state_of_version(version, machine, path)))
         machine.adopt()
         (disk,) = machine.disks()
-        assert (disk["name"], disk["sizeBytes"], disk["state"], disk["path"]) == (
-            "disk",
-            1 << 20,
-            "attached",
-            str(path),
-        )
-        assert json.loads(state.read_text())["version"] == STATE_VERSION
+        assert (disk["name"], disk["state"], disk["path"]) == ("disk", "attached", str(path))
+        assert disk["sizeBytes"] == 1 << 20
+        written = json.loads(state.read_text())
+        assert written["version"] == STATE_VERSION
+        assert written["storage"]["threaded-scsi"] == (["port0", "0x0"] if version == 1 else None)
         # It is managed as any other, by this manager and by the next.
         other = make_raw(tmp_path / "other", 1 << 20)
         assert vmctl("replace-disk", machine.name, "disk", str(other)).returncode == 0
+        attach(machine, make_raw(tmp_path / "another"), "--bus=virtio-scsi", "--iothread")
+        assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["portsFree"] == 3
         machine.kill_manager()
         machine.adopt()
-        assert vmctl("detach-disk", machine.name, "disk").returncode == 0
+        for name in ("disk", "another"):
+            assert vmctl("detach-disk", machine.name, name).returncode == 0
         machine.kill_manager()
         with machine.monitor() as monitor:
             assert monitor.execute("query-named-block-nodes") == {"return": []}

@@ -20,6 +20,7 @@ from .image import FAULT, FDSET_BASE
 from .inventory import Inventory, uses_fdset
 from .limits import Limits
 from .parts import Part
+from .ports import PciPlace
 from .saved import load_pci_place
 from .steps import AddPivot, ReservePlace
 from .threaded import CONTROLLER_THREAD
@@ -158,11 +159,25 @@ class Adoption:
     async def _settle_controller(self, found: Inventory) -> None:
         """The controller with an I/O thread is there or not, whatever was under way."""
         place = self._context.threaded_place
-        if place is None or ports.THREADED_SCSI_CONTROLLER in found.devices:
+        if ports.THREADED_SCSI_CONTROLLER in found.devices:
+            if place is None:
+                await self._find_controller()
+            return
+        if place is None:
             return
         self._context.threaded_place = None
         self._context.layout.pci.release(place)
         await self._context.remove(Part("object", CONTROLLER_THREAD))
+
+    async def _find_controller(self) -> None:
+        """A state of version 1 does not say where it is; QEMU does."""
+        device = f"/machine/peripheral/{ports.THREADED_SCSI_CONTROLLER}"
+        bus = await self._context.monitor.execute("qom-get", {"path": device, "property": "parent_bus"})
+        address = await self._context.monitor.execute("qom-get", {"path": device, "property": "addr"})
+        where = PciPlace(str(bus).rpartition("/")[2], hex(int(address) >> 3))
+        self._context.threaded_place = where
+        self._context.threaded_scsi = self._context.threaded_scsi or ports.scsi_pool(ports.THREADED_SCSI_CONTROLLER)
+        self._context.layout.pci.claim(where)
 
     async def _remove(self, part: Part, what: str) -> None:
         try:
