@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
 from vmspawn import Drive, Event, MachineConfig
+from vmspawn.console.hub import CLIENTS_MAX
 from vmspawn.control import connection as limits
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import SystemFailure
@@ -103,3 +104,15 @@ def fill(path: Path) -> None:
                 pass
         except OSError:
             pass
+
+
+async def test_one_viewer_of_the_console_too_many_is_let_go(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        path = machine.directory.file(runtime.CONSOLE)
+        viewers = [await asyncio.open_unix_connection(path) for _ in range(CLIENTS_MAX + 1)]
+        async with asyncio.timeout(20):
+            await viewers[-1][0].read()
+        assert not any(reader.at_eof() for reader, _ in viewers[:-1])
+        for _, writer in viewers:
+            writer.close()
+            await writer.wait_closed()
