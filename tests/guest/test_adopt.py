@@ -243,6 +243,25 @@ async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, tr
                 await shell.run("echo and goes on")
 
 
+@pytest.mark.soak
+async def test_what_does_not_fit_is_said_to_be_missing(qemu: str, tmp_path: Path) -> None:
+    """More than is kept is printed without a manager, and the guest is not held up; later gaps are said as well."""
+    mark = make_raw(tmp_path / "mark", MIB)
+    options = ("--guest=builtin", "--console=headless", f"--extra-drive={mark}")
+    with survivor(fresh_name(), f"--qemu={qemu}", *options) as guest:
+        async with shell_of(guest) as shell:
+            for number in range(2):
+                await shell.run(f"(sh -c '{_LATE.replace('seq 1000', 'seq 90000')}' {number} </dev/null &)")
+                await asyncio.to_thread(guest.kill_manager)
+                await asyncio.to_thread(let_print, guest, mark, b"over%d" % number)
+                await asyncio.to_thread(guest.adopt)
+                await shell.reconnect(os.path.join(guest.folder, CONSOLE))
+                if number == 0:
+                    await shell.wait_for("begin-0\n1 meanwhile\n")
+                await shell.wait_for("while it had no manager, is missing")
+                await shell.run("echo and goes on")
+
+
 #: Waits for a word on the disk, prints, and writes one there itself.
 _LATE = (
     'until dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | grep -q "^go"; do usleep 10000; done; '
