@@ -25,7 +25,7 @@ def fuzz(name: str, seconds: int) -> None:
     import atheris
 
     # What is fuzzed is followed, and nothing else: the whole of what is loaded takes a minute to prepare.
-    with atheris.instrument_imports(include=["vmspawn.qmp", "vmspawn.control"]):
+    with atheris.instrument_imports(include=["vmspawn.qmp", "vmspawn.control", "asyncvarlink"]):
         from tests.fuzz.targets import TARGETS
     target, seeds = TARGETS[name]
     folder = _FOLDER / name
