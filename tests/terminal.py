@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tests.commands import DEADLINE, vmctl
 from tests.machines import fresh_name
@@ -196,7 +197,7 @@ def seated(*arguments: str, name: str | None = None) -> Iterator[Seated]:
 
 def shell_job(shell: int) -> int:
     """The process id of a shell's only job."""
-    return int(subprocess.run(["pgrep", "-P", str(shell)], check=True, capture_output=True).stdout)
+    return int(Path(f"/proc/{shell}/task/{shell}/children").read_text())
 
 
 @contextmanager

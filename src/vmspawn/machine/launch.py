@@ -54,7 +54,7 @@ _CLIENTS_BACKLOG = 64
 #: Of our environment QEMU gets what it can use, and nothing that may be secret or change what it loads.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "XAUTHORITY", "WAYLAND_DISPLAY")
 
-#: What QEMU is told beside that. Where there is no session bus, its GTK would start one, and the sandbox kill it for it.
+#: What QEMU is told beside that. Without a session bus its GTK would start one, and the sandbox kill it for that.
 OVERRIDES = {"DBUS_SESSION_BUS_ADDRESS": "disabled:"}
 
 
