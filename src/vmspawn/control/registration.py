@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..errors import StartError
 from ..host import machined
 from ..host.machined import Candidate
 from ..host.runtime import CONTROL
@@ -20,11 +21,15 @@ class Registered:
         self._registered = False
 
     async def begin(self) -> None:
-        """Register the machine. Raises StartError if a firm wish to do so failed."""
+        """Register the machine. Raises StartError if a firm wish to do so failed; what was started has ended then."""
         config = self._machine.config
         control = self._machine.directory.file(CONTROL)
         candidate = Candidate(self._machine.name, self._machine.pid, control, config.uuid, config.directory)
-        self._registered = await machined.register(config.registration, candidate, self._notice)
+        try:
+            self._registered = await machined.register(config.registration, candidate, self._notice)
+        except StartError:
+            await self._machine.give_up()
+            raise
 
     async def end(self) -> None:
         """Take the registration back. May be called whether there is one or not."""

@@ -188,6 +188,13 @@ class Machine:
         await self.close()
         return error
 
+    async def give_up(self) -> None:
+        """A start that fails once QEMU is up: end what was started, let go of what was adopted."""
+        if self._launched is not None and self._launched.saved is not None:
+            await self.leave()
+        else:
+            await self.close()
+
     async def leave(self) -> None:
         """Let go of the machine, which runs on for another manager to adopt. One that is not up yet is ended."""
         launched = self._launched
