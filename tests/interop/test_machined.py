@@ -4,12 +4,50 @@
 import json
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.interop.box import Box
 from tests.interop.conftest import make_image
 from tests.interop.machines import BoxedMachine
 
 Spawn = Callable[..., BoxedMachine]
+
+MACHINED = "/run/systemd/machine/io.systemd.Machine"
+
+#: What a registration says of a machine, whoever manages it.
+KEPT = ("leader", "controlAddress", "unit", "service", "class")
+
+#: Start a service manager of root's as a user, with a bus, which machined needs, and machined.
+USERS_MANAGER = r"""
+set -e
+export XDG_RUNTIME_DIR=/run/user/0
+trap 'systemctl stop user@0.service' EXIT
+mkdir -p /run/systemd/system/user@0.service.d
+printf '[Service]\nEnvironment=XDG_RUNTIME_DIR=%s DBUS_SESSION_BUS_ADDRESS=unix:path=%s/bus\n' \
+    $XDG_RUNTIME_DIR $XDG_RUNTIME_DIR >/run/systemd/system/user@0.service.d/test.conf
+systemctl daemon-reload
+systemctl start user-runtime-dir@0.service user@0.service
+mkdir -p $XDG_RUNTIME_DIR/systemd/user
+printf '[Socket]\nListenStream=%%t/bus\n' >$XDG_RUNTIME_DIR/systemd/user/dbus.socket
+printf '[Unit]\nRequires=dbus.socket\n[Service]\nType=notify\nExecStart=dbus-daemon --session %s\n' \
+    "--address=systemd: --nofork --nopidfile --systemd-activation" >$XDG_RUNTIME_DIR/systemd/user/dbus.service
+systemctl --user daemon-reload
+systemctl --user start dbus.socket dbus.service systemd-machined.socket
+"""
+
+#: A machine under it: what the user's machined knows of it, what machinectl lists, and what is known once it has ended.
+USERS_MACHINE = """
+list="varlinkctl call --json=short $XDG_RUNTIME_DIR/systemd/machine/io.systemd.Machine io.systemd.Machine.List"
+systemd-run --user --quiet --service-type=notify --unit=users vmspawn --image={image} --firmware=bios --ram=64M \
+    --console=headless --user --register=yes --machine=users
+$list '{{"name":"users"}}'
+echo ---
+machinectl --user list
+echo ---
+machinectl --user terminate users
+while systemctl --user --quiet is-active users; do :; done
+$list '{{"name":"users"}}' 2>&1 || :
+"""
 
 #: A machine whose guest is its firmware.
 IDLE = ("--firmware=bios", "--ram=64M", "--console=headless")
@@ -116,6 +154,50 @@ def test_a_property_that_systemd_does_not_know_fails_in_one_line(box: Box) -> No
     assert "Nonsense" in lines[0]
 
 
+def test_an_adopted_machine_stays_registered_and_is_unregistered_at_its_end(box: Box, spawn: Spawn) -> None:
+    """It is renewed, with the new manager as the supervisor; one that was lost is made anew, in the same scope."""
+    machine = spawn(f"--image={make_image(box)}", *IDLE, "--register=yes", unit=("--property=KillMode=process",))
+    machine.wait_for("is running")
+    before = machine.registration()
+    for lost in (False, True):
+        kill_manager(box, machine.name)
+        if lost:
+            parameters = json.dumps({"name": machine.name})
+            box.run("varlinkctl", "call", MACHINED, "io.systemd.Machine.Unregister", parameters)
+            assert machine.registration() is None
+        box.run("vmctl", "adopt", machine.name)
+        found = machine.registration()
+        assert before is not None
+        assert found is not None
+        assert [found[key] for key in KEPT] == [before[key] for key in KEPT]
+        assert found["supervisor"]["pid"] == manager_of(box, machine.name)
+        box.run("machinectl", "status", machine.name)
+    box.run("machinectl", "terminate", machine.name)
+    box.run("sh", "-c", f"while [ -e /run/vmspawn/{machine.name} ]; do :; done")
+    assert machine.registration() is None
+
+
+def kill_manager(box: Box, name: str) -> None:
+    """Kill the manager of a machine, and wait until it has gone."""
+    pid = manager_of(box, name)
+    box.run("bash", "-c", f"kill -KILL {pid}; tail --pid={pid} --follow /dev/null")
+
+
+def manager_of(box: Box, name: str) -> int:
+    """The process of the one manager of a machine."""
+    commands = {int(each.parent.name): command_line(each) for each in box.path("/proc").glob("[0-9]*/cmdline")}
+    found = [pid for pid, words in commands.items() if "vmspawn.cli.spawn" in words and name in " ".join(words)]
+    assert len(found) == 1, commands
+    return found[0]
+
+
+def command_line(path: Path) -> list[str]:
+    try:
+        return path.read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # it ended after it was listed
+
+
 def test_register_no_leaves_the_machine_alone(box: Box, spawn: Spawn) -> None:
     machine = spawn(f"--image={make_image(box)}", *IDLE, "--register=no")
     machine.wait_for("is running")
@@ -130,6 +212,16 @@ def test_the_users_machined_that_is_not_there_is_missed_only_if_it_was_a_firm_wi
     assert firm.wait() == 1
     assert "cannot register the machine: systemd-machined does not run" in firm.output["stderr"]
     assert not box.path(f"/run/vmspawn/{firm.name}").exists()
+
+
+def test_a_users_machined_knows_the_machine_as_well(box: Box) -> None:
+    """The box has no login that starts one, and no bus of a user's; both are made here."""
+    done = box.run("bash", "-c", f"{USERS_MANAGER}\n{USERS_MACHINE.format(image=make_image(box))}")
+    registered, listed, ended = done.stdout.split("---")
+    found = json.loads(registered)
+    assert (found["class"], found["service"], found["unit"]) == ("vm", "vmspawn", "machine-users.scope")
+    assert "vmspawn" in listed
+    assert "NoSuchMachine" in ended
 
 
 def test_a_name_that_machined_has_already_is_refused(box: Box, spawn: Spawn) -> None:

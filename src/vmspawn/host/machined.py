@@ -74,6 +74,13 @@ def socket_path(*, user: bool) -> str:
     return os.path.join(runtime, "systemd/machine/io.systemd.Machine") if runtime else ""
 
 
+def scope_name(name: str) -> str:
+    """What machined calls the scope unit of a machine."""
+    # Of the characters of a machine's name, a unit's has only the dash escaped.
+    escaped = name.replace("-", r"\x2d")
+    return f"machine-{escaped}.scope"
+
+
 class Candidate(NamedTuple):
     """A machine that is to be made known: QEMU's process, the path of the control socket, and the guest's root if that
     is a directory of the host's."""
@@ -111,13 +118,39 @@ async def register(registration: Registration, candidate: Candidate, notice: Cal
 
     if registration.mode == "no":
         return False
-    wanted = candidate.request(allocate_unit=not (registration.keep_unit or registration.own_scope))
+    path = socket_path(user=registration.user)
+    settled = registration.keep_unit or registration.own_scope or _in_its_scope(candidate)
     try:
-        await varlink.call(socket_path(user=registration.user), f"{_INTERFACE}.Register", wanted)
+        await _forget_former(path, candidate)
+        await varlink.call(path, f"{_INTERFACE}.Register", candidate.request(allocate_unit=not settled))
     except VmspawnError as error:
         _not_registered(registration, candidate.name, error, notice)
         return False
     return True
+
+
+async def _forget_former(path: str, candidate: Candidate) -> None:
+    """Take back the registration of this very QEMU by a manager that died, which is named in it as the supervisor.
+
+    Raises VmspawnError if machined is not there.
+    """
+    from . import varlink
+
+    try:
+        known = await varlink.call(path, f"{_INTERFACE}.List", {"name": candidate.name})
+        if (known.get("leader") or {}).get("pid") == candidate.leader:
+            await varlink.call(path, f"{_INTERFACE}.Unregister", {"name": candidate.name})
+    except varlink.ServiceError:
+        return  # NoSuchMachine; whatever else is wrong, Register says it as well
+
+
+def _in_its_scope(candidate: Candidate) -> bool:
+    """Whether QEMU is in the scope that machined would make for it, which cannot be made twice."""
+    try:
+        with open(f"/proc/{candidate.leader}/cgroup", encoding="utf-8") as file:
+            return f"/{scope_name(candidate.name)}" in file.read()
+    except OSError:
+        return False
 
 
 def _not_registered(registration: Registration, name: str, error: VmspawnError, notice: Callable[[str], None]) -> None:

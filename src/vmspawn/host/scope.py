@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from ..errors import StartError
-from .machined import Registration
+from .machined import Registration, scope_name
 
 _PROGRAM = "systemd-run"
 _HINT = "leave out --slice= and --property= where there is no systemd"
@@ -23,12 +23,10 @@ def prefix(registration: Registration, name: str) -> list[str]:
     manager = "--user" if registration.user else "--system"
     slice_option = [f"--slice={registration.slice}"] if registration.slice else []
     properties = [f"--property={each}" for each in registration.properties]
-    # As machined names its scopes; of the characters of a machine's name, a unit's has only the dash escaped.
-    escaped = name.replace("-", r"\x2d")
     return [
         _find(),
         *(manager, "--scope", "--quiet", "--collect", "--no-ask-password"),
-        f"--unit=machine-{escaped}.scope",
+        f"--unit={scope_name(name)}",
         f"--description=Virtual Machine {name}",
         *slice_option,
         *properties,
