@@ -41,6 +41,7 @@ def fill(writer: int) -> None:
 
 def test_qemus_log_ends_at_its_bound() -> None:
     log = ConsoleLog.make()
+    assert log is not None
     writer = append(log)
     try:
         for _ in range(3):
@@ -63,6 +64,7 @@ def test_qemus_log_ends_at_its_bound() -> None:
 
 def test_what_does_not_fit_is_said_to_be_missing() -> None:
     log = ConsoleLog.make()
+    assert log is not None
     source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     writer = append(log)
     try:
@@ -107,6 +109,7 @@ def test_a_pipe_that_keeps_what_it_can() -> None:
 def test_a_process_without_a_log_has_none() -> None:
     assert ConsoleLog.of(os.getpid()) is None
     log = ConsoleLog.make()
+    assert log is not None
     found = ConsoleLog.of(os.getpid())
     assert found is not None
     assert os.fstat(found.fd).st_ino == os.fstat(log.fd).st_ino

@@ -9,6 +9,7 @@ and this QEMU logs nothing more. It has no name; QEMU holds it, and the next man
 
 from __future__ import annotations
 
+import errno
 import os
 
 #: Bytes of output that are kept while the machine has no manager: the first ones. What follows is missing.
@@ -28,10 +29,17 @@ class ConsoleLog:
         self.used_up = used_up
 
     @classmethod
-    def make(cls) -> ConsoleLog:
-        """An empty one, for QEMU to inherit and to open for appending. Raises OSError."""
+    def make(cls) -> ConsoleLog | None:
+        """An empty one, for QEMU to inherit and to open for appending. None where files are limited in their size
+        (RLIMIT_FSIZE). Raises OSError."""
         log = cls(os.memfd_create(_NAME))
-        log.empty()
+        try:
+            log.empty()
+        except OSError as error:
+            log.close()
+            if error.errno != errno.EFBIG:
+                raise
+            return None
         return log
 
     @classmethod
