@@ -75,6 +75,7 @@ def test_a_kernel_that_uefi_can_start_is_started_by_uefi(
     assert (tmp_path / "image.raw.efinvramstate").stat().st_size > 0
 
 
+@pytest.mark.soak
 def test_secure_boot_is_on_with_enrolled_keys(qemu: str, spawn: list[Spawned], kernel: tuple[str, ...]) -> None:
     """The firmware is the one with the keys, and with system management mode, without which it does not come up."""
     secure = ("--secure-boot=yes", "--firmware-features=enrolled-keys", "--efi-nvram-state=off")
@@ -82,6 +83,7 @@ def test_secure_boot_is_on_with_enrolled_keys(qemu: str, spawn: list[Spawned], k
     assert "secureboot: Secure boot enabled" in machine.output["stdout"]
 
 
+@pytest.mark.soak
 def test_secure_boot_is_off_without_keys(qemu: str, spawn: list[Spawned], kernel: tuple[str, ...]) -> None:
     """As with systemd-vmspawn, the option asks for firmware that knows Secure Boot; the keys are another wish."""
     machine = boot(spawn, f"--qemu={qemu}", "--secure-boot=yes", "--efi-nvram-state=off", *kernel)
