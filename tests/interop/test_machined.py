@@ -45,7 +45,7 @@ echo ---
 machinectl --user list
 echo ---
 machinectl --user terminate users
-while systemctl --user --quiet is-active users; do :; done
+while [ "$(systemctl --user show --property=ActiveState --value users)" != inactive ]; do :; done
 $list '{{"name":"users"}}' 2>&1 || :
 """
 
