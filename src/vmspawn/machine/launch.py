@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -345,11 +346,11 @@ def _inheritable() -> list[int]:
     return found
 
 
-def explain_failure(launched: Launched, log: str) -> VmspawnError:
-    """Why QEMU ended before it was up, from what it printed, in the user's words where we know them."""
+def explain_failure(launched: Launched, end: str, log: str) -> VmspawnError:
+    """Why QEMU ended before it was up, from how it did and what it printed, in the user's words where we know them."""
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
-        return StartError("QEMU ended as soon as it was started, without a word", hint="is something killing it?")
+        return StartError(f"QEMU {end} as soon as it was started, without a word", hint="is something killing it?")
     blamed = next((each for each in launched.boot_drives if _mentions(log, each)), None)
     if "lock" in log and "Failed to get" in log and blamed is not None:
         return StartError(
@@ -363,5 +364,5 @@ def explain_failure(launched: Launched, log: str) -> VmspawnError:
 
 
 def _mentions(log: str, each: BootDrive) -> bool:
-    names = (each.image.file_node, each.image.format_node, each.identifiers.pivot, f"/dev/fdset/{each.image.fdset}")
-    return any(name in log for name in names)
+    names = (each.image.file_node, each.image.format_node, each.identifiers.pivot, f"fdset/{each.image.fdset}")
+    return any(re.search(rf"\b{re.escape(name)}\b", log) for name in names)

@@ -184,7 +184,9 @@ class Machine:
         if isinstance(error, NotConnected) and self._process is not None:
             await first_of(self._process.ended, timeout=QUIT_TIMEOUT)
             lost = self._watch.lost()
-            error = StartError(lost) if lost else explain_failure(self._launched, self._log())
+            error = (
+                StartError(lost) if lost else explain_failure(self._launched, self._process.describe_end(), self._log())
+            )
         await self.close()
         return error
 
