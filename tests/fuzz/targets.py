@@ -29,16 +29,17 @@ def scanner(data: bytes) -> None:
     if not data:
         return
     dialect, stream = _DIALECTS[data[0] & 1], data[1:]
-    whole = _scan(dialect, [stream])
+    whole = scan(dialect, [stream])
     cut = data[0] % (len(stream) + 1)
-    assert _outcomes(_scan(dialect, [stream[:cut], stream[cut:]])) == _outcomes(whole)
-    assert _outcomes(_scan(dialect, [bytes([byte]) for byte in stream])) == _outcomes(whole)
+    assert _outcomes(scan(dialect, [stream[:cut], stream[cut:]])) == _outcomes(whole)
+    assert _outcomes(scan(dialect, [bytes([byte]) for byte in stream])) == _outcomes(whole)
     for each in whole:
         if isinstance(each, Message):
             msgspec.json.decode(each.text, type=msgspec.Raw)
 
 
-def _scan(dialect: Any, pieces: list[bytes]) -> list[Message | Malformed]:
+def scan(dialect: Any, pieces: list[bytes]) -> list[Message | Malformed]:
+    """What is found in a stream that comes in these pieces."""
     reader, found = Scanner(dialect), []
     for piece in pieces:
         reader.feed(piece)
@@ -54,7 +55,7 @@ def _outcomes(found: list[Message | Malformed]) -> list[object]:
 
 def envelopes(data: bytes) -> None:
     """A command goes on as JSON with the same content, and a refusal is one line of JSON with the client's id."""
-    for message in _scan(_DIALECTS[0], [data + b"\n"]):
+    for message in scan(_DIALECTS[0], [data + b"\n"]):
         for oob in (False, True):
             item = envelope.read(message, oob=oob)
             if isinstance(item, Refusal):
@@ -66,7 +67,7 @@ def envelopes(data: bytes) -> None:
     reader.feed(data)
     if (captured := reader.take(USUAL)) is not None:
         quick = envelope.usual(captured)
-        slow = envelope.read(_scan(_DIALECTS[0], [data + b"\n"])[0], oob=False)
+        slow = envelope.read(scan(_DIALECTS[0], [data + b"\n"])[0], oob=False)
         assert (quick.body, quick.name, quick.id) == (slow.body, slow.name, slow.id)  # type: ignore[union-attr]
 
 

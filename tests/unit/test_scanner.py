@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fuzz.targets import scan
 from vmspawn.qmp import limits
 from vmspawn.qmp.dialect import Dialect, dialect_of
 from vmspawn.qmp.message import Message
@@ -18,17 +19,6 @@ STREAM = (
     b'{"execute" : "a", "arguments": {"b": -1.5e3, "c": "\\u00e9 \xc3\xa9"}} ] {"a" 1} \xff {"execute":"b","id":0} '
     b"{'k': ['}', \"]\", '\"']}{1.'id':null}[] 12 \"s\" 'q'\n"
 )
-
-
-def scan(dialect: Dialect, pieces: list[bytes]) -> list[Message | Malformed]:
-    """What is found in a stream that comes in these pieces."""
-    scanner, found = Scanner(dialect), []
-    for piece in pieces:
-        scanner.feed(piece)
-        while (message := scanner.next()) is not None or scanner.busy:
-            if message is not None:
-                found.append(message)
-    return found
 
 
 def texts(found: list[Message | Malformed]) -> list[object]:

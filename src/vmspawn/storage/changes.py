@@ -41,9 +41,9 @@ class Changes:
     ) -> int:
         """Put another image in the place of a drive's, while the guest uses it, and return the new size in bytes.
 
-        Owns `backing` from the call on. An optical drive gets another medium. Raises NoSuchStorage, StorageImmutable,
-        SystemFailure with EROFS for a read-only image under a writable drive, and what an attach raises; the drive
-        keeps its image then.
+        Owns `backing` from the call on. Raises NoSuchStorage, StorageImmutable, ConfigNotSupported for an optical
+        drive, SystemFailure with EROFS for a read-only image under a writable drive, and what an attach raises; the
+        drive keeps its image then.
         """
         try:
             attachment = self._register.find(name)
