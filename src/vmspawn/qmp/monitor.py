@@ -67,15 +67,40 @@ class _Message(msgspec.Struct):
 
 
 class _Outgoing:
-    """What one sendmsg takes, or is left of it: commands in JSON, descriptors, and where the replies go."""
+    """What one sendmsg takes, or is left of it: commands in JSON, and descriptors."""
 
-    __slots__ = ("begun", "data", "fds", "replies")
+    __slots__ = ("begun", "data", "fds")
 
     def __init__(self, data: bytes, fds: Sequence[int]) -> None:
         self.data = data
         self.fds = fds
-        self.replies: list[asyncio.Future[Any]] = []
         self.begun = False
+
+
+class _Replies:
+    """The replies to commands that were sent together. Their sender is woken once, with the last."""
+
+    __slots__ = ("_expected", "_found", "all")
+
+    def __init__(self, expected: int, future: asyncio.Future[list[Any]]) -> None:
+        self.all = future
+        self._expected = expected
+        self._found: list[Any] = []
+
+    def put(self, result: Any) -> None:
+        """Enter the next one."""
+        self._found.append(result)
+        # Those that came after their deadline have nobody waiting for them.
+        if len(self._found) == self._expected and not self.all.done():
+            self.all.set_result(self._found)
+
+
+class _Pending(NamedTuple):
+    """A command that waits for its reply, the message that it is in, and where the reply goes."""
+
+    command: str
+    message: _Outgoing
+    replies: _Replies
 
 
 class EventStream:
@@ -145,7 +170,7 @@ class Monitor:
         self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._negotiated = asyncio.Event()
         # The commands that wait for their replies, in the order in which they were sent.
-        self._pending: deque[tuple[str, asyncio.Future[Any]]] = deque()
+        self._pending: deque[_Pending] = deque()
         self._outgoing: deque[_Outgoing] = deque()
         self._streams: set[EventStream] = set()
         self._listeners: list[Callable[[Event], None]] = []
@@ -241,7 +266,8 @@ class Monitor:
         self._socket = None
         self._lost = why
         error = NotConnected(why)
-        for future in [self._greeting, *(reply for _, reply in self._pending)]:
+        waiting: list[asyncio.Future[Any]] = [self._greeting, *(each.replies.all for each in self._pending)]
+        for future in waiting:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody may be waiting; that is no reason to log it
@@ -258,16 +284,17 @@ class Monitor:
         """Send commands, all of them with these members besides, and wait for the replies."""
         if self._lost is not None:
             raise NotConnected(self._lost)
+        if not commands:
+            return []
         encoded = [_encode(command, members) for command in commands]
         messages: list[_Outgoing] = []
+        replies = _Replies(len(commands), self._loop.create_future())
         for command, data in zip(commands, encoded, strict=True):
-            reply: asyncio.Future[Any] = self._loop.create_future()
-            self._pending.append((command.name, reply))
             # QEMU keeps the descriptors of one sendmsg only, for the next command that takes one.
             if command.fds or not messages:
                 messages.append(_Outgoing(b"", command.fds))
             messages[-1].data += data
-            messages[-1].replies.append(reply)
+            self._pending.append(_Pending(command.name, messages[-1], replies))
             if self._transcript is not None:
                 self._transcript.sent(self._name, data)
         idle = not self._outgoing
@@ -275,7 +302,7 @@ class Monitor:
         if idle:
             self._writable()
         try:
-            return [await reply for message in messages for reply in message.replies]
+            return await replies.all
         finally:
             self._drop_unsent(messages)
 
@@ -287,7 +314,7 @@ class Monitor:
         for message in messages:
             if message in self._outgoing and not message.begun:
                 self._outgoing.remove(message)
-                self._pending = deque(entry for entry in self._pending if entry[1] not in message.replies)
+                self._pending = deque(each for each in self._pending if each.message is not message)
 
     def _writable(self) -> None:
         while self._outgoing and self._socket is not None:
@@ -362,15 +389,12 @@ class Monitor:
             return
         if not self._pending:
             return
-        command, reply = self._pending.popleft()
-        # A reply that came after its deadline has nobody waiting for it.
-        if reply.done():
-            return
+        pending = self._pending.popleft()
         if message.error is not None:
             error = message.error
-            reply.set_result(QmpError(command, error.get("class", "GenericError"), error.get("desc", "")))
+            pending.replies.put(QmpError(pending.command, error.get("class", "GenericError"), error.get("desc", "")))
         else:
-            reply.set_result(None if message.result is msgspec.UNSET else message.result)
+            pending.replies.put(None if message.result is msgspec.UNSET else message.result)
 
 
 def _encode(command: Command, members: Mapping[str, object]) -> bytes:

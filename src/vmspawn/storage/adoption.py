@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Taking over the drives of a manager that died: what its journal says, held against what QEMU has.
 
-An attach that was under way is taken back, a detach goes on, a change is finished if QEMU had made it and taken back if
-not. Whoever asked for it was never answered, so either is the truth. Drives whose devices went meanwhile are taken
-apart.
+A detach that was under way goes on; an attach or a change stays if QEMU had made it and is taken back if not. Whoever
+asked for it was never answered, so either is the truth. Drives whose devices went meanwhile are taken apart.
 """
 
 from __future__ import annotations
@@ -72,6 +71,9 @@ class Adoption:
     async def _settle(self, attachment: Attachment, found: Inventory) -> None:
         if not found.has_device(attachment):
             attachment.gone.set()
+        elif attachment.state is State.ATTACHING and attachment.images:
+            # The device is the last that comes, and the journal does not speak of it again.
+            attachment.state = State.ATTACHED
         match attachment.state:
             case State.ATTACHING:
                 self.notes.append(f"takes back the attaching of {attachment.name}, which had not come to its end")

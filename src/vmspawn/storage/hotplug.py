@@ -162,7 +162,11 @@ class Storage:
             raise explain(error, drive.name, image) from None
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        self._context.journal(attachment)
+        # Where the device is there, the next manager knows that this came to its end; of an empty tray it cannot tell.
+        if image is None:
+            self._context.journal(attachment)
+        else:
+            self._register.changed(attachment)
         self._context.publish(ATTACHED_EVENT, attachment)
         return attachment
 
