@@ -78,7 +78,7 @@ class _Outgoing:
 
 
 class _Replies:
-    """The replies to commands that were sent together. Their sender is woken once, with the last."""
+    """The replies to commands that were sent together. Their sender is woken once, with the last that is expected."""
 
     __slots__ = ("_expected", "_found", "all")
 
@@ -90,7 +90,7 @@ class _Replies:
     def put(self, result: Any) -> None:
         """Enter the next one."""
         self._found.append(result)
-        # Those that came after their deadline have nobody waiting for them.
+        # For those that come after their deadline, and for those behind, nobody waits.
         if len(self._found) == self._expected and not self.all.done():
             self.all.set_result(self._found)
 
@@ -214,16 +214,19 @@ class Monitor:
             raise result
         return result
 
-    async def execute_all(self, commands: Sequence[Command], *, timeout: float = COMMAND_TIMEOUT) -> list[Any]:
+    async def execute_all(
+        self, commands: Sequence[Command], *, behind: Sequence[Command] = (), timeout: float = COMMAND_TIMEOUT
+    ) -> list[Any]:
         """Send commands in one go and return what QEMU returned to each, a QmpError where it refused.
 
-        QEMU runs them in order, and all of them even where one fails: send together what does no harm then. Raises
-        Timeout or NotConnected as `execute` does.
+        QEMU runs them in order, and all of them even where one fails: send together what does no harm then. Those
+        `behind` are sent too, and QEMU runs them before any later ones, but they are not waited for. Raises Timeout or
+        NotConnected as `execute` does.
         """
         try:
             async with asyncio.timeout(timeout):
                 await self._negotiated.wait()
-                return await self._run(commands)
+                return await self._run(commands, behind)
         except TimeoutError:
             names = ", ".join(dict.fromkeys(command.name for command in commands))
             raise Timeout(f"QEMU did not answer {names} within {timeout:g} s") from None
@@ -280,16 +283,17 @@ class Monitor:
 
     # Sending.
 
-    async def _run(self, commands: Sequence[Command], **members: object) -> list[Any]:
-        """Send commands, all of them with these members besides, and wait for the replies."""
+    async def _run(self, commands: Sequence[Command], behind: Sequence[Command] = (), **members: object) -> list[Any]:
+        """Send commands, all of them with these members besides, and wait for the replies but to those behind."""
         if self._lost is not None:
             raise NotConnected(self._lost)
         if not commands:
             return []
-        encoded = [_encode(command, members) for command in commands]
+        sent = (*commands, *behind)
+        encoded = [_encode(command, members) for command in sent]
         messages: list[_Outgoing] = []
         replies = _Replies(len(commands), self._loop.create_future())
-        for command, data in zip(commands, encoded, strict=True):
+        for command, data in zip(sent, encoded, strict=True):
             # QEMU keeps the descriptors of one sendmsg only, for the next command that takes one.
             if command.fds or not messages:
                 messages.append(_Outgoing(b"", command.fds))

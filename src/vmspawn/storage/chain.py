@@ -7,6 +7,8 @@ part may never have come, or have been removed by a process that then died: "not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..errors import QmpError
 from ..qmp.monitor import Command
 from . import nodes
@@ -32,7 +34,7 @@ def plan(image: Image) -> list[str]:
 
 
 def commands(drive: Drive, image: Image) -> list[Command]:
-    """What makes the image's parts and drops again what only that needs. All of them are entered as made.
+    """What makes the image's parts. All of them are entered as made.
 
     The image's descriptor goes along and stays ours, until `made`.
     """
@@ -41,14 +43,18 @@ def commands(drive: Drive, image: Image) -> list[Command]:
     if FORMAT in image.done:
         found.append(Command("blockdev-add", nodes.format_node(image, drive)))
     if image.backing is not None:
-        add = Command("add-fd", {"fdset-id": image.fdset}, (image.backing.fd,))
-        # The file's node has a duplicate of the descriptor, and goes on with that.
-        found = [add, *found, _part(image, FDSET).removal]
+        found.insert(0, Command("add-fd", {"fdset-id": image.fdset}, (image.backing.fd,)))
     return found
 
 
+def drops(images: Iterable[Image]) -> list[Command]:
+    """What drops what only the making needed. Send it behind; nobody need wait for it."""
+    # The file's node has a duplicate of the descriptor, and goes on with that.
+    return [_part(image, FDSET).removal for image in images if image.backing is not None]
+
+
 def made(context: Context, image: Image) -> None:
-    """QEMU has made the parts, and dropped the descriptor set."""
+    """QEMU has made the parts, and drops the descriptor set."""
     image.close_backing()
     if FDSET in image.done:
         context.removed(_part(image, FDSET))
@@ -70,7 +76,7 @@ async def build(context: Context, attachment: Attachment, image: Image) -> None:
     """Make the image of a drive that is there. Raises what `Monitor.execute` raises; then some parts may be there."""
     sent = commands(attachment.drive, image)
     context.journal_begun(attachment)
-    for result in await context.monitor.execute_all(sent):
+    for result in await context.monitor.execute_all(sent, behind=drops([image])):
         if isinstance(result, QmpError):
             raise result
     made(context, image)

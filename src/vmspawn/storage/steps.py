@@ -150,12 +150,13 @@ class AddDevice(Step):
         return ()
 
 
-# Each stands on those before it: where one fails, those after it fail too, and nothing is left of them.
+# None stands on those after it, and the device stands on all: where one fails, it fails too. The image comes first, for
+# the command with a descriptor begins a message: so all of them are one.
 STEPS: tuple[Step, ...] = (
     ReservePlace(),
+    BuildImage(),
     AddThread(),
     AddLimits(),
-    BuildImage(),
     AddPivot(),
     AddDevice(),
 )
@@ -192,7 +193,7 @@ async def do_all(context: Context, attachment: Attachment) -> None:
         context.journal(attachment)
         for name in attachment.done:
             log.debug(f"{attachment.name}: does {name}")
-        for result in await context.monitor.execute_all(commands):
+        for result in await context.monitor.execute_all(commands, behind=chain.drops(attachment.images)):
             if isinstance(result, QmpError):
                 raise result
     except (QmpError, SystemFailure):
