@@ -2,21 +2,24 @@
 """A machine whose manager was killed is taken over by another one, or it is said why not."""
 
 import array
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import Spawned, vmctl, vmspawn
+from tests.commands import DEADLINE, Spawned, background, vmctl, vmspawn
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
 from tests.survivors import RawMonitor, Survivor, survivor, wait_until_dead
+from tests.terminal import VMCTL
 from vmspawn.host import runtime
 from vmspawn.machine.state import STATE_VERSION
 
@@ -68,6 +71,27 @@ def test_a_manager_in_the_background(machine: Survivor) -> None:
     )
     assert vmctl("terminate", machine.name).returncode == 0
     wait_until_dead(machine.pid)
+
+
+def test_who_watches_is_told_that_the_machine_runs_on(machine: Survivor) -> None:
+    """Each says so once it has lost the manager, and what can be done."""
+    watchers = {"console": "attached to machine", "events": "READY", "poweroff": "the power button was pressed"}
+    with contextlib.ExitStack() as stack:
+        running = []
+        for verb, sign in watchers.items():
+            command = [*VMCTL, verb, machine.name, *(["--wait"] if verb == "poweroff" else [])]
+            pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            process = stack.enter_context(background(command, **pipe))
+            output = process.stdout if verb == "events" else process.stderr
+            assert output is not None
+            assert sign in output.readline()
+            running.append(process)
+        machine.kill_manager()
+        for process in running:
+            lines = process.communicate(timeout=DEADLINE)[1].splitlines()
+            assert process.returncode == 1
+            assert lines[-2].endswith(f"the manager of machine {machine.name} is gone; the machine runs on")
+            assert lines[-1].strip() == f"take it over with: vmctl adopt {machine.name}"
 
 
 def test_a_living_manager_keeps_its_machine(machine: Survivor) -> None:
