@@ -40,6 +40,13 @@ async def test_every_thread_of_qemu_is_filtered(machine: Machine, tmp_path: Path
     # 2 is SECCOMP_MODE_FILTER.
     assert {thread["Seccomp"] for thread in threads} == {"2"}
     assert {thread["NoNewPrivs"] for thread in threads} == {"1"}
+    told = command_line(machine.pid)
+    denied = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
+    assert told[told.index("-sandbox") + 1] == ",".join(("on", *(f"{each}=deny" for each in denied)))
+
+
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 async def test_qemu_starts_no_program(machine: Machine, tmp_path: Path) -> None:
@@ -107,18 +114,19 @@ def test_another_user_is_not_served(qemu: str, tmp_path: Path) -> None:
         folder = Path(runtime.runtime_root()) / running.name
         for path in (folder.parent, folder):
             path.chmod(0o755)
-        (folder / runtime.CONTROL).chmod(0o666)
         script = (
             "import os, socket, sys; os.setgid(65534); os.setuid(65534);"
             "c = socket.socket(socket.AF_UNIX); c.settimeout(20); c.connect(sys.argv[1]);"
             "\ntry:\n"
             '    c.sendall(b\'{"method":"org.varlink.service.GetInfo"}\\0\')\n'
             "    data = c.recv(100)\n"
-            "except OSError:\n"
+            "except ConnectionError:\n"
             "    data = b''\n"
             "sys.exit(0 if data == b'' else 1)"
         )
-        assert run_python(script, str(folder / runtime.CONTROL)) == 0
+        for name in (runtime.CONTROL, runtime.CONSOLE):
+            (folder / name).chmod(0o666)
+            assert run_python(script, str(folder / name)) == 0
         folder.parent.chmod(0o700)
         assert qemu_pid(running.name)
 

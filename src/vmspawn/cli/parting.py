@@ -7,16 +7,14 @@ import contextlib
 import os
 import select
 import socket
-import struct
 from collections.abc import Iterator
 
 from ..errors import NotConnected
 from ..host.runtime import running_qemu, runtime_root
+from ..peers import process_of
 
 #: Seconds for a process whose socket is closed to be gone.
 _END_TIMEOUT = 5.0
-
-_CREDENTIALS = struct.Struct("iII")
 
 
 class Parting:
@@ -58,8 +56,7 @@ class Parting:
 @contextlib.contextmanager
 def watching(machine: str, connected: socket.socket) -> Iterator[Parting]:
     """Take note of the processes behind a connection to a machine, before it ends."""
-    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    manager = _open(_CREDENTIALS.unpack(credentials)[0])
+    manager = _open(process_of(connected))
     qemu = _open(running_qemu(os.path.join(runtime_root(), machine)))
     try:
         yield Parting(machine, qemu, manager)
