@@ -56,6 +56,9 @@ def test_a_transcript_has_all_that_is_said_but_secrets(qemu: str, tmp_path: Path
         (b'{"password" : "x"}', b'{"password" : "(left out)"}'),
         (b'{"data": {"device": "d"}}', b'{"data": {"device": "d"}}'),
         (b'{"name":"password"}', b'{"name":"password"}'),
+        (b'{"command-line":"set_password vnc x\\" y"}', b'{"command-line":"set_password (left out)"}'),
+        (b'{"command-line": "info block x"}', b'{"command-line": "info block x"}'),
+        (b'{"command-line":"stop"}', b'{"command-line":"stop"}'),
     ],
 )
 def test_what_is_left_out_of_a_transcript(message: bytes, expected: bytes) -> None:

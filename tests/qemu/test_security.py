@@ -87,6 +87,17 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line)
 
 
+async def test_qemu_opens_no_image_by_its_path(machine: Machine, tmp_path: Path) -> None:
+    assert machine.config.image
+    assert not [word for word in command_line(machine.pid) if machine.config.image in word]
+    disk = make_raw(tmp_path / "disk")
+    await machine.attach(Drive(str(disk), bus="virtio-scsi"))
+    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+    assert len(nodes) >= 4
+    for path in (str(disk), machine.config.image):
+        assert path not in str(nodes)
+
+
 async def test_qemu_inherits_no_descriptor_of_ours(qemu: str, tmp_path: Path) -> None:
     """Not even one that whoever started us left open for children."""
     ours = str(make_raw(tmp_path / "ours", 4096))
