@@ -73,25 +73,31 @@ def test_a_manager_in_the_background(machine: Survivor) -> None:
     wait_until_dead(machine.pid)
 
 
+#: Verbs of vmctl that go on, and what each says on which output once it is connected.
+WATCHERS = (
+    (("console",), "stderr", "attached to machine"),
+    (("events",), "stdout", "READY"),
+    (("qmp", "--stdio"), "stdout", "QMP"),
+    (("poweroff", "--wait"), "stderr", "the power button was pressed"),
+)
+
+
 def test_who_watches_is_told_that_the_machine_runs_on(machine: Survivor) -> None:
     """Each says so once it has lost the manager, and what can be done."""
-    watchers = {"console": "attached to machine", "events": "READY", "poweroff": "the power button was pressed"}
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
         running = []
-        for verb, sign in watchers.items():
-            command = [*VMCTL, verb, machine.name, *(["--wait"] if verb == "poweroff" else [])]
-            pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            process = stack.enter_context(background(command, **pipe))
-            output = process.stdout if verb == "events" else process.stderr
-            assert output is not None
-            assert sign in output.readline()
+        for (verb, *options), output, sign in WATCHERS:
+            process = stack.enter_context(background([*VMCTL, verb, machine.name, *options], **pipe))
+            assert sign in getattr(process, output).readline()
             running.append(process)
         machine.kill_manager()
         for process in running:
-            lines = process.communicate(timeout=DEADLINE)[1].splitlines()
-            assert process.returncode == 1
-            assert lines[-2].endswith(f"the manager of machine {machine.name} is gone; the machine runs on")
-            assert lines[-1].strip() == f"take it over with: vmctl adopt {machine.name}"
+            assert process.wait(timeout=DEADLINE) == 1
+            assert process.stderr is not None
+            *_, said, hint = process.stderr.read().splitlines()
+            assert said.endswith(f"the manager of machine {machine.name} is gone; the machine runs on")
+            assert hint.strip() == f"take it over with: vmctl adopt {machine.name}"
 
 
 def test_a_living_manager_keeps_its_machine(machine: Survivor) -> None:
