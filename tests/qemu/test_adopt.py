@@ -9,7 +9,8 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
 from tests.survivors import RawMonitor, Survivor, survivor, wait_until_dead
 from tests.terminal import VMCTL
+from vmspawn.console.unread import MISSING
 from vmspawn.host import runtime
+from vmspawn.host.consolelog import KEPT_MAX, ConsoleLog
 from vmspawn.machine.state import STATE_VERSION
 
 
@@ -169,6 +172,44 @@ def test_an_adopted_machine_ends_as_any_other(machine: Survivor) -> None:
     assert "the machine was terminated" in machine.manager.output["stderr"]
     assert is_gone(machine.name)
     assert process_is_gone(machine.pid)
+
+
+LAST_WORDS = b"No bootable device."
+
+
+def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_path: Path) -> None:
+    """The guest, its firmware here, says all of what it has to say at each reset."""
+    image = make_raw(tmp_path / "boot", 1 << 20)
+    speaks = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
+    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", *speaks)
+    with survivor(fresh_name(), *options) as machine:
+        machine.kill_manager()
+        log = ConsoleLog.of(machine.pid)
+        assert log is not None
+        # As if it had said a mebibyte already, but for ten bytes.
+        os.ftruncate(log.fd, os.fstat(log.fd).st_size - log.size + KEPT_MAX - 10)
+        reset_until(machine, lambda: log.full)
+        shown = tmp_path / "first"
+        machine.adopt(f"--log={shown}")
+        assert shown.read_bytes().startswith(bytes(KEPT_MAX - 10))
+        assert MISSING in shown.read_bytes()
+        machine.kill_manager()
+        reset_until(machine, lambda: LAST_WORDS in log.read(log.size))
+        log.close()
+        shown = tmp_path / "second"
+        machine.adopt(f"--log={shown}")
+        assert LAST_WORDS in shown.read_bytes()
+        assert MISSING not in shown.read_bytes()
+
+
+def reset_until(machine: Survivor, condition: Callable[[], bool]) -> None:
+    """Reset a machine without a manager, and wait; QEMU's answers are what time passes with."""
+    deadline = time.monotonic() + DEADLINE
+    with machine.monitor() as monitor:
+        assert monitor.execute("system_reset") == {"return": {}}
+        while not condition():
+            assert time.monotonic() < deadline
+            monitor.execute("query-status")
 
 
 def edit_state(machine: Survivor, **changes: Any) -> None:
