@@ -172,14 +172,15 @@ def compare(one: Subject, other: Subject) -> Times:
         order = (one, other) if number % 2 else (other, one)
         times = {each: each.cycle(number) for each in order}
         pairs.append(times[one].over(times[other]))
-    return Times(*map(median, zip(*pairs, strict=True)))
+    return Times(*(median(ratios) for ratios in zip(*pairs, strict=True)))
 
 
 def judge(aged: Subject, young: Subject, before: Times) -> Times:
     """How much slower it has become, measured by one that has hardly been used; the least of some comparisons."""
     slower = Times(*[float("inf")] * 3)
     for _ in range(COMPARISONS):
-        slower = Times(*map(min, slower, compare(aged, young).over(before)))
+        found = compare(aged, young).over(before)
+        slower = Times(*(min(pair) for pair in zip(slower, found, strict=True)))
         if max(slower) <= GROWTH:
             break
     for what, value in zip(("attach", "detach", "the manager's processor time"), slower, strict=True):

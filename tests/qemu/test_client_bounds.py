@@ -58,7 +58,7 @@ async def end_of(reader: asyncio.StreamReader) -> bytes:
     """All that comes to the end, be that an orderly one or not."""
     try:
         return await reader.read()
-    except ConnectionResetError:
+    except ConnectionError:
         return b""
 
 
