@@ -15,7 +15,6 @@ import socket
 import tty
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import pytest_asyncio
@@ -131,8 +130,12 @@ async def test_who_finds_no_descriptor_free_is_served_once_there_is_one(machine:
     with contextlib.ExitStack() as stack:
         waiting = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(4)]
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
-        for file in use_up_descriptors():
-            stack.enter_context(file)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+        # Again and again, for connections of other tests may still be ending.
+        for _ in range(10):
+            use_up_descriptors(stack)
+            await asyncio.sleep(0)
         for client in waiting:
             client.setblocking(False)
             client.connect(machine.directory.file(runtime.CONTROL))
@@ -149,15 +152,11 @@ async def test_who_finds_no_descriptor_free_is_served_once_there_is_one(machine:
                 assert b'"running":true' in await loop.sock_recv(client, 1 << 16)
 
 
-def use_up_descriptors() -> list[BinaryIO]:
-    """Leave this process none, until it is allowed more; what is to be closed then."""
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    opened: list[BinaryIO] = []
+def use_up_descriptors(stack: contextlib.ExitStack) -> None:
+    """Leave this process none; `stack` gives them back."""
     with contextlib.suppress(OSError):
         while True:
-            opened.append(open(os.devnull, "rb"))  # noqa: SIM115 - the caller closes it
-    return opened
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 # The console.

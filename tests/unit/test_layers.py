@@ -85,7 +85,7 @@ def called(tree: ast.AST) -> set[str]:
 def test_no_program_is_run_by_a_shell(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not called(tree) & {"shell", "system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell"}
-    constants = {
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    assert not {os.path.basename(value) for value in constants} & {"sh", "bash", "dash"}
+    # The guest has one of its own.
+    if layer_of(path.relative_to(PACKAGE).parts) != "guest":
+        words = {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not {os.path.basename(word) for word in words} & {"sh", "bash", "dash"}

@@ -149,7 +149,7 @@ def launch(
         if why:
             notice(f"no KVM ({why}), so the guest is emulated and slow")
         boot = _boot(config, binary.architecture, notice)
-        launched.console_log = _open_log(config.console_log)
+        launched.console_log = open_console_log(config.console_log)
         launched.directory = MachineDirectory.create(config.name or "")
         open_boot_drives(launched)
         if boot is None:
@@ -203,7 +203,7 @@ def _check_readable(option: str, path: str) -> None:
         raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
 
 
-def _open_log(path: str | None) -> int:
+def open_console_log(path: str | None) -> int:
     """Open the console's transcript for appending; the caller owns the descriptor. -1 if none is wanted."""
     if path is None:
         return -1
