@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.commands import vmctl
 from tests.conftest import MIB, make_raw
 from tests.machines import fresh_name
 from tests.shell import Shell
 from vmspawn import Drive, Machine
+from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import BadConfig
 from vmspawn.machine.end import MachineEvents
 from vmspawn.storage import nodes
@@ -29,9 +31,11 @@ DEADLINE = 30.0
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str) -> AsyncIterator[tuple[Machine, Shell]]:
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
+        server = ControlServer(machine.directory, build_registry(machine))
         shell = await Shell.open(machine)
         yield machine, shell
         shell.close()
+        server.close()
 
 
 async def wait_for(events: MachineEvents, name: str) -> dict[str, Any]:
@@ -148,7 +152,8 @@ async def test_a_full_host_stops_the_guest_until_there_is_room(
     assert machine.status == "io-error"
     assert attachment.last_failure == "write: no space left on the host (the guest was stopped)"
     await asyncio.to_thread(grow, small_disk)
-    await machine.resume()
+    done = await asyncio.to_thread(vmctl, "resume", machine.name)
+    assert (done.returncode, done.stderr) == (0, "")
     await writing
     assert os.stat(small_disk / "disk").st_blocks * 512 >= 16 * MIB
     await machine.detach("disk")

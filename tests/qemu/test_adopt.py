@@ -2,22 +2,28 @@
 """A machine whose manager was killed is taken over by another one, or it is said why not."""
 
 import array
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import Spawned, vmctl, vmspawn
+from tests.commands import DEADLINE, Spawned, background, vmctl, vmspawn
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
 from tests.survivors import RawMonitor, Survivor, survivor, wait_until_dead
+from tests.terminal import VMCTL
+from vmspawn.console.unread import MISSING
 from vmspawn.host import runtime
+from vmspawn.host.consolelog import KEPT_MAX, ConsoleLog
 from vmspawn.machine.state import STATE_VERSION
 
 
@@ -68,6 +74,41 @@ def test_a_manager_in_the_background(machine: Survivor) -> None:
     )
     assert vmctl("terminate", machine.name).returncode == 0
     wait_until_dead(machine.pid)
+
+
+#: Verbs of vmctl that go on, and what each says on which output once it is connected.
+WATCHERS = (
+    (("console",), "stderr", "attached to machine"),
+    (("events",), "stdout", "READY"),
+    (("qmp", "--stdio"), "stdout", "QMP"),
+    (("poweroff", "--wait"), "stderr", "the power button was pressed"),
+)
+
+
+def test_who_watches_is_told_that_the_machine_runs_on(machine: Survivor) -> None:
+    """Each says so once it has lost the manager, and what can be done."""
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with contextlib.ExitStack() as stack:
+        running = []
+        for (verb, *options), output, sign in WATCHERS:
+            process = stack.enter_context(background([*VMCTL, verb, machine.name, *options], **pipe))
+            assert sign in getattr(process, output).readline()
+            running.append(process)
+        machine.kill_manager()
+        for process in running:
+            assert process.wait(timeout=DEADLINE) == 1
+            assert process.stderr is not None
+            *_, said, hint = process.stderr.read().splitlines()
+            assert said.endswith(f"the manager of machine {machine.name} is gone; the machine runs on")
+            assert hint.strip() == f"take it over with: vmctl adopt {machine.name}"
+
+
+def test_a_log_that_cannot_be_written_leaves_the_machine_to_others(machine: Survivor) -> None:
+    machine.kill_manager()
+    done = vmspawn("--adopt", "-M", machine.name, "--console=headless", "--log=/nonexistent/log")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "cannot use --log=/nonexistent/log: No such file or directory" in done.stderr
+    machine.adopt()
 
 
 def test_a_living_manager_keeps_its_machine(machine: Survivor) -> None:
@@ -139,6 +180,44 @@ def test_an_adopted_machine_ends_as_any_other(machine: Survivor) -> None:
     assert "the machine was terminated" in machine.manager.output["stderr"]
     assert is_gone(machine.name)
     assert process_is_gone(machine.pid)
+
+
+LAST_WORDS = b"No bootable device."
+
+
+def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_path: Path) -> None:
+    """The guest, its firmware here, says all of what it has to say at each reset."""
+    image = make_raw(tmp_path / "boot", 1 << 20)
+    speaks = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
+    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", *speaks)
+    with survivor(fresh_name(), *options) as machine:
+        machine.kill_manager()
+        log = ConsoleLog.of(machine.pid)
+        assert log is not None
+        # As if it had said a mebibyte already, but for ten bytes.
+        os.ftruncate(log.fd, os.fstat(log.fd).st_size - log.size + KEPT_MAX - 10)
+        reset_until(machine, lambda: log.full)
+        shown = tmp_path / "first"
+        machine.adopt(f"--log={shown}")
+        assert bytes(KEPT_MAX - 10) in shown.read_bytes()
+        assert MISSING in shown.read_bytes()
+        machine.kill_manager()
+        reset_until(machine, lambda: LAST_WORDS in log.read(log.size))
+        log.close()
+        shown = tmp_path / "second"
+        machine.adopt(f"--log={shown}")
+        assert LAST_WORDS in shown.read_bytes()
+        assert MISSING not in shown.read_bytes()
+
+
+def reset_until(machine: Survivor, condition: Callable[[], bool]) -> None:
+    """Reset a machine without a manager, and wait; QEMU's answers are what time passes with."""
+    deadline = time.monotonic() + DEADLINE
+    with machine.monitor() as monitor:
+        assert monitor.execute("system_reset") == {"return": {}}
+        while not condition():
+            assert time.monotonic() < deadline
+            monitor.execute("query-status")
 
 
 def edit_state(machine: Survivor, **changes: Any) -> None:

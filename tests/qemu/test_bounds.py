@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bounds that nothing else runs into (docs/security.md), and a runtime directory without room."""
+"""What happens where there is no room: for events that nobody reads, and in the runtime directory."""
 
-import array
-import asyncio
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +11,9 @@ import pytest
 from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
 from vmspawn import Drive, Event, MachineConfig
-from vmspawn.console.hub import CLIENTS_MAX
-from vmspawn.control import connection as limits
-from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import SystemFailure
-from vmspawn.host import runtime
 from vmspawn.machine.adopt import adopt
+from vmspawn.machine.diary import EVENTS, TEXT_MAX
 from vmspawn.machine.machine import Machine
 from vmspawn.qmp.monitor import EVENT_QUEUE_MAX
 
@@ -33,30 +27,11 @@ async def test_a_reader_that_lets_events_lie_is_told_that_some_are_lost(qemu: st
             assert slow.overrun
             assert not other.overrun
             assert len([event async for event in slow]) == EVENT_QUEUE_MAX
-
-
-async def test_descriptors_without_end_end_the_connection(qemu: str, tmp_path: Path) -> None:
-    """Also where each message has only a few of them."""
-    async with idle_machine(qemu, tmp_path) as machine:
-        server = ControlServer(machine.directory, build_registry(machine))
-        _, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
-        raw = writer.get_extra_info("socket").dup()
-        raw.setblocking(False)
-        fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 100))]
-        sent = 0
-        async with asyncio.timeout(20):
-            with pytest.raises(OSError, match=r"."):
-                while True:
-                    try:
-                        raw.sendmsg([b" "], fds)
-                        sent += 100
-                    except BlockingIOError:
-                        pass
-                    await asyncio.sleep(0)
-        assert sent > limits.DESCRIPTORS_MAX
-        raw.close()
-        writer.close()
-        server.close()
+        # So is what is shown of them later.
+        assert machine.diary is not None
+        assert len(machine.diary.events) == EVENTS
+        machine.monitor.publish(Event("TEST", {"text": "x" * TEXT_MAX}))
+        assert len(machine.diary.events[-1].text) == TEXT_MAX
 
 
 @pytest.fixture
@@ -104,15 +79,3 @@ def fill(path: Path) -> None:
                 pass
         except OSError:
             pass
-
-
-async def test_one_viewer_of_the_console_too_many_is_let_go(qemu: str, tmp_path: Path) -> None:
-    async with idle_machine(qemu, tmp_path) as machine:
-        path = machine.directory.file(runtime.CONSOLE)
-        viewers = [await asyncio.open_unix_connection(path) for _ in range(CLIENTS_MAX + 1)]
-        async with asyncio.timeout(20):
-            await viewers[-1][0].read()
-        assert not any(reader.at_eof() for reader, _ in viewers[:-1])
-        for _, writer in viewers:
-            writer.close()
-            await writer.wait_closed()

@@ -114,7 +114,10 @@ def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, im
         done = vmspawn("-M", running.name, f"--qemu={qemu}", f"--image={image}")
         assert done.returncode == 1
         assert f"QEMU is process {pid}" in one_line(done, "vmspawn")
-        assert "does not run" in vmctl("status", running.name).stderr
+        assert vmctl("status", running.name).stderr.splitlines() == [
+            f"vmctl: machine {running.name} runs without a manager (QEMU is process {pid})",
+            f"       take it over with: vmctl adopt {running.name}",
+        ]
     finally:
         os.kill(pid, signal.SIGKILL)
         pidfd = os.pidfd_open(pid)

@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -19,7 +20,8 @@ from vmspawn.errors import ManagerFailed
 from vmspawn.machine.adopt import adopt
 from vmspawn.machine.launch import launch
 from vmspawn.machine.machine import Machine
-from vmspawn.qmp.transcript import without_secrets
+from vmspawn.machine.report import REPORTS_MAX
+from vmspawn.qmp.transcript import SIZE_MAX, Transcript, without_secrets
 from vmspawn.supervisor import supervise
 
 
@@ -54,10 +56,26 @@ def test_a_transcript_has_all_that_is_said_but_secrets(qemu: str, tmp_path: Path
         (b'{"password" : "x"}', b'{"password" : "(left out)"}'),
         (b'{"data": {"device": "d"}}', b'{"data": {"device": "d"}}'),
         (b'{"name":"password"}', b'{"name":"password"}'),
+        (b'{"command-line":"set_password vnc x\\" y"}', b'{"command-line":"set_password (left out)"}'),
+        (b'{"command-line": "info block x"}', b'{"command-line": "info block x"}'),
+        (b'{"command-line":"stop"}', b'{"command-line":"stop"}'),
     ],
 )
 def test_what_is_left_out_of_a_transcript(message: bytes, expected: bytes) -> None:
     assert without_secrets(message) == expected
+
+
+def test_a_transcript_begins_anew_at_its_bound(tmp_path: Path) -> None:
+    path, old = tmp_path / "qmp.log", tmp_path / "qmp.log.old"
+    transcript = Transcript(str(path))
+    for _ in range(SIZE_MAX >> 20):
+        assert not old.exists()
+        transcript.sent("manager", b"x" * (1 << 20))
+    transcript.sent("manager", b"again")
+    transcript.close()
+    assert SIZE_MAX < old.stat().st_size < SIZE_MAX + (1 << 20)
+    assert path.read_text().endswith(" manager -> again\n")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_transcript_that_cannot_be_written_is_said_and_nothing_is_left(qemu: str, tmp_path: Path) -> None:
@@ -79,6 +97,9 @@ def test_status_shows_sessions_errors_and_events(qemu: str, tmp_path: Path) -> N
         shown = vmctl("status", machine.name).stdout
     for word in ("State: paused", "free", "Sessions: 0", "Last error: ", "no drive named nobody", "STOP", "tcg"):
         assert word in shown
+    ports = f"Ports: {found['portsFree']} of {found['ports']} free"
+    for line in (r"Up: \d", rf"QEMU: {found['qemuVersion']}, ", ports, "Disks: boot", r"Events: \d\d:\d\d:\d\d"):
+        assert re.search(rf"^ *{line}", shown, re.MULTILINE), shown
 
 
 def test_debug_shows_the_steps(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +115,15 @@ def test_debug_shows_the_steps(qemu: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_qemu_that_died_leaves_a_report(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which names what to attach to a bug; the oldest of many reports is removed."""
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path / "cache"))
-    with survivor(fresh_name(), *arguments(qemu, tmp_path)) as machine:
+    folder = tmp_path / "cache" / "reports"
+    folder.mkdir(parents=True)
+    for number in range(REPORTS_MAX):
+        (folder / f"{number}.txt").touch()
+        os.utime(folder / f"{number}.txt", (number, number))
+    log = tmp_path / "qmp.log"
+    with survivor(fresh_name(), *arguments(qemu, tmp_path), f"--qmp-log={log}") as machine:
         machine.kill_qemu()
         assert machine.manager.wait() == 1
         said = re.search(r"a report is in (\S+)", machine.manager.output["stderr"])
@@ -104,6 +132,9 @@ def test_a_qemu_that_died_leaves_a_report(qemu: str, tmp_path: Path, monkeypatch
     assert report.startswith("QEMU died of SIGKILL")
     assert f"machine {machine.name}, q35, process {machine.pid} of QEMU" in report
     assert '"attachments"' in report
+    assert f"To attach to a report of this as a fault: this file\n  and {log}, " in report
+    assert len(list(folder.iterdir())) == REPORTS_MAX
+    assert not (folder / "0.txt").exists()
 
 
 async def test_a_manager_that_fails_leaves_its_guest_running_and_a_report(

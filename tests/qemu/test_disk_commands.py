@@ -12,7 +12,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from tests.commands import Spawned, idle, vmctl
+from tests.commands import Spawned, idle, spawned, vmctl
 from tests.conftest import MIB, make_qcow2, make_raw
 
 DEADLINE = 30.0
@@ -53,6 +53,31 @@ def test_a_disk_is_attached_changed_and_detached(machine: Spawned, tmp_path: Pat
     assert run("limit-disk", name, "data") == "data has no limits now\n"
     assert disk(machine, "data")["limits"] is None
     assert run("detach-disk", name, "data") == "Detached data\n"
+
+
+def test_what_becomes_of_errors_is_chosen_for_boot_and_for_later(qemu: str, tmp_path: Path) -> None:
+    boot = make_raw(tmp_path / "boot", MIB)
+    with spawned(
+        f"--qemu={qemu}", f"--image={boot}", "--ram=64M", "--console=headless", "--on-error=report"
+    ) as machine:
+        machine.wait_for("is running")
+        for name, options in (("other", ["--on-error=stop"]), ("usual", [])):
+            run("attach-disk", machine.name, str(make_raw(tmp_path / name, MIB)), "--bus=virtio-scsi", *options)
+        # QEMU's own choice is to stop where the host is full.
+        assert policies(machine) == {"boot": "report", "other": "stop", "usual": "auto"}
+
+
+def policies(machine: Spawned) -> dict[str, str]:
+    """What QEMU does where it cannot write, by the serial of each disk."""
+
+    def ask(command: str, path: str, *arguments: str) -> Any:
+        return json.loads(run("qmp", machine.name, command, f"path=/machine/peripheral{path}", *arguments))
+
+    kinds = {each["name"]: each["type"] for each in ask("qom-list", "")}
+    disks = [name for name, kind in kinds.items() if kind in ("child<virtio-blk-pci>", "child<scsi-hd>")]
+    return {
+        ask("qom-get", f"/{disk}", "property=serial"): ask("qom-get", f"/{disk}", "property=werror") for disk in disks
+    }
 
 
 def test_media_come_and_go(machine: Spawned, tmp_path: Path) -> None:

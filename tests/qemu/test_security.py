@@ -40,6 +40,13 @@ async def test_every_thread_of_qemu_is_filtered(machine: Machine, tmp_path: Path
     # 2 is SECCOMP_MODE_FILTER.
     assert {thread["Seccomp"] for thread in threads} == {"2"}
     assert {thread["NoNewPrivs"] for thread in threads} == {"1"}
+    told = command_line(machine.pid)
+    denied = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
+    assert told[told.index("-sandbox") + 1] == ",".join(("on", *(f"{each}=deny" for each in denied)))
+
+
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 async def test_qemu_starts_no_program(machine: Machine, tmp_path: Path) -> None:
@@ -80,6 +87,17 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line)
 
 
+async def test_qemu_opens_no_image_by_its_path(machine: Machine, tmp_path: Path) -> None:
+    assert machine.config.image
+    assert not [word for word in command_line(machine.pid) if machine.config.image in word]
+    disk = make_raw(tmp_path / "disk")
+    await machine.attach(Drive(str(disk), bus="virtio-scsi"))
+    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+    assert len(nodes) >= 4
+    for path in (str(disk), machine.config.image):
+        assert path not in str(nodes)
+
+
 async def test_qemu_inherits_no_descriptor_of_ours(qemu: str, tmp_path: Path) -> None:
     """Not even one that whoever started us left open for children."""
     ours = str(make_raw(tmp_path / "ours", 4096))
@@ -107,18 +125,19 @@ def test_another_user_is_not_served(qemu: str, tmp_path: Path) -> None:
         folder = Path(runtime.runtime_root()) / running.name
         for path in (folder.parent, folder):
             path.chmod(0o755)
-        (folder / runtime.CONTROL).chmod(0o666)
         script = (
             "import os, socket, sys; os.setgid(65534); os.setuid(65534);"
             "c = socket.socket(socket.AF_UNIX); c.settimeout(20); c.connect(sys.argv[1]);"
             "\ntry:\n"
             '    c.sendall(b\'{"method":"org.varlink.service.GetInfo"}\\0\')\n'
             "    data = c.recv(100)\n"
-            "except OSError:\n"
+            "except ConnectionError:\n"
             "    data = b''\n"
             "sys.exit(0 if data == b'' else 1)"
         )
-        assert run_python(script, str(folder / runtime.CONTROL)) == 0
+        for name in (runtime.CONTROL, runtime.CONSOLE):
+            (folder / name).chmod(0o666)
+            assert run_python(script, str(folder / name)) == 0
         folder.parent.chmod(0o700)
         assert qemu_pid(running.name)
 

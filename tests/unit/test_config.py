@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmspawn.errors import UsageError
-from vmspawn.host.runtime import check_name
+from vmspawn.host.runtime import NAME_MAX, check_name
 from vmspawn.machine.config import MachineConfig, check, parse_size
 
 
@@ -57,7 +57,13 @@ def test_a_name_never_leads_out_of_the_runtime_directory(name: str) -> None:
         return
     assert "/" not in name
     assert name not in ("", ".", "..")
-    assert len(name) <= 64
+    assert len(name) <= NAME_MAX
+
+
+def test_a_name_has_an_end() -> None:
+    assert check_name("n" * NAME_MAX) == "n" * NAME_MAX
+    with pytest.raises(UsageError, match="invalid machine name"):
+        check_name("n" * (NAME_MAX + 1))
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,13 @@ def test_every_name_gives_a_serial_that_every_bus_can_carry(name: str) -> None:
     assert drives.check_serial(drives.serial_for(name))
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "\x00", "x" * 256])
+@pytest.mark.parametrize("name", ["", "a\nb", "\x00", "x" * (drives.DRIVE_NAME_MAX + 1)])
 def test_names_that_no_drive_may_have(name: str) -> None:
     with pytest.raises(BadConfig, match="invalid drive name"):
         drives.check_name(name)
 
 
-@pytest.mark.parametrize("name", ["disk", "pool:volume", "two words", "größe", "a/b"])
+@pytest.mark.parametrize("name", ["disk", "pool:volume", "two words", "größe", "a/b", "x" * drives.DRIVE_NAME_MAX])
 def test_names_that_a_drive_may_have(name: str) -> None:
     assert drives.check_name(name) == name
 

@@ -2,6 +2,7 @@
 """The house: which layer may import which, and what must not be loaded on the way to QEMU's start."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ LAYERS = [
     "host",
     "guest",
     "waiting",
+    "peers",
     "log",
     "errors",
     "version",
@@ -69,3 +71,21 @@ def test_the_commands_load_nothing_that_they_can_do_without(module: str) -> None
     script = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert not set(done.stdout.split()) & SLOW
+
+
+def called(tree: ast.AST) -> set[str]:
+    """The names of what a file calls, and of the arguments that it names."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {node.func.attr for node in calls if isinstance(node.func, ast.Attribute)}
+    names |= {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+    return names | {keyword.arg for node in calls for keyword in node.keywords if keyword.arg}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_program_is_run_by_a_shell(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not called(tree) & {"shell", "system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell"}
+    # The guest has one of its own.
+    if layer_of(path.relative_to(PACKAGE).parts) != "guest":
+        words = {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not {os.path.basename(word) for word in words} & {"sh", "bash", "dash"}

@@ -87,3 +87,39 @@ def test_a_message_without_end_is_refused_at_the_bound(dialect: Dialect) -> None
             found.append(message)
     assert [each.description for each in found if isinstance(each, Malformed)] == ["JSON token size limit exceeded"]
     assert scanner.pending < limits.COMMAND_SIZE
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_message_of_all_that_is_allowed_is_taken(dialect: Dialect) -> None:
+    head, tail = b'{"execute":"a","arguments":{"b":"', b'"}}'
+    text = head + b"x" * (limits.COMMAND_SIZE - len(head + tail)) + tail
+    (found,) = scan(dialect, [text[at : at + (1 << 20)] for at in range(0, len(text), 1 << 20)])
+    assert isinstance(found, Message)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_number_without_end_is_refused_at_the_bound(dialect: Dialect) -> None:
+    """One that comes in pieces, of which all that came is looked at each time."""
+    beginning = b'{"execute":"a","id":' + b"1" * limits.ATOM_SIZE
+    (found,) = scan(dialect, [beginning, b"}"])
+    assert isinstance(found, Message)
+    (found,) = scan(dialect, [beginning, b"1"])
+    assert isinstance(found, Malformed)
+    assert found.description.endswith("JSON token size limit exceeded")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_many_tokens_are_looked_at_in_several_turns(dialect: Dialect) -> None:
+    """Those that only QEMU understands, such as strings in single quotes, take their time."""
+    few, many = (b"{" + b",".join(b"'%d':1" % n for n in range(count)) + b"}" for count in (8, limits.STEPS_PER_TURN))
+    scanner = Scanner(dialect)
+    scanner.feed(few)
+    assert isinstance(scanner.next(), Message)
+    scanner.feed(many)
+    turns = 0
+    while (found := scanner.next()) is None:
+        assert scanner.busy
+        turns += 1
+    assert isinstance(found, Message)
+    assert turns >= 1
+    assert not scanner.busy

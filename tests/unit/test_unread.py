@@ -3,11 +3,14 @@
 
 import contextlib
 import os
+import resource
+import signal
+from collections.abc import Iterator
 
 import pytest
 
 from vmspawn.console import unread
-from vmspawn.host.consolelog import KEPT_MAX, ConsoleLog
+from vmspawn.host.consolelog import KEPT_MAX, ConsoleLog, bounded
 
 LINES = b"".join(b"line %d\r\n" % n for n in range(1000))
 
@@ -26,6 +29,14 @@ def test_nothing_is_lost_where_one_is_short(piped: bytes) -> None:
     assert unread.join(piped, piped) == piped
 
 
+@pytest.fixture
+def as_in_qemu() -> Iterator[None]:
+    """The limit with which QEMU is started, and the signal ignored, as it is in every Python and its children."""
+    assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN
+    with bounded():
+        yield
+
+
 def append(log: ConsoleLog) -> int:
     """A descriptor like QEMU's."""
     return os.open(f"/proc/self/fd/{log.fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -39,29 +50,45 @@ def fill(writer: int) -> None:
                 pass
 
 
-def test_qemus_log_ends_at_its_bound() -> None:
+@pytest.mark.usefixtures("as_in_qemu")
+def test_qemus_log_ends_at_its_bound_and_begins_again() -> None:
     log = ConsoleLog.make()
     assert log is not None
     writer = append(log)
     try:
         for _ in range(3):
-            assert (log.size, log.read(0)) == (0, b"")
+            assert (log.size, log.read(0), log.full) == (0, b"", False)
             assert os.write(writer, b"x" * (KEPT_MAX - 1)) == KEPT_MAX - 1
             assert log.read(log.size) == b"x" * (KEPT_MAX - 1)
+            assert not log.full
+            # Of what does not fit, as much as does.
+            assert os.write(writer, b"yz") == 1
+            with pytest.raises(OSError, match="File too large"):
+                os.write(writer, b"z")
+            assert (log.size, log.full) == (KEPT_MAX, True)
             log.empty()
-            # As the guest goes on; it makes the position valid again for more than what was left.
-            os.write(writer, b"y")
-            log.empty()
-        os.write(writer, b"x" * (KEPT_MAX - 1))
-        os.write(writer, b"y")
-        with pytest.raises(OSError, match="Invalid argument"):
-            os.write(writer, b"z")
-        assert log.size == KEPT_MAX
     finally:
         os.close(writer)
         log.close()
 
 
+def test_the_limit_is_for_what_is_started_meanwhile() -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with bounded():
+        assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == (1 << 63) - (1 << 20)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+
+
+def test_nothing_is_kept_where_qemu_could_not_be_bounded() -> None:
+    """A signal that it does not ignore would kill it."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        assert ConsoleLog.make() is None
+    finally:
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.usefixtures("as_in_qemu")
 def test_what_does_not_fit_is_said_to_be_missing() -> None:
     log = ConsoleLog.make()
     assert log is not None
@@ -72,12 +99,13 @@ def test_what_does_not_fit_is_said_to_be_missing() -> None:
             os.write(fd, b"piped")
         os.write(writer, LINES)
         assert unread.take(source, log) == b"piped" + LINES
-        fill(writer)
-        found = ConsoleLog.of(os.getpid())
-        assert found is not None
-        assert unread.take(source, found) == b"z" * KEPT_MAX + unread.MISSING
-        assert found.size == 0
-        found.close()
+        for _ in range(2):
+            fill(writer)
+            found = ConsoleLog.of(os.getpid())
+            assert found is not None
+            assert unread.take(source, found) == b"z" * KEPT_MAX + unread.MISSING
+            assert found.size == 0
+            found.close()
     finally:
         for fd in (source, sink, writer):
             os.close(fd)

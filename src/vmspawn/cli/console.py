@@ -12,6 +12,7 @@ import sys
 from ..control.client import Client, connect
 from ..errors import NotConnected, VmspawnError
 from ..host import runtime
+from .parting import watching
 
 _STDIN, _STDOUT = 0, 1
 
@@ -25,7 +26,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """The verb `console`; returns when the user detaches or the machine ends, or exits as a signal that came asks."""
+    """The verb `console`; returns when the user detaches or the machine ends, or exits as a signal that came asks.
+
+    Raises NotConnected if the machine runs on without its manager, or has let us go.
+    """
     # No other verb needs them.
     from ..console.attach import Attachment
     from ..console.terminal import window_size
@@ -42,13 +46,15 @@ def run(options: argparse.Namespace) -> None:
 
     keys = "; press ^] three times within 1s to detach" if os.isatty(_STDIN) else ""
     _say(options, f"attached to machine {options.machine}{keys}")
-    with console:
+    with console, watching(options.machine, console) as parting:
         attachment = Attachment(console, _STDIN, _STDOUT, read_only=options.read_only, resized=resized)
         number = attachment.run()
-    if number:
-        # As a shell has it for a program that a signal ended.
-        sys.exit(128 + number)
-    how = "has ended" if attachment.machine_ended else "runs on without us"
+        if number:
+            # As a shell has it for a program that a signal ended.
+            sys.exit(128 + number)
+        if attachment.hung_up:
+            parting.check()
+    how = "has ended" if attachment.hung_up else "runs on without us"
     _say(options, f"machine {options.machine} {how}")
 
 

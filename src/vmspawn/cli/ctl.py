@@ -20,6 +20,7 @@ from ..version import VERSION
 from . import adopting, console, disks, ending, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
 from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
+from .parting import watching
 from .tables import JSON_MODES, format_duration, print_fields, print_json
 
 _PROGRAM = "vmctl"
@@ -234,16 +235,16 @@ def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
 
 def _events(options: argparse.Namespace) -> None:
     wanted = [name for name in options.filter.split(",") if name]
-    with client_for(options) as client:
+    with client_for(options) as client, watching(options.machine, client.connection) as parting:
         try:
             for event in client.stream(f"{INSTANCE}.SubscribeEvents", {"filter": wanted}):
                 _print_event(event, options.json)
-        except VmspawnError as error:
+        except VarlinkError as error:
             # The machine ended, and its events with it.
-            if not isinstance(error, NotConnected) and not (
-                isinstance(error, VarlinkError) and error.leaf == "NotConnected"
-            ):
+            if error.leaf != "NotConnected":
                 raise
+        except NotConnected:
+            parting.check()
 
 
 def _print_event(event: dict[str, Any], mode: str) -> None:

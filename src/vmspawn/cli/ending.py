@@ -11,6 +11,7 @@ from typing import Any
 from ..control.client import REPLY_TIMEOUT, Client, VarlinkError
 from ..errors import NotConnected, Timeout, VmspawnError
 from .calling import INSTANCE
+from .parting import watching
 
 #: Seconds that the guest has, without --timeout=; as vmspawn's own --shutdown-timeout=.
 _PATIENCE = 90.0
@@ -51,7 +52,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Ask for it and wait. Raises VmspawnError if it does not happen, or ends otherwise than was asked."""
-    with Client(options.machine) as events, Client(options.machine) as client:
+    with (
+        Client(options.machine) as events,
+        Client(options.machine) as client,
+        watching(options.machine, client.connection) as parting,
+    ):
         events.subscribe(f"{INSTANCE}.SubscribeEvents")
         if events.next_reply(REPLY_TIMEOUT) is None:
             raise Timeout(f"machine {options.machine} sends no events")
@@ -60,7 +65,11 @@ def run(options: argparse.Namespace) -> None:
         if options.verb == "poweroff" and status in _STUCK:
             why, verb = _STUCK[status]
             _say(options, f"{why}; try: vmctl {verb} {options.machine}")
-        _Wait(options, events).run()
+        try:
+            _Wait(options, events).run()
+        except NotConnected:
+            parting.check()
+            raise
 
 
 def _say(options: argparse.Namespace, line: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..control.client import REPLY_TIMEOUT, Client
 from ..errors import NotConnected, QmpError, Timeout, UsageError, VmspawnError
+from .parting import watching
 from .tables import print_json
 
 _RECEIVE_SIZE = 65536
@@ -36,16 +37,32 @@ def run(options: argparse.Namespace) -> None:
     timeout = REPLY_TIMEOUT if options.timeout is None else options.timeout
     with Client(options.machine, timeout=timeout) as client:
         connected, received = client.upgrade("io.vmspawn.Machine.AcquireQMP", {"readOnly": options.read_only})
-        if options.stdio:
-            relay(connected, received)
-        elif options.command:
-            mode = options.json if options.json != "off" else "pretty" if sys.stdout.isatty() else "short"
-            print_json(Session(connected, received, timeout).execute(options.command, arguments), mode)
-        else:
-            _shell(connected, received, options.machine)
+        with watching(options.machine, connected) as parting:
+            try:
+                hung_up = _talk(options, connected, received, arguments, timeout)
+            except NotConnected:
+                parting.check()
+                raise
+            if hung_up:
+                parting.check()
+                if not options.stdio:
+                    print("The machine ended.")
 
 
-def _shell(connected: socket.socket, received: bytes, machine: str) -> None:
+def _talk(
+    options: argparse.Namespace, connected: socket.socket, received: bytes, arguments: dict[str, Any], timeout: float
+) -> bool:
+    """What the options ask for; whether it was the machine that ended it."""
+    if options.stdio:
+        return relay(connected, received)
+    if not options.command:
+        return _shell(connected, received, options.machine)
+    mode = options.json if options.json != "off" else "pretty" if sys.stdout.isatty() else "short"
+    print_json(Session(connected, received, timeout).execute(options.command, arguments), mode)
+    return False
+
+
+def _shell(connected: socket.socket, received: bytes, machine: str) -> bool:
     try:
         from .qmp_shell import run_shell
     except ModuleNotFoundError as error:
@@ -55,7 +72,7 @@ def _shell(connected: socket.socket, received: bytes, machine: str) -> None:
             "the QMP shell needs prompt_toolkit, which is not installed",
             hint="install vmspawn[shell], or name a command, or use --stdio",
         ) from None
-    run_shell(connected, received, machine)
+    return run_shell(connected, received, machine)
 
 
 def parse_arguments(words: list[str]) -> dict[str, Any]:
@@ -126,8 +143,11 @@ class Session:
         return found
 
 
-def relay(connected: socket.socket, received: bytes) -> None:
-    """Copy standard input to the socket and the socket to standard output, until both have ended."""
+def relay(connected: socket.socket, received: bytes) -> bool:
+    """Copy standard input to the socket and the socket to standard output, until that ends.
+
+    Returns whether it did so before standard input.
+    """
     connected.settimeout(None)
     _write_all(received)
     reading = [connected.fileno(), 0]
@@ -145,6 +165,7 @@ def relay(connected: socket.socket, received: bytes) -> None:
             if not data:
                 reading.remove(connected.fileno())
             _write_all(data)
+    return 0 in reading
 
 
 def _write_all(data: bytes) -> None:

@@ -26,9 +26,10 @@ from ..qmp.monitor import Monitor
 from .qmp import parse_arguments
 
 
-def run_shell(connected: socket.socket, received: bytes, machine: str) -> None:
-    """Talk to the machine on this terminal until Ctrl-D. The socket stays the caller's."""
-    asyncio.run(_Shell(machine).run(connected.dup(), received))
+def run_shell(connected: socket.socket, received: bytes, machine: str) -> bool:
+    """Talk to the machine on this terminal until Ctrl-D, or until it hangs up: whether it did. The socket stays the
+    caller's."""
+    return asyncio.run(_Shell(machine).run(connected.dup(), received))
 
 
 class SchemaCompleter(Completer):
@@ -60,7 +61,7 @@ class _Shell:
     def __init__(self, machine: str) -> None:
         self._machine = machine
 
-    async def run(self, connected: socket.socket, received: bytes) -> None:
+    async def run(self, connected: socket.socket, received: bytes) -> bool:
         monitor = Monitor(connected, received=received)
         try:
             greeting = await monitor.start()
@@ -70,22 +71,23 @@ class _Shell:
             completer = SchemaCompleter(await monitor.execute("query-qmp-schema"))
             session: PromptSession[str] = PromptSession(history=_history(), completer=completer)
             with patch_stdout(), _unbuffered_keys():
-                await self._converse(monitor, session)
+                hung_up = await self._converse(monitor, session)
             events.cancel()
+            return hung_up
         finally:
             monitor.close()
 
-    async def _converse(self, monitor: Monitor, session: PromptSession[str]) -> None:
+    async def _converse(self, monitor: Monitor, session: PromptSession[str]) -> bool:
         while not monitor.closed.is_set():
             try:
                 line = await session.prompt_async(f"{self._machine}> ")
             except KeyboardInterrupt:
                 continue
             except EOFError:
-                return
+                return False
             if line.strip():
                 await self._execute(monitor, line)
-        print("The machine ended.")
+        return True
 
     async def _execute(self, monitor: Monitor, line: str) -> None:
         try:

@@ -30,8 +30,8 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 class Attachment:
     """Connects a console's socket with two descriptors. All stay the caller's."""
 
-    #: Whether it was the machine that ended the attachment.
-    machine_ended = False
+    #: Whether it was not us who ended the attachment.
+    hung_up = False
 
     def __init__(
         self, console: socket.socket, source: int, target: int, *, read_only: bool, resized: Callable[[], None]
@@ -52,7 +52,7 @@ class Attachment:
         self._signals: list[int] = []
 
     def run(self) -> int:
-        """Show and type until the user detaches or the machine ends: 0; or until a signal comes: its number."""
+        """Show and type until the user detaches or the console ends: 0; or until a signal comes: its number."""
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         handled = {number: signal.signal(number, self._signalled) for number in self._handled_signals()}
         old = signal.set_wakeup_fd(waker)
@@ -84,7 +84,7 @@ class Attachment:
                 if number := self._obey_signals():
                     return number
             if self._console.fileno() in ready and not self._exchange(ready[self._console.fileno()]):
-                self.machine_ended = True
+                self.hung_up = True
                 return 0
             if self._source in ready and not self._read():
                 return 0
@@ -103,7 +103,7 @@ class Attachment:
         return dict(poll.poll(None if seconds is None else int(seconds * 1000) + 1))
 
     def _exchange(self, events: int) -> bool:
-        """Send what was typed and show what came; False when the machine has ended."""
+        """Send what was typed and show what came; False when the console has ended."""
         try:
             if events & select.POLLOUT and self._outgoing:
                 del self._outgoing[: self._console.send(bytes(self._outgoing[:READ_SIZE]))]

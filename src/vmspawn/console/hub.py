@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from ..peers import is_allowed
 from .client import ConsoleClient
 from .outlet import Outlet
 from .unread import Log
@@ -177,7 +178,7 @@ class Console:
             connected, _ = self._listener.accept()
         except OSError:
             return
-        if len(self._clients) >= CLIENTS_MAX:
+        if len(self._clients) >= CLIENTS_MAX or not is_allowed(connected):
             connected.close()
             return
         client = ConsoleClient(connected, self, gone=self._clients.discard)

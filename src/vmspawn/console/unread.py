@@ -28,12 +28,13 @@ _SURE = 64
 class Log(Protocol):
     """What QEMU logs of the console; it holds all that came since it was emptied, up to a bound."""
 
-    #: Whether it was full, so that something is missing.
-    used_up: bool
-
     @property
     def size(self) -> int:
         """How many bytes are in it."""
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more fits, so that something may be missing."""
 
     def read(self, size: int) -> bytes:
         """The first bytes of it."""
@@ -62,9 +63,9 @@ def take(source: int, log: Log | None, *, kept_in_pipe: bool = False) -> bytes:
         before, size = size, log.size
         if before == size:
             break
-    logged = log.read(size)
+    logged, missing = log.read(size), log.full
     log.empty()
-    return join(piped, logged) + (MISSING if log.used_up else b"")
+    return join(piped, logged) + (MISSING if missing else b"")
 
 
 def _drain(source: int) -> bytes:

@@ -61,6 +61,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def connection(self) -> socket.socket:
+        """The socket, which stays this client's."""
+        return self._socket
+
     def close(self) -> None:
         """Close the connection."""
         self._socket.close()
@@ -165,6 +170,14 @@ def connect(machine: str, name: str) -> socket.socket:
         raise NotConnected(f"cannot reach machine {machine}: {error.strerror}") from None
     try:
         return _connect_to(f"/proc/self/fd/{folder}/{name}", machine)
+    except NotConnected:
+        pid = runtime.running_qemu(f"/proc/self/fd/{folder}")
+        if not pid or name != runtime.CONTROL:
+            raise
+        raise NotConnected(
+            f"machine {machine} runs without a manager (QEMU is process {pid})",
+            hint=f"take it over with: vmctl adopt {machine}",
+        ) from None
     finally:
         os.close(folder)
 

@@ -3,9 +3,7 @@
 
 import asyncio
 import errno
-import os
 import socket
-import struct
 from collections.abc import Callable
 
 from asyncvarlink import VarlinkInterfaceRegistry
@@ -14,6 +12,7 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from ..host.runtime import CONTROL, MachineDirectory
 from ..host.sockets import listen
 from ..machine.machine import Machine as RunningMachine
+from ..peers import is_allowed
 from ..version import VERSION
 from .connection import Connection
 from .interfaces import Machine, MachineInstance, QemuMachineInstance, VirtualMachineInstance
@@ -29,8 +28,6 @@ _ACCEPT_BATCH = 32
 
 #: Seconds without accepting after the process has run out of descriptors.
 _ACCEPT_PAUSE = 0.5
-
-_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid; unix(7), SO_PEERCRED
 
 
 def build_registry(machine: RunningMachine) -> VarlinkInterfaceRegistry:
@@ -94,7 +91,7 @@ class ControlServer:
             self._admit(client)
 
     def _admit(self, client: socket.socket) -> None:
-        if not _is_allowed(client):
+        if not is_allowed(client):
             client.close()
             return
         if len(self._connections) >= CONNECTIONS_MAX:
@@ -114,10 +111,3 @@ class ControlServer:
     def _resume(self) -> None:
         if self._listener is not None:
             self._loop.add_reader(self._listener, self._accept)
-
-
-def _is_allowed(client: socket.socket) -> bool:
-    """Whether the peer is root or our own user."""
-    raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    _, uid, _ = _PEER_CREDENTIALS.unpack(raw)
-    return uid in (0, os.geteuid())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from ..errors import NotConnected, StartError, VmspawnError
 from ..host import sockets
+from ..peers import is_allowed
 from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.multiplexer import Multiplexer
 from ..qmp.peer import Peer
@@ -82,6 +83,9 @@ def _accept(listener: socket.socket, multiplexer: Multiplexer) -> None:
     try:
         client, _ = listener.accept()
     except OSError:
+        return
+    if not is_allowed(client):
+        client.close()
         return
     with contextlib.suppress(VmspawnError):
         multiplexer.open(client, peer=Peer.of(client))

@@ -2,36 +2,46 @@
 """What the guest printed while nobody read: QEMU's log of the console, which empties and fills without QEMU's help.
 
 QEMU drops what it shows while there is no manager, but logs it first, and would go on for ever. So the log is a file in
-memory that begins a little below the size that no file can have: QEMU appends until nothing more fits, and goes on
-without. Whoever makes the file shorter empties it, unless it was full: a position at the very end does not come back,
-and this QEMU logs nothing more. It has no name; QEMU holds it, and the next manager finds it there.
+memory that begins a little below a limit on the size of files with which QEMU is started: QEMU appends until nothing
+more fits, and goes on without. Whoever makes the file shorter empties it, and QEMU appends again. It has no name; QEMU
+holds it, and the next manager finds it there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
+import signal
+from collections.abc import Iterator
 
 #: Bytes of output that are kept while the machine has no manager: the first ones. What follows is missing.
 KEPT_MAX = 1 << 20
 
-_NAME = "vmspawn-console"
-_LARGEST = (1 << 63) - 1
-_BEGIN = _LARGEST - KEPT_MAX
+_NAME = "vmspawn-console-log"
+
+# No image is as large. Not the largest size that there is: with its position there no file is written to ever again,
+# for the kernel looks whether position and count make a valid sum before it looks where the file ends.
+_END = (1 << 63) - (1 << 20)
+_BEGIN = _END - KEPT_MAX
 
 
 class ConsoleLog:
     """QEMU's log of the console. Owns the descriptor."""
 
-    def __init__(self, fd: int, *, used_up: bool = False) -> None:
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        #: Whether it was full, so that something is missing.
-        self.used_up = used_up
 
     @classmethod
     def make(cls) -> ConsoleLog | None:
-        """An empty one, for QEMU to inherit and to open for appending. None where files are limited in their size
-        (RLIMIT_FSIZE). Raises OSError."""
+        """An empty one, for QEMU to inherit and to open for appending, with `bounded` around its start. Raises OSError.
+
+        None where files are limited in their size already (RLIMIT_FSIZE), or where QEMU would not ignore the signal
+        that comes with each byte too many, as every child of Python does.
+        """
+        if signal.getsignal(signal.SIGXFSZ) is not signal.SIG_IGN:
+            return None
         log = cls(os.memfd_create(_NAME))
         try:
             log.empty()
@@ -48,10 +58,7 @@ class ConsoleLog:
         folder = f"/proc/{pid}/fd"
         try:
             descriptors = [each for each in os.listdir(folder) if _is_log(f"{folder}/{each}")]
-            if not descriptors:
-                return None
-            used_up = any(_position(pid, number) == _LARGEST for number in descriptors)
-            return cls(os.open(f"{folder}/{descriptors[0]}", os.O_RDWR | os.O_CLOEXEC), used_up=used_up)
+            return cls(os.open(f"{folder}/{descriptors[0]}", os.O_RDWR | os.O_CLOEXEC)) if descriptors else None
         except OSError:
             return None  # it ends just now
 
@@ -59,6 +66,11 @@ class ConsoleLog:
     def size(self) -> int:
         """How many bytes are in it."""
         return max(0, os.fstat(self.fd).st_size - _BEGIN)
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more fits, so that something may be missing."""
+        return self.size >= KEPT_MAX
 
     def read(self, size: int) -> bytes:
         """The first bytes of it."""
@@ -75,14 +87,22 @@ class ConsoleLog:
             self.fd = -1
 
 
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """What is started meanwhile writes no file beyond the log's end, which no other file comes near."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft != resource.RLIM_INFINITY and soft <= _END:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_END, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def _is_log(path: str) -> bool:
     try:
         return os.readlink(path).startswith(f"/memfd:{_NAME} ")
     except OSError:
         return False  # closed meanwhile
-
-
-def _position(pid: int, number: str) -> int:
-    """Where in its file a descriptor of a process stands (proc(5), fdinfo)."""
-    with open(f"/proc/{pid}/fdinfo/{number}") as file:
-        return int(file.readline().split()[1])

@@ -18,7 +18,7 @@ from ..storage import ports
 from . import state as states
 from .config import SHUTDOWN_TIMEOUT, MachineConfig
 from .helper import Helper
-from .launch import Launched, connect
+from .launch import Launched, connect, open_console_log
 from .state import State
 
 #: Seconds for a monitor to greet while QEMU's process is looked for.
@@ -71,7 +71,11 @@ def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: No
     launched = Adopted(state._replace(config=_merged(state.config, config)), directory)
     launched.pid = pid
     try:
+        launched.console_log = open_console_log(config.console_log)
         _connect(launched, directory)
+    except StartError:
+        launched.abandon()
+        raise
     except OSError as error:
         launched.abandon()
         raise StartError(

@@ -6,6 +6,7 @@ QEMU takes a moment to start in any case; whatever the manager still has to impo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .. import log as log_to
 from ..errors import StartError, VmspawnError
-from ..host import fifos, runtime, scope
+from ..host import consolelog, fifos, runtime, scope
 from ..host.consolelog import ConsoleLog
 from ..host.fifos import ConsolePipes
 from ..host.runtime import MachineDirectory
@@ -148,7 +149,7 @@ def launch(
         if why:
             notice(f"no KVM ({why}), so the guest is emulated and slow")
         boot = _boot(config, binary.architecture, notice)
-        launched.console_log = _open_log(config.console_log)
+        launched.console_log = open_console_log(config.console_log)
         launched.directory = MachineDirectory.create(config.name or "")
         open_boot_drives(launched)
         if boot is None:
@@ -202,7 +203,7 @@ def _check_readable(option: str, path: str) -> None:
         raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
 
 
-def _open_log(path: str | None) -> int:
+def open_console_log(path: str | None) -> int:
     """Open the console's transcript for appending; the caller owns the descriptor. -1 if none is wanted."""
     if path is None:
         return -1
@@ -281,7 +282,8 @@ def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int],
     pipes: ConsolePipes = fifos.make(launched.directory, capacity=capacity)
     launched.console = (pipes.typed, pipes.shown)
     try:
-        launched.pid = spawn(arguments, keep=keep, log=log, streams=(pipes.qemu_input, pipes.qemu_output))
+        with consolelog.bounded() if launched.kept else contextlib.nullcontext():
+            launched.pid = spawn(arguments, keep=keep, log=log, streams=(pipes.qemu_input, pipes.qemu_output))
     finally:
         os.close(pipes.qemu_input)
         os.close(pipes.qemu_output)

@@ -2,7 +2,8 @@
 """A transcript of all that is said on QEMU's monitors: `--qmp-log=FILE`.
 
 A line is the time, the monitor, `->` or `<-`, and the message as it went over the wire, but for what is secret: the
-values of the members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json).
+values of the members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json), and
+what people's commands (human-monitor-command) are told, unless they only ask.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ _SECRETS = rb'"(password|passwd|data|secret|user-password|key)"(\s*:\s*)"(?:[^"\
 _SECRET = re.compile(_SECRETS)
 _HIDDEN = rb'"\1"\2"(left out)"'
 
+_HUMAN = re.compile(rb'"command-line"(\s*:\s*)"(?!info )(\w+) (?:[^"\\]|\\.)*"')
+_HIDDEN_HUMAN = rb'"command-line"\1"\2 (left out)"'
+
 
 def without_secrets(message: bytes) -> bytes:
     """The message with `(left out)` in the place of secrets."""
-    return _SECRET.sub(_HIDDEN, message)
+    return _HUMAN.sub(_HIDDEN_HUMAN, _SECRET.sub(_HIDDEN, message))
 
 
 class Transcript:

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What one client may cost at the most, in connections, bytes, descriptors, turns and commands (docs/security.md).
+
+What goes up to each bound is served, what goes over it is felt by its sender alone.
+"""
+
+import array
+import asyncio
+import contextlib
+import os
+import pty
+import resource
+import signal
+import socket
+import tty
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.machines import idle_machine
+from vmspawn import Event, Machine
+from vmspawn.console.hotkeys import Key
+from vmspawn.console.hub import CLIENTS_MAX, INPUT_MAX
+from vmspawn.console.keyboard import TYPED_MAX, Keyboard
+from vmspawn.control.connection import DESCRIPTORS_MAX, MESSAGE_MAX
+from vmspawn.control.server import CONNECTIONS_MAX, ControlServer, build_registry
+from vmspawn.host import runtime
+from vmspawn.host.limits import DESCRIPTORS, allow_descriptors
+from vmspawn.qmp import limits
+from vmspawn.qmp.session import Session
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+#: Seconds that anything may take.
+DEADLINE = 20.0
+
+#: Bytes that the console's readers take at once.
+RECEIVE_MAX = 65536
+
+DESCRIBE = b'{"method":"io.systemd.MachineInstance.Describe"}'
+QUERY = b'{"execute":"query-name"}'
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Machine]:
+    """A machine whose control socket is served, and that keeps a transcript in `qmp.log`."""
+    folder = tmp_path_factory.mktemp("idle")
+    async with idle_machine(qemu, folder, qmp_log=str(folder / "qmp.log")) as running:
+        server = ControlServer(running.directory, build_registry(running))
+        yield running
+        server.close()
+
+
+async def end_of(reader: asyncio.StreamReader) -> bytes:
+    """All that comes to the end, be that an orderly one or not."""
+    try:
+        return await reader.read()
+    except ConnectionError:
+        return b""
+
+
+def send_all_it_takes(connected: socket.socket, data: bytes) -> int:
+    """Send this for as long as the socket takes it; how many bytes that were."""
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += connected.send(data)
+    return sent
+
+
+# The control socket.
+
+
+@pytest.mark.parametrize(("size", "answered"), [(MESSAGE_MAX, True), (MESSAGE_MAX + 1, False)])
+async def test_a_call_is_as_large_as_it_may_be_and_no_larger(machine: Machine, size: int, answered: bool) -> None:
+    """With as many descriptors as the kernel lets one message have."""
+    reader, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
+    with writer.get_extra_info("socket").dup() as raw:
+        fds = array.array("i", [0] * DESCRIPTORS_MAX)
+        assert raw.sendmsg([DESCRIBE[:1]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]) == 1
+    writer.write(DESCRIBE[1:].ljust(size - 2) + b"\0")
+    async with asyncio.timeout(DEADLINE):
+        reply = await reader.readuntil(b"\0") if answered else await end_of(reader)
+    assert (b'"running":true' in reply) is answered
+    writer.close()
+
+
+async def test_descriptors_without_end_end_the_connection(machine: Machine) -> None:
+    """Also where each message has only a few of them."""
+    _, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
+    fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 100))]
+    sent = 0
+    with writer.get_extra_info("socket").dup() as raw:
+        raw.setblocking(False)
+        async with asyncio.timeout(DEADLINE):
+            with pytest.raises(OSError, match=r"."):
+                while True:
+                    with contextlib.suppress(BlockingIOError):
+                        raw.sendmsg([b" "], fds)
+                        sent += 100
+                    await asyncio.sleep(0)
+    assert sent > DESCRIPTORS_MAX
+    writer.close()
+
+
+async def test_one_subscriber_too_many_takes_the_place_of_the_first(machine: Machine) -> None:
+    """Who is let go sees the end of the connection; all others go on."""
+    subscribers = []
+    async with asyncio.timeout(DEADLINE):
+        for _ in range(CONNECTIONS_MAX + 1):
+            reader, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
+            writer.write(b'{"method":"io.systemd.MachineInstance.SubscribeEvents","more":true}\0')
+            assert b"READY" in await reader.readuntil(b"\0")
+            subscribers.append((reader, writer))
+        assert await end_of(subscribers[0][0]) == b""
+        machine.monitor.publish(Event("TEST", {}))
+        for reader, _ in subscribers[1:]:
+            assert b'"TEST"' in await reader.readuntil(b"\0")
+    for _, writer in subscribers:
+        writer.close()
+
+
+async def test_who_finds_no_descriptor_free_is_served_once_there_is_one(machine: Machine) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < DESCRIPTORS:
+        pytest.skip("this user may not have so many descriptors")
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(4)]
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+        # Again and again, for connections of other tests may still be ending.
+        for _ in range(10):
+            use_up_descriptors(stack)
+            await asyncio.sleep(0)
+        for client in waiting:
+            client.setblocking(False)
+            client.connect(machine.directory.file(runtime.CONTROL))
+            client.send(DESCRIBE + b"\0")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        for client in waiting:
+            with pytest.raises(BlockingIOError):
+                client.recv(1)
+        allow_descriptors()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == DESCRIPTORS
+        async with asyncio.timeout(DEADLINE):
+            for client in waiting:
+                assert b'"running":true' in await loop.sock_recv(client, 1 << 16)
+
+
+def use_up_descriptors(stack: contextlib.ExitStack) -> None:
+    """Leave this process none; `stack` gives them back."""
+    with contextlib.suppress(OSError):
+        while True:
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+# The console.
+
+
+async def test_one_viewer_too_many_is_let_go(machine: Machine) -> None:
+    path = machine.directory.file(runtime.CONSOLE)
+    viewers = [await asyncio.open_unix_connection(path) for _ in range(CLIENTS_MAX + 1)]
+    async with asyncio.timeout(DEADLINE):
+        await viewers[-1][0].read()
+    assert not any(reader.at_eof() for reader, _ in viewers[:-1])
+    for _, writer in viewers:
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_input_that_the_guest_does_not_take_waits_with_its_sender(machine: Machine) -> None:
+    console = machine.console
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(machine.directory.file(runtime.CONSOLE))
+        client.setblocking(False)
+        async with asyncio.timeout(DEADLINE):
+            while send_all_it_takes(client, b"x" * 4096) or console.input_pending < INPUT_MAX:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        # No more is read once there is as much.
+        assert console.input_pending < INPUT_MAX + RECEIVE_MAX
+
+
+async def test_what_is_typed_without_end_is_dropped_and_our_own_keys_work(machine: Machine) -> None:
+    pressed: list[Key] = []
+    dropped: list[None] = []
+    with terminal() as (master, slave):
+        keyboard = Keyboard(
+            machine.console,
+            slave,
+            terminal=True,
+            pressed=pressed.append,
+            gone=lambda: None,
+            overflow=lambda: dropped.append(None),
+        )
+        async with asyncio.timeout(DEADLINE):
+            await type_until(dropped, master, b"x" * 4096)
+            assert TYPED_MAX <= machine.console.input_pending < TYPED_MAX + RECEIVE_MAX
+            await type_until(pressed, master, Key.END.value)
+        keyboard.close()
+    assert pressed[0] is Key.END
+    # It is said once.
+    assert len(dropped) == 1
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    """A raw terminal, both ends; its master does not block."""
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    os.set_blocking(master, False)
+    try:
+        yield master, slave
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+async def type_until(said: list[Key] | list[None], master: int, data: bytes) -> None:
+    """Type this again and again until something is said."""
+    while not said:
+        with contextlib.suppress(BlockingIOError):
+            os.write(master, data)
+        await asyncio.sleep(0)
+
+
+# QMP sessions.
+
+
+@contextlib.asynccontextmanager
+async def session(machine: Machine) -> AsyncIterator[tuple[socket.socket, Session]]:
+    """A session that has negotiated, and its client's end, which does not block."""
+    multiplexer = await machine.multiplexer()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    opened = multiplexer.open(theirs, initial=b'{"execute":"qmp_capabilities"}')
+    loop, received = asyncio.get_running_loop(), b""
+    with ours:
+        async with asyncio.timeout(DEADLINE):
+            while b'"return"' not in received:
+                received += await loop.sock_recv(ours, 1 << 16)
+        yield ours, opened
+
+
+async def test_one_turn_of_a_session_takes_a_few_messages(machine: Machine) -> None:
+    """Junk is answered without QEMU, so nothing else would give the others their turn."""
+    async with session(machine) as (client, _), asyncio.timeout(DEADLINE):
+        client.send(b"]" * 100)
+        turns: list[int] = []
+        while sum(turns) < 100:
+            await asyncio.sleep(0)
+            turns.append(lines_in(client))
+        assert max(turns) == limits.MESSAGES_PER_TURN
+
+
+def lines_in(connected: socket.socket) -> int:
+    """How many lines are there to be read."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while data := connected.recv(1 << 20):
+            count += data.count(b"\n")
+    return count
+
+
+async def test_what_a_client_sends_ahead_waits_in_its_socket(machine: Machine) -> None:
+    """But for a little, and one command that QEMU has."""
+    async with session(machine) as (client, opened):
+        before = opened.bytes_in
+        os.kill(machine.pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while send_all_it_takes(client, QUERY * 100) or opened.bytes_in - before < limits.READ_AHEAD:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+        finally:
+            os.kill(machine.pid, signal.SIGCONT)
+        assert opened.queued == 1
+        assert opened.bytes_in - before <= len(QUERY) + limits.READ_AHEAD + limits.RECEIVE_SIZE
+
+
+async def test_few_commands_are_in_qemus_hands_at_once(machine: Machine) -> None:
+    """Ten clients ask together; the transcript says what QEMU was sent and when it answered."""
+    assert machine.config.qmp_log
+    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(DEADLINE):
+        clients = [await stack.enter_async_context(machine.qmp()) for _ in range(10)]
+        await asyncio.gather(*(client.execute("query-name") for client in clients for _ in range(10)))
+    counts = [0]
+    for line in Path(machine.config.qmp_log).read_text().splitlines():  # noqa: ASYNC240 - nobody waits meanwhile
+        _, monitor, direction, message = line.split(" ", 3)
+        if monitor == "sessions" and '"event"' not in message and '"QMP"' not in message:
+            counts.append(counts[-1] + (1 if direction == "->" else -1))
+    assert max(counts) == limits.IN_FLIGHT
