@@ -153,6 +153,8 @@ def _check_uuid(text: str) -> None:
     digits = text.replace("-", "")
     if len(digits) != 32 or not set(digits.lower()) <= set("0123456789abcdef"):
         raise UsageError(f"--uuid={text} is not a UUID", hint="write 32 hexadecimal digits, with or without dashes")
+    if not digits.strip("0"):
+        raise UsageError(f"--uuid={text} stands for no UUID", hint="make one with: uuidgen")
 
 
 def _default_name(config: MachineConfig) -> str:
