@@ -93,6 +93,13 @@ def test_kvm_is_one_of_systemds_booleans_or_auto(text: str, kvm: str) -> None:
     assert parse(["--guest=builtin", f"--kvm={text}"])[0].kvm == kvm
 
 
+def test_the_former_names_of_options_are_known() -> None:
+    former = ("--qemu-smp=3", "--qemu-mem=1G", "--qemu-kvm=no", "--qemu-vsock=no", "--qemu-gui")
+    config, _ = parse(["--guest=builtin", *former])
+    assert (config.cpus, config.ram, config.kvm, config.console) == (3, GIB, "no", "gui")
+    assert wishes("--qemu-vsock=auto")
+
+
 def test_an_empty_path_is_none() -> None:
     config, _ = parse(["--image=/x", "--linux=", "--initrd=", "--directory=", "--machine="])
     assert (config.linux, config.initrd, config.directory, config.name) == (None, None, None, "x")
@@ -119,6 +126,7 @@ def test_what_cannot_be_meant(arguments: list[str], message: str) -> None:
     ("arguments", "message"),
     [
         (["--imgae=/x"], "did you mean --image?"),
+        (["--dir=/x"], "did you mean --directory?"),
         (["--nonsense"], "see: vmspawn --help"),
         (["--quiet", "--verbose"], "not allowed with argument"),
         (["--image"], "expected one argument"),

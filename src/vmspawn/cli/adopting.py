@@ -37,17 +37,12 @@ def add_options(group: Any) -> None:
 
 
 #: What may be said of a machine that is taken over; the rest was settled when it was started.
-_BESIDE_ADOPT = frozenset(
-    (
-        *("adopt", "machine", "console", "log", "qmp_log", "shutdown_timeout", "quiet", "verbose", "ready_fd"),
-        *("kernel_arguments", "no_pager", "no_ask_password"),
-    )
-)
+_BESIDE_ADOPT = ("adopt", "machine", "console", "log", "qmp_log", "shutdown_timeout", "quiet", "verbose")
 
 
 def refuse_others(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raise UsageError if `--adopt` is given with an option that is for starting a machine."""
-    for action in parser._actions:
+    for action in (action for action in parser._actions if action.help != argparse.SUPPRESS):
         value = getattr(options, action.dest, action.default)
         if action.dest in _BESIDE_ADOPT or value == action.default or (action.nargs == 0 and value != action.const):
             continue
@@ -63,7 +58,9 @@ def parse(options: argparse.Namespace, console: str) -> MachineConfig:
     if options.machine is None:
         raise UsageError("--adopt needs to know which machine", hint="name it with --machine=; see: vmctl list")
     if options.kernel_arguments:
-        raise UsageError(f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}")
+        raise UsageError(
+            f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}", hint="leave that out"
+        )
     name = runtime.check_name(options.machine)
     return MachineConfig(
         name=name,

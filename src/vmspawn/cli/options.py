@@ -52,7 +52,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    """The one of the known names that is written nearly so, if there is one."""
+    """The one of the known names that begins so, or is written nearly so, if there is one."""
+    if len(longer := [each for each in known if name and each.startswith(name)]) == 1:
+        return longer[0]
     import difflib
 
     return next(iter(difflib.get_close_matches(name, known, 1)), "")

@@ -57,6 +57,7 @@ def build_parser() -> Parser:
     guest_options.add(parser)
     system_options.add(parser)
     later_options.add(parser)
+    _add_former_names(parser)
     parser.add_argument("kernel_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -174,6 +175,16 @@ def _add_storage(parser: Parser) -> None:
     )
 
 
+def _add_former_names(parser: Parser) -> None:
+    """What systemd-vmspawn's options were called once; it still takes them and no longer says so."""
+    former = {"--qemu-smp": "cpus", "--qemu-mem": "ram", "--qemu-kvm": "kvm", "--qemu-vsock": "later_vsock"}
+    for name, field in former.items():
+        kind = int if field == "cpus" else str
+        parser.add_argument(name, dest=field, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    gui = {"action": "store_const", "const": "gui"}
+    parser.add_argument("--qemu-gui", dest="console", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **gui)
+
+
 def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
     """The machine that the arguments ask for, and whether to be quiet. Raises UsageError, or exits as argparse does."""
     options = build_parser().parse_args(arguments)
@@ -182,14 +193,14 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
 
 def configure(options: argparse.Namespace) -> MachineConfig:
     """The machine that the options ask for. Raises UsageError."""
+    if not options.shutdown_timeout >= 0:  # nor is a NaN
+        raise UsageError(f"--shutdown-timeout={options.shutdown_timeout:g} is no time", hint="write seconds, 0 or more")
     if options.adopt:
         adopting.refuse_others(options, build_parser())
         return adopting.parse(options, options.console or default_console())
     kernel_arguments = options.kernel_arguments
     if kernel_arguments[:1] == ["--"]:
         kernel_arguments = kernel_arguments[1:]
-    if not options.shutdown_timeout >= 0:  # nor is a NaN
-        raise UsageError(f"--shutdown-timeout={options.shutdown_timeout:g} is no time", hint="write seconds, 0 or more")
     grow_image = options.grow_image
     # As with systemd-vmspawn, an empty path is none.
     initrds = [os.path.abspath(each) for each in options.initrd if each]
