@@ -177,6 +177,9 @@ def parse_size(text: str, *, option: str) -> int:
     # "2GB" and "2G" are both common.
     unit = unit[:-1] if len(unit) == 2 and unit.endswith("B") else unit
     try:
-        return int(float(number) * _UNITS[unit])
+        size = int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise UsageError(f"{option}{text} is not a size", hint="write for example 512M or 2G") from None
+        size = -1
+    if size < 0:
+        raise UsageError(f"{option}{text} is not a size", hint="write for example 512M or 2G")
+    return size
