@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import log
 from ..console.hotkeys import HELP
@@ -177,12 +177,12 @@ def _add_storage(parser: Parser) -> None:
 
 def _add_former_names(parser: Parser) -> None:
     """What systemd-vmspawn's options were called once; it still takes them and no longer says so."""
-    former = {"--qemu-smp": "cpus", "--qemu-mem": "ram", "--qemu-kvm": "kvm", "--qemu-vsock": "later_vsock"}
-    for name, field in former.items():
-        kind = int if field == "cpus" else str
-        parser.add_argument(name, dest=field, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    gui = {"action": "store_const", "const": "gui"}
-    parser.add_argument("--qemu-gui", dest="console", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **gui)
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--qemu-smp", dest="cpus", type=int, **hidden)
+    parser.add_argument("--qemu-mem", dest="ram", **hidden)
+    parser.add_argument("--qemu-kvm", dest="kvm", **hidden)
+    parser.add_argument("--qemu-vsock", dest="later_vsock", **hidden)
+    parser.add_argument("--qemu-gui", dest="console", action="store_const", const="gui", **hidden)
 
 
 def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
