@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vmspawn.cli import ctl, spawn
+from vmspawn.cli.options import option_names
 from vmspawn.version import VERSION
 
 SOURCES = Path(__file__).parent / "man"
@@ -22,23 +23,6 @@ def escape(text: str) -> str:
     """Text for roff(7): hyphens as they are typed, backslashes, and no control line by accident."""
     text = text.replace("\\", "\\e").replace("-", "\\-").replace("…", "\\[u2026]")
     return "\\&" + text if text[:1] in (".", "'") else text
-
-
-def metavar(action: argparse.Action) -> str:
-    """What stands for an option's value, or an empty string if it takes none."""
-    if action.nargs == 0:
-        return ""
-    if isinstance(action.metavar, str):
-        return action.metavar
-    if action.choices:
-        return "|".join(map(str, action.choices))
-    return action.dest.upper()
-
-
-def names(action: argparse.Action) -> str:
-    """An option's names, the long ones with what stands for the value: `-i, --image=PATH`."""
-    value = metavar(action)
-    return ", ".join(f"{name}={value}" if value and name.startswith("--") else name for name in action.option_strings)
 
 
 def help_of(action: argparse.Action) -> str:
@@ -59,7 +43,7 @@ def details() -> dict[str, str]:
 
 def _entry(action: argparse.Action, more: dict[str, str]) -> Iterator[str]:
     yield ".TP"
-    yield f".B {escape(names(action))}"
+    yield f".B {escape(option_names(action))}"
     yield escape(help_of(action))
     for name in action.option_strings:
         if name in more:
@@ -90,7 +74,7 @@ def verbs(parser: argparse.ArgumentParser) -> Iterator[str]:
         own = [each for each in verb._actions if each.option_strings and not set(each.option_strings) & shared]
         for action in own:
             yield ".br"
-            yield f"\\fB{escape(names(action))}\\fR: {escape(help_of(action))}"
+            yield f"\\fB{escape(option_names(action))}\\fR: {escape(help_of(action))}"
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

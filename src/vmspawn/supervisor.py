@@ -152,6 +152,28 @@ class Signals:
             self._shutdown.request(name)
 
 
+class Heartbeat:
+    """Tells a service manager that asks for it (WatchdogSec=) that our event loop turns."""
+
+    #: How often in the time after which the service manager gives us up.
+    _BEATS = 3
+
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
+        self._next: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Say it now, and again and again."""
+        if self._notifier.watchdog:
+            self._notifier.send(WATCHDOG=1)
+            self._next = asyncio.get_running_loop().call_later(self._notifier.watchdog / self._BEATS, self.begin)
+
+    def end(self) -> None:
+        """Say no more."""
+        if self._next is not None:
+            self._next.cancel()
+
+
 def _report(machine: Machine, end: End, notice: Callable[[str], None]) -> None:
     from .machine.report import write_report
 
@@ -185,6 +207,7 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
         launched.abandon()
         raise
     notifier = Notifier()
+    heartbeat = Heartbeat(notifier)
     shutdown = Shutdown(machine, voice.notice, notifier)
     front = Front(machine, shutdown, voice)
     server: ControlServer | None = None
@@ -200,6 +223,7 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
         voice.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
         front.open()
         notifier.send(READY=1, STATUS=f"Machine {machine.name} is running", X_VMSPAWN_LEADER_PID=machine.pid)
+        heartbeat.begin()
         end = await machine.wait()
         notifier.send(STOPPING=1, STATUS=end.message[:1].upper() + end.message[1:])
         if machine.config.console != "native":
@@ -222,3 +246,4 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
         # Last of all: whoever waits for the end of a connection finds nothing left of the machine.
         if server is not None:
             server.close()
+        heartbeat.end()

@@ -231,6 +231,12 @@ def test_a_name_that_machined_has_already_is_refused(box: Box, spawn: Spawn) -> 
     again = spawn(f"--image={make_image(box)}", *IDLE, "--register=yes", unit=elsewhere, name=first.name)
     assert again.wait() == 1
     assert "knows another machine named" in again.output["stderr"]
+    # Where it was no firm wish, the machine runs all the same.
+    again = spawn(f"--image={make_image(box)}", *IDLE, unit=elsewhere, name=first.name)
+    again.wait_for("is running")
+    assert "not registered: systemd-machined knows another machine named" in again.output["stderr"]
+    box.run("env", "VMSPAWN_RUNTIME_DIR=/run/elsewhere", "vmctl", "terminate", first.name)
+    assert again.wait() == 0
 
 
 def test_vmctl_finds_a_machine_with_another_runtime_directory(box: Box, spawn: Spawn) -> None:

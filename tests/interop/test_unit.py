@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -12,21 +13,52 @@ from tests.interop.machines import machine_registration
 
 NAME = "by-unit"
 
+#: Boot quicker than by default, and be asked for a sign of life more often than the boot takes.
+OPTIONS = "--machine=%i --ram=512M --firmware=bios"
+WATCHDOG = "WatchdogSec=5s"
+
 
 @pytest.fixture
-def unit(box: Box) -> Iterator[str]:
-    """The unit, installed and with an image that boots; stopped and removed afterwards."""
+def image(box: Box) -> None:
+    """An image that boots, where it is found by its name."""
     make_builtin_disk(box.path(f"/var/lib/machines/{NAME}.raw"))
-    box.path("/run/systemd/system/vmspawn@.service").write_bytes((PROJECT / "systemd/vmspawn@.service").read_bytes())
-    folder = box.path(f"/run/systemd/system/vmspawn@{NAME}.service.d")
+
+
+@contextmanager
+def drop_in(box: Box, template: str, command: str) -> Iterator[str]:
+    """Another command in a template's instance for the image, which is killed if it still runs afterwards."""
+    unit = f"{template}@{NAME}.service"
+    folder = box.path(f"/run/systemd/system/{unit}.d")
     folder.mkdir(exist_ok=True)
-    (folder / "test.conf").write_text(
-        "[Service]\nExecStart=\nExecStart=vmspawn --adopt-or-start --quiet --keep-unit --console=headless "
-        "--network-user-mode --machine=%i --ram=512M --firmware=bios\n"
-    )
+    (folder / "test.conf").write_text(f"[Service]\n{WATCHDOG}\nExecStart=\nExecStart={command} {OPTIONS}\n")
     box.run("systemctl", "daemon-reload")
-    yield f"vmspawn@{NAME}.service"
-    box.run("systemctl", "kill", "--signal=KILL", f"vmspawn@{NAME}.service", check=False)
+    yield unit
+    box.run("systemctl", "kill", "--signal=KILL", unit, check=False)
+
+
+@pytest.fixture
+def unit(box: Box, image: None) -> Iterator[str]:
+    """Our unit, installed."""
+    box.path("/run/systemd/system/vmspawn@.service").write_bytes((PROJECT / "systemd/vmspawn@.service").read_bytes())
+    command = "vmspawn --adopt-or-start --quiet --keep-unit --console=headless --network-user-mode"
+    with drop_in(box, "vmspawn", command) as installed:
+        yield installed
+
+
+def test_machinectl_starts_it_by_systemds_own_unit_with_our_command(box: Box, image: None) -> None:
+    """All is as systemd's unit has it, its sandbox and its options too, but for the TAP device, which is not there."""
+    theirs = box.run("systemctl", "cat", f"systemd-vmspawn@{NAME}.service").stdout
+    command = next(line for line in theirs.splitlines() if line.startswith("ExecStart=systemd-vmspawn "))
+    ours = command.removeprefix("ExecStart=systemd-").replace("--network-tap", "--network-user-mode")
+    with drop_in(box, "systemd-vmspawn", ours) as unit:
+        box.run("machinectl", "start", "--runner=vmspawn", NAME)
+        found = machine_registration(box, NAME)
+        assert found is not None
+        assert (found["unit"], found["service"]) == (unit, "vmspawn")
+        box.run("systemctl", "stop", unit, timeout=150)
+        shown = box.run("systemctl", "show", unit, "--property=Result,ActiveState").stdout.split()
+        assert set(shown) == {"Result=success", "ActiveState=inactive"}
+    assert machine_registration(box, NAME) is None
 
 
 def test_start_boots_the_image_and_stop_shuts_the_guest_down(box: Box, unit: str) -> None:

@@ -45,6 +45,10 @@ def test_vmctl_binds_and_unbinds(box: Box, idle: BoxedMachine) -> None:
     again = box.run("vmctl", "bind-volume", idle.name, f"fs:{name}:virtio-scsi:create=new,size=4M", check=False)
     assert again.returncode == 1
     assert "the volume exists already" in again.stderr
+    box.run("vmctl", "unbind-volume", idle.name, f"fs:{name}")
+    assert f"fs:{name}" not in disks(box, idle)
+    box.run("vmctl", "bind-volume", idle.name, f"fs:{name}:virtio-scsi:create=open,read-only=yes")
+    assert disks(box, idle)[f"fs:{name}"]["readOnly"] is True
 
 
 def test_a_volume_that_is_not_there_ends_the_start_in_one_line(box: Box) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Spawned, idle, make_script, qemu_pid, spawned, vmctl, vmspawn
-from tests.conftest import make_qcow2, make_raw
+from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import is_gone, process_is_gone
 from vmspawn.host import runtime
 
@@ -48,11 +48,30 @@ def test_a_machine_is_there_when_it_says_so_and_gone_when_it_was_terminated(qemu
     assert process_is_gone(pid)
 
 
-def test_qemu_prints_no_warning(qemu: str, image: Path) -> None:
-    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
+def test_qemu_prints_no_warning_and_verbose_says_what_is_gone_without(qemu: str, image: Path) -> None:
+    options = ("--verbose", "--tpm=auto", "--console=headless")
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", *options) as running:
         running.wait_for("is running")
         log = Path(runtime.runtime_root(), running.name, runtime.LOG)
         assert log.read_text() == ""
+    assert "--tpm=auto: a TPM is not supported yet" in running.output["stderr"]
+    assert "no UEFI firmware is installed, so the machine boots by BIOS" in running.output["stderr"]
+
+
+@pytest.mark.parametrize(("choice", "kept"), [("yes", False), ("no", True)])
+def test_what_the_guest_discards_is_given_back_or_kept(qemu: str, tmp_path: Path, choice: str, kept: bool) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * MIB)
+    before = image.stat().st_blocks
+    options = ("--ram=64M", "--console=headless", f"--discard-disk={choice}")
+    with spawned(f"--qemu={qemu}", f"--image={image}", *options) as running:
+        running.wait_for("is running")
+        found = json.loads(vmctl("qmp", running.name, "query-block").stdout)
+        device = next(each["qdev"] for each in found if each["qdev"].startswith("/machine/peripheral/"))
+        # As the guest would: on the device's own way to the image.
+        command = f'command-line=qemu-io -d {device} "discard 0 1M"'
+        assert vmctl("qmp", running.name, "human-monitor-command", command).returncode == 0
+    assert (image.stat().st_blocks == before) is kept
 
 
 def test_quiet_says_nothing(qemu: str, image: Path) -> None:
@@ -146,7 +165,7 @@ def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, im
         (["--image={image}", "--qemu={image}"], 1, "not executable"),
         (["--image={image}", "--qemu=/bin/true"], 1, "/bin/true is not QEMU"),
         (["--image={image}", "--qemu={old}"], 1, "is QEMU 6.2.0, which is too old"),
-        (["--image=/nonexistent"], 1, "cannot open /nonexistent: No such file or directory"),
+        (["--image=/nonexistent"], 1, "cannot use --image=/nonexistent: No such file or directory"),
         (["--image=/tmp"], 1, "/tmp is a directory"),
         (["--image={empty}"], 1, "the image is empty"),
         (["--image={qcow2}"], 1, "looks like qcow2"),
@@ -247,7 +266,7 @@ def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> 
         (["detach-disk", "{machine}", "image", "--timeout=soon"], 2, "--timeout"),
         (["status", "nobody"], 1, "there is no machine named nobody"),
         (["status", "../up"], 2, "invalid machine name"),
-        (["dance", "{machine}"], 2, "invalid choice: 'dance'"),
+        (["dance", "{machine}"], 2, "there is no verb dance"),
         ([], 2, "VERB"),
     ],
 )

@@ -277,6 +277,17 @@ def test_a_service_manager_is_told(options: tuple[str, ...], notifications: sock
         assert received(notifications) == {"STOPPING": "1", "STATUS": "The machine was terminated"}
 
 
+def test_a_watchdog_hears_of_us_in_time_until_the_end(
+    options: tuple[str, ...], notifications: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    with spawned(*options, "--console=headless") as running:
+        assert received(notifications)["READY"] == "1"
+        assert [received(notifications) for _ in range(4)] == [{"WATCHDOG": "1"}] * 4
+        assert vmctl("terminate", running.name).returncode == 0
+        assert running.wait() == 0
+
+
 def test_without_a_service_manager_nothing_happens(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/notify")
     with spawned(*options, "--console=headless") as running:

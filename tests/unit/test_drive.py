@@ -156,6 +156,8 @@ def test_an_image_with_a_backing_file_is_refused(tmp_path: Path) -> None:
         ("nvme:/a/disk", Drive("/a/disk", "disk", bus="nvme")),
         ("raw:virtio-scsi:/a/disk", Drive("/a/disk", "disk", bus="virtio-scsi", format="raw")),
         ("/a/b:c", Drive("/a/b:c", "b:c")),
+        ("virtio-scsi:raw:/a/disk", Drive("/a/disk", "disk", bus="virtio-scsi", format="raw")),
+        ("nvme:nvme:x", Drive(os.path.abspath("nvme:x"), "nvme:x", bus="nvme")),
         ("scsi-cd:/a/qcow2:x", Drive("/a/qcow2:x", "qcow2:x", bus="scsi-cd")),
     ],
 )

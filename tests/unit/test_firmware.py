@@ -9,7 +9,7 @@ import pytest
 
 from vmspawn.cli.spawn import parse
 from vmspawn.errors import StartError, UsageError
-from vmspawn.machine import firmware, nvram
+from vmspawn.machine import firmware, nvram, uefi
 from vmspawn.machine.firmware import Blob, FirmwareWish
 
 
@@ -146,6 +146,39 @@ def test_contradictions(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         parse(["--image=/x", *arguments])
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--firmware=uefi",
+        "--secure-boot=yes",
+        "--firmware-features=a",
+        "--efi-nvram-template=/t",
+        "--efi-nvram-state=/s",
+    ],
+)
+def test_uefi_is_not_asked_to_start_a_kernel_that_it_cannot_start(
+    folders: tuple[Path, Path], tmp_path: Path, option: str
+) -> None:
+    descriptor(folders[1] / "50-a.json", "secure-boot", "a")
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"no PE image")
+    with pytest.raises(UsageError, match=f"needs UEFI, which cannot start {kernel}: it is no PE image") as caught:
+        uefi.choose(parse([f"--linux={kernel}", option])[0], "x86_64", print)
+    assert caught.value.hint
+    assert uefi.choose(parse([f"--linux={kernel}"])[0], "x86_64", print) is None
+
+
+def test_variables_that_are_to_be_kept_are_a_firm_wish_for_uefi(folders: tuple[Path, Path]) -> None:
+    config, _ = parse(["--guest=builtin", "--efi-nvram-state=/s"])
+    with pytest.raises(StartError, match="no UEFI firmware"):
+        uefi.choose(config, "x86_64", print)
+    descriptor(folders[1] / "50-a.json")
+    found = uefi.choose(config, "x86_64", print)
+    assert found is not None
+    assert found.executable.path == "/50-a.fd"
+    assert uefi.choose(parse(["--guest=builtin"])[0], "x86_64", print) is None
 
 
 def test_the_variables_are_kept_beside_the_image_unless_they_end_with_the_machine(tmp_path: Path) -> None:

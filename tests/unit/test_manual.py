@@ -12,7 +12,8 @@ import pytest
 from docs import man
 from vmspawn.cli import ctl, spawn
 
-COMPATIBILITY = Path(__file__).parents[2] / "docs" / "compatibility.md"
+TESTS = Path(__file__).parents[1]
+COMPATIBILITY = TESTS.parent / "docs" / "compatibility.md"
 
 
 def visible_options(parser: argparse.ArgumentParser) -> set[str]:
@@ -65,3 +66,10 @@ def test_the_table_has_each_option_of_ours_that_is_systemd_vmspawns() -> None:
     known = visible_options(spawn.build_parser())
     assert {name for name, state, _ in rows if state in ("same", "differs")} <= known
     assert all(tested.strip() for _, _, tested in rows)
+
+
+def test_the_tests_that_the_tables_name_are_there() -> None:
+    for kind, name in re.findall(r"\b(unit|qemu|guest|interop|soak)/(test_\w+)", COMPATIBILITY.read_text()):
+        path = TESTS / ("guest" if kind == "soak" else kind) / f"{name}.py"
+        assert path.exists(), name
+        assert kind != "soak" or "pytest.mark.soak" in path.read_text(), name

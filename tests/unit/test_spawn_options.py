@@ -6,7 +6,9 @@ import pytest
 from vmspawn.cli import later_options
 from vmspawn.cli.spawn import build_parser, parse
 from vmspawn.errors import UsageError
+from vmspawn.machine.bootdrives import without_effect
 from vmspawn.machine.memory import Growth, size_argument
+from vmspawn.version import VERSION
 
 GIB = 1 << 30
 
@@ -54,7 +56,9 @@ def test_auto_goes_without_and_can_say_so(argument: str) -> None:
     [
         *("--tpm=yes", "--vsock=1", "--vsock-cid=5", "--tpm-state=/x", "--coco=sev-snp", "--pass-ssh-key=yes"),
         *("--notify-ready=yes", "--network-tap", "-n", "--private-users=65536", "--bind-user=me"),
-        *("--forward-journal=/x", "--forward-journal-max-use=1G", "--ssh-key-type=rsa"),
+        *("--bind-user-shell=yes", "--bind-user-shell=/bin/zsh", "--bind-user-group=mine", "--background=44"),
+        *("--forward-journal=/x", "--forward-journal-max-use=1G", "--forward-journal-keep-free=1G"),
+        *("--forward-journal-max-file-size=1M", "--forward-journal-max-files=3", "--ssh-key-type=rsa"),
     ],
 )
 def test_a_firm_wish_is_refused_in_one_line_with_what_to_do(argument: str) -> None:
@@ -62,6 +66,96 @@ def test_a_firm_wish_is_refused_in_one_line_with_what_to_do(argument: str) -> No
         wishes(argument)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
+
+
+def test_extra_drives_are_on_the_images_bus_unless_they_say_another() -> None:
+    drives = ("--extra-drive=/a", "--extra-drive=qcow2:/b", "--extra-drive=virtio-blk:/c")
+    config, _ = parse(["--image=/x", *drives, "--image-disk-type=nvme"])
+    assert [each.bus for each in config.extra_drives] == ["nvme", "nvme", "virtio-blk"]
+
+
+def test_what_an_optical_image_leaves_nothing_to_do_for_is_said() -> None:
+    wishes = ("--ephemeral", "--grow-image=1G", "--discard-disk=no")
+    optical, _ = parse(["--image=/x", *wishes, "--image-disk-type=scsi-cd"])
+    assert [line.split()[0] for line in without_effect(optical)] == ["--ephemeral", "--grow-image=", "--discard-disk="]
+    assert not list(without_effect(parse(["--image=/x", *wishes])[0]))
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, start in (("--version", f"vmspawn {VERSION}\n"), ("--help", "usage: vmspawn [OPTION…]")):
+        with pytest.raises(SystemExit, match="0"):
+            parse([option])
+        assert capsys.readouterr().out.startswith(start)
+
+
+@pytest.mark.parametrize(("text", "kvm"), [("yes", "yes"), ("1", "yes"), ("off", "no"), ("auto", "auto"), ("", "auto")])
+def test_kvm_is_one_of_systemds_booleans_or_auto(text: str, kvm: str) -> None:
+    assert parse(["--guest=builtin", f"--kvm={text}"])[0].kvm == kvm
+
+
+def test_the_former_names_of_options_are_known() -> None:
+    former = ("--qemu-smp=3", "--qemu-mem=1G", "--qemu-kvm=no", "--qemu-vsock=no", "--qemu-gui")
+    config, _ = parse(["--guest=builtin", *former])
+    assert (config.cpus, config.ram, config.kvm, config.console) == (3, GIB, "no", "gui")
+    assert wishes("--qemu-vsock=auto")
+
+
+def test_an_empty_path_is_none() -> None:
+    config, _ = parse(["--image=/x", "--linux=", "--initrd=", "--directory=", "--machine="])
+    assert (config.linux, config.initrd, config.directory, config.name) == (None, None, None, "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kvm=maybe"], "--kvm=maybe is neither yes nor no"),
+        (["--shutdown-timeout=-1"], "--shutdown-timeout=-1 is no time"),
+        (["--shutdown-timeout=nan"], "--shutdown-timeout=nan is no time"),
+        (["--uuid=00000000-0000-0000-0000-000000000000"], "stands for no UUID"),
+        (["--bind=/a:/"], "--bind=/a:/ would hide the guest's root"),
+        (["--bind-ro=/"], "--bind-ro=/ would hide the guest's root"),
+    ],
+)
+def test_what_cannot_be_meant(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse(["--image=/x", *arguments])
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--imgae=/x"], "did you mean --image?"),
+        (["--dir=/x"], "did you mean --directory?"),
+        (["--nonsense"], "see: vmspawn --help"),
+        (["--quiet", "--verbose"], "not allowed with argument"),
+        (["--image"], "expected one argument"),
+    ],
+)
+def test_what_is_no_option_gets_a_hint(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(arguments)
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"),
+    [
+        ("--image=/x", "--image="),
+        ("-x", "--ephemeral"),
+        ("--user", "--user"),
+        ("--firmware-features=a", "--firmware-features="),
+        ("--bind=/a", "--bind="),
+        ("--cpus=2", "--cpus="),
+        ("--tpm=no", "--tpm="),
+    ],
+)
+def test_a_machine_that_is_adopted_is_taken_as_it_is(argument: str, name: str) -> None:
+    parse(["--adopt", "-M", "a", "--console=headless", "--log=/l", "--shutdown-timeout=1", "--quiet"])
+    with pytest.raises(UsageError, match=f"and {name} is for one that starts"):
+        parse(["--adopt", "-M", "a", argument])
 
 
 def test_several_initrds() -> None:

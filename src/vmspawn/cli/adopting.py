@@ -36,12 +36,31 @@ def add_options(group: Any) -> None:
     group.add_argument("--ready-fd", metavar="FD", type=int, help=argparse.SUPPRESS)
 
 
+#: What may be said of a machine that is taken over; the rest was settled when it was started.
+_BESIDE_ADOPT = ("adopt", "machine", "console", "log", "qmp_log", "shutdown_timeout", "quiet", "verbose")
+
+
+def refuse_others(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise UsageError if `--adopt` is given with an option that is for starting a machine."""
+    for action in (action for action in parser._actions if action.help != argparse.SUPPRESS):
+        value = getattr(options, action.dest, action.default)
+        if action.dest in _BESIDE_ADOPT or value == action.default or (action.nargs == 0 and value != action.const):
+            continue
+        name = action.option_strings[-1] + ("" if action.nargs == 0 else "=")
+        raise UsageError(
+            f"--adopt takes a machine over as it is, and {name} is for one that starts",
+            hint="leave out one of them, or use --adopt-or-start",
+        )
+
+
 def parse(options: argparse.Namespace, console: str) -> MachineConfig:
     """Which machine is to be adopted, and how it is to be managed. Raises UsageError."""
     if options.machine is None:
         raise UsageError("--adopt needs to know which machine", hint="name it with --machine=; see: vmctl list")
     if options.kernel_arguments:
-        raise UsageError(f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}")
+        raise UsageError(
+            f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}", hint="leave that out"
+        )
     name = runtime.check_name(options.machine)
     return MachineConfig(
         name=name,

@@ -19,7 +19,7 @@ from ..host.runtime import check_name, machine_names, running_qemu, runtime_root
 from ..version import VERSION
 from . import adopting, console, disks, ending, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
-from .options import EXIT_FAILURE, EXIT_USAGE, Parser, complain
+from .options import EXIT_FAILURE, EXIT_USAGE, Formatter, Parser, complain
 from .parting import watching
 from .tables import JSON_MODES, format_duration, print_fields, print_json
 
@@ -38,7 +38,7 @@ def build_parser() -> Parser:
         prog=_PROGRAM,
         usage="vmctl [OPTION…] VERB [MACHINE] …",
         description="Control virtual machines that vmspawn runs.",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100),
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"vmctl {VERSION}", help="show the version")
@@ -78,8 +78,8 @@ def _seconds(text: str) -> float:
 def _add_verb(
     verbs: Any, name: str, action: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.prog = _PROGRAM
+    parser: Parser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=Formatter)
+    parser.prog, parser.verb = _PROGRAM, name
     parser.usage = f"{_PROGRAM} {name} [OPTION…]"
     _add_common(parser, top=False)
     parser.set_defaults(action=action)
@@ -88,7 +88,7 @@ def _add_verb(
 
 def _add_machine_verb(verbs: Any, name: str, action: Callable[[argparse.Namespace], None], text: str) -> Any:
     parser = _add_verb(verbs, name, action, text)
-    parser.add_argument("machine", metavar="MACHINE")
+    parser.add_argument("machine", metavar="MACHINE", help="its name; see: vmctl list")
     parser.usage = f"{_PROGRAM} {name} MACHINE [OPTION…]"
     return parser
 

@@ -51,7 +51,9 @@ _VALUES = (
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
-    group = parser.add_argument_group("Not yet there, but for going without")
+    group = parser.add_argument_group(
+        "Not supported yet", "What goes without is accepted, such as no and auto; a firm wish is refused."
+    )
     for each in (*_BOOLEANS, *_VALUES):
         help_text = f"{each.what}: not supported yet"
         group.add_argument(each.name, metavar=each.metavar, dest=_destination(each), help=help_text)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from ..errors import UsageError, VmspawnError
 
@@ -13,13 +15,104 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 
+#: Columns of help; more are hard to read.
+_WIDTH_MAX = 110
+
+#: Where the terminal does not say, or there is none.
+_COLUMNS_DEFAULT = 80
+
+_STDOUT = 1
+
+#: How argparse says that there is no such option, and no such verb.
+_UNKNOWN_OPTION = "unrecognized arguments: "
+_UNKNOWN_VERB = "argument VERB: invalid choice: "
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake in one line, and with a hint where it has one."""
 
+    #: The verb that it parses the arguments of, if it is a verb's.
+    verb = ""
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and exit with 2."""
-        complain(self.prog, UsageError(message, hint=f"see: {self.prog} --help"))
+        name, known = "", set[str]()
+        if message.startswith(_UNKNOWN_OPTION):
+            name = message.removeprefix(_UNKNOWN_OPTION).split()[0].partition("=")[0]
+            known = set(_options(self))
+        elif message.startswith(_UNKNOWN_VERB):
+            # What follows are all verbs, which --help has with what they do.
+            name = message.removeprefix(_UNKNOWN_VERB).partition(" (")[0].strip("'")
+            known = set(_verbs(self))
+            message = f"there is no verb {name}"
+        near = _nearest(name, known)
+        help_command = " ".join(filter(None, (self.prog, self.verb, "--help")))
+        complain(self.prog, UsageError(message, hint=f"did you mean {near}?" if near else f"see: {help_command}"))
         sys.exit(EXIT_USAGE)
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    """The one of the known names that begins so, or is written nearly so, if there is one."""
+    if len(longer := [each for each in known if name and each.startswith(name)]) == 1:
+        return longer[0]
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, known, 1)), "")
+
+
+def _verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The options of a parser, and those of its verbs."""
+    for action in parser._actions:
+        if action.help != argparse.SUPPRESS:
+            yield from action.option_strings
+    for verb in _verbs(parser).values():
+        yield from _options(verb)
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with options as systemd's tools write them, and no wider than the terminal."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        """As argparse wants it."""
+        width = min(_WIDTH_MAX, _columns() - 2)
+        super().__init__(prog, max_help_position=max(24, width // 3), width=width, **settings)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return option_names(action) if action.option_strings else super()._format_action_invocation(action)
+
+
+def _columns() -> int:
+    """The width of the terminal; argparse would import more than all of this for it, for each option anew."""
+    if (text := os.environ.get("COLUMNS", "")).isdecimal() and int(text):
+        return int(text)
+    try:
+        return os.get_terminal_size(_STDOUT).columns or _COLUMNS_DEFAULT
+    except OSError:
+        return _COLUMNS_DEFAULT
+
+
+def option_names(action: argparse.Action) -> str:
+    """An option's names, the long ones with what stands for the value: `-i, --image=PATH`."""
+    value = _metavar(action)
+    return ", ".join(f"{name}={value}" if value and name.startswith("--") else name for name in action.option_strings)
+
+
+def _metavar(action: argparse.Action) -> str:
+    """What stands for an option's value, or an empty string if it takes none."""
+    if action.nargs == 0:
+        return ""
+    if isinstance(action.metavar, str):
+        return action.metavar
+    if action.choices:
+        return "|".join(map(str, action.choices))
+    return action.dest.upper()
 
 
 def complain(program: str, error: VmspawnError) -> None:

@@ -36,5 +36,5 @@ def fields(options: argparse.Namespace) -> dict[str, Any]:
         if any(share.target == other.target for other in binds):
             raise UsageError(f"{option}={text}: something else is bound to {share.target}", hint="name another target")
         binds.append(share)
-    directory = None if options.directory is None else os.path.abspath(options.directory)
+    directory = os.path.abspath(options.directory) if options.directory else None
     return {"directory": directory, "binds": tuple(binds)}

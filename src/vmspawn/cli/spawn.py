@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import log
 from ..console.hotkeys import HELP
@@ -30,7 +30,7 @@ from ..storage.drive import BUSES, ON_ERROR_CHOICES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
 from . import adopting, boot_options, guest_options, later_options, share_options, system_options, volumes
-from .options import EXIT_FAILURE, EXIT_USAGE, Parser, boolean, complain
+from .options import EXIT_FAILURE, EXIT_USAGE, Formatter, Parser, boolean, complain
 
 _PROGRAM = "vmspawn"
 
@@ -44,7 +44,7 @@ def build_parser() -> Parser:
         usage="vmspawn [OPTION…] [KERNEL ARGUMENT…]",
         description="Start a virtual machine and stay beside it as its manager.",
         epilog="Drive the running machine with vmctl, machinectl or varlinkctl.",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=110),
+        formatter_class=Formatter,
         allow_abbrev=False,
         add_help=False,
     )
@@ -57,6 +57,7 @@ def build_parser() -> Parser:
     guest_options.add(parser)
     system_options.add(parser)
     later_options.add(parser)
+    _add_former_names(parser)
     parser.add_argument("kernel_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -65,8 +66,9 @@ def _add_general(parser: Parser) -> None:
     group = parser.add_argument_group("General")
     group.add_argument("-h", "--help", action="help", help="show this help")
     group.add_argument("--version", action="version", version=f"vmspawn {VERSION}", help="show the version")
-    group.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
-    group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen, and what is gone without")
+    words = group.add_mutually_exclusive_group()
+    words.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    words.add_argument("-v", "--verbose", action="store_true", help="say what was chosen, and what is gone without")
     group.add_argument("-M", "--machine", metavar="NAME", help="the machine's name (default: from what boots)")
     adopting.add_options(group)
     group.add_argument("--qmp-log", metavar="FILE", default="", help="write down what is said on QEMU's monitors")
@@ -98,7 +100,12 @@ def _add_boot(parser: Parser) -> None:
     group.add_argument("--guest", choices=("builtin",), help="a tiny guest that vmspawn makes itself")
     group.add_argument("-i", "--image", metavar="PATH", help="a disk image or block device")
     group.add_argument("--image-format", choices=FORMATS, help="the image's format (default: raw)")
-    group.add_argument("--image-disk-type", choices=BUSES, default=BUSES[0], help="its bus (default: %(default)s)")
+    group.add_argument(
+        "--image-disk-type",
+        choices=BUSES,
+        default=BUSES[0],
+        help="its bus, and that of extra drives that name none (default: %(default)s)",
+    )
     group.add_argument(
         "-x", "--ephemeral", action="store_true", help="leave the image as it is: what is written is lost"
     )
@@ -117,9 +124,7 @@ def _add_machine(parser: Parser) -> None:
         metavar="BYTES[:MAX[:SLOTS]]",
         help="memory, with K, M, G or T, and how far it may grow (default: 2G; builtin guest: 256M)",
     )
-    group.add_argument(
-        "--kvm", choices=configuration.KVM_CHOICES, default="auto", help="use KVM (default: %(default)s)"
-    )
+    group.add_argument("--kvm", metavar="BOOL|auto", default="auto", help="use KVM (default: %(default)s)")
     group.add_argument(
         "--machine-type",
         choices=configuration.MACHINE_TYPES,
@@ -170,6 +175,16 @@ def _add_storage(parser: Parser) -> None:
     )
 
 
+def _add_former_names(parser: Parser) -> None:
+    """What systemd-vmspawn's options were called once; it still takes them and no longer says so."""
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--qemu-smp", dest="cpus", type=int, **hidden)
+    parser.add_argument("--qemu-mem", dest="ram", **hidden)
+    parser.add_argument("--qemu-kvm", dest="kvm", **hidden)
+    parser.add_argument("--qemu-vsock", dest="later_vsock", **hidden)
+    parser.add_argument("--qemu-gui", dest="console", action="store_const", const="gui", **hidden)
+
+
 def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
     """The machine that the arguments ask for, and whether to be quiet. Raises UsageError, or exits as argparse does."""
     options = build_parser().parse_args(arguments)
@@ -178,33 +193,38 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
 
 def configure(options: argparse.Namespace) -> MachineConfig:
     """The machine that the options ask for. Raises UsageError."""
+    if not options.shutdown_timeout >= 0:  # nor is a NaN
+        raise UsageError(f"--shutdown-timeout={options.shutdown_timeout:g} is no time", hint="write seconds, 0 or more")
     if options.adopt:
+        adopting.refuse_others(options, build_parser())
         return adopting.parse(options, options.console or default_console())
     kernel_arguments = options.kernel_arguments
     if kernel_arguments[:1] == ["--"]:
         kernel_arguments = kernel_arguments[1:]
-    if options.shutdown_timeout < 0:
-        raise UsageError(f"--shutdown-timeout={options.shutdown_timeout:g} is negative")
     grow_image = options.grow_image
+    # As with systemd-vmspawn, an empty path is none.
+    initrds = [os.path.abspath(each) for each in options.initrd if each]
     config = MachineConfig(
-        name=options.machine,
+        name=options.machine or None,
         guest=options.guest,
         image=_absolute(options.image),
         image_format=options.image_format,
         image_disk_type=options.image_disk_type,
         discard_disk=options.discard_disk,
         linux=_absolute(options.linux),
-        initrd=_absolute(options.initrd[0]) if options.initrd else None,
-        more_initrds=tuple(map(os.path.abspath, options.initrd[1:])),
+        initrd=initrds[0] if initrds else None,
+        more_initrds=tuple(initrds[1:]),
         kernel_arguments=tuple(kernel_arguments),
         uuid=options.uuid,
         cpus=options.cpus,
-        kvm=options.kvm,
+        kvm=boolean("--kvm=", options.kvm, auto=True),
         machine_type=options.machine_type,
         hotplug_ports=options.hotplug_ports,
         on_error=options.on_error,
         qmp_log=options.qmp_log,
-        extra_drives=tuple(parse_extra_drive(text) for text in options.extra_drive),
+        extra_drives=tuple(
+            parse_extra_drive(each, default_bus=options.image_disk_type) for each in options.extra_drive
+        ),
         console=options.console or default_console(),
         console_transport=options.console_transport,
         console_log=_absolute(options.log),
@@ -242,7 +262,7 @@ def own_terminal() -> ConsoleTerminal | None:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(path)
+    return os.path.abspath(path) if path else None
 
 
 def run(arguments: list[str]) -> int:

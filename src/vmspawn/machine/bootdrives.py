@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
@@ -20,7 +21,21 @@ from .commandline import BootDrive
 from .ephemeral import BASE_NODE, grow, overlay
 
 if TYPE_CHECKING:
+    from .config import MachineConfig
     from .launch import Launched
+
+
+def without_effect(config: MachineConfig) -> Iterator[str]:
+    """A line for each option that the image's bus leaves nothing to do for."""
+    if not config.image or config.image_disk_type != "scsi-cd":
+        return
+    given = {
+        "--ephemeral": config.ephemeral,
+        "--grow-image=": config.grow_image is not None,
+        "--discard-disk=": not config.discard_disk,
+    }
+    for option in (option for option, wanted in given.items() if wanted):
+        yield f"{option} has no effect with --image-disk-type=scsi-cd, which is only read"
 
 
 def open_boot_drives(launched: Launched) -> None:
@@ -85,7 +100,8 @@ def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str)
         read_only = overlaid or drives.is_only_read(drive.bus, drive.format, read_only=drive.read_only)
         backing = backings.open_drive(drive.path, read_only=read_only)
     except (BadConfig, SystemFailure) as error:
-        raise StartError(f"cannot use {option}: {error}", hint=error.hint) from None
+        reason = str(error).removeprefix(f"cannot open {drive.path}: ")
+        raise StartError(f"cannot use {option}: {reason}", hint=error.hint) from None
     return _boot_drive(launched, number, drive, backing, option)
 
 

@@ -153,6 +153,8 @@ def _check_uuid(text: str) -> None:
     digits = text.replace("-", "")
     if len(digits) != 32 or not set(digits.lower()) <= set("0123456789abcdef"):
         raise UsageError(f"--uuid={text} is not a UUID", hint="write 32 hexadecimal digits, with or without dashes")
+    if not digits.strip("0"):
+        raise UsageError(f"--uuid={text} stands for no UUID", hint="make one with: uuidgen")
 
 
 def _default_name(config: MachineConfig) -> str:
@@ -175,6 +177,9 @@ def parse_size(text: str, *, option: str) -> int:
     # "2GB" and "2G" are both common.
     unit = unit[:-1] if len(unit) == 2 and unit.endswith("B") else unit
     try:
-        return int(float(number) * _UNITS[unit])
+        size = int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise UsageError(f"{option}{text} is not a size", hint="write for example 512M or 2G") from None
+        size = -1
+    if size < 0:
+        raise UsageError(f"{option}{text} is not a size", hint="write for example 512M or 2G")
+    return size

@@ -50,6 +50,17 @@ class FirmwareWish(NamedTuple):
         """The descriptor that the user names, if it is that."""
         return self.kind if "/" in self.kind else None
 
+    @property
+    def firm(self) -> str:
+        """What of it only UEFI can fulfil, or an empty string."""
+        if self.path is not None or self.kind == "uefi":
+            return f"--firmware={self.kind}"
+        if self.include:
+            return f"the firmware's feature {self.include[0]}"
+        if self.nvram_template:
+            return "--efi-nvram-template="
+        return "" if self.nvram_state in ("auto", "off") else "--efi-nvram-state="
+
 
 class Blob(NamedTuple):
     """A file with firmware, or with the initial contents of its variables."""

@@ -28,7 +28,7 @@ from ..storage import ports
 from . import consoles
 from . import state as states
 from .additions import Additions
-from .bootdrives import open_boot_drives
+from .bootdrives import open_boot_drives, without_effect
 from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
 from .prepare import complete, prepare
@@ -140,18 +140,20 @@ def launch(
     """
     _check_display(config)
     config = complete(config)
+    for line in without_effect(config):
+        notice(line)
     binary = find_qemu(config.qemu, config.machine_type)
     layout = ports.layout(config.machine_type, config.hotplug_ports, namespaces=binary.namespaces)
     launched = Launched(config, binary, layout)
     try:
         accelerator, why = choose_accelerator(config.kvm, binary.architecture)
         launched.accelerator = accelerator
-        if why:
-            notice(f"no KVM ({why}), so the guest is emulated and slow")
         boot = _boot(config, binary.architecture, notice)
         launched.console_log = open_console_log(config.console_log)
         launched.directory = MachineDirectory.create(config.name or "")
         open_boot_drives(launched)
+        if why:
+            notice(f"no KVM ({why}), so the guest is emulated and slow")
         if boot is None:
             launched.additions.vendor_strings += consoles.vendor_strings(config)
         boot = prepare(launched, boot, consoles.kernel_arguments(config), notice, detail)

@@ -52,7 +52,10 @@ def parse(option: str, text: str, *, read_only: bool) -> Share:
     target = parts[1] if len(parts) == 2 else source
     if not os.path.isabs(target):
         raise UsageError(f"{option}{text}: the guest's path is not absolute", hint=f"write {option}SOURCE:/TARGET")
-    return Share(source, os.path.normpath(target), read_only)
+    target = os.path.normpath(target)
+    if not target.strip("/"):
+        raise UsageError(f"{option}{text} would hide the guest's root", hint="use --directory= for that")
+    return Share(source, target, read_only)
 
 
 def fstab(shares: tuple[Share, ...]) -> bytes:

@@ -31,12 +31,18 @@ def choose(config: MachineConfig, architecture: str, detail: Callable[[str], Non
                 hint="use --firmware=uefi",
             )
         return None
-    firm = wish.kind != "auto" or bool(wish.include) or image_kind == kernelimage.UKI
-    if not firm and (config.guest or image_kind == kernelimage.OTHER):
+    if image_kind == kernelimage.OTHER:
+        if wish.firm:
+            raise UsageError(
+                f"{wish.firm} needs UEFI, which cannot start {config.linux}: it is no PE image",
+                hint="leave out one of them, or name a kernel that was built with CONFIG_EFI_STUB",
+            )
+        return None
+    if config.guest and not wish.firm:
         return None
     found = firmware.select(wish, architecture, config.machine_type)
     if found is None:
-        if firm:
+        if wish.firm or image_kind == kernelimage.UKI:
             raise StartError(_not_found(config), hint=_INSTALL)
         detail("no UEFI firmware is installed, so the machine boots by BIOS")
     return found

@@ -130,18 +130,20 @@ def check_serial(serial: str) -> str:
     return serial
 
 
-def parse_extra_drive(text: str) -> Drive:
-    """Parse `--extra-drive=[FORMAT:][DISKTYPE:]PATH`. Raises UsageError.
+def parse_extra_drive(text: str, *, default_bus: str = DEFAULT_BUS) -> Drive:
+    """Parse `--extra-drive=[FORMAT:][DISKTYPE:]PATH`, whose prefixes may come in either order. Raises UsageError.
 
     A prefix counts only if it is a known format or disk type, so that a path with a colon needs no quoting.
     """
-    image_format, bus, rest = None, DEFAULT_BUS, text
-    head, colon, tail = rest.partition(":")
-    if colon and head in FORMATS:
-        image_format, rest = head, tail
+    image_format, bus, rest = None, "", text
+    while True:
         head, colon, tail = rest.partition(":")
-    if colon and head in BUSES:
-        bus, rest = head, tail
+        if colon and not image_format and head in FORMATS:
+            image_format, rest = head, tail
+        elif colon and not bus and head in BUSES:
+            bus, rest = head, tail
+        else:
+            break
     if not rest:
         raise UsageError(f"--extra-drive={text} names no path", hint="write --extra-drive=[FORMAT:][DISKTYPE:]PATH")
-    return Drive(os.path.abspath(rest), os.path.basename(rest), bus, image_format)
+    return Drive(os.path.abspath(rest), os.path.basename(rest), bus or default_bus, image_format)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a service manager asks for in the environment."""
+
+import os
+
+import pytest
+
+from vmspawn.host.notify import Notifier
+
+
+@pytest.mark.parametrize(
+    ("usec", "pid", "seconds"),
+    [
+        ("3000000", None, 3.0),
+        ("3000000", str(os.getpid()), 3.0),
+        ("3000000", "1", 0.0),
+        ("soon", None, 0.0),
+        (None, None, 0.0),
+    ],
+)
+def test_a_watchdog_is_heeded_if_it_is_us_who_are_watched(
+    monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: str | None, seconds: float
+) -> None:
+    for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", pid)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert Notifier().watchdog == seconds
+    assert not {"WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
