@@ -78,7 +78,8 @@ def _check(options: argparse.Namespace, table: tuple[_Later, ...], *, booleans: 
         text = getattr(options, _destination(each))
         if text is None:
             continue
-        value = boolean(f"{each.name}=", text, auto="auto" in each.without) if booleans else text
+        named = "PATH" in each.metavar and text.startswith("/")
+        value = boolean(f"{each.name}=", text, auto="auto" in each.without) if booleans and not named else text
         if value not in each.without:
             choices = " or ".join(f"{each.name}={choice}" for choice in each.without)
             hint = f"use {choices}" if choices else f"leave out {each.name}="

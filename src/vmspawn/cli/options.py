@@ -51,13 +51,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(EXIT_USAGE)
 
 
+#: How much of a mistyped name must be right for a hint, from 0 to 1.
+_NEAR = 0.75
+
+
 def _nearest(name: str, known: set[str]) -> str:
     """The one of the known names that begins so, or is written nearly so, if there is one."""
     if len(longer := [each for each in known if name and each.startswith(name)]) == 1:
         return longer[0]
     import difflib
 
-    return next(iter(difflib.get_close_matches(name, known, 1)), "")
+    return next(iter(difflib.get_close_matches(name, known, 1, _NEAR)), "")
 
 
 def _verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
