@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +59,8 @@ class Guest:
         self._monitor.settimeout(ANSWER_SECONDS)
         self._replies = self._monitor.makefile("rb")
         assert b"QMP" in self._replies.readline()
+        # Those that no `detach` has consumed; QEMU may send one ahead of the reply to what caused it.
+        self._events: deque[Mapping[str, Any]] = deque()
         self.command("qmp_capabilities")
         #: What the console showed and no `expect` has consumed.
         self.pending = ""
@@ -115,8 +118,9 @@ class Guest:
     def command(self, name: str, **arguments: Any) -> None:
         """Run a QMP command."""
         self._monitor.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
-        while "return" not in (reply := json.loads(self._replies.readline())):
-            assert "error" not in reply, reply
+        while "return" not in (message := json.loads(self._replies.readline())):
+            assert "event" in message, message
+            self._events.append(message)
 
     def has_ended(self, seconds: float) -> bool:
         """Wait for the machine to end, but no longer than that."""
@@ -135,8 +139,14 @@ class Guest:
     def detach(self, name: str) -> None:
         """Ask the guest to let go of the device, and wait until it has; its node stays."""
         self.command("device_del", id=name)
-        while not (self._gone(json.loads(self._replies.readline()), name)):
+        while not self._gone(self._next_event(), name):
             pass
+
+    def _next_event(self) -> Mapping[str, Any]:
+        if self._events:
+            return self._events.popleft()
+        event: Mapping[str, Any] = json.loads(self._replies.readline())
+        return event
 
     @staticmethod
     def _gone(message: Mapping[str, Any], name: str) -> bool:

@@ -66,7 +66,7 @@ async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path
         again = Machine(launched.config)
         again.open(launched)
         await again.started()
-        assert again.adoption_notes == ["before was removed meanwhile"]
+        assert again.adoption_notes == ["before has no device in QEMU; what is left of it is removed"]
         await again.attach(Drive(str(tmp_path / "disk"), bus="virtio-scsi"))
         await again.close()
 

@@ -76,7 +76,7 @@ class Adoption:
             attachment.state = State.ATTACHED
         match attachment.state:
             case State.ATTACHING:
-                self.notes.append(f"takes back the attaching of {attachment.name}, which had not come to its end")
+                self.notes.append(f"{attachment.name} has no device in QEMU; what is left of it is removed")
                 self._unwind(attachment)
             case State.DETACHING:
                 self.notes.append(f"goes on detaching {attachment.name}")
