@@ -2,6 +2,7 @@
 """Machines for tests, and what of a machine must be the same before and after."""
 
 import asyncio
+import contextlib
 import os
 import uuid
 from dataclasses import dataclass
@@ -58,15 +59,16 @@ _OF_THREADS = ("anon_inode:[event", "anon_inode:[io_uring")
 
 def open_files(pid: int) -> int:
     """How many files a process has open, but for those of its threads."""
-    folder = Path(f"/proc/{pid}/fd")
-    return sum(not link.startswith(_OF_THREADS) for link in map(_read_link, folder.iterdir()))
+    return sum(not link.startswith(_OF_THREADS) for link in links_of(pid))
 
 
-def _read_link(path: Path) -> str:
-    try:
-        return os.readlink(path)
-    except FileNotFoundError:  # the descriptor of the listing itself
-        return "anon_inode:[eventpoll]"
+def links_of(pid: int) -> list[str]:
+    """What the descriptors of a process are open on, as /proc names it; those that it closes meanwhile are left out."""
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(entry))
+    return links
 
 
 def _qdev_ids(found: Any) -> list[str]:

@@ -20,7 +20,7 @@ from tests.commands import vmctl, vmspawn
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.figures import figure, milliseconds
 from tests.guest.writing import answer, records_written, start_writer, stop_writer, verify
-from tests.machines import fresh_name, is_gone
+from tests.machines import fresh_name, is_gone, links_of
 from tests.qemu.qmp_fixtures import SCALE
 from tests.shell import Shell
 from tests.survivors import Survivor, survivor
@@ -209,8 +209,7 @@ def look(guest: Survivor) -> dict[str, Any]:
 
 def files_of(pid: int, folder: Path) -> list[str]:
     """The files of the folder that a process has open, each once for each descriptor."""
-    links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-    return [link for link in links if os.path.dirname(link) == str(folder)]
+    return [link for link in links_of(pid) if os.path.dirname(link) == str(folder)]
 
 
 def processes_of(name: str) -> set[int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_raw
+from tests.machines import links_of
 from vmspawn import Machine
 from vmspawn.host.runtime import STATE
 
@@ -183,15 +184,7 @@ def _child_types(entries: list[dict[str, str]]) -> Iterable[str]:
 
 def open_images(pid: int, folder: Path) -> Counter[str]:
     """The files of a folder that a process has open, and how often."""
-    found: Counter[str] = Counter()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            link = os.readlink(entry)
-        except FileNotFoundError:  # the descriptor of the listing itself
-            continue
-        if link.startswith(f"{folder}/"):
-            found[os.path.basename(link)] += 1
-    return found
+    return Counter(os.path.basename(link) for link in links_of(pid) if link.startswith(f"{folder}/"))
 
 
 def make_image(folder: Path, name: str, image_format: str, size: int) -> ImageFile:

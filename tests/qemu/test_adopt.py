@@ -199,7 +199,8 @@ def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_
         reset_until(machine, lambda: log.full)
         shown = tmp_path / "first"
         machine.adopt(f"--log={shown}")
-        assert bytes(KEPT_MAX - 10) in shown.read_bytes()
+        # What the firmware had said in the meantime is in front.
+        assert bytes(KEPT_MAX // 2) in shown.read_bytes()
         assert MISSING in shown.read_bytes()
         machine.kill_manager()
         reset_until(machine, lambda: LAST_WORDS in log.read(log.size))

@@ -13,7 +13,7 @@ import pytest
 from tests import dying
 from tests.conftest import make_qcow2, make_raw
 from tests.dying import Dying
-from tests.machines import Snapshot, idle_machine
+from tests.machines import Snapshot, idle_machine, links_of
 from vmspawn import Machine, MachineConfig
 from vmspawn.machine.adopt import adopt
 from vmspawn.storage.attachment import Attachment, State
@@ -162,8 +162,7 @@ def expected_nodes(attachment: Attachment) -> set[str]:
 
 def files_of(pid: int, folder: Path) -> set[str]:
     """The files of the folder that a process has open, but for what it booted from."""
-    links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-    found = {os.path.basename(link) for link in links if os.path.dirname(link) == str(folder)}
+    found = {os.path.basename(link) for link in links_of(pid) if os.path.dirname(link) == str(folder)}
     return {name for name in found if not name.startswith("boot")}
 
 

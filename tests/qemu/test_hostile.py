@@ -20,7 +20,7 @@ from tests import hostile
 from tests.commands import Spawned, idle, vmctl
 from tests.conftest import make_raw
 from tests.figures import figure
-from tests.machines import open_files
+from tests.machines import links_of, open_files
 from tests.qemu.qmp_fixtures import SCALE, scaled
 from vmspawn.control.client import Client
 from vmspawn.host import runtime
@@ -84,11 +84,6 @@ def honest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hone
         client.close()
 
 
-def files_of(pid: int) -> list[str]:
-    folder = f"/proc/{pid}/fd"
-    return sorted(os.readlink(os.path.join(folder, fd)) for fd in os.listdir(folder))
-
-
 @contextlib.contextmanager
 def nothing_left(honest: Honest) -> Iterator[None]:
     """The manager ends with as many descriptors as it began with, and with no drive of strangers."""
@@ -100,7 +95,7 @@ def nothing_left(honest: Honest) -> Iterator[None]:
     deadline = time.monotonic() + DEADLINE
     while open_files(pid) != before or honest.varlink.call("io.vmspawn.Machine.ListSessions")["sessions"][1:]:
         honest.ask()
-        assert time.monotonic() < deadline, f"{files_of(pid)}, {before} before"
+        assert time.monotonic() < deadline, f"{sorted(links_of(pid))}, {before} before"
     for disk in honest.disks()[2:]:
         honest.varlink.call("io.vmspawn.Machine.DetachStorage", {"name": disk["name"]})
 

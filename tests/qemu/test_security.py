@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.commands import idle, qemu_pid
 from tests.conftest import make_raw
-from tests.machines import idle_machine, is_gone, process_is_gone
+from tests.machines import idle_machine, is_gone, links_of, process_is_gone
 from vmspawn import Drive, Machine
 from vmspawn.errors import NotConnected, QmpError, StartError
 from vmspawn.host import runtime
@@ -104,7 +104,7 @@ async def test_qemu_inherits_no_descriptor_of_ours(qemu: str, tmp_path: Path) ->
     fd = os.open(ours, os.O_RDONLY)
     os.set_inheritable(fd, True)
     async with idle_machine(qemu, tmp_path) as machine:
-        links = [os.readlink(f"/proc/{machine.pid}/fd/{each}") for each in os.listdir(f"/proc/{machine.pid}/fd")]
+        links = links_of(machine.pid)
     os.close(fd)
     assert ours not in links
     assert not [link for link in links if link.endswith(machine.name)]

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, idle_machine
+from tests.machines import Snapshot, event_named, idle_machine, links_of
 from tests.qemu.qmp_fixtures import wait_until
 from vmspawn import Drive, Machine
 from vmspawn.errors import (
@@ -62,8 +62,7 @@ async def open_images(machine: Machine, folder: Path) -> set[str]:
 
 
 def _open_images(pid: int, folder: Path) -> set[str]:
-    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
-    return {os.path.basename(link) for link in links if link.startswith(f"{folder}/")}
+    return {os.path.basename(link) for link in links_of(pid) if link.startswith(f"{folder}/")}
 
 
 async def remove(machine: Machine, name: str) -> None:
