@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Media that come and go in an optical drive that is there from boot, as an installer has it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -83,3 +84,16 @@ async def test_a_tray_that_the_guest_has_locked(guest: Booted) -> None:
     await shell.run("exec 3<&-")
     await machine.insert_media("installer", first)
     assert await shell.run("head -n 1 /dev/sr0") == "first medium"
+
+
+async def test_a_reset_unlocks_the_tray_and_no_event_says_so(guest: Booted) -> None:
+    """The last test in this file: the shell does not live through it."""
+    machine, shell = guest
+    first = first_medium(machine)
+    await shell.run("exec 3</dev/sr0")
+    ejecting = asyncio.create_task(machine.eject_media("installer", timeout=30))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(ejecting), 0.3)
+    await machine.reboot()
+    await ejecting
+    await machine.insert_media("installer", first)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import contextlib
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadConfig, QmpError, StoragePending
 from . import chain
@@ -13,8 +15,14 @@ from .context import Context
 from .image import Image
 from .steps import AddPivot, BuildImage, do_step, enter_step, undo_steps
 
+if TYPE_CHECKING:
+    from ..qmp.monitor import EventStream
+
 #: Seconds that the guest has to open a tray that it has locked.
 TRAY_TIMEOUT = 10.0
+
+#: Seconds after which the guest is asked once more.
+_ASK_AGAIN = 1.0
 
 #: How often a tray is opened again that the guest closes before the medium has moved.
 _ATTEMPTS = 10
@@ -40,27 +48,49 @@ class Tray:
     async def open(self) -> None:
         """Open it, or ask the guest to. Raises StoragePending if the guest does not.
 
-        QEMU's `{}` proves nothing: it says the same where it has only passed on the wish.
+        QEMU's `{}` proves nothing: it says the same where it has only passed on the wish. A reset of the machine, or of
+        the controller alone, closes and unlocks the tray, and no event tells; so it is asked for more than once.
         """
+        deadline = monotonic() + self._timeout
         with self._monitor.events() as events:
-            await self._monitor.execute("blockdev-open-tray", {"id": self._device, "force": self._force})
-            if await self._is_open():
-                return
-            try:
-                async with asyncio.timeout(self._timeout):
-                    async for event in events:
-                        if event.name == "DEVICE_TRAY_MOVED" and self._was_opened(event.data or {}):
-                            return
-            except TimeoutError:
-                raise StoragePending(
-                    f"the guest holds the tray of {self._name} locked and has not opened it within {self._timeout:g} s",
-                    hint="unmount it in the guest, or use --force",
-                ) from None
+            while not await self._ask():
+                left = deadline - monotonic()
+                if left <= 0:
+                    raise self._pending()
+                if await self._moved(events, min(left, _ASK_AGAIN)):
+                    return
 
-    async def _is_open(self) -> bool:
+    async def _ask(self) -> bool:
+        """Press the button, and say whether the tray is open; the guest holds it locked otherwise."""
+        for _ in range(_ATTEMPTS):
+            await self._monitor.execute("blockdev-open-tray", {"id": self._device, "force": self._force})
+            tray = await self._query()
+            if tray.get("tray_open"):
+                return True
+            if tray.get("locked", True):
+                break
+        return False
+
+    def _pending(self) -> StoragePending:
+        return StoragePending(
+            f"the guest holds the tray of {self._name} locked and has not opened it within {self._timeout:g} s",
+            hint="unmount it in the guest, or use --force",
+        )
+
+    async def _query(self) -> dict[str, Any]:
+        """What QEMU says of the drive; nothing if it has none."""
         for found in await self._monitor.execute("query-block"):
             if self._device in found.get("qdev", "").split("/"):
-                return bool(found.get("tray_open"))
+                return dict(found)
+        return {}
+
+    async def _moved(self, events: EventStream, timeout: float) -> bool:
+        """Wait until the tray is opened, for `timeout` seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                async for event in events:
+                    if event.name == "DEVICE_TRAY_MOVED" and self._was_opened(event.data or {}):
+                        return True
         return False
 
     def _was_opened(self, data: dict[str, Any]) -> bool:
