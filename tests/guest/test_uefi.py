@@ -13,11 +13,18 @@ import pytest
 from tests import ovmf
 from tests.commands import Spawned
 from tests.conftest import make_raw
+from tests.disks import make_disk, need_tools
 from tests.machines import fresh_name
 from vmspawn.guest import builtin
 
 #: UEFI takes some ten seconds under emulation.
 BOOT_TIMEOUT = 110.0
+
+#: Firmware that knows Secure Boot, and nothing left of it in a file.
+SECURE = ("--secure-boot=yes", "--efi-nvram-state=off")
+
+#: And the one that has keys, so that it is on.
+ENROLLED = (*SECURE, "--firmware-features=enrolled-keys")
 
 
 @pytest.fixture
@@ -78,16 +85,41 @@ def test_a_kernel_that_uefi_can_start_is_started_by_uefi(
 @pytest.mark.soak
 def test_secure_boot_is_on_with_enrolled_keys(qemu: str, spawn: list[Spawned], kernel: tuple[str, ...]) -> None:
     """The firmware is the one with the keys, and with system management mode, without which it does not come up."""
-    secure = ("--secure-boot=yes", "--firmware-features=enrolled-keys", "--efi-nvram-state=off")
-    machine = boot(spawn, f"--qemu={qemu}", *secure, *kernel)
+    machine = boot(spawn, f"--qemu={qemu}", *ENROLLED, *kernel)
     assert "secureboot: Secure boot enabled" in machine.output["stdout"]
 
 
 @pytest.mark.soak
 def test_secure_boot_is_off_without_keys(qemu: str, spawn: list[Spawned], kernel: tuple[str, ...]) -> None:
     """As with systemd-vmspawn, the option asks for firmware that knows Secure Boot; the keys are another wish."""
-    machine = boot(spawn, f"--qemu={qemu}", "--secure-boot=yes", "--efi-nvram-state=off", *kernel)
+    machine = boot(spawn, f"--qemu={qemu}", *SECURE, *kernel)
     assert "secureboot: Secure boot disabled" in machine.output["stdout"]
+
+
+@pytest.fixture
+def unsigned(tmp_path: Path) -> Path:
+    """A disk whose boot loader is a kernel that the firmware has no key for: the distribution signs it for its shim."""
+    need_tools()
+    guest = builtin.find()
+    assert guest is not None
+    kernel = Path(guest.kernel)
+    return make_disk(tmp_path / "unsigned.raw", kernel, Path(guest.initrd), (), boot_loader=kernel)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("firmware", "said"),
+    [
+        pytest.param(SECURE, 'starting Boot0001 "UEFI Misc Device"', id="without keys"),
+        pytest.param(ENROLLED, "Access Denied", id="with keys"),
+    ],
+)
+def test_only_firmware_with_keys_refuses_a_loader_that_it_has_no_key_for(
+    qemu: str, spawn: list[Spawned], unsigned: Path, firmware: tuple[str, ...], said: str
+) -> None:
+    machine = Spawned(fresh_name(), (f"--qemu={qemu}", "--ram=512M", f"--image={unsigned}", *firmware))
+    spawn.append(machine)
+    machine.wait_for(said, stream="stdout", timeout=BOOT_TIMEOUT)
 
 
 def test_bios_starts_it_as_well_and_finds_its_disk(
