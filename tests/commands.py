@@ -15,14 +15,15 @@ from typing import Any
 from tests.conftest import make_raw
 from tests.machines import fresh_name
 
+VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
+
 #: Nothing here takes longer; a test that waits this long has failed.
 DEADLINE = 60.0
 
 
 def vmctl(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
     """Run vmctl to its end."""
-    command = [sys.executable, "-m", "vmspawn.cli.ctl", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run([*VMCTL, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
@@ -143,3 +144,15 @@ def make_script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+@contextmanager
+def sharing(source: str, listen: str) -> Iterator[subprocess.Popen[str]]:
+    """A running `vmctl qmp-share`."""
+    with subprocess.Popen([*VMCTL, "qmp-share", source, listen], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert "sharing" in process.stderr.readline()
+            yield process
+        finally:
+            process.terminate()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.commands import DEADLINE, vmctl
+from tests.commands import DEADLINE, VMCTL, vmctl
 from tests.machines import fresh_name
 
 END = b"\x1d\x1d\x1d"
@@ -28,7 +28,6 @@ READY = b"vmspawn-guest: ready"
 PROMPT = b"vmspawn# "
 
 VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
-VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
 
 
 class Tty:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyte
 import pytest
 
-from tests.commands import DEADLINE, background, vmctl
-from tests.terminal import END, POWER_OFF, PROMPT, READY, REBOOT, VMCTL, Seated, Tty, attached, seated, terminal
+from tests.commands import DEADLINE, VMCTL, background, vmctl
+from tests.terminal import END, POWER_OFF, PROMPT, READY, REBOOT, Seated, Tty, attached, seated, terminal
 from vmspawn.host.runtime import CONSOLE, runtime_root
 
 #: All bytes there are, 100 kB of them; no two ^] follow each other.

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.commands import DEADLINE, Spawned, background, vmctl, vmspawn
+from tests.commands import DEADLINE, VMCTL, Spawned, background, vmctl, vmspawn
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
 from tests.survivors import RawMonitor, Survivor, survivor, wait_until_dead
-from tests.terminal import VMCTL
 from vmspawn.console.unread import MISSING
 from vmspawn.host import runtime
 from vmspawn.host.consolelog import KEPT_MAX, ConsoleLog

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Spawned, idle, qemu_pid, vmctl
-from tests.terminal import END, VMCTL, attached, shell_job, terminal
+from tests.commands import VMCTL, Spawned, idle, qemu_pid, vmctl
+from tests.terminal import END, attached, shell_job, terminal
 
 
 @pytest.fixture(scope="module")

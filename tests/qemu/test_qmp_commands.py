@@ -8,20 +8,18 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pexpect
 import pytest
 
-from tests.commands import Spawned, idle, make_script, qemu_pid, vmctl
+from tests.commands import VMCTL, Spawned, idle, make_script, qemu_pid, sharing, vmctl
 from tests.qemu.qmp_fixtures import Client, Machine
 
 DEADLINE = 30.0
-VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
 
 
 @pytest.fixture(scope="module")
@@ -152,18 +150,6 @@ def assert_left(shell: Any) -> None:
 
 
 # Sharing what somebody else started.
-
-
-@contextmanager
-def sharing(source: str, listen: str) -> Iterator[subprocess.Popen[str]]:
-    """A running `vmctl qmp-share`."""
-    with subprocess.Popen([*VMCTL, "qmp-share", source, listen], stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            assert "sharing" in process.stderr.readline()
-            yield process
-        finally:
-            process.terminate()
 
 
 def query(path: str) -> list[Any]:

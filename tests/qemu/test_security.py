@@ -5,15 +5,17 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from tests.commands import idle, qemu_pid
+from tests.commands import idle, qemu_pid, sharing
 from tests.conftest import make_raw
 from tests.machines import idle_machine, is_gone, links_of, process_is_gone
+from tests.qemu import qmp_fixtures
 from vmspawn import Drive, Machine
 from vmspawn.errors import NotConnected, QmpError, StartError
 from vmspawn.host import runtime
@@ -125,25 +127,51 @@ def test_another_user_is_not_served(qemu: str, tmp_path: Path) -> None:
         folder = Path(runtime.runtime_root()) / running.name
         for path in (folder.parent, folder):
             path.chmod(0o755)
-        script = (
-            "import os, socket, sys; os.setgid(65534); os.setuid(65534);"
-            "c = socket.socket(socket.AF_UNIX); c.settimeout(20); c.connect(sys.argv[1]);"
-            "\ntry:\n"
-            '    c.sendall(b\'{"method":"org.varlink.service.GetInfo"}\\0\')\n'
-            "    data = c.recv(100)\n"
-            "except ConnectionError:\n"
-            "    data = b''\n"
-            "sys.exit(0 if data == b'' else 1)"
-        )
         for name in (runtime.CONTROL, runtime.CONSOLE):
             (folder / name).chmod(0o666)
-            assert run_python(script, str(folder / name)) == 0
+            assert stranger_hears(folder / name) == b""
         folder.parent.chmod(0o700)
         assert qemu_pid(running.name)
 
 
-def run_python(script: str, *arguments: str) -> int:
-    return subprocess.run([sys.executable, "-I", "-c", script, *arguments], timeout=60, check=False).returncode
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_gets_no_session_of_a_shared_monitor(qemu: str) -> None:
+    with tempfile.TemporaryDirectory() as folder, qmp_fixtures.Machine(qemu, 1) as foreign:
+        Path(folder).chmod(0o755)
+        listen = Path(folder, "shared.sock")
+        with sharing(str(foreign.path(0)), str(listen)):
+            listen.chmod(0o666)
+            assert stranger_hears(listen) == b""
+            assert hears(listen).startswith(b'{"QMP":')
+
+
+#: Connects, as another user if there is a second argument, and prints what it hears first.
+HEAR = """
+import os, socket, sys
+for number in map(int, sys.argv[2:]):
+    os.setgroups([])
+    os.setgid(number)
+    os.setuid(number)
+client = socket.socket(socket.AF_UNIX)
+client.settimeout(20)
+client.connect(sys.argv[1])
+try:
+    client.sendall(b'{"method":"org.varlink.service.GetInfo"}\\0')
+    sys.stdout.write(client.recv(100).decode())
+except ConnectionError:
+    pass
+"""
+
+
+def hears(path: Path, *user: str) -> bytes:
+    """What a process, of another user if one is given, gets to hear on a socket."""
+    command = [sys.executable, "-I", "-c", HEAR, str(path), *user]
+    return subprocess.run(command, timeout=60, check=True, stdout=subprocess.PIPE).stdout
+
+
+def stranger_hears(path: Path) -> bytes:
+    """What nobody gets to hear."""
+    return hears(path, "65534")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
