@@ -38,6 +38,9 @@ def test_a_transcript_has_all_that_is_said_but_secrets(qemu: str, tmp_path: Path
         secret = ["qom-type=secret", "id=key0", "data=hush-hush"]
         done = vmctl("qmp", machine.name, "object-add", *secret)
         assert done.returncode == 0, done.stderr
+        asked = vmctl("qmp", machine.name, "qom-get", "path=/objects/key0", "property=data")
+        assert "hush-hush" in asked.stdout
+        assert vmctl("qmp", machine.name, "human-monitor-command", "command-line=info version").returncode == 0
         disk = make_raw(tmp_path / "disk")
         assert vmctl("attach-disk", machine.name, str(disk), "--bus=virtio-scsi").returncode == 0
     text = path.read_text()
@@ -47,6 +50,7 @@ def test_a_transcript_has_all_that_is_said_but_secrets(qemu: str, tmp_path: Path
     assert re.search(r' sessions <- {"return": .*"running"', text)
     assert "hush-hush" not in text
     assert '"data":"(left out)"' in text
+    assert re.search(r' sessions <- {"return": "\d+\.\d+', text)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,9 @@ def test_a_transcript_has_all_that_is_said_but_secrets(qemu: str, tmp_path: Path
         (b'{"command-line":"set_password vnc x\\" y"}', b'{"command-line":"set_password (left out)"}'),
         (b'{"command-line": "info block x"}', b'{"command-line": "info block x"}'),
         (b'{"command-line":"stop"}', b'{"command-line":"stop"}'),
+        (b'{"return": "a\\"b", "id": 1}', b'{"return": "(left out)", "id": 1}'),
+        (b'{"return": "a\\r\\n", "id": 1}', b'{"return": "a\\r\\n", "id": 1}'),
+        (b'{"return": "", "id": 1}', b'{"return": "", "id": 1}'),
     ],
 )
 def test_what_is_left_out_of_a_transcript(message: bytes, expected: bytes) -> None:

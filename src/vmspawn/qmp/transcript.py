@@ -2,8 +2,9 @@
 """A transcript of all that is said on QEMU's monitors: `--qmp-log=FILE`.
 
 A line is the time, the monitor, `->` or `<-`, and the message as it went over the wire, but for what is secret: the
-values of the members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json), and
-what people's commands (human-monitor-command) are told, unless they only ask.
+values of the members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json),
+what people's commands (human-monitor-command) are told, unless they only ask, and strings that are a whole answer, for
+`qom-get` reads an object's secret back; those commands' answers, which are lines, stay.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ _HIDDEN = rb'"\1"\2"(left out)"'
 _HUMAN = re.compile(rb'"command-line"(\s*:\s*)"(?!info )(\w+) (?:[^"\\]|\\.)*"')
 _HIDDEN_HUMAN = rb'"command-line"\1"\2 (left out)"'
 
+# Not one with a carriage return, as each line for people ends.
+_ANSWER = re.compile(rb'"return"(\s*:\s*)"(?:[^"\\]|\\[^r])+"')
+_HIDDEN_ANSWER = rb'"return"\1"(left out)"'
+
 
 def without_secrets(message: bytes) -> bytes:
     """The message with `(left out)` in the place of secrets."""
-    return _HUMAN.sub(_HIDDEN_HUMAN, _SECRET.sub(_HIDDEN, message))
+    return _ANSWER.sub(_HIDDEN_ANSWER, _HUMAN.sub(_HIDDEN_HUMAN, _SECRET.sub(_HIDDEN, message)))
 
 
 class Transcript:
