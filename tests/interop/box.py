@@ -36,6 +36,7 @@ PACKAGES = (
     "systemd",
     "systemd-container",
     "qemu-system-x86",
+    "qemu-system-arm",
     "qemu-utils",
     "virtiofsd",
     "ovmf",
@@ -44,8 +45,14 @@ PACKAGES = (
     "busybox-static",
     "zstd",
     "fdisk",
-    "jq",
+    "syslinux",
+    "syslinux-common",
+    "mtools",
+    "dosfstools",
     "e2fsprogs",
+    "cpio",
+    "groff",
+    "jq",
     "openssh-client",
 )
 

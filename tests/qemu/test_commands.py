@@ -13,6 +13,7 @@ import pytest
 from tests.commands import Spawned, idle, make_script, qemu_pid, spawned, vmctl, vmspawn
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import is_gone, process_is_gone
+from tests.survivors import wait_until_dead
 from vmspawn.host import runtime
 
 
@@ -139,11 +140,7 @@ def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, im
         ]
     finally:
         os.kill(pid, signal.SIGKILL)
-        pidfd = os.pidfd_open(pid)
-        import select
-
-        select.select([pidfd], [], [], 10)
-        os.close(pidfd)
+        wait_until_dead(pid)
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", name=running.name) as again:
         again.wait_for("is running")
     assert is_gone(running.name)
