@@ -61,7 +61,8 @@ class Shell:
         """Run a command in the guest and return what it printed. It must succeed."""
         self._count += 1
         mark = f"done-{self._count}"
-        start = len(self.text)
+        # A line that the guest has begun to say of its disks is not to lose its beginning.
+        start = self.text.rfind("\n") + 1
         # The mark is typed in two pieces, so that the echo of the command is not taken for it.
         self._writer.write(f'{command}; echo "done"-{self._count}-$?\n'.encode())
         match = await self.wait_for(rf"{mark}-(\d+)\n", timeout=timeout)
