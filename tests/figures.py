@@ -4,12 +4,13 @@
 from collections.abc import Sequence
 from statistics import median
 
-_FIGURES: list[tuple[str, str]] = []
+#: What was found so far; what other processes of the same run found is added in the end.
+FIGURES: list[tuple[str, str]] = []
 
 
 def figure(what: str, value: object) -> None:
     """Note a figure."""
-    _FIGURES.append((what, str(value)))
+    FIGURES.append((what, str(value)))
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
@@ -19,7 +20,7 @@ def milliseconds(seconds: Sequence[float]) -> str:
 
 def table() -> list[str]:
     """The lines of the table; none if there are no figures."""
-    if not _FIGURES:
+    if not FIGURES:
         return []
-    width = max(len(what) for what, _ in _FIGURES)
-    return [f"| {what:<{width}} | {value} |" for what, value in _FIGURES]
+    width = max(len(what) for what, _ in FIGURES)
+    return [f"| {what:<{width}} | {value} |" for what, value in FIGURES]

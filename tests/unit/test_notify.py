@@ -12,7 +12,7 @@ from vmspawn.host.notify import Notifier
     ("usec", "pid", "seconds"),
     [
         ("3000000", None, 3.0),
-        ("3000000", str(os.getpid()), 3.0),
+        pytest.param("3000000", str(os.getpid()), 3.0, id="ours"),
         ("3000000", "1", 0.0),
         ("soon", None, 0.0),
         (None, None, 0.0),
