@@ -2,6 +2,7 @@
 """A person at the built-in guest's console: types commands, reads what comes back, waits for what the guest says."""
 
 import asyncio
+import contextlib
 import re
 
 from vmspawn import Machine
@@ -39,7 +40,11 @@ class Shell:
         return shell
 
     async def reconnect(self, path: str) -> None:
-        """Go on where another manager serves the console of the same guest."""
+        """Go on where another manager serves the console of the same guest, behind what the last one still said."""
+        async with asyncio.timeout(COMMAND_TIMEOUT):
+            with contextlib.suppress(ConnectionError):
+                while data := await self._reader.read(65536):
+                    self._take(data)
         self._writer.close()
         self._reader, self._writer = await asyncio.open_unix_connection(path)
 
@@ -51,11 +56,14 @@ class Shell:
                 while not (match := expression.search(self.text, self._position)):
                     data = await self._reader.read(65536)
                     assert data, f"the console ended before {pattern!r}: {self.text[-2000:]!r}"
-                    self.text += data.decode(errors="replace").replace("\r", "")
+                    self._take(data)
         except TimeoutError:
             raise AssertionError(f"the guest did not print {pattern!r}: {self.text[-2000:]!r}") from None
         self._position = match.end()
         return match
+
+    def _take(self, data: bytes) -> None:
+        self.text += data.decode(errors="replace").replace("\r", "")
 
     async def run(self, command: str, *, timeout: float = COMMAND_TIMEOUT) -> str:
         """Run a command in the guest and return what it printed. It must succeed."""
