@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmspawn.guest import builtin
+from vmspawn.errors import GuestError
+from vmspawn.guest.build import build
 
 PROJECT = Path(__file__).parents[2]
 
@@ -241,10 +242,10 @@ class Box:
         """The Python packages for the box's Python, under the same path on the host and in the box."""
         return self._python
 
-    def take_guest(self) -> None:
-        """Copy the built-in guest into the box's cache, if there is one: nothing is fetched in the box."""
-        if guest := builtin.find():
-            source = Path(guest.kernel).parent
+    def take_guest(self, architecture: str = "x86_64") -> None:
+        """Copy a built-in guest into the box's cache, if it can be had: nothing is fetched in the box."""
+        with contextlib.suppress(GuestError):
+            source = Path(build(architecture).kernel).parent
             shutil.copytree(source, self.path(f"/root/.cache/vmspawn/guest/{source.name}"))
 
     def command(self, *arguments: str, unit: Sequence[str] | None = None) -> list[str]:
@@ -338,7 +339,8 @@ def _run_in_new_box(command: list[str]) -> int:
 def _test_in_new_box(arguments: Sequence[str]) -> int:
     """Run pytest in a box as a service, whose output comes here. The checkout is read-only there."""
     with Box() as box:
-        box.take_guest()
+        for architecture in ("x86_64", "aarch64"):
+            box.take_guest(architecture)
         settings = [f"--setenv=PYTHONPATH={PROJECT}:{PROJECT}/src:{box.python}", f"--working-directory={PROJECT}"]
         settings += ["--setenv=PYTHONDONTWRITEBYTECODE=1", "--setenv=HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis"]
         settings += ["--setenv=HOME=/root", "--setenv=TERM=dumb"]
