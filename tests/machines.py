@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import os
 import uuid
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ class Snapshot:
             open_files(machine.pid),
             open_files(os.getpid()),
         )
+
+
+@contextlib.asynccontextmanager
+async def unchanged(machine: Machine) -> AsyncIterator[None]:
+    """What happens meanwhile must leave the machine as it was."""
+    before = await Snapshot.take(machine)
+    yield
+    assert await Snapshot.take(machine) == before
 
 
 # QEMU makes event descriptors and rings for its threads, once, when they are first needed.

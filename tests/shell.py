@@ -4,7 +4,10 @@
 import asyncio
 import contextlib
 import re
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
 
+from tests.machines import fresh_name
 from vmspawn import Machine
 from vmspawn.host.runtime import CONSOLE
 
@@ -81,3 +84,21 @@ class Shell:
     def close(self) -> None:
         """Disconnect."""
         self._writer.close()
+
+
+class Booted(NamedTuple):
+    """A machine whose built-in guest is up, and its console."""
+
+    machine: Machine
+    shell: Shell
+
+
+@contextlib.asynccontextmanager
+async def booted(qemu: str, **options: Any) -> AsyncIterator[Booted]:
+    """Boot the built-in guest, without a screen."""
+    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless", **options) as machine:
+        shell = await Shell.open(machine)
+        try:
+            yield Booted(machine, shell)
+        finally:
+            shell.close()

@@ -4,14 +4,14 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, fresh_name
-from tests.shell import Shell
+from tests.machines import Snapshot, event_named, unchanged
+from tests.shell import Booted, Shell, booted
 from vmspawn import Drive, Machine
 from vmspawn.errors import ConfigNotSupported, StoragePending
 from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
@@ -22,29 +22,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 RESIZABLE = ("virtio-blk", "virtio-scsi")
 
 
-class Booted(NamedTuple):
-    machine: Machine
-    shell: Shell
-
-
-def options(qemu: str) -> dict[str, Any]:
-    return {"guest": "builtin", "qemu": qemu, "name": fresh_name(), "console": "headless"}
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str) -> AsyncIterator[Booted]:
-    async with Machine(**options(qemu)) as machine:
-        shell = await Shell.open(machine)
-        yield Booted(machine, shell)
-        shell.close()
+    async with booted(qemu) as running:
+        yield running
 
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(guest: Booted) -> AsyncIterator[None]:
     """Every test must leave the machine as it found it, as far as drives go."""
-    before = await Snapshot.take(guest.machine)
-    yield
-    assert await Snapshot.take(guest.machine) == before
+    async with unchanged(guest.machine):
+        yield
 
 
 async def attach(guest: Booted, path: Path, bus: str, **more: Any) -> str:
@@ -178,8 +166,7 @@ async def test_a_guest_that_removes_a_disk_itself_is_noticed(guest: Booted, tmp_
 async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tmp_path: Path) -> None:
     """It does not even see the disk; the removal is pending with a reason, the image free, and a reset ends it."""
     image = make_raw(tmp_path / "image", 4 * MIB)
-    async with Machine(**options(qemu), kernel_arguments=("acpi=off",)) as machine:
-        shell = await Shell.open(machine)
+    async with booted(qemu, kernel_arguments=("acpi=off",)) as (machine, _):
         before = await Snapshot.take(machine)
         await machine.attach(Drive(str(image), "disk"))
         asked = asyncio.create_task(event_named(machine, DETACHING_EVENT))
@@ -198,14 +185,12 @@ async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tm
         await machine.reboot()
         assert await late == {"name": "disk"}
         assert await Snapshot.take(machine) == before
-        shell.close()
 
 
 async def test_a_removal_by_the_attention_button_takes_its_time_and_is_no_failure(qemu: str, tmp_path: Path) -> None:
     """Without ACPI the guest takes five seconds; QEMU's refusals of a second request are shown, and nothing is lost."""
     native = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
-    async with Machine(**options(qemu), qemu_arguments=native) as machine:
-        shell = await Shell.open(machine)
+    async with booted(qemu, qemu_arguments=native) as (machine, shell):
         before = await Snapshot.take(machine)
         await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk"))
         await shell.wait_for(r"block (\S+) came")
@@ -217,4 +202,3 @@ async def test_a_removal_by_the_attention_button_takes_its_time_and_is_no_failur
         assert "already in the process of unplug" in removal.answer
         await machine.detach("disk", timeout=30)
         assert await Snapshot.take(machine) == before
-        shell.close()

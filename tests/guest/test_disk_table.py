@@ -10,26 +10,19 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB
-from tests.machines import Snapshot, fresh_name
-from tests.shell import Shell
+from tests.machines import Snapshot
+from tests.shell import Booted, Shell, booted
 from vmspawn import Drive, Machine
 from vmspawn.storage.buses import NAMESPACE_SERIAL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECTOR = 512
-
-
-class Booted(NamedTuple):
-    machine: Machine
-    shell: Shell
-    namespaces: bool
 
 
 def qemu_for(machine_type: str, qemu: str) -> str:
@@ -44,11 +37,8 @@ def qemu_for(machine_type: str, qemu: str) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc", "virt"])
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
-    options: dict[str, Any] = {"qemu": qemu_for(request.param, qemu), "name": fresh_name(), "console": "headless"}
-    async with Machine(guest="builtin", machine_type=request.param, hotplug_ports=8, **options) as machine:
-        shell = await Shell.open(machine)
-        yield Booted(machine, shell, bool(machine.storage._context.layout.namespaces.places))
-        shell.close()
+    async with booted(qemu_for(request.param, qemu), machine_type=request.param, hotplug_ports=8) as running:
+        yield running
 
 
 @dataclass
@@ -131,8 +121,8 @@ def specimens(bus: str, folder: Path) -> list[Specimen]:
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd"])
 async def test_every_kind_of_drive_comes_is_used_and_goes(guest: Booted, tmp_path: Path, bus: str) -> None:
-    machine, shell, namespaces = guest
-    if bus == "nvme-ns" and not namespaces:
+    machine, shell = guest
+    if bus == "nvme-ns" and not machine.storage._context.layout.namespaces.places:
         pytest.skip("this QEMU cannot plug in namespaces")
     table = specimens(bus, tmp_path)
     with detached_at_the_end() as loops:

@@ -4,16 +4,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, fresh_name
+from tests.machines import event_named, unchanged
 from tests.qemu.qmp_fixtures import scaled
-from tests.shell import Shell
-from vmspawn import Drive, Machine
+from tests.shell import Booted, Shell, booted
+from vmspawn import Drive
 from vmspawn.errors import StoragePending
 from vmspawn.storage.hotplug import DETACHED_EVENT
 
@@ -22,26 +21,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PATTERN = b"written in the guest\n"
 
 
-class Booted(NamedTuple):
-    machine: Machine
-    shell: Shell
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
-    options: dict[str, Any] = {"qemu": qemu, "name": fresh_name(), "console": "headless", "machine_type": request.param}
-    async with Machine(guest="builtin", **options) as machine:
-        shell = await Shell.open(machine)
-        yield Booted(machine, shell)
-        shell.close()
+    async with booted(qemu, machine_type=request.param) as running:
+        yield running
 
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(guest: Booted) -> AsyncIterator[None]:
     """Every test must leave the machine as it found it."""
-    before = await Snapshot.take(guest.machine)
-    yield
-    assert await Snapshot.take(guest.machine) == before
+    async with unchanged(guest.machine):
+        yield
 
 
 async def seen_by_the_guest(shell: Shell, serial: str) -> tuple[str, int, str]:

@@ -4,23 +4,16 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB
-from tests.machines import fresh_name
-from tests.shell import Shell
+from tests.shell import Booted, booted
 from vmspawn import Drive, Machine
 from vmspawn.errors import StoragePending
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-class Booted(NamedTuple):
-    machine: Machine
-    shell: Shell
 
 
 def make_medium(path: Path, text: bytes) -> Path:
@@ -32,11 +25,8 @@ def make_medium(path: Path, text: bytes) -> Path:
 async def guest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Booted]:
     medium = make_medium(tmp_path_factory.mktemp("media") / "first", b"first medium\n")
     drives = (Drive(str(medium), "installer", "scsi-cd"),)
-    name = fresh_name()
-    async with Machine(guest="builtin", qemu=qemu, name=name, console="headless", extra_drives=drives) as machine:
-        shell = await Shell.open(machine)
-        yield Booted(machine, shell)
-        shell.close()
+    async with booted(qemu, extra_drives=drives) as running:
+        yield running
 
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)

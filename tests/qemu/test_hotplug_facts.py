@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, idle_machine
+from tests.machines import Snapshot, idle_machine, unchanged
 from vmspawn import Drive, Machine
 from vmspawn.errors import BadConfig, NoFreePort, NoSuchStorage, QmpError, StoragePending, SystemFailure
 from vmspawn.storage import backing as backings
@@ -28,9 +28,8 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(machine: Machine) -> AsyncIterator[None]:
-    before = await Snapshot.take(machine)
-    yield
-    assert await Snapshot.take(machine) == before
+    async with unchanged(machine):
+        yield
 
 
 async def remove_all(machine: Machine) -> None:

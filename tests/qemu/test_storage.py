@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, idle_machine
+from tests.machines import Snapshot, event_named, idle_machine, unchanged
 from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Drive, Machine
 from vmspawn.errors import (
@@ -42,9 +42,8 @@ async def machine(
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(machine: Machine) -> AsyncIterator[None]:
     """Every test must leave the machine as it found it."""
-    before = await Snapshot.take(machine)
-    yield
-    assert await Snapshot.take(machine) == before
+    async with unchanged(machine):
+        yield
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])

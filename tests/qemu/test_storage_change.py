@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, idle_machine, links_of
+from tests.machines import Snapshot, event_named, idle_machine, links_of, unchanged
 from tests.qemu.qmp_fixtures import wait_until
 from vmspawn import Drive, Machine
 from vmspawn.errors import (
@@ -51,9 +51,8 @@ async def machine(
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(machine: Machine) -> AsyncIterator[None]:
     """Every test must leave the machine as it found it."""
-    before = await Snapshot.take(machine)
-    yield
-    assert await Snapshot.take(machine) == before
+    async with unchanged(machine):
+        yield
 
 
 async def open_images(machine: Machine, folder: Path) -> set[str]:
