@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.conftest import make_raw
 from vmspawn import Machine
+from vmspawn.errors import NoSuchStorage
 from vmspawn.host import runtime
 
 
@@ -108,3 +109,19 @@ async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> 
                 if event.name == name:
                     return event.data or {}
     raise AssertionError(f"the machine ended before {name}")
+
+
+async def detach_by_reset(machine: Machine, *names: str) -> None:
+    """Detach drives of a guest that is its firmware. That lets go of no PCI device; a reset does, for what was asked
+    before it. A firmware that was reset may reset itself once more, so that a drive may be gone sooner."""
+
+    async def detach(name: str) -> None:
+        with contextlib.suppress(NoSuchStorage):
+            await machine.detach(name, timeout=60)
+
+    waiting = [asyncio.create_task(detach(name)) for name in names]
+    left = set(waiting)
+    while left:
+        await machine.reboot()
+        _, left = await asyncio.wait(waiting, timeout=2)
+    await asyncio.gather(*waiting)

@@ -19,7 +19,7 @@ import pytest_asyncio
 import varlink
 
 from tests.conftest import make_raw
-from tests.machines import Snapshot, idle_machine, open_files
+from tests.machines import Snapshot, detach_by_reset, idle_machine, open_files
 from vmspawn import Machine
 from vmspawn.control import connection as limits
 from vmspawn.control.server import CONNECTIONS_MAX, ControlServer, build_registry
@@ -205,8 +205,7 @@ async def test_add_storage_takes_a_descriptor(machine: Machine, tmp_path: Path, 
     elif "error" in removed:
         # The firmware lets go of a PCI device when it is reset; the answer came in time all the same.
         assert removed["error"] == "io.vmspawn.Machine.StoragePending"
-        await machine.reboot()
-        await machine.detach("pool:disk", timeout=20)
+        await detach_by_reset(machine, "pool:disk")
     assert await Snapshot.take(machine) == before
 
 

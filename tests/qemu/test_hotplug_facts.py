@@ -2,7 +2,6 @@
 """What QEMU does wrong or refuses when disks come and go, and our answer to it: one line, and nothing left."""
 
 import asyncio
-import contextlib
 import errno
 import os
 from collections.abc import AsyncIterator
@@ -12,9 +11,9 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, idle_machine, unchanged
+from tests.machines import Snapshot, detach_by_reset, idle_machine, unchanged
 from vmspawn import Drive, Machine
-from vmspawn.errors import BadConfig, NoFreePort, NoSuchStorage, QmpError, StoragePending, SystemFailure
+from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
 from vmspawn.storage import backing as backings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -33,20 +32,8 @@ async def nothing_left(machine: Machine) -> AsyncIterator[None]:
 
 
 async def remove_all(machine: Machine) -> None:
-    """Detach all that was plugged in. Firmware lets go of nothing; a reset does, for what was asked before it."""
-    names = [each.name for each in machine.storage if not each.boot]
-
-    async def remove(name: str) -> None:
-        # A firmware that was reset before resets itself once more, and may be done by then.
-        with contextlib.suppress(NoSuchStorage):
-            await machine.detach(name, timeout=60)
-
-    waiting = [asyncio.create_task(remove(name)) for name in names]
-    left = set(waiting)
-    while left:
-        await machine.reboot()
-        _, left = await asyncio.wait(waiting, timeout=2)
-    await asyncio.gather(*waiting)
+    """Detach all that was plugged in."""
+    await detach_by_reset(machine, *(each.name for each in machine.storage if not each.boot))
 
 
 # Ports and slots.

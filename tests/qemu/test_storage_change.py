@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, idle_machine, links_of, unchanged
+from tests.machines import Snapshot, detach_by_reset, event_named, idle_machine, links_of, unchanged
 from tests.qemu.qmp_fixtures import wait_until
 from vmspawn import Drive, Machine
 from vmspawn.errors import (
@@ -64,13 +64,6 @@ def _open_images(pid: int, folder: Path) -> set[str]:
     return {os.path.basename(link) for link in links_of(pid) if link.startswith(f"{folder}/")}
 
 
-async def remove(machine: Machine, name: str) -> None:
-    """Detach a drive from a firmware that does not let go: a reset does."""
-    await machine.reboot()
-    with contextlib.suppress(NoSuchStorage):
-        await machine.detach(name, timeout=20)
-
-
 # Another image.
 
 
@@ -108,7 +101,7 @@ async def test_an_nvme_disk_takes_only_an_image_of_its_size(machine: Machine, tm
         await machine.replace("disk", str(make_raw(tmp_path / "larger", 6 * MIB)), shrink=True)
     assert await machine.replace("disk", str(make_qcow2(tmp_path / "same", 4 * MIB)), format="qcow2") == 4 * MIB
     assert await open_images(machine, tmp_path) == {"same"}
-    await remove(machine, "disk")
+    await detach_by_reset(machine, "disk")
 
 
 async def test_a_writable_drive_takes_no_read_only_image(machine: Machine, tmp_path: Path) -> None:
@@ -508,7 +501,7 @@ async def test_an_io_thread_comes_and_goes_with_its_disk(machine: Machine, tmp_p
     assert len(threads) == 1
     await machine.replace("disk", str(make_qcow2(tmp_path / "other", 2 * MIB)), format="qcow2")
     await machine.limit("disk", Limits(iops=10))
-    await remove(machine, "disk")
+    await detach_by_reset(machine, "disk")
     assert await machine.monitor.execute("query-iothreads") == []
 
 
@@ -539,7 +532,7 @@ async def test_the_bus_auto_is_virtio_blk_while_there_are_ports(machine: Machine
         machine.storage._context.layout.pci.release(place)
     attached = await machine.attach(Drive(str(tmp_path / "image"), "disk", "auto"))
     assert attached.drive.bus == "virtio-blk"
-    await remove(machine, "disk")
+    await detach_by_reset(machine, "disk")
 
 
 async def test_statistics_are_those_of_the_drive(machine: Machine, tmp_path: Path) -> None:
