@@ -65,10 +65,11 @@ def spawn(config_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[S
         each.close()
 
 
-def boot(spawn: list[Spawned], *arguments: str) -> Spawned:
+def boot(spawn: list[Spawned], *arguments: str, until: str = "vmspawn-guest: ready") -> Spawned:
+    """Start a machine, and wait until its console says what is awaited."""
     machine = Spawned(fresh_name(), arguments)
     spawn.append(machine)
-    machine.wait_for("vmspawn-guest: ready", stream="stdout", timeout=BOOT_TIMEOUT)
+    machine.wait_for(until, stream="stdout", timeout=BOOT_TIMEOUT)
     return machine
 
 
@@ -117,9 +118,7 @@ def unsigned(tmp_path: Path) -> Path:
 def test_only_firmware_with_keys_refuses_a_loader_that_it_has_no_key_for(
     qemu: str, spawn: list[Spawned], unsigned: Path, firmware: tuple[str, ...], said: str
 ) -> None:
-    machine = Spawned(fresh_name(), (f"--qemu={qemu}", "--ram=512M", f"--image={unsigned}", *firmware))
-    spawn.append(machine)
-    machine.wait_for(said, stream="stdout", timeout=BOOT_TIMEOUT)
+    boot(spawn, f"--qemu={qemu}", "--ram=512M", f"--image={unsigned}", *firmware, until=said)
 
 
 def test_bios_starts_it_as_well_and_finds_its_disk(
