@@ -17,6 +17,9 @@ COMMAND_TIMEOUT = 30.0
 
 READY = "vmspawn-guest: ready"
 
+#: What the guest says by itself, of its disks above all, whenever it likes: in the midst of what a command prints too.
+_SAID = re.compile(r"^vmspawn-guest: .*\n", re.MULTILINE)
+
 
 class Shell:
     """The console of one machine. All that was printed is kept in `text`; waiting goes on where the last wait ended."""
@@ -69,15 +72,15 @@ class Shell:
         self.text += data.decode(errors="replace").replace("\r", "")
 
     async def run(self, command: str, *, timeout: float = COMMAND_TIMEOUT) -> str:
-        """Run a command in the guest and return what it printed. It must succeed."""
+        """Run a command in the guest, which must succeed; what it printed, without what the guest says by itself."""
         self._count += 1
         mark = f"done-{self._count}"
-        # A line that the guest has begun to say of its disks is not to lose its beginning.
+        # Where a line begins that the guest has begun to say of its disks, for only a whole one is known as such.
         start = self.text.rfind("\n") + 1
         # The mark is typed in two pieces, so that the echo of the command is not taken for it.
         self._writer.write(f'{command}; echo "done"-{self._count}-$?\n'.encode())
         match = await self.wait_for(rf"{mark}-(\d+)\n", timeout=timeout)
-        output = self.text[start : match.start()]
+        output = _SAID.sub("", self.text[start : match.start()])
         assert match[1] == "0", f"{command!r} failed in the guest: {output!r}"
         return output.strip()
 

@@ -109,7 +109,9 @@ class Tty:
 
     def wait_until_raw(self) -> None:
         """Wait until a program has taken the terminal: vmspawn does just after it has said that the machine runs."""
+        deadline = time.monotonic() + DEADLINE
         while termios.tcgetattr(self.slave)[3] & termios.ICANON:
+            assert time.monotonic() < deadline, "no program took the terminal"
             assert all(process.poll() is None for process in self.processes), bytes(self.everything)
 
     def _read(self) -> None:
