@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from .machine.config import MachineConfig
     from .machine.end import End
     from .machine.machine import Machine
-    from .qmp.monitor import Event
+    from .qmp.events import Event
     from .storage.drive import Drive
 
 _HOMES = {
     "Drive": "storage.drive",
     "End": "machine.end",
-    "Event": "qmp.monitor",
+    "Event": "qmp.events",
     "Machine": "machine.machine",
     "MachineConfig": "machine.config",
 }

@@ -23,7 +23,7 @@ from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
 from vmspawn.machine.end import MachineEvents
-from vmspawn.qmp.monitor import EventStream
+from vmspawn.qmp.events import EventStream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -15,7 +15,7 @@ from vmspawn.errors import SystemFailure
 from vmspawn.machine.adopt import adopt
 from vmspawn.machine.diary import EVENTS, TEXT_MAX
 from vmspawn.machine.machine import Machine
-from vmspawn.qmp.monitor import EVENT_QUEUE_MAX
+from vmspawn.qmp.events import EVENT_QUEUE_MAX
 
 
 async def test_a_reader_that_lets_events_lie_is_told_that_some_are_lost(qemu: str, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from collections import deque
 from typing import NamedTuple
 
 from .. import log
-from ..qmp.monitor import Event, Monitor
+from ..qmp.events import Event
+from ..qmp.monitor import Monitor
 from ..storage.failures import FAILED_EVENT
 
 #: Events that are remembered. One removal of a disk makes four.

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from ..host.process import Process
-from ..qmp.monitor import Event, EventStream
+from ..qmp.events import Event, EventStream
 
 #: The last event of every machine: `reason`, `message` and `clean` of its End.
 MACHINE_ENDED = "MachineEnded"

@@ -11,7 +11,8 @@ import contextlib
 import socket
 
 from ..errors import NotConnected, QmpError, Timeout
-from ..qmp.monitor import Event, Monitor
+from ..qmp.events import Event
+from ..qmp.monitor import Monitor
 from .consoles import CHARDEV, SIZE_PORT_ID
 
 

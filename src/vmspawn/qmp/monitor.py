@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..errors import NotConnected, QmpError, Timeout
+from .events import Event, EventStream
 from .transcript import Transcript
 
 #: Seconds for QEMU's greeting. It answers 0.05 s after it was started; a monitor that stays silent belongs to somebody
@@ -26,10 +27,6 @@ GREETING_TIMEOUT = 15.0
 COMMAND_TIMEOUT = 20.0
 
 _RECEIVE_SIZE = 65536
-
-#: Events that a stream holds for a reader who does not come for them. QEMU sends a handful a second at the most.
-EVENT_QUEUE_MAX = 4096
-
 
 #: The id of qmp_capabilities, the only command that has one. QEMU runs one command at a time, of whichever monitor, and
 #: answers in order (its docs/interop/qmp-spec.rst). So what comes before this reply was meant for the monitor's last
@@ -43,14 +40,6 @@ class Command(NamedTuple):
     name: str
     arguments: Mapping[str, object] | None = None
     fds: Sequence[int] = ()
-
-
-class Event(NamedTuple):
-    """An event as QEMU sent it; `data` is None where it carried none."""
-
-    name: str
-    data: dict[str, Any] | None
-    timestamp: dict[str, int] | None = None
 
 
 class _Message(msgspec.Struct):
@@ -101,56 +90,6 @@ class _Pending(NamedTuple):
     command: str
     message: _Outgoing
     replies: _Replies
-
-
-class EventStream:
-    """The events from now on, for one reader. Iterate over it; it ends when QEMU is gone or `close` is called."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-        self._queue: deque[Event] = deque()
-        self._wake: asyncio.Future[None] | None = None
-        self._ended = False
-        #: Set when the reader was so slow that events were dropped; the stream ends then.
-        self.overrun = False
-
-    def put(self, event: Event) -> None:
-        """Append an event. A reader who leaves EVENT_QUEUE_MAX of them lying is cut off."""
-        if self._ended:
-            return
-        if len(self._queue) >= EVENT_QUEUE_MAX:
-            self.overrun = True
-            self.close()
-            return
-        self._queue.append(event)
-        self._notify()
-
-    def close(self) -> None:
-        """End the stream; what is queued can still be read."""
-        self._ended = True
-        self._monitor.forget(self)
-        self._notify()
-
-    def _notify(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
-
-    def __aiter__(self) -> EventStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        while not self._queue:
-            if self._ended:
-                raise StopAsyncIteration
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
-        return self._queue.popleft()
-
-    def __enter__(self) -> EventStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Monitor:
@@ -233,7 +172,7 @@ class Monitor:
 
     def events(self) -> EventStream:
         """A stream of the events from now on; close it, or use it in `with`."""
-        stream = EventStream(self)
+        stream = EventStream(self._streams.discard)
         if self._lost is None:
             self._streams.add(stream)
         else:
@@ -243,10 +182,6 @@ class Monitor:
     def witness(self, see: Callable[[Event], None]) -> None:
         """Call `see` with each event from now on, QEMU's and ours. It must not raise."""
         self._witnesses.append(see)
-
-    def forget(self, stream: EventStream) -> None:
-        """Stop feeding a stream."""
-        self._streams.discard(stream)
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Call `listener` with each event as it is read, before any stream sees it. It must not raise."""

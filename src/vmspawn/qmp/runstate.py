@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from .monitor import Event, Monitor
+from .events import Event
+from .monitor import Monitor
 
 # What an event says of the state that the next STOP enters (QEMU's qapi/run-state.json, RunState).
 _REASONS = {

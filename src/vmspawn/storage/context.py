@@ -7,7 +7,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ..qmp.monitor import Event, Monitor
+from ..qmp.events import Event
+from ..qmp.monitor import Monitor
 from ..qmp.runstate import RunState
 from . import buses, ports
 from .attachment import Attachment, State

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..qmp.monitor import Event
+from ..qmp.events import Event
 from .attachment import Attachment
 
 #: QEMU's event, and ours.

@@ -16,7 +16,8 @@ from ..errors import (
     Timeout,
     VmspawnError,
 )
-from ..qmp.monitor import Event, Monitor
+from ..qmp.events import Event
+from ..qmp.monitor import Monitor
 from ..qmp.runstate import RunState
 from . import admission, buses, chain, exchange, failures, media, pending, statistics
 from .attachment import Attachment, Removal, State

@@ -16,7 +16,7 @@ from .image import Image
 from .steps import AddPivot, BuildImage, do_step, enter_step, undo_steps
 
 if TYPE_CHECKING:
-    from ..qmp.monitor import EventStream
+    from ..qmp.events import EventStream
 
 #: Seconds that the guest has to open a tray that it has locked.
 TRAY_TIMEOUT = 10.0
