@@ -19,7 +19,8 @@ from vmspawn.qmp import envelope
 from vmspawn.qmp.dialect import dialect_of
 from vmspawn.qmp.envelope import USUAL, Command, Refusal
 from vmspawn.qmp.message import Message
-from vmspawn.qmp.scanner import Malformed, Scanner
+from vmspawn.qmp.reader import Malformed
+from vmspawn.qmp.scanner import Scanner
 
 _DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: JSON parse error, expecting value"))
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from vmspawn.qmp.dialect import PULL
 from vmspawn.qmp.envelope import USUAL, Command, Refusal, read, usual
 from vmspawn.qmp.message import parse
-from vmspawn.qmp.scanner import Malformed, Scanner
+from vmspawn.qmp.reader import Malformed
+from vmspawn.qmp.scanner import Scanner
 
 
 def read_text(text: bytes, *, oob: bool = False) -> Command | Refusal:

@@ -9,7 +9,8 @@ from tests.fuzz.targets import scan
 from vmspawn.qmp import limits
 from vmspawn.qmp.dialect import Dialect, dialect_of
 from vmspawn.qmp.message import Message
-from vmspawn.qmp.scanner import Malformed, Scanner
+from vmspawn.qmp.reader import Malformed
+from vmspawn.qmp.scanner import Scanner
 
 DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: JSON parse error, expecting value"))
 

@@ -15,8 +15,8 @@ import msgspec
 from .identifier import echoed
 from .message import Doubt, Message
 from .order import by_bucket
+from .reader import Malformed
 from .replies import failure
-from .scanner import Malformed
 from .strings import BadString, value_of
 
 _EXECUTE = "execute"

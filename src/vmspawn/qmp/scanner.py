@@ -14,41 +14,21 @@ stops, at a single quote, an error or the end of the data, is a token looked at 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum, auto
 
 import msgspec
 
 from . import limits
 from .dialect import Dialect
-from .grammar import Grammar, SyntaxProblem, tokens
 from .lexemes import ATOM, ATOM_STARTS, INSIDE, RUN, SKIPPED, WHITESPACE
-from .message import SEARCHED, Doubt, Message, parse
-from .places import Places
-from .strings import lenient, requote
+from .message import Doubt, Message, parse
+from .reader import Malformed, Reader
 
 _DIGITS = b"0123456789"
 _APOSTROPHE = ord("'")
 
 _TOO_LARGE = "JSON token size limit exceeded"
 _TOO_DEEP = "JSON nesting depth limit exceeded"
-
-#: Bytes of a message that are examined token by token, at some 3 us each, before it has ended or to name its error.
-_EXAMINED = SEARCHED
-
-#: The same where nobody else could find the error: a member twice, of which msgspec shows us the last. Larger messages
-#: that raise this doubt are refused.
-_EXAMINED_MEMBERS = 64 << 10
-
-#: A character that QEMU alone allows to be spelt like this; msgspec knows it by its escape.
-_NUL = re.compile(rb"(?<!\\)\xc0\x80")
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """Bytes that are no message. QEMU answers them with a GenericError of this description, and without an id."""
-
-    description: str
 
 
 class _Mode(Enum):
@@ -63,19 +43,18 @@ class Scanner:
     """Cuts the bytes that one client sends into messages."""
 
     __slots__ = (
-        "_braces", "_brackets", "_buffer", "_chunk", "_dialect", "_edits", "_examined", "_found", "_grammar", "_mode",
-        "_muted", "_origin", "_places", "_position", "_quote", "_resumed", "_split", "_start", "_token", "busy",
+        "_braces", "_brackets", "_buffer", "_chunk", "_dialect", "_found", "_mode", "_muted", "_origin", "_position",
+        "_quote", "_reader", "_start", "_token", "busy",
     )  # fmt: skip
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        self._places = Places()
         # A chunk that was not looked at yet; the buffer is empty then.
         self._chunk = b""
         self._buffer = bytearray()
-        # How many bytes of the stream have left the buffer, and after how many a token began that was looked at before.
+        self._reader = Reader(dialect, self._buffer)
+        # How many bytes of the stream have left the buffer.
         self._origin = 0
-        self._resumed = -1
         # Where in the buffer the message starts, and what is not scanned yet.
         self._start = self._position = 0
         self._mode = _Mode.TOKEN
@@ -83,15 +62,8 @@ class Scanner:
         self._token = self._quote = 0
         # QEMU counts them apart and does not care how they nest: a message ends when both are zero or one is negative.
         self._braces = self._brackets = 0
-        # Whether the message holds a number that QEMU takes for two tokens and msgspec for one.
-        self._split = False
         # Whether the rest of the message is skipped, because its error is reported already.
         self._muted = False
-        # Strings to be rewritten for msgspec: from where to where, and as what.
-        self._edits: list[tuple[int, int, bytes]] = []
-        # The grammar's look at the message, which stops before its end only in the eager dialect, and how far it went.
-        self._grammar: Grammar | None = None
-        self._examined = 0
         self._found: Message | Malformed | None = None
         #: Whether `next` stopped to give others a turn, and should be called again without more data.
         self.busy = False
@@ -125,7 +97,7 @@ class Scanner:
         match = pattern.fullmatch(data)
         if match is None:
             return None
-        self._pass(data, len(data))
+        self._pass(data)
         return match.groups()
 
     def take(self, pattern: re.Pattern[bytes]) -> tuple[bytes | None, ...] | None:
@@ -173,14 +145,13 @@ class Scanner:
         # Only brackets end by themselves.
         if message.members is None or message.doubt is not Doubt.NONE:
             return None
-        self._pass(chunk, len(chunk))
+        self._pass(chunk)
         return message
 
-    def _pass(self, chunk: bytes, end: int) -> None:
+    def _pass(self, chunk: bytes) -> None:
         """Count what never was in the buffer."""
-        self._origin += end
-        if self._dialect.eager:
-            self._places.drop(chunk, end)
+        self._origin += len(chunk)
+        self._reader.passed(chunk)
 
     def _outcome(self) -> Message | Malformed | None:
         if self._found is None:
@@ -259,10 +230,8 @@ class Scanner:
         if buffer[end] != self._quote:
             return self._error(self._token, after + 1)
         self._mode = _Mode.TOKEN
-        if not self._muted:
-            token = bytes(buffer[self._token : end + 1])
-            if self._quote == _APOSTROPHE or b"\\'" in token:
-                self._edits.append((self._token, end + 1, requote(token)))
+        if not self._muted and (self._quote == _APOSTROPHE or b"\\'" in buffer[self._token : end]):
+            self._reader.requoted(self._token, end + 1)
         return self._token_ended(end + 1)
 
     def _atom(self) -> bool:
@@ -278,9 +247,9 @@ class Scanner:
         if not (text.isalpha() or text[-1] in _DIGITS) or (zero and buffer[end] in _DIGITS):
             return self._error(start, end + 1)
         if zero and buffer[end] in b"eE" and (self._braces or self._brackets):
-            self._split = True
+            self._reader.splits()
         more = self._token_ended(end)
-        self._resumed = self._origin + end
+        self._reader.resumed(end)
         return more
 
     def _token_ended(self, end: int) -> bool:
@@ -293,7 +262,7 @@ class Scanner:
         if self._start == len(self._buffer):
             return False
         self._mode = _Mode.TOKEN
-        self._resumed = self._origin + self._start
+        self._reader.resumed(self._start)
         return True
 
     # The ends that a message can have.
@@ -301,49 +270,15 @@ class Scanner:
     def _complete(self) -> bool:
         """The message has ended where it should."""
         if not self._muted:
-            self._found = self._message()
+            self._found = self._reader.message(self._start, self._position)
         self._reset(self._position)
         return self._found is None
-
-    def _message(self) -> Message | Malformed:
-        size = self._position - self._start
-        message = self._parsed()
-        if message is not None and (
-            message.doubt is Doubt.NONE or (message.doubt is Doubt.CONTENT and size > _EXAMINED)
-        ):
-            return message
-        problem = self._problem(self._position, _EXAMINED if message is None else _EXAMINED_MEMBERS)
-        if problem is not None:
-            return Malformed(problem)
-        if message is None or size > _EXAMINED_MEMBERS:
-            return Malformed(f"{self._place(self._start)}JSON parse error, expecting value")
-        return Message(message.text, message.members, Doubt.NONE)
-
-    def _parsed(self) -> Message | None:
-        """What msgspec makes of the message, or None if it does not take it for JSON or should not."""
-        if self._split:
-            return None
-        text = self._edited() if self._edits else bytes(self._buffer[self._start : self._position])
-        try:
-            return parse(text if text.isascii() else _NUL.sub(rb"\\u0000", text))
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return None
-
-    def _edited(self) -> bytes:
-        """The message with its strings rewritten."""
-        pieces: list[bytes | bytearray] = []
-        position = self._start
-        for start, end, replacement in self._edits:
-            pieces += (self._buffer[position:start], replacement)
-            position = end
-        return b"".join((*pieces, self._buffer[position : self._position]))
 
     def _error(self, start: int, end: int, description: str = "") -> bool:
         """A lexical error ends the message, however many brackets are open."""
         if not self._muted:
-            problem = self._problem(start) if self._dialect.eager else None
-            stray = f"{self._place(start)}JSON parse error, stray '{lenient(bytes(self._buffer[start:end]))}'"
-            self._found = Malformed(problem or description or stray)
+            problem = self._reader.error_so_far(self._start, start)
+            self._found = Malformed(problem or description or self._reader.stray(start, end))
         self._reset(end)
         self._mode = _Mode.SKIPPING
         return self._found is None
@@ -351,7 +286,7 @@ class Scanner:
     def _too_deep(self) -> bool:
         if self._muted:
             return True
-        problem = self._problem(self._position - 1) if self._dialect.eager else None
+        problem = self._reader.error_so_far(self._start, self._position - 1)
         self._found = Malformed(problem or _TOO_DEEP)
         if self._dialect.eager:
             self._mute()
@@ -366,8 +301,9 @@ class Scanner:
         elif len(self._buffer) - self._start > limits.COMMAND_SIZE:
             self._found = Malformed(_TOO_LARGE)
             self._mute()
-        elif self._dialect.eager and (self._braces or self._brackets):
-            problem = self._problem(self._token if self._mode is _Mode.STRING else self._position)
+        elif self._braces or self._brackets:
+            end = self._token if self._mode is _Mode.STRING else self._position
+            problem = self._reader.error_so_far(self._start, end)
             if problem is not None:
                 self._found = Malformed(problem)
                 self._mute()
@@ -376,53 +312,25 @@ class Scanner:
         """Follow the rest of the message without keeping or reporting it."""
         self._muted = True
         self._start = self._position
-        self._edits.clear()
+        self._reader.mute()
 
     def _reset(self, position: int) -> None:
         """A message starts here."""
         self._start = self._position = position
         self._braces = self._brackets = 0
-        self._split = self._muted = False
-        self._grammar = None
-        if self._edits:
-            self._edits = []
-
-    # What is wrong with it.
-
-    def _problem(self, end: int, limit: int = _EXAMINED) -> str | None:
-        """The first error of the message before `end`, if it is among the first `limit` bytes."""
-        if self._grammar is None:
-            self._grammar, self._examined = Grammar(self._dialect), self._start
-        for token in tokens(self._buffer, self._examined, end):
-            if token.start() - self._start > limit:
-                break
-            try:
-                self._grammar.feed(token[0])
-            except SyntaxProblem as problem:
-                return f"{self._place(token.start())}JSON parse error, {problem}"
-        self._examined = end
-        return None
-
-    def _place(self, offset: int) -> str:
-        if not self._dialect.eager:
-            return ""
-        # The lexer looks at the byte behind a number or keyword, and where it resumes, before it takes it.
-        late = self._origin + offset == self._resumed or self._buffer[max(0, offset - 1) : offset].isalnum()
-        return self._places.name(self._buffer, offset, late=late)
+        self._muted = False
+        self._reader.begin()
 
     def _forget(self) -> None:
         """Let go of what is done with."""
         start = self._start
         if not start:
             return
-        if self._dialect.eager:
-            self._places.drop(self._buffer, start)
+        self._reader.drop(start)
         del self._buffer[:start]
         self._origin += start
         self._position -= start
         self._token -= start
-        self._examined -= start
-        self._edits = [(first - start, end - start, text) for first, end, text in self._edits]
         self._start = 0
 
 

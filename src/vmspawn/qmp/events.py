@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Events as a monitor receives them, and streams of them for those who read at their own pace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+#: Events that a stream holds for a reader who does not come for them. QEMU sends a handful a second at the most.
+EVENT_QUEUE_MAX = 4096
+
+
+class Event(NamedTuple):
+    """An event as QEMU sent it; `data` is None where it carried none."""
+
+    name: str
+    data: dict[str, Any] | None
+    timestamp: dict[str, int] | None = None
+
+
+class EventStream:
+    """The events from now on, for one reader. Iterate over it; it ends when QEMU is gone or `close` is called."""
+
+    def __init__(self, forget: Callable[[EventStream], None]) -> None:
+        """`forget` is called with the stream when it is to be fed no more."""
+        self._forget = forget
+        self._queue: deque[Event] = deque()
+        self._wake: asyncio.Future[None] | None = None
+        self._ended = False
+        #: Set when the reader was so slow that events were dropped; the stream ends then.
+        self.overrun = False
+
+    def put(self, event: Event) -> None:
+        """Append an event. A reader who leaves EVENT_QUEUE_MAX of them lying is cut off."""
+        if self._ended:
+            return
+        if len(self._queue) >= EVENT_QUEUE_MAX:
+            self.overrun = True
+            self.close()
+            return
+        self._queue.append(event)
+        self._notify()
+
+    def close(self) -> None:
+        """End the stream; what is queued can still be read."""
+        self._ended = True
+        self._forget(self)
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._queue:
+            if self._ended:
+                raise StopAsyncIteration
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        return self._queue.popleft()
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
