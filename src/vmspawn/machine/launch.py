@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import signal
@@ -33,7 +32,7 @@ from .commandline import Boot, BootDrive, Inherited, command_line
 from .config import MachineConfig
 from .prepare import complete, prepare
 from .qemu import QemuBinary, choose_accelerator, find_qemu
-from .state import SavedQemu, State
+from .state import SavedQemu, State, StateFile
 
 if TYPE_CHECKING:
     from ..guest.builtin import BuiltinGuest
@@ -272,9 +271,8 @@ def _start(launched: Launched, boot: Boot | None) -> None:
 def _write_state(launched: Launched) -> None:
     assert launched.directory is not None
     qemu = SavedQemu(launched.pid, runtime.start_time(launched.pid), launched.accelerator)
-    storage = states.boot_storage(launched.boot_drives)
-    constants = states.constants(launched.config, launched.binary, qemu, launched.additions.helpers)
-    states.write(launched.directory, json.dumps(constants), storage=storage)
+    file = StateFile(launched.directory, launched.config, launched.binary, qemu, launched.additions.helpers)
+    file.write(states.boot_storage(launched.boot_drives))
 
 
 def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int], log: int) -> None:

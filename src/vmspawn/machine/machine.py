@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 import socket
 from collections.abc import AsyncIterator, Callable
-from errno import EIO
 from typing import TYPE_CHECKING, Any
 
-from ..console import viewers
 from ..console.hub import Console
-from ..console.unread import take
-from ..errors import NotConnected, NotSupported, StartError, SystemFailure, Timeout
+from ..errors import NotConnected, NotSupported, StartError
 from ..host import runtime
 from ..host.process import Process
 from ..qmp.monitor import GREETING_TIMEOUT, Monitor
@@ -23,23 +18,21 @@ from ..qmp.transcript import Transcript
 from ..storage.attachment import Attachment
 from ..storage.hotplug import Storage
 from ..waiting import first_of
-from . import state as states
 from .config import MachineConfig, check
 from .diary import Diary
 from .disks import Disks
 from .end import End, MachineEvents
 from .launch import Launched, explain_failure, launch
+from .openconsole import open_console
+from .quit import QUIT_TIMEOUT, Quit
 from .sessions import Sessions
-from .state import SavedQemu, State
+from .state import SavedQemu, StateFile, damaged
 from .watch import Watch
 from .window import Window
 
 if TYPE_CHECKING:
     from ..qmp.multiplexer import Multiplexer
     from ..qmp.session import Session
-
-#: Seconds between `quit`, which QEMU obeys in milliseconds, and SIGKILL.
-QUIT_TIMEOUT = 5.0
 
 #: Seconds for the greeting of a QEMU that was up before. It comes at once, unless another program holds the monitor, or
 #: QEMU waits for the host's storage.
@@ -68,11 +61,9 @@ class Machine(Disks):
         #: What happened to it of late.
         self.diary: Diary | None = None
         self._up = False
-        self._killer: asyncio.TimerHandle | None = None
-        # What state.json says of a machine whatever its drives do, in JSON, once it runs.
-        self._constants = ""
+        self._quit: Quit | None = None
+        self._state_file: StateFile | None = None
         self._watch = Watch(())
-        self._killed = False
         self._closing = False
         self._ended: End | None = None
         self._console: Console | None = None
@@ -99,48 +90,32 @@ class Machine(Disks):
         self._launched = launched
         self._process = Process(launched.pid)
         self._monitor = Monitor(launched.sockets.pop("qmp-manager"), transcript=self._transcript, name="manager")
+        self._quit = Quit(self._process, self._monitor)
+        self._state_file = self._open_state_file(launched, self._process)
         self.diary = Diary(self._monitor)
         self._run_state = RunState(self._monitor)
         self._storage = Storage(self._monitor, self._run_state, launched.layout, journal=self._save_state)
         saved = launched.saved
         self._sessions = Sessions(launched.sockets, saved and saved.sessions, self._save_state, self._transcript)
         if saved is not None:
-            self._load_storage(saved)
+            try:
+                self._storage.load(saved.storage)
+            except (KeyError, TypeError, ValueError) as error:
+                raise damaged(self.directory, error) from None
         for each in launched.boot_drives:
             self._storage.add_boot_drive(
                 Attachment(each.drive, each.identifiers, each.place, each.serial, [each.image])
             )
         self._watch = Watch(launched.additions.helpers)
-        self._open_console(launched)
-        self._save_state()
-
-    def _open_console(self, launched: Launched) -> None:
         port = launched.sockets.pop(runtime.QEMU_SIZE, None)
         self._window = Window(self.monitor, port, ask_qemu=self.config.console_transport == "virtio")
-        if not launched.console:
-            return
-        (typed, shown), launched.console = launched.console, ()
-        kept, launched.kept = launched.kept, None
-        in_pipe = self.config.console_transport == "virtio"
-        unread = take(shown, kept, kept_in_pipe=in_pipe) if launched.saved else b""
-        self._console = Console(typed, shown, launched.sockets.pop(runtime.CONSOLE), kept, unread)
-        if launched.console_log >= 0:
-            self._console.attach(viewers.Transcript(self._console, launched.console_log, self._log_failed))
-            launched.console_log = -1
+        self._console = open_console(launched, self._log_failed)
+        self._save_state()
 
     def _log_failed(self, error: OSError) -> None:
         line = f"cannot write {self.config.console_log}: {error.strerror}; the machine goes on without"
         self.failed(line)
         self.warn(line)
-
-    def _load_storage(self, saved: State) -> None:
-        try:
-            self.storage.load(saved.storage)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StartError(
-                f"the state of machine {self.name} is damaged: {error!r}",
-                hint=f"please report it, with {self.directory.file(runtime.STATE)}",
-            ) from None
 
     async def started(self) -> None:
         """Wait until QEMU is up. Raises StartError in QEMU's words if it does not come up; nothing is left then.
@@ -219,8 +194,8 @@ class Machine(Disks):
             await self._sessions.close()
         if self._transcript is not None:
             self._transcript.close()
-        if self._killer is not None:
-            self._killer.cancel()
+        if self._quit is not None:
+            self._quit.close()
 
     async def close(self) -> None:
         """End the machine if it runs, at once, and leave nothing behind. May be called again."""
@@ -230,18 +205,14 @@ class Machine(Disks):
         self._closing = True
         if self._process is not None:
             if not self._process.ended.is_set():
-                await self._quit()
+                await self.terminate()
+                await self._process.ended.wait()
             launched.pid = 0
             await self.wait()
         self._launched = None
         await self._close_connections()
         await self._watch.close()
         launched.abandon()
-
-    async def _quit(self) -> None:
-        assert self._process is not None
-        await self.terminate()
-        await self._process.ended.wait()
 
     def _log(self) -> str:
         """What QEMU printed."""
@@ -261,7 +232,8 @@ class Machine(Disks):
 
     def _end(self, process: Process) -> End:
         cause = self._run_state.shutdown_reason if self._run_state else ""
-        return End.of(process, cause, killed=self._killed, log=self._log())
+        killed = self._quit is not None and self._quit.killed
+        return End.of(process, cause, killed=killed, log=self._log())
 
     # What it is.
 
@@ -404,33 +376,21 @@ class Machine(Disks):
 
     async def terminate(self) -> None:
         """End QEMU without asking the guest; returns once QEMU has agreed. One that does not go is killed."""
-        process = self._running_process()
-        if self._killer is None:
-            self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, self._kill, process)
-        # It may go before its reply does, or be about to be killed.
-        with contextlib.suppress(NotConnected, Timeout):
-            await self.monitor.execute("quit", timeout=QUIT_TIMEOUT)
-
-    def _kill(self, process: Process) -> None:
-        if not process.ended.is_set():
-            self._killed = True
-            process.kill()
+        if self._quit is None:
+            raise NotConnected("the machine does not run")
+        await self._quit.ask()
 
     # Its state on disk.
 
+    def _open_state_file(self, launched: Launched, process: Process) -> StateFile:
+        qemu = SavedQemu(process.pid, process.started, launched.accelerator)
+        return StateFile(self.directory, self.config, launched.binary, qemu, launched.additions.helpers)
+
     def _save_state(self) -> None:
-        launched = self._launched
-        if launched is None or launched.directory is None or self._process is None:
+        # Whoever has let go of the machine writes nothing down any more.
+        if self._launched is None or self._launched.directory is None:
             return
+        assert self._state_file is not None
         assert self._storage is not None
         assert self._sessions is not None
-        try:
-            if not self._constants:
-                qemu = SavedQemu(self._process.pid, self._process.started, launched.accelerator)
-                constants = states.constants(self.config, launched.binary, qemu, launched.additions.helpers)
-                self._constants = json.dumps(constants)
-            storage, sessions = self._storage.state_text(), self._sessions.saved
-            states.write(launched.directory, self._constants, storage=storage, sessions=sessions)
-        except OSError as error:
-            path = launched.directory.file(runtime.STATE)
-            raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None
+        self._state_file.write(self._storage.state_text(), self._sessions.saved)

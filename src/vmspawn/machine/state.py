@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from errno import EIO
 from typing import Any, NamedTuple
 
-from ..errors import StartError
+from ..errors import StartError, SystemFailure
 from ..host import runtime
 from ..host.machined import Registration
 from ..host.runtime import MachineDirectory
@@ -81,31 +82,39 @@ class State(NamedTuple):
     storage: dict[str, Any]
 
 
-def constants(config: MachineConfig, binary: QemuBinary, qemu: SavedQemu, helpers: Sequence[Helper]) -> dict[str, Any]:
-    """What stays the same while the machine runs, as JSON values."""
-    return {
-        "version": STATE_VERSION,
-        "name": config.name,
-        "qemu": {**qemu._asdict(), **binary._asdict()},
-        "machine": {field: getattr(config, field) for field in CONFIG_FIELDS},
-        "registration": config.registration._asdict(),
-        "helpers": [SavedHelper(each.name, each.what, each.pid, runtime.start_time(each.pid)) for each in helpers],
-    }
+class StateFile:
+    """state.json of one machine. What stays the same while the machine runs is put into JSON once."""
 
+    def __init__(
+        self,
+        directory: MachineDirectory,
+        config: MachineConfig,
+        binary: QemuBinary,
+        qemu: SavedQemu,
+        helpers: Sequence[Helper],
+    ) -> None:
+        self._directory = directory
+        constants = {
+            "version": STATE_VERSION,
+            "name": config.name,
+            "qemu": {**qemu._asdict(), **binary._asdict()},
+            "machine": {field: getattr(config, field) for field in CONFIG_FIELDS},
+            "registration": config.registration._asdict(),
+            "helpers": [SavedHelper(each.name, each.what, each.pid, runtime.start_time(each.pid)) for each in helpers],
+        }
+        self._constants = json.dumps(constants)[:-1]
 
-def write(
-    directory: MachineDirectory,
-    constant: str,
-    *,
-    storage: str,
-    sessions: SavedSessions = SavedSessions(),  # noqa: B008 - a constant
-) -> None:
-    """Write it down; it is on the disk when this returns. `constant` and `storage` are in JSON.
+    def write(self, storage: str, sessions: SavedSessions = SavedSessions()) -> None:  # noqa: B008 - a constant
+        """Write it down; it is on the disk when this returns. `storage` is the register of drives, in JSON.
 
-    They are `constants` and the register of drives. Raises OSError.
-    """
-    varying = f'"sessions": {json.dumps(sessions._asdict())}, "storage": {storage}'
-    directory.write(runtime.STATE, f"{constant[:-1]}, {varying}}}".encode())
+        Raises SystemFailure.
+        """
+        varying = f'"sessions": {json.dumps(sessions._asdict())}, "storage": {storage}'
+        try:
+            self._directory.write(runtime.STATE, f"{self._constants}, {varying}}}".encode())
+        except OSError as error:
+            path = self._directory.file(runtime.STATE)
+            raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None
 
 
 def boot_storage(drives: Sequence[BootDrive]) -> str:
@@ -136,13 +145,17 @@ def read(directory: MachineDirectory) -> State:
     except OSError as error:
         raise StartError(f"machine {name} left no state to take it over from: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise StartError(f"the state of machine {name} is damaged: {error!r}", hint=_damaged_hint(directory)) from None
+        raise damaged(directory, error) from None
 
 
-def _damaged_hint(directory: MachineDirectory) -> str:
+def damaged(directory: MachineDirectory, error: Exception) -> StartError:
+    """What to tell of a state that cannot be understood."""
     pid = runtime.running_qemu(directory.path)
     end = f"end its QEMU with: kill {pid}" if pid else "end its QEMU"
-    return f"please report it, with {directory.file(runtime.STATE)}; {end}"
+    return StartError(
+        f"the state of machine {directory.name} is damaged: {error!r}",
+        hint=f"please report it, with {directory.file(runtime.STATE)}; {end}",
+    )
 
 
 def _load(name: str, found: dict[str, Any]) -> State:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's end without asking the guest: it is told to quit, and killed where it does not obey."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from ..errors import NotConnected, Timeout
+from ..host.process import Process
+from ..qmp.monitor import Monitor
+
+#: Seconds between `quit`, which QEMU obeys in milliseconds, and SIGKILL.
+QUIT_TIMEOUT = 5.0
+
+
+class Quit:
+    """Ends one QEMU, whoever asks and how often."""
+
+    def __init__(self, process: Process, monitor: Monitor) -> None:
+        self._process = process
+        self._monitor = monitor
+        self._killer: asyncio.TimerHandle | None = None
+        #: Whether it had to be killed.
+        self.killed = False
+
+    async def ask(self) -> None:
+        """Tell it to quit; returns once it has agreed. One that does not go is killed."""
+        if self._killer is None:
+            self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, self._kill)
+        # It may go before its reply does, or be about to be killed.
+        with contextlib.suppress(NotConnected, Timeout):
+            await self._monitor.execute("quit", timeout=QUIT_TIMEOUT)
+
+    def _kill(self) -> None:
+        if not self._process.ended.is_set():
+            self.killed = True
+            self._process.kill()
+
+    def close(self) -> None:
+        """It has ended, or is not ours to end any more."""
+        if self._killer is not None:
+            self._killer.cancel()
