@@ -7,10 +7,13 @@ import select
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from tests.commands import Spawned, qemu_pid, vmctl
+from tests.conftest import make_raw
+from tests.machines import fresh_name
 from vmspawn.host import runtime
 
 
@@ -44,6 +47,11 @@ class Survivor:
         os.kill(self.pid, signal.SIGKILL)
         wait_until_dead(self.pid)
 
+    def attach(self, path: Path, *arguments: str) -> None:
+        """`vmctl attach-disk`, which must succeed."""
+        done = vmctl("attach-disk", self.name, str(path), *arguments)
+        assert done.returncode == 0, done.stderr
+
     def disks(self) -> list[dict[str, Any]]:
         """What `vmctl list-disks` shows."""
         found: list[dict[str, Any]] = json.loads(vmctl("list-disks", self.name, "--json=short").stdout)
@@ -70,6 +78,13 @@ def survivor(name: str, *arguments: str) -> Iterator[Survivor]:
         yield made
     finally:
         made.close()
+
+
+def idle_survivor(qemu: str, folder: Path) -> AbstractContextManager[Survivor]:
+    """The same with a machine whose guest is its firmware, and four ports."""
+    image = make_raw(folder / "boot", 1 << 20)
+    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--hotplug-ports=4")
+    return survivor(fresh_name(), *options)
 
 
 class RawMonitor:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests of QMP share."""
+"""What the tests of QMP share, and those of drives."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import pytest_asyncio
 
+import vmspawn
 from tests.conftest import make_raw
+from tests.machines import idle_machine, unchanged
 from tests.qemu.qmp_fixtures import PC, Kind, Machine, Server, Side, kinds, shared
 
 
@@ -45,3 +48,20 @@ def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, .
     """A vmspawn's options for a machine that boots nothing: its guest is its firmware."""
     image = make_raw(tmp_path_factory.mktemp("image") / "image", 1 << 20)
     return (f"--qemu={qemu}", f"--image={image}", "--ram=64M")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
+async def machine(
+    request: pytest.FixtureRequest, qemu: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[vmspawn.Machine]:
+    """A machine of either type with eight ports, whose guest is its firmware."""
+    folder = tmp_path_factory.mktemp("machine")
+    async with idle_machine(qemu, folder, machine_type=request.param, hotplug_ports=8) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def nothing_left(machine: vmspawn.Machine) -> AsyncIterator[None]:
+    """A test must leave the machine as it found it."""
+    async with unchanged(machine):
+        yield

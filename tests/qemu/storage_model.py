@@ -9,15 +9,19 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_raw
-from tests.machines import links_of
+from tests.machines import Snapshot, links_of
 from vmspawn import Machine
+from vmspawn.errors import BadConfig, ConfigNotSupported, StoragePending, VmspawnError
 from vmspawn.host.runtime import STATE
+
+#: How something is refused.
+Error = type[VmspawnError]
 
 #: Which of QEMU's devices a drive becomes.
 DEVICES = {
@@ -81,6 +85,26 @@ class Disk:
         """The types of its objects."""
         yield "throttle-group"
         yield from ("iothread",) if self.thread and self.bus == "virtio-blk" else ()
+
+    def replace_error(self, file: ImageFile, *, shrink: bool) -> Error | None:
+        """How another image is refused, if it is."""
+        if self.bus == "scsi-cd":
+            return ConfigNotSupported
+        if self.detaching:
+            return StoragePending
+        if file.size == self.size:
+            return None
+        if self.read_only or self.bus not in RESIZABLE_BUSES:
+            return ConfigNotSupported
+        return BadConfig if file.size < self.size and not shrink else None
+
+    def resize_error(self, size: int, *, shrink: bool) -> Error | None:
+        """How another size is refused, if it is."""
+        if self.detaching:
+            return StoragePending
+        if self.bus not in RESIZABLE_BUSES or self.read_only:
+            return ConfigNotSupported
+        return BadConfig if size < self.size and not shrink else None
 
 
 @dataclass(frozen=True)
@@ -185,6 +209,20 @@ def _child_types(entries: list[dict[str, str]]) -> Iterable[str]:
 def open_images(pid: int, folder: Path) -> Counter[str]:
     """The files of a folder that a process has open, and how often."""
     return Counter(os.path.basename(link) for link in links_of(pid) if link.startswith(f"{folder}/"))
+
+
+def check_equal(actual: Picture | Snapshot, expected: Picture | Snapshot) -> None:
+    """Name what differs."""
+    names = [each.name for each in fields(actual)]
+    different = [name for name in names if getattr(actual, name) != getattr(expected, name)]
+    assert not different, "; ".join(
+        f"{name} is {getattr(actual, name)} and should be {getattr(expected, name)}" for name in different
+    )
+
+
+def check_one_line(error: VmspawnError) -> None:
+    """A message is one line, and so is a hint."""
+    assert "\n" not in f"{error}{error.hint}"
 
 
 def make_image(folder: Path, name: str, image_format: str, size: int) -> ImageFile:

@@ -12,14 +12,25 @@ import contextlib
 import os
 from collections.abc import Coroutine
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.background import Background
 from tests.conftest import make_raw
 from tests.machines import Snapshot, event_named, idle_machine
-from tests.qemu.storage_model import PCI_BUSES, RESIZABLE_BUSES, Disk, ImageFile, Model, Picture, look, make_image
+from tests.qemu.storage_model import (
+    PCI_BUSES,
+    Disk,
+    Error,
+    ImageFile,
+    Model,
+    Picture,
+    check_equal,
+    check_one_line,
+    look,
+    make_image,
+)
 from vmspawn import Drive, Machine
 from vmspawn.errors import (
     BadConfig,
@@ -49,7 +60,6 @@ PORTS = 3
 UNATTACHABLE = ("wrong format", "unsaid format", "broken", "no file", "empty", "no medium", "boot drive")
 UNUSABLE = ("itself", "broken", "wrong format", "read-only")
 
-Error = type[VmspawnError]
 _T = TypeVar("_T")
 
 
@@ -315,19 +325,8 @@ class Run:
         """Put another image under a drive."""
         file = self.file(image_format, size, reuse=reuse)
         work = self.machine.replace(disk.name, self.path(file), format=file.format, shrink=shrink)
-        if self.expect(work, self._replace_error(disk, file, shrink=shrink), disk):
+        if self.expect(work, disk.replace_error(file, shrink=shrink), disk):
             disk.image, disk.size = file, file.size
-
-    def _replace_error(self, disk: Disk, file: ImageFile, *, shrink: bool) -> Error | None:
-        if disk.bus == "scsi-cd":
-            return ConfigNotSupported
-        if disk.detaching:
-            return StoragePending
-        if file.size == disk.size:
-            return None
-        if disk.read_only or disk.bus not in RESIZABLE_BUSES:
-            return ConfigNotSupported
-        return BadConfig if file.size < disk.size and not shrink else None
 
     def replace_by_what_cannot_be(self, disk: Disk, what: str) -> None:
         """Put something under a drive that is refused, and leaves the drive as it was."""
@@ -353,18 +352,11 @@ class Run:
     def resize(self, disk: Disk, *, size: int, shrink: bool) -> None:
         """Give a drive another size."""
         if self.expect(
-            self.machine.resize(disk.name, size, shrink=shrink), self._resize_error(disk, size, shrink=shrink), disk
+            self.machine.resize(disk.name, size, shrink=shrink), disk.resize_error(size, shrink=shrink), disk
         ):
             disk.size = size
             assert disk.image is not None
             disk.image.size = size
-
-    def _resize_error(self, disk: Disk, size: int, *, shrink: bool) -> Error | None:
-        if disk.detaching:
-            return StoragePending
-        if disk.bus not in RESIZABLE_BUSES or disk.read_only:
-            return ConfigNotSupported
-        return BadConfig if size < disk.size and not shrink else None
 
     def limit(self, disk: Disk, limits: Limits) -> None:
         """Limit a drive, or no more."""
@@ -434,20 +426,6 @@ class Run:
 async def _snapshot(machine: Machine) -> Snapshot:
     """All but what query-pci says: what is behind a port, it shows once the firmware has numbered the buses."""
     return replace(await Snapshot.take(machine), pci_devices=frozenset())
-
-
-def check_equal(actual: Picture | Snapshot, expected: Picture | Snapshot) -> None:
-    """Name what differs."""
-    names = [each.name for each in fields(actual)]
-    different = [name for name in names if getattr(actual, name) != getattr(expected, name)]
-    assert not different, "; ".join(
-        f"{name} is {getattr(actual, name)} and should be {getattr(expected, name)}" for name in different
-    )
-
-
-def check_one_line(error: VmspawnError) -> None:
-    """A message is one line, and so is a hint."""
-    assert "\n" not in f"{error}{error.hint}"
 
 
 async def _start(qemu: str, folder: Path) -> Machine:

@@ -17,9 +17,9 @@ import pytest_asyncio
 import varlink
 from qemu.qmp import QMPClient
 
+from tests.callers import served_machine
 from tests.machines import Snapshot, idle_machine, open_files
 from vmspawn import Machine
-from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
 from vmspawn.machine.end import MachineEvents
@@ -34,10 +34,8 @@ DEADLINE = 10.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Machine]:
-    async with idle_machine(qemu, tmp_path_factory.mktemp("idle")) as running:
-        server = ControlServer(running.directory, build_registry(running))
+    async with served_machine(qemu, tmp_path_factory.mktemp("idle")) as running:
         yield running
-        server.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)

@@ -5,7 +5,6 @@ import array
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,31 +18,22 @@ import pytest
 from tests.commands import DEADLINE, VMCTL, Spawned, background, vmctl, vmspawn
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
-from tests.survivors import RawMonitor, Survivor, survivor, wait_until_dead
+from tests.survivors import RawMonitor, Survivor, idle_survivor, survivor, wait_until_dead
 from vmspawn.console.unread import MISSING
 from vmspawn.host import runtime
 from vmspawn.host.consolelog import KEPT_MAX, ConsoleLog
-from vmspawn.machine.state import STATE_VERSION
 
 
 @pytest.fixture
 def machine(qemu: str, tmp_path: Path) -> Iterator[Survivor]:
-    image = make_raw(tmp_path / "boot", 1 << 20)
-    with survivor(
-        fresh_name(), f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--hotplug-ports=4"
-    ) as running:
+    with idle_survivor(qemu, tmp_path) as running:
         yield running
 
 
-def attach(machine: Survivor, path: Path, *arguments: str) -> None:
-    done = vmctl("attach-disk", machine.name, str(path), *arguments)
-    assert done.returncode == 0, done.stderr
-
-
 def test_drives_keep_their_names_places_and_serials(machine: Survivor, tmp_path: Path) -> None:
-    attach(machine, make_raw(tmp_path / "one"), "--bus=virtio-blk", "--discard=ignore")
-    attach(machine, make_qcow2(tmp_path / "two"), "--bus=nvme", "--format=qcow2", "--serial=TWO")
-    attach(machine, make_raw(tmp_path / "three"), "--bus=virtio-scsi", "--iops=100", "--burst=3", "--iothread")
+    machine.attach(make_raw(tmp_path / "one"), "--bus=virtio-blk", "--discard=ignore")
+    machine.attach(make_qcow2(tmp_path / "two"), "--bus=nvme", "--format=qcow2", "--serial=TWO")
+    machine.attach(make_raw(tmp_path / "three"), "--bus=virtio-scsi", "--iops=100", "--burst=3", "--iothread")
     done = vmctl("attach-disk", machine.name, "--bus=scsi-cd", "--name=empty")
     assert done.returncode == 0, done.stderr
     before = machine.disks()
@@ -59,7 +49,7 @@ def test_drives_keep_their_names_places_and_serials(machine: Survivor, tmp_path:
     assert (status["processId"], status["portsFree"], status["accelerator"]) == (machine.pid, 1, "tcg")
     for name in ("three", "empty"):
         assert vmctl("detach-disk", machine.name, name).returncode == 0
-    attach(machine, tmp_path / "three", "--bus=virtio-scsi")
+    machine.attach(tmp_path / "three", "--bus=virtio-scsi")
 
 
 def test_a_manager_in_the_background(machine: Survivor) -> None:
@@ -135,8 +125,8 @@ def test_what_cannot_be_adopted(arguments: tuple[str, ...], status: int, message
 
 
 def test_a_drive_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_path: Path) -> None:
-    attach(machine, make_raw(tmp_path / "gone"), "--bus=virtio-scsi")
-    attach(machine, make_raw(tmp_path / "kept"), "--bus=virtio-scsi")
+    machine.attach(make_raw(tmp_path / "gone"), "--bus=virtio-scsi")
+    machine.attach(make_raw(tmp_path / "kept"), "--bus=virtio-scsi")
     machine.kill_manager()
     with machine.monitor() as monitor:
         devices = monitor.execute("qom-list", path="/machine/peripheral")["return"]
@@ -147,7 +137,7 @@ def test_a_drive_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_pa
     # Its name and its image are free again.
     done = vmctl("detach-disk", machine.name, "gone")
     assert done.returncode == 0 or "no drive named gone" in done.stderr
-    attach(machine, tmp_path / "gone", "--bus=virtio-scsi")
+    machine.attach(tmp_path / "gone", "--bus=virtio-scsi")
     assert {disk["name"] for disk in machine.disks()} == {"boot", "kept", "gone"}
 
 
@@ -220,136 +210,6 @@ def reset_until(machine: Survivor, condition: Callable[[], bool]) -> None:
             monitor.execute("query-status")
 
 
-def edit_state(machine: Survivor, **changes: Any) -> None:
-    path = Path(machine.folder) / runtime.STATE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_a_newer_state_is_refused_and_qemu_lives(machine: Survivor) -> None:
-    machine.kill_manager()
-    edit_state(machine, version=STATE_VERSION + 1)
-    done = vmspawn("--adopt", "-M", machine.name)
-    assert done.returncode == 1
-    assert f"machine {machine.name} belongs to a newer vmspawn" in done.stderr
-    assert not process_is_gone(machine.pid)
-    edit_state(machine, version=STATE_VERSION)
-    machine.adopt()
-
-
-def plug_in_with_long_names(machine: Survivor, path: Path, *, threaded: bool) -> None:
-    """A SCSI disk as managers attached it whose state had version 1 or 2, and the controller that it is on."""
-    pivot = {"driver": "throttle", "node-name": "drive5-pivot", "throttle-group": "drive5-limits"}
-    disk = {"driver": "scsi-hd", "id": "drive5", "drive": "drive5-pivot", "serial": "disk", "scsi-id": 3, "lun": 0}
-    controller = {"driver": "virtio-scsi-pci", "id": "scsi1", "iothread": "scsi-thread", "bus": "port0", "addr": "0x0"}
-    commands: list[tuple[str, dict[str, Any]]] = [
-        ("object-add", {"qom-type": "throttle-group", "id": "drive5-limits"}),
-        ("blockdev-add", {"driver": "file", "node-name": "image4-file", "filename": str(path)}),
-        ("blockdev-add", {**pivot, "file": "image4-file"}),
-        ("device_add", {**disk, "bus": "scsi1.0" if threaded else "scsi0.0"}),
-    ]
-    if threaded:
-        commands[:0] = [
-            ("object-add", {"qom-type": "iothread", "id": "scsi-thread"}),
-            ("device_add", controller),
-        ]
-    with machine.monitor() as monitor:
-        for command, arguments in commands:
-            assert monitor.execute(command, **arguments) == {"return": {}}
-
-
-def state_of_version(version: int, machine: Survivor, path: Path) -> dict[str, Any]:
-    """What such a manager left of a machine with that disk.
-
-    Version 1 said less of all, and not where the controller with an I/O thread is plugged in.
-    """
-    found = json.loads((Path(machine.folder) / runtime.STATE).read_text())
-    options = {"read-only": False, "discard": "unmap", "detect-zeroes": "off", "cache": "writeback", "aio": "threads"}
-    status = path.stat()
-    backing = {"block": False, "writable": True, "identity": [status.st_dev, status.st_ino]}
-    image = {"number": 4, "format": "raw", "path": str(path), "size": 0, "done": ["file"], "backing": backing}
-    disk = {
-        "name": "disk",
-        "bus": "virtio-scsi",
-        "options": {**options, "thread": version == 1, "share": False},
-        "serial": "disk",
-        "limits": [0, 0, 0, 0, 0, 0, 1.0],
-        "boot": False,
-        "number": 5,
-        "place": ["scsi1" if version == 1 else "scsi0", 3, 0],
-        "images": [image],
-        "state": "attached",
-        "done": ["place", "limits", "image", "pivot", "device"],
-    }
-    drives = {"next": 6, "attachments": [disk]}
-    if version == 2:
-        return {**found, "version": 2, "storage": {**drives, "threaded-scsi": None}}
-    return {
-        "version": 1,
-        "name": machine.name,
-        "qemu": {name: found["qemu"][name] for name in ("pid", "started", "path")},
-        "machine": {"type": "q35", "hotplug-ports": 4},
-        "storage": drives,
-    }
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_an_older_state_is_read(qemu: str, tmp_path: Path, version: int) -> None:
-    path = make_raw(tmp_path / "disk", 1 << 20)
-    with survivor(
-        fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--console=headless", "--hotplug-ports=4"
-    ) as machine:
-        machine.kill_manager()
-        plug_in_with_long_names(machine, path, threaded=version == 1)
-        state = Path(machine.folder) / runtime.STATE
-        state.write_text(json.dumps(state_of_version(version, machine, path)))
-        machine.adopt()
-        (disk,) = machine.disks()
-        assert (disk["name"], disk["state"], disk["path"]) == ("disk", "attached", str(path))
-        assert disk["sizeBytes"] == 1 << 20
-        written = json.loads(state.read_text())
-        assert written["version"] == STATE_VERSION
-        assert written["storage"]["threaded-scsi"] == (["port0", "0x0"] if version == 1 else None)
-        # It is managed as any other, by this manager and by the next.
-        other = make_raw(tmp_path / "other", 1 << 20)
-        assert vmctl("replace-disk", machine.name, "disk", str(other)).returncode == 0
-        attach(machine, make_raw(tmp_path / "another"), "--bus=virtio-scsi", "--iothread")
-        assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["portsFree"] == 3
-        machine.kill_manager()
-        machine.adopt()
-        for name in ("disk", "another"):
-            assert vmctl("detach-disk", machine.name, name).returncode == 0
-        machine.kill_manager()
-        with machine.monitor() as monitor:
-            assert monitor.execute("query-named-block-nodes") == {"return": []}
-            objects = monitor.execute("qom-list", path="/objects")["return"]
-            assert not [each["name"] for each in objects if each["name"].startswith(("drive", "limits"))]
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 2}', b'{"version": "x"}'])
-def test_a_damaged_state_is_said(machine: Survivor, damage: bytes) -> None:
-    machine.kill_manager()
-    path = Path(machine.folder) / runtime.STATE
-    whole = path.read_bytes()
-    path.write_bytes(damage)
-    done = vmspawn("--adopt", "-M", machine.name)
-    assert done.returncode == 1
-    assert f"the state of machine {machine.name} is damaged" in done.stderr
-    assert "Traceback" not in done.stderr
-    # Nor does it look like a leftover that could be cleaned.
-    assert "still runs without its manager" in vmspawn("-M", machine.name, "--guest=builtin").stderr
-    path.write_bytes(whole)
-    machine.adopt()
-
-
-def test_a_manager_that_died_before_it_knew_qemus_process(machine: Survivor) -> None:
-    """The state is written ahead of the start; QEMU itself then tells which process it is."""
-    machine.kill_manager()
-    state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
-    edit_state(machine, qemu={**state["qemu"], "pid": 0, "started": 0})
-    machine.adopt()
-    assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["processId"] == machine.pid
-
-
 def test_a_monitor_that_somebody_else_holds(machine: Survivor) -> None:
     machine.kill_manager()
     with machine.monitor():
@@ -420,12 +280,3 @@ def test_adopt_or_start(qemu: str, tmp_path: Path) -> None:
         assert f"took over machine {name} (QEMU is process {machine.pid})" in machine.manager.output["stderr"]
         assert vmctl("terminate", name).returncode == 0
         assert machine.manager.wait() == 0
-
-
-def test_the_files_of_the_package_may_change_while_it_runs(machine: Survivor) -> None:
-    """QEMU's binary may be another one by then: what it could do was written down."""
-    machine.kill_manager()
-    state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
-    edit_state(machine, qemu={**state["qemu"], "path": shutil.which("true")})
-    machine.adopt()
-    assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["running"] is True

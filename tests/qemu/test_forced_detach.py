@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A drive by force: the host gets its file back at once, or is told that its own storage hangs."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MIB, make_qcow2, make_raw
+from tests.machines import Snapshot, event_named, idle_machine, unchanged
+from tests.qemu.qmp_fixtures import wait_until
+from tests.qemu.storage_model import open_images
+from vmspawn import Drive
+from vmspawn.errors import NoSuchStorage, StoragePending, Timeout
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+BUSES = ("virtio-blk", "nvme", "virtio-scsi")
+
+
+@pytest.mark.parametrize("machine_type", ["q35", "pc"])
+@pytest.mark.parametrize("bus", BUSES)
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_force_gives_the_host_its_file_back_at_once(
+    qemu: str, tmp_path: Path, machine_type: str, bus: str, image_format: str
+) -> None:
+    """Firmware does not let go of a PCI device; yet the image is closed, and can be attached again at once.
+
+    The machine is its own: a firmware that was reset before resets itself once more, some time later.
+    """
+    path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", 4 * MIB)
+    async with idle_machine(qemu, tmp_path, machine_type=machine_type) as machine:
+        before = await Snapshot.take(machine)
+        await machine.attach(Drive(str(path), "disk", bus, image_format))
+        await machine.detach("disk", timeout=0, force=True)
+        assert "image" not in open_images(machine.pid, tmp_path)
+        if bus != "virtio-scsi":
+            assert [(each.state.value, each.forced) for each in machine.storage if not each.boot] == [
+                ("detaching", True)
+            ]
+            with pytest.raises(StoragePending, match="disk is detaching"):
+                await machine.resize("disk", 8 * MIB)
+            with pytest.raises(StoragePending, match="disk is detaching"):
+                await machine.replace("disk", str(make_raw(tmp_path / "other", MIB)))
+            await machine.attach(Drive(str(path), "again", "virtio-scsi", image_format))
+            await machine.detach("again")
+            # Asking again changes nothing; neither does more force.
+            assert await machine.detach("disk", timeout=0.1, force=True) is False
+            await machine.reboot()
+        with contextlib.suppress(NoSuchStorage):
+            await machine.detach("disk", timeout=20)
+        assert await Snapshot.take(machine) == before
+
+
+@pytest.mark.soak
+async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
+    """QEMU stands still in closing the file. That is said before clients lose patience, and then goes on by itself."""
+    with fuse_file(tmp_path) as (path, server):
+        async with idle_machine(qemu, tmp_path) as machine, unchanged(machine):
+            await machine.attach(Drive(path, "disk", "virtio-scsi"))
+            server.send_signal(signal.SIGSTOP)
+            with pytest.raises(Timeout, match="did not answer blockdev-del within 20 s") as caught:
+                await machine.detach("disk", force=True)
+            assert "storage that the image is on may hang" in caught.value.hint
+            detached = asyncio.create_task(event_named(machine, "StorageDetached"))
+            await asyncio.sleep(0)
+            server.send_signal(signal.SIGCONT)
+            assert await detached == {"name": "disk"}
+
+
+@contextlib.contextmanager
+def fuse_file(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A file that a process serves; skips the test where there is none that can."""
+    if not shutil.which("qemu-storage-daemon") or not os.access("/dev/fuse", os.W_OK):
+        pytest.skip("needs qemu-storage-daemon and FUSE")
+    image, path = make_raw(folder / "served", MIB), folder / "file"
+    path.touch()
+    node = f"driver=file,node-name=image,filename={image}"
+    export = f"type=fuse,id=file,node-name=image,mountpoint={path},writable=on"
+    pid_file = folder / "pid"
+    command = ["qemu-storage-daemon", f"--blockdev={node}", f"--export={export}", f"--pidfile={pid_file}"]
+    server = subprocess.Popen(command)
+    try:
+        wait_until(pid_file.exists, "qemu-storage-daemon is up")
+        yield str(path), server
+    finally:
+        server.send_signal(signal.SIGCONT)
+        server.terminate()
+        server.wait(20)
