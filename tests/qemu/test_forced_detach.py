@@ -60,18 +60,21 @@ async def test_force_gives_the_host_its_file_back_at_once(
 
 @pytest.mark.soak
 async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
-    """QEMU stands still in closing the file. That is said before clients lose patience, and then goes on by itself."""
-    with fuse_file(tmp_path) as (path, server):
-        async with idle_machine(qemu, tmp_path) as machine, unchanged(machine):
-            await machine.attach(Drive(path, "disk", "virtio-scsi"))
-            server.send_signal(signal.SIGSTOP)
-            with pytest.raises(Timeout, match="did not answer blockdev-del within 20 s") as caught:
-                await machine.detach("disk", force=True)
-            assert "storage that the image is on may hang" in caught.value.hint
-            detached = asyncio.create_task(event_named(machine, "StorageDetached"))
-            await asyncio.sleep(0)
-            server.send_signal(signal.SIGCONT)
-            assert await detached == {"name": "disk"}
+    """QEMU stands still in closing the file, or in looking at it where the host has forgotten its size. That is said
+    before clients lose patience, and then goes on by itself."""
+    async with idle_machine(qemu, tmp_path) as machine:
+        with fuse_file(tmp_path) as (path, server):
+            async with unchanged(machine):
+                await machine.attach(Drive(path, "disk", "virtio-scsi"))
+                server.send_signal(signal.SIGSTOP)
+                stuck = r"did not answer (blockdev-del|query-named-block-nodes) within 20 s"
+                with pytest.raises(Timeout, match=stuck) as caught:
+                    await machine.detach("disk", force=True)
+                assert "storage that the image is on may hang" in caught.value.hint
+                detached = asyncio.create_task(event_named(machine, "StorageDetached"))
+                await asyncio.sleep(0)
+                server.send_signal(signal.SIGCONT)
+                assert await detached == {"name": "disk"}
 
 
 @contextlib.contextmanager
