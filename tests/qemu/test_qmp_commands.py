@@ -204,9 +204,8 @@ def test_what_cannot_be_shared(qemu: str, tmp_path: Path) -> None:
     assert (tmp_path / "taken").exists()
 
 
-#: KiB that the process may keep: Python's allocator has arenas of 1 MiB that it gives back only when they are empty,
-#: and the C library keeps some too. Twice as much waits for a client at its bound.
-KEPT = 4096
+#: KiB that a client's unread replies take up at the least; what waits for it is cut off at 8 MiB.
+TAKEN = 4096
 
 
 @pytest.mark.parametrize("question", [b'{"execute":"query-qmp-schema"}', b"]" * 4096], ids=["large", "small"])
@@ -219,9 +218,10 @@ def test_memory_that_a_client_does_not_read_is_given_back(qemu: str, tmp_path: P
         for _ in range(2):
             with closing(client(listen)) as stalled:
                 peak = ask_until_cut_off(stalled, question, lambda: look(honest, share.pid))
-            assert peak > before + KEPT
+            assert peak > before + TAKEN
             assert honest.run("query-name") == {"return": {}}
-            assert resident(share.pid) < before + KEPT
+            # Not all: Python's allocator gives back its arenas of 1 MiB that are empty, and the C library keeps some.
+            assert resident(share.pid) - before < (peak - before) / 2
 
 
 def client(path: str) -> Client:
