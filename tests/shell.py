@@ -42,7 +42,8 @@ class Shell:
         reader, writer = await asyncio.open_unix_connection(path)
         shell = cls(reader, writer)
         await shell.wait_for(READY, timeout=BOOT_TIMEOUT)
-        await shell.run("stty -echo; PS1=")
+        # What the kernel says of disks that fail would fall into the midst of a line.
+        await shell.run("stty -echo; PS1=; echo 1 >/proc/sys/kernel/printk")
         return shell
 
     async def reconnect(self, path: str) -> None:
