@@ -28,12 +28,12 @@ from vmspawn.host import runtime
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
 #: Attaches of one disk, ours and raw each.
-ROUNDS = 20
+ROUNDS = 50
 #: Disks of the measurement of many, and how often it is done.
 MANY = 100
 MANY_ROUNDS = 8
 #: Boots of each of two machines that are compared.
-BOOTS = 5
+BOOTS = 9
 SIZE = 1 << 20
 DEADLINE = 60.0
 READY = b"vmspawn-guest: ready"

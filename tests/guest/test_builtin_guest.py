@@ -281,17 +281,21 @@ def test_misses_none_of_many_drives_at_once(guest: Guest) -> None:
     assert guest.run("ls /dev/disk/by-id | grep -c many") == "0\n"
 
 
-def test_ctrl_c_interrupts_what_the_shell_runs(guest: Guest) -> None:
-    guest.type("echo st''arted; sleep 1000\n")
+def start_a_job(guest: Guest) -> None:
+    """Run something for ever. It says by itself that it runs: until then the keys would be the shell's."""
+    guest.type("sh -c 'echo st\"\"arted; exec sleep 1000'\n")
     guest.expect("started\n")
+
+
+def test_ctrl_c_interrupts_what_the_shell_runs(guest: Guest) -> None:
+    start_a_job(guest)
     guest.type("\x03")
     guest.expect(PROMPT)
     assert guest.run("echo alive") == "alive\n"
 
 
 def test_ctrl_z_stops_what_the_shell_runs(guest: Guest) -> None:
-    guest.type("echo st''arted; sleep 1000\n")
-    guest.expect("started\n")
+    start_a_job(guest)
     guest.type("\x1a")
     guest.expect("Stopped")
     guest.expect(PROMPT)
