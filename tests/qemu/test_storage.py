@@ -181,9 +181,18 @@ async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Ma
     await machine.monitor.execute("blockdev-del", {"node-name": "foreign"})
 
 
-async def test_an_unknown_drive_cannot_be_detached(machine: Machine) -> None:
-    with pytest.raises(NoSuchStorage, match="no drive named nobody"):
-        await machine.detach("nobody")
+async def test_an_unknown_drive_cannot_be_detached_and_others_are_named(machine: Machine, tmp_path: Path) -> None:
+    (boot,) = (each.name for each in machine.storage)
+    disks = [Drive(str(make_raw(tmp_path / f"disk{n}")), bus="virtio-scsi") for n in range(9)]
+    for count, hint in ((1, f"its drives: {boot}, disk0"), (9, f"its drives: {boot}, disk0, disk1")):
+        for disk in disks[len(list(machine.storage)) - 1 : count]:
+            await machine.attach(disk)
+        with pytest.raises(NoSuchStorage, match="no drive named nobody") as caught:
+            await machine.detach("nobody")
+        assert caught.value.hint.startswith(hint)
+    assert caught.value.hint.endswith("disk6 and 2 more")
+    for number in range(9):
+        await machine.detach(f"disk{number}")
 
 
 async def test_a_boot_drive_stays(machine: Machine) -> None:

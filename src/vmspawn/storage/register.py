@@ -10,6 +10,9 @@ import msgspec
 from ..errors import NoSuchStorage
 from .attachment import Attachment
 
+#: Drives that are named to somebody who asked for one that is not there.
+_NAMED = 8
+
 
 class Register:
     """The drives by their names."""
@@ -27,7 +30,15 @@ class Register:
         try:
             return self._attachments[name]
         except KeyError:
-            raise NoSuchStorage(f"there is no drive named {name}", hint="see: vmctl list-disks MACHINE") from None
+            raise NoSuchStorage(f"there is no drive named {name}", hint=self._names_hint()) from None
+
+    def _names_hint(self) -> str:
+        """What there is instead, as far as a line has room for it."""
+        names = list(self._attachments)
+        if not names:
+            return "the machine has no drives"
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"its drives: {', '.join(names[:_NAMED])}{more}"
 
     def add(self, attachment: Attachment) -> None:
         """Enter a drive."""
