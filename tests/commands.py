@@ -16,6 +16,7 @@ from tests.conftest import make_raw
 from tests.machines import fresh_name
 
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
+VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 
 #: Nothing here takes longer; a test that waits this long has failed.
 DEADLINE = 60.0
@@ -28,10 +29,20 @@ def vmctl(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedPro
 
 def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
     """Run a vmspawn that is expected to end by itself."""
-    command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
+    command = [*VMSPAWN, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
     )
+
+
+def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:
+    """The error that a command ended with: one line, and at most one more with a hint."""
+    lines = [line for line in done.stderr.splitlines() if "no KVM" not in line]
+    assert "Traceback" not in done.stderr
+    assert len(lines) in (1, 2), done.stderr
+    assert lines[0].startswith(f"{program}: ")
+    assert all(line.startswith(" ") for line in lines[1:])
+    return lines[0]
 
 
 class Spawned:
@@ -40,7 +51,7 @@ class Spawned:
     def __init__(self, name: str, arguments: tuple[str, ...], *, program: Sequence[str] = ()) -> None:
         """Start `program`, which is this checkout's vmspawn unless another is named."""
         self.name = name
-        command = [*(program or (sys.executable, "-m", "vmspawn.cli.spawn")), "-M", name, *arguments]
+        command = [*(program or VMSPAWN), "-M", name, *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

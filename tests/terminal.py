@@ -10,14 +10,13 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.commands import DEADLINE, VMCTL, vmctl
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, vmctl
 from tests.machines import fresh_name
 
 END = b"\x1d\x1d\x1d"
@@ -26,8 +25,6 @@ REBOOT = b"\x1d\x1dr"
 
 READY = b"vmspawn-guest: ready"
 PROMPT = b"vmspawn# "
-
-VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 
 
 class Tty:

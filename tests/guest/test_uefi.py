@@ -4,14 +4,13 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import ovmf
-from tests.commands import Spawned
+from tests.commands import VMSPAWN, Spawned
 from tests.conftest import make_raw
 from tests.disks import make_disk, need_tools
 from tests.machines import fresh_name
@@ -45,7 +44,7 @@ def kernel() -> tuple[str, ...]:
 
 def run(config_home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vmspawn.cli.spawn", *arguments],
+        [*VMSPAWN, *arguments],
         env=ovmf.environment(config_home),
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Spawned, idle, make_script, qemu_pid, spawned, vmctl, vmspawn
+from tests.commands import Spawned, idle, make_script, one_line, qemu_pid, spawned, vmctl, vmspawn
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import is_gone, process_is_gone
 from tests.survivors import wait_until_dead
@@ -26,16 +26,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
     with idle(qemu, tmp_path_factory.mktemp("image")) as running:
         yield running
-
-
-def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:
-    """The error that a command ended with: one line, and at most one more with a hint."""
-    lines = [line for line in done.stderr.splitlines() if "no KVM" not in line]
-    assert "Traceback" not in done.stderr
-    assert len(lines) in (1, 2), done.stderr
-    assert lines[0].startswith(f"{program}: ")
-    assert all(line.startswith(" ") for line in lines[1:])
-    return lines[0]
 
 
 def test_a_machine_is_there_when_it_says_so_and_gone_when_it_was_terminated(qemu: str, image: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMCTL, background, qemu_pid, spawned, vmctl, vmspawn
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, background, qemu_pid, spawned, vmctl, vmspawn
 from tests.machines import is_gone, process_is_gone
-from tests.terminal import END, POWER_OFF, REBOOT, VMSPAWN, Seated, seated, shell_job, terminal
+from tests.terminal import END, POWER_OFF, REBOOT, Seated, seated, shell_job, terminal
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, Spawned, background, qemu_pid, spawned, vmctl
+from tests.commands import DEADLINE, VMSPAWN, Spawned, background, qemu_pid, spawned, vmctl
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
-from tests.terminal import VMSPAWN, seated, shell_job, terminal
+from tests.terminal import seated, shell_job, terminal
 from vmspawn import Machine
 
 #: Has SeaBIOS speak on the serial port.

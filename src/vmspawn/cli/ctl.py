@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ..control.client import Client, VarlinkError
-from ..errors import NotConnected, Timeout, UsageError, VmspawnError
+from ..errors import NotConnected, Timeout, UsageError
 from ..host import machined
 from ..host.runtime import check_name, machine_names, running_qemu, runtime_root
 from ..version import VERSION
 from . import adopting, console, disks, ending, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
-from .options import EXIT_FAILURE, EXIT_USAGE, Formatter, Parser, complain
+from .options import Formatter, Parser
 from .parting import watching
+from .program import run
 from .tables import JSON_MODES, format_duration, print_fields, print_json
 
 _PROGRAM = "vmctl"
@@ -258,24 +258,15 @@ def _print_event(event: dict[str, Any], mode: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {event['event']} {words}".rstrip(), flush=True)
 
 
+def _main() -> int:
+    options = build_parser().parse_args()
+    options.action(options)
+    return 0
+
+
 def main() -> NoReturn:
     """The entry point."""
-    status = 0
-    try:
-        options = build_parser().parse_args()
-        options.action(options)
-    except UsageError as error:
-        complain(_PROGRAM, error)
-        status = EXIT_USAGE
-    except VmspawnError as error:
-        complain(_PROGRAM, error)
-        status = EXIT_FAILURE
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter must not try to flush the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+    run(_PROGRAM, _main)
 
 
 if __name__ == "__main__":

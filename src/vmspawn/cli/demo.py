@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from ..errors import Timeout, VmspawnError
 from ..host import runtime
-from .options import complain
+from .program import run
 
 _MACHINE = "demo"
 _SIZE = 64 << 20
@@ -174,21 +174,21 @@ def _command(name: str) -> list[str]:
     return [sys.executable, "-m", f"vmspawn.cli.{name}"]
 
 
-def main() -> NoReturn:
-    """The entry point; arguments are further options for vmspawn."""
+def _main() -> int:
     print("A guest boots, gains and loses three disks on three buses, and powers itself off.\n", flush=True)
     stage = Stage()
-    status = 0
     with tempfile.TemporaryDirectory(prefix="vmspawn-demo-") as folder:
         demo = Demo(stage, folder)
         try:
             demo.run(sys.argv[1:])
-        except VmspawnError as error:
-            complain("demo", error)
-            status = 1
         finally:
             demo.close()
-    sys.exit(status)
+    return 0
+
+
+def main() -> NoReturn:
+    """The entry point; arguments are further options for vmspawn."""
+    run("demo", _main)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What both commands share: how usage errors and other errors are said."""
+"""What both commands share: their parsers, and how usage errors are said."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from ..errors import UsageError, VmspawnError
-
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-
+from ..errors import UsageError
+from .program import EXIT_USAGE, complain
 
 #: Columns of help; more are hard to read.
 _WIDTH_MAX = 110
@@ -117,13 +114,6 @@ def _metavar(action: argparse.Action) -> str:
     if action.choices:
         return "|".join(map(str, action.choices))
     return action.dest.upper()
-
-
-def complain(program: str, error: VmspawnError) -> None:
-    """Print an error as `program: what failed: why`, and what to do about it below."""
-    print(f"{program}: {error}", file=sys.stderr)
-    if error.hint:
-        print(f"{' ' * len(program)}  {error.hint}", file=sys.stderr)
 
 
 #: What systemd takes for a boolean, in any case.

@@ -16,10 +16,9 @@ from typing import Any, NoReturn
 
 from .. import log
 from ..console.hotkeys import HELP
-from ..console.streams import ensure_standard_streams
 from ..console.terminal import Terminal, is_foreground, window_size
 from ..console.voice import Voice
-from ..errors import UsageError, VmspawnError
+from ..errors import UsageError
 from ..host import storageprovider
 from ..host.runtime import check_name
 from ..machine import config as configuration
@@ -29,8 +28,9 @@ from ..machine.launch import END_SIGNALS
 from ..storage.drive import BUSES, ON_ERROR_CHOICES, parse_extra_drive
 from ..storage.formats import FORMATS
 from ..version import VERSION
-from . import adopting, boot_options, guest_options, later_options, share_options, system_options, volumes
-from .options import EXIT_FAILURE, EXIT_USAGE, Formatter, Parser, boolean, complain
+from . import adopting, boot_options, guest_options, later_options, program, share_options, system_options, volumes
+from .options import Formatter, Parser, boolean
+from .program import EXIT_FAILURE
 
 _PROGRAM = "vmspawn"
 
@@ -313,16 +313,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detai
 
 def main() -> NoReturn:
     """The entry point."""
-    ensure_standard_streams()
-    try:
-        status = run(sys.argv[1:])
-    except UsageError as error:
-        complain(_PROGRAM, error)
-        status = EXIT_USAGE
-    except VmspawnError as error:
-        complain(_PROGRAM, error)
-        status = EXIT_FAILURE
-    sys.exit(status)
+    program.run(_PROGRAM, lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
 from asyncvarlink.serviceerrors import InvalidParameter, MethodNotImplemented
 
 from ..errors import VmspawnError
-from .errors import to_reply
+from .errors import host_failure, to_reply
 from .upgrade import Taker, upgrader
 
 #: The longest call. The largest honest one is a few hundred bytes.
@@ -46,6 +46,9 @@ UNSENT_MAX = 4 * 1024 * 1024
 
 #: The connection whose call is being served, for methods that want to know who is calling.
 CALLER: ContextVar[socket.socket] = ContextVar("caller")
+
+#: What a method may raise: what is wrong with the call, and what the host refuses where no method expects it.
+_REFUSALS = (VmspawnError, VarlinkErrorReply, OSError)
 
 _PEEK_SIZE = 16384
 _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
@@ -176,7 +179,10 @@ class Connection:
         data, fds, flags, _ = socket.recv_fds(self._socket, end or len(peeked), DESCRIPTORS_MAX, _RECEIVE_FLAGS)
         self._descriptors += fds
         self._message += data
-        if len(self._message) > MESSAGE_MAX or len(self._descriptors) > DESCRIPTORS_MAX or flags & socket.MSG_CTRUNC:
+        if flags & socket.MSG_CTRUNC:
+            self._failed("a client's descriptors are lost, for the manager may have no more open files")
+            raise _Closed
+        if len(self._message) > MESSAGE_MAX or len(self._descriptors) > DESCRIPTORS_MAX:
             raise _Closed
         if not end or len(data) < end:
             return None
@@ -231,7 +237,7 @@ class Connection:
     ) -> None:
         try:
             result = method(**arguments)
-        except (VmspawnError, VarlinkErrorReply) as error:
+        except _REFUSALS as error:
             self._fail(call, error)
         else:
             self._reply(call, signature, result)
@@ -258,7 +264,7 @@ class Connection:
                         self._reply(call, signature, result)
             else:
                 self._reply(call, signature, await method(**arguments))
-        except (VmspawnError, VarlinkErrorReply) as error:
+        except _REFUSALS as error:
             self._fail(call, error)
 
     async def _upgrade(
@@ -266,7 +272,7 @@ class Connection:
     ) -> None:
         try:
             taker = await upgrade(**arguments)
-        except (VmspawnError, VarlinkErrorReply) as error:
+        except _REFUSALS as error:
             self._fail(call, error)
             return
         self._taker = taker
@@ -298,7 +304,9 @@ class Connection:
         else:
             self._resume_reading()
 
-    def _fail(self, call: VarlinkMethodCall, error: VmspawnError | VarlinkErrorReply) -> None:
+    def _fail(self, call: VarlinkMethodCall, error: VmspawnError | VarlinkErrorReply | OSError) -> None:
+        if isinstance(error, OSError):
+            error = host_failure(error)
         if isinstance(error, VmspawnError):
             self._failed(f"{call.method.rpartition('.')[2]}: {error}")
         reply = to_reply(error, call.method_interface) if isinstance(error, VmspawnError) else error

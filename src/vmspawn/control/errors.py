@@ -5,11 +5,13 @@ What systemd's interface has a name for is sent under that name, without paramet
 `io.vmspawn.Machine` every error carries the message and the hint that a person would want to read.
 """
 
+import traceback
 import typing
+from errno import EIO
 
 from asyncvarlink import TypedVarlinkErrorReply, VarlinkErrorReply
 
-from .. import errors
+from .. import errors, log
 
 MACHINE_INSTANCE = "io.systemd.MachineInstance"
 VMSPAWN = "io.vmspawn.Machine"
@@ -84,6 +86,13 @@ _SOURCES: tuple[type[errors.VmspawnError], ...] = (
 VMSPAWN_ERRORS = tuple(_explained(source.__name__, source.__doc__ or "") for source in _SOURCES)
 
 _BY_NAME = {reply.name: reply for reply in (*MACHINE_INSTANCE_ERRORS, *VMSPAWN_ERRORS)}
+
+
+def host_failure(error: OSError) -> errors.SystemFailure:
+    """What to tell of a file, a descriptor or memory that the host did not give."""
+    log.debug(f"the host refused: {''.join(traceback.format_exception(error))}")
+    what = error.filename or "what this needs"
+    return errors.SystemFailure(f"the host refused {what}", error.errno or EIO)
 
 
 def to_reply(error: errors.VmspawnError, interface: str) -> VarlinkErrorReply:

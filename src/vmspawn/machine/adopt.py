@@ -18,7 +18,7 @@ from ..storage import ports
 from . import state as states
 from .config import SHUTDOWN_TIMEOUT, MachineConfig
 from .helper import Helper
-from .launch import Launched, connect, open_console_log
+from .launch import Launched, connect, open_console_log, system_failures
 from .state import State
 
 #: Seconds for a monitor to greet while QEMU's process is looked for.
@@ -50,11 +50,12 @@ class Adopted(Launched):
             super().abandon()
 
 
+@system_failures("take over the machine")
 def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Adopted:
     """Take over the machine that `config` names; what else it says is about the manager: console and time-outs.
 
     Raises NotConnected if there is none, StartError if its manager lives, its state cannot be used, or its QEMU is
-    gone; what that left is removed then. Nothing of QEMU was changed.
+    gone; what that left is removed then; SystemFailure. Nothing of QEMU was changed.
     """
     directory = MachineDirectory.take_over(config.name or "")
     try:

@@ -13,11 +13,11 @@ import re
 import signal
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .. import log as log_to
-from ..errors import StartError, VmspawnError
+from ..errors import StartError, SystemFailure, VmspawnError
 from ..host import consolelog, fifos, runtime, scope
 from ..host.consolelog import ConsoleLog
 from ..host.fifos import ConsolePipes
@@ -126,6 +126,17 @@ class Launched:
             each.image.close_backing()
 
 
+@contextlib.contextmanager
+def system_failures(what: str) -> Iterator[None]:
+    """What no option is to blame for, as one line: no descriptors, no memory, no room."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise SystemFailure(f"cannot {what}{where}", error.errno or errno.EIO) from None
+
+
+@system_failures("start the machine")
 def launch(
     config: MachineConfig,
     *,
@@ -135,7 +146,7 @@ def launch(
     """Start QEMU. `notice` is told, in one line, what the user would want to know of how it is started, and `detail`
     what only one who looks closely would.
 
-    Raises StartError, UsageError or what the drives raise; nothing is left behind then.
+    Raises StartError, SystemFailure, UsageError or what the drives raise; nothing is left behind then.
     """
     _check_display(config)
     config = complete(config)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the host does not give: descriptors, room, somebody who reads. One line each, and nothing left."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, idle, one_line, vmctl
+from tests.conftest import make_raw
+from tests.machines import fresh_name, is_gone, links_of
+
+#: With fewer descriptors Python itself finds no modules.
+FEWEST = 6
+#: Nobody needs as many to start QEMU.
+MOST = 64
+
+
+def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
+    """One more each time, until it is QEMU that is started, and ends of an option that it does not know."""
+    image = make_raw(tmp_path / "image", 1 << 20)
+    options = [f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--qemu-arg=-nonsense"]
+    said = []
+    for count in range(FEWEST, MOST):
+        name = fresh_name()
+        command = ["prlimit", f"--nofile={count}", "--", *VMSPAWN, "-M", name, *options]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE, check=False
+        )
+        said.append(one_line(done, "vmspawn"))
+        assert done.returncode == 1
+        assert is_gone(name)
+        if "-nonsense" in said[-1]:
+            break
+    *lacking, last = said
+    assert "-nonsense" in last
+    assert len(lacking) > 5
+    assert all("Too many open files" in line for line in lacking), lacking
+
+
+def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:
+    """Whatever it is that it cannot open, it lives, its client hears why, and the next one is served."""
+    disk = make_raw(tmp_path / "disk", 1 << 20)
+    with idle(qemu, tmp_path) as machine:
+        pid, name = machine.process.pid, machine.name
+        before = len(links_of(pid))
+        numbers = {int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()}
+        lowest = min(set(range(MOST)) - numbers)
+        failed = 0
+        # The client's connection is one, and its image another.
+        for more in range(1, 6):
+            limit(pid, lowest + more)
+            for arguments in (("attach-disk", name, str(disk), "--bus=virtio-scsi"), ("qmp", name, "query-name")):
+                done = vmctl(*arguments)
+                if done.returncode:
+                    failed += 1
+                    assert "open files" in one_line(done, "vmctl") or "closed the connection" in done.stderr
+            disks = [each["name"] for each in json.loads(vmctl("list-disks", name, "--json=short").stdout)]
+            if "disk" in disks:
+                assert vmctl("detach-disk", name, "disk").returncode == 0
+        assert failed > 2
+        limit(pid, MOST)
+        assert vmctl("attach-disk", name, str(disk), "--bus=virtio-scsi").returncode == 0
+        assert vmctl("detach-disk", name, "disk").returncode == 0
+        assert "Traceback" not in machine.output["stderr"]
+        assert len(links_of(pid)) == before
+
+
+def limit(pid: int, descriptors: int) -> None:
+    """Let a process open nothing whose number would be this or larger; what it has open stays."""
+    subprocess.run(["prlimit", f"--pid={pid}", f"--nofile={descriptors}:4096"], check=True)
+
+
+@pytest.mark.parametrize(
+    "command", [[*VMCTL, "list"], [*VMCTL, "--help"], [*VMSPAWN, "--help"], [*VMSPAWN, "--version"]]
+)
+def test_an_output_that_is_full(command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE, check=False)
+    program = "vmctl" if command[:3] == VMCTL else "vmspawn"
+    assert (done.returncode, done.stderr) == (1, f"{program}: cannot write the output: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", [[*VMCTL, "list"], [*VMSPAWN, "--help"]])
+def test_a_reader_that_has_seen_enough(command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=DEADLINE, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_standard_streams_that_are_closed() -> None:
+    """What is for one of them does not end up in another."""
+    listed = closing(">&-", "list")
+    assert (listed.returncode, listed.stdout, listed.stderr) == (0, "", "")
+    unknown = closing("2>&-", "status", "nobody")
+    assert (unknown.returncode, unknown.stdout, unknown.stderr) == (1, "", "")
+
+
+def closing(redirection: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run vmctl from a shell that closes one of its streams."""
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", *VMCTL, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
