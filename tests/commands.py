@@ -66,6 +66,14 @@ class Spawned:
         while text not in self.output[stream]:
             assert self._read(deadline - time.monotonic()), f"{text!r} did not come; there is: {self.output}"
 
+    def ended_before(self, text: str) -> int | None:
+        """Read until `text` was printed, or to the end: the exit status then."""
+        deadline = time.monotonic() + DEADLINE
+        while text not in self.output["stderr"]:
+            if not self._read(deadline - time.monotonic()):
+                return self.process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        return None
+
     def wait(self, *, timeout: float = DEADLINE) -> int:
         """Read to the end and return the exit status."""
         deadline = time.monotonic() + timeout

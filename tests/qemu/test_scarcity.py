@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMCTL, VMSPAWN, idle, one_line, vmctl
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, idle, one_line, vmctl
 from tests.conftest import make_raw
-from tests.machines import fresh_name, is_gone, links_of
+from tests.machines import fresh_name, is_gone, links_of, process_is_gone
+from tests.survivors import idle_survivor
 
 #: With fewer descriptors Python itself finds no modules.
 FEWEST = 6
@@ -38,6 +39,30 @@ def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> No
     assert "-nonsense" in last
     assert len(lacking) > 5
     assert all("Too many open files" in line for line in lacking), lacking
+
+
+def test_a_takeover_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
+    """QEMU runs on each time, and its drives are there when somebody has enough to take it over."""
+    with idle_survivor(qemu, tmp_path) as machine:
+        machine.attach(make_raw(tmp_path / "disk", 1 << 20), "--bus=virtio-scsi")
+        before = machine.disks()
+        machine.kill_manager()
+        refused = 0
+        for count in range(FEWEST, MOST):
+            program = ["prlimit", f"--nofile={count}:4096", "--", *VMSPAWN]
+            machine.manager = Spawned(machine.name, ("--adopt", "--console=headless"), program=program)
+            status = machine.manager.ended_before("is running")
+            if status is None:
+                break
+            assert status == 1
+            assert "Too many open files" in machine.manager.output["stderr"]
+            assert not process_is_gone(machine.pid)
+            machine.manager.close()
+            refused += 1
+        assert refused > 5
+        limit(machine.manager.process.pid, MOST)
+        assert machine.disks() == before
+        assert vmctl("detach-disk", machine.name, "disk").returncode == 0
 
 
 def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:

@@ -303,10 +303,15 @@ def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detai
         import asyncio
 
         from ..supervisor import supervise
+
+        runner = asyncio.Runner()
+        # It needs descriptors, and makes them when it is first asked.
+        runner.get_loop()
     except BaseException:
         launched.abandon()
         raise
-    end = asyncio.run(supervise(launched, voice, ready=adopting.ready(options)))
+    with runner:
+        end = runner.run(supervise(launched, voice, ready=adopting.ready(options)))
     (voice.notice if end.clean else voice.say)(end.message)
     return 0 if end.clean else EXIT_FAILURE
 

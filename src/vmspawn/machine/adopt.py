@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from errno import EAGAIN, ECONNREFUSED
 
 from ..errors import NotConnected, StartError
 from ..host import fifos, runtime
@@ -79,6 +80,8 @@ def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: No
         raise
     except OSError as error:
         launched.abandon()
+        if error.errno not in (EAGAIN, ECONNREFUSED):
+            raise
         raise StartError(
             f"cannot connect to the monitors of machine {config.name}: {error.strerror}",
             hint=f"does another program hold them? see: fuser {directory.file(runtime.MONITORS[0])}",
