@@ -26,6 +26,7 @@ LAYERS = [
     "peers",
     "log",
     "errors",
+    "text",
     "version",
 ]
 #: These know nothing of each other.

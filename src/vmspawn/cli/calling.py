@@ -39,14 +39,18 @@ def show(
 
 
 class context:
-    """Says what failed in front of why."""
+    """Says what failed in front of why: that the machine `cannot` do something to a subject."""
 
     def __init__(self, what: str) -> None:
+        """`what` is such as `cannot attach PATH`."""
         self._what = what
+        # A path that cannot be opened need not be said twice.
+        self._subject = what.split(" ", 2)[-1]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, VmspawnError):
-            raise VmspawnError(f"{self._what}: {error}", hint=error.hint) from None
+            why = str(error).removeprefix(f"cannot open {self._subject}: ")
+            raise VmspawnError(f"{self._what}: {why}", hint=error.hint) from None

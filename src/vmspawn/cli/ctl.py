@@ -15,6 +15,7 @@ from ..control.client import Client, VarlinkError
 from ..errors import NotConnected, Timeout, UsageError
 from ..host import machined
 from ..host.runtime import check_name, machine_names, running_qemu, runtime_root
+from ..text import printable
 from ..version import VERSION
 from . import adopting, console, disks, ending, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
@@ -255,7 +256,7 @@ def _print_event(event: dict[str, Any], mode: str) -> None:
 
     data = event.get("data") or {}
     words = " ".join(f"{key}={value}" for key, value in data.items())
-    print(f"{time.strftime('%H:%M:%S')} {event['event']} {words}".rstrip(), flush=True)
+    print(printable(f"{time.strftime('%H:%M:%S')} {event['event']} {words}".rstrip()), flush=True)
 
 
 def _main() -> int:

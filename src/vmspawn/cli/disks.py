@@ -23,9 +23,11 @@ from ..storage.drive import (
     DETECT_ZEROES_CHOICES,
     DISCARD_CHOICES,
     ON_ERROR_CHOICES,
+    default_name,
     is_only_read,
 )
 from ..storage.formats import FORMATS
+from ..text import printable, utf8
 from .calling import MACHINE, client_for, context, show
 from .tables import format_size, print_json
 
@@ -135,7 +137,7 @@ def _limits(options: argparse.Namespace) -> dict[str, int]:
 
 def _say(options: argparse.Namespace, text: str) -> None:
     if not options.quiet and options.json == "off":
-        print(text)
+        print(printable(text))
 
 
 def _answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> None:
@@ -147,12 +149,11 @@ def _answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> No
 
 def _attach(options: argparse.Namespace) -> None:
     wanted: dict[str, Any] = {
-        "name": options.name or os.path.basename(options.path or ""),
+        "name": options.name or default_name(options.path or ""),
         "bus": options.bus,
         "format": options.format,
         "readOnly": options.read_only,
         "serial": options.serial,
-        "path": os.path.abspath(options.path) if options.path else None,
         "discard": options.discard,
         "detectZeroes": options.detect_zeroes,
         "cache": options.cache,
@@ -188,8 +189,9 @@ def _call_with_image(
 ) -> dict[str, Any]:
     """Open an image and pass it along."""
     backing = backings.open_drive(path, read_only=read_only)
+    image = {"fileDescriptorIndex": 0, "path": utf8(os.path.abspath(path))}
     try:
-        return client.call(f"{MACHINE}.{method}", {"fileDescriptorIndex": 0, **parameters}, fds=(backing.fd,))
+        return client.call(f"{MACHINE}.{method}", {**image, **parameters}, fds=(backing.fd,))
     finally:
         backing.close()
 
@@ -257,7 +259,6 @@ def _replace(options: argparse.Namespace) -> None:
         wanted = {
             "name": options.disk,
             "format": options.format,
-            "path": os.path.abspath(options.path),
             "shrink": options.shrink,
         }
         read_only = _disk(client, options.disk)["readOnly"]
@@ -295,7 +296,6 @@ def _insert(options: argparse.Namespace) -> None:
         wanted = {
             "name": options.disk,
             "format": options.format,
-            "path": os.path.abspath(options.path),
             "force": options.force,
         }
         _call_with_image(client, "InsertMedia", options.path, wanted, read_only=True)

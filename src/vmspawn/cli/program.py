@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import NoReturn
 from .. import log
 from ..console.streams import ensure_standard_streams
 from ..errors import SystemFailure, UsageError, VmspawnError
+from ..text import printable
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -28,9 +30,9 @@ def complain(program: str, error: VmspawnError) -> None:
     """Print an error as `program: what failed: why`, and what to do about it below."""
     # Nobody may hear it.
     with contextlib.suppress(OSError):
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {printable(str(error))}", file=sys.stderr)
         if error.hint:
-            print(f"{' ' * len(program)}  {error.hint}", file=sys.stderr)
+            print(f"{' ' * len(program)}  {printable(error.hint)}", file=sys.stderr)
 
 
 def run(program: str, work: Callable[[], int]) -> NoReturn:
@@ -43,6 +45,9 @@ def run(program: str, work: Callable[[], int]) -> NoReturn:
     # Python has no streams for descriptors that were closed, and prints to the wrong one then.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Its encoding need not have all that there is, an ellipsis for one.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _status(work)
     except VmspawnError as error:

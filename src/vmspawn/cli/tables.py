@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..text import printable
+
 JSON_MODES = ("pretty", "short", "off")
 
 _UNITS = ("B", "K", "M", "G", "T", "P")
@@ -20,6 +22,7 @@ def print_json(value: Any, mode: str) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
     """Print rows below their columns' names; the columns in `right` are numbers and end flush."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         cells = [
@@ -34,7 +37,7 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     """Print names and values, the names flush right as systemctl status does; a value may have several lines."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
-        first, *rest = value.split("\n")
+        first, *rest = map(printable, value.split("\n"))
         print(f"{name:>{width}}: {first}", *(f"{'':{width}}  {line}" for line in rest), sep="\n")
 
 

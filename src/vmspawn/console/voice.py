@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Callable
 
+from ..text import printable
+
 
 class Voice:
-    """Says lines on standard error, or wherever `divert` sends them. Imports nothing: it is there from the start."""
+    """Says lines on standard error, or wherever `divert` sends them. Imports next to nothing, for the start."""
 
     def __init__(self, program: str, *, quiet: bool) -> None:
         self._program = program
@@ -23,7 +25,7 @@ class Voice:
 
     def say(self, line: str) -> None:
         """Say a line that the user has to hear."""
-        self._write(f"{self._program}: {line}")
+        self._write(f"{self._program}: {printable(line)}")
 
     def divert(self, write: Callable[[str], None] | None) -> None:
         """Say lines by `write` from now on; None is standard error again."""

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import NotConnected, Timeout, VmspawnError
+from ..errors import NotConnected, Timeout, UsageError, VmspawnError
 from ..host import machined, runtime
 
 #: Seconds for a reply, as sd-varlink's clients have it.
@@ -123,7 +123,10 @@ class Client:
         return self._socket, received
 
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
-        data = json.dumps(message, separators=(",", ":")).encode() + b"\0"
+        try:
+            data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
+        except UnicodeEncodeError:
+            raise UsageError("the name is not UTF-8") from None
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             sent = self._socket.sendmsg([data], ancillary)

@@ -14,7 +14,7 @@ from ..storage import backing as backings
 from ..storage import buses, formats, ports
 from ..storage import drive as drives
 from ..storage.backing import Backing
-from ..storage.drive import DEFAULT_BUS, Drive
+from ..storage.drive import DEFAULT_BUS, Drive, default_name
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from .commandline import BootDrive
@@ -46,7 +46,7 @@ def open_boot_drives(launched: Launched) -> None:
     config = launched.config
     wanted = [(drive, f"--extra-drive={drive.path}") for drive in config.extra_drives]
     if config.image:
-        name = os.path.basename(config.image)
+        name = default_name(config.image)
         # A kernel that QEMU loads takes the first place itself.
         boot_index = -1 if config.linux or config.guest else 0
         image = Drive(config.image, name, config.image_disk_type, config.image_format, boot_index=boot_index)

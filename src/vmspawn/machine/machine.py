@@ -153,10 +153,9 @@ class Machine(Disks):
             return error
         if isinstance(error, NotConnected) and self._process is not None:
             await first_of(self._process.ended, timeout=QUIT_TIMEOUT)
-            lost = self._watch.lost()
-            error = (
-                StartError(lost) if lost else explain_failure(self._launched, self._process.describe_end(), self._log())
-            )
+            end = self._process.describe_end()
+            failed = self._watch.failed()
+            error = StartError(failed) if failed else explain_failure(self._launched, end, self._log())
         await self.close()
         return error
 

@@ -64,7 +64,7 @@ def fstab(shares: tuple[Share, ...]) -> bytes:
         f"{_tag(number)} {_escape(each.target)} virtiofs {'ro' if each.read_only else 'rw'},x-initrd.mount\n"
         for number, each in enumerate(shares)
     )
-    return "".join(lines).encode()
+    return os.fsencode("".join(lines))
 
 
 def _tag(number: int) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from ..errors import StartError
@@ -28,12 +29,12 @@ def of_kernel_arguments(arguments: Iterable[str]) -> list[bytes]:
     line = " ".join(arguments)
     if not line:
         return []
-    return [f"{name}={line}".encode() for name in (_STUB, _BOOT_LOADER)]
+    return [os.fsencode(f"{name}={line}") for name in (_STUB, _BOOT_LOADER)]
 
 
 def check_kernel_arguments(arguments: Iterable[str]) -> None:
     """Raise StartError if the kernel would cut the arguments."""
-    length = len(" ".join(arguments).encode())
+    length = len(os.fsencode(" ".join(arguments)))
     if length >= KERNEL_ARGUMENTS_MAX:
         raise StartError(f"the kernel arguments are {length} bytes, and a kernel takes {KERNEL_ARGUMENTS_MAX - 1}")
 

@@ -30,14 +30,16 @@ class Watch:
         await first_of(qemu.ended, timeout=_GRACE)
         if qemu.ended.is_set():
             return ""
-        lost = self.lost()
+        lost = self._describe(lambda process: process.ended.is_set())
         await asyncio.gather(terminate(), qemu.ended.wait())
         return lost
 
-    def lost(self) -> str:
-        """Which helper has ended how, if one has; else an empty string."""
-        ended = (each for each in self._watched if each[1].ended.is_set())
-        return next((helper.describe(process.describe_end()) for helper, process in ended), "")
+    def failed(self) -> str:
+        """Which helper has failed how, if one has; else an empty string. To go because QEMU has gone is no failure."""
+        return self._describe(lambda process: process.ended.is_set() and process.status != 0)
+
+    def _describe(self, blamed: Callable[[Process], bool]) -> str:
+        return next((each.describe(process.describe_end()) for each, process in self._watched if blamed(process)), "")
 
     def leave(self) -> None:
         """Stop watching: the helpers run on, as QEMU does."""

@@ -7,6 +7,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import BadConfig, UsageError
+from ..text import printable
 from .formats import FORMATS, READ_ONLY_FORMATS
 from .limits import NO_LIMITS, Limits
 
@@ -69,7 +70,12 @@ def is_only_read(bus: str, image_format: str | None, *, read_only: bool) -> bool
 def with_defaults(drive: Drive) -> Drive:
     """The drive with an absolute path, and named after its file if it has no name."""
     path = os.path.abspath(drive.path) if drive.path else ""
-    return drive._replace(path=path, name=drive.name or os.path.basename(drive.path))
+    return drive._replace(path=path, name=drive.name or default_name(drive.path))
+
+
+def default_name(path: str) -> str:
+    """What a drive is called whose user gave it no name: as its file, of which names are less free."""
+    return printable(os.path.basename(path))
 
 
 def check_name(name: str) -> str:
@@ -146,4 +152,4 @@ def parse_extra_drive(text: str, *, default_bus: str = DEFAULT_BUS) -> Drive:
             break
     if not rest:
         raise UsageError(f"--extra-drive={text} names no path", hint="write --extra-drive=[FORMAT:][DISKTYPE:]PATH")
-    return Drive(os.path.abspath(rest), os.path.basename(rest), bus or default_bus, image_format)
+    return Drive(os.path.abspath(rest), default_name(rest), bus or default_bus, image_format)

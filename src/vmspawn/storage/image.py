@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..text import utf8
 from .backing import Backing
 
 #: Descriptor sets are one space for all of a QEMU's monitors, and 0, 1, 2 … is what QEMU picks for clients that name
@@ -40,7 +41,8 @@ class Image:
         self.number = number
         self.backing = backing
         self.format = format
-        self.path = path
+        #: For people, and for JSON, which has only text.
+        self.path = utf8(path)
         self.size = size
         self.long = long
         self.done: list[str] = []

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files with names that are no text, or that would do something to a terminal."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, one_line, spawned, vmctl, vmspawn
+from tests.conftest import make_raw
+
+ODD = os.fsdecode(b"odd\xff\n\x1b[31m.img")
+SPELT = r"odd\xff\n\x1b[31m.img"
+
+
+@pytest.fixture(scope="module")
+def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
+    """It boots from such a file."""
+    image = make_raw(tmp_path_factory.mktemp("boot") / ODD, 1 << 20)
+    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
+        running.wait_for("is running")
+        yield running
+
+
+def test_disks_come_change_and_go(machine: Spawned, tmp_path: Path) -> None:
+    name = machine.name
+    (tmp_path / "other").mkdir()
+    disk, other = make_raw(tmp_path / f"1{ODD}", 1 << 20), make_raw(tmp_path / "other" / ODD, 1 << 20)
+    attached = vmctl("attach-disk", name, str(disk), "--bus=virtio-scsi")
+    assert attached.stdout.startswith(rf"Attached 1{SPELT} on virtio-scsi at ")
+    replaced = vmctl("replace-disk", name, f"1{SPELT}", str(other))
+    assert replaced.stdout == f"Replaced the image of 1{SPELT} by {tmp_path}/other/{SPELT}, 1M\n"
+    table = vmctl("list-disks", name).stdout.splitlines()
+    assert len(table) == 3
+    assert all(line.isprintable() for line in table)
+    # Programs get the path but for what JSON cannot carry.
+    paths = [each["path"] for each in json.loads(vmctl("list-disks", name, "--json=short").stdout)]
+    assert paths[1] == f"{tmp_path}/other/odd\\xff\n\x1b[31m.img"
+    assert vmctl("detach-disk", name, f"1{SPELT}").returncode == 0
+
+
+def test_errors_stay_on_their_line(machine: Spawned, tmp_path: Path) -> None:
+    missing = vmctl("attach-disk", machine.name, str(tmp_path / ODD))
+    assert one_line(missing, "vmctl") == f"vmctl: cannot attach {tmp_path}/{SPELT}: No such file or directory"
+    unknown = vmctl("detach-disk", machine.name, ODD)
+    assert one_line(unknown, "vmctl") == f"vmctl: cannot detach {SPELT}: the name is not UTF-8"
+    image = vmspawn(f"--image={tmp_path / ODD}")
+    assert one_line(image, "vmspawn") == f"vmspawn: cannot use --image={tmp_path}/{SPELT}: No such file or directory"
+
+
+def test_kernel_arguments_and_folders_have_bytes(qemu: str, tmp_path: Path) -> None:
+    """They reach QEMU, which then ends of another option."""
+    image = make_raw(tmp_path / "image", 1 << 20)
+    (tmp_path / ODD).mkdir()
+    options = (f"--image={image}", f"--qemu={qemu}", "--qemu-arg=-nonsense", "--console=headless")
+    for odd in (ODD, f"--bind={tmp_path / ODD}", f"--set-credential=name:{ODD}", f"--smbios11={ODD}"):
+        assert "-nonsense: invalid option" in one_line(vmspawn(*options, odd), "vmspawn")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("program", [VMCTL, VMSPAWN], ids=["vmctl", "vmspawn"])
+def test_an_encoding_that_lacks_what_help_has(program: list[str], encoding: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*program, "--help"], capture_output=True, env=environment, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"OPTION\u2026" in done.stdout
