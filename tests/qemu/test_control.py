@@ -197,3 +197,16 @@ async def test_add_storage_refuses_bad_parameters(
     before = await Snapshot.take(machine)
     assert await in_thread(add) == error
     assert await Snapshot.take(machine) == before
+
+
+async def test_a_burst_of_nothing_is_refused_and_not_overlooked(machine: Machine) -> None:
+    (boot,) = (each.name for each in machine.storage)
+
+    def limit(burst: int | None) -> Any:
+        with caller(machine) as client:
+            limits = {"iops": 1000, "burstPercent": burst}
+            return client.call("io.vmspawn.Machine.LimitStorage", name=boot, limits=limits).get("error")
+
+    assert await in_thread(limit, 0) == "io.vmspawn.Machine.BadConfig"
+    assert await in_thread(limit, 100) is None
+    assert await in_thread(limit, None) is None

@@ -37,7 +37,8 @@ def test_a_total_excludes_its_parts(total: int, read: int, write: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [Limits(bps=-1), Limits(iops_read=LIMIT_MAX + 1), Limits(burst=0), Limits(burst=1e4)]
+    "limits",
+    [Limits(bps=-1), Limits(iops_read=LIMIT_MAX + 1), Limits(burst=0), Limits(burst=1e4), Limits(burst=float("nan"))],
 )
 def test_what_is_out_of_range_is_refused(limits: Limits) -> None:
     with pytest.raises(BadConfig, match="out of range"):

@@ -19,7 +19,7 @@ from ..text import printable
 from ..version import VERSION
 from . import adopting, console, disks, ending, qmp, volumes
 from .calling import INSTANCE, MACHINE, client_for, context, show
-from .options import Formatter, Parser
+from .options import Formatter, Parser, number
 from .parting import watching
 from .program import run
 from .tables import JSON_MODES, format_duration, print_fields, print_json
@@ -70,10 +70,7 @@ def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1e6:
-        raise ValueError
-    return value
+    return number(text, 0, 1e6, "a number of seconds")
 
 
 def _add_verb(

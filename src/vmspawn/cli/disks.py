@@ -27,8 +27,10 @@ from ..storage.drive import (
     is_only_read,
 )
 from ..storage.formats import FORMATS
+from ..storage.limits import BURST_MAX
 from ..text import printable, utf8
 from .calling import MACHINE, client_for, context, show
+from .options import number
 from .tables import format_size, print_json
 
 #: Seconds beyond the guest's time that the manager has for its answer.
@@ -113,8 +115,12 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         for suffix, kind in (("", ""), ("-read", " read"), ("-write", " written")):
             parser.add_argument(f"--{name}{suffix}", metavar="N", help=f"{what}{kind} a second; K, M, G may follow")
     parser.add_argument(
-        "--burst", metavar="FACTOR", type=float, help="so many times the limits for a second after a quiet time"
+        "--burst", metavar="FACTOR", type=_burst, help="so many times the limits for a second after a quiet time"
     )
+
+
+def _burst(text: str) -> float:
+    return number(text, 1, BURST_MAX, f"a factor from 1 to {BURST_MAX}")
 
 
 def _limits(options: argparse.Namespace) -> dict[str, int]:
@@ -123,7 +129,7 @@ def _limits(options: argparse.Namespace) -> dict[str, int]:
     for key in ("iops", "iops_read", "iops_write", "bps", "bps_read", "bps_write"):
         if (text := getattr(options, key)) is not None:
             first, *rest = key.split("_")
-            value = parse_size(text, option=f"--{key.replace('_', '-')}=")
+            value = parse_size(text, option=f"--{key.replace('_', '-')}=", what="rate")
             found[first + "".join(map(str.capitalize, rest))] = value
     if options.burst is not None:
         if not found:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,14 @@ def _metavar(action: argparse.Action) -> str:
     if action.choices:
         return "|".join(map(str, action.choices))
     return action.dest.upper()
+
+
+def number(text: str, least: float, most: float, what: str) -> float:
+    """A number in these bounds, for argparse, which tells its user that another text is not `what`."""
+    with contextlib.suppress(ValueError):
+        if least <= (value := float(text)) <= most:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
 
 #: What systemd takes for a boolean, in any case.

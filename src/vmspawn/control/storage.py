@@ -94,7 +94,7 @@ def to_limits(found: StorageLimits | None) -> Limits:
         found.bps or 0,
         found.bpsRead or 0,
         found.bpsWrite or 0,
-        (found.burstPercent or 100) / 100,
+        1.0 if found.burstPercent is None else found.burstPercent / 100,
     )
 
 

@@ -170,8 +170,11 @@ def _default_name(config: MachineConfig) -> str:
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def parse_size(text: str, *, option: str) -> int:
-    """Parse bytes with an optional suffix B, K, M, G or T (powers of 1024), as systemd does. Raises UsageError."""
+def parse_size(text: str, *, option: str, what: str = "size") -> int:
+    """Parse bytes, or what else is counted, with an optional suffix B, K, M, G or T (powers of 1024), as systemd does.
+
+    Raises UsageError.
+    """
     number = text.rstrip("BKMGTbkmgt")
     unit = text[len(number) :].upper()
     # "2GB" and "2G" are both common.
@@ -181,5 +184,5 @@ def parse_size(text: str, *, option: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = -1
     if size < 0:
-        raise UsageError(f"{option}{text} is not a size", hint="write for example 512M or 2G")
+        raise UsageError(f"{option}{text} is not a {what}", hint="write for example 512M or 2G")
     return size

@@ -11,6 +11,9 @@ from ..errors import BadConfig
 #: QEMU's own bound (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
 LIMIT_MAX = 10**15
 
+#: More than this is no burst.
+BURST_MAX = 1000
+
 
 class Limits(NamedTuple):
     """Requests and bytes a second; 0 is no limit. `burst` times as much is allowed for a second after a quiet time."""
@@ -68,6 +71,6 @@ def check_limits(limits: Limits) -> Limits:
     for what, total, parts in (("iops", limits.iops, limits[1:3]), ("bps", limits.bps, limits[4:6])):
         if total and any(parts):
             raise BadConfig(f"{what} and {what}-read or {what}-write exclude each other", hint=f"give {what} alone")
-    if not 1 <= limits.burst <= 1000:
-        raise BadConfig(f"a burst of {limits.burst:g} is out of range", hint="use 1 to 1000 times the limits")
+    if not 1 <= limits.burst <= BURST_MAX:
+        raise BadConfig(f"a burst of {limits.burst:g} is out of range", hint=f"use 1 to {BURST_MAX} times the limits")
     return limits
