@@ -28,7 +28,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, option="--ram=") == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "x", "12Q", "1GG", "--", "inf", "nan", "-1", "-1G"])
+@pytest.mark.parametrize("text", ["", "G", "x", "12Q", "1GG", "--", "inf", "nan", "-1", "-1G", "8388608T", "9" * 30])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match=r"--ram=.* is not a size"):
         parse_size(text, option="--ram=")

@@ -167,6 +167,9 @@ def _default_name(config: MachineConfig) -> str:
     return cleaned.lstrip(".-")[:NAME_MAX] or "machine"
 
 
+#: No file is larger (off_t).
+_SIZE_MAX = (1 << 63) - 1
+
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -183,6 +186,6 @@ def parse_size(text: str, *, option: str, what: str = "size") -> int:
         size = int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
         size = -1
-    if size < 0:
+    if not 0 <= size <= _SIZE_MAX:
         raise UsageError(f"{option}{text} is not a {what}", hint="write for example 512M or 2G")
     return size
