@@ -4,8 +4,8 @@
 import pytest
 
 from vmspawn.cli import later_options
-from vmspawn.cli.spawn import build_parser, parse
-from vmspawn.errors import UsageError
+from vmspawn.cli.spawn import build_parser, configure, parse
+from vmspawn.errors import UsageError, VmspawnError
 from vmspawn.machine.bootdrives import without_effect
 from vmspawn.machine.memory import Growth, size_argument
 from vmspawn.version import VERSION
@@ -168,3 +168,34 @@ def test_discard(text: str, discard: bool) -> None:
     assert parse(["--image=/x", f"--discard-disk={text}"])[0].discard_disk is discard
     with pytest.raises(UsageError, match="--discard-disk=maybe is neither yes nor no"):
         parse(["--image=/x", "--discard-disk=maybe"])
+
+
+#: What nobody should write, and scripts do.
+ODD_VALUES = (
+    *("", " ", "x", "-1", "0", "nan", "inf", "1e400", "9" * 24, "yes", "é", "\udcff", "%", "\\", "~", "--"),
+    *(":", "=", ",", "/", "a:b", "a=b", "a,b=c", "a:b:c:d", "size=1", "/nonexistent/x", "/dev/null"),
+)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [each.option_strings[-1] for each in build_parser()._actions if each.option_strings and each.nargs != 0],
+)
+def test_every_option_takes_a_value_or_says_what_is_wrong(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = () if option in ("--image", "--guest", "--directory", "--linux") else ("--guest=builtin",)
+    for value in ODD_VALUES:
+        said = refusal([*base, f"{option}={value}"], capsys)
+        assert said is None or len(said.splitlines()) == 1
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """What is wrong with these arguments, if something is."""
+    try:
+        options = build_parser().parse_args(arguments)
+        later_options.check(options)
+        configure(options)
+    except VmspawnError as error:
+        return f"{error}{error.hint}"
+    except SystemExit as ended:
+        return capsys.readouterr().err.splitlines()[0] if ended.code == 2 else ""
+    return None

@@ -32,6 +32,15 @@ class Parser(argparse.ArgumentParser):
     #: The verb that it parses the arguments of, if it is a verb's.
     verb = ""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, which takes the value of `--option=--` for none at all and makes it a list."""
+        given = sys.argv[1:] if args is None else list(args)
+        options = given[: given.index("--")] if "--" in given else given
+        for each in options:
+            if each.startswith("-") and each.endswith("=--"):
+                self.error(f"argument {each.removesuffix('=--')}: -- is no value")
+        return super().parse_known_args(given, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and exit with 2."""
         name, known = "", set[str]()
