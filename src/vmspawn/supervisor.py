@@ -233,7 +233,10 @@ async def supervise(launched: Launched, voice: Voice, *, ready: Callable[[], Non
             _report(machine, end, voice.notice)
         return end
     except VmspawnError:
+        wanted = machine.was_terminated and not machine.is_up
         await machine.leave()
+        if wanted:
+            return End.terminated()
         raise
     except Exception as error:
         # Whatever goes wrong with the manager, the guest runs on, and another one can take it over.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vmspawn and vmctl as processes, on a real QEMU without a guest: every mistake gets one line and leaves nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Spawned, idle, make_script, one_line, qemu_pid, spawned, vmctl, vmspawn
+from tests.commands import (
+    DEADLINE,
+    VMSPAWN,
+    Spawned,
+    background,
+    idle,
+    make_script,
+    one_line,
+    qemu_pid,
+    spawned,
+    vmctl,
+    vmspawn,
+)
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import is_gone, process_is_gone
 from tests.survivors import wait_until_dead
@@ -290,3 +303,28 @@ def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None
             rest = [json.loads(line) for line in watcher.stdout]
             assert [event["event"] for event in rest] == ["SHUTDOWN"]
             assert watcher.wait(timeout=20) == 0
+
+
+def test_sigterm_at_any_moment_of_a_start(qemu: str, image: Path) -> None:
+    """Before there is anything to undo it ends the process; from then on the machine, which is no failure."""
+    killed = ended = 0
+    while ended < 15:
+        command = [*VMSPAWN, "-M", "early", f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0"]
+        with background(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            # It is the moment that is tried, and nothing that could be waited for.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=(killed + ended) * 0.02)
+            process.terminate()
+            assert process.stderr is not None
+            said = process.stderr.read()
+            status = process.wait(timeout=DEADLINE)
+        assert "Traceback" not in said
+        assert is_gone("early")
+        if status == -signal.SIGTERM:
+            killed += 1
+        else:
+            assert (status, said.splitlines()[-1]) == (0, "vmspawn: the machine was terminated")
+            ended += 1
+    assert killed

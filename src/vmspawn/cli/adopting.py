@@ -81,14 +81,19 @@ def is_wanted(options: argparse.Namespace, config: MachineConfig) -> bool:
 
 
 def begin(
-    options: argparse.Namespace, config: MachineConfig, notice: Callable[[str], None], detail: Callable[[str], None]
+    options: argparse.Namespace,
+    config: MachineConfig,
+    notice: Callable[[str], None],
+    detail: Callable[[str], None],
+    hold_signals: Callable[[], None],
 ) -> Launched:
     """Start the machine, or take it over. Raises what `launch` and `adopt` raise."""
     if is_wanted(options, config):
         from ..machine.adopt import adopt
 
+        hold_signals()
         return adopt(config, notice=notice)
-    return launch(config, notice=notice, detail=detail)
+    return launch(config, notice=notice, detail=detail, begin=hold_signals)
 
 
 def ready(options: argparse.Namespace) -> Callable[[], None]:

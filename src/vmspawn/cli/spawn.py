@@ -294,11 +294,9 @@ def run(arguments: list[str]) -> int:
 def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detail: Callable[[str], None]) -> int:
     if config.console == "interactive" and os.isatty(_STDIN):
         voice.notice(HELP)
-    # A signal that comes before the supervisor listens must not leave QEMU without its manager. Where SIGCHLD is
-    # ignored, nobody would learn how QEMU ended.
-    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    # Where SIGCHLD is ignored, nobody would learn how QEMU ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    launched = adopting.begin(options, config, voice.notice, detail)
+    launched = adopting.begin(options, config, voice.notice, detail, _hold_signals)
     try:
         import asyncio
 
@@ -314,6 +312,11 @@ def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detai
         end = runner.run(supervise(launched, voice, ready=adopting.ready(options)))
     (voice.notice if end.clean else voice.say)(end.message)
     return 0 if end.clean else EXIT_FAILURE
+
+
+def _hold_signals() -> None:
+    """One that comes before the supervisor listens must not leave QEMU without its manager."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
 
 def main() -> NoReturn:

@@ -49,6 +49,11 @@ class End(NamedTuple):
         message, clean = _CAUSES.get(cause, (f"the machine ended ({cause})", True))
         return cls(cause, message, clean)
 
+    @classmethod
+    def terminated(cls) -> End:
+        """The end of a machine that somebody did not want any more before it was up."""
+        return cls("host-qmp-quit", *_CAUSES["host-qmp-quit"])
+
     def event(self) -> Event:
         """The event of this end."""
         return Event(MACHINE_ENDED, {"reason": self.reason, "message": self.message, "clean": self.clean})

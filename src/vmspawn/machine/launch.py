@@ -142,9 +142,11 @@ def launch(
     *,
     notice: Callable[[str], None] = lambda _: None,
     detail: Callable[[str], None] = lambda _: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Launched:
     """Start QEMU. `notice` is told, in one line, what the user would want to know of how it is started, and `detail`
-    what only one who looks closely would.
+    what only one who looks closely would. `begin` is called ahead of all that would have to be undone; the built-in
+    guest may have been built by then, which takes long.
 
     Raises StartError, SystemFailure, UsageError or what the drives raise; nothing is left behind then.
     """
@@ -159,6 +161,7 @@ def launch(
         accelerator, why = choose_accelerator(config.kvm, binary.architecture)
         launched.accelerator = accelerator
         boot = _boot(config, binary.architecture, notice)
+        begin()
         launched.console_log = open_console_log(config.console_log)
         launched.directory = MachineDirectory.create(config.name or "")
         open_boot_drives(launched)

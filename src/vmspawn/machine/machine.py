@@ -61,6 +61,8 @@ class Machine(Disks):
         #: What happened to it of late.
         self.diary: Diary | None = None
         self._up = False
+        #: Whether `terminate` was called.
+        self.was_terminated = False
         self._quit: Quit | None = None
         self._state_file: StateFile | None = None
         self._watch = Watch(())
@@ -204,7 +206,8 @@ class Machine(Disks):
         self._closing = True
         if self._process is not None:
             if not self._process.ended.is_set():
-                await self.terminate()
+                assert self._quit is not None
+                await self._quit.ask()
                 await self._process.ended.wait()
             launched.pid = 0
             await self.wait()
@@ -377,6 +380,7 @@ class Machine(Disks):
         """End QEMU without asking the guest; returns once QEMU has agreed. One that does not go is killed."""
         if self._quit is None:
             raise NotConnected("the machine does not run")
+        self.was_terminated = True
         await self._quit.ask()
 
     # Its state on disk.
