@@ -52,12 +52,14 @@ def test_errors_stay_on_their_line(machine: Spawned, tmp_path: Path) -> None:
 
 
 def test_kernel_arguments_and_folders_have_bytes(qemu: str, tmp_path: Path) -> None:
-    """They reach QEMU, which then ends of another option."""
+    """They reach QEMU, which then ends of another option; but for the virtiofsd in Rust, which reads text alone."""
     image = make_raw(tmp_path / "image", 1 << 20)
     (tmp_path / ODD).mkdir()
     options = (f"--image={image}", f"--qemu={qemu}", "--qemu-arg=-nonsense", "--console=headless")
     for odd in (ODD, f"--bind={tmp_path / ODD}", f"--set-credential=name:{ODD}", f"--smbios11={ODD}"):
-        assert "-nonsense: invalid option" in one_line(vmspawn(*options, odd), "vmspawn")
+        said = one_line(vmspawn(*options, odd), "vmspawn")
+        refused = odd.startswith("--bind=") and "takes names in UTF-8 only" in said
+        assert refused or "-nonsense: invalid option" in said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -11,6 +11,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import StartError
+from ..text import utf8
 
 #: Where distributions put it; it is in nobody's PATH. QEMU's descriptors are asked first.
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/local/libexec/virtiofsd")
@@ -31,12 +32,15 @@ class Virtiofsd(NamedTuple):
     def command(self, directory: str, listener: int, *, read_only: bool) -> list[str]:
         """The command that serves a directory to who connects to the listening socket `listener`.
 
-        QEMU knows no mount points below the root of a share, so they are not announced.
+        QEMU knows no mount points below the root of a share, so they are not announced. Raises StartError for a name
+        that the program would not take.
         """
         if not self.rust:
             # As a comma ends an option's value there, one in the path is doubled.
             source = directory.replace(",", ",,")
             return [self.path, "-f", f"--fd={listener}", "-o", f"source={source},xattr"]
+        if utf8(directory) != directory:
+            raise StartError(f"cannot share {directory}: {self.path} takes names in UTF-8 only", hint="rename it")
         options = ["--xattr", "--no-announce-submounts"]
         if read_only and self.read_only:
             options.append("--readonly")
