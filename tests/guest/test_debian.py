@@ -17,10 +17,12 @@ from tests import debian, ovmf, uki
 from tests.conftest import make_raw
 from tests.machines import fresh_name
 from vmspawn import Drive, Machine
+from vmspawn.host.notify import Notifier
 from vmspawn.host.runtime import CONSOLE
 from vmspawn.machine import nvram
 from vmspawn.machine.credentials import Credential
 from vmspawn.machine.shares import Share
+from vmspawn.machine.shutdown import Shutdown
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -79,6 +81,7 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Cons
     """A Debian that has booted to root's shell."""
     # One processor: a kernel that rewrites its code while others run it now and then dies under QEMU 7.2's emulation.
     defaults = {"name": fresh_name(), "console": "headless", "ram": 1 << 30, "cpus": 1, "credentials": LOGIN}
+    options = {"shutdown_timeout": SHUTDOWN_TIMEOUT, **options}
     async with Machine(qemu=qemu, **{**defaults, **options}) as machine:
         console = Console(*await asyncio.open_unix_connection(machine.directory.file(CONSOLE)))
         await console.wait_for(PROMPT, BOOT_TIMEOUT)
@@ -90,10 +93,12 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Cons
 
 
 async def power_off(machine: Machine) -> None:
-    """Press the power button as SIGTERM does, and see the guest go."""
-    await machine.power_off()
-    async with asyncio.timeout(SHUTDOWN_TIMEOUT):
+    """Do as SIGTERM does, and see the guest go: its logind may not hear the first press of the power button."""
+    shutdown = Shutdown(machine, lambda line: None, Notifier())
+    shutdown.request("the test")
+    async with asyncio.timeout(2 * SHUTDOWN_TIMEOUT):
         end = await machine.wait()
+    shutdown.close()
     assert (end.reason, end.clean) == ("guest-shutdown", True)
 
 
