@@ -155,10 +155,10 @@ class Upstream:
         except msgspec.DecodeError:
             raise NotConnected("what answers on the socket is no QMP monitor") from None
         await self._say(PROBE)
-        problem = replies.read(await self._line())
+        problem = replies.read(await self._answer())
         enable = b',"arguments":{"enable":["oob"]}' if oob else b""
         await self._say(b'{"execute":"qmp_capabilities"' + enable + b"}")
-        answer = replies.read(await self._line())
+        answer = replies.read(await self._answer())
         if problem is None or answer is None or not problem.failed or answer.failed:
             raise NotConnected("the monitor refused the negotiation")
         return Greeting(greeting, oob, dialect_of(replies.failure_of(problem).description))
@@ -168,6 +168,15 @@ class Upstream:
             await self._loop.sock_sendall(self._socket, data)
         except OSError as error:
             raise NotConnected(f"QEMU closed its monitor: {error.strerror}") from None
+
+    async def _answer(self) -> bytes:
+        """The next message that is no greeting: QEMU 7.2 sends two to who connects just as it opens its monitor."""
+        while True:
+            line = await self._line()
+            try:
+                msgspec.json.decode(line, type=_Hello)
+            except msgspec.DecodeError:
+                return line
 
     async def _line(self) -> bytes:
         """The next message, before the reader is there."""
