@@ -81,7 +81,7 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Cons
     """A Debian that has booted to root's shell."""
     # One processor: a kernel that rewrites its code while others run it now and then dies under QEMU 7.2's emulation.
     defaults = {"name": fresh_name(), "console": "headless", "ram": 1 << 30, "cpus": 1, "credentials": LOGIN}
-    options = {"shutdown_timeout": SHUTDOWN_TIMEOUT, **options}
+    defaults["shutdown_timeout"] = SHUTDOWN_TIMEOUT
     async with Machine(qemu=qemu, **{**defaults, **options}) as machine:
         console = Console(*await asyncio.open_unix_connection(machine.directory.file(CONSOLE)))
         await console.wait_for(PROMPT, BOOT_TIMEOUT)
@@ -96,9 +96,11 @@ async def power_off(machine: Machine) -> None:
     """Do as SIGTERM does, and see the guest go: its logind may not hear the first press of the power button."""
     shutdown = Shutdown(machine, lambda line: None, Notifier())
     shutdown.request("the test")
-    async with asyncio.timeout(2 * SHUTDOWN_TIMEOUT):
-        end = await machine.wait()
-    shutdown.close()
+    try:
+        async with asyncio.timeout(2 * SHUTDOWN_TIMEOUT):
+            end = await machine.wait()
+    finally:
+        shutdown.close()
     assert (end.reason, end.clean) == ("guest-shutdown", True)
 
 
