@@ -188,7 +188,7 @@ def neighbours(shared: Path) -> float:
 
 def serve(main: Path, bulk: Path, listen: Path) -> None:
     """A multiplexer that serves whoever connects, as a manager does."""
-    from vmspawn.qmp.multiplexer import Multiplexer
+    from vmspawn.qmp.share.multiplexer import Multiplexer
 
     def connect(path: Path) -> socket.socket:
         connected = socket.socket(socket.AF_UNIX)

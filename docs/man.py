@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmspawn.cli import ctl, spawn
-from vmspawn.cli.options import option_names
+import vmspawn.cli.ctl.main as vmctl
+import vmspawn.cli.spawn.main as vmspawn_command
+from vmspawn.cli.parser import option_names
 from vmspawn.version import VERSION
 
 SOURCES = Path(__file__).parent / "man"
@@ -103,8 +104,8 @@ def page(name: str, parser: argparse.ArgumentParser) -> str:
 def pages() -> dict[str, str]:
     """All man pages by their file names."""
     return {
-        "vmspawn.1": page("vmspawn", spawn.build_parser()),
-        "vmctl.1": page("vmctl", ctl.build_parser()),
+        "vmspawn.1": page("vmspawn", vmspawn_command.build_parser()),
+        "vmctl.1": page("vmctl", vmctl.build_parser()),
     }
 
 

@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 
 from tests import figures
-from vmspawn.machine import firmware
+from vmspawn.boot import firmware
 
 # How long an example takes says nothing on a machine that others use too; pytest's own timeout catches what hangs.
 hypothesis.settings.register_profile("vmspawn", deadline=None)

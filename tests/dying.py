@@ -13,10 +13,9 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 
-import vmspawn.qmp.multiplexer  # noqa: F401 - so that the forks have it
 from vmspawn import Drive, Machine, MachineConfig
+from vmspawn.boot.adopt import adopt
 from vmspawn.host.runtime import MachineDirectory
-from vmspawn.machine.adopt import adopt
 from vmspawn.storage.limits import Limits
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from vmspawn.boot.qemu import cache_directory
 from vmspawn.errors import GuestError
 from vmspawn.guest.packages import Fetcher
-from vmspawn.machine.qemu import cache_directory
 
 PACKAGE = "ovmf"
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .machine.config import MachineConfig
-    from .machine.end import End
+    from .boot.config import MachineConfig
+    from .machine.ending import End
     from .machine.machine import Machine
     from .qmp.events import Event
-    from .storage.drive import Drive
+    from .storage.disk import Drive
 
 _HOMES = {
     "Drive": "storage.drive",

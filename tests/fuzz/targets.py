@@ -15,12 +15,12 @@ from asyncvarlink import VarlinkErrorReply
 from vmspawn.control import connection
 from vmspawn.control.server import build_registry
 from vmspawn.machine.machine import Machine
-from vmspawn.qmp import envelope
-from vmspawn.qmp.dialect import dialect_of
-from vmspawn.qmp.envelope import USUAL, Command, Refusal
-from vmspawn.qmp.message import Message
-from vmspawn.qmp.reader import Malformed
-from vmspawn.qmp.scanner import Scanner
+from vmspawn.qmp.syntax import envelope
+from vmspawn.qmp.syntax.dialect import dialect_of
+from vmspawn.qmp.syntax.envelope import USUAL, Command, Refusal
+from vmspawn.qmp.syntax.message import Message
+from vmspawn.qmp.syntax.reader import Malformed
+from vmspawn.qmp.syntax.scanner import Scanner
 
 _DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: JSON parse error, expecting value"))
 

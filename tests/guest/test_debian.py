@@ -17,12 +17,12 @@ from tests import debian, ovmf, uki
 from tests.conftest import make_raw
 from tests.machines import fresh_name
 from vmspawn import Drive, Machine
+from vmspawn.boot import nvram
+from vmspawn.boot.credentials import Credential
+from vmspawn.boot.shares import Share
 from vmspawn.host.notify import Notifier
 from vmspawn.host.runtime import CONSOLE
-from vmspawn.machine import nvram
-from vmspawn.machine.credentials import Credential
-from vmspawn.machine.shares import Share
-from vmspawn.machine.shutdown import Shutdown
+from vmspawn.manager.shutdown import Shutdown
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 

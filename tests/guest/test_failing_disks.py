@@ -18,9 +18,9 @@ from tests.shell import Shell
 from vmspawn import Drive, Machine
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import BadConfig
-from vmspawn.machine.end import MachineEvents
+from vmspawn.machine.ending import MachineEvents
 from vmspawn.storage import nodes
-from vmspawn.storage.attachment import Attachment
+from vmspawn.storage.attached_disk import Attachment
 from vmspawn.storage.failures import FAILED_EVENT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -11,10 +11,10 @@ import pytest_asyncio
 from tests.machines import fresh_name
 from tests.shell import Shell
 from vmspawn import Machine
+from vmspawn.boot.credentials import Credential
+from vmspawn.boot.memory import Growth
 from vmspawn.guest import builtin
 from vmspawn.guest.initramfs import Initramfs
-from vmspawn.machine.credentials import Credential
-from vmspawn.machine.memory import Growth
 
 UUID = "12345678-9abc-4def-8123-456789abcdef"
 LARGE = bytes(range(256)) * 150

@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmspawn.qmp.multiplexer import Multiplexer
-from vmspawn.qmp.session import Session
+from vmspawn.qmp.share.multiplexer import Multiplexer
+from vmspawn.qmp.share.session import Session
 
 #: Seconds that anything may take. Large commands take QEMU seconds, and the machine may be busy.
 DEADLINE = 30.0

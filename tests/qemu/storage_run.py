@@ -32,6 +32,7 @@ from tests.qemu.storage_model import (
     make_image,
 )
 from vmspawn import Drive, Machine
+from vmspawn.boot.qemu import find_qemu
 from vmspawn.errors import (
     BadConfig,
     ConfigNotSupported,
@@ -43,9 +44,8 @@ from vmspawn.errors import (
     SystemFailure,
     VmspawnError,
 )
-from vmspawn.machine.qemu import find_qemu
 from vmspawn.storage import backing as backings
-from vmspawn.storage.attachment import Attachment
+from vmspawn.storage.attached_disk import Attachment
 from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits
 

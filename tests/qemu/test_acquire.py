@@ -22,7 +22,7 @@ from tests.machines import Snapshot, idle_machine, open_files
 from vmspawn import Machine
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
-from vmspawn.machine.end import MachineEvents
+from vmspawn.machine.ending import MachineEvents
 from vmspawn.qmp.events import EventStream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

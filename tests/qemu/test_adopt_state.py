@@ -13,8 +13,8 @@ from tests.commands import vmctl, vmspawn
 from tests.conftest import make_raw
 from tests.machines import fresh_name, process_is_gone
 from tests.survivors import Survivor, idle_survivor, survivor
+from vmspawn.boot.state import STATE_VERSION
 from vmspawn.host import runtime
-from vmspawn.machine.state import STATE_VERSION
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from tests.conftest import make_qcow2, make_raw
 from tests.dying import Dying
 from tests.machines import Snapshot, idle_machine, links_of
 from vmspawn import Machine, MachineConfig
-from vmspawn.machine.adopt import adopt
-from vmspawn.storage.attachment import Attachment, State
+from vmspawn.boot.adopt import adopt
+from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
+from vmspawn.storage.attached_disk import Attachment, State
 from vmspawn.storage.limits import Limits
-from vmspawn.storage.ports import THREADED_SCSI_CONTROLLER
 
 #: More steps than anything has.
 STEPS_MAX = 60

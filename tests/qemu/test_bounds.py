@@ -11,10 +11,10 @@ import pytest
 from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
 from vmspawn import Drive, Event, MachineConfig
+from vmspawn.boot.adopt import adopt
 from vmspawn.errors import SystemFailure
-from vmspawn.machine.adopt import adopt
-from vmspawn.machine.diary import EVENTS, TEXT_MAX
 from vmspawn.machine.machine import Machine
+from vmspawn.machine.recent_events import EVENTS, TEXT_MAX
 from vmspawn.qmp.events import EVENT_QUEUE_MAX
 
 

@@ -29,7 +29,7 @@ from vmspawn.control.server import CONNECTIONS_MAX, ControlServer, build_registr
 from vmspawn.host import runtime
 from vmspawn.host.limits import DESCRIPTORS, allow_descriptors
 from vmspawn.qmp import limits
-from vmspawn.qmp.session import Session
+from vmspawn.qmp.share.session import Session
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

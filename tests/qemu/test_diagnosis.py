@@ -15,14 +15,14 @@ from tests.conftest import make_raw
 from tests.machines import fresh_name, idle_machine, is_gone, process_is_gone
 from tests.survivors import survivor, wait_until_dead
 from vmspawn import MachineConfig
-from vmspawn.console.voice import Voice
+from vmspawn.boot.adopt import adopt
+from vmspawn.boot.launch import launch
+from vmspawn.console.messages import Voice
 from vmspawn.errors import ManagerFailed
-from vmspawn.machine.adopt import adopt
-from vmspawn.machine.launch import launch
 from vmspawn.machine.machine import Machine
-from vmspawn.machine.report import REPORTS_MAX
+from vmspawn.manager.report import REPORTS_MAX
+from vmspawn.manager.supervisor import supervise
 from vmspawn.qmp.transcript import SIZE_MAX, Transcript, without_secrets
-from vmspawn.supervisor import supervise
 
 
 def arguments(qemu: str, folder: Path) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from tests.conftest import make_raw
 from tests.machines import idle_machine, is_gone, links_of, process_is_gone
 from tests.qemu import qmp_fixtures
 from vmspawn import Drive, Machine
+from vmspawn.boot import launch
 from vmspawn.errors import NotConnected, QmpError, StartError
 from vmspawn.host import runtime
-from vmspawn.machine import launch
 
 
 @pytest_asyncio.fixture

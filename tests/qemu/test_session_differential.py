@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.qemu.qmp_fixtures import NEGOTIATE, NEGOTIATE_OOB, SCALE, Client, Kind, Machine, Server, scaled, shared
-from vmspawn.qmp.dialect import PULL
 from vmspawn.qmp.limits import OOB_QUEUE
-from vmspawn.qmp.scanner import Scanner
+from vmspawn.qmp.syntax.dialect import PULL
+from vmspawn.qmp.syntax.scanner import Scanner
 
 Shared = tuple[Machine, Server]
 

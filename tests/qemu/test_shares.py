@@ -11,7 +11,7 @@ from tests.commands import Spawned, qemu_pid, spawned, vmctl, vmspawn
 from tests.conftest import make_raw
 from tests.machines import is_gone, process_is_gone
 from vmspawn.errors import StartError
-from vmspawn.host import virtiofsd
+from vmspawn.helpers import virtiofsd
 
 try:
     PROGRAM = virtiofsd.find()

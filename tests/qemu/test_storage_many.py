@@ -12,9 +12,9 @@ from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Drive, Machine
+from vmspawn.boot.qemu import find_qemu
 from vmspawn.errors import NoFreePort
-from vmspawn.machine.qemu import find_qemu
-from vmspawn.storage.ports import NamespacePlace, Place, ScsiPlace
+from vmspawn.hotplug.places import NamespacePlace, Place, ScsiPlace
 
 #: A virtio-scsi target id is one byte, and so is the number of an NVMe controller's namespaces (QEMU's own bound).
 PLACES = 256

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vmspawn.cli.spawn import parse
+from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError, UsageError
-from vmspawn.machine import images
-from vmspawn.machine.bootentries import Entry, find
+from vmspawn.images import named_images
+from vmspawn.images.boot_entries import Entry, find
 
 
 def touch(root: Path, *names: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_a_directory_without_a_kernel_is_told_what_it_lacks(tmp_path: Path) -> N
 
 
 def test_a_name_alone_stands_for_an_image_or_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "places", lambda: [str(tmp_path / "first"), str(tmp_path / "second")])
+    monkeypatch.setattr(named_images, "places", lambda: [str(tmp_path / "first"), str(tmp_path / "second")])
     (image,) = touch(tmp_path, "second/a.raw")
     (tmp_path / "first" / "b").mkdir(parents=True)
     assert parse(["-M", "a"])[0].image == image

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmspawn.boot.config import MachineConfig, check, parse_size
 from vmspawn.errors import UsageError
 from vmspawn.host.runtime import NAME_MAX, check_name
-from vmspawn.machine.config import MachineConfig, check, parse_size
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmspawn.cli.spawn import parse
+from vmspawn.boot import credentials, smbios
+from vmspawn.boot.credentials import Credential, load, parse_load, parse_set, unescape
+from vmspawn.boot.extras import Additions
+from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError, UsageError
-from vmspawn.machine import credentials, vendorstrings
-from vmspawn.machine.additions import Additions
-from vmspawn.machine.credentials import Credential, load, parse_load, parse_set, unescape
 
 
 @pytest.mark.parametrize(
@@ -96,43 +96,43 @@ def test_a_credential_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 def test_the_guest_gets_it_in_base64() -> None:
-    name, _, value = vendorstrings.of_credential("a.b", b"\0\xff").partition(b"=")
+    name, _, value = smbios.of_credential("a.b", b"\0\xff").partition(b"=")
     assert name == b"io.systemd.credential.binary:a.b"
     assert base64.b64decode(value) == b"\0\xff"
 
 
 def test_kernel_arguments_are_for_the_stub_and_the_boot_loader() -> None:
-    assert vendorstrings.of_kernel_arguments(()) == []
-    assert vendorstrings.of_kernel_arguments(("a", "b=c")) == [
+    assert smbios.of_kernel_arguments(()) == []
+    assert smbios.of_kernel_arguments(("a", "b=c")) == [
         b"io.systemd.stub.kernel-cmdline-extra=a b=c",
         b"io.systemd.boot.kernel-cmdline-extra=a b=c",
     ]
     with pytest.raises(StartError, match="the kernel arguments are 2048 bytes, and a kernel takes 2047"):
-        vendorstrings.check_kernel_arguments(("x" * 2048,))
+        smbios.check_kernel_arguments(("x" * 2048,))
 
 
 def test_what_has_no_room_in_the_table_goes_by_fw_cfg() -> None:
     additions = Additions()
-    vendorstrings.add(additions, (("small", b"x"), ("large", bytes(vendorstrings.TOTAL_MAX))))
+    smbios.add(additions, (("small", b"x"), ("large", bytes(smbios.TOTAL_MAX))))
     by_fw_cfg = [each for each in additions.arguments if each.startswith("name=")]
     assert [each.partition(",")[0] for each in by_fw_cfg] == ["name=opt/io.systemd.credentials/large"]
     assert len(additions.vendor_strings) == 1
     with pytest.raises(StartError, match="cannot go another way"):
-        vendorstrings.add(additions, (("n" * 40, bytes(vendorstrings.TOTAL_MAX)),))
+        smbios.add(additions, (("n" * 40, bytes(smbios.TOTAL_MAX)),))
     additions.close()
 
 
 def test_strings_that_would_be_lost_are_refused() -> None:
     additions = Additions()
-    additions.vendor_strings.append(bytes(vendorstrings.TOTAL_MAX + 1))
+    additions.vendor_strings.append(bytes(smbios.TOTAL_MAX + 1))
     with pytest.raises(StartError, match="longer than 60000 bytes"):
-        vendorstrings.add(additions, ())
+        smbios.add(additions, ())
 
 
 def test_what_others_could_read_is_not_on_the_command_line() -> None:
     additions = Additions()
     additions.vendor_strings.append(b"secret")
-    vendorstrings.add(additions, ())
+    smbios.add(additions, ())
     assert not any("secret" in each for each in additions.arguments)
     fd = additions.descriptors[0]
     assert os.pread(fd, 100, 0) == b"secret"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.conftest import make_qcow2, make_raw
 from vmspawn.errors import BadConfig, SystemFailure, UsageError
 from vmspawn.storage import backing as backings
-from vmspawn.storage import drive as drives
+from vmspawn.storage import disk as drives
 from vmspawn.storage import formats
-from vmspawn.storage.drive import Drive, parse_extra_drive
+from vmspawn.storage.disk import Drive, parse_extra_drive
 
 
 @pytest.mark.parametrize("name", ["disk", "a", "x" * 20, "data-1.raw", "A_b.C-9"])

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vmspawn.qmp.dialect import PULL
-from vmspawn.qmp.envelope import USUAL, Command, Refusal, read, usual
-from vmspawn.qmp.message import parse
-from vmspawn.qmp.reader import Malformed
-from vmspawn.qmp.scanner import Scanner
+from vmspawn.qmp.syntax.dialect import PULL
+from vmspawn.qmp.syntax.envelope import USUAL, Command, Refusal, read, usual
+from vmspawn.qmp.syntax.message import parse
+from vmspawn.qmp.syntax.reader import Malformed
+from vmspawn.qmp.syntax.scanner import Scanner
 
 
 def read_text(text: bytes, *, oob: bool = False) -> Command | Refusal:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from vmspawn.cli.spawn import parse
+from vmspawn.boot import firmware, nvram, uefi
+from vmspawn.boot.firmware import Blob, FirmwareWish
+from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError, UsageError
-from vmspawn.machine import firmware, nvram, uefi
-from vmspawn.machine.firmware import Blob, FirmwareWish
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmspawn.machine.kernelimage import OTHER, PE, UKI, kind_of
+from vmspawn.images.kernel_image import OTHER, PE, UKI, kind_of
 
 
 def pe(*sections: bytes, signature: bytes = b"PE\0\0") -> bytes:

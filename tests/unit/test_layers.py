@@ -11,26 +11,29 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 
-#: From the top down. A layer imports from itself and from what stands below it.
+#: From the top down. A room imports from itself and from those below it.
 LAYERS = [
     "cli",
-    "supervisor",
+    "manager",
     "control",
     "machine",
+    "boot",
     "storage",
+    "hotplug",
     "qmp",
     "console",
+    "helpers",
     "host",
     "guest",
-    "waiting",
-    "peers",
+    "images",
+    "aio",
     "log",
     "errors",
     "text",
     "version",
 ]
 #: These know nothing of each other.
-APART = {"qmp", "console", "host", "guest"}
+APART = {"qmp", "console", "host", "guest", "images"}
 
 #: Modules that take long to load, and that neither command needs at its start.
 SLOW = {"asyncio", "asyncvarlink", "msgspec", "dataclasses", "subprocess", "hashlib", "pathlib", "inspect"}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import vmspawn.cli.ctl.main as vmctl
+import vmspawn.cli.spawn.main as vmspawn_command
 from docs import man
-from vmspawn.cli import ctl, spawn
 
 TESTS = Path(__file__).parents[1]
 COMPATIBILITY = TESTS.parent / "docs" / "compatibility.md"
@@ -26,7 +27,9 @@ def visible_options(parser: argparse.ArgumentParser) -> set[str]:
     }
 
 
-@pytest.mark.parametrize(("name", "parser"), [("vmspawn.1", spawn.build_parser()), ("vmctl.1", ctl.build_parser())])
+@pytest.mark.parametrize(
+    ("name", "parser"), [("vmspawn.1", vmspawn_command.build_parser()), ("vmctl.1", vmctl.build_parser())]
+)
 def test_every_option_is_in_the_man_page(name: str, parser: argparse.ArgumentParser) -> None:
     text = man.pages()[name].replace("\\-", "-")
     missing = {option for option in visible_options(parser) if not re.search(rf"\.B .*{option}\b", text)}
@@ -35,11 +38,11 @@ def test_every_option_is_in_the_man_page(name: str, parser: argparse.ArgumentPar
 
 def test_every_verb_is_in_the_man_page() -> None:
     text = man.pages()["vmctl.1"].replace("\\-", "-")
-    assert all(f".B {verb} " in text or f".B {verb}\n" in text for verb in man._subparsers(ctl.build_parser()))
+    assert all(f".B {verb} " in text or f".B {verb}\n" in text for verb in man._subparsers(vmctl.build_parser()))
 
 
 def test_nothing_is_said_of_an_option_that_is_not_there() -> None:
-    assert set(man.details()) <= visible_options(spawn.build_parser())
+    assert set(man.details()) <= visible_options(vmspawn_command.build_parser())
 
 
 @pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
@@ -63,7 +66,7 @@ def test_the_table_has_each_option_of_ours_that_is_systemd_vmspawns() -> None:
     )
     listed = [name for name, _, _ in rows]
     assert len(listed) == len(set(listed))
-    known = visible_options(spawn.build_parser())
+    known = visible_options(vmspawn_command.build_parser())
     assert {name for name, state, _ in rows if state in ("same", "differs")} <= known
     assert all(tested.strip() for _, _, tested in rows)
 

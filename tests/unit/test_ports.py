@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmspawn.errors import NoFreePort, UsageError
-from vmspawn.storage import ports
-from vmspawn.storage.ports import PciPlace, Pool, ScsiPlace, layout, port_devices
+from vmspawn.hotplug import places
+from vmspawn.hotplug.places import PciPlace, Pool, ScsiPlace, layout, port_devices
 
 
 def pool_of(count: int) -> Pool:
@@ -68,7 +68,7 @@ def test_q35_has_the_ports_that_were_asked_for_and_no_slot_twice(count: int) -> 
     assert len(set(addresses)) == count
     port_slots = {int(address.partition(".")[0], 16) for address in addresses}
     boot_slots = {int(place.addr, 16) for place in found.boot.places if isinstance(place, PciPlace)}
-    fixed = {0, ports.SCSI_CONTROLLER_SLOT, ports.RNG_SLOT, 31}
+    fixed = {0, places.SCSI_CONTROLLER_SLOT, places.RNG_SLOT, 31}
     assert not port_slots & boot_slots
     assert not (port_slots | boot_slots) & fixed
 
@@ -106,7 +106,7 @@ def test_a_name_gets_the_same_namespace_each_time() -> None:
     assert found.take_for("data") == place
     # If that is taken, it gets another.
     assert found.take_for("data") != place
-    assert found.free == ports.NAMESPACES - 2
+    assert found.free == places.NAMESPACES - 2
 
 
 def test_a_machine_without_namespaces_says_so() -> None:
@@ -114,7 +114,7 @@ def test_a_machine_without_namespaces_says_so() -> None:
         layout("q35", None).namespaces.take_for("data")
 
 
-@given(st.lists(st.text(min_size=1), max_size=ports.NAMESPACES, unique=True))
+@given(st.lists(st.text(min_size=1), max_size=places.NAMESPACES, unique=True))
 def test_namespaces_are_handed_out_once_each(names: list[str]) -> None:
     found = layout("pc", None, namespaces=True).namespaces
     assert len({found.take_for(name) for name in names}) == len(names)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vmspawn.errors import StartError
-from vmspawn.machine import qcow2
-from vmspawn.machine.rootpartition import root_argument
+from vmspawn.images import qcow2
+from vmspawn.images.partitions import root_argument
 
 ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 USR = "8484680C-9521-48C6-9C11-B0720656F69E"

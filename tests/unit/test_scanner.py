@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from tests.fuzz.targets import scan
 from vmspawn.qmp import limits
-from vmspawn.qmp.dialect import Dialect, dialect_of
-from vmspawn.qmp.message import Message
-from vmspawn.qmp.reader import Malformed
-from vmspawn.qmp.scanner import Scanner
+from vmspawn.qmp.syntax.dialect import Dialect, dialect_of
+from vmspawn.qmp.syntax.message import Message
+from vmspawn.qmp.syntax.reader import Malformed
+from vmspawn.qmp.syntax.scanner import Scanner
 
 DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: JSON parse error, expecting value"))
 

@@ -3,10 +3,10 @@
 
 import pytest
 
-from vmspawn.cli.spawn import parse as parse_arguments
+from vmspawn.boot.shares import Share, fstab, parse
+from vmspawn.cli.spawn.main import parse as parse_arguments
 from vmspawn.errors import UsageError
-from vmspawn.host.virtiofsd import Virtiofsd
-from vmspawn.machine.shares import Share, fstab, parse
+from vmspawn.helpers.virtiofsd import Virtiofsd
 
 
 @pytest.mark.parametrize(

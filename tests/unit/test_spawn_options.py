@@ -3,11 +3,11 @@
 
 import pytest
 
-from vmspawn.cli import later_options
-from vmspawn.cli.spawn import build_parser, configure, parse
+from vmspawn.boot.disks import without_effect
+from vmspawn.boot.memory import Growth, size_argument
+from vmspawn.cli.spawn import unsupported_options
+from vmspawn.cli.spawn.main import build_parser, configure, parse
 from vmspawn.errors import UsageError, VmspawnError
-from vmspawn.machine.bootdrives import without_effect
-from vmspawn.machine.memory import Growth, size_argument
 from vmspawn.version import VERSION
 
 GIB = 1 << 30
@@ -34,7 +34,7 @@ def test_what_is_no_ram(text: str) -> None:
 
 
 def wishes(*arguments: str) -> list[str]:
-    return later_options.check(build_parser().parse_args(list(arguments)))
+    return unsupported_options.check(build_parser().parse_args(list(arguments)))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str | N
     """What is wrong with these arguments, if something is."""
     try:
         options = build_parser().parse_args(arguments)
-        later_options.check(options)
+        unsupported_options.check(options)
         configure(options)
     except VmspawnError as error:
         return f"{error}{error.hint}"

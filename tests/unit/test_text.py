@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmspawn.storage.drive import check_name, default_name
+from vmspawn.storage.disk import check_name, default_name
 from vmspawn.text import printable, utf8
 
 

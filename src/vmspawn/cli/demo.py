@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from ..errors import Timeout, VmspawnError
 from ..host import runtime
-from .program import run
+from .entrypoint import run
 
 _MACHINE = "demo"
 _SIZE = 64 << 20

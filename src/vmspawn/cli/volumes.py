@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from ..boot.config import parse_size
 from ..errors import UsageError
 from ..host import storageprovider
 from ..host.storageprovider import Volume
-from ..machine.config import parse_size
-from ..storage.drive import BUSES
-from .calling import INSTANCE, client_for, context
-from .options import boolean
+from ..storage.disk import BUSES
+from .ctl.calling import INSTANCE, client_for, context
+from .parser import boolean
 
 
 def parse(option: str, text: str) -> Volume:

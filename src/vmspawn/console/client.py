@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .outlet import Outlet
+from ..aio.writer import Outlet
 
 if TYPE_CHECKING:
     from .hub import Console

@@ -15,9 +15,9 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from ..peers import is_allowed
+from ..aio.peers import is_allowed
+from ..aio.writer import Outlet
 from .client import ConsoleClient
-from .outlet import Outlet
 from .unread import Log
 
 #: Bytes that a viewer who comes late is shown first.

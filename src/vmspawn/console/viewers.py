@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .outlet import Outlet
+from ..aio.writer import Outlet
 from .streams import Output
 from .terminal import Screen
 

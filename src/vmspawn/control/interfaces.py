@@ -14,12 +14,12 @@ from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..errors import BadConfig, EventsLost, NotConnected
-from ..machine.diary import Entry
 from ..machine.machine import Machine as RunningMachine
+from ..machine.recent_events import Entry
 from ..storage import backing as backings
-from ..storage import drive as drives
+from ..storage import disk as drives
 from ..storage.backing import Backing
-from ..storage.drive import AUTO_BUS, DEFAULT_BUS, Drive
+from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Drive
 from ..storage.hotplug import DETACH_TIMEOUT
 from . import errors, qmp
 from .storage import Storage, StorageLimits, describe, to_limits, with_options

@@ -17,7 +17,7 @@ from .connection import CALLER
 from .upgrade import Taker
 
 if typing.TYPE_CHECKING:
-    from ..qmp.session import Session as QmpSession
+    from ..qmp.share.session import Session as QmpSession
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
 
@@ -33,7 +33,7 @@ class Acquired(typing.TypedDict):
 
 async def acquire(machine: RunningMachine, *, read_only: bool) -> Acquired:
     """A QMP session on a socket pair; the other end goes to the caller and outlives the Varlink connection."""
-    from ..qmp.peer import Peer
+    from ..qmp.share.peer import Peer
 
     multiplexer = await machine.multiplexer()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -44,7 +44,7 @@ async def acquire(machine: RunningMachine, *, read_only: bool) -> Acquired:
 
 async def take_over(machine: RunningMachine, *, read_only: bool) -> Taker:
     """A QMP session on the Varlink connection itself."""
-    from ..qmp.peer import Peer
+    from ..qmp.share.peer import Peer
 
     multiplexer = await machine.multiplexer()
 

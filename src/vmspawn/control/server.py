@@ -9,10 +9,10 @@ from collections.abc import Callable
 from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
+from ..aio.peers import is_allowed
+from ..aio.sockets import listen
 from ..host.runtime import CONTROL, MachineDirectory
-from ..host.sockets import listen
 from ..machine.machine import Machine as RunningMachine
-from ..peers import is_allowed
 from ..version import VERSION
 from .connection import Connection
 from .interfaces import Machine, MachineInstance, QemuMachineInstance, VirtualMachineInstance

@@ -8,12 +8,12 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 
+from ..aio import sockets
+from ..aio.peers import is_allowed
 from ..errors import NotConnected, StartError, VmspawnError
-from ..host import sockets
-from ..peers import is_allowed
 from ..qmp.limits import GREETING_TIMEOUT
-from ..qmp.multiplexer import Multiplexer
-from ..qmp.peer import Peer
+from ..qmp.share.multiplexer import Multiplexer
+from ..qmp.share.peer import Peer
 
 #: Connections that the kernel holds for us while we are busy.
 _BACKLOG = 128

@@ -7,9 +7,9 @@ Varlink's names are part of the protocol, hence their case here.
 import typing
 from dataclasses import dataclass
 
-from ..storage.attachment import Attachment
+from ..storage.attached_disk import Attachment
 from ..storage.buses import TABLE
-from ..storage.drive import Drive
+from ..storage.disk import Drive
 from ..storage.limits import NO_LIMITS, Limits
 from ..storage.statistics import Statistics
 

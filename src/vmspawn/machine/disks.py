@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 from ..storage import backing as backings
-from ..storage import drive as drives
-from ..storage.attachment import Attachment
+from ..storage import disk as drives
+from ..storage.attached_disk import Attachment
 from ..storage.backing import Backing
-from ..storage.drive import Drive
+from ..storage.disk import Drive
 from ..storage.hotplug import DETACH_TIMEOUT, Storage
 from ..storage.limits import Limits
 

@@ -8,31 +8,31 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
+from ..aio.waiting import first_of
+from ..boot.config import MachineConfig, check
+from ..boot.launch import Launched, explain_failure, launch
+from ..boot.state import SavedQemu, StateFile, damaged
 from ..console.hub import Console
 from ..errors import NotConnected, NotSupported, StartError
+from ..helpers.watch import Watch
 from ..host import runtime
 from ..host.process import Process
 from ..qmp.monitor import GREETING_TIMEOUT, Monitor
-from ..qmp.runstate import RunState
+from ..qmp.run_state import RunState
 from ..qmp.transcript import Transcript
-from ..storage.attachment import Attachment
+from ..storage.attached_disk import Attachment
 from ..storage.hotplug import Storage
-from ..waiting import first_of
-from .config import MachineConfig, check
-from .diary import Diary
+from .console_size import Window
 from .disks import Disks
-from .end import End, MachineEvents
-from .launch import Launched, explain_failure, launch
-from .openconsole import open_console
+from .ending import End, MachineEvents
+from .open_console import open_console
 from .quit import QUIT_TIMEOUT, Quit
+from .recent_events import Diary
 from .sessions import Sessions
-from .state import SavedQemu, StateFile, damaged
-from .watch import Watch
-from .window import Window
 
 if TYPE_CHECKING:
-    from ..qmp.multiplexer import Multiplexer
-    from ..qmp.session import Session
+    from ..qmp.share.multiplexer import Multiplexer
+    from ..qmp.share.session import Session
 
 #: Seconds for the greeting of a QEMU that was up before. It comes at once, unless another program holds the monitor, or
 #: QEMU waits for the host's storage.

@@ -8,11 +8,11 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .state import SavedSessions
+from ..boot.state import SavedSessions
 
 if TYPE_CHECKING:
-    from ..qmp.multiplexer import Multiplexer
-    from ..qmp.session import Session
+    from ..qmp.share.multiplexer import Multiplexer
+    from ..qmp.share.session import Session
     from ..qmp.transcript import Transcript
 
 
@@ -67,7 +67,7 @@ class Sessions:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> Multiplexer:
-        from ..qmp.multiplexer import Multiplexer
+        from ..qmp.share.multiplexer import Multiplexer
 
         sessions, bulk = (self._sockets.pop(name) for name in ("qmp-sessions", "qmp-bulk"))
         # That QEMU is gone, the manager's own monitor tells.

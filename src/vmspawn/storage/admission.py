@@ -6,17 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import BadConfig, ConfigNotSupported, StorageExists
+from ..hotplug.places import NO_NAMESPACES, NO_NAMESPACES_HINT, Place
 from . import backing as backings
 from . import buses, formats
-from . import drive as drives
-from .attachment import Attachment, State
+from . import disk as drives
+from .attached_disk import Attachment, State
 from .backing import Backing
 from .context import Context
-from .drive import AUTO_BUS, Drive
+from .disk import AUTO_BUS, Drive
 from .image import Image
 from .limits import check_limits
 from .nodes import Identifiers
-from .ports import NO_NAMESPACES, NO_NAMESPACES_HINT, Place
 
 
 def admit(context: Context, others: Iterable[Attachment], drive: Drive, backing: Backing | None) -> Attachment:

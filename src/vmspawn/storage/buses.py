@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .drive import Drive
-from .ports import NamespacePlace, Place
+from ..hotplug.places import NamespacePlace, Place
+from .disk import Drive
 
 
 class Bus(NamedTuple):

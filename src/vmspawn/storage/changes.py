@@ -7,17 +7,17 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from ..aio.tasks import Tasks
 from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, SystemFailure, VmspawnError
-from . import admission, exchange, media, pending
+from . import admission, media, pending, swap
 from . import resize as resizing
-from .attachment import Attachment, State
+from .attached_disk import Attachment, State
 from .backing import Backing
 from .context import Context
 from .explain import explain
 from .image import Image
 from .limits import Limits, check_limits
 from .register import Register
-from .tasks import Tasks
 
 #: Seconds that a change of a drive, or taking its image away by force, is waited for. It goes on after that.
 CHANGE_TIMEOUT = 40.0
@@ -59,7 +59,7 @@ class Changes:
             raise
 
         async def work() -> int:
-            return await exchange.replace(self._context, attachment, image, shrink=shrink)
+            return await swap.replace(self._context, attachment, image, shrink=shrink)
 
         return await self._change(attachment, work, "replacing", image)
 
@@ -82,7 +82,7 @@ class Changes:
         check_limits(limits)
 
         async def work() -> None:
-            await exchange.limit(self._context, attachment, limits)
+            await swap.limit(self._context, attachment, limits)
 
         await self._change(attachment, work, "limiting")
 

@@ -7,13 +7,14 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from ..hotplug import places
+from ..hotplug.places import Layout, Place, Pool
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
-from ..qmp.runstate import RunState
-from . import buses, ports
-from .attachment import Attachment, State
-from .parts import Part, remove_parts
-from .ports import Layout, Place, Pool
+from ..qmp.run_state import RunState
+from . import buses
+from .attached_disk import Attachment, State
+from .qemu_objects import Part, remove_parts
 
 
 class Context:
@@ -56,7 +57,7 @@ class Context:
 
     def pool(self, attachment: Attachment) -> Pool:
         """Where the attachment's place belongs."""
-        if attachment.place.bus == f"{ports.THREADED_SCSI_CONTROLLER}.0":
+        if attachment.place.bus == f"{places.THREADED_SCSI_CONTROLLER}.0":
             assert self.threaded_scsi is not None
             return self.threaded_scsi
         match buses.TABLE[attachment.drive.bus].pool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..qmp.events import Event
-from .attachment import Attachment
+from .attached_disk import Attachment
 
 #: QEMU's event, and ours.
 QEMU_EVENT = "BLOCK_IO_ERROR"

@@ -8,30 +8,23 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import (
-    NoSuchStorage,
-    QmpError,
-    StoragePending,
-    SystemFailure,
-    Timeout,
-    VmspawnError,
-)
+from ..aio.tasks import Tasks
+from ..errors import NoSuchStorage, QmpError, StoragePending, SystemFailure, Timeout, VmspawnError
+from ..hotplug.places import Layout
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
-from ..qmp.runstate import RunState
-from . import admission, buses, chain, exchange, failures, media, pending, statistics
-from .attachment import Attachment, Removal, State
+from ..qmp.run_state import RunState
+from . import admission, buses, failures, image_nodes, media, pending, statistics, swap
+from .attached_disk import Attachment, Removal, State
 from .backing import Backing
 from .changes import CHANGE_TIMEOUT, Changes, check_not_boot
 from .context import Context
-from .drive import Drive
+from .disk import Drive
 from .explain import explain
-from .ports import Layout
+from .iothread_controller import threaded_scsi
 from .register import Register, to_json
 from .statistics import Statistics
 from .steps import AddDevice, do_all, plan, undo_steps, unplug
-from .tasks import Tasks
-from .threaded import threaded_scsi
 
 #: Seconds that a detach waits for the guest before it says that the removal is pending. sd-varlink's clients give up
 #: after 45 s without an answer.
@@ -99,7 +92,7 @@ class Storage:
         attachment.state = State.ATTACHED
         attachment.done = plan(attachment)
         for image in attachment.images:
-            image.done = chain.plan(image)
+            image.done = image_nodes.plan(image)
             self._context.numbers_used_up_to(image.number)
         attachment.settled.set()
         self._register.add(attachment)
@@ -109,7 +102,7 @@ class Storage:
         """Drop the descriptor sets of the boot drives: their nodes are open by now."""
         for attachment in self:
             for image in attachment.images if attachment.boot else ():
-                await chain.release(self._context, image)
+                await image_nodes.release(self._context, image)
         self._register.changed(None)
 
     # Taking over from a manager that died.
@@ -117,9 +110,9 @@ class Storage:
     def load(self, saved: dict[str, Any]) -> None:
         """Enter the drives of a register that was saved. Raises KeyError, TypeError or ValueError if it is none."""
         # Loaded where it is needed: most machines keep their manager.
-        from . import adoption
+        from . import recovery
 
-        for attachment in adoption.load(self._context, saved):
+        for attachment in recovery.load(self._context, saved):
             self._register.add(attachment)
 
     async def reconcile(self, foreign_fdsets: Sequence[int]) -> list[str]:
@@ -127,9 +120,9 @@ class Storage:
 
         `foreign_fdsets` are descriptor sets that are not ours. Raises Timeout or NotConnected.
         """
-        from . import adoption
+        from . import recovery
 
-        work = adoption.Adoption(self._context, self._unwind)
+        work = recovery.Adoption(self._context, self._unwind)
         await work.run(self, foreign_fdsets)
         return work.notes
 
@@ -219,7 +212,7 @@ class Storage:
 
         async def work() -> None:
             async with attachment.lock:
-                await exchange.take_away(self._context, attachment)
+                await swap.take_away(self._context, attachment)
 
         try:
             await self._tasks.run(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..qmp.monitor import Monitor
-from .attachment import Attachment
+from .attached_disk import Attachment
 from .image import FAULT, Image
 
 

@@ -9,8 +9,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadConfig, QmpError, StoragePending
-from . import chain
-from .attachment import Attachment
+from . import image_nodes
+from .attached_disk import Attachment
 from .context import Context
 from .image import Image
 from .steps import AddPivot, BuildImage, do_step, enter_step, undo_steps
@@ -135,7 +135,7 @@ async def insert(context: Context, attachment: Attachment, image: Image, *, forc
     try:
         # QEMU opens the image before the tray is touched.
         enter_step(context, attachment, BuildImage.name)
-        await chain.build(context, attachment, image)
+        await image_nodes.build(context, attachment, image)
         await tray.open()
         await _take_out(context, attachment, tray, old)
         await do_step(context, attachment, AddPivot.name)
@@ -144,7 +144,7 @@ async def insert(context: Context, attachment: Attachment, image: Image, *, forc
     except (QmpError, StoragePending):
         if attachment.image is image:
             await undo_steps(context, attachment, [AddPivot.name])
-        await chain.dismantle(context, attachment, image)
+        await image_nodes.dismantle(context, attachment, image)
         if not attachment.images:
             await undo_steps(context, attachment, [BuildImage.name])
         raise
@@ -163,7 +163,7 @@ async def _take_out(context: Context, attachment: Attachment, tray: Tray, medium
         await tray.run("blockdev-remove-medium")
         await undo_steps(context, attachment, [AddPivot.name])
     if medium is not None:
-        await chain.dismantle(context, attachment, medium)
+        await image_nodes.dismantle(context, attachment, medium)
     if not attachment.images:
         await undo_steps(context, attachment, [BuildImage.name])
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .drive import Drive
+from .disk import Drive
 from .image import Image
 
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from ..qmp.runstate import RunState
-from .attachment import Attachment
+from ..qmp.run_state import RunState
+from .attached_disk import Attachment
 
 HINT = (
     "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "

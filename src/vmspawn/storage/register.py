@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from ..errors import NoSuchStorage
-from .attachment import Attachment
+from .attached_disk import Attachment
 
 #: Drives that are named to somebody who asked for one that is not there.
 _NAMED = 8

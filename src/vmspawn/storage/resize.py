@@ -7,7 +7,7 @@ import os
 
 from ..errors import BadConfig, ConfigNotSupported
 from . import buses
-from .attachment import Attachment
+from .attached_disk import Attachment
 from .context import Context
 
 #: What sizes are multiples of.

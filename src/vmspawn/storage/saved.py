@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..hotplug.places import NamespacePlace, PciPlace, Place, ScsiPlace
 from . import buses
 from .backing import Backing
-from .drive import Drive
+from .disk import Drive
 from .image import Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
-from .ports import NamespacePlace, PciPlace, Place, ScsiPlace
 
 # The fields of a Drive that are saved under `options`, by their names there.
 _OPTIONS = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from .attachment import Attachment
+from .attached_disk import Attachment
 from .context import Context
 
 

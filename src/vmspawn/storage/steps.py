@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .. import log
+from ..aio.waiting import first_of
 from ..errors import QmpError, SystemFailure
 from ..qmp.monitor import Command
-from ..waiting import first_of
-from . import buses, chain, nodes
-from .attachment import Attachment
+from . import buses, image_nodes, nodes
+from .attached_disk import Attachment
 from .context import Context
-from .parts import Part
+from .qemu_objects import Part
 
 #: Seconds between requests to the guest to let a device go: early ones are lost in firmware (HOTPLUG.md 5), later ones
 #: are harmless. The last one is repeated for ever.
@@ -103,10 +103,10 @@ class BuildImage(Step):
         return bool(attachment.images)
 
     def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
-        return chain.commands(attachment.drive, attachment.images[0])
+        return image_nodes.commands(attachment.drive, attachment.images[0])
 
     def parts(self, attachment: Attachment) -> Sequence[Part]:
-        return [part for image in attachment.images for part in chain.parts(image)]
+        return [part for image in attachment.images for part in image_nodes.parts(image)]
 
     def end(self, context: Context, attachment: Attachment) -> None:
         attachment.close_backings()
@@ -193,7 +193,7 @@ async def do_all(context: Context, attachment: Attachment) -> None:
         context.journal(attachment)
         for name in attachment.done:
             log.debug(f"{attachment.name}: does {name}")
-        for result in await context.monitor.execute_all(commands, behind=chain.drops(attachment.images)):
+        for result in await context.monitor.execute_all(commands, behind=image_nodes.drops(attachment.images)):
             if isinstance(result, QmpError):
                 raise result
     except (QmpError, SystemFailure):
@@ -201,7 +201,7 @@ async def do_all(context: Context, attachment: Attachment) -> None:
         attachment.done.remove(AddDevice.name)
         raise
     for image in attachment.images:
-        chain.made(context, image)
+        image_nodes.made(context, image)
 
 
 async def undo_steps(context: Context, attachment: Attachment, names: Iterable[str]) -> None:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's command line, put together concern by concern, each option and its value on one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from ..hotplug import places
+from ..storage import buses, nodes
+from ..storage.disk import Drive
+from ..storage.image import Image
+from ..storage.nodes import Identifiers
+from . import console, memory
+from .config import MachineConfig
+from .extras import Additions
+from .qemu import QemuBinary
+from .sandbox import sandbox
+
+
+class Boot(NamedTuple):
+    """The kernel that QEMU is to load, if it is to load one."""
+
+    kernel: str
+    initrd: str | None
+    arguments: tuple[str, ...]
+
+
+class BootDrive(NamedTuple):
+    """A drive that is there from boot. It is built of the same nodes and device as one that is plugged in later."""
+
+    drive: Drive
+    identifiers: Identifiers
+    place: places.Place
+    image: Image
+    serial: str
+    #: The node that an overlay stands on.
+    below: str | None = None
+
+    def device(self) -> dict[str, object]:
+        """The device's properties."""
+        return buses.device(
+            self.drive,
+            device_id=self.identifiers.device,
+            node=self.identifiers.pivot,
+            place=self.place,
+            serial=self.serial,
+        )
+
+    def nodes(self) -> list[dict[str, object]]:
+        """The block nodes' options, from the bottom up."""
+        found = [nodes.file_node(self.image, self.drive)]
+        if self.image.format != "raw":
+            overlaid = {"backing": self.below} if self.below else {}
+            found.append({**nodes.format_node(self.image, self.drive), **overlaid})
+        found.append(nodes.pivot_node(self.identifiers, self.image, self.drive, read_only=self.drive.read_only))
+        return found
+
+
+class Inherited(NamedTuple):
+    """The listening sockets that QEMU gets: for its monitors, and for the console's size port or -1; and
+    the console's log, or -1."""
+
+    monitors: Mapping[str, int]
+    size: int
+    log: int
+
+
+def command_line(
+    binary: QemuBinary,
+    config: MachineConfig,
+    accelerator: str,
+    layout: places.Layout,
+    boot: Boot | None,
+    drives: Sequence[BootDrive],
+    inherited: Inherited,
+    additions: Additions,
+) -> list[str]:
+    """The whole command line."""
+    return [
+        binary.path,
+        *_identity(config),
+        *sandbox(binary, config),
+        *_hardware(config, accelerator, additions),
+        *_monitors(binary, inherited.monitors),
+        *_controllers(config, layout),
+        *additions.arguments,
+        *console.devices(config, inherited.size, inherited.log),
+        *_drives(drives),
+        *_boot(boot),
+        *config.qemu_arguments,
+    ]
+
+
+def _identity(config: MachineConfig) -> list[str]:
+    uuid = ["-uuid", _dashed(config.uuid)] if config.uuid else []
+    return ["-name", f"{config.name},process=vmspawn-qemu", *uuid, "-no-user-config", "-nodefaults"]
+
+
+def _dashed(uuid: str) -> str:
+    digits = uuid.replace("-", "").lower()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+# The options of the machine types; GICv3 is what lets an aarch64 guest have more than eight processors.
+_MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
+
+
+def _hardware(config: MachineConfig, accelerator: str, additions: Additions) -> list[str]:
+    return [
+        *("-machine", ",".join((_MACHINES[config.machine_type], f"accel={accelerator}", *additions.machine))),
+        *("-cpu", "host" if accelerator == "kvm" else "max"),
+        *("-smp", str(config.cpus)),
+        *("-m", memory.size_argument(config.ram_bytes, config.ram_growth)),
+    ]
+
+
+def _monitors(binary: QemuBinary, sockets: Mapping[str, int]) -> Iterable[str]:
+    for name, fd in sockets.items():
+        yield from ("-chardev", f"socket,id={name},fd={fd},server=on,wait=off")
+        if binary.monitor_object:
+            yield from ("-object", f"monitor-qmp,id={name}-monitor,chardev={name}")
+        else:
+            yield from ("-mon", f"chardev={name},mode=control")
+
+
+def _controllers(config: MachineConfig, layout: places.Layout) -> Iterable[str]:
+    bus = "pci.0" if config.machine_type == "pc" else "pcie.0"
+    # The console's devices are the other functions of its slot.
+    rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": bus, "addr": hex(places.RNG_SLOT), "multifunction": True}
+    scsi_slot = hex(places.SCSI_CONTROLLER_SLOT)
+    scsi = {"driver": "virtio-scsi-pci", "id": places.SCSI_CONTROLLER, "bus": bus, "addr": scsi_slot}
+    devices = [scsi, rng, *places.port_devices(layout.ports)]
+    if layout.namespaces.places:
+        devices.append(
+            {
+                "driver": "nvme",
+                "id": places.NAMESPACE_CONTROLLER,
+                "serial": buses.NAMESPACE_SERIAL,
+                "bus": bus,
+                "addr": hex(places.NAMESPACE_CONTROLLER_SLOT),
+            }
+        )
+    for device in devices:
+        yield from ("-device", json.dumps(device))
+
+
+def _drives(drives: Sequence[BootDrive]) -> Iterable[str]:
+    for each in drives:
+        assert each.image.backing is not None
+        yield from ("-add-fd", f"fd={each.image.backing.fd},set={each.image.fdset}")
+        yield from ("-object", json.dumps({"qom-type": "throttle-group", "id": each.identifiers.limits}))
+        for node in each.nodes():
+            yield from ("-blockdev", json.dumps(node))
+        yield from ("-device", json.dumps(each.device()))
+
+
+def _boot(boot: Boot | None) -> list[str]:
+    if boot is None:
+        return []
+    initrd = ["-initrd", boot.initrd] if boot.initrd else []
+    arguments = ["-append", " ".join(boot.arguments)] if boot.arguments else []
+    return ["-kernel", boot.kernel, *initrd, *arguments]

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a machine is to be: every choice of the user's, checked as far as it can be without touching anything.
+
+On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from ..errors import UsageError
+from ..host import machined
+from ..host.runtime import NAME_MAX, check_name
+from ..host.storageprovider import Volume
+from ..storage.disk import DEFAULT_BUS, Drive
+from . import credentials, firmware, memory
+from .shares import Share
+
+MACHINE_TYPES = ("q35", "pc", "virt")
+KVM_CHOICES = ("auto", "yes", "no")
+CONSOLES = ("interactive", "native", "read-only", "gui", "headless")
+CONSOLE_TRANSPORTS = ("serial", "virtio")
+
+#: The seconds that a guest has for its own power-off, systemd's DefaultTimeoutStopSec=.
+SHUTDOWN_TIMEOUT = 90.0
+
+_MIB = 1 << 20
+#: systemd-vmspawn's default.
+RAM_DEFAULT = 2048 * _MIB
+#: The built-in guest lives in an initramfs and needs little.
+RAM_BUILTIN = 256 * _MIB
+_RAM_MIN = 32 * _MIB
+_CPUS_MAX = 255
+
+
+class ConsoleTerminal(NamedTuple):
+    """What the guest's console will be shown on: the terminal's name in terminfo, and its window in characters.
+
+    An empty name, or 0, is not known and the guest's own default holds.
+    """
+
+    term: str
+    rows: int
+    columns: int
+
+
+class MachineConfig(NamedTuple):
+    """A machine as the user wants it.
+
+    What boots is one of: `guest` "builtin"; `linux` with an optional `initrd`; `image` by its own boot loader. Sizes
+    are bytes, times are seconds. None stands for the default that depends on something else.
+    """
+
+    name: str | None = None
+    guest: str | None = None
+    image: str | None = None
+    image_format: str | None = None
+    image_disk_type: str = DEFAULT_BUS
+    discard_disk: bool = True
+    linux: str | None = None
+    initrd: str | None = None
+    kernel_arguments: tuple[str, ...] = ()
+    uuid: str | None = None
+    cpus: int = 1
+    ram: int | None = None
+    kvm: str = "auto"
+    machine_type: str = "q35"
+    hotplug_ports: int | None = None
+    extra_drives: tuple[Drive, ...] = ()
+    on_error: str = ""
+    qmp_log: str = ""
+    console: str = "read-only"
+    console_transport: str = CONSOLE_TRANSPORTS[0]
+    console_log: str | None = None
+    terminal: ConsoleTerminal | None = None
+    qemu: str | None = None
+    qemu_arguments: tuple[str, ...] = ()
+    shutdown_timeout: float = SHUTDOWN_TIMEOUT
+    registration: machined.Registration = machined.Registration()
+    firmware: firmware.FirmwareWish = firmware.FirmwareWish()
+    more_initrds: tuple[str, ...] = ()
+    ram_growth: memory.Growth | None = None
+    network_user: bool = False
+    vendor_strings: tuple[str, ...] = ()
+    credentials: tuple[credentials.Credential, ...] = ()
+    directory: str | None = None
+    binds: tuple[Share, ...] = ()
+    volumes: tuple[Volume, ...] = ()
+    ephemeral: bool = False
+    grow_image: int | None = None
+
+    @property
+    def ram_bytes(self) -> int:
+        """The guest's memory."""
+        if self.ram is not None:
+            return self.ram
+        return RAM_BUILTIN if self.guest else RAM_DEFAULT
+
+
+def check(config: MachineConfig) -> MachineConfig:
+    """Return the configuration with its name filled in. Raises UsageError for what contradicts itself."""
+    _check_choice("--machine-type=", config.machine_type, MACHINE_TYPES)
+    _check_choice("--kvm=", config.kvm, KVM_CHOICES)
+    _check_choice("--console=", config.console, CONSOLES)
+    _check_choice("--console-transport=", config.console_transport, CONSOLE_TRANSPORTS)
+    if config.console_log is not None and config.console == "native":
+        raise UsageError("--log= cannot see what QEMU shows with --console=native", hint="leave out one of the two")
+    if config.guest is not None:
+        _check_choice("--guest=", config.guest, ("builtin",))
+    _check_boot(config)
+    if not 1 <= config.cpus <= _CPUS_MAX:
+        raise UsageError(f"--cpus={config.cpus} is out of range", hint=f"use 1 to {_CPUS_MAX}")
+    if config.ram_bytes < _RAM_MIN:
+        raise UsageError(f"--ram= is too small for a guest ({config.ram_bytes} bytes)", hint="use at least 32M")
+    if config.uuid is not None:
+        _check_uuid(config.uuid)
+    machined.check(config.registration)
+    firmware.check(config.firmware, direct_boot=bool(config.linux or config.guest))
+    memory.check(config.ram_bytes, config.ram_growth)
+    credentials.check(config.credentials)
+    return config._replace(name=check_name(config.name if config.name is not None else _default_name(config)))
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option}{value} is not known", hint=f"there are: {', '.join(choices)}")
+
+
+def _check_boot(config: MachineConfig) -> None:
+    if config.guest and (config.linux or config.initrd):
+        raise UsageError("--guest=builtin brings its own kernel", hint="leave out --linux= and --initrd=, or --guest=")
+    if config.directory and (config.image or config.guest):
+        other = "--image=" if config.image else "--guest="
+        raise UsageError(f"--directory= and {other} are both what the guest's root is", hint="leave out one of them")
+    if config.ephemeral and (not config.image or config.extra_drives):
+        other = "--extra-drive=" if config.image else "anything but --image="
+        raise UsageError(f"--ephemeral does not work with {other}", hint="leave out one of them")
+    if config.binds and config.guest:
+        raise UsageError(
+            "--bind= is mounted by systemd in the guest, and the built-in guest has none", hint="boot an image instead"
+        )
+    if config.initrd and not config.linux:
+        raise UsageError("--initrd= needs --linux=", hint="name the kernel that the initrd belongs to")
+    if not (config.guest or config.linux or config.image or config.directory):
+        raise UsageError(
+            "nothing to boot",
+            hint="try --guest=builtin, or name an image with --image= or a directory with --directory=",
+        )
+
+
+def _check_uuid(text: str) -> None:
+    digits = text.replace("-", "")
+    if len(digits) != 32 or not set(digits.lower()) <= set("0123456789abcdef"):
+        raise UsageError(f"--uuid={text} is not a UUID", hint="write 32 hexadecimal digits, with or without dashes")
+    if not digits.strip("0"):
+        raise UsageError(f"--uuid={text} stands for no UUID", hint="make one with: uuidgen")
+
+
+def _default_name(config: MachineConfig) -> str:
+    """A name from what boots, as systemd-vmspawn does: the file's name without its suffix."""
+    source = config.image or (config.directory or "").rstrip("/") or config.linux or config.guest or ""
+    stem = os.path.basename(source)
+    for suffix in (".raw", ".img", ".qcow2"):
+        stem = stem.removesuffix(suffix)
+    cleaned = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in stem)
+    return cleaned.lstrip(".-")[:NAME_MAX] or "machine"
+
+
+#: No file is larger (off_t).
+_SIZE_MAX = (1 << 63) - 1
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str, *, option: str, what: str = "size") -> int:
+    """Parse bytes, or what else is counted, with an optional suffix B, K, M, G or T (powers of 1024), as systemd does.
+
+    Raises UsageError.
+    """
+    number = text.rstrip("BKMGTbkmgt")
+    unit = text[len(number) :].upper()
+    # "2GB" and "2G" are both common.
+    unit = unit[:-1] if len(unit) == 2 and unit.endswith("B") else unit
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = -1
+    if not 0 <= size <= _SIZE_MAX:
+        raise UsageError(f"{option}{text} is not a {what}", hint="write for example 512M or 2G")
+    return size

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What QEMU and the guest's kernel are told of the console: device and display, where the guest writes and logs in.
+
+The serial port is the default: firmware, boot loaders and every kernel speak it, and when nobody takes its output the
+guest waits. QEMU's virtio console drops what does not fit into the pipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from ..hotplug import places
+from .config import MachineConfig
+
+#: The id of QEMU's character device for the console, which `chardev-window-size-changed` names.
+CHARDEV = "console"
+
+#: The port through which the built-in guest learns the window's size: its name there, and QEMU's id for it.
+SIZE_PORT = "io.vmspawn.console-size"
+SIZE_PORT_ID = "console-size"
+
+_SERIAL_PORTS = {"q35": "ttyS0", "pc": "ttyS0", "virt": "ttyAMA0"}
+_DISPLAYS = {"q35": "virtio-vga", "pc": "virtio-vga", "virt": "virtio-gpu-pci"}
+
+#: What of these devices there is shares the slot of the random number generator, so that no port is used up. Function 0
+#: is the generator's.
+_FUNCTIONS = {"virtio-serial-pci": 1, "pvpanic-pci": 2, "virtio-keyboard-pci": 3, "virtio-vga": 4, "virtio-gpu-pci": 4}
+
+_WITH_KEYBOARD = frozenset({"q35", "pc"})
+
+
+def is_shared(config: MachineConfig) -> bool:
+    """Whether the console is ours to share, and not on the terminal that QEMU was given."""
+    return config.console != "native"
+
+
+def has_size_port(config: MachineConfig) -> bool:
+    """Whether the guest listens for the window's size on a port of ours."""
+    return config.guest == "builtin" and is_shared(config)
+
+
+def tty(config: MachineConfig) -> str:
+    """What the guest calls its console."""
+    return "hvc0" if config.console_transport == "virtio" else _SERIAL_PORTS[config.machine_type]
+
+
+def devices(config: MachineConfig, size_socket: int, log: int) -> Iterable[str]:
+    """QEMU's arguments for the console, the display and what belongs to them.
+
+    The console is QEMU's standard input and output. `size_socket` is the listening socket for the size port, or -1, and
+    `log` what QEMU logs the console to, or -1.
+    """
+    if is_shared(config):
+        yield from ("-chardev", f"stdio,id={CHARDEV},signal=off{_logged(log)}")
+    else:
+        yield from ("-chardev", f"stdio,id={CHARDEV},mux=on,signal=off")
+        yield from ("-mon", f"chardev={CHARDEV},mode=readline")
+    if config.console_transport == "virtio" or has_size_port(config):
+        yield from _device(config, "virtio-serial-pci", id="serial", max_ports=2)
+    if config.console_transport == "virtio":
+        yield from _json_device({"driver": "virtconsole", "chardev": CHARDEV, "bus": "serial.0", "nr": 0})
+    else:
+        yield from ("-serial", f"chardev:{CHARDEV}")
+    if has_size_port(config):
+        yield from ("-chardev", f"socket,id=size,fd={size_socket},server=on,wait=off")
+        port = {"driver": "virtserialport", "id": SIZE_PORT_ID, "name": SIZE_PORT}
+        yield from _json_device({**port, "chardev": "size", "bus": "serial.0", "nr": 1})
+    yield from _device(config, "pvpanic-pci")
+    if config.machine_type not in _WITH_KEYBOARD:
+        yield from _device(config, "virtio-keyboard-pci")
+    yield from _display(config)
+
+
+def _logged(log: int) -> str:
+    return "" if log < 0 else f",logfile=/proc/self/fd/{log},logappend=on"
+
+
+def is_logged(config: MachineConfig) -> bool:
+    """Whether QEMU logs the console, for what it shows while there is no manager.
+
+    A virtio console drops what the pipe has no room for, so the pipe itself may keep it. Nor where somebody sits at a
+    terminal: a call of the kernel for each byte makes an emulated serial port a third slower.
+    """
+    return is_shared(config) and config.console != "interactive" and config.console_transport == "serial"
+
+
+def _display(config: MachineConfig) -> Iterable[str]:
+    # The type virt has no -vga.
+    no_vga = () if config.machine_type == "virt" else ("-vga", "none")
+    if config.console != "gui":
+        return ("-display", "none", *no_vga)
+    return ("-display", "gtk", *no_vga, *_device(config, _DISPLAYS[config.machine_type]))
+
+
+def _device(config: MachineConfig, driver: str, **properties: object) -> tuple[str, ...]:
+    bus = "pci.0" if config.machine_type == "pc" else "pcie.0"
+    address = f"{places.RNG_SLOT:x}.{_FUNCTIONS[driver]:x}"
+    return _json_device({"driver": driver, **properties, "bus": bus, "addr": address})
+
+
+def _json_device(properties: dict[str, object]) -> tuple[str, ...]:
+    return ("-device", json.dumps(properties))
+
+
+def kernel_arguments(config: MachineConfig) -> tuple[str, ...]:
+    """What the kernel is told: where its console is, and for systemd and the built-in guest, what it is shown on."""
+    name = tty(config)
+    if config.console == "gui":
+        # The last one is /dev/console; the display is where the user looks.
+        return (f"console={name}", "console=tty0")
+    if config.terminal is None:
+        return (f"console={name}",)
+    terminal = config.terminal
+    sizes = (("rows", terminal.rows), ("columns", terminal.columns))
+    size = (f"systemd.tty.{what}.{name}={value}" for what, value in sizes if value)
+    term = (f"systemd.tty.term.{name}={terminal.term}",) if terminal.term else ()
+    return (f"console={name}", *term, *size)
+
+
+def vendor_strings(config: MachineConfig) -> list[bytes]:
+    """SMBIOS strings for an image that boots by itself: any systemd since 254 logs in on the terminals that the
+    credential names, whatever loaded its kernel. (What the kernel is told goes the way of all its arguments.)"""
+    return [f"io.systemd.credential:getty.ttys.serial={tty(config)}".encode()]

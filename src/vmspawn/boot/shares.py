@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Directories of the host in the guest: `--directory=` as its root, `--bind=` below it, over virtiofs.
+
+Each is served by a virtiofsd of its own, which QEMU is connected to from the start. systemd in the guest mounts what is
+bound, for it gets a line for its fstab as a credential.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..aio.sockets import listen
+from ..errors import StartError, UsageError
+from ..helpers.helper import Helper
+from ..host.runtime import MachineDirectory
+from ..hotplug.places import PciPlace, Place
+from .extras import Additions
+
+if TYPE_CHECKING:
+    from ..helpers.virtiofsd import Virtiofsd
+
+#: The tag of the root, and the kernel arguments by which the guest mounts it; as systemd-vmspawn.
+ROOT_TAG = "root"
+ROOT_ARGUMENTS = ("root=root", "rootfstype=virtiofs", "rw")
+
+#: The credential that systemd in the guest adds to its /etc/fstab.
+FSTAB_CREDENTIAL = "fstab.extra"
+
+#: The default of virtiofsd; QEMU's own is smaller.
+_QUEUE_SIZE = 1024
+
+
+class Share(NamedTuple):
+    """A directory of the host's, and where the guest has it. Both are absolute."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+def parse(option: str, text: str, *, read_only: bool) -> Share:
+    """Parse `SOURCE[:TARGET]`, in which a backslash takes a colon or a backslash as it is. Raises UsageError."""
+    parts = [re.sub(r"\\(.)", r"\1", each) for each in re.findall(r"(?:[^:\\]|\\.)+", text, re.DOTALL)]
+    if not 1 <= len(parts) <= 2 or len(re.findall(r"(?<!\\):", text)) != len(parts) - 1 or text.endswith("\\"):
+        raise UsageError(f"{option}{text} is not SOURCE[:TARGET]", hint=r"write \: for a colon in a path")
+    source = os.path.abspath(parts[0])
+    target = parts[1] if len(parts) == 2 else source
+    if not os.path.isabs(target):
+        raise UsageError(f"{option}{text}: the guest's path is not absolute", hint=f"write {option}SOURCE:/TARGET")
+    target = os.path.normpath(target)
+    if not target.strip("/"):
+        raise UsageError(f"{option}{text} would hide the guest's root", hint="use --directory= for that")
+    return Share(source, target, read_only)
+
+
+def fstab(shares: tuple[Share, ...]) -> bytes:
+    """The lines by which the guest mounts what is bound, in the order of their tags."""
+    lines = (
+        f"{_tag(number)} {_escape(each.target)} virtiofs {'ro' if each.read_only else 'rw'},x-initrd.mount\n"
+        for number, each in enumerate(shares)
+    )
+    return os.fsencode("".join(lines))
+
+
+def _tag(number: int) -> str:
+    return f"mnt{number}"
+
+
+def _escape(path: str) -> str:
+    """A path in fstab(5): white space and the backslash by their octal codes."""
+    return "".join(f"\\{ord(each):03o}" if each in " \t\n\\" else each for each in path)
+
+
+def start(
+    additions: Additions,
+    directory: str | None,
+    shares: tuple[Share, ...],
+    runtime: MachineDirectory,
+    take_place: Callable[[], Place],
+    notice: Callable[[str], None],
+) -> None:
+    """Start a virtiofsd for the root and for each share, and add the devices. Raises StartError."""
+    wanted = [(f"{_tag(number)}", each, "--bind=") for number, each in enumerate(shares)]
+    if directory is not None:
+        wanted.insert(0, (ROOT_TAG, Share(directory, "/"), "--directory="))
+        additions.kernel_arguments += ROOT_ARGUMENTS
+    from ..helpers import virtiofsd
+
+    for _, share, option in wanted:
+        check(option, share.source)
+    program = virtiofsd.find()
+    for tag, share, _ in wanted:
+        if share.read_only and not program.read_only:
+            notice(f"{program.path} cannot forbid writing: {share.source} is read-only only as the guest mounts it")
+        connected = _serve(additions, program, share, tag, runtime)
+        _add_device(additions, tag, connected, take_place())
+
+
+def check(option: str, path: str) -> None:
+    """Raise StartError if this is no directory, or not ours to open."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as error:
+        raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
+
+
+def _serve(additions: Additions, program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory) -> int:
+    """Start a virtiofsd that listens; returns our connection to it, which is for QEMU and belongs to `additions`."""
+    name = f"virtiofs-{tag}"
+    address = runtime.socket_address(name)
+    with listen(address, 1) as listener:
+        # It waits in the listening socket until virtiofsd accepts, and the socket needs no name any more.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+            connected.connect(address)
+            os.unlink(runtime.file(name))
+            fd = additions.keep(connected.detach())
+        command = program.command(share.source, listener.fileno(), read_only=share.read_only)
+        additions.helpers.append(_spawn(command, listener.fileno(), f"served {share.source} to the guest"))
+    return fd
+
+
+def _spawn(command: list[str], listener: int, what: str) -> Helper:
+    from .launch import spawn
+
+    log = os.memfd_create("vmspawn-virtiofsd-log", os.MFD_CLOEXEC)
+    try:
+        return Helper("virtiofsd", what, spawn(command, keep=[listener], log=log), log)
+    except BaseException:
+        os.close(log)
+        raise
+
+
+def _add_device(additions: Additions, tag: str, connected: int, place: Place) -> None:
+    assert isinstance(place, PciPlace)
+    device = {
+        "driver": "vhost-user-fs-pci",
+        "id": f"virtiofs-{tag}",
+        "chardev": f"virtiofs-{tag}-socket",
+        "tag": tag,
+        "queue-size": _QUEUE_SIZE,
+        **place.properties(),
+    }
+    additions.arguments += ["-chardev", f"socket,id=virtiofs-{tag}-socket,fd={connected}"]
+    additions.arguments += ["-device", json.dumps(device)]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""SMBIOS type 11 strings (smbios-type-11(7)): how a guest's systemd, its stub and its boot loader are told things."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from ..errors import StartError
+from .extras import Additions
+
+#: A kernel's COMMAND_LINE_SIZE on x86; a longer one is cut without a word.
+KERNEL_ARGUMENTS_MAX = 2048
+
+#: Bytes of all strings together. Firmware counts the table's length in 16 bits; beyond that QEMU 7.2 cuts it and 11.1
+#: loses it at some length, both without a word. The rest is for what else is in the table.
+TOTAL_MAX = 60_000
+
+#: What QEMU takes as a name of a fw_cfg file (QEMU's docs/specs/fw_cfg.rst), and where systemd looks for credentials.
+_FW_CFG_NAME_MAX = 55
+_FW_CFG_DIRECTORY = "opt/io.systemd.credentials/"
+
+_STUB = "io.systemd.stub.kernel-cmdline-extra"
+_BOOT_LOADER = "io.systemd.boot.kernel-cmdline-extra"
+
+
+def of_kernel_arguments(arguments: Iterable[str]) -> list[bytes]:
+    """The strings that add kernel arguments to what an image boots by systemd-stub or systemd-boot."""
+    line = " ".join(arguments)
+    if not line:
+        return []
+    return [os.fsencode(f"{name}={line}") for name in (_STUB, _BOOT_LOADER)]
+
+
+def check_kernel_arguments(arguments: Iterable[str]) -> None:
+    """Raise StartError if the kernel would cut the arguments."""
+    length = len(os.fsencode(" ".join(arguments)))
+    if length >= KERNEL_ARGUMENTS_MAX:
+        raise StartError(f"the kernel arguments are {length} bytes, and a kernel takes {KERNEL_ARGUMENTS_MAX - 1}")
+
+
+def add(additions: Additions, given: Iterable[tuple[str, bytes]]) -> None:
+    """Put the collected strings on QEMU's command line, and the credentials `given`, by name.
+
+    They go by files in memory, so that `ps` shows no credential. A credential that has no room in the table goes by
+    fw_cfg, where systemd looks as well. Raises StartError for what has room nowhere.
+    """
+    room = TOTAL_MAX - sum(map(len, additions.vendor_strings))
+    if room < 0:
+        raise StartError(f"the SMBIOS strings are longer than {TOTAL_MAX} bytes", hint="use --load-credential= instead")
+    for name, value in given:
+        string = of_credential(name, value)
+        if len(string) <= room:
+            room -= len(string)
+            additions.vendor_strings.append(string)
+        else:
+            _add_fw_cfg(additions, name, value)
+    for each in additions.vendor_strings:
+        additions.arguments += ["-smbios", f"type=11,path={additions.add_content('smbios', each)}"]
+
+
+def _add_fw_cfg(additions: Additions, name: str, value: bytes) -> None:
+    path = _FW_CFG_DIRECTORY + name
+    if len(path) > _FW_CFG_NAME_MAX or "," in name:
+        limit = _FW_CFG_NAME_MAX - len(_FW_CFG_DIRECTORY)
+        raise StartError(
+            f"the credentials are larger than {TOTAL_MAX} bytes, and {name} cannot go another way",
+            hint=f"give it a name of up to {limit} characters, without a comma",
+        )
+    additions.arguments += ["-fw_cfg", f"name={path},file={additions.add_content('credential', value)}"]
+
+
+def of_credential(name: str, value: bytes) -> bytes:
+    """The string that systemd in the guest takes a credential from."""
+    import binascii
+
+    return f"io.systemd.credential.binary:{name}=".encode() + binascii.b2a_base64(value, newline=False)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""state.json: what another manager needs to take a machine over, written ahead of whatever changes it.
+
+On the start path, for it is written before QEMU is started: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from errno import EIO
+from typing import Any, NamedTuple
+
+from ..errors import StartError, SystemFailure
+from ..helpers.helper import Helper
+from ..host import runtime
+from ..host.machined import Registration
+from ..host.runtime import MachineDirectory
+from ..storage.saved import save_drive
+from .commandline import BootDrive
+from .config import MachineConfig
+from .qemu import QemuBinary, find_qemu
+
+#: The form of state.json. Older ones are read, newer ones are refused.
+#: 1: had no accelerator, nor what QEMU can do, nor sessions.
+#: 2: had drives with longer names in QEMU, and did not say so.
+STATE_VERSION = 3
+
+#: What of the configuration outlives the start: the fields of MachineConfig that a manager uses while the machine runs,
+#: and what booted, without which there is no configuration.
+CONFIG_FIELDS = (
+    "machine_type",
+    "hotplug_ports",
+    "guest",
+    "image",
+    "directory",
+    "linux",
+    "uuid",
+    "cpus",
+    "ram",
+    "shutdown_timeout",
+    "console_transport",
+)
+
+
+class SavedQemu(NamedTuple):
+    """The QEMU process. `pid` 0 is one that was about to be started; `started` is its start time as in proc(5)."""
+
+    pid: int
+    started: int
+    accelerator: str
+
+
+class SavedSessions(NamedTuple):
+    """What QMP sessions may have left in QEMU."""
+
+    #: Whether there ever was one.
+    served: bool = False
+    #: The names of their `getfd`, which QEMU cannot list.
+    names: tuple[str, ...] = ()
+    #: Descriptor sets that were there from boot, and are neither theirs nor ours.
+    foreign_fdsets: tuple[int, ...] = ()
+
+
+class SavedHelper(NamedTuple):
+    """A process beside QEMU, as `Helper` describes it."""
+
+    name: str
+    what: str
+    pid: int
+    started: int
+
+
+class State(NamedTuple):
+    """A machine as its last manager left it. `storage` is the register of drives (`Storage.load`)."""
+
+    config: MachineConfig
+    binary: QemuBinary
+    qemu: SavedQemu
+    sessions: SavedSessions
+    helpers: tuple[SavedHelper, ...]
+    storage: dict[str, Any]
+
+
+class StateFile:
+    """state.json of one machine. What stays the same while the machine runs is put into JSON once."""
+
+    def __init__(
+        self,
+        directory: MachineDirectory,
+        config: MachineConfig,
+        binary: QemuBinary,
+        qemu: SavedQemu,
+        helpers: Sequence[Helper],
+    ) -> None:
+        self._directory = directory
+        constants = {
+            "version": STATE_VERSION,
+            "name": config.name,
+            "qemu": {**qemu._asdict(), **binary._asdict()},
+            "machine": {field: getattr(config, field) for field in CONFIG_FIELDS},
+            "registration": config.registration._asdict(),
+            "helpers": [SavedHelper(each.name, each.what, each.pid, runtime.start_time(each.pid)) for each in helpers],
+        }
+        self._constants = json.dumps(constants)[:-1]
+
+    def write(self, storage: str, sessions: SavedSessions = SavedSessions()) -> None:  # noqa: B008 - a constant
+        """Write it down; it is on the disk when this returns. `storage` is the register of drives, in JSON.
+
+        Raises SystemFailure.
+        """
+        varying = f'"sessions": {json.dumps(sessions._asdict())}, "storage": {storage}'
+        try:
+            self._directory.write(runtime.STATE, f"{self._constants}, {varying}}}".encode())
+        except OSError as error:
+            path = self._directory.file(runtime.STATE)
+            raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None
+
+
+def boot_storage(drives: Sequence[BootDrive]) -> str:
+    """The register of drives of a machine that is being started, in JSON."""
+    saved = [
+        save_drive(each.drive, each.identifiers, each.place, each.serial, [each.image], boot=True) for each in drives
+    ]
+    following = max((each.identifiers.number + 1 for each in drives), default=0)
+    return json.dumps({"next": following, "attachments": saved})
+
+
+def read(directory: MachineDirectory) -> State:
+    """What the last manager wrote. Raises StartError if it cannot be used."""
+    name = directory.name
+    try:
+        found = json.loads(directory.read(runtime.STATE))
+        version = int(found["version"])
+        if version > STATE_VERSION:
+            raise StartError(
+                f"machine {name} belongs to a newer vmspawn (its state has version {version}, not {STATE_VERSION})",
+                hint="take it over with that one",
+            )
+        if version < 2:
+            found = _migrate_1(found)
+        if version < 3:
+            found = _migrate_2(found)
+        return _load(name, found)
+    except OSError as error:
+        raise StartError(f"machine {name} left no state to take it over from: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(directory, error) from None
+
+
+def damaged(directory: MachineDirectory, error: Exception) -> StartError:
+    """What to tell of a state that cannot be understood."""
+    pid = runtime.running_qemu(directory.path)
+    end = f"end its QEMU with: kill {pid}" if pid else "end its QEMU"
+    return StartError(
+        f"the state of machine {directory.name} is damaged: {error!r}",
+        hint=f"please report it, with {directory.file(runtime.STATE)}; {end}",
+    )
+
+
+def _load(name: str, found: dict[str, Any]) -> State:
+    wishes = found["registration"]
+    registration = Registration(**{**wishes, "properties": tuple(wishes["properties"])})
+    fields = {field: found["machine"][field] for field in CONFIG_FIELDS}
+    config = MachineConfig(name=name, registration=registration, **fields)
+    qemu = found["qemu"]
+    sessions = found["sessions"]
+    binary = QemuBinary(**{**{field: qemu[field] for field in QemuBinary._fields}, "version": tuple(qemu["version"])})
+    return State(
+        config,
+        binary,
+        SavedQemu(int(qemu["pid"]), int(qemu["started"]), str(qemu["accelerator"])),
+        SavedSessions(
+            bool(sessions["served"]),
+            tuple(map(str, sessions["names"])),
+            tuple(map(int, sessions["foreign_fdsets"])),
+        ),
+        tuple(SavedHelper(*each) for each in found["helpers"]),
+        dict(found["storage"]),
+    )
+
+
+def _migrate_1(found: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 1 as one of version 2: the binary is asked again for what was not written down."""
+    machine_type = found["machine"]["type"]
+    binary = find_qemu(found["qemu"]["path"], machine_type)
+    defaults = {field: MachineConfig._field_defaults[field] for field in CONFIG_FIELDS}
+    machine = {"machine_type": machine_type, "hotplug_ports": found["machine"]["hotplug-ports"], "linux": "unknown"}
+    return {
+        **found,
+        "qemu": {"accelerator": "unknown", **found["qemu"], **binary._asdict()},
+        "machine": {**defaults, **machine},
+        "registration": Registration()._asdict(),
+        "sessions": SavedSessions(served=True)._asdict(),
+        "helpers": [],
+    }
+
+
+def _migrate_2(found: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 2 as one of version 3."""
+    for attachment in found["storage"]["attachments"]:
+        for named in (attachment, *attachment["images"]):
+            named["long-names"] = True
+    return found

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which firmware a machine gets, and QEMU's arguments for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+from ..errors import StartError, UsageError
+from ..images import kernel_image
+from . import firmware, nvram
+from .config import MachineConfig
+from .extras import Additions
+from .firmware import Blob, Firmware
+
+_INSTALL = "install it (Debian: ovmf, Fedora: edk2-ovmf), or use --firmware=bios"
+
+
+def choose(config: MachineConfig, architecture: str, detail: Callable[[str], None]) -> Firmware | None:
+    """The UEFI firmware for a machine, or None for QEMU's own.
+
+    `auto` is UEFI, but for a kernel that UEFI cannot start and for the built-in guest, which is to be quick. Where no
+    UEFI is installed it is the BIOS, which `detail` is told. Raises StartError, UsageError.
+    """
+    wish = config.firmware
+    image_kind = _kernel_kind(config)
+    if wish.kind in ("bios", "none"):
+        if image_kind == kernel_image.UKI:
+            raise UsageError(
+                f"{config.linux} is a unified kernel image, which --firmware={wish.kind} cannot start",
+                hint="use --firmware=uefi",
+            )
+        return None
+    if image_kind == kernel_image.OTHER:
+        if wish.firm:
+            raise UsageError(
+                f"{wish.firm} needs UEFI, which cannot start {config.linux}: it is no PE image",
+                hint="leave out one of them, or name a kernel that was built with CONFIG_EFI_STUB",
+            )
+        return None
+    if config.guest and not wish.firm:
+        return None
+    found = firmware.select(wish, architecture, config.machine_type)
+    if found is None:
+        if wish.firm or image_kind == kernel_image.UKI:
+            raise StartError(_not_found(config), hint=_INSTALL)
+        detail("no UEFI firmware is installed, so the machine boots by BIOS")
+    return found
+
+
+def _kernel_kind(config: MachineConfig) -> str | None:
+    return kernel_image.kind_of(config.linux) if config.linux else None
+
+
+def _not_found(config: MachineConfig) -> str:
+    features = [*config.firmware.include, *(f"no {each}" for each in config.firmware.exclude)]
+    wanted = f" with {', '.join(features)}" if features else ""
+    return f"no UEFI firmware{wanted} is installed for machines of type {config.machine_type}"
+
+
+def add(additions: Additions, found: Firmware, config: MachineConfig) -> None:
+    """Add the firmware and its variables to the command line. Raises StartError."""
+    if found.memory:
+        additions.arguments += ["-bios", found.executable.path]
+        return
+    code = _open(found.executable)
+    _add_flash(additions, 0, "firmware-code", code, found.executable.format, read_only=True)
+    template = _template(found, config)
+    if template is not None:
+        path = nvram.state_path(config.firmware, config.image or config.directory, ephemeral=config.ephemeral)
+        variables = nvram.open_state(path, template)
+        _add_flash(additions, 1, "firmware-variables", variables, template.format, read_only=False)
+    if config.machine_type != "virt" and found.features & {"requires-smm", "secure-boot"}:
+        additions.machine.append("smm=on")
+        # Only the firmware may write the variables, or the guest's kernel could enroll keys of its own.
+        additions.arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+
+
+def _template(found: Firmware, config: MachineConfig) -> Blob | None:
+    if path := config.firmware.nvram_template:
+        return Blob(path, found.template.format if found.template else "raw")
+    return found.template
+
+
+def _open(blob: Blob) -> int:
+    try:
+        return os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StartError(f"cannot open the firmware {blob.path}: {error.strerror}", hint=_INSTALL) from None
+
+
+def _add_flash(additions: Additions, number: int, name: str, fd: int, image_format: str, *, read_only: bool) -> None:
+    file = {"driver": "file", "filename": additions.add_fdset(fd), "read-only": read_only, "auto-read-only": False}
+    node = {"driver": image_format, "node-name": name, "read-only": read_only, "file": file}
+    additions.arguments += ["-blockdev", json.dumps(node)]
+    additions.machine.append(f"pflash{number}={name}")

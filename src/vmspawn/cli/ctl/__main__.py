@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Run the command for `python -m vmspawn.cli.ctl`."""
+
+from .main import main
+
+main()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`vmctl console`: a running machine's console on this terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+
+from ...control.client import Client, connect
+from ...errors import NotConnected, VmspawnError
+from ...host import runtime
+from ..disconnect import watching
+
+_STDIN, _STDOUT = 0, 1
+
+#: Seconds for the machine to take note of the window's size; it is no great matter.
+_RESIZE_TIMEOUT = 5.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `vmctl console`."""
+    parser.add_argument("--read-only", action="store_true", help="only look; what is typed goes nowhere")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The verb `console`; returns when the user detaches or the machine ends, or exits as a signal that came asks.
+
+    Raises NotConnected if the machine runs on without its manager, or has let us go.
+    """
+    # No other verb needs them.
+    from ...console.attach import Attachment
+    from ...console.terminal import window_size
+
+    with Client(options.machine) as client:
+        client.call("io.vmspawn.Machine.Describe")
+    console = _connect(options.machine)
+
+    def resized() -> None:
+        rows, columns = window_size(_STDOUT)
+        if rows and columns and not options.read_only:
+            with contextlib.suppress(VmspawnError), Client(options.machine, timeout=_RESIZE_TIMEOUT) as client:
+                client.call("io.vmspawn.Machine.ResizeConsole", {"rows": rows, "columns": columns})
+
+    keys = "; press ^] three times within 1s to detach" if os.isatty(_STDIN) else ""
+    _say(options, f"attached to machine {options.machine}{keys}")
+    with console, watching(options.machine, console) as parting:
+        attachment = Attachment(console, _STDIN, _STDOUT, read_only=options.read_only, resized=resized)
+        number = attachment.run()
+        if number:
+            # As a shell has it for a program that a signal ended.
+            sys.exit(128 + number)
+        if attachment.hung_up:
+            parting.check()
+    how = "has ended" if attachment.hung_up else "runs on without us"
+    _say(options, f"machine {options.machine} {how}")
+
+
+def _connect(machine: str) -> socket.socket:
+    try:
+        return connect(machine, runtime.CONSOLE)
+    except NotConnected:
+        raise NotConnected(
+            f"cannot attach to {machine}: its console is QEMU's own", hint="it was started with --console=native"
+        ) from None
+
+
+def _say(options: argparse.Namespace, line: str) -> None:
+    if not options.quiet:
+        print(f"vmctl: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`--wait` of poweroff, reboot and terminate: say what the guest is doing until it has happened."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from ...control.client import REPLY_TIMEOUT, Client, VarlinkError
+from ...errors import NotConnected, Timeout, VmspawnError
+from ..disconnect import watching
+from .calling import INSTANCE
+
+#: Seconds that the guest has, without --timeout=; as vmspawn's own --shutdown-timeout=.
+_PATIENCE = 90.0
+
+#: Seconds without a reaction after which the user is told what can be done.
+_REACTION_TIMEOUT = 10.0
+
+#: Seconds that the manager has to clean up after its machine has ended.
+_CLEANUP_TIMEOUT = 15.0
+
+_GOALS = {"poweroff": "power off", "reboot": "reboot", "terminate": "end"}
+
+_STUCK = {
+    "paused": ("the guest is paused and cannot react", "resume"),
+    "suspended": ("the guest is suspended and may not react", "resume"),
+    "guest-panicked": ("the guest's kernel has panicked and cannot react", "terminate"),
+    "io-error": ("the guest is stopped by an error of a disk", "resume"),
+    "internal-error": ("QEMU cannot go on with the guest", "terminate"),
+}
+
+#: What of QEMU's events tells a person something here.
+_NEWS = {
+    "POWERDOWN": "the power button was pressed",
+    "RESET": "the machine was reset",
+    "SHUTDOWN": "the guest is off",
+    "GUEST_PANICKED": "the guest's kernel panicked",
+    "GUEST_CRASHLOADED": "the guest's kernel panicked, and is saving a dump",
+    "STOP": "the guest was paused",
+    "RESUME": "the guest runs on",
+    "SUSPEND": "the guest went to sleep",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The option of the three verbs."""
+    parser.add_argument("--wait", action="store_true", help="wait until it has happened, and say what is going on")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Ask for it and wait. Raises VmspawnError if it does not happen, or ends otherwise than was asked."""
+    with (
+        Client(options.machine) as events,
+        Client(options.machine) as client,
+        watching(options.machine, client.connection) as parting,
+    ):
+        events.subscribe(f"{INSTANCE}.SubscribeEvents")
+        if events.next_reply(REPLY_TIMEOUT) is None:
+            raise Timeout(f"machine {options.machine} sends no events")
+        status = client.call(f"{INSTANCE}.Describe")["status"]
+        client.call(f"{INSTANCE}.{options.method}")
+        if options.verb == "poweroff" and status in _STUCK:
+            why, verb = _STUCK[status]
+            _say(options, f"{why}; try: vmctl {verb} {options.machine}")
+        try:
+            _Wait(options, events).run()
+        except NotConnected:
+            parting.check()
+            raise
+
+
+def _say(options: argparse.Namespace, line: str) -> None:
+    if not options.quiet:
+        print(f"vmctl: {line}", file=sys.stderr, flush=True)
+
+
+class _Wait:
+    """Following the events until the goal, the machine's end or the deadline."""
+
+    def __init__(self, options: argparse.Namespace, events: Client) -> None:
+        self._options = options
+        self._events = events
+        self._patience = _PATIENCE if options.timeout is None else options.timeout
+        self._goal = _GOALS[options.verb]
+
+    def run(self) -> None:
+        start = time.monotonic()
+        advised = False
+        while True:
+            passed = time.monotonic() - start
+            if passed >= self._patience:
+                raise Timeout(f"the guest did not {self._goal} within {self._patience:g} s", hint=self._advice())
+            until = self._patience if advised else min(_REACTION_TIMEOUT, self._patience)
+            event = self._events.next_reply(max(0.001, until - passed))
+            if event is not None and self._heed(event):
+                return
+            if event is None and not advised and passed < self._patience:
+                advised = True
+                self._say(f"the guest has not reacted yet; {self._advice()}")
+
+    def _heed(self, event: dict[str, Any]) -> bool:
+        """Say what an event means; whether it is what is waited for."""
+        name, data = event["event"], event.get("data") or {}
+        if name == "MachineEnded":
+            self._wait_for_cleanup()
+            if self._options.verb == "reboot" or not data["clean"]:
+                raise VmspawnError(data["message"])
+            self._say(data["message"])
+            return True
+        if name in _NEWS:
+            self._say(_NEWS[name])
+        return bool(name == "RESET" and self._options.verb == "reboot")
+
+    def _wait_for_cleanup(self) -> None:
+        """The manager closes the connection when nothing is left of the machine; then its name is free."""
+        try:
+            while self._events.next_reply(_CLEANUP_TIMEOUT) is not None:
+                pass
+        except VarlinkError:
+            self._wait_for_cleanup()
+        except NotConnected:
+            return
+
+    def _advice(self) -> str:
+        return f"to end it without asking: vmctl terminate {self._options.machine}"
+
+    def _say(self, line: str) -> None:
+        _say(self._options, line)

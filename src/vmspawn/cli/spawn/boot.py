@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The options for what a machine boots by: firmware, its features and its variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from ...boot import firmware
+from ...boot.firmware import FirmwareWish
+from ...boot.qemu import ARCHITECTURES
+from ...errors import StartError, UsageError
+from ..parser import boolean
+
+_SECURE_BOOT = "secure-boot"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options to the command's parser."""
+    group = parser.add_argument_group("Firmware")
+    group.add_argument(
+        "--firmware",
+        metavar="auto|uefi|bios|none|PATH|list|describe",
+        default="auto",
+        help="what boots the image, or the descriptor of it; or show which there are, or which it would be",
+    )
+    group.add_argument(
+        "--firmware-features",
+        metavar="FEATURE[,FEATURE…]|list",
+        action="append",
+        default=[],
+        help="features that UEFI must have, or with ~ must not have; or show which there are; repeatable",
+    )
+    group.add_argument("--secure-boot", metavar="BOOL|auto", help="whether UEFI must, or must not, know Secure Boot")
+    group.add_argument("--efi-nvram-template", metavar="PATH", help="what new UEFI variables begin as")
+    group.add_argument(
+        "--efi-nvram-state",
+        metavar="off|auto|PATH",
+        default="auto",
+        help="where UEFI variables are kept (default: auto, beside the image)",
+    )
+
+
+def wish(options: argparse.Namespace) -> FirmwareWish:
+    """What the options say. Raises UsageError."""
+    include, exclude = _features(options.firmware_features)
+    if options.secure_boot is not None:
+        choice = boolean("--secure-boot=", options.secure_boot, auto=True)
+        include = [each for each in include if each != _SECURE_BOOT] + [_SECURE_BOOT] * (choice == "yes")
+        exclude = [each for each in exclude if each != _SECURE_BOOT] + [_SECURE_BOOT] * (choice == "no")
+    kind = options.firmware or "auto"
+    if os.sep in kind:
+        kind = _path("--firmware=", kind)
+    template = options.efi_nvram_template
+    state = options.efi_nvram_state or "auto"
+    return FirmwareWish(
+        kind,
+        tuple(include),
+        tuple(exclude),
+        _path("--efi-nvram-template=", template) if template else None,
+        state if state in ("auto", "off") else _path("--efi-nvram-state=", state),
+    )
+
+
+def _features(texts: list[str]) -> tuple[list[str], list[str]]:
+    include: list[str] = []
+    exclude = list(firmware.EXCLUDED)
+    for text in texts:
+        if not text:
+            include, exclude = [], []
+        for each in filter(None, text.split(",")):
+            if each.startswith("~"):
+                exclude.append(each[1:])
+            else:
+                include.append(each)
+    return include, exclude
+
+
+def _path(option: str, text: str) -> str:
+    if not text.startswith(("/", "./")):
+        raise UsageError(f"{option}{text} is not a path", hint="write an absolute one, or one that begins with ./")
+    return os.path.abspath(text)
+
+
+def answer(options: argparse.Namespace) -> list[str] | None:
+    """What to print instead of starting a machine: the firmware there is, its features, or the one that would be taken.
+
+    None if a machine is to be started. Raises StartError if none would be taken.
+    """
+    if options.firmware == "list":
+        return firmware.descriptors()
+    if "list" in options.firmware_features:
+        return firmware.features()
+    if options.firmware != "describe":
+        return None
+    import json
+
+    options.firmware = "uefi"
+    found = firmware.select(wish(options), ARCHITECTURES[options.machine_type], options.machine_type)
+    if found is None:
+        raise StartError("no UEFI firmware fits", hint="see: vmspawn --firmware=list")
+    return [json.dumps(firmware.read(found.descriptor), indent=2)]

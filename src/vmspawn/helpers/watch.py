@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Watching a machine's helpers: where one dies, the machine cannot go on, and is ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from ..aio.waiting import first_of
+from ..host.process import Process
+from .helper import Helper
+
+#: Seconds that QEMU has to be seen to end after a helper did: a helper goes with QEMU, and may be noticed first.
+_GRACE = 2.0
+
+
+class Watch:
+    """The helpers of one running machine."""
+
+    def __init__(self, helpers: Sequence[Helper]) -> None:
+        self._watched = [(helper, Process(helper.pid)) for helper in helpers]
+
+    async def until_ended(self, qemu: Process, terminate: Callable[[], Awaitable[None]]) -> str:
+        """Wait until QEMU has ended. A helper that dies under it is what ends it then, and is described; else the
+        answer is empty."""
+        if not self._watched:
+            await qemu.ended.wait()
+            return ""
+        await first_of(qemu.ended, *(process.ended for _, process in self._watched))
+        await first_of(qemu.ended, timeout=_GRACE)
+        if qemu.ended.is_set():
+            return ""
+        lost = self._describe(lambda process: process.ended.is_set())
+        await asyncio.gather(terminate(), qemu.ended.wait())
+        return lost
+
+    def failed(self) -> str:
+        """Which helper has failed how, if one has; else an empty string. To go because QEMU has gone is no failure."""
+        return self._describe(lambda process: process.ended.is_set() and process.status != 0)
+
+    def _describe(self, blamed: Callable[[Process], bool]) -> str:
+        return next((each.describe(process.describe_end()) for each, process in self._watched if blamed(process)), "")
+
+    def leave(self) -> None:
+        """Stop watching: the helpers run on, as QEMU does."""
+        for _, process in self._watched:
+            process.close()
+        self._watched = []
+
+    async def close(self) -> None:
+        """End the helpers, which QEMU has left, and wait for that."""
+        for helper, process in self._watched:
+            process.kill()
+            await process.ended.wait()
+            helper.pid = 0
+        self._watched = []

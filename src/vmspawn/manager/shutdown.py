@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Ending a machine on request: first the guest is asked, then QEMU is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from ..aio.waiting import first_of
+from ..errors import NotConnected, QmpError, Timeout
+from ..host.notify import Notifier
+from ..machine.machine import Machine
+
+#: Seconds after which the power button is pressed again: a guest in its firmware does not notice it.
+POWER_BUTTON_INTERVAL = 5.0
+
+#: Seconds for which a service manager is asked to wait on, each time the button is pressed. Longer than the interval
+#: and QEMU's own end together.
+_EXTENSION = 20.0
+
+#: Why a guest in such a run state cannot power off, whatever it is asked.
+_HOPELESS = {
+    "guest-panicked": "the guest's kernel panicked",
+    "internal-error": "QEMU cannot go on with the guest",
+    "prelaunch": "the guest was never started",
+}
+
+
+async def wake(machine: Machine) -> str:
+    """Let a guest run that cannot react because it is paused or suspended, and return what was done, in words.
+
+    Raises what `Monitor.execute` raises.
+    """
+    if machine.status in ("paused", "io-error", "watchdog"):
+        was = machine.status
+        await machine.resume()
+        return f"it was {was} and has been resumed"
+    if machine.status == "suspended":
+        await machine.monitor.execute("system_wakeup")
+        return "it was suspended and has been woken up"
+    return ""
+
+
+class Shutdown:
+    """One machine's end on request: the power button, pressed until the guest is off; or `quit`."""
+
+    def __init__(self, machine: Machine, notice: Callable[[str], None], notifier: Notifier) -> None:
+        self._machine = machine
+        self._notice = notice
+        self._notifier = notifier
+        self._task: asyncio.Task[None] | None = None
+        self._insist = asyncio.Event()
+
+    def request(self, who: str) -> None:
+        """Ask the guest to power off. Called again, or when the guest has had its time, the machine is ended."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._shut_down(who))
+        else:
+            self._insist.set()
+
+    def force(self, who: str) -> None:
+        """End the machine without asking the guest."""
+        self._insist.set()
+        if self._task is None:
+            self._notice(f"{who}: ending the machine")
+            self._task = asyncio.create_task(self._terminate())
+
+    def close(self) -> None:
+        """Give up what is under way: the machine has ended."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _shut_down(self, who: str) -> None:
+        seconds = self._machine.config.shutdown_timeout
+        if why := _HOPELESS.get(self._machine.status):
+            self._notice(f"{who}: {why}; ending the machine")
+            await self._terminate()
+            return
+        self._notice(f"{who}: asked the guest to power off; again to end it at once, else after {seconds:g} s")
+        self._notifier.send(STOPPING=1, STATUS="Waiting for the guest to power off")
+        pressing = asyncio.create_task(self._press_again_and_again())
+        try:
+            await first_of(self._insist, timeout=seconds)
+        finally:
+            pressing.cancel()
+        late = "" if self._insist.is_set() else f"the guest did not power off within {seconds:g} s; "
+        self._notice(f"{late}ending the machine")
+        await self._terminate()
+
+    async def _press_again_and_again(self) -> None:
+        while True:
+            self._notifier.send(EXTEND_TIMEOUT_USEC=int(_EXTENSION * 1_000_000))
+            with contextlib.suppress(Timeout, QmpError, NotConnected):
+                if woken := await wake(self._machine):
+                    self._notice(f"the guest could not react: {woken}")
+                await self._machine.power_off()
+            await asyncio.sleep(POWER_BUTTON_INTERVAL)
+
+    async def _terminate(self) -> None:
+        self._notifier.send(STOPPING=1, STATUS="Ending the machine", EXTEND_TIMEOUT_USEC=int(_EXTENSION * 1_000_000))
+        with contextlib.suppress(NotConnected):
+            await self._machine.terminate()

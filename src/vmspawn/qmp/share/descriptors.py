@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What sessions hold in QEMU through descriptors that they passed, so that it goes when they do.
+
+The names of `getfd` belong to a monitor in QEMU, and all sessions share one: a name that one session holds is refused
+to the others. Names that stand in the arguments of other commands (`netdev_add` with `fd=`) are not looked at; a
+command that takes over a descriptor ends its name in QEMU, while here it stays its session's until that closes it or
+leaves. The sets of `add-fd` belong to all monitors; what a session added and nothing uses is removed when it leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from ..syntax.envelope import Command
+from ..syntax.replies import Reply
+
+#: Commands for which QEMU takes the descriptor that was passed.
+CONSUMING = frozenset((b"getfd", b"add-fd"))
+
+#: Commands that change what is held.
+WATCHED = CONSUMING | {b"closefd", b"remove-fd"}
+
+#: A name that is taken for a moment, to see whether QEMU left a descriptor unused.
+SPARE = "vmspawn.unclaimed"
+
+CLAIM_SPARE = b'{"execute":"getfd","arguments":{"fdname":"%b"}' % SPARE.encode()
+CLOSE_SPARE = b'{"execute":"closefd","arguments":{"fdname":"%b"}' % SPARE.encode()
+
+#: What shows which sets block nodes have open files from.
+QUERY_USERS = b'{"execute":"query-named-block-nodes","arguments":{"flat":true}'
+
+
+class _Arguments(msgspec.Struct):
+    """What the watched commands take."""
+
+    fdname: str | None = None
+    fdset_id: int | None = msgspec.field(name="fdset-id", default=None)
+    fd: int | None = None
+
+
+class _Added(msgspec.Struct):
+    fdset_id: int = msgspec.field(name="fdset-id")
+    fd: int
+
+
+class _AddedReply(msgspec.Struct):
+    added: _Added = msgspec.field(name="return")
+
+
+class Descriptors:
+    """The ledger of all sessions. A holder is a session; any object will do."""
+
+    __slots__ = ("_claims", "_members", "_names", "changed")
+
+    def __init__(self) -> None:
+        self._names: dict[str, object] = {}
+        # Names whose getfd QEMU has not answered yet.
+        self._claims: set[str] = set()
+        # By set and number in QEMU.
+        self._members: dict[tuple[int, int], object] = {}
+        #: Called when the names have changed, ahead of the command that makes a new one.
+        self.changed: Callable[[], None] = lambda: None
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names that any session holds."""
+        return tuple(self._names)
+
+    def claim(self, holder: object, command: Command) -> str | None:
+        """A session is about to run a watched command. Returns why it must not, or None."""
+        name = _arguments(command).fdname
+        if name is None:
+            return None
+        if self._names.get(name, holder) is not holder:
+            if command.name == b"closefd":
+                return f"File descriptor named '{name}' not found"
+            return f"File descriptor name '{name}' is held by another session"
+        if command.name == b"getfd" and name not in self._names:
+            self._names[name] = holder
+            self._claims.add(name)
+            self.changed()
+        return None
+
+    def settle(self, holder: object, command: Command, reply: Reply) -> None:
+        """Take account of what a watched command did, or did not."""
+        arguments = _arguments(command)
+        match command.name:
+            case b"getfd" if arguments.fdname in self._claims:
+                self._claims.discard(arguments.fdname)
+                if reply.failed:
+                    self.release(arguments.fdname)
+            case b"closefd" if arguments.fdname is not None and not reply.failed:
+                self.release(arguments.fdname)
+            case b"add-fd" if not reply.failed:
+                added = msgspec.json.decode(reply.line, type=_AddedReply).added
+                self._members[added.fdset_id, added.fd] = holder
+            case b"remove-fd" if not reply.failed:
+                for member in [member for member in self._members if member[0] == arguments.fdset_id]:
+                    if arguments.fd in (None, member[1]):
+                        del self._members[member]
+
+    def holds_names(self, holder: object) -> bool:
+        """Whether the session has names, which only the sessions' monitor knows."""
+        return bool(self._names) and holder in self._names.values()
+
+    def names(self, holder: object) -> list[str]:
+        """The names a session holds."""
+        return [name for name, other in self._names.items() if other is holder]
+
+    def release(self, name: str) -> None:
+        """The name is free in QEMU."""
+        self._claims.discard(name)
+        if self._names.pop(name, None) is not None:
+            self.changed()
+
+    def take_members(self, holder: object) -> list[tuple[int, int]]:
+        """What a session added to sets, as set and number; it is forgotten here."""
+        members = [member for member, other in self._members.items() if other is holder]
+        for member in members:
+            del self._members[member]
+        return members
+
+
+def closefd(name: str) -> bytes:
+    """The body of the command that ends a name."""
+    return b'{"execute":"closefd","arguments":{"fdname":%b}' % msgspec.json.encode(name)
+
+
+def remove_unused(members: list[tuple[int, int]], nodes: bytes) -> Iterator[bytes]:
+    """The bodies of the commands that remove those of a session's descriptors which no block node uses.
+
+    A node whose set was removed could not be reopened. `nodes` is the reply to QUERY_USERS.
+    """
+    for fdset, fd in members:
+        if b'/dev/fdset/%d"' % fdset not in nodes:
+            yield b'{"execute":"remove-fd","arguments":{"fdset-id":%d,"fd":%d}' % (fdset, fd)
+
+
+def _arguments(command: Command) -> _Arguments:
+    """A watched command's arguments; without those that QEMU will refuse."""
+    try:
+        return msgspec.json.decode(command.arguments or b"{}", type=_Arguments)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _Arguments()

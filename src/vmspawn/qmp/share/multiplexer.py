@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One QEMU, any number of QMP clients, each of which has what looks like a monitor of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from ...errors import NotConnected, SystemFailure, Timeout
+from ..limits import DRAIN_TIMEOUT, GREETING_TIMEOUT, SESSIONS
+from ..syntax.envelope import Command
+from ..syntax.replies import Reply
+from ..transcript import Transcript
+from . import descriptors
+from .descriptors import Descriptors
+from .peer import Peer
+from .schedule import Schedule
+from .session import Session, State
+from .upstream import Call, Greeting, Upstream
+
+
+class Multiplexer:
+    """Shares one of QEMU's monitors among sessions.
+
+    Owns the connected sockets that it is given, from construction on: `connected` to the monitor that the sessions
+    share, `bulk` to a second one for large commands, without which such a command holds up all sessions while QEMU
+    reads it. `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
+    `on_names` is called when `names` has changed, ahead of the command that makes a new one.
+    """
+
+    def __init__(
+        self,
+        connected: socket.socket,
+        bulk: socket.socket | None = None,
+        *,
+        on_lost: Callable[[str], None],
+        on_names: Callable[[], None] = lambda: None,
+        transcript: Transcript | None = None,
+    ) -> None:
+        self._on_lost = on_lost
+        self._main = Upstream(connected, event=self._event, lost=self._lost, transcript=transcript, name="sessions")
+        self._bulk = None
+        if bulk is not None:
+            self._bulk = Upstream(bulk, event=lambda line: None, lost=self._lost, transcript=transcript, name="bulk")
+        self._schedule = Schedule(self._main, self._bulk)
+        self._descriptors = Descriptors()
+        self._descriptors.changed = on_names
+        self._greeting: Greeting | None = None
+        # In the order in which they came; those that are closed stay while something of theirs is in flight.
+        self._sessions: dict[Session, None] = {}
+        # Commands of our own that were not answered yet, and what is called when there are none.
+        self._own = 0
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._end = ""
+
+    async def start(self, *, timeout: float = GREETING_TIMEOUT) -> None:
+        """Wait for QEMU's greeting and negotiate.
+
+        Raises Timeout if a monitor does not greet within so many seconds: it is in use by somebody else. Raises
+        NotConnected if QEMU is gone or what answers is no QMP monitor. Either way, `close` is still to be called.
+        """
+        greeting = await self._main.start(timeout)
+        if self._bulk is not None:
+            await self._bulk.start(timeout)
+        self._schedule.oob = greeting.oob
+        self._greeting = greeting
+
+    def open(
+        self,
+        connected: socket.socket,
+        *,
+        read_only: bool = False,
+        peer: Peer | None = None,
+        initial: bytes = b"",
+    ) -> Session:
+        """Serve a client on this socket, beginning with the greeting.
+
+        Takes ownership of the socket, also if this raises. `peer` says who the client is, `initial` is what it has sent
+        already. A read-only session refuses all that could change something (`readonly.py`). Raises NotConnected if the
+        multiplexer does not run, SystemFailure if it has too many sessions.
+        """
+        if self._greeting is None or self._end:
+            connected.close()
+            raise NotConnected(self._end or "the multiplexer was not started")
+        if len(self._sessions) >= SESSIONS:
+            connected.close()
+            raise SystemFailure("cannot open one more QMP session", errno.EUSERS)
+        session = Session(
+            connected,
+            self._greeting,
+            self._schedule,
+            self._descriptors,
+            self._left,
+            read_only=read_only,
+            peer=peer,
+        )
+        self._sessions[session] = None
+        session.start(initial)
+        return session
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """The sessions whose clients are there, the oldest first."""
+        return tuple(session for session in self._sessions if session.state is not State.CLOSED)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of `getfd` that sessions hold in QEMU."""
+        return self._descriptors.all_names
+
+    async def close_names(self, names: Iterable[str]) -> None:
+        """Close names that the sessions of another multiplexer left; what is not there is fine.
+
+        Raises Timeout if QEMU does not answer.
+        """
+        for name in {*names, descriptors.SPARE}:
+            self._execute(descriptors.closefd(name), lambda reply: None)
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                await self._settled.wait()
+        except TimeoutError:
+            raise Timeout(f"QEMU did not close what sessions had left within {DRAIN_TIMEOUT:g} s") from None
+
+    async def close(self) -> None:
+        """Close the sessions, undo what they left in QEMU if that is quick, and close the monitors."""
+        for session in tuple(self._sessions):
+            session.close()
+        if not self._end:
+            try:
+                async with asyncio.timeout(DRAIN_TIMEOUT):
+                    await self._settled.wait()
+            except TimeoutError:
+                pass
+        self._stop("the multiplexer was closed")
+
+    def _event(self, line: bytes) -> None:
+        for session in tuple(self._sessions):
+            session.event(line)
+
+    def _lost(self, why: str) -> None:
+        if not self._end:
+            self._stop(why)
+            self._on_lost(why)
+
+    def _stop(self, why: str) -> None:
+        self._end = self._end or why
+        self._schedule.clear()
+        self._main.close()
+        if self._bulk is not None:
+            self._bulk.close()
+        for session in tuple(self._sessions):
+            session.end()
+        self._settled.set()
+
+    # What sessions leave behind.
+
+    def _left(self, session: Session) -> None:
+        """A session is over, and QEMU has answered all that was sent for it."""
+        self._sessions.pop(session, None)
+        if self._end:
+            return
+        for name in self._descriptors.names(session):
+            self._execute(descriptors.closefd(name), partial(self._closed, name))
+        members = self._descriptors.take_members(session)
+        if members:
+            self._execute(descriptors.QUERY_USERS, lambda reply: self._remove(members, reply))
+
+    def _closed(self, name: str, _: Reply) -> None:
+        self._descriptors.release(name)
+
+    def _remove(self, members: list[tuple[int, int]], nodes: Reply) -> None:
+        for body in descriptors.remove_unused(members, nodes.line):
+            self._execute(body, lambda reply: None)
+
+    def _execute(self, body: bytes, then: Callable[[Reply], None]) -> None:
+        """Run a command of our own."""
+        self._own += 1
+        self._settled.clear()
+
+        def answered(_: Call, reply: Reply) -> None:
+            then(reply)
+            self._own -= 1
+            if not self._own:
+                self._settled.set()
+
+        self._schedule.submit(Call(Command(body), answered))

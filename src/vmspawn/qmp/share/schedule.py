@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whose command QEMU is sent next, and over which of its monitors.
+
+First come, first served, and as each session has one in-band command under way at most, that is round-robin. A command
+too large for QEMU to read in passing goes over the bulk monitor, one at a time. Its reply waits for a fence on the
+sessions' monitor: QEMU put the events that the command caused there before it replied, so they come before the fence.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from ..syntax.envelope import Command
+from ..syntax.replies import Reply
+from . import descriptors
+from .upstream import Call, Upstream
+
+#: What passes through QEMU without effect: it is answered with an error, out of band where QEMU can do that.
+_FENCE = Command(b'{"execute":""')
+_OOB_FENCE = Command(b'{"exec-oob":""', oob=True)
+
+_CLAIM_SPARE = Command(descriptors.CLAIM_SPARE)
+_CLOSE_SPARE = Command(descriptors.CLOSE_SPARE)
+
+_Answered = Callable[[Call, Reply], None]
+
+
+class Schedule:
+    """The commands that wait for QEMU, and what must not be in flight together."""
+
+    __slots__ = ("_bulk", "_bulk_turns", "_consuming", "_main", "_turns", "oob")
+
+    def __init__(self, main: Upstream, bulk: Upstream | None) -> None:
+        self._main = main
+        self._bulk = bulk
+        self._turns: deque[Call] = deque()
+        self._bulk_turns: deque[Call] = deque()
+        # Whether a command is in flight that takes a descriptor. QEMU keeps one, and gives it to whichever command
+        # asks.
+        self._consuming = False
+        #: Whether the sessions' monitor executes out of band.
+        self.oob = False
+        main.idle = self._next
+
+    def submit(self, call: Call) -> None:
+        """Send a command as soon as it is its turn."""
+        if self._turns or call.consumes or not self._main.can_take(call.command):
+            self._wait(call)
+        else:
+            self._main.send(call)
+
+    def _wait(self, call: Call) -> None:
+        if call.command.oob:
+            self._turns.appendleft(call)
+        else:
+            self._turns.append(call)
+        self._next()
+
+    def submit_large(self, call: Call) -> None:
+        """Send a command that any monitor may run, and that takes QEMU long to read."""
+        if self._bulk is None:
+            return self.submit(call)
+        self._bulk_turns.append(call)
+        self._next_bulk(self._bulk)
+
+    def withdraw(self, call: Call) -> bool:
+        """Take back a command, if it was not sent yet."""
+        for turns in (self._turns, self._bulk_turns):
+            if call in turns:
+                turns.remove(call)
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Forget all that waits; QEMU is gone."""
+        self._turns.clear()
+        self._bulk_turns.clear()
+
+    def _may_go(self, call: Call) -> bool:
+        return self._main.can_take(call.command) and not (call.consumes and self._consuming)
+
+    def _go(self, call: Call) -> None:
+        if call.consumes:
+            self._consuming = True
+            call.answered = partial(self._consumed, call.answered)
+        self._main.send(call)
+
+    def _next(self) -> None:
+        """Send what may go. What has to wait for the end of something else does not hold up those behind it."""
+        turns = self._turns
+        while turns:
+            if self._may_go(turns[0]):
+                self._go(turns.popleft())
+                continue
+            call = next((call for call in turns if self._may_go(call)), None) if self._main.has_room else None
+            if call is None:
+                return
+            turns.remove(call)
+            self._go(call)
+
+    def _urgent(self, command: Command, answered: _Answered) -> None:
+        """Send a command of our own before all that wait."""
+        self._turns.appendleft(Call(command, answered))
+        self._next()
+
+    # A descriptor that QEMU was sent and may not have used must not be there for the next session's command.
+
+    def _consumed(self, answered: _Answered, call: Call, reply: Reply) -> None:
+        if call.fd >= 0 and reply.failed:
+            # Ask for it, under a name of our own.
+            return self._urgent(_CLAIM_SPARE, partial(self._reclaimed, answered, call, reply))
+        self._consuming = False
+        answered(call, reply)
+
+    def _reclaimed(self, answered: _Answered, call: Call, reply: Reply, _: Call, claim: Reply) -> None:
+        call.unused = not claim.failed
+        if call.unused:
+            self._urgent(_CLOSE_SPARE, lambda _call, _reply: None)
+        self._consuming = False
+        answered(call, reply)
+
+    # Large commands.
+
+    def _next_bulk(self, bulk: Upstream) -> None:
+        if self._bulk_turns and not bulk.in_flight:
+            call = self._bulk_turns.popleft()
+            call.answered = partial(self._fence, bulk, call.answered)
+            bulk.send(call)
+
+    def _fence(self, bulk: Upstream, answered: _Answered, call: Call, reply: Reply) -> None:
+        self._next_bulk(bulk)
+        fenced = partial(self._fenced, answered, call, reply)
+        if self.oob:
+            self._main.send(Call(_OOB_FENCE, fenced))
+        else:
+            self._urgent(_FENCE, fenced)
+
+    def _fenced(self, answered: _Answered, call: Call, reply: Reply, _call: Call, _reply: Reply) -> None:
+        answered(call, reply)

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One client's connection, which behaves as a monitor of its own would.
+
+What a session does itself is what QEMU does for each monitor: it greets, negotiates, cuts the input into messages,
+keeps the order, and answers what is no command (docs/interop/qmp-spec.rst, monitor/qmp.c). While a command runs nothing
+further is taken, so the socket is the queue; only a client that has enabled `oob` may have some more commands waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Literal
+
+import msgspec
+
+from .. import limits
+from ..syntax import replies
+from ..syntax.envelope import USUAL, Command, Refusal, read, usual
+from ..syntax.replies import COMMAND_NOT_FOUND, Reply
+from ..syntax.scanner import Scanner
+from . import read_only
+from .connection import Connection
+from .descriptors import CONSUMING, WATCHED, Descriptors
+from .peer import Peer
+from .schedule import Schedule
+from .upstream import Call, Greeting
+
+_NEGOTIATION = b"qmp_capabilities"
+
+
+class State(Enum):
+    """How far a session has come."""
+
+    NEGOTIATING = auto()
+    READY = auto()
+    #: Nothing more is taken; the connection ends when the client has what it is owed.
+    LEAVING = auto()
+    CLOSED = auto()
+
+
+class _Enable(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of the negotiation, where QEMU is sure to take them."""
+
+    enable: list[Literal["oob"]] = []
+
+
+class Session:
+    """A client of the multiplexer. `Multiplexer.open` makes them.
+
+    Owns its socket, and the descriptors that the client passes until their command was answered.
+    """
+
+    __slots__ = (
+        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_left",
+        "_loop", "_oob", "_overtaking", "_queue", "_running", "_scanner", "_schedule", "_scheduled", "bytes_in",
+        "commands", "events", "peer", "read_only", "state",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        connected: socket.socket,
+        greeting: Greeting,
+        schedule: Schedule,
+        descriptors: Descriptors,
+        left: Callable[[Session], None],
+        *,
+        read_only: bool,
+        peer: Peer | None,
+    ) -> None:
+        """`left` is called once, when the client is gone and nothing that it sent is in flight any more."""
+        self._connection = Connection(connected, received=self._received, ended=self._end_of_input, gone=self._gone)
+        self._greeting = greeting
+        self._schedule = schedule
+        self._descriptors = descriptors
+        self._left = left
+        self._loop = asyncio.get_running_loop()
+        self._scanner = Scanner(greeting.dialect)
+        self._oob = False
+        # The in-band command whose reply has not come, those that wait behind it, and the one that overtakes them.
+        self._running: Call | None = None
+        self._queue: deque[Command | Refusal] = deque()
+        self._overtaking: Call | None = None
+        # Whether the client will send no more.
+        self._ended = False
+        # Whether a further look at the input is due, after the others had their turn.
+        self._scheduled = False
+        # The descriptor that waits for a command that takes one; the one that came with bytes not looked at yet, and
+        # where in the stream those begin.
+        self._fd = self._arriving = -1
+        self._arriving_at = 0
+        #: Who it is, if known.
+        self.peer = peer
+        #: Whether it may only run what changes nothing.
+        self.read_only = read_only
+        #: How far it has come.
+        self.state = State.NEGOTIATING
+        #: Commands that were run for it, and events that it was sent.
+        self.commands = self.events = 0
+        #: Bytes that came from the client.
+        self.bytes_in = 0
+
+    @property
+    def queued(self) -> int:
+        """Its commands that were not answered yet."""
+        return len(self._queue) + (self._overtaking is not None) + (self._running is not None)
+
+    @property
+    def _in_flight(self) -> bool:
+        return self._running is not None or self._overtaking is not None
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes that were sent to the client, or wait for it."""
+        return self._connection.written
+
+    @property
+    def unread(self) -> int:
+        """Bytes that wait for the client to read them."""
+        return self._connection.waiting
+
+    def start(self, initial: bytes) -> None:
+        """Greet, and take what the client has sent already."""
+        self._connection.write(self._greeting.line)
+        self._connection.read(True)
+        if initial:
+            self._received(initial, -1)
+
+    def event(self, line: bytes) -> None:
+        """An event came from QEMU."""
+        if self.state is State.READY:
+            self.events += 1
+            self._connection.write(line)
+
+    def end(self) -> None:
+        """QEMU is gone. The client gets what was received for it, then the end of the stream."""
+        self._abandon()
+        if self.state is State.CLOSED:
+            self._left(self)
+        else:
+            self.state = State.LEAVING
+            self._connection.finish()
+
+    def close(self) -> None:
+        """Cut the client off."""
+        self._connection.close()
+        self._gone()
+
+    # From the client.
+
+    def _received(self, data: bytes, fd: int) -> None:
+        if fd >= 0:
+            self._attach()
+            self._arriving, self._arriving_at = fd, self.bytes_in
+        self.bytes_in += len(data)
+        if fd < 0 and self._running is None and self._overtaking is None and self.state is State.READY:
+            # Nearly all that clients send. A short way through the code is worth more here than its length in time,
+            # for little of it is in the processor's caches when a client has been waited for.
+            captured = self._scanner.take_whole(USUAL, data)
+            if captured is not None:
+                return self._run(usual(captured))
+        self._scanner.feed(data)
+        self._advance()
+
+    def _end_of_input(self) -> None:
+        self._ended = True
+        self._advance()
+
+    def _advance(self) -> None:
+        """Take messages for as long as QEMU would, but not so many that the others would notice."""
+        taken = 0
+        while self._may_take():
+            if taken == limits.MESSAGES_PER_TURN:
+                self._again()
+                break
+            taken += 1
+            item = self._item()
+            if item is None:
+                self._starved()
+                break
+            if self._arriving >= 0 and self._scanner.offset > self._arriving_at:
+                self._attach()
+            self._take(item)
+        if self.state is State.NEGOTIATING or self.state is State.READY:
+            self._connection.read(self._wants_input())
+
+    def _may_take(self) -> bool:
+        if self._oob:
+            # QEMU runs an out-of-band command before it reads on.
+            return self._overtaking is None and len(self._queue) < limits.OOB_QUEUE and self.state is State.READY
+        return self._running is None and (self.state is State.READY or self.state is State.NEGOTIATING)
+
+    def _wants_input(self) -> bool:
+        if self._ended:
+            return False
+        return self._scanner.pending < limits.READ_AHEAD and self._arriving < 0 if self._busy() else True
+
+    def _busy(self) -> bool:
+        """Whether messages may be there that were not taken yet."""
+        return self._scheduled or not self._may_take()
+
+    def _again(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._scheduled = False
+        self._advance()
+
+    def _starved(self) -> None:
+        """All that came is taken, or cannot be told apart yet."""
+        if self._scanner.busy:
+            return self._again()
+        self._attach()
+        if self._ended and not self._in_flight:
+            self.state = State.LEAVING
+            self._connection.finish()
+
+    def _attach(self) -> None:
+        """The descriptor that came waits for its command from here on, in the place of an earlier one."""
+        if self._arriving >= 0:
+            _close(self._fd)
+            self._fd, self._arriving = self._arriving, -1
+
+    # Messages.
+
+    def _item(self) -> Command | Refusal | None:
+        captured = self._scanner.take(USUAL)
+        if captured is not None:
+            return usual(captured)
+        message = self._scanner.next()
+        return None if message is None else read(message, oob=self._oob)
+
+    def _take(self, item: Command | Refusal) -> None:
+        if (self._running is None and not self._queue) or item.oob:
+            self._do(item)
+        else:
+            self._queue.append(item)
+
+    def _do(self, item: Command | Refusal) -> None:
+        if isinstance(item, Refusal):
+            self._connection.write(item.line)
+        elif self.state is State.NEGOTIATING:
+            self._negotiate(item)
+        else:
+            self._run(item)
+
+    def _run(self, command: Command) -> None:
+        self.commands += 1
+        if self.read_only and not read_only.allows(command.name):
+            return self._connection.write(replies.failure(read_only.refusal(command.name), id=command.id))
+        call = Call(command, self._answered)
+        if _is_watched(command):
+            problem = self._descriptors.claim(self, command)
+            if problem is not None:
+                return self._connection.write(replies.failure(problem, id=command.id))
+            if command.name in CONSUMING:
+                call.consumes = True
+                call.fd, self._fd = self._fd, -1
+        if command.oob:
+            self._overtaking = call
+        else:
+            self._running = call
+        if len(command.body) > limits.BULK_SIZE and self._is_movable(call):
+            self._schedule.submit_large(call)
+        else:
+            self._schedule.submit(call)
+
+    def _is_movable(self, call: Call) -> bool:
+        """Whether a large command may go over another monitor, which knows nothing of this one's descriptors."""
+        return not (call.consumes or call.command.oob or self._descriptors.holds_names(self))
+
+    def _answered(self, call: Call, reply: Reply) -> None:
+        command = call.command
+        if _is_watched(command):
+            self._settle(call, command, reply)
+        if command.oob:
+            self._overtaking = None
+        else:
+            self._running = None
+        if self.state is State.CLOSED:
+            return self._check_left()
+        # What QEMU could not parse has no id that it could have read.
+        unparsed = command.doubtful and reply.id < 0
+        self._connection.write(reply.labelled(None if unparsed else command.id))
+        if self._queue or self._ended or self._scanner.pending:
+            self._next()
+
+    def _next(self) -> None:
+        while self._queue and self._running is None and self.state is State.READY:
+            self._do(self._queue.popleft())
+        self._advance()
+
+    def _settle(self, call: Call, command: Command, reply: Reply) -> None:
+        self._descriptors.settle(self, command, reply)
+        if call.unused and self._fd < 0 and self.state is not State.CLOSED:
+            # As in QEMU, it waits for the next command.
+            self._fd = call.fd
+        else:
+            _close(call.fd)
+        call.fd = -1
+
+    # The negotiation. QEMU's monitor has been through it; this is what the client sees of it.
+
+    def _negotiate(self, command: Command) -> None:
+        if command.name != _NEGOTIATION:
+            problem = f"Expecting capabilities negotiation with '{_NEGOTIATION.decode()}'"
+            return self._connection.write(replies.failure(problem, error_class=COMMAND_NOT_FOUND, id=command.id))
+        try:
+            wanted = msgspec.json.decode(command.arguments or b"{}", type=_Enable).enable
+        except msgspec.DecodeError:
+            return self._ask(command)
+        self._accept(command, oob=bool(wanted))
+
+    def _ask(self, command: Command) -> None:
+        """Let QEMU say what is wrong with the arguments; if nothing is, it says that it has negotiated already."""
+        self._running = Call(command, self._told)
+        self._schedule.submit(self._running)
+
+    def _told(self, call: Call, reply: Reply) -> None:
+        command = call.command
+        self._running = None
+        if self.state is State.CLOSED:
+            return self._check_left()
+        if replies.failure_of(reply).error_class == COMMAND_NOT_FOUND:
+            self._accept(command, oob=b'"oob"' in command.arguments)
+        else:
+            self._connection.write(reply.labelled(None if command.doubtful and reply.id < 0 else command.id))
+        self._advance()
+
+    def _accept(self, command: Command, *, oob: bool) -> None:
+        if oob and not self._greeting.oob:
+            return self._connection.write(replies.failure("Capability oob not available", id=command.id))
+        self._oob = oob
+        self.state = State.READY
+        self._connection.write(replies.success(command.id))
+
+    # The end.
+
+    def _gone(self) -> None:
+        """The client is not there any more. What QEMU was not sent is dropped; other replies go nowhere."""
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        if self._running is not None and self._schedule.withdraw(self._running):
+            _close(self._running.fd)
+            self._running = None
+        self._queue.clear()
+        _close(self._fd)
+        _close(self._arriving)
+        self._fd = self._arriving = -1
+        self._check_left()
+
+    def _check_left(self) -> None:
+        if not self._in_flight:
+            self._left(self)
+
+    def _abandon(self) -> None:
+        """Nothing that is in flight will be answered."""
+        if self._running is not None:
+            _close(self._running.fd)
+        self._running = self._overtaking = None
+        self._queue.clear()
+
+
+def _is_watched(command: Command) -> bool:
+    # QEMU runs none of these out of band, so it takes no descriptor for one that asks for it.
+    return command.name in WATCHED and not command.oob
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The `id` of a command as QEMU writes it into the reply: the value, not the text."""
+
+from __future__ import annotations
+
+import re
+
+from .grammar import tokens
+from .qdict_order import by_bucket
+from .strings import quote, value_of
+
+#: What QEMU writes just as it is.
+_UNCHANGED = re.compile(rb'"[ !#-\[\]-~]*"|-?[1-9][0-9]{0,17}|0|null|true|false')
+
+#: Bytes of an id up to which it is written token by token. Of a larger one, only what JSON in ASCII demands is changed.
+_REWRITTEN = 4096
+
+_NOT_ASCII = re.compile("[^\x00-\x7f]+")
+
+
+def echoed(text: bytes) -> bytes:
+    """The id as it stands in a reply, given as compact JSON. Raises BadString if it has a string that QEMU refuses."""
+    if _UNCHANGED.fullmatch(text):
+        return text
+    if len(text) <= _REWRITTEN:
+        return _rewritten(text)
+    if text.isascii():
+        return text
+    return _NOT_ASCII.sub(lambda match: quote(match[0])[1:-1].decode("ascii"), text.decode(errors="replace")).encode()
+
+
+def _rewritten(text: bytes) -> bytes:
+    """JSON as QEMU writes it. What is open is kept on a list, for QEMU allows more nesting than Python."""
+    opened: list[list[bytes]] = [[]]
+    for match in tokens(text, 0, len(text)):
+        token = match[0]
+        if token in b"[{":
+            opened.append([])
+        elif token == b"]":
+            elements = opened.pop()
+            opened[-1].append(b"[" + b", ".join(elements) + b"]")
+        elif token == b"}":
+            pairs = opened.pop()
+            opened[-1].append(_object(dict(zip(pairs[::2], pairs[1::2], strict=True))))
+        elif token not in b",:":
+            opened[-1].append(_scalar(token))
+    return opened[0][0]
+
+
+def _object(members: dict[bytes, bytes]) -> bytes:
+    keys = {value_of(key): key for key in members}
+    ordered = [keys[key] for key in by_bucket(keys)]
+    return b"{" + b", ".join(b"%b: %b" % (key, members[key]) for key in ordered) + b"}"
+
+
+def _scalar(token: bytes) -> bytes:
+    if token[:1] == b'"':
+        return quote(value_of(token))
+    return _number(token) if token[0] in b"-0123456789" else token
+
+
+def _number(token: bytes) -> bytes:
+    """A number as QNum keeps it: int64, else uint64, else double (qobject/qnum.c)."""
+    if token.lstrip(b"-").isdigit() and len(token) <= 20:
+        value = int(token)
+        if -(1 << 63) <= value < 1 << 64:
+            return b"%d" % value
+    number = float(token)
+    # QEMU writes `inf`, which no client could read.
+    return token if number in (float("inf"), float("-inf")) else b"%.17g" % number

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Putting something else under a drive's pivot while the guest uses it: another image, limits, or errors.
+
+Each of these runs to its end once it was begun. One that fails leaves the drive as it was.
+"""
+
+from __future__ import annotations
+
+from ..errors import BadConfig, ConfigNotSupported, QmpError
+from . import buses, image_nodes, nodes
+from .attached_disk import Attachment
+from .context import Context
+from .image import FAULT, Image
+from .limits import Limits
+
+#: Seconds that QEMU may take to put another node under the pivot. It waits for the requests in flight, however long the
+#: host's storage takes for them (HOTPLUG.md 12), and answers nothing else meanwhile.
+REOPEN_TIMEOUT = 3600.0
+
+#: Bytes of the image that a drive stands on whose own is gone, where its size is not known.
+_FAULT_SIZE = 16 << 20
+
+
+async def replace(context: Context, attachment: Attachment, fresh: Image, *, shrink: bool) -> int:
+    """Put another image in the place of the drive's, and tell the guest its size, which is returned.
+
+    Raises BadConfig or ConfigNotSupported if the guest could not take the new size, QmpError if QEMU cannot use the
+    image. The descriptor of `fresh` is closed in any case.
+    """
+    old = attachment.images[0]
+    pivot = attachment.identifiers.pivot
+    size = await context.virtual_size(pivot)
+    attachment.images.append(fresh)
+    try:
+        await image_nodes.build(context, attachment, fresh)
+        new_size = await context.virtual_size(fresh.top_node)
+        _check_size(attachment, size, new_size, shrink=shrink)
+        await _put_under(context, attachment, fresh)
+        try:
+            if new_size != size:
+                await context.monitor.execute("block_resize", {"node-name": pivot, "size": new_size})
+        except QmpError:
+            await _put_under(context, attachment, old)
+            raise
+    except (QmpError, BadConfig, ConfigNotSupported):
+        await image_nodes.dismantle(context, attachment, fresh)
+        raise
+    await image_nodes.dismantle(context, attachment, old)
+    return new_size
+
+
+def _check_size(attachment: Attachment, size: int, new_size: int, *, shrink: bool) -> None:
+    if new_size == size:
+        return
+    if attachment.read_only or not buses.TABLE[attachment.drive.bus].resizable:
+        which = "a read-only disk" if attachment.read_only else f"a disk on bus {attachment.drive.bus}"
+        raise ConfigNotSupported(
+            f"the new image has {new_size} bytes and the disk {size}, and {which} cannot change its size",
+            hint="use an image of the same size, or detach the disk and attach the image",
+        )
+    if new_size < size and not shrink:
+        raise BadConfig(
+            f"the new image has {new_size} bytes and the disk {size}", hint="say so if the disk is to shrink (--shrink)"
+        )
+
+
+async def _put_under(context: Context, attachment: Attachment, image: Image) -> None:
+    """Let the pivot stand on that image, which becomes the drive's."""
+    options = nodes.pivot_node(attachment.identifiers, image, attachment.drive, read_only=attachment.read_only)
+    await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
+    attachment.images.remove(image)
+    attachment.images.insert(0, image)
+    context.journal(attachment)
+
+
+async def limit(context: Context, attachment: Attachment, limits: Limits) -> None:
+    """Change the limits. Raises QmpError."""
+    arguments = {
+        "path": f"/objects/{attachment.identifiers.limits}",
+        "property": "limits",
+        "value": limits.to_qemu(),
+    }
+    await context.monitor.execute("qom-set", arguments)
+    attachment.limits = limits
+    context.journal(attachment)
+
+
+async def take_away(context: Context, attachment: Attachment) -> None:
+    """Put errors in the place of the image, and close it: the host has its file back, whatever the guest does."""
+    if attachment.forced or not attachment.images:
+        return
+    try:
+        size = await context.virtual_size(attachment.identifiers.pivot)
+    except KeyError:
+        return  # it is being taken apart already
+    fault = Image(context.fresh_number(), None, FAULT, size=size or _FAULT_SIZE)
+    attachment.images.append(fault)
+    try:
+        await image_nodes.build(context, attachment, fault)
+        await _put_under(context, attachment, fault)
+    except QmpError:
+        await image_nodes.dismantle(context, attachment, fault)
+        raise
+    for image in attachment.images[1:]:
+        await image_nodes.dismantle(context, attachment, image)
