@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How quick drives come and go, beside the same QMP commands sent to the same QEMU by a client that does nothing else.
+"""How quick disks come and go, beside the same QMP commands sent to the same QEMU by a client that does nothing else.
 
 A machine of a `vmspawn` process with the built-in guest, asked through its control socket; its QEMU has a monitor more,
 for the raw client. Ours and raw take turns, and the next turn begins when the guest has seen all of the last. A ratio
@@ -254,7 +254,7 @@ def many_disks(machine: Side, folder: Path) -> tuple[float, float]:
 
 
 def journal_entry(count: int) -> float:
-    """Seconds to write a journal of so many drives as the manager does: to a new file, fsync, rename."""
+    """Seconds to write a journal of so many disks as the manager does: to a new file, fsync, rename."""
     content = b"x" * 700 * count
     directory = runtime.MachineDirectory.create("journal")
     try:
@@ -301,7 +301,7 @@ def rows(folder: Path) -> Iterator[Row]:
         yield ratio(f"attach {MANY} SCSI disks", *many_disks(opened, folder), "≤ 1.20")
     for count in (1, MANY):
         yield Row(
-            f"an entry in a journal of {count} drives; an attach makes one", f"{journal_entry(count) * 1e6:.0f} us"
+            f"an entry in a journal of {count} disks; an attach makes one", f"{journal_entry(count) * 1e6:.0f} us"
         )
     yield from boots()
 
@@ -322,7 +322,7 @@ def ratio(name: str, ours: float, raw: float, target: str) -> Row:
 
 def main() -> None:
     """Measure and print."""
-    print(f"{'drives, ours ÷ raw':<66}{'measured':>10}  target", flush=True)
+    print(f"{'disks, ours ÷ raw':<66}{'measured':>10}  target", flush=True)
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="vmspawn-bench-", dir=base) as name:
         # As in life, the runtime directory is on a file system in memory.

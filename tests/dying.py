@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 
-from vmspawn import Drive, Machine, MachineConfig
+from vmspawn import Disk, Machine, MachineConfig
 from vmspawn.boot.adopt import adopt
 from vmspawn.host.runtime import MachineDirectory
 from vmspawn.storage.limits import Limits
@@ -21,15 +21,15 @@ from vmspawn.storage.limits import Limits
 
 async def attach(machine: Machine, path: str, image_format: str = "raw") -> None:
     limits = Limits(iops=500) if image_format == "qcow2" else Limits()
-    await machine.attach(Drive(path, "disk", "virtio-scsi", image_format, limits=limits))
+    await machine.attach(Disk(path, "disk", "virtio-scsi", image_format, limits=limits))
 
 
 async def attach_empty(machine: Machine) -> None:
-    await machine.attach(Drive("", "disk", "scsi-cd"))
+    await machine.attach(Disk("", "disk", "scsi-cd"))
 
 
 async def attach_threaded(machine: Machine, path: str) -> None:
-    await machine.attach(Drive(path, "disk", "virtio-scsi", thread=True))
+    await machine.attach(Disk(path, "disk", "virtio-scsi", thread=True))
 
 
 async def detach(machine: Machine) -> None:

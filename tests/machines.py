@@ -30,7 +30,7 @@ def idle_machine(qemu: str, folder: Path, **options: Any) -> Machine:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a drive may leave behind."""
+    """What a disk may leave behind."""
 
     nodes: frozenset[str]
     fdsets: tuple[int, ...]
@@ -112,8 +112,8 @@ async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> 
 
 
 async def detach_by_reset(machine: Machine, *names: str) -> None:
-    """Detach drives of a guest that is its firmware. That lets go of no PCI device; a reset does, for what was asked
-    before it. A firmware that was reset may reset itself once more, so that a drive may be gone sooner."""
+    """Detach disks of a guest that is its firmware. That lets go of no PCI device; a reset does, for what was asked
+    before it. A firmware that was reset may reset itself once more, so that a disk may be gone sooner."""
 
     async def detach(name: str) -> None:
         with contextlib.suppress(NoSuchStorage):

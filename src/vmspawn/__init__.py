@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from .machine.ending import End
     from .machine.machine import Machine
     from .qmp.events import Event
-    from .storage.disk import Drive
+    from .storage.disk import Disk
 
 _HOMES = {
-    "Drive": "storage.drive",
-    "End": "machine.end",
+    "Disk": "storage.disk",
+    "End": "machine.ending",
     "Event": "qmp.events",
     "Machine": "machine.machine",
-    "MachineConfig": "machine.config",
+    "MachineConfig": "boot.config",
 }
 
-__all__ = ["Drive", "End", "Event", "Machine", "MachineConfig"]
+__all__ = ["Disk", "End", "Event", "Machine", "MachineConfig"]
 
 
 def __getattr__(name: str) -> Any:

@@ -68,7 +68,7 @@ class NotSupported(VmspawnError):
 
 
 class NoSuchStorage(VmspawnError):
-    """No drive of that name is attached."""
+    """No disk of that name is attached."""
 
 
 class StorageExists(VmspawnError):
@@ -76,19 +76,19 @@ class StorageExists(VmspawnError):
 
 
 class StorageImmutable(VmspawnError):
-    """The drive was there from boot and cannot be changed while the machine runs."""
+    """The disk was there from boot and cannot be changed while the machine runs."""
 
 
 class StoragePending(VmspawnError):
-    """The guest has not let go of the drive yet; the removal goes on and completes late."""
+    """The guest has not let go of the disk yet; the removal goes on and completes late."""
 
 
 class BadConfig(VmspawnError):
-    """A drive's configuration is not one that exists."""
+    """A disk's configuration is not one that exists."""
 
 
 class ConfigNotSupported(VmspawnError):
-    """A drive's configuration exists, but not on this machine."""
+    """A disk's configuration exists, but not on this machine."""
 
 
 class NoFreePort(VmspawnError):

@@ -131,7 +131,7 @@ class Guest:
         return True
 
     def attach(self, name: str, device: Mapping[str, Any], *, read_only: bool = False) -> None:
-        """Plug a device in whose drive reads as zeroes."""
+        """Plug a device in whose disk reads as zeroes."""
         node = {"driver": "null-co", "node-name": f"node{next(self._nodes)}", "size": 1 << 20, "read-zeroes": True}
         self.command("blockdev-add", **node, **{"read-only": read_only})
         self.command("device_add", **device, drive=node["node-name"], id=name)
@@ -163,18 +163,18 @@ def booted(qemu: str, machine: str = "q35", *options: str, console: str = "", ar
         guest.close()
 
 
-def drive(node: str, size: int, *device: str, read_only: bool = False) -> tuple[str, ...]:
-    """The options for a drive that is there from boot."""
+def disk(node: str, size: int, *device: str, read_only: bool = False) -> tuple[str, ...]:
+    """The options for a disk that is there from boot."""
     blockdev = f"null-co,node-name={node},size={size},read-zeroes=on,read-only={'on' if read_only else 'off'}"
     return ("-blockdev", blockdev, "-device", f"{','.join(device)},drive={node}")
 
 
-BOOT_DRIVES = (
-    *drive("n0", 64 << 20, "virtio-blk-pci", "serial=boot-blk"),
-    *drive("n1", 32 << 20, "nvme", "serial=boot-nvme"),
+BOOT_DISKS = (
+    *disk("n0", 64 << 20, "virtio-blk-pci", "serial=boot-blk"),
+    *disk("n1", 32 << 20, "nvme", "serial=boot-nvme"),
     *("-device", "virtio-scsi-pci,id=scsi"),
-    *drive("n2", 16 << 20, "scsi-hd", "bus=scsi.0", "serial=boot-scsi"),
-    *drive("n3", 8 << 20, "scsi-cd", "bus=scsi.0", "serial=boot-cd", read_only=True),
+    *disk("n2", 16 << 20, "scsi-hd", "bus=scsi.0", "serial=boot-scsi"),
+    *disk("n3", 8 << 20, "scsi-cd", "bus=scsi.0", "serial=boot-cd", read_only=True),
 )
 PORTS = tuple(word for port in range(2) for word in ("-device", f"pcie-root-port,id=port{port},slot={port},chassis=1"))
 
@@ -188,7 +188,7 @@ SCSI_CD = {"driver": "scsi-cd", "bus": "scsi.0"}
 def guest(qemu: str) -> Iterator[Guest]:
     """One q35 machine for all tests that leave it as they found it."""
     # Wide, so that the shell does not break the echo of what is typed
-    with booted(qemu, "q35", *BOOT_DRIVES, *PORTS, arguments="systemd.tty.columns.ttyS0=999") as guest:
+    with booted(qemu, "q35", *BOOT_DISKS, *PORTS, arguments="systemd.tty.columns.ttyS0=999") as guest:
         guest.wait_for_shell()
         yield guest
 
@@ -202,7 +202,7 @@ def went(name: str) -> str:
     return f"(?m)^vmspawn-guest: block {name} went\n"
 
 
-def test_names_each_drive_it_has_at_boot_once_and_before_it_is_ready(guest: Guest) -> None:
+def test_names_each_disk_it_has_at_boot_once_and_before_it_is_ready(guest: Guest) -> None:
     assert sorted(guest.boot_lines) == [
         "vmspawn-guest: block nvme0n1 came: 33554432 bytes, serial boot-nvme, read-write",
         "vmspawn-guest: block sda came: 16777216 bytes, serial boot-scsi, read-write",
@@ -221,7 +221,7 @@ def test_names_each_drive_it_has_at_boot_once_and_before_it_is_ready(guest: Gues
         ("scsi-0QEMU_QEMU_CD-ROM_boot-cd", "sr0"),
     ],
 )
-def test_links_drives_by_the_names_that_udev_gives(guest: Guest, link: str, device: str) -> None:
+def test_links_disks_by_the_names_that_udev_gives(guest: Guest, link: str, device: str) -> None:
     assert guest.run(f"readlink -f /dev/disk/by-id/{link}") == f"/dev/{device}\n"
 
 
@@ -234,7 +234,7 @@ def test_links_drives_by_the_names_that_udev_gives(guest: Guest, link: str, devi
         (SCSI_CD, "sr[0-9]", "scsi-0QEMU_QEMU_CD-ROM_"),
     ],
 )
-def test_says_that_a_drive_came_and_went(guest: Guest, device: dict[str, str], name: str, link: str) -> None:
+def test_says_that_a_disk_came_and_went(guest: Guest, device: dict[str, str], name: str, link: str) -> None:
     for attempt in range(3):
         serial = f"plug-{attempt}"
         guest.attach(serial, {**device, "serial": serial})
@@ -245,14 +245,14 @@ def test_says_that_a_drive_came_and_went(guest: Guest, device: dict[str, str], n
         assert guest.run(f"ls /dev/disk/by-id | grep -c {serial}") == "0\n"
 
 
-def test_says_that_a_drive_is_read_only(guest: Guest) -> None:
+def test_says_that_a_disk_is_read_only(guest: Guest) -> None:
     guest.attach("fixed", {**VIRTIO_BLK, "serial": "fixed"}, read_only=True)
     found = guest.expect(came("vd[a-z]", "fixed", mode="read-only"))[1]
     guest.detach("fixed")
     guest.expect(went(found))
 
 
-def test_says_a_dash_where_a_drive_has_no_serial(guest: Guest) -> None:
+def test_says_a_dash_where_a_disk_has_no_serial(guest: Guest) -> None:
     guest.attach("nameless", VIRTIO_BLK)
     found = guest.expect(came("vd[a-z]", "-"))[1]
     guest.detach("nameless")
@@ -268,7 +268,7 @@ def test_links_a_scsi_disk_by_its_world_wide_name(guest: Guest) -> None:
     guest.expect(went(found))
 
 
-def test_misses_none_of_many_drives_at_once(guest: Guest) -> None:
+def test_misses_none_of_many_disks_at_once(guest: Guest) -> None:
     names = {f"many-{number}" for number in range(20)}
     for name in names:
         guest.attach(name, {**SCSI_DISK, "serial": name})
@@ -316,7 +316,7 @@ def test_leaves_no_zombies(guest: Guest) -> None:
     assert guest.run("ps -o stat | grep -c Z") == "0\n"
 
 
-def test_keeps_a_file_system_on_a_drive(guest: Guest, tmp_path: Path) -> None:
+def test_keeps_a_file_system_on_a_disk(guest: Guest, tmp_path: Path) -> None:
     image = tmp_path / "image"
     with open(image, "wb") as file:
         file.truncate(16 << 20)

@@ -16,7 +16,7 @@ import pytest
 from tests import debian, ovmf, uki
 from tests.conftest import make_raw
 from tests.machines import fresh_name
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.boot import nvram
 from vmspawn.boot.credentials import Credential
 from vmspawn.boot.shares import Share
@@ -129,7 +129,7 @@ async def test_bios_boots_it_and_udev_sees_what_is_plugged_in(qemu: str, tmp_pat
         assert await console.run("findmnt -no FSTYPE /") == "ext4"
         for bus in ("virtio-blk", "nvme", "virtio-scsi"):
             disk = make_raw(tmp_path / f"disk-{bus}")
-            attached = await machine.attach(Drive(str(disk), bus=bus))
+            attached = await machine.attach(Disk(str(disk), bus=bus))
             await console.run(f"udevadm wait --timeout=60 {attached.by_id}")
             device = await console.run(f"readlink -f {attached.by_id}")
             assert await console.run(f"blockdev --getsize64 {device}") == str(disk.stat().st_size)

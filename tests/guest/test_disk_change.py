@@ -12,7 +12,7 @@ import pytest_asyncio
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Snapshot, event_named, unchanged
 from tests.shell import Booted, Shell, booted
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.errors import ConfigNotSupported, StoragePending
 from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits
@@ -30,14 +30,14 @@ async def guest(qemu: str) -> AsyncIterator[Booted]:
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(guest: Booted) -> AsyncIterator[None]:
-    """Every test must leave the machine as it found it, as far as drives go."""
+    """Every test must leave the machine as it found it, as far as disks go."""
     async with unchanged(guest.machine):
         yield
 
 
 async def attach(guest: Booted, path: Path, bus: str, **more: Any) -> str:
     """Attach a disk called `disk`; returns the guest's name for it."""
-    await guest.machine.attach(Drive(str(path), "disk", bus, **more))
+    await guest.machine.attach(Disk(str(path), "disk", bus, **more))
     return (await guest.shell.wait_for(r"block (\S+) came"))[1]
 
 
@@ -171,7 +171,7 @@ async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tm
     image = make_raw(tmp_path / "image", 4 * MIB)
     async with booted(qemu, kernel_arguments=("acpi=off",)) as (machine, _):
         before = await Snapshot.take(machine)
-        await machine.attach(Drive(str(image), "disk"))
+        await machine.attach(Disk(str(image), "disk"))
         asked = asyncio.create_task(event_named(machine, DETACHING_EVENT))
         await asyncio.sleep(0)
         with pytest.raises(StoragePending, match="the guest has not let go of disk") as caught:
@@ -181,7 +181,7 @@ async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tm
         assert (said["name"], said["requests"]) == ("disk", 1)
         assert "let go of disk" in said["reason"]
         assert await machine.detach("disk", timeout=0, force=True) is False
-        await machine.attach(Drive(str(image), "again", "virtio-scsi"))
+        await machine.attach(Disk(str(image), "again", "virtio-scsi"))
         await machine.detach("again")
         late = asyncio.create_task(event_named(machine, DETACHED_EVENT))
         await asyncio.sleep(0)
@@ -195,7 +195,7 @@ async def test_a_removal_by_the_attention_button_takes_its_time_and_is_no_failur
     native = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
     async with booted(qemu, qemu_arguments=native) as (machine, shell):
         before = await Snapshot.take(machine)
-        await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk"))
+        await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk"))
         await shell.wait_for(r"block (\S+) came")
         with pytest.raises(StoragePending, match="has not let go of disk"):
             await machine.detach("disk", timeout=2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every kind of drive on every kind of machine, seen from inside: size, serial, stable path, and content both ways."""
+"""Every kind of disk on every kind of machine, seen from inside: size, serial, stable path, and content both ways."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,7 @@ import pytest_asyncio
 from tests.conftest import MIB
 from tests.machines import Snapshot
 from tests.shell import Booted, Shell, booted
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.storage.buses import NAMESPACE_SERIAL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -43,7 +43,7 @@ async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Boot
 
 @dataclass
 class Specimen:
-    """One drive of the table."""
+    """One disk of the table."""
 
     number: int
     image_format: str
@@ -120,7 +120,7 @@ def specimens(bus: str, folder: Path) -> list[Specimen]:
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd"])
-async def test_every_kind_of_drive_comes_is_used_and_goes(guest: Booted, tmp_path: Path, bus: str) -> None:
+async def test_every_kind_of_disk_comes_is_used_and_goes(guest: Booted, tmp_path: Path, bus: str) -> None:
     machine, shell = guest
     if bus == "nvme-ns" and not machine.storage._context.layout.namespaces.places:
         pytest.skip("this QEMU cannot plug in namespaces")
@@ -143,7 +143,7 @@ async def test_every_kind_of_drive_comes_is_used_and_goes(guest: Booted, tmp_pat
 
 async def attach(machine: Machine, specimen: Specimen, bus: str) -> None:
     await machine.attach(
-        Drive(str(specimen.path), specimen.name, bus, specimen.image_format, read_only=specimen.read_only)
+        Disk(str(specimen.path), specimen.name, bus, specimen.image_format, read_only=specimen.read_only)
     )
 
 

@@ -15,12 +15,12 @@ from tests.commands import vmctl
 from tests.conftest import MIB, make_raw
 from tests.machines import fresh_name
 from tests.shell import Shell
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import BadConfig
 from vmspawn.machine.ending import MachineEvents
 from vmspawn.storage import nodes
-from vmspawn.storage.attached_disk import Attachment
+from vmspawn.storage.attached_disk import AttachedDisk
 from vmspawn.storage.failures import FAILED_EVENT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -46,16 +46,16 @@ async def wait_for(events: MachineEvents, name: str) -> dict[str, Any]:
     raise AssertionError(f"the machine ended before {name}")
 
 
-async def attached(guest: tuple[Machine, Shell], drive: Drive) -> tuple[Attachment, str]:
+async def attached(guest: tuple[Machine, Shell], disk: Disk) -> tuple[AttachedDisk, str]:
     """Attach, and wait until the guest has the device."""
     machine, shell = guest
-    attachment = await machine.attach(drive)
+    attachment = await machine.attach(disk)
     await shell.run(f"until [ -b {attachment.by_id} ]; do usleep 10000; done")
     return attachment, attachment.by_id
 
 
-async def break_writes(machine: Machine, attachment: Attachment) -> None:
-    """Let QEMU fail every write below the drive's pivot, by raw QMP."""
+async def break_writes(machine: Machine, attachment: AttachedDisk) -> None:
+    """Let QEMU fail every write below the disk's pivot, by raw QMP."""
     image = attachment.images[0]
     options = {
         "driver": "blkdebug",
@@ -67,12 +67,12 @@ async def break_writes(machine: Machine, attachment: Attachment) -> None:
     await stand_on(machine, attachment, "broken")
 
 
-async def stand_on(machine: Machine, attachment: Attachment, node: str) -> None:
-    options = nodes.pivot_node(attachment.identifiers, attachment.images[0], attachment.drive, read_only=False)
+async def stand_on(machine: Machine, attachment: AttachedDisk, node: str) -> None:
+    options = nodes.pivot_node(attachment.identifiers, attachment.images[0], attachment.disk, read_only=False)
     await machine.monitor.execute("blockdev-reopen", {"options": [{**options, "file": node}]})
 
 
-async def mend(machine: Machine, attachment: Attachment) -> None:
+async def mend(machine: Machine, attachment: AttachedDisk) -> None:
     await stand_on(machine, attachment, attachment.images[0].top_node)
     await machine.monitor.execute("blockdev-del", {"node-name": "broken"})
 
@@ -82,10 +82,10 @@ def write(device: str, *, at: int = 0, mib: int = 1) -> str:
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
-async def test_an_error_is_reported_by_the_drives_name(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
+async def test_an_error_is_reported_by_the_disks_name(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
     machine, shell = guest
-    drive = Drive(str(make_raw(tmp_path / "disk")), bus=bus, on_error="report")
-    attachment, device = await attached(guest, drive)
+    disk = Disk(str(make_raw(tmp_path / "disk")), bus=bus, on_error="report")
+    attachment, device = await attached(guest, disk)
     await break_writes(machine, attachment)
     with machine.events() as events:
         await shell.run(f"! {write(device)}")
@@ -106,8 +106,8 @@ async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
 ) -> None:
     """And its request is done then: it never hears of the error."""
     machine, shell = guest
-    drive = Drive(str(make_raw(tmp_path / "disk")), bus=bus, on_error="stop")
-    attachment, device = await attached(guest, drive)
+    disk = Disk(str(make_raw(tmp_path / "disk")), bus=bus, on_error="stop")
+    attachment, device = await attached(guest, disk)
     await break_writes(machine, attachment)
     with machine.events() as events:
         writing = asyncio.create_task(shell.run(write(device)))
@@ -143,7 +143,7 @@ async def test_a_full_host_stops_the_guest_until_there_is_room(
     guest: tuple[Machine, Shell], small_disk: Path, bus: str
 ) -> None:
     machine, shell = guest
-    attachment, device = await attached(guest, Drive(str(make_raw(small_disk / "disk", 32 * MIB)), bus=bus))
+    attachment, device = await attached(guest, Disk(str(make_raw(small_disk / "disk", 32 * MIB)), bus=bus))
     with machine.events() as events:
         writing = asyncio.create_task(shell.run(write(device, mib=16)))
         data = await wait_for(events, FAILED_EVENT)
@@ -161,10 +161,10 @@ async def test_a_full_host_stops_the_guest_until_there_is_room(
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
 async def test_an_image_that_is_cut_short_under_us(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
-    """Reading what is gone fails or gives zeroes, by the version of QEMU; machine and drive go on."""
+    """Reading what is gone fails or gives zeroes, by the version of QEMU; machine and disk go on."""
     machine, shell = guest
     path = make_raw(tmp_path / "disk", 32 * MIB)
-    _, device = await attached(guest, Drive(str(path), bus=bus))
+    _, device = await attached(guest, Disk(str(path), bus=bus))
     os.truncate(path, 4 * MIB)
     await shell.run(f"dd if={device} of=/dev/null bs=1M skip=16 count=1 2>/dev/null || :")
     await shell.run(write(device))
@@ -178,8 +178,8 @@ async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], 
     path = str(make_raw(tmp_path / "disk"))
     for on_error in ("stop", "enospc"):
         with pytest.raises(BadConfig, match="tells the guest of errors"):
-            await machine.attach(Drive(path, bus="nvme", on_error=on_error))
+            await machine.attach(Disk(path, bus="nvme", on_error=on_error))
     with pytest.raises(BadConfig, match="unknown reaction to errors"):
-        await machine.attach(Drive(path, on_error="ignore"))
-    await machine.attach(Drive(path, bus="nvme", on_error="report"))
+        await machine.attach(Disk(path, on_error="ignore"))
+    await machine.attach(Disk(path, bus="nvme", on_error="report"))
     await machine.detach("disk")

@@ -12,7 +12,7 @@ from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import event_named, unchanged
 from tests.qemu.qmp_fixtures import scaled
 from tests.shell import Booted, Shell, booted
-from vmspawn import Drive
+from vmspawn import Disk
 from vmspawn.errors import StoragePending
 from vmspawn.storage.hotplug import DETACHED_EVENT
 
@@ -46,7 +46,7 @@ async def seen_by_the_guest(shell: Shell, serial: str) -> tuple[str, int, str]:
 async def test_a_disk_comes_is_written_and_goes(guest: Booted, tmp_path: Path, bus: str, image_format: str) -> None:
     machine, shell = guest
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / f"disk-{bus}", 64 * MIB)
-    attached = await machine.attach(Drive(str(path), bus=bus, format=image_format))
+    attached = await machine.attach(Disk(str(path), bus=bus, format=image_format))
     name, size, mode = await seen_by_the_guest(shell, f"disk-{bus}")
     assert (size, mode) == (64 * MIB, "read-write")
     assert await shell.run(f"readlink -f {attached.by_id}") == f"/dev/{name}"
@@ -69,7 +69,7 @@ async def test_a_read_only_disk_cannot_be_written(guest: Booted, tmp_path: Path,
     machine, shell = guest
     path = make_raw(tmp_path / "disk", 8 * MIB)
     path.write_bytes(b"from the host\n" + path.read_bytes()[14:])
-    await machine.attach(Drive(str(path), bus=bus, read_only=True))
+    await machine.attach(Disk(str(path), bus=bus, read_only=True))
     name, size, _ = await seen_by_the_guest(shell, "disk")
     assert size == 8 * MIB
     assert await shell.run(f"head -n 1 /dev/{name}") == "from the host"
@@ -82,7 +82,7 @@ async def test_a_read_only_disk_cannot_be_written(guest: Booted, tmp_path: Path,
 async def test_a_disk_with_a_long_name_has_a_hashed_serial(guest: Booted, tmp_path: Path) -> None:
     machine, shell = guest
     path = make_raw(tmp_path / "disk", 8 * MIB)
-    attached = await machine.attach(Drive(str(path), "my disk"))
+    attached = await machine.attach(Disk(str(path), "my disk"))
     # printf %s 'my disk' | sha256sum | cut -c1-20
     assert attached.serial == "514d464627a195887561"
     name, _, _ = await seen_by_the_guest(shell, attached.serial)
@@ -101,7 +101,7 @@ async def test_a_block_device_of_the_host(guest: Booted, tmp_path: Path) -> None
         pytest.skip(f"no loop device: {errors.decode().strip()}")
     loop = output.decode().strip()
     try:
-        await machine.attach(Drive(loop, "disk", "virtio-blk"))
+        await machine.attach(Disk(loop, "disk", "virtio-blk"))
         name, size, _ = await seen_by_the_guest(shell, "disk")
         assert size == 8 * MIB
         await shell.run(f"echo written in the guest | dd of=/dev/{name} bs=512 conv=fsync,sync")
@@ -117,7 +117,7 @@ async def test_all_ports_are_used_and_used_again(guest: Booted, tmp_path: Path) 
     for _ in range(2):
         names = [f"disk{n}" for n in range(8)]
         paths = {name: make_raw(tmp_path / name, MIB) for name in names}
-        await asyncio.gather(*(machine.attach(Drive(str(paths[name]))) for name in names))
+        await asyncio.gather(*(machine.attach(Disk(str(paths[name]))) for name in names))
         came = [await shell.wait_for(r"block (\S+) came: 1048576 bytes, serial (disk\d)") for _ in names]
         assert {match[2] for match in came} == set(names)
         await asyncio.gather(*(machine.detach(name) for name in reversed(names)))
@@ -127,7 +127,7 @@ async def test_all_ports_are_used_and_used_again(guest: Booted, tmp_path: Path) 
 
 async def test_a_paused_guest_lets_go_once_it_runs_again(guest: Booted, tmp_path: Path) -> None:
     machine, shell = guest
-    await machine.attach(Drive(str(make_raw(tmp_path / "disk", MIB))))
+    await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB))))
     await seen_by_the_guest(shell, "disk")
     await machine.pause()
     with pytest.raises(StoragePending, match="stays while the guest is paused"):
@@ -145,7 +145,7 @@ async def test_cycles_over_all_buses_leave_nothing(guest: Booted, tmp_path: Path
     path = str(make_raw(tmp_path / "disk", MIB))
     for _ in range(scaled(4)):
         for bus in ("virtio-blk", "nvme", "virtio-scsi"):
-            await machine.attach(Drive(path, bus=bus))
+            await machine.attach(Disk(path, bus=bus))
             name, _, _ = await seen_by_the_guest(shell, "disk")
             await machine.detach("disk")
             await shell.wait_for(f"vmspawn-guest: block {name} went")

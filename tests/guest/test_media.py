@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from tests.conftest import MIB
 from tests.shell import Booted, booted
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.errors import StoragePending
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -24,8 +24,8 @@ def make_medium(path: Path, text: bytes) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Booted]:
     medium = make_medium(tmp_path_factory.mktemp("media") / "first", b"first medium\n")
-    drives = (Drive(str(medium), "installer", "scsi-cd"),)
-    async with booted(qemu, extra_drives=drives) as running:
+    disks = (Disk(str(medium), "installer", "scsi-cd"),)
+    async with booted(qemu, extra_disks=disks) as running:
         yield running
 
 

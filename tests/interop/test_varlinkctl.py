@@ -80,7 +80,7 @@ def test_upgrade_makes_the_connection_a_qmp_session(box: Box, idle: BoxedMachine
     assert [reply["return"]["status"] for reply in replies if reply.get("id") == "mine"] == ["running"]
 
 
-def test_push_fd_adds_a_drive(box: Box, idle: BoxedMachine) -> None:
+def test_push_fd_adds_a_disk(box: Box, idle: BoxedMachine) -> None:
     box.run("truncate", "--size=4M", f"/var/tmp/{idle.name}-pushed")
     pushed = (
         f"exec 7<>/var/tmp/{idle.name}-pushed; varlinkctl call --push-fd=7 {idle.control} {INSTANCE}.AddStorage "

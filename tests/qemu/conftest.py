@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests of QMP share, and those of drives."""
+"""What the tests of QMP share, and those of disks."""
 
 from collections.abc import AsyncIterator, Iterator
 

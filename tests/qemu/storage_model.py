@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a machine's drives ought to be, what they are, and a form in which the two can be compared."""
+"""What a machine's disks ought to be, what they are, and a form in which the two can be compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmspawn.host.runtime import STATE
 #: How something is refused.
 Error = type[VmspawnError]
 
-#: Which of QEMU's devices a drive becomes.
+#: Which of QEMU's devices a disk becomes.
 DEVICES = {
     "virtio-blk": "virtio-blk-pci",
     "nvme": "nvme",
@@ -47,8 +47,8 @@ class ImageFile:
 
 
 @dataclass(eq=False)
-class Disk:
-    """A drive as it ought to be."""
+class ExpectedDisk:
+    """A disk as it ought to be."""
 
     name: str
     bus: str
@@ -73,7 +73,7 @@ class Disk:
         return "detaching" if self.detaching else "attached"
 
     def nodes(self) -> Iterable[str]:
-        """The drivers of its block nodes, but for the boot drives'."""
+        """The drivers of its block nodes, but for the boot disks'."""
         if self.forced:
             # The pivot stands on a node that fails every request.
             yield from ("throttle", "blkdebug", "null-co")
@@ -109,10 +109,10 @@ class Disk:
 
 @dataclass(frozen=True)
 class Picture:
-    """All drives at one moment, as the model has them or as the machine shows them."""
+    """All disks at one moment, as the model has them or as the machine shows them."""
 
     #: By name: the state, whether the image was taken away, and the size.
-    drives: dict[str, tuple[str, bool, int]]
+    disks: dict[str, tuple[str, bool, int]]
     #: What state.json says of the same.
     journal: dict[str, str]
     ports_free: int
@@ -126,9 +126,9 @@ class Picture:
     own: int = 0
 
     def changed_by(self, before: Picture) -> Picture:
-        """What has come since a picture was taken of the machine without any drive but the boot drive."""
+        """What has come since a picture was taken of the machine without any disk but the boot disk."""
         return Picture(
-            {name: drive for name, drive in self.drives.items() if name not in before.drives},
+            {name: disk for name, disk in self.disks.items() if name not in before.disks},
             {name: state for name, state in self.journal.items() if name not in before.journal},
             self.ports_free - before.ports_free,
             self.nodes - before.nodes,
@@ -142,25 +142,25 @@ class Picture:
 
 @dataclass
 class Model:
-    """The drives and files that there ought to be."""
+    """The disks and files that there ought to be."""
 
-    disks: dict[str, Disk] = field(default_factory=dict)
+    disks: dict[str, ExpectedDisk] = field(default_factory=dict)
     files: list[ImageFile] = field(default_factory=list)
 
     def idle_files(self, image_format: str) -> list[ImageFile]:
-        """Files of a format that no drive stands on."""
+        """Files of a format that no disk stands on."""
         used = [disk.image for disk in self.disks.values()]
         return [file for file in self.files if file.format == image_format and file not in used]
 
     def holds(self, file: ImageFile, *, writing: bool) -> bool:
-        """Whether a drive has the file, and somebody would write to it."""
+        """Whether a disk has the file, and somebody would write to it."""
         return any(disk.image is file and (writing or not disk.read_only) for disk in self.disks.values())
 
     def picture(self) -> Picture:
-        """The drives beyond the boot drive; ports count from what was free without any."""
+        """The disks beyond the boot disk; ports count from what was free without any."""
         disks = self.disks.values()
         return Picture(
-            drives={disk.name: (disk.state, disk.forced, disk.size) for disk in disks},
+            disks={disk.name: (disk.state, disk.forced, disk.size) for disk in disks},
             journal={disk.name: disk.state for disk in disks},
             ports_free=-sum(disk.on_pci for disk in disks),
             nodes=Counter(node for disk in disks for node in disk.nodes()),
@@ -179,7 +179,7 @@ async def look(machine: Machine, folder: Path) -> Picture:
     objects = await monitor.execute("qom-list", {"path": "/objects"})
     fdsets = await monitor.execute("query-fdsets")
     return Picture(
-        drives={each.name: (each.state.value, each.forced, sizes[each.name]) for each in machine.storage},
+        disks={each.name: (each.state.value, each.forced, sizes[each.name]) for each in machine.storage},
         journal=_journal(Path(machine.directory.file(STATE))),
         ports_free=machine.storage.ports_free,
         nodes=Counter(node["drv"] for node in nodes),

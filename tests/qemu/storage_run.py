@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can be done to a machine's drives, step by step, with what must come of it.
+"""What can be done to a machine's disks, step by step, with what must come of it.
 
 The guest is the firmware, which lets no PCI device go: their removal is pending until a reset. A firmware that was
-reset may reset itself once more, at any time later, so from the first reset on a pending drive may go by itself.
+reset may reset itself once more, at any time later, so from the first reset on a pending disk may go by itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tests.conftest import make_raw
 from tests.machines import Snapshot, event_named, idle_machine
 from tests.qemu.storage_model import (
     PCI_BUSES,
-    Disk,
     Error,
+    ExpectedDisk,
     ImageFile,
     Model,
     Picture,
@@ -31,7 +31,7 @@ from tests.qemu.storage_model import (
     look,
     make_image,
 )
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.boot.qemu import find_qemu
 from vmspawn.errors import (
     BadConfig,
@@ -45,7 +45,7 @@ from vmspawn.errors import (
     VmspawnError,
 )
 from vmspawn.storage import backing as backings
-from vmspawn.storage.attached_disk import Attachment
+from vmspawn.storage.attached_disk import AttachedDisk
 from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
@@ -57,14 +57,14 @@ SHORT = 0.05
 PORTS = 3
 
 #: What `attach_what_cannot_be` and `replace_by_what_cannot_be` know.
-UNATTACHABLE = ("wrong format", "unsaid format", "broken", "no file", "empty", "no medium", "boot drive")
+UNATTACHABLE = ("wrong format", "unsaid format", "broken", "no file", "empty", "no medium", "boot disk")
 UNUSABLE = ("itself", "broken", "wrong format", "read-only")
 
 _T = TypeVar("_T")
 
 
 class Run:
-    """A machine, the model of its drives, and the steps. Each step says by itself whether it went as it must; `check`
+    """A machine, the model of its disks, and the steps. Each step says by itself whether it went as it must; `check`
     compares all that there is."""
 
     def __init__(self, qemu: str, folder: Path) -> None:
@@ -99,12 +99,12 @@ class Run:
 
     # What there is.
 
-    def disks(self, *buses: str) -> list[Disk]:
-        """The drives, or those of some buses, in an order that does not change."""
+    def disks(self, *buses: str) -> list[ExpectedDisk]:
+        """The disks, or those of some buses, in an order that does not change."""
         return [disk for _, disk in sorted(self.model.disks.items()) if not buses or disk.bus in buses]
 
     def file(self, image_format: str, size: int, *, reuse: bool) -> ImageFile:
-        """A file that no drive has: one that a drive had before, or a new one."""
+        """A file that no disk has: one that a disk had before, or a new one."""
         idle = self.model.idle_files(image_format)
         if reuse and idle:
             return idle[0]
@@ -153,19 +153,19 @@ class Run:
                 del self.model.disks[disk.name]
         return names
 
-    def may_vanish(self, disk: Disk) -> bool:
-        """Whether a drive may go at any moment, by a reset of the firmware's own."""
+    def may_vanish(self, disk: ExpectedDisk) -> bool:
+        """Whether a disk may go at any moment, by a reset of the firmware's own."""
         return disk.asked and self.was_reset
 
-    def _attachment(self, disk: Disk) -> Attachment | None:
+    def _attachment(self, disk: ExpectedDisk) -> AttachedDisk | None:
         return next((each for each in self.machine.storage if each.name == disk.name), None)
 
     # How it is done.
 
-    def expect(self, work: Coroutine[Any, Any, _T], error: Error | None, disk: Disk | None = None) -> bool:
+    def expect(self, work: Coroutine[Any, Any, _T], error: Error | None, disk: ExpectedDisk | None = None) -> bool:
         """Do something; it must succeed, or fail in that way. Returns whether it succeeded.
 
-        What is done to a drive that may go at any moment may fail because it has gone.
+        What is done to a disk that may go at any moment may fail because it has gone.
         """
         vanishing = disk is not None and self.may_vanish(disk)
         try:
@@ -193,7 +193,7 @@ class Run:
         limits: Limits = NO_LIMITS,
         **options: Any,
     ) -> None:
-        """Attach a drive. `bus` may be `empty-cd`."""
+        """Attach a disk. `bus` may be `empty-cd`."""
         other = self.model.disks.get(name)
         if other is not None and self.may_vanish(other):
             return
@@ -205,7 +205,7 @@ class Run:
         error: Error | None = StorageExists if other else NoFreePort if bus in PCI_BUSES and not ports else None
         if bus == "nvme-ns" and not self.namespaces:
             error = error or ConfigNotSupported
-        drive = Drive(
+        wanted = Disk(
             self.path(file) if file else "",
             name,
             bus,
@@ -214,10 +214,10 @@ class Run:
             limits=limits,
             **options,
         )
-        if not self.expect(self.machine.attach(drive), error):
+        if not self.expect(self.machine.attach(wanted), error):
             return
         real_bus = ("virtio-blk" if ports else "virtio-scsi") if bus == "auto" else bus
-        self.model.disks[name] = Disk(
+        self.model.disks[name] = ExpectedDisk(
             name,
             real_bus,
             read_only or real_bus == "scsi-cd",
@@ -226,35 +226,35 @@ class Run:
             thread=bool(options.get("thread")),
         )
 
-    def attach_again(self, disk: Disk, *, read_only: bool) -> None:
-        """Attach the file of a drive once more, under another name."""
+    def attach_again(self, disk: ExpectedDisk, *, read_only: bool) -> None:
+        """Attach the file of a disk once more, under another name."""
         file = disk.image
         if file is None or self.may_vanish(disk):
             return
         taken = "again" in self.model.disks or self.model.holds(file, writing=not read_only)
         error = StorageExists if taken else None
-        drive = Drive(self.path(file), "again", "virtio-scsi", file.format, read_only=read_only)
-        if self.expect(self.machine.attach(drive), error):
-            self.model.disks["again"] = Disk("again", "virtio-scsi", read_only, file, file.size)
+        wanted = Disk(self.path(file), "again", "virtio-scsi", file.format, read_only=read_only)
+        if self.expect(self.machine.attach(wanted), error):
+            self.model.disks["again"] = ExpectedDisk("again", "virtio-scsi", read_only, file, file.size)
 
     def attach_what_cannot_be(self, what: str) -> None:
         """Attach something that is refused, and leaves nothing."""
         raw = self.path(self.file("raw", 1 << 20, reuse=True))
         qcow2 = self.path(self.file("qcow2", 1 << 20, reuse=True))
-        refused: dict[str, tuple[Drive, Error]] = {
-            "wrong format": (Drive(raw, "x", "virtio-scsi", "qcow2"), BadConfig),
-            "unsaid format": (Drive(qcow2, "x", "virtio-scsi"), BadConfig),
-            "broken": (Drive(self._broken(), "x", "virtio-scsi", "qcow2"), QmpError),
-            "no file": (Drive(str(self.folder / "none"), "x", "virtio-scsi"), SystemFailure),
-            "empty": (Drive(str(make_raw(self.folder / "empty", 0)), "x", "virtio-scsi"), BadConfig),
-            "no medium": (Drive("", "x", "virtio-scsi"), BadConfig),
-            "boot drive": (Drive(str(self.machine.config.image), "x", "virtio-scsi"), StorageExists),
+        refused: dict[str, tuple[Disk, Error]] = {
+            "wrong format": (Disk(raw, "x", "virtio-scsi", "qcow2"), BadConfig),
+            "unsaid format": (Disk(qcow2, "x", "virtio-scsi"), BadConfig),
+            "broken": (Disk(self._broken(), "x", "virtio-scsi", "qcow2"), QmpError),
+            "no file": (Disk(str(self.folder / "none"), "x", "virtio-scsi"), SystemFailure),
+            "empty": (Disk(str(make_raw(self.folder / "empty", 0)), "x", "virtio-scsi"), BadConfig),
+            "no medium": (Disk("", "x", "virtio-scsi"), BadConfig),
+            "boot disk": (Disk(str(self.machine.config.image), "x", "virtio-scsi"), StorageExists),
         }
-        drive, error = refused[what]
-        self.expect(self.machine.attach(drive), error)
+        wanted, error = refused[what]
+        self.expect(self.machine.attach(wanted), error)
 
     def attach_descriptor(self, name: str, flags: int) -> None:
-        """Attach an open file: it makes a read-only drive, is refused, or makes a writable one."""
+        """Attach an open file: it makes a read-only disk, is refused, or makes a writable one."""
         if name in self.model.disks:
             return
         file = self.file("raw", 1 << 20, reuse=True)
@@ -265,12 +265,12 @@ class Run:
             os.close(fd)
             assert flags in (os.O_PATH, os.O_WRONLY, os.O_RDWR | os.O_SYNC)
             return
-        assert self.expect(self.machine.attach_backing(Drive("", name, "virtio-scsi"), backing), None)
+        assert self.expect(self.machine.attach_backing(Disk("", name, "virtio-scsi"), backing), None)
         read_only = flags & os.O_ACCMODE == os.O_RDONLY
-        self.model.disks[name] = Disk(name, "virtio-scsi", read_only, file, file.size)
+        self.model.disks[name] = ExpectedDisk(name, "virtio-scsi", read_only, file, file.size)
 
-    def detach(self, disk: Disk, *, force: bool = False) -> None:
-        """Detach a drive. Firmware keeps what is on PCI."""
+    def detach(self, disk: ExpectedDisk, *, force: bool = False) -> None:
+        """Detach a disk. Firmware keeps what is on PCI."""
         # From the first request on, a reset of the firmware's own completes it.
         disk.asked = disk.on_pci
         self.expect(self._detach(disk, force=force), StoragePending if disk.on_pci and not force else None, disk)
@@ -281,7 +281,7 @@ class Run:
         if force:
             disk.forced, disk.image = True, None
 
-    async def _detach(self, disk: Disk, *, force: bool) -> None:
+    async def _detach(self, disk: ExpectedDisk, *, force: bool) -> None:
         asked = asyncio.create_task(self._events(disk, DETACHING_EVENT, DETACHED_EVENT))
         await asyncio.sleep(0)
         timeout = SHORT if disk.on_pci else DEADLINE
@@ -291,15 +291,15 @@ class Run:
         finally:
             await asked
 
-    async def _events(self, disk: Disk, *names: str) -> None:
-        """Wait for an event of one of these names about the drive."""
+    async def _events(self, disk: ExpectedDisk, *names: str) -> None:
+        """Wait for an event of one of these names about the disk."""
         async with asyncio.timeout(DEADLINE):
             with self.machine.events() as events:
                 async for event in events:
                     if event.name in names and (event.data or {}).get("name") == disk.name:
                         return
 
-    def remove_by_qmp(self, disk: Disk) -> None:
+    def remove_by_qmp(self, disk: ExpectedDisk) -> None:
         """Let somebody else unplug the device, without a word to us."""
         attachment = self._attachment(disk)
         if attachment is not None:
@@ -309,7 +309,7 @@ class Run:
         else:
             del self.model.disks[disk.name]
 
-    async def _remove_by_qmp(self, attachment: Attachment, disk: Disk) -> None:
+    async def _remove_by_qmp(self, attachment: AttachedDisk, disk: ExpectedDisk) -> None:
         gone = asyncio.create_task(self._events(disk, DETACHED_EVENT)) if not disk.on_pci else None
         await asyncio.sleep(0)
         async with self.machine.qmp() as client:
@@ -321,15 +321,15 @@ class Run:
         if gone is not None:
             await gone
 
-    def replace(self, disk: Disk, *, image_format: str, size: int, reuse: bool, shrink: bool) -> None:
-        """Put another image under a drive."""
+    def replace(self, disk: ExpectedDisk, *, image_format: str, size: int, reuse: bool, shrink: bool) -> None:
+        """Put another image under a disk."""
         file = self.file(image_format, size, reuse=reuse)
         work = self.machine.replace(disk.name, self.path(file), format=file.format, shrink=shrink)
         if self.expect(work, disk.replace_error(file, shrink=shrink), disk):
             disk.image, disk.size = file, file.size
 
-    def replace_by_what_cannot_be(self, disk: Disk, what: str) -> None:
-        """Put something under a drive that is refused, and leaves the drive as it was."""
+    def replace_by_what_cannot_be(self, disk: ExpectedDisk, what: str) -> None:
+        """Put something under a disk that is refused, and leaves the disk as it was."""
         if disk.detaching or disk.bus == "scsi-cd" or self.may_vanish(disk):
             return
         if what == "itself" and disk.image is not None and not disk.read_only:
@@ -340,7 +340,7 @@ class Run:
             path = self.path(self.file("raw", disk.size, reuse=True))
             self.expect(self.machine.replace(disk.name, path, format="qcow2"), BadConfig)
         elif what == "read-only" and not disk.read_only:
-            backing = backings.open_drive(self.path(self.file("raw", disk.size, reuse=False)), read_only=True)
+            backing = backings.open_disk(self.path(self.file("raw", disk.size, reuse=False)), read_only=True)
             self.expect(self.machine.replace_backing(disk.name, backing), SystemFailure)
 
     def _broken(self) -> str:
@@ -349,8 +349,8 @@ class Run:
         path.write_bytes(b"QFI\xfb" + bytes(1 << 16))
         return str(path)
 
-    def resize(self, disk: Disk, *, size: int, shrink: bool) -> None:
-        """Give a drive another size."""
+    def resize(self, disk: ExpectedDisk, *, size: int, shrink: bool) -> None:
+        """Give a disk another size."""
         if self.expect(
             self.machine.resize(disk.name, size, shrink=shrink), disk.resize_error(size, shrink=shrink), disk
         ):
@@ -358,20 +358,20 @@ class Run:
             assert disk.image is not None
             disk.image.size = size
 
-    def limit(self, disk: Disk, limits: Limits) -> None:
-        """Limit a drive, or no more."""
+    def limit(self, disk: ExpectedDisk, limits: Limits) -> None:
+        """Limit a disk, or no more."""
         error: Error | None = StoragePending if disk.detaching else None
         self.expect(self.machine.limit(disk.name, limits), error, disk)
 
-    def insert(self, disk: Disk, *, image_format: str, size: int, force: bool) -> None:
-        """Put a medium into a drive."""
+    def insert(self, disk: ExpectedDisk, *, image_format: str, size: int, force: bool) -> None:
+        """Put a medium into a disk."""
         file = self.file(image_format, size, reuse=True)
         work = self.machine.insert_media(disk.name, self.path(file), format=file.format, force=force)
         if self.expect(work, None if disk.bus == "scsi-cd" else BadConfig, disk):
             disk.image, disk.size = file, file.size
 
-    def eject(self, disk: Disk, *, force: bool) -> None:
-        """Take the medium out of a drive."""
+    def eject(self, disk: ExpectedDisk, *, force: bool) -> None:
+        """Take the medium out of a disk."""
         if self.expect(
             self.machine.eject_media(disk.name, force=force), None if disk.bus == "scsi-cd" else BadConfig, disk
         ):
@@ -395,7 +395,7 @@ class Run:
         for disk in asked:
             del self.model.disks[disk.name]
 
-    async def _reset(self, asked: list[Disk]) -> None:
+    async def _reset(self, asked: list[ExpectedDisk]) -> None:
         leaving = [each for disk in asked if (each := self._attachment(disk))]
         reset = asyncio.create_task(event_named(self.machine, "RESET"))
         await asyncio.sleep(0)
@@ -408,7 +408,7 @@ class Run:
                 await asyncio.wait({each.unwinding})
 
     async def _clear(self) -> None:
-        """Detach all drives."""
+        """Detach all disks."""
         if self.paused:
             await self.machine.resume()
             self.paused = False
@@ -431,7 +431,7 @@ async def _snapshot(machine: Machine) -> Snapshot:
 async def _start(qemu: str, folder: Path) -> Machine:
     machine = idle_machine(qemu, folder, hotplug_ports=PORTS + 1)
     await machine.__aenter__()
-    # The drives with an I/O thread share a controller that comes with the first of them, and keeps a port.
-    await machine.attach(Drive(str(make_raw(folder / "first", 1 << 20)), "first", "virtio-scsi", thread=True))
+    # The disks with an I/O thread share a controller that comes with the first of them, and keeps a port.
+    await machine.attach(Disk(str(make_raw(folder / "first", 1 << 20)), "first", "virtio-scsi", thread=True))
     await machine.detach("first")
     return machine

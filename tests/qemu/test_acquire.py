@@ -280,7 +280,7 @@ async def test_disks_come_and_go_beside_busy_sessions(
     machine: Machine, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     from tests.conftest import make_raw
-    from vmspawn import Drive
+    from vmspawn import Disk
 
     path = make_raw(tmp_path_factory.mktemp("disk") / "disk")
     async with contextlib.AsyncExitStack() as stack:
@@ -297,7 +297,7 @@ async def test_disks_come_and_go_beside_busy_sessions(
 
         asking = [asyncio.create_task(ask(client)) for client in clients]
         for _ in range(20):
-            await machine.attach(Drive(str(path), bus="virtio-scsi"))
+            await machine.attach(Disk(str(path), bus="virtio-scsi"))
             await machine.detach("disk")
         stop.set()
         assert all(await asyncio.gather(*asking))

@@ -30,7 +30,7 @@ def machine(qemu: str, tmp_path: Path) -> Iterator[Survivor]:
         yield running
 
 
-def test_drives_keep_their_names_places_and_serials(machine: Survivor, tmp_path: Path) -> None:
+def test_disks_keep_their_names_places_and_serials(machine: Survivor, tmp_path: Path) -> None:
     machine.attach(make_raw(tmp_path / "one"), "--bus=virtio-blk", "--discard=ignore")
     machine.attach(make_qcow2(tmp_path / "two"), "--bus=nvme", "--format=qcow2", "--serial=TWO")
     machine.attach(make_raw(tmp_path / "three"), "--bus=virtio-scsi", "--iops=100", "--burst=3", "--iothread")
@@ -45,7 +45,7 @@ def test_drives_keep_their_names_places_and_serials(machine: Survivor, tmp_path:
     machine.adopt()
     assert machine.disks() == before
     status = json.loads(vmctl("status", machine.name, "--json=short").stdout)
-    # Of four ports two have drives, and one the SCSI controller with an I/O thread.
+    # Of four ports two have disks, and one the SCSI controller with an I/O thread.
     assert (status["processId"], status["portsFree"], status["accelerator"]) == (machine.pid, 1, "tcg")
     for name in ("three", "empty"):
         assert vmctl("detach-disk", machine.name, name).returncode == 0
@@ -124,7 +124,7 @@ def test_what_cannot_be_adopted(arguments: tuple[str, ...], status: int, message
     assert "Traceback" not in done.stderr
 
 
-def test_a_drive_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_path: Path) -> None:
+def test_a_disk_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_path: Path) -> None:
     machine.attach(make_raw(tmp_path / "gone"), "--bus=virtio-scsi")
     machine.attach(make_raw(tmp_path / "kept"), "--bus=virtio-scsi")
     machine.kill_manager()
@@ -136,7 +136,7 @@ def test_a_drive_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_pa
     assert "gone was removed meanwhile" in machine.manager.output["stderr"]
     # Its name and its image are free again.
     done = vmctl("detach-disk", machine.name, "gone")
-    assert done.returncode == 0 or "no drive named gone" in done.stderr
+    assert done.returncode == 0 or "no disk named gone" in done.stderr
     machine.attach(tmp_path / "gone", "--bus=virtio-scsi")
     assert {disk["name"] for disk in machine.disks()} == {"boot", "kept", "gone"}
 

@@ -83,15 +83,15 @@ def state_of_version(version: int, machine: Survivor, path: Path) -> dict[str, A
         "state": "attached",
         "done": ["place", "limits", "image", "pivot", "device"],
     }
-    drives = {"next": 6, "attachments": [disk]}
+    disks = {"next": 6, "attachments": [disk]}
     if version == 2:
-        return {**found, "version": 2, "storage": {**drives, "threaded-scsi": None}}
+        return {**found, "version": 2, "storage": {**disks, "threaded-scsi": None}}
     return {
         "version": 1,
         "name": machine.name,
         "qemu": {name: found["qemu"][name] for name in ("pid", "started", "path")},
         "machine": {"type": "q35", "hotplug-ports": 4},
-        "storage": drives,
+        "storage": disks,
     }
 
 

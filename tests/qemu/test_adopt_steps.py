@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A manager dies at each step of each thing that it can do to a drive; the next one puts it right."""
+"""A manager dies at each step of each thing that it can do to a disk; the next one puts it right."""
 
 import asyncio
 import dataclasses
@@ -17,7 +17,7 @@ from tests.machines import Snapshot, idle_machine, links_of
 from vmspawn import Machine, MachineConfig
 from vmspawn.boot.adopt import adopt
 from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
-from vmspawn.storage.attached_disk import Attachment, State
+from vmspawn.storage.attached_disk import AttachedDisk, State
 from vmspawn.storage.limits import Limits
 
 #: More steps than anything has.
@@ -138,22 +138,22 @@ async def settle(machine: Machine) -> None:
 
 async def agrees_with_qemu(machine: Machine, folder: Path) -> None:
     """The register and QEMU say the same: nodes, files, limits and media."""
-    drives = [each for each in machine.storage if not each.boot]
-    assert all(each.state is State.ATTACHED for each in drives)
+    disks = [each for each in machine.storage if not each.boot]
+    assert all(each.state is State.ATTACHED for each in disks)
     nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
     boot = {name for each in machine.storage if each.boot for name in expected_nodes(each)}
-    assert {node["node-name"] for node in nodes} - boot == {name for each in drives for name in expected_nodes(each)}
-    files = {os.path.basename(each.image.path) for each in drives if each.image}
+    assert {node["node-name"] for node in nodes} - boot == {name for each in disks for name in expected_nodes(each)}
+    files = {os.path.basename(each.image.path) for each in disks if each.image}
     assert files_of(machine.pid, folder) == files
-    for each in drives:
+    for each in disks:
         assert len(each.images) <= 1
         assert await limits_of(machine, each) == each.limits
-        if each.image and each.drive.bus != "scsi-cd":
+        if each.image and each.disk.bus != "scsi-cd":
             sizes = await machine.storage.sizes()
             assert sizes[each.name] == (96 << 20 if each.image.path.endswith("large") else 64 << 20)
 
 
-def expected_nodes(attachment: Attachment) -> set[str]:
+def expected_nodes(attachment: AttachedDisk) -> set[str]:
     found = set()
     for image in attachment.images:
         found |= {attachment.identifiers.pivot, image.file_node, image.top_node}
@@ -166,7 +166,7 @@ def files_of(pid: int, folder: Path) -> set[str]:
     return {name for name in found if not name.startswith("boot")}
 
 
-async def limits_of(machine: Machine, attachment: Attachment) -> Limits:
+async def limits_of(machine: Machine, attachment: AttachedDisk) -> Limits:
     objects = await machine.monitor.execute("qom-list", {"path": "/objects"})
     group = attachment.identifiers.limits
     if not any(each["name"] == group for each in objects):
@@ -176,7 +176,7 @@ async def limits_of(machine: Machine, attachment: Attachment) -> Limits:
 
 
 async def snapshot(machine: Machine) -> Snapshot:
-    """A snapshot without the SCSI controller that has an I/O thread: it stays for the next drive that wants one."""
+    """A snapshot without the SCSI controller that has an I/O thread: it stays for the next disk that wants one."""
     found = await Snapshot.take(machine)
     planned = machine.storage._context.threaded_place is not None
     assert (THREADED_SCSI_CONTROLLER in found.pci_devices) is planned

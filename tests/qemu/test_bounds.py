@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
-from vmspawn import Drive, Event, MachineConfig
+from vmspawn import Disk, Event, MachineConfig
 from vmspawn.boot.adopt import adopt
 from vmspawn.errors import SystemFailure
 from vmspawn.machine.machine import Machine
@@ -50,11 +50,11 @@ def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path, small_root: Path) -> None:
     """A runtime directory without room: attaching fails and says why, detaching works, and so does another manager."""
     async with idle_machine(qemu, tmp_path) as machine:
-        await machine.attach(Drive(str(make_raw(tmp_path / "before")), bus="virtio-scsi"))
+        await machine.attach(Disk(str(make_raw(tmp_path / "before")), bus="virtio-scsi"))
         before = await Snapshot.take(machine)
         fill(small_root / "filler")
         with pytest.raises(SystemFailure, match="cannot write down what is about to be done") as caught:
-            await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+            await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
         assert caught.value.errno_name == "ENOSPC"
         assert await Snapshot.take(machine) == before
         await machine.detach("before")
@@ -67,7 +67,7 @@ async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path
         again.open(launched)
         await again.started()
         assert again.adoption_notes == ["before has no device in QEMU; what is left of it is removed"]
-        await again.attach(Drive(str(tmp_path / "disk"), bus="virtio-scsi"))
+        await again.attach(Disk(str(tmp_path / "disk"), bus="virtio-scsi"))
         await again.close()
 
 

@@ -134,7 +134,7 @@ async def test_add_storage_takes_a_descriptor(machine: Machine, tmp_path: Path, 
             return client.call("io.vmspawn.Machine.DetachStorage", name="pool:disk", timeoutUSec=timeout)
 
     assert await in_thread(add) == {}
-    assert [each.drive.bus for each in machine.storage if not each.boot] == [config or "virtio-blk"]
+    assert [each.disk.bus for each in machine.storage if not each.boot] == [config or "virtio-blk"]
     removed = await in_thread(remove)
     if not needs_guest:
         assert removed == {"parameters": {"pending": False}}
@@ -154,7 +154,7 @@ def flags(path: Path, name: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", ["O_PATH", "write-only", "O_SYNC", "pipe"])
-async def test_add_storage_refuses_descriptors_that_make_no_drive(machine: Machine, tmp_path: Path, kind: str) -> None:
+async def test_add_storage_refuses_descriptors_that_make_no_disk(machine: Machine, tmp_path: Path, kind: str) -> None:
     path = make_raw(tmp_path / "disk")
 
     def add() -> Any:

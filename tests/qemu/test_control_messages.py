@@ -48,7 +48,7 @@ async def test_a_descriptor_comes_along_with_a_message_of_any_size(machine: Mach
             client.socket.sendall(message[7:])
             return [client.reply().get("error"), client.reply()["error"]]
 
-    # The name is too long for a drive, which says that the descriptor was there.
+    # The name is too long for a disk, which says that the descriptor was there.
     assert await in_thread(add) == [None, f"{INSTANCE}.BadConfig"]
 
 

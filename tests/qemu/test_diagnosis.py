@@ -99,10 +99,10 @@ def test_status_shows_sessions_errors_and_events(qemu: str, tmp_path: Path) -> N
         assert vmctl("pause", machine.name).returncode == 0
         found = json.loads(vmctl("status", machine.name, "--json=short").stdout)
         assert (found["sessions"], found["status"]) == (0, "paused")
-        assert "there is no drive named nobody" in found["lastError"]["text"]
+        assert "there is no disk named nobody" in found["lastError"]["text"]
         assert [each["text"] for each in found["recentEvents"]][-1] == "STOP"
         shown = vmctl("status", machine.name).stdout
-    for word in ("State: paused", "free", "Sessions: 0", "Last error: ", "no drive named nobody", "STOP", "tcg"):
+    for word in ("State: paused", "free", "Sessions: 0", "Last error: ", "no disk named nobody", "STOP", "tcg"):
         assert word in shown
     ports = f"Ports: {found['portsFree']} of {found['ports']} free"
     for line in (r"Up: \d", rf"QEMU: {found['qemuVersion']}, ", ports, "Disks: boot", r"Events: \d\d:\d\d:\d\d"):

@@ -116,7 +116,7 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
         (
             ["replace-disk", "{machine}", "nobody", "{image}"],
             1,
-            "cannot replace nobody: there is no drive named nobody",
+            "cannot replace nobody: there is no disk named nobody",
         ),
         (["replace-disk", "{machine}", "boot", "{image}"], 1, "cannot replace boot: boot has been there from boot"),
         (["resize-disk", "{machine}", "boot", "512"], 1, "would be lost"),

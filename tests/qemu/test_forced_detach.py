@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A drive by force: the host gets its file back at once, or is told that its own storage hangs."""
+"""A disk by force: the host gets its file back at once, or is told that its own storage hangs."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Snapshot, event_named, idle_machine, unchanged
 from tests.qemu.qmp_fixtures import wait_until
 from tests.qemu.storage_model import open_images
-from vmspawn import Drive
+from vmspawn import Disk
 from vmspawn.errors import NoSuchStorage, StoragePending, Timeout
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -37,7 +37,7 @@ async def test_force_gives_the_host_its_file_back_at_once(
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", 4 * MIB)
     async with idle_machine(qemu, tmp_path, machine_type=machine_type) as machine:
         before = await Snapshot.take(machine)
-        await machine.attach(Drive(str(path), "disk", bus, image_format))
+        await machine.attach(Disk(str(path), "disk", bus, image_format))
         await machine.detach("disk", timeout=0, force=True)
         assert "image" not in open_images(machine.pid, tmp_path)
         if bus != "virtio-scsi":
@@ -48,7 +48,7 @@ async def test_force_gives_the_host_its_file_back_at_once(
                 await machine.resize("disk", 8 * MIB)
             with pytest.raises(StoragePending, match="disk is detaching"):
                 await machine.replace("disk", str(make_raw(tmp_path / "other", MIB)))
-            await machine.attach(Drive(str(path), "again", "virtio-scsi", image_format))
+            await machine.attach(Disk(str(path), "again", "virtio-scsi", image_format))
             await machine.detach("again")
             # Asking again changes nothing; neither does more force.
             assert await machine.detach("disk", timeout=0.1, force=True) is False
@@ -65,7 +65,7 @@ async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         with fuse_file(tmp_path) as (path, server):
             async with unchanged(machine):
-                await machine.attach(Drive(path, "disk", "virtio-scsi"))
+                await machine.attach(Disk(path, "disk", "virtio-scsi"))
                 server.send_signal(signal.SIGSTOP)
                 stuck = r"did not answer (blockdev-del|query-named-block-nodes) within 20 s"
                 with pytest.raises(Timeout, match=stuck) as caught:

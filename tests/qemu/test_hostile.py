@@ -86,7 +86,7 @@ def honest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hone
 
 @contextlib.contextmanager
 def nothing_left(honest: Honest) -> Iterator[None]:
-    """The manager ends with as many descriptors as it began with, and with no drive of strangers."""
+    """The manager ends with as many descriptors as it began with, and with no disk of strangers."""
     pid = honest.machine.process.pid
     before = open_files(pid)
     yield

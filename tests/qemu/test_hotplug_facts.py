@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Snapshot, detach_by_reset, idle_machine, unchanged
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
 from vmspawn.storage import backing as backings
 
@@ -47,14 +47,14 @@ async def test_all_places_are_used_given_back_and_used_again(
     async with idle_machine(qemu, tmp_path, machine_type=machine_type, hotplug_ports=ports) as machine:
         before = await Snapshot.take(machine)
         for turn in range(2):
-            # The boot drive of pc has one of the slots.
+            # The boot disk of pc has one of the slots.
             count = machine.storage.ports_free
             assert count == (ports if machine_type == "q35" else ports - 1)
             for number in range(count):
                 bus = "nvme" if number % 8 == 0 else "virtio-blk"
-                await machine.attach(Drive(str(make_raw(tmp_path / f"disk{number}", MIB)), bus=bus))
+                await machine.attach(Disk(str(make_raw(tmp_path / f"disk{number}", MIB)), bus=bus))
             with pytest.raises(NoFreePort, match=f"all {ports} are in use") as caught:
-                await machine.attach(Drive(str(make_raw(tmp_path / f"more{turn}", MIB))))
+                await machine.attach(Disk(str(make_raw(tmp_path / f"more{turn}", MIB))))
             assert "--hotplug-ports=" in caught.value.hint
             await remove_all(machine)
         assert await Snapshot.take(machine) == before
@@ -62,28 +62,28 @@ async def test_all_places_are_used_given_back_and_used_again(
 
 async def test_a_port_is_taken_until_the_guest_has_let_go(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, hotplug_ports=1) as machine:
-        await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB))))
+        await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB))))
         with pytest.raises(StoragePending):
             await machine.detach("first", timeout=0)
         for bus in ("virtio-blk", "nvme"):
             with pytest.raises(NoFreePort, match="no free hot-plug port: all 1 are in use"):
-                await machine.attach(Drive(str(make_raw(tmp_path / "second", MIB)), bus=bus))
+                await machine.attach(Disk(str(make_raw(tmp_path / "second", MIB)), bus=bus))
         # The image by force, but not the port.
         await machine.detach("first", timeout=0, force=True)
         with pytest.raises(NoFreePort):
-            await machine.attach(Drive(str(tmp_path / "second")))
+            await machine.attach(Disk(str(tmp_path / "second")))
         await remove_all(machine)
-        await machine.attach(Drive(str(tmp_path / "second")))
+        await machine.attach(Disk(str(tmp_path / "second")))
 
 
 async def test_a_machine_without_ports_says_so(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, hotplug_ports=0) as machine:
         path = str(make_raw(tmp_path / "disk", MIB))
         with pytest.raises(NoFreePort, match="no free hot-plug port: this machine has none") as caught:
-            await machine.attach(Drive(path))
+            await machine.attach(Disk(path))
         assert "virtio-scsi" in caught.value.hint
-        attached = await machine.attach(Drive(path, bus="auto"))
-        assert attached.drive.bus == "virtio-scsi"
+        attached = await machine.attach(Disk(path, bus="auto"))
+        assert attached.disk.bus == "virtio-scsi"
 
 
 # Images.
@@ -92,11 +92,11 @@ async def test_a_machine_without_ports_says_so(qemu: str, tmp_path: Path) -> Non
 async def test_odd_images_are_taken_as_they_are(machine: Machine, tmp_path: Path) -> None:
     """An image need not be a multiple of a sector, nor have a name any more."""
     (tmp_path / "odd").write_bytes(bytes(1000))
-    await machine.attach(Drive(str(tmp_path / "odd"), bus="virtio-scsi"))
+    await machine.attach(Disk(str(tmp_path / "odd"), bus="virtio-scsi"))
     await machine.detach("odd")
-    backing = backings.open_drive(str(make_raw(tmp_path / "nameless", MIB)), read_only=False)
+    backing = backings.open_disk(str(make_raw(tmp_path / "nameless", MIB)), read_only=False)
     (tmp_path / "nameless").unlink()
-    await machine.attach_backing(Drive("", "nameless", "virtio-scsi", "raw"), backing)
+    await machine.attach_backing(Disk("", "nameless", "virtio-scsi", "raw"), backing)
     assert (await machine.storage.sizes())["nameless"] == MIB
     await machine.detach("nameless")
 
@@ -104,7 +104,7 @@ async def test_odd_images_are_taken_as_they_are(machine: Machine, tmp_path: Path
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
 async def test_a_character_device_is_no_image(machine: Machine, path: str) -> None:
     with pytest.raises(BadConfig, match=f"{path} is a character device, not an image"):
-        await machine.attach(Drive(path, bus="virtio-scsi"))
+        await machine.attach(Disk(path, bus="virtio-scsi"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may open everything")
@@ -114,9 +114,9 @@ async def test_an_image_that_may_not_be_written_is_refused_or_attached_read_only
     path = make_raw(tmp_path / "disk", MIB)
     path.chmod(0o444)
     with pytest.raises(SystemFailure, match="Permission denied") as caught:
-        await machine.attach(Drive(str(path), bus="virtio-scsi"))
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
     assert "read-only" in caught.value.hint
-    await machine.attach(Drive(str(path), bus="virtio-scsi", read_only=True))
+    await machine.attach(Disk(str(path), bus="virtio-scsi", read_only=True))
     await machine.detach("disk")
 
 
@@ -127,14 +127,14 @@ async def test_an_image_that_another_machine_writes_is_refused_and_its_holder_na
 ) -> None:
     """For raw it shows at device_add, for qcow2 at blockdev-add already. A raw image may be read beside a writer."""
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", MIB)
-    drive = Drive(str(path), "disk", "virtio-scsi", image_format)
+    disk = Disk(str(path), "disk", "virtio-scsi", image_format)
     async with idle_machine(qemu, tmp_path) as other:
-        await other.attach(drive)
+        await other.attach(disk)
         with pytest.raises(SystemFailure, match=f"machine {other.name} uses the image of disk") as caught:
-            await machine.attach(drive._replace(read_only=read_only))
+            await machine.attach(disk._replace(read_only=read_only))
         assert caught.value.errno == errno.EBUSY
         assert "lock" in str(caught.value)
-    await machine.attach(drive._replace(read_only=read_only))
+    await machine.attach(disk._replace(read_only=read_only))
     await machine.detach("disk")
 
 
@@ -149,9 +149,9 @@ async def test_a_process_that_holds_an_image_is_named(machine: Machine, tmp_path
     holder.stdin.write(b"length\n")
     assert b"1 MiB" in await asyncio.wait_for(holder.stdout.readline(), 30)
     with pytest.raises(SystemFailure, match=rf"qemu-io \(process {holder.pid}\) uses the image of image"):
-        await machine.attach(Drive(str(path), bus="virtio-scsi"))
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
     await holder.communicate(b"quit\n")
-    await machine.attach(Drive(str(path), bus="virtio-scsi"))
+    await machine.attach(Disk(str(path), bus="virtio-scsi"))
     await machine.detach("image")
 
 
@@ -167,17 +167,17 @@ async def test_flags_of_a_descriptor_are_made_to_fit(machine: Machine, tmp_path:
         pytest.skip("this file system has no O_DIRECT")
     for cache in ("writeback", "none"):
         backing = backings.inspect(os.dup(fd))
-        await machine.attach_backing(Drive("", "disk", "virtio-scsi", "raw", cache=cache), backing)
+        await machine.attach_backing(Disk("", "disk", "virtio-scsi", "raw", cache=cache), backing)
         await machine.detach("disk")
     os.close(fd)
 
 
 async def test_aio_that_qemu_lacks_is_refused_in_its_words(machine: Machine, tmp_path: Path) -> None:
     """io_uring is asked of QEMU and of the host; a firm wish is never answered with something else."""
-    drive = Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", aio="io_uring")
+    disk = Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", aio="io_uring")
     refusal = ""
     try:
-        await machine.attach(drive)
+        await machine.attach(disk)
         await machine.detach("disk")
     except QmpError as error:
         refusal = str(error)

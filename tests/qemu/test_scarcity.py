@@ -42,7 +42,7 @@ def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> No
 
 
 def test_a_takeover_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
-    """QEMU runs on each time, and its drives are there when somebody has enough to take it over."""
+    """QEMU runs on each time, and its disks are there when somebody has enough to take it over."""
     with idle_survivor(qemu, tmp_path) as machine:
         machine.attach(make_raw(tmp_path / "disk", 1 << 20), "--bus=virtio-scsi")
         before = machine.disks()

@@ -16,7 +16,7 @@ from tests.commands import idle, qemu_pid, sharing
 from tests.conftest import make_raw
 from tests.machines import idle_machine, is_gone, links_of, process_is_gone
 from tests.qemu import qmp_fixtures
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.boot import launch
 from vmspawn.errors import NotConnected, QmpError, StartError
 from vmspawn.host import runtime
@@ -36,7 +36,7 @@ def statuses(pid: int) -> list[dict[str, str]]:
 
 
 async def test_every_thread_of_qemu_is_filtered(machine: Machine, tmp_path: Path) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi", thread=True))
+    await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi", thread=True))
     threads = statuses(machine.pid)
     assert len(threads) > 2
     # 2 is SECCOMP_MODE_FILTER.
@@ -93,7 +93,7 @@ async def test_qemu_opens_no_image_by_its_path(machine: Machine, tmp_path: Path)
     assert machine.config.image
     assert not [word for word in command_line(machine.pid) if machine.config.image in word]
     disk = make_raw(tmp_path / "disk")
-    await machine.attach(Drive(str(disk), bus="virtio-scsi"))
+    await machine.attach(Disk(str(disk), bus="virtio-scsi"))
     nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
     assert len(nodes) >= 4
     for path in (str(disk), machine.config.image):

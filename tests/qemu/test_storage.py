@@ -12,7 +12,7 @@ import pytest_asyncio
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import Snapshot, event_named, idle_machine, unchanged
 from tests.qemu.qmp_fixtures import scaled
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.errors import (
     BadConfig,
     ConfigNotSupported,
@@ -48,12 +48,12 @@ async def nothing_left(machine: Machine) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("read_only", [False, True])
-async def test_a_scsi_drive_comes_and_goes_without_the_guest(
+async def test_a_scsi_disk_comes_and_goes_without_the_guest(
     machine: Machine, tmp_path: Path, image_format: str, read_only: bool
 ) -> None:
     path = (make_qcow2 if image_format == "qcow2" else make_raw)(tmp_path / "disk")
-    drive = Drive(str(path), bus="virtio-scsi", format=image_format, read_only=read_only)
-    attached = await machine.attach(drive)
+    disk = Disk(str(path), bus="virtio-scsi", format=image_format, read_only=read_only)
+    attached = await machine.attach(disk)
     assert attached.read_only is read_only
     assert await machine.storage.sizes() == {attached.name: 64 << 20, **await boot_sizes(machine)}
     await machine.detach("disk")
@@ -63,43 +63,43 @@ async def boot_sizes(machine: Machine) -> dict[str, int]:
     return {each.name: 1 << 20 for each in machine.storage if each.boot}
 
 
-async def test_no_descriptor_set_is_left_once_a_drive_is_attached(machine: Machine, tmp_path: Path) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+async def test_no_descriptor_set_is_left_once_a_disk_is_attached(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
     found = await machine.monitor.execute("query-fdsets")
     assert all(not fdset["fds"] for fdset in found)
     await machine.detach("disk")
 
 
-async def test_a_drive_works_after_its_file_was_unlinked(machine: Machine, tmp_path: Path) -> None:
+async def test_a_disk_works_after_its_file_was_unlinked(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
-    backing = backings.open_drive(str(path), read_only=False)
+    backing = backings.open_disk(str(path), read_only=False)
     path.unlink()
-    await machine.attach_backing(Drive("", "disk", "virtio-scsi"), backing)
+    await machine.attach_backing(Disk("", "disk", "virtio-scsi"), backing)
     await machine.detach("disk")
 
 
 async def test_a_name_is_used_once(machine: Machine, tmp_path: Path) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+    await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
     with pytest.raises(StorageExists, match="named disk exists already"):
-        await machine.attach(Drive(str(make_raw(tmp_path / "other")), "disk", "virtio-scsi"))
+        await machine.attach(Disk(str(make_raw(tmp_path / "other")), "disk", "virtio-scsi"))
     await machine.detach("disk")
 
 
 async def test_a_file_is_attached_once_however_it_is_opened(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
     os.link(path, tmp_path / "link")
-    await machine.attach(Drive(str(path), bus="virtio-scsi"))
+    await machine.attach(Disk(str(path), bus="virtio-scsi"))
     for other in (path, tmp_path / "link"):
         for read_only in (False, True):
             with pytest.raises(StorageExists, match="attached already, as disk"):
-                await machine.attach(Drive(str(other), "again", "virtio-scsi", read_only=read_only))
+                await machine.attach(Disk(str(other), "again", "virtio-scsi", read_only=read_only))
     await machine.detach("disk")
 
 
 async def test_a_file_may_be_attached_twice_if_nobody_writes(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "disk"))
     for name in ("one", "two"):
-        await machine.attach(Drive(path, name, "virtio-scsi", read_only=True))
+        await machine.attach(Disk(path, name, "virtio-scsi", read_only=True))
     for name in ("one", "two"):
         await machine.detach(name)
 
@@ -107,32 +107,32 @@ async def test_a_file_may_be_attached_twice_if_nobody_writes(machine: Machine, t
 async def test_an_image_that_another_machine_uses_is_refused(machine: Machine, qemu: str, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "disk"))
     async with idle_machine(qemu, tmp_path) as other:
-        await other.attach(Drive(path, bus="virtio-scsi"))
+        await other.attach(Disk(path, bus="virtio-scsi"))
         with pytest.raises(SystemFailure, match=f"machine {other.name} uses the image") as caught:
-            await machine.attach(Drive(path, bus="virtio-scsi"))
+            await machine.attach(Disk(path, bus="virtio-scsi"))
         assert caught.value.errno_name == "EBUSY"
 
 
 @pytest.mark.parametrize(
     ("drive", "error", "message"),
     [
-        (Drive("none", bus="nvme"), SystemFailure, "No such file"),
-        (Drive(".", bus="nvme"), BadConfig, "directory"),
-        (Drive("empty"), BadConfig, "is empty"),
-        (Drive("disk", bus="floppy"), BadConfig, "unknown bus 'floppy'"),
-        (Drive("disk", name="a\nb"), BadConfig, "invalid drive name"),
-        (Drive("disk", format="floppy"), BadConfig, "unknown image format"),
-        (Drive("disk", format="qcow2"), BadConfig, "not in qcow2 format"),
-        (Drive("disk", serial="x" * 21), BadConfig, "invalid serial"),
+        (Disk("none", bus="nvme"), SystemFailure, "No such file"),
+        (Disk(".", bus="nvme"), BadConfig, "directory"),
+        (Disk("empty"), BadConfig, "is empty"),
+        (Disk("disk", bus="floppy"), BadConfig, "unknown bus 'floppy'"),
+        (Disk("disk", name="a\nb"), BadConfig, "invalid disk name"),
+        (Disk("disk", format="floppy"), BadConfig, "unknown image format"),
+        (Disk("disk", format="qcow2"), BadConfig, "not in qcow2 format"),
+        (Disk("disk", serial="x" * 21), BadConfig, "invalid serial"),
     ],
 )
 async def test_what_cannot_be_attached(
-    machine: Machine, tmp_path: Path, drive: Drive, error: type[Exception], message: str
+    machine: Machine, tmp_path: Path, disk: Disk, error: type[Exception], message: str
 ) -> None:
     make_raw(tmp_path / "disk")
     make_raw(tmp_path / "empty", 0)
     with pytest.raises(error, match=message) as caught:
-        await machine.attach(drive._replace(path=str(tmp_path / drive.path)))
+        await machine.attach(disk._replace(path=str(tmp_path / disk.path)))
     assert "\n" not in str(caught.value)
 
 
@@ -140,13 +140,13 @@ async def test_a_broken_qcow2_image_is_refused_in_qemus_words(machine: Machine, 
     path = tmp_path / "broken"
     path.write_bytes(b"QFI\xfb" + bytes(1 << 16))
     with pytest.raises(QmpError, match="refused blockdev-add"):
-        await machine.attach(Drive(str(path), bus="nvme", format="qcow2"))
+        await machine.attach(Disk(str(path), bus="nvme", format="qcow2"))
 
 
 async def test_a_writable_descriptor_makes_no_optical_disk(machine: Machine, tmp_path: Path) -> None:
-    backing = backings.open_drive(str(make_raw(tmp_path / "disk")), read_only=False)
+    backing = backings.open_disk(str(make_raw(tmp_path / "disk")), read_only=False)
     with pytest.raises(ConfigNotSupported, match="scsi-cd is read-only"):
-        await machine.attach_backing(Drive("", "cd", "scsi-cd"), backing)
+        await machine.attach_backing(Disk("", "cd", "scsi-cd"), backing)
 
 
 async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path
     free = machine.storage.ports_free
     taken = [machine.storage._context.layout.pci.take() for _ in range(free)]
     with pytest.raises(NoFreePort, match="are in use") as caught:
-        await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="nvme"))
+        await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="nvme"))
     assert "--hotplug-ports=" in caught.value.hint
     for place in taken:
         machine.storage._context.layout.pci.release(place)
@@ -171,7 +171,7 @@ async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Ma
     device = {"driver": "virtio-blk-pci", "id": "foreign", "drive": "foreign", **upcoming.properties()}
     await machine.monitor.execute("device_add", device)
     with pytest.raises(QmpError, match="refused device_add"):
-        await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-blk"))
+        await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-blk"))
     gone = asyncio.create_task(event_named(machine, "DEVICE_DELETED"))
     await asyncio.sleep(0)
     # The firmware does not let a device go; a reset does.
@@ -181,13 +181,13 @@ async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Ma
     await machine.monitor.execute("blockdev-del", {"node-name": "foreign"})
 
 
-async def test_an_unknown_drive_cannot_be_detached_and_others_are_named(machine: Machine, tmp_path: Path) -> None:
+async def test_an_unknown_disk_cannot_be_detached_and_others_are_named(machine: Machine, tmp_path: Path) -> None:
     (boot,) = (each.name for each in machine.storage)
-    disks = [Drive(str(make_raw(tmp_path / f"disk{n}")), bus="virtio-scsi") for n in range(9)]
-    for count, hint in ((1, f"its drives: {boot}, disk0"), (9, f"its drives: {boot}, disk0, disk1")):
+    disks = [Disk(str(make_raw(tmp_path / f"disk{n}")), bus="virtio-scsi") for n in range(9)]
+    for count, hint in ((1, f"its disks: {boot}, disk0"), (9, f"its disks: {boot}, disk0, disk1")):
         for disk in disks[len(list(machine.storage)) - 1 : count]:
             await machine.attach(disk)
-        with pytest.raises(NoSuchStorage, match="no drive named nobody") as caught:
+        with pytest.raises(NoSuchStorage, match="no disk named nobody") as caught:
             await machine.detach("nobody")
         assert caught.value.hint.startswith(hint)
     assert caught.value.hint.endswith("disk6 and 2 more")
@@ -195,7 +195,7 @@ async def test_an_unknown_drive_cannot_be_detached_and_others_are_named(machine:
         await machine.detach(f"disk{number}")
 
 
-async def test_a_boot_drive_stays(machine: Machine) -> None:
+async def test_a_boot_disk_stays(machine: Machine) -> None:
     boot = next(each for each in machine.storage if each.boot)
     with pytest.raises(StorageImmutable, match="has been there from boot"):
         await machine.detach(boot.name)
@@ -209,12 +209,12 @@ async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str,
     """
     async with idle_machine(qemu, tmp_path) as machine:
         before = await Snapshot.take(machine)
-        await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus=bus))
+        await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus=bus))
         with pytest.raises(StoragePending, match=r"has not let go of disk.*waited 0\.2 s"):
             await machine.detach("disk", timeout=0.2)
         assert [each.state.value for each in machine.storage if not each.boot] == ["detaching"]
         with pytest.raises(StorageExists, match="exists already") as caught:
-            await machine.attach(Drive(str(make_raw(tmp_path / "other")), "disk", bus))
+            await machine.attach(Disk(str(make_raw(tmp_path / "other")), "disk", bus))
         assert "pending" in caught.value.hint
         late = asyncio.create_task(event_named(machine, DETACHED_EVENT))
         again = asyncio.create_task(machine.detach("disk", timeout=20))
@@ -225,8 +225,8 @@ async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str,
         assert await Snapshot.take(machine) == before
 
 
-async def test_a_device_removed_by_raw_qmp_takes_its_drive_along(machine: Machine, tmp_path: Path) -> None:
-    attached = await machine.attach(Drive(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+async def test_a_device_removed_by_raw_qmp_takes_its_disk_along(machine: Machine, tmp_path: Path) -> None:
+    attached = await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
     detached = asyncio.create_task(event_named(machine, DETACHED_EVENT))
     await asyncio.sleep(0)
     await machine.monitor.execute("device_del", {"id": attached.identifiers.device})
@@ -237,7 +237,7 @@ async def test_a_device_removed_by_raw_qmp_takes_its_drive_along(machine: Machin
 async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "disk"))
     for turns in range(12):
-        task = asyncio.create_task(machine.attach(Drive(path, bus="virtio-scsi")))
+        task = asyncio.create_task(machine.attach(Disk(path, bus="virtio-scsi")))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
@@ -253,7 +253,7 @@ async def test_many_at_once_in_any_order(machine: Machine, tmp_path: Path) -> No
     names = [f"disk{n}" for n in range(12)]
 
     async def come_and_go(name: str) -> None:
-        await machine.attach(Drive(str(make_raw(tmp_path / name)), bus="virtio-scsi"))
+        await machine.attach(Disk(str(make_raw(tmp_path / name)), bus="virtio-scsi"))
         await machine.detach(name)
 
     await asyncio.gather(*(come_and_go(name) for name in names))
@@ -264,5 +264,5 @@ async def test_cycles_leave_nothing(machine: Machine, tmp_path: Path) -> None:
     """The fixture compares nodes, descriptor sets, devices, ports and open files of both processes."""
     path = str(make_raw(tmp_path / "disk"))
     for _ in range(scaled(40)):
-        await machine.attach(Drive(path, bus="virtio-scsi"))
+        await machine.attach(Disk(path, bus="virtio-scsi"))
         await machine.detach("disk")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can be changed of a drive that is attached, and what is refused: one line, and the drive is as it was."""
+"""What can be changed of a disk that is attached, and what is refused: one line, and the disk is as it was."""
 
 import asyncio
 import errno
@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Snapshot, detach_by_reset, event_named, idle_machine
 from tests.qemu.storage_model import open_images
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.errors import (
     BadConfig,
     ConfigNotSupported,
@@ -40,7 +40,7 @@ BUSES = ("virtio-blk", "nvme", "virtio-scsi")
 async def test_an_image_is_replaced_by_one_of_any_format(machine: Machine, tmp_path: Path, old: str, new: str) -> None:
     makers = {"raw": make_raw, "qcow2": make_qcow2}
     first, second = makers[old](tmp_path / "first", 4 * MIB), makers[new](tmp_path / "second", 6 * MIB)
-    await machine.attach(Drive(str(first), "disk", "virtio-scsi", old))
+    await machine.attach(Disk(str(first), "disk", "virtio-scsi", old))
     assert set(open_images(machine.pid, tmp_path)) == {"first"}
     changed = asyncio.create_task(event_named(machine, CHANGED_EVENT))
     await asyncio.sleep(0)
@@ -54,7 +54,7 @@ async def test_an_image_is_replaced_by_one_of_any_format(machine: Machine, tmp_p
 
 async def test_a_smaller_image_must_be_asked_for(machine: Machine, tmp_path: Path) -> None:
     first, second = make_raw(tmp_path / "first", 4 * MIB), make_raw(tmp_path / "second", 2 * MIB)
-    await machine.attach(Drive(str(first), "disk", "virtio-scsi"))
+    await machine.attach(Disk(str(first), "disk", "virtio-scsi"))
     with pytest.raises(BadConfig, match=f"new image has {2 * MIB} bytes and the disk {4 * MIB}") as caught:
         await machine.replace("disk", str(second))
     assert "--shrink" in caught.value.hint
@@ -64,7 +64,7 @@ async def test_a_smaller_image_must_be_asked_for(machine: Machine, tmp_path: Pat
 
 
 async def test_an_nvme_disk_takes_only_an_image_of_its_size(machine: Machine, tmp_path: Path) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "first", 4 * MIB)), "disk", "nvme"))
+    await machine.attach(Disk(str(make_raw(tmp_path / "first", 4 * MIB)), "disk", "nvme"))
     with pytest.raises(ConfigNotSupported, match="bus nvme cannot change its size"):
         await machine.replace("disk", str(make_raw(tmp_path / "larger", 6 * MIB)), shrink=True)
     assert await machine.replace("disk", str(make_qcow2(tmp_path / "same", 4 * MIB)), format="qcow2") == 4 * MIB
@@ -72,19 +72,19 @@ async def test_an_nvme_disk_takes_only_an_image_of_its_size(machine: Machine, tm
     await detach_by_reset(machine, "disk")
 
 
-async def test_a_writable_drive_takes_no_read_only_image(machine: Machine, tmp_path: Path) -> None:
+async def test_a_writable_disk_takes_no_read_only_image(machine: Machine, tmp_path: Path) -> None:
     from vmspawn.storage import backing as backings
 
-    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
-    backing = backings.open_drive(str(make_raw(tmp_path / "second", MIB)), read_only=True)
+    await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
+    backing = backings.open_disk(str(make_raw(tmp_path / "second", MIB)), read_only=True)
     with pytest.raises(SystemFailure, match="is writable and the new image is not") as caught:
         await machine.replace_backing("disk", backing)
     assert caught.value.errno == errno.EROFS
     await machine.detach("disk")
 
 
-async def test_a_read_only_drive_stays_read_only(machine: Machine, tmp_path: Path) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi", read_only=True))
+async def test_a_read_only_disk_stays_read_only(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi", read_only=True))
     with pytest.raises(ConfigNotSupported, match="a read-only disk cannot change its size"):
         await machine.replace("disk", str(make_raw(tmp_path / "larger", 2 * MIB)))
     await machine.replace("disk", str(make_raw(tmp_path / "second", MIB)))
@@ -113,7 +113,7 @@ async def test_a_replacement_that_cannot_be_leaves_all_as_it_was(
     make_raw(tmp_path / "empty", 0)
     make_raw(tmp_path / "raw", MIB)
     (tmp_path / "broken").write_bytes(b"QFI\xfb" + bytes(1 << 16))
-    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
+    await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
     attached = await Snapshot.take(machine)
     with pytest.raises(error, match=message) as caught:
         await machine.replace("disk", str(tmp_path / path), **options)
@@ -127,10 +127,10 @@ async def test_a_replacement_that_another_machine_writes_to_names_it(
     machine: Machine, qemu: str, tmp_path: Path
 ) -> None:
     taken = str(make_raw(tmp_path / "taken", MIB))
-    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
+    await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
     attached = await Snapshot.take(machine)
     async with idle_machine(qemu, tmp_path) as other:
-        await other.attach(Drive(taken, bus="virtio-scsi"))
+        await other.attach(Disk(taken, bus="virtio-scsi"))
         with pytest.raises(
             SystemFailure, match=f'machine {other.name} uses the image of disk .*"?write"? lock'
         ) as caught:
@@ -141,7 +141,7 @@ async def test_a_replacement_that_another_machine_writes_to_names_it(
 
 
 @pytest.mark.parametrize("what", ["replace", "resize", "limit", "insert", "eject"])
-async def test_a_drive_that_is_not_there_cannot_be_changed(machine: Machine, tmp_path: Path, what: str) -> None:
+async def test_a_disk_that_is_not_there_cannot_be_changed(machine: Machine, tmp_path: Path, what: str) -> None:
     path = str(make_raw(tmp_path / "disk", MIB))
     changes: dict[str, Callable[[], Awaitable[object]]] = {
         "replace": lambda: machine.replace("nobody", path),
@@ -150,11 +150,11 @@ async def test_a_drive_that_is_not_there_cannot_be_changed(machine: Machine, tmp
         "insert": lambda: machine.insert_media("nobody", path),
         "eject": lambda: machine.eject_media("nobody"),
     }
-    with pytest.raises(NoSuchStorage, match="no drive named nobody"):
+    with pytest.raises(NoSuchStorage, match="no disk named nobody"):
         await changes[what]()
 
 
-async def test_a_boot_drive_can_be_neither_replaced_nor_forced_out(machine: Machine, tmp_path: Path) -> None:
+async def test_a_boot_disk_can_be_neither_replaced_nor_forced_out(machine: Machine, tmp_path: Path) -> None:
     boot = next(each for each in machine.storage if each.boot)
     with pytest.raises(StorageImmutable, match="cannot be replaced"):
         await machine.replace(boot.name, str(make_raw(tmp_path / "other", MIB)))
@@ -178,7 +178,7 @@ async def throttling(machine: Machine) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("bus", ["virtio-scsi", "scsi-cd"])
 async def test_limits_come_change_and_go(machine: Machine, tmp_path: Path, bus: str) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", bus))
+    await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", bus))
     await machine.limit("disk", Limits(iops=100, bps=1 << 20, burst=3))
     assert await throttling(machine) == [
         {"iops-total": 100, "iops-total-max": 300, "bps-total": 1 << 20, "bps-total-max": 3 << 20}
@@ -194,7 +194,7 @@ async def test_limits_are_there_from_the_beginning_and_stay_with_another_image(
     machine: Machine, tmp_path: Path
 ) -> None:
     limits = Limits(iops_write=7)
-    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", limits=limits))
+    await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", limits=limits))
     assert await throttling(machine) == [{"iops-write": 7}]
     await machine.replace("disk", str(make_qcow2(tmp_path / "other", MIB)), format="qcow2")
     assert await throttling(machine) == [{"iops-write": 7}]
@@ -211,12 +211,12 @@ async def test_limits_are_there_from_the_beginning_and_stay_with_another_image(
     ],
 )
 async def test_limits_that_cannot_be(machine: Machine, tmp_path: Path, limits: Limits, message: str) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi"))
+    await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi"))
     with pytest.raises(BadConfig, match=message):
         await machine.limit("disk", limits)
     await machine.detach("disk")
     with pytest.raises(BadConfig, match=message):
-        await machine.attach(Drive(str(tmp_path / "image"), "disk", "virtio-scsi", limits=limits))
+        await machine.attach(Disk(str(tmp_path / "image"), "disk", "virtio-scsi", limits=limits))
 
 
 # The size.
@@ -225,7 +225,7 @@ async def test_limits_that_cannot_be(machine: Machine, tmp_path: Path, limits: L
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_a_disk_and_its_image_grow(machine: Machine, tmp_path: Path, image_format: str) -> None:
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", MIB)
-    await machine.attach(Drive(str(path), "disk", "virtio-scsi", image_format))
+    await machine.attach(Disk(str(path), "disk", "virtio-scsi", image_format))
     assert await machine.resize("disk", 3 * MIB) == 3 * MIB
     assert (await machine.storage.sizes())["disk"] == 3 * MIB
     with pytest.raises(BadConfig, match="would be lost") as caught:
@@ -240,7 +240,7 @@ async def test_a_disk_and_its_image_grow(machine: Machine, tmp_path: Path, image
 
 async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "image", MIB)
-    await machine.attach(Drive(str(path), "disk", "virtio-scsi"))
+    await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
     os.truncate(path, 5 * MIB)
     assert await machine.resize("disk") == 5 * MIB
     assert path.stat().st_size == 5 * MIB
@@ -254,15 +254,15 @@ async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, 
 
 async def test_what_cannot_be_resized(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "image", MIB))
-    await machine.attach(Drive(path, "disk", "virtio-scsi", read_only=True))
+    await machine.attach(Disk(path, "disk", "virtio-scsi", read_only=True))
     with pytest.raises(ConfigNotSupported, match="disk is read-only"):
         await machine.resize("disk", 2 * MIB)
     await machine.detach("disk")
-    await machine.attach(Drive(path, "cd", "scsi-cd"))
+    await machine.attach(Disk(path, "cd", "scsi-cd"))
     with pytest.raises(ConfigNotSupported, match="an optical disk cannot change its size"):
         await machine.resize("cd", 2 * MIB)
     await machine.detach("cd")
-    await machine.attach(Drive(path, "disk", "virtio-scsi"))
+    await machine.attach(Disk(path, "disk", "virtio-scsi"))
     with pytest.raises(BadConfig, match="cannot have 1000 bytes"):
         await machine.resize("disk", 1000)
     await machine.detach("disk")
@@ -273,7 +273,7 @@ async def test_what_cannot_be_resized(machine: Machine, tmp_path: Path) -> None:
 
 async def test_an_optical_drive_may_be_empty_and_gets_media(machine: Machine, tmp_path: Path) -> None:
     first, second = make_raw(tmp_path / "first", MIB), make_raw(tmp_path / "second", 2 * MIB)
-    await machine.attach(Drive("", "cd", "scsi-cd"))
+    await machine.attach(Disk("", "cd", "scsi-cd"))
     assert (await machine.storage.sizes())["cd"] == 0
     await machine.insert_media("cd", str(first))
     assert (await machine.storage.sizes())["cd"] == MIB
@@ -290,7 +290,7 @@ async def test_an_optical_drive_may_be_empty_and_gets_media(machine: Machine, tm
 
 async def test_limits_of_an_optical_drive_stay_with_another_medium(machine: Machine, tmp_path: Path) -> None:
     """Also those that came while it was empty."""
-    await machine.attach(Drive("", "cd", "scsi-cd"))
+    await machine.attach(Disk("", "cd", "scsi-cd"))
     await machine.limit("cd", Limits(iops_read=9))
     for name in ("first", "second"):
         await machine.insert_media("cd", str(make_raw(tmp_path / name, MIB)))
@@ -299,7 +299,7 @@ async def test_limits_of_an_optical_drive_stay_with_another_medium(machine: Mach
 
 
 async def test_a_medium_that_qemu_cannot_open_leaves_the_old_one(machine: Machine, tmp_path: Path) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "first", MIB)), "cd", "scsi-cd"))
+    await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "cd", "scsi-cd"))
     attached = await Snapshot.take(machine)
     (tmp_path / "broken").write_bytes(b"QFI\xfb" + bytes(1 << 16))
     with pytest.raises(QmpError, match="refused blockdev-add"):
@@ -311,15 +311,15 @@ async def test_a_medium_that_qemu_cannot_open_leaves_the_old_one(machine: Machin
 
 async def test_only_an_optical_drive_has_media(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "image", MIB))
-    await machine.attach(Drive(path, "disk", "virtio-scsi"))
+    await machine.attach(Disk(path, "disk", "virtio-scsi"))
     with pytest.raises(BadConfig, match="has no media"):
         await machine.insert_media("disk", path)
     with pytest.raises(BadConfig, match="has no media"):
         await machine.eject_media("disk")
     await machine.detach("disk")
     with pytest.raises(BadConfig, match="has no image"):
-        await machine.attach(Drive("", "disk", "virtio-scsi"))
-    await machine.attach(Drive(path, "cd", "scsi-cd"))
+        await machine.attach(Disk("", "disk", "virtio-scsi"))
+    await machine.attach(Disk(path, "cd", "scsi-cd"))
     with pytest.raises(ConfigNotSupported, match="is an optical drive"):
         await machine.replace("cd", path)
     await machine.detach("cd")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""As many drives on one machine as its buses have room for, and one more."""
+"""As many disks on one machine as its buses have room for, and one more."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
 from tests.qemu.qmp_fixtures import scaled
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.boot.qemu import find_qemu
 from vmspawn.errors import NoFreePort
 from vmspawn.hotplug.places import NamespacePlace, Place, ScsiPlace
@@ -33,8 +33,8 @@ async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path
         await attach_all(machine, tmp_path, names, bus)
         assert len(addresses(machine)) == PLACES
         with pytest.raises(NoFreePort, match="all 256 are in use") as caught:
-            await machine.attach(Drive(str(tmp_path / "one-more"), bus=bus))
-        assert caught.value.hint == "detach a drive first"
+            await machine.attach(Disk(str(tmp_path / "one-more"), bus=bus))
+        assert caught.value.hint == "detach a disk first"
         await use_places_again(machine, tmp_path, names, bus)
         await asyncio.gather(*(machine.detach(name) for name in names))
         assert addresses(machine) == set()
@@ -43,7 +43,7 @@ async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path
 
 async def attach_all(machine: Machine, folder: Path, names: list[str], bus: str) -> None:
     """Attach all at once, as so many clients would."""
-    await asyncio.gather(*(machine.attach(Drive(str(folder / name), bus=bus)) for name in names))
+    await asyncio.gather(*(machine.attach(Disk(str(folder / name), bus=bus)) for name in names))
 
 
 async def use_places_again(machine: Machine, folder: Path, names: list[str], bus: str) -> None:
@@ -58,12 +58,12 @@ async def use_places_again(machine: Machine, folder: Path, names: list[str], bus
 
 
 def place(machine: Machine, name: str) -> Place:
-    """Where a drive is."""
+    """Where a disk is."""
     return next(each.place for each in machine.storage if each.name == name)
 
 
 def addresses(machine: Machine) -> set[int]:
-    """The targets or namespaces of all drives but the boot drive."""
+    """The targets or namespaces of all disks but the boot disk."""
     return {_address(each.place) for each in machine.storage if not each.boot}
 
 
@@ -79,7 +79,7 @@ def _address(found: Place) -> int:
 @pytest.mark.slow
 @pytest.mark.scaled
 async def test_many_machines_in_one_process_do_not_meet(qemu: str, tmp_path: Path) -> None:
-    """Drives of the same names come and go on all of them at once, and each machine ends as it began."""
+    """Disks of the same names come and go on all of them at once, and each machine ends as it began."""
     async with contextlib.AsyncExitStack() as stack:
         starting = (stack.enter_async_context(idle_machine(qemu, tmp_path)) for _ in range(min(20, scaled(4))))
         machines = await asyncio.gather(*starting)
@@ -103,12 +103,12 @@ class Seen(NamedTuple):
 
 
 async def come_and_go(machine: Machine, folder: Path) -> None:
-    """Eight drives, twice."""
+    """Eight disks, twice."""
     names = [f"disk{number}" for number in range(8)]
     for name in names:
         make_raw(folder / f"{machine.name}-{name}", MIB)
     for _ in range(2):
-        drives = [Drive(str(folder / f"{machine.name}-{name}"), name, "virtio-scsi") for name in names]
-        await asyncio.gather(*(machine.attach(drive) for drive in drives))
+        disks = [Disk(str(folder / f"{machine.name}-{name}"), name, "virtio-scsi") for name in names]
+        await asyncio.gather(*(machine.attach(disk) for disk in disks))
         assert {each.name for each in machine.storage if not each.boot} == set(names)
         await asyncio.gather(*(machine.detach(name) for name in names))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whatever is done to drives, in whatever order: after each step the machine is what a model of it says."""
+"""Whatever is done to disks, in whatever order: after each step the machine is what a model of it says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.conftest import MIB
 from tests.qemu.qmp_fixtures import SCALE, scaled
-from tests.qemu.storage_model import Disk
+from tests.qemu.storage_model import ExpectedDisk
 from tests.qemu.storage_run import UNATTACHABLE, UNUSABLE, Run
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
@@ -36,7 +36,7 @@ OPTIONS = st.fixed_dictionaries(
         "read_only": st.booleans(),
     },
 )
-#: Which of the drives that there are.
+#: Which of the disks that there are.
 WHICH = st.integers(0, 9)
 
 
@@ -48,15 +48,15 @@ class StorageMachine(RuleBasedStateMachine):
         self._ended_well = False
         self.run = Run(qemu, folder)
 
-    def disk(self, which: int) -> Disk:
-        """One of the drives. (Whether there is one may depend on the firmware, so it decides on no draw.)"""
+    def disk(self, which: int) -> ExpectedDisk:
+        """One of the disks. (Whether there is one may depend on the firmware, so it decides on no draw.)"""
         if not self.run.model.disks:
             self.run.attach("a", "virtio-scsi")
         disks = self.run.disks()
         return disks[which % len(disks)]
 
-    def optical_disk(self, which: int) -> Disk:
-        """One of the drives with media; if there is none, one without."""
+    def optical_disk(self, which: int) -> ExpectedDisk:
+        """One of the disks with media; if there is none, one without."""
         disks = self.run.disks("scsi-cd")
         return disks[which % len(disks)] if disks else self.disk(which)
 
@@ -138,7 +138,7 @@ class StorageMachine(RuleBasedStateMachine):
 
 @pytest.mark.scaled
 @pytest.mark.slow
-def test_whatever_is_done_to_drives_the_machine_is_what_the_model_says(
+def test_whatever_is_done_to_disks_the_machine_is_what_the_model_says(
     qemu: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     class Machine(StorageMachine):
@@ -172,14 +172,14 @@ REPLACE: dict[str, Any] = {"which": 0, "image_format": "qcow2", "size": MIB, "re
                 ("limit", {"which": 0, "limits": LIMITED}),
                 ("insert", {"which": 0, "image_format": "raw", "size": MIB, "force": False}),
             ),
-            id="a medium was inserted without the limits of its drive",
+            id="a medium was inserted without the limits of its disk",
         ),
         pytest.param(
             (
                 ("attach_with_a_thread", {"name": "a", "bus": "virtio-scsi", "limits": NO_LIMITS}),
                 ("limit", {"which": 0, "limits": LIMITED}),
             ),
-            id="QEMU crashed when a drive with an I/O thread was limited",
+            id="QEMU crashed when a disk with an I/O thread was limited",
         ),
         pytest.param(
             (
@@ -188,7 +188,7 @@ REPLACE: dict[str, Any] = {"which": 0, "image_format": "qcow2", "size": MIB, "re
                 ("pause", {}),
                 ("reset", {}),
             ),
-            id="QEMU hung when a limited drive with an I/O thread got another image",
+            id="QEMU hung when a limited disk with an I/O thread got another image",
         ),
     ],
 )

@@ -11,13 +11,13 @@ import pytest
 
 from tests.conftest import MIB
 from vmspawn.errors import BadConfig, ConfigNotSupported
-from vmspawn.storage.backing import Backing, open_drive
+from vmspawn.storage.backing import Backing, open_disk
 from vmspawn.storage.formats import FORMATS, READ_ONLY_FORMATS, choose_format
 
 
 @contextmanager
 def backing_of(path: Path, *, read_only: bool = True) -> Iterator[Backing]:
-    backing = open_drive(str(path), read_only=read_only)
+    backing = open_disk(str(path), read_only=read_only)
     yield backing
     backing.close()
 

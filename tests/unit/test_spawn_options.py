@@ -68,10 +68,10 @@ def test_a_firm_wish_is_refused_in_one_line_with_what_to_do(argument: str) -> No
     assert caught.value.hint
 
 
-def test_extra_drives_are_on_the_images_bus_unless_they_say_another() -> None:
-    drives = ("--extra-drive=/a", "--extra-drive=qcow2:/b", "--extra-drive=virtio-blk:/c")
-    config, _ = parse(["--image=/x", *drives, "--image-disk-type=nvme"])
-    assert [each.bus for each in config.extra_drives] == ["nvme", "nvme", "virtio-blk"]
+def test_extra_disks_are_on_the_images_bus_unless_they_say_another() -> None:
+    disks = ("--extra-drive=/a", "--extra-drive=qcow2:/b", "--extra-drive=virtio-blk:/c")
+    config, _ = parse(["--image=/x", *disks, "--image-disk-type=nvme"])
+    assert [each.bus for each in config.extra_disks] == ["nvme", "nvme", "virtio-blk"]
 
 
 def test_what_an_optical_image_leaves_nothing_to_do_for_is_said() -> None:

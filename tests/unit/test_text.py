@@ -35,5 +35,5 @@ def test_every_name_is_text_and_one_line(name: bytes) -> None:
 
 
 @given(st.binary(min_size=1, max_size=60).filter(lambda name: b"/" not in name))
-def test_every_file_has_a_name_for_its_drive(name: bytes) -> None:
+def test_every_file_has_a_name_for_its_disk(name: bytes) -> None:
     assert check_name(default_name(f"/folder/{os.fsdecode(name)}"))

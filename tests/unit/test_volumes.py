@@ -23,7 +23,7 @@ from vmspawn.errors import UsageError
 )
 def test_what_is_understood(text: str, config: str, parameters: dict[str, Any]) -> None:
     volume = parse("--bind-volume=", text)
-    assert (volume.drive_name, volume.config, volume.parameters) == ("fs:a", config, parameters)
+    assert (volume.disk_name, volume.config, volume.parameters) == ("fs:a", config, parameters)
 
 
 @pytest.mark.parametrize(

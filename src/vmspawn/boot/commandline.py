@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..hotplug import places
 from ..storage import buses, nodes
-from ..storage.disk import Drive
+from ..storage.disk import Disk
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from . import console, memory
@@ -27,10 +27,10 @@ class Boot(NamedTuple):
     arguments: tuple[str, ...]
 
 
-class BootDrive(NamedTuple):
-    """A drive that is there from boot. It is built of the same nodes and device as one that is plugged in later."""
+class BootDisk(NamedTuple):
+    """A disk that is there from boot. It is built of the same nodes and device as one that is plugged in later."""
 
-    drive: Drive
+    disk: Disk
     identifiers: Identifiers
     place: places.Place
     image: Image
@@ -41,7 +41,7 @@ class BootDrive(NamedTuple):
     def device(self) -> dict[str, object]:
         """The device's properties."""
         return buses.device(
-            self.drive,
+            self.disk,
             device_id=self.identifiers.device,
             node=self.identifiers.pivot,
             place=self.place,
@@ -50,11 +50,11 @@ class BootDrive(NamedTuple):
 
     def nodes(self) -> list[dict[str, object]]:
         """The block nodes' options, from the bottom up."""
-        found = [nodes.file_node(self.image, self.drive)]
+        found = [nodes.file_node(self.image, self.disk)]
         if self.image.format != "raw":
             overlaid = {"backing": self.below} if self.below else {}
-            found.append({**nodes.format_node(self.image, self.drive), **overlaid})
-        found.append(nodes.pivot_node(self.identifiers, self.image, self.drive, read_only=self.drive.read_only))
+            found.append({**nodes.format_node(self.image, self.disk), **overlaid})
+        found.append(nodes.pivot_node(self.identifiers, self.image, self.disk, read_only=self.disk.read_only))
         return found
 
 
@@ -73,7 +73,7 @@ def command_line(
     accelerator: str,
     layout: places.Layout,
     boot: Boot | None,
-    drives: Sequence[BootDrive],
+    disks: Sequence[BootDisk],
     inherited: Inherited,
     additions: Additions,
 ) -> list[str]:
@@ -87,7 +87,7 @@ def command_line(
         *_controllers(config, layout),
         *additions.arguments,
         *console.devices(config, inherited.size, inherited.log),
-        *_drives(drives),
+        *_disks(disks),
         *_boot(boot),
         *config.qemu_arguments,
     ]
@@ -146,8 +146,8 @@ def _controllers(config: MachineConfig, layout: places.Layout) -> Iterable[str]:
         yield from ("-device", json.dumps(device))
 
 
-def _drives(drives: Sequence[BootDrive]) -> Iterable[str]:
-    for each in drives:
+def _disks(disks: Sequence[BootDisk]) -> Iterable[str]:
+    for each in disks:
         assert each.image.backing is not None
         yield from ("-add-fd", f"fd={each.image.backing.fd},set={each.image.fdset}")
         yield from ("-object", json.dumps({"qom-type": "throttle-group", "id": each.identifiers.limits}))

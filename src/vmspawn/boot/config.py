@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..host import machined
 from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
-from ..storage.disk import DEFAULT_BUS, Drive
+from ..storage.disk import DEFAULT_BUS, Disk
 from . import credentials, firmware, memory
 from .shares import Share
 
@@ -67,7 +67,7 @@ class MachineConfig(NamedTuple):
     kvm: str = "auto"
     machine_type: str = "q35"
     hotplug_ports: int | None = None
-    extra_drives: tuple[Drive, ...] = ()
+    extra_disks: tuple[Disk, ...] = ()
     on_error: str = ""
     qmp_log: str = ""
     console: str = "read-only"
@@ -133,7 +133,7 @@ def _check_boot(config: MachineConfig) -> None:
     if config.directory and (config.image or config.guest):
         other = "--image=" if config.image else "--guest="
         raise UsageError(f"--directory= and {other} are both what the guest's root is", hint="leave out one of them")
-    if config.ephemeral and (not config.image or config.extra_drives):
+    if config.ephemeral and (not config.image or config.extra_disks):
         other = "--extra-drive=" if config.image else "anything but --image="
         raise UsageError(f"--ephemeral does not work with {other}", hint="leave out one of them")
     if config.binds and config.guest:

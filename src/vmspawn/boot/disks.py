@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The drives that are there from boot: opened by us, checked, grown or overlaid, and given their places."""
+"""The disks that are there from boot: opened by us, checked, grown or overlaid, and given their places."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..host.storageprovider import Volume
 from ..hotplug import places
 from ..storage import backing as backings
 from ..storage import buses, formats
-from ..storage import disk as drives
+from ..storage import disk as disks
 from ..storage.backing import Backing
-from ..storage.disk import DEFAULT_BUS, Drive, default_name
+from ..storage.disk import DEFAULT_BUS, Disk, default_name
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
-from .commandline import BootDrive
+from .commandline import BootDisk
 from .overlay import BASE_NODE, grow, overlay
 
 if TYPE_CHECKING:
@@ -39,43 +39,43 @@ def without_effect(config: MachineConfig) -> Iterator[str]:
         yield f"{option} has no effect with --image-disk-type=scsi-cd, which is only read"
 
 
-def open_boot_drives(launched: Launched) -> None:
-    """Open the image, the extra drives and the volumes, in the order in which the guest finds them.
+def open_boot_disks(launched: Launched) -> None:
+    """Open the image, the extra disks and the volumes, in the order in which the guest finds them.
 
     Raises StartError, UsageError, StorageExists; what was opened by then is `launched`'s to close.
     """
     config = launched.config
-    wanted = [(drive, f"--extra-drive={drive.path}") for drive in config.extra_drives]
+    wanted = [(disk, f"--extra-drive={disk.path}") for disk in config.extra_disks]
     if config.image:
         name = default_name(config.image)
         # A kernel that QEMU loads takes the first place itself.
         boot_index = -1 if config.linux or config.guest else 0
-        image = Drive(config.image, name, config.image_disk_type, config.image_format, boot_index=boot_index)
+        image = Disk(config.image, name, config.image_disk_type, config.image_format, boot_index=boot_index)
         wanted.insert(0, (image, f"--image={config.image}"))
     discard = "unmap" if config.discard_disk else "ignore"
-    for number, (drive, option) in enumerate(wanted):
+    for number, (disk, option) in enumerate(wanted):
         # NVMe disks tell the guest of errors, whatever is said for all.
-        on_error = drive.on_error or (config.on_error if buses.TABLE[drive.bus].stops else "")
-        drive = drive._replace(discard=discard, on_error=on_error)
-        launched.boot_drives.append(_open_boot_drive(launched, number, drive, option))
+        on_error = disk.on_error or (config.on_error if buses.TABLE[disk.bus].stops else "")
+        disk = disk._replace(discard=discard, on_error=on_error)
+        launched.boot_disks.append(_open_boot_disk(launched, number, disk, option))
     for volume in config.volumes:
-        launched.boot_drives.append(_acquire_boot_drive(launched, len(launched.boot_drives), volume, discard))
+        launched.boot_disks.append(_acquire_boot_disk(launched, len(launched.boot_disks), volume, discard))
 
 
-def _acquire_boot_drive(launched: Launched, number: int, volume: Volume, discard: str) -> BootDrive:
-    drive = Drive("", volume.drive_name, volume.config or DEFAULT_BUS, "raw", discard=discard)
-    _check_drive_name(launched, drive)
+def _acquire_boot_disk(launched: Launched, number: int, volume: Volume, discard: str) -> BootDisk:
+    disk = Disk("", volume.disk_name, volume.config or DEFAULT_BUS, "raw", discard=discard)
+    _check_disk_name(launched, disk)
     try:
-        read_only = drive.bus == "scsi-cd"
+        read_only = disk.bus == "scsi-cd"
         fd = storageprovider.acquire(volume, user=launched.config.registration.user, read_only=read_only)
         try:
-            backing = backings.inspect(fd, what=volume.drive_name, read_only=read_only or None)
+            backing = backings.inspect(fd, what=volume.disk_name, read_only=read_only or None)
         except BaseException:
             os.close(fd)
             raise
     except (VmspawnError, OSError) as error:
         raise StartError(f"--bind-volume=: {error}", hint=getattr(error, "hint", "")) from None
-    return _boot_drive(launched, number, drive, backing, f"--bind-volume={volume.drive_name}")
+    return _boot_disk(launched, number, disk, backing, f"--bind-volume={volume.disk_name}")
 
 
 def _prepare_image(launched: Launched, backing: Backing, image_format: str, path: str) -> tuple[Backing, str]:
@@ -94,73 +94,73 @@ def _prepare_image(launched: Launched, backing: Backing, image_format: str, path
     return backing, image_format
 
 
-def _open_boot_drive(launched: Launched, number: int, drive: Drive, option: str) -> BootDrive:
-    _check_drive_name(launched, drive)
+def _open_boot_disk(launched: Launched, number: int, disk: Disk, option: str) -> BootDisk:
+    _check_disk_name(launched, disk)
     overlaid = launched.config.ephemeral and option.startswith("--image=")
     try:
-        read_only = overlaid or drives.is_only_read(drive.bus, drive.format, read_only=drive.read_only)
-        backing = backings.open_drive(drive.path, read_only=read_only)
+        read_only = overlaid or disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
+        backing = backings.open_disk(disk.path, read_only=read_only)
     except (BadConfig, SystemFailure) as error:
-        reason = str(error).removeprefix(f"cannot open {drive.path}: ")
+        reason = str(error).removeprefix(f"cannot open {disk.path}: ")
         raise StartError(f"cannot use {option}: {reason}", hint=error.hint) from None
-    return _boot_drive(launched, number, drive, backing, option)
+    return _boot_disk(launched, number, disk, backing, option)
 
 
-def _check_drive_name(launched: Launched, drive: Drive) -> None:
-    for other in launched.boot_drives:
-        if other.drive.name == drive.name:
-            raise UsageError(f"two drives are called {drive.name}", hint="give the files different names")
+def _check_disk_name(launched: Launched, disk: Disk) -> None:
+    for other in launched.boot_disks:
+        if other.disk.name == disk.name:
+            raise UsageError(f"two disks are called {disk.name}", hint="give the files different names")
 
 
-def _boot_drive(launched: Launched, number: int, drive: Drive, backing: Backing, option: str) -> BootDrive:
-    """Make an open image a drive. Owns `backing` from the call on."""
+def _boot_disk(launched: Launched, number: int, disk: Disk, backing: Backing, option: str) -> BootDisk:
+    """Make an open image a disk. Owns `backing` from the call on."""
     try:
-        image_format = _boot_format(backing, drive, option)
+        image_format = _boot_format(backing, disk, option)
         _check_once(launched, backing, option)
-        backings.set_direct(backing, drive.cache == "none", what=drive.path)
-        place = _boot_place(launched, drive)
+        backings.set_direct(backing, disk.cache == "none", what=disk.path)
+        place = _boot_place(launched, disk)
     except BaseException:
         backing.close()
         raise
-    is_image = option.startswith("--image=") and drive.bus != "scsi-cd"
+    is_image = option.startswith("--image=") and disk.bus != "scsi-cd"
     if is_image:
-        backing, image_format = _prepare_image(launched, backing, image_format, drive.path)
-    serial = drive.serial or drives.serial_for(drive.name)
-    image = Image(number, backing, image_format, drive.path)
-    drive = drive._replace(read_only=not backing.writable)
-    return BootDrive(
-        drive, Identifiers(number), place, image, serial, BASE_NODE if is_image and launched.config.ephemeral else None
+        backing, image_format = _prepare_image(launched, backing, image_format, disk.path)
+    serial = disk.serial or disks.serial_for(disk.name)
+    image = Image(number, backing, image_format, disk.path)
+    disk = disk._replace(read_only=not backing.writable)
+    return BootDisk(
+        disk, Identifiers(number), place, image, serial, BASE_NODE if is_image and launched.config.ephemeral else None
     )
 
 
 def _check_once(launched: Launched, backing: Backing, option: str) -> None:
-    for other in launched.boot_drives:
+    for other in launched.boot_disks:
         used = other.image.backing
         if used is not None and used.identity == backing.identity and (used.writable or backing.writable):
-            raise StorageExists(f"{option} is the same file as another drive")
+            raise StorageExists(f"{option} is the same file as another disk")
 
 
-def _boot_format(backing: Backing, drive: Drive, option: str) -> str:
-    if not backing.size and drive.bus != "scsi-cd":
+def _boot_format(backing: Backing, disk: Disk, option: str) -> str:
+    if not backing.size and disk.bus != "scsi-cd":
         raise StartError(f"cannot use {option}: the image is empty", hint="make one with: qemu-img create IMAGE SIZE")
     try:
-        return formats.choose_format(backing, drive.format, what=drive.path)
+        return formats.choose_format(backing, disk.format, what=disk.path)
     except (BadConfig, ConfigNotSupported) as error:
         hint = error.hint.replace("say format ", "say --image-format=") if option.startswith("--image=") else error.hint
         raise StartError(f"cannot use {option}: {error}", hint=hint) from None
 
 
-def _boot_place(launched: Launched, drive: Drive) -> places.Place:
-    """SCSI drives go to the controller, the others to slots, which on `pc` the hot-plug pool must not hand out too."""
+def _boot_place(launched: Launched, disk: Disk) -> places.Place:
+    """SCSI disks go to the controller, the others to slots, which on `pc` the hot-plug pool must not hand out too."""
     layout = launched.layout
-    if drive.bus in ("virtio-scsi", "scsi-cd"):
+    if disk.bus in ("virtio-scsi", "scsi-cd"):
         return layout.scsi.take()
-    if drive.bus == "nvme-ns":
+    if disk.bus == "nvme-ns":
         if not layout.namespaces.places:
             raise StartError(
-                f"cannot use {drive.path} on nvme-ns: {places.NO_NAMESPACES}", hint=places.NO_NAMESPACES_HINT
+                f"cannot use {disk.path} on nvme-ns: {places.NO_NAMESPACES}", hint=places.NO_NAMESPACES_HINT
             )
-        return layout.namespaces.take_for(drive.name)
+        return layout.namespaces.take_for(disk.name)
     place = layout.boot.take()
     layout.pci.claim(place)
     return place

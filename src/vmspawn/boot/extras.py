@@ -8,7 +8,7 @@ import os
 from ..helpers.helper import Helper
 from ..storage.image import FDSET_BASE
 
-#: Where the numbers of our descriptor sets for other things than drives end; those of drives begin there.
+#: Where the numbers of our descriptor sets for other things than disks end; those of disks begin there.
 _FDSETS_END = FDSET_BASE
 
 

@@ -26,9 +26,9 @@ from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from . import console
 from . import state as states
-from .commandline import Boot, BootDrive, Inherited, command_line
+from .commandline import Boot, BootDisk, Inherited, command_line
 from .config import MachineConfig
-from .disks import open_boot_drives, without_effect
+from .disks import open_boot_disks, without_effect
 from .extras import Additions
 from .plan import complete, prepare
 from .qemu import QemuBinary, choose_accelerator, find_qemu
@@ -72,7 +72,7 @@ class Launched:
         self.layout = layout
         self.accelerator = ""
         self.directory: MachineDirectory | None = None
-        self.boot_drives: list[BootDrive] = []
+        self.boot_disks: list[BootDisk] = []
         self.sockets: dict[str, socket.socket] = {}
         self.additions = Additions()
         #: Our ends of the console's pipes, for what is typed and what is shown, or nothing.
@@ -121,8 +121,8 @@ class Launched:
         self.additions.close()
 
     def close_images(self) -> None:
-        """Close our descriptors of the boot drives; QEMU has its own by then."""
-        for each in self.boot_drives:
+        """Close our descriptors of the boot disks; QEMU has its own by then."""
+        for each in self.boot_disks:
             each.image.close_backing()
 
 
@@ -148,7 +148,7 @@ def launch(
     what only one who looks closely would. `begin` is called ahead of all that would have to be undone; the built-in
     guest may have been built by then, which takes long.
 
-    Raises StartError, SystemFailure, UsageError or what the drives raise; nothing is left behind then.
+    Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
     """
     _check_display(config)
     config = complete(config)
@@ -164,7 +164,7 @@ def launch(
         begin()
         launched.console_log = open_console_log(config.console_log)
         launched.directory = MachineDirectory.create(config.name or "")
-        open_boot_drives(launched)
+        open_boot_disks(launched)
         if why:
             notice(f"no KVM ({why}), so the guest is emulated and slow")
         if boot is None:
@@ -251,14 +251,14 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             launched.accelerator,
             launched.layout,
             boot,
-            launched.boot_drives,
+            launched.boot_disks,
             Inherited(
                 monitors, listeners[runtime.QEMU_SIZE].fileno() if runtime.QEMU_SIZE in names else -1, *(kept or [-1])
             ),
             launched.additions,
         )
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
-        images = [each.image.backing.fd for each in launched.boot_drives if each.image.backing]
+        images = [each.image.backing.fd for each in launched.boot_disks if each.image.backing]
         keep = [
             *(listener.fileno() for listener in listeners.values()),
             *images,
@@ -286,7 +286,7 @@ def _write_state(launched: Launched) -> None:
     assert launched.directory is not None
     qemu = SavedQemu(launched.pid, runtime.start_time(launched.pid), launched.accelerator)
     file = StateFile(launched.directory, launched.config, launched.binary, qemu, launched.additions.helpers)
-    file.write(states.boot_storage(launched.boot_drives))
+    file.write(states.boot_storage(launched.boot_disks))
 
 
 def _spawn_with_pipes(launched: Launched, arguments: list[str], keep: list[int], log: int) -> None:
@@ -367,18 +367,18 @@ def explain_failure(launched: Launched, end: str, log: str) -> VmspawnError:
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
         return StartError(f"QEMU {end} as soon as it was started, without a word", hint="is something killing it?")
-    blamed = next((each for each in launched.boot_drives if _mentions(log, each)), None)
+    blamed = next((each for each in launched.boot_disks if _mentions(log, each)), None)
     if "lock" in log and "Failed to get" in log and blamed is not None:
         return StartError(
-            f"cannot use {blamed.drive.path}: another process uses the image (QEMU could not lock it)",
+            f"cannot use {blamed.disk.path}: another process uses the image (QEMU could not lock it)",
             hint="shut down the other machine, or give this one a copy",
         )
     message = lines[0].partition("qemu-system-")[2].partition(": ")[2] or lines[0]
     if blamed is not None:
-        message = f"{blamed.drive.path}: {message.rpartition('}: ')[2]}"
+        message = f"{blamed.disk.path}: {message.rpartition('}: ')[2]}"
     return StartError(f"QEMU could not start: {message}")
 
 
-def _mentions(log: str, each: BootDrive) -> bool:
+def _mentions(log: str, each: BootDisk) -> bool:
     names = (each.image.file_node, each.image.format_node, each.identifiers.pivot, f"fdset/{each.image.fdset}")
     return any(re.search(rf"\b{re.escape(name)}\b", log) for name in names)

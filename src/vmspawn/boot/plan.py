@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All that a machine gets beside its drives, in the order in which one thing depends on another."""
+"""All that a machine gets beside its disks, in the order in which one thing depends on another."""
 
 from __future__ import annotations
 

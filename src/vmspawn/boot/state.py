@@ -16,14 +16,14 @@ from ..helpers.helper import Helper
 from ..host import runtime
 from ..host.machined import Registration
 from ..host.runtime import MachineDirectory
-from ..storage.saved import save_drive
-from .commandline import BootDrive
+from ..storage.saved import save_disk
+from .commandline import BootDisk
 from .config import MachineConfig
 from .qemu import QemuBinary, find_qemu
 
 #: The form of state.json. Older ones are read, newer ones are refused.
 #: 1: had no accelerator, nor what QEMU can do, nor sessions.
-#: 2: had drives with longer names in QEMU, and did not say so.
+#: 2: had disks with longer names in QEMU, and did not say so.
 STATE_VERSION = 3
 
 #: What of the configuration outlives the start: the fields of MachineConfig that a manager uses while the machine runs,
@@ -72,7 +72,7 @@ class SavedHelper(NamedTuple):
 
 
 class State(NamedTuple):
-    """A machine as its last manager left it. `storage` is the register of drives (`Storage.load`)."""
+    """A machine as its last manager left it. `storage` is the register of disks (`Storage.load`)."""
 
     config: MachineConfig
     binary: QemuBinary
@@ -105,7 +105,7 @@ class StateFile:
         self._constants = json.dumps(constants)[:-1]
 
     def write(self, storage: str, sessions: SavedSessions = SavedSessions()) -> None:  # noqa: B008 - a constant
-        """Write it down; it is on the disk when this returns. `storage` is the register of drives, in JSON.
+        """Write it down; it is on the disk when this returns. `storage` is the register of disks, in JSON.
 
         Raises SystemFailure.
         """
@@ -117,12 +117,10 @@ class StateFile:
             raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None
 
 
-def boot_storage(drives: Sequence[BootDrive]) -> str:
-    """The register of drives of a machine that is being started, in JSON."""
-    saved = [
-        save_drive(each.drive, each.identifiers, each.place, each.serial, [each.image], boot=True) for each in drives
-    ]
-    following = max((each.identifiers.number + 1 for each in drives), default=0)
+def boot_storage(disks: Sequence[BootDisk]) -> str:
+    """The register of disks of a machine that is being started, in JSON."""
+    saved = [save_disk(each.disk, each.identifiers, each.place, each.serial, [each.image], boot=True) for each in disks]
+    following = max((each.identifiers.number + 1 for each in disks), default=0)
     return json.dumps({"next": following, "attachments": saved})
 
 

@@ -42,15 +42,15 @@ def add_verbs(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> N
 
 def _bind(options: argparse.Namespace) -> None:
     volume = parse("", options.volume)
-    with client_for(options) as client, context(f"cannot bind {volume.drive_name}"):
+    with client_for(options) as client, context(f"cannot bind {volume.disk_name}"):
         fd = storageprovider.acquire(volume, user=options.user, read_only=volume.config == "scsi-cd")
         try:
-            wanted = {"fileDescriptorIndex": 0, "name": volume.drive_name, "config": volume.config or None}
+            wanted = {"fileDescriptorIndex": 0, "name": volume.disk_name, "config": volume.config or None}
             client.call(f"{INSTANCE}.AddStorage", wanted, fds=(fd,))
         finally:
             os.close(fd)
     if not options.quiet and options.json == "off":
-        print(f"Bound {volume.drive_name}")
+        print(f"Bound {volume.disk_name}")
 
 
 def _unbind(options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ _PIPED_MAX = 65536
 _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
-class Attachment:
+class ConsoleAttachment:
     """Connects a console's socket with two descriptors. All stay the caller's."""
 
     #: Whether it was not us who ended the attachment.

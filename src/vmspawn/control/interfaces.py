@@ -17,9 +17,9 @@ from ..errors import BadConfig, EventsLost, NotConnected
 from ..machine.machine import Machine as RunningMachine
 from ..machine.recent_events import Entry
 from ..storage import backing as backings
-from ..storage import disk as drives
+from ..storage import disk as disks
 from ..storage.backing import Backing
-from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Drive
+from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk
 from ..storage.hotplug import DETACH_TIMEOUT
 from . import errors, qmp
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
@@ -61,7 +61,7 @@ def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
 
 
 def _is_read_only(machine: RunningMachine, name: str) -> bool | None:
-    """True if a drive is there that the guest may not write: what comes in its place must not be writable either."""
+    """True if a disk is there that the guest may not write: what comes in its place must not be writable either."""
     return any(each.name == name and each.read_only for each in machine.storage) or None
 
 
@@ -119,18 +119,18 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
     @varlinkmethod
     async def AddStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str, config: str | None = None) -> None:
         """Plug in a raw image or block device; `config` is the bus. Read-only if the descriptor is."""
-        bus = drives.check_bus(config or DEFAULT_BUS)
+        bus = disks.check_bus(config or DEFAULT_BUS)
         backing = _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
-        await self._machine.attach_backing(Drive("", name, bus, "raw", not backing.writable), backing)
+        await self._machine.attach_backing(Disk("", name, bus, "raw", not backing.writable), backing)
 
     @varlinkmethod
     async def RemoveStorage(self, *, name: str) -> None:
-        """Unplug a drive; replies when it is really gone, or that it is pending."""
+        """Unplug a disk; replies when it is really gone, or that it is pending."""
         await self._machine.detach(name)
 
     @varlinkmethod
     async def ReplaceStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str) -> None:
-        """Put another raw image or block device in the place of a drive's, while the guest uses it."""
+        """Put another raw image or block device in the place of a disk's, while the guest uses it."""
         backing = _backing(fileDescriptorIndex, read_only=_is_read_only(self._machine, name))
         await self._machine.replace_backing(name, backing, format="raw")
 
@@ -233,7 +233,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod(return_parameter="storage")
     async def ListStorage(self, *, statistics: bool | None = None) -> list[Storage]:
-        """All drives, boot drives included; with `statistics`, what was read and written since each was attached."""
+        """All disks, boot disks included; with `statistics`, what was read and written since each was attached."""
         storage = self._machine.storage
         counted = await storage.statistics() if statistics else {}
         sizes = await storage.sizes()
@@ -269,9 +269,9 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """
         chosen = bus or DEFAULT_BUS
         if chosen != AUTO_BUS:
-            drives.check_bus(chosen)
+            disks.check_bus(chosen)
         wanted = with_options(
-            Drive(path or "", name, chosen, format, bool(readOnly), serial or "", limits=to_limits(limits)),
+            Disk(path or "", name, chosen, format, bool(readOnly), serial or "", limits=to_limits(limits)),
             discard=discard,
             detect_zeroes=detectZeroes,
             cache=cache,
@@ -283,12 +283,12 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         )
         backing = None
         if fileDescriptorIndex is not None:
-            read_only = drives.is_only_read(chosen, format, read_only=bool(readOnly))
+            read_only = disks.is_only_read(chosen, format, read_only=bool(readOnly))
             backing = _backing(fileDescriptorIndex, read_only=read_only or None)
         attached = await self._machine.attach_backing(wanted, backing)
         return {
             "name": attached.name,
-            "bus": attached.drive.bus,
+            "bus": attached.disk.bus,
             "format": attached.format,
             "readOnly": attached.read_only,
             "serial": attached.serial,
@@ -298,7 +298,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod(return_parameter="pending")
     async def DetachStorage(self, *, name: str, timeoutUSec: int | None = None, force: bool | None = None) -> bool:
-        """Unplug a drive, waiting for the guest for `timeoutUSec`, 30 s if that is not given; then StoragePending.
+        """Unplug a disk, waiting for the guest for `timeoutUSec`, 30 s if that is not given; then StoragePending.
 
         `force` closes the image first, so that the guest sees errors; what is pending then is only the guest's device.
         """
@@ -317,19 +317,19 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         path: str | None = None,
         shrink: bool | None = None,
     ) -> int:
-        """Put another image in the place of a drive's, while the guest uses it."""
+        """Put another image in the place of a disk's, while the guest uses it."""
         read_only = _is_read_only(self._machine, name)
         backing = _backing(fileDescriptorIndex, read_only=read_only)
         return await self._machine.replace_backing(name, backing, format=format, path=path or "", shrink=bool(shrink))
 
     @varlinkmethod(return_parameter="sizeBytes")
     async def ResizeStorage(self, *, name: str, sizeBytes: int | None = None, shrink: bool | None = None) -> int:
-        """Resize a drive and its image; without a size, tell the guest the one that the image has by now."""
+        """Resize a disk and its image; without a size, tell the guest the one that the image has by now."""
         return await self._machine.resize(name, sizeBytes, shrink=bool(shrink))
 
     @varlinkmethod
     async def LimitStorage(self, *, name: str, limits: StorageLimits | None = None) -> None:
-        """Change a drive's I/O limits; without any, there are none from now on."""
+        """Change a disk's I/O limits; without any, there are none from now on."""
         await self._machine.limit(name, to_limits(limits))
 
     @varlinkmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Drives as `io.vmspawn.Machine` shows them, and their options as it takes them.
+"""Disks as `io.vmspawn.Machine` shows them, and their options as it takes them.
 
 Varlink's names are part of the protocol, hence their case here.
 """
@@ -7,9 +7,9 @@ Varlink's names are part of the protocol, hence their case here.
 import typing
 from dataclasses import dataclass
 
-from ..storage.attached_disk import Attachment
+from ..storage.attached_disk import AttachedDisk
 from ..storage.buses import TABLE
-from ..storage.disk import Drive
+from ..storage.disk import Disk
 from ..storage.limits import NO_LIMITS, Limits
 from ..storage.statistics import Statistics
 
@@ -31,7 +31,7 @@ class StorageLimits:
 
 @dataclass(frozen=True, slots=True)
 class StorageStatistics:
-    """Requests and bytes of the guest since the drive was attached, and the time that they took."""
+    """Requests and bytes of the guest since the disk was attached, and the time that they took."""
 
     reads: int
     writes: int
@@ -59,7 +59,7 @@ class StorageRemoval:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A drive. `state` is attaching, attached or detaching; `place` its port, slot, SCSI address or namespace.
+    """A disk. `state` is attaching, attached or detaching; `place` its port, slot, SCSI address or namespace.
 
     An optical drive without a medium has a size of 0. `failures` counts requests of the guest's that failed.
     """
@@ -102,11 +102,11 @@ def _from_limits(limits: Limits) -> StorageLimits | None:
     return StorageLimits(*limits[:6], round(limits.burst * 100)) if limits.any else None
 
 
-def describe(attachment: Attachment, size: int, why: str, statistics: Statistics | None) -> Storage:
-    """A drive for a client."""
+def describe(attachment: AttachedDisk, size: int, why: str, statistics: Statistics | None) -> Storage:
+    """A disk for a client."""
     return Storage(
         name=attachment.name,
-        bus=attachment.drive.bus,
+        bus=attachment.disk.bus,
         format=attachment.format,
         readOnly=attachment.read_only,
         sizeBytes=size,
@@ -117,7 +117,7 @@ def describe(attachment: Attachment, size: int, why: str, statistics: Statistics
         state=attachment.state.value,
         path=(attachment.image.path or None) if attachment.image else None,
         limits=_from_limits(attachment.limits),
-        onError=attachment.drive.on_error or ("enospc" if TABLE[attachment.drive.bus].stops else "report"),
+        onError=attachment.disk.on_error or ("enospc" if TABLE[attachment.disk.bus].stops else "report"),
         failures=attachment.failures,
         lastFailure=attachment.last_failure or None,
         removal=_removal(attachment, why),
@@ -125,7 +125,7 @@ def describe(attachment: Attachment, size: int, why: str, statistics: Statistics
     )
 
 
-def _removal(attachment: Attachment, why: str) -> StorageRemoval | None:
+def _removal(attachment: AttachedDisk, why: str) -> StorageRemoval | None:
     removal = attachment.removal
     if removal is None:
         return None
@@ -146,6 +146,6 @@ def _statistics(found: Statistics) -> StorageStatistics:
     )
 
 
-def with_options(drive: Drive, **options: typing.Any) -> Drive:
-    """The drive with those of the options that were given."""
-    return drive._replace(**{name: value for name, value in options.items() if value is not None})
+def with_options(disk: Disk, **options: typing.Any) -> Disk:
+    """The disk with those of the options that were given."""
+    return disk._replace(**{name: value for name, value in options.items() if value is not None})

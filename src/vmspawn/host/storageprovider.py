@@ -41,8 +41,8 @@ class Volume(NamedTuple):
     parameters: dict[str, Any]
 
     @property
-    def drive_name(self) -> str:
-        """What the drive is called, here and by machinectl."""
+    def disk_name(self) -> str:
+        """What the disk is called, here and by machinectl."""
         return f"{self.provider}:{self.name}"
 
 
@@ -98,7 +98,7 @@ def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
     parameters = {"name": volume.name, **volume.parameters}
     if read_only:
         parameters.setdefault("readOnly", True)
-    failure = f"cannot get the volume {volume.drive_name}"
+    failure = f"cannot get the volume {volume.disk_name}"
     try:
         with Service(_socket_path(volume.provider, user=user)) as service:
             reply = service.call(f"{_INTERFACE}.Acquire", parameters)

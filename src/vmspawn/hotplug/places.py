@@ -127,7 +127,7 @@ _LAST_SLOT_Q35 = 30
 _LAST_SLOT_PC = 31
 
 SCSI_CONTROLLER = "scsi0"
-#: The one that is plugged in for drives with an I/O thread.
+#: The one that is plugged in for disks with an I/O thread.
 THREADED_SCSI_CONTROLLER = "scsi1"
 #: A virtio-scsi target id is one byte.
 SCSI_TARGETS = 256
@@ -137,9 +137,9 @@ NAMESPACE_CONTROLLER = "nvme0"
 NAMESPACES = 256
 
 
-#: Said where a drive wants a namespace and the machine has none.
+#: Said where a disk wants a namespace and the machine has none.
 NO_NAMESPACES = "this QEMU cannot plug in NVMe namespaces while the machine runs"
-NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each drive, or QEMU 11.1"
+NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each disk, or QEMU 11.1"
 
 
 class Layout(NamedTuple):
@@ -159,9 +159,7 @@ def layout(machine_type: str, hotplug_ports: int | None, *, namespaces: bool = F
     """
     scsi = scsi_pool(SCSI_CONTROLLER)
     nsids = range(1, NAMESPACES + 1) if namespaces else ()
-    nvme = Pool(
-        (NamespacePlace(NAMESPACE_CONTROLLER, nsid) for nsid in nsids), "NVMe namespace", "detach a drive first"
-    )
+    nvme = Pool((NamespacePlace(NAMESPACE_CONTROLLER, nsid) for nsid in nsids), "NVMe namespace", "detach a disk first")
     if machine_type == "pc":
         return _layout_pc(hotplug_ports, scsi, nvme)
     return _layout_pcie(hotplug_ports, scsi, nvme)
@@ -170,7 +168,7 @@ def layout(machine_type: str, hotplug_ports: int | None, *, namespaces: bool = F
 def scsi_pool(controller: str) -> Pool:
     """The targets of a SCSI controller."""
     places = (ScsiPlace(f"{controller}.0", target, 0) for target in range(SCSI_TARGETS))
-    return Pool(places, "SCSI target", "detach a drive first")
+    return Pool(places, "SCSI target", "detach a disk first")
 
 
 def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layout:
@@ -179,9 +177,9 @@ def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Lay
         raise UsageError(f"--hotplug-ports={count} is out of range", hint=f"use 0 to {HOTPLUG_PORTS_MAX}")
     ports = Pool((PciPlace(f"port{n}", "0x0") for n in range(count)), "hot-plug port", _MORE_PORTS)
     first_boot_slot = FIRST_PORT_SLOT + -(-count // PORTS_PER_SLOT)
-    # From the top down, so that a boot drive keeps its address whatever the number of ports is.
+    # From the top down, so that a boot disk keeps its address whatever the number of ports is.
     slots = range(_LAST_SLOT_Q35, first_boot_slot - 1, -1)
-    boot = Pool((PciPlace("pcie.0", hex(slot)) for slot in slots), "PCI slot for drives at boot", "use fewer drives")
+    boot = Pool((PciPlace("pcie.0", hex(slot)) for slot in slots), "PCI slot for disks at boot", "use fewer disks")
     return Layout(boot, ports, scsi, namespaces, count)
 
 
@@ -195,12 +193,12 @@ def _layout_pc(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layou
         )
     places = [PciPlace("pci.0", hex(slot)) for slot in slots]
     pci = Pool(places[:count], "PCI slot", _MORE_PORTS)
-    # Drives at boot and later ones share the bus: a slot that is claimed at boot is taken from the hot-plug pool too.
-    boot = Pool(reversed(places), "PCI slot for drives at boot", "use fewer drives, or --machine-type=q35")
+    # Disks at boot and later ones share the bus: a slot that is claimed at boot is taken from the hot-plug pool too.
+    boot = Pool(reversed(places), "PCI slot for disks at boot", "use fewer disks, or --machine-type=q35")
     return Layout(boot, pci, scsi, namespaces, 0)
 
 
-_MORE_PORTS = "detach a drive, use bus virtio-scsi, or start the machine with a larger --hotplug-ports="
+_MORE_PORTS = "detach a disk, use bus virtio-scsi, or start the machine with a larger --hotplug-ports="
 
 
 def port_devices(count: int) -> list[dict[str, object]]:

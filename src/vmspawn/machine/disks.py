@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 from ..storage import backing as backings
-from ..storage import disk as drives
-from ..storage.attached_disk import Attachment
+from ..storage import disk as disks
+from ..storage.attached_disk import AttachedDisk
 from ..storage.backing import Backing
-from ..storage.disk import Drive
+from ..storage.disk import Disk
 from ..storage.hotplug import DETACH_TIMEOUT, Storage
 from ..storage.limits import Limits
 
@@ -20,28 +20,28 @@ class Disks:
 
     @property
     def storage(self) -> Storage:
-        """The machine's drives. Raises NotConnected if it does not run."""
+        """The machine's disks. Raises NotConnected if it does not run."""
         raise NotImplementedError
 
-    async def attach(self, drive: Drive) -> Attachment:
-        """Open a drive's image as the caller and plug it in; returns once QEMU has plugged the device.
+    async def attach(self, disk: Disk) -> AttachedDisk:
+        """Open a disk's image as the caller and plug it in; returns once QEMU has plugged the device.
 
-        A scsi-cd without a path is an empty one. Raises what `open_drive` and `Storage.attach` raise; nothing is left
+        A scsi-cd without a path is an empty one. Raises what `open_disk` and `Storage.attach` raise; nothing is left
         behind then.
         """
-        named = drives.with_defaults(drive)
+        named = disks.with_defaults(disk)
         backing = None
-        if drive.path:
-            read_only = drives.is_only_read(drive.bus, drive.format, read_only=drive.read_only)
-            backing = backings.open_drive(drive.path, read_only=read_only)
+        if disk.path:
+            read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
+            backing = backings.open_disk(disk.path, read_only=read_only)
         return await self.attach_backing(named, backing)
 
-    async def attach_backing(self, drive: Drive, backing: Backing | None) -> Attachment:
-        """Plug in a drive whose image is open already. Owns `backing` from the call on."""
-        return await self._storage_for(backing).attach(drive, backing)
+    async def attach_backing(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+        """Plug in a disk whose image is open already. Owns `backing` from the call on."""
+        return await self._storage_for(backing).attach(disk, backing)
 
     def _storage_for(self, backing: Backing | None) -> Storage:
-        """The machine's drives; if there is no machine, the backing that was for one of them is closed."""
+        """The machine's disks; if there is no machine, the backing that was for one of them is closed."""
         try:
             return self.storage
         except BaseException:
@@ -50,19 +50,19 @@ class Disks:
             raise
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Unplug a drive; returns once nothing of it is left. Raises what `Storage.detach` raises.
+        """Unplug a disk; returns once nothing of it is left. Raises what `Storage.detach` raises.
 
         `force` takes the image away from under the guest first; returns False then if the device is still there.
         """
         return await self.storage.detach(name, timeout=timeout, force=force)
 
     async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
-        """Open another image as the caller and put it in the place of a drive's; returns the new size in bytes.
+        """Open another image as the caller and put it in the place of a disk's; returns the new size in bytes.
 
-        Raises what `open_drive` and `Changes.replace` raise; the drive keeps its image then.
+        Raises what `open_disk` and `Changes.replace` raise; the disk keeps its image then.
         """
         read_only = any(each.name == name and each.read_only for each in self.storage)
-        backing = backings.open_drive(path, read_only=read_only)
+        backing = backings.open_disk(path, read_only=read_only)
         return await self.storage.changes.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
 
     async def replace_backing(self, name: str, backing: Backing, **options: Any) -> int:
@@ -70,16 +70,16 @@ class Disks:
         return await self._storage_for(backing).changes.replace(name, backing, **options)
 
     async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a drive and its image; returns its size in bytes. Raises what `Changes.resize` raises."""
+        """Resize a disk and its image; returns its size in bytes. Raises what `Changes.resize` raises."""
         return await self.storage.changes.resize(name, size, shrink=shrink)
 
     async def limit(self, name: str, limits: Limits) -> None:
-        """Change a drive's I/O limits. Raises what `Changes.limit` raises."""
+        """Change a disk's I/O limits. Raises what `Changes.limit` raises."""
         await self.storage.changes.limit(name, limits)
 
     async def insert_media(self, name: str, path: str, **options: Any) -> None:
         """Open an image as the caller and put it into an optical drive. Raises what `Changes.insert_media` raises."""
-        backing = backings.open_drive(path, read_only=True)
+        backing = backings.open_disk(path, read_only=True)
         await self.storage.changes.insert_media(name, backing, path=_absolute(path), **options)
 
     async def insert_media_backing(self, name: str, backing: Backing, **options: Any) -> None:

@@ -20,7 +20,7 @@ from ..host.process import Process
 from ..qmp.monitor import GREETING_TIMEOUT, Monitor
 from ..qmp.run_state import RunState
 from ..qmp.transcript import Transcript
-from ..storage.attached_disk import Attachment
+from ..storage.attached_disk import AttachedDisk
 from ..storage.hotplug import Storage
 from .console_size import Window
 from .disks import Disks
@@ -104,9 +104,9 @@ class Machine(Disks):
                 self._storage.load(saved.storage)
             except (KeyError, TypeError, ValueError) as error:
                 raise damaged(self.directory, error) from None
-        for each in launched.boot_drives:
-            self._storage.add_boot_drive(
-                Attachment(each.drive, each.identifiers, each.place, each.serial, [each.image])
+        for each in launched.boot_disks:
+            self._storage.add_boot_disk(
+                AttachedDisk(each.disk, each.identifiers, each.place, each.serial, [each.image])
             )
         self._watch = Watch(launched.additions.helpers)
         port = launched.sockets.pop(runtime.QEMU_SIZE, None)
@@ -297,7 +297,7 @@ class Machine(Disks):
 
     @property
     def storage(self) -> Storage:
-        """The machine's drives."""
+        """The machine's disks."""
         if self._storage is None:
             raise NotConnected("the machine does not run")
         return self._storage

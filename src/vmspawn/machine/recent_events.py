@@ -44,7 +44,7 @@ class Diary:
         self.events.append(Entry(time.time(), text))
         log.debug(f"event {text}")
         if event.name == FAILED_EVENT:
-            self.failed(f"drive {text.removeprefix(event.name).strip()}")
+            self.failed(f"disk {text.removeprefix(event.name).strip()}")
 
     def failed(self, what: str) -> None:
         """Remember something that failed."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One drive that is, is becoming or is ceasing to be attached, with the journal of its steps."""
+"""One disk that is, is becoming or is ceasing to be attached, with the journal of its steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from ..aio.waiting import first_of
 from ..hotplug.places import Place
 from . import buses
-from .disk import Drive
+from .disk import Disk
 from .image import FAULT, Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
-from .saved import load_drive, load_identifiers, load_image, load_limits, load_place, save_drive
+from .saved import load_disk, load_identifiers, load_image, load_limits, load_place, save_disk
 
 
 class State(enum.StrEnum):
@@ -45,14 +45,14 @@ class Removal:
 
 
 @dataclass(slots=True, eq=False)
-class Attachment:
-    """A drive and all that taking it apart again needs, chosen before the first step.
+class AttachedDisk:
+    """A disk and all that taking it apart again needs, chosen before the first step.
 
     `done` is the journal: the names of the steps that were begun and not undone, in the order of STEPS. `images` has
-    the one that the drive stands on, and while it is exchanged the other; an optical drive may have none.
+    the one that the disk stands on, and while it is exchanged the other; an optical drive may have none.
     """
 
-    drive: Drive
+    disk: Disk
     identifiers: Identifiers
     place: Place
     serial: str
@@ -62,10 +62,10 @@ class Attachment:
     done: list[str] = field(default_factory=list)
     state: State = State.ATTACHING
     removal: Removal | None = None
-    #: How many requests of the guest's have failed since this manager has the drive, and what is known of the last.
+    #: How many requests of the guest's have failed since this manager has the disk, and what is known of the last.
     failures: int = 0
     last_failure: str = ""
-    #: Held by whoever changes the images, and by each step of taking the drive apart but for the guest's.
+    #: Held by whoever changes the images, and by each step of taking the disk apart but for the guest's.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Set when QEMU says that the device is gone.
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -73,28 +73,28 @@ class Attachment:
     nudge: asyncio.Event = field(default_factory=asyncio.Event)
     #: Set when attaching has succeeded or its failure has been handed to the clean-up.
     settled: asyncio.Event = field(default_factory=asyncio.Event)
-    #: The one task that takes the drive apart, once there is one.
+    #: The one task that takes the disk apart, once there is one.
     unwinding: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
-        """The name that the user gave the drive."""
-        return self.drive.name
+        """The name that the user gave the disk."""
+        return self.disk.name
 
     @property
     def image(self) -> Image | None:
-        """The image that the drive stands on."""
+        """The image that the disk stands on."""
         return self.images[0] if self.images else None
 
     @property
     def format(self) -> str:
-        """The image's format; of a drive without an image, the one that it was attached with."""
-        return self.image.format if self.image else self.drive.format or "raw"
+        """The image's format; of a disk without an image, the one that it was attached with."""
+        return self.image.format if self.image else self.disk.format or "raw"
 
     @property
     def read_only(self) -> bool:
         """Whether the guest may not write."""
-        return self.drive.read_only
+        return self.disk.read_only
 
     @property
     def forced(self) -> bool:
@@ -103,8 +103,8 @@ class Attachment:
 
     @property
     def by_id(self) -> str:
-        """The drive's stable path in the guest."""
-        return buses.by_id_path(self.drive.bus, self.serial, self.place)
+        """The disk's stable path in the guest."""
+        return buses.by_id_path(self.disk.bus, self.serial, self.place)
 
     async def wait_for_news(self, seconds: float) -> None:
         """Wait until the device is gone, somebody asks again, or the time has passed."""
@@ -117,9 +117,9 @@ class Attachment:
             image.close_backing()
 
     def to_state(self) -> dict[str, Any]:
-        """What another process would need to take the drive over, as JSON values."""
-        return save_drive(
-            self.drive,
+        """What another process would need to take the disk over, as JSON values."""
+        return save_disk(
+            self.disk,
             self.identifiers,
             self.place,
             self.serial,
@@ -131,13 +131,13 @@ class Attachment:
         )
 
     @classmethod
-    def from_state(cls, saved: dict[str, Any]) -> Attachment:
+    def from_state(cls, saved: dict[str, Any]) -> AttachedDisk:
         """The attachment that another process had saved. Raises KeyError, TypeError or ValueError if it is none."""
-        drive = load_drive(saved)
+        disk = load_disk(saved)
         return cls(
-            drive,
+            disk,
             load_identifiers(saved),
-            load_place(drive.bus, saved["place"]),
+            load_place(disk.bus, saved["place"]),
             str(saved["serial"]),
             [load_image(each) for each in saved["images"]],
             limits=load_limits(saved),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The open file or block device behind a drive. QEMU opens no path of the user's; it gets these descriptors."""
+"""The open file or block device behind a disk. QEMU opens no path of the user's; it gets these descriptors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIRECTORY_HINT = "name a disk image or a block device"
 
 
 class Backing(NamedTuple):
-    """An open file or block device that a drive stands on. Whoever holds a Backing owns `fd`; -1 is none any more."""
+    """An open file or block device that a disk stands on. Whoever holds a Backing owns `fd`; -1 is none any more."""
 
     fd: int
     block: bool
@@ -31,10 +31,10 @@ class Backing(NamedTuple):
             os.close(self.fd)
 
 
-def open_drive(path: str, *, read_only: bool) -> Backing:
+def open_disk(path: str, *, read_only: bool) -> Backing:
     """Open an image or block device as the caller.
 
-    Raises SystemFailure with the reason of the operating system, BadConfig if it is not something to make a drive of.
+    Raises SystemFailure with the reason of the operating system, BadConfig if it is not something to make a disk of.
     The caller owns the Backing.
     """
     # O_NONBLOCK so that opening a FIFO by mistake answers instead of waiting for a writer; QEMU clears it.
@@ -58,9 +58,9 @@ def _readable_only(path: str, error: OSError) -> bool:
 
 
 def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
-    """Look at a descriptor that is to become a drive and say what it is.
+    """Look at a descriptor that is to become a disk and say what it is.
 
-    The drive is read-only if the descriptor is; `read_only` True makes a read-only drive of a writable descriptor (by
+    The disk is read-only if the descriptor is; `read_only` True makes a read-only disk of a writable descriptor (by
     a second, read-only descriptor: QEMU wants the access mode to match). Raises BadConfig for what QEMU could not
     use. On success the Backing owns `fd`; on failure the caller still does.
     """
@@ -84,7 +84,7 @@ def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = N
     identity = (found.st_rdev,) if block else (found.st_dev, found.st_ino)
     size = os.lseek(fd, 0, os.SEEK_END) if block else found.st_size
     backing = Backing(fd, block, access == os.O_RDWR, identity, size)
-    # Whether the drive is to bypass the page cache is for the user to say; reading the header must not.
+    # Whether the disk is to bypass the page cache is for the user to say; reading the header must not.
     set_direct(backing, False, what=what)
     return backing
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The buses: which QEMU device a drive becomes, and what the guest's udev calls it."""
+"""The buses: which QEMU device a disk becomes, and what the guest's udev calls it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from ..hotplug.places import NamespacePlace, Place
-from .disk import Drive
+from .disk import Disk
 
 
 class Bus(NamedTuple):
@@ -28,7 +28,7 @@ class Bus(NamedTuple):
 NAMESPACE_SERIAL = "vmspawn"
 
 #: udev's 60-persistent-storage.rules: virtio-SERIAL; nvme-MODEL_SERIAL, with _NSID where a controller has several
-#: namespaces; scsi- and the name that scsi_id makes of VPD page 0x83, for which QEMU puts a drive's serial into a
+#: namespaces; scsi- and the name that scsi_id makes of VPD page 0x83, for which QEMU puts a disk's serial into a
 #: vendor specific designator (type 0).
 TABLE = {
     "virtio-blk": Bus("virtio-blk-pci", "pci", "virtio-{serial}"),
@@ -40,14 +40,14 @@ TABLE = {
 
 
 def by_id_path(bus: str, serial: str, place: Place) -> str:
-    """The stable path of the drive in the guest."""
+    """The stable path of the disk in the guest."""
     if isinstance(place, NamespacePlace):
         serial = f"{NAMESPACE_SERIAL}_{place.nsid}"
     return "/dev/disk/by-id/" + TABLE[bus].by_id.format(serial=serial)
 
 
 def namespace_uuid(name: str) -> str:
-    """The UUID of a namespace, made from its drive's name; the same for the same name. (RFC 9562, version 8.)"""
+    """The UUID of a namespace, made from its disk's name; the same for the same name. (RFC 9562, version 8.)"""
     import hashlib
 
     digest = bytearray(hashlib.sha256(b"vmspawn namespace " + name.encode()).digest()[:16])
@@ -67,28 +67,28 @@ _ON_ERROR: dict[str, dict[str, object]] = {
 
 
 def device(
-    drive: Drive, *, device_id: str, node: str, place: Place, serial: str, thread: str | None = None
+    disk: Disk, *, device_id: str, node: str, place: Place, serial: str, thread: str | None = None
 ) -> dict[str, object]:
     """The properties of the device that makes `node` a disk, for device_add and for -device alike.
 
     `thread` is the I/O thread's id.
     """
     properties: dict[str, object] = {
-        "driver": TABLE[drive.bus].driver,
+        "driver": TABLE[disk.bus].driver,
         "id": device_id,
         "drive": node,
         **place.properties(),
     }
     if isinstance(place, NamespacePlace):
-        properties["uuid"] = namespace_uuid(drive.name)
+        properties["uuid"] = namespace_uuid(disk.name)
     else:
         properties["serial"] = serial
-    if thread is not None and drive.bus == "virtio-blk":
+    if thread is not None and disk.bus == "virtio-blk":
         properties["iothread"] = thread
-    if TABLE[drive.bus].stops:
-        properties |= _ON_ERROR[drive.on_error]
-    if drive.share:
+    if TABLE[disk.bus].stops:
+        properties |= _ON_ERROR[disk.on_error]
+    if disk.share:
         properties["share-rw"] = True
-    if drive.boot_index >= 0:
-        properties["bootindex"] = drive.boot_index
+    if disk.boot_index >= 0:
+        properties["bootindex"] = disk.boot_index
     return properties

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Changing drives that are attached, while the guest uses them: another image, size, medium, or other limits."""
+"""Changing disks that are attached, while the guest uses them: another image, size, medium, or other limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..aio.tasks import Tasks
 from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, SystemFailure, VmspawnError
 from . import admission, media, pending, swap
 from . import resize as resizing
-from .attached_disk import Attachment, State
+from .attached_disk import AttachedDisk, State
 from .backing import Backing
 from .context import Context
 from .explain import explain
@@ -19,7 +19,7 @@ from .image import Image
 from .limits import Limits, check_limits
 from .register import Register
 
-#: Seconds that a change of a drive, or taking its image away by force, is waited for. It goes on after that.
+#: Seconds that a change of a disk, or taking its image away by force, is waited for. It goes on after that.
 CHANGE_TIMEOUT = 40.0
 
 #: An event of our own, in the streams beside QEMU's.
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class Changes:
-    """What can be done to the drives of a machine without detaching them."""
+    """What can be done to the disks of a machine without detaching them."""
 
     def __init__(self, context: Context, register: Register, tasks: Tasks) -> None:
         self._context = context
@@ -39,21 +39,21 @@ class Changes:
     async def replace(
         self, name: str, backing: Backing, *, format: str | None = None, path: str = "", shrink: bool = False
     ) -> int:
-        """Put another image in the place of a drive's, while the guest uses it, and return the new size in bytes.
+        """Put another image in the place of a disk's, while the guest uses it, and return the new size in bytes.
 
         Owns `backing` from the call on. Raises NoSuchStorage, StorageImmutable, ConfigNotSupported for an optical
-        drive, SystemFailure with EROFS for a read-only image under a writable drive, and what an attach raises; the
-        drive keeps its image then.
+        disk, SystemFailure with EROFS for a read-only image under a writable disk, and what an attach raises; the
+        disk keeps its image then.
         """
         try:
             attachment = self._register.find(name)
             check_not_boot(attachment, "replaced")
-            if attachment.drive.bus == "scsi-cd":
+            if attachment.disk.bus == "scsi-cd":
                 raise ConfigNotSupported(f"{name} is an optical drive", hint="insert another medium")
             _check_writable(attachment, backing)
-            admission.check_not_attached(self._register, backing, share=attachment.drive.share)
-            drive = attachment.drive._replace(path=path)
-            image = admission.make_image(self._context, drive, backing, format, path or "the new image")
+            admission.check_not_attached(self._register, backing, share=attachment.disk.share)
+            disk = attachment.disk._replace(path=path)
+            image = admission.make_image(self._context, disk, backing, format, path or "the new image")
         except BaseException:
             backing.close()
             raise
@@ -64,7 +64,7 @@ class Changes:
         return await self._change(attachment, work, "replacing", image)
 
     async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a drive and its image, while the guest uses it, and return its size in bytes.
+        """Resize a disk and its image, while the guest uses it, and return its size in bytes.
 
         None tells the guest the size that the image was given from outside. Raises NoSuchStorage, BadConfig,
         ConfigNotSupported or QmpError.
@@ -77,7 +77,7 @@ class Changes:
         return await self._change(attachment, work, "resizing")
 
     async def limit(self, name: str, limits: Limits) -> None:
-        """Change a drive's I/O limits; the default Limits are none. Raises NoSuchStorage, BadConfig or QmpError."""
+        """Change a disk's I/O limits; the default Limits are none. Raises NoSuchStorage, BadConfig or QmpError."""
         attachment = self._register.find(name)
         check_limits(limits)
 
@@ -104,8 +104,8 @@ class Changes:
             attachment = self._register.find(name)
             media.check_optical(attachment)
             admission.check_not_attached(self._register, backing, share=False)
-            drive = attachment.drive._replace(path=path)
-            image = admission.make_image(self._context, drive, backing, format, path or "the medium")
+            disk = attachment.disk._replace(path=path)
+            image = admission.make_image(self._context, disk, backing, format, path or "the medium")
         except BaseException:
             backing.close()
             raise
@@ -127,12 +127,12 @@ class Changes:
 
     async def _change(
         self,
-        attachment: Attachment,
+        attachment: AttachedDisk,
         work: Callable[[], Coroutine[Any, Any, _T]],
         doing: str,
         image: Image | None = None,
     ) -> _T:
-        """Do something to an attached drive, alone, and to its end even if the caller goes away.
+        """Do something to an attached disk, alone, and to its end even if the caller goes away.
 
         `image` is one that comes to it; its descriptor is closed if it does not.
         """
@@ -155,14 +155,14 @@ class Changes:
             raise explain(error, attachment.name, image) from None
 
 
-def check_not_boot(attachment: Attachment, what: str) -> None:
-    """Raise StorageImmutable for a drive that QEMU was started with."""
+def check_not_boot(attachment: AttachedDisk, what: str) -> None:
+    """Raise StorageImmutable for a disk that QEMU was started with."""
     if attachment.boot:
         raise StorageImmutable(
             f"{attachment.name} has been there from boot and cannot be {what} while the machine runs"
         )
 
 
-def _check_writable(attachment: Attachment, backing: Backing) -> None:
+def _check_writable(attachment: AttachedDisk, backing: Backing) -> None:
     if not attachment.read_only and not backing.writable:
         raise SystemFailure(f"{attachment.name} is writable and the new image is not", errno.EROFS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all work on drives needs: QEMU's monitor, the places, and the removal of what may be gone already."""
+"""What all work on disks needs: QEMU's monitor, the places, and the removal of what may be gone already."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
 from . import buses
-from .attached_disk import Attachment, State
+from .attached_disk import AttachedDisk, State
 from .qemu_objects import Part, remove_parts
 
 
 class Context:
     """What the steps work on.
 
-    `journal` is told which drive has changed, or None for any, and must have saved the register when it returns.
+    `journal` is told which disk has changed, or None for any, and must have saved the register when it returns.
     """
 
     def __init__(
-        self, monitor: Monitor, run_state: RunState, layout: Layout, journal: Callable[[Attachment | None], None]
+        self, monitor: Monitor, run_state: RunState, layout: Layout, journal: Callable[[AttachedDisk | None], None]
     ) -> None:
         self.monitor = monitor
         self.run_state = run_state
@@ -37,8 +37,8 @@ class Context:
         #: Where that controller is plugged in, once that was begun.
         self.threaded_place: Place | None = None
         self.threading_scsi = asyncio.Lock()
-        #: Told of each request to the guest to let a drive go.
-        self.removal_requested: Callable[[Attachment], None] = lambda _: None
+        #: Told of each request to the guest to let a disk go.
+        self.removal_requested: Callable[[AttachedDisk], None] = lambda _: None
         self._next_number = 0
 
     @property
@@ -55,12 +55,12 @@ class Context:
         """Names with these numbers were given elsewhere."""
         self._next_number = max(self._next_number, number + 1)
 
-    def pool(self, attachment: Attachment) -> Pool:
+    def pool(self, attachment: AttachedDisk) -> Pool:
         """Where the attachment's place belongs."""
         if attachment.place.bus == f"{places.THREADED_SCSI_CONTROLLER}.0":
             assert self.threaded_scsi is not None
             return self.threaded_scsi
-        match buses.TABLE[attachment.drive.bus].pool:
+        match buses.TABLE[attachment.disk.bus].pool:
             case "scsi":
                 return self.layout.scsi
             case "namespaces":
@@ -68,25 +68,25 @@ class Context:
             case _:
                 return self.layout.pci
 
-    # The journal. What it says of a drive is never less than what there is, and may be more, for an undo takes "not
-    # there" as done. So a drive that comes is entered once, with all its steps, and one that goes is struck in the end.
+    # The journal. What it says of a disk is never less than what there is, and may be more, for an undo takes "not
+    # there" as done. So a disk that comes is entered once, with all its steps, and one that goes is struck in the end.
 
-    def journal(self, changed: Attachment | None = None) -> None:
-        """Save the register, in which a drive has changed, or any may have."""
+    def journal(self, changed: AttachedDisk | None = None) -> None:
+        """Save the register, in which a disk has changed, or any may have."""
         self._journal(changed)
 
-    def journal_begun(self, attachment: Attachment) -> None:
+    def journal_begun(self, attachment: AttachedDisk) -> None:
         """Save a step ahead of doing it."""
         if attachment.state is not State.ATTACHING:
             self._journal(attachment)
 
-    def journal_undone(self, attachment: Attachment) -> None:
+    def journal_undone(self, attachment: AttachedDisk) -> None:
         """Save that a step was undone."""
         if attachment.state is State.ATTACHED:
             self._journal(attachment)
 
-    def publish(self, event: str, attachment: Attachment, **data: Any) -> None:
-        """An event of our own about a drive, in line with QEMU's."""
+    def publish(self, event: str, attachment: AttachedDisk, **data: Any) -> None:
+        """An event of our own about a disk, in line with QEMU's."""
         self.monitor.publish(Event(event, {"name": attachment.name, **data}))
 
     # What there is in QEMU.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A drive: what the user wants attached."""
+"""A disk: what the user wants attached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..text import printable
 from .formats import FORMATS, READ_ONLY_FORMATS
 from .limits import NO_LIMITS, Limits
 
-#: A bus is how the guest sees a drive. `null` on the wire means the first.
+#: A bus is how the guest sees a disk. `null` on the wire means the first.
 BUSES = ("virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd")
 DEFAULT_BUS = "virtio-blk"
 #: What may be said in a bus's place: virtio-blk while there are ports, then virtio-scsi.
@@ -26,21 +26,21 @@ AIO_CHOICES = ("threads", "io_uring")
 ON_ERROR_CHOICES = ("report", "stop", "enospc")
 
 #: Linux cuts a virtio-blk serial to 20 bytes (VIRTIO_BLK_ID_BYTES), and NVMe has 20; one length for all buses keeps a
-#: drive's serial the same on each.
+#: disk's serial the same on each.
 SERIAL_MAX = 20
 _SERIAL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
-#: A drive's name is free text for people and for systemd's PROVIDER:VOLUME names; one line of reasonable length.
-DRIVE_NAME_MAX = 255
+#: A disk's name is free text for people and for systemd's PROVIDER:VOLUME names; one line of reasonable length.
+DISK_NAME_MAX = 255
 
 
-class Drive(NamedTuple):
-    """A drive as the user asks for it.
+class Disk(NamedTuple):
+    """A disk as the user asks for it.
 
     `path` is opened as the caller; an empty `name` is the path's file name; a scsi-cd without a path is an empty one.
     `format` None means raw, but refuses an image that looks like another format. `serial` empty derives one from the
     name. `discard`, `detect_zeroes` and `aio` are those of QEMU's block nodes (qapi/block-core.json); `cache` none
-    bypasses the host's page cache. `thread` gives the drive an I/O thread of its own. `share` lets other machines
+    bypasses the host's page cache. `thread` gives the disk an I/O thread of its own. `share` lets other machines
     write to the image at the same time. `boot_index` -1 leaves the boot order alone. `on_error` says what becomes of a
     request that fails; empty is enospc, QEMU's own default, and report on the NVMe buses, which know nothing else.
     """
@@ -67,21 +67,21 @@ def is_only_read(bus: str, image_format: str | None, *, read_only: bool) -> bool
     return read_only or bus == "scsi-cd" or image_format in READ_ONLY_FORMATS
 
 
-def with_defaults(drive: Drive) -> Drive:
-    """The drive with an absolute path, and named after its file if it has no name."""
-    path = os.path.abspath(drive.path) if drive.path else ""
-    return drive._replace(path=path, name=drive.name or default_name(drive.path))
+def with_defaults(disk: Disk) -> Disk:
+    """The disk with an absolute path, and named after its file if it has no name."""
+    path = os.path.abspath(disk.path) if disk.path else ""
+    return disk._replace(path=path, name=disk.name or default_name(disk.path))
 
 
 def default_name(path: str) -> str:
-    """What a drive is called whose user gave it no name: as its file, of which names are less free."""
+    """What a disk is called whose user gave it no name: as its file, of which names are less free."""
     return printable(os.path.basename(path))
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a drive may be called that, raise BadConfig if not."""
-    if not name or len(name) > DRIVE_NAME_MAX or not name.isprintable():
-        raise BadConfig(f"invalid drive name {name!r}", hint=f"use 1 to {DRIVE_NAME_MAX} printable characters")
+    """Return `name` if a disk may be called that, raise BadConfig if not."""
+    if not name or len(name) > DISK_NAME_MAX or not name.isprintable():
+        raise BadConfig(f"invalid disk name {name!r}", hint=f"use 1 to {DISK_NAME_MAX} printable characters")
     return name
 
 
@@ -97,29 +97,29 @@ def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_options(drive: Drive) -> None:
-    """Raise BadConfig for an option that does not exist, or that the drive's bus cannot have."""
-    check_choice("discard mode", drive.discard, DISCARD_CHOICES)
-    check_choice("zero detection", drive.detect_zeroes, DETECT_ZEROES_CHOICES)
-    check_choice("cache mode", drive.cache, CACHE_CHOICES)
-    check_choice("asynchronous I/O", drive.aio, AIO_CHOICES)
-    if drive.detect_zeroes == "unmap" and drive.discard != "unmap":
+def check_options(disk: Disk) -> None:
+    """Raise BadConfig for an option that does not exist, or that the disk's bus cannot have."""
+    check_choice("discard mode", disk.discard, DISCARD_CHOICES)
+    check_choice("zero detection", disk.detect_zeroes, DETECT_ZEROES_CHOICES)
+    check_choice("cache mode", disk.cache, CACHE_CHOICES)
+    check_choice("asynchronous I/O", disk.aio, AIO_CHOICES)
+    if disk.detect_zeroes == "unmap" and disk.discard != "unmap":
         raise BadConfig("to unmap zeroes, discard must be unmap", hint="use detect-zeroes on, or discard unmap")
-    if drive.thread and drive.bus not in ("virtio-blk", "virtio-scsi"):
-        raise BadConfig(f"bus {drive.bus} cannot have an I/O thread", hint="use virtio-blk or virtio-scsi")
-    if drive.on_error:
-        check_choice("reaction to errors", drive.on_error, ON_ERROR_CHOICES)
-        if drive.bus.startswith("nvme") and drive.on_error != "report":
-            raise BadConfig(f"bus {drive.bus} tells the guest of errors, and can do nothing else", hint=_ON_ERROR_HINT)
-    if drive.boot_index < -1:
-        raise BadConfig(f"a boot index of {drive.boot_index} is out of range", hint="0 boots first")
+    if disk.thread and disk.bus not in ("virtio-blk", "virtio-scsi"):
+        raise BadConfig(f"bus {disk.bus} cannot have an I/O thread", hint="use virtio-blk or virtio-scsi")
+    if disk.on_error:
+        check_choice("reaction to errors", disk.on_error, ON_ERROR_CHOICES)
+        if disk.bus.startswith("nvme") and disk.on_error != "report":
+            raise BadConfig(f"bus {disk.bus} tells the guest of errors, and can do nothing else", hint=_ON_ERROR_HINT)
+    if disk.boot_index < -1:
+        raise BadConfig(f"a boot index of {disk.boot_index} is out of range", hint="0 boots first")
 
 
 _ON_ERROR_HINT = "use virtio-blk or virtio-scsi, or report"
 
 
 def serial_for(name: str) -> str:
-    """The serial number of a drive that was given none: its name if that fits, else a hash of it."""
+    """The serial number of a disk that was given none: its name if that fits, else a hash of it."""
     if 0 < len(name) <= SERIAL_MAX and _SERIAL_CHARACTERS.issuperset(name):
         return name
     import hashlib
@@ -136,7 +136,7 @@ def check_serial(serial: str) -> str:
     return serial
 
 
-def parse_extra_drive(text: str, *, default_bus: str = DEFAULT_BUS) -> Drive:
+def parse_extra_drive(text: str, *, default_bus: str = DEFAULT_BUS) -> Disk:
     """Parse `--extra-drive=[FORMAT:][DISKTYPE:]PATH`, whose prefixes may come in either order. Raises UsageError.
 
     A prefix counts only if it is a known format or disk type, so that a path with a colon needs no quoting.
@@ -152,4 +152,4 @@ def parse_extra_drive(text: str, *, default_bus: str = DEFAULT_BUS) -> Drive:
             break
     if not rest:
         raise UsageError(f"--extra-drive={text} names no path", hint="write --extra-drive=[FORMAT:][DISKTYPE:]PATH")
-    return Drive(os.path.abspath(rest), default_name(rest), bus or default_bus, image_format)
+    return Disk(os.path.abspath(rest), default_name(rest), bus or default_bus, image_format)

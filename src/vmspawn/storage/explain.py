@@ -15,7 +15,7 @@ _Error = TypeVar("_Error", bound=BaseException)
 
 
 def explain(error: _Error, name: str, image: Image | None) -> _Error | SystemFailure:
-    """The error as it should reach the user. `image` is the one that QEMU was to open for the drive of that name."""
+    """The error as it should reach the user. `image` is the one that QEMU was to open for the disk of that name."""
     if isinstance(error, Timeout) and not error.hint:
         error.hint = STORAGE_HINT
     if not isinstance(error, QmpError) or "Failed to get" not in error.description or "lock" not in error.description:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks that fail: QEMU's BLOCK_IO_ERROR in the words of drives (qapi/block-core.json).
+"""Disks that fail: QEMU's BLOCK_IO_ERROR in the words of disks (qapi/block-core.json).
 
 QEMU reports none of NVMe disks; their guests see the errors and nobody else does (HOTPLUG.md 10).
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..qmp.events import Event
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 
 #: QEMU's event, and ours.
 QEMU_EVENT = "BLOCK_IO_ERROR"
@@ -34,8 +34,8 @@ class Failure(NamedTuple):
         return f"{self.operation}: {what}" + (" (the guest was stopped)" if self.action == "stop" else "")
 
 
-def attachment_of(event: Event, attachments: Iterable[Attachment]) -> Attachment | None:
-    """The drive that an event of QEMU's is about; it names the node on top, which is the pivot."""
+def attachment_of(event: Event, attachments: Iterable[AttachedDisk]) -> AttachedDisk | None:
+    """The disk that an event of QEMU's is about; it names the node on top, which is the pivot."""
     data = event.data or {}
     node = data.get("node-name")
     return next((each for each in attachments if each.identifiers.pivot == node), None)

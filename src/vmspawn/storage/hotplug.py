@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attaching and detaching drives while the machine runs."""
+"""Attaching and detaching disks while the machine runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
 from . import admission, buses, failures, image_nodes, media, pending, statistics, swap
-from .attached_disk import Attachment, Removal, State
+from .attached_disk import AttachedDisk, Removal, State
 from .backing import Backing
 from .changes import CHANGE_TIMEOUT, Changes, check_not_boot
 from .context import Context
-from .disk import Drive
+from .disk import Disk
 from .explain import explain
 from .iothread_controller import threaded_scsi
 from .register import Register, to_json
@@ -43,7 +43,7 @@ DETACHED_EVENT = "StorageDetached"
 
 
 class Storage:
-    """The drives of a running machine.
+    """The disks of a running machine.
 
     `journal` must have saved `state_text` when it returns.
     """
@@ -57,11 +57,11 @@ class Storage:
         self._context = Context(monitor, run_state, layout, self._save)
         self._context.removal_requested = self._removal_requested
         self._tasks = Tasks()
-        #: What can be done to drives that stay.
+        #: What can be done to disks that stay.
         self.changes = Changes(self._context, self._register, self._tasks)
         monitor.listen(self._event)
 
-    def __iter__(self) -> Iterator[Attachment]:
+    def __iter__(self) -> Iterator[AttachedDisk]:
         return iter(self._register)
 
     @property
@@ -80,14 +80,14 @@ class Storage:
         head = f'"next": {self._context.next_number}, "threaded-scsi": {to_json(place and list(place))}'
         return f'{{{head}, "attachments": {self._register.text()}}}'
 
-    def _save(self, changed: Attachment | None) -> None:
+    def _save(self, changed: AttachedDisk | None) -> None:
         self._register.changed(changed)
         self._journal()
 
     # At boot.
 
-    def add_boot_drive(self, attachment: Attachment) -> None:
-        """Enter a drive that QEMU was started with."""
+    def add_boot_disk(self, attachment: AttachedDisk) -> None:
+        """Enter a disk that QEMU was started with."""
         attachment.boot = True
         attachment.state = State.ATTACHED
         attachment.done = plan(attachment)
@@ -99,7 +99,7 @@ class Storage:
         self._context.numbers_used_up_to(attachment.identifiers.number)
 
     async def release_boot_descriptors(self) -> None:
-        """Drop the descriptor sets of the boot drives: their nodes are open by now."""
+        """Drop the descriptor sets of the boot disks: their nodes are open by now."""
         for attachment in self:
             for image in attachment.images if attachment.boot else ():
                 await image_nodes.release(self._context, image)
@@ -108,7 +108,7 @@ class Storage:
     # Taking over from a manager that died.
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Enter the drives of a register that was saved. Raises KeyError, TypeError or ValueError if it is none."""
+        """Enter the disks of a register that was saved. Raises KeyError, TypeError or ValueError if it is none."""
         # Loaded where it is needed: most machines keep their manager.
         from . import recovery
 
@@ -128,17 +128,17 @@ class Storage:
 
     # Attaching.
 
-    async def attach(self, drive: Drive, backing: Backing | None) -> Attachment:
-        """Attach a drive whose image is open; returns once QEMU has plugged the device in.
+    async def attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+        """Attach a disk whose image is open; returns once QEMU has plugged the device in.
 
         Owns `backing` from the call on; an optical drive may have none. Raises StorageExists, BadConfig,
-        ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected; then nothing of the drive is
+        ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected; then nothing of the disk is
         left behind. When cancelled, a task of the machine's takes back what was done.
         """
         try:
-            if drive.thread and drive.bus == "virtio-scsi":
+            if disk.thread and disk.bus == "virtio-scsi":
                 await threaded_scsi(self._context)
-            attachment = admission.admit(self._context, self._register, drive, backing)
+            attachment = admission.admit(self._context, self._register, disk, backing)
         except BaseException:
             if backing is not None:
                 backing.close()
@@ -150,10 +150,10 @@ class Storage:
             if image is None:
                 await media.empty(self._context, attachment)
             if attachment.gone.is_set():
-                raise NoSuchStorage(f"{drive.name} was removed through QMP while it was being attached")
+                raise NoSuchStorage(f"{disk.name} was removed through QMP while it was being attached")
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
             await self._give_up(attachment, error)
-            raise explain(error, drive.name, image) from None
+            raise explain(error, disk.name, image) from None
         attachment.state = State.ATTACHED
         attachment.settled.set()
         # Where the device is there, the next manager knows that this came to its end; of an empty tray it cannot tell.
@@ -164,7 +164,7 @@ class Storage:
         self._context.publish(ATTACHED_EVENT, attachment)
         return attachment
 
-    async def _give_up(self, attachment: Attachment, error: BaseException) -> None:
+    async def _give_up(self, attachment: AttachedDisk, error: BaseException) -> None:
         """Take back what a failed or cancelled attach has done. Whatever happens here, the caller raises `error`."""
         task = self._unwind(attachment)
         attachment.settled.set()
@@ -174,9 +174,9 @@ class Storage:
     # Detaching.
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Detach a drive; returns once it is really gone: device, nodes, descriptors, port.
+        """Detach a disk; returns once it is really gone: device, nodes, descriptors, port.
 
-        Raises NoSuchStorage, StorageImmutable for a boot drive, NotConnected, or StoragePending if the guest has not
+        Raises NoSuchStorage, StorageImmutable for a boot disk, NotConnected, or StoragePending if the guest has not
         let go within `timeout` seconds. The removal then goes on, and a later call waits for the same removal.
 
         `force` takes the image away first, so that the host has its file back whatever the guest does, who sees I/O
@@ -202,12 +202,12 @@ class Storage:
         self._tasks.result(task)
         return True
 
-    async def _take_away(self, attachment: Attachment) -> None:
+    async def _take_away(self, attachment: AttachedDisk) -> None:
         going = attachment.unwinding is not None and AddDevice.name in attachment.done
-        if going and not buses.TABLE[attachment.drive.bus].asks:
+        if going and not buses.TABLE[attachment.disk.bus].asks:
             # The device goes in a moment. (QEMU does not let go of a node that is changed while its device goes.)
             return
-        # From here on nobody else changes the drive. The guest is asked once the image is gone.
+        # From here on nobody else changes the disk. The guest is asked once the image is gone.
         self._begin_removal(attachment)
 
         async def work() -> None:
@@ -223,7 +223,7 @@ class Storage:
             self._unwind(attachment)
             raise explain(error, attachment.name, None) from None
 
-    def _unwind(self, attachment: Attachment) -> asyncio.Task[None]:
+    def _unwind(self, attachment: AttachedDisk) -> asyncio.Task[None]:
         """The one task that takes the attachment apart; started if it is not under way."""
         self._begin_removal(attachment)
         if attachment.unwinding is None:
@@ -232,12 +232,12 @@ class Storage:
             attachment.nudge.set()
         return attachment.unwinding
 
-    def _begin_removal(self, attachment: Attachment) -> None:
+    def _begin_removal(self, attachment: AttachedDisk) -> None:
         if attachment.removal is None:
             attachment.state = State.DETACHING
             attachment.removal = Removal()
 
-    async def _undo_all(self, attachment: Attachment) -> None:
+    async def _undo_all(self, attachment: AttachedDisk) -> None:
         was_attached = attachment.settled.is_set()
         assert attachment.removal is not None
         # A journal that is behind does no harm here: what is undone already is found undone.
@@ -256,7 +256,7 @@ class Storage:
         if was_attached:
             self._context.publish(DETACHED_EVENT, attachment)
 
-    async def _undo(self, attachment: Attachment) -> None:
+    async def _undo(self, attachment: AttachedDisk) -> None:
         # The guest may take for ever, and meanwhile the image can be taken away by force.
         await unplug(self._context, attachment)
         async with attachment.lock:
@@ -265,16 +265,16 @@ class Storage:
     # Looking.
 
     async def sizes(self) -> dict[str, int]:
-        """The size in bytes of each drive as the guest sees it, by name; 0 is an optical drive without a medium."""
+        """The size in bytes of each disk as the guest sees it, by name; 0 is an optical drive without a medium."""
         found: list[dict[str, Any]] = await self._monitor.execute("query-named-block-nodes", {"flat": True})
         by_node = {node["node-name"]: int(node["image"]["virtual-size"]) for node in found}
         return {each.name: by_node.get(each.identifiers.pivot, 0) for each in self}
 
     async def statistics(self) -> dict[str, Statistics]:
-        """What was read and written, by the drive's name; one that is coming or going may be missing."""
+        """What was read and written, by the disk's name; one that is coming or going may be missing."""
         return await statistics.read(self._context, self)
 
-    def why_pending(self, attachment: Attachment) -> str:
+    def why_pending(self, attachment: AttachedDisk) -> str:
         """Why a removal has not completed, as far as can be told; empty if none is under way."""
         return pending.why(attachment, self._context.run_state) if attachment.removal else ""
 
@@ -286,7 +286,7 @@ class Storage:
         for attachment in self:
             attachment.close_backings()
 
-    def _removal_requested(self, attachment: Attachment) -> None:
+    def _removal_requested(self, attachment: AttachedDisk) -> None:
         assert attachment.removal is not None
         why = pending.why(attachment, self._context.run_state)
         self._context.publish(DETACHING_EVENT, attachment, requests=attachment.removal.requests, reason=why)

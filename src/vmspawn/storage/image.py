@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One image under a drive's pivot, with the journal of its own parts. A drive has one, and two while one replaces the
+"""One image under a disk's pivot, with the journal of its own parts. A disk has one, and two while one replaces the
 other."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .backing import Backing
 #: none. Ours begin where no client counts to.
 FDSET_BASE = 1_000_000
 
-#: The format of an image that has no file, and fails every request: what a drive stands on that was detached by force.
+#: The format of an image that has no file, and fails every request: what a disk stands on that was detached by force.
 FAULT = "fault"
 
 

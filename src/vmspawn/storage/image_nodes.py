@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image made ready to be put under a drive's pivot, and taken apart again.
+"""An image made ready to be put under a disk's pivot, and taken apart again.
 
 Its parts are made from the bottom up and removed from the top down. The journal names them before they are made, so a
 part may never have come, or have been removed by a process that then died: "not there" is as good as removed.
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from ..errors import QmpError
 from ..qmp.monitor import Command
 from . import nodes
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 from .context import Context
-from .disk import Drive
+from .disk import Disk
 from .image import Image
 from .qemu_objects import Part
 
@@ -33,15 +33,15 @@ def plan(image: Image) -> list[str]:
     return names
 
 
-def commands(drive: Drive, image: Image) -> list[Command]:
+def commands(disk: Disk, image: Image) -> list[Command]:
     """What makes the image's parts. All of them are entered as made.
 
     The image's descriptor goes along and stays ours, until `made`.
     """
     image.done = plan(image)
-    found = [Command("blockdev-add", nodes.file_node(image, drive))]
+    found = [Command("blockdev-add", nodes.file_node(image, disk))]
     if FORMAT in image.done:
-        found.append(Command("blockdev-add", nodes.format_node(image, drive)))
+        found.append(Command("blockdev-add", nodes.format_node(image, disk)))
     if image.backing is not None:
         found.insert(0, Command("add-fd", {"fdset-id": image.fdset}, (image.backing.fd,)))
     return found
@@ -72,9 +72,9 @@ def _part(image: Image, name: str) -> Part:
     return Part("node", image.file_node if name == FILE else image.format_node)
 
 
-async def build(context: Context, attachment: Attachment, image: Image) -> None:
-    """Make the image of a drive that is there. Raises what `Monitor.execute` raises; then some parts may be there."""
-    sent = commands(attachment.drive, image)
+async def build(context: Context, attachment: AttachedDisk, image: Image) -> None:
+    """Make the image of a disk that is there. Raises what `Monitor.execute` raises; then some parts may be there."""
+    sent = commands(attachment.disk, image)
     context.journal_begun(attachment)
     for result in await context.monitor.execute_all(sent, behind=drops([image])):
         if isinstance(result, QmpError):
@@ -89,7 +89,7 @@ async def release(context: Context, image: Image) -> None:
         made(context, image)
 
 
-async def dismantle(context: Context, attachment: Attachment, image: Image) -> None:
+async def dismantle(context: Context, attachment: AttachedDisk, image: Image) -> None:
     """Remove the image's parts, and forget it. May be called again where it failed."""
     image.close_backing()
     await context.remove(*parts(image))

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What of drives there is in a running QEMU, read back through its monitor (HOTPLUG.md 9)."""
+"""What of disks there is in a running QEMU, read back through its monitor (HOTPLUG.md 9)."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from ..qmp.monitor import Monitor
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 from .image import FAULT, Image
 
 
 class Medium(NamedTuple):
-    """What is in a drive: the node, if there is a medium, and whether the tray is open."""
+    """What is in a disk: the node, if there is a medium, and whether the tray is open."""
 
     node: str
     tray_open: bool
@@ -40,16 +40,16 @@ class Inventory(NamedTuple):
             {str(each["qdev"]): _medium(each) for each in blocks if "qdev" in each},
         )
 
-    def has_device(self, attachment: Attachment) -> bool:
-        """Whether the drive's device is there."""
+    def has_device(self, attachment: AttachedDisk) -> bool:
+        """Whether the disk's device is there."""
         return attachment.identifiers.device in self.devices
 
-    def medium(self, attachment: Attachment) -> Medium:
+    def medium(self, attachment: AttachedDisk) -> Medium:
         """What is in an optical drive."""
         return self.media.get(attachment.identifiers.device, Medium("", False))
 
-    def image_under(self, attachment: Attachment) -> Image | None:
-        """Which of its images the drive's pivot stands on, or None if that cannot be told.
+    def image_under(self, attachment: AttachedDisk) -> Image | None:
+        """Which of its images the disk's pivot stands on, or None if that cannot be told.
 
         QEMU 7.2 does not name a node's children, but it describes them down to the descriptor set, whose number is an
         image's own; what stands for an image that was taken away has none.

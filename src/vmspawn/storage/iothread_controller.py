@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The SCSI controller with an I/O thread: plugged in for the first drive that wants one, and kept for the next."""
+"""The SCSI controller with an I/O thread: plugged in for the first disk that wants one, and kept for the next."""
 
 from __future__ import annotations
 

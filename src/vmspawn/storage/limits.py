@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How much a guest may ask of a drive: I/O limits as QEMU's throttle groups enforce them (docs/throttle.txt)."""
+"""How much a guest may ask of a disk: I/O limits as QEMU's throttle groups enforce them (docs/throttle.txt)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Limits(NamedTuple):
         return ", ".join(words)
 
 
-#: A drive that is not limited.
+#: A disk that is not limited.
 NO_LIMITS = Limits()
 
 _QEMU_NAMES = ("iops-total", "iops-read", "iops-write", "bps-total", "bps-read", "bps-write")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadConfig, QmpError, StoragePending
 from . import image_nodes
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 from .context import Context
 from .image import Image
 from .steps import AddPivot, BuildImage, do_step, enter_step, undo_steps
@@ -28,16 +28,18 @@ _ASK_AGAIN = 1.0
 _ATTEMPTS = 10
 
 
-def check_optical(attachment: Attachment) -> None:
-    """Raise BadConfig if the drive has no media."""
-    if attachment.drive.bus != "scsi-cd":
-        raise BadConfig(f"{attachment.name} is a {attachment.drive.bus} disk and has no media", hint="use replace-disk")
+def check_optical(attachment: AttachedDisk) -> None:
+    """Raise BadConfig if the disk has no media."""
+    if attachment.disk.bus != "scsi-cd":
+        raise BadConfig(f"{attachment.name} is a {attachment.disk.bus} disk and has no media", hint="use replace-disk")
 
 
 class Tray:
     """The tray of one optical drive. The guest may lock it, and may close it at any moment."""
 
-    def __init__(self, context: Context, attachment: Attachment, *, force: bool, timeout: float = TRAY_TIMEOUT) -> None:
+    def __init__(
+        self, context: Context, attachment: AttachedDisk, *, force: bool, timeout: float = TRAY_TIMEOUT
+    ) -> None:
         """`force` opens it whatever the guest does; else it has `timeout` seconds to open one that it has locked."""
         self._monitor = context.monitor
         self._device = attachment.identifiers.device
@@ -78,7 +80,7 @@ class Tray:
         )
 
     async def _query(self) -> dict[str, Any]:
-        """What QEMU says of the drive; nothing if it has none."""
+        """What QEMU says of the disk; nothing if it has none."""
         for found in await self._monitor.execute("query-block"):
             if self._device in found.get("qdev", "").split("/"):
                 return dict(found)
@@ -113,8 +115,8 @@ class Tray:
         await self._monitor.execute("blockdev-close-tray", {"id": self._device})
 
 
-async def empty(context: Context, attachment: Attachment) -> None:
-    """Take out what a drive that is to be empty was plugged in with; the tray ends closed.
+async def empty(context: Context, attachment: AttachedDisk) -> None:
+    """Take out what a disk that is to be empty was plugged in with; the tray ends closed.
 
     QEMU would plug in an empty one too, but then it forgets to let go of the media that come and go later.
     """
@@ -123,7 +125,7 @@ async def empty(context: Context, attachment: Attachment) -> None:
     await tray.close()
 
 
-async def insert(context: Context, attachment: Attachment, image: Image, *, force: bool, timeout: float) -> None:
+async def insert(context: Context, attachment: AttachedDisk, image: Image, *, force: bool, timeout: float) -> None:
     """Put a medium in, in the place of one that is there. The descriptor of `image` is closed in any case.
 
     Raises StoragePending if the guest holds the tray locked, QmpError if QEMU cannot use the image; the old medium
@@ -150,14 +152,14 @@ async def insert(context: Context, attachment: Attachment, image: Image, *, forc
         raise
 
 
-async def eject(context: Context, attachment: Attachment, *, force: bool, timeout: float) -> None:
+async def eject(context: Context, attachment: AttachedDisk, *, force: bool, timeout: float) -> None:
     """Take the medium out; the tray stays open. Raises StoragePending if the guest holds the tray locked."""
     tray = Tray(context, attachment, force=force, timeout=timeout)
     await tray.open()
     await _take_out(context, attachment, tray, attachment.image)
 
 
-async def _take_out(context: Context, attachment: Attachment, tray: Tray, medium: Image | None) -> None:
+async def _take_out(context: Context, attachment: AttachedDisk, tray: Tray, medium: Image | None) -> None:
     """Remove the medium, if there is one, and close its image."""
     if AddPivot.name in attachment.done:
         await tray.run("blockdev-remove-medium")
@@ -168,6 +170,6 @@ async def _take_out(context: Context, attachment: Attachment, tray: Tray, medium
         await undo_steps(context, attachment, [BuildImage.name])
 
 
-async def forget(context: Context, attachment: Attachment) -> None:
-    """Close what is left of media of a drive that has none in: a manager died between the tray and the image."""
+async def forget(context: Context, attachment: AttachedDisk) -> None:
+    """Close what is left of media of a disk that has none in: a manager died between the tray and the image."""
     await undo_steps(context, attachment, [BuildImage.name, AddPivot.name])

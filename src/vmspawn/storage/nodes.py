@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The block nodes of a drive, and what they are called.
+"""The block nodes of a disk, and what they are called.
 
 The device stands on a pivot: a throttle filter that never changes its name. Below it is the image: a file node on a
 descriptor set, and the format above it unless that is raw. Another image, or errors, come under the pivot by
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .disk import Drive
+from .disk import Disk
 from .image import Image
 
 
@@ -22,7 +22,7 @@ class Identifiers(NamedTuple):
     """The names of one attachment inside QEMU. `number` is fresh for every attachment, so none is ever used twice: QEMU
     may still know a device that it has been told to remove.
 
-    They are short, for QEMU takes 4.4 us to read a byte. `long` names are those of drives that a manager attached whose
+    They are short, for QEMU takes 4.4 us to read a byte. `long` names are those of disks that a manager attached whose
     state.json had version 1 or 2.
     """
 
@@ -50,7 +50,7 @@ class Identifiers(NamedTuple):
         return f"drive{self.number}-thread"
 
 
-def file_node(image: Image, drive: Drive) -> dict[str, object]:
+def file_node(image: Image, disk: Disk) -> dict[str, object]:
     """The options of the node below the format, for blockdev-add and -blockdev alike (QEMU's qapi/block-core.json)."""
     if image.backing is None:
         # Read-zeroes, so that nothing of QEMU's memory could ever be read.
@@ -59,26 +59,26 @@ def file_node(image: Image, drive: Drive) -> dict[str, object]:
         "driver": "host_device" if image.backing.block else "file",
         "node-name": image.file_node,
         "filename": f"/dev/fdset/{image.fdset}",
-        **_unless_default(drive, read_only=not image.backing.writable),
+        **_unless_default(disk, read_only=not image.backing.writable),
     }
-    if drive.cache == "none":
+    if disk.cache == "none":
         options["cache"] = {"direct": True}
-    if drive.aio != "threads":
-        options["aio"] = drive.aio
+    if disk.aio != "threads":
+        options["aio"] = disk.aio
     return options
 
 
-def _unless_default(drive: Drive, *, read_only: bool) -> dict[str, object]:
-    """What every node is told of a drive. QEMU takes 4.4 us to read a byte, so what it assumes anyway is left out."""
+def _unless_default(disk: Disk, *, read_only: bool) -> dict[str, object]:
+    """What every node is told of a disk. QEMU takes 4.4 us to read a byte, so what it assumes anyway is left out."""
     options: dict[str, object] = {}
     if read_only:
         options["read-only"] = True
-    if drive.discard != "ignore":
-        options["discard"] = drive.discard
+    if disk.discard != "ignore":
+        options["discard"] = disk.discard
     return options
 
 
-def format_node(image: Image, drive: Drive) -> dict[str, object]:
+def format_node(image: Image, disk: Disk) -> dict[str, object]:
     """The options of the format's node; of an image without a file, of the node that fails every request."""
     if image.backing is None:
         errors = [{"event": "none", "errno": 5, "once": False}]
@@ -87,7 +87,7 @@ def format_node(image: Image, drive: Drive) -> dict[str, object]:
         "driver": image.format,
         "node-name": image.format_node,
         "file": image.file_node,
-        **_unless_default(drive, read_only=not image.backing.writable),
+        **_unless_default(disk, read_only=not image.backing.writable),
     }
     if image.format in ("qcow2", "vmdk"):
         # Whatever the header names as a backing file, it is not opened.
@@ -100,15 +100,15 @@ def blank_node(identifiers: Identifiers) -> dict[str, object]:
     return {"driver": "null-co", "node-name": identifiers.pivot, "size": 0, "read-only": True, "read-zeroes": True}
 
 
-def pivot_node(identifiers: Identifiers, image: Image, drive: Drive, *, read_only: bool) -> dict[str, object]:
+def pivot_node(identifiers: Identifiers, image: Image, disk: Disk, *, read_only: bool) -> dict[str, object]:
     """The options of the pivot. blockdev-reopen takes all of them again, with another file."""
     options: dict[str, object] = {
         "driver": "throttle",
         "node-name": identifiers.pivot,
         "throttle-group": identifiers.limits,
         "file": image.top_node,
-        **_unless_default(drive, read_only=read_only),
+        **_unless_default(disk, read_only=read_only),
     }
-    if drive.detect_zeroes != "off":
-        options["detect-zeroes"] = drive.detect_zeroes
+    if disk.detect_zeroes != "off":
+        options["detect-zeroes"] = disk.detect_zeroes
     return options

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..qmp.run_state import RunState
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 
 HINT = (
     "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
@@ -13,8 +13,8 @@ HINT = (
 STORAGE_HINT = "the storage that the image is on may hang; once it answers, this goes on by itself"
 
 
-def why(attachment: Attachment, run_state: RunState) -> str:
-    """Why the drive is still there, as far as can be told."""
+def why(attachment: AttachedDisk, run_state: RunState) -> str:
+    """Why the disk is still there, as far as can be told."""
     removal = attachment.removal
     name = attachment.name
     if "device" not in attachment.done:
@@ -24,6 +24,6 @@ def why(attachment: Attachment, run_state: RunState) -> str:
         return f"{name} stays until the guest runs: it has not been started yet"
     if not run_state.running:
         return f"{name} stays while the guest is {run_state.status}: it cannot let go"
-    if attachment.drive.bus == "nvme" and removal and removal.requests > 2:
+    if attachment.disk.bus == "nvme" and removal and removal.requests > 2:
         return f"the guest has not let go of {name}; one that uses an NVMe disk may never do so"
     return f"the guest has not let go of {name}; it may still be booting, or not know ACPI hot-plug"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a drive consists of inside QEMU, apart from its device, and the removal of that."""
+"""What a disk consists of inside QEMU, apart from its device, and the removal of that."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Taking over the drives of a manager that died: what its journal says, held against what QEMU has.
+"""Taking over the disks of a manager that died: what its journal says, held against what QEMU has.
 
 A detach that was under way goes on; an attach or a change stays if QEMU had made it and is taken back if not. Whoever
-asked for it was never answered, so either is the truth. Drives whose devices went meanwhile are taken apart.
+asked for it was never answered, so either is the truth. Disks whose devices went meanwhile are taken apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import QmpError, Timeout
 from ..hotplug import places
 from ..hotplug.places import PciPlace
 from . import buses, image_nodes, media, swap
-from .attached_disk import Attachment, State
+from .attached_disk import AttachedDisk, State
 from .context import Context
 from .image import FAULT, FDSET_BASE
 from .inventory import Inventory, uses_fdset
@@ -25,20 +25,20 @@ from .qemu_objects import Part
 from .saved import load_pci_place
 from .steps import AddPivot, ReservePlace
 
-# Our own names in QEMU, today's and the long ones. Those of a drive that the journal does not know are left over; nodes
+# Our own names in QEMU, today's and the long ones. Those of a disk that the journal does not know are left over; nodes
 # from the top down.
 _NODES = tuple(map(re.compile, (r"drive\d+(-pivot)?", r"image\d+-format", r"image\d+(-file)?")))
 _OBJECT = re.compile(r"limits\d+|drive\d+-(limits|thread)")
 
 
-def load(context: Context, saved: dict[str, Any]) -> list[Attachment]:
-    """The drives in a saved register, with their places taken. Raises KeyError, TypeError or ValueError."""
+def load(context: Context, saved: dict[str, Any]) -> list[AttachedDisk]:
+    """The disks in a saved register, with their places taken. Raises KeyError, TypeError or ValueError."""
     context.numbers_used_up_to(int(saved["next"]) - 1)
     if place := saved.get("threaded-scsi"):
         context.threaded_place = load_pci_place(place)
         context.threaded_scsi = places.scsi_pool(places.THREADED_SCSI_CONTROLLER)
         context.layout.pci.claim(context.threaded_place)
-    attachments = [Attachment.from_state(each) for each in saved["attachments"]]
+    attachments = [AttachedDisk.from_state(each) for each in saved["attachments"]]
     if any(each.place.bus == f"{places.THREADED_SCSI_CONTROLLER}.0" for each in attachments):
         context.threaded_scsi = context.threaded_scsi or places.scsi_pool(places.THREADED_SCSI_CONTROLLER)
     for attachment in attachments:
@@ -49,14 +49,14 @@ def load(context: Context, saved: dict[str, Any]) -> list[Attachment]:
 
 
 class Adoption:
-    """One taking over. `unwind` starts to take a drive apart; `notes` says, in words, what was found and done."""
+    """One taking over. `unwind` starts to take a disk apart; `notes` says, in words, what was found and done."""
 
-    def __init__(self, context: Context, unwind: Callable[[Attachment], object]) -> None:
+    def __init__(self, context: Context, unwind: Callable[[AttachedDisk], object]) -> None:
         self._context = context
         self._unwind = unwind
         self.notes: list[str] = []
 
-    async def run(self, attachments: Iterable[Attachment], foreign_fdsets: Sequence[int]) -> None:
+    async def run(self, attachments: Iterable[AttachedDisk], foreign_fdsets: Sequence[int]) -> None:
         """Do it. `foreign_fdsets` were there from boot and are not ours. Raises Timeout or NotConnected."""
         attachments = tuple(attachments)
         found = await Inventory.take(self._context.monitor)
@@ -69,7 +69,7 @@ class Adoption:
         await self._drop_fdsets(found, attachments, foreign_fdsets)
         self._context.journal()
 
-    async def _settle(self, attachment: Attachment, found: Inventory) -> None:
+    async def _settle(self, attachment: AttachedDisk, found: Inventory) -> None:
         if not found.has_device(attachment):
             attachment.gone.set()
         elif attachment.state is State.ATTACHING and attachment.images:
@@ -89,8 +89,8 @@ class Adoption:
             case State.ATTACHED:
                 await self._attempt(attachment, self._settle_change(attachment, found))
 
-    async def _attempt(self, attachment: Attachment, work: Any) -> None:
-        """Something that QEMU may refuse, for instance because somebody else uses a node. The drive works then too."""
+    async def _attempt(self, attachment: AttachedDisk, work: Any) -> None:
+        """Something that QEMU may refuse, for instance because somebody else uses a node. The disk works then too."""
         try:
             async with attachment.lock:
                 await work
@@ -99,8 +99,8 @@ class Adoption:
 
     # Changes that were under way.
 
-    async def _settle_change(self, attachment: Attachment, found: Inventory) -> None:
-        if attachment.drive.bus == "scsi-cd":
+    async def _settle_change(self, attachment: AttachedDisk, found: Inventory) -> None:
+        if attachment.disk.bus == "scsi-cd":
             await self._settle_medium(attachment, found)
         elif len(attachment.images) > 1:
             await self._settle_images(attachment, found)
@@ -108,7 +108,7 @@ class Adoption:
         for image in attachment.images:
             await image_nodes.release(self._context, image)
 
-    async def _settle_images(self, attachment: Attachment, found: Inventory) -> None:
+    async def _settle_images(self, attachment: AttachedDisk, found: Inventory) -> None:
         """An image was being replaced. The one that the guest works on stays."""
         image = found.image_under(attachment)
         if image is None:
@@ -120,19 +120,19 @@ class Adoption:
         self._context.journal()
         for other in attachment.images[1:]:
             await image_nodes.dismantle(self._context, attachment, other)
-        if buses.TABLE[attachment.drive.bus].resizable and not attachment.read_only:
+        if buses.TABLE[attachment.disk.bus].resizable and not attachment.read_only:
             size = await self._context.virtual_size(image.top_node)
             arguments = {"node-name": attachment.identifiers.pivot, "size": size}
             await self._context.monitor.execute("block_resize", arguments)
 
-    async def _read_limits(self, attachment: Attachment, found: Inventory) -> None:
+    async def _read_limits(self, attachment: AttachedDisk, found: Inventory) -> None:
         """The limits are those that QEMU keeps, whoever set them last."""
         group = attachment.identifiers.limits
         if group in found.objects:
             arguments = {"path": f"/objects/{group}", "property": "limits"}
             attachment.limits = Limits.from_qemu(await self._context.monitor.execute("qom-get", arguments))
 
-    async def _settle_medium(self, attachment: Attachment, found: Inventory) -> None:
+    async def _settle_medium(self, attachment: AttachedDisk, found: Inventory) -> None:
         """A medium that is in stays in, and another one that was to come does not. Where none is in, there is none."""
         inserted, tray_open = found.medium(attachment)
         if inserted != attachment.identifiers.pivot:
@@ -143,7 +143,7 @@ class Adoption:
             if tray_open:
                 await self._context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
 
-    async def _finish_force(self, attachment: Attachment, found: Inventory) -> None:
+    async def _finish_force(self, attachment: AttachedDisk, found: Inventory) -> None:
         """Whoever detached by force wants the image back, whatever the guest does."""
         faults = [image for image in attachment.images if image.format == FAULT]
         if not faults or AddPivot.name not in attachment.done:
@@ -188,7 +188,7 @@ class Adoption:
         except (QmpError, Timeout) as error:
             self.notes.append(f"could not remove {what}, which was left over: {error}")
 
-    async def _drop_fdsets(self, found: Inventory, attachments: Iterable[Attachment], foreign: Sequence[int]) -> None:
+    async def _drop_fdsets(self, found: Inventory, attachments: Iterable[AttachedDisk], foreign: Sequence[int]) -> None:
         """Nothing needs a descriptor set by now, but for nodes that others opened, and what is being unwound."""
         kept = {image.fdset for each in attachments for image in each.images if image_nodes.FDSET in image.done} | {
             *foreign
@@ -199,15 +199,15 @@ class Adoption:
             await self._remove(Part("fdset", number), f"descriptor set {number}")
 
 
-def _leftovers(found: Inventory, attachments: Iterable[Attachment]) -> list[Part]:
-    """Nodes, from the top down, and objects with names of ours that belong to no drive of the journal."""
+def _leftovers(found: Inventory, attachments: Iterable[AttachedDisk]) -> list[Part]:
+    """Nodes, from the top down, and objects with names of ours that belong to no disk of the journal."""
     owned = {name for attachment in attachments for name in _names(attachment)}
     nodes = [name for layer in _NODES for name in found.nodes if layer.fullmatch(name) and name not in owned]
     objects = [name for name in found.objects if _OBJECT.fullmatch(name) and name not in owned]
     return [Part("node", name) for name in nodes] + [Part("object", name) for name in objects]
 
 
-def _names(attachment: Attachment) -> Iterable[str]:
+def _names(attachment: AttachedDisk) -> Iterable[str]:
     identifiers = attachment.identifiers
     yield from (identifiers.pivot, identifiers.limits, identifiers.thread)
     for image in attachment.images:

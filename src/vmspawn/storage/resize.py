@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Another size for a drive that is in use (HOTPLUG.md 9): the image is grown, and the guest sees it at once."""
+"""Another size for a disk that is in use (HOTPLUG.md 9): the image is grown, and the guest sees it at once."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 
 from ..errors import BadConfig, ConfigNotSupported
 from . import buses
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 from .context import Context
 
 #: What sizes are multiples of.
 SECTOR = 512
 
 
-async def resize(context: Context, attachment: Attachment, size: int | None, *, shrink: bool) -> int:
-    """Give the drive and its image that many bytes, or None: tell the guest the size that the image has by now.
+async def resize(context: Context, attachment: AttachedDisk, size: int | None, *, shrink: bool) -> int:
+    """Give the disk and its image that many bytes, or None: tell the guest the size that the image has by now.
 
-    Returns the new size. Raises BadConfig for a size that cannot be, ConfigNotSupported where the drive cannot change,
+    Returns the new size. Raises BadConfig for a size that cannot be, ConfigNotSupported where the disk cannot change,
     QmpError in QEMU's words otherwise.
     """
     _check_resizable(attachment)
@@ -40,8 +40,8 @@ async def resize(context: Context, attachment: Attachment, size: int | None, *, 
     return await context.virtual_size(pivot)
 
 
-def _check_resizable(attachment: Attachment) -> None:
-    bus = attachment.drive.bus
+def _check_resizable(attachment: AttachedDisk) -> None:
+    bus = attachment.disk.bus
     if not buses.TABLE[bus].resizable:
         reason = "an optical disk" if bus == "scsi-cd" else f"a disk on bus {bus}"
         raise ConfigNotSupported(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Drives as state.json has them: all that a manager needs to take over those of another one.
+"""Disks as state.json has them: all that a manager needs to take over those of another one.
 
-On the start path, for the drives of boot are written down before QEMU is started: imports next to nothing.
+On the start path, for the disks of boot are written down before QEMU is started: imports next to nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from ..hotplug.places import NamespacePlace, PciPlace, Place, ScsiPlace
 from . import buses
 from .backing import Backing
-from .disk import Drive
+from .disk import Disk
 from .image import Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
 
-# The fields of a Drive that are saved under `options`, by their names there.
+# The fields of a Disk that are saved under `options`, by their names there.
 _OPTIONS = {
     "read-only": "read_only",
     "format": "format",
@@ -32,8 +32,8 @@ _OPTIONS = {
 }
 
 
-def save_drive(
-    drive: Drive,
+def save_disk(
+    disk: Disk,
     identifiers: Identifiers,
     place: Place,
     serial: str,
@@ -44,11 +44,11 @@ def save_drive(
     state: str = "attached",
     done: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """A drive as JSON values."""
+    """A disk as JSON values."""
     return {
-        "name": drive.name,
-        "bus": drive.bus,
-        "options": {name: getattr(drive, field) for name, field in _OPTIONS.items()},
+        "name": disk.name,
+        "bus": disk.bus,
+        "options": {name: getattr(disk, field) for name, field in _OPTIONS.items()},
         "serial": serial,
         "limits": list(limits),
         "boot": boot,
@@ -61,26 +61,26 @@ def save_drive(
     }
 
 
-def load_drive(saved: Mapping[str, Any]) -> Drive:
-    """The drive as the user asked for it. What an older version did not save has its default."""
+def load_disk(saved: Mapping[str, Any]) -> Disk:
+    """The disk as the user asked for it. What an older version did not save has its default."""
     options = {field: saved["options"][name] for name, field in _OPTIONS.items() if name in saved["options"]}
     images = saved["images"]
     path = str(images[0]["path"]) if images else ""
-    return Drive(path, str(saved["name"]), str(saved["bus"]), limits=load_limits(saved), **options)
+    return Disk(path, str(saved["name"]), str(saved["bus"]), limits=load_limits(saved), **options)
 
 
 def load_identifiers(saved: Mapping[str, Any]) -> Identifiers:
-    """The names of a drive in QEMU."""
+    """The names of a disk in QEMU."""
     return Identifiers(int(saved["number"]), bool(saved.get("long-names")))
 
 
 def load_limits(saved: Mapping[str, Any]) -> Limits:
-    """The limits of a drive."""
+    """The limits of a disk."""
     return Limits(*saved["limits"])
 
 
 def load_place(bus: str, values: list[Any]) -> Place:
-    """Where a drive on that bus is."""
+    """Where a disk on that bus is."""
     match buses.TABLE[bus].pool:
         case "scsi":
             controller, target, lun = values

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What was read and written since a drive was attached (QEMU's query-blockstats)."""
+"""What was read and written since a disk was attached (QEMU's query-blockstats)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 from .context import Context
 
 
 class Statistics(NamedTuple):
-    """Requests and bytes of the guest since the drive was attached, and the time that they took, in nanoseconds."""
+    """Requests and bytes of the guest since the disk was attached, and the time that they took, in nanoseconds."""
 
     reads: int
     writes: int
@@ -23,8 +23,8 @@ class Statistics(NamedTuple):
     failed: int
 
 
-async def read(context: Context, attachments: Iterable[Attachment]) -> dict[str, Statistics]:
-    """The statistics of each drive, by name; one that is coming or going may be missing."""
+async def read(context: Context, attachments: Iterable[AttachedDisk]) -> dict[str, Statistics]:
+    """The statistics of each disk, by name; one that is coming or going may be missing."""
     found: list[dict[str, Any]] = await context.monitor.execute("query-blockstats")
     # virtio-blk is known by its path with a child behind it, the others by their id alone (HOTPLUG.md 9).
     by_device = {part: each["stats"] for each in found for part in each.get("qdev", "").split("/")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The steps that make a drive, each with what takes it back.
+"""The steps that make a disk, each with what takes it back.
 
 Attaching does them in order: the journal names all of them, then QEMU gets their commands in one go. A failed attach, a
 detach and a clean-up all undo them by the same code: the device first, for which the guest is asked, and then the rest
@@ -16,7 +16,7 @@ from ..aio.waiting import first_of
 from ..errors import QmpError, SystemFailure
 from ..qmp.monitor import Command
 from . import buses, image_nodes, nodes
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 from .context import Context
 from .qemu_objects import Part
 
@@ -30,19 +30,19 @@ class Step:
 
     name: str
 
-    def applies(self, attachment: Attachment) -> bool:
-        """Whether the drive needs it."""
+    def applies(self, attachment: AttachedDisk) -> bool:
+        """Whether the disk needs it."""
         return True
 
-    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+    def begin(self, context: Context, attachment: AttachedDisk) -> Sequence[Command]:
         """Do what is ours of it; returns the commands that do the rest."""
         raise NotImplementedError
 
-    def parts(self, attachment: Attachment) -> Sequence[Part]:
+    def parts(self, attachment: AttachedDisk) -> Sequence[Part]:
         """What QEMU has of it then and lets go when told to, from the top down."""
         raise NotImplementedError
 
-    def end(self, context: Context, attachment: Attachment) -> None:
+    def end(self, context: Context, attachment: AttachedDisk) -> None:
         """Take back what is ours of it, once QEMU has nothing of it any more."""
 
 
@@ -51,14 +51,14 @@ class ReservePlace(Step):
 
     name = "place"
 
-    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+    def begin(self, context: Context, attachment: AttachedDisk) -> Sequence[Command]:
         context.pool(attachment).claim(attachment.place)
         return ()
 
-    def parts(self, attachment: Attachment) -> Sequence[Part]:
+    def parts(self, attachment: AttachedDisk) -> Sequence[Part]:
         return ()
 
-    def end(self, context: Context, attachment: Attachment) -> None:
+    def end(self, context: Context, attachment: AttachedDisk) -> None:
         context.pool(attachment).release(attachment.place)
 
 
@@ -67,22 +67,22 @@ class AddThread(Step):
 
     name = "thread"
 
-    def applies(self, attachment: Attachment) -> bool:
-        return attachment.drive.thread and attachment.drive.bus == "virtio-blk"
+    def applies(self, attachment: AttachedDisk) -> bool:
+        return attachment.disk.thread and attachment.disk.bus == "virtio-blk"
 
-    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+    def begin(self, context: Context, attachment: AttachedDisk) -> Sequence[Command]:
         return (Command("object-add", {"qom-type": "iothread", "id": attachment.identifiers.thread}),)
 
-    def parts(self, attachment: Attachment) -> Sequence[Part]:
+    def parts(self, attachment: AttachedDisk) -> Sequence[Part]:
         return (Part("object", attachment.identifiers.thread),)
 
 
 class AddLimits(Step):
-    """Make the group that the drive's limits belong to, be there any or not."""
+    """Make the group that the disk's limits belong to, be there any or not."""
 
     name = "limits"
 
-    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+    def begin(self, context: Context, attachment: AttachedDisk) -> Sequence[Command]:
         arguments = {
             "qom-type": "throttle-group",
             "id": attachment.identifiers.limits,
@@ -90,7 +90,7 @@ class AddLimits(Step):
         }
         return (Command("object-add", arguments),)
 
-    def parts(self, attachment: Attachment) -> Sequence[Part]:
+    def parts(self, attachment: AttachedDisk) -> Sequence[Part]:
         return (Part("object", attachment.identifiers.limits),)
 
 
@@ -99,16 +99,16 @@ class BuildImage(Step):
 
     name = "image"
 
-    def applies(self, attachment: Attachment) -> bool:
+    def applies(self, attachment: AttachedDisk) -> bool:
         return bool(attachment.images)
 
-    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
-        return image_nodes.commands(attachment.drive, attachment.images[0])
+    def begin(self, context: Context, attachment: AttachedDisk) -> Sequence[Command]:
+        return image_nodes.commands(attachment.disk, attachment.images[0])
 
-    def parts(self, attachment: Attachment) -> Sequence[Part]:
+    def parts(self, attachment: AttachedDisk) -> Sequence[Part]:
         return [part for image in attachment.images for part in image_nodes.parts(image)]
 
-    def end(self, context: Context, attachment: Attachment) -> None:
+    def end(self, context: Context, attachment: AttachedDisk) -> None:
         attachment.close_backings()
         attachment.images.clear()
 
@@ -118,15 +118,15 @@ class AddPivot(Step):
 
     name = "pivot"
 
-    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
-        identifiers, drive = attachment.identifiers, attachment.drive
+    def begin(self, context: Context, attachment: AttachedDisk) -> Sequence[Command]:
+        identifiers, disk = attachment.identifiers, attachment.disk
         if attachment.images:
-            options = nodes.pivot_node(identifiers, attachment.images[0], drive, read_only=attachment.read_only)
+            options = nodes.pivot_node(identifiers, attachment.images[0], disk, read_only=attachment.read_only)
         else:
             options = nodes.blank_node(identifiers)
         return (Command("blockdev-add", options),)
 
-    def parts(self, attachment: Attachment) -> Sequence[Part]:
+    def parts(self, attachment: AttachedDisk) -> Sequence[Part]:
         return (Part("node", attachment.identifiers.pivot),)
 
 
@@ -135,18 +135,18 @@ class AddDevice(Step):
 
     name = "device"
 
-    def begin(self, context: Context, attachment: Attachment) -> Sequence[Command]:
+    def begin(self, context: Context, attachment: AttachedDisk) -> Sequence[Command]:
         properties = buses.device(
-            attachment.drive,
+            attachment.disk,
             device_id=attachment.identifiers.device,
             node=attachment.identifiers.pivot,
             place=attachment.place,
             serial=attachment.serial,
-            thread=attachment.identifiers.thread if attachment.drive.thread else None,
+            thread=attachment.identifiers.thread if attachment.disk.thread else None,
         )
         return (Command("device_add", properties),)
 
-    def parts(self, attachment: Attachment) -> Sequence[Part]:
+    def parts(self, attachment: AttachedDisk) -> Sequence[Part]:
         return ()
 
 
@@ -164,12 +164,12 @@ STEP_BY_NAME = {step.name: step for step in STEPS}
 _ORDER = {step.name: position for position, step in enumerate(STEPS)}
 
 
-def plan(attachment: Attachment) -> list[str]:
-    """The names of the steps that a drive needs."""
+def plan(attachment: AttachedDisk) -> list[str]:
+    """The names of the steps that a disk needs."""
     return [step.name for step in STEPS if step.applies(attachment)]
 
 
-def enter_step(context: Context, attachment: Attachment, name: str) -> None:
+def enter_step(context: Context, attachment: AttachedDisk, name: str) -> None:
     """Enter a step in the journal, where it belongs in the order of undoing, ahead of doing it."""
     if name not in attachment.done:
         attachment.done.append(name)
@@ -177,16 +177,16 @@ def enter_step(context: Context, attachment: Attachment, name: str) -> None:
     context.journal_begun(attachment)
 
 
-async def do_step(context: Context, attachment: Attachment, name: str) -> None:
-    """Do a step of a drive that is there. Raises what `Monitor.execute` raises."""
+async def do_step(context: Context, attachment: AttachedDisk, name: str) -> None:
+    """Do a step of a disk that is there. Raises what `Monitor.execute` raises."""
     enter_step(context, attachment, name)
     for result in await context.monitor.execute_all(STEP_BY_NAME[name].begin(context, attachment)):
         if isinstance(result, QmpError):
             raise result
 
 
-async def do_all(context: Context, attachment: Attachment) -> None:
-    """Do all the steps of a drive that comes. Raises what `Monitor.execute` raises; then some may have been done."""
+async def do_all(context: Context, attachment: AttachedDisk) -> None:
+    """Do all the steps of a disk that comes. Raises what `Monitor.execute` raises; then some may have been done."""
     attachment.done = plan(attachment)
     commands = [command for name in attachment.done for command in STEP_BY_NAME[name].begin(context, attachment)]
     try:
@@ -204,7 +204,7 @@ async def do_all(context: Context, attachment: Attachment) -> None:
         image_nodes.made(context, image)
 
 
-async def undo_steps(context: Context, attachment: Attachment, names: Iterable[str]) -> None:
+async def undo_steps(context: Context, attachment: AttachedDisk, names: Iterable[str]) -> None:
     """Undo those of the steps that were done, none of them the device, and strike them from the journal.
 
     Raises what `remove_parts` raises; all of them can be undone again then.
@@ -221,7 +221,7 @@ async def undo_steps(context: Context, attachment: Attachment, names: Iterable[s
     context.journal_undone(attachment)
 
 
-async def unplug(context: Context, attachment: Attachment) -> None:
+async def unplug(context: Context, attachment: AttachedDisk) -> None:
     """Take the device back: ask the guest until it is gone. Raises what `Monitor.execute` raises."""
     if AddDevice.name in attachment.done:
         log.debug(f"{attachment.name}: undoes {AddDevice.name}")
@@ -230,7 +230,7 @@ async def unplug(context: Context, attachment: Attachment) -> None:
         context.journal_undone(attachment)
 
 
-async def _ask_until_gone(context: Context, attachment: Attachment) -> None:
+async def _ask_until_gone(context: Context, attachment: AttachedDisk) -> None:
     device_id = attachment.identifiers.device
     removal = attachment.removal
     assert removal is not None

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Putting something else under a drive's pivot while the guest uses it: another image, limits, or errors.
+"""Putting something else under a disk's pivot while the guest uses it: another image, limits, or errors.
 
-Each of these runs to its end once it was begun. One that fails leaves the drive as it was.
+Each of these runs to its end once it was begun. One that fails leaves the disk as it was.
 """
 
 from __future__ import annotations
 
 from ..errors import BadConfig, ConfigNotSupported, QmpError
 from . import buses, image_nodes, nodes
-from .attached_disk import Attachment
+from .attached_disk import AttachedDisk
 from .context import Context
 from .image import FAULT, Image
 from .limits import Limits
@@ -17,12 +17,12 @@ from .limits import Limits
 #: host's storage takes for them (HOTPLUG.md 12), and answers nothing else meanwhile.
 REOPEN_TIMEOUT = 3600.0
 
-#: Bytes of the image that a drive stands on whose own is gone, where its size is not known.
+#: Bytes of the image that a disk stands on whose own is gone, where its size is not known.
 _FAULT_SIZE = 16 << 20
 
 
-async def replace(context: Context, attachment: Attachment, fresh: Image, *, shrink: bool) -> int:
-    """Put another image in the place of the drive's, and tell the guest its size, which is returned.
+async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, shrink: bool) -> int:
+    """Put another image in the place of the disk's, and tell the guest its size, which is returned.
 
     Raises BadConfig or ConfigNotSupported if the guest could not take the new size, QmpError if QEMU cannot use the
     image. The descriptor of `fresh` is closed in any case.
@@ -49,11 +49,11 @@ async def replace(context: Context, attachment: Attachment, fresh: Image, *, shr
     return new_size
 
 
-def _check_size(attachment: Attachment, size: int, new_size: int, *, shrink: bool) -> None:
+def _check_size(attachment: AttachedDisk, size: int, new_size: int, *, shrink: bool) -> None:
     if new_size == size:
         return
-    if attachment.read_only or not buses.TABLE[attachment.drive.bus].resizable:
-        which = "a read-only disk" if attachment.read_only else f"a disk on bus {attachment.drive.bus}"
+    if attachment.read_only or not buses.TABLE[attachment.disk.bus].resizable:
+        which = "a read-only disk" if attachment.read_only else f"a disk on bus {attachment.disk.bus}"
         raise ConfigNotSupported(
             f"the new image has {new_size} bytes and the disk {size}, and {which} cannot change its size",
             hint="use an image of the same size, or detach the disk and attach the image",
@@ -64,16 +64,16 @@ def _check_size(attachment: Attachment, size: int, new_size: int, *, shrink: boo
         )
 
 
-async def _put_under(context: Context, attachment: Attachment, image: Image) -> None:
-    """Let the pivot stand on that image, which becomes the drive's."""
-    options = nodes.pivot_node(attachment.identifiers, image, attachment.drive, read_only=attachment.read_only)
+async def _put_under(context: Context, attachment: AttachedDisk, image: Image) -> None:
+    """Let the pivot stand on that image, which becomes the disk's."""
+    options = nodes.pivot_node(attachment.identifiers, image, attachment.disk, read_only=attachment.read_only)
     await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
     attachment.images.remove(image)
     attachment.images.insert(0, image)
     context.journal(attachment)
 
 
-async def limit(context: Context, attachment: Attachment, limits: Limits) -> None:
+async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> None:
     """Change the limits. Raises QmpError."""
     arguments = {
         "path": f"/objects/{attachment.identifiers.limits}",
@@ -85,7 +85,7 @@ async def limit(context: Context, attachment: Attachment, limits: Limits) -> Non
     context.journal(attachment)
 
 
-async def take_away(context: Context, attachment: Attachment) -> None:
+async def take_away(context: Context, attachment: AttachedDisk) -> None:
     """Put errors in the place of the image, and close it: the host has its file back, whatever the guest does."""
     if attachment.forced or not attachment.images:
         return

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     Raises NotConnected if the machine runs on without its manager, or has let us go.
     """
     # No other verb needs them.
-    from ...console.attach import Attachment
+    from ...console.attach import ConsoleAttachment
     from ...console.terminal import window_size
 
     with Client(options.machine) as client:
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     keys = "; press ^] three times within 1s to detach" if os.isatty(_STDIN) else ""
     _say(options, f"attached to machine {options.machine}{keys}")
     with console, watching(options.machine, console) as parting:
-        attachment = Attachment(console, _STDIN, _STDOUT, read_only=options.read_only, resized=resized)
+        attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, resized=resized)
         number = attachment.run()
         if number:
             # As a shell has it for a program that a signal ended.

@@ -194,7 +194,7 @@ def _call_with_image(
     client: Client, method: str, path: str, parameters: dict[str, Any], *, read_only: bool
 ) -> dict[str, Any]:
     """Open an image and pass it along."""
-    backing = backings.open_drive(path, read_only=read_only)
+    backing = backings.open_disk(path, read_only=read_only)
     image = {"fileDescriptorIndex": 0, "path": utf8(os.path.abspath(path))}
     try:
         return client.call(f"{MACHINE}.{method}", {**image, **parameters}, fds=(backing.fd,))
@@ -279,7 +279,7 @@ def _disk(client: Client, name: str) -> dict[str, Any]:
         if disk["name"] == name:
             found: dict[str, Any] = disk
             return found
-    raise VmspawnError(f"there is no drive named {name}", hint=f"see: vmctl list-disks {client.machine}")
+    raise VmspawnError(f"there is no disk named {name}", hint=f"see: vmctl list-disks {client.machine}")
 
 
 def _resize(options: argparse.Namespace) -> None:

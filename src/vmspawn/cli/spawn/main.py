@@ -105,7 +105,7 @@ def _add_boot(parser: Parser) -> None:
         "--image-disk-type",
         choices=BUSES,
         default=BUSES[0],
-        help="its bus, and that of extra drives that name none (default: %(default)s)",
+        help="its bus, and that of extra disks that name none (default: %(default)s)",
     )
     group.add_argument(
         "-x", "--ephemeral", action="store_true", help="leave the image as it is: what is written is lost"
@@ -143,7 +143,7 @@ def _add_machine(parser: Parser) -> None:
 
 
 def _add_storage(parser: Parser) -> None:
-    group = parser.add_argument_group("Drives")
+    group = parser.add_argument_group("Disks")
     group.add_argument(
         "--discard-disk",
         metavar="BOOL",
@@ -156,7 +156,7 @@ def _add_storage(parser: Parser) -> None:
         metavar="[FORMAT:][DISKTYPE:]PATH",
         action="append",
         default=[],
-        help="another drive, there from boot; repeatable",
+        help="another disk, there from boot; repeatable",
     )
     group.add_argument(
         "--bind-volume",
@@ -169,7 +169,7 @@ def _add_storage(parser: Parser) -> None:
         "--on-error",
         choices=ON_ERROR_CHOICES,
         default="",
-        help="where a drive's request fails: tell the guest, stop it, or stop it if the host is full (default)",
+        help="where a disk's request fails: tell the guest, stop it, or stop it if the host is full (default)",
     )
     group.add_argument(
         "--hotplug-ports", metavar="N", type=int, help="PCI devices that can be plugged in later (default: 8; pc: 27)"
@@ -223,9 +223,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         hotplug_ports=options.hotplug_ports,
         on_error=options.on_error,
         qmp_log=options.qmp_log,
-        extra_drives=tuple(
-            parse_extra_drive(each, default_bus=options.image_disk_type) for each in options.extra_drive
-        ),
+        extra_disks=tuple(parse_extra_drive(each, default_bus=options.image_disk_type) for each in options.extra_drive),
         console=options.console or default_console(),
         console_transport=options.console_transport,
         console_log=_absolute(options.log),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a drive may be given besides its image and bus, and what it reads and writes."""
+"""What a disk may be given besides its image and bus, and what it reads and writes."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import detach_by_reset, idle_machine
-from vmspawn import Drive, Machine
+from vmspawn import Disk, Machine
 from vmspawn.errors import BadConfig, SystemFailure
 from vmspawn.storage.limits import Limits
 
@@ -20,31 +20,31 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures(
 
 
 async def test_a_shared_image_is_written_from_two_machines(machine: Machine, qemu: str, tmp_path: Path) -> None:
-    drive = Drive(str(make_raw(tmp_path / "image", MIB)), bus="virtio-scsi", share=True)
+    disk = Disk(str(make_raw(tmp_path / "image", MIB)), bus="virtio-scsi", share=True)
     async with idle_machine(qemu, tmp_path) as other:
-        await machine.attach(drive)
-        await other.attach(drive)
+        await machine.attach(disk)
+        await other.attach(disk)
         # Somebody who does not share it is kept out.
         await other.detach("image")
         with pytest.raises(SystemFailure, match=f"machine {machine.name} uses the image of image"):
-            await other.attach(drive._replace(share=False))
+            await other.attach(disk._replace(share=False))
         await machine.detach("image")
     with pytest.raises(BadConfig, match="qcow2 format cannot be shared"):
-        await machine.attach(Drive(str(make_qcow2(tmp_path / "qcow2")), format="qcow2", bus="virtio-scsi", share=True))
+        await machine.attach(Disk(str(make_qcow2(tmp_path / "qcow2")), format="qcow2", bus="virtio-scsi", share=True))
 
 
 async def test_a_block_device_is_shared_without_the_hosts_cache(machine: Machine, qemu: str, tmp_path: Path) -> None:
     with loop_device(make_raw(tmp_path / "image", MIB)) as device:
-        drive = Drive(device, "disk", "virtio-scsi", cache="none", share=True)
+        disk = Disk(device, "disk", "virtio-scsi", cache="none", share=True)
         async with idle_machine(qemu, tmp_path) as other:
-            await machine.attach(drive)
-            await other.attach(drive)
+            await machine.attach(disk)
+            await other.attach(disk)
             nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
             (node,) = (each for each in nodes if each["drv"] == "host_device")
             assert (node["cache"]["direct"], node["ro"]) == (True, False)
             await other.detach("disk")
             with pytest.raises(SystemFailure, match=f"machine {machine.name} uses the image of disk"):
-                await other.attach(drive._replace(share=False))
+                await other.attach(disk._replace(share=False))
             await machine.detach("disk")
 
 
@@ -69,7 +69,7 @@ async def test_options_reach_the_nodes(machine: Machine, tmp_path: Path) -> None
         os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
     except OSError:
         pytest.skip("this file system has no O_DIRECT")
-    await machine.attach(Drive(path, "disk", "virtio-scsi", cache="none", detect_zeroes="unmap"))
+    await machine.attach(Disk(path, "disk", "virtio-scsi", cache="none", detect_zeroes="unmap"))
     nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
     attached = next(each for each in machine.storage if each.name == "disk")
     assert attached.image is not None
@@ -80,7 +80,7 @@ async def test_options_reach_the_nodes(machine: Machine, tmp_path: Path) -> None
 
 
 async def test_an_io_thread_comes_and_goes_with_its_disk(machine: Machine, tmp_path: Path) -> None:
-    await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-blk", thread=True))
+    await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-blk", thread=True))
     threads = await machine.monitor.execute("query-iothreads")
     assert len(threads) == 1
     await machine.replace("disk", str(make_qcow2(tmp_path / "other", 2 * MIB)), format="qcow2")
@@ -92,36 +92,36 @@ async def test_an_io_thread_comes_and_goes_with_its_disk(machine: Machine, tmp_p
 @pytest.mark.parametrize(
     ("drive", "message"),
     [
-        (Drive("image", discard="maybe"), "unknown discard mode 'maybe'"),
-        (Drive("image", detect_zeroes="maybe"), "unknown zero detection 'maybe'"),
-        (Drive("image", detect_zeroes="unmap", discard="ignore"), "discard must be unmap"),
-        (Drive("image", cache="maybe"), "unknown cache mode 'maybe'"),
-        (Drive("image", aio="maybe"), "unknown asynchronous I/O 'maybe'"),
-        (Drive("image", bus="nvme", thread=True), "bus nvme cannot have an I/O thread"),
-        (Drive("image", boot_index=-2), "boot index of -2"),
+        (Disk("image", discard="maybe"), "unknown discard mode 'maybe'"),
+        (Disk("image", detect_zeroes="maybe"), "unknown zero detection 'maybe'"),
+        (Disk("image", detect_zeroes="unmap", discard="ignore"), "discard must be unmap"),
+        (Disk("image", cache="maybe"), "unknown cache mode 'maybe'"),
+        (Disk("image", aio="maybe"), "unknown asynchronous I/O 'maybe'"),
+        (Disk("image", bus="nvme", thread=True), "bus nvme cannot have an I/O thread"),
+        (Disk("image", boot_index=-2), "boot index of -2"),
     ],
 )
-async def test_options_that_cannot_be(machine: Machine, tmp_path: Path, drive: Drive, message: str) -> None:
+async def test_options_that_cannot_be(machine: Machine, tmp_path: Path, disk: Disk, message: str) -> None:
     make_raw(tmp_path / "image", MIB)
     with pytest.raises(BadConfig, match=message):
-        await machine.attach(drive._replace(path=str(tmp_path / drive.path)))
+        await machine.attach(disk._replace(path=str(tmp_path / disk.path)))
 
 
 async def test_the_bus_auto_is_virtio_blk_while_there_are_ports(machine: Machine, tmp_path: Path) -> None:
     taken = [machine.storage._context.layout.pci.take() for _ in range(machine.storage.ports_free)]
-    attached = await machine.attach(Drive(str(make_raw(tmp_path / "image", MIB)), "disk", "auto"))
-    assert attached.drive.bus == "virtio-scsi"
+    attached = await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "auto"))
+    assert attached.disk.bus == "virtio-scsi"
     await machine.detach("disk")
     for place in taken:
         machine.storage._context.layout.pci.release(place)
-    attached = await machine.attach(Drive(str(tmp_path / "image"), "disk", "auto"))
-    assert attached.drive.bus == "virtio-blk"
+    attached = await machine.attach(Disk(str(tmp_path / "image"), "disk", "auto"))
+    assert attached.disk.bus == "virtio-blk"
     await detach_by_reset(machine, "disk")
 
 
-async def test_statistics_are_those_of_the_drive(machine: Machine, tmp_path: Path) -> None:
+async def test_statistics_are_those_of_the_disk(machine: Machine, tmp_path: Path) -> None:
     for bus in ("virtio-scsi", "scsi-cd"):
-        await machine.attach(Drive(str(make_raw(tmp_path / bus, MIB)), bus, bus))
+        await machine.attach(Disk(str(make_raw(tmp_path / bus, MIB)), bus, bus))
     found = await machine.storage.statistics()
     assert {"virtio-scsi", "scsi-cd"} <= set(found)
     assert found["virtio-scsi"].writes == 0

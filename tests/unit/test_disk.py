@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What makes a drive: names, serials, formats, and which descriptors are good for one."""
+"""What makes a disk: names, serials, formats, and which descriptors are good for one."""
 
 import fcntl
 import os
@@ -13,52 +13,52 @@ from hypothesis import strategies as st
 from tests.conftest import make_qcow2, make_raw
 from vmspawn.errors import BadConfig, SystemFailure, UsageError
 from vmspawn.storage import backing as backings
-from vmspawn.storage import disk as drives
+from vmspawn.storage import disk as disks
 from vmspawn.storage import formats
-from vmspawn.storage.disk import Drive, parse_extra_drive
+from vmspawn.storage.disk import Disk, parse_extra_drive
 
 
 @pytest.mark.parametrize("name", ["disk", "a", "x" * 20, "data-1.raw", "A_b.C-9"])
 def test_a_short_plain_name_is_its_own_serial(name: str) -> None:
-    assert drives.serial_for(name) == name
+    assert disks.serial_for(name) == name
 
 
 def test_another_name_is_hashed() -> None:
     # printf %s 'my disk' | sha256sum | cut -c1-20
-    assert drives.serial_for("my disk") == "514d464627a195887561"
+    assert disks.serial_for("my disk") == "514d464627a195887561"
 
 
 @given(st.text(min_size=1, max_size=300))
 def test_every_name_gives_a_serial_that_every_bus_can_carry(name: str) -> None:
-    assert drives.check_serial(drives.serial_for(name))
+    assert disks.check_serial(disks.serial_for(name))
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "\x00", "x" * (drives.DRIVE_NAME_MAX + 1)])
-def test_names_that_no_drive_may_have(name: str) -> None:
-    with pytest.raises(BadConfig, match="invalid drive name"):
-        drives.check_name(name)
+@pytest.mark.parametrize("name", ["", "a\nb", "\x00", "x" * (disks.DISK_NAME_MAX + 1)])
+def test_names_that_no_disk_may_have(name: str) -> None:
+    with pytest.raises(BadConfig, match="invalid disk name"):
+        disks.check_name(name)
 
 
-@pytest.mark.parametrize("name", ["disk", "pool:volume", "two words", "größe", "a/b", "x" * drives.DRIVE_NAME_MAX])
-def test_names_that_a_drive_may_have(name: str) -> None:
-    assert drives.check_name(name) == name
+@pytest.mark.parametrize("name", ["disk", "pool:volume", "two words", "größe", "a/b", "x" * disks.DISK_NAME_MAX])
+def test_names_that_a_disk_may_have(name: str) -> None:
+    assert disks.check_name(name) == name
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemFailure, match="No such file or directory"):
-        backings.open_drive(str(tmp_path / "none"), read_only=False)
+        backings.open_disk(str(tmp_path / "none"), read_only=False)
 
 
-def test_a_directory_is_no_drive(tmp_path: Path) -> None:
+def test_a_directory_is_no_disk(tmp_path: Path) -> None:
     for read_only in (True, False):
         with pytest.raises(BadConfig, match="is a directory"):
-            backings.open_drive(str(tmp_path), read_only=read_only)
+            backings.open_disk(str(tmp_path), read_only=read_only)
 
 
 def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(BadConfig, match="is a pipe"):
-        backings.open_drive(str(tmp_path / "fifo"), read_only=False)
+        backings.open_disk(str(tmp_path / "fifo"), read_only=False)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_a_pipe_and_a_socket_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("flags", "writable"), [(os.O_RDONLY, False), (os.O_RDWR, True)])
-def test_the_descriptor_says_whether_the_drive_is_writable(tmp_path: Path, flags: int, writable: bool) -> None:
+def test_the_descriptor_says_whether_the_disk_is_writable(tmp_path: Path, flags: int, writable: bool) -> None:
     backing = backings.inspect(os.open(make_raw(tmp_path / "disk", 12345), flags))
     assert (backing.writable, backing.size, backing.block) == (writable, 12345, False)
     backing.close()
 
 
-def test_a_writable_descriptor_can_become_a_read_only_drive(tmp_path: Path) -> None:
+def test_a_writable_descriptor_can_become_a_read_only_disk(tmp_path: Path) -> None:
     backing = backings.inspect(os.open(make_raw(tmp_path / "disk"), os.O_RDWR), read_only=True)
     assert not backing.writable
     assert fcntl.fcntl(backing.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
@@ -117,10 +117,10 @@ def test_direct_access_is_cleared_for_a_cached_node(tmp_path: Path) -> None:
 
 
 def test_no_format_means_raw_but_never_for_an_image_that_looks_like_qcow2(tmp_path: Path) -> None:
-    raw = backings.open_drive(str(make_raw(tmp_path / "raw")), read_only=True)
+    raw = backings.open_disk(str(make_raw(tmp_path / "raw")), read_only=True)
     assert formats.choose_format(raw, None, what="raw") == "raw"
     raw.close()
-    qcow2 = backings.open_drive(str(make_qcow2(tmp_path / "qcow2")), read_only=True)
+    qcow2 = backings.open_disk(str(make_qcow2(tmp_path / "qcow2")), read_only=True)
     with pytest.raises(BadConfig, match="looks like qcow2"):
         formats.choose_format(qcow2, None, what="qcow2")
     assert formats.choose_format(qcow2, "qcow2", what="qcow2") == "qcow2"
@@ -129,7 +129,7 @@ def test_no_format_means_raw_but_never_for_an_image_that_looks_like_qcow2(tmp_pa
 
 
 def test_what_is_said_to_be_qcow2_must_be(tmp_path: Path) -> None:
-    raw = backings.open_drive(str(make_raw(tmp_path / "raw")), read_only=True)
+    raw = backings.open_disk(str(make_raw(tmp_path / "raw")), read_only=True)
     with pytest.raises(BadConfig, match="is not in qcow2 format"):
         formats.choose_format(raw, "qcow2", what="raw")
     raw.close()
@@ -142,7 +142,7 @@ def test_an_image_with_a_backing_file_is_refused(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay"
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(tmp_path / "base"), str(overlay)]
     subprocess.run(command, check=True)
-    backing = backings.open_drive(str(overlay), read_only=True)
+    backing = backings.open_disk(str(overlay), read_only=True)
     with pytest.raises(BadConfig, match="has a backing file"):
         formats.choose_format(backing, "qcow2", what="overlay")
     backing.close()
@@ -151,21 +151,21 @@ def test_an_image_with_a_backing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/a/disk", Drive("/a/disk", "disk")),
-        ("qcow2:/a/disk", Drive("/a/disk", "disk", format="qcow2")),
-        ("nvme:/a/disk", Drive("/a/disk", "disk", bus="nvme")),
-        ("raw:virtio-scsi:/a/disk", Drive("/a/disk", "disk", bus="virtio-scsi", format="raw")),
-        ("/a/b:c", Drive("/a/b:c", "b:c")),
-        ("virtio-scsi:raw:/a/disk", Drive("/a/disk", "disk", bus="virtio-scsi", format="raw")),
-        ("nvme:nvme:x", Drive(os.path.abspath("nvme:x"), "nvme:x", bus="nvme")),
-        ("scsi-cd:/a/qcow2:x", Drive("/a/qcow2:x", "qcow2:x", bus="scsi-cd")),
+        ("/a/disk", Disk("/a/disk", "disk")),
+        ("qcow2:/a/disk", Disk("/a/disk", "disk", format="qcow2")),
+        ("nvme:/a/disk", Disk("/a/disk", "disk", bus="nvme")),
+        ("raw:virtio-scsi:/a/disk", Disk("/a/disk", "disk", bus="virtio-scsi", format="raw")),
+        ("/a/b:c", Disk("/a/b:c", "b:c")),
+        ("virtio-scsi:raw:/a/disk", Disk("/a/disk", "disk", bus="virtio-scsi", format="raw")),
+        ("nvme:nvme:x", Disk(os.path.abspath("nvme:x"), "nvme:x", bus="nvme")),
+        ("scsi-cd:/a/qcow2:x", Disk("/a/qcow2:x", "qcow2:x", bus="scsi-cd")),
     ],
 )
-def test_extra_drive_takes_a_format_and_a_bus_in_front_of_the_path(text: str, expected: Drive) -> None:
+def test_extra_disk_takes_a_format_and_a_bus_in_front_of_the_path(text: str, expected: Disk) -> None:
     assert parse_extra_drive(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "qcow2:", "raw:nvme:"])
-def test_extra_drive_without_a_path(text: str) -> None:
+def test_extra_disk_without_a_path(text: str) -> None:
     with pytest.raises(UsageError, match="names no path"):
         parse_extra_drive(text)
