@@ -90,7 +90,7 @@ async def test_an_io_thread_comes_and_goes_with_its_disk(machine: Machine, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("drive", "message"),
+    ("disk", "message"),
     [
         (Disk("image", discard="maybe"), "unknown discard mode 'maybe'"),
         (Disk("image", detect_zeroes="maybe"), "unknown zero detection 'maybe'"),
