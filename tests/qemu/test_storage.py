@@ -168,7 +168,7 @@ async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Ma
     machine.storage._context.layout.pci.release(free)
     # Places are used in turn: of all that are free, occupy the one that comes next.
     upcoming = machine.storage._context.layout.pci._free[0]
-    device = {"driver": "virtio-blk-pci", "id": "foreign", "disk": "foreign", **upcoming.properties()}
+    device = {"driver": "virtio-blk-pci", "id": "foreign", "drive": "foreign", **upcoming.properties()}
     await machine.monitor.execute("device_add", device)
     with pytest.raises(QmpError, match="refused device_add"):
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-blk"))
