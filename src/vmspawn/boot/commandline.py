@@ -15,6 +15,7 @@ from ..storage.nodes import Identifiers
 from . import console, memory
 from .config import MachineConfig
 from .extras import Additions
+from .overlay import BASE_FDSET, Below
 from .qemu import QemuBinary
 from .sandbox import sandbox
 
@@ -35,8 +36,22 @@ class BootDisk(NamedTuple):
     place: places.Place
     image: Image
     serial: str
-    #: The node that an overlay stands on.
-    below: str | None = None
+    #: The image below the overlay that `image` is.
+    below: Below | None = None
+    #: Whether it is the machine's image, and not an extra disk.
+    is_image: bool = False
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What QEMU inherits of it."""
+        own = [self.image.backing.fd] if self.image.backing is not None else []
+        return own if self.below is None else [*own, self.below.fd]
+
+    def close(self) -> None:
+        """Close the descriptors; QEMU has its own by then. May be called again."""
+        self.image.close_backing()
+        if self.below is not None:
+            self.below.close()
 
     def device(self) -> dict[str, object]:
         """The device's properties."""
@@ -52,7 +67,7 @@ class BootDisk(NamedTuple):
         """The block nodes' options, from the bottom up."""
         found = [nodes.file_node(self.image, self.disk)]
         if self.image.format != "raw":
-            overlaid = {"backing": self.below} if self.below else {}
+            overlaid = {"backing": self.below.node["node-name"]} if self.below else {}
             found.append({**nodes.format_node(self.image, self.disk), **overlaid})
         found.append(nodes.pivot_node(self.identifiers, self.image, self.disk, read_only=self.disk.read_only))
         return found
@@ -150,6 +165,8 @@ def _disks(disks: Sequence[BootDisk]) -> Iterable[str]:
     for each in disks:
         assert each.image.backing is not None
         yield from ("-add-fd", f"fd={each.image.backing.fd},set={each.image.fdset}")
+        if each.below is not None:
+            yield from ("-add-fd", f"fd={each.below.fd},set={BASE_FDSET}", "-blockdev", json.dumps(each.below.node))
         yield from ("-object", json.dumps({"qom-type": "throttle-group", "id": each.identifiers.limits}))
         for node in each.nodes():
             yield from ("-blockdev", json.dumps(node))

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 
 from ..helpers.helper import Helper
-from ..storage.image import FDSET_BASE
+from .overlay import BASE_FDSET
 
-#: Where the numbers of our descriptor sets for other things than disks end; those of disks begin there.
-_FDSETS_END = FDSET_BASE
+#: The numbers of descriptor sets for other things than disks are below this one.
+_FDSETS_END = BASE_FDSET
 
 
 class Additions:

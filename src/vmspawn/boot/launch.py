@@ -72,7 +72,7 @@ class Launched:
         self.layout = layout
         self.accelerator = ""
         self.directory: MachineDirectory | None = None
-        self.boot_disks: list[BootDisk] = []
+        self.boot_disks: tuple[BootDisk, ...] = ()
         self.sockets: dict[str, socket.socket] = {}
         self.additions = Additions()
         #: Our ends of the console's pipes, for what is typed and what is shown, or nothing.
@@ -123,7 +123,7 @@ class Launched:
     def close_images(self) -> None:
         """Close our descriptors of the boot disks; QEMU has its own by then."""
         for each in self.boot_disks:
-            each.image.close_backing()
+            each.close()
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def launch(
         begin()
         launched.console_log = open_console_log(config.console_log)
         launched.directory = MachineDirectory.create(config.name or "")
-        open_boot_disks(launched)
+        launched.boot_disks = open_boot_disks(config, layout, launched.directory.path)
         if why:
             notice(f"no KVM ({why}), so the guest is emulated and slow")
         if boot is None:
@@ -258,7 +258,7 @@ def _start(launched: Launched, boot: Boot | None) -> None:
             launched.additions,
         )
         arguments[:0] = scope.prefix(launched.config.registration, launched.config.name or "")
-        images = [each.image.backing.fd for each in launched.boot_disks if each.image.backing]
+        images = [fd for each in launched.boot_disks for fd in each.descriptors]
         keep = [
             *(listener.fileno() for listener in listeners.values()),
             *images,

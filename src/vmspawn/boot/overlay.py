@@ -7,30 +7,47 @@ And images that grow before they boot.
 from __future__ import annotations
 
 import errno
-import json
 import os
 
 from ..errors import StartError, UsageError
 from ..images import qcow2
 from ..storage import backing as backings
 from ..storage.backing import Backing
-from .extras import Additions
+from ..storage.image import FDSET_BASE
 
 #: The node of the image below its overlay.
 BASE_NODE = "image-below"
+
+#: Its descriptor set. Those of other things than disks have smaller numbers.
+BASE_FDSET = FDSET_BASE - 1
 
 #: As systemd-vmspawn, sizes are rounded up to whole pages.
 _GROW_UNIT = 4096
 
 
-def overlay(
-    additions: Additions, base: Backing, image_format: str, *, path: str, folder: str, grow_to: int | None
-) -> Backing:
-    """A new qcow2 overlay over an image that is open for reading, in `folder` or, if that cannot be, in memory.
+class Below:
+    """The image below an overlay: its descriptor, which the guest's writes never reach, and its block node."""
 
-    Owns `base` from the call on; the caller owns what is returned. Raises StartError.
+    __slots__ = ("fd", "node")
+
+    def __init__(self, fd: int, node: dict[str, object]) -> None:
+        self.fd = fd
+        self.node = node
+
+    def close(self) -> None:
+        """Close the descriptor. May be called again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to: int | None) -> tuple[Backing, Below]:
+    """Make a qcow2 overlay over an image that is open for reading, in `folder` or, if that is impossible, in memory.
+
+    The caller owns both results, the second of which holds the descriptor of `base`; `base` stays the caller's on
+    failure. Raises StartError, UsageError.
     """
-    file = {"driver": "host_device" if base.block else "file", "filename": additions.add_fdset(base.fd)}
+    file = {"driver": "host_device" if base.block else "file", "filename": f"/dev/fdset/{BASE_FDSET}"}
     node = {"driver": image_format, "node-name": BASE_NODE, "read-only": True, "file": {**file, "read-only": True}}
     if image_format == "qcow2":
         node["backing"] = None
@@ -38,13 +55,14 @@ def overlay(
         hint = "convert it with: qemu-img convert"
         raise UsageError(f"--ephemeral works with raw and qcow2 images, and {path} is {image_format}", hint=hint)
     size = qcow2.layout_of(base.fd, path).size if image_format == "qcow2" else base.size
-    additions.arguments += ["-blockdev", json.dumps(node)]
     fd = _open_unnamed(folder)
     try:
         qcow2.write_empty(fd, max(size, _round_up(grow_to or 0)))
-        return backings.inspect(fd, what="the overlay")
-    except OSError as error:
+        return backings.inspect(fd, what="the overlay"), Below(base.fd, node)
+    except BaseException as error:
         os.close(fd)
+        if not isinstance(error, OSError):
+            raise
         raise StartError(f"cannot make an overlay for {path}: {error.strerror}") from None
 
 
