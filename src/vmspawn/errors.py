@@ -1,25 +1,81 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can go wrong, as one tree of exceptions.
+"""All errors of this package, as one tree of exceptions.
 
 Each leaf stands for one answer that a caller can act upon, and the control socket sends each as one Varlink error
-(`control/errors.py`). A message is one line: what failed and why. A hint, where there is one, says what to do.
+(`control/errors.py`). A message is one line: what failed and why. A hint is one line more: what to do.
+
+An error of a field (`machine_type`) is spelled differently to a Python caller (`machine_type='x'`) and to a user of the
+command line (`--machine-type=x`). `with_fields` takes templates for that:
+
+    UsageError.with_fields("{cpus={count}} is out of range", hint="use 1 to {most}, or {kvm=no}", count=500, most=255)
+
+    {count}          the value `count`: all text that is not the template's own is passed in this way
+    {cpus=}          the field `cpus`, by its name alone
+    {kvm=no}         the field `kvm` with the value "no"; True stands for a switch: {ephemeral=True}
+    {cpus={count}}   the field `cpus` with the value `count`
 """
 
 from __future__ import annotations
 
 import errno as errno_names
 import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+#: Spells a field with its value, or by its name alone if the value is None.
+Spelling = Callable[[str, Any], str]
+
+_PLACEHOLDER = re.compile(r"\{([a-z_.]+)(?:(=)(?:\{([a-z_]+)\}|([^{}]*)))?\}")
+
+
+def as_keyword(field: str, value: Any = None) -> str:
+    """Spell a field for Python: `cpus=500`, or `cpus=` for its name alone."""
+    return f"{field}=" if value is None else f"{field}={value!r}"
 
 
 class VmspawnError(Exception):
-    """The root of all that this package raises on purpose.
+    """The root of all errors that this package raises on purpose. It is never raised itself.
 
-    `hint` is a second line for people: what to do about it, or an empty string.
+    `str(error)` says what failed and why; `hint` says what to do, or is empty. A traceback shows the hint as a note.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        self._template: tuple[str, str, Mapping[str, Any]] | None = None
+        if hint:
+            self.add_note(hint)
+
+    @classmethod
+    def with_fields(cls, message: str, *, hint: str = "", **values: Any) -> Self:
+        """Make an error whose message and hint are templates (see above)."""
+        error = cls(_fill(message, values, as_keyword), hint=_fill(hint, values, as_keyword))
+        error._template = message, hint, values
+        return error
+
+    def spelled(self, spelling: Spelling) -> tuple[str, str]:
+        """Return message and hint with the fields in another spelling than Python's."""
+        if self._template is None:
+            return str(self), self.hint
+        message, hint, values = self._template
+        return _fill(message, values, spelling), _fill(hint, values, spelling)
+
+
+def _fill(template: str, values: Mapping[str, Any], spelling: Spelling) -> str:
+    """Replace each placeholder of a template. Raises KeyError for a value that was not passed."""
+
+    def replace(found: re.Match[str]) -> str:
+        name, is_field, value_name, literal = found.groups()
+        if not is_field:
+            return str(values[name])
+        return spelling(name, values[value_name] if value_name else _LITERALS.get(literal, literal))
+
+    return _PLACEHOLDER.sub(replace, template)
+
+
+#: Values in a template that are not strings.
+_LITERALS = {"": None, "True": True, "False": False}
 
 
 class UsageError(VmspawnError):

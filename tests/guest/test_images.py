@@ -72,7 +72,7 @@ def test_ephemeral_is_for_the_image_alone(tmp_path: Path) -> None:
     extra = vmspawn(f"--image={tmp_path}/a", "--ephemeral", f"--extra-drive={tmp_path}/b")
     assert extra.returncode == 2
     assert "--ephemeral does not work with --extra-drive=" in extra.stderr
-    with pytest.raises(UsageError, match="--ephemeral does not work with anything but --image="):
+    with pytest.raises(UsageError, match="ephemeral=True works only with image="):
         Machine(guest="builtin", ephemeral=True)
 
 

@@ -37,9 +37,9 @@ def test_binds_keep_their_order_and_their_mode() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image=/x", "--directory=/y"], "--directory= and --image= are both"),
-        (["--guest=builtin", "--directory=/y"], "--directory= and --guest= are both"),
-        (["--guest=builtin", "--bind=/y"], "mounted by systemd in the guest"),
+        (["--image=/x", "--directory=/y"], "directory= and image= both"),
+        (["--guest=builtin", "--directory=/y"], "directory= and guest= both"),
+        (["--guest=builtin", "--bind=/y"], "needs systemd in the guest"),
         (["--image=/x", "--bind=/a:/t", "--bind-ro=/b:/t"], "something else is bound to /t"),
     ],
 )

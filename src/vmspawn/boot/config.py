@@ -100,19 +100,25 @@ class MachineConfig(NamedTuple):
 
 def check(config: MachineConfig) -> MachineConfig:
     """Return the configuration with its name filled in. Raises UsageError for what contradicts itself."""
-    _check_choice("--machine-type=", config.machine_type, MACHINE_TYPES)
-    _check_choice("--kvm=", config.kvm, KVM_CHOICES)
-    _check_choice("--console=", config.console, CONSOLES)
-    _check_choice("--console-transport=", config.console_transport, CONSOLE_TRANSPORTS)
+    _check_choice("machine_type", config.machine_type, MACHINE_TYPES)
+    _check_choice("kvm", config.kvm, KVM_CHOICES)
+    _check_choice("console", config.console, CONSOLES)
+    _check_choice("console_transport", config.console_transport, CONSOLE_TRANSPORTS)
     if config.console_log is not None and config.console == "native":
-        raise UsageError("--log= cannot see what QEMU shows with --console=native", hint="leave out one of the two")
+        raise UsageError.with_fields(
+            "{console_log=} cannot see what QEMU shows with {console=native}", hint="leave out one of the two"
+        )
     if config.guest is not None:
-        _check_choice("--guest=", config.guest, ("builtin",))
+        _check_choice("guest", config.guest, ("builtin",))
     _check_boot(config)
     if not 1 <= config.cpus <= _CPUS_MAX:
-        raise UsageError(f"--cpus={config.cpus} is out of range", hint=f"use 1 to {_CPUS_MAX}")
+        raise UsageError.with_fields(
+            "{cpus={count}} is out of range", hint="use 1 to {most}", count=config.cpus, most=_CPUS_MAX
+        )
     if config.ram_bytes < _RAM_MIN:
-        raise UsageError(f"--ram= is too small for a guest ({config.ram_bytes} bytes)", hint="use at least 32M")
+        raise UsageError.with_fields(
+            "{ram=} is too small for a guest ({size} bytes)", hint="use at least 32M", size=config.ram_bytes
+        )
     if config.uuid is not None:
         _check_uuid(config.uuid)
     machined.check(config.registration)
@@ -122,39 +128,49 @@ def check(config: MachineConfig) -> MachineConfig:
     return config._replace(name=check_name(config.name if config.name is not None else _default_name(config)))
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"{option}{value} is not known", hint=f"there are: {', '.join(choices)}")
+        template = "{" + field + "={value}} is not known"
+        raise UsageError.with_fields(template, hint="there are: {choices}", value=value, choices=", ".join(choices))
 
 
 def _check_boot(config: MachineConfig) -> None:
     if config.guest and (config.linux or config.initrd):
-        raise UsageError("--guest=builtin brings its own kernel", hint="leave out --linux= and --initrd=, or --guest=")
+        raise UsageError.with_fields(
+            "{guest=builtin} brings its own kernel", hint="leave out {linux=} and {initrd=}, or {guest=}"
+        )
     if config.directory and (config.image or config.guest):
-        other = "--image=" if config.image else "--guest="
-        raise UsageError(f"--directory= and {other} are both what the guest's root is", hint="leave out one of them")
-    if config.ephemeral and (not config.image or config.extra_disks):
-        other = "--extra-drive=" if config.image else "anything but --image="
-        raise UsageError(f"--ephemeral does not work with {other}", hint="leave out one of them")
+        other = "{image=}" if config.image else "{guest=}"
+        raise UsageError.with_fields("{directory=} and " + other + " both name the guest's root", hint=_LEAVE_ONE_OUT)
+    if config.ephemeral and not config.image:
+        raise UsageError.with_fields("{ephemeral=True} works only with {image=}", hint=_LEAVE_ONE_OUT)
+    if config.ephemeral and config.extra_disks:
+        raise UsageError.with_fields("{ephemeral=True} does not work with {extra_disks=}", hint=_LEAVE_ONE_OUT)
     if config.binds and config.guest:
-        raise UsageError(
-            "--bind= is mounted by systemd in the guest, and the built-in guest has none", hint="boot an image instead"
+        raise UsageError.with_fields(
+            "{binds=} needs systemd in the guest to mount it, and the built-in guest has none",
+            hint="boot an image instead",
         )
     if config.initrd and not config.linux:
-        raise UsageError("--initrd= needs --linux=", hint="name the kernel that the initrd belongs to")
+        raise UsageError.with_fields("{initrd=} needs {linux=}", hint="name the kernel that the initrd belongs to")
     if not (config.guest or config.linux or config.image or config.directory):
-        raise UsageError(
+        raise UsageError.with_fields(
             "nothing to boot",
-            hint="try --guest=builtin, or name an image with --image= or a directory with --directory=",
+            hint="try {guest=builtin}, or name an image with {image=} or a directory with {directory=}",
         )
+
+
+_LEAVE_ONE_OUT = "leave out one of them"
 
 
 def _check_uuid(text: str) -> None:
     digits = text.replace("-", "")
     if len(digits) != 32 or not set(digits.lower()) <= set("0123456789abcdef"):
-        raise UsageError(f"--uuid={text} is not a UUID", hint="write 32 hexadecimal digits, with or without dashes")
+        raise UsageError.with_fields(
+            "{uuid={text}} is not a UUID", hint="write 32 hexadecimal digits, with or without dashes", text=text
+        )
     if not digits.strip("0"):
-        raise UsageError(f"--uuid={text} stands for no UUID", hint="make one with: uuidgen")
+        raise UsageError.with_fields("{uuid={text}} stands for no UUID", hint="make one with: uuidgen", text=text)
 
 
 def _default_name(config: MachineConfig) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ from .. import log
 from ..console.streams import ensure_standard_streams
 from ..errors import SystemFailure, UsageError, VmspawnError
 from ..text import printable
+from .spelling import as_option
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -28,11 +30,12 @@ EXIT_INTERRUPTED = 130
 
 def complain(program: str, error: VmspawnError) -> None:
     """Print an error as `program: what failed: why`, and what to do about it below."""
+    message, hint = error.spelled(functools.partial(as_option, program))
     # Nobody may hear it.
     with contextlib.suppress(OSError):
-        print(f"{program}: {printable(str(error))}", file=sys.stderr)
-        if error.hint:
-            print(f"{' ' * len(program)}  {printable(error.hint)}", file=sys.stderr)
+        print(f"{program}: {printable(message)}", file=sys.stderr)
+        if hint:
+            print(f"{' ' * len(program)}  {printable(hint)}", file=sys.stderr)
 
 
 def run(program: str, work: Callable[[], int]) -> NoReturn:

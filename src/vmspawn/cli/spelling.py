@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Spells the fields that errors name as options of the command line: `machine_type` as `--machine-type=`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: Options that are not called as their field is. A name in capitals is a positional argument.
+_OF_VMSPAWN = {
+    "name": "machine",
+    "extra_disks": "extra-drive",
+    "console_log": "log",
+    "qemu_arguments": "qemu-arg",
+    "vendor_strings": "smbios11",
+    "network_user": "network-user-mode",
+    "binds": "bind",
+    "volumes": "bind-volume",
+    "credentials": "set-credential",
+    "firmware.kind": "firmware",
+    "firmware.include": "firmware-features",
+    "firmware.nvram_template": "efi-nvram-template",
+    "firmware.nvram_state": "efi-nvram-state",
+    "registration.mode": "register",
+    "registration.slice": "slice",
+    "registration.properties": "property",
+    "registration.keep_unit": "keep-unit",
+}
+_OF_VMCTL = {
+    "thread": "iothread",
+    "size": "SIZE",
+}
+_NAMES = {"vmspawn": _OF_VMSPAWN, "vmctl": _OF_VMCTL}
+
+
+def as_option(program: str, field: str, value: Any = None) -> str:
+    """Spell a field as an option of `program`: `--cpus=500`, `--cpus=` for its name alone, `--ephemeral` for True."""
+    name = _NAMES.get(program, {}).get(field, field.replace("_", "-"))
+    if name.isupper():
+        return name if value is None else f"{name} {value}"
+    if value is True:
+        return f"--{name}"
+    return f"--{name}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return "no" if value is False else str(value)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Errors: fields are spelled for Python and for the command line, and hints are shown once."""
+
+import functools
+import traceback
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmspawn.cli.spelling import as_option
+from vmspawn.errors import StartError, UsageError, VmspawnError
+
+VMSPAWN = functools.partial(as_option, "vmspawn")
+VMCTL = functools.partial(as_option, "vmctl")
+
+
+@pytest.mark.parametrize(
+    ("template", "python", "option"),
+    [
+        ("{machine_type=} is wrong", "machine_type= is wrong", "--machine-type= is wrong"),
+        ("{machine_type=pc}", "machine_type='pc'", "--machine-type=pc"),
+        ("{console={text}}", "console='gui'", "--console=gui"),
+        ("{cpus={count}}: {text}", "cpus=500: gui", "--cpus=500: gui"),
+        ("{ephemeral=True}", "ephemeral=True", "--ephemeral"),
+        ("{discard_disk=False}", "discard_disk=False", "--discard-disk=no"),
+        ("{console_log={text}}", "console_log='gui'", "--log=gui"),
+        ("{firmware.kind=uefi}", "firmware.kind='uefi'", "--firmware=uefi"),
+        ("{ no } {} {x", "{ no } {} {x", "{ no } {} {x"),
+    ],
+)
+def test_a_field_is_spelled_for_python_and_for_the_command_line(template: str, python: str, option: str) -> None:
+    error = UsageError.with_fields(template, hint=template, text="gui", count=500)
+    assert (str(error), error.hint) == (python, python)
+    assert error.spelled(VMSPAWN) == (option, option)
+
+
+def test_each_command_has_options_of_its_own() -> None:
+    error = UsageError.with_fields("{name=x} {size={size}} {thread=True}", size=5)
+    assert error.spelled(VMSPAWN)[0] == "--machine=x --size=5 --thread"
+    assert error.spelled(VMCTL)[0] == "--name=x SIZE 5 --iothread"
+
+
+@given(st.text())
+def test_text_of_others_is_never_a_template(text: str) -> None:
+    for each in (text, "{cpus=}", "{text}"):
+        assert UsageError(each, hint=each).spelled(VMSPAWN) == (each, each)
+        assert UsageError.with_fields("{text}", text=each).spelled(VMSPAWN) == (each, "")
+
+
+def test_a_value_that_was_not_passed_is_a_mistake_of_ours() -> None:
+    with pytest.raises(KeyError, match="text"):
+        UsageError.with_fields("{text}")
+
+
+@pytest.mark.parametrize("make", [StartError, StartError.with_fields])
+def test_the_hint_is_shown_once_in_a_traceback(make: type[VmspawnError]) -> None:
+    hint = "try again"
+    try:
+        try:
+            raise make("it failed", hint=hint)
+        except VmspawnError:
+            raise
+    except StartError as error:
+        shown = "".join(traceback.format_exception(error))
+    assert shown.endswith("StartError: it failed\ntry again\n")
+    assert shown.count(hint + "\n") == 1
