@@ -42,6 +42,26 @@ class BootDisk(NamedTuple):
     is_image: bool = False
 
     @property
+    def name(self) -> str:
+        """The disk's name."""
+        return self.disk.name
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The image, as the only one."""
+        return (self.image,)
+
+    @property
+    def by_id(self) -> str:
+        """The disk's stable path in the guest."""
+        return buses.by_id_path(self.disk.bus, self.serial, self.place)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Never true: a disk that QEMU starts with stays."""
+        return False
+
+    @property
     def descriptors(self) -> list[int]:
         """What QEMU inherits of it."""
         own = [self.image.backing.fd] if self.image.backing is not None else []
@@ -61,7 +81,15 @@ class BootDisk(NamedTuple):
             node=self.identifiers.pivot,
             place=self.place,
             serial=self.serial,
+            thread=self.identifiers.thread if self.disk.thread else None,
         )
+
+    def objects(self) -> list[dict[str, object]]:
+        """The objects that the nodes and the device need."""
+        limits = {"limits": self.disk.limits.to_qemu()} if self.disk.limits.any else {}
+        group: dict[str, object] = {"qom-type": "throttle-group", "id": self.identifiers.limits, **limits}
+        thread: dict[str, object] = {"qom-type": "iothread", "id": self.identifiers.thread}
+        return [group, thread] if self.disk.thread else [group]
 
     def nodes(self) -> list[dict[str, object]]:
         """The block nodes' options, from the bottom up."""
@@ -167,7 +195,8 @@ def _disks(disks: Sequence[BootDisk]) -> Iterable[str]:
         yield from ("-add-fd", f"fd={each.image.backing.fd},set={each.image.fdset}")
         if each.below is not None:
             yield from ("-add-fd", f"fd={each.below.fd},set={BASE_FDSET}", "-blockdev", json.dumps(each.below.node))
-        yield from ("-object", json.dumps({"qom-type": "throttle-group", "id": each.identifiers.limits}))
+        for made in each.objects():
+            yield from ("-object", json.dumps(made))
         for node in each.nodes():
             yield from ("-blockdev", json.dumps(node))
         yield from ("-device", json.dumps(each.device()))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from ..errors import UsageError
+from ..errors import BadConfig, UsageError
 from ..host import machined
 from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
-from ..storage.disk import DEFAULT_BUS, Disk
+from ..storage.admission import check_disk
+from ..storage.disk import DEFAULT_BUS, Disk, check_bus, default_name, with_defaults
 from . import credentials, firmware, memory
 from .shares import Share
 
@@ -97,6 +98,16 @@ class MachineConfig(NamedTuple):
             return self.ram
         return RAM_BUILTIN if self.guest else RAM_DEFAULT
 
+    @property
+    def image_disk(self) -> Disk | None:
+        """The image as a disk."""
+        if not self.image:
+            return None
+        # A kernel that QEMU loads takes the first place itself.
+        boot_index = -1 if self.linux or self.guest else 0
+        name = default_name(self.image)
+        return Disk(self.image, name, self.image_disk_type, self.image_format, boot_index=boot_index)
+
 
 def check(config: MachineConfig) -> MachineConfig:
     """Return the configuration with its name filled in. Raises UsageError for what contradicts itself."""
@@ -111,6 +122,8 @@ def check(config: MachineConfig) -> MachineConfig:
     if config.guest is not None:
         _check_choice("guest", config.guest, ("builtin",))
     _check_boot(config)
+    config = config._replace(extra_disks=tuple(map(with_defaults, config.extra_disks)))
+    _check_disks(config)
     if not 1 <= config.cpus <= _CPUS_MAX:
         raise UsageError.with_fields(
             "{cpus={count}} is out of range", hint="use 1 to {most}", count=config.cpus, most=_CPUS_MAX
@@ -161,6 +174,17 @@ def _check_boot(config: MachineConfig) -> None:
 
 
 _LEAVE_ONE_OUT = "leave out one of them"
+
+
+def _check_disks(config: MachineConfig) -> None:
+    image = config.image_disk
+    try:
+        for disk in (*config.extra_disks, *((image,) if image else ())):
+            # Only a running machine can choose a bus by itself.
+            check_bus(disk.bus)
+            check_disk(disk)
+    except BadConfig as error:
+        raise UsageError(str(error), hint=error.hint) from None
 
 
 def _check_uuid(text: str) -> None:

@@ -12,11 +12,11 @@ from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, S
 from ..host import storageprovider
 from ..host.storageprovider import Volume
 from ..hotplug import places
+from ..storage import admission, buses
 from ..storage import backing as backings
-from ..storage import buses, formats
 from ..storage import disk as disks
 from ..storage.backing import Backing
-from ..storage.disk import DEFAULT_BUS, Disk, default_name
+from ..storage.disk import DEFAULT_BUS, Disk
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from .commandline import BootDisk
@@ -40,13 +40,19 @@ def without_effect(config: MachineConfig) -> Iterator[str]:
 
 
 class _Wanted(NamedTuple):
-    """A disk of the configuration. `subject` is what messages call it."""
+    """A disk of the configuration, from that value of that field."""
 
     disk: Disk
-    subject: str
+    field: str
+    value: str
     is_image: bool = False
     #: The volume that becomes the disk, in place of a path.
     volume: Volume | None = None
+
+    @property
+    def spelled(self) -> str:
+        """The field and the value, in the template of an error that has `value`."""
+        return f"{{{self.field}={{value}}}}"
 
 
 def open_boot_disks(config: MachineConfig, layout: places.Layout, folder: str) -> tuple[BootDisk, ...]:
@@ -71,20 +77,34 @@ def open_boot_disks(config: MachineConfig, layout: places.Layout, folder: str) -
 def _wanted(config: MachineConfig) -> Iterator[_Wanted]:
     """The disks of the configuration, with what the configuration sets for all of them."""
     discard = "unmap" if config.discard_disk else "ignore"
-    wanted = [_Wanted(disk, f"--extra-drive={disk.path}") for disk in config.extra_disks]
-    if config.image:
-        # A kernel that QEMU loads takes the first place itself.
-        boot_index = -1 if config.linux or config.guest else 0
-        name = default_name(config.image)
-        image = Disk(config.image, name, config.image_disk_type, config.image_format, boot_index=boot_index)
-        wanted.insert(0, _Wanted(image, f"--image={config.image}", is_image=True))
+    wanted = [_Wanted(disk, "extra_disks", disk.path) for disk in config.extra_disks]
+    if (image := config.image_disk) is not None:
+        wanted.insert(0, _Wanted(image, "image", image.path, is_image=True))
     for each in wanted:
         # NVMe disks always report errors to the guest.
         on_error = each.disk.on_error or (config.on_error if buses.TABLE[each.disk.bus].stops else "")
         yield each._replace(disk=each.disk._replace(discard=discard, on_error=on_error))
     for volume in config.volumes:
         disk = Disk("", volume.disk_name, volume.config or DEFAULT_BUS, "raw", discard=discard)
-        yield _Wanted(disk, f"--bind-volume={volume.disk_name}", volume=volume)
+        yield _Wanted(disk, "volumes", volume.disk_name, volume=volume)
+
+
+@contextlib.contextmanager
+def _blaming(wanted: _Wanted) -> Iterator[None]:
+    """Name the option in what is wrong with its disk."""
+    try:
+        yield
+    except (BadConfig, ConfigNotSupported, SystemFailure) as error:
+        reason = str(error).removeprefix(f"cannot open {wanted.disk.path}: ")
+        hint, begun = error.hint, "say format "
+        template = "say {image_format=}{hint_text}" if wanted.is_image and hint.startswith(begun) else "{hint_text}"
+        raise StartError.with_fields(
+            f"cannot use {wanted.spelled}: {{reason}}",
+            hint=template,
+            value=wanted.value,
+            reason=reason,
+            hint_text=hint.removeprefix(begun) if wanted.is_image else hint,
+        ) from None
 
 
 def _acquire(config: MachineConfig, wanted: _Wanted, volume: Volume) -> Backing:
@@ -98,25 +118,26 @@ def _acquire(config: MachineConfig, wanted: _Wanted, volume: Volume) -> Backing:
             os.close(fd)
             raise
     except (VmspawnError, OSError) as error:
-        raise StartError(f"--bind-volume=: {error}", hint=getattr(error, "hint", "")) from None
+        reason, hint = str(error), getattr(error, "hint", "")
+        raise StartError.with_fields(
+            "{volumes=}: {reason}", hint="{hint_text}", reason=reason, hint_text=hint
+        ) from None
 
 
 def _open(config: MachineConfig, wanted: _Wanted) -> Backing:
     """Open a disk's image."""
     disk = wanted.disk
     is_overlaid = wanted.is_image and config.ephemeral
-    try:
+    with _blaming(wanted):
+        if not disk.path:
+            raise BadConfig("it has no image", hint="attach an empty optical drive once the machine runs")
         read_only = is_overlaid or disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
         return backings.open_disk(disk.path, read_only=read_only)
-    except (BadConfig, SystemFailure) as error:
-        reason = str(error).removeprefix(f"cannot open {disk.path}: ")
-        raise StartError(f"cannot use {wanted.subject}: {reason}", hint=error.hint) from None
 
 
 def _check_disk_name(others: Iterable[BootDisk], disk: Disk) -> None:
-    for other in others:
-        if other.disk.name == disk.name:
-            raise UsageError(f"two disks are called {disk.name}", hint="give the files different names")
+    if admission.find_name(others, disk.name):
+        raise UsageError(f"two disks are called {disk.name}", hint="give the files different names")
 
 
 def _boot_disk(
@@ -129,22 +150,41 @@ def _boot_disk(
     others: Iterable[BootDisk],
 ) -> BootDisk:
     """Make an open image a disk beside the others. Owns `backing` from the call on."""
-    disk = wanted.disk
     below = None
     try:
-        image_format = _boot_format(backing, wanted)
-        _check_once(others, backing, wanted.subject)
-        backings.set_direct(backing, disk.cache == "none", what=disk.path)
-        place = _boot_place(layout, disk)
+        if admission.find_file(others, backing, share=wanted.disk.share):
+            raise StorageExists.with_fields(f"{wanted.spelled} is the same file as another disk", value=wanted.value)
+        with _blaming(wanted):
+            _check_thread(wanted.disk)
+            disk, serial, image, place = admission.admit(
+                wanted.disk,
+                backing,
+                others,
+                number=number,
+                layout=layout,
+                pci=layout.boot,
+                scsi=layout.scsi,
+                what="the image",
+            )
+        assert image is not None
+        # On `pc`, the slots for boot disks are those for hot-plug too.
+        layout.pci.claim(place)
         if wanted.is_image and disk.bus != "scsi-cd":
-            backing, image_format, below = _prepare_image(config, folder, backing, image_format, disk.path)
+            backing, image_format, below = _prepare_image(config, folder, backing, image.format, disk.path)
+            image = Image(number, backing, image_format, disk.path)
     except BaseException:
         backing.close()
         raise
-    serial = disk.serial or disks.serial_for(disk.name)
-    image = Image(number, backing, image_format, disk.path)
     disk = disk._replace(read_only=not backing.writable)
     return BootDisk(disk, Identifiers(number), place, image, serial, below, is_image=wanted.is_image)
+
+
+def _check_thread(disk: Disk) -> None:
+    if disk.thread and disk.bus == "virtio-scsi":
+        raise ConfigNotSupported(
+            "a disk on bus virtio-scsi cannot have an I/O thread from boot",
+            hint="use bus virtio-blk, or attach it once the machine runs",
+        )
 
 
 def _prepare_image(
@@ -157,36 +197,3 @@ def _prepare_image(
     if config.grow_image is not None:
         return grow(backing, image_format, config.grow_image, path=path), image_format, None
     return backing, image_format, None
-
-
-def _check_once(others: Iterable[BootDisk], backing: Backing, subject: str) -> None:
-    for other in others:
-        used = other.image.backing
-        if used is not None and used.identity == backing.identity and (used.writable or backing.writable):
-            raise StorageExists(f"{subject} is the same file as another disk")
-
-
-def _boot_format(backing: Backing, wanted: _Wanted) -> str:
-    disk, subject = wanted.disk, wanted.subject
-    if not backing.size and disk.bus != "scsi-cd":
-        raise StartError(f"cannot use {subject}: the image is empty", hint="make one with: qemu-img create IMAGE SIZE")
-    try:
-        return formats.choose_format(backing, disk.format, what=disk.path)
-    except (BadConfig, ConfigNotSupported) as error:
-        hint = error.hint.replace("say format ", "say --image-format=") if wanted.is_image else error.hint
-        raise StartError(f"cannot use {subject}: {error}", hint=hint) from None
-
-
-def _boot_place(layout: places.Layout, disk: Disk) -> places.Place:
-    """SCSI disks go to the controller, the others to slots, which on `pc` the hot-plug pool must not hand out too."""
-    if disk.bus in ("virtio-scsi", "scsi-cd"):
-        return layout.scsi.take()
-    if disk.bus == "nvme-ns":
-        if not layout.namespaces.places:
-            raise StartError(
-                f"cannot use {disk.path} on nvme-ns: {places.NO_NAMESPACES}", hint=places.NO_NAMESPACES_HINT
-            )
-        return layout.namespaces.take_for(disk.name)
-    place = layout.boot.take()
-    layout.pci.claim(place)
-    return place

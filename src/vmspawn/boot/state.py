@@ -119,7 +119,18 @@ class StateFile:
 
 def boot_storage(disks: Sequence[BootDisk]) -> str:
     """The register of disks of a machine that is being started, in JSON."""
-    saved = [save_disk(each.disk, each.identifiers, each.place, each.serial, [each.image], boot=True) for each in disks]
+    saved = [
+        save_disk(
+            each.disk,
+            each.identifiers,
+            each.place,
+            each.serial,
+            each.images,
+            limits=each.disk.limits,
+            boot=True,
+        )
+        for each in disks
+    ]
     following = max((each.identifiers.number + 1 for each in disks), default=0)
     return json.dumps({"next": following, "attachments": saved})
 

@@ -106,7 +106,9 @@ class Machine(Disks):
                 raise damaged(self.directory, error) from None
         for each in launched.boot_disks:
             self._storage.add_boot_disk(
-                AttachedDisk(each.disk, each.identifiers, each.place, each.serial, [each.image])
+                AttachedDisk(
+                    each.disk, each.identifiers, each.place, each.serial, [*each.images], limits=each.disk.limits
+                )
             )
         self._watch = Watch(launched.additions.helpers)
         port = launched.sockets.pop(runtime.QEMU_SIZE, None)

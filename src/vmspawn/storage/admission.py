@@ -1,64 +1,118 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a disk must be before anything is done for it, and the choice of all that undoing will need."""
+"""The rules for a disk, the same for one that QEMU starts with and for one that is plugged in later.
+
+A disk is admitted in this order: 1. what the user asks for is checked by itself (`check_disk`); 2. it is compared with
+the disks beside it (`check_name_is_free`, `check_not_attached`); 3. its image is looked at (`make_image`); 4. it gets a
+place (`take_place`). Only the last takes something, so a refusal before it leaves nothing to undo.
+
+On the start path: imports next to nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from ..errors import BadConfig, ConfigNotSupported, StorageExists
-from ..hotplug.places import NO_NAMESPACES, NO_NAMESPACES_HINT, Place
+from ..hotplug.places import NO_NAMESPACES, NO_NAMESPACES_HINT, Layout, Place, Pool
 from . import backing as backings
 from . import buses, formats
 from . import disk as disks
-from .attached_disk import AttachedDisk, State
 from .backing import Backing
-from .context import Context
 from .disk import AUTO_BUS, Disk
 from .image import Image
 from .limits import check_limits
-from .nodes import Identifiers
 
 
-def admit(context: Context, others: Iterable[AttachedDisk], disk: Disk, backing: Backing | None) -> AttachedDisk:
-    """Check a disk that is to be attached beside the others, and reserve its place.
+class Neighbour(Protocol):
+    """A disk that is there already."""
 
-    `backing` stays the caller's when this fails, and is the attachment's when it succeeds; None makes an optical drive
-    without a medium. Raises StorageExists, BadConfig, ConfigNotSupported or NoFreePort.
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def disk(self) -> Disk:
+        """What the user asked for."""
+
+    @property
+    def images(self) -> Sequence[Image]:
+        """Its images."""
+
+    @property
+    def by_id(self) -> str:
+        """Its stable path in the guest."""
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is being detached."""
+
+
+_Neighbour = TypeVar("_Neighbour", bound=Neighbour)
+
+
+class Admitted(NamedTuple):
+    """A disk that keeps the rules, with the place that is reserved for it. `image` None is an empty optical drive."""
+
+    disk: Disk
+    serial: str
+    image: Image | None
+    place: Place
+
+
+def check_disk(disk: Disk) -> Disk:
+    """Return the disk if it can exist as the user asks for it, whatever its image is.
+
+    Raises BadConfig.
     """
-    disk = _resolve_bus(context, disk)
     disks.check_name(disk.name)
-    disks.check_bus(disk.bus)
+    if disk.bus != AUTO_BUS:
+        disks.check_bus(disk.bus)
     disks.check_options(disk)
     check_limits(disk.limits)
-    others = tuple(others)
-    for other in others:
-        if other.name == disk.name:
-            raise StorageExists(f"a disk named {disk.name} exists already", hint=_exists_hint(other))
-    serial = _choose_serial(disk)
+    if disk.format is not None:
+        formats.check_format(disk.format)
+    _choose_serial(disk)
+    return disk
+
+
+def admit(
+    disk: Disk,
+    backing: Backing | None,
+    neighbours: Iterable[_Neighbour],
+    *,
+    number: int,
+    layout: Layout,
+    pci: Pool,
+    scsi: Pool,
+    what: str,
+) -> Admitted:
+    """Admit a disk beside its neighbours, and reserve a place for it.
+
+    `backing` is its open image, or None for an optical drive without a medium; it stays the caller's on failure.
+    `number` is the image's. PCI devices go to `pci`, SCSI devices to `scsi`. Messages call the image `what`.
+    Raises BadConfig, ConfigNotSupported, StorageExists or NoFreePort.
+    """
+    disk = check_disk(_resolve_bus(disk, pci))
+    neighbours = tuple(neighbours)
+    check_name_is_free(neighbours, disk.name)
     image = None
     if backing is not None:
-        image = make_image(context, disk, backing, disk.format, disk.path or disk.name)
-        check_not_attached(others, backing, share=disk.share)
+        image = make_image(number, disk, backing, disk.format, what)
+        check_not_attached(neighbours, backing, share=disk.share)
     elif disk.bus != "scsi-cd":
         raise BadConfig(f"{disk.name} has no image", hint="only a scsi-cd can be without")
-    read_only = disk.read_only or not buses.TABLE[disk.bus].writable or (backing is not None and not backing.writable)
-    place = _take_place(context, disk)
-    identifiers = Identifiers(context.fresh_number())
-    images = [] if image is None else [image]
-    disk = disk._replace(read_only=read_only)
-    return AttachedDisk(disk, identifiers, place, serial, images, limits=disk.limits)
+    is_written = buses.TABLE[disk.bus].writable and (backing is None or backing.writable)
+    disk = disk._replace(read_only=disk.read_only or not is_written)
+    serial = _choose_serial(disk)
+    _check_serial_is_free(neighbours, disk, serial)
+    return Admitted(disk, serial, image, take_place(disk, layout, pci, scsi))
 
 
-def _resolve_bus(context: Context, disk: Disk) -> Disk:
+def _resolve_bus(disk: Disk, pci: Pool) -> Disk:
     if disk.bus != AUTO_BUS:
         return disk
-    return disk._replace(bus="virtio-blk" if context.layout.pci.free else "virtio-scsi")
-
-
-def _exists_hint(other: AttachedDisk) -> str:
-    if other.state is State.DETACHING:
-        return "its removal is pending; the name is free once the guest has let go"
-    return "choose another name, or detach it first"
+    return disk._replace(bus="virtio-blk" if pci.free else "virtio-scsi")
 
 
 def _choose_serial(disk: Disk) -> str:
@@ -69,8 +123,65 @@ def _choose_serial(disk: Disk) -> str:
     return disks.check_serial(disk.serial) if disk.serial else disks.serial_for(disk.name)
 
 
-def make_image(context: Context, disk: Disk, backing: Backing, image_format: str | None, what: str) -> Image:
-    """The image that a descriptor is for a disk, if it can be one. `backing` stays the caller's when this fails."""
+# Beside other disks.
+
+
+def find_name(neighbours: Iterable[_Neighbour], name: str) -> _Neighbour | None:
+    """The disk of that name."""
+    return next((each for each in neighbours if each.name == name), None)
+
+
+def find_file(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool = False) -> _Neighbour | None:
+    """The disk that uses the same file in a way that excludes another use.
+
+    QEMU's image lock does not see one open file that is passed twice.
+    """
+    for each in neighbours:
+        for image in each.images:
+            if image.backing is None or image.backing.identity != backing.identity:
+                continue
+            if (image.backing.writable or backing.writable) and not (share and each.disk.share):
+                return each
+    return None
+
+
+def check_name_is_free(neighbours: Iterable[_Neighbour], name: str) -> None:
+    """Raise StorageExists if a disk has that name."""
+    if other := find_name(neighbours, name):
+        leaving = "its removal is pending; the name is free once the guest has let go"
+        hint = leaving if other.is_leaving else "choose another name, or detach it first"
+        raise StorageExists(f"a disk named {name} exists already", hint=hint)
+
+
+def check_not_attached(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool) -> None:
+    """Raise StorageExists if the file is in use as a disk of this machine, unless both uses allow that."""
+    if other := find_file(neighbours, backing, share=share):
+        raise StorageExists(
+            f"this file is attached already, as {other.name}",
+            hint="attach it read-only in both places, or attach a copy",
+        )
+
+
+def _check_serial_is_free(neighbours: Iterable[_Neighbour], disk: Disk, serial: str) -> None:
+    """A guest rejects an NVMe disk with a serial number that another has; on other buses they would share a path."""
+    if disk.bus == "nvme-ns":
+        return
+    for other in neighbours:
+        if other.by_id == buses.by_id_path(disk.bus, serial):
+            raise StorageExists(
+                f"the disk {other.name} has the serial number {serial} already",
+                hint="choose another serial number, or another name",
+            )
+
+
+# The image.
+
+
+def make_image(number: int, disk: Disk, backing: Backing, image_format: str | None, what: str) -> Image:
+    """The image that a descriptor is for a disk, if it can be one. `backing` stays the caller's on failure.
+
+    Messages call it `what`. Raises BadConfig or ConfigNotSupported.
+    """
     chosen = formats.choose_format(backing, image_format, what=what)
     if not buses.TABLE[disk.bus].writable and backing.writable:
         raise ConfigNotSupported(f"bus {disk.bus} is read-only", hint="open the image read-only")
@@ -79,32 +190,20 @@ def make_image(context: Context, disk: Disk, backing: Backing, image_format: str
     if disk.share and chosen != "raw":
         raise BadConfig(f"an image in {chosen} format cannot be shared", hint="share raw images only")
     backings.set_direct(backing, disk.cache == "none", what=what)
-    return Image(context.fresh_number(), backing, chosen, disk.path)
+    return Image(number, backing, chosen, disk.path)
 
 
-def check_not_attached(others: Iterable[AttachedDisk], backing: Backing, *, share: bool) -> None:
-    """QEMU's image lock does not see one open file that is passed twice, so look ourselves. Raises StorageExists."""
-    for other in others:
-        for image in other.images:
-            if image.backing is None or image.backing.identity != backing.identity:
-                continue
-            if (image.backing.writable or backing.writable) and not (share and other.disk.share):
-                raise StorageExists(
-                    f"this file is attached already, as {other.name}",
-                    hint="attach it read-only in both places, or attach a copy",
-                )
+# The place.
 
 
-def _take_place(context: Context, disk: Disk) -> Place:
-    match disk.bus:
-        case "nvme-ns":
-            if not context.layout.namespaces.places:
+def take_place(disk: Disk, layout: Layout, pci: Pool, scsi: Pool) -> Place:
+    """Reserve a place on the disk's bus. Raises NoFreePort or ConfigNotSupported."""
+    match buses.TABLE[disk.bus].pool:
+        case "namespaces":
+            if not layout.namespaces.places:
                 raise ConfigNotSupported(NO_NAMESPACES, hint=NO_NAMESPACES_HINT)
-            return context.layout.namespaces.take_for(disk.name)
-        case "virtio-scsi" if disk.thread:
-            assert context.threaded_scsi is not None
-            return context.threaded_scsi.take()
-        case "virtio-scsi" | "scsi-cd":
-            return context.layout.scsi.take()
+            return layout.namespaces.take_for(disk.name)
+        case "scsi":
+            return scsi.take()
         case _:
-            return context.layout.pci.take()
+            return pci.take()

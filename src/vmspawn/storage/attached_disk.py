@@ -97,6 +97,11 @@ class AttachedDisk:
         return self.disk.read_only
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it is being detached."""
+        return self.state is State.DETACHING
+
+    @property
     def forced(self) -> bool:
         """Whether the image was taken away from under the guest."""
         return any(image.format == FAULT for image in self.images)

@@ -39,7 +39,7 @@ TABLE = {
 }
 
 
-def by_id_path(bus: str, serial: str, place: Place) -> str:
+def by_id_path(bus: str, serial: str, place: Place | None = None) -> str:
     """The stable path of the disk in the guest."""
     if isinstance(place, NamespacePlace):
         serial = f"{NAMESPACE_SERIAL}_{place.nsid}"

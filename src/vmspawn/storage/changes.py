@@ -53,7 +53,7 @@ class Changes:
             _check_writable(attachment, backing)
             admission.check_not_attached(self._register, backing, share=attachment.disk.share)
             disk = attachment.disk._replace(path=path)
-            image = admission.make_image(self._context, disk, backing, format, path or "the new image")
+            image = admission.make_image(self._context.fresh_number(), disk, backing, format, path or "the new image")
         except BaseException:
             backing.close()
             raise
@@ -105,7 +105,7 @@ class Changes:
             media.check_optical(attachment)
             admission.check_not_attached(self._register, backing, share=False)
             disk = attachment.disk._replace(path=path)
-            image = admission.make_image(self._context, disk, backing, format, path or "the medium")
+            image = admission.make_image(self._context.fresh_number(), disk, backing, format, path or "the medium")
         except BaseException:
             backing.close()
             raise

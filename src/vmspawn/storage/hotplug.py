@@ -22,6 +22,7 @@ from .context import Context
 from .disk import Disk
 from .explain import explain
 from .iothread_controller import threaded_scsi
+from .nodes import Identifiers
 from .register import Register, to_json
 from .statistics import Statistics
 from .steps import AddDevice, do_all, plan, undo_steps, unplug
@@ -136,9 +137,7 @@ class Storage:
         left behind. When cancelled, a task of the machine's takes back what was done.
         """
         try:
-            if disk.thread and disk.bus == "virtio-scsi":
-                await threaded_scsi(self._context)
-            attachment = admission.admit(self._context, self._register, disk, backing)
+            attachment = await self._admit(disk, backing)
         except BaseException:
             if backing is not None:
                 backing.close()
@@ -163,6 +162,22 @@ class Storage:
             self._register.changed(attachment)
         self._context.publish(ATTACHED_EVENT, attachment)
         return attachment
+
+    async def _admit(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+        context = self._context
+        is_threaded = disk.thread and disk.bus == "virtio-scsi"
+        disk, serial, image, place = admission.admit(
+            disk,
+            backing,
+            self._register,
+            number=context.fresh_number(),
+            layout=context.layout,
+            pci=context.layout.pci,
+            scsi=await threaded_scsi(context) if is_threaded else context.layout.scsi,
+            what=disk.path or disk.name,
+        )
+        images = [] if image is None else [image]
+        return AttachedDisk(disk, Identifiers(context.fresh_number()), place, serial, images, limits=disk.limits)
 
     async def _give_up(self, attachment: AttachedDisk, error: BaseException) -> None:
         """Take back what a failed or cancelled attach has done. Whatever happens here, the caller raises `error`."""
