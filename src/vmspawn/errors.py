@@ -44,6 +44,7 @@ class VmspawnError(Exception):
         super().__init__(message)
         self.hint = hint
         self._template: tuple[str, str, Mapping[str, Any]] | None = None
+        self._prefix, self._replaced = "", ""
         if hint:
             self.add_note(hint)
 
@@ -59,7 +60,17 @@ class VmspawnError(Exception):
         if self._template is None:
             return str(self), self.hint
         message, hint, values = self._template
-        return _fill(message, values, spelling), _fill(hint, values, spelling)
+        return self._prefixed(_fill(message, values, spelling)), _fill(hint, values, spelling)
+
+    def prefix(self, text: str, *, instead_of: str = "") -> None:
+        """Put `text` in front of the message, or in the place of `instead_of` if the message begins with that."""
+        self._prefix, self._replaced = text, instead_of
+
+    def __str__(self) -> str:
+        return self._prefixed(super().__str__())
+
+    def _prefixed(self, message: str) -> str:
+        return self._prefix + message.removeprefix(self._replaced)
 
 
 def _fill(template: str, values: Mapping[str, Any], spelling: Spelling) -> str:
@@ -88,6 +99,14 @@ class StartError(VmspawnError):
 
 class GuestError(StartError):
     """The built-in guest could not be found or built."""
+
+
+class NotInstalled(VmspawnError):
+    """A program or module that is needed is not installed on this host."""
+
+
+class MachineEnded(VmspawnError):
+    """The machine ended otherwise than was asked for, or never did what was waited for."""
 
 
 class NotConnected(VmspawnError):

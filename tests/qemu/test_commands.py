@@ -243,8 +243,11 @@ def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> 
     done = vmctl("attach-disk", machine.name, str(path), "--bus=virtio-scsi", "--read-only")
     assert (done.returncode, done.stderr) == (0, "")
     assert "/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_data.raw" in done.stdout
-    row = next(line for line in vmctl("list-disks", machine.name).stdout.splitlines() if line.startswith("data.raw"))
-    assert row.split()[:6] == ["data.raw", "virtio-scsi", "64M", "raw", "ro", "attached"]
+    row = next(
+        line for line in vmctl("list-disks", "-l", machine.name).stdout.splitlines() if line.startswith("data.raw")
+    )
+    assert row.split()[:4] == ["data.raw", "virtio-scsi", "64M", "attached"]
+    assert row.split()[5:7] == ["ro", "raw"]
     assert vmctl("detach-disk", machine.name, "data.raw").stdout == "Detached data.raw\n"
     assert json.loads(vmctl("list-disks", machine.name, "--json=short").stdout)[0]["boot"] is True
 
@@ -278,6 +281,21 @@ def test_what_vmctl_cannot_do_it_says_in_one_line(
     assert done.returncode == status, done.stderr
     assert message in one_line(done, "vmctl")
     assert done.stdout == ""
+
+
+def test_status_takes_the_only_machine(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("VMSPAWN_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
+    none = vmctl("status")
+    assert (none.returncode, one_line(none, "vmctl")) == (2, "vmctl: no machine is running")
+    with idle(qemu, tmp_path) as first:
+        assert vmctl("status").stdout.splitlines()[0].split() == ["Machine:", first.name]
+        (tmp_path / "2").mkdir()
+        with idle(qemu, tmp_path / "2") as second:
+            several = vmctl("status")
+            assert (several.returncode, one_line(several, "vmctl")) == (2, "vmctl: 2 machines are running")
+            assert all(name in several.stderr for name in (first.name, second.name))
 
 
 def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None:

@@ -43,6 +43,7 @@ def test_a_disk_is_attached_changed_and_detached(machine: Spawned, tmp_path: Pat
     assert said == "Attached data on virtio-scsi at scsi0:0:0: /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_data\n"
     assert disk(machine, "data")["limits"]["iops"] == 1024
     assert run("resize-disk", name, "data", "5M") == "Resized data to 5M\n"
+    assert run("resize-disk", name, "data", "+512K") == "Resized data to 5.5M\n"
     said = run("replace-disk", name, "data", str(second), "--format=qcow2")
     assert said == f"Replaced the image of data by {second}, 6M\n"
     found = disk(machine, "data")
@@ -95,13 +96,17 @@ def test_media_come_and_go(machine: Spawned, tmp_path: Path) -> None:
 
 def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) -> None:
     run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)), "--bus=virtio-scsi", "--bps=1M")
-    header, *lines = run("list-disks", machine.name).splitlines()
-    columns = ["DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "SERIAL", "BY-ID", "LIMITS", "FILE"]
+    header, *lines = run("list-disks", machine.name, "--long").splitlines()
+    columns = ["DISK", "BUS", "SIZE", "STATE", "BY-ID", "MODE", "FORMAT", "PLACE", "SERIAL", "LIMITS", "FILE"]
     assert header.split() == columns
     data = next(line for line in lines if line.startswith("data "))
-    assert data.split()[1:6] == ["virtio-scsi", "1M", "raw", "rw", "attached"]
-    assert data.split()[7:9] == ["data", "scsi-0QEMU_QEMU_HARDDISK_data"]
+    assert data.split()[1:4] == ["virtio-scsi", "1M", "attached"]
+    assert data.split()[4:7] == ["scsi-0QEMU_QEMU_HARDDISK_data", "rw", "raw"]
+    assert data.split()[8] == "data"
     assert data.split()[-2:] == ["bps=1048576", str(tmp_path / "data")]
+    header, *short = run("list-disks", machine.name).splitlines()
+    assert header.split() == columns[:5]
+    assert [line.split() for line in short] == [line.split()[:5] for line in lines]
     header, *lines = run("list-disks", machine.name, "--stats").splitlines()
     assert header.split()[:3] == ["DISK", "READS", "READ"]
     assert [line.split()[0] for line in lines] == ["boot", "data"]
@@ -121,6 +126,9 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
         (["replace-disk", "{machine}", "boot", "{image}"], 1, "cannot replace boot: boot has been there from boot"),
         (["resize-disk", "{machine}", "boot", "512"], 1, "would be lost"),
         (["resize-disk", "{machine}", "boot", "big"], 2, "SIZE big is not a size"),
+        (["resize-disk", "{machine}", "boot", "++1M"], 2, "SIZE +1M is not a size"),
+        (["resize-disk", "{machine}", "boot", "--shrink", "4_0M"], 2, "SIZE 4_0M is not a size"),
+        (["attach-disk", "--boot-index", "1_0", "{machine}", "{image}"], 2, "1_0 is not a whole number"),
         (["limit-disk", "{machine}", "boot", "--burst=2"], 2, "--burst= needs a limit"),
         (["limit-disk", "{machine}", "boot", "--iops=1", "--burst=0"], 2, "0 is not a factor from 1 to 1000"),
         (["limit-disk", "{machine}", "boot", "--iops=1", "--burst=nan"], 2, "nan is not a factor from 1 to 1000"),

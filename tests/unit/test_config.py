@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmspawn.boot.config import MachineConfig, check, parse_size
+from vmspawn.boot.config import MachineConfig, check
+from vmspawn.cli.values import parse_size
 from vmspawn.errors import UsageError
 from vmspawn.host.runtime import NAME_MAX, check_name
 
@@ -15,6 +16,8 @@ from vmspawn.host.runtime import NAME_MAX, check_name
 @pytest.mark.parametrize(
     ("text", "size"),
     [
+        (".5K", 512),
+        ("9007199254740993", 9007199254740993),
         ("512M", 512 << 20),
         ("2G", 2 << 30),
         ("2GB", 2 << 30),
@@ -28,7 +31,31 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, option="--ram=") == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "x", "12Q", "1GG", "--", "inf", "nan", "-1", "-1G", "8388608T", "9" * 30])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "G",
+        "x",
+        "12Q",
+        "1GG",
+        "--",
+        "inf",
+        "nan",
+        "-1",
+        "-1G",
+        "8388608T",
+        "9" * 30,
+        "4_0M",
+        "٤M",
+        "+4M",
+        "1e3",
+        " 4",
+        "4 ",
+        ".",
+        "9" * 9999,
+    ],
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match=r"--ram=.* is not a size"):
         parse_size(text, option="--ram=")

@@ -3,13 +3,15 @@
 
 import functools
 import traceback
+from errno import EIO
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmspawn.cli.ctl.replies import failing_to
 from vmspawn.cli.spelling import as_option
-from vmspawn.errors import StartError, UsageError, VmspawnError
+from vmspawn.errors import QmpError, StartError, SystemFailure, UsageError, VmspawnError
 
 VMSPAWN = functools.partial(as_option, "vmspawn")
 VMCTL = functools.partial(as_option, "vmctl")
@@ -51,6 +53,23 @@ def test_text_of_others_is_never_a_template(text: str) -> None:
 def test_a_value_that_was_not_passed_is_a_mistake_of_ours() -> None:
     with pytest.raises(KeyError, match="text"):
         UsageError.with_fields("{text}")
+
+
+def test_what_failed_stands_before_why_and_the_class_stays() -> None:
+    error: VmspawnError
+    for error in (UsageError("bad"), SystemFailure("bad", EIO), QmpError("x", "GenericError", "bad")):
+        before = str(error)
+        with pytest.raises(type(error)) as caught, failing_to("attach", "/x"):
+            raise error
+        assert caught.value is error
+        assert str(error) == f"cannot attach /x: {before}"
+    opening = StartError("cannot open /x: No such file")
+    with pytest.raises(StartError), failing_to("attach", "/x"):
+        raise opening
+    assert str(opening) == "cannot attach /x: No such file"
+    with pytest.raises(UsageError) as named, failing_to("start", "/x"):
+        raise UsageError.with_fields("{cpus=} is wrong", hint="leave out {cpus=}")
+    assert named.value.spelled(VMSPAWN) == ("cannot start /x: --cpus= is wrong", "leave out --cpus=")
 
 
 @pytest.mark.parametrize("make", [StartError, StartError.with_fields])

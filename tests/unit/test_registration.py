@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmspawn.cli.parser import boolean
 from vmspawn.cli.spawn.main import parse
+from vmspawn.cli.values import boolean
 from vmspawn.errors import StartError, UsageError
 from vmspawn.host import machined, scope
 from vmspawn.host.machined import Candidate, Registration

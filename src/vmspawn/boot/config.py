@@ -205,27 +205,3 @@ def _default_name(config: MachineConfig) -> str:
         stem = stem.removesuffix(suffix)
     cleaned = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in stem)
     return cleaned.lstrip(".-")[:NAME_MAX] or "machine"
-
-
-#: No file is larger (off_t).
-_SIZE_MAX = (1 << 63) - 1
-
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str, *, option: str, what: str = "size") -> int:
-    """Parse bytes, or what else is counted, with an optional suffix B, K, M, G or T (powers of 1024), as systemd does.
-
-    Raises UsageError.
-    """
-    number = text.rstrip("BKMGTbkmgt")
-    unit = text[len(number) :].upper()
-    # "2GB" and "2G" are both common.
-    unit = unit[:-1] if len(unit) == 2 and unit.endswith("B") else unit
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = -1
-    if not 0 <= size <= _SIZE_MAX:
-        raise UsageError(f"{option}{text} is not a {what}", hint="write for example 512M or 2G")
-    return size

@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import NoReturn
 
-from ..errors import Timeout, VmspawnError
+from ..errors import MachineEnded, StartError, Timeout
 from ..host import runtime
 from .entrypoint import run
 
@@ -129,7 +129,7 @@ class Demo:
                 return
         # Wait for its end: `close` must not take somebody else's machine of that name for ours.
         self._vmspawn.wait()
-        raise VmspawnError("the machine did not start")
+        raise StartError("the machine did not start")
 
     def _attach(self, console: Console, name: str, bus: str) -> None:
         path = os.path.join(self._folder, f"{name}.raw")
@@ -146,7 +146,7 @@ class Demo:
         with open(os.path.join(self._folder, "red.raw"), "rb") as image:
             found = image.readline(200).decode(errors="replace").strip()
         if found != _TEXT:
-            raise VmspawnError(f"the host's file does not have what the guest wrote, but {found!r}")
+            raise MachineEnded(f"the host's file does not have what the guest wrote, but {found!r}")
         self._stage.say("", f"red.raw on the host now begins with: {found}")
 
     def _power_off(self, console: Console) -> None:
@@ -158,7 +158,7 @@ class Demo:
         for line in self._vmspawn.stderr:
             self._stage.say("", line.strip())
         if status := self._vmspawn.wait():
-            raise VmspawnError(f"vmspawn exited with status {status}")
+            raise MachineEnded(f"vmspawn exited with status {status}")
         self._stage.say("", "vmspawn exited with status 0; nothing is left of the machine")
 
     def _vmctl(self, *arguments: str) -> None:
@@ -167,7 +167,7 @@ class Demo:
         for line in (done.stdout + done.stderr).splitlines():
             self._stage.say("", line)
         if done.returncode:
-            raise VmspawnError(f"vmctl {arguments[0]} failed")
+            raise MachineEnded(f"vmctl {arguments[0]} failed")
 
 
 def _command(name: str) -> list[str]:

@@ -88,5 +88,5 @@ def _explain(error: OSError) -> VmspawnError:
     number = error.errno or EIO
     if number in _OF_FILES and error.filename is None:
         return SystemFailure("cannot write the output", number)
-    what = f"{error.filename!r}: " if error.filename else ""
-    return VmspawnError(f"the system refused: {what}{os.strerror(number)}", hint=f"see where: {log.VARIABLE}=debug")
+    what = f" {error.filename!r}" if error.filename else ""
+    return SystemFailure(f"the system refused{what}", number, hint=f"see where: {log.VARIABLE}=debug")

@@ -1,69 +1,188 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What both commands share: their parsers, and how usage errors are said."""
+"""The argument parser of both commands.
+
+argparse has three rules that surprise a user, and this parser has others instead. Before argparse sees the arguments,
+they are sorted by the parser's own options:
+
+1. Options may stand before, between and behind positional arguments. `--` ends them, and for a verb that runs a command
+   they end at the command.
+2. What begins with a dash is an option; one that is unknown is refused, even if it contains a space.
+3. No option can be abbreviated.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from ..errors import UsageError
 from .entrypoint import EXIT_USAGE, complain
+from .tables import terminal_width
 
-#: Columns of help; more are hard to read.
+#: Columns of help; longer lines are hard to read.
 _WIDTH_MAX = 110
 
-#: Where the terminal does not say, or there is none.
-_COLUMNS_DEFAULT = 80
+#: Marks a positional argument, so that argparse takes none for an option, nor for the end of options.
+_PLAIN = "\0"
 
-_STDOUT = 1
-
-#: How argparse says that there is no such option, and no such verb.
-_UNKNOWN_OPTION = "unrecognized arguments: "
+#: How argparse reports a surplus argument, and an unknown verb.
+_SURPLUS = "unrecognized arguments: "
 _UNKNOWN_VERB = "argument VERB: invalid choice: "
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake in one line, and with a hint where it has one."""
+    """An argument parser that reports a mistake in one line, with a hint."""
 
-    #: The verb that it parses the arguments of, if it is a verb's.
+    #: The verb whose arguments this parser parses, or an empty string.
     verb = ""
 
+    #: The parser of the command that this is a verb of.
+    command: Parser | None = None
+
+    #: Behind this many positional arguments, all is an argument; None if options never end by themselves.
+    options_end_after: int | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Formatter, **settings})
+        if "-h" in self._option_string_actions:
+            self._option_string_actions["-h"].help = "show this help"
+        #: Groups of options that the help leaves out.
+        self.hidden_groups: list[object] = []
+        #: The verbs by their headings in the help.
+        self.headings: dict[str, list[str]] = {}
+
+    def end_options_here(self) -> None:
+        """End the options behind the positional arguments that were added so far.
+
+        A verb that runs a command in the guest calls this after it has added the command.
+        """
+        self.options_end_after = sum(not action.option_strings for action in self._actions)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse has it, which takes the value of `--option=--` for none at all and makes it a list."""
+        """Sort the arguments and let argparse parse them. Unknown and surplus ones are errors."""
         given = sys.argv[1:] if args is None else list(args)
-        options = given[: given.index("--")] if "--" in given else given
-        for each in options:
-            if each.startswith("-") and each.endswith("=--"):
-                self.error(f"argument {each.removesuffix('=--')}: -- is no value")
-        return super().parse_known_args(given, namespace)
+        found, surplus = super().parse_known_args(self._sort(given), namespace)
+        if surplus:
+            self.error(_SURPLUS + " ".join(each.removeprefix(_PLAIN) for each in surplus))
+        return found, []
+
+    def _sort(self, given: Sequence[str]) -> list[str]:
+        """Put the options in front of the positional arguments."""
+        options: list[str] = []
+        positionals: list[str] = []
+        rest = list(reversed(given))
+        while rest:
+            word = rest.pop()
+            if len(positionals) == self.options_end_after:
+                positionals += [word, *reversed(rest)]
+                break
+            if word == "--":
+                positionals += reversed(rest)
+                break
+            if _is_option(word):
+                options += self._long(word, rest) if word.startswith("--") else self._short(word, rest)
+            else:
+                positionals.append(word)
+        if _verbs(self):
+            # The verb's own parser sorts what follows the verb.
+            return [*options, *positionals]
+        return [*options, *map(_PLAIN.__add__, positionals)]
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        return super()._get_value(action, arg_string.removeprefix(_PLAIN))
+
+    def _long(self, word: str, rest: list[str]) -> list[str]:
+        """Return a long option as argparse takes it, with its value if that is the next word."""
+        name, equals, value = word.partition("=")
+        if equals and value == "--":
+            # argparse takes it for no value at all.
+            self.error(f"argument {name}: -- is no value")
+        if self._takes_value(name) and not equals and _has_value(rest):
+            return [f"{name}={rest.pop()}"]
+        return [word]
+
+    def _short(self, word: str, rest: list[str]) -> list[str]:
+        """Return a word of short options as argparse takes it, with the last one's value if that is the next word."""
+        for position, letter in enumerate(word[1:], 2):
+            if self._takes_value(f"-{letter}"):
+                is_last = position == len(word)
+                return [word, rest.pop()] if is_last and _has_value(rest) else [word]
+        return [word]
+
+    def _takes_value(self, name: str) -> bool:
+        """Whether an option takes a value; one that is unknown is an error."""
+        action = self._option_string_actions.get(name)
+        if action is None:
+            self._refuse(f"unknown option {name}", self._advice(name))
+        return action.nargs != 0
+
+    def _advice(self, name: str) -> str:
+        """Return what to do about an unknown option."""
+        if homes := [verb for verb, parser in _verbs(self.command or self).items() if name in _options(parser)]:
+            return f"it is an option of: {', '.join(homes)}"
+        return self._near(name, _options(self))
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and exit with 2."""
-        name, known = "", set[str]()
-        if message.startswith(_UNKNOWN_OPTION):
-            name = message.removeprefix(_UNKNOWN_OPTION).split()[0].partition("=")[0]
-            known = set(_options(self))
+        """Report what is wrong and exit with 2."""
+        hint = self._near("", ())
+        if message.startswith(_SURPLUS):
+            message = "unexpected argument: " + message.removeprefix(_SURPLUS)
         elif message.startswith(_UNKNOWN_VERB):
-            # What follows are all verbs, which --help has with what they do.
+            # argparse lists all verbs; --help does so with what they do.
             name = message.removeprefix(_UNKNOWN_VERB).partition(" (")[0].strip("'")
-            known = set(_verbs(self))
-            message = f"there is no verb {name}"
-        near = _nearest(name, known)
-        help_command = " ".join(filter(None, (self.prog, self.verb, "--help")))
-        complain(self.prog, UsageError(message, hint=f"did you mean {near}?" if near else f"see: {help_command}"))
+            message, hint = f"there is no verb {name}", self._near(name, _verbs(self))
+        self._refuse(message, hint)
+
+    def _near(self, name: str, known: Sequence[str] | dict[str, Any]) -> str:
+        """Return the hint for a mistyped name: the known one that is most like it, or where to look."""
+        if near := _nearest(name, list(known)):
+            return f"did you mean {near}?"
+        return f"see: {' '.join(filter(None, (self.prog, self.verb, '--help')))}"
+
+    def _refuse(self, message: str, hint: str) -> NoReturn:
+        complain(self.prog, UsageError(message, hint=hint))
         sys.exit(EXIT_USAGE)
+
+    def format_help(self) -> str:
+        """Return the help: verbs under their headings, without hidden groups."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, actions in self._sections():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def _sections(self) -> Iterator[tuple[str, list[argparse.Action]]]:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                verbs = {each.dest: each for each in action._get_subactions()}
+                yield from ((title, [verbs[name] for name in names]) for title, names in self.headings.items())
+        for group in self._action_groups:
+            is_of_verbs = any(isinstance(each, argparse._SubParsersAction) for each in group._group_actions)
+            if group not in self.hidden_groups and not is_of_verbs:
+                yield (group.title or "")[:1].upper() + (group.title or "")[1:], group._group_actions
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-"
+
+
+def _has_value(rest: list[str]) -> bool:
+    """Whether the next word is a value for the option before it: any word that cannot be an option."""
+    return bool(rest) and (not _is_option(rest[-1]) or " " in rest[-1])
 
 
 #: How much of a mistyped name must be right for a hint, from 0 to 1.
 _NEAR = 0.75
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    """The one of the known names that begins so, or is written nearly so, if there is one."""
+def _nearest(name: str, known: list[str]) -> str:
+    """Return the known name that begins with `name`, or is most like it; an empty string if none is."""
     if len(longer := [each for each in known if name and each.startswith(name)]) == 1:
         return longer[0]
     import difflib
@@ -78,45 +197,31 @@ def _verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
     return {}
 
 
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The options of a parser, and those of its verbs."""
-    for action in parser._actions:
-        if action.help != argparse.SUPPRESS:
-            yield from action.option_strings
-    for verb in _verbs(parser).values():
-        yield from _options(verb)
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser that its help has."""
+    return [name for each in parser._actions if each.help != argparse.SUPPRESS for name in each.option_strings]
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with options as systemd's tools write them, and no wider than the terminal."""
+    """Help with options spelled as in systemd's tools, and no wider than the terminal."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
-        """As argparse wants it."""
-        width = min(_WIDTH_MAX, _columns() - 2)
+        """Make a formatter, as argparse does."""
+        width = min(_WIDTH_MAX, terminal_width() - 2)
         super().__init__(prog, max_help_position=max(24, width // 3), width=width, **settings)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return option_names(action) if action.option_strings else super()._format_action_invocation(action)
 
 
-def _columns() -> int:
-    """The width of the terminal; argparse would import more than all of this for it, for each option anew."""
-    if (text := os.environ.get("COLUMNS", "")).isdecimal() and int(text):
-        return int(text)
-    try:
-        return os.get_terminal_size(_STDOUT).columns or _COLUMNS_DEFAULT
-    except OSError:
-        return _COLUMNS_DEFAULT
-
-
 def option_names(action: argparse.Action) -> str:
-    """An option's names, the long ones with what stands for the value: `-i, --image=PATH`."""
+    """Return an option's names, the long ones with a placeholder for the value: `-i, --image=PATH`."""
     value = _metavar(action)
     return ", ".join(f"{name}={value}" if value and name.startswith("--") else name for name in action.option_strings)
 
 
 def _metavar(action: argparse.Action) -> str:
-    """What stands for an option's value, or an empty string if it takes none."""
+    """Return the placeholder for an option's value, or an empty string if it takes none."""
     if action.nargs == 0:
         return ""
     if isinstance(action.metavar, str):
@@ -124,29 +229,3 @@ def _metavar(action: argparse.Action) -> str:
     if action.choices:
         return "|".join(map(str, action.choices))
     return action.dest.upper()
-
-
-def number(text: str, least: float, most: float, what: str) -> float:
-    """A number in these bounds, for argparse, which tells its user that another text is not `what`."""
-    with contextlib.suppress(ValueError):
-        if least <= (value := float(text)) <= most:
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not {what}")
-
-
-#: What systemd takes for a boolean, in any case.
-_BOOLEANS = {
-    **dict.fromkeys(("1", "yes", "y", "true", "t", "on"), "yes"),
-    **dict.fromkeys(("0", "no", "n", "false", "f", "off"), "no"),
-}
-
-
-def boolean(option: str, text: str, *, auto: bool = False) -> str:
-    """`yes` or `no` for what systemd takes for a boolean, and `auto` if that is allowed. Raises UsageError."""
-    if auto and text in ("auto", ""):
-        return "auto"
-    try:
-        return _BOOLEANS[text.lower()]
-    except KeyError:
-        choices = "yes, no or auto" if auto else "yes or no"
-        raise UsageError(f"{option}{text} is neither yes nor no", hint=f"write {option}{choices}") from None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 from ..text import printable
 
 JSON_MODES = ("pretty", "short", "off")
+
+#: The width if neither the environment nor the terminal tells it.
+_WIDTH_DEFAULT = 80
+
+_STDOUT = 1
 
 _UNITS = ("B", "K", "M", "G", "T", "P")
 
@@ -20,17 +26,44 @@ def print_json(value: Any, mode: str) -> None:
     print(json.dumps(value, indent=2) if mode == "pretty" else json.dumps(value, separators=(",", ":")), flush=True)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print rows below their columns' names; the columns in `right` are numbers and end flush."""
+def terminal_width(descriptor: int = _STDOUT) -> int:
+    """Return the width of the terminal in characters. (argparse would import more than all of vmctl for it.)"""
+    text = os.environ.get("COLUMNS", "")
+    if text.isascii() and text.isdecimal() and len(text) < 6 and int(text):
+        return int(text)
+    try:
+        return os.get_terminal_size(descriptor).columns or _WIDTH_DEFAULT
+    except OSError:
+        return _WIDTH_DEFAULT
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), fit: bool = False
+) -> None:
+    """Print rows below their columns' names; the columns in `right` are numbers and end flush.
+
+    `fit` leaves out the last columns on a terminal that is too narrow for them.
+    """
+    is_terminal = sys.stdout.isatty()
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    if fit and is_terminal:
+        widths = fitting(widths, terminal_width())
     for row in (columns, *rows):
         cells = [
             cell.rjust(width) if name in right else cell.ljust(width)
-            for name, cell, width in zip(columns, row, widths, strict=True)
+            for name, cell, width in zip(columns, row, widths, strict=False)
         ]
         line = " ".join(cells).rstrip()
-        print(f"\033[4m{line}\033[0m" if row is columns and sys.stdout.isatty() else line)
+        print(f"\033[4m{line}\033[0m" if row is columns and is_terminal else line)
+
+
+def fitting(widths: Sequence[int], limit: int) -> list[int]:
+    """Return the widths of the columns that fit in a line, but the first one at least."""
+    found = list(widths)
+    while len(found) > 1 and sum(found) + len(found) - 1 > limit:
+        found.pop()
+    return found
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:

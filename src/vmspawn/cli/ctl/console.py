@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl console`: a running machine's console on this terminal."""
+"""The verb `console`: a running machine's console on this terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...control.client import Client, connect
 from ...errors import NotConnected, VmspawnError
 from ...host import runtime
 from ..disconnect import watching
+from .verbs import Verbs
 
 _STDIN, _STDOUT = 0, 1
 
@@ -20,17 +21,18 @@ _STDIN, _STDOUT = 0, 1
 _RESIZE_TIMEOUT = 5.0
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `vmctl console`."""
-    parser.add_argument("--read-only", action="store_true", help="only look; what is typed goes nowhere")
+def add(verbs: Verbs) -> None:
+    """Add the verb."""
+    attach = verbs.add_for_machine("console", _console, "attach to a machine's console")
+    attach.add_argument("--read-only", action="store_true", help="show the console without input")
 
 
-def run(options: argparse.Namespace) -> None:
-    """The verb `console`; returns when the user detaches or the machine ends, or exits as a signal that came asks.
+def _console(options: argparse.Namespace) -> None:
+    """Return when the user detaches or the machine ends; exit when a signal comes.
 
-    Raises NotConnected if the machine runs on without its manager, or has let us go.
+    Raises NotConnected if the machine runs on and closes the connection.
     """
-    # No other verb needs them.
+    # No other verb needs these modules.
     from ...console.attach import ConsoleAttachment
     from ...console.terminal import window_size
 

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs of vmctl that are about disks."""
+"""Verbs that attach, detach and change disks."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-from ...boot.config import parse_size
 from ...control.client import REPLY_TIMEOUT, Client, VarlinkError
-from ...errors import UsageError, VmspawnError
-from ...storage import backing as backings
+from ...errors import NoSuchStorage, UsageError
 from ...storage.disk import (
     AIO_CHOICES,
     AUTO_BUS,
@@ -26,96 +21,87 @@ from ...storage.disk import (
     default_name,
     is_only_read,
 )
-from ...storage.formats import FORMATS
 from ...storage.limits import BURST_MAX
-from ...text import printable, utf8
-from ..parser import number
-from ..tables import format_size, print_json
-from .calling import MACHINE, client_for, context, show
+from ..parser import Parser
+from ..tables import format_size, print_json, terminal_width
+from ..values import number, parse_size, whole_number
+from .images import add_format, add_path, call_with_image
+from .replies import MACHINE, answer, client_for, failing_to, say
+from .verbs import Verbs, add_disk, disk_name
 
-#: Seconds beyond the guest's time that the manager has for its answer.
+#: Seconds that the manager has for its answer beyond the guest's time.
 _GRACE = 10.0
 
-#: Seconds that a detach waits for the guest, as the manager does by itself.
+#: Seconds that a detach waits for the guest, the manager's own default.
 _DETACH_TIMEOUT = 30.0
 
-#: Seconds over which `list-disks --stats` looks.
-_STATISTICS_SECONDS = 1.0
 
-_AddVerb = Callable[[Any, str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
-
-
-def add_verbs(verbs: Any, add_verb: _AddVerb) -> None:
-    """Add the verbs; `add_verb` makes one that takes a machine."""
-
-    def add(name: str, arguments: str, action: Callable[[argparse.Namespace], None], text: str) -> Any:
-        parser = add_verb(verbs, name, action, text)
-        parser.usage = f"vmctl {name} MACHINE {arguments}[OPTION…]"
-        for word in arguments.split():
-            parser.add_argument(word.lower(), metavar=word, help=_ARGUMENTS[word])
-        return parser
-
-    _add_attach_options(add("attach-disk", "PATH ", _attach, "plug a disk into a running machine"))
-    detach = add("detach-disk", "DISK ", _detach, "unplug a disk from a running machine")
-    detach.add_argument("--no-wait", action="store_true", help="ask the guest, and do not wait for it")
+def add(verbs: Verbs) -> None:
+    """Add the verbs."""
+    attach = verbs.add_for_machine("attach-disk", _attach, "attach a disk to a running machine", "[PATH]")
+    add_path(attach, nargs="?")
+    _add_attach_options(attach)
+    detach = verbs.add_for_machine("detach-disk", _detach, "detach a disk from a running machine", "DISK")
+    add_disk(detach)
+    detach.add_argument("--no-wait", action="store_true", help="ask the guest and return at once")
     detach.add_argument(
-        "--force", action="store_true", help="close the image at once; the guest sees I/O errors until it lets go"
+        "--force",
+        action="store_true",
+        help="take the image away now; the guest gets I/O errors until it releases the disk",
     )
-    replace = add("replace-disk", "DISK PATH ", _replace, "put another image in the place of a disk's, in use")
-    replace.add_argument("--format", choices=FORMATS, help="the new image's format (default: raw)")
-    replace.add_argument("--shrink", action="store_true", help="the new image may be smaller")
-    resize = add("resize-disk", "DISK ", _resize, "change the size of a disk and its image, in use")
+    replace = verbs.add_for_machine("replace-disk", _replace, "replace the image of a disk in use", "DISK PATH")
+    add_disk(replace)
+    add_path(replace)
+    add_format(replace)
+    replace.add_argument("--shrink", action="store_true", help="allow a smaller image")
+    resize = verbs.add_for_machine("resize-disk", _resize, "resize a disk in use, and its image", "DISK [SIZE]")
+    add_disk(resize)
     resize.add_argument(
-        "size", metavar="SIZE", nargs="?", help="bytes; K, M, G or T may follow (default: what the image has)"
+        "size",
+        metavar="SIZE",
+        nargs="?",
+        help="bytes, with K, M, G or T; +SIZE is relative to the current size (default: the image's size)",
     )
-    resize.add_argument("--shrink", action="store_true", help="the disk may become smaller")
-    _add_limit_options(add("limit-disk", "DISK ", _limit, "limit what the guest may ask of a disk"))
-    insert = add("insert-media", "DISK PATH ", _insert, "put an image into an optical drive")
-    insert.add_argument("--format", choices=FORMATS, help="the image's format (default: raw)")
-    insert.add_argument("--force", action="store_true", help="even if the guest has locked the tray")
-    eject = add("eject-media", "DISK ", _eject, "take the image out of an optical drive")
-    eject.add_argument("--force", action="store_true", help="even if the guest has locked the tray")
-    listing = add("list-disks", "", _list, "list a machine's disks")
-    listing.add_argument("--stats", action="store_true", help="show what the guest reads and writes, over a second")
+    resize.add_argument("--shrink", action="store_true", help="allow the disk to become smaller")
+    limit = verbs.add_for_machine("limit-disk", _limit, "limit the I/O of a disk; without limits, remove them", "DISK")
+    add_disk(limit)
+    _add_limit_options(limit)
 
 
-_ARGUMENTS = {"PATH": "an image or a block device; opened as you", "DISK": "the disk's name"}
-
-
-def _add_attach_options(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "vmctl attach-disk MACHINE [PATH] [OPTION…]"
-    next(action for action in parser._actions if action.dest == "path").nargs = "?"
+def _add_attach_options(parser: Parser) -> None:
     parser.add_argument(
         "--bus",
         choices=(*BUSES, AUTO_BUS),
         default=DEFAULT_BUS,
-        help="how the guest sees it; auto: virtio-blk while there are ports, then virtio-scsi (default: %(default)s)",
+        help="bus the disk is attached to; auto: virtio-blk while ports are free, then virtio-scsi "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--name", help="the disk's name (default: the file's name)")
-    parser.add_argument("--format", choices=FORMATS, help="the image's format (default: raw)")
-    parser.add_argument("--read-only", action="store_true", help="the guest may not write")
-    parser.add_argument("--serial", help="the serial number that the guest sees (default: from the name)")
-    parser.add_argument("--discard", choices=DISCARD_CHOICES, help="give back what the guest discards (default: unmap)")
-    parser.add_argument("--detect-zeroes", choices=DETECT_ZEROES_CHOICES, help="what becomes of zeroes (default: off)")
-    parser.add_argument("--cache", choices=CACHE_CHOICES, help="the host's page cache (default: writeback)")
-    parser.add_argument("--aio", choices=AIO_CHOICES, help="how the host does the I/O (default: threads)")
-    parser.add_argument("--iothread", action="store_true", help="an I/O thread of its own")
-    parser.add_argument("--share", action="store_true", help="let other machines write to the image too")
+    parser.add_argument("--name", type=disk_name, help="name of the disk (default: the file's name)")
+    add_format(parser)
+    parser.add_argument("--read-only", action="store_true", help="deny writes by the guest")
+    parser.add_argument("--serial", help="serial number in the guest (default: from the name)")
+    parser.add_argument("--discard", choices=DISCARD_CHOICES, help="what a discard does (default: unmap)")
+    parser.add_argument("--detect-zeroes", choices=DETECT_ZEROES_CHOICES, help="how zeroes are written (default: off)")
+    parser.add_argument("--cache", choices=CACHE_CHOICES, help="use of the host's page cache (default: writeback)")
+    parser.add_argument("--aio", choices=AIO_CHOICES, help="the host's interface for I/O (default: threads)")
+    parser.add_argument("--iothread", action="store_true", help="give the disk its own I/O thread")
+    parser.add_argument("--share", action="store_true", help="allow other machines to open the image for writing")
     parser.add_argument(
         "--on-error",
         choices=ON_ERROR_CHOICES,
-        help="where a request fails: tell the guest, stop it, or stop it if the host is full (default)",
+        help="what a failed request does: report it to the guest, stop the guest, or stop it if the host is full "
+        "(default)",
     )
-    parser.add_argument("--boot-index", metavar="N", type=int, help="its place in the boot order")
+    parser.add_argument("--boot-index", metavar="N", type=whole_number, help="position in the boot order")
     _add_limit_options(parser)
 
 
-def _add_limit_options(parser: argparse.ArgumentParser) -> None:
+def _add_limit_options(parser: Parser) -> None:
     for name, what in (("iops", "requests"), ("bps", "bytes")):
         for suffix, kind in (("", ""), ("-read", " read"), ("-write", " written")):
-            parser.add_argument(f"--{name}{suffix}", metavar="N", help=f"{what}{kind} a second; K, M, G may follow")
+            parser.add_argument(f"--{name}{suffix}", metavar="N", help=f"limit {what}{kind} per second; with K, M or G")
     parser.add_argument(
-        "--burst", metavar="FACTOR", type=_burst, help="so many times the limits for a second after a quiet time"
+        "--burst", metavar="FACTOR", type=_burst, help="allow FACTOR times the limits for a second after a quiet time"
     )
 
 
@@ -124,7 +110,7 @@ def _burst(text: str) -> float:
 
 
 def _limits(options: argparse.Namespace) -> dict[str, int]:
-    """The limits that were given."""
+    """Return the limits that were given. Raises UsageError."""
     found = {}
     for key in ("iops", "iops_read", "iops_write", "bps", "bps_read", "bps_write"):
         if (text := getattr(options, key)) is not None:
@@ -136,21 +122,6 @@ def _limits(options: argparse.Namespace) -> dict[str, int]:
             raise UsageError("--burst= needs a limit", hint="add --iops= or --bps=")
         found["burstPercent"] = round(options.burst * 100)
     return found
-
-
-# The verbs. Each raises VmspawnError if it did not happen.
-
-
-def _say(options: argparse.Namespace, text: str) -> None:
-    if not options.quiet and options.json == "off":
-        print(printable(text))
-
-
-def _answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> None:
-    """Show a reply: as JSON for programs, in words for people."""
-    if options.json != "off":
-        print_json(reply, options.json)
-    _say(options, text)
 
 
 def _attach(options: argparse.Namespace) -> None:
@@ -172,34 +143,24 @@ def _attach(options: argparse.Namespace) -> None:
     }
     if not options.path:
         if options.bus != "scsi-cd" or not options.name:
-            raise UsageError("no image", hint="name a PATH; only --bus=scsi-cd --name=NAME can be without")
-        with client_for(options) as client, context(f"cannot attach {options.name}"):
+            raise UsageError(
+                "no image", hint="name a PATH; only an optical drive (--bus=scsi-cd --name=NAME) needs none"
+            )
+        with client_for(options) as client, failing_to("attach", options.name):
             return _say_attached(options, client.call(f"{MACHINE}.AttachStorage", wanted))
-    with client_for(options) as client, context(f"cannot attach {options.path}"):
+    with client_for(options) as client, failing_to("attach", options.path):
         read_only = is_only_read(options.bus, options.format, read_only=options.read_only)
-        attached = _call_with_image(client, "AttachStorage", options.path, wanted, read_only=read_only)
+        attached = call_with_image(client, "AttachStorage", options.path, wanted, read_only=read_only)
     return _say_attached(options, attached)
 
 
 def _say_attached(options: argparse.Namespace, attached: dict[str, Any]) -> None:
     mode = ", read-only" if attached["readOnly"] else ""
-    _answer(
+    answer(
         options,
         attached,
         f"Attached {attached['name']} on {attached['bus']} at {attached['place']}{mode}: {attached['byId']}",
     )
-
-
-def _call_with_image(
-    client: Client, method: str, path: str, parameters: dict[str, Any], *, read_only: bool
-) -> dict[str, Any]:
-    """Open an image and pass it along."""
-    backing = backings.open_disk(path, read_only=read_only)
-    image = {"fileDescriptorIndex": 0, "path": utf8(os.path.abspath(path))}
-    try:
-        return client.call(f"{MACHINE}.{method}", {**image, **parameters}, fds=(backing.fd,))
-    finally:
-        backing.close()
 
 
 def _detach(options: argparse.Namespace) -> None:
@@ -207,27 +168,27 @@ def _detach(options: argparse.Namespace) -> None:
     if options.no_wait:
         timeout = 0.0
     parameters = {"name": options.disk, "timeoutUSec": int(timeout * 1e6), "force": options.force}
-    with context(f"cannot detach {options.disk}"):
+    with failing_to("detach", options.disk):
         try:
             pending = _wait_for_detach(options, parameters, timeout)
         except VarlinkError as error:
             if not options.no_wait or error.leaf != "StoragePending":
                 raise
-            return _say(options, f"Detaching {options.disk}: {error}")
+            return say(options, f"Detaching {options.disk}: {error}")
     if options.json != "off":
         print_json({"pending": pending}, options.json)
     elif pending:
-        _say(
+        say(
             options,
-            f"Detached {options.disk} by force: its image is free. The guest sees errors until it lets go or is reset.",
+            f"Detached {options.disk} by force: its image is free. The guest gets I/O errors until it releases it.",
         )
     else:
-        _say(options, f"Detached {options.disk}")
+        say(options, f"Detached {options.disk}")
     return None
 
 
 def _wait_for_detach(options: argparse.Namespace, parameters: dict[str, Any], timeout: float) -> bool:
-    """Call and wait; returns whether something is still pending. On a terminal it is shown what is waited for."""
+    """Call and wait, with the progress on a terminal; returns whether the removal is still pending."""
     if options.quiet or timeout == 0 or not sys.stderr.isatty():
         with Client(options.machine, timeout=max(REPLY_TIMEOUT, timeout + _GRACE)) as client:
             return bool(client.call(f"{MACHINE}.DetachStorage", parameters)["pending"])
@@ -250,28 +211,19 @@ def _show_progress(disk: dict[str, Any]) -> None:
     removal = disk["removal"]
     asked = "once" if removal["requests"] == 1 else f"{removal['requests']} times"
     text = f"{removal['pendingUSec'] / 1e6:.0f} s, asked {asked}: {removal['reason']}"
-    print(f"\r\033[K{text[: _columns() - 1]}", end="", file=sys.stderr, flush=True)
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80
+    print(f"\r\033[K{text[: terminal_width(sys.stderr.fileno()) - 1]}", end="", file=sys.stderr, flush=True)
 
 
 def _replace(options: argparse.Namespace) -> None:
-    with client_for(options) as client, context(f"cannot replace {options.disk}"):
+    with client_for(options) as client, failing_to("replace", options.disk):
         wanted = {
             "name": options.disk,
             "format": options.format,
             "shrink": options.shrink,
         }
         read_only = _disk(client, options.disk)["readOnly"]
-        reply = _call_with_image(client, "ReplaceStorage", options.path, wanted, read_only=read_only)
-    _answer(
-        options, reply, f"Replaced the image of {options.disk} by {options.path}, {format_size(reply['sizeBytes'])}"
-    )
+        reply = call_with_image(client, "ReplaceStorage", options.path, wanted, read_only=read_only)
+    answer(options, reply, f"Replaced the image of {options.disk} by {options.path}, {format_size(reply['sizeBytes'])}")
 
 
 def _disk(client: Client, name: str) -> dict[str, Any]:
@@ -279,118 +231,22 @@ def _disk(client: Client, name: str) -> dict[str, Any]:
         if disk["name"] == name:
             found: dict[str, Any] = disk
             return found
-    raise VmspawnError(f"there is no disk named {name}", hint=f"see: vmctl list-disks {client.machine}")
+    raise NoSuchStorage(f"there is no disk named {name}", hint=f"see: vmctl list-disks {client.machine}")
 
 
 def _resize(options: argparse.Namespace) -> None:
-    size = None if options.size is None else parse_size(options.size, option="SIZE ")
-    with client_for(options) as client, context(f"cannot resize {options.disk}"):
+    text = options.size
+    size = None if text is None else parse_size(text.removeprefix("+"), option="SIZE ")
+    with client_for(options) as client, failing_to("resize", options.disk):
+        if size is not None and text.startswith("+"):
+            size += _disk(client, options.disk)["sizeBytes"]
         wanted = {"name": options.disk, "sizeBytes": size, "shrink": options.shrink}
         reply = client.call(f"{MACHINE}.ResizeStorage", wanted)
-    _answer(options, reply, f"Resized {options.disk} to {format_size(reply['sizeBytes'])}")
+    answer(options, reply, f"Resized {options.disk} to {format_size(reply['sizeBytes'])}")
 
 
 def _limit(options: argparse.Namespace) -> None:
     limits = _limits(options)
-    with client_for(options) as client, context(f"cannot limit {options.disk}"):
+    with client_for(options) as client, failing_to("limit", options.disk):
         client.call(f"{MACHINE}.LimitStorage", {"name": options.disk, "limits": limits or None})
-    _say(options, f"Limited {options.disk}" if limits else f"{options.disk} has no limits now")
-
-
-def _insert(options: argparse.Namespace) -> None:
-    with client_for(options) as client, context(f"cannot insert {options.path}"):
-        wanted = {
-            "name": options.disk,
-            "format": options.format,
-            "force": options.force,
-        }
-        _call_with_image(client, "InsertMedia", options.path, wanted, read_only=True)
-    _say(options, f"Inserted {options.path} into {options.disk}")
-
-
-def _eject(options: argparse.Namespace) -> None:
-    with client_for(options) as client, context(f"cannot eject the medium of {options.disk}"):
-        client.call(f"{MACHINE}.EjectMedia", {"name": options.disk, "force": options.force})
-    _say(options, f"Ejected the medium of {options.disk}")
-
-
-# Lists.
-
-
-def _list(options: argparse.Namespace) -> None:
-    with client_for(options) as client:
-        if options.stats:
-            return _list_statistics(options, client)
-        disks = client.call(f"{MACHINE}.ListStorage")["storage"]
-    columns = ("DISK", "BUS", "SIZE", "FORMAT", "MODE", "STATE", "PLACE", "SERIAL", "BY-ID", "LIMITS", "FILE")
-    return show(options, disks, "disks", columns, _row, right=("SIZE",))
-
-
-def _row(disk: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        disk["name"],
-        disk["bus"],
-        format_size(disk["sizeBytes"]) if disk["sizeBytes"] else "-",
-        disk["format"] if disk["sizeBytes"] else "-",
-        "ro" if disk["readOnly"] else "rw",
-        _state(disk),
-        disk["place"],
-        disk["serial"],
-        disk["byId"].removeprefix("/dev/disk/by-id/"),
-        _limits_text(disk["limits"]),
-        disk["path"] or "-",
-    )
-
-
-def _state(disk: dict[str, Any]) -> str:
-    if disk["boot"]:
-        return "boot"
-    removal = disk["removal"]
-    if not removal:
-        return str(disk["state"])
-    forced = ", forced" if removal["forced"] else ""
-    return f"{disk['state']} ({removal['pendingUSec'] / 1e6:.0f} s{forced})"
-
-
-def _limits_text(limits: dict[str, int] | None) -> str:
-    names = {"iops": "iops", "iopsRead": "iops-read", "iopsWrite": "iops-write"}
-    names |= {"bps": "bps", "bpsRead": "bps-read", "bpsWrite": "bps-write"}
-    words = [f"{name}={limits[key]}" for key, name in names.items() if limits and limits.get(key)]
-    return ",".join(words) or "-"
-
-
-def _list_statistics(options: argparse.Namespace, client: Client) -> None:
-    """Two looks, a second apart: all since the disks were attached, and what came in between."""
-    before = _statistics(client)
-    start = time.monotonic()
-    time.sleep(_STATISTICS_SECONDS)
-    after = _statistics(client)
-    seconds = time.monotonic() - start
-    found = [
-        {"name": name, **now, "perSecond": {key: (now[key] - before[name][key]) / seconds for key in now}}
-        for name, now in after.items()
-        if name in before
-    ]
-    columns = ("DISK", "READS", "READ", "WRITES", "WRITTEN", "FLUSHES", "FAILED", "READ/s", "WRITTEN/s", "IOPS")
-    show(options, found, "disks", columns, _statistics_row, right=columns[1:])
-
-
-def _statistics(client: Client) -> dict[str, dict[str, int]]:
-    disks = client.call(f"{MACHINE}.ListStorage", {"statistics": True})["storage"]
-    return {disk["name"]: disk["statistics"] for disk in disks if disk["statistics"]}
-
-
-def _statistics_row(disk: dict[str, Any]) -> tuple[str, ...]:
-    per_second = disk["perSecond"]
-    return (
-        disk["name"],
-        str(disk["reads"]),
-        format_size(disk["readBytes"]),
-        str(disk["writes"]),
-        format_size(disk["writtenBytes"]),
-        str(disk["flushes"]),
-        str(disk["failed"]),
-        format_size(round(per_second["readBytes"])),
-        format_size(round(per_second["writtenBytes"])),
-        f"{per_second['reads'] + per_second['writes']:.0f}",
-    )
+    say(options, f"Limited {options.disk}" if limits else f"{options.disk} has no limits now")

@@ -23,7 +23,7 @@ from prompt_toolkit.patch_stdout import patch_stdout
 
 from ...errors import NotConnected, QmpError, UsageError
 from ...qmp.monitor import Monitor
-from .qmp import parse_arguments
+from .qmp_session import parse_arguments
 
 
 def run_shell(connected: socket.socket, received: bytes, machine: str) -> bool:

@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 from ...control.client import REPLY_TIMEOUT, Client, VarlinkError
-from ...errors import NotConnected, Timeout, VmspawnError
+from ...errors import MachineEnded, NotConnected, Timeout
 from ..disconnect import watching
-from .calling import INSTANCE
+from .replies import INSTANCE
 
 #: Seconds that the guest has, without --timeout=; as vmspawn's own --shutdown-timeout=.
 _PATIENCE = 90.0
@@ -45,9 +45,9 @@ _NEWS = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The option of the three verbs."""
-    parser.add_argument("--wait", action="store_true", help="wait until it has happened, and say what is going on")
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option to one of the three verbs."""
+    parser.add_argument("--wait", action="store_true", help="wait until it is done, and report progress")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -107,7 +107,7 @@ class _Wait:
         if name == "MachineEnded":
             self._wait_for_cleanup()
             if self._options.verb == "reboot" or not data["clean"]:
-                raise VmspawnError(data["message"])
+                raise MachineEnded(data["message"])
             self._say(data["message"])
             return True
         if name in _NEWS:

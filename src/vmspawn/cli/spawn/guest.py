@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The options for what the guest is given: credentials, SMBIOS strings, a network, memory."""
+"""Options for what the guest is given: credentials, SMBIOS strings, a network."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TypedDict
 
 from ...boot import credentials
-from ...boot.config import parse_size
-from ...boot.memory import SLOTS_DEFAULT, Growth
-from ...errors import UsageError
+
+
+class Guest(TypedDict):
+    """Fields of MachineConfig."""
+
+    credentials: tuple[credentials.Credential, ...]
+    vendor_strings: tuple[str, ...]
+    network_user: bool
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,41 +25,31 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="ID:VALUE",
         action="append",
         default=[],
-        help="a credential for the guest's systemd; repeatable",
+        help="pass a credential to the guest's systemd; repeatable",
     )
     group.add_argument(
         "--load-credential",
         metavar="ID:PATH",
         action="append",
         default=[],
-        help="a credential from a file or a socket; repeatable",
+        help="pass a credential from a file or a socket; repeatable",
     )
     group.add_argument(
-        "-s", "--smbios11", metavar="STRING", action="append", default=[], help="an SMBIOS type 11 string; repeatable"
+        "-s",
+        "--smbios11",
+        metavar="STRING",
+        action="append",
+        default=[],
+        help="pass an SMBIOS type 11 string; repeatable",
     )
-    group.add_argument("--network-user-mode", action="store_true", help="a network card behind QEMU's own NAT")
+    group.add_argument("--network-user-mode", action="store_true", help="add a network card behind QEMU's own NAT")
 
 
-def fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of MachineConfig that the options fill. Raises UsageError."""
-    loaded = [credentials.parse_load(each) for each in options.load_credential]
+def read(options: argparse.Namespace) -> Guest:
+    """Read the options. Raises UsageError."""
+    given = [*map(credentials.parse_set, options.set_credential)]
     return {
-        "credentials": (*map(credentials.parse_set, options.set_credential), *loaded),
+        "credentials": (*given, *map(credentials.parse_load, options.load_credential)),
         "vendor_strings": tuple(options.smbios11),
         "network_user": options.network_user_mode,
-        **_memory(options.ram),
     }
-
-
-def _memory(text: str | None) -> dict[str, Any]:
-    """Parse `--ram=SIZE[:MAX[:SLOTS]]`."""
-    if text is None:
-        return {}
-    size, *rest = text.split(":")
-    found: dict[str, Any] = {"ram": parse_size(size, option="--ram=")}
-    if len(rest) > 2 or (len(rest) == 2 and not rest[1].isdigit()):
-        raise UsageError(f"--ram={text} is not a size", hint="write --ram=SIZE[:MAX[:SLOTS]]")
-    if rest:
-        slots = int(rest[1]) if len(rest) == 2 else SLOTS_DEFAULT
-        found["ram_growth"] = Growth(parse_size(rest[0], option="--ram="), slots)
-    return found

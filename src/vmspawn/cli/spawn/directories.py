@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The options for directories of the host in the guest."""
+"""Options for directories of the host in the guest."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import Any, TypedDict
 
 from ...boot.shares import Share, parse
 from ...errors import UsageError
 
 
+class Directories(TypedDict):
+    """Fields of MachineConfig."""
+
+    directory: str | None
+    binds: tuple[Share, ...]
+
+
 class _Bind(argparse.Action):
-    """Collects --bind= and --bind-ro= in the order in which they are given."""
+    """Collects --bind= and --bind-ro= in their order."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         namespace.binds = [*namespace.binds, (option, values)]
@@ -21,15 +28,15 @@ class _Bind(argparse.Action):
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Directories")
-    group.add_argument("-D", "--directory", metavar="PATH", help="a directory of the host's as the guest's root")
-    for name, text in (("--bind", "a directory of the host's in the guest"), ("--bind-ro", "the same, read-only")):
+    group.add_argument("-D", "--directory", metavar="PATH", help="boot a directory of the host as the guest's root")
+    for name, text in (("--bind", "share a directory of the host"), ("--bind-ro", "the same, read-only")):
         group.add_argument(
             name, metavar="SOURCE[:TARGET]", action=_Bind, dest="binds", default=[], help=f"{text}; repeatable"
         )
 
 
-def fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of MachineConfig that the options fill. Raises UsageError."""
+def read(options: argparse.Namespace) -> Directories:
+    """Read the options. Raises UsageError."""
     binds: list[Share] = []
     for option, text in options.binds:
         share = parse(f"{option}=", text, read_only=option == "--bind-ro")

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The options for what a machine boots by: firmware, its features and its variables."""
+"""Options for the firmware, its features and its variables."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from typing import TypedDict
 
 from ...boot import firmware
 from ...boot.firmware import FirmwareWish
 from ...boot.qemu import ARCHITECTURES
 from ...errors import StartError, UsageError
-from ..parser import boolean
+from ..values import boolean
 
 _SECURE_BOOT = "secure-boot"
 
@@ -22,27 +23,38 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--firmware",
         metavar="auto|uefi|bios|none|PATH|list|describe",
         default="auto",
-        help="what boots the image, or the descriptor of it; or show which there are, or which it would be",
+        help="boot by this kind of firmware, or by the one that a descriptor names; list the descriptors, or show the "
+        "one that would be used",
     )
     group.add_argument(
         "--firmware-features",
         metavar="FEATURE[,FEATURE…]|list",
         action="append",
         default=[],
-        help="features that UEFI must have, or with ~ must not have; or show which there are; repeatable",
+        help="require features of UEFI, or exclude those with ~; or list the features; repeatable",
     )
-    group.add_argument("--secure-boot", metavar="BOOL|auto", help="whether UEFI must, or must not, know Secure Boot")
-    group.add_argument("--efi-nvram-template", metavar="PATH", help="what new UEFI variables begin as")
+    group.add_argument("--secure-boot", metavar="BOOL|auto", help="require or exclude Secure Boot")
+    group.add_argument("--efi-nvram-template", metavar="PATH", help="initial contents of UEFI variables")
     group.add_argument(
         "--efi-nvram-state",
         metavar="off|auto|PATH",
         default="auto",
-        help="where UEFI variables are kept (default: auto, beside the image)",
+        help="file that keeps UEFI variables (default: auto, beside the image)",
     )
 
 
-def wish(options: argparse.Namespace) -> FirmwareWish:
-    """What the options say. Raises UsageError."""
+class Firmware(TypedDict):
+    """Fields of MachineConfig."""
+
+    firmware: FirmwareWish
+
+
+def read(options: argparse.Namespace) -> Firmware:
+    """Read the options. Raises UsageError."""
+    return {"firmware": _wish(options)}
+
+
+def _wish(options: argparse.Namespace) -> FirmwareWish:
     include, exclude = _features(options.firmware_features)
     if options.secure_boot is not None:
         choice = boolean("--secure-boot=", options.secure_boot, auto=True)
@@ -78,14 +90,14 @@ def _features(texts: list[str]) -> tuple[list[str], list[str]]:
 
 def _path(option: str, text: str) -> str:
     if not text.startswith(("/", "./")):
-        raise UsageError(f"{option}{text} is not a path", hint="write an absolute one, or one that begins with ./")
+        raise UsageError(f"{option}{text} is not a path", hint="write an absolute path, or one that begins with ./")
     return os.path.abspath(text)
 
 
 def answer(options: argparse.Namespace) -> list[str] | None:
-    """What to print instead of starting a machine: the firmware there is, its features, or the one that would be taken.
+    """Return the lines to print instead of starting a machine: firmware, features, or the firmware that would be used.
 
-    None if a machine is to be started. Raises StartError if none would be taken.
+    None if a machine is to be started. Raises StartError if no firmware fits.
     """
     if options.firmware == "list":
         return firmware.descriptors()
@@ -96,7 +108,7 @@ def answer(options: argparse.Namespace) -> list[str] | None:
     import json
 
     options.firmware = "uefi"
-    found = firmware.select(wish(options), ARCHITECTURES[options.machine_type], options.machine_type)
+    found = firmware.select(_wish(options), ARCHITECTURES[options.machine_type], options.machine_type)
     if found is None:
         raise StartError("no UEFI firmware fits", hint="see: vmspawn --firmware=list")
     return [json.dumps(firmware.read(found.descriptor), indent=2)]

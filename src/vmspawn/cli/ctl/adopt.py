@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verb `adopt`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+
+from ...errors import NotConnected, StartError, Timeout
+from ...host import runtime
+from .replies import say
+from .verbs import Verbs
+
+#: Seconds that a manager in the background has to take a machine over.
+_ADOPT_TIMEOUT = 45.0
+
+#: How vmspawn's errors begin on standard error.
+_PREFIX = "vmspawn: "
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb."""
+    verbs.add_for_machine("adopt", _adopt, "start a manager for a machine whose manager died")
+
+
+def _adopt(options: argparse.Namespace) -> None:
+    """Start a manager in the background, and wait until it has the machine."""
+    name = runtime.check_name(options.machine)
+    folder = os.path.join(runtime.runtime_root(), name)
+    timeout = _ADOPT_TIMEOUT if options.timeout is None else options.timeout
+    try:
+        log = os.open(
+            os.path.join(folder, runtime.MANAGER_LOG), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+    except FileNotFoundError:
+        raise NotConnected(f"there is no machine named {name}", hint="see: vmctl list") from None
+    except OSError as error:
+        raise StartError(f"cannot use the runtime directory {folder}: {error.strerror}") from None
+    start = os.fstat(log).st_size
+    waiting, telling = os.pipe()
+    try:
+        pid = _start(name, log, telling)
+        os.close(telling)
+        telling = -1
+        if not select.select([waiting], [], [], timeout)[0]:
+            raise Timeout(f"the manager of {name} (process {pid}) has not taken it over within {timeout:g} s")
+        if not os.read(waiting, 1):
+            os.waitpid(pid, 0)
+            raise _failure(os.pread(log, 1 << 16, start).decode(errors="replace"))
+    finally:
+        for fd in (log, waiting, telling):
+            if fd >= 0:
+                os.close(fd)
+    say(options, f"Adopted {name}")
+
+
+def _start(name: str, log: int, telling: int) -> int:
+    """Start a manager that outlives vmctl, and return its process id. It inherits only `log` and `telling`."""
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_DUP2, log, 2),
+        # Duplicating a descriptor onto itself makes it inheritable in the child alone.
+        (os.POSIX_SPAWN_DUP2, telling, telling),
+    ]
+    arguments = ["--adopt", f"--machine={name}", "--console=headless", f"--ready-fd={telling}"]
+    command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
+    return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True)
+
+
+def _failure(said: str) -> StartError:
+    """Return the error that a manager printed before it gave up."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if line.startswith(_PREFIX):
+            hint = lines[number + 1].strip() if number + 1 < len(lines) else ""
+            return StartError(line.removeprefix(_PREFIX), hint=hint)
+    return StartError(lines[-1] if lines else "the manager ended without an error message")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Verbs that list machines, show one, and change its state."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from ...control.client import Client, VarlinkError
+from ...errors import NotConnected, Timeout, UsageError
+from ...host import machined
+from ...host.runtime import check_name, machine_names, running_qemu, runtime_root
+from ..tables import format_duration, print_fields, print_json
+from . import wait
+from .replies import INSTANCE, MACHINE, client_for, failing_to, show
+from .verbs import Verbs
+
+#: The number of recent events that `status` shows.
+_EVENTS_SHOWN = 5
+
+#: Seconds that `list` waits for each machine, so that a machine that hangs does not hide the others.
+_LIST_TIMEOUT = 2.0
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs."""
+    verbs.add("list", _list, "list running machines")
+    status = verbs.add("status", _status, "show a machine", "[MACHINE]")
+    status.add_argument("machine", metavar="MACHINE", nargs="?", help="name of the machine (default: the only one)")
+    for name, method, text in (
+        ("poweroff", "PowerOff", "press a machine's power button"),
+        ("reboot", "Reboot", "reset a machine"),
+        ("pause", "Pause", "pause a machine's processors"),
+        ("resume", "Resume", "resume a paused machine"),
+        ("terminate", "Terminate", "end a machine at once, without asking the guest"),
+    ):
+        verb = verbs.add_for_machine(name, _change_state, text)
+        verb.set_defaults(method=method, wait=False)
+        if name in ("poweroff", "reboot", "terminate"):
+            wait.add_option(verb)
+
+
+def _list(options: argparse.Namespace) -> None:
+    machines = [found for name in _names() if (found := _look_at(name)) is not None]
+    columns = ("MACHINE", "STATE", "QEMU", "ACCEL", "PID")
+    show(options, machines, "machines", columns, _machine_row, right=("PID",))
+
+
+def _names() -> list[str]:
+    return sorted({*machine_names(), *machined.machines()})
+
+
+def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
+    words = (machine[key] for key in ("name", "status", "qemuVersion", "accelerator"))
+    return (*words, str(machine["processId"] or "-"))
+
+
+def _look_at(name: str) -> dict[str, Any] | None:
+    """Return a machine's description, or None if no machine has the name. A machine that hangs is listed as such."""
+    try:
+        folder = os.path.join(runtime_root(), check_name(name))
+        with Client(name, timeout=_LIST_TIMEOUT) as client:
+            return _describe(client, name)
+    except UsageError:
+        return None
+    except NotConnected:
+        if pid := running_qemu(folder):
+            return {"name": name, "status": "no manager", "qemuVersion": "-", "accelerator": "-", "processId": pid}
+        return None
+    except Timeout:
+        return {"name": name, "status": "unresponsive", "qemuVersion": "-", "accelerator": "-", "processId": 0}
+
+
+def _describe(client: Client, name: str) -> dict[str, Any]:
+    """Return a machine's description; a machine of systemd-vmspawn only reports its status."""
+    try:
+        return client.call(f"{MACHINE}.Describe")
+    except VarlinkError as error:
+        if error.leaf not in ("InterfaceNotFound", "MethodNotFound"):
+            raise
+        status = client.call(f"{INSTANCE}.Describe")["status"]
+        return {"name": name, "status": status, "qemuVersion": "-", "accelerator": "-", "processId": 0}
+
+
+def _only_machine() -> str:
+    """Return the name of the only machine that runs. Raises UsageError if there is none, or several."""
+    names = [name for name in _names() if _look_at(name) is not None]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UsageError("no machine is running", hint="start one, for example: vmspawn --guest=builtin")
+    raise UsageError(f"{len(names)} machines are running", hint=f"name one of them: {', '.join(names)}")
+
+
+def _status(options: argparse.Namespace) -> None:
+    options.machine = options.machine or _only_machine()
+    with client_for(options) as client:
+        found = _describe(client, options.machine)
+        disks = client.call(f"{MACHINE}.ListStorage")["storage"] if "ports" in found else []
+    if options.json != "off":
+        print_json({**found, "storage": disks}, options.json)
+        return
+    print_fields([("Machine", found["name"]), ("State", found["status"]), *_details(found, disks)])
+
+
+def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the fields that only a machine of vmspawn reports."""
+    if "ports" not in found:
+        return []
+    qemu = f"{found['qemuVersion']}, {found['accelerator']}, {found['machineType']}, pid {found['processId']}"
+    return [
+        ("Up", format_duration(found["uptimeUSec"] / 1e6)),
+        ("QEMU", qemu),
+        ("Ports", f"{found['portsFree']} of {found['ports']} free"),
+        ("Disks", ", ".join(map(_disk_text, disks)) or "none"),
+        ("Sessions", str(found["sessions"])),
+        ("Last error", _happening(found["lastError"]) if found["lastError"] else "none"),
+        ("Events", "\n".join(map(_happening, found["recentEvents"][-_EVENTS_SHOWN:])) or "none"),
+    ]
+
+
+def _disk_text(disk: dict[str, Any]) -> str:
+    remark = disk["lastFailure"] or ("" if disk["state"] == "attached" else disk["state"])
+    return f"{disk['name']} ({remark})" if remark else str(disk["name"])
+
+
+def _happening(found: dict[str, Any]) -> str:
+    import time
+
+    return f"{time.strftime('%H:%M:%S', time.localtime(found['realTimeUSec'] / 1e6))} {found['text']}"
+
+
+def _change_state(options: argparse.Namespace) -> None:
+    with failing_to(options.verb, options.machine):
+        if options.wait:
+            wait.run(options)
+            return
+        with client_for(options) as client:
+            client.call(f"{INSTANCE}.{options.method}")

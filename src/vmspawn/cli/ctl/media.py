@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Verbs that change the medium of an optical drive."""
+
+from __future__ import annotations
+
+import argparse
+
+from .images import add_format, add_path, call_with_image
+from .replies import MACHINE, client_for, failing_to, say
+from .verbs import Verbs, add_disk
+
+_FORCE = "act even if the guest has locked the tray"
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs."""
+    insert = verbs.add_for_machine("insert-media", _insert, "insert an image into an optical drive", "DISK PATH")
+    add_disk(insert)
+    add_path(insert)
+    add_format(insert)
+    insert.add_argument("--force", action="store_true", help=_FORCE)
+    eject = verbs.add_for_machine("eject-media", _eject, "eject the image from an optical drive", "DISK")
+    add_disk(eject)
+    eject.add_argument("--force", action="store_true", help=_FORCE)
+
+
+def _insert(options: argparse.Namespace) -> None:
+    with client_for(options) as client, failing_to("insert", options.path):
+        wanted = {
+            "name": options.disk,
+            "format": options.format,
+            "force": options.force,
+        }
+        call_with_image(client, "InsertMedia", options.path, wanted, read_only=True)
+    say(options, f"Inserted {options.path} into {options.disk}")
+
+
+def _eject(options: argparse.Namespace) -> None:
+    with client_for(options) as client, failing_to("eject", f"the medium of {options.disk}"):
+        client.call(f"{MACHINE}.EjectMedia", {"name": options.disk, "force": options.force})
+    say(options, f"Ejected the medium of {options.disk}")

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls a machine and shows its replies: what all verbs of vmctl share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...control.client import REPLY_TIMEOUT, Client
+from ...errors import VmspawnError
+from ...text import printable
+from ..tables import print_json, print_table
+
+INSTANCE = "io.systemd.MachineInstance"
+MACHINE = "io.vmspawn.Machine"
+
+
+def client_for(options: argparse.Namespace) -> Client:
+    """Connect to the machine that the options name."""
+    return Client(options.machine, timeout=REPLY_TIMEOUT if options.timeout is None else options.timeout)
+
+
+class failing_to:
+    """Puts `cannot VERB SUBJECT` in front of an error."""
+
+    def __init__(self, verb: str, subject: str) -> None:
+        self._failure = f"cannot {verb} {subject}: "
+        # The subject may be a path; one that cannot be opened is named once.
+        self._repeated = f"cannot open {subject}: "
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, VmspawnError):
+            error.prefix(self._failure, instead_of=self._repeated)
+
+
+def show(
+    options: argparse.Namespace,
+    found: list[dict[str, Any]],
+    what: str,
+    columns: Sequence[str],
+    row: Callable[[dict[str, Any]], Sequence[str]],
+    *,
+    right: Sequence[str],
+    fit: bool = False,
+) -> None:
+    """Print a list: as JSON for programs, as a table for people, or that there are no `what`."""
+    if options.json != "off":
+        print_json(found, options.json)
+    elif found:
+        print_table(columns, [row(each) for each in found], right=right, fit=fit)
+    else:
+        say(options, f"No {what}.")
+
+
+def say(options: argparse.Namespace, text: str) -> None:
+    """Print a line for people."""
+    if not options.quiet and options.json == "off":
+        print(printable(text))
+
+
+def answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> None:
+    """Print a reply: as JSON for programs, as a line for people."""
+    if options.json != "off":
+        print_json(reply, options.json)
+    say(options, text)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Adds verbs to vmctl's parser, each with the options that all verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ...text import printable
+from ..parser import Parser
+from ..tables import JSON_MODES
+from ..values import seconds
+
+PROGRAM = "vmctl"
+
+#: Performs a verb. Raises VmspawnError if it fails.
+Action = Callable[[argparse.Namespace], None]
+
+
+class Verbs:
+    """The verbs of a parser, under the headings that the help shows them by."""
+
+    def __init__(self, parser: Parser) -> None:
+        """Prepare a parser for verbs."""
+        self._command = parser
+        self._subparsers = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
+        self._heading: list[str] = []
+
+    def heading(self, title: str) -> None:
+        """Begin a new heading."""
+        self._heading = self._command.headings.setdefault(title, [])
+
+    def add(self, name: str, action: Action, text: str, arguments: str = "") -> Parser:
+        """Add a verb. `arguments` is what its usage shows of them."""
+        self._heading.append(name)
+        parser: Parser = self._subparsers.add_parser(name, help=text, description=text)
+        parser.prog, parser.verb, parser.command = PROGRAM, name, self._command
+        parser.usage = " ".join(filter(None, (PROGRAM, name, arguments, "[OPTION…]")))
+        add_common_options(parser, default=argparse.SUPPRESS)
+        parser.set_defaults(action=action)
+        return parser
+
+    def add_for_machine(self, name: str, action: Action, text: str, arguments: str = "") -> Parser:
+        """Add a verb whose first argument is a machine."""
+        parser = self.add(name, action, text, f"MACHINE {arguments}".rstrip())
+        parser.add_argument("machine", metavar="MACHINE", help="name of the machine; see: vmctl list")
+        return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
+    """Add the options that may stand before the verb and behind it, where their default is no other than before it."""
+    no_json: dict[str, Any] = default or {"default": "off"}
+    parser.add_argument(
+        "-j", dest="json", action="store_const", const="pretty", help="same as --json=pretty", **no_json
+    )
+    parser.add_argument("--json", choices=JSON_MODES, help="print JSON", **no_json)
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors", **default)
+    parser.add_argument("--timeout", metavar="SECONDS", type=seconds, help="how long to wait for an answer", **default)
+
+
+def add_disk(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a disk."""
+    parser.add_argument("disk", metavar="DISK", type=disk_name, help="name of the disk; see: vmctl list-disks")
+
+
+def disk_name(text: str) -> str:
+    """Return a disk's name as it is shown: the disk of a file `a<line feed>b` is called `a\\nb`, and both find it."""
+    return printable(text)

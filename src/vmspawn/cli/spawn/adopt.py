@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Options for taking over a machine whose manager died."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ...boot.config import MachineConfig
+from ...boot.launch import launch
+from ...errors import UsageError
+from ...host import runtime
+from ..values import whole_number
+from . import console, general
+
+if TYPE_CHECKING:
+    from ...boot.launch import Launched
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options to the command's parser."""
+    group = parser.add_argument_group("Taking over")
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--adopt", action="store_true", help="take over the machine that --machine= names")
+    choice.add_argument(
+        "--adopt-or-start",
+        action="store_true",
+        help="take the machine over if it runs without a manager, else start it",
+    )
+    # A program that starts vmspawn in the background reads a byte from it once the machine is up.
+    group.add_argument("--ready-fd", metavar="FD", type=whole_number, help=argparse.SUPPRESS)
+
+
+#: Options that --adopt goes with; all others were settled when the machine was started.
+_BESIDE_ADOPT = ("adopt", "machine", "console", "log", "qmp_log", "shutdown_timeout", "quiet", "verbose")
+
+
+def refuse_others(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise UsageError if `--adopt` is given with an option that is for starting a machine."""
+    for action in (action for action in parser._actions if action.help != argparse.SUPPRESS):
+        value = getattr(options, action.dest, action.default)
+        if action.dest in _BESIDE_ADOPT or value == action.default or (action.nargs == 0 and value != action.const):
+            continue
+        name = action.option_strings[-1] + ("" if action.nargs == 0 else "=")
+        raise UsageError(
+            f"--adopt takes a machine over as it is, and {name} is for one that starts",
+            hint="leave out one of them, or use --adopt-or-start",
+        )
+
+
+def read(options: argparse.Namespace) -> MachineConfig:
+    """Read which machine to adopt and how to manage it. Raises UsageError."""
+    if options.machine is None:
+        raise UsageError("--adopt needs to know which machine", hint="name it with --machine=; see: vmctl list")
+    if options.kernel_arguments:
+        raise UsageError(
+            f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}", hint="leave that out"
+        )
+    wanted, shown = general.read(options), console.read(options)
+    return MachineConfig(
+        name=runtime.check_name(options.machine),
+        console=shown["console"],
+        console_log=shown["console_log"],
+        shutdown_timeout=wanted["shutdown_timeout"],
+        qmp_log=wanted["qmp_log"],
+    )
+
+
+def is_wanted(options: argparse.Namespace, config: MachineConfig) -> bool:
+    """Whether to adopt the machine; False to start it."""
+    if not options.adopt_or_start:
+        return bool(options.adopt)
+    from ...boot.adopt import has_orphan
+
+    return has_orphan(config.name or "")
+
+
+def begin(
+    options: argparse.Namespace,
+    config: MachineConfig,
+    notice: Callable[[str], None],
+    detail: Callable[[str], None],
+    hold_signals: Callable[[], None],
+) -> Launched:
+    """Start the machine, or take it over. Raises what `launch` and `adopt` raise."""
+    if is_wanted(options, config):
+        from ...boot.adopt import adopt
+
+        hold_signals()
+        return adopt(config, notice=notice)
+    return launch(config, notice=notice, detail=detail, begin=hold_signals)
+
+
+def ready(options: argparse.Namespace) -> Callable[[], None]:
+    """Return the function to call once the machine is up."""
+
+    def tell() -> None:
+        if options.ready_fd is not None:
+            os.write(options.ready_fd, b"\n")
+            os.close(options.ready_fd)
+
+    return tell

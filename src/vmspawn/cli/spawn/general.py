@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Options for the machine as a whole, and for vmspawn's own messages."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypedDict
+
+from ...boot.config import SHUTDOWN_TIMEOUT
+from ...errors import UsageError
+from ...version import VERSION
+from .. import values
+
+
+class General(TypedDict):
+    """Fields of MachineConfig."""
+
+    name: str | None
+    uuid: str | None
+    qmp_log: str
+    shutdown_timeout: float
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options to the command's parser."""
+    group = parser.add_argument_group("General")
+    group.add_argument("-h", "--help", action="help", help="show this help")
+    group.add_argument("--version", action="version", version=f"vmspawn {VERSION}", help="show the version")
+    words = group.add_mutually_exclusive_group()
+    words.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    words.add_argument(
+        "-v", "--verbose", action="store_true", help="report defaults that were chosen and features that were skipped"
+    )
+    group.add_argument("-M", "--machine", metavar="NAME", help="name the machine (default: from what boots)")
+    group.add_argument("--uuid", metavar="UUID", help="set the machine's UUID")
+    group.add_argument("--qmp-log", metavar="FILE", default="", help="write a transcript of QEMU's monitors")
+    group.add_argument(
+        "--shutdown-timeout",
+        metavar="SECONDS",
+        default=f"{SHUTDOWN_TIMEOUT:g}",
+        help="end a guest that does not power off in this time (default: %(default)s)",
+    )
+
+
+def read(options: argparse.Namespace) -> General:
+    """Read the options. Raises UsageError."""
+    return {
+        # As with systemd-vmspawn, an empty name is none.
+        "name": options.machine or None,
+        "uuid": options.uuid,
+        "qmp_log": options.qmp_log,
+        "shutdown_timeout": _seconds("--shutdown-timeout=", options.shutdown_timeout),
+    }
+
+
+def _seconds(option: str, text: str) -> float:
+    try:
+        return float("inf") if text in ("inf", "infinity") else values.seconds(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{option}{error}", hint="write seconds, 0 or more") from None

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Parses the values of options: sizes, numbers, booleans.
+
+Python's own `int` and `float` take more than a user means: `4_0`, digits of other scripts, `1e3`, `nan`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from ..errors import UsageError
+
+#: The largest size of a file (off_t).
+_SIZE_MAX = (1 << 63) - 1
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+# "2GB" and "2G" are both common.
+_SIZE = re.compile(r"([0-9]{0,30})(?:\.([0-9]{1,30}))?(?:([KMGTkmgt])[Bb]?|[Bb])?")
+_WHOLE = re.compile(r"-?[0-9]{1,30}")
+_NUMBER = re.compile(r"[0-9]{0,30}(\.[0-9]{0,30})?")
+
+
+def parse_size(text: str, *, option: str, what: str = "size") -> int:
+    """Parse bytes, or a rate, with an optional suffix B, K, M, G or T (powers of 1024), as systemd does.
+
+    Raises UsageError.
+    """
+    found = _SIZE.fullmatch(text)
+    if found and (found[1] or found[2]):
+        whole, fraction = found[1] or "0", found[2] or ""
+        unit = _UNITS[(found[3] or "").upper()]
+        size: int = int(whole + fraction) * unit // 10 ** len(fraction)
+        if size <= _SIZE_MAX:
+            return size
+    raise UsageError(f"{option}{text} is not a {what}", hint="write for example 512M or 2G")
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text is a whole number without a sign."""
+    return _WHOLE.fullmatch(text) is not None and text[0] != "-"
+
+
+def whole_number(text: str) -> int:
+    """Parse a whole number, for argparse."""
+    if not _WHOLE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+    return int(text)
+
+
+def number(text: str, least: float, most: float, what: str) -> float:
+    """Parse a number in these bounds, for argparse; its error says that another text is not `what`."""
+    if _NUMBER.fullmatch(text) and text not in ("", ".") and least <= (value := float(text)) <= most:
+        return value
+    raise argparse.ArgumentTypeError(f"{text} is not {what}")
+
+
+def seconds(text: str) -> float:
+    """Parse a time span, for argparse."""
+    return number(text, 0, 1e6, "a number of seconds")
+
+
+#: What systemd takes for a boolean, in any case.
+_BOOLEANS = {
+    **dict.fromkeys(("1", "yes", "y", "true", "t", "on"), "yes"),
+    **dict.fromkeys(("0", "no", "n", "false", "f", "off"), "no"),
+}
+
+
+def boolean(option: str, text: str, *, auto: bool = False) -> str:
+    """Return `yes` or `no` for systemd's spellings of a boolean, and `auto` if that is allowed. Raises UsageError."""
+    if auto and text in ("auto", ""):
+        return "auto"
+    try:
+        return _BOOLEANS[text.lower()]
+    except KeyError:
+        choices = "yes, no or auto" if auto else "yes or no"
+        raise UsageError(f"{option}{text} is neither yes nor no", hint=f"write {option}{choices}") from None

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Both commands' arguments: options in any place, unknown ones refused, and help that shows what works."""
+
+import argparse
+from collections.abc import Iterator
+
+import pytest
+
+import vmspawn.cli.ctl.main as vmctl
+import vmspawn.cli.spawn.main as vmspawn_command
+from vmspawn.cli.parser import Parser, _verbs
+
+VERBS = _verbs(vmctl.build_parser())
+
+
+def value_of(action: argparse.Action) -> str:
+    return str(next(iter(action.choices))) if action.choices else "1"
+
+
+def words(parser: argparse.ArgumentParser) -> list[str]:
+    """As many positional arguments as a verb takes at most, but for arguments without an end."""
+    positionals = [each for each in parser._actions if not each.option_strings]
+    return [f"{each.dest}{number}:a=b" for number, each in enumerate(positionals)]
+
+
+def forms(action: argparse.Action) -> Iterator[list[str]]:
+    """All ways to write an option."""
+    for name in action.option_strings:
+        if action.nargs == 0:
+            yield [name]
+        else:
+            yield [name, value_of(action)]
+            yield [f"{name}={value_of(action)}" if name.startswith("--") else f"{name}{value_of(action)}"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_option_may_stand_anywhere(verb: str) -> None:
+    parser, positionals = VERBS[verb], words(VERBS[verb])
+    assert isinstance(parser, Parser)
+    end = len(positionals) if parser.options_end_after is None else parser.options_end_after - 1
+    for action in parser._actions:
+        if not action.option_strings or action.dest == "help":
+            continue
+        for option in forms(action):
+            first = vmctl.build_parser().parse_args([verb, *option, *positionals])
+            for at in range(end + 1):
+                arguments = [verb, *positionals[:at], *option, *positionals[at:]]
+                assert vmctl.build_parser().parse_args(arguments) == first, arguments
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_behind_two_dashes_all_is_an_argument(verb: str) -> None:
+    positionals = ["-odd", "--", "--odd=1 2", "-"][: len(words(VERBS[verb]))]
+    found = vars(VERBS[verb].parse_args(["--", *positionals]))
+    names = [each.dest for each in VERBS[verb]._actions if not each.option_strings]
+    plain = [each for name in names for each in (found[name] if isinstance(found[name], list) else [found[name]])]
+    assert plain == positionals
+
+
+def test_options_end_at_the_arguments_of_a_command() -> None:
+    found = vmctl.build_parser().parse_args(["qmp", "a", "--read-only", "b", "x=1", "--read-only", "--", "-q"])
+    assert (found.read_only, found.quiet, found.arguments) == (True, False, ["x=1", "--read-only", "--", "-q"])
+    config, quiet = vmspawn_command.parse(["--guest=builtin", "-q", "ro", "--quiet", "--nosuch=1", "--"])
+    assert (quiet, config.kernel_arguments) == (True, ("ro", "--quiet", "--nosuch=1", "--"))
+    config, _ = vmspawn_command.parse(["--guest=builtin", "--", "--verbose"])
+    assert config.kernel_arguments == ("--verbose",)
+
+
+def test_a_verb_that_runs_a_command_ends_its_options_there() -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("--user")
+    parser.add_argument("machine")
+    parser.add_argument("command")
+    parser.end_options_here()
+    parser.add_argument("arguments", nargs="*")
+    found = parser.parse_args(["a", "--user", "me", "ls", "--user", "you", "-l"])
+    assert (found.machine, found.user, found.command, found.arguments) == ("a", "me", "ls", ["--user", "you", "-l"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["list", "--stats"], "unknown option --stats", "it is an option of: list-disks"),
+        (["list-disks", "a", "--stat"], "unknown option --stat", "did you mean --stats?"),
+        (["--bus=nvme", "attach-disk", "a", "b"], "unknown option --bus", "it is an option of: attach-disk"),
+        (["status", "a", "--nosuch=a b"], "unknown option --nosuch", "see: vmctl status --help"),
+        (["status", "a", "-no such"], "unknown option -n", "see: vmctl status --help"),
+        (["status", "a", "-5"], "unknown option -5", "see: vmctl status --help"),
+        (["status", "a", "b"], "unexpected argument: b", "see: vmctl status --help"),
+        (["sttus", "a"], "there is no verb sttus", "did you mean status?"),
+        (["help", "dance"], "there is no verb dance", "see: vmctl --help"),
+        (["attach-disk", "a", "--bus", "--quiet"], "argument --bus: expected one argument", "attach-disk --help"),
+    ],
+)
+def test_a_mistake_gets_a_line_and_a_hint(
+    arguments: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        options = vmctl.build_parser().parse_args(arguments)
+        options.action(options)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == f"vmctl: {message}"
+    assert hint in lines[1]
+
+
+@pytest.mark.parametrize("argument", ["--nosuch=a b", "-Z a b", "--no such"])
+def test_an_unknown_option_is_never_a_kernel_argument(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        vmspawn_command.parse(["--guest=builtin", argument])
+    assert capsys.readouterr().err.startswith("vmspawn: unknown option -")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_can_be_abbreviated(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {name for action in VERBS[verb]._actions for name in action.option_strings}
+    for name in names:
+        if name[:-1] in names or not name.startswith("--"):
+            continue
+        with pytest.raises(SystemExit, match="2"):
+            VERBS[verb].parse_args([name[:-1], *words(VERBS[verb])])
+        assert f"did you mean {name}?" in capsys.readouterr().err
+
+
+def test_values_that_begin_with_a_dash_need_the_equals_sign_or_a_space() -> None:
+    for arguments in (["--qemu-arg=-x"], ["--qemu-arg=-x y"], ["--qemu-arg", "-x y"]):
+        config, _ = vmspawn_command.parse(["--guest=builtin", *arguments])
+        assert config.qemu_arguments[0].startswith("-x")
+
+
+def test_short_options_can_be_joined() -> None:
+    config, quiet = vmspawn_command.parse(["-qxM", "name", "-i/image"])
+    assert (quiet, config.ephemeral, config.name, config.image) == (True, True, "name", "/image")
+
+
+def test_help_has_each_verb_once_under_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for arguments in (["--help"], ["help"]):
+        with pytest.raises(SystemExit, match="0"):
+            options = vmctl.build_parser().parse_args(arguments)
+            options.action(options)
+            raise SystemExit(0)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    lines = shown[0].splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and line[2] not in " -"]
+    assert listed == list(VERBS)
+    for heading in ("Machines:", "Console:", "Disks:", "QMP:", "Help:", "Options:"):
+        assert heading in lines
+
+
+def test_help_for_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    options = vmctl.build_parser().parse_args(["help", "attach-disk"])
+    with pytest.raises(SystemExit, match="0"):
+        options.action(options)
+    assert capsys.readouterr().out.startswith("usage: vmctl attach-disk MACHINE [PATH] [OPTION…]")
+
+
+def test_help_leaves_out_what_is_not_supported() -> None:
+    text = vmspawn_command.build_parser().format_help()
+    assert "--tpm" not in text
+    assert "vmspawn(1) lists options" in text
