@@ -14,10 +14,10 @@ from pathlib import Path
 _FOLDER = Path(".cache/fuzz")
 
 #: The targets; those who make them are loaded later.
-NAMES = ("scanner", "envelopes", "varlink")
+NAMES = ("scanner", "envelopes", "images", "varlink")
 
 #: Inputs are no longer than this: what matters happens within a few tokens.
-_LENGTH_MAX = 512
+_LENGTH_MAX = 1024
 
 
 def fuzz(name: str, seconds: int) -> None:
@@ -25,7 +25,7 @@ def fuzz(name: str, seconds: int) -> None:
     import atheris
 
     # What is fuzzed is followed, and nothing else: the whole of what is loaded takes a minute to prepare.
-    with atheris.instrument_imports(include=["vmspawn.qmp", "vmspawn.control", "asyncvarlink"]):
+    with atheris.instrument_imports(include=["vmspawn.qmp", "vmspawn.control", "vmspawn.images", "asyncvarlink"]):
         from tests.fuzz.targets import TARGETS
     target, seeds = TARGETS[name]
     folder = _FOLDER / name

@@ -6,6 +6,8 @@ calls each with a few by itself. A target raises AssertionError, or anything els
 """
 
 import json
+import struct
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,8 @@ from asyncvarlink import VarlinkErrorReply
 
 from vmspawn.control import connection
 from vmspawn.control.server import build_registry
+from vmspawn.images.detection import container_format
+from vmspawn.images.other_files import READERS, other_files
 from vmspawn.machine.machine import Machine
 from vmspawn.qmp.syntax import envelope
 from vmspawn.qmp.syntax.dialect import dialect_of
@@ -100,6 +104,76 @@ def varlink(data: bytes) -> None:
         json.dumps(error.tojson())
 
 
+def images(data: bytes) -> None:
+    """An image is checked by reading a bounded part of it, whatever it is and says of itself."""
+    if not data:
+        return
+    image = _Image(data[0], data[1:])
+    container_format(image.read, image.size)
+    assert image.requested <= _DETECTION_MAX
+    for image_format in READERS:
+        image.requested = 0
+        try:
+            found = other_files(image_format, image.read)
+        except ValueError:
+            continue
+        finally:
+            assert image.requested <= _READING_MAX
+        assert {each.role for each in found} <= _ROLES
+        json.dumps(found)
+
+
+_ROLES = {"backing file", "data file", "extent", "parent"}
+
+#: Bytes that may be asked for to recognize a format, and to check an image of a known one.
+_DETECTION_MAX = 1 << 10
+_READING_MAX = 1 << 20
+
+
+class _Image:
+    """An image that begins with the content; if `kind` is odd, one with a third of it at each of VHDX's tables."""
+
+    def __init__(self, kind: int, content: bytes) -> None:
+        self._pieces = [(0, content)]
+        if kind & 1:
+            third = len(content) // 3
+            metadata = content[third : 2 * third]
+            self._pieces = [(192 << 10, content[:third]), (1 << 20, metadata), ((1 << 20) + 512, content[2 * third :])]
+        self.size = max(offset + len(piece) for offset, piece in self._pieces)
+        self.requested = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read from the image; what is not there is zero."""
+        assert offset >= 0
+        assert length >= 0
+        self.requested += length
+        length = max(0, min(length, self.size - offset))
+        found = bytearray(length)
+        for start, piece in self._pieces:
+            first, last = max(start, offset), min(start + len(piece), offset + length)
+            if first < last:
+                found[first - offset : last - offset] = piece[first - start : last - start]
+        return bytes(found)
+
+
+def _vhdx() -> bytes:
+    """What _Image makes a VHDX image with a parent of: a region table, metadata, and its items."""
+
+    def guid(text: str) -> bytes:
+        return uuid.UUID(text).bytes_le
+
+    region = b"regi" + struct.pack("<4xI4x", 1) + guid("8b7ca206-4790-4b9a-b8fe-575f050f886e")
+    region += struct.pack("<QII", 1 << 20, 1 << 20, 1)
+    metadata = b"metadata" + struct.pack("<2xH20x", 2) + guid("caa16737-fa36-4d43-b3b6-33f0aa44e76b")
+    metadata += struct.pack("<IIII", 512, 8, 4, 0) + guid("a8d35f2d-b30b-454d-abf7-d3d84834ab0c")
+    metadata += struct.pack("<IIII", 520, 64, 4, 0)
+    key, value = "relative_path".encode("utf-16-le"), "a".encode("utf-16-le")
+    pair = struct.pack("<IIHH", 32, 32 + len(key), len(key), len(value))
+    items = struct.pack("<II", 0, 2) + bytes(16) + struct.pack("<HH", 0, 1) + pair + key + value
+    size = max(map(len, (region, metadata, items)))
+    return b"\1" + b"".join(part.ljust(size, b"\0") for part in (region, metadata, items))
+
+
 _REGISTRY = build_registry(Machine(guest="builtin", name="fuzz"))
 
 #: By name, each with inputs to begin with.
@@ -119,6 +193,25 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b'{"execute":"stop","arguments":{ },"id":{"a":[]}}',
             b'{"exec-oob":"migrate-pause","id":1}',
             b'{"execute":"x","control":{}}',
+        ),
+    ),
+    "images": (
+        images,
+        (
+            b"\0QFI\xfb\0\0\0\3"
+            + struct.pack(">QI", 112, 4)
+            + bytes(52)
+            + struct.pack(">Q", 4)
+            + bytes(20)
+            + struct.pack(">IIII", 104, 0x44415441, 4, 0x64617461)
+            + b"base",
+            b"\0KDMV"
+            + struct.pack("<IIQQQQ", 1, 3, 8192, 128, 1, 1).ljust(508, b"\0")
+            + b'# Disk DescriptorFile\nparentCID=0\nparentFileNameHint="p"\nRW 8192 SPARSE "a"\nRW 1 FLAT "b" 0\n',
+            b'\0# Disk DescriptorFile\nversion=1\nparentCID=ffffffff\nRW 8192 FLAT "a" 0\n',
+            b"\0" + bytes(64) + struct.pack("<IIII", 0xBEDA107F, 0x10001, 400, 4).ljust(512, b"\0"),
+            _vhdx(),
+            b"\0" + bytes(512) + b"conectix" + bytes(504),
         ),
     ),
     "varlink": (

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import make_qcow2, make_raw
+from tests.imagefiles import make
 from tests.machines import Snapshot, event_named, idle_machine, unchanged
 from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Disk, Machine
@@ -123,6 +124,8 @@ async def test_an_image_that_another_machine_uses_is_refused(machine: Machine, q
         (Disk("disk", name="a\nb"), BadConfig, "invalid disk name"),
         (Disk("disk", format="floppy"), BadConfig, "unknown image format"),
         (Disk("disk", format="qcow2"), BadConfig, "not in qcow2 format"),
+        (Disk("delta", format="vmdk", read_only=True), BadConfig, r"has a parent, .* \(base\)"),
+        (Disk("vhd"), BadConfig, "looks like vpc"),
         (Disk("disk", serial="x" * 21), BadConfig, "invalid serial"),
     ],
 )
@@ -131,6 +134,9 @@ async def test_what_cannot_be_attached(
 ) -> None:
     make_raw(tmp_path / "disk")
     make_raw(tmp_path / "empty", 0)
+    make(tmp_path / "base", "vmdk")
+    make(tmp_path / "delta", "vmdk", "-b", "base", "-F", "vmdk")
+    make(tmp_path / "vhd", "vpc")
     with pytest.raises(error, match=message) as caught:
         await machine.attach(disk._replace(path=str(tmp_path / disk.path)))
     assert "\n" not in str(caught.value)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an image's header says, and what of it is refused."""
+"""What an image's content says of its format and of other files, and what of it is refused."""
 
-import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import MIB
+from tests.imagefiles import CONTAINERS, OTHERS, RAW, UNCHECKABLE, make
 from vmspawn.errors import BadConfig, ConfigNotSupported
+from vmspawn.images import other_files as others
+from vmspawn.images.other_files import OtherFile, other_files
 from vmspawn.storage.backing import Backing, open_disk
 from vmspawn.storage.formats import FORMATS, READ_ONLY_FORMATS, choose_format
 
@@ -22,11 +23,9 @@ def backing_of(path: Path, *, read_only: bool = True) -> Iterator[Backing]:
     backing.close()
 
 
-def make(path: Path, image_format: str, *options: str) -> Path:
-    """Make an image with qemu-img, which knows the formats best."""
-    command = ["qemu-img", "create", "-q", "-f", image_format, *options, str(path), str(4 * MIB)]
-    subprocess.run(command, check=True)
-    return path
+def named_by(path: Path, image_format: str) -> list[OtherFile]:
+    data = path.read_bytes()
+    return other_files(image_format, lambda offset, length: data[offset : offset + length])
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -59,30 +58,103 @@ def test_formats_that_are_only_read_are_not_written(tmp_path: Path, image_format
     assert "read-only" in caught.value.hint
 
 
-def test_images_that_name_other_files_are_refused(tmp_path: Path) -> None:
-    """QEMU would open them by path: a backing file, a data file, extents."""
-    base = make(tmp_path / "base", "qcow2")
-    overlay = tmp_path / "overlay"
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(overlay)]
-    subprocess.run(command, check=True)
-    with backing_of(overlay) as backing, pytest.raises(BadConfig, match="has a backing file"):
-        choose_format(backing, "qcow2", what="overlay")
-    apart = make(tmp_path / "apart", "qcow2", "-o", f"data_file={tmp_path / 'data'}")
-    with backing_of(apart) as backing, pytest.raises(BadConfig, match="has its data in another file"):
-        choose_format(backing, "qcow2", what="apart")
-    flat = make(tmp_path / "flat", "vmdk", "-o", "subformat=monolithicFlat")
-    with backing_of(flat) as backing, pytest.raises(BadConfig, match="is not in vmdk format"):
-        choose_format(backing, "vmdk", what="flat")
-    # A sparse extent whose capacity is zero has a description of other extents in its place.
-    with open(make(tmp_path / "sparse", "vmdk"), "r+b") as file:
-        file.seek(12)
-        file.write(bytes(8))
-    with backing_of(tmp_path / "sparse") as backing, pytest.raises(BadConfig, match="names other files as its extents"):
-        choose_format(backing, "vmdk", what="sparse")
+# Images that name other files.
 
 
-def test_a_short_file_is_raw(tmp_path: Path) -> None:
-    (tmp_path / "short").write_bytes(b"QF")
-    with backing_of(tmp_path / "short") as backing:
-        assert choose_format(backing, None, what="short") == "raw"
-        assert os.pread(backing.fd, 2, 0) == b"QF"
+@pytest.mark.parametrize(
+    ("image_format", "maker", "expected"),
+    [(name, *each) for name, cases in OTHERS.items() for each in cases],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_images_that_name_other_files_are_refused(
+    tmp_path: Path, image_format: str, maker: Callable[[Path], Path], expected: list[OtherFile]
+) -> None:
+    """QEMU would open them by path, or leave them out."""
+    path = maker(tmp_path)
+    assert named_by(path, image_format) == expected
+    with backing_of(path) as backing, pytest.raises(BadConfig, match=r"^image (has|names) ") as caught:
+        choose_format(backing, image_format, what="image")
+    assert expected[0].name in str(caught.value)
+    assert caught.value.hint
+
+
+def test_every_format_is_checked_for_other_files() -> None:
+    assert set(FORMATS) == set(others.READERS) == set(OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("qcow2", ("-o", "compat=0.10")),
+        ("qcow2", ("-o", "compat=1.1,extended_l2=on")),
+        ("vmdk", ("-o", "subformat=streamOptimized")),
+        ("vmdk", ("-o", "subformat=monolithicSparse")),
+        ("vdi", ("-o", "static=on")),
+        ("vhdx", ("-o", "subformat=fixed")),
+    ],
+)
+def test_images_that_stand_alone_are_taken(tmp_path: Path, image_format: str, options: tuple[str, ...]) -> None:
+    path = make(tmp_path / "image", image_format, *options)
+    assert named_by(path, image_format) == []
+    with backing_of(path) as backing:
+        assert choose_format(backing, image_format, what="image") == image_format
+
+
+def test_a_renamed_image_stands_alone(tmp_path: Path) -> None:
+    """A VMDK names itself as its extent, by the name that it was made with."""
+    assert named_by(make(tmp_path / "image", "vmdk").rename(tmp_path / "other"), "vmdk") == []
+
+
+@pytest.mark.parametrize("maker", UNCHECKABLE)
+def test_what_cannot_be_checked_is_refused(tmp_path: Path, maker: Callable[[Path], Path]) -> None:
+    with (
+        backing_of(maker(tmp_path)) as backing,
+        pytest.raises(BadConfig, match="cannot tell whether image needs other files: it") as caught,
+    ):
+        choose_format(backing, maker.__name__.partition("_")[0], what="image")
+    assert caught.value.hint
+
+
+def test_a_name_in_an_image_does_nothing_to_a_terminal(tmp_path: Path) -> None:
+    make(tmp_path / "base", "qcow2")
+    path = make(tmp_path / "image", "qcow2", "-b", "base", "-F", "qcow2")
+    path.write_bytes(path.read_bytes().replace(b"base", b"\x1b[m\n"))
+    with backing_of(path) as backing, pytest.raises(BadConfig, match=r"has a backing file \(\\x1b\[m\\n\)"):
+        choose_format(backing, "qcow2", what="image")
+
+
+# Formats that nobody named.
+
+
+@pytest.mark.parametrize("content", CONTAINERS)
+def test_an_image_whose_format_nobody_named_is_refused_by_its_name(tmp_path: Path, content: str) -> None:
+    image_format = content.partition(" ")[0]
+    with backing_of(CONTAINERS[content](tmp_path)) as backing:
+        with pytest.raises(BadConfig, match=f"image looks like {image_format}, and no format was given") as caught:
+            choose_format(backing, None, what="image")
+        assert "format raw" in caught.value.hint or "(or raw)" in caught.value.hint
+        assert choose_format(backing, "raw", what="image") == "raw"
+        other = "vdi" if image_format == "qcow2" else "qcow2"
+        with pytest.raises(BadConfig, match=f"not in {other} format, but looks like {image_format}$"):
+            choose_format(backing, other, what="image")
+
+
+@pytest.mark.parametrize("image_format", ["qcow", "qed", "vpc", "parallels"])
+def test_the_hint_for_a_format_that_a_disk_cannot_have_converts_the_image(tmp_path: Path, image_format: str) -> None:
+    with backing_of(make(tmp_path / "image", image_format)) as backing:
+        with pytest.raises(BadConfig) as caught:
+            choose_format(backing, None, what="image")
+        command = caught.value.hint.partition("qemu-img ")[2].partition(";")[0].split()
+    words = ["image" if word == "IMAGE" else word for word in command]
+    subprocess.run(["qemu-img", *words], check=True, cwd=tmp_path)
+    assert subprocess.check_output(["qemu-img", "info", "-f", "qcow2", "FLAT"], cwd=tmp_path, text=True)
+
+
+# Raw disks.
+
+
+@pytest.mark.parametrize("content", RAW)
+def test_a_raw_disk_is_taken_for_nothing_else(tmp_path: Path, content: str) -> None:
+    (tmp_path / "image").touch()
+    with backing_of(RAW[content](tmp_path)) as backing:
+        assert choose_format(backing, None, what="image") == "raw"

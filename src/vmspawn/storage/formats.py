@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Image formats, and what an image's header may say.
+"""Chooses an image's format, and refuses images that name other files.
 
-A header can name other files: a backing file, a data file, extents. QEMU would open them by their path, a path of the
-image's author and not of the user. Images with such names are refused, and nodes are built so that QEMU ignores them.
+A header can name other files: a backing file, a data file, extents, a parent. QEMU would open them by their path, which
+the image's author chose and not the user, or leave them out and return zeroes. So such images are refused, and nodes
+are built so that QEMU ignores what a header names.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
-from ..errors import BadConfig, ConfigNotSupported
+from ..errors import BadConfig, ConfigNotSupported, SystemFailure
+from ..images.detection import Read, container_format
+from ..text import printable
 from .backing import Backing
 
 #: Formats that a node can be built for, and those of them that QEMU reads well but should not write to.
@@ -17,24 +21,19 @@ FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 READ_ONLY_FORMATS = ("vmdk", "vdi", "vhdx")
 DEFAULT_FORMAT = "raw"
 
-#: What the formats begin with: where, and which bytes.
-_MAGIC = {
-    "qcow2": (0, b"QFI\xfb"),
-    "vmdk": (0, b"KDMV"),
-    "vdi": (64, b"\x7f\x10\xda\xbe"),
-    "vhdx": (0, b"vhdxfile"),
+#: What an image that names another file has, by the file's role.
+_ROLES = {
+    "backing file": "has a backing file",
+    "data file": "has its data in another file",
+    "extent": "names other files as its extents",
+    "parent": "has a parent, without which it is incomplete",
 }
-_HEADER_SIZE = 512
 
-# The qcow2 header (QEMU's docs/interop/qcow2.txt): version, offset of the backing file's name, and from version 3 on
-# the incompatible features, of which bit 2 says that the data is in another file.
-_QCOW2_VERSION = slice(4, 8)
-_QCOW2_BACKING_OFFSET = slice(8, 16)
-_QCOW2_INCOMPATIBLE = slice(72, 80)
-_QCOW2_DATA_FILE = 1 << 2
-
-# A sparse VMDK extent has its capacity in the header; where that is zero, the extents are named in a description.
-_VMDK_CAPACITY = slice(12, 20)
+#: Formats whose parents QEMU cannot read either.
+_MERGE_HINTS = {
+    "vdi": "make a whole image of it with: VBoxManage clonemedium disk IMAGE WHOLE",
+    "vhdx": "merge it into its parent first, with Merge-VHD",
+}
 
 
 def check_format(image_format: str) -> str:
@@ -45,48 +44,65 @@ def check_format(image_format: str) -> str:
 
 
 def choose_format(backing: Backing, image_format: str | None, *, what: str) -> str:
-    """The format to use, after a look at the image's first bytes.
+    """Return the format to use, after a look at the image.
 
-    A guest that owns a raw disk can write any header into it, so no format is ever guessed: not saying one means raw,
-    and an image that looks like another is refused until the user says which. Raises BadConfig, or ConfigNotSupported
-    for a writable image of a format that is only read.
+    A guest that owns a raw disk can write any header into it, so the format is never guessed: without one it is raw,
+    and an image that looks like another is refused until the user names the format. Raises BadConfig, SystemFailure if
+    the image cannot be read, or ConfigNotSupported for a writable image of a format that is only read.
     """
-    header = os.pread(backing.fd, _HEADER_SIZE, 0)
-    looks_like = next((name for name in _MAGIC if _has_magic(header, name)), None)
+    if image_format is not None:
+        check_format(image_format)
+    if image_format == DEFAULT_FORMAT:
+        return image_format
+    read = _reader(backing, what)
+    looks_like = container_format(read, backing.size)
     if image_format is None:
         if looks_like:
-            raise BadConfig(
-                f"{what} looks like {looks_like}, and no format was given", hint=f"say format {looks_like} (or raw)"
-            )
+            raise BadConfig(f"{what} looks like {looks_like}, and no format was given", hint=_format_hint(looks_like))
         return DEFAULT_FORMAT
-    check_format(image_format)
-    if image_format in _MAGIC and looks_like != image_format:
-        raise BadConfig(f"{what} is not in {image_format} format", hint="say format raw, or convert it with qemu-img")
-    if image_format == "qcow2":
-        _check_qcow2(header, what)
-    elif image_format == "vmdk" and not any(header[_VMDK_CAPACITY]):
-        raise BadConfig(f"{what} names other files as its extents", hint=_flatten("vmdk"))
+    if looks_like != image_format:
+        but = f", but looks like {looks_like}" if looks_like else ""
+        raise BadConfig(f"{what} is not in {image_format} format{but}", hint=_format_hint(looks_like))
+    _check_stands_alone(read, image_format, what)
     if image_format in READ_ONLY_FORMATS and backing.writable:
         raise ConfigNotSupported(
-            f"images in {image_format} format are only read", hint=f"attach it read-only, or: {_flatten(image_format)}"
+            f"images in {image_format} format are only read", hint=f"attach it read-only, or: {_convert(image_format)}"
         )
     return image_format
 
 
-def _has_magic(header: bytes, image_format: str) -> bool:
-    offset, magic = _MAGIC[image_format]
-    return header[offset : offset + len(magic)] == magic
+def _reader(backing: Backing, what: str) -> Read:
+    def read(offset: int, length: int) -> bytes:
+        if offset >= backing.size:
+            return b""
+        try:
+            return os.pread(backing.fd, length, offset)
+        except OSError as error:
+            raise SystemFailure(f"cannot read {what}", error.errno or errno.EIO) from None
+
+    return read
 
 
-def _flatten(image_format: str) -> str:
+def _format_hint(looks_like: str | None) -> str:
+    if looks_like is None:
+        return "say format raw, or convert it with qemu-img"
+    if looks_like in FORMATS:
+        return f"say format {looks_like} (or raw)"
+    return f"{_convert(looks_like)}; or say format raw, to give the guest the file as it is"
+
+
+def _check_stands_alone(read: Read, image_format: str, what: str) -> None:
+    from ..images.other_files import other_files
+
+    hint = _MERGE_HINTS.get(image_format) or _convert(image_format)
+    try:
+        found = other_files(image_format, read)
+    except ValueError as error:
+        raise BadConfig(f"cannot tell whether {what} needs other files: {error}", hint=hint) from None
+    if found:
+        name = f" ({printable(found[0].name)})" if found[0].name else ""
+        raise BadConfig(f"{what} {_ROLES[found[0].role]}{name}", hint=hint)
+
+
+def _convert(image_format: str) -> str:
     return f"convert it with: qemu-img convert -f {image_format} -O qcow2 IMAGE FLAT"
-
-
-def _check_qcow2(header: bytes, what: str) -> None:
-    version = int.from_bytes(header[_QCOW2_VERSION], "big")
-    if any(header[_QCOW2_BACKING_OFFSET]):
-        raise BadConfig(
-            f"{what} has a backing file, which cannot be opened through a descriptor", hint=_flatten("qcow2")
-        )
-    if version >= 3 and int.from_bytes(header[_QCOW2_INCOMPATIBLE], "big") & _QCOW2_DATA_FILE:
-        raise BadConfig(f"{what} has its data in another file", hint=_flatten("qcow2"))

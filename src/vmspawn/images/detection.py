@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Recognizes the format of a disk image by its signature, to tell a raw image from one in a container format.
+
+Only container formats are recognized: formats that store a disk in another order than the guest reads it. Partition
+tables, file systems, ISO 9660 and LUKS are what a raw disk holds, and are not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+#: Reads up to `length` bytes at `offset`; returns fewer beyond the end of the image.
+Read = Callable[[int, int], bytes]
+
+_SECTOR = 512
+
+#: QEMU's name of the format, and the offset and bytes of a signature. The first match counts.
+_SIGNATURES = (
+    ("qcow", 0, b"QFI\xfb\0\0\0\x01"),
+    ("qcow2", 0, b"QFI\xfb"),
+    ("qed", 0, b"QED\0"),
+    # A sparse extent of VMware Workstation, of ESX, and of ESX since 6.5.
+    ("vmdk", 0, b"KDMV"),
+    ("vmdk", 0, b"COWD"),
+    ("vmdk", 0, b"\xbe\xba\xfe\xca\0\0\0\0"),
+    ("vdi", 64, b"\x7f\x10\xda\xbe"),
+    ("vhdx", 0, b"vhdxfile"),
+    ("vpc", 0, b"conectix"),
+    ("parallels", 0, b"WithoutFreeSpace"),
+    ("parallels", 0, b"WithouFreSpacExt"),
+    ("bochs", 0, b"Bochs Virtual HD Image\0"),
+    ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
+)
+
+#: A VMDK descriptor is a text. VMware writes the first line; QEMU accepts comments before the version.
+_VMDK_DESCRIPTOR = re.compile(
+    rb"\s*(?:#\s*disk\s+descriptorfile\b|(?:#[^\n]*\n\s*)*version\s*=\s*[0-9])", re.IGNORECASE
+)
+
+# The footer of a VHD: 512 bytes, 511 before 2004. A sum of its bytes tells it from a disk that ends in these letters.
+_VHD_COOKIE = b"conectix"
+_VHD_FOOTERS = (512, 511)
+_VHD_CHECKSUM = slice(64, 68)
+
+#: The trailer of an Apple disk image: signature, version 4, size 512.
+_DMG_TRAILER = b"koly\0\0\0\x04\0\0\x02\0"
+
+
+def container_format(read: Read, size: int) -> str | None:
+    """Return the name of the container format that an image of `size` bytes looks like, or None if it looks raw."""
+    start = read(0, _SECTOR)
+    for name, offset, signature in _SIGNATURES:
+        if start.startswith(signature, offset):
+            return name
+    if _VMDK_DESCRIPTOR.match(start):
+        return "vmdk"
+    end = read(max(0, size - _SECTOR), _SECTOR)
+    if end.startswith(_DMG_TRAILER):
+        return "dmg"
+    if any(_is_vhd_footer(end[-length:]) for length in _VHD_FOOTERS):
+        return "vpc"
+    return None
+
+
+def _is_vhd_footer(footer: bytes) -> bool:
+    if not footer.startswith(_VHD_COOKIE):
+        return False
+    expected = int.from_bytes(footer[_VHD_CHECKSUM], "big")
+    return ~(sum(footer) - sum(footer[_VHD_CHECKSUM])) & 0xFFFF_FFFF == expected
