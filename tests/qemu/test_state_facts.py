@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Asks a bare QEMU what docs/qemu.md states about saving and loading the machine's state, and about its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MIB, make_raw
+from tests.qemu.bare_qemu import Monitor, bare
+from tests.qemu.qmp_fixtures import DEADLINE
+
+#: A disk on a throttle filter, there from the start.
+DISK = (
+    *("-object", "throttle-group,id=group", "-blockdev", "file,node-name=n0,filename={image}"),
+    *("-blockdev", "throttle,node-name=pivot,throttle-group=group,file=n0"),
+    *("-device", "virtio-blk-pci,id=d0,drive=pivot,bus=port0,addr=0x0"),
+)
+
+
+def disk(image: Path) -> tuple[str, ...]:
+    """Return the options of a disk on that image."""
+    return tuple(word.format(image=image) for word in DISK)
+
+
+@pytest.fixture
+def machine(qemu: str, tmp_path: Path) -> Iterator[Monitor]:
+    with bare(qemu, "q35", *disk(make_raw(tmp_path / "image", MIB))) as monitor:
+        monitor.succeed("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        yield monitor
+
+
+def save(monitor: Monitor, path: Path) -> None:
+    """Save the state to a file, by the way that this QEMU takes.
+
+    QEMU 7.2 writes to a descriptor that getfd has named, 11.1 to a descriptor set.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        monitor.succeed("getfd", fdname="state", fds=[fd])
+        if "error" in monitor.run("migrate", uri="fd:state"):
+            monitor.run("closefd", fdname="state")
+            monitor.succeed("add-fd", fdset_id=9, fds=[fd])
+            monitor.succeed("migrate", uri="file:/dev/fdset/9")
+    finally:
+        os.close(fd)
+    while (status := monitor.event("MIGRATION")["status"]) != "completed":
+        assert status != "failed"
+
+
+def wait_for_status(monitor: Monitor, status: str) -> None:
+    """Wait until QEMU is in a run state. No event reports the end of a save in every version."""
+    deadline = time.monotonic() + DEADLINE
+    while (found := monitor.succeed("query-status")["status"]) != status:
+        assert time.monotonic() < deadline, f"QEMU is {found} and not {status} after {DEADLINE:g} s"
+
+
+def test_the_state_is_saved_to_a_descriptor(machine: Monitor, tmp_path: Path) -> None:
+    """A disk on a pivot does not stand in the way. The image is inactive from then on."""
+    machine.succeed("cont")
+    machine.succeed("stop")
+    save(machine, tmp_path / "state")
+    wait_for_status(machine, "postmigrate")
+    assert (tmp_path / "state").stat().st_size > 0
+
+
+def test_after_a_save_only_cont_and_stop_bring_paused_back(machine: Monitor, tmp_path: Path) -> None:
+    machine.succeed("cont")
+    machine.succeed("stop")
+    save(machine, tmp_path / "state")
+    wait_for_status(machine, "postmigrate")
+    assert machine.fail("migrate", uri="tcp:127.0.0.1:1") == (
+        "Can't migrate the vm that was paused due to previous migration"
+    )
+    machine.succeed("cont")
+    machine.succeed("stop")
+    assert machine.succeed("query-status")["status"] == "paused"
+    machine.succeed("block_resize", node_name="pivot", size=2 * MIB)
+
+
+def test_several_nvme_namespaces_cannot_be_saved(qemu: str, tmp_path: Path) -> None:
+    """QEMU 7.2 saves no nvme device at all. QEMU 11.1 refuses two namespaces only when it saves, not beforehand."""
+    with bare(qemu, "q35", "-device", "nvme,id=nvme0,serial=x,bus=port0,addr=0x0") as monitor:
+        if not monitor.succeed("qom-get", path="/machine/peripheral/nvme0/nvme0", property="hotplug-handler"):
+            refusal = monitor.fail("migrate", uri="tcp:127.0.0.1:1")
+            assert refusal.startswith("State blocked by non-migratable device")
+            return
+        monitor.succeed("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        for n in range(2):
+            monitor.add_file(make_raw(tmp_path / f"image{n}", MIB), f"n{n}")
+            monitor.succeed("device_add", driver="nvme-ns", id=f"d{n}", drive=f"n{n}", bus="nvme0")
+        monitor.succeed("cont")
+        monitor.succeed("stop")
+        with pytest.raises(AssertionError, match="assert 'failed'"):
+            save(monitor, tmp_path / "state")
+        assert "only one NVMe namespace is supported" in monitor.succeed("query-migrate")["error-desc"]
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "host-signal"), (0, "host-qmp-quit")])
+def test_qemu_says_why_it_ends_and_exits_with_0(machine: Monitor, number: int, reason: str) -> None:
+    if number:
+        machine.machine.process.send_signal(number)
+    else:
+        machine.succeed("quit")
+    assert machine.event("SHUTDOWN") == {"guest": False, "reason": reason}
+    assert machine.at_end()
+    assert machine.machine.process.wait(DEADLINE) == 0
