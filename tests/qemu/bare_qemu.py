@@ -37,13 +37,13 @@ class Monitor(Client):
             self.events.append(message)
         return message
 
-    def succeed(self, command: str, *, fds: Sequence[int] = (), **arguments: object) -> Any:
+    def succeed(self, command: str, *, fds: Sequence[int] = (), **arguments: Any) -> Any:
         """Run a command that must succeed; returns its result."""
         reply = self.run(command, fds=fds, **arguments)
         assert "return" in reply, f"{command}: {reply}"
         return reply["return"]
 
-    def fail(self, command: str, **arguments: object) -> str:
+    def fail(self, command: str, **arguments: Any) -> str:
         """Run a command that must fail; returns the description of the error."""
         reply = self.run(command, **arguments)
         assert "error" in reply, f"{command}: {reply}"
@@ -58,7 +58,7 @@ class Monitor(Client):
                     return dict(event.get("data", {}))
             self.message()
 
-    def add_file(self, path: Path, node: str, **options: object) -> None:
+    def add_file(self, path: Path, node: str, **options: Any) -> None:
         """Add a file node."""
         self.succeed("blockdev-add", driver="file", node_name=node, filename=str(path), **options)
 

@@ -33,7 +33,7 @@ def image(tmp_path: Path) -> Path:
     return make_raw(tmp_path / "image", MIB)
 
 
-def plug(monitor: Monitor, driver: str, **changed: object) -> None:
+def plug(monitor: Monitor, driver: str, **changed: Any) -> None:
     """Plug a device in."""
     monitor.succeed("device_add", id="d0", driver=driver, **{**DEVICES[driver], **changed})
 
@@ -111,7 +111,7 @@ def test_a_size_is_rounded_up_to_sectors(q35: Monitor, tmp_path: Path) -> None:
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_set_has_a_descriptor_of_exactly_the_nodes_access_mode(q35: Monitor, image: Path, read_only: bool) -> None:
     fitting, other = (os.O_RDONLY, os.O_RDWR) if read_only else (os.O_RDWR, os.O_RDONLY)
-    node = {"driver": "file", "node_name": "n0", "filename": "/dev/fdset/7", "read_only": read_only}
+    node: dict[str, Any] = {"driver": "file", "node_name": "n0", "filename": "/dev/fdset/7", "read_only": read_only}
     pass_file(q35, image, other, 7)
     q35.fail("blockdev-add", **node)
     pass_file(q35, image, fitting, 7)
@@ -138,14 +138,14 @@ def test_a_set_that_is_not_there_cannot_be_dropped(q35: Monitor) -> None:
 
 # The pivot.
 
-PIVOT = {"driver": "throttle", "node-name": "pivot", "throttle-group": "group"}
+PIVOT: dict[str, Any] = {"driver": "throttle", "node-name": "pivot", "throttle-group": "group"}
 
 
 def add_pivot(monitor: Monitor, path: Path, driver: str) -> None:
     """Plug in a device that is on a throttle filter."""
     monitor.succeed("object-add", qom_type="throttle-group", id="group")
     monitor.add_file(path, "n0")
-    monitor.succeed("blockdev-add", **{key.replace("-", "_"): value for key, value in PIVOT.items()}, file="n0")
+    monitor.succeed("blockdev-add", **PIVOT, file="n0")
     plug(monitor, driver, drive="pivot")
 
 
@@ -194,7 +194,7 @@ def test_a_read_only_disk_keeps_its_size(q35: Monitor, image: Path) -> None:
 
 def test_the_limits_of_a_group_can_be_changed(q35: Monitor, image: Path) -> None:
     add_pivot(q35, image, "virtio-blk-pci")
-    limits = {"path": "/objects/group", "property": "limits"}
+    limits: dict[str, Any] = {"path": "/objects/group", "property": "limits"}
     q35.succeed("qom-set", **limits, value={"iops-total": 50})
     assert q35.succeed("qom-get", **limits)["iops-total"] == 50
 
@@ -222,7 +222,7 @@ def test_a_node_describes_itself_down_to_the_descriptor_set(q35: Monitor, image:
     pass_file(q35, image, os.O_RDWR, 7)
     q35.succeed("object-add", qom_type="throttle-group", id="group")
     q35.succeed("blockdev-add", driver="file", node_name="n0", filename="/dev/fdset/7")
-    q35.succeed("blockdev-add", **{key.replace("-", "_"): value for key, value in PIVOT.items()}, file="n0")
+    q35.succeed("blockdev-add", **PIVOT, file="n0")
     assert q35.nodes()["n0"]["file"] == "/dev/fdset/7"
     assert '/dev/fdset/7"' in q35.nodes()["pivot"]["file"]
 
