@@ -135,7 +135,7 @@ def test_an_image_whose_format_nobody_named_is_refused_by_its_name(tmp_path: Pat
         assert "format raw" in caught.value.hint or "(or raw)" in caught.value.hint
         assert choose_format(backing, "raw", what="image") == "raw"
         other = "vdi" if image_format == "qcow2" else "qcow2"
-        with pytest.raises(BadConfig, match=f"not in {other} format, but looks like {image_format}$"):
+        with pytest.raises(BadConfig, match=rf"not in {other} format, but looks like {image_format}(\n|$)"):
             choose_format(backing, other, what="image")
 
 
