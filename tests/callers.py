@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.machines import idle_machine
-from vmspawn import Machine
+from tests.machines import Machine, idle_machine
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.host.runtime import CONTROL
 
@@ -76,6 +75,6 @@ async def in_thread(work: Any, *arguments: Any) -> Any:
 async def served_machine(qemu: str, folder: Path, **options: Any) -> AsyncIterator[Machine]:
     """A machine whose guest is its firmware, with its control socket."""
     async with idle_machine(qemu, folder, **options) as running:
-        server = ControlServer(running.directory, build_registry(running))
+        server = ControlServer(running.directory, build_registry(running.inner))
         yield running
         server.close()

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 
-from vmspawn import Disk, Machine, MachineConfig
-from vmspawn.boot.adopt import adopt
+from tests.machines import Machine
+from vmspawn import Disk
 from vmspawn.host.runtime import MachineDirectory
 from vmspawn.storage.limits import Limits
 
@@ -81,10 +81,7 @@ def die_at(count: int, when: str) -> None:
 
 async def manage(name: str, operation: str, count: int, when: str, arguments: list[str]) -> None:
     """Take a machine over, and die while doing something to it."""
-    launched = adopt(MachineConfig(name=name, console="headless"))
-    machine = Machine(launched.config)
-    machine.open(launched)
-    await machine.started()
+    machine = await Machine.adopt(name)
     die_at(count, when)
     await OPERATIONS[operation](machine, *arguments)
     await machine.leave()

@@ -11,9 +11,97 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_raw
-from vmspawn import Machine
+from vmspawn import Disk, MachineConfig
+from vmspawn.api import machine as api
+from vmspawn.boot.adopt import adopt
+from vmspawn.console.hub import Console
 from vmspawn.errors import NoSuchStorage
 from vmspawn.host import runtime
+from vmspawn.machine.recent_events import RecentEvents
+from vmspawn.machine.running import Running, run
+from vmspawn.qmp.monitor import Monitor
+from vmspawn.qmp.share.multiplexer import Multiplexer
+from vmspawn.qmp.share.session import Session
+from vmspawn.storage.attached_disk import AttachedDisk
+from vmspawn.storage.backing import Backing
+from vmspawn.storage.hotplug import Storage
+
+
+class Machine(api.Machine):
+    """A library's machine whose parts a test can look at."""
+
+    def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        #: What was found when it was adopted.
+        self.adoption_notes: list[str] = []
+
+    @classmethod
+    async def adopt(cls, name: str) -> "Machine":
+        """Take over a machine that runs without a manager; `leave` or `close` must follow."""
+        started = adopt(MachineConfig(name=name, console="headless"))
+        machine = cls(started.config)
+        machine._current = await run(started, notice=machine.adoption_notes.append)
+        return machine
+
+    async def leave(self) -> None:
+        """Let go of the machine, which runs on."""
+        await self.inner.leave()
+
+    async def close(self) -> None:
+        """End the machine."""
+        await self.inner.end()
+
+    @property
+    def inner(self) -> Running:
+        return self._running
+
+    @property
+    def monitor(self) -> Monitor:
+        return self.inner.monitor
+
+    @property
+    def storage(self) -> Storage:
+        return self.inner.storage
+
+    @property
+    def directory(self) -> runtime.MachineDirectory:
+        return self.inner.directory
+
+    @property
+    def console(self) -> Console:
+        return self.inner.console
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        return self.inner.sessions
+
+    @property
+    def recent_events(self) -> RecentEvents:
+        return self.inner.recent_events
+
+    @property
+    def running(self) -> bool:
+        return self.inner.is_running
+
+    @property
+    def run_state(self) -> str:
+        return self.inner.status
+
+    async def multiplexer(self) -> Multiplexer:
+        return await self.inner.multiplexer()
+
+    def qmp(self, *, read_only: bool = False) -> contextlib.AbstractAsyncContextManager[Monitor]:
+        return self.inner.qmp(read_only=read_only)
+
+    def disk(self, name: str) -> AttachedDisk:
+        """A disk that is there."""
+        return next(each for each in self.storage if each.name == name)
+
+    async def attach_backing(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+        return await self.storage.attach(disk, backing)
+
+    async def replace_backing(self, name: str, backing: Backing, **options: Any) -> int:
+        return await self.storage.changes.replace(name, backing, **options)
 
 
 def fresh_name() -> str:

@@ -7,8 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from tests.machines import fresh_name
-from vmspawn import Machine
+from tests.machines import Machine, fresh_name
 from vmspawn.host.runtime import CONSOLE
 
 #: The guest boots in three seconds under emulation; on a busy machine it may take a while.

@@ -6,29 +6,82 @@ The names below are loaded when they are first used, for the commands must not i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .boot.config import MachineConfig
-    from .machine.ending import End
-    from .machine.machine import Machine
-    from .qmp.events import Event
-    from .storage.disk import Disk
+    from .api.attached_disk import AttachedDisk as AttachedDisk
+    from .api.attached_disk import DiskStatus as DiskStatus
+    from .api.connect import ConnectedMachine as ConnectedMachine
+    from .api.connect import connect as connect
+    from .api.control import Qmp as Qmp
+    from .api.machine import Machine as Machine
+    from .boot.config import MachineConfig as MachineConfig
+    from .errors import BadConfig as BadConfig
+    from .errors import ConfigNotSupported as ConfigNotSupported
+    from .errors import EventsLost as EventsLost
+    from .errors import GuestError as GuestError
+    from .errors import NoFreePort as NoFreePort
+    from .errors import NoSuchStorage as NoSuchStorage
+    from .errors import NotConnected as NotConnected
+    from .errors import NotSupported as NotSupported
+    from .errors import QmpError as QmpError
+    from .errors import StartError as StartError
+    from .errors import StorageExists as StorageExists
+    from .errors import StorageImmutable as StorageImmutable
+    from .errors import StoragePending as StoragePending
+    from .errors import SystemFailure as SystemFailure
+    from .errors import Timeout as Timeout
+    from .errors import UsageError as UsageError
+    from .errors import VmspawnError as VmspawnError
+    from .machine.ending import End as End
+    from .qmp.events import Event as Event
+    from .storage.disk import Disk as Disk
+    from .storage.limits import Limits as Limits
 
-_HOMES = {
-    "Disk": "storage.disk",
-    "End": "machine.ending",
-    "Event": "qmp.events",
-    "Machine": "machine.machine",
-    "MachineConfig": "boot.config",
+_MODULES = {
+    "api.attached_disk": ("AttachedDisk", "DiskStatus"),
+    "api.connect": ("ConnectedMachine", "connect"),
+    "api.control": ("Qmp",),
+    "api.machine": ("Machine",),
+    "boot.config": ("MachineConfig",),
+    "errors": (
+        "BadConfig",
+        "ConfigNotSupported",
+        "EventsLost",
+        "GuestError",
+        "NoFreePort",
+        "NoSuchStorage",
+        "NotConnected",
+        "NotSupported",
+        "QmpError",
+        "StartError",
+        "StorageExists",
+        "StorageImmutable",
+        "StoragePending",
+        "SystemFailure",
+        "Timeout",
+        "UsageError",
+        "VmspawnError",
+    ),
+    "machine.ending": ("End",),
+    "qmp.events": ("Event",),
+    "storage.disk": ("Disk",),
+    "storage.limits": ("Limits",),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["Disk", "End", "Event", "Machine", "MachineConfig"]
+__all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:
+    # A type checker is to know the names above and no others.
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -15,8 +15,8 @@ import pytest
 
 from tests import debian, ovmf, uki
 from tests.conftest import make_raw
-from tests.machines import fresh_name
-from vmspawn import Disk, Machine
+from tests.machines import Machine, fresh_name
+from vmspawn import Disk
 from vmspawn.boot import nvram
 from vmspawn.boot.credentials import Credential
 from vmspawn.boot.shares import Share
@@ -94,7 +94,7 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Cons
 
 async def power_off(machine: Machine) -> None:
     """Do as SIGTERM does, and see the guest go: its logind may not hear the first press of the power button."""
-    shutdown = Shutdown(machine, lambda line: None, Notifier())
+    shutdown = Shutdown(machine.inner, lambda line: None, Notifier())
     shutdown.request("the test")
     try:
         async with asyncio.timeout(2 * SHUTDOWN_TIMEOUT):

@@ -10,9 +10,9 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, unchanged
+from tests.machines import Machine, Snapshot, event_named, unchanged
 from tests.shell import Booted, Shell, booted
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.errors import ConfigNotSupported, StoragePending
 from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits

@@ -15,9 +15,9 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB
-from tests.machines import Snapshot
+from tests.machines import Machine, Snapshot
 from tests.shell import Booted, Shell, booted
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.storage.buses import NAMESPACE_SERIAL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

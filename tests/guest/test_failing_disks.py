@@ -13,9 +13,9 @@ import pytest_asyncio
 
 from tests.commands import vmctl
 from tests.conftest import MIB, make_raw
-from tests.machines import fresh_name
+from tests.machines import Machine, fresh_name
 from tests.shell import Shell
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import BadConfig
 from vmspawn.machine.ending import MachineEvents
@@ -31,7 +31,7 @@ DEADLINE = 30.0
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str) -> AsyncIterator[tuple[Machine, Shell]]:
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
-        server = ControlServer(machine.directory, build_registry(machine))
+        server = ControlServer(machine.directory, build_registry(machine.inner))
         shell = await Shell.open(machine)
         yield machine, shell
         shell.close()
@@ -49,7 +49,7 @@ async def wait_for(events: MachineEvents, name: str) -> dict[str, Any]:
 async def attached(guest: tuple[Machine, Shell], disk: Disk) -> tuple[AttachedDisk, str]:
     """Attach, and wait until the guest has the device."""
     machine, shell = guest
-    attachment = await machine.attach(disk)
+    attachment = machine.disk((await machine.attach(disk)).name)
     await shell.run(f"until [ -b {attachment.by_id} ]; do usleep 10000; done")
     return attachment, attachment.by_id
 
@@ -114,7 +114,7 @@ async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
         data = await wait_for(events, FAILED_EVENT)
         await wait_for(events, "STOP")
     assert data["action"] == "stop"
-    assert machine.status == "io-error"
+    assert machine.run_state == "io-error"
     await mend(machine, attachment)
     await machine.resume()
     await writing
@@ -149,7 +149,7 @@ async def test_a_full_host_stops_the_guest_until_there_is_room(
         data = await wait_for(events, FAILED_EVENT)
         await wait_for(events, "STOP")
     assert (data["name"], data["no_space"], data["action"]) == ("disk", True, "stop")
-    assert machine.status == "io-error"
+    assert machine.run_state == "io-error"
     assert attachment.last_failure == "write: no space left on the host (the guest was stopped)"
     await asyncio.to_thread(grow, small_disk)
     done = await asyncio.to_thread(vmctl, "resume", machine.name)

@@ -10,9 +10,8 @@ import pytest
 
 from tests.commands import vmspawn
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import fresh_name
+from tests.machines import Machine, fresh_name
 from tests.shell import Shell
-from vmspawn import Machine
 from vmspawn.errors import UsageError
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest_asyncio
 
-from tests.machines import fresh_name
+from tests.machines import Machine, fresh_name
 from tests.shell import Shell
-from vmspawn import Machine
 from vmspawn.boot.credentials import Credential
 from vmspawn.boot.memory import Growth
 from vmspawn.guest import builtin

@@ -9,8 +9,9 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB
+from tests.machines import Machine
 from tests.shell import Booted, booted
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.errors import StoragePending
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -67,7 +68,7 @@ async def test_a_tray_that_the_guest_has_locked(guest: Booted) -> None:
     first = first_medium(machine)
     await shell.run("exec 3</dev/sr0")
     with pytest.raises(StoragePending, match="holds the tray of installer locked") as caught:
-        await machine.eject_media("installer", timeout=0.2)
+        await machine.storage.changes.eject_media("installer", timeout=0.2)
     assert "--force" in caught.value.hint
     assert await shell.run("head -n 1 /dev/sr0") == "first medium"
     await machine.eject_media("installer", force=True)
@@ -81,7 +82,7 @@ async def test_a_reset_unlocks_the_tray_and_no_event_says_so(guest: Booted) -> N
     machine, shell = guest
     first = first_medium(machine)
     await shell.run("exec 3</dev/sr0")
-    ejecting = asyncio.create_task(machine.eject_media("installer", timeout=30))
+    ejecting = asyncio.create_task(machine.storage.changes.eject_media("installer", timeout=30))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(asyncio.shield(ejecting), 0.3)
     await machine.reboot()

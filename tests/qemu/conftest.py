@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-import vmspawn
+from tests import machines
 from tests.conftest import make_raw
 from tests.machines import idle_machine, unchanged
 from tests.qemu.qmp_fixtures import PC, Kind, Machine, Server, Side, kinds, shared
@@ -53,7 +53,7 @@ def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, .
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
 async def machine(
     request: pytest.FixtureRequest, qemu: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[vmspawn.Machine]:
+) -> AsyncIterator[machines.Machine]:
     """A machine of either type with eight ports, whose guest is its firmware."""
     folder = tmp_path_factory.mktemp("machine")
     async with idle_machine(qemu, folder, machine_type=request.param, hotplug_ports=8) as running:
@@ -61,7 +61,7 @@ async def machine(
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def nothing_left(machine: vmspawn.Machine) -> AsyncIterator[None]:
+async def nothing_left(machine: machines.Machine) -> AsyncIterator[None]:
     """A test must leave the machine as it found it."""
     async with unchanged(machine):
         yield

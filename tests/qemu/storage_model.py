@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_raw
-from tests.machines import Snapshot, links_of
-from vmspawn import Machine
+from tests.machines import Machine, Snapshot, links_of
 from vmspawn.errors import BadConfig, ConfigNotSupported, StoragePending, VmspawnError
 from vmspawn.host.runtime import STATE
 

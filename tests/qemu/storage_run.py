@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tests.background import Background
 from tests.conftest import make_raw
-from tests.machines import Snapshot, event_named, idle_machine
+from tests.machines import Machine, Snapshot, event_named, idle_machine
 from tests.qemu.storage_model import (
     PCI_BUSES,
     Error,
@@ -31,7 +31,7 @@ from tests.qemu.storage_model import (
     look,
     make_image,
 )
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.boot.qemu import find_qemu
 from vmspawn.errors import (
     BadConfig,
@@ -79,7 +79,7 @@ class Run:
         self._stack.callback(lambda: self.wait(self.machine.close()))
         self.namespaces = find_qemu(qemu).namespaces
         # Older QEMUs let a descriptor set go only while the guest runs (HOTPLUG.md 7).
-        self._sets_linger = int(self.machine.qemu_version.partition(".")[0]) < 9
+        self._sets_linger = int(self.machine.inner.qemu_version.partition(".")[0]) < 9
         self._before = self.wait(_snapshot(self.machine))
         self._empty = self.wait(look(self.machine, folder))
 

@@ -18,8 +18,7 @@ import varlink
 from qemu.qmp import QMPClient
 
 from tests.callers import served_machine
-from tests.machines import Snapshot, idle_machine, open_files
-from vmspawn import Machine
+from tests.machines import Machine, Snapshot, idle_machine, open_files
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
 from vmspawn.machine.ending import MachineEvents

@@ -13,9 +13,7 @@ import pytest
 from tests import dying
 from tests.conftest import make_qcow2, make_raw
 from tests.dying import Dying
-from tests.machines import Snapshot, idle_machine, links_of
-from vmspawn import Machine, MachineConfig
-from vmspawn.boot.adopt import adopt
+from tests.machines import Machine, Snapshot, idle_machine, links_of
 from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
 from vmspawn.storage.attached_disk import AttachedDisk, State
 from vmspawn.storage.limits import Limits
@@ -34,10 +32,7 @@ def doomed() -> Iterator[Dying]:
 @asynccontextmanager
 async def adopted(name: str) -> AsyncIterator[Machine]:
     """A manager that takes the machine over, and lets go of it in the end."""
-    launched = adopt(MachineConfig(name=name, console="headless"))
-    machine = Machine(launched.config)
-    machine.open(launched)
-    await machine.started()
+    machine = await Machine.adopt(name)
     try:
         yield machine
     finally:

@@ -13,9 +13,10 @@ from tests.machines import Snapshot, idle_machine
 from vmspawn import Disk, Event, MachineConfig
 from vmspawn.boot.adopt import adopt
 from vmspawn.errors import SystemFailure
-from vmspawn.machine.machine import Machine
 from vmspawn.machine.recent_events import EVENTS, TEXT_MAX
+from vmspawn.machine.running import run
 from vmspawn.qmp.events import EVENT_QUEUE_MAX
+from vmspawn.storage import backing as backings
 
 
 async def test_a_reader_that_lets_events_lie_is_told_that_some_are_lost(qemu: str, tmp_path: Path) -> None:
@@ -28,10 +29,9 @@ async def test_a_reader_that_lets_events_lie_is_told_that_some_are_lost(qemu: st
             assert not other.overrun
             assert len([event async for event in slow]) == EVENT_QUEUE_MAX
         # So is what is shown of them later.
-        assert machine.diary is not None
-        assert len(machine.diary.events) == EVENTS
+        assert len(machine.recent_events.events) == EVENTS
         machine.monitor.publish(Event("TEST", {"text": "x" * TEXT_MAX}))
-        assert len(machine.diary.events[-1].text) == TEXT_MAX
+        assert len(machine.recent_events.events[-1].text) == TEXT_MAX
 
 
 @pytest.fixture
@@ -61,14 +61,14 @@ async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path
         # What is written down is a whole state, if an old one.
         name = machine.name
         await machine.leave()
-        launched = adopt(MachineConfig(name=name, console="headless"))
+        started = adopt(MachineConfig(name=name, console="headless"))
         os.unlink(small_root / "filler")
-        again = Machine(launched.config)
-        again.open(launched)
-        await again.started()
-        assert again.adoption_notes == ["before has no device in QEMU; what is left of it is removed"]
-        await again.attach(Disk(str(tmp_path / "disk"), bus="virtio-scsi"))
-        await again.close()
+        notes: list[str] = []
+        again = await run(started, notice=notes.append)
+        assert notes == ["before has no device in QEMU; what is left of it is removed"]
+        backing = backings.open_disk(str(tmp_path / "disk"), read_only=False)
+        await again.storage.attach(Disk("", "disk", "virtio-scsi"), backing)
+        await again.end()
 
 
 def fill(path: Path) -> None:

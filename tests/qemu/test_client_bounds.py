@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.machines import idle_machine
-from vmspawn import Event, Machine
+from tests.machines import Machine, idle_machine
+from vmspawn import Event
 from vmspawn.console.hotkeys import Key
 from vmspawn.console.hub import CLIENTS_MAX, INPUT_MAX
 from vmspawn.console.keyboard import TYPED_MAX, Keyboard
@@ -48,7 +48,7 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
     """A machine whose control socket is served, and that keeps a transcript in `qmp.log`."""
     folder = tmp_path_factory.mktemp("idle")
     async with idle_machine(qemu, folder, qmp_log=str(folder / "qmp.log")) as running:
-        server = ControlServer(running.directory, build_registry(running))
+        server = ControlServer(running.directory, build_registry(running.inner))
         yield running
         server.close()
 

@@ -10,9 +10,8 @@ import pytest
 
 from tests.commands import DEADLINE, VMSPAWN, Spawned, background, qemu_pid, spawned, vmctl
 from tests.conftest import make_raw
-from tests.machines import fresh_name, is_gone, process_is_gone
+from tests.machines import Machine, fresh_name, is_gone, process_is_gone
 from tests.terminal import seated, shell_job, terminal
-from vmspawn import Machine
 
 #: Has SeaBIOS speak on the serial port.
 SPEAKS = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")

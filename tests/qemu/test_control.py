@@ -14,8 +14,7 @@ import varlink
 
 from tests.callers import INSTANCE, caller, in_thread, served_machine
 from tests.conftest import make_raw
-from tests.machines import Snapshot, detach_by_reset
-from vmspawn import Machine
+from tests.machines import Machine, Snapshot, detach_by_reset
 from vmspawn.host.runtime import CONTROL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

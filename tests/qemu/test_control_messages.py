@@ -17,8 +17,7 @@ import pytest_asyncio
 
 from tests.callers import DEADLINE, INSTANCE, Caller, caller, in_thread, ping, served_machine
 from tests.conftest import make_raw
-from tests.machines import open_files
-from vmspawn import Machine
+from tests.machines import Machine, open_files
 from vmspawn.control import connection as limits
 from vmspawn.control.server import CONNECTIONS_MAX
 from vmspawn.host.runtime import CONTROL

@@ -19,7 +19,7 @@ from vmspawn.boot.adopt import adopt
 from vmspawn.boot.launch import launch
 from vmspawn.console.messages import Voice
 from vmspawn.errors import ManagerFailed
-from vmspawn.machine.machine import Machine
+from vmspawn.machine.running import run
 from vmspawn.manager.report import REPORTS_MAX
 from vmspawn.manager.supervisor import supervise
 from vmspawn.qmp.transcript import SIZE_MAX, Transcript, without_secrets
@@ -165,14 +165,11 @@ async def test_a_manager_that_fails_leaves_its_guest_running_and_a_report(
     report = await asyncio.to_thread(Path(caught.value.hint.rpartition(" ")[2]).read_text)
     assert "Traceback (most recent call last)" in report
     assert not process_is_gone(pid)
-    adopted = adopt(MachineConfig(name=name, console="headless"))
-    machine = Machine(adopted.config)
-    machine.open(adopted)
-    await machine.started()
+    machine = await run(adopt(MachineConfig(name=name, console="headless")))
     assert machine.pid == pid
     await machine.terminate()
     await machine.wait()
-    await machine.close()
+    await machine.end()
     wait_until_dead(pid)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import detach_by_reset, idle_machine
-from vmspawn import Disk, Machine
+from tests.machines import Machine, detach_by_reset, idle_machine
+from vmspawn import Disk
 from vmspawn.errors import BadConfig, SystemFailure
 from vmspawn.storage.limits import Limits
 
@@ -110,12 +110,12 @@ async def test_options_that_cannot_be(machine: Machine, tmp_path: Path, disk: Di
 async def test_the_bus_auto_is_virtio_blk_while_there_are_ports(machine: Machine, tmp_path: Path) -> None:
     taken = [machine.storage._context.layout.pci.take() for _ in range(machine.storage.ports_free)]
     attached = await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "auto"))
-    assert attached.disk.bus == "virtio-scsi"
+    assert attached.bus == "virtio-scsi"
     await machine.detach("disk")
     for place in taken:
         machine.storage._context.layout.pci.release(place)
     attached = await machine.attach(Disk(str(tmp_path / "image"), "disk", "auto"))
-    assert attached.disk.bus == "virtio-blk"
+    assert attached.bus == "virtio-blk"
     await detach_by_reset(machine, "disk")
 
 

@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, detach_by_reset, idle_machine, unchanged
-from vmspawn import Disk, Machine
+from tests.machines import Machine, Snapshot, detach_by_reset, idle_machine, unchanged
+from vmspawn import Disk
 from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
 from vmspawn.storage import backing as backings
 
@@ -83,7 +83,7 @@ async def test_a_machine_without_ports_says_so(qemu: str, tmp_path: Path) -> Non
             await machine.attach(Disk(path))
         assert "virtio-scsi" in caught.value.hint
         attached = await machine.attach(Disk(path, bus="auto"))
-        assert attached.disk.bus == "virtio-scsi"
+        assert attached.bus == "virtio-scsi"
 
 
 # Images.

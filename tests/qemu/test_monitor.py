@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.machines import idle_machine
-from vmspawn import Machine
+from tests.machines import Machine, idle_machine
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.qmp.monitor import Command, Monitor
 

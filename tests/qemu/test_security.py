@@ -14,12 +14,11 @@ import pytest_asyncio
 
 from tests.commands import idle, qemu_pid, sharing
 from tests.conftest import make_raw
-from tests.machines import idle_machine, is_gone, links_of, process_is_gone
+from tests.machines import Machine, idle_machine, is_gone, links_of, process_is_gone
 from tests.qemu import qmp_fixtures
-from vmspawn import Disk, Machine
-from vmspawn.boot import launch
+from vmspawn import Disk
 from vmspawn.errors import NotConnected, QmpError, StartError
-from vmspawn.host import runtime
+from vmspawn.host import runtime, spawn
 
 
 @pytest_asyncio.fixture
@@ -79,8 +78,8 @@ async def test_qemu_gets_no_secrets_of_the_environment(
     assert "secret" not in environment.values()
     # Where QEMU is behind a shell script, the shell adds its own.
     assert set(environment) - {"PWD", "OLDPWD", "SHLVL", "_", "LD_LIBRARY_PATH"} <= {
-        *launch.ENVIRONMENT,
-        *launch.OVERRIDES,
+        *spawn.ENVIRONMENT,
+        *spawn.OVERRIDES,
     }
 
 

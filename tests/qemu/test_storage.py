@@ -11,9 +11,9 @@ import pytest_asyncio
 
 from tests.conftest import make_qcow2, make_raw
 from tests.imagefiles import make
-from tests.machines import Snapshot, event_named, idle_machine, unchanged
+from tests.machines import Machine, Snapshot, event_named, idle_machine, unchanged
 from tests.qemu.qmp_fixtures import scaled
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.errors import (
     BadConfig,
     ConfigNotSupported,
@@ -232,10 +232,10 @@ async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str,
 
 
 async def test_a_device_removed_by_raw_qmp_takes_its_disk_along(machine: Machine, tmp_path: Path) -> None:
-    attached = await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+    await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
     detached = asyncio.create_task(event_named(machine, DETACHED_EVENT))
     await asyncio.sleep(0)
-    await machine.monitor.execute("device_del", {"id": attached.identifiers.device})
+    await machine.monitor.execute("device_del", {"id": machine.disk("disk").identifiers.device})
     assert await detached == {"name": "disk"}
     assert not [each for each in machine.storage if not each.boot]
 

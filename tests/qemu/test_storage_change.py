@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, detach_by_reset, event_named, idle_machine
+from tests.machines import Machine, Snapshot, detach_by_reset, event_named, idle_machine
 from tests.qemu.storage_model import open_images
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.errors import (
     BadConfig,
     ConfigNotSupported,

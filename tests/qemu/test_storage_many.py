@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import MIB, make_raw
-from tests.machines import Snapshot, idle_machine
+from tests.machines import Machine, Snapshot, idle_machine
 from tests.qemu.qmp_fixtures import scaled
-from vmspawn import Disk, Machine
+from vmspawn import Disk
 from vmspawn.boot.qemu import find_qemu
 from vmspawn.errors import NoFreePort
 from vmspawn.hotplug.places import NamespacePlace, Place, ScsiPlace

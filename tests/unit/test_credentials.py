@@ -5,7 +5,8 @@ import base64
 import os
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from vmspawn.boot import credentials, smbios
 from vmspawn.boot.credentials import Credential, load, parse_load, parse_set, unescape
-from vmspawn.boot.extras import Additions
+from vmspawn.boot.extras import Owned
 from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError, UsageError
 
@@ -111,31 +112,31 @@ def test_kernel_arguments_are_for_the_stub_and_the_boot_loader() -> None:
         smbios.check_kernel_arguments(("x" * 2048,))
 
 
-def test_what_has_no_room_in_the_table_goes_by_fw_cfg() -> None:
-    additions = Additions()
-    smbios.add(additions, (("small", b"x"), ("large", bytes(smbios.TOTAL_MAX))))
-    by_fw_cfg = [each for each in additions.arguments if each.startswith("name=")]
+@pytest.fixture
+def owned() -> Iterator[Owned]:
+    with ExitStack() as lent:
+        yield Owned(ExitStack(), lent)
+
+
+def test_what_has_no_room_in_the_table_goes_by_fw_cfg(owned: Owned) -> None:
+    extras = smbios.extras((), (("small", b"x"), ("large", bytes(smbios.TOTAL_MAX))), owned)
+    by_fw_cfg = [each for each in extras.arguments if each.startswith("name=")]
     assert [each.partition(",")[0] for each in by_fw_cfg] == ["name=opt/io.systemd.credentials/large"]
-    assert len(additions.vendor_strings) == 1
+    assert extras.arguments.count("-smbios") == 1
     with pytest.raises(StartError, match="cannot go another way"):
-        smbios.add(additions, (("n" * 40, bytes(smbios.TOTAL_MAX)),))
-    additions.close()
+        smbios.extras((), (("n" * 40, bytes(smbios.TOTAL_MAX)),), owned)
 
 
-def test_strings_that_would_be_lost_are_refused() -> None:
-    additions = Additions()
-    additions.vendor_strings.append(bytes(smbios.TOTAL_MAX + 1))
+def test_strings_that_would_be_lost_are_refused(owned: Owned) -> None:
     with pytest.raises(StartError, match="longer than 60000 bytes"):
-        smbios.add(additions, ())
+        smbios.extras([bytes(smbios.TOTAL_MAX + 1)], (), owned)
 
 
-def test_what_others_could_read_is_not_on_the_command_line() -> None:
-    additions = Additions()
-    additions.vendor_strings.append(b"secret")
-    smbios.add(additions, ())
-    assert not any("secret" in each for each in additions.arguments)
-    fd = additions.descriptors[0]
+def test_what_others_could_read_is_not_on_the_command_line(owned: Owned) -> None:
+    extras = smbios.extras([b"secret"], (), owned)
+    assert not any("secret" in each for each in extras.arguments)
+    fd = extras.descriptors[0]
     assert os.pread(fd, 100, 0) == b"secret"
-    additions.close()
+    owned.lent.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 #: From the top down. A room imports from itself and from those below it.
 LAYERS = [
     "cli",
+    "api",
     "manager",
     "control",
     "machine",

@@ -11,12 +11,9 @@ def listen(address: str, backlog: int) -> socket.socket:
     """Make a listening unix socket of mode 0600. The caller owns it, and the file at `address`. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # By the mask, for between bind(2) and a chmod(2) anybody could connect.
-        mask = os.umask(0o177)
-        try:
-            listener.bind(address)
-        finally:
-            os.umask(mask)
+        # The file gets the socket's mode. A chmod(2) after bind(2) would be late, a umask(2) is for all threads.
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(address)
         listener.listen(backlog)
     except BaseException:
         listener.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From what a dead manager left to a machine with a manager: finding the QEMU that outlived it, and connecting."""
+"""Take over a QEMU whose manager died: find the process, read the state, and connect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from errno import EAGAIN, ECONNREFUSED
 
 from ..errors import NotConnected, StartError
@@ -19,88 +20,90 @@ from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from . import state as states
 from .config import SHUTDOWN_TIMEOUT, MachineConfig
-from .launch import Launched, connect, open_console_log, system_failures
+from .launch import open_transcript, system_failures
+from .started import Adopted, SharedConsole, Started, connect, connect_monitors, share_console
 from .state import State
 
 #: Seconds for a monitor to greet while QEMU's process is looked for.
 _GREETING_TIMEOUT = 5.0
 
 
-class Adopted(Launched):
-    """A QEMU that another manager started. It is not our child, and it lives on when we let go of it."""
-
-    def __init__(self, state: State, directory: MachineDirectory) -> None:
-        config = state.config
-        layout = places.layout(config.machine_type, config.hotplug_ports, namespaces=state.binary.namespaces)
-        super().__init__(config, state.binary, layout)
-        self.directory = directory
-        self.accelerator = state.qemu.accelerator
-        self.saved = state
-        # Those that are gone took QEMU along, or will.
-        self.additions.helpers = [
-            Helper(each.name, each.what, each.pid, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-            for each in state.helpers
-            if runtime.start_time(each.pid) == each.started
-        ]
-
-    def abandon(self) -> None:
-        """Let go of it; if it has ended, remove what it left."""
-        if self.pid:
-            self.leave()
-        else:
-            super().abandon()
-
-
 @system_failures("take over the machine")
-def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Adopted:
-    """Take over the machine that `config` names; what else it says is about the manager: console and time-outs.
+def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Started:
+    """Take over the machine that `config` names; the rest of `config` is about the manager: console and timeouts.
 
-    Raises NotConnected if there is none, StartError if its manager lives, its state cannot be used, or its QEMU is
-    gone; what that left is removed then; SystemFailure. Nothing of QEMU was changed.
+    Raises NotConnected if there is no such machine, StartError if its manager lives, its state cannot be used, or its
+    QEMU is gone, whose remains are removed then; SystemFailure. Nothing in QEMU was changed.
     """
-    directory = MachineDirectory.take_over(config.name or "")
-    try:
+    with ExitStack() as undo:
+        directory = MachineDirectory.take_over(config.name or "")
+        undo.callback(directory.close)
         state = states.read(directory)
         pid = runtime.running_qemu(directory.path) if state.qemu.pid else _find_started(directory)
-    except BaseException:
-        directory.close()
-        raise
-    if not pid:
-        directory.remove()
-        raise NotConnected(
-            f"machine {config.name} has ended while it had no manager; removed what it left", hint="start it again"
-        )
-    launched = Adopted(state._replace(config=_merged(state.config, config)), directory)
-    launched.pid = pid
+        if not pid:
+            directory.remove()
+            raise NotConnected(
+                f"machine {config.name} has ended while it had no manager; removed what it left", hint="start it again"
+            )
+        with _explain_refusal(directory):
+            started = _connect(state, pid, config, directory, undo)
+        undo.pop_all()
+    notice(f"took over machine {config.name} (QEMU is process {pid})")
+    return started
+
+
+def _connect(state: State, pid: int, given: MachineConfig, directory: MachineDirectory, undo: ExitStack) -> Started:
+    """Connect to QEMU's monitors and, if it was shared, its console. Raises StartError, OSError."""
+    config = _merged(state.config, given)
+    transcript = open_transcript(given.console_log, undo)
+    shared = _console(directory, pid, undo)
+    helpers = tuple(_helpers(state))
+    for helper in helpers:
+        undo.callback(helper.leave)
+    has_size_port = os.path.exists(directory.file(runtime.QEMU_SIZE))
+    return Started(
+        Adopted(state),
+        config if shared is not None else config._replace(console="native"),
+        state.binary,
+        state.qemu.accelerator,
+        places.layout(config.machine_type, config.hotplug_ports, namespaces=state.binary.namespaces),
+        directory,
+        pid,
+        connect_monitors(directory, undo),
+        connect(directory, runtime.QEMU_SIZE, undo) if has_size_port else None,
+        shared,
+        transcript,
+        helpers,
+    )
+
+
+def _console(directory: MachineDirectory, pid: int, undo: ExitStack) -> SharedConsole | None:
+    if not os.path.exists(directory.file(runtime.QEMU_OUTPUT)):
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(directory.file(runtime.CONSOLE))
+    return share_console(directory, fifos.open_again(directory), ConsoleLog.of(pid), undo)
+
+
+def _helpers(state: State) -> Iterator[Helper]:
+    """The helpers that still run. One that has ended took QEMU along, or will."""
+    for each in state.helpers:
+        if runtime.start_time(each.pid) == each.started:
+            yield Helper(each.name, each.what, each.pid, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+@contextlib.contextmanager
+def _explain_refusal(directory: MachineDirectory) -> Iterator[None]:
+    """Explain that a monitor takes no connection."""
     try:
-        launched.console_log = open_console_log(config.console_log)
-        _connect(launched, directory)
-    except StartError:
-        launched.abandon()
-        raise
+        yield
     except OSError as error:
-        launched.abandon()
         if error.errno not in (EAGAIN, ECONNREFUSED):
             raise
         raise StartError(
-            f"cannot connect to the monitors of machine {config.name}: {error.strerror}",
+            f"cannot connect to the monitors of machine {directory.name}: {error.strerror}",
             hint=f"does another program hold them? see: fuser {directory.file(runtime.MONITORS[0])}",
         ) from None
-    notice(f"took over machine {config.name} (QEMU is process {pid})")
-    return launched
-
-
-def _connect(launched: Adopted, directory: MachineDirectory) -> None:
-    """Connect to QEMU's monitors and, as far as it has been ours, its console. Raises OSError."""
-    if os.path.exists(directory.file(runtime.QEMU_OUTPUT)):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(directory.file(runtime.CONSOLE))
-        launched.console = fifos.open_again(directory)
-        launched.kept = ConsoleLog.of(launched.pid)
-    else:
-        launched.config = launched.config._replace(console="native")
-    size = [runtime.QEMU_SIZE] if os.path.exists(directory.file(runtime.QEMU_SIZE)) else []
-    connect(launched, [*runtime.MONITORS, *size])
 
 
 def has_orphan(name: str) -> bool:

@@ -14,16 +14,16 @@ from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from . import console, memory
 from .config import MachineConfig
-from .extras import Additions
+from .extras import Extras
 from .overlay import BASE_FDSET, Below
 from .qemu import QemuBinary
 from .sandbox import sandbox
 
 
-class Boot(NamedTuple):
-    """The kernel that QEMU is to load, if it is to load one."""
+class Kernel(NamedTuple):
+    """The kernel that QEMU loads."""
 
-    kernel: str
+    path: str
     initrd: str | None
     arguments: tuple[str, ...]
 
@@ -101,8 +101,33 @@ class BootDisk(NamedTuple):
         return found
 
 
+class Choices(NamedTuple):
+    """What is known of a machine before anything of it exists."""
+
+    config: MachineConfig
+    binary: QemuBinary
+    accelerator: str
+    #: Why QEMU emulates the guest although KVM was possible, or an empty string.
+    why_emulated: str
+    layout: places.Layout
+    #: The kernel that QEMU loads, with the arguments that belong to it; None if the image's boot loader does.
+    kernel: Kernel | None
+
+
+class Plan(NamedTuple):
+    """All that QEMU's command line is written from."""
+
+    config: MachineConfig
+    binary: QemuBinary
+    accelerator: str
+    layout: places.Layout
+    kernel: Kernel | None
+    disks: tuple[BootDisk, ...]
+    extras: Extras
+
+
 class Inherited(NamedTuple):
-    """The listening sockets that QEMU gets: for its monitors, and for the console's size port or -1; and
+    """The numbers of QEMU's own descriptors: the monitors' listening sockets by name; the console's size port, or -1;
     the console's log, or -1."""
 
     monitors: Mapping[str, int]
@@ -110,28 +135,20 @@ class Inherited(NamedTuple):
     log: int
 
 
-def command_line(
-    binary: QemuBinary,
-    config: MachineConfig,
-    accelerator: str,
-    layout: places.Layout,
-    boot: Boot | None,
-    disks: Sequence[BootDisk],
-    inherited: Inherited,
-    additions: Additions,
-) -> list[str]:
-    """The whole command line."""
+def command_line(plan: Plan, inherited: Inherited) -> list[str]:
+    """QEMU's whole command line."""
+    config = plan.config
     return [
-        binary.path,
+        plan.binary.path,
         *_identity(config),
-        *sandbox(binary, config),
-        *_hardware(config, accelerator, additions),
-        *_monitors(binary, inherited.monitors),
-        *_controllers(config, layout),
-        *additions.arguments,
+        *sandbox(plan.binary, config),
+        *_hardware(config, plan.accelerator, plan.extras),
+        *_monitors(plan.binary, inherited.monitors),
+        *_controllers(config, plan.layout),
+        *plan.extras.arguments,
         *console.devices(config, inherited.size, inherited.log),
-        *_disks(disks),
-        *_boot(boot),
+        *_disks(plan.disks),
+        *_kernel(plan.kernel),
         *config.qemu_arguments,
     ]
 
@@ -150,9 +167,9 @@ def _dashed(uuid: str) -> str:
 _MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
 
 
-def _hardware(config: MachineConfig, accelerator: str, additions: Additions) -> list[str]:
+def _hardware(config: MachineConfig, accelerator: str, extras: Extras) -> list[str]:
     return [
-        *("-machine", ",".join((_MACHINES[config.machine_type], f"accel={accelerator}", *additions.machine))),
+        *("-machine", ",".join((_MACHINES[config.machine_type], f"accel={accelerator}", *extras.machine))),
         *("-cpu", "host" if accelerator == "kvm" else "max"),
         *("-smp", str(config.cpus)),
         *("-m", memory.size_argument(config.ram_bytes, config.ram_growth)),
@@ -202,9 +219,9 @@ def _disks(disks: Sequence[BootDisk]) -> Iterable[str]:
         yield from ("-device", json.dumps(each.device()))
 
 
-def _boot(boot: Boot | None) -> list[str]:
-    if boot is None:
+def _kernel(kernel: Kernel | None) -> list[str]:
+    if kernel is None:
         return []
-    initrd = ["-initrd", boot.initrd] if boot.initrd else []
-    arguments = ["-append", " ".join(boot.arguments)] if boot.arguments else []
-    return ["-kernel", boot.kernel, *initrd, *arguments]
+    initrd = ["-initrd", kernel.initrd] if kernel.initrd else []
+    arguments = ["-append", " ".join(kernel.arguments)] if kernel.arguments else []
+    return ["-kernel", kernel.path, *initrd, *arguments]

@@ -1,69 +1,87 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What firmware, network, directories and the like add to a machine, collected before its command line is written."""
+"""What firmware, network, shares and SMBIOS strings add to a machine, as values that are joined."""
 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
+from typing import NamedTuple
 
 from ..helpers.helper import Helper
+from ..hotplug.places import Layout, Place
 from .overlay import BASE_FDSET
 
-#: The numbers of descriptor sets for other things than disks are below this one.
-_FDSETS_END = BASE_FDSET
+#: The descriptor sets of the firmware's flash. Those of disks have larger numbers.
+FLASH_FDSETS = (BASE_FDSET - 1, BASE_FDSET - 2)
 
 
-class Additions:
-    """Arguments for QEMU and the guest, the descriptors that QEMU inherits for them, and processes that serve it.
+class Extras(NamedTuple):
+    """What one concern adds to a machine."""
 
-    Owns the descriptors and the processes.
-    """
+    #: Properties of `-machine`, such as `smm=on`.
+    machine: tuple[str, ...] = ()
+    #: More of QEMU's command line, each option followed by its value.
+    arguments: tuple[str, ...] = ()
+    #: The descriptors that QEMU inherits under the same numbers.
+    descriptors: tuple[int, ...] = ()
+    #: Arguments of the guest's kernel.
+    kernel_arguments: tuple[str, ...] = ()
+    #: Processes beside QEMU.
+    helpers: tuple[Helper, ...] = ()
 
-    __slots__ = ("arguments", "descriptors", "helpers", "kernel_arguments", "machine", "vendor_strings")
 
-    def __init__(self) -> None:
-        #: Properties of `-machine`, such as `smm=on`.
-        self.machine: list[str] = []
-        #: More of QEMU's command line, each option followed by its value.
-        self.arguments: list[str] = []
-        #: What QEMU inherits, under the same numbers.
-        self.descriptors: list[int] = []
-        #: What the guest's kernel is told, in front of what the user says.
-        self.kernel_arguments: list[str] = []
-        #: SMBIOS type 11 strings, which the guest finds in /sys/firmware/dmi/entries/11-*.
-        self.vendor_strings: list[bytes] = []
-        #: Processes beside QEMU.
-        self.helpers: list[Helper] = []
+NO_EXTRAS = Extras()
 
-    def keep(self, fd: int) -> int:
-        """Let QEMU inherit a descriptor, which is ours to close from now on. Returns it."""
-        self.descriptors.append(fd)
+
+def join(*parts: Extras) -> Extras:
+    """All of them, in that order."""
+    return Extras(
+        tuple(each for part in parts for each in part.machine),
+        tuple(each for part in parts for each in part.arguments),
+        tuple(each for part in parts for each in part.descriptors),
+        tuple(each for part in parts for each in part.kernel_arguments),
+        tuple(each for part in parts for each in part.helpers),
+    )
+
+
+class Owned(NamedTuple):
+    """Who closes what the steps of a start open."""
+
+    #: Unwound if the start fails.
+    undo: ExitStack
+    #: Unwound as soon as QEMU runs and has descriptors of its own, or if the start fails.
+    lent: ExitStack
+
+    def lend(self, fd: int) -> int:
+        """Close a descriptor once QEMU has its own. Returns it."""
+        self.lent.callback(os.close, fd)
         return fd
 
-    def add_fdset(self, fd: int) -> str:
-        """Give a descriptor to QEMU as a set of its own, and return the file name that stands for it there."""
-        self.keep(fd)
-        number = _FDSETS_END - len(self.descriptors)
-        self.arguments += ["-add-fd", f"fd={fd},set={number}"]
-        return f"/dev/fdset/{number}"
 
-    def add_content(self, name: str, content: bytes) -> str:
-        """Put content into a file in memory that has no other name, and return the path by which QEMU can open it.
+def fdset(number: int, fd: int) -> Extras:
+    """Pass a descriptor to QEMU as a descriptor set, which QEMU opens as `fdset_path(number)`."""
+    return Extras(arguments=("-add-fd", f"fd={fd},set={number}"), descriptors=(fd,))
 
-        Unlike on the command line, others do not see it there, and no length is too much.
-        """
-        fd = os.memfd_create(f"vmspawn-{name}", os.MFD_CLOEXEC)
-        self.keep(fd)
-        view = memoryview(content)
-        while view:
-            view = view[os.write(fd, view) :]
-        return f"/proc/self/fd/{fd}"
 
-    def close(self) -> None:
-        """Close our descriptors; QEMU has its own by then. May be called again."""
-        while self.descriptors:
-            os.close(self.descriptors.pop())
+def fdset_path(number: int) -> str:
+    """The file name of a descriptor set in QEMU."""
+    return f"/dev/fdset/{number}"
 
-    def end_helpers(self) -> None:
-        """Kill the helpers that still run. May be called again."""
-        while self.helpers:
-            self.helpers.pop().close()
+
+def content(name: str, data: bytes, owned: Owned) -> tuple[str, Extras]:
+    """Put data into a file in memory without a name. Returns the path by which QEMU opens it, and the descriptor.
+
+    Unlike arguments, its content is not shown by ps(1), and has no bound.
+    """
+    fd = owned.lend(os.memfd_create(f"vmspawn-{name}", os.MFD_CLOEXEC))
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return f"/proc/self/fd/{fd}", Extras(descriptors=(fd,))
+
+
+def take_place(layout: Layout) -> Place:
+    """Reserve a slot for a device that is there from boot. Raises NoFreePort."""
+    place = layout.boot.take()
+    layout.pci.claim(place)
+    return place

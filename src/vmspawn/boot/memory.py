@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..errors import UsageError
-from .extras import Additions
+from .extras import Extras
 
 #: The slots for memory that is plugged in later, if a maximum is given and no number; as systemd-vmspawn.
 SLOTS_DEFAULT = 1
@@ -40,7 +40,7 @@ def size_argument(size: int, growth: Growth | None) -> str:
     return f"size={size}B,maxmem={growth.maximum}B,slots={growth.slots}"
 
 
-def share(additions: Additions, size: int) -> None:
-    """Let another process map the guest's memory, as vhost-user devices do."""
-    additions.machine.append("memory-backend=mem")
-    additions.arguments += ["-object", f"memory-backend-memfd,id=mem,size={size}B,share=on"]
+def shared(size: int) -> Extras:
+    """Let other processes map the guest's memory, as vhost-user devices do."""
+    backend = f"memory-backend-memfd,id=mem,size={size}B,share=on"
+    return Extras(machine=("memory-backend=mem",), arguments=("-object", backend))

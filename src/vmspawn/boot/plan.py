@@ -1,36 +1,61 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All that a machine gets beside its disks, in the order in which one thing depends on another."""
+"""Turn a configuration into a plan of the machine, in two steps.
+
+`choose` finds the binary, the accelerator and the kernel; it may take long, for it probes QEMU and makes the built-in
+guest, and leaves nothing to undo. `make_plan` opens and starts what QEMU inherits.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StartError
+from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import kernel_image
-from . import credentials, memory, smbios, uefi
-from .commandline import Boot
+from . import console, credentials, memory, network, smbios, uefi
+from .commandline import BootDisk, Choices, Kernel, Plan
 from .config import MachineConfig
-from .extras import Additions
+from .extras import NO_EXTRAS, Extras, Owned, content, join, take_place
+from .qemu import choose_accelerator, find_qemu
 
 if TYPE_CHECKING:
-    from .launch import Launched
+    from ..guest.builtin import BuiltinGuest
 
 #: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
 _INITRD_ALIGNMENT = 4
 
-#: Where a guest has SMBIOS whatever the firmware is.
+#: Guests of these architectures have SMBIOS whatever the firmware is.
 _SMBIOS_BY_ITSELF = ("x86_64",)
 
-#: Kernel arguments by which the user says what the root is.
+#: Kernel arguments by which the user specifies the root.
 _ROOT = ("root=", "mount.usr=")
 
 
-def complete(config: MachineConfig) -> MachineConfig:
-    """The configuration with the kernel that a directory brings, if the user names none. Raises StartError."""
+class Reporter(NamedTuple):
+    """Where lines about the start go: `notice` takes those for every user, `detail` those for a user who wants more."""
+
+    notice: Callable[[str], None]
+    detail: Callable[[str], None]
+
+
+# First step.
+
+
+def choose(config: MachineConfig, report: Reporter) -> Choices:
+    """Find QEMU, the accelerator and the kernel. Raises StartError, UsageError."""
+    config = _with_own_kernel(config)
+    binary = find_qemu(config.qemu, config.machine_type)
+    layout = places.layout(config.machine_type, config.hotplug_ports, namespaces=binary.namespaces)
+    accelerator, why_emulated = choose_accelerator(config.kvm, binary.architecture)
+    kernel = _choose_kernel(config, binary.architecture, report.notice)
+    return Choices(config, binary, accelerator, why_emulated, layout, kernel)
+
+
+def _with_own_kernel(config: MachineConfig) -> MachineConfig:
+    """The configuration with the kernel that a directory contains, if the user names none. Raises StartError."""
     if config.directory is None or config.linux is not None:
         return config
     from ..images import boot_entries
@@ -41,53 +66,72 @@ def complete(config: MachineConfig) -> MachineConfig:
     return config._replace(linux=linux, initrd=initrds[0] if initrds else None, more_initrds=initrds[1:])
 
 
-def prepare(
-    launched: Launched,
-    boot: Boot | None,
-    console_arguments: tuple[str, ...],
-    notice: Callable[[str], None],
-    detail: Callable[[str], None],
-) -> Boot | None:
-    """Collect the additions; returns the boot with what they add to it. `console_arguments` are for a kernel that is
-    not ours. Raises StartError, UsageError.
-    """
-    additions, config, layout = launched.additions, launched.config, launched.layout
-    architecture = launched.binary.architecture
-    found = uefi.choose(config, architecture, detail)
-    if found is not None:
-        uefi.add(additions, found, config)
-    if config.network_user:
-        _add_network(additions, layout)
-    if config.directory or config.binds:
-        from . import shares
+def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[str], None]) -> Kernel | None:
+    if config.guest:
+        guest = _builtin_guest(architecture, notice)
+        return Kernel(guest.kernel, guest.initrd, tuple(guest.arguments))
+    if config.linux is None:
+        return None
+    _check_readable("--linux=", config.linux)
+    if config.initrd:
+        _check_readable("--initrd=", config.initrd)
+    return Kernel(config.linux, config.initrd, ())
 
-        memory.share(additions, config.ram_bytes)
-        assert launched.directory is not None
-        shares.start(additions, config.directory, config.binds, launched.directory, lambda: take_place(layout), notice)
-    additions.vendor_strings += [os.fsencode(each) for each in config.vendor_strings]
-    if architecture not in _SMBIOS_BY_ITSELF and found is None:
+
+def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> BuiltinGuest:
+    from ..guest import builtin
+
+    if guest := builtin.find(architecture):
+        return guest
+    from ..guest.build import build
+
+    return build(architecture, progress=notice)
+
+
+def _check_readable(option: str, path: str) -> None:
+    """Raise StartError if QEMU, which opens these files by their paths, could not read one."""
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise StartError(f"cannot use {option}{path}: the file is empty")
+    except OSError as error:
+        raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
+
+
+# Second step.
+
+
+def make_plan(
+    chosen: Choices, disks: tuple[BootDisk, ...], directory: MachineDirectory, report: Reporter, owned: Owned
+) -> Plan:
+    """Choose the firmware, start the helpers, and write the kernel's arguments. Raises StartError, UsageError."""
+    config = chosen.config
+    found = uefi.choose(config, chosen.binary.architecture, report.detail)
+    if found is None and chosen.binary.architecture not in _SMBIOS_BY_ITSELF:
         _refuse_strings(config)
-    boot = _complete(launched, boot, console_arguments)
-    smbios.add(additions, _credentials(config))
-    return boot
+    firmware = uefi.extras(found, config, owned) if found is not None else NO_EXTRAS
+    card = network.user_card(take_place(chosen.layout)) if config.network_user else NO_EXTRAS
+    shared = _shares(chosen, directory, report, owned)
+    arguments = _kernel_arguments(chosen, shared.kernel_arguments)
+    smbios.check_kernel_arguments(arguments)
+    strings = smbios.extras(_strings(chosen, arguments), _credentials(config), owned)
+    kernel, initrd = _load(chosen, arguments, owned)
+    extras = join(firmware, card, shared, strings, initrd)
+    return Plan(config, chosen.binary, chosen.accelerator, chosen.layout, kernel, disks, extras)
 
 
-def _credentials(config: MachineConfig) -> Iterator[tuple[str, bytes]]:
-    """The credentials by name; our lines for the guest's fstab are added to those that the user gives it."""
-    from .shares import FSTAB_CREDENTIAL, fstab
+def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owned: Owned) -> Extras:
+    config = chosen.config
+    if not (config.directory or config.binds):
+        return NO_EXTRAS
+    from . import shares
 
-    lines = fstab(config.binds)
-    for each in config.credentials:
-        value = credentials.load(each)
-        if each.name == FSTAB_CREDENTIAL and lines:
-            value, lines = value.rstrip(b"\n") + b"\n" + lines, b""
-        yield each.name, value
-    if lines:
-        yield FSTAB_CREDENTIAL, lines
+    served = shares.start(config.directory, config.binds, directory, chosen.layout, report.notice, owned)
+    return join(memory.shared(config.ram_bytes), served)
 
 
 def _refuse_strings(config: MachineConfig) -> None:
-    """On these machines only UEFI hands SMBIOS on to the guest, and what is to go by it would be lost."""
+    """Raise StartError for a wish that only UEFI would pass on to the guest, by SMBIOS."""
     wishes = {"--set-credential=": config.credentials, "--smbios11=": config.vendor_strings, "--bind=": config.binds}
     for option, wish in wishes.items():
         if wish:
@@ -96,24 +140,24 @@ def _refuse_strings(config: MachineConfig) -> None:
             )
 
 
-def _complete(launched: Launched, boot: Boot | None, console_arguments: tuple[str, ...]) -> Boot | None:
-    """Give the kernel its arguments: by -append, or by SMBIOS where a boot loader or a UKI's stub passes them."""
-    additions, config = launched.additions, launched.config
-    is_uki = config.linux is not None and kernel_image.kind_of(config.linux) == kernel_image.UKI
-    if boot is None or is_uki:
-        arguments = (*console_arguments, *additions.kernel_arguments, *config.kernel_arguments)
-        smbios.check_kernel_arguments(arguments)
-        additions.vendor_strings += smbios.of_kernel_arguments(arguments)
-        return None if boot is None else boot._replace(arguments=(), initrd=_initrd(additions, config, boot))
-    arguments = boot.arguments
-    if config.linux and config.image and not any(each.startswith(_ROOT) for each in config.kernel_arguments):
-        arguments += (_root(config, config.image, launched.binary.architecture),)
-    arguments += tuple(additions.kernel_arguments)
-    smbios.check_kernel_arguments(arguments)
-    return boot._replace(arguments=arguments, initrd=_initrd(additions, config, boot))
+def _kernel_arguments(chosen: Choices, of_extras: tuple[str, ...]) -> tuple[str, ...]:
+    """The arguments of the guest's kernel. The user's are the last, so that they prevail."""
+    config = chosen.config
+    of_kernel = chosen.kernel.arguments if chosen.kernel is not None else ()
+    return (*console.kernel_arguments(config), *of_kernel, *_root(chosen), *of_extras, *config.kernel_arguments)
 
 
-def _root(config: MachineConfig, image: str, architecture: str) -> str:
+def _root(chosen: Choices) -> tuple[str, ...]:
+    """The argument that names the image's root, for a kernel that QEMU loads. Raises StartError."""
+    config = chosen.config
+    if not config.linux or not config.image or _passed_by_smbios(chosen):
+        return ()
+    if any(each.startswith(_ROOT) for each in config.kernel_arguments):
+        return ()
+    return (_find_root(config, config.image, chosen.binary.architecture),)
+
+
+def _find_root(config: MachineConfig, image: str, architecture: str) -> str:
     from ..images import partitions, qcow2
 
     def read_raw(offset: int, length: int) -> bytes:
@@ -130,37 +174,56 @@ def _root(config: MachineConfig, image: str, architecture: str) -> str:
         os.close(fd)
 
 
-def _initrd(additions: Additions, config: MachineConfig, boot: Boot) -> str | None:
-    """One initrd as it is; several as one, which is what a kernel makes of them one after the other."""
-    if not config.more_initrds:
-        return boot.initrd
+def _passed_by_smbios(chosen: Choices) -> bool:
+    """Whether a boot loader or a UKI's stub gives the kernel its arguments, not QEMU's -append."""
+    if chosen.kernel is None:
+        return True
+    linux = chosen.config.linux
+    return linux is not None and kernel_image.kind_of(linux) == kernel_image.UKI
+
+
+def _strings(chosen: Choices, arguments: tuple[str, ...]) -> list[bytes]:
+    """The SMBIOS strings, credentials excepted."""
+    found = list(console.vendor_strings(chosen.config)) if chosen.kernel is None else []
+    found += map(os.fsencode, chosen.config.vendor_strings)
+    if _passed_by_smbios(chosen):
+        found += smbios.of_kernel_arguments(arguments)
+    return found
+
+
+def _credentials(config: MachineConfig) -> Iterator[tuple[str, bytes]]:
+    """The credentials by name; our lines for the guest's fstab are added to the user's."""
+    from .shares import FSTAB_CREDENTIAL, fstab
+
+    lines = fstab(config.binds)
+    for each in config.credentials:
+        value = credentials.load(each)
+        if each.name == FSTAB_CREDENTIAL and lines:
+            value, lines = value.rstrip(b"\n") + b"\n" + lines, b""
+        yield each.name, value
+    if lines:
+        yield FSTAB_CREDENTIAL, lines
+
+
+def _load(chosen: Choices, arguments: tuple[str, ...], owned: Owned) -> tuple[Kernel | None, Extras]:
+    """The kernel as QEMU loads it, and the descriptor of its initrd if we made that."""
+    kernel, config = chosen.kernel, chosen.config
+    if kernel is None:
+        return None, NO_EXTRAS
+    initrd, file = kernel.initrd, NO_EXTRAS
+    if config.initrd is not None and config.more_initrds:
+        initrd, file = content("initrd", _merged((config.initrd, *config.more_initrds)), owned)
+    return Kernel(kernel.path, initrd, () if _passed_by_smbios(chosen) else arguments), file
+
+
+def _merged(initrds: tuple[str, ...]) -> bytes:
+    """Several initrds as one: the kernel unpacks one after the other."""
     merged = bytearray()
-    for path in (config.initrd, *config.more_initrds):
-        assert path is not None
+    for path in initrds:
         merged += bytes(-len(merged) % _INITRD_ALIGNMENT)
         try:
             with open(path, "rb") as file:
                 merged += file.read()
         except OSError as error:
             raise StartError(f"cannot use --initrd={path}: {error.strerror}") from None
-    return additions.add_content("initrd", bytes(merged))
-
-
-def take_place(layout: places.Layout) -> places.Place:
-    """A slot for a device that is there from boot. Raises NoFreePort."""
-    place = layout.boot.take()
-    layout.pci.claim(place)
-    return place
-
-
-def _add_network(additions: Additions, layout: places.Layout) -> None:
-    """A network card behind QEMU's own NAT, which needs no right on the host."""
-    device = {
-        "driver": "virtio-net-pci",
-        "id": "network0",
-        "netdev": "network0-user",
-        **take_place(layout).properties(),
-    }
-    # No boot over this network, and no need for the ROM that would do it.
-    device["romfile"] = ""
-    additions.arguments += ["-netdev", "user,id=network0-user", "-device", json.dumps(device)]
+    return bytes(merged)

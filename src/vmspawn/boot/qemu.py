@@ -172,14 +172,10 @@ def _understand(path: str, version: tuple[int, int, int], output: str) -> QemuBi
 def _run(path: str, *arguments: str, feed: str = "") -> str:
     import subprocess
 
+    from ..aio import programs
+
     try:
-        done = subprocess.run(
-            [path, *arguments],
-            input=feed.encode(),
-            capture_output=True,
-            timeout=_PROBE_TIMEOUT,
-            check=False,
-        )
+        done = programs.run([path, *arguments], feed=feed.encode(), timeout=_PROBE_TIMEOUT)
     except OSError as error:
         raise StartError(f"cannot run QEMU {path}: {os.strerror(error.errno or errno.ENOEXEC)}") from None
     except subprocess.TimeoutExpired:

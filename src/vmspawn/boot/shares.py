@@ -11,15 +11,16 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..aio.sockets import listen
 from ..errors import StartError, UsageError
 from ..helpers.helper import Helper
 from ..host.runtime import MachineDirectory
-from ..hotplug.places import PciPlace, Place
-from .extras import Additions
+from ..host.spawn import spawn
+from ..hotplug.places import Layout, Place
+from .extras import Extras, Owned, join, take_place
 
 if TYPE_CHECKING:
     from ..helpers.virtiofsd import Virtiofsd
@@ -77,28 +78,38 @@ def _escape(path: str) -> str:
 
 
 def start(
-    additions: Additions,
     directory: str | None,
     shares: tuple[Share, ...],
     runtime: MachineDirectory,
-    take_place: Callable[[], Place],
+    layout: Layout,
     notice: Callable[[str], None],
-) -> None:
-    """Start a virtiofsd for the root and for each share, and add the devices. Raises StartError."""
-    wanted = [(f"{_tag(number)}", each, "--bind=") for number, each in enumerate(shares)]
-    if directory is not None:
-        wanted.insert(0, (ROOT_TAG, Share(directory, "/"), "--directory="))
-        additions.kernel_arguments += ROOT_ARGUMENTS
+    owned: Owned,
+) -> Extras:
+    """Start a virtiofsd for the root and for each share. Returns the devices that are connected to them.
+
+    Raises StartError.
+    """
     from ..helpers import virtiofsd
 
-    for _, share, option in wanted:
-        check(option, share.source)
+    wanted = dict(_wanted(directory, shares))
     program = virtiofsd.find()
-    for tag, share, _ in wanted:
+    parts = [Extras(kernel_arguments=ROOT_ARGUMENTS if directory is not None else ())]
+    for tag, share in wanted.items():
         if share.read_only and not program.read_only:
             notice(f"{program.path} cannot forbid writing: {share.source} is read-only only as the guest mounts it")
-        connected = _serve(additions, program, share, tag, runtime)
-        _add_device(additions, tag, connected, take_place())
+        connected, helper = _serve(program, share, tag, runtime, owned)
+        parts.append(_device(tag, connected, take_place(layout))._replace(helpers=(helper,)))
+    return join(*parts)
+
+
+def _wanted(directory: str | None, shares: tuple[Share, ...]) -> Iterator[tuple[str, Share]]:
+    """What is shared, by its tag. Raises StartError."""
+    if directory is not None:
+        check("--directory=", directory)
+        yield ROOT_TAG, Share(directory, "/")
+    for number, each in enumerate(shares):
+        check("--bind=", each.source)
+        yield _tag(number), each
 
 
 def check(option: str, path: str) -> None:
@@ -109,8 +120,8 @@ def check(option: str, path: str) -> None:
         raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
 
 
-def _serve(additions: Additions, program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory) -> int:
-    """Start a virtiofsd that listens; returns our connection to it, which is for QEMU and belongs to `additions`."""
+def _serve(program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory, owned: Owned) -> tuple[int, Helper]:
+    """Start a virtiofsd that listens. Returns our connection to it, which is for QEMU, and the process."""
     name = f"virtiofs-{tag}"
     address = runtime.socket_address(name)
     with listen(address, 1) as listener:
@@ -118,15 +129,14 @@ def _serve(additions: Additions, program: Virtiofsd, share: Share, tag: str, run
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
             connected.connect(address)
             os.unlink(runtime.file(name))
-            fd = additions.keep(connected.detach())
+            fd = owned.lend(connected.detach())
         command = program.command(share.source, listener.fileno(), read_only=share.read_only)
-        additions.helpers.append(_spawn(command, listener.fileno(), f"served {share.source} to the guest"))
-    return fd
+        helper = _spawn(command, listener.fileno(), f"served {share.source} to the guest")
+        owned.undo.callback(helper.close)
+    return fd, helper
 
 
 def _spawn(command: list[str], listener: int, what: str) -> Helper:
-    from .launch import spawn
-
     log = os.memfd_create("vmspawn-virtiofsd-log", os.MFD_CLOEXEC)
     try:
         return Helper("virtiofsd", what, spawn(command, keep=[listener], log=log), log)
@@ -135,8 +145,7 @@ def _spawn(command: list[str], listener: int, what: str) -> Helper:
         raise
 
 
-def _add_device(additions: Additions, tag: str, connected: int, place: Place) -> None:
-    assert isinstance(place, PciPlace)
+def _device(tag: str, connected: int, place: Place) -> Extras:
     device = {
         "driver": "vhost-user-fs-pci",
         "id": f"virtiofs-{tag}",
@@ -145,5 +154,5 @@ def _add_device(additions: Additions, tag: str, connected: int, place: Place) ->
         "queue-size": _QUEUE_SIZE,
         **place.properties(),
     }
-    additions.arguments += ["-chardev", f"socket,id=virtiofs-{tag}-socket,fd={connected}"]
-    additions.arguments += ["-device", json.dumps(device)]
+    chardev = ("-chardev", f"socket,id=virtiofs-{tag}-socket,fd={connected}")
+    return Extras(arguments=(*chardev, "-device", json.dumps(device)), descriptors=(connected,))

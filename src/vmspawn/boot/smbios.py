@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..errors import StartError
-from .extras import Additions
+from .extras import Extras, Owned, content, join
 
 #: A kernel's COMMAND_LINE_SIZE on x86; a longer one is cut without a word.
 KERNEL_ARGUMENTS_MAX = 2048
@@ -39,35 +39,42 @@ def check_kernel_arguments(arguments: Iterable[str]) -> None:
         raise StartError(f"the kernel arguments are {length} bytes, and a kernel takes {KERNEL_ARGUMENTS_MAX - 1}")
 
 
-def add(additions: Additions, given: Iterable[tuple[str, bytes]]) -> None:
-    """Put the collected strings on QEMU's command line, and the credentials `given`, by name.
+def extras(strings: Sequence[bytes], credentials: Iterable[tuple[str, bytes]], owned: Owned) -> Extras:
+    """QEMU's arguments for the strings, and for credentials by name.
 
-    They go by files in memory, so that `ps` shows no credential. A credential that has no room in the table goes by
-    fw_cfg, where systemd looks as well. Raises StartError for what has room nowhere.
+    Both are passed as files in memory, so that ps(1) shows no credential. A credential that does not fit into the table
+    is passed by fw_cfg, which systemd reads as well. Raises StartError for a credential that fits neither.
     """
-    room = TOTAL_MAX - sum(map(len, additions.vendor_strings))
+    room = TOTAL_MAX - sum(map(len, strings))
     if room < 0:
         raise StartError(f"the SMBIOS strings are longer than {TOTAL_MAX} bytes", hint="use --load-credential= instead")
-    for name, value in given:
+    table = list(strings)
+    files = []
+    for name, value in credentials:
         string = of_credential(name, value)
         if len(string) <= room:
             room -= len(string)
-            additions.vendor_strings.append(string)
+            table.append(string)
         else:
-            _add_fw_cfg(additions, name, value)
-    for each in additions.vendor_strings:
-        additions.arguments += ["-smbios", f"type=11,path={additions.add_content('smbios', each)}"]
+            files.append(_fw_cfg(name, value, owned))
+    return join(*files, *(_entry(each, owned) for each in table))
 
 
-def _add_fw_cfg(additions: Additions, name: str, value: bytes) -> None:
-    path = _FW_CFG_DIRECTORY + name
-    if len(path) > _FW_CFG_NAME_MAX or "," in name:
+def _entry(string: bytes, owned: Owned) -> Extras:
+    path, file = content("smbios", string, owned)
+    return join(file, Extras(arguments=("-smbios", f"type=11,path={path}")))
+
+
+def _fw_cfg(name: str, value: bytes, owned: Owned) -> Extras:
+    entry = _FW_CFG_DIRECTORY + name
+    if len(entry) > _FW_CFG_NAME_MAX or "," in name:
         limit = _FW_CFG_NAME_MAX - len(_FW_CFG_DIRECTORY)
         raise StartError(
             f"the credentials are larger than {TOTAL_MAX} bytes, and {name} cannot go another way",
             hint=f"give it a name of up to {limit} characters, without a comma",
         )
-    additions.arguments += ["-fw_cfg", f"name={path},file={additions.add_content('credential', value)}"]
+    path, file = content("credential", value, owned)
+    return join(file, Extras(arguments=("-fw_cfg", f"name={entry},file={path}")))
 
 
 def of_credential(name: str, value: bytes) -> bytes:

@@ -11,7 +11,7 @@ from ..errors import StartError, UsageError
 from ..images import kernel_image
 from . import firmware, nvram
 from .config import MachineConfig
-from .extras import Additions
+from .extras import FLASH_FDSETS, Extras, Owned, fdset, fdset_path, join
 from .firmware import Blob, Firmware
 
 _INSTALL = "install it (Debian: ovmf, Fedora: edk2-ovmf), or use --firmware=bios"
@@ -59,22 +59,22 @@ def _not_found(config: MachineConfig) -> str:
     return f"no UEFI firmware{wanted} is installed for machines of type {config.machine_type}"
 
 
-def add(additions: Additions, found: Firmware, config: MachineConfig) -> None:
-    """Add the firmware and its variables to the command line. Raises StartError."""
+def extras(found: Firmware, config: MachineConfig, owned: Owned) -> Extras:
+    """QEMU's arguments for the firmware and its variables. Raises StartError."""
     if found.memory:
-        additions.arguments += ["-bios", found.executable.path]
-        return
-    code = _open(found.executable)
-    _add_flash(additions, 0, "firmware-code", code, found.executable.format, read_only=True)
+        return Extras(arguments=("-bios", found.executable.path))
+    code = owned.lend(_open(found.executable))
+    parts = [_flash(0, "firmware-code", code, found.executable.format, read_only=True)]
     template = _template(found, config)
     if template is not None:
         path = nvram.state_path(config.firmware, config.image or config.directory, ephemeral=config.ephemeral)
-        variables = nvram.open_state(path, template)
-        _add_flash(additions, 1, "firmware-variables", variables, template.format, read_only=False)
+        variables = owned.lend(nvram.open_state(path, template))
+        parts.append(_flash(1, "firmware-variables", variables, template.format, read_only=False))
     if config.machine_type != "virt" and found.features & {"requires-smm", "secure-boot"}:
-        additions.machine.append("smm=on")
         # Only the firmware may write the variables, or the guest's kernel could enroll keys of its own.
-        additions.arguments += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+        secure = ("-global", "driver=cfi.pflash01,property=secure,value=on")
+        parts.append(Extras(machine=("smm=on",), arguments=secure))
+    return join(*parts)
 
 
 def _template(found: Firmware, config: MachineConfig) -> Blob | None:
@@ -90,8 +90,9 @@ def _open(blob: Blob) -> int:
         raise StartError(f"cannot open the firmware {blob.path}: {error.strerror}", hint=_INSTALL) from None
 
 
-def _add_flash(additions: Additions, number: int, name: str, fd: int, image_format: str, *, read_only: bool) -> None:
-    file = {"driver": "file", "filename": additions.add_fdset(fd), "read-only": read_only, "auto-read-only": False}
+def _flash(number: int, name: str, fd: int, image_format: str, *, read_only: bool) -> Extras:
+    path = fdset_path(FLASH_FDSETS[number])
+    file = {"driver": "file", "filename": path, "read-only": read_only, "auto-read-only": False}
     node = {"driver": image_format, "node-name": name, "read-only": read_only, "file": file}
-    additions.arguments += ["-blockdev", json.dumps(node)]
-    additions.machine.append(f"pflash{number}={name}")
+    flash = Extras(machine=(f"pflash{number}={name}",), arguments=("-blockdev", json.dumps(node)))
+    return join(fdset(FLASH_FDSETS[number], fd), flash)

@@ -7,6 +7,7 @@ What systemd's interface has a name for is sent under that name, without paramet
 
 import traceback
 import typing
+from collections.abc import Mapping
 from errno import EIO
 
 from asyncvarlink import TypedVarlinkErrorReply, VarlinkErrorReply
@@ -114,3 +115,20 @@ def _leaf_name(error: errors.VmspawnError) -> str:
 
 def _explain(reply: type[TypedVarlinkErrorReply], error: errors.VmspawnError) -> VarlinkErrorReply:
     return reply(message=str(error), hint=error.hint or None)
+
+
+_EXCEPTIONS = {source.__name__: source for source in _SOURCES}
+
+
+def to_exception(name: str, parameters: Mapping[str, typing.Any]) -> errors.VmspawnError:
+    """The exception for a Varlink error of a machine's control socket."""
+    interface, _, leaf = name.rpartition(".")
+    if interface == "io.systemd" and "errno" in parameters:
+        return errors.SystemFailure("the machine's manager cannot do that", int(parameters["errno"]))
+    message = str(parameters.get("message") or f"the machine's manager answered {leaf}")
+    hint = str(parameters.get("hint") or "")
+    if leaf == errors.QmpError.__name__:
+        # The message is "QEMU refused COMMAND: DESCRIPTION"; the class of QEMU's error is not passed on.
+        command, _, description = message.removeprefix("QEMU refused ").partition(": ")
+        return errors.QmpError(command, "GenericError", description)
+    return _EXCEPTIONS.get(leaf, errors.NotSupported)(message, hint=hint)

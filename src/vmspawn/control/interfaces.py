@@ -14,8 +14,8 @@ from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..errors import BadConfig, EventsLost, NotConnected
-from ..machine.machine import Machine as RunningMachine
 from ..machine.recent_events import Entry
+from ..machine.running import Running
 from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.backing import Backing
@@ -60,7 +60,7 @@ def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
         raise
 
 
-def _is_read_only(machine: RunningMachine, name: str) -> bool | None:
+def _is_read_only(machine: Running, name: str) -> bool | None:
     """True if a disk is there that the guest may not write: what comes in its place must not be writable either."""
     return any(each.name == name and each.read_only for each in machine.storage) or None
 
@@ -70,7 +70,7 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
 
     errors = errors.MACHINE_INSTANCE_ERRORS
 
-    def __init__(self, machine: RunningMachine) -> None:
+    def __init__(self, machine: Running) -> None:
         self._machine = machine
 
     @varlinkmethod
@@ -101,7 +101,7 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
     @varlinkmethod
     def Describe(self) -> _Description:
         """The run state, in QEMU's words."""
-        return {"running": self._machine.running, "status": self._machine.status}
+        return {"running": self._machine.is_running, "status": self._machine.status}
 
     @varlinkmethod(allow_foreign=True, delay_generator=False)
     async def SubscribeEvents(self, *, filter: list[str] | None = None) -> AsyncIterator[_Event]:
@@ -121,18 +121,18 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
         """Plug in a raw image or block device; `config` is the bus. Read-only if the descriptor is."""
         bus = disks.check_bus(config or DEFAULT_BUS)
         backing = _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
-        await self._machine.attach_backing(Disk("", name, bus, "raw", not backing.writable), backing)
+        await self._machine.storage.attach(Disk("", name, bus, "raw", not backing.writable), backing)
 
     @varlinkmethod
     async def RemoveStorage(self, *, name: str) -> None:
         """Unplug a disk; replies when it is really gone, or that it is pending."""
-        await self._machine.detach(name)
+        await self._machine.storage.detach(name)
 
     @varlinkmethod
     async def ReplaceStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str) -> None:
         """Put another raw image or block device in the place of a disk's, while the guest uses it."""
         backing = _backing(fileDescriptorIndex, read_only=_is_read_only(self._machine, name))
-        await self._machine.replace_backing(name, backing, format="raw")
+        await self._machine.storage.changes.replace(name, backing, format="raw")
 
 
 class VirtualMachineInstance(VarlinkInterface, name="io.systemd.VirtualMachineInstance"):
@@ -144,7 +144,7 @@ class QemuMachineInstance(VarlinkInterface, name="io.systemd.QemuMachineInstance
 
     errors = (errors.AlreadyAcquired,)
 
-    def __init__(self, machine: RunningMachine) -> None:
+    def __init__(self, machine: Running) -> None:
         self._machine = machine
 
     async def _upgrade(self) -> Taker:
@@ -200,7 +200,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     errors = errors.VMSPAWN_ERRORS
 
-    def __init__(self, machine: RunningMachine) -> None:
+    def __init__(self, machine: Running) -> None:
         self._machine = machine
 
     @varlinkmethod
@@ -210,7 +210,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         return {
             "name": machine.name,
             "status": machine.status,
-            "running": machine.running,
+            "running": machine.is_running,
             "processId": machine.pid,
             "qemuVersion": machine.qemu_version,
             "accelerator": machine.accelerator,
@@ -219,8 +219,8 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
             "portsFree": machine.storage.ports_free,
             "uptimeUSec": int(machine.uptime * _MICROSECONDS),
             "sessions": len(machine.sessions),
-            "recentEvents": [_happening(each) for each in machine.diary.events] if machine.diary else [],
-            "lastError": _happening(machine.diary.last_error) if machine.diary and machine.diary.last_error else None,
+            "recentEvents": [_happening(each) for each in machine.recent_events.events],
+            "lastError": _happening(error) if (error := machine.recent_events.last_error) else None,
         }
 
     @varlinkmethod
@@ -285,7 +285,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         if fileDescriptorIndex is not None:
             read_only = disks.is_only_read(chosen, format, read_only=bool(readOnly))
             backing = _backing(fileDescriptorIndex, read_only=read_only or None)
-        attached = await self._machine.attach_backing(wanted, backing)
+        attached = await self._machine.storage.attach(wanted, backing)
         return {
             "name": attached.name,
             "bus": attached.disk.bus,
@@ -305,7 +305,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         if timeoutUSec is not None and timeoutUSec < 0:
             raise InvalidParameter(parameter="timeoutUSec")
         timeout = DETACH_TIMEOUT if timeoutUSec is None else timeoutUSec / _MICROSECONDS
-        return not await self._machine.detach(name, timeout=timeout, force=bool(force))
+        return not await self._machine.storage.detach(name, timeout=timeout, force=bool(force))
 
     @varlinkmethod(return_parameter="sizeBytes")
     async def ReplaceStorage(
@@ -320,17 +320,19 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """Put another image in the place of a disk's, while the guest uses it."""
         read_only = _is_read_only(self._machine, name)
         backing = _backing(fileDescriptorIndex, read_only=read_only)
-        return await self._machine.replace_backing(name, backing, format=format, path=path or "", shrink=bool(shrink))
+        return await self._machine.storage.changes.replace(
+            name, backing, format=format, path=path or "", shrink=bool(shrink)
+        )
 
     @varlinkmethod(return_parameter="sizeBytes")
     async def ResizeStorage(self, *, name: str, sizeBytes: int | None = None, shrink: bool | None = None) -> int:
         """Resize a disk and its image; without a size, tell the guest the one that the image has by now."""
-        return await self._machine.resize(name, sizeBytes, shrink=bool(shrink))
+        return await self._machine.storage.changes.resize(name, sizeBytes, shrink=bool(shrink))
 
     @varlinkmethod
     async def LimitStorage(self, *, name: str, limits: StorageLimits | None = None) -> None:
         """Change a disk's I/O limits; without any, there are none from now on."""
-        await self._machine.limit(name, to_limits(limits))
+        await self._machine.storage.changes.limit(name, to_limits(limits))
 
     @varlinkmethod
     async def InsertMedia(
@@ -344,12 +346,14 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     ) -> None:
         """Put a medium into an optical drive, in the place of one that is there."""
         backing = _backing(fileDescriptorIndex, read_only=True)
-        await self._machine.insert_media_backing(name, backing, format=format, path=path or "", force=bool(force))
+        await self._machine.storage.changes.insert_media(
+            name, backing, format=format, path=path or "", force=bool(force)
+        )
 
     @varlinkmethod
     async def EjectMedia(self, *, name: str, force: bool | None = None) -> None:
         """Take the medium out of an optical drive; the tray stays open."""
-        await self._machine.eject_media(name, force=bool(force))
+        await self._machine.storage.changes.eject_media(name, force=bool(force))
 
     async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:
         return await qmp.take_over(self._machine, read_only=bool(readOnly))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from asyncvarlink import FileDescriptor
 
 from ..errors import VmspawnError
-from ..machine.machine import Machine as RunningMachine
+from ..machine.running import Running
 from .connection import CALLER
 from .upgrade import Taker
 
@@ -31,7 +31,7 @@ class Acquired(typing.TypedDict):
 # What serves QMP is loaded with the first client that asks for it, for many machines never have one.
 
 
-async def acquire(machine: RunningMachine, *, read_only: bool) -> Acquired:
+async def acquire(machine: Running, *, read_only: bool) -> Acquired:
     """A QMP session on a socket pair; the other end goes to the caller and outlives the Varlink connection."""
     from ..qmp.share.peer import Peer
 
@@ -42,7 +42,7 @@ async def acquire(machine: RunningMachine, *, read_only: bool) -> Acquired:
         return {"fileDescriptorIndex": FileDescriptor(theirs.detach(), should_close=True)}
 
 
-async def take_over(machine: RunningMachine, *, read_only: bool) -> Taker:
+async def take_over(machine: Running, *, read_only: bool) -> Taker:
     """A QMP session on the Varlink connection itself."""
     from ..qmp.share.peer import Peer
 

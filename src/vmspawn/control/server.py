@@ -12,7 +12,7 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from ..aio.peers import is_allowed
 from ..aio.sockets import listen
 from ..host.runtime import CONTROL, MachineDirectory
-from ..machine.machine import Machine as RunningMachine
+from ..machine.running import Running
 from ..version import VERSION
 from .connection import Connection
 from .interfaces import Machine, MachineInstance, QemuMachineInstance, VirtualMachineInstance
@@ -30,7 +30,7 @@ _ACCEPT_BATCH = 32
 _ACCEPT_PAUSE = 0.5
 
 
-def build_registry(machine: RunningMachine) -> VarlinkInterfaceRegistry:
+def build_registry(machine: Running) -> VarlinkInterfaceRegistry:
     """The interfaces that a machine's control socket serves."""
     registry = VarlinkInterfaceRegistry()
     registry.register_interface(VarlinkServiceInterface("vmspawn", "vmspawn", VERSION, "", registry, comments=True))

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..aio import programs
 from ..errors import GuestError
 
 #: What Debian calls the architectures.
@@ -156,9 +157,7 @@ def _run(command: list[str], *, seconds: float, directory: Path | None = None) -
     """Run a program to its end and return its output; GuestError has the first complaint it made."""
     environment = os.environ | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     try:
-        done = subprocess.run(
-            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
-        )
+        done = programs.run(command, directory=directory, environment=environment, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise GuestError(f"{command[0]} did not finish within {seconds:.0f} s") from None
     except OSError as error:

@@ -36,6 +36,10 @@ class Helper:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, 0)
             self.pid = 0
+        self.leave()
+
+    def leave(self) -> None:
+        """Give up the log; the process runs on. May be called again."""
         if self._log >= 0:
             os.close(self._log)
             self._log = -1

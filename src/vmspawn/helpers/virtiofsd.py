@@ -84,10 +84,10 @@ def _in_path() -> list[str]:
 def _ask(path: str, option: str) -> str:
     import subprocess
 
+    from ..aio import programs
+
     try:
-        done = subprocess.run(
-            [path, option], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_TIMEOUT, check=False
-        )
+        done = programs.run([path, option], timeout=_PROBE_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise StartError(f"{path} did not answer {option} within {_PROBE_TIMEOUT:g} s") from None
     except OSError as error:

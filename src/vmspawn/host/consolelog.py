@@ -14,6 +14,7 @@ import errno
 import os
 import resource
 import signal
+from _thread import allocate_lock
 from collections.abc import Iterator
 
 #: Bytes of output that are kept while the machine has no manager: the first ones. What follows is missing.
@@ -25,6 +26,9 @@ _NAME = "vmspawn-console-log"
 # for the kernel looks whether position and count make a valid sum before it looks where the file ends.
 _END = (1 << 63) - (1 << 20)
 _BEGIN = _END - KEPT_MAX
+
+# The limit is that of the whole process, and machines may be started in several threads.
+_LIMITING = allocate_lock()
 
 
 class ConsoleLog:
@@ -90,15 +94,16 @@ class ConsoleLog:
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """What is started meanwhile writes no file beyond the log's end, which no other file comes near."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if soft != resource.RLIM_INFINITY and soft <= _END:
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_END, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with _LIMITING:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if soft != resource.RLIM_INFINITY and soft <= _END:
+            yield
+            return
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_END, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _is_log(path: str) -> bool:

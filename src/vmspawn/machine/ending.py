@@ -91,6 +91,12 @@ class MachineEvents:
                 raise
         return (await end()).event()
 
+    async def __aenter__(self) -> MachineEvents:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
     def __enter__(self) -> MachineEvents:
         return self
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What happened to a machine of late, for people who look at it: the last events and the last error."""
+"""Remember a machine's last events and its last error, for people who look at it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Entry(NamedTuple):
     text: str
 
 
-class Diary:
-    """Remembers. Fed with a monitor's events, QEMU's and ours."""
+class RecentEvents:
+    """The last events of a machine, QEMU's and ours, as its monitor reports them."""
 
     def __init__(self, monitor: Monitor) -> None:
         #: The last events, the oldest first.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The QMP sessions of a machine: what serves them is started with the first one, for many machines never have one."""
+"""Serve QMP sessions of a machine. The multiplexer is started with the first one, for many machines never have one."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from ..boot.started import Monitors
 from ..boot.state import SavedSessions
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ class Sessions:
 
     def __init__(
         self,
-        sockets: dict[str, socket.socket],
-        before: SavedSessions | None,
+        monitors: Monitors,
+        before: SavedSessions,
         journal: Callable[[], None],
         transcript: Transcript | None = None,
     ) -> None:
         self._transcript = transcript
-        self._sockets = sockets
+        self._monitors = monitors
         self._journal = journal
-        self._before = before or SavedSessions()
+        self._before = before
         self._multiplexer: Multiplexer | None = None
         self._starting: asyncio.Task[Multiplexer] | None = None
         #: Descriptor sets that were there from boot, and are neither ours nor a session's.
@@ -69,10 +69,13 @@ class Sessions:
     async def _start(self) -> Multiplexer:
         from ..qmp.share.multiplexer import Multiplexer
 
-        sessions, bulk = (self._sockets.pop(name) for name in ("qmp-sessions", "qmp-bulk"))
-        # That QEMU is gone, the manager's own monitor tells.
+        # The manager's own monitor reports QEMU's exit.
         multiplexer = Multiplexer(
-            sessions, bulk, on_lost=lambda _: None, on_names=self._journal, transcript=self._transcript
+            self._monitors.sessions,
+            self._monitors.bulk,
+            on_lost=lambda _: None,
+            on_names=self._journal,
+            transcript=self._transcript,
         )
         try:
             await multiplexer.start()
@@ -81,6 +84,11 @@ class Sessions:
             raise
         self._multiplexer = multiplexer
         return multiplexer
+
+    def keep_fdsets(self, numbers: Iterable[int]) -> None:
+        """Remember descriptor sets that were there from boot, and are neither ours nor a session's."""
+        self.foreign_fdsets = tuple(numbers)
+        self._journal()
 
     async def close_what_was_left(self) -> None:
         """Close the descriptors that sessions of another manager passed to QEMU and nothing took over."""

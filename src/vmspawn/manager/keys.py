@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the console's keys do to the machine, and what is said when the guest does not react."""
+"""Obey the console's keys, and report when the guest does not react."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from ..console.hotkeys import Key
 from ..errors import NotConnected, QmpError, Timeout
-from ..machine.machine import Machine
+from ..machine.running import Running
 from .shutdown import Shutdown, wake
 
 #: Seconds that the guest has to react before the user is told how to force it.
@@ -21,7 +21,7 @@ _CTRL_ALT_DELETE = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "d
 class Keys:
     """Obeys the keys. `say` shows a line to whoever pressed them."""
 
-    def __init__(self, machine: Machine, shutdown: Shutdown, say: Callable[[str], None]) -> None:
+    def __init__(self, machine: Running, shutdown: Shutdown, say: Callable[[str], None]) -> None:
         self._machine = machine
         self._shutdown = shutdown
         self._say = say

@@ -1,35 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Making a running machine known to systemd-machined."""
+"""Register a running machine with systemd-machined."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import StartError
 from ..host import machined
 from ..host.machined import Candidate
 from ..host.runtime import CONTROL
-from ..machine.machine import Machine
+from ..machine.running import Running
 
 
 class Registered:
     """The registration of one machine, from `begin` to `end`."""
 
-    def __init__(self, machine: Machine, notice: Callable[[str], None]) -> None:
+    def __init__(self, machine: Running, notice: Callable[[str], None]) -> None:
         self._machine = machine
         self._notice = notice
         self._registered = False
 
     async def begin(self) -> None:
-        """Register the machine. Raises StartError if a firm wish to do so failed; what was started has ended then."""
+        """Register the machine. Raises StartError if the user insists on it and it failed."""
         config = self._machine.config
         control = self._machine.directory.file(CONTROL)
         candidate = Candidate(self._machine.name, self._machine.pid, control, config.uuid, config.directory)
-        try:
-            self._registered = await machined.register(config.registration, candidate, self._notice)
-        except StartError:
-            await self._machine.give_up()
-            raise
+        self._registered = await machined.register(config.registration, candidate, self._notice)
 
     async def end(self) -> None:
         """Take the registration back. May be called whether there is one or not."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A report of what went wrong, kept where it survives the machine, for whoever is to find out why."""
+"""Write a report of a fault to a file that survives the machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ..boot.qemu import cache_directory
-from ..errors import VmspawnError
 from ..host import runtime
 from ..version import VERSION
 
 if TYPE_CHECKING:
-    from ..machine.machine import Machine
+    from ..machine.running import Running
 
 #: Reports that are kept; older ones are removed.
 REPORTS_MAX = 20
@@ -24,51 +23,59 @@ REPORTS_MAX = 20
 _LOG_SIZE = 64 << 10
 
 
-def write_report(machine: Machine, what: str, error: BaseException | None = None) -> str:
+def write_report(name: str, what: str, machine: Running | None, error: BaseException | None = None) -> str:
     """Write a report and return its path, or nothing if it cannot be written: a report must not fail what it is about.
 
     It has what was going on, and names the files that it does not have: images and the guest's console are the user's.
     """
     folder = os.path.join(cache_directory(), "reports")
-    path = os.path.join(folder, f"{machine.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt")
+    path = os.path.join(folder, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "w", errors="replace") as file:
-            file.write("\n".join(_lines(machine, what, error)) + "\n")
+            file.write("\n".join(_lines(what, machine, error)) + "\n")
         _remove_old(folder)
     except OSError:
         return ""
     return path
 
 
-def _lines(machine: Machine, what: str, error: BaseException | None) -> list[str]:
+def _lines(what: str, machine: Running | None, error: BaseException | None) -> list[str]:
     system = os.uname()
-    lines = [
-        what,
-        "",
-        f"machine {machine.name}, {machine.config.machine_type}, process {machine.pid} of QEMU",
-        f"vmspawn {VERSION}, Python {sys.version.split()[0]}, QEMU {machine.qemu_version} ({machine.accelerator})",
+    lines = [what, "", *(_head(machine) if machine is not None else ())]
+    lines += [
+        f"vmspawn {VERSION}, Python {sys.version.split()[0]}",
         f"{system.sysname} {system.release} {system.machine}",
-        "",
-        "To attach to a report of this as a fault: this file",
     ]
-    if machine.config.qmp_log:
+    lines += ["", "To attach to a report of this as a fault: this file"]
+    if machine is not None and machine.config.qmp_log:
         lines.append(f"  and {machine.config.qmp_log}, what was said on QEMU's monitors")
     if error is not None:
         lines += ["", "--- traceback", "".join(traceback.format_exception(error)).rstrip()]
-    entries = machine.diary.events if machine.diary else ()
-    lines += ["", "--- last events"]
-    lines += [f"{time.strftime('%H:%M:%S', time.localtime(each.when))} {each.text}" for each in entries]
+    return [*lines, *(_history(machine) if machine is not None else ())]
+
+
+def _head(machine: Running) -> list[str]:
+    return [
+        f"machine {machine.name}, {machine.config.machine_type}, process {machine.pid} of QEMU",
+        f"QEMU {machine.qemu_version} ({machine.accelerator})",
+    ]
+
+
+def _history(machine: Running) -> list[str]:
+    lines = ["", "--- last events"]
+    for each in machine.recent_events.events:
+        lines.append(f"{time.strftime('%H:%M:%S', time.localtime(each.when))} {each.text}")
     for name in (runtime.STATE, runtime.LOG):
         lines += ["", f"--- {name}", _end_of(machine, name)]
     return lines
 
 
-def _end_of(machine: Machine, name: str) -> str:
+def _end_of(machine: Running, name: str) -> str:
     try:
         return machine.directory.read(name)[-_LOG_SIZE:].decode(errors="replace")
-    except (OSError, VmspawnError) as error:
+    except OSError as error:
         return f"({error})"
 
 

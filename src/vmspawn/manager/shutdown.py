@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ending a machine on request: first the guest is asked, then QEMU is told."""
+"""End a machine on request: ask the guest, then quit QEMU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ..aio.waiting import first_of
 from ..errors import NotConnected, QmpError, Timeout
 from ..host.notify import Notifier
-from ..machine.machine import Machine
+from ..machine.running import Running
 
 #: Seconds after which the power button is pressed again: a guest in its firmware does not notice it.
 POWER_BUTTON_INTERVAL = 5.0
@@ -27,7 +27,7 @@ _HOPELESS = {
 }
 
 
-async def wake(machine: Machine) -> str:
+async def wake(machine: Running) -> str:
     """Let a guest run that cannot react because it is paused or suspended, and return what was done, in words.
 
     Raises what `Monitor.execute` raises.
@@ -45,7 +45,7 @@ async def wake(machine: Machine) -> str:
 class Shutdown:
     """One machine's end on request: the power button, pressed until the guest is off; or `quit`."""
 
-    def __init__(self, machine: Machine, notice: Callable[[str], None], notifier: Notifier) -> None:
+    def __init__(self, machine: Running, notice: Callable[[str], None], notifier: Notifier) -> None:
         self._machine = machine
         self._notice = notice
         self._notifier = notifier

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 #: Events that a stream holds for a reader who does not come for them. QEMU sends a handful a second at the most.
 EVENT_QUEUE_MAX = 4096
@@ -16,7 +16,7 @@ class Event(NamedTuple):
     """An event as QEMU sent it; `data` is None where it carried none."""
 
     name: str
-    data: dict[str, Any] | None
+    data: dict[str, object] | None
     timestamp: dict[str, int] | None = None
 
 

@@ -16,7 +16,7 @@ from ..values import whole_number
 from . import console, general
 
 if TYPE_CHECKING:
-    from ...boot.launch import Launched
+    from ...boot.started import Started
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def begin(
     notice: Callable[[str], None],
     detail: Callable[[str], None],
     hold_signals: Callable[[], None],
-) -> Launched:
+) -> Started:
     """Start the machine, or take it over. Raises what `launch` and `adopt` raise."""
     if is_wanted(options, config):
         from ...boot.adopt import adopt

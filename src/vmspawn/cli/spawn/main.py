@@ -16,11 +16,11 @@ from typing import NoReturn
 from ... import log
 from ...boot import config as configuration
 from ...boot.config import MachineConfig
-from ...boot.launch import END_SIGNALS
 from ...console.hotkeys import HELP
 from ...console.messages import Voice
 from ...console.terminal import Terminal
 from ...host.runtime import check_name
+from ...host.spawn import END_SIGNALS
 from ...images import named_images
 from .. import entrypoint
 from ..entrypoint import EXIT_FAILURE
@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detai
         voice.notice(HELP)
     # Where SIGCHLD is ignored, nobody would learn how QEMU ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    launched = adopt.begin(options, config, voice.notice, detail, _hold_signals)
+    started = adopt.begin(options, config, voice.notice, detail, _hold_signals)
     try:
         import asyncio
 
@@ -140,10 +140,10 @@ def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detai
         # It needs descriptors, and makes them when it is first asked.
         runner.get_loop()
     except BaseException:
-        launched.abandon()
+        started.give_up()
         raise
     with runner:
-        end = runner.run(supervise(launched, voice, ready=adopt.ready(options)))
+        end = runner.run(supervise(started, voice, ready=adopt.ready(options)))
     (voice.notice if end.clean else voice.say)(end.message)
     return 0 if end.clean else EXIT_FAILURE
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Run a program to its end, in a way that another thread can cancel."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from contextvars import ContextVar
+from pathlib import Path
+
+
+class Cancelled(Exception):
+    """The work of this thread was cancelled."""
+
+
+class Canceller:
+    """Cancels the work of one thread: kills the program that it waits for, and lets `check` raise.
+
+    The thread is the one whose context has CANCELLER set to this.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Cancel the work. It may come to its end all the same."""
+        with self._lock:
+            self._cancelled = True
+            if self._process is not None:
+                self._process.kill()
+
+    def check(self) -> None:
+        """Raise Cancelled if the work was cancelled."""
+        if self._cancelled:
+            raise Cancelled
+
+    def watch(self, process: subprocess.Popen[bytes] | None) -> None:
+        """Kill this program when the work is cancelled, or no program any more."""
+        with self._lock:
+            self._process = process
+            if process is not None and self._cancelled:
+                process.kill()
+
+
+CANCELLER: ContextVar[Canceller | None] = ContextVar("CANCELLER", default=None)
+
+
+def check_cancelled() -> None:
+    """Raise Cancelled if the work of this thread was cancelled."""
+    if (canceller := CANCELLER.get()) is not None:
+        canceller.check()
+
+
+def run(
+    command: list[str],
+    *,
+    timeout: float,
+    feed: bytes = b"",
+    directory: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program with `feed` on its standard input, and return its output and exit status.
+
+    Raises OSError, subprocess.TimeoutExpired or Cancelled; the program has ended then.
+    """
+    canceller = CANCELLER.get() or Canceller()
+    canceller.check()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=directory, env=environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        canceller.watch(process)
+        try:
+            output, errors = process.communicate(feed, timeout)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            canceller.watch(None)
+    canceller.check()
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)

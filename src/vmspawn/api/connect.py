@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine that another process manages."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from ..control import calls
+from ..control.client import REPLY_TIMEOUT
+from ..errors import NotConnected
+from ..machine.ending import MACHINE_ENDED, End
+from ..qmp.events import Event
+from ..qmp.monitor import Monitor
+from ..storage import backing as backings
+from ..storage import disk as disks
+from ..storage.disk import Disk
+from ..storage.hotplug import DETACH_TIMEOUT
+from ..storage.limits import NO_LIMITS, Limits
+from .attached_disk import AttachedDisk, DiskStatus
+from .control import Qmp
+
+_INSTANCE = "io.systemd.MachineInstance"
+_MACHINE = "io.vmspawn.Machine"
+
+#: Seconds for a reply after the manager has reached a deadline of its own.
+_GRACE = 15.0
+
+_MICROSECONDS = 1_000_000
+
+
+@asynccontextmanager
+async def connect(name: str) -> AsyncIterator[ConnectedMachine]:
+    """Connect to a running machine by its name: `async with vmspawn.connect("demo") as machine:`.
+
+    The machine runs on when you leave. Raises NotConnected if there is none, or it has no manager.
+    """
+    machine = ConnectedMachine(name)
+    await machine.status()
+    yield machine
+
+
+class ConnectedMachine:
+    """A machine that another process manages. Images are opened here, as your program."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def _call(
+        self,
+        method: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        path: str | None = None,
+        read_only: bool = False,
+        timeout: float = REPLY_TIMEOUT,
+    ) -> dict[str, Any]:
+        """Call a method; the image at `path`, if there is one, is opened and passed along."""
+        if path is None:
+            return (await calls.call(self._name, method, parameters, timeout=timeout)).parameters
+        backing = backings.open_disk(path, read_only=read_only)
+        image = {"fileDescriptorIndex": 0, "path": _absolute(path), **(parameters or {})}
+        try:
+            return (await calls.call(self._name, method, image, fds=(backing.fd,), timeout=timeout)).parameters
+        finally:
+            backing.close()
+
+    # What it is.
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self._name
+
+    async def status(self) -> str:
+        """QEMU's run state, such as `running` or `paused`."""
+        return str((await self._call(f"{_INSTANCE}.Describe"))["status"])
+
+    # Its life.
+
+    async def power_off(self) -> None:
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        await self._call(f"{_INSTANCE}.PowerOff")
+
+    async def reboot(self) -> None:
+        """Reset the machine, as its reset button does."""
+        await self._call(f"{_INSTANCE}.Reboot")
+
+    async def pause(self) -> None:
+        """Stop the guest's processors."""
+        await self._call(f"{_INSTANCE}.Pause")
+
+    async def resume(self) -> None:
+        """Let the guest's processors run on."""
+        await self._call(f"{_INSTANCE}.Resume")
+
+    async def terminate(self) -> None:
+        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
+        killed."""
+        await self._call(f"{_INSTANCE}.Terminate")
+
+    async def wait(self) -> End:
+        """Wait until the machine has ended, and report how.
+
+        Raises NotConnected if its manager goes first: the machine may run on without one then.
+        """
+        async with self._subscribed([MACHINE_ENDED]) as events:
+            async for event in events:
+                data = event.data or {}
+                return End(str(data["reason"]), str(data["message"]), bool(data["clean"]))
+        raise NotConnected(f"the manager of machine {self._name} is gone")
+
+    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """The events from now on, QEMU's and ours, MachineEnded the last:
+        `async with machine.events() as events: async for event in events:`.
+
+        Reading them raises EventsLost if you read too slowly.
+        """
+        return self._subscribed([])
+
+    @asynccontextmanager
+    async def _subscribed(self, names: list[str]) -> AsyncIterator[AsyncIterator[Event]]:
+        async with calls.opened(self._name) as connection:
+            message = {"method": f"{_INSTANCE}.SubscribeEvents", "parameters": {"filter": names}, "more": True}
+            await connection.send(message)
+            # The first reply reports that the subscription is complete.
+            await connection.receive()
+            yield _events(connection)
+
+    @asynccontextmanager
+    async def qmp(self, *, read_only: bool = False) -> AsyncIterator[Qmp]:
+        """Open a QMP connection: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
+        reply = await calls.call(self._name, f"{_MACHINE}.AcquireQMP", {"readOnly": read_only})
+        client = Monitor(socket.socket(fileno=reply.fds[0]))
+        try:
+            await client.start()
+            yield client
+        finally:
+            client.close()
+
+    # Its disks.
+
+    async def disks(self) -> list[DiskStatus]:
+        """All disks, boot disks included."""
+        found = await self._call(f"{_MACHINE}.ListStorage")
+        return [_disk_status(each) for each in found["storage"]]
+
+    async def attach(self, disk: Disk) -> AttachedDisk:
+        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
+
+        A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
+        SystemFailure or Timeout; nothing is left behind then.
+        """
+        named = disks.with_defaults(disk)
+        wanted = {
+            "name": named.name,
+            "bus": named.bus,
+            "format": named.format,
+            "readOnly": named.read_only,
+            "serial": named.serial or None,
+            "discard": named.discard,
+            "detectZeroes": named.detect_zeroes,
+            "cache": named.cache,
+            "aio": named.aio,
+            "thread": named.thread,
+            "share": named.share,
+            "bootIndex": named.boot_index,
+            "onError": named.on_error or None,
+            "limits": _limits(named.limits),
+        }
+        read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
+        path = named.path or None
+        return _attached(await self._call(f"{_MACHINE}.AttachStorage", wanted, path=path, read_only=read_only))
+
+    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
+        """Unplug a disk; returns once nothing of it is left.
+
+        `force` takes the image away from under the guest first; returns False then if the guest has not released the
+        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
+        `timeout` seconds; the removal goes on then.
+        """
+        wanted = {"name": name, "timeoutUSec": int(timeout * _MICROSECONDS), "force": force}
+        reply = await self._call(f"{_MACHINE}.DetachStorage", wanted, timeout=timeout + _GRACE)
+        return not reply["pending"]
+
+    async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
+        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+
+        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        """
+        read_only = any(each.disk.name == name and each.disk.read_only for each in await self.disks())
+        wanted = {"name": name, "format": format, "shrink": shrink}
+        reply = await self._call(f"{_MACHINE}.ReplaceStorage", wanted, path=path, read_only=read_only)
+        return int(reply["sizeBytes"])
+
+    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image; returns its size in bytes. None tells the guest the size that the image has by
+        now. Raises NoSuchStorage, BadConfig, ConfigNotSupported or QmpError."""
+        wanted = {"name": name, "sizeBytes": size, "shrink": shrink}
+        return int((await self._call(f"{_MACHINE}.ResizeStorage", wanted))["sizeBytes"])
+
+    async def limit(self, name: str, limits: Limits) -> None:
+        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        await self._call(f"{_MACHINE}.LimitStorage", {"name": name, "limits": _limits(limits)})
+
+    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
+        holds the tray locked; `force` opens it all the same."""
+        wanted = {"name": name, "format": format, "force": force}
+        await self._call(f"{_MACHINE}.InsertMedia", wanted, path=path, read_only=True)
+
+    async def eject_media(self, name: str, *, force: bool = False) -> None:
+        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        await self._call(f"{_MACHINE}.EjectMedia", {"name": name, "force": force})
+
+
+async def _events(connection: calls.Connection) -> AsyncIterator[Event]:
+    """The events of a subscription, until the machine has ended."""
+    while True:
+        try:
+            reply = (await connection.receive()).parameters
+        except NotConnected:
+            return
+        yield Event(reply["event"], reply.get("data"))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)
+
+
+# Varlink's names are part of the protocol, hence their case here.
+
+
+def _attached(found: Mapping[str, Any]) -> AttachedDisk:
+    return AttachedDisk(
+        found["name"],
+        found["bus"],
+        found["format"],
+        found["readOnly"],
+        found["serial"],
+        found["byId"],
+        found["place"],
+    )
+
+
+def _disk_status(found: Mapping[str, Any]) -> DiskStatus:
+    limits = found["limits"]
+    return DiskStatus(
+        _attached(found),
+        found["sizeBytes"],
+        found["state"],
+        found["boot"],
+        found["path"],
+        NO_LIMITS if limits is None else _from_limits(limits),
+        found["failures"],
+        found["lastFailure"],
+    )
+
+
+_LIMITS = ("iops", "iopsRead", "iopsWrite", "bps", "bpsRead", "bpsWrite")
+
+
+def _limits(limits: Limits) -> dict[str, int] | None:
+    if not limits.any:
+        return None
+    return {**dict(zip(_LIMITS, limits[:6], strict=True)), "burstPercent": round(limits.burst * 100)}
+
+
+def _from_limits(found: Mapping[str, int]) -> Limits:
+    return Limits(*(found[name] for name in _LIMITS))._replace(burst=found["burstPercent"] / 100)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a program can do to a machine, whichever process manages it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from ..machine.ending import End
+from ..qmp.events import Event
+from ..qmp.monitor import COMMAND_TIMEOUT
+from ..storage.disk import Disk
+from ..storage.hotplug import DETACH_TIMEOUT
+from ..storage.limits import Limits
+from .attached_disk import AttachedDisk, DiskStatus
+
+
+class Qmp(Protocol):
+    """A QMP connection of your own."""
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        timeout: float = COMMAND_TIMEOUT,
+    ) -> object:
+        """Run a command and return QEMU's answer. `fds` are passed along and stay yours.
+
+        Raises QmpError, Timeout or NotConnected.
+        """
+
+    def events(self) -> AsyncIterator[Event]:
+        """The events from now on."""
+
+
+class Control(Protocol):
+    """The verbs of a machine. Each raises NotConnected if the machine does not run."""
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+
+    async def status(self) -> str:
+        """QEMU's run state, such as `running` or `paused`."""
+
+    async def power_off(self) -> None:
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+
+    async def reboot(self) -> None:
+        """Reset the machine, as its reset button does."""
+
+    async def pause(self) -> None:
+        """Stop the guest's processors."""
+
+    async def resume(self) -> None:
+        """Let the guest's processors run on."""
+
+    async def terminate(self) -> None:
+        """End the machine without asking the guest; returns once QEMU has agreed."""
+
+    async def wait(self) -> End:
+        """Wait until the machine has ended, and report how."""
+
+    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """The events from now on, QEMU's and ours, MachineEnded the last:
+        `async with machine.events() as events: async for event in events:`."""
+
+    def qmp(self, *, read_only: bool = False) -> AbstractAsyncContextManager[Qmp]:
+        """Open a QMP connection: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
+
+    async def disks(self) -> list[DiskStatus]:
+        """All disks, boot disks included."""
+
+    async def attach(self, disk: Disk) -> AttachedDisk:
+        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
+
+        A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
+        SystemFailure or Timeout; nothing is left behind then.
+        """
+
+    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
+        """Unplug a disk; returns once nothing of it is left.
+
+        `force` takes the image away from under the guest first; returns False then if the guest has not released the
+        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
+        `timeout` seconds; the removal goes on then.
+        """
+
+    async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
+        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+
+        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        """
+
+    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image; returns its size in bytes. None tells the guest the size that the image has by
+        now. Raises NoSuchStorage, BadConfig, ConfigNotSupported or QmpError."""
+
+    async def limit(self, name: str, limits: Limits) -> None:
+        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+
+    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
+        holds the tray locked; `force` opens it all the same."""
+
+    async def eject_media(self, name: str, *, force: bool = False) -> None:
+        """Take the medium out of an optical drive. Raises what `insert_media` raises."""

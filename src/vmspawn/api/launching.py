@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Launch a machine without blocking the event loop.
+
+Probing QEMU, fetching packages for the built-in guest and making it may take minutes. They run in a worker thread,
+which ends soon after it is cancelled, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from ..aio.programs import CANCELLER, Canceller, check_cancelled
+from ..boot.config import MachineConfig
+from ..boot.launch import launch
+from ..boot.started import Started
+from ..machine.running import Running, run
+
+_T = TypeVar("_T")
+
+
+async def start(config: MachineConfig) -> Running:
+    """Launch a machine, and wait until it is up. Raises what `launch` and `run` raise, and leaves nothing behind then,
+    nor when it is cancelled."""
+    return await run(await _launch(config))
+
+
+async def _launch(config: MachineConfig) -> Started:
+    canceller = Canceller()
+    work = asyncio.create_task(asyncio.to_thread(_launch_in_thread, config, canceller))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        canceller.cancel()
+        await _until_done(work)
+        if work.exception() is None:
+            await asyncio.to_thread(work.result().give_up)
+        raise
+
+
+def _launch_in_thread(config: MachineConfig, canceller: Canceller) -> Started:
+    CANCELLER.set(canceller)
+    # Each line is about a step: between two steps the work can be cancelled.
+    return launch(config, notice=lambda _: check_cancelled(), begin=check_cancelled)
+
+
+async def _until_done(work: asyncio.Task[_T]) -> None:
+    """Wait for work that is about to end, however often we are cancelled meanwhile."""
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            continue

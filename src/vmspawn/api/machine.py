@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine of your program's own."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractAsyncContextManager
+from typing import Self, Unpack
+
+from ..boot.config import MachineConfig, check
+from ..errors import NotConnected
+from ..machine.ending import End, MachineEvents
+from ..machine.running import Running
+from ..storage import backing as backings
+from ..storage import disk as disks
+from ..storage.disk import Disk
+from ..storage.hotplug import DETACH_TIMEOUT
+from ..storage.limits import Limits
+from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
+from .control import Qmp
+from .launching import start
+from .options import MachineOptions, check_names
+
+
+class Machine:
+    """A virtual machine.
+
+    `async with Machine(guest="builtin") as machine:` starts it, and ends it on the way out if it still runs. The
+    keyword arguments are the fields of MachineConfig, and prevail over `config`. A machine that has ended can be
+    started again. Raises StartError or UsageError if it cannot be started.
+    """
+
+    def __init__(self, config: MachineConfig | None = None, **options: Unpack[MachineOptions]) -> None:
+        check_names(options)
+        self._config = check((config or MachineConfig())._replace(**options))
+        self._current: Running | None = None
+
+    async def __aenter__(self) -> Self:
+        self._current = await start(self._config)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._running.end()
+
+    @property
+    def _running(self) -> Running:
+        if self._current is None:
+            raise NotConnected(f"machine {self.name} does not run")
+        return self._current
+
+    # What it is.
+
+    @property
+    def config(self) -> MachineConfig:
+        """The machine as it was asked for."""
+        return self._config
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self._config.name or ""
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self._running.pid
+
+    async def status(self) -> str:
+        """QEMU's run state, such as `running` or `paused`."""
+        return self._running.status
+
+    # Its life.
+
+    async def power_off(self) -> None:
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        await self._running.power_off()
+
+    async def reboot(self) -> None:
+        """Reset the machine, as its reset button does."""
+        await self._running.reboot()
+
+    async def pause(self) -> None:
+        """Stop the guest's processors."""
+        await self._running.pause()
+
+    async def resume(self) -> None:
+        """Let the guest's processors run on."""
+        await self._running.resume()
+
+    async def terminate(self) -> None:
+        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
+        killed."""
+        await self._running.terminate()
+
+    async def wait(self) -> End:
+        """Wait until the machine has ended, and report how."""
+        return await self._running.wait()
+
+    def events(self) -> MachineEvents:
+        """The events from now on, QEMU's and ours, MachineEnded the last:
+        `with machine.events() as events: async for event in events:`."""
+        return self._running.events()
+
+    def qmp(self, *, read_only: bool = False) -> AbstractAsyncContextManager[Qmp]:
+        """Open a QMP connection: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
+        return self._running.qmp(read_only=read_only)
+
+    # Its disks. Images are opened here, as your program.
+
+    async def disks(self) -> list[DiskStatus]:
+        """All disks, boot disks included."""
+        storage = self._running.storage
+        sizes = await storage.sizes()
+        return [describe_status(each, sizes.get(each.name, 0)) for each in storage]
+
+    async def attach(self, disk: Disk) -> AttachedDisk:
+        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
+
+        A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
+        SystemFailure or Timeout; nothing is left behind then.
+        """
+        storage = self._running.storage
+        named = disks.with_defaults(disk)
+        backing = None
+        if disk.path:
+            read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
+            backing = backings.open_disk(disk.path, read_only=read_only)
+        return describe(await storage.attach(named, backing))
+
+    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
+        """Unplug a disk; returns once nothing of it is left.
+
+        `force` takes the image away from under the guest first; returns False then if the guest has not released the
+        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
+        `timeout` seconds; the removal goes on then.
+        """
+        return await self._running.storage.detach(name, timeout=timeout, force=force)
+
+    async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
+        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+
+        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        """
+        storage = self._running.storage
+        read_only = any(each.name == name and each.read_only for each in storage)
+        backing = backings.open_disk(path, read_only=read_only)
+        return await storage.changes.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
+
+    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image; returns its size in bytes. None tells the guest the size that the image has by
+        now. Raises NoSuchStorage, BadConfig, ConfigNotSupported or QmpError."""
+        return await self._running.storage.changes.resize(name, size, shrink=shrink)
+
+    async def limit(self, name: str, limits: Limits) -> None:
+        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        await self._running.storage.changes.limit(name, limits)
+
+    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
+        holds the tray locked; `force` opens it all the same."""
+        storage = self._running.storage
+        backing = backings.open_disk(path, read_only=True)
+        await storage.changes.insert_media(name, backing, format=format, path=_absolute(path), force=force)
+
+    async def eject_media(self, name: str, *, force: bool = False) -> None:
+        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        await self._running.storage.changes.eject_media(name, force=force)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)

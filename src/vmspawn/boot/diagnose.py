@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Explain why QEMU ended before it was up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..errors import StartError
+from .commandline import BootDisk
+
+
+def explain_failure(disks: Iterable[BootDisk], end: str, log: str) -> StartError:
+    """Explain QEMU's end from how it ended and what it printed, in the user's words where we know them."""
+    lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
+    if not lines:
+        return StartError(f"QEMU {end} as soon as it was started, without a word", hint="is something killing it?")
+    blamed = next((each for each in disks if _mentions(log, each)), None)
+    if "lock" in log and "Failed to get" in log and blamed is not None:
+        return StartError(
+            f"cannot use {blamed.disk.path}: another process uses the image (QEMU could not lock it)",
+            hint="shut down the other machine, or give this one a copy",
+        )
+    message = lines[0].partition("qemu-system-")[2].partition(": ")[2] or lines[0]
+    if blamed is not None:
+        message = f"{blamed.disk.path}: {message.rpartition('}: ')[2]}"
+    return StartError(f"QEMU could not start: {message}")
+
+
+def _mentions(log: str, each: BootDisk) -> bool:
+    names = (each.image.file_node, each.image.format_node, each.identifiers.pivot, f"fdset/{each.image.fdset}")
+    return any(re.search(rf"\b{re.escape(name)}\b", log) for name in names)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Network cards that a machine starts with."""
+
+from __future__ import annotations
+
+import json
+
+from ..hotplug.places import Place
+from .extras import Extras
+
+
+def user_card(place: Place) -> Extras:
+    """A network card behind QEMU's own NAT, which needs no privileges on the host."""
+    # Without the ROM the firmware does not try to boot over this network.
+    device = {
+        "driver": "virtio-net-pci",
+        "id": "network0",
+        "netdev": "network0-user",
+        **place.properties(),
+        "romfile": "",
+    }
+    return Extras(arguments=("-netdev", "user,id=network0-user", "-device", json.dumps(device)))

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A QEMU that runs, with all that its manager needs: what `launch` and `adopt` return."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from ..aio.sockets import listen
+from ..helpers.helper import Helper
+from ..host import runtime
+from ..host.consolelog import ConsoleLog
+from ..host.descriptor import Descriptor
+from ..host.runtime import MachineDirectory
+from ..host.spawn import kill_child
+from ..hotplug.places import Layout
+from .commandline import BootDisk
+from .config import MachineConfig
+from .qemu import QemuBinary
+from .state import State
+
+#: Clients of the console that wait while we are busy.
+_CLIENTS_BACKLOG = 64
+
+
+class Launched(NamedTuple):
+    """The origin of a QEMU that this process launched, which is our child."""
+
+    disks: tuple[BootDisk, ...]
+
+
+class Adopted(NamedTuple):
+    """The origin of a QEMU that another manager launched, and what that manager wrote down last."""
+
+    state: State
+
+
+class Monitors(NamedTuple):
+    """Our connections to QEMU's monitors."""
+
+    manager: socket.socket
+    sessions: socket.socket
+    bulk: socket.socket
+
+
+class SharedConsole(NamedTuple):
+    """Our end of the console: its pipes, the socket that viewers connect to, and QEMU's log of it."""
+
+    typed: Descriptor
+    shown: Descriptor
+    listener: socket.socket
+    log: ConsoleLog | None
+
+    def close(self) -> None:
+        """Close all of it. May be called again."""
+        for each in (self.typed, self.shown, self.listener):
+            each.close()
+        if self.log is not None:
+            self.log.close()
+
+
+class Started(NamedTuple):
+    """A QEMU that runs. Owns everything below; what another object takes over is closed once, by that object.
+
+    `console` is None if the console is QEMU's own (`native`). `transcript` is the file that the console is appended to.
+    """
+
+    origin: Launched | Adopted
+    config: MachineConfig
+    binary: QemuBinary
+    accelerator: str
+    layout: Layout
+    directory: MachineDirectory
+    pid: int
+    monitors: Monitors
+    size_port: socket.socket | None
+    console: SharedConsole | None
+    transcript: Descriptor | None
+    helpers: tuple[Helper, ...]
+
+    def leave(self) -> None:
+        """Let go of QEMU and its helpers, which run on for another manager. May be called again."""
+        self._close()
+        for helper in self.helpers:
+            helper.leave()
+        self.directory.close()
+
+    def end(self) -> None:
+        """Kill QEMU if it is our child and still runs, end the helpers, and remove the directory. May be called again.
+
+        A QEMU that was adopted must have ended.
+        """
+        kill_child(self.pid)
+        self._close()
+        for helper in self.helpers:
+            helper.close()
+        self.directory.remove()
+
+    def give_up(self) -> None:
+        """Take back a start that failed: end a QEMU that was launched, let go of one that was adopted."""
+        if isinstance(self.origin, Launched):
+            self.end()
+        else:
+            self.leave()
+
+    def _close(self) -> None:
+        for connection in (*self.monitors, self.size_port, self.console, self.transcript):
+            if connection is not None:
+                connection.close()
+
+
+def connect_monitors(directory: MachineDirectory, undo: ExitStack) -> Monitors:
+    """Connect to QEMU's monitors. Raises OSError."""
+    return Monitors(*(connect(directory, name, undo) for name in runtime.MONITORS))
+
+
+def connect(directory: MachineDirectory, name: str, undo: ExitStack) -> socket.socket:
+    """Connect to one of QEMU's sockets. Raises OSError, at once where the socket's queue is full."""
+    connected = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    connected.setblocking(False)
+    connected.connect(directory.socket_address(name))
+    return connected
+
+
+def share_console(
+    directory: MachineDirectory, pipes: tuple[int, int], log: ConsoleLog | None, undo: ExitStack
+) -> SharedConsole:
+    """Listen for viewers of the console whose pipes are given: for what is typed, and what is shown.
+
+    Owns `pipes` and `log` from the call on. Raises OSError.
+    """
+    typed, shown = map(Descriptor, pipes)
+    undo.callback(typed.close)
+    undo.callback(shown.close)
+    if log is not None:
+        undo.callback(log.close)
+    listener = undo.enter_context(listen(directory.socket_address(runtime.CONSOLE), _CLIENTS_BACKLOG))
+    return SharedConsole(typed, shown, listener, log)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Call a machine's control socket without blocking the event loop. Each call has a connection of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+from ..errors import NotConnected, Timeout, UsageError
+from ..host.runtime import CONTROL
+from .client import REPLY_TIMEOUT, connect
+from .errors import to_exception
+
+_RECEIVE_SIZE = 65536
+
+
+class Reply(NamedTuple):
+    """A reply's parameters and its descriptors, which are the caller's."""
+
+    parameters: dict[str, Any]
+    fds: list[int]
+
+
+async def call(
+    machine: str,
+    method: str,
+    parameters: Mapping[str, object] | None = None,
+    *,
+    fds: Sequence[int] = (),
+    timeout: float = REPLY_TIMEOUT,
+) -> Reply:
+    """Call a method and return its reply. `fds` are passed along and stay the caller's.
+
+    Raises NotConnected, Timeout, or the exception that the machine's manager raised.
+    """
+    async with opened(machine) as connection:
+        try:
+            async with asyncio.timeout(timeout):
+                await connection.send({"method": method, "parameters": parameters or {}}, fds)
+                return await connection.receive()
+        except TimeoutError:
+            raise Timeout(f"machine {machine} did not answer {method} within {timeout:g} s") from None
+
+
+@asynccontextmanager
+async def opened(machine: str) -> AsyncIterator[Connection]:
+    """A connection to a machine's control socket. Raises NotConnected if the machine does not run."""
+    # Finding a machine of another program takes a call to systemd-machined.
+    connected = await asyncio.to_thread(connect, machine, CONTROL)
+    connection = Connection(machine, connected)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+class Connection:
+    """A connection to a control socket. Owns the socket and each descriptor that was received and not returned."""
+
+    def __init__(self, machine: str, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self._machine = machine
+        self._socket = connected
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+
+    async def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+        """Send a call. Raises NotConnected, UsageError."""
+        try:
+            data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
+        except UnicodeEncodeError:
+            raise UsageError("the name is not UTF-8") from None
+        try:
+            # The socket's buffer is empty, so that this does not block; it may take a part.
+            sent = socket.send_fds(self._socket, [data], list(fds))
+            await asyncio.get_running_loop().sock_sendall(self._socket, data[sent:])
+        except OSError as error:
+            raise self._lost(error) from None
+
+    async def receive(self) -> Reply:
+        """The next reply. Raises NotConnected, or the exception that the machine's manager raised."""
+        while b"\0" not in self._buffer:
+            await _readable(self._socket)
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_SIZE, 1)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise self._lost(error) from None
+            self._fds += fds
+            if not data:
+                raise NotConnected(f"machine {self._machine} closed the connection")
+            self._buffer += data
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        reply = json.loads(message)
+        if name := reply.get("error"):
+            raise to_exception(name, reply.get("parameters") or {})
+        found, self._fds = self._fds, []
+        return Reply(reply.get("parameters") or {}, found)
+
+    def _lost(self, error: OSError) -> NotConnected:
+        return NotConnected(f"lost the connection to machine {self._machine}: {error.strerror}")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+async def _readable(connected: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(connected, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connected)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Close a file descriptor once, whoever owns it in the end."""
+
+from __future__ import annotations
+
+import os
+
+
+class Descriptor:
+    """A file descriptor. Owns it until `take` hands it to another owner."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def take(self) -> int:
+        """Return the descriptor, which is the caller's from now on."""
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        """Close the descriptor. May be called again, and after `take`."""
+        if self.fd >= 0:
+            os.close(self.take())

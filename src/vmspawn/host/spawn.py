@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Start a process that outlives the manager: QEMU, or a helper beside it.
+
+On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+from ..errors import StartError
+
+#: Signals that ask for an end. The command blocks them from the first moment until its supervisor listens to them.
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+# The process gets these with their default actions, whatever the manager does with them.
+_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGTSTP, signal.SIGUSR1, signal.SIGUSR2, *END_SIGNALS)
+
+#: The part of our environment that the process gets: nothing that may be secret or change what it loads.
+ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "XAUTHORITY", "WAYLAND_DISPLAY")
+
+#: Without a session bus QEMU's GTK would start one, and the sandbox would kill QEMU for that.
+OVERRIDES = {"DBUS_SESSION_BUS_ADDRESS": "disabled:"}
+
+
+def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int, int] | None = None) -> int:
+    """Start a program in a session of its own, with its errors in a log. Returns its process id.
+
+    `streams` become its standard input and output; by default these are /dev/null and the log. The program inherits
+    exactly `keep` beside them, under the same numbers. All descriptors stay the caller's. Raises StartError.
+    """
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_DUP2, streams[0], 0) if streams else (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, streams[1] if streams else log, 1),
+        (os.POSIX_SPAWN_DUP2, log, 2),
+    ]
+    # Duplicating a descriptor onto itself makes it inheritable in the child alone.
+    actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
+    actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in keep]
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    environment |= OVERRIDES
+    try:
+        return os.posix_spawn(
+            arguments[0],
+            arguments,
+            environment,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=[],
+            setsigdef=_DEFAULT_SIGNALS,
+        )
+    except OSError as error:
+        raise StartError(f"cannot run {arguments[0]}: {os.strerror(error.errno or errno.ENOEXEC)}") from None
+
+
+def _inheritable() -> list[int]:
+    """The descriptors above the standard ones that the parent process left open for children."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if (fd := int(name)) > 2 and os.get_inheritable(fd):
+                found.append(fd)
+        except OSError:
+            pass  # the descriptor of the listing itself
+    return found
+
+
+def kill_child(pid: int) -> None:
+    """Kill a child that still runs, and reap it. A child that was reaped already is left alone."""
+    try:
+        # A child that was not reaped keeps its number, so the number cannot be another process's.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What differs between a machine that was just launched and one that was adopted."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..boot.started import Launched, SharedConsole, Started
+from ..boot.state import SavedSessions, State, damaged
+from ..console.unread import take
+from ..host.runtime import MachineDirectory
+from ..qmp.monitor import GREETING_TIMEOUT, Monitor
+from ..storage.attached_disk import AttachedDisk
+from ..storage.hotplug import Storage
+from .sessions import Sessions
+
+#: Seconds for the greeting of a QEMU that was up before. It comes at once, unless another program holds the monitor, or
+#: QEMU waits for the host's storage.
+ADOPT_GREETING_TIMEOUT = 5.0
+
+
+class Origin(Protocol):
+    """Where a machine comes from."""
+
+    @property
+    def lives_on(self) -> bool:
+        """Whether QEMU runs on if this manager cannot manage it."""
+
+    @property
+    def greeting_timeout(self) -> float:
+        """Seconds for QEMU's greeting."""
+
+    @property
+    def sessions(self) -> SavedSessions:
+        """What QMP sessions have left in QEMU."""
+
+    def enter_disks(self, storage: Storage) -> None:
+        """Enter the disks that QEMU has. Raises StartError."""
+
+    def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
+        """Read what the guest printed before there was anybody to show it."""
+
+    async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
+        """Bring QEMU and the register together; returns in words what was found. Raises what `execute` raises."""
+
+
+def origin_of(started: Started) -> Origin:
+    """The origin of a QEMU."""
+    if isinstance(started.origin, Launched):
+        return _Fresh(started.origin)
+    return _TakenOver(started.origin.state, started.directory)
+
+
+class _Fresh:
+    """A QEMU that this process launched: it has its boot disks, and is told to let go of their descriptors."""
+
+    lives_on = False
+    greeting_timeout = GREETING_TIMEOUT
+    sessions = SavedSessions()
+
+    def __init__(self, origin: Launched) -> None:
+        self._disks = origin.disks
+
+    def enter_disks(self, storage: Storage) -> None:
+        for each in self._disks:
+            attached = AttachedDisk(each.disk, each.identifiers, each.place, each.serial, [*each.images])
+            attached.limits = each.disk.limits
+            storage.add_boot_disk(attached)
+
+    def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
+        return b""
+
+    async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
+        await storage.release_boot_descriptors()
+        found = await monitor.execute("query-fdsets")
+        sessions.keep_fdsets(each["fdset-id"] for each in found if each["fds"])
+        return []
+
+
+class _TakenOver:
+    """A QEMU that another manager launched: its disks are those of the state, as far as QEMU agrees."""
+
+    lives_on = True
+    greeting_timeout = ADOPT_GREETING_TIMEOUT
+
+    def __init__(self, state: State, directory: MachineDirectory) -> None:
+        self.sessions = state.sessions
+        self._storage = state.storage
+        self._directory = directory
+
+    def enter_disks(self, storage: Storage) -> None:
+        try:
+            storage.load(self._storage)
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self._directory, error) from None
+
+    def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
+        return take(console.shown.fd, console.log, kept_in_pipe=kept_in_pipe)
+
+    async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
+        await sessions.close_what_was_left()
+        return await storage.reconcile(sessions.foreign_fdsets)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A running machine: a QEMU with its guest, managed by this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from ..aio.tasks import Tasks
+from ..aio.waiting import first_of
+from ..boot.config import MachineConfig
+from ..boot.diagnose import explain_failure
+from ..boot.started import Launched, Started
+from ..boot.state import SavedQemu, StateFile
+from ..console.hub import Console
+from ..errors import NotConnected, NotSupported, StartError
+from ..helpers.watch import Watch
+from ..host import runtime
+from ..host.process import Process
+from ..qmp.monitor import Monitor
+from ..qmp.run_state import RunState
+from ..qmp.transcript import Transcript
+from ..storage.hotplug import Storage
+from .console_size import Window
+from .ending import End, MachineEvents
+from .open_console import open_console
+from .origins import origin_of
+from .quit import QUIT_TIMEOUT, Quit
+from .recent_events import RecentEvents
+from .sessions import Sessions
+
+if TYPE_CHECKING:
+    from ..qmp.share.multiplexer import Multiplexer
+    from ..qmp.share.session import Session
+
+#: Seconds that QEMU has to end after it closed its monitor.
+_EXIT_TIMEOUT = 10.0
+
+
+def _ignore(_line: str) -> None:
+    pass
+
+
+async def run(
+    started: Started, *, warn: Callable[[str], None] = _ignore, notice: Callable[[str], None] = _ignore
+) -> Running:
+    """Manage a QEMU that was launched or adopted; returns once it is up. Owns `started` from the call on.
+
+    `warn` is called with each line that somebody should read while the machine runs, `notice` with what was found when
+    the machine was adopted. Raises StartError, in QEMU's words if it ended, Timeout, QmpError or SystemFailure. A QEMU
+    that was launched has ended then and nothing is left of it; one that was adopted runs on.
+    """
+    try:
+        running = Running(started, warn)
+    except BaseException:
+        started.give_up()
+        raise
+    try:
+        for line in await running._settle():
+            notice(line)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
+        raise await running._failed_start(error) from None
+    return running
+
+
+class Running:
+    """A running machine. `run` makes one; `leave` or `end` must follow."""
+
+    def __init__(self, started: Started, warn: Callable[[str], None]) -> None:
+        self._started = started
+        self._warn = warn
+        #: Whether this manager has let go of the machine, or has begun to end it: it writes no state any more.
+        self._done = False
+        self._origin = origin_of(started)
+        with ExitStack() as undo:
+            self.config: MachineConfig = started.config
+            self._transcript = Transcript(self.config.qmp_log) if self.config.qmp_log else None
+            if self._transcript is not None:
+                undo.callback(self._transcript.close)
+            self._process = Process(started.pid)
+            undo.callback(self._process.close)
+            #: The manager's own QMP connection.
+            self.monitor = Monitor(started.monitors.manager, transcript=self._transcript, name="manager")
+            undo.callback(self.monitor.close, "the start failed")
+            self._quit = Quit(self._process, self.monitor)
+            #: What happened to the machine of late.
+            self.recent_events = RecentEvents(self.monitor)
+            self._run_state = RunState(self.monitor)
+            #: The machine's disks.
+            self.storage = Storage(self.monitor, self._run_state, started.layout, journal=self._save_state)
+            self._sessions = Sessions(started.monitors, self._origin.sessions, self._save_state, self._transcript)
+            qemu = SavedQemu(started.pid, self._process.started, started.accelerator)
+            self._state_file = StateFile(self.directory, self.config, started.binary, qemu, started.helpers)
+            self._origin.enter_disks(self.storage)
+            self._watch = Watch(started.helpers)
+            undo.callback(self._watch.leave)
+            #: The window of the guest's console.
+            self.window = Window(self.monitor, started.size_port, ask_qemu=self.config.console_transport == "virtio")
+            self._console = open_console(started, self._origin, self._log_failed)
+            if self._console is not None:
+                undo.callback(self._console.close)
+            self._save_state()
+            self._end = asyncio.create_task(self._until_end())
+            undo.pop_all()
+
+    # Starting.
+
+    async def _settle(self) -> list[str]:
+        await self.monitor.start(timeout=self._origin.greeting_timeout)
+        await self._run_state.start()
+        return await self._origin.settle(self.monitor, self.storage, self._sessions)
+
+    async def _failed_start(self, error: BaseException) -> BaseException:
+        """Clean up after a start that failed. Returns why it failed, in the words of QEMU if that ended."""
+        if self._origin.lives_on and not self._process.ended.is_set():
+            await self.leave()
+            return error
+        if isinstance(error, NotConnected):
+            await first_of(self._process.ended, timeout=QUIT_TIMEOUT)
+            error = self._explain()
+        # It may not have greeted yet, and would not hear `quit`. Nothing that the guest has done by now is missed.
+        self._process.kill()
+        await self.end()
+        return error
+
+    def _explain(self) -> StartError:
+        if failed := self._watch.failed():
+            return StartError(failed)
+        origin = self._started.origin
+        disks = origin.disks if isinstance(origin, Launched) else ()
+        return explain_failure(disks, self._process.describe_end(), self.directory.read_log())
+
+    def _log_failed(self, error: OSError) -> None:
+        line = f"cannot write {self.config.console_log}: {error.strerror}; the machine goes on without"
+        self.failed(line)
+        self._warn(line)
+
+    def _save_state(self) -> None:
+        if not self._done:
+            self._state_file.write(self.storage.state_text(), self._sessions.saved)
+
+    # Ending.
+
+    async def leave(self) -> None:
+        """Let go of the machine, which runs on for another manager to adopt. May be called again, and after `end`."""
+        if self._done:
+            return
+        # What tasks do as they are cancelled must not be written down as if it were done.
+        self._done = True
+        self._end.cancel()
+        await self._close_connections()
+        self._process.close()
+        self._watch.leave()
+        self._started.leave()
+
+    async def end(self) -> None:
+        """End the machine if it runs, at once, and leave nothing behind. May be called again, and after `leave`."""
+        if self._done:
+            return
+        self._done = True
+        if not self._process.ended.is_set():
+            await self._quit.ask()
+            await self._process.ended.wait()
+        await self.wait()
+        await self._close_connections()
+        await self._watch.close()
+        self._started.end()
+
+    async def give_up(self) -> None:
+        """Take back a start that failed late: end a machine that was launched, let go of one that was adopted."""
+        await (self.leave() if self._origin.lives_on else self.end())
+
+    async def _close_connections(self) -> None:
+        if self._console is not None:
+            self._console.close()
+        self.window.close()
+        self.storage.close()
+        self.monitor.close("the machine ended")
+        await self._sessions.close()
+        if self._transcript is not None:
+            self._transcript.close()
+        self._quit.close()
+
+    async def wait(self) -> End:
+        """Wait until QEMU has ended, and report how. Raises NotConnected if this manager lets go of it before."""
+        await asyncio.wait({self._end})
+        return Tasks.result(self._end)
+
+    async def _until_end(self) -> End:
+        lost = await self._watch.until_ended(self._process, self.terminate)
+        if lost:
+            return End("helper-died", lost, False)
+        # QEMU's last messages may still lie in the socket.
+        await first_of(self.monitor.closed, timeout=_EXIT_TIMEOUT)
+        cause, log = self._run_state.shutdown_reason, self.directory.read_log()
+        return End.of(self._process, cause, killed=self._quit.killed, log=log)
+
+    # What it is.
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.config.name or ""
+
+    @property
+    def directory(self) -> runtime.MachineDirectory:
+        """The machine's runtime directory."""
+        return self._started.directory
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self._process.pid
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since QEMU was started, by whichever manager."""
+        return runtime.age(self._process.started)
+
+    @property
+    def qemu_version(self) -> str:
+        """QEMU's version."""
+        return ".".join(map(str, self._started.binary.version))
+
+    @property
+    def accelerator(self) -> str:
+        """`kvm` or `tcg`."""
+        return self._started.accelerator
+
+    @property
+    def status(self) -> str:
+        """QEMU's run state, such as `running` or `paused`; known without asking QEMU."""
+        return self._run_state.status
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the guest's processors run."""
+        return self._run_state.running
+
+    @property
+    def console(self) -> Console:
+        """The guest's console. Raises NotSupported where it belongs to QEMU (`native`)."""
+        if self._console is None:
+            raise NotSupported("the console of this machine is QEMU's own (--console=native)")
+        return self._console
+
+    # What one can do to it.
+
+    async def multiplexer(self) -> Multiplexer:
+        """The multiplexer that shares QEMU among QMP clients; started when it is first asked for.
+
+        Raises Timeout if QEMU does not greet, NotConnected if it is gone. A start that failed is final: its connections
+        to QEMU are gone, and later callers get the same error.
+        """
+        return await self._sessions.multiplexer()
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """The QMP clients that are connected."""
+        return self._sessions.open
+
+    @contextlib.asynccontextmanager
+    async def qmp(self, *, read_only: bool = False) -> AsyncIterator[Monitor]:
+        """Open a QMP connection: `async with running.qmp() as qmp: await qmp.execute("query-block")`."""
+        multiplexer = await self.multiplexer()
+        ours, theirs = socket.socketpair()
+        client = Monitor(theirs)
+        try:
+            multiplexer.open(ours, read_only=read_only)
+            await client.start()
+            yield client
+        finally:
+            client.close()
+
+    def failed(self, what: str) -> None:
+        """Remember that a request failed, for those who look at the machine."""
+        self.recent_events.failed(what)
+
+    def events(self) -> MachineEvents:
+        """The events from now on, QEMU's and ours: `with running.events() as events: async for event in events:`."""
+        return MachineEvents(self.monitor.events(), self.wait)
+
+    async def power_off(self) -> None:
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        await self.monitor.execute("system_powerdown")
+
+    async def reboot(self) -> None:
+        """Reset the machine, as its reset button does."""
+        await self.monitor.execute("system_reset")
+
+    async def pause(self) -> None:
+        """Stop the guest's processors."""
+        await self.monitor.execute("stop")
+
+    async def resume(self) -> None:
+        """Let the guest's processors run on."""
+        await self.monitor.execute("cont")
+
+    async def terminate(self) -> None:
+        """End QEMU without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is killed."""
+        await self._quit.ask()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Show the machine's console on our own terminal or standard output."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+from ..console.interactive import Interactive
+from ..console.messages import Voice
+from ..console.viewers import OutputViewer, output_failed
+from ..machine.running import Running
+from .keys import Keys
+from .shutdown import Shutdown
+
+_STDIN, _STDOUT = 0, 1
+
+
+class Front:
+    """The machine's console on our own standard streams, as `--console=` specifies."""
+
+    def __init__(self, machine: Running, shutdown: Shutdown, voice: Voice) -> None:
+        self._machine = machine
+        self._voice = voice
+        self._shutdown = shutdown
+        self._keys: Keys | None = None
+        self._interactive: Interactive | None = None
+        self._output: OutputViewer | None = None
+        self._resizing: asyncio.Task[None] | None = None
+        #: Whether the terminal is known to be gone.
+        self.hung_up = False
+        #: Whether SIGHUP is still to come for what we have seen for ourselves.
+        self.expects_hangup = False
+
+    def open(self) -> None:
+        """Show the console."""
+        kind = self._machine.config.console
+        if kind == "interactive":
+            self._keys = Keys(self._machine, self._shutdown, self._voice.say)
+            self._interactive = Interactive(
+                self._machine.console,
+                _STDIN,
+                _STDOUT,
+                pressed=self._keys.pressed,
+                gone=self._terminal_gone,
+                resized=self._resized,
+                say=self._voice.say,
+            )
+            self._voice.divert(self._interactive.write_line)
+        elif kind == "read-only":
+            self._output = OutputViewer(
+                self._machine.console, _STDOUT, failed=lambda error: self._voice.say(output_failed(error))
+            )
+            self._machine.console.attach(self._output)
+        elif kind == "native":
+            # QEMU has made the terminal raw.
+            self._voice.divert(lambda line: print(f"\r{line}\r", file=sys.stderr, flush=True))
+
+    def suspend(self) -> None:
+        """SIGTSTP: stop as a job of the shell does, the terminal in order; the guest runs on without its manager."""
+        if self._interactive is not None:
+            self._interactive.suspend()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        # Stops us here, unless nobody is there who could continue us.
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        self.resume()
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        if self._interactive is not None:
+            self._interactive.resume()
+
+    def window_changed(self) -> None:
+        """SIGWINCH."""
+        if self._interactive is not None:
+            self._interactive.window_changed()
+
+    def close(self) -> None:
+        """Leave the streams, and the terminal as it was. May be called again."""
+        self._voice.divert(None)
+        if self._keys is not None:
+            self._keys.close()
+        if self._resizing is not None:
+            self._resizing.cancel()
+        if self._interactive is not None:
+            self._interactive.close()
+        if self._output is not None:
+            self._output.close()
+
+    def _resized(self, rows: int, columns: int) -> None:
+        if self._resizing is not None:
+            self._resizing.cancel()
+        self._resizing = asyncio.create_task(self._machine.window.resize(rows, columns))
+
+    def _terminal_gone(self) -> None:
+        # Under nohup(1) the machine is meant to go on.
+        if not self.hung_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self.hung_up = self.expects_hangup = True
+            self._shutdown.request("the terminal is gone")

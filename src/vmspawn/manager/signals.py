@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Handle the signals that the manager gets. docs/console.md lists what each of them does.
+
+The command blocks the signals that ask for an end before it launches QEMU, so that none of them can leave a QEMU
+without its manager. They are handled from `run_unless_ended` or `Signals.listen` on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from ..boot.started import Started
+from ..host.spawn import END_SIGNALS
+from ..machine.running import Running
+from .front import Front
+from .shutdown import Shutdown
+
+
+async def run_unless_ended(started: Started, start: Coroutine[Any, Any, Running]) -> Running | None:
+    """Run the start of a machine. A signal that asks for an end ends the machine; returns None then."""
+    came: list[signal.Signals] = []
+    task = asyncio.create_task(start)
+
+    def end(number: signal.Signals) -> None:
+        came.append(number)
+        task.cancel()
+
+    _handle_end_signals(end)
+    await asyncio.wait({task})
+    if not came:
+        return task.result()
+    if not task.cancelled() and task.exception() is None:
+        # The signal came when the machine was up just now.
+        await task.result().end()
+    started.end()
+    return None
+
+
+class Signals:
+    """The signals of one running machine's manager."""
+
+    def __init__(self, shutdown: Shutdown, front: Front) -> None:
+        self._shutdown = shutdown
+        self._front = front
+
+    def listen(self) -> None:
+        """Take over the signals, those included that came since they were blocked."""
+        loop = asyncio.get_running_loop()
+        _handle_end_signals(self._end)
+        loop.add_signal_handler(signal.SIGTSTP, self._front.suspend)
+        loop.add_signal_handler(signal.SIGCONT, self._front.resume)
+        loop.add_signal_handler(signal.SIGWINCH, self._front.window_changed)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _end(self, number: signal.Signals) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGQUIT:
+            self._shutdown.force(name)
+        elif number == signal.SIGHUP and self._front.expects_hangup:
+            self._front.expects_hangup = False
+        else:
+            self._front.hung_up |= number == signal.SIGHUP
+            self._shutdown.request(name)
+
+
+def _handle_end_signals(handler: Callable[[signal.Signals], object]) -> None:
+    """Call `handler` with each signal that asks for an end, those included that came since they were blocked."""
+    loop = asyncio.get_running_loop()
+    for number in END_SIGNALS:
+        # A parent that started us with a signal ignored, such as nohup(1) or a shell with `&`, means it.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, handler, number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)

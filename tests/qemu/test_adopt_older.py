@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine that an older vmspawn started, of which git has the sources, is taken over by this one."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Spawned, qemu_pid, vmctl
+from tests.conftest import make_qcow2, make_raw
+from tests.machines import fresh_name, is_gone, process_is_gone
+from tests.survivors import wait_until_dead
+
+ROOT = Path(__file__).parents[2]
+
+#: The last commit before the rooms of the second house. Its state has version 3.
+OLDER = "4a94d15"
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The command `vmspawn` as it was at that commit."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "archive", OLDER, "src"], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if done.returncode:
+        pytest.skip(f"git has no commit {OLDER} here: {done.stderr.decode(errors='replace').strip()}")
+    folder = tmp_path_factory.mktemp("older")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    start = f"import sys; sys.path.insert(0, {str(folder / 'src')!r}); from vmspawn.cli.spawn import main; main()"
+    return (sys.executable, "-c", start)
+
+
+def test_it_is_taken_over_with_its_disks(qemu: str, tmp_path: Path, older: tuple[str, ...]) -> None:
+    name = fresh_name()
+    boot = make_raw(tmp_path / "boot", 1 << 20)
+    arguments = (f"--qemu={qemu}", f"--image={boot}", "--ram=64M", "--console=headless", "--hotplug-ports=4")
+    manager = Spawned(name, arguments, program=older)
+    try:
+        manager.wait_for("is running")
+        pid = qemu_pid(name)
+        for path, options in (
+            (make_raw(tmp_path / "raw"), ("--bus=virtio-scsi", "--iops=500")),
+            (make_qcow2(tmp_path / "qcow2"), ("--bus=virtio-blk", "--format=qcow2")),
+        ):
+            done = vmctl("attach-disk", name, str(path), *options)
+            assert done.returncode == 0, done.stderr
+        assert vmctl("qmp", name, "query-status").returncode == 0
+        before = disks(name)
+    finally:
+        manager.process.kill()
+        manager.close()
+    adopted = Spawned(name, ("--adopt", "--console=headless"))
+    try:
+        adopted.wait_for("is running")
+        assert qemu_pid(name) == pid
+        assert disks(name) == before
+        for disk in ("raw", "qcow2"):
+            assert vmctl("replace-disk", name, disk, str(make_raw(tmp_path / f"other-{disk}"))).returncode == 0
+        assert vmctl("detach-disk", name, "raw").returncode == 0
+        assert vmctl("attach-disk", name, str(tmp_path / "raw"), "--bus=virtio-scsi").returncode == 0
+        assert vmctl("qmp", name, "query-status").returncode == 0
+        assert vmctl("terminate", name).returncode == 0
+        assert adopted.wait() == 0
+    finally:
+        adopted.close()
+    wait_until_dead(pid)
+    assert process_is_gone(pid)
+    assert is_gone(name)
+
+
+def disks(name: str) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(vmctl("list-disks", name, "--json=short").stdout)
+    return found
