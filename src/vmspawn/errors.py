@@ -21,15 +21,15 @@ import errno as errno_names
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Self
 
 #: Spells a field with its value, or by its name alone if the value is None.
-Spelling = Callable[[str, Any], str]
+Spelling = Callable[[str, object], str]
 
 _PLACEHOLDER = re.compile(r"\{([a-z_.]+)(?:(=)(?:\{([a-z_]+)\}|([^{}]*)))?\}")
 
 
-def as_keyword(field: str, value: Any = None) -> str:
+def as_keyword(field: str, value: object = None) -> str:
     """Spell a field for Python: `cpus=500`, or `cpus=` for its name alone."""
     return f"{field}=" if value is None else f"{field}={value!r}"
 
@@ -43,13 +43,13 @@ class VmspawnError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
-        self._template: tuple[str, str, Mapping[str, Any]] | None = None
+        self._template: tuple[str, str, Mapping[str, object]] | None = None
         self._prefix, self._replaced = "", ""
         if hint:
             self.add_note(hint)
 
     @classmethod
-    def with_fields(cls, message: str, *, hint: str = "", **values: Any) -> Self:
+    def with_fields(cls, message: str, *, hint: str = "", **values: object) -> Self:
         """Make an error whose message and hint are templates (see above)."""
         error = cls(_fill(message, values, as_keyword), hint=_fill(hint, values, as_keyword))
         error._template = message, hint, values
@@ -73,7 +73,7 @@ class VmspawnError(Exception):
         return self._prefix + message.removeprefix(self._replaced)
 
 
-def _fill(template: str, values: Mapping[str, Any], spelling: Spelling) -> str:
+def _fill(template: str, values: Mapping[str, object], spelling: Spelling) -> str:
     """Replace each placeholder of a template. Raises KeyError for a value that was not passed."""
 
     def replace(found: re.Match[str]) -> str:

@@ -5,6 +5,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,52 @@ def test_a_module_imports_only_from_its_layer_and_below(path: Path) -> None:
         assert LAYERS.index(target) >= LAYERS.index(home), f"{home} imports {target}"
         if home in APART and target in APART:
             assert target == home, f"{home} imports {target}"
+
+
+def modules_of(package: Path) -> dict[str, set[str]]:
+    """Each module of the package, and those that it imports by relative names: inside functions and for the type
+    checker alone as well."""
+    files = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    return {name: set(imported_modules(name, path, set(files))) - {name} for name, path in files.items()}
+
+
+def imported_modules(name: str, path: Path, modules: set[str]) -> Iterator[str]:
+    home = name.split(".")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*home[: len(home) - node.level], *(node.module or "").split(".")]
+            parent = ".".join(filter(None, base))
+            for alias in node.names:
+                child = f"{parent}.{alias.name}" if parent else alias.name
+                yield from ({child, parent} & modules) if child not in modules else {child}
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or by way of others: each group sorted."""
+    reached: dict[str, set[str]] = {name: set(found) for name, found in imports.items()}
+    changed = True
+    while changed:
+        changed = False
+        for name, found in reached.items():
+            more = found.union(*(reached[other] for other in found))
+            changed |= more != found
+            reached[name] = more
+    groups = {tuple(sorted(o for o in reached if name in reached[o] and o in reached[name])) for name in reached}
+    return sorted(list(group) for group in groups if group)
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert circles({"a": {"b"}, "b": set()}) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports inside functions and for the type checker alone included."""
+    assert [each for each in circles(modules_of(PACKAGE)) if each not in _TO_BE_CUT] == []
+
+
+#: The hub names its client's class, and the client the hub's for the type checker.
+_TO_BE_CUT = [["console.client", "console.hub"]]
 
 
 @pytest.mark.parametrize("module", ["vmspawn.cli.spawn", "vmspawn.cli.ctl"])
