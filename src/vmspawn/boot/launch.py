@@ -88,9 +88,9 @@ def launch(
 
 def _check_display(config: MachineConfig) -> None:
     if config.console == "gui" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise StartError(
-            "--console=gui needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set",
-            hint="start it in a graphical session, or use another --console=",
+        raise StartError.with_fields(
+            "{console=gui} needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set",
+            hint="start it in a graphical session, or use another {console=}",
         )
 
 
@@ -102,11 +102,13 @@ def open_transcript(path: str | None, undo: ExitStack) -> Descriptor | None:
         # Not to wait for the reader of a pipe.
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StartError(f"cannot use --log={path}: {error.strerror}") from None
+        raise StartError.with_fields(
+            "cannot use {console_log={path}}: {reason}", path=path, reason=error.strerror
+        ) from None
     file = Descriptor(fd)
     undo.callback(file.close)
     if not stat.S_ISREG(os.fstat(fd).st_mode) and os.path.realpath(path) != os.devnull:
-        raise StartError(f"cannot use --log={path}: not a regular file")
+        raise StartError.with_fields("cannot use {console_log={path}}: not a regular file", path=path)
     return file
 
 

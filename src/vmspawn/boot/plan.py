@@ -61,7 +61,7 @@ def _with_own_kernel(config: MachineConfig) -> MachineConfig:
     from ..images import boot_entries
     from . import shares
 
-    shares.check("--directory=", config.directory)
+    shares.check("directory", config.directory)
     linux, initrds = boot_entries.find(config.directory)
     return config._replace(linux=linux, initrd=initrds[0] if initrds else None, more_initrds=initrds[1:])
 
@@ -72,9 +72,9 @@ def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[s
         return Kernel(guest.kernel, guest.initrd, tuple(guest.arguments))
     if config.linux is None:
         return None
-    _check_readable("--linux=", config.linux)
+    _check_readable("linux", config.linux)
     if config.initrd:
-        _check_readable("--initrd=", config.initrd)
+        _check_readable("initrd", config.initrd)
     return Kernel(config.linux, config.initrd, ())
 
 
@@ -88,14 +88,18 @@ def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> BuiltinG
     return build(architecture, progress=notice)
 
 
-def _check_readable(option: str, path: str) -> None:
+def _check_readable(field: str, path: str) -> None:
     """Raise StartError if QEMU, which opens these files by their paths, could not read one."""
     try:
         with open(path, "rb") as file:
             if not file.read(1):
-                raise StartError(f"cannot use {option}{path}: the file is empty")
+                raise _unusable(field, path, "the file is empty")
     except OSError as error:
-        raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
+        raise _unusable(field, path, error.strerror) from None
+
+
+def _unusable(field: str, path: str, reason: str | None) -> StartError:
+    return StartError.with_fields("cannot use {" + field + "={path}}: {reason}", path=path, reason=reason)
 
 
 # Second step.
@@ -132,11 +136,17 @@ def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owne
 
 def _refuse_strings(config: MachineConfig) -> None:
     """Raise StartError for a wish that only UEFI would pass on to the guest, by SMBIOS."""
-    wishes = {"--set-credential=": config.credentials, "--smbios11=": config.vendor_strings, "--bind=": config.binds}
-    for option, wish in wishes.items():
+    wishes = {
+        "{credentials=}": config.credentials,
+        "{vendor_strings=}": config.vendor_strings,
+        "{binds=}": config.binds,
+    }
+    for field, wish in wishes.items():
         if wish:
-            raise StartError(
-                f"{option} needs UEFI on machines of type {config.machine_type}", hint="use --firmware=uefi"
+            raise StartError.with_fields(
+                field + " needs UEFI on machines of type {type}",
+                hint="use {firmware.kind=uefi}",
+                type=config.machine_type,
             )
 
 
@@ -166,7 +176,7 @@ def _find_root(config: MachineConfig, image: str, architecture: str) -> str:
     try:
         fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise StartError(f"cannot use --image={image}: {error.strerror}") from None
+        raise _unusable("image", image, error.strerror) from None
     try:
         read = qcow2.Reader(fd, image).read if config.image_format == "qcow2" else read_raw
         return partitions.root_argument(read, architecture=architecture, bus=config.image_disk_type, path=image)
@@ -225,5 +235,5 @@ def _merged(initrds: tuple[str, ...]) -> bytes:
             with open(path, "rb") as file:
                 merged += file.read()
         except OSError as error:
-            raise StartError(f"cannot use --initrd={path}: {error.strerror}") from None
+            raise _unusable("initrd", path, error.strerror) from None
     return bytes(merged)

@@ -26,6 +26,7 @@ _PACKAGES = {
 ARCHITECTURES = {"q35": "x86_64", "pc": "x86_64", "virt": "aarch64"}
 
 _PROBE_TIMEOUT = 20.0
+_NAME_ONE = "name a QEMU system emulator by {qemu=}"
 _CACHE_FILE = "qemu-probes.json"
 
 
@@ -59,13 +60,21 @@ def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
     binary = _cached(path, identity) or _probe(path, identity)
     if binary.version < VERSION_MIN:
         have, need = ".".join(map(str, binary.version)), ".".join(map(str, VERSION_MIN))
-        raise StartError(
-            f"{path} is QEMU {have}, which is too old", hint=f"install QEMU {need} or newer, or name one by --qemu="
+        raise StartError.with_fields(
+            "{path} is QEMU {have}, which is too old",
+            hint="install QEMU {need} or newer, or name one by {qemu=}",
+            path=path,
+            have=have,
+            need=need,
         )
     if binary.architecture != architecture:
-        raise UsageError(
-            f"{path} emulates {binary.architecture}, and --machine-type={machine_type} is {architecture}",
-            hint=f"name a QEMU for {architecture} by --qemu=, or another --machine-type=",
+        raise UsageError.with_fields(
+            "{path} emulates {found}, and {machine_type={type}} is {wanted}",
+            hint="name a QEMU for {wanted} by {qemu=}, or another {machine_type=}",
+            path=path,
+            found=binary.architecture,
+            type=machine_type,
+            wanted=architecture,
         )
     return binary
 
@@ -76,10 +85,12 @@ def _locate(explicit: str | None, architecture: str) -> str:
             return path
     if explicit:
         reason = "not executable" if os.path.exists(explicit) else "not found"
-        raise StartError(f"cannot use QEMU {explicit}: {reason}", hint="name a QEMU system emulator by --qemu=")
-    raise StartError(
-        f"no QEMU found: there is no {' or '.join(_BINARIES[architecture])}",
-        hint=f"install it ({_PACKAGES[architecture]}), or name one by --qemu=",
+        raise StartError.with_fields("cannot use QEMU {path}: {reason}", hint=_NAME_ONE, path=explicit, reason=reason)
+    raise StartError.with_fields(
+        "no QEMU found: there is no {names}",
+        hint="install it ({packages}), or name one by {qemu=}",
+        names=" or ".join(_BINARIES[architecture]),
+        packages=_PACKAGES[architecture],
     )
 
 
@@ -190,7 +201,7 @@ def _parse_version(path: str, text: str) -> tuple[int, int, int]:
     """The version from "QEMU emulator version 7.2.22 (Debian …)"."""
     words = text.split()
     if words[:3] != ["QEMU", "emulator", "version"] or len(words) < 4:
-        raise StartError(f"{path} is not QEMU", hint="name a QEMU system emulator by --qemu=")
+        raise StartError.with_fields("{path} is not QEMU", hint=_NAME_ONE, path=path)
     numbers = [int(part) if part.isdigit() else 0 for part in words[3].split(".")]
     major, minor, micro = (*numbers, 0, 0, 0)[:3]
     return major, minor, micro
@@ -236,7 +247,9 @@ def choose_accelerator(kvm: str, architecture: str) -> tuple[str, str]:
     if not reason:
         return "kvm", ""
     if kvm == "yes":
-        raise UsageError(f"--kvm=yes, but {reason}", hint="use --kvm=auto or --kvm=no for emulation")
+        raise UsageError.with_fields(
+            "{kvm=yes}, but {reason}", hint="use {kvm=auto} or {kvm=no} for emulation", reason=reason
+        )
     return "tcg", reason
 
 

@@ -105,19 +105,20 @@ def start(
 def _wanted(directory: str | None, shares: tuple[Share, ...]) -> Iterator[tuple[str, Share]]:
     """What is shared, by its tag. Raises StartError."""
     if directory is not None:
-        check("--directory=", directory)
+        check("directory", directory)
         yield ROOT_TAG, Share(directory, "/")
     for number, each in enumerate(shares):
-        check("--bind=", each.source)
+        check("binds", each.source)
         yield _tag(number), each
 
 
-def check(option: str, path: str) -> None:
-    """Raise StartError if this is no directory, or not ours to open."""
+def check(field: str, path: str) -> None:
+    """Raise StartError if the path of a field is no directory, or not ours to open."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
-        raise StartError(f"cannot use {option}{path}: {error.strerror}") from None
+        template = "cannot use {" + field + "={path}}: {reason}"
+        raise StartError.with_fields(template, path=path, reason=error.strerror) from None
 
 
 def _serve(program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory, owned: Owned) -> tuple[int, Helper]:
