@@ -57,9 +57,7 @@ def _connect(state: State, pid: int, given: MachineConfig, directory: MachineDir
     config = _merged(state.config, given)
     transcript = open_transcript(given.console_log, undo)
     shared = _console(directory, pid, undo)
-    helpers = tuple(_helpers(state))
-    for helper in helpers:
-        undo.callback(helper.leave)
+    helpers = tuple(_helpers(state, undo))
     has_size_port = os.path.exists(directory.file(runtime.QEMU_SIZE))
     return Started(
         Adopted(state),
@@ -85,11 +83,14 @@ def _console(directory: MachineDirectory, pid: int, undo: ExitStack) -> SharedCo
     return share_console(directory, fifos.open_again(directory), ConsoleLog.of(pid), undo)
 
 
-def _helpers(state: State) -> Iterator[Helper]:
+def _helpers(state: State, undo: ExitStack) -> Iterator[Helper]:
     """The helpers that still run. One that has ended took QEMU along, or will."""
     for each in state.helpers:
         if runtime.start_time(each.pid) == each.started:
-            yield Helper(each.name, each.what, each.pid, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            # What it printed is not known any more.
+            helper = Helper(each.name, each.what, each.pid, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            undo.callback(helper.leave)
+            yield helper
 
 
 @contextlib.contextmanager

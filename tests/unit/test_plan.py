@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The plan of a machine: what its kernel is told, and how the parts that concerns add are joined."""
+
+from vmspawn import MachineConfig
+from vmspawn.boot.commandline import Choices, Kernel
+from vmspawn.boot.extras import Extras, fdset, join
+from vmspawn.boot.plan import _kernel_arguments
+from vmspawn.boot.qemu import QemuBinary
+from vmspawn.hotplug import places
+
+BINARY = QemuBinary("qemu-system-x86_64", (7, 2, 0), "x86_64", False, False, True)
+
+
+def chosen(config: MachineConfig, kernel: Kernel | None) -> Choices:
+    return Choices(config, BINARY, "tcg", "", places.layout("q35", None), kernel)
+
+
+def test_the_users_kernel_arguments_are_the_last() -> None:
+    """So that they prevail, whatever boots and however the kernel gets them."""
+    config = MachineConfig(guest="builtin", kernel_arguments=("quiet", "ro"))
+    guest = Kernel("kernel", "initrd", ("panic=-1",))
+    expected = ("console=ttyS0", "panic=-1", "root=root", "rw", "quiet", "ro")
+    assert _kernel_arguments(chosen(config, guest), ("root=root", "rw")) == expected
+    by_smbios = _kernel_arguments(chosen(config._replace(guest=None), None), ("root=root", "rw"))
+    assert by_smbios == ("console=ttyS0", "root=root", "rw", "quiet", "ro")
+
+
+def test_parts_are_joined_in_their_order() -> None:
+    first = Extras(machine=("a=1",), arguments=("-x", "1"), kernel_arguments=("one",))
+    second = Extras(machine=("b=2",), kernel_arguments=("two",))
+    joined = join(first, fdset(7, 3), second)
+    assert joined.machine == ("a=1", "b=2")
+    assert joined.arguments == ("-x", "1", "-add-fd", "fd=3,set=7")
+    assert joined.descriptors == (3,)
+    assert joined.kernel_arguments == ("one", "two")
+    assert join() == Extras()
