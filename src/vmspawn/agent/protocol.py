@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The messages between the host and the agent in the guest (docs/agent.md): encode ours, parse the guest's.
+
+The guest is hostile: what it sends is bounded, and every line that is not one of the messages is `Malformed`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from ..errors import UsageError
+
+#: The version that the agent reports in `Ready`.
+VERSION = 1
+
+#: The virtio-serial port for messages; the ports of commands begin with the other.
+CONTROL_PORT = "io.vmspawn.agent"
+_COMMAND_PORT = "io.vmspawn.exec."
+
+#: The streams of a command, each a port: these four, or TTY and STATUS.
+STDIN, STDOUT, STDERR, STATUS, TTY = "stdin", "stdout", "stderr", "status", "tty"
+
+#: The agent's bounds: bytes and words of a message to it, and entries of a command's environment.
+MESSAGE_MAX = 512 * 1024
+WORDS_MAX = 32 * 1024
+ENVIRONMENT_MAX = 1024
+
+#: The kernel's bounds: the length of one argument, and its end included (MAX_ARG_STRLEN).
+ARGUMENT_MAX = 128 * 1024
+
+#: Bytes of a line from the agent, its end excluded.
+LINE_MAX = 512
+
+_SIZE_MAX = 0xFFFF
+_SIGNAL_MAX = 64
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+
+
+# To the agent
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A command to run.
+
+    `id` names the command and its ports. `session` is the nonce of the last `sync`: what an earlier manager sent is
+    refused. Without arguments it is the user's login shell. `size` is the terminal's, in rows and columns; without it
+    the command has pipes. `stdin` is whether there is a port for it.
+    """
+
+    id: str
+    session: str
+    arguments: Sequence[bytes] = ()
+    environment: Mapping[bytes, bytes] = field(default_factory=dict)
+    directory: bytes | None = None
+    user: bytes | None = None
+    size: tuple[int, int] | None = None
+    stdin: bool = True
+
+
+def port_name(id: str, stream: str) -> str:
+    """The name of the port that a stream of a command has."""
+    return f"{_COMMAND_PORT}{_name(id)}.{stream}"
+
+
+def ports(run: Run) -> tuple[str, ...]:
+    """The streams that need a port."""
+    if run.size is not None:
+        return (TTY, STATUS)
+    return (STDIN, STDOUT, STDERR, STATUS) if run.stdin else (STDOUT, STDERR, STATUS)
+
+
+def sync(nonce: str) -> bytes:
+    """Begin a session. The agent answers `Ready` with the nonce; what came before that belongs to an earlier one.
+
+    The line end before it completes whatever part of a message an earlier manager left.
+    """
+    return b"\n" + _message("sync", _name(nonce))
+
+
+def ping(nonce: str) -> bytes:
+    """Ask for a `Pong` with the nonce."""
+    return _message("ping", _name(nonce))
+
+
+def run(command: Run) -> bytes:
+    """Start a command. Its ports may come before or after. Raises UsageError for what cannot be passed on."""
+    words: list[str | bytes] = ["run", _name(command.id), _name(command.session)]
+    if command.stdin and command.size is None:
+        words.append("stdin")
+    if command.size is not None:
+        words.append(f"tty={_size(command.size)}")
+    if command.user is not None:
+        words.append(b"user=" + _not_empty("user", command.user))
+    if command.directory is not None:
+        words.append(b"cwd=" + _not_empty("directory", command.directory))
+    words += _environment(command.environment)
+    return _message(*words, "--", *_arguments(command.arguments))
+
+
+def resize(id: str, rows: int, columns: int) -> bytes:
+    """Set the size of a command's terminal."""
+    return _message("resize", _name(id), *_size((rows, columns)).split(","))
+
+
+def signal(id: str, number: int) -> bytes:
+    """Send a signal to the process group of a command."""
+    if not 0 < number <= _SIGNAL_MAX:
+        raise UsageError(f"there is no signal {number}")
+    return _message("signal", _name(id), str(number))
+
+
+def hang_up(id: str) -> bytes:
+    """Kill a command and everything it started. So does unplugging its ports."""
+    return _message("hangup", _name(id))
+
+
+def _name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is not an identifier: up to 64 of a-z, 0-9 and -, which cannot be the first")
+    return text
+
+
+def _size(size: tuple[int, int]) -> str:
+    if not all(0 <= number <= _SIZE_MAX for number in size):
+        raise UsageError(f"a terminal cannot have {size[0]} rows and {size[1]} columns")
+    return f"{size[0]},{size[1]}"
+
+
+def _not_empty(what: str, value: bytes) -> bytes:
+    if not value:
+        raise UsageError(f"the {what} is empty")
+    return value
+
+
+def _environment(environment: Mapping[bytes, bytes]) -> list[str | bytes]:
+    if len(environment) > ENVIRONMENT_MAX:
+        raise UsageError(f"the environment has more than {ENVIRONMENT_MAX} variables")
+    for name in environment:
+        if not name or b"=" in name:
+            raise UsageError(f"{name!r} cannot be the name of a variable")
+    return [b"env=%b=%b" % (name, _bounded("variable", value)) for name, value in environment.items()]
+
+
+def _arguments(arguments: Sequence[bytes]) -> list[bytes]:
+    if arguments:
+        _not_empty("command", arguments[0])
+    return [_bounded("argument", argument) for argument in arguments]
+
+
+def _bounded(what: str, value: bytes) -> bytes:
+    if len(value) >= ARGUMENT_MAX:
+        raise UsageError(f"an {what} is longer than {ARGUMENT_MAX - 1} bytes" if what == "argument" else f"a {what} is")
+    return value
+
+
+_SPECIAL = re.compile(rb"[\x01-\x20%;\x7f]")
+
+
+def _encode(word: str | bytes) -> bytes:
+    """A word with what would end it, or the message, as %xx; a lone % is the empty word."""
+    data = word.encode() if isinstance(word, str) else word
+    if b"\0" in data:
+        raise UsageError("arguments, variables and names cannot contain NUL bytes")
+    return _SPECIAL.sub(lambda match: b"%%%02x" % ord(match[0]), data) or b"%"
+
+
+def _message(*words: str | bytes) -> bytes:
+    """The words on one line. The last, a semicolon, tells a whole message from a part of one."""
+    line = b" ".join((*map(_encode, words), b";\n"))
+    if len(words) >= WORDS_MAX or len(line) > MESSAGE_MAX:
+        raise UsageError(
+            "the command's arguments and environment are too long",
+            hint=f"They can have {WORDS_MAX >> 10}k words and about {MESSAGE_MAX >> 10} KiB; pass data through stdin.",
+        )
+    return line
+
+
+# From the agent
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The agent is there. The nonce is that of the `sync` it answers, None if it tells by itself.
+
+    Another process id than before: the agent was started again. Commands run on, but cannot be resized, signalled or
+    hung up by message.
+    """
+
+    nonce: str | None
+    version: int
+    pid: int
+    capabilities: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to a ping."""
+
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The agent did not do what a message asked for. The id is None if it did not understand the message."""
+
+    id: str | None
+    errno: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The supervisor of a command ended without a report: its ports never came, or it was killed."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The command runs. Before this, the end of its stdin must not be sent."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputClosed:
+    """The command reads no more of its stdin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The command exited. So many bytes of its output were written in all; unplug the ports once they are read."""
+
+    status: int
+    stdout: int
+    stderr: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """The command was ended by a signal; otherwise as Exited."""
+
+    signal: int
+    stdout: int
+    stderr: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The command could not be started: exit status 126 or 127 as a shell's, 125 for what is not the command's."""
+
+    status: int
+    errno: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A line that is no message, shortened."""
+
+    line: bytes
+
+
+ControlMessage = Ready | Pong | Refused | Lost
+StatusMessage = Started | InputClosed | Exited | Signalled | Failed
+
+_Message = TypeVar("_Message")
+
+
+class Reader(Generic[_Message]):
+    """Cuts what the guest sends on one port into messages. Keeps no more than one line."""
+
+    def __init__(self, parse: Callable[[list[str]], _Message]) -> None:
+        self._parse = parse
+        self._partial = b""
+        self._skip = False
+
+    def feed(self, data: bytes) -> list[_Message | Malformed]:
+        """Take bytes; return the messages that they complete. An empty line is none."""
+        *lines, rest = data.split(b"\n")
+        found: list[_Message | Malformed] = []
+        for line in lines:
+            self._add(line, found)
+            if self._partial and not self._skip:
+                found.append(self._message(self._partial))
+            self._partial, self._skip = b"", False
+        self._add(rest, found)
+        return found
+
+    def _add(self, data: bytes, found: list[_Message | Malformed]) -> None:
+        if self._skip:
+            return
+        self._partial += data[: LINE_MAX + 1]
+        if len(self._partial) > LINE_MAX:
+            found.append(_malformed(self._partial))
+            self._partial, self._skip = b"", True
+
+    def _message(self, line: bytes) -> _Message | Malformed:
+        try:
+            *words, end = line.decode("ascii").split(" ")
+            if end == ";" and words:
+                return self._parse(words)
+        except ValueError:
+            pass
+        return _malformed(line)
+
+
+def control_reader() -> Reader[ControlMessage]:
+    """A reader for the control port."""
+    return Reader(_parse_control)
+
+
+def status_reader() -> Reader[StatusMessage]:
+    """A reader for the status port of a command."""
+    return Reader(_parse_status)
+
+
+def _parse_control(words: list[str]) -> ControlMessage:
+    """Parse a message. Raises ValueError."""
+    match words:
+        case ["ready", nonce, version, pid, capabilities]:
+            known = frozenset(_word(each) for each in capabilities.split(","))
+            return Ready(_name_or_none(nonce), _number(version, 0xFFFF), _number(pid, _PID_MAX), known)
+        case ["pong", nonce]:
+            return Pong(_name(nonce))
+        case ["refused", id, errno, what]:
+            return Refused(_name_or_none(id), _number(errno, _ERRNO_MAX), _word(what))
+        case ["lost", id]:
+            return Lost(_name(id))
+    raise ValueError
+
+
+def _parse_status(words: list[str]) -> StatusMessage:
+    """Parse a message. Raises ValueError."""
+    match words:
+        case ["started", pid]:
+            return Started(_number(pid, _PID_MAX))
+        case ["closed", "stdin"]:
+            return InputClosed()
+        case ["exit", status, stdout, stderr]:
+            return Exited(_number(status, 255), _number(stdout, _TOTAL_MAX), _number(stderr, _TOTAL_MAX))
+        case ["signal", number, stdout, stderr] if number != "0":
+            return Signalled(_number(number, _SIGNAL_MAX), _number(stdout, _TOTAL_MAX), _number(stderr, _TOTAL_MAX))
+        case ["error", ("125" | "126" | "127") as status, errno, what]:
+            return Failed(int(status), _number(errno, _ERRNO_MAX), _word(what))
+    raise ValueError
+
+
+_PID_MAX = 2**31 - 1
+_ERRNO_MAX = 4095
+_TOTAL_MAX = 2**64 - 1
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,19}")
+_WORD = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+def _number(text: str, bound: int) -> int:
+    if not _NUMBER.fullmatch(text) or (value := int(text)) > bound:
+        raise ValueError
+    return value
+
+
+def _word(text: str) -> str:
+    if not _WORD.fullmatch(text):
+        raise ValueError
+    return text
+
+
+def _name_or_none(text: str) -> str | None:
+    return None if text == "-" else _name(text)
+
+
+def _malformed(line: bytes) -> Malformed:
+    return Malformed(line[:80])
