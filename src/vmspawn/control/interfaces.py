@@ -140,7 +140,10 @@ class VirtualMachineInstance(VarlinkInterface, name="io.systemd.VirtualMachineIn
 
 
 class QemuMachineInstance(VarlinkInterface, name="io.systemd.QemuMachineInstance"):
-    """Direct access to QEMU, for any number of clients."""
+    """Direct access to QEMU, for any number of clients.
+
+    Only vmspawn serves this interface: systemd removed its stub on 2026-04-24.
+    """
 
     errors = (errors.AlreadyAcquired,)
 
