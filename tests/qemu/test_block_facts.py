@@ -136,6 +136,29 @@ def test_a_set_that_is_not_there_cannot_be_dropped(q35: Monitor) -> None:
     assert q35.fail("remove-fd", fdset_id=7) == "File descriptor named 'fdset-id:7' not found"
 
 
+def test_a_descriptor_with_o_sync_is_refused(q35: Monitor, image: Path) -> None:
+    pass_file(q35, image, os.O_RDWR | os.O_SYNC, 7)
+    assert "dup" in q35.fail("blockdev-add", driver="file", node_name="n0", filename="/dev/fdset/7")
+
+
+def test_o_nonblock_is_cleared_on_the_callers_descriptor(q35: Monitor, image: Path) -> None:
+    """QEMU receives the same open file description."""
+    fd = os.open(image, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        assert not os.get_blocking(fd)
+        q35.succeed("add-fd", fdset_id=7, fds=[fd])
+        assert os.get_blocking(fd)
+    finally:
+        os.close(fd)
+
+
+def test_each_driver_takes_its_kind_of_file(q35: Monitor, image: Path) -> None:
+    refusal = q35.fail("blockdev-add", driver="file", node_name="n0", filename="/dev/null")
+    assert refusal == "'file' driver requires '/dev/null' to be a regular file"
+    refusal = q35.fail("blockdev-add", driver="host_device", node_name="n0", filename=str(image))
+    assert refusal == f"'host_device' driver requires '{image}' to be either a character or block device"
+
+
 # The pivot.
 
 PIVOT: dict[str, Any] = {"driver": "throttle", "node-name": "pivot", "throttle-group": "group"}
@@ -256,3 +279,15 @@ def test_a_medium_moves_only_while_the_tray_is_open(q35: Monitor, image: Path) -
     assert found["inserted"]["node-name"] == "n1"
     assert found["qdev"] == "d0"
     assert "is not open" in q35.fail("blockdev-remove-medium", id="d0")
+
+
+def test_a_drive_that_was_plugged_in_empty_keeps_its_media(q35: Monitor, image: Path) -> None:
+    """So vmspawn plugs it in with a medium, and takes that out."""
+    q35.succeed("device_add", id="d0", driver="scsi-cd", bus="scsi0.0", scsi_id=0, lun=0)
+    q35.add_file(image, "n0", read_only=True)
+    q35.succeed("blockdev-open-tray", id="d0")
+    q35.succeed("blockdev-insert-medium", id="d0", node_name="n0")
+    q35.succeed("blockdev-close-tray", id="d0")
+    q35.succeed("device_del", id="d0")
+    assert q35.event("DEVICE_DELETED")["device"] == "d0"
+    assert q35.fail("blockdev-del", node_name="n0").endswith(" n0 is in use")
