@@ -81,7 +81,7 @@ def verbs(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
+            return {name: verb for name, verb in action.choices.items() if not name.startswith("__")}
     return {}
 
 

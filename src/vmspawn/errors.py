@@ -125,6 +125,10 @@ class EventsLost(VmspawnError):
     """A reader of events was so slow that some were dropped; the stream ends there."""
 
 
+class ExtrasError(VmspawnError):
+    """The man pages, completion scripts or the unit cannot be installed or removed."""
+
+
 class QmpError(VmspawnError):
     """QEMU answered a command with an error.
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 from ...version import VERSION
 from ..entrypoint import run
 from ..parser import Parser
-from . import adopt, console, disk_list, disks, events, machines, media, qmp, volumes
+from . import adopt, console, disk_list, disks, events, install_extras, machines, media, names, qmp, volumes
 from .verbs import PROGRAM, Verbs, add_common_options
 
 
@@ -32,6 +32,7 @@ def build_parser() -> Parser:
         ("Console", (console,)),
         ("Disks", (disk_list, disks, media, volumes)),
         ("QMP", (qmp,)),
+        ("Installation", (install_extras, names)),
     ):
         verbs.heading(title)
         for group in groups:

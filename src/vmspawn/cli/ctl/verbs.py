@@ -47,6 +47,12 @@ class Verbs:
         parser.add_argument("machine", metavar="MACHINE", help="name of the machine; see: vmctl list")
         return parser
 
+    def add_hidden(self, name: str, action: Action) -> Parser:
+        """Add a verb for programs, which no list of verbs has."""
+        parser: Parser = self._subparsers.add_parser(name, add_help=False)
+        parser.set_defaults(action=action)
+        return parser
+
 
 def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
     """Add the options that may stand before the verb and behind it, where their default is no other than before it."""

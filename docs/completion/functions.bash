@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Print those of vmctl's names that begin with the word, quoted as bash reads them.
+_vmctl_names() {
+    local word=$1 name
+    shift
+    while IFS= read -r name; do
+        printf -v name %q "$name"
+        [[ $name == "$word"* ]] && printf '%s\n' "$name"
+    done < <(vmctl __complete "$@" 2>/dev/null)
+}
+
+_vmctl_machines() {
+    _vmctl_names "$1" machines
+}
+
+_vmctl_disks() {
+    _vmctl_names "$1" disks "${_vmspawn_plain[1]-}"
+}
+
+# bash takes --option=VALUE for three words, and shtab expects two. The words that are no options are the verb, the
+# machine and so on.
+_@PROGRAM@() {
+    local i words=() _vmspawn_plain=()
+    for ((i = 0; i <= COMP_CWORD; i++)); do
+        if [[ ${COMP_WORDS[i]} != = ]]; then
+            words+=("${COMP_WORDS[i]}")
+            [[ $i -eq 0 || ${COMP_WORDS[i]} == -* || ${COMP_WORDS[i - 1]} == = ]] ||
+                _vmspawn_plain+=("${COMP_WORDS[i]}")
+        elif ((i == COMP_CWORD)); then
+            words+=("")
+        fi
+    done
+    local COMP_WORDS=("${words[@]}") COMP_CWORD=$((${#words[@]} - 1))
+    _shtab_@PROGRAM@ "$@"
+}
+
+complete -o bashdefault -F _@PROGRAM@ @PROGRAM@

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+function __vmctl_machines
+    vmctl __complete machines 2>/dev/null
+end
+
+# The words that are no options are vmctl, the verb and the machine.
+function __vmctl_disks
+    set -l plain (string match --invert -- '-*' (commandline -opc))
+    vmctl __complete disks $plain[3] 2>/dev/null
+end

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Adds what is made at build time to the wheel: man pages, completion scripts, and the systemd unit.
+
+They go to vmspawn/extras in the wheel, from where `vmctl install-extras` copies them. An editable install has none.
+"""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class CustomBuildHook(BuildHookInterface[Any]):
+    """The hook that hatchling runs before it makes the wheel."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Make the files and have hatchling include them."""
+        if version == "editable":
+            return
+        root = Path(self.root)
+        self._folder = tempfile.TemporaryDirectory(prefix="vmspawn-build-")
+        made = Path(self._folder.name)
+        for name, text in extras(root).items():
+            target = made / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+            build_data["force_include"][str(target)] = f"vmspawn/extras/{name}"
+        # A compiled program for the guest is made and included here as well. The wheel is then for one architecture:
+        # build_data["pure_python"] = False, build_data["infer_tag"] = False, build_data["tag"] = "py3-none-linux_…".
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove the files, which are in the wheel now."""
+        if version != "editable":
+            self._folder.cleanup()
+
+
+def extras(root: Path) -> dict[str, str]:
+    """Make the texts of the files; returns them by their paths below vmspawn/extras."""
+    # The parsers import neither asyncvarlink nor msgspec, so a build needs no run-time dependency.
+    sys.path.insert(0, str(root / "src"))
+    try:
+        man, completion = _load(root / "docs/man.py"), _load(root / "docs/completion.py")
+    finally:
+        sys.path.remove(str(root / "src"))
+    return {
+        **{f"man/{name}": text for name, text in man.pages().items()},
+        **completion.scripts(),
+        "systemd/vmspawn@.service": (root / "systemd/vmspawn@.service").read_text(),
+    }
+
+
+def _load(path: Path) -> Any:
+    """Import a file that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"vmspawn_build_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

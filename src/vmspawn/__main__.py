@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Run the command vmspawn for `python -m vmspawn`."""
+
+from .cli.spawn.main import main
+
+main()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The hidden verb `vmctl __complete`, which the shells' completion asks for the names of machines and disks."""
+
+from __future__ import annotations
+
+import argparse
+
+from ...control.client import Client
+from ...errors import VmspawnError
+from ...host import machined
+from ...host.runtime import machine_names
+from .replies import MACHINE
+from .verbs import Verbs
+
+#: Seconds that a shell waits for a machine that does not answer.
+_TIMEOUT = 2.0
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb."""
+    parser = verbs.add_hidden("__complete", _print_names)
+    parser.add_argument("what", choices=("machines", "disks"), help=argparse.SUPPRESS)
+    parser.add_argument("machine", nargs="?", default="", help=argparse.SUPPRESS)
+
+
+def _print_names(options: argparse.Namespace) -> None:
+    """Print the names, one a line. A shell completes nothing where they cannot be found."""
+    names = _disks(options.machine) if options.what == "disks" else {*machine_names(), *machined.machines()}
+    for name in sorted(names):
+        if "\n" not in name:
+            print(name)
+
+
+def _disks(machine: str) -> set[str]:
+    try:
+        with Client(machine, timeout=_TIMEOUT) as client:
+            return {disk["name"] for disk in client.call(f"{MACHINE}.ListStorage")["storage"]}
+    except VmspawnError:
+        return set()
