@@ -18,8 +18,8 @@ import vmspawn.cli.spawn.main as vmspawn_command
 
 SOURCES = Path(__file__).parent / "completion"
 
-#: The shells, and the name of a command's script where each shell looks for it.
-SHELLS = {"bash": "{}", "zsh": "_{}", "fish": "{}.fish"}
+#: The shells, and the path of a command's script. Each shell looks for a file of that name.
+SHELLS = {"bash": "bash-completion/{}", "zsh": "zsh/_{}", "fish": "fish/{}.fish"}
 
 _FILES = frozenset({"PATH", "FILE", "SOCKET", "LISTEN"})
 
@@ -81,10 +81,10 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def scripts() -> dict[str, str]:
-    """All completion scripts by their paths, such as `bash/vmctl`."""
+    """All completion scripts by their paths, such as `fish/vmctl.fish`."""
     return {
-        f"{shell}/{name.format(module.build_parser().prog)}": script(module.build_parser(), shell)
-        for shell, name in SHELLS.items()
+        path.format(module.build_parser().prog): script(module.build_parser(), shell)
+        for shell, path in SHELLS.items()
         for module in (vmspawn_command, vmctl)
     }
 

@@ -37,9 +37,10 @@ class File(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """The folders to install into: those of the system or of a user."""
+    """The folders to install into: those of the system or of a user. The others may be relative to `share`."""
 
     share: str
+    fish: str
     units: str
     is_user: bool
 
@@ -52,16 +53,17 @@ class Destination(NamedTuple):
         """The folder for the files of a folder of the extras."""
         folders = {
             "man": "man/man1",
-            "bash": "bash-completion/completions",
+            "bash-completion": "bash-completion/completions",
             "zsh": "zsh/site-functions",
-            "fish": "fish/vendor_completions.d",
+            "fish": self.fish,
+            "systemd": self.units,
         }
-        return self.units if kind == "systemd" else os.path.join(self.share, folders[kind])
+        return os.path.join(self.share, folders[kind])
 
 
 def system_destination() -> Destination:
-    """The folders below /usr/local, which every user's programs search."""
-    return Destination(_SHARE, "/usr/local/lib/systemd/system", is_user=False)
+    """The folders that every user's programs search: below /usr/local, where fish does not look, and /etc/fish."""
+    return Destination(_SHARE, "/etc/fish/completions", "/usr/local/lib/systemd/system", is_user=False)
 
 
 def user_destination() -> Destination:
@@ -69,7 +71,7 @@ def user_destination() -> Destination:
     share = os.environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(share):
         share = os.path.join(os.path.expanduser("~"), ".local/share")
-    return Destination(share, os.path.join(share, "systemd/user"), is_user=True)
+    return Destination(share, "fish/vendor_completions.d", "systemd/user", is_user=True)
 
 
 def wanted_files(sources: str, destination: Destination, command: str) -> list[File]:
