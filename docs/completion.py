@@ -6,6 +6,7 @@ do so. `python docs/completion.py FOLDER` writes the scripts into FOLDER.
 """
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import shtab
 
 import vmspawn.cli.ctl.main as vmctl
 import vmspawn.cli.spawn.main as vmspawn_command
+from vmspawn.cli.parser import Parser
 
 SOURCES = Path(__file__).parent / "completion"
 
@@ -62,9 +64,20 @@ def _prepare(action: argparse.Action, shell: str) -> None:
         action.option_strings = [f"{name}=" if name.startswith("--") else name for name in action.option_strings]
 
 
-def script(parser: argparse.ArgumentParser, shell: str) -> str:
+def _hide(parser: Parser) -> None:
+    """Leave out the options that the help leaves out."""
+    for group in parser._action_groups:
+        if group in parser.hidden_groups:
+            for action in group._group_actions:
+                action.help = argparse.SUPPRESS
+
+
+def script(parser: Parser, shell: str) -> str:
     """One command's completion script for a shell. Changes the parser."""
+    _hide(parser)
     for action in _actions(parser):
+        if action.metavar == "VERB" and not action.choices:
+            action.choices = list(itertools.chain(*parser.headings.values()))
         _prepare(action, shell)
     lines = shtab.complete(parser, shell).splitlines()
     # shtab begins with comments on how to install the script by hand.

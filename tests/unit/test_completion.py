@@ -2,8 +2,10 @@
 """The completion scripts: each shell reads them, and they know every verb and option."""
 
 import argparse
+import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 
 import pytest
 
@@ -11,6 +13,7 @@ import vmspawn.cli.ctl.main as vmctl
 import vmspawn.cli.spawn.main as vmspawn_command
 from docs import completion, man
 from tests.unit.test_manual import visible_options
+from vmspawn.cli.parser import Parser
 
 SCRIPTS = completion.scripts()
 
@@ -25,21 +28,35 @@ def test_the_shell_reads_it(name: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("path", "parser"),
-    [
-        (path, parser)
-        for path in SCRIPTS
-        for parser in (
-            [vmspawn_command.build_parser()]
-            if "vmspawn" in path
-            else [vmctl.build_parser(), *man._subparsers(vmctl.build_parser()).values()]
-        )
-    ],
-)
-def test_it_knows_every_option(path: str, parser: argparse.ArgumentParser) -> None:
+def long_options(actions: Iterable[argparse.Action]) -> set[str]:
+    return {name for action in actions for name in action.option_strings if name.startswith("--")}
+
+
+def hidden_options(parser: Parser) -> set[str]:
+    """The long options that the help leaves out, all of one group."""
+    groups = [group for group in parser._action_groups if group in parser.hidden_groups]
+    return long_options(action for group in groups for action in group._group_actions)
+
+
+def shown_options(parser: Parser) -> set[str]:
+    """The long options that the help shows."""
+    return visible_options(parser) - hidden_options(parser)
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_it_knows_every_option(path: str) -> None:
+    verbs = man._subparsers(vmctl.build_parser()).values()
+    parsers = [vmspawn_command.build_parser()] if "vmspawn" in path else [vmctl.build_parser(), *verbs]
     prefix = "-l " if path.startswith("fish") else "--"
-    assert all(prefix + name.removeprefix("--") in SCRIPTS[path] for name in visible_options(parser))
+    for parser in parsers:
+        assert isinstance(parser, Parser)
+        assert all(prefix + name.removeprefix("--") in SCRIPTS[path] for name in shown_options(parser))
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if "vmspawn" in path])
+def test_it_leaves_out_what_the_help_leaves_out(path: str) -> None:
+    known = set(re.findall(r"(?:--|-l )([a-z][a-z0-9-]*)", SCRIPTS[path]))
+    assert not {name.removeprefix("--") for name in hidden_options(vmspawn_command.build_parser())} & known
 
 
 def test_it_knows_every_verb_but_its_own() -> None:
@@ -48,6 +65,8 @@ def test_it_knows_every_verb_but_its_own() -> None:
         line for line in SCRIPTS["bash-completion/vmctl"].splitlines() if line.startswith("_shtab_vmctl_subparsers=")
     )
     assert set(bash.partition("=")[2].strip("()").split()) == set(verbs)
+    topics = f"_shtab_vmctl_help_pos_0_choices=({' '.join(verbs)})"
+    assert topics in SCRIPTS["bash-completion/vmctl"].splitlines()
 
 
 @pytest.mark.parametrize(
