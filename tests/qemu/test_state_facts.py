@@ -31,28 +31,38 @@ def disk(image: Path) -> tuple[str, ...]:
 @pytest.fixture
 def machine(qemu: str, tmp_path: Path) -> Iterator[Monitor]:
     with bare(qemu, "q35", *disk(make_raw(tmp_path / "image", MIB))) as monitor:
-        monitor.succeed("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
         yield monitor
 
 
-def save(monitor: Monitor, path: Path) -> str:
-    """Save the state to a file, by the way that this QEMU takes; returns `completed` or `failed`.
+def pass_state(monitor: Monitor, fd: int) -> str:
+    """Pass a descriptor of the state, by the way that this QEMU takes; returns its URI.
 
-    QEMU 7.2 writes to a descriptor that getfd has named, 11.1 to a descriptor set.
+    QEMU 7.2 uses a descriptor that getfd has named, 11.1 a descriptor set.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    transports = {"socket", "exec", "rdma", "file"}
+    if any(transports <= set(each.get("values", ())) for each in monitor.succeed("query-qmp-schema")):
+        monitor.succeed("add-fd", fdset_id=9, fds=[fd])
+        return "file:/dev/fdset/9"
+    monitor.succeed("getfd", fdname="state", fds=[fd])
+    return "fd:state"
+
+
+def transfer(monitor: Monitor, command: str, path: Path, flags: int) -> str:
+    """Save or load the state; returns `completed` or `failed`."""
+    monitor.succeed("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    fd = os.open(path, flags)
     try:
-        monitor.succeed("getfd", fdname="state", fds=[fd])
-        if "error" in monitor.run("migrate", uri="fd:state"):
-            monitor.run("closefd", fdname="state")
-            monitor.events.clear()
-            monitor.succeed("add-fd", fdset_id=9, fds=[fd])
-            monitor.succeed("migrate", uri="file:/dev/fdset/9")
+        monitor.succeed(command, uri=pass_state(monitor, fd))
     finally:
         os.close(fd)
     while (status := str(monitor.event("MIGRATION")["status"])) not in ("completed", "failed"):
         pass
     return status
+
+
+def save(monitor: Monitor, path: Path) -> str:
+    """Save the state to a file."""
+    return transfer(monitor, "migrate", path, os.O_WRONLY | os.O_CREAT)
 
 
 def wait_for_status(monitor: Monitor, status: str) -> None:
@@ -69,6 +79,20 @@ def test_the_state_is_saved_to_a_descriptor(machine: Monitor, tmp_path: Path) ->
     assert save(machine, tmp_path / "state") == "completed"
     wait_for_status(machine, "postmigrate")
     assert (tmp_path / "state").stat().st_size > 0
+
+
+def test_a_saved_state_is_loaded_by_a_qemu_with_the_same_devices(qemu: str, tmp_path: Path) -> None:
+    """The state is loaded from a descriptor that is O_RDONLY."""
+    image = make_raw(tmp_path / "image", MIB)
+    with bare(qemu, "q35", *disk(image)) as source:
+        source.succeed("cont")
+        source.succeed("stop")
+        assert save(source, tmp_path / "state") == "completed"
+    with bare(qemu, "q35", *disk(image), "-incoming", "defer") as copy:
+        assert copy.succeed("query-status")["status"] == "inmigrate"
+        assert transfer(copy, "migrate-incoming", tmp_path / "state", os.O_RDONLY) == "completed"
+        copy.succeed("cont")
+        assert copy.succeed("query-status")["status"] == "running"
 
 
 def test_after_a_save_only_cont_and_stop_bring_paused_back(machine: Monitor, tmp_path: Path) -> None:
@@ -90,7 +114,6 @@ def test_a_controller_with_its_own_drive_is_saved_or_refused_beforehand(qemu: st
     image = make_raw(tmp_path / "image", MIB)
     device = ("-blockdev", f"file,node-name=n0,filename={image}", "-device", "nvme,id=d0,serial=x,drive=n0,bus=port0")
     with bare(qemu, "q35", *device) as monitor:
-        monitor.succeed("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
         if reasons := monitor.succeed("query-migrate").get("blocked-reasons"):
             assert any(each.startswith("non-migratable device: ") and each.endswith("/nvme") for each in reasons)
             refusal = monitor.fail("migrate", uri="tcp:127.0.0.1:1")
