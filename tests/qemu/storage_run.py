@@ -78,7 +78,7 @@ class Run:
         self.machine = self.wait(_start(qemu, folder))
         self._stack.callback(lambda: self.wait(self.machine.close()))
         self.namespaces = find_qemu(qemu).namespaces
-        # Older QEMUs let a descriptor set go only while the guest runs (HOTPLUG.md 7).
+        # Older QEMUs let a descriptor set go only while the guest runs (docs/qemu.md, "Descriptor sets").
         self._sets_linger = int(self.machine.inner.qemu_version.partition(".")[0]) < 9
         self._before = self.wait(_snapshot(self.machine))
         self._empty = self.wait(look(self.machine, folder))

@@ -211,7 +211,7 @@ def test_an_unused_descriptor_set_goes_with_its_client(both: Shared) -> None:
 
 @pytest.mark.parametrize("who", ["native", "session"])
 def test_descriptors_wait_for_the_command_that_takes_one(both: Shared, who: str) -> None:
-    """Of two, the first is used; one that came with another command waits; without one it is said (QMP.md 9)."""
+    """As in docs/qemu.md, "Passed descriptors"."""
     machine, server = both
     fd = a_file()
     client = (machine.native(2) if who == "native" else server.open()).negotiate()

@@ -26,7 +26,14 @@ def sources() -> list[Path]:
 
 def test_every_citation_names_a_heading() -> None:
     cited = {(path.name, heading) for path in sources() for heading in _CITATION.findall(path.read_text())}
+    assert cited
     assert not {(name, heading) for name, heading in cited if heading not in headings()}
+
+
+def test_nothing_else_of_the_kind_is_cited() -> None:
+    """A file that is not in the repository cannot be looked up."""
+    notes = re.compile(r"\b(QMP|HOTPLUG|FORK|GUEST|VSOCK|VARLINK|DESIGN|HOUSE|WORDS|STYLE)\.md")
+    assert not {path.name for path in sources() if notes.search(path.read_text())}
 
 
 def test_every_test_that_is_named_exists() -> None:

@@ -2,7 +2,7 @@
 """Where devices can go: which ports, slots and SCSI targets there are, and which are taken.
 
 QEMU's own choice is not to be relied on: 7.2 takes a second device on an occupied port and loses both, 11.1 finds no
-slot on `pc` while some are free (HOTPLUG.md). So every place is chosen and accounted for here.
+slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So every place is chosen and accounted for here.
 """
 
 from __future__ import annotations
@@ -118,9 +118,10 @@ NAMESPACE_CONTROLLER_SLOT = 4
 FIRST_PORT_SLOT = 5
 PORTS_PER_SLOT = 8
 
-#: QEMU 7.2 and 11.1 boot guests with 120 ports; with 200 and one CPU the guest runs out of interrupts (HOTPLUG.md 1).
+#: QEMU 7.2 and 11.1 boot guests with 120 ports; with 200 and one CPU the guest runs out of interrupts
+#: (docs/qemu.md, "Ports and slots").
 HOTPLUG_PORTS_MAX = 120
-#: Each port makes the guest boot slower: 8 cost 0.3 s of 3 s under TCG (HOTPLUG.md 1).
+#: Each port makes the guest boot slower: 8 cost 0.3 s of 3 s under TCG (docs/qemu.md, "Ports and slots").
 HOTPLUG_PORTS_DEFAULT = 8
 
 _LAST_SLOT_Q35 = 30

@@ -75,7 +75,7 @@ def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = N
     if not block and not stat.S_ISREG(found.st_mode):
         kind = _kind(found.st_mode)
         raise BadConfig(f"{what} is a {kind}, not an image or a block device", hint=_DIRECTORY_HINT)
-    # QEMU opens /dev/fdset/N by comparing flags, and knows no O_SYNC (HOTPLUG.md 7).
+    # QEMU opens /dev/fdset/N by comparing flags, and knows no O_SYNC (docs/qemu.md, "Descriptor sets").
     if flags & os.O_SYNC & ~os.O_DSYNC or flags & os.O_DSYNC:
         raise BadConfig(f"{what} is open with O_SYNC, which QEMU cannot use", hint="open it without O_SYNC")
     if read_only and access == os.O_RDWR:

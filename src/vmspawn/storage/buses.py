@@ -16,7 +16,7 @@ class Bus(NamedTuple):
     pool: str
     by_id: str
     writable: bool = True
-    #: Whether the guest can be told another size while the disk is there (HOTPLUG.md 9).
+    #: Whether the guest can be told another size while the disk is there (docs/qemu.md, "Block nodes and locks").
     resizable: bool = True
     #: Whether the guest is asked to let go of the device.
     asks: bool = True

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Disks that fail: QEMU's BLOCK_IO_ERROR in the words of disks (qapi/block-core.json).
 
-QEMU reports none of NVMe disks; their guests see the errors and nobody else does (HOTPLUG.md 10).
+QEMU reports none of NVMe disks; their guests see the errors and nobody else does (docs/qemu.md, "NVMe").
 """
 
 from __future__ import annotations

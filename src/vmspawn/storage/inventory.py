@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What of disks there is in a running QEMU, read back through its monitor (HOTPLUG.md 9)."""
+"""What of disks there is in a running QEMU, read back through its monitor (docs/qemu.md, "What can be read back")."""
 
 from __future__ import annotations
 

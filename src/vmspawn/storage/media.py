@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Media of optical drives: in, out, and a tray that the guest may have locked (HOTPLUG.md 4)."""
+"""Media of optical drives: in, out, and a tray that the guest may have locked (docs/qemu.md, "Media")."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Another size for a disk that is in use (HOTPLUG.md 9): the image is grown, and the guest sees it at once."""
+"""Another size for a disk that is in use: the image is grown, and the guest sees it at once.
+
+What QEMU does then is in docs/qemu.md, "Block nodes and locks".
+"""
 
 from __future__ import annotations
 

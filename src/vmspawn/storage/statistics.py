@@ -26,7 +26,8 @@ class Statistics(NamedTuple):
 async def read(context: Context, attachments: Iterable[AttachedDisk]) -> dict[str, Statistics]:
     """The statistics of each disk, by name; one that is coming or going may be missing."""
     found: list[dict[str, Any]] = await context.monitor.execute("query-blockstats")
-    # virtio-blk is known by its path with a child behind it, the others by their id alone (HOTPLUG.md 9).
+    # virtio-blk is known by its path with a child behind it, the others by their id alone
+    # (docs/qemu.md, "What can be read back").
     by_device = {part: each["stats"] for each in found for part in each.get("qdev", "").split("/")}
     return {
         attachment.name: _statistics(by_device[attachment.identifiers.device])

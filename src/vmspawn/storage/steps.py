@@ -20,7 +20,8 @@ from .attached_disk import AttachedDisk
 from .context import Context
 from .qemu_objects import Part
 
-#: Seconds between requests to the guest to let a device go: early ones are lost in firmware (HOTPLUG.md 5), later ones
+#: Seconds between requests to the guest to let a device go: early ones are lost in firmware
+#: (docs/qemu.md, "Unplug"), later ones
 #: are harmless. The last one is repeated for ever.
 RETRY_INTERVALS = (1.0, 2.0, 4.0, 8.0)
 
@@ -235,7 +236,7 @@ async def _ask_until_gone(context: Context, attachment: AttachedDisk) -> None:
     removal = attachment.removal
     assert removal is not None
     while not attachment.gone.is_set():
-        # A request before the guest has ever run would be stuck until a reset (HOTPLUG.md, "The five", 4).
+        # A request before the guest has ever run would be stuck until a reset (docs/qemu.md, "Unplug").
         await first_of(context.run_state.has_run, attachment.gone)
         removal.requests += 1
         try:

@@ -14,7 +14,7 @@ from .image import FAULT, Image
 from .limits import Limits
 
 #: Seconds that QEMU may take to put another node under the pivot. It waits for the requests in flight, however long the
-#: host's storage takes for them (HOTPLUG.md 12), and answers nothing else meanwhile.
+#: host's storage takes for them (docs/qemu.md, "The pivot"), and answers nothing else meanwhile.
 REOPEN_TIMEOUT = 3600.0
 
 #: Bytes of the image that a disk stands on whose own is gone, where its size is not known.
