@@ -14,6 +14,7 @@ from typing import Any, cast
 import msgspec
 from asyncvarlink import VarlinkErrorReply
 
+from vmspawn.agent import protocol
 from vmspawn.control import connection
 from vmspawn.control.server import build_registry
 from vmspawn.images.detection import container_format
@@ -174,6 +175,21 @@ def _vhdx() -> bytes:
     return b"\1" + b"".join(part.ljust(size, b"\0") for part in (region, metadata, items))
 
 
+def agent(data: bytes) -> None:
+    """However a guest's stream is cut, the same messages are in it, and no more than one line is kept."""
+    if not data:
+        return
+    stream = data[1:]
+    cut = data[0] % (len(stream) + 1)
+    for make in (protocol.control_reader, protocol.status_reader):
+        whole = make().feed(stream)
+        reader = make()
+        assert reader.feed(stream[:cut]) + reader.feed(stream[cut:]) == whole
+        reader = make()
+        assert [each for byte in stream for each in reader.feed(bytes([byte]))] == whole
+        assert len(reader._partial) <= protocol.LINE_MAX
+
+
 # No method is called, so that there need not be a machine.
 _REGISTRY = build_registry(cast(Running, None))
 
@@ -213,6 +229,14 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b"\0" + bytes(64) + struct.pack("<IIII", 0xBEDA107F, 0x10001, 400, 4).ljust(512, b"\0"),
             _vhdx(),
             b"\0" + bytes(512) + b"conectix" + bytes(504),
+        ),
+    ),
+    "agent": (
+        agent,
+        (
+            b"\x04ready - 1 7 tty,resize ;\nrefused c1 17 id ;\nlost c1 ;\n",
+            b"\x05started 5 ;\nclosed stdin ;\nexit 0 1 2 ;\n",
+            b"\x06error 127 2 exec ;\nsignal 9 0 0 ;\n",
         ),
     ),
     "varlink": (

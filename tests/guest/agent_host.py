@@ -26,7 +26,7 @@ from vmspawn.guest.initramfs import Initramfs
 
 # Deadlines, not expectations: a boot takes two seconds, on a busy machine many times that.
 BOOT_SECONDS = 60.0
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 25.0
 
 #: Ports 0 and 1 are the console's.
 CONTROL_NUMBER, FIRST_NUMBER, PORTS = 2, 3, 256
@@ -125,6 +125,7 @@ class Command:
         self.numbers: dict[str, int] = {}
         self.status: list[StatusMessage | Malformed] = []
         self._reader = protocol.status_reader()
+        self._unread: dict[str, bytes] = {}
         for stream in protocol.ports(run):
             self.sockets[stream], self.numbers[stream] = machine.plug(self._id(stream), run.id, stream)
         for _ in self.sockets:
@@ -141,7 +142,7 @@ class Command:
         assert data, f"the status port is closed; there is {self.status}"
         self.status += self._reader.feed(data)
 
-    def wait(self, kind: type[_Found] | tuple[type[_Found], ...]) -> _Found:
+    def wait(self, kind: type[_Found]) -> _Found:
         """Wait for a message on the status port."""
         while True:
             for message in self.status:
@@ -151,22 +152,29 @@ class Command:
 
     def end(self) -> Exited | Signalled | Failed:
         """Wait for the command's end."""
-        return self.wait((Exited, Signalled, Failed))
+        while True:
+            for message in self.status:
+                if isinstance(message, Exited | Signalled | Failed):
+                    return message
+            self.read_status()
 
     def close_stdin(self) -> None:
         """The end of the command's input, once it runs."""
-        self.wait((protocol.Started, Failed))
+        while not any(isinstance(message, protocol.Started | Failed) for message in self.status):
+            self.read_status()
         self.sockets[protocol.STDIN].shutdown(socket.SHUT_WR)
 
     def read_until(self, what: bytes, stream: str = protocol.TTY) -> bytes:
-        """Read until something has come."""
-        found, port = b"", self.sockets[stream]
+        """Read until something has come; what is after it is for the next call."""
+        found, port = self._unread.pop(stream, b""), self.sockets[stream]
         while what not in found:
             assert select.select([port], [], [], ANSWER_SECONDS)[0], f"no {what!r}; there is {found!r}"
             data = port.recv(65536)
             assert data, f"closed before {what!r}; there is {found!r}"
             found += data
-        return found
+        end = found.index(what) + len(what)
+        self._unread[stream] = found[end:]
+        return found[:end]
 
     def communicate(self, data: bytes = b"") -> Completed:
         """Send all input, read all output, and unplug the ports."""
@@ -211,6 +219,8 @@ class Command:
             self.machine.monitor.command("chardev-remove", id=self._id(stream))
             port.close()
             self.machine.free.append(self.numbers[stream])
+        # So that the guest has heard of it: QEMU drops what finds no room in the queue of 32 messages about ports
+        self.machine.ping()
 
 
 class AgentMachine:
@@ -227,11 +237,14 @@ class AgentMachine:
         self.session = ""
         self.messages: list[ControlMessage | Malformed] = []
         self._stack = stack
+        self.control: socket.socket | None = None
         ours, theirs = socket.socketpair()
-        self.control, control_end = socket.socketpair()
-        stack.callback(lambda: self.control.close())
+        # Not a pair: the host can go and come again
+        self._path = folder / "control"
         port = f"virtserialport,id=control,name={protocol.CONTROL_PORT}"
-        with theirs, control_end:
+        with theirs, socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(self._path))
+            listening.listen(1)
             command = [
                 *(qemu, "-accel", "tcg", *MACHINES[architecture], "-m", "256"),
                 *("-nodefaults", "-display", "none", "-no-reboot"),
@@ -240,22 +253,39 @@ class AgentMachine:
                 *("-device", f"virtio-serial-pci,id=serial,max_ports={PORTS}"),
                 *("-chardev", f"file,id=console,path={self.console}"),
                 *("-device", "virtconsole,chardev=console,bus=serial.0,nr=0"),
-                *("-chardev", f"socket,id=control,fd={control_end.fileno()}"),
+                *("-chardev", f"socket,id=control,fd={listening.fileno()},server=on,wait=off"),
                 *("-device", f"{port},chardev=control,bus=serial.0,nr={CONTROL_NUMBER}"),
                 *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
                 *("-mon", "chardev=monitor,mode=control"),
             ]
-            descriptors = (theirs.fileno(), control_end.fileno())
+            descriptors = (theirs.fileno(), listening.fileno())
             self.process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
         stack.callback(self.process.wait)
         stack.callback(self.process.kill)
         stack.callback(ours.close)
         self.monitor = Monitor(ours)
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect to the control port, as a new manager would; hang up the connection that there was."""
+        if self.control is not None:
+            self.control.close()
+        self.messages.clear()
         self._reader = protocol.control_reader()
+        self.control = socket.socket(socket.AF_UNIX)
+        self._stack.callback(self.control.close)
+        self.control.settimeout(ANSWER_SECONDS)
+        self.control.connect(str(self._path))
+
+    def disconnect(self) -> None:
+        """Close the control port's connection."""
+        assert self.control is not None
+        self.control.close()
 
     def receive(self, kind: type[_Found], seconds: float = ANSWER_SECONDS) -> _Found:
         """Wait for a message on the control port; forget it and those before it."""
         deadline = time.monotonic() + seconds
+        assert self.control is not None
         while True:
             while self.messages:
                 message = self.messages.pop(0)
@@ -270,7 +300,7 @@ class AgentMachine:
 
     def send(self, data: bytes) -> None:
         """Send to the agent."""
-        self.control.settimeout(ANSWER_SECONDS)
+        assert self.control is not None
         self.control.sendall(data)
 
     def start_session(self) -> Ready:
@@ -280,6 +310,18 @@ class AgentMachine:
         while (ready := self.receive(Ready)).nonce != self.session:
             pass
         return ready
+
+    def ping(self) -> None:
+        """Wait for the agent to answer."""
+        nonce = f"p{next(self._ids)}"
+        self.send(protocol.ping(nonce))
+        assert self.control is not None
+        while protocol.Pong(nonce) not in self.messages:
+            assert select.select([self.control], [], [], ANSWER_SECONDS)[0], "the agent does not answer"
+            data = self.control.recv(65536)
+            assert data, "QEMU has closed the control port"
+            self.messages += self._reader.feed(data)
+        self.messages.remove(protocol.Pong(nonce))
 
     def plug(self, device: str, id: str, stream: str) -> tuple[socket.socket, int]:
         """Plug a port in: our end, and its number. The replies are for `plugged`."""

@@ -27,6 +27,7 @@ LAYERS = [
     "helpers",
     "host",
     "guest",
+    "agent",
     "images",
     "aio",
     "log",
@@ -35,7 +36,7 @@ LAYERS = [
     "version",
 ]
 #: These know nothing of each other.
-APART = {"qmp", "console", "host", "guest", "images"}
+APART = {"qmp", "console", "host", "guest", "agent", "images"}
 
 #: Modules that take long to load, and that neither command needs at its start.
 SLOW = {"asyncio", "asyncvarlink", "msgspec", "dataclasses", "subprocess", "hashlib", "pathlib", "inspect"}

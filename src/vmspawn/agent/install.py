@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How the agent gets into a guest with systemd: a unit, and credentials that bring both to an image that has neither.
+
+Credentials reach a service as files below `%d`, which cannot be executed; so the unit copies the agent to /run.
+systemd creates units from credentials since version 256.
+"""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+
+UNIT = "vmspawn-agent.service"
+
+#: The agent as a credential, and the unit, whose name has a meaning to systemd (systemd.system-credentials(7)).
+AGENT_CREDENTIAL = "vmspawn.agent"
+UNIT_CREDENTIAL = f"systemd.extra-unit.{UNIT}"
+
+#: Where whoever builds an image puts the agent.
+INSTALLED_PATH = "/usr/lib/vmspawn/vmspawn-agent"
+
+_RUN_PATH = "/run/vmspawn-agent"
+
+# It starts with the first devices; ports that come later are waited for. Commands outlive an agent that is killed, so
+# only the agent's own process is, and a command that is killed for its memory is not the service's failure.
+_UNIT = """\
+[Unit]
+Description=vmspawn agent
+DefaultDependencies=no
+After=systemd-tmpfiles-setup-dev.service systemd-remount-fs.service
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionVirtualization=vm
+StartLimitIntervalSec=0
+
+[Service]
+{start}
+Restart=always
+RestartSec=100ms
+KillMode=process
+OOMPolicy=continue
+Delegate=yes
+StandardInput=null
+IgnoreSIGPIPE=no
+"""
+
+_COPY = (
+    "ImportCredential={credential}\n"
+    "ExecStartPre=/bin/sh -c '"
+    'gzip -dc <"$$1/{credential}" >{path}.new && chmod 755 {path}.new && mv {path}.new {path}\' sh %d\n'
+    "ExecStart={path}"
+)
+
+_INSTALL = "\n[Install]\nWantedBy=sysinit.target\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What brings the agent to an image as it is: credentials, and kernel arguments that start the unit."""
+
+    credentials: dict[str, bytes]
+    kernel_arguments: tuple[str, ...]
+
+
+def installed_unit(path: str = INSTALLED_PATH) -> bytes:
+    """The unit for an image that has the agent at a path."""
+    return (_UNIT.format(start=f"ExecStart={path}") + _INSTALL).encode()
+
+
+def delivery(agent: bytes) -> Delivery:
+    """The credentials and kernel arguments that bring an agent. Compressed, it takes half the room in SMBIOS tables."""
+    start = _COPY.format(credential=AGENT_CREDENTIAL, path=_RUN_PATH)
+    return Delivery(
+        credentials={
+            AGENT_CREDENTIAL: gzip.compress(agent, mtime=0),
+            UNIT_CREDENTIAL: _UNIT.format(start=start).encode(),
+        },
+        kernel_arguments=(f"systemd.wants={UNIT}",),
+    )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The agent is compiled once, for the right architecture, and small; where it cannot be, the error says what to do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vmspawn.agent import build, install
+from vmspawn.errors import StartError
+
+
+def needs_a_compiler(architecture: str) -> None:
+    if not list(build.compilers(architecture)):
+        pytest.skip(f"there is no compiler for {architecture}")
+
+
+@pytest.mark.parametrize("architecture", sorted(build.MACHINES))
+def test_it_is_compiled_once(architecture: str, tmp_path: Path) -> None:
+    needs_a_compiler(architecture)
+    path = build.build(architecture, tmp_path)
+    assert build.unfit(path, architecture) == ""
+    assert path.stat().st_mode & 0o777 == 0o755
+    before = path.stat().st_mtime_ns
+    assert build.build(architecture, tmp_path) == path
+    assert path.stat().st_mtime_ns == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_needs_no_library(tmp_path: Path) -> None:
+    architecture = next((each for each in build.MACHINES if build.is_native(each)), None)
+    if architecture is None:
+        pytest.skip("there is no agent for this host's architecture")
+    needs_a_compiler(architecture)
+    content = build.build(architecture, tmp_path).read_bytes()
+    assert b"ld-linux" not in content
+    # Twice over base64, beside other credentials, in tables of 64 KiB
+    assert sum(map(len, install.delivery(content).credentials.values())) < 20_000
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="no agent for riscv64") as raised:
+        build.build("riscv64", tmp_path)
+    assert "x86_64" in raised.value.hint
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("false", "exit status 1"), ("/missing/cc", "No such file")])
+def test_without_a_compiler_that_works_the_error_says_why(
+    compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty") if compiler != "false" else str(_only(tmp_path, "false")))
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(StartError, match=reason) as raised:
+        build.build("x86_64", tmp_path / "out")
+    assert "CC=" in raised.value.hint
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def _only(folder: Path, name: str) -> Path:
+    path = folder / "bin"
+    path.mkdir()
+    (path / name).symlink_to(shutil.which(name) or name)
+    return path
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StartError, match="file"):
+        build.build("x86_64", tmp_path / "file" / "below")

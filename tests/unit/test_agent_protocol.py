@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The messages to the agent, read as it reads them, and those from it, whatever a guest sends."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmspawn.agent import protocol
+from vmspawn.agent.protocol import (
+    Exited,
+    Failed,
+    InputClosed,
+    Lost,
+    Malformed,
+    Pong,
+    Ready,
+    Refused,
+    Run,
+    Signalled,
+    Started,
+)
+from vmspawn.errors import UsageError
+
+TEXT = st.binary(max_size=40).filter(lambda value: b"\0" not in value)
+
+
+def words(message: bytes) -> list[bytes]:
+    """A message as the agent reads it."""
+    assert message.count(b"\n") == 1
+    assert message.endswith(b" ;\n")
+    found = []
+    for word in message[:-3].split(b" "):
+        pieces = word.split(b"%")
+        decoded = (
+            [pieces[0], *(bytes([int(piece[:2], 16)]) + piece[2:] for piece in pieces[1:])] if word != b"%" else []
+        )
+        found.append(b"".join(decoded))
+    return found
+
+
+@given(
+    arguments=st.lists(TEXT, max_size=8).filter(lambda found: not found or found[0] != b""),
+    environment=st.dictionaries(TEXT.filter(lambda name: name != b"" and b"=" not in name), TEXT, max_size=4),
+    directory=st.none() | TEXT.filter(bool),
+    user=st.none() | TEXT.filter(bool),
+    size=st.none() | st.tuples(st.integers(0, 65535), st.integers(0, 65535)),
+    stdin=st.booleans(),
+)
+def test_a_command_arrives_as_it_was_meant(
+    arguments: list[bytes],
+    environment: dict[bytes, bytes],
+    directory: bytes | None,
+    user: bytes | None,
+    size: tuple[int, int] | None,
+    stdin: bool,
+) -> None:
+    command = Run("c1", "s1", arguments, environment, directory, user, size, stdin)
+    head, options = words(protocol.run(command))[:3], words(protocol.run(command))[3:]
+    end = options.index(b"--")
+    assert head == [b"run", b"c1", b"s1"]
+    assert options[end + 1 :] == arguments
+    found = dict(option.partition(b"=")[::2] for option in options[:end] if not option.startswith(b"env="))
+    assert found.get(b"cwd") == directory
+    assert found.get(b"user") == user
+    assert found.get(b"tty") == (b"%d,%d" % size if size else None)
+    assert (b"stdin" in found) == (stdin and size is None)
+    variables = [option[4:].partition(b"=")[::2] for option in options[:end] if option.startswith(b"env=")]
+    assert dict(variables) == environment
+
+
+def test_messages_are_lines_of_words() -> None:
+    assert protocol.sync("n-1") == b"\nsync n-1 ;\n"
+    assert protocol.ping("2") == b"ping 2 ;\n"
+    assert protocol.resize("c", 24, 80) == b"resize c 24 80 ;\n"
+    assert protocol.signal("c", 15) == b"signal c 15 ;\n"
+    assert protocol.hang_up("c") == b"hangup c ;\n"
+    assert protocol.run(Run("c", "s", [b"echo", b"", b"a b;%\n"])) == b"run c s stdin -- echo % a%20b%3b%25%0a ;\n"
+
+
+def test_a_command_has_the_ports_that_it_needs() -> None:
+    assert protocol.ports(Run("c", "s")) == ("stdin", "stdout", "stderr", "status")
+    assert protocol.ports(Run("c", "s", stdin=False)) == ("stdout", "stderr", "status")
+    assert protocol.ports(Run("c", "s", size=(24, 80))) == ("tty", "status")
+    assert protocol.port_name("c", "stdin") == "io.vmspawn.exec.c.stdin"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Run("c", "s", [b"a\0b"]),
+        Run("c", "s", [b""]),
+        Run("c", "s", [b"a"], {b"A": b"\0"}),
+        Run("c", "s", [b"a"], {b"A=B": b""}),
+        Run("c", "s", [b"a"], {b"": b""}),
+        Run("c", "s", [b"a"], {b"%d" % number: b"" for number in range(1025)}),
+        Run("c", "s", [b"a"], user=b""),
+        Run("c", "s", [b"a"], directory=b""),
+        Run("c", "s", [b"a"], size=(-1, 80)),
+        Run("c", "s", [b"a"], size=(24, 65536)),
+        Run("c", "s", [b"a" * (128 * 1024)]),
+        Run("c", "s", [b"\n" * 120_000] * 2),
+        Run("c", "s", [b"a"] * 32768),
+    ],
+)
+def test_what_cannot_be_passed_on_is_refused(command: Run) -> None:
+    with pytest.raises(UsageError):
+        protocol.run(command)
+
+
+def test_a_hundred_kilobytes_of_anything_fit() -> None:
+    assert len(words(protocol.run(Run("c", "s", [b"\n" * 100_000])))[-1]) == 100_000
+
+
+@pytest.mark.parametrize("name", ["", "-", "-a", "A", "a b", "a" * 65, "ä", "a\n"])
+def test_names_are_checked(name: str) -> None:
+    with pytest.raises(ValueError, match="identifier"):
+        protocol.ping(name)
+
+
+@pytest.mark.parametrize("number", [0, 65, -1])
+def test_signals_are_checked(number: int) -> None:
+    with pytest.raises(UsageError):
+        protocol.signal("c", number)
+
+
+CONTROL = {
+    b"ready - 1 77 tty,resize ;\n": Ready(None, 1, 77, frozenset({"tty", "resize"})),
+    b"ready n-1 1 77 tty ;\n": Ready("n-1", 1, 77, frozenset({"tty"})),
+    b"pong x ;\n": Pong("x"),
+    b"refused - 74 message ;\n": Refused(None, 74, "message"),
+    b"refused c1 17 id ;\n": Refused("c1", 17, "id"),
+    b"lost c1 ;\n": Lost("c1"),
+}
+STATUS = {
+    b"started 5 ;\n": Started(5),
+    b"closed stdin ;\n": InputClosed(),
+    b"exit 255 0 18446744073709551615 ;\n": Exited(255, 0, 2**64 - 1),
+    b"signal 9 1 2 ;\n": Signalled(9, 1, 2),
+    b"error 127 2 exec ;\n": Failed(127, 2, "exec"),
+}
+
+
+def test_what_the_agent_sends_is_understood() -> None:
+    assert protocol.control_reader().feed(b"".join(CONTROL)) == list(CONTROL.values())
+    assert protocol.status_reader().feed(b"".join(STATUS)) == list(STATUS.values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"exit 0 0 0",
+        b"exit 0 0 ;",
+        b"exit 256 0 0 ;",
+        b"exit -1 0 0 ;",
+        b"exit 00 0 0 ;",
+        b"exit \xd9\xa1 0 0 ;",
+        b"exit 0 0 18446744073709551616 ;",
+        b"exit 0  0 0 ;",
+        b"signal 0 0 0 ;",
+        b"signal 65 0 0 ;",
+        b"error 1 2 exec ;",
+        b"error 125 2 \x1b[2J ;",
+        b"error 125 99999 exec ;",
+        b"started 99999999999 ;",
+        b"closed stdout ;",
+        b";",
+        b"\0",
+    ],
+)
+def test_what_is_no_message_is_malformed(line: bytes) -> None:
+    assert protocol.status_reader().feed(line + b"\nstarted 1 ;\n") == [Malformed(line), Started(1)]
+
+
+def test_a_long_line_is_malformed_once() -> None:
+    reader = protocol.status_reader()
+    found = [each for _ in range(1000) for each in reader.feed(b"x" * 100)]
+    assert found == [Malformed(b"x" * 80)]
+    assert reader.feed(b"x\nstarted 1 ;\n") == [Started(1)]
+
+
+@given(
+    stream=st.lists(
+        st.sampled_from([*CONTROL, b"\n", b"x" * 300, b"lost ", b"\xff"]) | st.binary(max_size=9), max_size=9
+    ),
+    cuts=st.lists(st.integers(0, 2000), max_size=6),
+)
+def test_how_a_stream_is_cut_does_not_matter(stream: list[bytes], cuts: list[int]) -> None:
+    data = b"".join(stream)
+    reader, found, start = protocol.control_reader(), [], 0
+    for end in [*sorted(cuts), len(data)]:
+        found += reader.feed(data[start:end])
+        start = max(start, end)
+    assert found == protocol.control_reader().feed(data)
