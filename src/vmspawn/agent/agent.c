@@ -668,12 +668,15 @@ static bool pump_is_empty(const struct pump *pump) {
         return pump->start == pump->end;
 }
 
-/* Which of the ends is waited for; a descriptor that is not waited for is left out, or its POLLHUP would never rest. */
+/*
+ * What is waited for: bytes, or room for them. That nobody takes bytes any more is of interest at all times. The source is
+ * left out while there are bytes to be written, or its POLLHUP would never rest.
+ */
 static void pump_wait(const struct pump *pump, struct pollfd poll[2]) {
         bool empty = pump_is_empty(pump);
 
         poll[0] = (struct pollfd) { .fd = empty ? pump->from : -1, .events = POLLIN };
-        poll[1] = (struct pollfd) { .fd = empty ? -1 : pump->to, .events = POLLOUT };
+        poll[1] = (struct pollfd) { .fd = pump->to, .events = empty ? 0 : POLLOUT };
 }
 
 static void pump_read(struct pump *pump) {
@@ -981,7 +984,7 @@ static void handle_pumps(struct supervisor *supervisor, const struct pollfd *pol
                         taken = pump_write(&pumps[i]);
                 else if (readable != 0)
                         pump_read(&pumps[i]);
-                if (i == STDIN && !taken && supervisor->terminal < 0)
+                if (i == STDIN && !taken && supervisor->terminal < 0 && supervisor->command > 0)
                         report_closed(supervisor);
         }
 }
@@ -1032,9 +1035,9 @@ static void serve(struct supervisor *supervisor) {
                         handle_failure(supervisor);
                 if (polls[7].revents != 0)
                         handle_order(supervisor);
-                handle_pumps(supervisor, polls);
                 if (polls[6].revents != 0)
                         handle_signals(supervisor);
+                handle_pumps(supervisor, polls);
         }
 }
 
