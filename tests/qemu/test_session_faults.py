@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
+import socket
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -104,20 +104,77 @@ def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
     honest.close()
 
 
-def test_a_client_that_does_not_read_is_cut_off_alone(both: Shared) -> None:
-    """At its bound, while another is served; what was kept for it is let go."""
+def test_a_client_that_does_not_read_is_held_back_alone(both: Shared) -> None:
+    """No more of its commands are taken, while another is served; when it reads, it gets all that it asked for."""
     _, server = both
     stalled = server.open().negotiate()
     honest = server.open().negotiate()
-    (session,) = [each for each in server.sessions() if each.bytes_out and each is server.sessions()[0]]
-    stalled.socket.setblocking(False)
-    schema = b'{"execute":"query-qmp-schema"}'
-    while session in server.sessions():
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            stalled.socket.send(schema)
+    session = server.sessions()[0]
+    count = 60
+    stalled.send(b'{"execute":"query-qmp-schema"}' * count)
+    wait_until(lambda: session.unread > limits.OUTPUT_HELD, "the bound of what it leaves unread")
+    for _ in range(50):
         assert honest.execute(QUERY)["id"] == "x"
-        assert session.unread <= limits.OUTPUT_SIZE + (1 << 20)
+        assert session.unread < limits.OUTPUT_HELD + (1 << 20)
+    assert session.commands < count
+    replies = [stalled.line() for _ in range(count)]
+    assert set(replies) == {replies[0]}
+    assert b"return" in replies[0]
+    assert stalled.execute(QUERY)["id"] == "x"
+    stalled.close()
+    honest.close()
+
+
+@pytest.mark.parametrize("who", ["native", "session"])
+@pytest.mark.parametrize("command", [b'{"execute":"query-qmp-schema"}', b'{"execute":"query-version","id":"xyz"}'])
+def test_a_client_may_write_everything_before_it_reads(both: Shared, who: str, command: bytes) -> None:
+    """More than the socket holds, and replies for more than the session keeps: all is answered, as by QEMU itself."""
+    machine, server = both
+    client = machine.native(2) if who == "native" else server.open()
+    client.negotiate()
+    count = 60 if b"schema" in command else 15_000
+    client.send(command * count)
+    replies = [client.line() for _ in range(count)]
+    assert set(replies) == {replies[0]}
+    assert b"return" in replies[0]
+    client.close()
+
+
+def test_a_client_that_has_sent_its_last_may_read_as_late_as_it_likes(
+    both: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline is for those whom QEMU has left, not for a client that pauses."""
+    monkeypatch.setattr(limits, "DRAIN_TIMEOUT", 0.0)
+    _, server = both
+    client = server.open().negotiate()
+    (session,) = server.sessions()
+    client.send(b'{"execute":"query-qmp-schema"}' * 4)
+    client.socket.shutdown(socket.SHUT_WR)
+    wait_until(lambda: session.commands == 4 and not session.queued, "the last reply")
+    assert session.unread
+    assert len([client.line() for _ in range(4)]) == 4
+    assert client.at_end()
+    client.close()
+
+
+def test_a_client_that_reads_no_events_is_cut_off_alone(both: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its bound, while another is served; what was kept for it is let go."""
+    # With the usual bound it would take QEMU a minute to make so many events.
+    monkeypatch.setattr(limits, "OUTPUT_SIZE", 1 << 18)
+    _, server = both
+    stalled = server.open().negotiate()
+    honest = server.open().negotiate()
+    (session, _other) = server.sessions()
+    name = "j" * (limits.BULK_SIZE - 200)
+    options = {"driver": "file", "filename": "/nonexistent/image", "size": 1}
+    while session in server.sessions():
+        assert session.unread <= limits.OUTPUT_SIZE + (1 << 16)
+        # Each event of a job carries its name.
+        honest.run("blockdev-create", job_id=name, options=options)
+        while honest.run("job-dismiss", id=name) != {"return": {}}:
+            pass
     assert session.bytes_out > limits.OUTPUT_SIZE
+    assert honest.execute(QUERY)["id"] == "x"
     stalled.close()
     honest.close()
 

@@ -1,10 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Listening sockets that only their owner may connect to."""
+"""Unix sockets: listen so that only the owner may connect, check who has connected, notice that a peer hung up.
+
+This module is on the start path and imports next to nothing.
+"""
 
 from __future__ import annotations
 
 import os
+import select
 import socket
+from array import array
+from typing import NamedTuple
+
+
+class Credentials(NamedTuple):
+    """The process at the other end, as it was when it connected or listened (unix(7), SO_PEERCRED).
+
+    `pid` is 0 if the process is in another PID namespace.
+    """
+
+    pid: int
+    uid: int
+    gid: int
 
 
 def listen(address: str, backlog: int) -> socket.socket:
@@ -19,3 +36,24 @@ def listen(address: str, backlog: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def credentials(connected: socket.socket) -> Credentials:
+    """Return the credentials of a unix socket's peer. Raises OSError if it is no unix socket."""
+    found = array("I", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 3 * array("I").itemsize))
+    return Credentials(*found)
+
+
+def is_allowed(connected: socket.socket) -> bool:
+    """Whether the peer belonged to root or to our own user: whom we serve, whatever the modes of files let through."""
+    return credentials(connected).uid in (0, os.geteuid())
+
+
+def has_hung_up(connected: socket.socket) -> bool:
+    """Whether the peer has closed both directions; one that only sends no more may still read."""
+    poll = select.poll()
+    try:
+        poll.register(connected, 0)
+        return any(event & select.POLLHUP for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return True

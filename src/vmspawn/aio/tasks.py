@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Work that goes on to its end whoever asked for it, and is cancelled when QEMU is gone."""
+"""Run work in the background that outlives its caller, and cancel it when QEMU is gone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tasks:
         """Begin, and keep the task until it is done."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._on_done)
         return task
 
     async def run(self, work: Coroutine[Any, Any, _T], doing: str, *, timeout: float, hint: str) -> _T:
@@ -40,9 +40,9 @@ class Tasks:
             raise NotConnected("the machine ended")
         return task.result()
 
-    def _finished(self, task: asyncio.Task[Any]) -> None:
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        # That QEMU ended meanwhile is told elsewhere; looking at the error keeps asyncio from logging it.
+        # The manager reports the end of QEMU elsewhere; reading the error keeps asyncio from logging it.
         if not task.cancelled():
             task.exception()
 

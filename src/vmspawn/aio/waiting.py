@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waiting for events with a deadline, where that it passes is no error."""
+"""Wait for events with a deadline; that it passes is no error."""
 
 from __future__ import annotations
 

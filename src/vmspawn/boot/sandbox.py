@@ -8,6 +8,8 @@ any case: what a machine needs beside it is started by us.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from .config import MachineConfig
 from .qemu import QemuBinary
 
@@ -22,3 +24,13 @@ def sandbox(binary: QemuBinary, config: MachineConfig) -> list[str]:
     if not binary.sandbox or "-sandbox" in config.qemu_arguments:
         return []
     return ["-sandbox", _WITH_WINDOW if config.console == "gui" else _STRICT]
+
+
+def may_start_programs(pid: int) -> bool:
+    """Whether a running QEMU's sandbox lets it start programs; read from its command line, whoever wrote that."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+    except OSError:
+        return True
+    return not any(b"spawn=deny" in value.split(b",") for word, value in pairwise(words) if word == b"-sandbox")

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of the console's socket: sees the console, and what it sends is typed."""
+"""Serve a client of the console's socket: show it the output, and type what it sends."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import select
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from ..aio.writer import Outlet
-
-if TYPE_CHECKING:
-    from .hub import Console
+from ..aio.sockets import has_hung_up
+from ..aio.writer import Writer
 
 #: Bytes that a client may leave unread, beside those in its socket, before the console waits for it.
 UNREAD_MAX = 256 * 1024
@@ -26,15 +21,25 @@ _RECEIVE_SIZE = 65536
 
 
 class ConsoleClient:
-    """One connection. Owns the socket; `gone` is called once when it is closed."""
+    """One connection. Owns the socket."""
 
-    def __init__(self, connected: socket.socket, console: Console, gone: Callable[[ConsoleClient], None]) -> None:
+    def __init__(
+        self,
+        connected: socket.socket,
+        *,
+        on_input: Callable[[bytes, Callable[[], None]], None],
+        on_room: Callable[[], None],
+        on_closed: Callable[[ConsoleClient], None],
+    ) -> None:
+        """`on_input` gets what the client typed, and calls back when there is room for more; `on_room` is called when
+        the client has read everything, `on_closed` once when the connection is closed."""
         connected.setblocking(False)
         self._socket: socket.socket | None = connected
-        self._console = console
-        self._gone = gone
+        self._on_input = on_input
+        self._on_room = on_room
+        self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
-        self._outlet = Outlet(connected.fileno(), connected.send, on_empty=self._caught_up, on_lost=self._lost)
+        self._writer = Writer.of_socket(connected, on_empty=self._on_empty, on_lost=lambda _: self.close())
         self._finishing = False
         self._stall: asyncio.TimerHandle | None = None
         self._loop.add_reader(connected, self._readable)
@@ -42,21 +47,21 @@ class ConsoleClient:
     @property
     def full(self) -> bool:
         """Whether the console has to wait for this client."""
-        return self._outlet.pending > UNREAD_MAX
+        return self._writer.pending > UNREAD_MAX
 
     def show(self, data: bytes) -> None:
         """Send output."""
-        self._outlet.put(data)
+        self._writer.write(data)
         if self.full and self._stall is None:
-            self._watch(self._outlet.written)
+            self._watch(self._writer.written)
 
     def finish(self) -> None:
         """Close once everything has been sent."""
         self._finishing = True
-        if not self._outlet.pending:
+        if not self._writer.pending:
             self.close()
         elif self._stall is None:
-            self._watch(self._outlet.written)
+            self._watch(self._writer.written)
 
     def close(self) -> None:
         """Disconnect at once. May be called again."""
@@ -64,21 +69,17 @@ class ConsoleClient:
             return
         if self._stall is not None:
             self._stall.cancel()
-        self._outlet.close()
+        self._writer.close()
         self._loop.remove_reader(self._socket)
         self._socket.close()
         self._socket = None
-        self._gone(self)
-        self._console.detach(self)
+        self._on_closed(self)
 
-    def _lost(self, _error: OSError) -> None:
-        self.close()
-
-    def _caught_up(self) -> None:
+    def _on_empty(self) -> None:
         if self._finishing:
             self.close()
         else:
-            self._console.viewer_has_room()
+            self._on_room()
 
     def _watch(self, written: int) -> None:
         """Look again in a while whether the client has taken anything since."""
@@ -88,10 +89,10 @@ class ConsoleClient:
         self._stall = None
         if not self.full and not self._finishing:
             return
-        if self._outlet.written == before:
+        if self._writer.written == before:
             self.close()
         else:
-            self._watch(self._outlet.written)
+            self._watch(self._writer.written)
 
     def _readable(self) -> None:
         assert self._socket is not None
@@ -104,20 +105,10 @@ class ConsoleClient:
             return
         self._loop.remove_reader(self._socket)
         if data:
-            self._console.type(data)
-            self._console.when_input_has_room(self._go_on)
-        elif self._hung_up():
+            self._on_input(data, self._go_on)
+        elif has_hung_up(self._socket):
             self.close()
 
     def _go_on(self) -> None:
         if self._socket is not None:
             self._loop.add_reader(self._socket, self._readable)
-
-    def _hung_up(self) -> bool:
-        """Whether the client is gone altogether; one that only sends no more still wants to see."""
-        poll = select.poll()
-        with contextlib.suppress(OSError):
-            assert self._socket is not None
-            poll.register(self._socket, 0)
-            return any(event & select.POLLHUP for _, event in poll.poll(0))
-        return True

@@ -15,8 +15,8 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from ..aio.peers import is_allowed
-from ..aio.writer import Outlet
+from ..aio.sockets import is_allowed
+from ..aio.writer import Writer
 from .client import ConsoleClient
 from .unread import Log
 
@@ -71,7 +71,7 @@ class Console:
         self._log = log
         self._replay = bytearray(unread)
         self._replay_max = max(REPLAY_MAX, len(unread))
-        self._input = Outlet(typed, functools.partial(os.write, typed), on_empty=self._input_empty)
+        self._input = Writer(typed, functools.partial(os.write, typed), on_empty=self._on_input_empty)
         self._waiting_for_room: list[Callable[[], None]] = []
         self._reading = False
         #: Set when QEMU's end is closed and every viewer has seen everything, or is gone.
@@ -112,7 +112,7 @@ class Console:
     def type(self, data: bytes) -> None:
         """Send input to the guest. Everything that is given is kept until the guest takes it."""
         if self._source is not None:
-            self._input.put(data)
+            self._input.write(data)
 
     def when_input_has_room(self, callback: Callable[[], None]) -> None:
         """Call back once when less than INPUT_MAX is waiting; at once where that is so now."""
@@ -121,7 +121,7 @@ class Console:
         else:
             self._waiting_for_room.append(callback)
 
-    def _input_empty(self) -> None:
+    def _on_input_empty(self) -> None:
         waiting, self._waiting_for_room = self._waiting_for_room, []
         for callback in waiting:
             callback()
@@ -181,9 +181,19 @@ class Console:
         if len(self._clients) >= CLIENTS_MAX or not is_allowed(connected):
             connected.close()
             return
-        client = ConsoleClient(connected, self, gone=self._clients.discard)
+        client = ConsoleClient(
+            connected, on_input=self._on_client_input, on_room=self.viewer_has_room, on_closed=self._on_client_closed
+        )
         self._clients.add(client)
         self.attach(client)
+
+    def _on_client_input(self, data: bytes, go_on: Callable[[], None]) -> None:
+        self.type(data)
+        self.when_input_has_room(go_on)
+
+    def _on_client_closed(self, client: ConsoleClient) -> None:
+        self._clients.discard(client)
+        self.detach(client)
 
     def close(self) -> None:
         """Let every viewer go and close the sockets."""

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..aio.writer import Outlet
+from ..aio.writer import Writer
 from .streams import Output
 from .terminal import Screen
 
@@ -32,45 +32,45 @@ class OutputViewer:
         self._failed = failed
         self._screen = screen
         self._output = Output(fd)
-        self._outlet = Outlet(self._output.fd, self._output.write, on_empty=self._caught_up, on_lost=self._lost)
+        self._writer = Writer(self._output.fd, self._output.write, on_empty=self._on_empty, on_lost=self._on_lost)
         self._finishing = False
 
     @property
     def full(self) -> bool:
         """Whether something has still to be written."""
-        return self._outlet.pending > 0
+        return self._writer.pending > 0
 
     def show(self, data: bytes) -> None:
         """Write output."""
         if self._screen is not None:
             self._screen.show(data)
-        self._outlet.put(data)
+        self._writer.write(data)
 
     def finish(self) -> None:
         """Detach once everything has been written."""
         self._finishing = True
-        if not self._outlet.pending:
+        if not self._writer.pending:
             self._console.detach(self)
 
     def write_last(self, data: bytes) -> None:
         """Write what must stand at the end, if it can be written at once; nobody waits for it."""
-        if self._output.fd >= 0 and not self._outlet.pending:
+        if self._output.fd >= 0 and not self._writer.pending:
             with contextlib.suppress(OSError):
                 self._output.write(data)
 
     def close(self) -> None:
         """Show no more. May be called again."""
-        self._outlet.close()
+        self._writer.close()
         self._output.close()
         self._console.detach(self)
 
-    def _lost(self, error: OSError) -> None:
+    def _on_lost(self, error: OSError) -> None:
         self._console.detach(self)
         # A reader that has gone knows that himself.
         if stat.S_ISREG(os.fstat(self._output.fd).st_mode):
             self._failed(error)
 
-    def _caught_up(self) -> None:
+    def _on_empty(self) -> None:
         if self._finishing:
             self._console.detach(self)
         else:

@@ -9,10 +9,8 @@ the socket, so that descriptors are matched with their message, and what follows
 import asyncio
 import contextlib
 import os
-import select
 import socket
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any
@@ -30,6 +28,8 @@ from asyncvarlink import (
 from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
 from asyncvarlink.serviceerrors import InvalidParameter, MethodNotImplemented
 
+from ..aio.sockets import has_hung_up
+from ..aio.writer import Writer
 from ..errors import VmspawnError
 from .errors import host_failure, to_reply
 from .upgrade import Taker, upgrader
@@ -68,26 +68,26 @@ class _Descriptors(FileDescriptorArray):
 
 
 class Connection:
-    """A client's connection. Owns the socket; `closed` is called once when it is gone."""
+    """A client's connection. Owns the socket; `on_closed` is called once when it is gone."""
 
     def __init__(
         self,
         client: socket.socket,
         registry: VarlinkInterfaceRegistry,
-        closed: Callable[["Connection"], None],
+        on_closed: Callable[["Connection"], None],
         *,
-        failed: Callable[[str], None] = lambda _: None,
+        on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._failed = failed
+        """`on_failed` is told of each call that is answered with an error of ours."""
+        self._on_failed = on_failed
         client.setblocking(False)
         self._socket: socket.socket | None = client
         self._registry = registry
-        self._closed = closed
+        self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._message = bytearray()
         self._descriptors: list[int] = []
-        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._unsent_bytes = 0
+        self._writer = Writer.of_socket(client, on_empty=self._on_sent, on_lost=lambda _: self.close())
         self._call: asyncio.Task[None] | None = None
         self._streaming = False
         # Who takes the socket over once everything has been sent.
@@ -113,16 +113,13 @@ class Connection:
         if self._socket is None:
             return
         self._stop_reading()
-        self._loop.remove_writer(self._socket)
+        self._writer.close()
         self._socket.close()
         self._socket = None
         self._drop_descriptors()
-        for _, fds in self._unsent:
-            _close_all(fds)
-        self._unsent.clear()
         if self._call is not None and self._streaming:
             self._call.cancel()
-        self._closed(self)
+        self._on_closed(self)
 
     # Reading.
 
@@ -160,9 +157,7 @@ class Connection:
         assert self._socket is not None
         self._ended = True
         self._stop_reading()
-        poll = select.poll()
-        poll.register(self._socket, 0)
-        if (self._call is None and not self._unsent) or any(event & select.POLLHUP for _, event in poll.poll(0)):
+        if (self._call is None and not self._writer.pending) or has_hung_up(self._socket):
             raise _Closed
 
     def _receive(self) -> bytes | None:
@@ -180,7 +175,7 @@ class Connection:
         self._descriptors += fds
         self._message += data
         if flags & socket.MSG_CTRUNC:
-            self._failed("a client's descriptors are lost, for the manager may have no more open files")
+            self._on_failed("a client's descriptors are lost, for the manager may have no more open files")
             raise _Closed
         if len(self._message) > MESSAGE_MAX or len(self._descriptors) > DESCRIPTORS_MAX:
             raise _Closed
@@ -283,7 +278,7 @@ class Connection:
         connected, self._socket = self._socket, None
         assert connected is not None
         assert self._taker is not None
-        self._closed(self)
+        self._on_closed(self)
         self._taker(connected)
 
     def _call_done(self, task: asyncio.Task[None]) -> None:
@@ -291,7 +286,7 @@ class Connection:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._loop.call_exception_handler({"message": "a Varlink method failed", "exception": error})
             self.close()
-        elif not self._unsent:
+        elif not self._writer.pending:
             self._go_on()
 
     def _go_on(self) -> None:
@@ -308,7 +303,7 @@ class Connection:
         if isinstance(error, OSError):
             error = host_failure(error)
         if isinstance(error, VmspawnError):
-            self._failed(f"{call.method.rpartition('.')[2]}: {error}")
+            self._on_failed(f"{call.method.rpartition('.')[2]}: {error}")
         reply = to_reply(error, call.method_interface) if isinstance(error, VmspawnError) else error
         if not call.oneway:
             self._send(reply.tojson())
@@ -334,33 +329,16 @@ class Connection:
         if self._socket is None:
             _close_all(fds)
             return
-        self._unsent.append((data, fds))
-        self._unsent_bytes += len(data)
-        if len(self._unsent) == 1:
-            self._writable()
-        if self._unsent_bytes > UNSENT_MAX:
+        self._writer.write_message(data, fds, on_begun=lambda: _close_all(fds))
+        if self._writer.pending > UNSENT_MAX:
             self.close()
+        elif self._writer.pending:
+            self._stop_reading()
+        else:
+            self._on_sent()
 
-    def _writable(self) -> None:
-        assert self._socket is not None
-        while self._unsent:
-            data, fds = self._unsent[0]
-            try:
-                sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
-            except BlockingIOError:
-                self._stop_reading()
-                self._loop.add_writer(self._socket, self._writable)
-                return
-            except OSError:
-                self.close()
-                return
-            _close_all(fds)
-            self._unsent_bytes -= sent
-            if sent < len(data):
-                self._unsent[0] = (data[sent:], ())
-            else:
-                self._unsent.popleft()
-        self._loop.remove_writer(self._socket)
+    def _on_sent(self) -> None:
+        """Nothing waits to be sent."""
         if self._call is None:
             self._go_on()
 

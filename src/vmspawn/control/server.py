@@ -9,8 +9,7 @@ from collections.abc import Callable
 from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
-from ..aio.peers import is_allowed
-from ..aio.sockets import listen
+from ..aio.sockets import is_allowed, listen
 from ..host.runtime import CONTROL, MachineDirectory
 from ..machine.running import Running
 from ..version import VERSION
@@ -49,10 +48,10 @@ class ControlServer:
         directory: MachineDirectory,
         registry: VarlinkInterfaceRegistry,
         *,
-        failed: Callable[[str], None] = lambda _: None,
+        on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`failed` is told of each call that is answered with an error of ours."""
-        self._failed = failed
+        """`on_failed` is told of each call that is answered with an error of ours."""
+        self._on_failed = on_failed
         self._registry = registry
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
@@ -96,7 +95,7 @@ class ControlServer:
             return
         if len(self._connections) >= CONNECTIONS_MAX:
             self._make_room()
-        self._connections.add(Connection(client, self._registry, self._connections.discard, failed=self._failed))
+        self._connections.add(Connection(client, self._registry, self._connections.discard, on_failed=self._on_failed))
 
     def _make_room(self) -> None:
         idle = [each for each in self._connections if not each.busy] or list(self._connections)

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable, Iterator
 
 from ..aio import sockets
-from ..aio.peers import is_allowed
 from ..errors import NotConnected, StartError, VmspawnError
 from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.share.multiplexer import Multiplexer
@@ -84,7 +83,7 @@ def _accept(listener: socket.socket, multiplexer: Multiplexer) -> None:
         client, _ = listener.accept()
     except OSError:
         return
-    if not is_allowed(client):
+    if not sockets.is_allowed(client):
         client.close()
         return
     with contextlib.suppress(VmspawnError):

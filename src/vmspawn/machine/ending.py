@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from ..qmp.events import Event, EventStream
 
 #: The last event of every machine: `reason`, `message` and `clean` of its End.
 MACHINE_ENDED = "MachineEnded"
+
+#: What SIGSYS means.
+_SANDBOXED = "its sandbox forbids what it tried, such as starting a program (-sandbox)"
 
 #: QEMU's ShutdownCause (qapi/run-state.json) in words, and whether that is what somebody wanted.
 _CAUSES = {
@@ -44,6 +48,8 @@ class End(NamedTuple):
             # QEMU is not our child if another manager started it, so nobody tells.
             return cls("unknown", "QEMU ended without a word, and why is not known", False)
         if process.status not in (0, None) or not cause:
+            if process.status == -signal.SIGSYS:
+                return cls("qemu-died", f"QEMU {process.describe_end()}: {_SANDBOXED}", False)
             last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
             return cls("qemu-died", f"QEMU {process.describe_end()}" + (f": {last}" if last else ""), False)
         message, clean = _CAUSES.get(cause, (f"the machine ended ({cause})", True))

@@ -9,7 +9,8 @@ from ..boot.started import Launched, SharedConsole, Started
 from ..boot.state import SavedSessions, State, damaged
 from ..console.unread import take
 from ..host.runtime import MachineDirectory
-from ..qmp.monitor import GREETING_TIMEOUT, Monitor
+from ..qmp.limits import GREETING_TIMEOUT
+from ..qmp.monitor import Monitor
 from ..storage.attached_disk import AttachedDisk
 from ..storage.hotplug import Storage
 from .sessions import Sessions

@@ -92,7 +92,9 @@ class Running:
             self._run_state = RunState(self.monitor)
             #: The machine's disks.
             self.storage = Storage(self.monitor, self._run_state, started.layout, journal=self._save_state)
-            self._sessions = Sessions(started.monitors, self._origin.sessions, self._save_state, self._transcript)
+            self._sessions = Sessions(
+                started.monitors, self._origin.sessions, self._save_state, self._transcript, pid=started.pid
+            )
             qemu = SavedQemu(started.pid, self._process.started, started.accelerator)
             self._state_file = StateFile(self.directory, self.config, started.binary, qemu, started.helpers)
             self._origin.enter_disks(self.storage)

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from ..boot.sandbox import may_start_programs
 from ..boot.started import Monitors
 from ..boot.state import SavedSessions
 
@@ -20,7 +21,7 @@ class Sessions:
     """Shares two of QEMU's monitors among clients. Owns the monitors' sockets, from the first client or `close` on.
 
     `journal` is called when `saved` has changed, and must have saved it when it returns. `before` is what the sessions
-    of another manager may have left in QEMU.
+    of another manager may have left in QEMU, whose process is `pid`.
     """
 
     def __init__(
@@ -29,7 +30,10 @@ class Sessions:
         before: SavedSessions,
         journal: Callable[[], None],
         transcript: Transcript | None = None,
+        *,
+        pid: int,
     ) -> None:
+        self._pid = pid
         self._transcript = transcript
         self._monitors = monitors
         self._journal = journal
@@ -76,6 +80,7 @@ class Sessions:
             on_lost=lambda _: None,
             on_names=self._journal,
             transcript=self._transcript,
+            may_spawn=may_start_programs(self._pid),
         )
         try:
             await multiplexer.start()

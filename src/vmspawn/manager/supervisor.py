@@ -97,7 +97,7 @@ class _Supervision:
         Signals(self._shutdown, self._front).listen()
         heartbeat = Heartbeat(self._notifier)
         closing.callback(heartbeat.end)
-        server = ControlServer(machine.directory, build_registry(machine), failed=machine.failed)
+        server = ControlServer(machine.directory, build_registry(machine), on_failed=machine.failed)
         # After the machine's end: a client that waits for the end of its connection finds nothing left of the machine.
         closing.callback(server.close)
         closing.push_async_callback(machine.end)

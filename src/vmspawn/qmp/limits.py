@@ -26,13 +26,21 @@ MESSAGES_PER_TURN = 16
 #: usual message needs none.
 STEPS_PER_TURN = 200
 
-#: Bytes that wait for a client that does not read. QEMU would keep them without bound; we cut the client off when
-#: another message comes and this much is waiting. About 40 replies to query-qmp-schema.
+#: Bytes that may wait unread by a client before no more of its commands are taken. QEMU would go on and keep the
+#: replies without bound. About 5 replies to query-qmp-schema.
+OUTPUT_HELD = 1 << 20
+
+#: Bytes that wait for a client that does not read at all: only events, which cannot be held back, come this far. The
+#: client is cut off when another message comes and this much is waiting.
 OUTPUT_SIZE = 8 << 20
 
 #: Bytes read ahead from a client while its command runs. QEMU itself reads nothing then; a little saves a turn of the
 #: event loop between pipelined commands, and lets us hear that the client has gone.
 READ_AHEAD = RECEIVE_SIZE
+
+#: Bytes read ahead from a client whose commands are not taken because it does not read. Many programs write everything
+#: before they read the first reply, and QEMU serves them; with less they would wait for us and we for them.
+INPUT_HELD = 1 << 20
 
 #: In-band commands that wait in a client's queue once it has enabled `oob`, the running one not counted. QEMU's own
 #: number (monitor/monitor-internal.h, QMP_REQ_QUEUE_LEN_MAX): with that many waiting it stops reading, and an
@@ -51,7 +59,8 @@ BULK_SIZE = 16 << 10
 #: Sessions open at once. An event is sent to each of them, at some 10 us a session.
 SESSIONS = 1024
 
-#: Seconds for QEMU's greeting and for its answer to the negotiation. QEMU answers at once, unless it still starts.
+#: Seconds for QEMU's greeting and for its answer to the negotiation. QEMU greets 0.05 s after it was started; a monitor
+#: that stays silent belongs to another program, for QEMU serves one client a socket.
 GREETING_TIMEOUT = 15.0
 
 #: Seconds in which what is queued for a client must leave once QEMU has gone, and in which QEMU must have undone what

@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ..aio.writer import Message, Writer
 from ..errors import NotConnected, QmpError, Timeout
 from .events import Event, EventStream
+from .limits import GREETING_TIMEOUT
 from .transcript import Transcript
-
-#: Seconds for QEMU's greeting. It answers 0.05 s after it was started; a monitor that stays silent belongs to somebody
-#: else, for QEMU serves one client a socket.
-GREETING_TIMEOUT = 15.0
 
 #: Seconds for the reply to a command of the manager's. All of them are quick; a QEMU that takes longer hangs, and
 #: whoever waits for us should hear that before they lose patience (sd-varlink's clients do after 45 s).
@@ -42,7 +40,7 @@ class Command(NamedTuple):
     fds: Sequence[int] = ()
 
 
-class _Message(msgspec.Struct):
+class _Received(msgspec.Struct):
     """All that a monitor can send, as one shape (docs/interop/qmp-spec.rst)."""
 
     QMP: dict[str, Any] | None = None
@@ -53,17 +51,6 @@ class _Message(msgspec.Struct):
     event: str | None = None
     data: dict[str, Any] | None = None
     timestamp: dict[str, int] | None = None
-
-
-class _Outgoing:
-    """What one sendmsg takes, or is left of it: commands in JSON, and descriptors."""
-
-    __slots__ = ("begun", "data", "fds")
-
-    def __init__(self, data: bytes, fds: Sequence[int]) -> None:
-        self.data = data
-        self.fds = fds
-        self.begun = False
 
 
 class _Replies:
@@ -85,11 +72,23 @@ class _Replies:
 
 
 class _Pending(NamedTuple):
-    """A command that waits for its reply, the message that it is in, and where the reply goes."""
+    """A command that waits for its reply, the batch that it was sent with, and where the reply goes."""
 
     command: str
-    message: _Outgoing
+    batch: _Batch
     replies: _Replies
+
+
+class _Batch:
+    """Commands that go to QEMU in one message, with descriptors for one of them."""
+
+    __slots__ = ("data", "fds", "message")
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self.data = b""
+        self.fds = fds
+        #: The message in the write queue, once it is there.
+        self.message: Message | None = None
 
 
 class Monitor:
@@ -105,12 +104,12 @@ class Monitor:
         self._buffer = bytearray()
         self._transcript = transcript
         self._name = name
-        self._decoder = msgspec.json.Decoder(_Message)
+        self._decoder = msgspec.json.Decoder(_Received)
         self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._negotiated = asyncio.Event()
         # The commands that wait for their replies, in the order in which they were sent.
         self._pending: deque[_Pending] = deque()
-        self._outgoing: deque[_Outgoing] = deque()
+        self._writer = Writer.of_socket(connected, on_lost=self._on_lost)
         self._streams: set[EventStream] = set()
         self._listeners: list[Callable[[Event], None]] = []
         self._witnesses: list[Callable[[Event], None]] = []
@@ -199,7 +198,7 @@ class Monitor:
         if self._socket is None:
             return
         self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
+        self._writer.close()
         self._socket.close()
         self._socket = None
         self._lost = why
@@ -210,7 +209,6 @@ class Monitor:
                 future.set_exception(error)
                 future.exception()  # nobody may be waiting; that is no reason to log it
         self._pending.clear()
-        self._outgoing.clear()
         self._negotiated.set()  # whoever waits for it finds the connection lost
         for stream in tuple(self._streams):
             stream.close()
@@ -226,55 +224,34 @@ class Monitor:
             return []
         sent = (*commands, *behind)
         encoded = [_encode(command, members) for command in sent]
-        messages: list[_Outgoing] = []
+        batches: list[_Batch] = []
         replies = _Replies(len(commands), self._loop.create_future())
         for command, data in zip(sent, encoded, strict=True):
             # QEMU keeps the descriptors of one sendmsg only, for the next command that takes one.
-            if command.fds or not messages:
-                messages.append(_Outgoing(b"", command.fds))
-            messages[-1].data += data
-            self._pending.append(_Pending(command.name, messages[-1], replies))
+            if command.fds or not batches:
+                batches.append(_Batch(command.fds))
+            batches[-1].data += data
+            self._pending.append(_Pending(command.name, batches[-1], replies))
             if self._transcript is not None:
                 self._transcript.sent(self._name, data)
-        idle = not self._outgoing
-        self._outgoing += messages
-        if idle:
-            self._writable()
+        for batch in batches:
+            batch.message = self._writer.write_message(batch.data, batch.fds)
         try:
             return await replies.all
         finally:
-            self._drop_unsent(messages)
+            self._withdraw(batches)
 
-    def _drop_unsent(self, messages: Sequence[_Outgoing]) -> None:
-        """Forget messages whose caller is gone, so that their descriptors are not used after they were closed.
+    def _withdraw(self, batches: Sequence[_Batch]) -> None:
+        """Take back commands that were not sent when their caller gave up, for it closes their descriptors.
 
-        One that is under way goes on: its replies will come.
+        A batch that was sent in part goes on: its replies will come.
         """
-        for message in messages:
-            if message in self._outgoing and not message.begun:
-                self._outgoing.remove(message)
-                self._pending = deque(each for each in self._pending if each.message is not message)
+        for batch in batches:
+            if batch.message is not None and self._writer.withdraw(batch.message):
+                self._pending = deque(each for each in self._pending if each.batch is not batch)
 
-    def _writable(self) -> None:
-        while self._outgoing and self._socket is not None:
-            message = self._outgoing[0]
-            try:
-                if message.fds and not message.begun:
-                    count = socket.send_fds(self._socket, [message.data], message.fds)
-                else:
-                    count = self._socket.send(message.data)
-            except BlockingIOError:
-                self._loop.add_writer(self._socket, self._writable)
-                return
-            except OSError as error:
-                self.close(f"QEMU closed its monitor ({error.strerror})")
-                return
-            message.begun = True
-            message.data = message.data[count:]
-            if not message.data:
-                self._outgoing.popleft()
-        if self._socket is not None:
-            self._loop.remove_writer(self._socket)
+    def _on_lost(self, error: OSError) -> None:
+        self.close(f"QEMU closed its monitor ({error.strerror})")
 
     # Receiving.
 
@@ -323,7 +300,7 @@ class Monitor:
             listener(event)
         self.publish(event)
 
-    def _reply(self, message: _Message) -> None:
+    def _reply(self, message: _Received) -> None:
         if not self._negotiated.is_set() and message.id != _FIRST_ID:
             return
         if not self._pending:

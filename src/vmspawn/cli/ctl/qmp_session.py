@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import socket
 from typing import Any
 
+from ...console.streams import Output
 from ...errors import NotConnected, QmpError, Timeout, UsageError
+
+_STDIN, _STDOUT = 0, 1
 
 _RECEIVE_SIZE = 65536
 
@@ -83,30 +87,90 @@ class Session:
 
 
 def relay(connected: socket.socket, received: bytes) -> bool:
-    """Copy standard input to the socket and the socket to standard output, until that ends.
+    """Copy standard input to the socket and the socket to standard output, both ways at once, until the socket ends.
 
-    Returns whether it did so before standard input.
+    Returns whether it ended before standard input. Raises NotConnected if it did not take all that was to be sent.
     """
-    connected.settimeout(None)
-    _write_all(received)
-    reading = [connected.fileno(), 0]
-    while connected.fileno() in reading:
-        ready, _, _ = select.select(reading, [], [])
-        if 0 in ready:
-            data = os.read(0, _RECEIVE_SIZE)
-            if data:
-                connected.sendall(data)
-            else:
-                reading.remove(0)
-                connected.shutdown(socket.SHUT_WR)
-        if connected.fileno() in ready:
-            data = connected.recv(_RECEIVE_SIZE)
-            if not data:
-                reading.remove(connected.fileno())
-            _write_all(data)
-    return 0 in reading
+    connected.setblocking(False)
+    output = Output(_STDOUT)
+    try:
+        return _Relay(connected, output, received).run()
+    finally:
+        output.close()
 
 
-def _write_all(data: bytes) -> None:
-    while data:
-        data = data[os.write(1, data) :]
+class _Relay:
+    """One loop around poll(2). What one side does not take stops reading on the other, and nothing else."""
+
+    def __init__(self, connected: socket.socket, output: Output, received: bytes) -> None:
+        self._socket = connected
+        self._output = output
+        self._to_socket = b""
+        self._to_output = received
+        self._is_input_open = True
+        #: Why the socket takes no more.
+        self._lost = ""
+
+    def run(self) -> bool:
+        is_open = True
+        while is_open or self._to_output:
+            ready = self._wait(is_open)
+            if self._socket.fileno() in ready:
+                is_open = self._exchange()
+            if _STDIN in ready:
+                self._read_input()
+            if self._output.fd in ready:
+                self._write_output()
+        if self._lost or self._to_socket:
+            raise NotConnected(f"lost the session before it took all commands{self._lost}")
+        return self._is_input_open
+
+    def _wait(self, is_open: bool) -> set[int]:
+        poll = select.poll()
+        events = (0 if self._to_output else select.POLLIN) | (select.POLLOUT if self._to_socket else 0)
+        if is_open and events:
+            poll.register(self._socket, events)
+        if is_open and self._is_input_open and not self._to_socket:
+            poll.register(_STDIN, select.POLLIN)
+        if self._to_output:
+            poll.register(self._output.fd, select.POLLOUT)
+        return {fd for fd, _ in poll.poll()}
+
+    def _exchange(self) -> bool:
+        """Send what the socket takes and receive what there is; returns False at the end of the stream."""
+        try:
+            if self._to_socket:
+                self._to_socket = self._to_socket[self._socket.send(self._to_socket) :]
+                self._shut_down_after_last()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            # Replies that came before may still be there.
+            self._lost = f": {error.strerror}"
+            self._to_socket = b""
+            self._is_input_open = False
+        if self._to_output:
+            return True
+        try:
+            self._to_output = self._socket.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            self._lost = f": {error.strerror}"
+        return bool(self._to_output)
+
+    def _read_input(self) -> None:
+        data = os.read(_STDIN, _RECEIVE_SIZE)
+        self._to_socket += data
+        if not data:
+            self._is_input_open = False
+            self._shut_down_after_last()
+
+    def _shut_down_after_last(self) -> None:
+        if not self._is_input_open and not self._to_socket and not self._lost:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+
+    def _write_output(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._to_output = self._to_output[self._output.write(self._to_output) :]

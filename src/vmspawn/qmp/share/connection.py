@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client's socket on the event loop: a little at a time in, whatever it takes out, and never waiting for it."""
+"""Serve a client's socket on the event loop: bounded reads in, a write queue out, and no waiting for the client."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import select
 import socket
 from array import array
-from collections import deque
 from collections.abc import Callable
 
-from ..limits import DRAIN_TIMEOUT, OUTPUT_SIZE, RECEIVE_SIZE
+from ...aio.sockets import has_hung_up
+from ...aio.writer import Writer
+from .. import limits
+from ..limits import RECEIVE_SIZE
 
 #: Room for one descriptor, and for the one more that alignment makes of it; the kernel closes further ones.
 _ANCILLARY = socket.CMSG_SPACE(array("i").itemsize)
@@ -21,38 +22,47 @@ class Connection:
     """Owns a connected socket of type SOCK_STREAM, and closes it in `close` or when the client is gone."""
 
     __slots__ = (
-        "_ended", "_gone", "_leaving", "_loop", "_output", "_reading", "_received", "_socket", "waiting", "written",
+        "_leaving", "_loop", "_on_drained", "_on_end", "_on_gone", "_on_received", "_reading", "_send", "_socket",
+        "_writer", "written",
     )  # fmt: skip
 
     def __init__(
         self,
         connected: socket.socket,
         *,
-        received: Callable[[bytes, int], None],
-        ended: Callable[[], None],
-        gone: Callable[[], None],
+        on_received: Callable[[bytes, int], None],
+        on_end: Callable[[], None],
+        on_drained: Callable[[], None],
+        on_gone: Callable[[], None],
     ) -> None:
-        """`received` gets data, and a descriptor that came with the last of it or -1; the descriptor is its to close.
+        """`on_received` gets data, and a descriptor that came with the last of it or -1, which it has to close.
 
-        `ended` is called when the client will send no more, `gone` when it is not there any more or was cut off, but
-        not when `close` was called.
+        `on_end` is called when the client will send no more, `on_drained` when it has taken everything that was queued
+        for it, `on_gone` when it has hung up or was cut off, but not when `close` was called.
         """
         connected.setblocking(False)
         self._socket = connected
         self._loop = asyncio.get_running_loop()
-        self._received = received
-        self._ended = ended
-        self._gone = gone
+        self._on_received = on_received
+        self._on_end = on_end
+        self._on_drained = on_drained
+        self._on_gone = on_gone
         self._reading = False
         self._leaving = False
-        self._output: deque[bytes] = deque()
-        #: Bytes that the client has not taken yet, and all that were ever for it.
-        self.waiting = self.written = 0
+        self._writer = Writer.of_socket(connected, on_empty=self._on_empty, on_lost=self._on_lost)
+        self._send = self._writer.write
+        #: Bytes that were ever for the client.
+        self.written = 0
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that the client has not taken yet, beside those in the socket."""
+        return self._writer.pending
 
     # In.
 
     def read(self, wanted: bool) -> None:
-        """Receive from now on, or do not."""
+        """Receive from now on, or stop."""
         if wanted is not self._reading and self._socket.fileno() >= 0:
             self._reading = wanted
             if wanted:
@@ -66,89 +76,61 @@ class Connection:
         except BlockingIOError:
             return
         except OSError:
-            return self._lost()
+            return self._lose()
         fd = _first_descriptor(ancillary) if ancillary else -1
         if data:
-            return self._received(data, fd)
+            return self._on_received(data, fd)
         self.read(False)
-        # Both directions are down: the client did not just stop writing.
-        if _hung_up(self._socket):
-            return self._lost()
-        self._ended()
+        if has_hung_up(self._socket):
+            return self._lose()
+        self._on_end()
 
     # Out.
 
     def write(self, data: bytes) -> None:
-        """Send, or queue what the client does not take. One that leaves too much lying is cut off."""
+        """Send, or queue what the client does not take. A client that leaves too much unread is cut off."""
         self.written += len(data)
-        if self._output:
-            if self.waiting >= OUTPUT_SIZE:
-                return self._lost()
-            sent = 0
-        else:
-            try:
-                sent = self._socket.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                return self._lost()
-        if sent < len(data):
-            self._queue(data[sent:])
+        if self._writer.pending >= limits.OUTPUT_SIZE:
+            return self._lose()
+        self._send(data)
 
-    def _queue(self, data: bytes) -> None:
-        if not self._output:
-            self._loop.add_writer(self._socket, self._writable)
-        self._output.append(data)
-        self.waiting += len(data)
-
-    def _writable(self) -> None:
-        while self._output:
-            data = self._output[0]
-            try:
-                sent = self._socket.send(data)
-            except BlockingIOError:
-                return
-            except OSError:
-                return self._lost()
-            self.waiting -= sent
-            if sent < len(data):
-                self._output[0] = data[sent:]
-                return
-            self._output.popleft()
-        self._loop.remove_writer(self._socket)
+    def _on_empty(self) -> None:
         if self._leaving:
-            self._lost()
+            self._lose()
+        else:
+            self._on_drained()
+
+    def _on_lost(self, _error: OSError) -> None:
+        self._lose()
 
     # The end.
 
-    def finish(self) -> None:
-        """Close when the client has what waits for it, or does not take it in time; `gone` is called then."""
+    def finish(self, *, timeout: float | None) -> None:
+        """Close when the client has what waits for it, or does not take it in time; `on_gone` is called then."""
         self.read(False)
         self._leaving = True
-        if self._output:
-            self._loop.call_later(DRAIN_TIMEOUT, self._lost)
-        else:
-            self._loop.call_soon(self._lost)
+        if not self._writer.pending:
+            self._loop.call_soon(self._lose)
+        elif timeout is not None:
+            self._loop.call_later(timeout, self._lose)
 
-    def _lost(self) -> None:
+    def _lose(self) -> None:
         if self._socket.fileno() >= 0:
             self.close()
-            self._gone()
+            self._on_gone()
 
     def close(self) -> None:
-        """Close at once."""
+        """Close at once. May be called again."""
         if self._socket.fileno() < 0:
             return
         self.read(False)
-        self._loop.remove_writer(self._socket)
+        self._writer.close()
         _discard_input(self._socket)
         self._socket.close()
-        self._output.clear()
-        self.waiting = 0
 
 
 def _first_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """The first descriptor that came, or -1; QEMU takes no more than that either. The others are closed."""
+    """Return the first descriptor that came, or -1; QEMU takes no more than that either. The others are closed."""
     fds = array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -158,14 +140,8 @@ def _first_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
     return fds[0] if fds else -1
 
 
-def _hung_up(connected: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(connected, 0)
-    return any(event & select.POLLHUP for _, event in poll.poll(0))
-
-
 def _discard_input(connected: socket.socket) -> None:
-    """Read what is there, for closing with unread data makes the client's next read fail instead of end."""
+    """Discard unread input, for closing a socket with some makes the client's next read fail instead of end."""
     try:
         while connected.recv(RECEIVE_SIZE):
             pass

@@ -28,7 +28,8 @@ class Multiplexer:
     Owns the connected sockets that it is given, from construction on: `connected` to the monitor that the sessions
     share, `bulk` to a second one for large commands, without which such a command holds up all sessions while QEMU
     reads it. `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
-    `on_names` is called when `names` has changed, ahead of the command that makes a new one.
+    `on_names` is called when `names` has changed, ahead of the command that makes a new one. `may_spawn` says whether
+    QEMU's sandbox lets it start programs; where it does not, sessions refuse what would (`sandbox.py`).
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Multiplexer:
         on_lost: Callable[[str], None],
         on_names: Callable[[], None] = lambda: None,
         transcript: Transcript | None = None,
+        may_spawn: bool = True,
     ) -> None:
         self._on_lost = on_lost
+        self._may_spawn = may_spawn
         self._main = Upstream(connected, event=self._event, lost=self._lost, transcript=transcript, name="sessions")
         self._bulk = None
         if bulk is not None:
@@ -96,6 +99,7 @@ class Multiplexer:
             self._descriptors,
             self._left,
             read_only=read_only,
+            may_spawn=self._may_spawn,
             peer=peer,
         )
         self._sessions[session] = None

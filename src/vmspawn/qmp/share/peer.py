@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is at the other end of a unix socket."""
+"""Describe the process at the other end of a session's socket."""
 
 from __future__ import annotations
 
 import socket
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 
-_CREDENTIALS = struct.Struct("iII")
+from ...aio.sockets import credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +20,11 @@ class Peer:
 
     @classmethod
     def of(cls, connected: socket.socket) -> Peer:
-        """The process that connected a socket (unix(7), SO_PEERCRED). Raises OSError if it is no unix socket."""
-        data = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(data)
+        """Return the process that connected a socket. Raises OSError if it is no unix socket."""
+        pid, uid, _ = credentials(connected)
         try:
-            comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+            with open(f"/proc/{pid}/comm", errors="replace") as file:
+                comm = file.read().rstrip("\n")
         except OSError:
             comm = ""
         return cls(pid, uid, comm)

@@ -23,7 +23,7 @@ from ..syntax import replies
 from ..syntax.envelope import USUAL, Command, Refusal, read, usual
 from ..syntax.replies import COMMAND_NOT_FOUND, Reply
 from ..syntax.scanner import Scanner
-from . import read_only
+from . import read_only, sandbox
 from .connection import Connection
 from .descriptors import CONSUMING, WATCHED, Descriptors
 from .peer import Peer
@@ -57,8 +57,8 @@ class Session:
 
     __slots__ = (
         "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_left",
-        "_loop", "_oob", "_overtaking", "_queue", "_running", "_scanner", "_schedule", "_scheduled", "bytes_in",
-        "commands", "events", "peer", "read_only", "state",
+        "_loop", "_may_spawn", "_oob", "_overtaking", "_queue", "_running", "_scanner", "_schedule", "_scheduled",
+        "bytes_in", "commands", "events", "peer", "read_only", "state",
     )  # fmt: skip
 
     def __init__(
@@ -70,10 +70,18 @@ class Session:
         left: Callable[[Session], None],
         *,
         read_only: bool,
+        may_spawn: bool,
         peer: Peer | None,
     ) -> None:
-        """`left` is called once, when the client is gone and nothing that it sent is in flight any more."""
-        self._connection = Connection(connected, received=self._received, ended=self._end_of_input, gone=self._gone)
+        """`left` is called once, when the client is gone and nothing that it sent is in flight any more. `may_spawn`
+        says whether QEMU's sandbox lets it start programs."""
+        self._connection = Connection(
+            connected,
+            on_received=self._received,
+            on_end=self._end_of_input,
+            on_drained=self._advance,
+            on_gone=self._gone,
+        )
         self._greeting = greeting
         self._schedule = schedule
         self._descriptors = descriptors
@@ -93,6 +101,7 @@ class Session:
         # where in the stream those begin.
         self._fd = self._arriving = -1
         self._arriving_at = 0
+        self._may_spawn = may_spawn
         #: Who it is, if known.
         self.peer = peer
         #: Whether it may only run what changes nothing.
@@ -143,7 +152,7 @@ class Session:
             self._left(self)
         else:
             self.state = State.LEAVING
-            self._connection.finish()
+            self._connection.finish(timeout=limits.DRAIN_TIMEOUT)
 
     def close(self) -> None:
         """Cut the client off."""
@@ -157,7 +166,13 @@ class Session:
             self._attach()
             self._arriving, self._arriving_at = fd, self.bytes_in
         self.bytes_in += len(data)
-        if fd < 0 and self._running is None and self._overtaking is None and self.state is State.READY:
+        if (
+            fd < 0
+            and self._running is None
+            and self._overtaking is None
+            and self.state is State.READY
+            and self._connection.waiting <= limits.OUTPUT_HELD
+        ):
             # Nearly all that clients send. A short way through the code is worth more here than its length in time,
             # for little of it is in the processor's caches when a client has been waited for.
             captured = self._scanner.take_whole(USUAL, data)
@@ -189,6 +204,9 @@ class Session:
             self._connection.read(self._wants_input())
 
     def _may_take(self) -> bool:
+        if self._connection.waiting > limits.OUTPUT_HELD:
+            # Goes on when the client has read everything.
+            return False
         if self._oob:
             # QEMU runs an out-of-band command before it reads on.
             return self._overtaking is None and len(self._queue) < limits.OOB_QUEUE and self.state is State.READY
@@ -197,11 +215,11 @@ class Session:
     def _wants_input(self) -> bool:
         if self._ended:
             return False
-        return self._scanner.pending < limits.READ_AHEAD and self._arriving < 0 if self._busy() else True
-
-    def _busy(self) -> bool:
-        """Whether messages may be there that were not taken yet."""
-        return self._scheduled or not self._may_take()
+        if self._may_take() and not self._scheduled:
+            return True
+        is_held_back = self._connection.waiting > limits.OUTPUT_HELD
+        ahead = limits.INPUT_HELD if is_held_back else limits.READ_AHEAD
+        return self._scanner.pending < ahead and self._arriving < 0
 
     def _again(self) -> None:
         if not self._scheduled:
@@ -219,7 +237,7 @@ class Session:
         self._attach()
         if self._ended and not self._in_flight:
             self.state = State.LEAVING
-            self._connection.finish()
+            self._connection.finish(timeout=None)
 
     def _attach(self) -> None:
         """The descriptor that came waits for its command from here on, in the place of an earlier one."""
@@ -254,6 +272,10 @@ class Session:
         self.commands += 1
         if self.read_only and not read_only.allows(command.name):
             return self._connection.write(replies.failure(read_only.refusal(command.name), id=command.id))
+        if not self._may_spawn and command.name in sandbox.STARTERS:
+            problem = sandbox.refusal(command)
+            if problem is not None:
+                return self._connection.write(replies.failure(problem, id=command.id))
         call = Call(command, self._answered)
         if _is_watched(command):
             problem = self._descriptors.claim(self, command)

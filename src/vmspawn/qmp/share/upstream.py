@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from array import array
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
+from ...aio.writer import Writer
 from ...errors import NotConnected, Timeout
 from ..limits import IN_FLIGHT, RECEIVE_SIZE
 from ..syntax import replies
@@ -78,10 +77,10 @@ class Upstream:
         "_name",
         "_named",
         "_next",
-        "_output",
         "_socket",
         "_transcript",
         "_unnamed",
+        "_writer",
         "idle",
         "in_flight",
     )  # fmt: skip
@@ -107,8 +106,8 @@ class Upstream:
         self._end = _END
         # What came of a message that is not complete.
         self._input = bytearray()
-        # What QEMU does not take yet, and the descriptor that goes with the first byte or -1.
-        self._output: deque[tuple[bytes, int]] = deque()
+        # That QEMU is gone is for the reader to find, after what QEMU said before.
+        self._writer = Writer.of_socket(connected)
         # Who a reply without an id is for.
         self._unnamed: Call | None = None
         self._named: dict[int, Call] = {}
@@ -226,28 +225,10 @@ class Upstream:
     def _say_command(self, data: bytes, fd: int) -> None:
         if self._transcript is not None:
             self._transcript.sent(self._name, data)
-        self._write(data, fd)
-
-    def _write(self, data: bytes, fd: int) -> None:
-        """Send, or queue what QEMU does not take yet. A descriptor goes with the first byte."""
-        sent = 0
-        if not self._output:
-            try:
-                sent = self._socket.send(data) if fd < 0 else _send_with(self._socket, data, fd)
-            except BlockingIOError:
-                pass
-            except OSError:
-                # That QEMU is gone is for the reader to find, after what QEMU said before.
-                return
-        if sent < len(data):
-            self._output.append((data[sent:], -1 if sent else fd))
-            self._loop.add_writer(self._socket, self._writable)
-
-    def _writable(self) -> None:
-        waiting, self._output = self._output, deque()
-        self._loop.remove_writer(self._socket)
-        for data, fd in waiting:
-            self._write(data, fd)
+        if fd < 0:
+            self._writer.write(data)
+        else:
+            self._writer.write_message(data, (fd,))
 
     # Receiving.
 
@@ -305,13 +286,8 @@ class Upstream:
         if self._socket.fileno() < 0:
             return
         self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
+        self._writer.close()
         self._socket.close()
         self._input.clear()
-        self._output.clear()
         self._named.clear()
         self._unnamed = None
-
-
-def _send_with(connected: socket.socket, data: bytes, fd: int) -> int:
-    return connected.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))])

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands for which QEMU's sandbox punishes QEMU: a session refuses them, and an end by the sandbox is named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.machines import idle_machine
+from tests.qemu import qmp_fixtures
+from vmspawn.errors import NotConnected, QmpError
+from vmspawn.qmp.monitor import Command
+
+DEADLINE = 30.0
+
+SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+
+Words = tuple[str, dict[str, Any]]
+
+
+def human(line: str) -> Words:
+    return "human-monitor-command", {"command-line": line}
+
+
+#: What makes QEMU start a program at once.
+AT_ONCE: tuple[Words, ...] = (
+    ("migrate", {"uri": "exec:true"}),
+    ("migrate", {"channels": [{"channel-type": "main", "addr": {"transport": "exec", "args": ["/bin/true"]}}]}),
+    ("netdev_add", {"type": "tap", "id": "n", "helper": "/bin/true"}),
+    ("netdev_add", {"type": "tap", "id": "n"}),
+    ("netdev_add", {"type": "bridge", "id": "n"}),
+    human("migrate -d exec:true"),
+    human('migrate "exec:true"'),
+    human("netdev_add bridge,id=n"),
+    human("netdev_add tap,id=n,helper=/bin/true"),
+)
+
+#: What makes it start one when the guest connects, or when the device is removed.
+LATER: tuple[Words, ...] = (
+    ("netdev_add", {"type": "user", "id": "n", "guestfwd": [{"str": "tcp:10.0.2.100:80-cmd:true"}]}),
+    ("netdev_add", {"type": "user", "id": "n", "smb": "/tmp"}),
+    ("netdev_add", {"type": "tap", "id": "n", "script": "no"}),
+    human("netdev_add user,id=n,guestfwd=tcp:10.0.2.100:80-cmd:true"),
+)
+
+#: Their neighbours, which start nothing, whatever QEMU says of them.
+HARMLESS: tuple[Words, ...] = (
+    ("netdev_add", {"type": "user", "id": "u"}),
+    ("netdev_del", {"id": "u"}),
+    ("netdev_add", {"type": "tap", "id": "t", "script": "no", "downscript": ""}),
+    ("netdev_add", {"type": "tap", "id": "v", "fd": "none"}),
+    ("migrate", {"uri": "unix:/nonexistent/exec:"}),
+    ("migrate", {"uri": 7}),
+    ("migrate", {"channels": ["exec"]}),
+    human("info version"),
+    human("help migrate"),
+    human("netdev_add user,id=w"),
+)
+
+
+def name_of(command: Words) -> str:
+    return str(command[1].get("command-line", "-".join((command[0], *map(str, command[1].values())))))
+
+
+@pytest.mark.parametrize("command", AT_ONCE, ids=name_of)
+def test_qemu_itself_never_runs_it(qemu: str, command: Words) -> None:
+    """What a session refuses could not succeed: QEMU dies, or refuses as well."""
+    with qmp_fixtures.Machine(qemu, 1, SANDBOX) as machine:
+        client = machine.native().negotiate()
+        client.send(json.dumps({"execute": command[0], "arguments": command[1]}).encode())
+        while b'"event"' in (line := client.line()):
+            pass
+        # QEMU's monitor for people returns its errors as text.
+        assert line == b"" or b'"error"' in line or b"Error" in line
+        client.close()
+
+
+async def test_a_session_refuses_what_would_start_a_program(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine, machine.qmp() as session:
+        for name, arguments in (*AT_ONCE, *LATER):
+            with pytest.raises(QmpError, match=f"command {name} is refused.*-sandbox spawn=deny") as caught:
+                await session.execute(name, arguments)
+            assert caught.value.error_class == "GenericError"
+        for name, arguments in HARMLESS:
+            (found,) = await session.execute_all([Command(name, arguments)])
+            assert "sandbox" not in str(found)
+        assert (await session.execute("query-status"))["running"] is True
+
+
+async def test_with_another_sandbox_a_session_refuses_nothing(qemu: str, tmp_path: Path) -> None:
+    witness = tmp_path / "was-run"
+    async with (
+        idle_machine(qemu, tmp_path, qemu_arguments=("-sandbox", "off")) as machine,
+        machine.qmp() as session,
+        asyncio.timeout(DEADLINE),
+    ):
+        with session.events() as events:
+            await session.execute(
+                "migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]}
+            )
+            await session.execute("migrate", {"uri": f"exec:cat > {witness}"})
+            async for event in events:
+                if event.name == "MIGRATION" and (event.data or {}).get("status") in ("completed", "failed"):
+                    break
+        assert witness.exists()
+
+
+async def test_an_end_by_the_sandbox_is_named(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        try:
+            await machine.monitor.execute("migrate", {"uri": "exec:true"})
+            await machine.monitor.execute("query-status")
+        except QmpError:
+            pytest.skip("this QEMU survives: its sandbox refuses the system call")
+        except NotConnected:
+            pass
+        async with asyncio.timeout(DEADLINE):
+            end = await machine.wait()
+    assert not end.clean
+    assert "SIGSYS" in end.message
+    assert "sandbox" in end.message
