@@ -196,8 +196,7 @@ def serve(main: Path, bulk: Path, listen: Path) -> None:
         return connected
 
     async def run() -> None:
-        multiplexer = Multiplexer(connect(main), connect(bulk), on_lost=lambda why: os._exit(0))
-        await multiplexer.start()
+        multiplexer = await Multiplexer.connect(connect(main), connect(bulk), on_lost=lambda why: os._exit(0))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(listen) + ".new")
             listener.listen(512)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmspawn.boot.qemu import cache_directory
+from vmspawn.cache import cache_directory
 from vmspawn.errors import GuestError
 from vmspawn.guest.packages import Fetcher
 

@@ -232,12 +232,14 @@ class Server:
         self.lost: list[str] = []
         self._stack = ExitStack()
         self._stack.callback(self._stop)
-        self.multiplexer = self.call(lambda: Multiplexer(connected, bulk, on_lost=self.lost.append))
-        self._stack.callback(lambda: self.wait(self.multiplexer.close()))
+        self._monitors = connected, bulk
 
     def start(self, timeout: float = DEADLINE) -> Server:
         """Negotiate with QEMU."""
-        self.wait(self.multiplexer.start(timeout=timeout))
+        self.multiplexer: Multiplexer = self.wait(
+            Multiplexer.connect(*self._monitors, on_lost=self.lost.append, timeout=timeout)
+        )
+        self._stack.callback(lambda: self.wait(self.multiplexer.close()))
         return self
 
     def wait(self, coroutine: Any) -> Any:

@@ -185,7 +185,7 @@ def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_
         assert log is not None
         # As if it had said a mebibyte already, but for ten bytes.
         os.ftruncate(log.fd, os.fstat(log.fd).st_size - log.size + KEPT_MAX - 10)
-        reset_until(machine, lambda: log.full)
+        reset_until(machine, lambda: log.is_full)
         shown = tmp_path / "first"
         machine.adopt(f"--log={shown}")
         # What the firmware had said in the meantime is in front.

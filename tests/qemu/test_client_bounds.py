@@ -193,9 +193,9 @@ async def test_what_is_typed_without_end_is_dropped_and_our_own_keys_work(machin
             machine.console,
             slave,
             terminal=True,
-            pressed=pressed.append,
-            gone=lambda: None,
-            overflow=lambda: dropped.append(None),
+            on_key=pressed.append,
+            on_gone=lambda: None,
+            on_overflow=lambda: dropped.append(None),
         )
         async with asyncio.timeout(DEADLINE):
             await type_until(dropped, master, b"x" * 4096)

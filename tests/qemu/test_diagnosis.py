@@ -17,7 +17,7 @@ from tests.survivors import survivor, wait_until_dead
 from vmspawn import MachineConfig
 from vmspawn.boot.adopt import adopt
 from vmspawn.boot.launch import launch
-from vmspawn.console.messages import Voice
+from vmspawn.console.messages import Messages
 from vmspawn.errors import ManagerFailed
 from vmspawn.machine.running import run
 from vmspawn.manager.report import REPORTS_MAX
@@ -154,7 +154,7 @@ async def test_a_manager_that_fails_leaves_its_guest_running_and_a_report(
     launched = launch(config)
     pid = launched.pid
 
-    class Broken(Voice):
+    class Broken(Messages):
         def notice(self, line: str) -> None:
             raise LookupError(f"a fault of ours\nin {line}")
 

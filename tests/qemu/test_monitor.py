@@ -96,7 +96,7 @@ async def test_who_comes_after_a_client_that_died_gets_no_reply_of_its(qemu: str
             taken = socket.socket(socket.AF_UNIX)
             taken.connect(path)
             monitor = Monitor(taken)
-            assert "version" in await monitor.start()
+            assert "version" in await monitor.greeting()
             assert "running" in await monitor.execute("query-status")
             waiting = asyncio.create_task(monitor.execute("query-name"))
             await asyncio.sleep(0)

@@ -117,7 +117,7 @@ def _spares_qemu(stream: bytes) -> bool:
     """Whether a monitor with oob survives it. One whose queue is full aborts when a byte ends two messages: `1}`."""
     scanner = Scanner(PULL)
     scanner.feed(stream)
-    return sum(1 for _ in iter(scanner.next, None)) < OOB_QUEUE - 2 and not scanner.busy
+    return sum(1 for _ in iter(scanner.next, None)) < OOB_QUEUE - 2 and not scanner.is_busy
 
 
 def _comparable(line: bytes) -> object:

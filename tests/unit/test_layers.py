@@ -30,6 +30,7 @@ LAYERS = [
     "agent",
     "images",
     "aio",
+    "cache",
     "log",
     "errors",
     "text",

@@ -119,8 +119,8 @@ def test_many_tokens_are_looked_at_in_several_turns(dialect: Dialect) -> None:
     scanner.feed(many)
     turns = 0
     while (found := scanner.next()) is None:
-        assert scanner.busy
+        assert scanner.is_busy
         turns += 1
     assert isinstance(found, Message)
     assert turns >= 1
-    assert not scanner.busy
+    assert not scanner.is_busy

@@ -57,15 +57,15 @@ def test_qemus_log_ends_at_its_bound_and_begins_again() -> None:
     writer = append(log)
     try:
         for _ in range(3):
-            assert (log.size, log.read(0), log.full) == (0, b"", False)
+            assert (log.size, log.read(0), log.is_full) == (0, b"", False)
             assert os.write(writer, b"x" * (KEPT_MAX - 1)) == KEPT_MAX - 1
             assert log.read(log.size) == b"x" * (KEPT_MAX - 1)
-            assert not log.full
+            assert not log.is_full
             # Of what does not fit, as much as does.
             assert os.write(writer, b"yz") == 1
             with pytest.raises(OSError, match="File too large"):
                 os.write(writer, b"z")
-            assert (log.size, log.full) == (KEPT_MAX, True)
+            assert (log.size, log.is_full) == (KEPT_MAX, True)
             log.empty()
     finally:
         os.close(writer)

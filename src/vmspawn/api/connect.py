@@ -136,7 +136,7 @@ class ConnectedMachine:
         reply = await calls.call(self._name, f"{_MACHINE}.AcquireQMP", {"readOnly": read_only})
         client = Monitor(socket.socket(fileno=reply.fds[0]))
         try:
-            await client.start()
+            await client.greeting()
             yield client
         finally:
             client.close()

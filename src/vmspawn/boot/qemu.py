@@ -7,7 +7,9 @@ import errno
 import os
 from typing import NamedTuple
 
+from ..cache import cache_directory
 from ..errors import StartError, UsageError
+from ..host.programs import find_program
 
 #: The oldest QEMU that is tested.
 VERSION_MIN = (7, 2)
@@ -81,7 +83,7 @@ def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
 
 def _locate(explicit: str | None, architecture: str) -> str:
     for candidate in (explicit,) if explicit else _BINARIES[architecture]:
-        if path := _which(candidate):
+        if path := find_program(candidate):
             return path
     if explicit:
         reason = "not executable" if os.path.exists(explicit) else "not found"
@@ -92,24 +94,6 @@ def _locate(explicit: str | None, architecture: str) -> str:
         names=" or ".join(_BINARIES[architecture]),
         packages=_PACKAGES[architecture],
     )
-
-
-def _which(name: str) -> str | None:
-    """Like shutil.which, which would import more than all of this."""
-    folders = [""] if os.sep in name else os.environ.get("PATH", os.defpath).split(os.pathsep)
-    for folder in folders:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return os.path.abspath(path)
-    return None
-
-
-def cache_directory() -> str:
-    """Where what can be made again is kept."""
-    if explicit := os.environ.get("VMSPAWN_CACHE_DIR"):
-        return explicit
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "vmspawn")
 
 
 def _cached(path: str, identity: list[int]) -> QemuBinary | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine's console on this terminal, from another process than its manager's: what `vmctl console` does.
+"""Show a machine's console on this terminal, from another process than its manager's, for `vmctl console`.
 
 It is one loop around poll(2), for a command that shows and types needs no more, and no asyncio.
 """
@@ -30,19 +30,19 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 class ConsoleAttachment:
     """Connects a console's socket with two descriptors. All stay the caller's."""
 
-    #: Whether it was not us who ended the attachment.
-    hung_up = False
+    #: Whether the console ended the attachment, not the user.
+    has_hung_up = False
 
     def __init__(
-        self, console: socket.socket, source: int, target: int, *, read_only: bool, resized: Callable[[], None]
+        self, console: socket.socket, source: int, target: int, *, read_only: bool, on_resize: Callable[[], None]
     ) -> None:
-        """`resized` is called at the start, and whenever the window has changed."""
+        """`on_resize` is called at the start, and whenever the window has changed."""
         console.setblocking(False)
         self._console = console
         self._source = source
         self._target = target
         self._read_only = read_only
-        self._resized = resized
+        self._on_resize = on_resize
         self._is_terminal = os.isatty(source)
         self._hotkeys = Hotkeys() if self._is_terminal else None
         self._terminal = Terminal(source) if self._is_terminal else None
@@ -84,7 +84,7 @@ class ConsoleAttachment:
                 if number := self._obey_signals():
                     return number
             if self._console.fileno() in ready and not self._exchange(ready[self._console.fileno()]):
-                self.hung_up = True
+                self.has_hung_up = True
                 return 0
             if self._source in ready and not self._read():
                 return 0
@@ -154,7 +154,7 @@ class ConsoleAttachment:
             elif number == signal.SIGCONT:
                 self._take_terminal()
             elif number == signal.SIGWINCH:
-                self._resized()
+                self._on_resize()
         return 0
 
     def _stop(self) -> None:
@@ -169,7 +169,7 @@ class ConsoleAttachment:
     def _take_terminal(self) -> None:
         if self._terminal is not None:
             self._terminal.raw(typed=True)
-        self._resized()
+        self._on_resize()
 
     def _give_back(self) -> None:
         if os.isatty(self._target) and (reset := self._screen.reset()):

@@ -45,14 +45,14 @@ class ConsoleClient:
         self._loop.add_reader(connected, self._readable)
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the console has to wait for this client."""
         return self._writer.pending > UNREAD_MAX
 
     def show(self, data: bytes) -> None:
         """Send output."""
         self._writer.write(data)
-        if self.full and self._stall is None:
+        if self.is_full and self._stall is None:
             self._watch(self._writer.written)
 
     def finish(self) -> None:
@@ -87,7 +87,7 @@ class ConsoleClient:
 
     def _stalled(self, before: int) -> None:
         self._stall = None
-        if not self.full and not self._finishing:
+        if not self.is_full and not self._finishing:
             return
         if self._writer.written == before:
             self.close()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guest's console, shared: QEMU's end of it is held here, and any number of viewers see it and may type.
+"""Share the guest's console: hold QEMU's end of it, show it to any number of viewers, and let them type.
 
-Whoever comes late is shown the last 64 KiB first, or as much as was printed before there was a manager to show it. A
-viewer that takes its output slowly slows the console down for everybody, as a slow terminal does; what happens to one
-that takes nothing is for the viewer to decide. So what is kept in memory is bounded, and nothing is dropped.
+A viewer that comes late is shown the last 64 KiB first, or as much as was printed before there was a manager to show
+it. A viewer that takes its output slowly slows the console down for everybody, as a slow terminal does; the viewer
+decides what happens if it takes nothing. So what is kept in memory is bounded, and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _FEW = 4096
 
 
 class Viewer(Protocol):
-    """Who is shown the console."""
+    """A viewer of the console."""
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether it should not be shown more for now; it calls `Console.viewer_has_room` when that is over."""
 
     def show(self, data: bytes) -> None:
@@ -99,7 +99,7 @@ class Console:
 
     def viewer_has_room(self) -> None:
         """A viewer that was full is so no longer."""
-        if self._source is not None and not any(viewer.full for viewer in self._viewers):
+        if self._source is not None and not any(viewer.is_full for viewer in self._viewers):
             self._resume()
 
     # Input.
@@ -156,7 +156,7 @@ class Console:
             self._log.empty()
         for viewer in tuple(self._viewers):
             viewer.show(data)
-        if any(viewer.full for viewer in self._viewers):
+        if any(viewer.is_full for viewer in self._viewers):
             self._pause()
         elif len(data) < _FEW:
             self._pause()

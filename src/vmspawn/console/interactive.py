@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guest's console on our standard input and output: typed here, shown here, the terminal raw for as long."""
+"""Show the guest's console on our standard output, and type from our standard input; terminals are raw meanwhile."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Interactive:
     """Shows a console on a descriptor and types from another; both stay the caller's.
 
     Where they are terminals they are raw until `close`; then they are as before, whatever the guest has shown.
-    `pressed` gets our own keys, `gone` is called when the terminal to type on is no more, `resized` gets the window's
-    rows and columns, at once and whenever `window_changed` is called.
+    `on_key` gets our own keys, `on_terminal_gone` is called when the terminal to type on is no more, `on_resize` gets
+    the window's rows and columns, at once and whenever `window_changed` is called. `report` prints a message.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Interactive:
         source: int,
         target: int,
         *,
-        pressed: Callable[[Key], None],
-        gone: Callable[[], None],
-        resized: Callable[[int, int], None],
-        say: Callable[[str], None],
+        on_key: Callable[[Key], None],
+        on_terminal_gone: Callable[[], None],
+        on_resize: Callable[[int, int], None],
+        report: Callable[[str], None],
     ) -> None:
         self._target = target
-        self._resized = resized
+        self._on_resize = on_resize
         self._terminals: list[tuple[Terminal, bool]] = []
         self._shared = _same_terminal(target, 2)
         self._screen = Screen()
@@ -49,15 +49,17 @@ class Interactive:
         self._suspended = True
         try:
             self.resume()
-            self._viewer = OutputViewer(console, target, self._screen, failed=lambda error: say(output_failed(error)))
+            self._viewer = OutputViewer(
+                console, target, self._screen, on_failed=lambda error: report(output_failed(error))
+            )
             console.attach(self._viewer)
             self._keyboard = Keyboard(
                 console,
                 source,
                 terminal=os.isatty(source),
-                pressed=pressed,
-                gone=gone,
-                overflow=lambda: say("the guest takes no input; what is typed now is dropped"),
+                on_key=on_key,
+                on_gone=on_terminal_gone,
+                on_overflow=lambda: report("the guest takes no input; what is typed now is dropped"),
             )
         except BaseException:
             self._restore()
@@ -76,7 +78,7 @@ class Interactive:
     def window_changed(self) -> None:
         """Look at the window's size, and tell it."""
         if os.isatty(self._target):
-            self._resized(*window_size(self._target))
+            self._on_resize(*window_size(self._target))
 
     def suspend(self) -> None:
         """Give the terminal back for a while."""

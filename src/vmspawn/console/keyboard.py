@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is typed on our terminal, or comes through a pipe, on its way to the guest."""
+"""Type on the guest's console what comes from our terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TYPED_MAX = 1024 * 1024
 class Keyboard:
     """Types on the console what a descriptor, which stays the caller's, delivers.
 
-    On a terminal our own keys are taken out, and handed to `pressed`; `gone` is called once when the terminal is no
-    more, `overflow` once when input had to be dropped. Anything else is passed as it is, at the guest's pace, to its
+    On a terminal our own keys are taken out, and handed to `on_key`; `on_gone` is called once when the terminal is no
+    more, `on_overflow` once when input had to be dropped. Anything else is passed as it is, at the guest's pace, to its
     end.
     """
 
@@ -32,15 +32,15 @@ class Keyboard:
         fd: int,
         *,
         terminal: bool,
-        pressed: Callable[[Key], None],
-        gone: Callable[[], None],
-        overflow: Callable[[], None],
+        on_key: Callable[[Key], None],
+        on_gone: Callable[[], None],
+        on_overflow: Callable[[], None],
     ) -> None:
         self._console = console
         self._input = Input(fd)
-        self._pressed = pressed
-        self._gone = gone
-        self._overflow = overflow
+        self._on_key = on_key
+        self._on_gone = on_gone
+        self._on_overflow = on_overflow
         self._hotkeys = Hotkeys() if terminal else None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -82,7 +82,7 @@ class Keyboard:
         if not data:
             self.close()
             if self._hotkeys is not None:
-                self._gone()
+                self._on_gone()
         elif self._hotkeys is not None:
             self._type(self._hotkeys.feed(data, self._loop.time()))
         else:
@@ -97,12 +97,12 @@ class Keyboard:
     def _type(self, pieces: list[bytes | Key]) -> None:
         for piece in pieces:
             if isinstance(piece, Key):
-                self._pressed(piece)
+                self._on_key(piece)
             elif self._console.input_pending < TYPED_MAX:
                 self._console.type(piece)
             elif not self._overflowed:
                 self._overflowed = True
-                self._overflow()
+                self._on_overflow()
         self._set_timer()
 
     def _set_timer(self) -> None:

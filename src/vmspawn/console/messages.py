@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a program says of itself, in lines, on a terminal that it may be sharing with a guest."""
+"""Print a program's own messages, in lines, on a terminal that it may share with a guest."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from ..text import printable
 
 
-class Voice:
-    """Says lines on standard error, or wherever `divert` sends them. Imports next to nothing, for the start."""
+class Messages:
+    """Prints lines on standard error, or wherever `redirect` sends them. Imports next to nothing, for the start."""
 
     def __init__(self, program: str, *, quiet: bool) -> None:
         self._program = program
@@ -19,16 +19,16 @@ class Voice:
         self._write: Callable[[str], None] = _to_stderr
 
     def notice(self, line: str) -> None:
-        """Say a line, unless the user wants quiet."""
+        """Print a line, unless the user wants quiet."""
         if not self._quiet:
-            self.say(line)
+            self.report(line)
 
-    def say(self, line: str) -> None:
-        """Say a line that the user has to hear."""
+    def report(self, line: str) -> None:
+        """Print a line that the user has to see."""
         self._write(f"{self._program}: {printable(line)}")
 
-    def divert(self, write: Callable[[str], None] | None) -> None:
-        """Say lines by `write` from now on; None is standard error again."""
+    def redirect(self, write: Callable[[str], None] | None) -> None:
+        """Print lines by `write` from now on; None is standard error again."""
         self._write = write or _to_stderr
 
 
@@ -36,5 +36,5 @@ def _to_stderr(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        # Nobody is there to hear it; there is no descriptor, or the terminal has gone.
+        # Nobody is there to read it; there is no descriptor, or the terminal has gone.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it takes the place of one that is never closed either

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the guest printed and no manager has read: in the pipe still, and in QEMU's log of the console."""
+"""Collect output that no manager has read: from the pipe, and from QEMU's log of the console."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Log(Protocol):
         """How many bytes are in it."""
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether nothing more fits, so that something may be missing."""
 
     def read(self, size: int) -> bytes:
@@ -63,7 +63,7 @@ def take(source: int, log: Log | None, *, kept_in_pipe: bool = False) -> bytes:
         before, size = size, log.size
         if before == size:
             break
-    logged, missing = log.read(size), log.full
+    logged, missing = log.read(size), log.is_full
     log.empty()
     return join(piped, logged) + (MISSING if missing else b"")
 

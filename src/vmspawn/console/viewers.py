@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Viewers of the console that are descriptors of ours: standard output, and the transcript of `--log=`."""
+"""Show the console on descriptors of ours: standard output, and the transcript of `--log=`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class OutputViewer:
     """
 
     def __init__(
-        self, console: Console, fd: int, screen: Screen | None = None, *, failed: Callable[[OSError], None]
+        self, console: Console, fd: int, screen: Screen | None = None, *, on_failed: Callable[[OSError], None]
     ) -> None:
-        """`screen` takes note of what is shown; `failed` is called once when a file cannot be written any more."""
+        """`screen` takes note of what is shown; `on_failed` is called once when a file cannot be written any more."""
         self._console = console
-        self._failed = failed
+        self._on_failed = on_failed
         self._screen = screen
         self._output = Output(fd)
         self._writer = Writer(self._output.fd, self._output.write, on_empty=self._on_empty, on_lost=self._on_lost)
         self._finishing = False
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether something has still to be written."""
         return self._writer.pending > 0
 
@@ -68,7 +68,7 @@ class OutputViewer:
         self._console.detach(self)
         # A reader that has gone knows that himself.
         if stat.S_ISREG(os.fstat(self._output.fd).st_mode):
-            self._failed(error)
+            self._on_failed(error)
 
     def _on_empty(self) -> None:
         if self._finishing:
@@ -78,21 +78,21 @@ class OutputViewer:
 
 
 def output_failed(error: OSError) -> str:
-    """A line for an output that `failed`."""
+    """Return a message for an output that failed."""
     return f"cannot write to standard output: {error.strerror}; the machine goes on without"
 
 
 class Transcript:
     """Appends the console's output to a file. Owns the descriptor."""
 
-    def __init__(self, console: Console, fd: int, failed: Callable[[OSError], None]) -> None:
-        """`failed` is called once, when the file cannot be written any more; the console goes on without it."""
+    def __init__(self, console: Console, fd: int, on_failed: Callable[[OSError], None]) -> None:
+        """`on_failed` is called once, when the file cannot be written any more; the console goes on without it."""
         self._console = console
         self._fd = fd
-        self._failed = failed
+        self._on_failed = on_failed
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether something has still to be written: a file never makes anybody wait."""
         return False
 
@@ -103,13 +103,13 @@ class Transcript:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
             self._close()
-            self._failed(error)
+            self._on_failed(error)
 
     def finish(self) -> None:
         """Close the file. May be called again."""
         # A file system in a network may say only now that it is full.
         if error := self._close():
-            self._failed(error)
+            self._on_failed(error)
 
     def _close(self) -> OSError | None:
         fd, self._fd = self._fd, -1

@@ -104,7 +104,7 @@ class Connection:
         return self._call
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether a call is being served."""
         return self._call is not None
 

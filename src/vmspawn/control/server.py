@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The control socket: who may connect, how many, and what they are served."""
+"""Accept the control socket's clients, a limited number, and serve each its calls."""
 
 import asyncio
 import errno
@@ -98,7 +98,7 @@ class ControlServer:
         self._connections.add(Connection(client, self._registry, self._connections.discard, on_failed=self._on_failed))
 
     def _make_room(self) -> None:
-        idle = [each for each in self._connections if not each.busy] or list(self._connections)
+        idle = [each for each in self._connections if not each.is_busy] or list(self._connections)
         min(idle, key=lambda each: each.last_active).close()
 
     def _pause(self) -> None:

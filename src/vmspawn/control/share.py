@@ -33,11 +33,12 @@ async def share(source: str, listen: str, *, ready: Callable[[], None], timeout:
         lost.append(why)
         ended.set()
 
-    multiplexer = Multiplexer(_connect(source), on_lost=on_lost)
+    multiplexer: Multiplexer | None = None
+    connected = _connect(source)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
     try:
-        await multiplexer.start(timeout=timeout)
+        multiplexer = await Multiplexer.connect(connected, on_lost=on_lost, timeout=timeout)
         with _listening(listen) as listener:
             loop.add_reader(listener, _accept, listener, multiplexer)
             ready()
@@ -48,7 +49,8 @@ async def share(source: str, listen: str, *, ready: Callable[[], None], timeout:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-        await multiplexer.close()
+        if multiplexer is not None:
+            await multiplexer.close()
 
 
 def _connect(source: str) -> socket.socket:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from .. import cache
+
 #: Goes up whenever the same files below `rootfs` would make another guest.
 FORMAT = 1
 
@@ -78,11 +80,7 @@ def guest_in(directory: str, architecture: str) -> BuiltinGuest | None:
 
 def cache_directory() -> str:
     """The absolute path of the directory that holds the guests of all architectures, whether it exists or not."""
-    base = os.environ.get("VMSPAWN_CACHE_DIR")
-    if not base:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        base = os.path.join(home, "vmspawn")
-    return os.path.abspath(os.path.join(base, "guest"))
+    return os.path.join(cache.cache_directory(), "guest")
 
 
 def fingerprint() -> str:

@@ -11,6 +11,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import StartError
+from ..host.programs import find_program
 from ..text import utf8
 
 #: Where distributions put it; it is in nobody's PATH. QEMU's descriptors are asked first.
@@ -49,7 +50,8 @@ class Virtiofsd(NamedTuple):
 
 def find() -> Virtiofsd:
     """Find a virtiofsd and ask what it can do. Raises StartError if there is none, or it does not run."""
-    path = next((each for each in (*_described(), *_PLACES, *_in_path()) if os.access(each, os.X_OK)), None)
+    path = next((each for each in (*_described(), *_PLACES) if os.access(each, os.X_OK)), None)
+    path = path or find_program("virtiofsd")
     if path is None:
         raise StartError("no virtiofsd found, which directories are shared by", hint=_HINT)
     rust = "virtiofsd version" not in _ask(path, "--version")
@@ -75,10 +77,6 @@ def _described() -> list[str]:
             except (OSError, ValueError, KeyError, TypeError):
                 continue
     return found
-
-
-def _in_path() -> list[str]:
-    return [os.path.join(folder, "virtiofsd") for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)]
 
 
 def _ask(path: str, option: str) -> str:

@@ -72,7 +72,7 @@ class ConsoleLog:
         return max(0, os.fstat(self.fd).st_size - _BEGIN)
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether nothing more fits, so that something may be missing."""
         return self.size >= KEPT_MAX
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..errors import StartError, Timeout, UsageError, VmspawnError
+from ..errors import NotConnected, StartError, Timeout, UsageError, VmspawnError
 
 MODES = ("auto", "yes", "no")
 
@@ -140,7 +140,7 @@ async def _forget_former(path: str, candidate: Candidate) -> None:
         known = await varlink.call(path, f"{_INTERFACE}.List", {"name": candidate.name})
         if (known.get("leader") or {}).get("pid") == candidate.leader:
             await varlink.call(path, f"{_INTERFACE}.Unregister", {"name": candidate.name})
-    except varlink.ServiceError:
+    except varlink.VarlinkError:
         return  # NoSuchMachine; whatever else is wrong, Register says it as well
 
 
@@ -154,21 +154,21 @@ def _in_its_scope(candidate: Candidate) -> bool:
 
 
 def _not_registered(registration: Registration, name: str, error: VmspawnError, notice: Callable[[str], None]) -> None:
-    from .varlink import ServiceError, ServiceMissing
+    from .varlink import VarlinkError
 
     hint = "use --register=auto or --register=no to do without"
-    if isinstance(error, ServiceMissing):
+    if isinstance(error, NotConnected):
         reason = f"systemd-machined does not run ({error})"
         if registration.user:
             hint = "use --system for the system's machined, or --register=no to do without"
-    elif isinstance(error, ServiceError) and error.leaf == "MachineExists":
+    elif isinstance(error, VarlinkError) and error.leaf == "MachineExists":
         reason = f"systemd-machined knows another machine named {name}"
         hint = "choose another name with --machine="
     else:
         reason = f"systemd-machined refused: {error}"
     if registration.mode == "yes":
         raise StartError(f"cannot register the machine: {reason}", hint=hint)
-    if not isinstance(error, ServiceMissing):
+    if not isinstance(error, NotConnected):
         notice(f"not registered: {reason}")
 
 
@@ -194,14 +194,14 @@ def machines() -> dict[str, str]:
 
 
 def _machines_at(path: str) -> dict[str, str]:
-    from .varlink import Service, ServiceError, ServiceMissing
+    from .varlink import Client, VarlinkError
 
     try:
-        with Service(path, timeout=LIST_TIMEOUT) as service:
+        with Client.of_service(path, timeout=LIST_TIMEOUT) as service:
             return {
                 each["name"]: each["controlAddress"]
-                for each in service.stream(f"{_INTERFACE}.List", {})
+                for each in service.stream(f"{_INTERFACE}.List", forever=False)
                 if each.get("class") == "vm" and each.get("controlAddress")
             }
-    except (ServiceMissing, ServiceError, Timeout):
+    except (NotConnected, VarlinkError, Timeout):
         return {}

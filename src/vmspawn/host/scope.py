@@ -7,10 +7,9 @@ in it, and becomes QEMU. The process id, the descriptors and the exit status are
 
 from __future__ import annotations
 
-import os
-
 from ..errors import StartError
 from .machined import Registration, scope_name
+from .programs import find_program
 
 _PROGRAM = "systemd-run"
 _HINT = "leave out --slice= and --property= where there is no systemd"
@@ -24,7 +23,7 @@ def prefix(registration: Registration, name: str) -> list[str]:
     slice_option = [f"--slice={registration.slice}"] if registration.slice else []
     properties = [f"--property={each}" for each in registration.properties]
     return [
-        _find(),
+        _program(),
         *(manager, "--scope", "--quiet", "--collect", "--no-ask-password"),
         f"--unit={scope_name(name)}",
         f"--description=Virtual Machine {name}",
@@ -34,9 +33,7 @@ def prefix(registration: Registration, name: str) -> list[str]:
     ]
 
 
-def _find() -> str:
-    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
-        path = os.path.join(folder, _PROGRAM)
-        if os.access(path, os.X_OK):
-            return path
+def _program() -> str:
+    if path := find_program(_PROGRAM):
+        return path
     raise StartError(f"--slice= and --property= need {_PROGRAM}, which is not installed", hint=_HINT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from ..errors import UsageError, VmspawnError
+from ..errors import NotConnected, UsageError, VmspawnError
 
 _INTERFACE = "io.systemd.StorageProvider"
 
@@ -93,23 +93,23 @@ def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
 
     `read_only` is for a bus that writes nothing. Raises VmspawnError.
     """
-    from .varlink import Service, ServiceError, ServiceMissing
+    from .varlink import Client, VarlinkError
 
     parameters = {"name": volume.name, **volume.parameters}
     if read_only:
         parameters.setdefault("readOnly", True)
     failure = f"cannot get the volume {volume.disk_name}"
     try:
-        with Service(_socket_path(volume.provider, user=user)) as service:
+        with Client.of_service(_socket_path(volume.provider, user=user)) as service:
             reply = service.call(f"{_INTERFACE}.Acquire", parameters)
             if reply.get("type") == "dir":
                 raise VmspawnError(f"{failure}: it is a directory", hint="name a volume that is a file or a device")
             return service.take_descriptor(int(reply["fileDescriptorIndex"]))
-    except ServiceMissing:
+    except NotConnected:
         raise VmspawnError(
             f"{failure}: there is no storage provider {volume.provider}", hint="see: storagectl providers"
         ) from None
-    except ServiceError as error:
+    except VarlinkError as error:
         reason, hint = _EXPLAINED.get(error.leaf, (str(error), ""))
         raise VmspawnError(f"{failure}: {reason}", hint=hint) from None
 

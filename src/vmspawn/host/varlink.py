@@ -1,37 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls to the host's own Varlink services, such as systemd-machined: one at a time, each with a deadline.
+"""Call Varlink services: machines' control sockets, and the host's own such as systemd-machined.
 
-`Service` blocks, for the commands and the way to QEMU's start; `call` is for the manager's event loop.
+`Client` blocks, for the commands and the way to QEMU's start; `call` is for the manager's event loop.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
-from ..errors import Timeout, VmspawnError
+from ..errors import NotConnected, Timeout, UsageError, VmspawnError
 
-#: Seconds for a reply. A service may have to start first, and to wait for systemd to make a unit.
-REPLY_TIMEOUT = 30.0
+#: Seconds for the reply of a service of the host's. It may have to start first, and to wait for systemd to make a unit.
+SERVICE_TIMEOUT = 30.0
 
-#: Bytes that one reply may have; no service of systemd's sends more, and what is at a socket may be anybody's.
+#: Bytes that one reply may have; no service of systemd's sends more, and what listens on a socket may be anybody's.
 _REPLY_MAX = 16 << 20
 
 _RECEIVE_SIZE = 65536
 _DESCRIPTORS_MAX = 8
 
 
-class ServiceMissing(VmspawnError):
-    """Nothing listens on the service's socket."""
-
-
-class ServiceError(VmspawnError):
-    """The service answered with an error; `name` is its Varlink name."""
+class VarlinkError(VmspawnError):
+    """The service answered with an error: `name` is its Varlink name, the message is for people."""
 
     def __init__(self, name: str, parameters: dict[str, Any]) -> None:
-        super().__init__(describe(name, parameters))
+        super().__init__(parameters.get("message") or _describe(name, parameters), hint=parameters.get("hint") or "")
         self.name = name
         self.parameters = parameters
 
@@ -41,8 +38,7 @@ class ServiceError(VmspawnError):
         return self.name.rpartition(".")[2]
 
 
-def describe(name: str, parameters: dict[str, Any]) -> str:
-    """An error for people."""
+def _describe(name: str, parameters: dict[str, Any]) -> str:
     interface, _, leaf = name.rpartition(".")
     if interface == "io.systemd" and isinstance(number := parameters.get("errno"), int):
         return os.strerror(number)
@@ -50,32 +46,48 @@ def describe(name: str, parameters: dict[str, Any]) -> str:
     return f"{leaf} ({detail})" if detail else leaf
 
 
-class Service:
-    """A connection to a service. Use it in `with`; it owns the socket and the descriptors that nobody took."""
+class Client:
+    """A connection to a service, in blocking calls. Use it in `with`, or close it.
 
-    def __init__(self, path: str, *, timeout: float = REPLY_TIMEOUT) -> None:
-        """Connect. Raises ServiceMissing if nothing is there, Timeout if it takes no connection."""
-        self.path = path
+    Owns the socket, and the descriptors that came with replies and were not taken. `service` is its name in errors. All
+    calls raise VarlinkError if the service answers with an error, NotConnected if it is gone, Timeout if it is late.
+    """
+
+    def __init__(self, connected: socket.socket, service: str, *, timeout: float) -> None:
+        self.service = service
+        self._socket = connected
+        self._socket.settimeout(timeout)
         self._timeout = timeout
         self._buffer = bytearray()
         #: Descriptors that came with the replies so far, in order.
         self._descriptors: list[int] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout)
+        self._method = ""
+
+    @classmethod
+    def of_service(cls, path: str, *, timeout: float = SERVICE_TIMEOUT) -> Client:
+        """Connect to one of the host's services. Raises NotConnected if nothing listens there, Timeout."""
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connected.settimeout(timeout)
         try:
-            self._socket.connect(path)
+            connected.connect(path)
         except TimeoutError:
-            self._socket.close()
+            connected.close()
             raise Timeout(f"{path} took no connection within {timeout:g} s") from None
         except OSError as error:
-            self._socket.close()
-            raise ServiceMissing(f"nothing listens on {path}: {error.strerror}") from None
+            connected.close()
+            raise NotConnected(f"nothing listens on {path}: {error.strerror}") from None
+        return Client(connected, path, timeout=timeout)
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def connection(self) -> socket.socket:
+        """The socket, which stays this client's."""
+        return self._socket
 
     def close(self) -> None:
         """Close the connection and the descriptors that were not taken."""
@@ -83,58 +95,106 @@ class Service:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
-    def call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Call a method and return its reply's parameters. Raises ServiceError, ServiceMissing or Timeout."""
-        self._send({"method": method, "parameters": parameters})
+    def call(self, method: str, parameters: dict[str, Any] | None = None, *, fds: Sequence[int] = ()) -> dict[str, Any]:
+        """Call a method and return its reply's parameters. `fds` are passed along and stay the caller's."""
+        self._send({"method": method, "parameters": parameters or {}}, fds)
         return self._receive(method)[0]
 
-    def stream(self, method: str, parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Call a method that replies many times; each reply has the whole deadline. Raises what `call` raises."""
-        self._send({"method": method, "parameters": parameters, "more": True})
+    def begin(self, method: str, parameters: dict[str, Any] | None = None) -> None:
+        """Call a method without waiting for its reply, which `finish` returns."""
+        self._send({"method": method, "parameters": parameters or {}})
+
+    def is_answered(self, *, within: float) -> bool:
+        """Whether a reply is there, or comes within so many seconds."""
+        return bool(self._buffer) or bool(select.select([self._socket], [], [], within)[0])
+
+    def finish(self, method: str) -> dict[str, Any]:
+        """Return the reply to what `begin` called."""
+        return self._receive(method)[0]
+
+    def stream(
+        self, method: str, parameters: dict[str, Any] | None = None, *, forever: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """Call a method that replies many times. Replies may take `forever`, or each has the whole deadline."""
+        self._send({"method": method, "parameters": parameters or {}, "more": True})
+        if forever:
+            self._socket.settimeout(None)
         continues = True
         while continues:
             reply, continues = self._receive(method)
             yield reply
 
+    def subscribe(self, method: str, parameters: dict[str, Any] | None = None) -> None:
+        """Call a method that replies many times; `next_reply` has the replies."""
+        self._send({"method": method, "parameters": parameters or {}, "more": True})
+        self._method = method
+
+    def next_reply(self, seconds: float) -> dict[str, Any] | None:
+        """Return the next reply to `subscribe`, or None if there is none within so many seconds."""
+        self._socket.settimeout(seconds)
+        try:
+            return self._receive(self._method)[0]
+        except Timeout:
+            return None
+
+    def upgrade(self, method: str, parameters: dict[str, Any] | None = None) -> tuple[socket.socket, bytes]:
+        """Call a method that turns this connection into another protocol's.
+
+        Returns the socket, which stays this client's, and what came behind the reply.
+        """
+        self._send({"method": method, "parameters": parameters or {}, "upgrade": True})
+        self._receive(method)
+        received, self._buffer = bytes(self._buffer), bytearray()
+        return self._socket, received
+
     def take_descriptor(self, index: int) -> int:
-        """The descriptor that the last reply calls `index`; the caller owns it. Raises VmspawnError."""
+        """Return the descriptor that the last reply calls `index`; the caller owns it. Raises VmspawnError."""
         if not 0 <= index < len(self._descriptors):
-            raise VmspawnError(f"{self.path} named descriptor {index} and sent {len(self._descriptors)}")
+            raise VmspawnError(f"{self.service} named descriptor {index} and sent {len(self._descriptors)}")
         return self._descriptors.pop(index)
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        data = _encode(message)
         try:
-            self._socket.sendall(_encode(message))
+            sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
+            # sendall() of nothing is a system call too, and fails if the service has answered and gone by then.
+            if sent < len(data):
+                self._socket.sendall(data[sent:])
         except TimeoutError:
-            raise Timeout(f"{self.path} takes no calls") from None
+            raise Timeout(f"{self.service} takes no calls") from None
         except OSError as error:
-            raise ServiceMissing(f"lost the connection to {self.path}: {error.strerror}") from None
+            raise self._lost(error) from None
 
     def _receive(self, method: str) -> tuple[dict[str, Any], bool]:
         while b"\0" not in self._buffer:
             self._receive_some(method)
         message, _, self._buffer = self._buffer.partition(b"\0")
-        return _decode(message, self.path, method)
+        return _decode(message, self.service, method)
 
     def _receive_some(self, method: str) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, _RECEIVE_SIZE, _DESCRIPTORS_MAX)
+            data, descriptors, _, _ = socket.recv_fds(
+                self._socket, _RECEIVE_SIZE, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+            )
         except TimeoutError:
-            raise Timeout(f"{self.path} did not answer {method} within {self._timeout:g} s") from None
+            raise Timeout(f"{self.service} did not answer {method} within {self._timeout:g} s") from None
         except OSError as error:
-            raise ServiceMissing(f"lost the connection to {self.path}: {error.strerror}") from None
-        for fd in descriptors:
-            os.set_inheritable(fd, False)
+            raise self._lost(error) from None
         self._descriptors += descriptors
         if not data:
-            raise ServiceMissing(f"{self.path} closed the connection")
+            raise NotConnected(f"{self.service} closed the connection")
         self._buffer += data
         if len(self._buffer) > _REPLY_MAX:
-            raise VmspawnError(f"{self.path} answered {method} with more than {_REPLY_MAX >> 20} MiB")
+            raise VmspawnError(f"{self.service} answered {method} with more than {_REPLY_MAX >> 20} MiB")
+
+    def _lost(self, error: OSError) -> NotConnected:
+        return NotConnected(f"lost the connection to {self.service}: {error.strerror}")
 
 
-async def call(path: str, method: str, parameters: dict[str, Any], *, timeout: float = REPLY_TIMEOUT) -> dict[str, Any]:
-    """Call one method of the service at `path`. Raises ServiceError, ServiceMissing or Timeout."""
+async def call(
+    path: str, method: str, parameters: dict[str, Any], *, timeout: float = SERVICE_TIMEOUT
+) -> dict[str, Any]:
+    """Call one method of the service at `path`. Raises VarlinkError, NotConnected or Timeout."""
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -148,19 +208,22 @@ async def call(path: str, method: str, parameters: dict[str, Any], *, timeout: f
                 while not buffer.endswith(b"\0") and len(buffer) <= _REPLY_MAX:
                     data = await loop.sock_recv(connection, _RECEIVE_SIZE)
                     if not data:
-                        raise ServiceMissing(f"{path} closed the connection")
+                        raise NotConnected(f"{path} closed the connection")
                     buffer += data
         except TimeoutError:
             raise Timeout(f"{path} did not answer {method} within {timeout:g} s") from None
         except OSError as error:
-            raise ServiceMissing(f"nothing listens on {path}: {error.strerror}") from None
+            raise NotConnected(f"nothing listens on {path}: {error.strerror}") from None
     return _decode(buffer.rstrip(b"\0"), path, method)[0]
 
 
 def _encode(message: dict[str, Any]) -> bytes:
     import json
 
-    return json.dumps(message, separators=(",", ":")).encode() + b"\0"
+    try:
+        return json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
+    except UnicodeEncodeError:
+        raise UsageError("the name is not UTF-8") from None
 
 
 def _decode(message: bytes | bytearray, path: str, method: str) -> tuple[dict[str, Any], bool]:
@@ -173,5 +236,5 @@ def _decode(message: bytes | bytearray, path: str, method: str) -> tuple[dict[st
     except (ValueError, AttributeError):
         raise VmspawnError(f"{path} answered {method} with what is not Varlink") from None
     if name := reply.get("error"):
-        raise ServiceError(name, parameters)
+        raise VarlinkError(name, parameters)
     return parameters, bool(reply.get("continues"))

@@ -112,8 +112,8 @@ class Running:
     # Starting.
 
     async def _settle(self) -> list[str]:
-        await self.monitor.start(timeout=self._origin.greeting_timeout)
-        await self._run_state.start()
+        await self.monitor.greeting(timeout=self._origin.greeting_timeout)
+        await self._run_state.known()
         return await self._origin.settle(self.monitor, self.storage, self._sessions)
 
     async def _failed_start(self, error: BaseException) -> BaseException:
@@ -241,7 +241,7 @@ class Running:
     @property
     def is_running(self) -> bool:
         """Whether the guest's processors run."""
-        return self._run_state.running
+        return self._run_state.is_running
 
     @property
     def console(self) -> Console:
@@ -273,7 +273,7 @@ class Running:
         client = Monitor(theirs)
         try:
             multiplexer.open(ours, read_only=read_only)
-            await client.start()
+            await client.greeting()
             yield client
         finally:
             client.close()

@@ -74,7 +74,7 @@ class Sessions:
         from ..qmp.share.multiplexer import Multiplexer
 
         # The manager's own monitor reports QEMU's exit.
-        multiplexer = Multiplexer(
+        self._multiplexer = await Multiplexer.connect(
             self._monitors.sessions,
             self._monitors.bulk,
             on_lost=lambda _: None,
@@ -82,13 +82,7 @@ class Sessions:
             transcript=self._transcript,
             may_spawn=may_start_programs(self._pid),
         )
-        try:
-            await multiplexer.start()
-        except BaseException:
-            await multiplexer.close()
-            raise
-        self._multiplexer = multiplexer
-        return multiplexer
+        return self._multiplexer
 
     def keep_fdsets(self, numbers: Iterable[int]) -> None:
         """Remember descriptor sets that were there from boot, and are neither ours nor a session's."""

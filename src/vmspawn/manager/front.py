@@ -9,7 +9,7 @@ import signal
 import sys
 
 from ..console.interactive import Interactive
-from ..console.messages import Voice
+from ..console.messages import Messages
 from ..console.viewers import OutputViewer, output_failed
 from ..machine.running import Running
 from .keys import Keys
@@ -21,9 +21,9 @@ _STDIN, _STDOUT = 0, 1
 class Front:
     """The machine's console on our own standard streams, as `--console=` specifies."""
 
-    def __init__(self, machine: Running, shutdown: Shutdown, voice: Voice) -> None:
+    def __init__(self, machine: Running, shutdown: Shutdown, messages: Messages) -> None:
         self._machine = machine
-        self._voice = voice
+        self._messages = messages
         self._shutdown = shutdown
         self._keys: Keys | None = None
         self._interactive: Interactive | None = None
@@ -38,25 +38,25 @@ class Front:
         """Show the console."""
         kind = self._machine.config.console
         if kind == "interactive":
-            self._keys = Keys(self._machine, self._shutdown, self._voice.say)
+            self._keys = Keys(self._machine, self._shutdown, self._messages.report)
             self._interactive = Interactive(
                 self._machine.console,
                 _STDIN,
                 _STDOUT,
-                pressed=self._keys.pressed,
-                gone=self._terminal_gone,
-                resized=self._resized,
-                say=self._voice.say,
+                on_key=self._keys.pressed,
+                on_terminal_gone=self._terminal_gone,
+                on_resize=self._resized,
+                report=self._messages.report,
             )
-            self._voice.divert(self._interactive.write_line)
+            self._messages.redirect(self._interactive.write_line)
         elif kind == "read-only":
             self._output = OutputViewer(
-                self._machine.console, _STDOUT, failed=lambda error: self._voice.say(output_failed(error))
+                self._machine.console, _STDOUT, on_failed=lambda error: self._messages.report(output_failed(error))
             )
             self._machine.console.attach(self._output)
         elif kind == "native":
             # QEMU has made the terminal raw.
-            self._voice.divert(lambda line: print(f"\r{line}\r", file=sys.stderr, flush=True))
+            self._messages.redirect(lambda line: print(f"\r{line}\r", file=sys.stderr, flush=True))
 
     def suspend(self) -> None:
         """SIGTSTP: stop as a job of the shell does, the terminal in order; the guest runs on without its manager."""
@@ -80,7 +80,7 @@ class Front:
 
     def close(self) -> None:
         """Leave the streams, and the terminal as it was. May be called again."""
-        self._voice.divert(None)
+        self._messages.redirect(None)
         if self._keys is not None:
             self._keys.close()
         if self._resizing is not None:

@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from ..boot.qemu import cache_directory
+from ..cache import cache_directory
 from ..host import runtime
 from ..version import VERSION
 

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 from ..aio.waiting import first_of
 from ..boot.started import Launched, Started
-from ..console.messages import Voice
+from ..console.messages import Messages
 from ..control.server import ControlServer, build_registry
 from ..errors import ManagerFailed, StartError, VmspawnError
 from ..host.limits import allow_descriptors
@@ -32,19 +32,19 @@ _FLUSH_TIMEOUT = 5.0
 _FAREWELL_TIMEOUT = 1.0
 
 
-async def supervise(started: Started, voice: Voice, *, ready: Callable[[], None] = lambda: None) -> End:
+async def supervise(started: Started, messages: Messages, *, ready: Callable[[], None] = lambda: None) -> End:
     """Run a machine that was just launched or adopted to its end, and report how it ended. Owns `started`.
 
     `ready` is called once the machine is up. Raises StartError if QEMU does not come up, ManagerFailed after a fault of
     ours; the guest runs on then, and another manager can take it over.
     """
     allow_descriptors()
-    machine = await _start(started, voice)
+    machine = await _start(started, messages)
     if machine is None:
         return End.terminated()
     async with AsyncExitStack() as closing:
         try:
-            return await _Supervision(machine, voice, closing).run(ready)
+            return await _Supervision(machine, messages, closing).run(ready)
         except VmspawnError:
             await machine.leave()
             raise
@@ -52,9 +52,9 @@ async def supervise(started: Started, voice: Voice, *, ready: Callable[[], None]
             raise await _leave(machine, error) from error
 
 
-async def _start(started: Started, voice: Voice) -> Running | None:
+async def _start(started: Started, messages: Messages) -> Running | None:
     """Wait until QEMU is up; None if a signal ended it before."""
-    start = run(started, warn=voice.say, notice=voice.notice)
+    start = run(started, warn=messages.report, notice=messages.notice)
     is_ours = isinstance(started.origin, Launched)
     try:
         # Adopting takes seconds at the most. A signal is handled once it is known what there is to end.
@@ -83,17 +83,17 @@ def _fault(name: str, error: Exception, machine: Running | None = None, *, runs_
 class _Supervision:
     """One running machine with all that serves it."""
 
-    def __init__(self, machine: Running, voice: Voice, closing: AsyncExitStack) -> None:
+    def __init__(self, machine: Running, messages: Messages, closing: AsyncExitStack) -> None:
         self._machine = machine
-        self._voice = voice
+        self._messages = messages
         self._closing = closing
         self._notifier = Notifier()
-        self._shutdown = Shutdown(machine, voice.notice, self._notifier)
-        self._front = Front(machine, self._shutdown, voice)
+        self._shutdown = Shutdown(machine, messages.notice, self._notifier)
+        self._front = Front(machine, self._shutdown, messages)
 
     async def run(self, ready: Callable[[], None]) -> End:
         """Serve the machine until it has ended. Raises StartError, OSError."""
-        machine, voice, closing = self._machine, self._voice, self._closing
+        machine, messages, closing = self._machine, self._messages, self._closing
         Signals(self._shutdown, self._front).listen()
         heartbeat = Heartbeat(self._notifier)
         closing.callback(heartbeat.end)
@@ -101,13 +101,13 @@ class _Supervision:
         # After the machine's end: a client that waits for the end of its connection finds nothing left of the machine.
         closing.callback(server.close)
         closing.push_async_callback(machine.end)
-        registered = Registered(machine, voice.notice)
+        registered = Registered(machine, messages.notice)
         closing.push_async_callback(registered.end)
         closing.callback(self._front.close)
         closing.callback(self._shutdown.close)
         await self._register(registered)
         ready()
-        voice.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
+        messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
         self._front.open()
         status = f"Machine {machine.name} is running"
         self._notifier.send(READY=1, STATUS=status, X_VMSPAWN_LEADER_PID=machine.pid)
@@ -128,5 +128,5 @@ class _Supervision:
             await first_of(self._machine.console.ended, timeout=_FLUSH_TIMEOUT)
         await server.finish(timeout=_FAREWELL_TIMEOUT)
         if end.reason in _UNEXPECTED and (path := write_report(self._machine.name, end.message, self._machine)):
-            self._voice.notice(f"a report is in {path}")
+            self._messages.notice(f"a report is in {path}")
         return end

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Events as a monitor receives them, and streams of them for those who read at their own pace."""
+"""Hold the events of a monitor for readers that read at their own pace."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Event(NamedTuple):
 class EventStream:
     """The events from now on, for one reader. Iterate over it; it ends when QEMU is gone or `close` is called."""
 
-    def __init__(self, forget: Callable[[EventStream], None]) -> None:
-        """`forget` is called with the stream when it is to be fed no more."""
-        self._forget = forget
+    def __init__(self, on_close: Callable[[EventStream], None]) -> None:
+        """`on_close` is called with the stream when it is to be fed no more."""
+        self._on_close = on_close
         self._queue: deque[Event] = deque()
         self._wake: asyncio.Future[None] | None = None
         self._ended = False
@@ -46,7 +46,7 @@ class EventStream:
     def close(self) -> None:
         """End the stream; what is queued can still be read."""
         self._ended = True
-        self._forget(self)
+        self._on_close(self)
         self._notify()
 
     def _notify(self) -> None:

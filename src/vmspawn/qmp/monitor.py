@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The manager's own monitor: one QMP connection, commands with deadlines, and events for any number of listeners.
+"""Run commands on a QMP monitor of QEMU's with deadlines, and hand its events to any number of listeners.
 
-The protocol is QEMU's docs/interop/qmp-spec.rst. What clients of the machine get is not this but a session.
+The protocol is QEMU's docs/interop/qmp-spec.rst. This is the manager's own connection; clients get sessions.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _Batch:
 
 
 class Monitor:
-    """A client of one QMP monitor. Owns the socket it is given, from construction on."""
+    """A client of one QMP monitor, which negotiates by itself. Owns the socket it is given, from construction on."""
 
     def __init__(
         self, connected: socket.socket, *, received: bytes = b"", transcript: Transcript | None = None, name: str = ""
@@ -105,7 +105,8 @@ class Monitor:
         self._transcript = transcript
         self._name = name
         self._decoder = msgspec.json.Decoder(_Received)
-        self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        # What QEMU greeted with, once the negotiation is over.
+        self._greeting: dict[str, Any] | None = None
         self._negotiated = asyncio.Event()
         # The commands that wait for their replies, in the order in which they were sent.
         self._pending: deque[_Pending] = deque()
@@ -120,19 +121,19 @@ class Monitor:
         if received:
             self._loop.call_soon(self._received, received)
 
-    async def start(self, *, timeout: float = GREETING_TIMEOUT) -> dict[str, Any]:
-        """Wait for the greeting and negotiate; return what QEMU greeted with.
+    async def greeting(self, *, timeout: float = GREETING_TIMEOUT) -> dict[str, Any]:
+        """Wait until QEMU has greeted and negotiated, and return its greeting.
 
         Raises Timeout if no greeting comes, NotConnected if QEMU goes away first.
         """
         try:
             async with asyncio.timeout(timeout):
-                greeting = await asyncio.shield(self._greeting)
-                await self._run([Command("qmp_capabilities")], id=_FIRST_ID)
+                await self._negotiated.wait()
         except TimeoutError:
             raise Timeout(f"QEMU's monitor gave no greeting within {timeout:g} s; somebody else may hold it") from None
-        self._negotiated.set()
-        return greeting
+        if self._lost is not None or self._greeting is None:
+            raise NotConnected(self._lost or "QEMU did not greet")
+        return self._greeting
 
     async def execute(
         self,
@@ -142,7 +143,7 @@ class Monitor:
         fds: Sequence[int] = (),
         timeout: float = COMMAND_TIMEOUT,
     ) -> Any:
-        """Run a command and return what QEMU returned. While the monitor is still starting, that is waited for.
+        """Run a command and return what QEMU returned. Waits for the negotiation first.
 
         `fds` go along as SCM_RIGHTS and stay the caller's; QEMU has its own when this returns. Raises QmpError with
         QEMU's words, Timeout if the reply does not come, NotConnected if QEMU is gone.
@@ -178,18 +179,18 @@ class Monitor:
             stream.close()
         return stream
 
-    def witness(self, see: Callable[[Event], None]) -> None:
-        """Call `see` with each event from now on, QEMU's and ours. It must not raise."""
-        self._witnesses.append(see)
+    def witness(self, on_event: Callable[[Event], None]) -> None:
+        """Call `on_event` with each event from now on, QEMU's and ours. It must not raise."""
+        self._witnesses.append(on_event)
 
-    def listen(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with each event as it is read, before any stream sees it. It must not raise."""
-        self._listeners.append(listener)
+    def listen(self, on_event: Callable[[Event], None]) -> None:
+        """Call `on_event` with each event of QEMU's as it is read, before any stream sees it. It must not raise."""
+        self._listeners.append(on_event)
 
     def publish(self, event: Event) -> None:
         """Hand an event of our own to the streams, in line with QEMU's."""
-        for see in self._witnesses:
-            see(event)
+        for on_event in self._witnesses:
+            on_event(event)
         for stream in tuple(self._streams):
             stream.put(event)
 
@@ -203,8 +204,7 @@ class Monitor:
         self._socket = None
         self._lost = why
         error = NotConnected(why)
-        waiting: list[asyncio.Future[Any]] = [self._greeting, *(each.replies.all for each in self._pending)]
-        for future in waiting:
+        for future in [each.replies.all for each in self._pending]:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody may be waiting; that is no reason to log it
@@ -216,14 +216,14 @@ class Monitor:
 
     # Sending.
 
-    async def _run(self, commands: Sequence[Command], behind: Sequence[Command] = (), **members: object) -> list[Any]:
-        """Send commands, all of them with these members besides, and wait for the replies but to those behind."""
+    async def _run(self, commands: Sequence[Command], behind: Sequence[Command]) -> list[Any]:
+        """Send commands, and wait for the replies but to those behind."""
         if self._lost is not None:
             raise NotConnected(self._lost)
         if not commands:
             return []
         sent = (*commands, *behind)
-        encoded = [_encode(command, members) for command in sent]
+        encoded = [_encode(command) for command in sent]
         batches: list[_Batch] = []
         replies = _Replies(len(commands), self._loop.create_future())
         for command, data in zip(sent, encoded, strict=True):
@@ -232,14 +232,25 @@ class Monitor:
                 batches.append(_Batch(command.fds))
             batches[-1].data += data
             self._pending.append(_Pending(command.name, batches[-1], replies))
-            if self._transcript is not None:
-                self._transcript.sent(self._name, data)
+            self._record_sent(data)
         for batch in batches:
             batch.message = self._writer.write_message(batch.data, batch.fds)
         try:
             return await replies.all
         finally:
             self._withdraw(batches)
+
+    def _negotiate(self, greeting: dict[str, Any]) -> None:
+        """Answer the first greeting; QEMU 7.2 sends two to a client that connects just as it opens its monitor."""
+        if self._greeting is None:
+            self._greeting = greeting
+            data = msgspec.json.encode({"execute": "qmp_capabilities", "id": _FIRST_ID})
+            self._record_sent(data)
+            self._writer.write(data)
+
+    def _record_sent(self, data: bytes) -> None:
+        if self._transcript is not None:
+            self._transcript.sent(self._name, data)
 
     def _withdraw(self, batches: Sequence[_Batch]) -> None:
         """Take back commands that were not sent when their caller gave up, for it closes their descriptors.
@@ -290,18 +301,19 @@ class Monitor:
         if message.event is not None:
             self._event(Event(message.event, message.data, message.timestamp))
         elif message.QMP is not None:
-            if not self._greeting.done():
-                self._greeting.set_result(message.QMP)
+            self._negotiate(message.QMP)
         else:
             self._reply(message)
 
     def _event(self, event: Event) -> None:
-        for listener in self._listeners:
-            listener(event)
+        for on_event in self._listeners:
+            on_event(event)
         self.publish(event)
 
     def _reply(self, message: _Received) -> None:
-        if not self._negotiated.is_set() and message.id != _FIRST_ID:
+        if not self._negotiated.is_set():
+            if message.id == _FIRST_ID:
+                self._negotiated.set()
             return
         if not self._pending:
             return
@@ -313,8 +325,8 @@ class Monitor:
             pending.replies.put(None if message.result is msgspec.UNSET else message.result)
 
 
-def _encode(command: Command, members: Mapping[str, object]) -> bytes:
-    message: dict[str, object] = {"execute": command.name, **members}
+def _encode(command: Command) -> bytes:
+    message: dict[str, object] = {"execute": command.name}
     if command.arguments:
         message["arguments"] = command.arguments
     return msgspec.json.encode(message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The machine's run state, followed through events so that nobody has to ask QEMU for it."""
+"""Follow QEMU's run state through its events, so that nobody has to ask QEMU for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATES = {"RESUME": "running", "WAKEUP": "running", "SUSPEND": "suspended", "SH
 
 
 class RunState:
-    """QEMU's RunState and what follows from it. Fed by the manager's monitor."""
+    """QEMU's RunState: asked for once, by itself, and followed through the monitor's events from then on."""
 
     def __init__(self, monitor: Monitor) -> None:
         #: The state in QEMU's words, such as `running`, `paused`, `prelaunch`.
@@ -29,17 +29,23 @@ class RunState:
         #: Set once the guest's processors have run for the first time.
         self.has_run = asyncio.Event()
         self._stop_reason = ""
-        self._monitor = monitor
-        monitor.listen(self._event)
+        monitor.listen(self._on_event)
+        self._asked = asyncio.create_task(self._ask(monitor))
+        # Whoever waits for it gets the error; nobody may.
+        self._asked.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether the guest's processors run."""
         return self.status == "running"
 
-    async def start(self) -> None:
-        """Ask once where things stand; from then on the events tell. Raises what `Monitor.execute` raises."""
-        answer: dict[str, Any] = await self._monitor.execute("query-status")
+    async def known(self) -> None:
+        """Wait until QEMU has told its state. Raises what `Monitor.execute` raises."""
+        await asyncio.shield(self._asked)
+
+    async def _ask(self, monitor: Monitor) -> None:
+        await monitor.greeting()
+        answer: dict[str, Any] = await monitor.execute("query-status")
         self._enter(answer["status"])
 
     def _enter(self, status: str) -> None:
@@ -47,7 +53,7 @@ class RunState:
         if status not in ("prelaunch", "inmigrate", "preconfig"):
             self.has_run.set()
 
-    def _event(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         data = event.data or {}
         if event.name in _REASONS:
             member, value, reason = _REASONS[event.name]

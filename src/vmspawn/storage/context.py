@@ -109,5 +109,5 @@ class Context:
 
     def removed(self, *parts: Part) -> None:
         """QEMU has let go of them, or on 7.2 will once the guest runs."""
-        if not self.run_state.running:
+        if not self.run_state.is_running:
             self.deferred_fdsets.update(part for part in parts if part.kind == "fdset")

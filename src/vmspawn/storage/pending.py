@@ -22,7 +22,7 @@ def why(attachment: AttachedDisk, run_state: RunState) -> str:
         return f"QEMU still closes the image of {name}{answer}"
     if not run_state.has_run.is_set():
         return f"{name} stays until the guest runs: it has not been started yet"
-    if not run_state.running:
+    if not run_state.is_running:
         return f"{name} stays while the guest is {run_state.status}: it cannot let go"
     if attachment.disk.bus == "nvme" and removal and removal.requests > 2:
         return f"the guest has not let go of {name}; one that uses an NVMe disk may never do so"

@@ -49,14 +49,14 @@ def _console(options: argparse.Namespace) -> None:
     keys = "; press ^] three times within 1s to detach" if os.isatty(_STDIN) else ""
     _say(options, f"attached to machine {options.machine}{keys}")
     with console, watching(options.machine, console) as parting:
-        attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, resized=resized)
+        attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, on_resize=resized)
         number = attachment.run()
         if number:
             # As a shell has it for a program that a signal ended.
             sys.exit(128 + number)
-        if attachment.hung_up:
+        if attachment.has_hung_up:
             parting.check()
-    how = "has ended" if attachment.hung_up else "runs on without us"
+    how = "has ended" if attachment.has_hung_up else "runs on without us"
     _say(options, f"machine {options.machine} {how}")
 
 

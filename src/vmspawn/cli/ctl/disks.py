@@ -196,7 +196,7 @@ def _wait_for_detach(options: argparse.Namespace, parameters: dict[str, Any], ti
         client.begin(f"{MACHINE}.DetachStorage", parameters)
         with Client(options.machine) as observer:
             shown = False
-            while not client.answered(within=1.0):
+            while not client.is_answered(within=1.0):
                 disks = observer.call(f"{MACHINE}.ListStorage")["storage"]
                 disk = next((disk for disk in disks if disk["name"] == options.disk), None)
                 if disk and disk["removal"]:

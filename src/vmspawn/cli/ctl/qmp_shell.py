@@ -64,7 +64,7 @@ class _Shell:
     async def run(self, connected: socket.socket, received: bytes) -> bool:
         monitor = Monitor(connected, received=received)
         try:
-            greeting = await monitor.start()
+            greeting = await monitor.greeting()
             version = greeting["version"]["qemu"]
             print(f"QEMU {version['major']}.{version['minor']}.{version['micro']}. COMMAND KEY=VALUE…; Ctrl-D leaves.")
             events = asyncio.create_task(self._show_events(monitor))

@@ -17,7 +17,7 @@ from ... import log
 from ...boot import config as configuration
 from ...boot.config import MachineConfig
 from ...console.hotkeys import HELP
-from ...console.messages import Voice
+from ...console.messages import Messages
 from ...console.terminal import Terminal
 from ...host.runtime import check_name
 from ...host.spawn import END_SIGNALS
@@ -107,30 +107,30 @@ def run(arguments: list[str]) -> int:
         return 0
     skipped = unsupported_options.check(options)
     config = configure(options)
-    voice = Voice(_PROGRAM, quiet=options.quiet)
+    messages = Messages(_PROGRAM, quiet=options.quiet)
 
     def detail(line: str) -> None:
         if options.verbose or log.enabled():
-            voice.notice(line)
+            messages.notice(line)
 
     for line in skipped:
         detail(line)
     if config.console != "native" or not os.isatty(_STDIN):
-        return _run(options, config, voice, detail)
+        return _run(options, config, messages, detail)
     # QEMU gets the terminal as soon as it starts, and does not give it back if it is killed.
     lent = Terminal(_STDIN)
     try:
-        return _run(options, config, voice, detail)
+        return _run(options, config, messages, detail)
     finally:
         lent.restore()
 
 
-def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detail: Callable[[str], None]) -> int:
+def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages, detail: Callable[[str], None]) -> int:
     if config.console == "interactive" and os.isatty(_STDIN):
-        voice.notice(HELP)
+        messages.notice(HELP)
     # Where SIGCHLD is ignored, nobody would learn how QEMU ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    started = adopt.begin(options, config, voice.notice, detail, _hold_signals)
+    started = adopt.begin(options, config, messages.notice, detail, _hold_signals)
     try:
         import asyncio
 
@@ -143,8 +143,8 @@ def _run(options: argparse.Namespace, config: MachineConfig, voice: Voice, detai
         started.give_up()
         raise
     with runner:
-        end = runner.run(supervise(started, voice, ready=adopt.ready(options)))
-    (voice.notice if end.clean else voice.say)(end.message)
+        end = runner.run(supervise(started, messages, ready=adopt.ready(options)))
+    (messages.notice if end.clean else messages.report)(end.message)
     return 0 if end.clean else EXIT_FAILURE
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What sessions hold in QEMU through descriptors that they passed, so that it goes when they do.
+"""Track the descriptors that sessions passed to QEMU, so that they are closed when their session ends.
 
 The names of `getfd` belong to a monitor in QEMU, and all sessions share one: a name that one session holds is refused
 to the others. Names that stand in the arguments of other commands (`netdev_add` with `fd=`) are not looked at; a
@@ -52,16 +52,16 @@ class _AddedReply(msgspec.Struct):
 class Descriptors:
     """The ledger of all sessions. A holder is a session; any object will do."""
 
-    __slots__ = ("_claims", "_members", "_names", "changed")
+    __slots__ = ("_claims", "_members", "_names", "_on_change")
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_change: Callable[[], None]) -> None:
+        """`on_change` is called when the names have changed, ahead of the command that makes a new one."""
         self._names: dict[str, object] = {}
         # Names whose getfd QEMU has not answered yet.
         self._claims: set[str] = set()
         # By set and number in QEMU.
         self._members: dict[tuple[int, int], object] = {}
-        #: Called when the names have changed, ahead of the command that makes a new one.
-        self.changed: Callable[[], None] = lambda: None
+        self._on_change = on_change
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class Descriptors:
         if command.name == b"getfd" and name not in self._names:
             self._names[name] = holder
             self._claims.add(name)
-            self.changed()
+            self._on_change()
         return None
 
     def settle(self, holder: object, command: Command, reply: Reply) -> None:
@@ -113,7 +113,7 @@ class Descriptors:
         """The name is free in QEMU."""
         self._claims.discard(name)
         if self._names.pop(name, None) is not None:
-            self.changed()
+            self._on_change()
 
     def take_members(self, holder: object) -> list[tuple[int, int]]:
         """What a session added to sets, as set and number; it is forgotten here."""

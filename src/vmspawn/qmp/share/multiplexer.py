@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One QEMU, any number of QMP clients, each of which has what looks like a monitor of its own."""
+"""Share one QEMU among any number of QMP clients, each with what looks like a monitor of its own."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from ..syntax.replies import Reply
 from ..transcript import Transcript
 from . import descriptors
 from .descriptors import Descriptors
+from .negotiation import Negotiated, negotiate
 from .peer import Peer
 from .schedule import Schedule
 from .session import Session, State
-from .upstream import Call, Greeting, Upstream
+from .upstream import Call, Upstream
 
 
 class Multiplexer:
-    """Shares one of QEMU's monitors among sessions.
+    """Shares one of QEMU's monitors among sessions. `connect` makes one; `close` must follow.
 
-    Owns the connected sockets that it is given, from construction on: `connected` to the monitor that the sessions
-    share, `bulk` to a second one for large commands, without which such a command holds up all sessions while QEMU
-    reads it. `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
+    `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
     `on_names` is called when `names` has changed, ahead of the command that makes a new one. `may_spawn` says whether
     QEMU's sandbox lets it start programs; where it does not, sessions refuse what would (`sandbox.py`).
     """
 
     def __init__(
         self,
-        connected: socket.socket,
-        bulk: socket.socket | None = None,
+        main: Negotiated,
+        bulk: Negotiated | None,
         *,
         on_lost: Callable[[str], None],
         on_names: Callable[[], None] = lambda: None,
@@ -44,14 +43,17 @@ class Multiplexer:
     ) -> None:
         self._on_lost = on_lost
         self._may_spawn = may_spawn
-        self._main = Upstream(connected, event=self._event, lost=self._lost, transcript=transcript, name="sessions")
+        self._greeting = main.greeting
+        self._main = Upstream(
+            main, on_event=self._on_event, on_lost=self._on_monitor_lost, transcript=transcript, name="sessions"
+        )
         self._bulk = None
         if bulk is not None:
-            self._bulk = Upstream(bulk, event=lambda line: None, lost=self._lost, transcript=transcript, name="bulk")
-        self._schedule = Schedule(self._main, self._bulk)
-        self._descriptors = Descriptors()
-        self._descriptors.changed = on_names
-        self._greeting: Greeting | None = None
+            self._bulk = Upstream(
+                bulk, on_event=lambda line: None, on_lost=self._on_monitor_lost, transcript=transcript, name="bulk"
+            )
+        self._schedule = Schedule(self._main, self._bulk, oob=main.greeting.oob)
+        self._descriptors = Descriptors(on_change=on_names)
         # In the order in which they came; those that are closed stay while something of theirs is in flight.
         self._sessions: dict[Session, None] = {}
         # Commands of our own that were not answered yet, and what is called when there are none.
@@ -60,17 +62,33 @@ class Multiplexer:
         self._settled.set()
         self._end = ""
 
-    async def start(self, *, timeout: float = GREETING_TIMEOUT) -> None:
-        """Wait for QEMU's greeting and negotiate.
+    @classmethod
+    async def connect(
+        cls,
+        connected: socket.socket,
+        bulk: socket.socket | None = None,
+        *,
+        on_lost: Callable[[str], None],
+        on_names: Callable[[], None] = lambda: None,
+        transcript: Transcript | None = None,
+        may_spawn: bool = True,
+        timeout: float = GREETING_TIMEOUT,
+    ) -> Multiplexer:
+        """Wait for QEMU's greeting, negotiate, and return what shares the monitor.
 
-        Raises Timeout if a monitor does not greet within so many seconds: it is in use by somebody else. Raises
-        NotConnected if QEMU is gone or what answers is no QMP monitor. Either way, `close` is still to be called.
+        Takes ownership of the sockets, also if this raises: `connected` to the monitor that the sessions share, `bulk`
+        to a second one for large commands, without which such a command holds up all sessions while QEMU reads it.
+        Raises Timeout if a monitor does not greet within so many seconds: it is in use by another program. Raises
+        NotConnected if QEMU is gone or what answers is no QMP monitor.
         """
-        greeting = await self._main.start(timeout)
-        if self._bulk is not None:
-            await self._bulk.start(timeout)
-        self._schedule.oob = greeting.oob
-        self._greeting = greeting
+        try:
+            main = await negotiate(connected, timeout=timeout)
+            second = await negotiate(bulk, timeout=timeout) if bulk is not None else None
+        except BaseException:
+            for each in filter(None, (connected, bulk)):
+                each.close()
+            raise
+        return cls(main, second, on_lost=on_lost, on_names=on_names, transcript=transcript, may_spawn=may_spawn)
 
     def open(
         self,
@@ -83,12 +101,12 @@ class Multiplexer:
         """Serve a client on this socket, beginning with the greeting.
 
         Takes ownership of the socket, also if this raises. `peer` says who the client is, `initial` is what it has sent
-        already. A read-only session refuses all that could change something (`readonly.py`). Raises NotConnected if the
-        multiplexer does not run, SystemFailure if it has too many sessions.
+        already. A read-only session refuses all that could change something (`read_only.py`). Raises NotConnected if
+        the multiplexer has ended, SystemFailure if it has too many sessions.
         """
-        if self._greeting is None or self._end:
+        if self._end:
             connected.close()
-            raise NotConnected(self._end or "the multiplexer was not started")
+            raise NotConnected(self._end)
         if len(self._sessions) >= SESSIONS:
             connected.close()
             raise SystemFailure("cannot open one more QMP session", errno.EUSERS)
@@ -97,13 +115,14 @@ class Multiplexer:
             self._greeting,
             self._schedule,
             self._descriptors,
-            self._left,
+            on_left=self._on_left,
             read_only=read_only,
             may_spawn=self._may_spawn,
             peer=peer,
+            initial=initial,
         )
-        self._sessions[session] = None
-        session.start(initial)
+        if session.state is not State.CLOSED:
+            self._sessions[session] = None
         return session
 
     @property
@@ -141,11 +160,11 @@ class Multiplexer:
                 pass
         self._stop("the multiplexer was closed")
 
-    def _event(self, line: bytes) -> None:
+    def _on_event(self, line: bytes) -> None:
         for session in tuple(self._sessions):
             session.event(line)
 
-    def _lost(self, why: str) -> None:
+    def _on_monitor_lost(self, why: str) -> None:
         if not self._end:
             self._stop(why)
             self._on_lost(why)
@@ -162,7 +181,7 @@ class Multiplexer:
 
     # What sessions leave behind.
 
-    def _left(self, session: Session) -> None:
+    def _on_left(self, session: Session) -> None:
         """A session is over, and QEMU has answered all that was sent for it."""
         self._sessions.pop(session, None)
         if self._end:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a read-only session may run: what leaves QEMU, the guest and the other clients as they were.
+"""Allow a read-only session the commands that leave QEMU, the guest and the other clients as they were.
 
 What returns something need not be harmless: `ringbuf-read` takes away what it returns, `add-fd` keeps what came along,
 `human-monitor-command` does anything. So commands are allowed by name, each looked up in QEMU's sources.

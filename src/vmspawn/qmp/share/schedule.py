@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose command QEMU is sent next, and over which of its monitors.
+"""Choose the command that QEMU is sent next, and the monitor that it is sent over.
 
 First come, first served, and as each session has one in-band command under way at most, that is round-robin. A command
 too large for QEMU to read in passing goes over the bulk monitor, one at a time. Its reply waits for a fence on the
@@ -30,9 +30,10 @@ _Answered = Callable[[Call, Reply], None]
 class Schedule:
     """The commands that wait for QEMU, and what must not be in flight together."""
 
-    __slots__ = ("_bulk", "_bulk_turns", "_consuming", "_main", "_turns", "oob")
+    __slots__ = ("_bulk", "_bulk_turns", "_consuming", "_main", "_oob", "_turns")
 
-    def __init__(self, main: Upstream, bulk: Upstream | None) -> None:
+    def __init__(self, main: Upstream, bulk: Upstream | None, *, oob: bool) -> None:
+        """`oob` says whether the sessions' monitor executes out of band."""
         self._main = main
         self._bulk = bulk
         self._turns: deque[Call] = deque()
@@ -40,9 +41,8 @@ class Schedule:
         # Whether a command is in flight that takes a descriptor. QEMU keeps one, and gives it to whichever command
         # asks.
         self._consuming = False
-        #: Whether the sessions' monitor executes out of band.
-        self.oob = False
-        main.idle = self._next
+        self._oob = oob
+        main.on_idle = self._next
 
     def submit(self, call: Call) -> None:
         """Send a command as soon as it is its turn."""
@@ -84,7 +84,7 @@ class Schedule:
     def _go(self, call: Call) -> None:
         if call.consumes:
             self._consuming = True
-            call.answered = partial(self._consumed, call.answered)
+            call.on_reply = partial(self._consumed, call.on_reply)
         self._main.send(call)
 
     def _next(self) -> None:
@@ -126,13 +126,13 @@ class Schedule:
     def _next_bulk(self, bulk: Upstream) -> None:
         if self._bulk_turns and not bulk.in_flight:
             call = self._bulk_turns.popleft()
-            call.answered = partial(self._fence, bulk, call.answered)
+            call.on_reply = partial(self._fence, bulk, call.on_reply)
             bulk.send(call)
 
     def _fence(self, bulk: Upstream, answered: _Answered, call: Call, reply: Reply) -> None:
         self._next_bulk(bulk)
         fenced = partial(self._fenced, answered, call, reply)
-        if self.oob:
+        if self._oob:
             self._main.send(Call(_OOB_FENCE, fenced))
         else:
             self._urgent(_FENCE, fenced)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One client's connection, which behaves as a monitor of its own would.
+"""Serve one QMP client as a monitor of its own would.
 
 What a session does itself is what QEMU does for each monitor: it greets, negotiates, cuts the input into messages,
 keeps the order, and answers what is no command (docs/interop/qmp-spec.rst, monitor/qmp.c). While a command runs nothing
@@ -26,9 +26,10 @@ from ..syntax.scanner import Scanner
 from . import read_only, sandbox
 from .connection import Connection
 from .descriptors import CONSUMING, WATCHED, Descriptors
+from .negotiation import Greeting
 from .peer import Peer
 from .schedule import Schedule
-from .upstream import Call, Greeting
+from .upstream import Call
 
 _NEGOTIATION = b"qmp_capabilities"
 
@@ -56,8 +57,8 @@ class Session:
     """
 
     __slots__ = (
-        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_left",
-        "_loop", "_may_spawn", "_oob", "_overtaking", "_queue", "_running", "_scanner", "_schedule", "_scheduled",
+        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_loop",
+        "_may_spawn", "_on_left", "_oob", "_overtaking", "_queue", "_running", "_scanner", "_schedule", "_scheduled",
         "bytes_in", "commands", "events", "peer", "read_only", "state",
     )  # fmt: skip
 
@@ -67,14 +68,16 @@ class Session:
         greeting: Greeting,
         schedule: Schedule,
         descriptors: Descriptors,
-        left: Callable[[Session], None],
         *,
+        on_left: Callable[[Session], None],
         read_only: bool,
         may_spawn: bool,
         peer: Peer | None,
+        initial: bytes,
     ) -> None:
-        """`left` is called once, when the client is gone and nothing that it sent is in flight any more. `may_spawn`
-        says whether QEMU's sandbox lets it start programs."""
+        """Greet, and take what the client has sent already, `initial`. `on_left` is called once, when the client is
+        gone and nothing that it sent is in flight any more. `may_spawn` says whether QEMU's sandbox lets it start
+        programs."""
         self._connection = Connection(
             connected,
             on_received=self._received,
@@ -85,7 +88,7 @@ class Session:
         self._greeting = greeting
         self._schedule = schedule
         self._descriptors = descriptors
-        self._left = left
+        self._on_left = on_left
         self._loop = asyncio.get_running_loop()
         self._scanner = Scanner(greeting.dialect)
         self._oob = False
@@ -112,6 +115,11 @@ class Session:
         self.commands = self.events = 0
         #: Bytes that came from the client.
         self.bytes_in = 0
+        self._connection.write(greeting.line)
+        self._connection.read(True)
+        if initial:
+            # The multiplexer has to know the session before it does something.
+            self._loop.call_soon(self._received, initial, -1)
 
     @property
     def queued(self) -> int:
@@ -132,13 +140,6 @@ class Session:
         """Bytes that wait for the client to read them."""
         return self._connection.waiting
 
-    def start(self, initial: bytes) -> None:
-        """Greet, and take what the client has sent already."""
-        self._connection.write(self._greeting.line)
-        self._connection.read(True)
-        if initial:
-            self._received(initial, -1)
-
     def event(self, line: bytes) -> None:
         """An event came from QEMU."""
         if self.state is State.READY:
@@ -149,7 +150,7 @@ class Session:
         """QEMU is gone. The client gets what was received for it, then the end of the stream."""
         self._abandon()
         if self.state is State.CLOSED:
-            self._left(self)
+            self._on_left(self)
         else:
             self.state = State.LEAVING
             self._connection.finish(timeout=limits.DRAIN_TIMEOUT)
@@ -232,7 +233,7 @@ class Session:
 
     def _starved(self) -> None:
         """All that came is taken, or cannot be told apart yet."""
-        if self._scanner.busy:
+        if self._scanner.is_busy:
             return self._again()
         self._attach()
         if self._ended and not self._in_flight:
@@ -380,7 +381,7 @@ class Session:
 
     def _check_left(self) -> None:
         if not self._in_flight:
-            self._left(self)
+            self._on_left(self)
 
     def _abandon(self) -> None:
         """Nothing that is in flight will be answered."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a message asks for: a command that QEMU can be sent, or the error with which QEMU would answer it.
+"""Make a message a command that QEMU can be sent, or the error with which QEMU would answer it.
 
 The checks and their words are those of QEMU's dispatcher (qapi/qmp-dispatch.c). Whatever else can be wrong with a
 command is left to QEMU.

@@ -44,7 +44,7 @@ class Scanner:
 
     __slots__ = (
         "_braces", "_brackets", "_buffer", "_chunk", "_dialect", "_found", "_mode", "_muted", "_origin", "_position",
-        "_quote", "_reader", "_start", "_token", "busy",
+        "_quote", "_reader", "_start", "_token", "is_busy",
     )  # fmt: skip
 
     def __init__(self, dialect: Dialect) -> None:
@@ -66,7 +66,7 @@ class Scanner:
         self._muted = False
         self._found: Message | Malformed | None = None
         #: Whether `next` stopped to give others a turn, and should be called again without more data.
-        self.busy = False
+        self.is_busy = False
 
     @property
     def pending(self) -> int:
@@ -128,8 +128,8 @@ class Scanner:
                 return message
             self._buffer += chunk
         self._found = None
-        self.busy = all(self._step() for _ in range(limits.STEPS_PER_TURN))
-        return None if self.busy else self._outcome()
+        self.is_busy = all(self._step() for _ in range(limits.STEPS_PER_TURN))
+        return None if self.is_busy else self._outcome()
 
     def _at_once(self, chunk: bytes) -> Message | None:
         """The chunk, if it is one whole message that QEMU and msgspec read alike."""

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Negotiate with one of QEMU's monitors, and find out its greeting, capabilities and dialect of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+
+import msgspec
+
+from ...errors import NotConnected, Timeout
+from ..limits import RECEIVE_SIZE
+from ..syntax import replies
+from ..syntax.dialect import PROBE, Dialect, dialect_of
+
+#: The end of a message, and its end on a monitor with `pretty=on`, where a message has several lines.
+_END = b"\r\n"
+_PRETTY_END = b"\r\n}\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What a monitor is found to be before the negotiation."""
+
+    #: The greeting as it came.
+    line: bytes
+    #: Whether it offers out-of-band execution.
+    oob: bool
+    dialect: Dialect
+
+
+@dataclass(frozen=True, slots=True)
+class Negotiated:
+    """A monitor that takes commands: its socket, which its user owns, and what was found and received on the way."""
+
+    connected: socket.socket
+    greeting: Greeting
+    #: The end of its messages.
+    end: bytes
+    #: Bytes that came behind the negotiation.
+    received: bytes
+
+
+class _Capabilities(msgspec.Struct):
+    capabilities: list[str]
+
+
+class _Hello(msgspec.Struct):
+    QMP: _Capabilities
+
+
+async def negotiate(connected: socket.socket, *, timeout: float) -> Negotiated:
+    """Wait for the greeting and negotiate with all that is offered. Owns the socket until it returns.
+
+    Raises Timeout if QEMU says nothing in so many seconds, NotConnected if it is gone or speaks no QMP.
+    """
+    connected.setblocking(False)
+    lines = _Lines(connected)
+    try:
+        async with asyncio.timeout(timeout):
+            line = await lines.first()
+    except TimeoutError:
+        connected.close()
+        raise Timeout(
+            f"the monitor gave no greeting within {timeout:g} s",
+            hint="QEMU serves one client at a time: close the program that holds this socket.",
+        ) from None
+    except BaseException:
+        connected.close()
+        raise
+    try:
+        async with asyncio.timeout(timeout):
+            greeting = await _negotiate(lines, line)
+    except TimeoutError:
+        connected.close()
+        raise Timeout(f"the monitor did not answer the negotiation within {timeout:g} s") from None
+    except BaseException:
+        connected.close()
+        raise
+    return Negotiated(connected, greeting, lines.end, bytes(lines.received))
+
+
+async def _negotiate(lines: _Lines, greeting: bytes) -> Greeting:
+    try:
+        oob = "oob" in msgspec.json.decode(greeting, type=_Hello).QMP.capabilities
+    except msgspec.DecodeError:
+        raise NotConnected("what answers on the socket is no QMP monitor") from None
+    problem = replies.read(await lines.ask(PROBE))
+    enable = b',"arguments":{"enable":["oob"]}' if oob else b""
+    answer = replies.read(await lines.ask(b'{"execute":"qmp_capabilities"' + enable + b"}"))
+    if problem is None or answer is None or not problem.failed or answer.failed:
+        raise NotConnected("the monitor refused the negotiation")
+    return Greeting(greeting, oob, dialect_of(replies.failure_of(problem).description))
+
+
+class _Lines:
+    """Messages of a monitor, one by one, before events can come between them."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._loop = asyncio.get_running_loop()
+        self.end = _END
+        self.received = bytearray()
+
+    async def first(self) -> bytes:
+        """The greeting; how it begins shows how messages end."""
+        await self._receive()
+        if self.received.startswith(b"{\r\n"):
+            self.end = _PRETTY_END
+        return await self._next()
+
+    async def ask(self, data: bytes) -> bytes:
+        """Send something and return the next message that is no greeting: QEMU 7.2 may send two."""
+        try:
+            await self._loop.sock_sendall(self._socket, data)
+        except OSError as error:
+            raise NotConnected(f"QEMU closed its monitor: {error.strerror}") from None
+        while True:
+            line = await self._next()
+            try:
+                msgspec.json.decode(line, type=_Hello)
+            except msgspec.DecodeError:
+                return line
+
+    async def _next(self) -> bytes:
+        while self.end not in self.received:
+            await self._receive()
+        length = self.received.index(self.end) + len(self.end)
+        line = bytes(self.received[:length])
+        del self.received[:length]
+        return line
+
+    async def _receive(self) -> None:
+        try:
+            data = await self._loop.sock_recv(self._socket, RECEIVE_SIZE)
+        except OSError as error:
+            raise NotConnected(f"QEMU closed its monitor: {error.strerror}") from None
+        if not data:
+            raise NotConnected("QEMU closed its monitor")
+        self.received += data
