@@ -49,7 +49,7 @@ def scan(dialect: Any, pieces: list[bytes]) -> list[Message | Malformed]:
     reader, found = Scanner(dialect), []
     for piece in pieces:
         reader.feed(piece)
-        while (message := reader.next()) is not None or reader.busy:
+        while (message := reader.next()) is not None or reader.is_busy:
             if message is not None:
                 found.append(message)
     return found
