@@ -31,6 +31,7 @@ LAYERS = [
     "images",
     "aio",
     "cache",
+    "timeouts",
     "log",
     "errors",
     "text",

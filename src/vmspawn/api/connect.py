@@ -18,8 +18,8 @@ from ..qmp.monitor import Monitor
 from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.disk import Disk
-from ..storage.hotplug import DETACH_TIMEOUT
 from ..storage.limits import NO_LIMITS, Limits
+from ..timeouts import DETACH_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 from .control import Qmp
 

@@ -11,8 +11,8 @@ from ..machine.ending import End
 from ..qmp.events import Event
 from ..qmp.monitor import COMMAND_TIMEOUT
 from ..storage.disk import Disk
-from ..storage.hotplug import DETACH_TIMEOUT
 from ..storage.limits import Limits
+from ..timeouts import DETACH_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 
 

@@ -14,8 +14,8 @@ from ..machine.running import Running
 from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.disk import Disk
-from ..storage.hotplug import DETACH_TIMEOUT
 from ..storage.limits import Limits
+from ..timeouts import DETACH_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .control import Qmp
 from .launching import start

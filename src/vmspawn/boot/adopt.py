@@ -18,14 +18,12 @@ from ..host import fifos, runtime
 from ..host.consolelog import ConsoleLog
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
+from ..timeouts import ADOPT_GREETING_TIMEOUT, SHUTDOWN_TIMEOUT
 from . import state as states
-from .config import SHUTDOWN_TIMEOUT, MachineConfig
+from .config import MachineConfig
 from .launch import open_transcript, system_failures
 from .started import Adopted, SharedConsole, Started, connect, connect_monitors, share_console
 from .state import State
-
-#: Seconds for a monitor to greet while QEMU's process is looked for.
-_GREETING_TIMEOUT = 5.0
 
 
 @system_failures("take over the machine")
@@ -137,9 +135,9 @@ def _find_started(directory: MachineDirectory) -> int:
     """
     if not directory.has_monitor():
         return 0
-    deadline = time.monotonic() + _GREETING_TIMEOUT
+    deadline = time.monotonic() + ADOPT_GREETING_TIMEOUT
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
-        connected.settimeout(_GREETING_TIMEOUT)
+        connected.settimeout(ADOPT_GREETING_TIMEOUT)
         try:
             connected.connect(directory.socket_address(runtime.MONITORS[0]))
             connected.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-cpus-fast","id":1}')
@@ -155,6 +153,6 @@ def _find_started(directory: MachineDirectory) -> int:
         except OSError:
             return 0  # it has ended meanwhile
     raise StartError(
-        f"the QEMU of machine {directory.name} runs, and its monitor gives no answer within {_GREETING_TIMEOUT:g} s",
+        f"the QEMU of machine {directory.name} runs, and its monitor does not answer in {ADOPT_GREETING_TIMEOUT:g} s",
         hint="another program may hold it",
     )

@@ -15,6 +15,7 @@ from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
 from ..storage.admission import check_disk
 from ..storage.disk import DEFAULT_BUS, Disk, check_bus, default_name, with_defaults
+from ..timeouts import SHUTDOWN_TIMEOUT
 from . import credentials, firmware, memory
 from .shares import Share
 
@@ -22,9 +23,6 @@ MACHINE_TYPES = ("q35", "pc", "virt")
 KVM_CHOICES = ("auto", "yes", "no")
 CONSOLES = ("interactive", "native", "read-only", "gui", "headless")
 CONSOLE_TRANSPORTS = ("serial", "virtio")
-
-#: The seconds that a guest has for its own power-off, systemd's DefaultTimeoutStopSec=.
-SHUTDOWN_TIMEOUT = 90.0
 
 _MIB = 1 << 20
 #: systemd-vmspawn's default.

@@ -20,7 +20,7 @@ from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.backing import Backing
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk
-from ..storage.hotplug import DETACH_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT
 from . import errors, qmp
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
 from .upgrade import Taker, upgradable

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import NotConnected, StartError, Timeout, UsageError, VmspawnError
+from ..timeouts import LIST_TIMEOUT
 
 MODES = ("auto", "yes", "no")
 
@@ -22,9 +23,6 @@ _INTERFACE = "io.systemd.Machine"
 
 #: Seconds that a machine's end may wait for machined; it notices by itself that the leader is gone.
 UNREGISTER_TIMEOUT = 5.0
-
-#: Seconds that a listing may wait for machined.
-LIST_TIMEOUT = 2.0
 
 
 class Registration(NamedTuple):

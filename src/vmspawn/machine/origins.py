@@ -13,11 +13,8 @@ from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.monitor import Monitor
 from ..storage.attached_disk import AttachedDisk
 from ..storage.hotplug import Storage
+from ..timeouts import ADOPT_GREETING_TIMEOUT
 from .sessions import Sessions
-
-#: Seconds for the greeting of a QEMU that was up before. It comes at once, unless another program holds the monitor, or
-#: QEMU waits for the host's storage.
-ADOPT_GREETING_TIMEOUT = 5.0
 
 
 class Origin(Protocol):

@@ -10,10 +10,8 @@ from collections.abc import Awaitable, Callable
 from ..console.hotkeys import Key
 from ..errors import NotConnected, QmpError, Timeout
 from ..machine.running import Running
+from ..timeouts import REACTION_TIMEOUT
 from .shutdown import Shutdown, wake
-
-#: Seconds that the guest has to react before the user is told how to force it.
-REACTION_TIMEOUT = 10.0
 
 _CTRL_ALT_DELETE = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")]
 

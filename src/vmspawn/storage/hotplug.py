@@ -14,6 +14,7 @@ from ..hotplug.places import Layout
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
+from ..timeouts import DETACH_TIMEOUT
 from . import admission, buses, failures, image_nodes, media, pending, statistics, swap
 from .attached_disk import AttachedDisk, Removal, State
 from .backing import Backing
@@ -26,10 +27,6 @@ from .nodes import Identifiers
 from .register import Register, to_json
 from .statistics import Statistics
 from .steps import AddDevice, do_all, plan, undo_steps, unplug
-
-#: Seconds that a detach waits for the guest before it says that the removal is pending. sd-varlink's clients give up
-#: after 45 s without an answer.
-DETACH_TIMEOUT = 30.0
 
 #: Seconds after which an undo that QEMU refused is tried again: somebody uses the node through QMP, and may stop.
 _REFUSED_RETRY = 2.0

@@ -22,6 +22,7 @@ from ...storage.disk import (
     is_only_read,
 )
 from ...storage.limits import BURST_MAX
+from ...timeouts import DETACH_TIMEOUT
 from ..parser import Parser
 from ..tables import format_size, print_json, terminal_width
 from ..values import number, parse_size, whole_number
@@ -31,9 +32,6 @@ from .verbs import Verbs, add_disk, disk_name
 
 #: Seconds that the manager has for its answer beyond the guest's time.
 _GRACE = 10.0
-
-#: Seconds that a detach waits for the guest, the manager's own default.
-_DETACH_TIMEOUT = 30.0
 
 
 def add(verbs: Verbs) -> None:
@@ -164,7 +162,7 @@ def _say_attached(options: argparse.Namespace, attached: dict[str, Any]) -> None
 
 
 def _detach(options: argparse.Namespace) -> None:
-    timeout = _DETACH_TIMEOUT if options.timeout is None else options.timeout
+    timeout = DETACH_TIMEOUT if options.timeout is None else options.timeout
     if options.no_wait:
         timeout = 0.0
     parameters = {"name": options.disk, "timeoutUSec": int(timeout * 1e6), "force": options.force}

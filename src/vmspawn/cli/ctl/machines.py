@@ -11,6 +11,7 @@ from ...control.client import Client, VarlinkError
 from ...errors import NotConnected, Timeout, UsageError
 from ...host import machined
 from ...host.runtime import check_name, machine_names, running_qemu, runtime_root
+from ...timeouts import LIST_TIMEOUT
 from ..tables import format_duration, print_fields, print_json
 from . import wait
 from .replies import INSTANCE, MACHINE, client_for, failing_to, show
@@ -18,9 +19,6 @@ from .verbs import Verbs
 
 #: The number of recent events that `status` shows.
 _EVENTS_SHOWN = 5
-
-#: Seconds that `list` waits for each machine, so that a machine that hangs does not hide the others.
-_LIST_TIMEOUT = 2.0
 
 
 def add(verbs: Verbs) -> None:
@@ -60,7 +58,7 @@ def _look_at(name: str) -> dict[str, Any] | None:
     """Return a machine's description, or None if no machine has the name. A machine that hangs is listed as such."""
     try:
         folder = os.path.join(runtime_root(), check_name(name))
-        with Client(name, timeout=_LIST_TIMEOUT) as client:
+        with Client(name, timeout=LIST_TIMEOUT) as client:
             return _describe(client, name)
     except UsageError:
         return None

@@ -10,14 +10,9 @@ from typing import Any
 
 from ...control.client import REPLY_TIMEOUT, Client, VarlinkError
 from ...errors import MachineEnded, NotConnected, Timeout
+from ...timeouts import REACTION_TIMEOUT, SHUTDOWN_TIMEOUT
 from ..disconnect import watching
 from .replies import INSTANCE
-
-#: Seconds that the guest has, without --timeout=; as vmspawn's own --shutdown-timeout=.
-_PATIENCE = 90.0
-
-#: Seconds without a reaction after which the user is told what can be done.
-_REACTION_TIMEOUT = 10.0
 
 #: Seconds that the manager has to clean up after its machine has ended.
 _CLEANUP_TIMEOUT = 15.0
@@ -83,7 +78,7 @@ class _Wait:
     def __init__(self, options: argparse.Namespace, events: Client) -> None:
         self._options = options
         self._events = events
-        self._patience = _PATIENCE if options.timeout is None else options.timeout
+        self._patience = SHUTDOWN_TIMEOUT if options.timeout is None else options.timeout
         self._goal = _GOALS[options.verb]
 
     def run(self) -> None:
@@ -93,7 +88,7 @@ class _Wait:
             passed = time.monotonic() - start
             if passed >= self._patience:
                 raise Timeout(f"the guest did not {self._goal} within {self._patience:g} s", hint=self._advice())
-            until = self._patience if advised else min(_REACTION_TIMEOUT, self._patience)
+            until = self._patience if advised else min(REACTION_TIMEOUT, self._patience)
             event = self._events.next_reply(max(0.001, until - passed))
             if event is not None and self._heed(event):
                 return

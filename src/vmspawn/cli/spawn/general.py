@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import TypedDict
 
-from ...boot.config import SHUTDOWN_TIMEOUT
 from ...errors import UsageError
+from ...timeouts import SHUTDOWN_TIMEOUT
 from ...version import VERSION
 from .. import values
 

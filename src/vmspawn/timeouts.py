@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Timeouts, in seconds, that more than one room needs; all others are stated where they are used."""
+
+from __future__ import annotations
+
+#: How long the guest has, by default, to power off before QEMU is ended: systemd's DefaultTimeoutStopSec=.
+SHUTDOWN_TIMEOUT = 90.0
+
+#: How long the guest has to react before the user is told how to force it.
+REACTION_TIMEOUT = 10.0
+
+#: How long a detach waits for the guest before it reports that the removal is pending. sd-varlink's clients give up
+#: after 45 s without an answer.
+DETACH_TIMEOUT = 30.0
+
+#: How long a QEMU that was up before has to greet. It greets at once, unless another program holds the monitor, or QEMU
+#: waits for the host's storage.
+ADOPT_GREETING_TIMEOUT = 5.0
+
+#: How long a listing waits for each source, so that one that hangs does not hide the others.
+LIST_TIMEOUT = 2.0
