@@ -187,12 +187,12 @@ class Multiplexer:
         if self._end:
             return
         for name in self._descriptors.names(session):
-            self._execute(descriptors.closefd(name), partial(self._closed, name))
+            self._execute(descriptors.closefd(name), partial(self._on_name_closed, name))
         members = self._descriptors.take_members(session)
         if members:
             self._execute(descriptors.QUERY_USERS, lambda reply: self._remove(members, reply))
 
-    def _closed(self, name: str, _: Reply) -> None:
+    def _on_name_closed(self, name: str, _: Reply) -> None:
         self._descriptors.release(name)
 
     def _remove(self, members: list[tuple[int, int]], nodes: Reply) -> None:
@@ -204,10 +204,10 @@ class Multiplexer:
         self._own += 1
         self._settled.clear()
 
-        def answered(_: Call, reply: Reply) -> None:
+        def on_reply(_: Call, reply: Reply) -> None:
             then(reply)
             self._own -= 1
             if not self._own:
                 self._settled.set()
 
-        self._schedule.submit(Call(Command(body), answered))
+        self._schedule.submit(Call(Command(body), on_reply))

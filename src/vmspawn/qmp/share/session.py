@@ -80,10 +80,10 @@ class Session:
         programs."""
         self._connection = Connection(
             connected,
-            on_received=self._received,
-            on_end=self._end_of_input,
+            on_received=self._on_received,
+            on_end=self._on_end,
             on_drained=self._advance,
-            on_gone=self._gone,
+            on_gone=self._on_gone,
         )
         self._greeting = greeting
         self._schedule = schedule
@@ -119,7 +119,7 @@ class Session:
         self._connection.read(True)
         if initial:
             # The multiplexer has to know the session before it does something.
-            self._loop.call_soon(self._received, initial, -1)
+            self._loop.call_soon(self._on_received, initial, -1)
 
     @property
     def queued(self) -> int:
@@ -158,11 +158,11 @@ class Session:
     def close(self) -> None:
         """Cut the client off."""
         self._connection.close()
-        self._gone()
+        self._on_gone()
 
     # From the client.
 
-    def _received(self, data: bytes, fd: int) -> None:
+    def _on_received(self, data: bytes, fd: int) -> None:
         if fd >= 0:
             self._attach()
             self._arriving, self._arriving_at = fd, self.bytes_in
@@ -182,7 +182,7 @@ class Session:
         self._scanner.feed(data)
         self._advance()
 
-    def _end_of_input(self) -> None:
+    def _on_end(self) -> None:
         self._ended = True
         self._advance()
 
@@ -277,7 +277,7 @@ class Session:
             problem = sandbox.refusal(command)
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
-        call = Call(command, self._answered)
+        call = Call(command, self._on_reply)
         if _is_watched(command):
             problem = self._descriptors.claim(self, command)
             if problem is not None:
@@ -298,7 +298,7 @@ class Session:
         """Whether a large command may go over another monitor, which knows nothing of this one's descriptors."""
         return not (call.consumes or call.command.oob or self._descriptors.holds_names(self))
 
-    def _answered(self, call: Call, reply: Reply) -> None:
+    def _on_reply(self, call: Call, reply: Reply) -> None:
         command = call.command
         if _is_watched(command):
             self._settle(call, command, reply)
@@ -342,10 +342,10 @@ class Session:
 
     def _ask(self, command: Command) -> None:
         """Let QEMU say what is wrong with the arguments; if nothing is, it says that it has negotiated already."""
-        self._running = Call(command, self._told)
+        self._running = Call(command, self._on_told)
         self._schedule.submit(self._running)
 
-    def _told(self, call: Call, reply: Reply) -> None:
+    def _on_told(self, call: Call, reply: Reply) -> None:
         command = call.command
         self._running = None
         if self.state is State.CLOSED:
@@ -365,7 +365,7 @@ class Session:
 
     # The end.
 
-    def _gone(self) -> None:
+    def _on_gone(self) -> None:
         """The client is not there any more. What QEMU was not sent is dropped; other replies go nowhere."""
         if self.state is State.CLOSED:
             return
