@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Adds what is made at build time to the wheel: man pages, completion scripts, and the systemd unit.
+"""Adds the man pages, completion scripts and the systemd unit to the wheel, as vmspawn/extras.
 
-They go to vmspawn/extras in the wheel, from where `vmctl install-extras` copies them. An editable install has none.
+`vmctl install-extras` copies them from there. An editable install has none.
 """
 
 import importlib.util
@@ -14,10 +14,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
-    """The hook that hatchling runs before it makes the wheel."""
+    """Runs before and after hatchling makes the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Make the files and have hatchling include them."""
+        """Make the files and tell hatchling to include them."""
         if version == "editable":
             return
         root = Path(self.root)
@@ -28,11 +28,11 @@ class CustomBuildHook(BuildHookInterface[Any]):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
             build_data["force_include"][str(target)] = f"vmspawn/extras/{name}"
-        # A compiled program for the guest is made and included here as well. The wheel is then for one architecture:
-        # build_data["pure_python"] = False, build_data["infer_tag"] = False, build_data["tag"] = "py3-none-linux_…".
+        # The agent that runs in guests belongs here too, compiled for each architecture of guests. It is data to the
+        # host, so the wheel still fits every host.
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Remove the files, which are in the wheel now."""
+        """Remove the files."""
         if version != "editable":
             self._folder.cleanup()
 

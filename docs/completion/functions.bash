@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Print those of vmctl's names that begin with the word, quoted as bash reads them.
+# Print the names that begin with the word, quoted for bash.
 _vmctl_names() {
     local word=$1 name
     shift
@@ -17,8 +17,8 @@ _vmctl_disks() {
     _vmctl_names "$1" disks "${_vmspawn_plain[1]-}"
 }
 
-# bash takes --option=VALUE for three words, and shtab expects two. The words that are no options are the verb, the
-# machine and so on.
+# bash splits --option=VALUE into three words, and shtab expects two. _vmspawn_plain has the words that are neither
+# options nor their values: the verb, the machine and so on.
 _@PROGRAM@() {
     local i words=() _vmspawn_plain=()
     for ((i = 0; i <= COMP_CWORD; i++)); do

@@ -3,7 +3,7 @@ function __vmctl_machines
     vmctl __complete machines 2>/dev/null
 end
 
-# The words that are no options are vmctl, the verb and the machine.
+# Without options, the words are vmctl, the verb and the machine.
 function __vmctl_disks
     set -l plain (string match --invert -- '-*' (commandline -opc))
     vmctl __complete disks $plain[3] 2>/dev/null

@@ -5,7 +5,7 @@ _vmctl_machines() {
   compadd -a names
 }
 
-# The words that are no options are the verb and the machine.
+# Without options, the words are the verb and the machine.
 _vmctl_disks() {
   local -a names plain
   plain=(${words[1,CURRENT-1]:#-*})

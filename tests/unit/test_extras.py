@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Installing and removing the man pages, completion scripts and the unit: all or nothing, and nobody else's files."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_a_file_of_somebody_else_is_not_overwritten_and_nothing_is_installed(
     else:
         place.mkdir()
     before = contents(share)
-    with pytest.raises(ExtrasError, match=r"man1/vmctl\.1: a file that vmctl did not write") as caught:
+    with pytest.raises(ExtrasError, match=r"man1/vmctl\.1: it exists and vmctl has not installed it") as caught:
         extras.install(wanted(sources, destination), destination.record)
     assert caught.value.hint
     assert contents(share) == before
@@ -169,6 +170,18 @@ def test_a_checkout_has_no_extras(destination: Destination, tmp_path: Path) -> N
     with pytest.raises(ExtrasError, match="checkout") as caught:
         wanted(str(tmp_path / "none"), destination)
     assert "pipx" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file of another user needs root")
+def test_roots_unit_runs_no_file_of_another_user(destination: Destination, tmp_path: Path) -> None:
+    command = tmp_path / "vmspawn"
+    command.touch()
+    extras.check_command(str(command), extras.system_destination())
+    os.chown(command, 65534, 65534)
+    extras.check_command(str(command), destination)
+    with pytest.raises(ExtrasError, match="belongs to another user") as caught:
+        extras.check_command(str(command), extras.system_destination())
+    assert "--user" in caught.value.hint
 
 
 def test_a_relative_data_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

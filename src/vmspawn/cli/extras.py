@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Installs the man pages, completion scripts and the systemd unit where their readers look, and removes them again.
+"""Installs the man pages, completion scripts and the systemd unit where man, the shells and systemd look for them.
 
-A record says which files and folders were made, with the files' hashes. A file that the record does not know, or whose
-content has changed since, belongs to somebody else: it is neither overwritten nor removed.
+A record lists the files with their hashes, and the folders that were made for them. A file that is not in the record,
+or whose content has changed since it was installed, is neither overwritten nor removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOURCES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 _RECORD = "vmspawn/extras.json"
 _SHARE = "/usr/local/share"
 
-#: What the unit in the package has, and what replaces it.
+#: Lines of the packaged unit that are replaced.
 _UNIT_COMMAND = "ExecStart=vmspawn "
 _SYSTEM_TARGET, _USER_TARGET = "WantedBy=machines.target", "WantedBy=default.target"
 
@@ -37,7 +37,7 @@ class File(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """The folders to install into: those of the system or of a user. The others may be relative to `share`."""
+    """The folders to install into. `fish` and `units` are absolute or below `share`."""
 
     share: str
     fish: str
@@ -46,11 +46,11 @@ class Destination(NamedTuple):
 
     @property
     def record(self) -> str:
-        """The file that lists what is installed."""
+        """The path of the record."""
         return os.path.join(self.share, _RECORD)
 
     def folder(self, kind: str) -> str:
-        """The folder for the files of a folder of the extras."""
+        """Return the folder to install files of a kind into."""
         folders = {
             "man": "man/man1",
             "bash-completion": "bash-completion/completions",
@@ -62,20 +62,29 @@ class Destination(NamedTuple):
 
 
 def system_destination() -> Destination:
-    """The folders that every user's programs search: below /usr/local, where fish does not look, and /etc/fish."""
+    """Return the folders that programs search for every user. fish searches /etc/fish, not /usr/local."""
     return Destination(_SHARE, "/etc/fish/completions", "/usr/local/lib/systemd/system", is_user=False)
 
 
 def user_destination() -> Destination:
-    """The folders below $XDG_DATA_HOME, which the user's programs search."""
+    """Return the folders below $XDG_DATA_HOME, which programs search for one user."""
     share = os.environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(share):
         share = os.path.join(os.path.expanduser("~"), ".local/share")
     return Destination(share, "fish/vendor_completions.d", "systemd/user", is_user=True)
 
 
+def check_command(command: str, destination: Destination) -> None:
+    """Refuse a command for the system's unit that another user could replace. Raises ExtrasError."""
+    if not destination.is_user and os.geteuid() == 0 != os.stat(command).st_uid:
+        raise ExtrasError(
+            f"cannot install a unit that runs {command} as root: the file belongs to another user",
+            hint="install vmspawn as root first, or use --user",
+        )
+
+
 def wanted_files(sources: str, destination: Destination, command: str) -> list[File]:
-    """The files to install, with `command` as the vmspawn that the unit starts. Raises ExtrasError."""
+    """Return the files to install. The unit starts `command`. Raises ExtrasError."""
     found = []
     for kind in _listing(sources):
         for name in _listing(os.path.join(sources, kind)):
@@ -92,8 +101,8 @@ def _listing(folder: str) -> list[str]:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
         raise ExtrasError(
-            "this vmspawn has no man pages, completion scripts and unit to install: it runs from a checkout",
-            hint="install it first: pipx install .",
+            "cannot install extras: vmspawn runs from a checkout, and only an installed vmspawn has them",
+            hint="install vmspawn first: pipx install .",
         ) from None
 
 
@@ -112,29 +121,25 @@ def _quote_for_unit(path: str) -> str:
 
 
 def install(files: Sequence[File], record_path: str) -> None:
-    """Install the files, or none of them. Files of an earlier version that are no longer wanted are removed.
+    """Install all files or none.
 
-    1. Refuse if a file of somebody else has one of the names.
-    2. Make the folders that are missing.
-    3. Write a record that knows the old files and the new ones, so that an installation that is killed can be
+    1. Refuse to overwrite files that are not in the record.
+    2. Make missing folders.
+    3. Write a record of both the old files and the new ones. If vmctl is killed from here on, the installation can be
        repeated or removed.
-    4. Write the files.
-    5. Write the record of the new files alone.
+    4. Write the new files.
+    5. Remove files of an earlier version that this version does not have.
+    6. Write the record of the new files.
 
     Raises ExtrasError or SystemFailure.
     """
     before = _read_record(record_path)
-    for file in files:
-        if os.path.lexists(file.path) and not _is_ours(before, file.path):
-            raise ExtrasError(
-                f"cannot install {file.path}: a file that vmctl did not write is there", hint="move it away first"
-            )
+    _refuse_to_overwrite(files, before)
     hashes = {file.path: [_hash(file.data)] for file in files}
     old = {path: known for path, known in before["files"].items() if path not in hashes}
     both = {**old, **{path: [*before["files"].get(path, ()), *new] for path, new in hashes.items()}}
-    folders = list(
-        dict.fromkeys([*before["folders"], *_missing_folders([record_path, *(file.path for file in files)])])
-    )
+    missing = _missing_folders([record_path, *(file.path for file in files)])
+    folders = list(dict.fromkeys([*before["folders"], *missing]))
     with contextlib.ExitStack() as undo:
         for folder in folders:
             _make_folder(folder, undo)
@@ -150,10 +155,18 @@ def install(files: Sequence[File], record_path: str) -> None:
         undo.pop_all()
 
 
-def remove(record_path: str) -> tuple[list[str], list[str]]:
-    """Remove what was installed: its files, and its folders if they are empty.
+def _refuse_to_overwrite(files: Sequence[File], record: dict[str, Any]) -> None:
+    for file in files:
+        if os.path.lexists(file.path) and not _is_ours(record, file.path):
+            raise ExtrasError(
+                f"cannot install {file.path}: it exists and vmctl has not installed it", hint="move it away first"
+            )
 
-    Returns the paths of the files that are removed, and of those that have changed and stay. Raises SystemFailure.
+
+def remove(record_path: str) -> tuple[list[str], list[str]]:
+    """Remove the installed files, and the folders that were made for them if they are empty.
+
+    Returns the paths of the removed files, and of modified files, which are kept. Raises ExtrasError or SystemFailure.
     """
     record = _read_record(record_path)
     present = [path for path in record["files"] if os.path.lexists(path)]
@@ -167,7 +180,7 @@ def remove(record_path: str) -> tuple[list[str], list[str]]:
 
 
 def _read_record(path: str) -> dict[str, Any]:
-    """What is installed: the files with the hashes that they may have, and the folders. Raises ExtrasError."""
+    """Return the installed files with their possible hashes, and the folders. Raises ExtrasError or SystemFailure."""
     try:
         with open(path, "rb") as file:
             record = json.load(file)
@@ -177,7 +190,9 @@ def _read_record(path: str) -> dict[str, Any]:
     except OSError as error:
         raise SystemFailure(f"cannot read {path}", error.errno or 0) from None
     except (ValueError, KeyError, TypeError):
-        raise ExtrasError(f"{path} is damaged: it does not list what is installed", hint="remove it") from None
+        raise ExtrasError(
+            f"the record of installed files is damaged: {path}", hint="delete it and the installed files"
+        ) from None
 
 
 def _record_data(files: dict[str, list[str]], folders: Sequence[str]) -> bytes:
@@ -185,7 +200,7 @@ def _record_data(files: dict[str, list[str]], folders: Sequence[str]) -> bytes:
 
 
 def _is_ours(record: dict[str, Any], path: str) -> bool:
-    """Whether a file is there as it was installed."""
+    """Return whether a file exists and has the content that was installed."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return False
@@ -202,7 +217,7 @@ def _hash(data: bytes) -> str:
 
 
 def _missing_folders(paths: Sequence[str]) -> Iterator[str]:
-    """The folders of the paths that do not exist, parents first."""
+    """Yield the folders that the paths need and that do not exist, outermost first."""
     for path in paths:
         missing = []
         while (path := os.path.dirname(path)) and not os.path.lexists(path):
@@ -214,19 +229,19 @@ def _make_folder(path: str, undo: contextlib.ExitStack) -> None:
     with _explained(f"cannot make {path}"), contextlib.suppress(FileExistsError):
         os.mkdir(path, _FOLDER_MODE)
         undo.callback(_remove_empty_folder, path)
-        # Other users read what root installs, whatever root's umask is.
+        # Other users must be able to read what root installs, whatever root's umask is.
         os.chmod(path, _FOLDER_MODE)
 
 
 def _write(file: File, undo: contextlib.ExitStack) -> None:
-    """Replace a file at once, and put the old one back on undo."""
+    """Replace a file atomically; undoing it restores the old one."""
     with _explained(f"cannot write {file.path}"):
         undo.callback(_restoration(file.path))
         _replace(file)
 
 
 def _restoration(path: str) -> Callable[[], object]:
-    """What gives a file the content that it has now, or removes it again."""
+    """Return a function that restores the present content of a file, or removes the file if it does not exist yet."""
     try:
         with open(path, "rb") as old:
             data = old.read()
@@ -260,7 +275,7 @@ def _replace(file: File) -> None:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Raise what the system refuses as SystemFailure, with a hint where the user lacks the rights."""
+    """Turn an OSError into a SystemFailure, with a hint if permissions are missing."""
     try:
         yield
     except OSError as error:

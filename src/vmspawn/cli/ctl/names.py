@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The hidden verb `vmctl __complete`, which the shells' completion asks for the names of machines and disks."""
+"""The hidden verb `vmctl __complete`: prints the names of machines and disks for the completion scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...host.runtime import machine_names
 from .replies import MACHINE
 from .verbs import Verbs
 
-#: Seconds that a shell waits for a machine that does not answer.
+#: Seconds to wait for a machine that does not answer.
 _TIMEOUT = 2.0
 
 
@@ -24,7 +24,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _print_names(options: argparse.Namespace) -> None:
-    """Print the names, one a line. A shell completes nothing where they cannot be found."""
+    """Print one name a line. If the machine does not answer, print none: there is no place for an error."""
     names = _disks(options.machine) if options.what == "disks" else {*machine_names(), *machined.machines()}
     for name in sorted(names):
         if "\n" not in name:
