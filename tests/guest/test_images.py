@@ -10,6 +10,8 @@ import pytest
 
 from tests.commands import vmspawn
 from tests.conftest import MIB, make_qcow2, make_raw
+from tests.imagefiles import make
+from tests.loop import Loop
 from tests.machines import Machine, fresh_name
 from tests.shell import Shell
 from vmspawn.errors import UsageError
@@ -59,12 +61,48 @@ async def test_a_raw_image_grows_but_never_shrinks(qemu: str, tmp_path: Path, si
     assert image.stat().st_size == after
 
 
-def test_a_qcow2_image_is_not_grown_but_said_how(qemu: str, tmp_path: Path) -> None:
-    image = make_qcow2(tmp_path / "image", 2 * MIB)
-    done = vmspawn(f"--qemu={qemu}", f"--image={image}", "--image-format=qcow2", "--grow-image=4M")
+@pytest.mark.parametrize(
+    ("image_format", "hint"),
+    [
+        ("qcow2", "qemu-img resize"),
+        ("vmdk", "qemu-img convert"),
+        ("vdi", "qemu-img convert"),
+        ("vhdx", "qemu-img convert"),
+    ],
+)
+def test_an_image_in_another_format_is_not_grown_but_said_how(
+    qemu: str, tmp_path: Path, image_format: str, hint: str
+) -> None:
+    image = make(tmp_path / "image", image_format)
+    done = vmspawn(f"--qemu={qemu}", f"--image={image}", f"--image-format={image_format}", "--grow-image=8M")
     assert done.returncode == 2
-    assert "does not grow a qcow2 image" in done.stderr
-    assert "qemu-img resize" in done.stderr
+    assert f"does not grow a {image_format} image" in done.stderr
+    assert hint in done.stderr
+
+
+async def test_a_block_device_is_not_grown(qemu: str, tmp_path: Path) -> None:
+    loop = Loop(tmp_path / "device", 2 * MIB)
+    try:
+        with pytest.raises(UsageError, match=f"does not grow a block device.* has {2 * MIB} bytes"):
+            async with machine(qemu, Path(loop.path), grow_image=2 * MIB + 1):
+                pass
+        async with machine(qemu, Path(loop.path), grow_image=2 * MIB) as running:
+            assert running.running
+    finally:
+        loop.close()
+
+
+async def test_an_ephemeral_image_has_the_last_bytes_of_a_file_that_ends_within_a_sector(
+    qemu: str, tmp_path: Path
+) -> None:
+    image = make_raw(tmp_path / "image", MIB)
+    with image.open("ab") as file:
+        file.write(b"the end")
+    async with machine(qemu, image, ephemeral=True) as running:
+        shell = await Shell.open(running)
+        assert await shell.run(f"dd if=/dev/vda bs={MIB} skip=1 2>/dev/null | head -c 7") == "the end"
+        shell.close()
+    assert image.stat().st_size == MIB + 7
 
 
 def test_ephemeral_is_for_the_image_alone(tmp_path: Path) -> None:

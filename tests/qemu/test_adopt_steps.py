@@ -80,6 +80,35 @@ async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dy
                 assert last.pid == pid
 
 
+async def test_an_adoption_cuts_no_image_that_has_grown_since(qemu: str, tmp_path: Path, doomed: Dying) -> None:
+    """The disk gets the size of its image again, which may be another by then."""
+    make_files(tmp_path)
+    paths = [tmp_path / "raw1", tmp_path / "raw2"]
+    async with idle_machine(qemu, tmp_path) as machine:
+        name = machine.name
+        await machine.multiplexer()
+        await machine.leave()
+        try:
+            for step in range(1, STEPS_MAX):
+                async with adopted(name) as first:
+                    await carry_out(first, tmp_path, "attach raw1")
+                outcome = await asyncio.to_thread(doomed.order, name, *order("replace raw2", step, "after", tmp_path))
+                size = (64 << 20) + step * 4096
+                for path in paths:
+                    os.truncate(path, size)
+                async with adopted(name) as second:
+                    await settle(second)
+                    assert [path.stat().st_size for path in paths] == [size, size], f"step {step}"
+                    await second.detach("disk")
+                if outcome == "finished":
+                    return
+            raise AssertionError("replace never came to its end")
+        finally:
+            async with adopted(name) as last:
+                await last.terminate()
+                await last.wait()
+
+
 async def die_at_each_step(
     doomed: Dying, name: str, folder: Path, before: str, doing: str, when: str, clean: Snapshot
 ) -> None:

@@ -4,13 +4,14 @@
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
+from tests.loop import Loop
 from tests.machines import Machine, Snapshot, detach_by_reset, event_named, idle_machine
 from tests.qemu.storage_model import open_images
 from vmspawn import Disk
@@ -24,6 +25,7 @@ from vmspawn.errors import (
     SystemFailure,
     VmspawnError,
 )
+from vmspawn.storage import backing as backings
 from vmspawn.storage.changes import CHANGED_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
@@ -73,8 +75,6 @@ async def test_an_nvme_disk_takes_only_an_image_of_its_size(machine: Machine, tm
 
 
 async def test_a_writable_disk_takes_no_read_only_image(machine: Machine, tmp_path: Path) -> None:
-    from vmspawn.storage import backing as backings
-
     await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
     backing = backings.open_disk(str(make_raw(tmp_path / "second", MIB)), read_only=True)
     with pytest.raises(SystemFailure, match="is writable and the new image is not") as caught:
@@ -238,17 +238,144 @@ async def test_a_disk_and_its_image_grow(machine: Machine, tmp_path: Path, image
     await machine.detach("disk")
 
 
-async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [5 * MIB, MIB // 2, 5 * MIB + 7, MIB // 2 + 7])
+async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, tmp_path: Path, size: int) -> None:
     path = make_raw(tmp_path / "image", MIB)
     await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
-    os.truncate(path, 5 * MIB)
-    assert await machine.resize("disk") == 5 * MIB
-    assert path.stat().st_size == 5 * MIB
+    os.truncate(path, size)
+    assert await machine.resize("disk") == sectors(size)
+    assert (await machine.storage.sizes())["disk"] == sectors(size)
+    assert path.stat().st_size == size
     # Another file under the same path says nothing.
     path.unlink()
     make_raw(path, 9 * MIB)
+    assert await machine.resize("disk") == sectors(size)
+    await machine.detach("disk")
+
+
+async def test_an_image_that_is_empty_by_now_changes_no_disk(machine: Machine, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "image", MIB)
+    await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
+    os.truncate(path, 0)
+    with pytest.raises(BadConfig, match="is empty by now"):
+        await machine.resize("disk")
+    assert await machine.resize("disk", MIB) == MIB
+    assert path.stat().st_size == MIB
+    await machine.detach("disk")
+
+
+async def test_a_qcow2_image_does_not_tell_its_size_from_outside(machine: Machine, tmp_path: Path) -> None:
+    await machine.attach(Disk(str(make_qcow2(tmp_path / "image", MIB)), "disk", "virtio-scsi", "qcow2"))
     with pytest.raises(BadConfig, match="does not tell its size"):
         await machine.resize("disk")
+    await machine.detach("disk")
+
+
+def sectors(size: int) -> int:
+    """The disk that QEMU makes of a file of that size."""
+    return -(-size // 512) * 512
+
+
+@pytest.mark.parametrize("size", [None, sectors(MIB + 7)])
+@pytest.mark.parametrize("shrink", [False, True])
+async def test_a_file_that_ends_within_a_sector_keeps_its_length(
+    machine: Machine, tmp_path: Path, size: int | None, shrink: bool
+) -> None:
+    path = make_raw(tmp_path / "image", MIB + 7)
+    content = os.urandom(MIB + 7)
+    path.write_bytes(content)
+    await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
+    assert await machine.resize("disk", size, shrink=shrink) == sectors(MIB + 7)
+    await machine.detach("disk")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("size", [MIB, 2 * MIB])
+@pytest.mark.parametrize("known", [True, False], ids=["path", "descriptor"])
+async def test_a_file_that_has_grown_from_outside_is_not_cut(
+    machine: Machine, tmp_path: Path, size: int, known: bool
+) -> None:
+    """Neither to the size that the disk has, nor to another."""
+    path = make_raw(tmp_path / "image", MIB)
+    backing = backings.open_disk(str(path), read_only=False)
+    await machine.attach_backing(Disk(str(path) if known else "", "disk", "virtio-scsi"), backing)
+    os.truncate(path, 3 * MIB)
+    with pytest.raises(BadConfig, match=f"has {3 * MIB} bytes by now, and what is beyond {size}") as caught:
+        await machine.resize("disk", size)
+    assert "--shrink" in caught.value.hint
+    assert path.stat().st_size == 3 * MIB
+    assert await machine.resize("disk", 4 * MIB) == 4 * MIB
+    assert await machine.resize("disk", size, shrink=True) == size == path.stat().st_size
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize("size", [MIB + 7, 3 * MIB + 7])
+async def test_a_replacement_keeps_its_length(machine: Machine, tmp_path: Path, size: int) -> None:
+    await machine.attach(Disk(str(make_raw(tmp_path / "first", 2 * MIB)), "disk", "virtio-scsi"))
+    second = make_raw(tmp_path / "second", size)
+    assert await machine.replace("disk", str(second), shrink=True) == sectors(size)
+    assert (await machine.storage.sizes())["disk"] == sectors(size)
+    assert second.stat().st_size == size
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("size", [1 << 62, (1 << 63) - 512, 1 << 63, 1 << 80])
+async def test_a_size_that_is_too_large_is_refused_in_our_words(
+    machine: Machine, tmp_path: Path, image_format: str, size: int
+) -> None:
+    path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", MIB)
+    await machine.attach(Disk(str(path), "disk", "virtio-scsi", image_format))
+    with pytest.raises(BadConfig, match=f"cannot have {size} bytes") as caught:
+        await machine.resize("disk", size)
+    assert caught.value.hint
+    assert (await machine.storage.sizes())["disk"] == MIB
+    await machine.detach("disk")
+
+
+# Block devices.
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Loop]:
+    """A loop device of 4 MiB."""
+    device = Loop(tmp_path / "device", 4 * MIB)
+    yield device
+    device.close()
+
+
+@pytest.mark.parametrize("size", [2 * MIB, 8 * MIB, 4 * MIB])
+@pytest.mark.parametrize("said", [True, False])
+async def test_a_disk_takes_the_size_that_its_block_device_was_given(
+    machine: Machine, loop: Loop, size: int, said: bool
+) -> None:
+    await machine.attach(Disk(loop.path, "disk", "virtio-scsi"))
+    loop.resize(size)
+    assert await machine.resize("disk", size if said else None) == size
+    assert (await machine.storage.sizes())["disk"] == size
+    await machine.detach("disk")
+
+
+@pytest.mark.parametrize("outside", [2 * MIB, 4 * MIB, 8 * MIB])
+@pytest.mark.parametrize("size", [MIB, 3 * MIB, 16 * MIB])
+async def test_a_block_device_cannot_be_given_another_size(
+    machine: Machine, loop: Loop, outside: int, size: int
+) -> None:
+    await machine.attach(Disk(loop.path, "disk", "virtio-scsi"))
+    loop.resize(outside)
+    for shrink in (False, True):
+        with pytest.raises(ConfigNotSupported, match=f"a block device {size} bytes: it has {outside}") as caught:
+            await machine.resize("disk", size, shrink=shrink)
+        assert "without a size" in caught.value.hint
+    assert (await machine.storage.sizes())["disk"] == 4 * MIB
+    await machine.detach("disk")
+
+
+async def test_a_qcow2_image_on_a_block_device_has_a_size_of_its_own(machine: Machine, loop: Loop) -> None:
+    make_qcow2(Path(loop.path), MIB)
+    await machine.attach(Disk(loop.path, "disk", "virtio-scsi", "qcow2"))
+    assert await machine.resize("disk", 64 * MIB) == 64 * MIB
+    assert await machine.resize("disk", MIB, shrink=True) == MIB
     await machine.detach("disk")
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What an image's content says of its format and of other files, and what of it is refused."""
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MIB
 from tests.imagefiles import CONTAINERS, OTHERS, RAW, UNCHECKABLE, make
-from vmspawn.errors import BadConfig, ConfigNotSupported
+from tests.loop import Loop
+from vmspawn.errors import BadConfig, ConfigNotSupported, SystemFailure
 from vmspawn.images import other_files as others
 from vmspawn.images.other_files import OtherFile, other_files
 from vmspawn.storage.backing import Backing, open_disk
@@ -158,3 +162,15 @@ def test_a_raw_disk_is_taken_for_nothing_else(tmp_path: Path, content: str) -> N
     (tmp_path / "image").touch()
     with backing_of(RAW[content](tmp_path)) as backing:
         assert choose_format(backing, None, what="image") == "raw"
+
+
+def test_an_image_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """A loop device without the file below it."""
+    loop = Loop(tmp_path / "device", 4 * MIB)
+    os.truncate(tmp_path / "device", 0)
+    try:
+        with backing_of(Path(loop.path)) as backing, pytest.raises(SystemFailure, match="cannot read image") as caught:
+            choose_format(backing, None, what="image")
+        assert caught.value.errno == errno.EIO
+    finally:
+        loop.close()

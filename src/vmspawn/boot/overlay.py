@@ -12,7 +12,7 @@ import os
 from ..errors import StartError, UsageError
 from ..images import qcow2
 from ..storage import backing as backings
-from ..storage.backing import Backing
+from ..storage.backing import Backing, whole_sectors
 from ..storage.image import FDSET_BASE
 
 #: The node of the image below its overlay.
@@ -54,7 +54,7 @@ def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to
     elif image_format != "raw":
         hint = "convert it with: qemu-img convert"
         raise UsageError(f"--ephemeral works with raw and qcow2 images, and {path} is {image_format}", hint=hint)
-    size = qcow2.layout_of(base.fd, path).size if image_format == "qcow2" else base.size
+    size = qcow2.layout_of(base.fd, path).size if image_format == "qcow2" else whole_sectors(base.size)
     fd = _open_unnamed(folder)
     try:
         qcow2.write_empty(fd, max(size, _round_up(grow_to or 0)))
@@ -82,12 +82,18 @@ def _round_up(size: int) -> int:
 def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backing:
     """Make a raw image file that is smaller than `size` that large; returns what it is then.
 
-    A block device is as large as it is. Raises StartError, UsageError.
+    Raises StartError, UsageError for an image in another format and for a block device that is smaller.
     """
-    if image_format == "qcow2":
+    if image_format != "raw":
+        grow_it = f"grow it with: qemu-img resize {path} {size}"
         raise UsageError(
-            f"--grow-image= does not grow a qcow2 image, unless with --ephemeral: {path}",
-            hint=f"grow it with: qemu-img resize {path} {size}",
+            f"--grow-image= does not grow a {image_format} image, unless with --ephemeral: {path}",
+            hint=grow_it if image_format == "qcow2" else "convert it with: qemu-img convert",
+        )
+    if backing.block and backing.size < size:
+        raise UsageError(
+            f"--grow-image= does not grow a block device, unless with --ephemeral: {path} has {backing.size} bytes",
+            hint="grow the device first",
         )
     size = _round_up(size)
     if backing.block or backing.size >= size or not backing.writable:

@@ -13,6 +13,9 @@ from ..errors import BadConfig, SystemFailure
 
 _O_PATH = getattr(os, "O_PATH", 0o10000000)
 
+#: What QEMU's disks have multiples of, and what sysfs counts in, whatever sectors a device has.
+SECTOR = 512
+
 _DIRECTORY_HINT = "name a disk image or a block device"
 
 
@@ -103,6 +106,48 @@ def _reopen_read_only(fd: int, what: str) -> int:
     os.dup2(fresh, fd, inheritable=False)
     os.close(fresh)
     return fd
+
+
+def whole_sectors(size: int) -> int:
+    """Return the size of the disk that QEMU makes of a raw file of `size` bytes: it rounds up."""
+    return -(-size // SECTOR) * SECTOR
+
+
+def size_now(path: str, identity: tuple[int, ...], *, block: bool) -> int | None:
+    """Return the bytes that an image has by now whose descriptor QEMU holds, or None if nobody can tell.
+
+    `identity` is its Backing's. The file counts and not the path, which may have gone to another file.
+    """
+    if block:
+        return _size_of_device(identity[0])
+    try:
+        found = os.stat(path) if path else None
+    except OSError:
+        found = None
+    if found is not None and (found.st_dev, found.st_ino) == identity:
+        return found.st_size
+    return _size_of_open_file(identity)
+
+
+def _size_of_device(number: int) -> int | None:
+    try:
+        with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/size") as file:
+            return int(file.read()) * SECTOR
+    except (OSError, ValueError):
+        return None
+
+
+def _size_of_open_file(identity: tuple[int, ...]) -> int | None:
+    """Look for the file among those that other processes have open."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                found = os.stat(f"/proc/{pid}/fd/{fd}")
+                if (found.st_dev, found.st_ino) == identity:
+                    return found.st_size
+        except OSError:
+            continue
+    return None
 
 
 def set_direct(backing: Backing, direct: bool, *, what: str) -> None:

@@ -22,6 +22,7 @@ from .inventory import Inventory, uses_fdset
 from .iothread_controller import CONTROLLER_THREAD
 from .limits import Limits
 from .qemu_objects import Part
+from .resize import follow_image
 from .saved import load_pci_place
 from .steps import AddPivot, ReservePlace
 
@@ -121,9 +122,7 @@ class Adoption:
         for other in attachment.images[1:]:
             await image_nodes.dismantle(self._context, attachment, other)
         if buses.TABLE[attachment.disk.bus].resizable and not attachment.read_only:
-            size = await self._context.virtual_size(image.top_node)
-            arguments = {"node-name": attachment.identifiers.pivot, "size": size}
-            await self._context.monitor.execute("block_resize", arguments)
+            await follow_image(self._context, attachment)
 
     async def _read_limits(self, attachment: AttachedDisk, found: Inventory) -> None:
         """The limits are those that QEMU keeps, whoever set them last."""

@@ -1,46 +1,57 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Another size for a disk that is in use: the image is grown, and the guest sees it at once.
+"""Changes the size of a disk in use (docs/qemu.md, "Block nodes and locks"); the guest sees the new size at once.
 
-What QEMU does then is in docs/qemu.md, "Block nodes and locks".
+`block_resize` sets a raw file's length to the bytes that it is given, whatever length the file has by then, and rounds
+the disk's size up to whole sectors. On a block device it takes no size that is larger than the device, and gives the
+disk all of the device otherwise.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
-from ..errors import BadConfig, ConfigNotSupported
+from ..errors import BadConfig, ConfigNotSupported, QmpError
+from . import backing as backings
 from . import buses
 from .attached_disk import AttachedDisk
+from .backing import SECTOR, whole_sectors
 from .context import Context
+from .image import Image
 
-#: What sizes are multiples of.
-SECTOR = 512
+#: The largest size that QEMU takes: INT64_MAX in whole GiB.
+SIZE_MAX = (1 << 63) - (1 << 30)
 
 
 async def resize(context: Context, attachment: AttachedDisk, size: int | None, *, shrink: bool) -> int:
     """Give the disk and its image that many bytes, or None: tell the guest the size that the image has by now.
 
-    Returns the new size. Raises BadConfig for a size that cannot be, ConfigNotSupported where the disk cannot change,
-    QmpError in QEMU's words otherwise.
+    A file is only shortened if `shrink` is true and a size is given. Returns the new size. Raises BadConfig for a size
+    that cannot be, ConfigNotSupported where the disk cannot change, QmpError in QEMU's words otherwise.
     """
     _check_resizable(attachment)
     image = attachment.images[0]
-    assert image.backing is not None
-    pivot = attachment.identifiers.pivot
-    current = await context.virtual_size(pivot)
+    current = await context.virtual_size(attachment.identifiers.pivot)
+    actual = _size_outside(image)
     if size is None:
-        # QEMU looks at a block device again whatever it is told, and changes nothing there.
-        size = current if image.backing.block else _size_of_file(image.path, image.backing.identity, image.format)
-    if size <= 0 or size % SECTOR:
-        raise BadConfig(f"a disk cannot have {size} bytes", hint=f"use a multiple of {SECTOR}")
-    if size < current and image.backing.block:
-        raise ConfigNotSupported("a block device has the size that it has", hint="resize the device itself")
-    if size < current and not shrink:
-        raise BadConfig(
-            f"the disk has {current} bytes, and what is beyond {size} would be lost", hint="say so by --shrink"
-        )
-    await context.monitor.execute("block_resize", {"node-name": pivot, "size": size})
-    return await context.virtual_size(pivot)
+        wanted = _wanted_from_outside(image, actual, current)
+    else:
+        wanted = _check_size(image, size, actual=actual, current=current, shrink=shrink)
+    if whole_sectors(wanted) == current == whole_sectors(current if actual is None else actual):
+        return current
+    await _block_resize(context, attachment, wanted)
+    return await context.virtual_size(attachment.identifiers.pivot)
+
+
+async def follow_image(context: Context, attachment: AttachedDisk) -> None:
+    """Tell the guest the size of the image that the disk stands on, which is another than before. Raises QmpError."""
+    image = attachment.images[0]
+    size = _size_outside(image)
+    if size is None:
+        size = await context.virtual_size(image.top_node)
+    if whole_sectors(size) != await context.virtual_size(attachment.identifiers.pivot):
+        arguments = {"node-name": attachment.identifiers.pivot, "size": size}
+        await context.monitor.execute("block_resize", arguments)
 
 
 def _check_resizable(attachment: AttachedDisk) -> None:
@@ -55,12 +66,60 @@ def _check_resizable(attachment: AttachedDisk) -> None:
         raise ConfigNotSupported(f"{attachment.name} is read-only", hint="attach it writable")
 
 
-def _size_of_file(path: str, identity: tuple[int, ...], image_format: str) -> int:
-    """What the image has grown to, if that can be seen from outside."""
-    try:
-        found = os.stat(path) if path and image_format == "raw" else None
-    except OSError:
-        found = None
-    if found is None or (found.st_dev, found.st_ino) != identity:
+def _size_outside(image: Image) -> int | None:
+    """Return the bytes that a raw image has by now, or None if that cannot be seen from outside of QEMU."""
+    if image.backing is None or image.format != "raw":
+        return None
+    return backings.size_now(image.path, image.backing.identity, block=image.backing.block)
+
+
+def _wanted_from_outside(image: Image, actual: int | None, current: int) -> int:
+    if actual is None and _is_device(image):
+        return current  # QEMU looks at the device itself
+    if actual is None:
         raise BadConfig("the image does not tell its size from outside", hint="say which size")
-    return found.st_size - found.st_size % SECTOR
+    if not actual:
+        raise BadConfig("the image is empty by now", hint="give it its size back")
+    return actual
+
+
+def _check_size(image: Image, size: int, *, actual: int | None, current: int, shrink: bool) -> int:
+    if size <= 0 or size % SECTOR or size > SIZE_MAX:
+        near = min(max(whole_sectors(size), SECTOR), SIZE_MAX)
+        raise BadConfig(f"a disk cannot have {size} bytes", hint=f"use a multiple of {SECTOR}, such as {near}")
+    if _is_device(image):
+        has = current if actual is None else actual
+        if size != has:
+            raise ConfigNotSupported(
+                f"cannot give a block device {size} bytes: it has {has}",
+                hint="resize the device on the host, and then the disk without a size",
+            )
+        return size
+    if actual is not None and whole_sectors(actual) > max(size, current) and not shrink:
+        raise BadConfig(
+            f"the image has {actual} bytes by now, and what is beyond {size} would be lost",
+            hint="leave the size out to give the disk all of the image, or say so by --shrink",
+        )
+    if size < current and not shrink:
+        raise BadConfig(
+            f"the disk has {current} bytes, and what is beyond {size} would be lost", hint="say so by --shrink"
+        )
+    return size
+
+
+def _is_device(image: Image) -> bool:
+    """Whether the size is a block device's. An image in another format can have any size on a device."""
+    return image.backing is not None and image.backing.block and image.format == "raw"
+
+
+async def _block_resize(context: Context, attachment: AttachedDisk, size: int) -> None:
+    try:
+        await context.monitor.execute("block_resize", {"node-name": attachment.identifiers.pivot, "size": size})
+    except QmpError as error:
+        for reason in (errno.EFBIG, errno.ENOSPC):
+            if error.description.endswith(os.strerror(reason)):
+                raise BadConfig(
+                    f"the image cannot have {size} bytes ({os.strerror(reason)})",
+                    hint="choose a smaller size, or move the image to another file system and replace it",
+                ) from None
+        raise

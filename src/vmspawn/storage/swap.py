@@ -12,6 +12,7 @@ from .attached_disk import AttachedDisk
 from .context import Context
 from .image import FAULT, Image
 from .limits import Limits
+from .resize import follow_image
 
 #: Seconds that QEMU may take to put another node under the pivot. It waits for the requests in flight, however long the
 #: host's storage takes for them (docs/qemu.md, "The pivot"), and answers nothing else meanwhile.
@@ -28,8 +29,7 @@ async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, s
     image. The descriptor of `fresh` is closed in any case.
     """
     old = attachment.images[0]
-    pivot = attachment.identifiers.pivot
-    size = await context.virtual_size(pivot)
+    size = await context.virtual_size(attachment.identifiers.pivot)
     attachment.images.append(fresh)
     try:
         await image_nodes.build(context, attachment, fresh)
@@ -38,7 +38,7 @@ async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, s
         await _put_under(context, attachment, fresh)
         try:
             if new_size != size:
-                await context.monitor.execute("block_resize", {"node-name": pivot, "size": new_size})
+                await follow_image(context, attachment)
         except QmpError:
             await _put_under(context, attachment, old)
             raise

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Block devices without hardware: loop devices, which need root and a kernel that has them."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_raw
+
+
+class Loop:
+    """A loop device whose size can be changed while it is in use."""
+
+    def __init__(self, file: Path, size: int) -> None:
+        self._file = make_raw(file, size)
+        done = _losetup("--find", "--show", str(file))
+        if done.returncode:
+            pytest.skip(f"there are no loop devices here: {done.stderr.strip()}")
+        self.path = done.stdout.strip()
+
+    def resize(self, size: int) -> None:
+        """Give the device another size."""
+        os.truncate(self._file, size)
+        assert _losetup("--set-capacity", self.path).returncode == 0
+
+    def close(self) -> None:
+        """Give the device back."""
+        assert _losetup("--detach", self.path).returncode == 0
+
+
+def _losetup(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("losetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if not program:
+        pytest.skip("losetup is not installed")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
