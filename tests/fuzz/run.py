@@ -14,7 +14,7 @@ from pathlib import Path
 _FOLDER = Path(".cache/fuzz")
 
 #: The targets; those who make them are loaded later.
-NAMES = ("scanner", "envelopes", "images", "varlink", "agent")
+NAMES = ("scanner", "envelopes", "images", "partitions", "varlink", "agent")
 
 #: Inputs are no longer than this: what matters happens within a few tokens.
 _LENGTH_MAX = 1024

@@ -6,8 +6,10 @@ calls each with a few by itself. A target raises AssertionError, or anything els
 """
 
 import json
+import os
 import struct
 import uuid
+import zlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,8 +19,11 @@ from asyncvarlink import VarlinkErrorReply
 from vmspawn.agent import protocol
 from vmspawn.control import connection
 from vmspawn.control.server import build_registry
+from vmspawn.errors import StartError
+from vmspawn.images import qcow2
 from vmspawn.images.detection import container_format
 from vmspawn.images.other_files import READERS, other_files
+from vmspawn.images.partitions import root_argument
 from vmspawn.machine.running import Running
 from vmspawn.qmp.syntax import envelope
 from vmspawn.qmp.syntax.dialect import dialect_of
@@ -125,6 +130,40 @@ def images(data: bytes) -> None:
 
 
 _ROLES = {"backing file", "data file", "extent", "parent"}
+
+
+def partitions(data: bytes) -> None:
+    """A kernel is told a root or none, whatever is in the image, and whatever a qcow2 image says of itself."""
+    if not data:
+        return
+    fd = os.memfd_create("fuzz")
+    try:
+        os.pwrite(fd, data[1:], 0)
+        read = qcow2.Reader(fd, "image").read if data[0] & 1 else lambda offset, length: os.pread(fd, length, offset)
+        argument = root_argument(read, architecture="x86_64", bus="virtio-blk", path="image")
+        assert argument.startswith(("root=", "mount.usr="))
+        assert argument.isprintable()
+    except StartError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _gpt() -> bytes:
+    """A disk with a GPT that has one partition, whose type is root."""
+    header = b"EFI PART" + struct.pack("<64xQII", 2, 1, 128)
+    entry = uuid.UUID("4f68bce3-e8cd-4db1-96e7-fbcaf984b709").bytes_le + bytes(range(16)) + bytes(24)
+    return bytes(512) + header.ljust(512, b"\0") + entry.ljust(128, b"\0")
+
+
+def _qcow2() -> bytes:
+    """A qcow2 image of 1 KiB in clusters of 512 bytes, of which the second is compressed."""
+    header = struct.pack(">4sIQIIQIIQQIIQQQQII", b"QFI\xfb", 3, 0, 0, 9, 1024, 0, 1, 112, 0, 0, 0, 0, 0, 0, 0, 4, 104)
+    packer = zlib.compressobj(wbits=-12)
+    packed = packer.compress(_gpt()[512:1024]) + packer.flush()
+    table = struct.pack(">QQ", 0, 1 << 62 | 528)
+    return header.ljust(112, b"\0") + struct.pack(">Q", 512).ljust(400, b"\0") + table + packed
+
 
 #: Bytes that may be asked for to recognize a format, and to check an image of a known one.
 _DETECTION_MAX = 1 << 10
@@ -238,6 +277,10 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b"\x05started 5 ;\nclosed stdin ;\nexit 0 1 2 ;\n",
             b"\x06error 127 2 exec ;\nsignal 9 0 0 ;\n",
         ),
+    ),
+    "partitions": (
+        partitions,
+        (b"\0" + _gpt(), b"\0" + bytes(450) + b"\x83".ljust(60, b"\0") + b"\x55\xaa", b"\1" + _qcow2()),
     ),
     "varlink": (
         varlink,

@@ -44,6 +44,27 @@ def root_of(path: Path, *, bus: str = "virtio-blk", qcow2_image: bool = False) -
 
 
 @needs_sfdisk
+@pytest.mark.parametrize("first", [1 << 52, (1 << 55) - 1, (1 << 64) - 1])
+def test_a_gpt_whose_entries_are_nowhere_has_none(tmp_path: Path, first: int) -> None:
+    """A guest can write that into its own disk."""
+    path = partitioned(tmp_path / "disk", f"type={ROOT}")
+    with path.open("r+b") as file:
+        file.seek(512 + 72)
+        file.write(first.to_bytes(8, "little"))
+    assert root_of(path) == "root=/dev/vda"
+
+
+@pytest.mark.parametrize(("field", "length"), [(24, 8), (40, 8)], ids=["size", "first-level table"])
+def test_a_qcow2_image_with_numbers_that_cannot_be(tmp_path: Path, field: int, length: int) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "disk"), "4M"], check=True)
+    with (tmp_path / "disk").open("r+b") as file:
+        file.seek(field)
+        file.write(b"\xff" * length)
+    with pytest.raises(StartError, match="cannot look into"):
+        root_of(tmp_path / "disk", qcow2_image=True)
+
+
+@needs_sfdisk
 @pytest.mark.parametrize(
     ("lines", "root"),
     [

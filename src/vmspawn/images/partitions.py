@@ -25,6 +25,8 @@ _NO_AUTO = 1 << 63
 _GPT_HEADER = struct.Struct("<8s64xQII")
 _GPT_ENTRY = struct.Struct("<16s16s16xQ")
 _ENTRIES_MAX = 1 << 20
+#: No file reaches further, and no system call takes more. A guest can write any number into its own table.
+_OFFSET_MAX = (1 << 63) - _ENTRIES_MAX - 1
 
 # An MBR: its signature at 440, four entries at 446 (type at their fifth byte), 55 AA at the end.
 _MBR_ENTRIES = 446
@@ -71,6 +73,8 @@ def _gpt(read: Reader, sector: int) -> Iterator[_Partition]:
         return
     signature, first, count, size = _GPT_HEADER.unpack(header)
     if signature != b"EFI PART" or size < _GPT_ENTRY.size or count * size > _ENTRIES_MAX:
+        return
+    if first * sector > _OFFSET_MAX:
         return
     table = read(first * sector, count * size)
     for at in range(0, len(table) - _GPT_ENTRY.size + 1, size):

@@ -21,6 +21,7 @@ _MAGIC = b"QFI\xfb"
 _CLUSTER_BITS = 16
 _CLUSTER = 1 << _CLUSTER_BITS
 _OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+_SIZE_MAX = (1 << 63) - 1
 _COMPRESSED = 1 << 62
 _READS_AS_ZERO = 1
 #: Incompatible features that change where data is or how it is packed.
@@ -41,7 +42,8 @@ def layout_of(fd: int, path: str) -> Layout:
     raw = os.pread(fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0")
     magic, version, _, _, bits, size, encryption, entries, l1, _, _, _, _, incompatible, *_ = _HEADER.unpack(raw)
     incompatible = incompatible if version >= 3 else 0
-    if magic != _MAGIC or not 9 <= bits <= 21 or encryption or incompatible & (_EXTERNAL_DATA | _EXTENDED_L2):
+    is_unknown = encryption or incompatible & (_EXTERNAL_DATA | _EXTENDED_L2)
+    if magic != _MAGIC or not 9 <= bits <= 21 or is_unknown or l1 > _OFFSET_MASK or size > _SIZE_MAX:
         raise StartError(f"cannot look into {path} for its partitions", hint="say root=… in a kernel argument")
     return Layout(size, bits, l1, entries)
 
