@@ -25,6 +25,7 @@ from tests.commands import (
     vmspawn,
 )
 from tests.conftest import MIB, make_qcow2, make_raw
+from tests.imagefiles import make
 from tests.machines import is_gone, process_is_gone
 from tests.survivors import wait_until_dead
 from vmspawn.host import runtime
@@ -169,6 +170,7 @@ def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, im
         (["--image=/tmp"], 1, "/tmp is a directory"),
         (["--image={empty}"], 1, "the image is empty"),
         (["--image={qcow2}"], 1, "looks like qcow2"),
+        (["--image={vhd}"], 1, "looks like vpc"),
         (["--image={image}", "--image-format=qcow2"], 1, "is not in qcow2 format"),
         (["--image={image}", "--extra-drive={image}"], 2, "two disks are called image"),
         (["--image={image}", "--extra-drive={link}"], 1, "the same file as another disk"),
@@ -186,6 +188,7 @@ def test_what_cannot_start_says_why_in_one_line(
         "image": str(image),
         "empty": str(make_raw(tmp_path / "empty", 0)),
         "qcow2": str(make_qcow2(tmp_path / "qcow2")),
+        "vhd": str(make(tmp_path / "vhd", "vpc")),
         "link": str(tmp_path / "link"),
         "old": str(make_script(tmp_path / "old", "echo QEMU emulator version 6.2.0")),
     }

@@ -136,7 +136,9 @@ def test_an_image_whose_format_nobody_named_is_refused_by_its_name(tmp_path: Pat
     with backing_of(CONTAINERS[content](tmp_path)) as backing:
         with pytest.raises(BadConfig, match=f"image looks like {image_format}, and no format was given") as caught:
             choose_format(backing, None, what="image")
-        assert "format raw" in caught.value.hint or "(or raw)" in caught.value.hint
+        # The beginning is what `vmspawn` puts its option in place of.
+        assert caught.value.hint.startswith("say format ")
+        assert "raw" in caught.value.hint
         assert choose_format(backing, "raw", what="image") == "raw"
         other = "vdi" if image_format == "qcow2" else "qcow2"
         with pytest.raises(BadConfig, match=rf"not in {other} format, but looks like {image_format}(\n|$)"):
@@ -148,7 +150,7 @@ def test_the_hint_for_a_format_that_a_disk_cannot_have_converts_the_image(tmp_pa
     with backing_of(make(tmp_path / "image", image_format)) as backing:
         with pytest.raises(BadConfig) as caught:
             choose_format(backing, None, what="image")
-        command = caught.value.hint.partition("qemu-img ")[2].partition(";")[0].split()
+        command = caught.value.hint.partition("qemu-img ")[2].split()
     words = ["image" if word == "IMAGE" else word for word in command]
     subprocess.run(["qemu-img", *words], check=True, cwd=tmp_path)
     assert subprocess.check_output(["qemu-img", "info", "-f", "qcow2", "FLAT"], cwd=tmp_path, text=True)

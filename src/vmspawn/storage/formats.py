@@ -88,7 +88,7 @@ def _format_hint(looks_like: str | None) -> str:
         return "say format raw, or convert it with qemu-img"
     if looks_like in FORMATS:
         return f"say format {looks_like} (or raw)"
-    return f"{_convert(looks_like)}; or say format raw, to give the guest the file as it is"
+    return f"say format raw to give the guest the file as it is, or {_convert(looks_like)}"
 
 
 def _check_stands_alone(read: Read, image_format: str, what: str) -> None:
