@@ -22,9 +22,9 @@ from vmspawn.machine.running import Running, run
 from vmspawn.qmp.monitor import Monitor
 from vmspawn.qmp.share.multiplexer import Multiplexer
 from vmspawn.qmp.share.session import Session
+from vmspawn.storage.attach import Storage
 from vmspawn.storage.attached_disk import AttachedDisk
 from vmspawn.storage.backing import Backing
-from vmspawn.storage.hotplug import Storage
 
 
 class Machine(api.Machine):

@@ -14,7 +14,7 @@ from tests.machines import Machine, Snapshot, event_named, unchanged
 from tests.shell import Booted, Shell, booted
 from vmspawn import Disk
 from vmspawn.errors import ConfigNotSupported, StoragePending
-from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
+from vmspawn.storage.attached_disk import DETACHED_EVENT, DETACHING_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

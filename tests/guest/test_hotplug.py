@@ -14,7 +14,7 @@ from tests.qemu.qmp_fixtures import scaled
 from tests.shell import Booted, Shell, booted
 from vmspawn import Disk
 from vmspawn.errors import StoragePending
-from vmspawn.storage.hotplug import DETACHED_EVENT
+from vmspawn.storage.attached_disk import DETACHED_EVENT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -45,8 +45,7 @@ from vmspawn.errors import (
     VmspawnError,
 )
 from vmspawn.storage import backing as backings
-from vmspawn.storage.attached_disk import AttachedDisk
-from vmspawn.storage.hotplug import DETACHED_EVENT, DETACHING_EVENT
+from vmspawn.storage.attached_disk import DETACHED_EVENT, DETACHING_EVENT, AttachedDisk
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
 #: Seconds that anything may take on a busy machine.

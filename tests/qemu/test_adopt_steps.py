@@ -14,8 +14,9 @@ from tests import dying
 from tests.conftest import make_qcow2, make_raw
 from tests.dying import Dying
 from tests.machines import Machine, Snapshot, idle_machine, links_of
+from vmspawn.hotplug.attachment import State
 from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
-from vmspawn.storage.attached_disk import AttachedDisk, State
+from vmspawn.storage.attached_disk import AttachedDisk
 from vmspawn.storage.limits import Limits
 
 #: More steps than anything has.

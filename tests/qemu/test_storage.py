@@ -26,7 +26,7 @@ from vmspawn.errors import (
     SystemFailure,
 )
 from vmspawn.storage import backing as backings
-from vmspawn.storage.hotplug import DETACHED_EVENT
+from vmspawn.storage.attached_disk import DETACHED_EVENT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

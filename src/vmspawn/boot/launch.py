@@ -29,7 +29,7 @@ from .disks import open_boot_disks, without_effect
 from .extras import Owned
 from .plan import Reporter, choose, make_plan
 from .started import Launched, SharedConsole, Started, connect, connect_monitors, share_console
-from .state import SavedQemu, StateFile
+from .state import SavedQemu, SavedSessions
 
 #: Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
 _BACKLOG = 4
@@ -167,5 +167,7 @@ def _spawn(
 
 def _write_state(plan: Plan, directory: MachineDirectory, pid: int) -> None:
     qemu = SavedQemu(pid, runtime.start_time(pid), plan.accelerator)
-    file = StateFile(directory, plan.config, plan.binary, qemu, plan.extras.helpers)
-    file.write(states.boot_storage(plan.disks))
+    journal = states.open_journal(directory, plan.config, plan.binary, qemu, plan.extras.helpers)
+    journal.add_section("sessions", SavedSessions().to_json)
+    journal.add_section("storage", lambda: states.boot_storage(plan.disks))
+    journal.write()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""state.json: what another manager needs to take a machine over, written ahead of whatever changes it.
+"""What state.json says of a machine beside its attachments, and the one reader of all of it.
 
 On the start path, for it is written before QEMU is started: imports next to nothing.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from errno import EIO
 from typing import Any, NamedTuple
 
-from ..errors import StartError, SystemFailure
+from ..errors import StartError
 from ..helpers.helper import Helper
 from ..host import runtime
 from ..host.machined import Registration
 from ..host.runtime import MachineDirectory
+from ..hotplug.journal import Journal
 from ..storage.saved import save_disk
 from .commandline import BootDisk
 from .config import MachineConfig
@@ -61,6 +61,10 @@ class SavedSessions(NamedTuple):
     #: Descriptor sets that were there from boot, and are neither theirs nor ours.
     foreign_fdsets: tuple[int, ...] = ()
 
+    def to_json(self) -> str:
+        """The section of state.json."""
+        return json.dumps(self._asdict())
+
 
 class SavedHelper(NamedTuple):
     """A process beside QEMU, as `Helper` describes it."""
@@ -72,49 +76,35 @@ class SavedHelper(NamedTuple):
 
 
 class State(NamedTuple):
-    """A machine as its last manager left it. `storage` is the register of disks (`Storage.load`)."""
+    """A machine as its last manager left it. `attachments` are the sections of the kinds of attachments."""
 
     config: MachineConfig
     binary: QemuBinary
     qemu: SavedQemu
     sessions: SavedSessions
     helpers: tuple[SavedHelper, ...]
-    storage: dict[str, Any]
+    attachments: dict[str, dict[str, Any]]
 
 
-class StateFile:
-    """state.json of one machine. What stays the same while the machine runs is put into JSON once."""
-
-    def __init__(
-        self,
-        directory: MachineDirectory,
-        config: MachineConfig,
-        binary: QemuBinary,
-        qemu: SavedQemu,
-        helpers: Sequence[Helper],
-    ) -> None:
-        self._directory = directory
-        constants = {
+def open_journal(
+    directory: MachineDirectory,
+    config: MachineConfig,
+    binary: QemuBinary,
+    qemu: SavedQemu,
+    helpers: Sequence[Helper],
+) -> Journal:
+    """The writer of a machine's state.json, without sections yet."""
+    return Journal(
+        directory,
+        {
             "version": STATE_VERSION,
             "name": config.name,
             "qemu": {**qemu._asdict(), **binary._asdict()},
             "machine": {field: getattr(config, field) for field in CONFIG_FIELDS},
             "registration": config.registration._asdict(),
             "helpers": [SavedHelper(each.name, each.what, each.pid, runtime.start_time(each.pid)) for each in helpers],
-        }
-        self._constants = json.dumps(constants)[:-1]
-
-    def write(self, storage: str, sessions: SavedSessions = SavedSessions()) -> None:  # noqa: B008 - a constant
-        """Write it down; it is on the disk when this returns. `storage` is the register of disks, in JSON.
-
-        Raises SystemFailure.
-        """
-        varying = f'"sessions": {json.dumps(sessions._asdict())}, "storage": {storage}'
-        try:
-            self._directory.write(runtime.STATE, f"{self._constants}, {varying}}}".encode())
-        except OSError as error:
-            path = self._directory.file(runtime.STATE)
-            raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None
+        },
+    )
 
 
 def boot_storage(disks: Sequence[BootDisk]) -> str:
@@ -185,8 +175,13 @@ def _load(name: str, found: dict[str, Any]) -> State:
             tuple(map(int, sessions["foreign_fdsets"])),
         ),
         tuple(SavedHelper(*each) for each in found["helpers"]),
-        dict(found["storage"]),
+        # Storage is always there; other kinds are newer.
+        {"storage": dict(found["storage"])} | {key: value for key, value in found.items() if _is_section(value)},
     )
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, dict) and "attachments" in value
 
 
 def _migrate_1(found: dict[str, Any]) -> dict[str, Any]:

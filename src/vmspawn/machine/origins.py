@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+from ..boot.commandline import BootDisk
 from ..boot.started import Launched, SharedConsole, Started
-from ..boot.state import SavedSessions, State, damaged
+from ..boot.state import SavedSessions, State
 from ..console.unread import take
-from ..host.runtime import MachineDirectory
 from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.monitor import Monitor
-from ..storage.attached_disk import AttachedDisk
-from ..storage.hotplug import Storage
+from ..storage.attach import Storage
 from ..timeouts import ADOPT_GREETING_TIMEOUT
 from .sessions import Sessions
 
@@ -32,8 +32,13 @@ class Origin(Protocol):
     def sessions(self) -> SavedSessions:
         """What QMP sessions have left in QEMU."""
 
-    def enter_disks(self, storage: Storage) -> None:
-        """Enter the disks that QEMU has. Raises StartError."""
+    @property
+    def boot_disks(self) -> Sequence[BootDisk]:
+        """The disks that QEMU was just started with."""
+
+    @property
+    def attachments(self) -> Mapping[str, Mapping[str, Any]]:
+        """The sections of another manager's journal, by the kind of attachment."""
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
         """Read what the guest printed before there was anybody to show it."""
@@ -46,7 +51,7 @@ def origin_of(started: Started) -> Origin:
     """The origin of a QEMU."""
     if isinstance(started.origin, Launched):
         return _Fresh(started.origin)
-    return _TakenOver(started.origin.state, started.directory)
+    return _TakenOver(started.origin.state)
 
 
 class _Fresh:
@@ -57,13 +62,8 @@ class _Fresh:
     sessions = SavedSessions()
 
     def __init__(self, origin: Launched) -> None:
-        self._disks = origin.disks
-
-    def enter_disks(self, storage: Storage) -> None:
-        for each in self._disks:
-            attached = AttachedDisk(each.disk, each.identifiers, each.place, each.serial, [*each.images])
-            attached.limits = each.disk.limits
-            storage.add_boot_disk(attached)
+        self.boot_disks = origin.disks
+        self.attachments: Mapping[str, Mapping[str, Any]] = {}
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
         return b""
@@ -81,16 +81,11 @@ class _TakenOver:
     lives_on = True
     greeting_timeout = ADOPT_GREETING_TIMEOUT
 
-    def __init__(self, state: State, directory: MachineDirectory) -> None:
-        self.sessions = state.sessions
-        self._storage = state.storage
-        self._directory = directory
+    boot_disks: Sequence[BootDisk] = ()
 
-    def enter_disks(self, storage: Storage) -> None:
-        try:
-            storage.load(self._storage)
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(self._directory, error) from None
+    def __init__(self, state: State) -> None:
+        self.sessions = state.sessions
+        self.attachments = state.attachments
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
         return take(console.shown.fd, console.log, kept_in_pipe=kept_in_pipe)

@@ -15,16 +15,17 @@ from ..aio.waiting import first_of
 from ..boot.config import MachineConfig
 from ..boot.diagnose import explain_failure
 from ..boot.started import Launched, Started
-from ..boot.state import SavedQemu, StateFile
+from ..boot.state import SavedQemu, damaged, open_journal
 from ..console.hub import Console
 from ..errors import NotConnected, NotSupported, StartError
 from ..helpers.watch import Watch
 from ..host import runtime
 from ..host.process import Process
+from ..hotplug.hotplug import Hotplug
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
 from ..qmp.transcript import Transcript
-from ..storage.hotplug import Storage
+from ..storage.attach import Storage
 from .console_size import Window
 from .ending import End, MachineEvents
 from .open_console import open_console
@@ -90,14 +91,14 @@ class Running:
             #: What happened to the machine of late.
             self.recent_events = RecentEvents(self.monitor)
             self._run_state = RunState(self.monitor)
-            #: The machine's disks.
-            self.storage = Storage(self.monitor, self._run_state, started.layout, journal=self._save_state)
-            self._sessions = Sessions(
-                started.monitors, self._origin.sessions, self._save_state, self._transcript, pid=started.pid
-            )
             qemu = SavedQemu(started.pid, self._process.started, started.accelerator)
-            self._state_file = StateFile(self.directory, self.config, started.binary, qemu, started.helpers)
-            self._origin.enter_disks(self.storage)
+            self._journal = open_journal(self.directory, self.config, started.binary, qemu, started.helpers)
+            self._sessions = Sessions(
+                started.monitors, self._origin.sessions, self._journal, self._transcript, pid=started.pid
+            )
+            self._hotplug = Hotplug(self.monitor, self._run_state, self._journal)
+            #: The machine's disks.
+            self.storage = self._open_storage()
             self._watch = Watch(started.helpers)
             undo.callback(self._watch.leave)
             #: The window of the guest's console.
@@ -105,9 +106,16 @@ class Running:
             self._console = open_console(started, self._origin, self._log_failed)
             if self._console is not None:
                 undo.callback(self._console.close)
-            self._save_state()
+            self._journal.write()
             self._end = asyncio.create_task(self._until_end())
             undo.pop_all()
+
+    def _open_storage(self) -> Storage:
+        origin = self._origin
+        try:
+            return Storage(self._hotplug, self._started.layout, boot_disks=origin.boot_disks, saved=origin.attachments)
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self.directory, error) from None
 
     # Starting.
 
@@ -141,10 +149,6 @@ class Running:
         self.failed(line)
         self._warn(line)
 
-    def _save_state(self) -> None:
-        if not self._done:
-            self._state_file.write(self.storage.state_text(), self._sessions.saved)
-
     # Ending.
 
     async def leave(self) -> None:
@@ -153,6 +157,7 @@ class Running:
             return
         # What tasks do as they are cancelled must not be written down as if it were done.
         self._done = True
+        self._journal.close()
         self._end.cancel()
         await self._close_connections()
         self._process.close()
@@ -164,6 +169,7 @@ class Running:
         if self._done:
             return
         self._done = True
+        self._journal.close()
         if not self._process.ended.is_set():
             await self._quit.ask()
             await self._process.ended.wait()
@@ -180,7 +186,7 @@ class Running:
         if self._console is not None:
             self._console.close()
         self.window.close()
-        self.storage.close()
+        self._hotplug.close()
         self.monitor.close("the machine ended")
         await self._sessions.close()
         if self._transcript is not None:

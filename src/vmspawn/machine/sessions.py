@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..boot.sandbox import may_start_programs
 from ..boot.started import Monitors
 from ..boot.state import SavedSessions
+from ..hotplug.journal import Journal
 
 if TYPE_CHECKING:
     from ..qmp.share.multiplexer import Multiplexer
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 class Sessions:
     """Shares two of QEMU's monitors among clients. Owns the monitors' sockets, from the first client or `close` on.
 
-    `journal` is called when `saved` has changed, and must have saved it when it returns. `before` is what the sessions
-    of another manager may have left in QEMU, whose process is `pid`.
+    They are a section of the journal. `before` is what the sessions of another manager may have left in QEMU, whose
+    process is `pid`.
     """
 
     def __init__(
         self,
         monitors: Monitors,
         before: SavedSessions,
-        journal: Callable[[], None],
+        journal: Journal,
         transcript: Transcript | None = None,
         *,
         pid: int,
@@ -42,6 +43,7 @@ class Sessions:
         self._starting: asyncio.Task[Multiplexer] | None = None
         #: Descriptor sets that were there from boot, and are neither ours nor a session's.
         self.foreign_fdsets: tuple[int, ...] = self._before.foreign_fdsets
+        journal.add_section("sessions", lambda: self.saved.to_json())
 
     @property
     def open(self) -> tuple[Session, ...]:
@@ -66,7 +68,7 @@ class Sessions:
         """
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
-            self._journal()
+            self._journal.write()
         # Who gives up does not end it for the others.
         return await asyncio.shield(self._starting)
 
@@ -78,7 +80,7 @@ class Sessions:
             self._monitors.sessions,
             self._monitors.bulk,
             on_lost=lambda _: None,
-            on_names=self._journal,
+            on_names=self._journal.write,
             transcript=self._transcript,
             may_spawn=may_start_programs(self._pid),
         )
@@ -87,7 +89,7 @@ class Sessions:
     def keep_fdsets(self, numbers: Iterable[int]) -> None:
         """Remember descriptor sets that were there from boot, and are neither ours nor a session's."""
         self.foreign_fdsets = tuple(numbers)
-        self._journal()
+        self._journal.write()
 
     async def close_what_was_left(self) -> None:
         """Close the descriptors that sessions of another manager passed to QEMU and nothing took over."""
@@ -96,7 +98,7 @@ class Sessions:
         multiplexer = await self.multiplexer()
         await multiplexer.close_names(self._before.names)
         self._before = SavedSessions(served=True)
-        self._journal()
+        self._journal.write()
 
     async def close(self) -> None:
         """End the sessions."""

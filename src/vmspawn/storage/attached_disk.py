@@ -1,85 +1,125 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One disk that is, is becoming or is ceasing to be attached, with the journal of its steps."""
+"""A disk that is, is becoming or is ceasing to be attached: one kind of attachment."""
 
 from __future__ import annotations
 
-import asyncio
-import enum
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from ..aio.waiting import first_of
-from ..hotplug.places import Place
+from ..errors import NoSuchStorage, VmspawnError
+from ..hotplug.attachment import Attachment, EventNames, State
+from ..hotplug.places import Place, Pool
+from ..hotplug.qemu_objects import OBJECT, QemuObject
+from ..hotplug.step import Make, PlugIn, Reserve, Step
+from ..qmp.monitor import Command
 from . import buses
 from .disk import Disk
 from .image import FAULT, Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
 from .saved import load_disk, load_identifiers, load_image, load_limits, load_place, save_disk
+from .steps import AddPivot, BuildImage
 
+#: Events of our own, in the streams beside QEMU's.
+ATTACHED_EVENT = "StorageAttached"
+DETACHING_EVENT = "StorageDetaching"
+DETACHED_EVENT = "StorageDetached"
 
-class State(enum.StrEnum):
-    """Where an attachment stands."""
-
-    ATTACHING = "attaching"
-    ATTACHED = "attached"
-    DETACHING = "detaching"
-
-
-@dataclass(slots=True, eq=False)
-class Removal:
-    """What is known of a removal that is under way, for people."""
-
-    #: When it began, by the monotonic clock.
-    since: float = field(default_factory=time.monotonic)
-    #: How often the guest was asked to let go.
-    requests: int = 0
-    #: What QEMU last said to a request that did not go through at once.
-    answer: str = ""
-
-    @property
-    def seconds(self) -> float:
-        """For how long it has been under way."""
-        return time.monotonic() - self.since
+#: Requests after which a guest that has not released an NVMe disk may never do so.
+_STUBBORN = 2
 
 
 @dataclass(slots=True, eq=False)
-class AttachedDisk:
-    """A disk and all that taking it apart again needs, chosen before the first step.
+class AttachedDisk(Attachment):
+    """A disk with all that its nodes and its device are made of.
 
-    `done` is the journal: the names of the steps that were begun and not undone, in the order of STEPS. `images` has
-    the one that the disk stands on, and while it is exchanged the other; an optical drive may have none.
+    `images` has the one that the disk stands on, and while it is swapped the other; an optical drive may have none.
     """
+
+    kind: ClassVar[str] = "storage"
+    events: ClassVar[EventNames | None] = EventNames(ATTACHED_EVENT, DETACHING_EVENT, DETACHED_EVENT)
 
     disk: Disk
     identifiers: Identifiers
     place: Place
+    #: Where the place belongs.
+    pool: Pool
     serial: str
     images: list[Image] = field(default_factory=list)
     limits: Limits = NO_LIMITS
-    boot: bool = False
-    done: list[str] = field(default_factory=list)
-    state: State = State.ATTACHING
-    removal: Removal | None = None
-    #: How many requests of the guest's have failed since this manager has the disk, and what is known of the last.
+    #: How many requests of the guest have failed since this manager has the disk, and what is known of the last.
     failures: int = 0
     last_failure: str = ""
-    #: Held by whoever changes the images, and by each step of taking the disk apart but for the guest's.
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    #: Set when QEMU says that the device is gone.
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Set when somebody asks again for a removal that is under way: it is tried again at once.
-    nudge: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Set when attaching has succeeded or its failure has been handed to the clean-up.
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    #: The one task that takes the disk apart, once there is one.
-    unwinding: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
         """The name that the user gave the disk."""
         return self.disk.name
+
+    @property
+    def device(self) -> str:
+        """The device's id in QEMU."""
+        return self.identifiers.device
+
+    # What depends on nothing comes first, but for the image, whose command with a descriptor begins a message: so all
+    # of them are one.
+
+    def steps(self) -> Sequence[Step]:
+        """Place, image, I/O thread, limits, pivot, device."""
+        return (
+            Reserve(self.place, self.pool),
+            BuildImage(self.disk, self.images),
+            *self._thread(),
+            self._limits(),
+            AddPivot(self.identifiers, self.disk, self.images),
+            PlugIn(self._properties()),
+        )
+
+    def _thread(self) -> Sequence[Step]:
+        if not self.disk.thread or self.disk.bus != "virtio-blk":
+            return ()
+        name = self.identifiers.thread
+        command = Command("object-add", {"qom-type": "iothread", "id": name})
+        return (Make("thread", command, QemuObject(OBJECT, name)),)
+
+    def _limits(self) -> Step:
+        """The throttle group, whether there are limits or not."""
+        name = self.identifiers.limits
+        limits = {"limits": self.limits.to_qemu()} if self.limits.any else {}
+        command = Command("object-add", {"qom-type": "throttle-group", "id": name, **limits})
+        return Make("limits", command, QemuObject(OBJECT, name))
+
+    def _properties(self) -> dict[str, object]:
+        return buses.device(
+            self.disk,
+            device_id=self.device,
+            node=self.identifiers.pivot,
+            place=self.place,
+            serial=self.serial,
+            thread=self.identifiers.thread if self.disk.thread else None,
+        )
+
+    def vanished(self) -> VmspawnError:
+        """The error of an attach whose device was removed meanwhile."""
+        return NoSuchStorage(f"{self.name} was removed through QMP while it was being attached")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is complete if its device is there: nobody can tell that of an empty tray."""
+        return bool(self.images)
+
+    @property
+    def still_closing(self) -> str:
+        """Why it is still there although its device is gone."""
+        return f"QEMU still closes the image of {self.name}"
+
+    @property
+    def not_released(self) -> str:
+        """Why its device may still be there."""
+        if self.disk.bus == "nvme" and self.removal and self.removal.requests > _STUBBORN:
+            return f"the guest has not let go of {self.name}; one that uses an NVMe disk may never do so"
+        return f"the guest has not let go of {self.name}; it may still be booting, or not know ACPI hot-plug"
 
     @property
     def image(self) -> Image | None:
@@ -111,18 +151,13 @@ class AttachedDisk:
         """The disk's stable path in the guest."""
         return buses.by_id_path(self.disk.bus, self.serial, self.place)
 
-    async def wait_for_news(self, seconds: float) -> None:
-        """Wait until the device is gone, somebody asks again, or the time has passed."""
-        await first_of(self.gone, self.nudge, timeout=seconds)
-        self.nudge.clear()
-
-    def close_backings(self) -> None:
+    def close(self) -> None:
         """Close our descriptors of the images, where we still have them."""
         for image in self.images:
             image.close_backing()
 
     def to_state(self) -> dict[str, Any]:
-        """What another process would need to take the disk over, as JSON values."""
+        """What another process needs to take the disk over, as JSON values."""
         return save_disk(
             self.disk,
             self.identifiers,
@@ -136,13 +171,15 @@ class AttachedDisk:
         )
 
     @classmethod
-    def from_state(cls, saved: dict[str, Any]) -> AttachedDisk:
-        """The attachment that another process had saved. Raises KeyError, TypeError or ValueError if it is none."""
+    def from_state(cls, saved: dict[str, Any], pool_of: Callable[[str, Place], Pool]) -> AttachedDisk:
+        """The disk that another process had saved. Raises KeyError, TypeError or ValueError if it is none."""
         disk = load_disk(saved)
+        place = load_place(disk.bus, saved["place"])
         return cls(
             disk,
             load_identifiers(saved),
-            load_place(disk.bus, saved["place"]),
+            place,
+            pool_of(disk.bus, place),
             str(saved["serial"]),
             [load_image(each) for each in saved["images"]],
             limits=load_limits(saved),

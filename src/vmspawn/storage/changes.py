@@ -7,17 +7,16 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from ..aio.tasks import Tasks
 from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, SystemFailure, VmspawnError
-from . import admission, media, pending, swap
+from ..hotplug.attachment import State
+from . import admission, media, swap
 from . import resize as resizing
-from .attached_disk import AttachedDisk, State
+from .attached_disk import AttachedDisk
 from .backing import Backing
 from .context import Context
-from .explain import explain
+from .explain import STORAGE_HINT, explain
 from .image import Image
 from .limits import Limits, check_limits
-from .register import Register
 
 #: Seconds that a change of a disk, or taking its image away by force, is waited for. It goes on after that.
 CHANGE_TIMEOUT = 40.0
@@ -31,10 +30,8 @@ _T = TypeVar("_T")
 class Changes:
     """What can be done to the disks of a machine without detaching them."""
 
-    def __init__(self, context: Context, register: Register, tasks: Tasks) -> None:
+    def __init__(self, context: Context) -> None:
         self._context = context
-        self._register = register
-        self._tasks = tasks
 
     async def replace(
         self, name: str, backing: Backing, *, format: str | None = None, path: str = "", shrink: bool = False
@@ -46,14 +43,16 @@ class Changes:
         disk keeps its image then.
         """
         try:
-            attachment = self._register.find(name)
+            attachment = self._context.find(name)
             check_not_boot(attachment, "replaced")
             if attachment.disk.bus == "scsi-cd":
                 raise ConfigNotSupported(f"{name} is an optical drive", hint="insert another medium")
             _check_writable(attachment, backing)
-            admission.check_not_attached(self._register, backing, share=attachment.disk.share)
+            admission.check_not_attached(self._context.register, backing, share=attachment.disk.share)
             disk = attachment.disk._replace(path=path)
-            image = admission.make_image(self._context.fresh_number(), disk, backing, format, path or "the new image")
+            image = admission.make_image(
+                self._context.register.fresh_number(), disk, backing, format, path or "the new image"
+            )
         except BaseException:
             backing.close()
             raise
@@ -69,7 +68,7 @@ class Changes:
         None tells the guest the size that the image was given from outside. Raises NoSuchStorage, BadConfig,
         ConfigNotSupported or QmpError.
         """
-        attachment = self._register.find(name)
+        attachment = self._context.find(name)
 
         async def work() -> int:
             return await resizing.resize(self._context, attachment, size, shrink=shrink)
@@ -78,7 +77,7 @@ class Changes:
 
     async def limit(self, name: str, limits: Limits) -> None:
         """Change a disk's I/O limits; the default Limits are none. Raises NoSuchStorage, BadConfig or QmpError."""
-        attachment = self._register.find(name)
+        attachment = self._context.find(name)
         check_limits(limits)
 
         async def work() -> None:
@@ -101,11 +100,13 @@ class Changes:
         Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest holds the tray locked for `timeout` s.
         """
         try:
-            attachment = self._register.find(name)
+            attachment = self._context.find(name)
             media.check_optical(attachment)
-            admission.check_not_attached(self._register, backing, share=False)
+            admission.check_not_attached(self._context.register, backing, share=False)
             disk = attachment.disk._replace(path=path)
-            image = admission.make_image(self._context.fresh_number(), disk, backing, format, path or "the medium")
+            image = admission.make_image(
+                self._context.register.fresh_number(), disk, backing, format, path or "the medium"
+            )
         except BaseException:
             backing.close()
             raise
@@ -117,7 +118,7 @@ class Changes:
 
     async def eject_media(self, name: str, *, force: bool = False, timeout: float = media.TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive; the tray stays open. Raises what `insert_media` raises."""
-        attachment = self._register.find(name)
+        attachment = self._context.find(name)
         media.check_optical(attachment)
 
         async def work() -> None:
@@ -144,12 +145,12 @@ class Changes:
                         image.close_backing()
                     raise StoragePending(f"{attachment.name} is {attachment.state}", hint="wait until that is over")
                 result = await work()
-            self._context.publish(CHANGED_EVENT, attachment)
+            self._context.hotplug.publish(CHANGED_EVENT, attachment)
             return result
 
         try:
-            return await self._tasks.run(
-                alone(), f"{doing} {attachment.name}", timeout=CHANGE_TIMEOUT, hint=pending.STORAGE_HINT
+            return await self._context.hotplug.tasks.run(
+                alone(), f"{doing} {attachment.name}", timeout=CHANGE_TIMEOUT, hint=STORAGE_HINT
             )
         except VmspawnError as error:
             raise explain(error, attachment.name, image) from None

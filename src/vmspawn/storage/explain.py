@@ -9,7 +9,8 @@ from typing import TypeVar
 from ..errors import QmpError, SystemFailure, Timeout
 from .holders import holder_of
 from .image import Image
-from .pending import STORAGE_HINT
+
+STORAGE_HINT = "the storage that the image is on may hang; once it answers, this goes on by itself"
 
 _Error = TypeVar("_Error", bound=BaseException)
 

@@ -7,16 +7,15 @@ part may never have come, or have been removed by a process that then died: "not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from ..errors import QmpError
+from ..hotplug.qemu_objects import FDSET as FDSET_KIND
+from ..hotplug.qemu_objects import Kind, QemuObject
 from ..qmp.monitor import Command
 from . import nodes
-from .attached_disk import AttachedDisk
-from .context import Context
 from .disk import Disk
 from .image import Image
-from .qemu_objects import Part
+
+#: Block nodes, made by blockdev-add.
+NODE = Kind("blockdev-del", "node-name", "query-named-block-nodes", "node-name", (("flat", True),))
 
 #: The names of an image's parts in the journal, from the bottom up: the descriptor set that QEMU gets, so that it opens
 #: no path of the user's; the block node on it; the node of the format.
@@ -47,53 +46,24 @@ def commands(disk: Disk, image: Image) -> list[Command]:
     return found
 
 
-def drops(images: Iterable[Image]) -> list[Command]:
-    """What drops what only the making needed. Send it behind; nobody need wait for it."""
-    # The file's node has a duplicate of the descriptor, and goes on with that.
-    return [_part(image, FDSET).removal for image in images if image.backing is not None]
+def spent(image: Image) -> list[QemuObject]:
+    """What only the making needs: the file's node goes on with a duplicate of the descriptor."""
+    return [_object(image, FDSET)] if FDSET in image.done else []
 
 
-def made(context: Context, image: Image) -> None:
-    """QEMU has made the parts, and drops the descriptor set."""
+def made(image: Image) -> None:
+    """Enter that QEMU has made the nodes, and dropped the descriptor set."""
     image.close_backing()
     if FDSET in image.done:
-        context.removed(_part(image, FDSET))
         image.done.remove(FDSET)
 
 
-def parts(image: Image) -> list[Part]:
+def objects(image: Image) -> list[QemuObject]:
     """What the journal says of the image, from the top down."""
-    return [_part(image, name) for name in reversed(image.done)]
+    return [_object(image, name) for name in reversed(image.done)]
 
 
-def _part(image: Image, name: str) -> Part:
+def _object(image: Image, name: str) -> QemuObject:
     if name == FDSET:
-        return Part("fdset", image.fdset)
-    return Part("node", image.file_node if name == FILE else image.format_node)
-
-
-async def build(context: Context, attachment: AttachedDisk, image: Image) -> None:
-    """Make the image of a disk that is there. Raises what `Monitor.execute` raises; then some parts may be there."""
-    sent = commands(attachment.disk, image)
-    context.journal_begun(attachment)
-    for result in await context.monitor.execute_all(sent, behind=drops([image])):
-        if isinstance(result, QmpError):
-            raise result
-    made(context, image)
-
-
-async def release(context: Context, image: Image) -> None:
-    """Drop the descriptor set of an image that QEMU was started with, or that another manager has made."""
-    if FDSET in image.done:
-        await context.remove(_part(image, FDSET))
-        made(context, image)
-
-
-async def dismantle(context: Context, attachment: AttachedDisk, image: Image) -> None:
-    """Remove the image's parts, and forget it. May be called again where it failed."""
-    image.close_backing()
-    await context.remove(*parts(image))
-    image.done = []
-    if image in attachment.images:
-        attachment.images.remove(image)
-    context.journal_undone(attachment)
+        return QemuObject(FDSET_KIND, image.fdset)
+    return QemuObject(NODE, image.file_node if name == FILE else image.format_node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..hotplug.qemu_objects import children, device_ids
 from ..qmp.monitor import Monitor
 from .attached_disk import AttachedDisk
 from .image import FAULT, Image
@@ -33,16 +34,12 @@ class Inventory(NamedTuple):
         nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
         blocks = await monitor.execute("query-block")
         return cls(
-            await _children(monitor, "/machine/peripheral"),
-            await _children(monitor, "/objects"),
+            await device_ids(monitor),
+            await children(monitor, "/objects"),
             frozenset(int(each["fdset-id"]) for each in fdsets),
             {str(each["node-name"]): str(each["file"]) for each in nodes if "node-name" in each},
             {str(each["qdev"]): _medium(each) for each in blocks if "qdev" in each},
         )
-
-    def has_device(self, attachment: AttachedDisk) -> bool:
-        """Whether the disk's device is there."""
-        return attachment.identifiers.device in self.devices
 
     def medium(self, attachment: AttachedDisk) -> Medium:
         """What is in an optical drive."""
@@ -70,8 +67,3 @@ def uses_fdset(text: str, number: int) -> bool:
 
 def _medium(block: dict[str, Any]) -> Medium:
     return Medium(str(block.get("inserted", {}).get("node-name", "")), bool(block.get("tray_open")))
-
-
-async def _children(monitor: Monitor, path: str) -> frozenset[str]:
-    found: list[dict[str, Any]] = await monitor.execute("qom-list", {"path": path})
-    return frozenset(str(each["name"]) for each in found)

@@ -9,11 +9,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadConfig, QmpError, StoragePending
-from . import image_nodes
+from . import images
 from .attached_disk import AttachedDisk
 from .context import Context
 from .image import Image
-from .steps import AddPivot, BuildImage, do_step, enter_step, undo_steps
+from .steps import IMAGE, PIVOT
 
 if TYPE_CHECKING:
     from ..qmp.events import EventStream
@@ -136,19 +136,19 @@ async def insert(context: Context, attachment: AttachedDisk, image: Image, *, fo
     attachment.images.append(image)
     try:
         # QEMU opens the image before the tray is touched.
-        enter_step(context, attachment, BuildImage.name)
-        await image_nodes.build(context, attachment, image)
+        context.hotplug.enter_step(attachment, IMAGE)
+        await images.build(context.hotplug, attachment, image)
         await tray.open()
         await _take_out(context, attachment, tray, old)
-        await do_step(context, attachment, AddPivot.name)
+        await context.hotplug.do_step(attachment, PIVOT)
         await tray.run("blockdev-insert-medium", **{"node-name": attachment.identifiers.pivot})
         await tray.close()
     except (QmpError, StoragePending):
         if attachment.image is image:
-            await undo_steps(context, attachment, [AddPivot.name])
-        await image_nodes.dismantle(context, attachment, image)
+            await context.hotplug.undo_steps(attachment, [PIVOT])
+        await images.dismantle(context.hotplug, attachment, image)
         if not attachment.images:
-            await undo_steps(context, attachment, [BuildImage.name])
+            await context.hotplug.undo_steps(attachment, [IMAGE])
         raise
 
 
@@ -161,15 +161,15 @@ async def eject(context: Context, attachment: AttachedDisk, *, force: bool, time
 
 async def _take_out(context: Context, attachment: AttachedDisk, tray: Tray, medium: Image | None) -> None:
     """Remove the medium, if there is one, and close its image."""
-    if AddPivot.name in attachment.done:
+    if PIVOT in attachment.done:
         await tray.run("blockdev-remove-medium")
-        await undo_steps(context, attachment, [AddPivot.name])
+        await context.hotplug.undo_steps(attachment, [PIVOT])
     if medium is not None:
-        await image_nodes.dismantle(context, attachment, medium)
+        await images.dismantle(context.hotplug, attachment, medium)
     if not attachment.images:
-        await undo_steps(context, attachment, [BuildImage.name])
+        await context.hotplug.undo_steps(attachment, [IMAGE])
 
 
 async def forget(context: Context, attachment: AttachedDisk) -> None:
     """Close what is left of media of a disk that has none in: a manager died between the tray and the image."""
-    await undo_steps(context, attachment, [BuildImage.name, AddPivot.name])
+    await context.hotplug.undo_steps(attachment, [IMAGE, PIVOT])

@@ -7,7 +7,7 @@ Each of these runs to its end once it was begun. One that fails leaves the disk 
 from __future__ import annotations
 
 from ..errors import BadConfig, ConfigNotSupported, QmpError
-from . import buses, image_nodes, nodes
+from . import buses, images, nodes
 from .attached_disk import AttachedDisk
 from .context import Context
 from .image import FAULT, Image
@@ -32,7 +32,7 @@ async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, s
     size = await context.virtual_size(attachment.identifiers.pivot)
     attachment.images.append(fresh)
     try:
-        await image_nodes.build(context, attachment, fresh)
+        await images.build(context.hotplug, attachment, fresh)
         new_size = await context.virtual_size(fresh.top_node)
         _check_size(attachment, size, new_size, shrink=shrink)
         await _put_under(context, attachment, fresh)
@@ -43,9 +43,9 @@ async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, s
             await _put_under(context, attachment, old)
             raise
     except (QmpError, BadConfig, ConfigNotSupported):
-        await image_nodes.dismantle(context, attachment, fresh)
+        await images.dismantle(context.hotplug, attachment, fresh)
         raise
-    await image_nodes.dismantle(context, attachment, old)
+    await images.dismantle(context.hotplug, attachment, old)
     return new_size
 
 
@@ -70,7 +70,7 @@ async def _put_under(context: Context, attachment: AttachedDisk, image: Image) -
     await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
     attachment.images.remove(image)
     attachment.images.insert(0, image)
-    context.journal(attachment)
+    context.hotplug.save(attachment)
 
 
 async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> None:
@@ -82,7 +82,7 @@ async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> N
     }
     await context.monitor.execute("qom-set", arguments)
     attachment.limits = limits
-    context.journal(attachment)
+    context.hotplug.save(attachment)
 
 
 async def take_away(context: Context, attachment: AttachedDisk) -> None:
@@ -93,13 +93,13 @@ async def take_away(context: Context, attachment: AttachedDisk) -> None:
         size = await context.virtual_size(attachment.identifiers.pivot)
     except KeyError:
         return  # it is being taken apart already
-    fault = Image(context.fresh_number(), None, FAULT, size=size or _FAULT_SIZE)
+    fault = Image(context.register.fresh_number(), None, FAULT, size=size or _FAULT_SIZE)
     attachment.images.append(fault)
     try:
-        await image_nodes.build(context, attachment, fault)
+        await images.build(context.hotplug, attachment, fault)
         await _put_under(context, attachment, fault)
     except QmpError:
-        await image_nodes.dismantle(context, attachment, fault)
+        await images.dismantle(context.hotplug, attachment, fault)
         raise
     for image in attachment.images[1:]:
-        await image_nodes.dismantle(context, attachment, image)
+        await images.dismantle(context.hotplug, attachment, image)

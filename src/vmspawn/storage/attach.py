@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Attach and detach disks while the machine runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from ..errors import StoragePending, VmspawnError
+from ..hotplug import pending
+from ..hotplug.attachment import State
+from ..hotplug.hotplug import Hotplug
+from ..hotplug.places import THREADED_SCSI_CONTROLLER, Layout, Place, Pool
+from ..qmp.events import Event
+from ..timeouts import DETACH_TIMEOUT
+from . import admission, buses, failures, image_nodes, images, media, statistics, swap
+from .attached_disk import AttachedDisk
+from .backing import Backing
+from .changes import CHANGE_TIMEOUT, Changes, check_not_boot
+from .context import Context
+from .disk import Disk
+from .explain import STORAGE_HINT, explain
+from .image import Image
+from .iothread_controller import IothreadControllers
+from .nodes import Identifiers
+from .statistics import Statistics
+
+_PENDING_HINT = (
+    "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
+    "away by --force"
+)
+
+
+class BootDisk(Protocol):
+    """A disk that QEMU was started with."""
+
+    @property
+    def disk(self) -> Disk:
+        """What the user asked for."""
+
+    @property
+    def identifiers(self) -> Identifiers:
+        """Its names in QEMU."""
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+
+    @property
+    def serial(self) -> str:
+        """Its serial number."""
+
+    @property
+    def images(self) -> Sequence[Image]:
+        """Its image."""
+
+
+class Storage:
+    """The disks of a running machine."""
+
+    def __init__(
+        self,
+        hotplug: Hotplug,
+        layout: Layout,
+        *,
+        boot_disks: Iterable[BootDisk] = (),
+        saved: Mapping[str, Mapping[str, Any]] = {},
+    ) -> None:
+        """`boot_disks` are those of a QEMU that was just started; `saved` are the sections of the journal of another
+        manager, from which this one takes over. Raises KeyError, TypeError or ValueError if they cannot be understood.
+        """
+        self._hotplug = hotplug
+        controllers = IothreadControllers(hotplug, layout, saved)
+
+        def pool_of(bus: str, place: Place) -> Pool:
+            if place.bus == f"{THREADED_SCSI_CONTROLLER}.0":
+                return controllers.targets
+            return {"scsi": layout.scsi, "namespaces": layout.namespaces}.get(buses.TABLE[bus].pool, layout.pci)
+
+        register = hotplug.register(
+            AttachedDisk.kind,
+            lambda record: AttachedDisk.from_state(record, pool_of),
+            saved.get(AttachedDisk.kind, {}),
+            # Where managers without a section for the controller look for it.
+            lambda: {"threaded-scsi": controllers.place and list(controllers.place)},
+        )
+        self._context = Context(hotplug, layout, controllers, register)
+        #: What can be done to disks that stay.
+        self.changes = Changes(self._context)
+        for each in boot_disks:
+            self._add_boot_disk(each, pool_of(each.disk.bus, each.place))
+        hotplug.monitor.listen(self._event)
+
+    def __iter__(self) -> Iterator[AttachedDisk]:
+        return iter(self._context.register)
+
+    @property
+    def ports_free(self) -> int:
+        """How many PCI devices can still be plugged in."""
+        return self._context.layout.pci.free
+
+    @property
+    def ports(self) -> int:
+        """How many places there are for hot-plugged PCI devices."""
+        return len(self._context.layout.pci.places)
+
+    # At boot.
+
+    def _add_boot_disk(self, each: BootDisk, pool: Pool) -> None:
+        attached = AttachedDisk(
+            each.disk,
+            each.identifiers,
+            each.place,
+            pool,
+            each.serial,
+            [*each.images],
+            limits=each.disk.limits,
+            boot=True,
+            state=State.ATTACHED,
+        )
+        attached.done = [step.name for step in attached.plan()]
+        for image in attached.images:
+            image.done = image_nodes.plan(image)
+            self._context.register.numbers_used_up_to(image.number)
+        self._context.register.numbers_used_up_to(attached.identifiers.number)
+        attached.settled.set()
+        self._context.register.add(attached)
+
+    async def release_boot_descriptors(self) -> None:
+        """Drop the descriptor sets of the boot disks: their nodes are open by now."""
+        for attached in self:
+            for image in attached.images if attached.boot else ():
+                await images.release(self._hotplug, image)
+        self._context.register.changed()
+
+    async def reconcile(self, foreign_fdsets: Sequence[int]) -> list[str]:
+        """Bring the disks of another manager's journal and QEMU together; returns in words what was found.
+
+        `foreign_fdsets` are descriptor sets that are not ours. Raises Timeout or NotConnected.
+        """
+        # Loaded where it is needed: most machines keep their manager.
+        from .recovery import Adoption
+
+        work = Adoption(self._context)
+        await work.run(foreign_fdsets)
+        return work.notes
+
+    # Attaching.
+
+    async def attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+        """Attach a disk whose image is open; returns once QEMU has plugged the device in.
+
+        Owns `backing` from the call on; an optical drive may have none. Raises StorageExists, BadConfig,
+        ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected; then nothing of the disk is
+        left behind. When cancelled, a task of the machine's takes back what was done.
+        """
+        try:
+            attached = await self._admit(disk, backing)
+        except BaseException:
+            if backing is not None:
+                backing.close()
+            raise
+        image = attached.image
+
+        async def empty() -> None:
+            await media.empty(self._context, attached)
+
+        try:
+            await self._hotplug.attach(attached, empty if image is None else None)
+        except VmspawnError as error:
+            raise explain(error, disk.name, image) from None
+        return attached
+
+    async def _admit(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+        context, layout = self._context, self._context.layout
+        is_threaded = disk.thread and disk.bus == "virtio-scsi"
+        scsi = await context.controllers.plug_in() if is_threaded else layout.scsi
+        disk, serial, image, place = admission.admit(
+            disk,
+            backing,
+            context.register,
+            number=context.register.fresh_number(),
+            layout=layout,
+            pci=layout.pci,
+            scsi=scsi,
+            what=disk.path or disk.name,
+        )
+        pool = {"scsi": scsi, "namespaces": layout.namespaces}.get(buses.TABLE[disk.bus].pool, layout.pci)
+        identifiers = Identifiers(context.register.fresh_number())
+        found = [] if image is None else [image]
+        return AttachedDisk(disk, identifiers, place, pool, serial, found, limits=disk.limits)
+
+    # Detaching.
+
+    async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
+        """Detach a disk; returns once it is really gone: device, nodes, descriptors, port.
+
+        Raises NoSuchStorage, StorageImmutable for a boot disk, NotConnected, or StoragePending if the guest has not
+        let go within `timeout` seconds. The removal then goes on, and a later call waits for the same removal.
+
+        `force` takes the image away first, so that the host has its file back whatever the guest does, who sees I/O
+        errors from then on. Returns False then if the device is still there after `timeout`, instead of raising.
+        """
+        attached = self._context.find(name)
+        check_not_boot(attached, "detached")
+        deadline = asyncio.get_running_loop().time() + timeout
+        if not await self._hotplug.wait_settled(attached, deadline):
+            raise StoragePending(f"{name} is still being attached", hint="try again")
+        if force:
+            await self._take_away(attached)
+        if await self._hotplug.detach(attached, deadline):
+            return True
+        if force:
+            return False
+        why = pending.why(attached, self._hotplug.run_state)
+        raise StoragePending(f"{why} (waited {timeout:g} s)", hint=_PENDING_HINT)
+
+    async def _take_away(self, attached: AttachedDisk) -> None:
+        if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].asks:
+            # The device goes in a moment. (QEMU does not let go of a node that is changed while its device goes.)
+            return
+        # The guest is asked once the image is gone.
+        self._hotplug.begin_removal(attached)
+
+        async def work() -> None:
+            async with attached.lock:
+                await swap.take_away(self._context, attached)
+
+        try:
+            await self._hotplug.tasks.run(
+                work(), f"taking the image of {attached.name} away", timeout=CHANGE_TIMEOUT, hint=STORAGE_HINT
+            )
+        except VmspawnError as error:
+            # Then at least the guest is asked.
+            self._hotplug.unwind(attached)
+            raise explain(error, attached.name, None) from None
+
+    # Looking.
+
+    async def sizes(self) -> dict[str, int]:
+        """The size in bytes of each disk as the guest sees it, by name; 0 is an optical drive without a medium."""
+        found: list[dict[str, Any]] = await self._hotplug.monitor.execute("query-named-block-nodes", {"flat": True})
+        by_node = {node["node-name"]: int(node["image"]["virtual-size"]) for node in found}
+        return {each.name: by_node.get(each.identifiers.pivot, 0) for each in self}
+
+    async def statistics(self) -> dict[str, Statistics]:
+        """What was read and written, by the disk's name; one that is coming or going may be missing."""
+        return await statistics.read(self._context, self)
+
+    def why_pending(self, attached: AttachedDisk) -> str:
+        """Why a removal has not completed, as far as can be told; empty if none is under way."""
+        return pending.why(attached, self._hotplug.run_state) if attached.removal else ""
+
+    # Events.
+
+    def _event(self, event: Event) -> None:
+        if event.name != failures.QEMU_EVENT:
+            return
+        attached = failures.attachment_of(event, self)
+        if attached is not None:
+            failure = failures.failure(event)
+            attached.failures += 1
+            attached.last_failure = str(failure)
+            self._hotplug.publish(failures.FAILED_EVENT, attached, **failure._asdict())
