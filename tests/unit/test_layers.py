@@ -18,6 +18,7 @@ LAYERS = [
     "api",
     "manager",
     "control",
+    "inside",
     "machine",
     "boot",
     "storage",
@@ -29,6 +30,7 @@ LAYERS = [
     "guest",
     "agent",
     "images",
+    "agent",
     "aio",
     "cache",
     "timeouts",
@@ -119,6 +121,18 @@ def test_no_modules_import_each_other() -> None:
 
 #: The hub names its client's class, and the client the hub's for the type checker.
 _TO_BE_CUT = [["console.client", "console.hub"]]
+
+
+#: What the mechanism of hot-plug, and those of its users that are not disks, may know.
+_MECHANISM = {"hotplug", "qmp", "host", "aio", "log", "errors", "text"}
+
+
+@pytest.mark.parametrize("room", ["hotplug", "inside"])
+def test_hotplug_does_not_know_what_a_disk_is(room: str) -> None:
+    files = sorted((PACKAGE / room).glob("*.py"))
+    assert files
+    for path in files:
+        assert imports(path) <= _MECHANISM | {room}, path
 
 
 @pytest.mark.parametrize("module", ["vmspawn.cli.spawn", "vmspawn.cli.ctl"])

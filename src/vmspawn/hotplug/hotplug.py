@@ -95,16 +95,20 @@ class Hotplug:
         attachment.done = [step.name for step in steps]
         commands = [command for step in steps for command in step.begin()]
         spent = [each for step in steps for each in step.spent()]
+        log.debug(f"{attachment.name}: does {', '.join(attachment.done)}")
         try:
             self.save(attachment)
-            log.debug(f"{attachment.name}: does {', '.join(attachment.done)}")
-            for result in await self.monitor.execute_all(commands, behind=[each.removal for each in spent]):
-                if isinstance(result, QmpError):
-                    raise result
-        except (QmpError, SystemFailure):
-            # The device depends on all other steps, and is not there if any has failed.
+        except SystemFailure:
             attachment.done.remove(DEVICE)
             raise
+        results = await self.monitor.execute_all(commands, behind=[each.removal for each in spent])
+        if isinstance(results[-1], QmpError):
+            # The last command is the device's, which need not be unplugged then. It depends on all other steps; it is
+            # there in spite of a failure only if somebody else's object has the name of ours.
+            attachment.done.remove(DEVICE)
+        for result in results:
+            if isinstance(result, QmpError):
+                raise result
         for step in steps:
             step.made()
         self.removed(*spent)

@@ -57,7 +57,21 @@ class NamespacePlace(NamedTuple):
         return f"{self.bus}:{self.nsid}"
 
 
-Place = PciPlace | ScsiPlace | NamespacePlace
+class SerialPlace(NamedTuple):
+    """A port of a virtio-serial controller."""
+
+    bus: str
+    number: int
+
+    def properties(self) -> dict[str, object]:
+        """The device_add properties that put a device here."""
+        return {"bus": self.bus, "nr": self.number}
+
+    def __str__(self) -> str:
+        return f"{self.bus.removesuffix('.0')}:{self.number}"
+
+
+Place = PciPlace | ScsiPlace | NamespacePlace | SerialPlace
 
 
 class Pool:
@@ -170,6 +184,11 @@ def scsi_pool(controller: str) -> Pool:
     """The targets of a SCSI controller."""
     places = (ScsiPlace(f"{controller}.0", target, 0) for target in range(SCSI_TARGETS))
     return Pool(places, "SCSI target", "detach a disk first")
+
+
+def serial_pool(controller: str, numbers: range) -> Pool:
+    """Ports of a virtio-serial controller that has these numbers free."""
+    return Pool((SerialPlace(f"{controller}.0", number) for number in numbers), "virtio-serial port", "detach a port")
 
 
 def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layout:

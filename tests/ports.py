@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Managers that know nothing but ports, and one that kills itself at a chosen point.
+
+`python -m tests.ports MACHINE OPERATION POINT` takes over a machine's ports and does one operation. It dies at that
+point: points are before and after each write of the journal, and after each command that QEMU has executed. So it
+leaves what a manager leaves whose commands went out in one go and were cut off there. It prints `died` or `finished`.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from vmspawn.host import runtime
+from vmspawn.host.runtime import MachineDirectory
+from vmspawn.hotplug.hotplug import Hotplug
+from vmspawn.hotplug.journal import Journal
+from vmspawn.inside.ports import Ports
+from vmspawn.qmp.monitor import Command, Monitor
+from vmspawn.qmp.run_state import RunState
+
+CONTROLLER = "serial0"
+#: Port 0 belongs to a virtio console. Two are few enough to run out.
+NUMBERS = range(1, 3)
+GUEST_NAME = "org.vmspawn.test"
+
+
+class Manager:
+    """A monitor, a journal, the mechanism, and ports. `managed` opens and closes one."""
+
+    def __init__(self, directory: MachineDirectory, saved: dict[str, Any]) -> None:
+        connected = socket.socket(socket.AF_UNIX)
+        connected.connect(directory.socket_address("qmp-manager"))
+        self.monitor = Monitor(connected)
+        self.run_state = RunState(self.monitor)
+        self.journal = Journal(directory, {"version": 3})
+        self.hotplug = Hotplug(self.monitor, self.run_state, self.journal)
+        self.ports = Ports(self.hotplug, CONTROLLER, NUMBERS, saved)
+
+    async def seen(self) -> tuple[set[str], set[str]]:
+        """The devices and the character devices of ports that QEMU has."""
+        devices = await self.monitor.execute("qom-list", {"path": "/machine/peripheral"})
+        chardevs = await self.monitor.execute("query-chardev")
+        return (
+            {each["name"] for each in devices if each["name"].startswith("stream")},
+            {each["label"] for each in chardevs if each["label"].startswith("stream")},
+        )
+
+
+@asynccontextmanager
+async def managed(name: str) -> AsyncIterator[Manager]:
+    """Take a machine's ports over, and let go of them in the end."""
+    directory = MachineDirectory.take_over(name)
+    try:
+        manager = Manager(directory, json.loads(directory.read(runtime.STATE)))
+        try:
+            await manager.monitor.start()
+            await manager.run_state.start()
+            await manager.ports.settle()
+            yield manager
+        finally:
+            manager.journal.close()
+            manager.hotplug.close()
+            manager.monitor.close()
+    finally:
+        directory.close()
+
+
+class Points:
+    """Counts down to the end of this process."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def passed(self) -> None:
+        """One more point was reached."""
+        self._left -= 1
+        if self._left == 0:
+            os.write(1, b"died\n")
+            os.kill(os.getpid(), 9)
+
+
+def die_at(count: int) -> None:
+    """Die at that point from now on."""
+    points = Points(count)
+    write, execute_all = Journal.write, Monitor.execute_all
+
+    def counted_write(self: Journal) -> None:
+        points.passed()
+        write(self)
+        points.passed()
+
+    async def one_by_one(self: Monitor, commands: Sequence[Command], **options: Any) -> list[Any]:
+        results = []
+        for command in commands:
+            results += await execute_all(self, [command], **options)
+            points.passed()
+        return results
+
+    Journal.write = counted_write  # type: ignore[method-assign]
+    Monitor.execute_all = one_by_one  # type: ignore[method-assign]
+
+
+async def main(name: str, operation: str, count: int) -> None:
+    async with managed(name) as manager:
+        die_at(count)
+        if operation == "attach":
+            await manager.ports.attach(GUEST_NAME)
+        else:
+            for port in manager.ports:
+                await manager.ports.detach(port)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    os.write(1, b"finished\n")

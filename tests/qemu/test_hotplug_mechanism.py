@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Hot-plug as a mechanism that does not know what a disk is: virtio-serial ports, with a bare QEMU and no storage."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
+
+import pytest
+import pytest_asyncio
+
+from tests.machines import fresh_name, links_of
+from tests.ports import CONTROLLER, GUEST_NAME, Manager, managed
+from vmspawn.errors import NoFreePort, QmpError
+from vmspawn.host import runtime
+from vmspawn.host.runtime import MachineDirectory
+from vmspawn.hotplug.attachment import State
+
+#: More points than anything has.
+POINTS_MAX = 40
+DEADLINE = 30
+
+
+@pytest.fixture
+def bare(qemu: str) -> Iterator[tuple[str, int]]:
+    """The name and the process of a QEMU whose guest is its firmware, with a controller for ports."""
+    name = fresh_name()
+    directory = MachineDirectory.create(name)
+    directory.write(runtime.STATE, b"{}")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(directory.socket_address("qmp-manager"))
+        listener.listen(4)
+        options = ["-machine", "q35,accel=tcg", "-m", "32M", "-nodefaults", "-no-user-config", "-display", "none"]
+        controller = ["-device", f"virtio-serial-pci,id={CONTROLLER},max_ports=4"]
+        monitor = ["-chardev", f"socket,id=m,fd={listener.fileno()},server=on,wait=off", "-mon", "m,mode=control"]
+        process = subprocess.Popen([qemu, *options, *controller, *monitor], pass_fds=[listener.fileno()])
+    directory.close()
+    try:
+        yield name, process.pid
+    finally:
+        process.kill()
+        process.wait()
+        MachineDirectory.take_over(name).remove()
+
+
+@pytest_asyncio.fixture
+async def manager(bare: tuple[str, int]) -> AsyncIterator[Manager]:
+    async with managed(bare[0]) as manager:
+        yield manager
+
+
+async def is_clean(manager: Manager) -> None:
+    """Nothing of ports is left in QEMU, and all places are free."""
+    assert await manager.seen() == (set(), set())
+    assert not list(manager.ports)
+    assert manager.ports.free == 2
+    for number in range(POINTS_MAX):
+        with pytest.raises(QmpError, match="not found"):
+            await manager.monitor.execute("closefd", {"fdname": f"stream{number}"})
+
+
+async def until_clean(manager: Manager) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while unwinding := [port.unwinding for port in manager.ports if port.unwinding is not None]:
+            await asyncio.wait(unwinding)
+    await is_clean(manager)
+
+
+async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) -> None:
+    before = len(links_of(bare[1]))
+    port, ours = await manager.ports.attach(GUEST_NAME)
+    with closing(ours):
+        assert port.state is State.ATTACHED
+        assert await manager.seen() == ({port.device}, {port.device})
+        name = await manager.monitor.execute(
+            "qom-get", {"path": f"/machine/peripheral/{port.device}", "property": "name"}
+        )
+        assert name == GUEST_NAME
+        assert await manager.ports.detach(port)
+        # QEMU has closed its end.
+        ours.settimeout(DEADLINE)
+        assert ours.recv(1) == b""
+    await is_clean(manager)
+    assert len(links_of(bare[1])) == before
+
+
+async def test_a_port_that_cannot_be_leaves_nothing(manager: Manager) -> None:
+    # Somebody else has the name that the next character device would get.
+    await manager.monitor.execute("chardev-add", {"id": "stream0", "backend": {"type": "null", "data": {}}})
+    with pytest.raises(QmpError, match="chardev-add"):
+        await manager.ports.attach(GUEST_NAME)
+    # What has our name is taken for ours.
+    await until_clean(manager)
+    one = await manager.ports.attach(GUEST_NAME)
+    with pytest.raises(QmpError, match="A port already exists by name"):
+        await manager.ports.attach(GUEST_NAME)
+    both = [one, await manager.ports.attach("another")]
+    with pytest.raises(NoFreePort, match="no free virtio-serial port"):
+        await manager.ports.attach(GUEST_NAME)
+    for port, ours in both:
+        ours.close()
+        assert await manager.ports.detach(port)
+    await is_clean(manager)
+
+
+async def test_a_port_that_somebody_removes_is_taken_apart(manager: Manager) -> None:
+    port, ours = await manager.ports.attach(GUEST_NAME)
+    with closing(ours):
+        await manager.monitor.execute("device_del", {"id": port.device})
+        async with asyncio.timeout(DEADLINE):
+            await port.gone.wait()
+    await until_clean(manager)
+
+
+async def test_a_cancelled_attach_leaves_nothing(manager: Manager) -> None:
+    task = asyncio.create_task(manager.ports.attach(GUEST_NAME))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_clean(manager)
+
+
+@pytest.mark.parametrize("operation", ["attach", "detach"])
+async def test_a_manager_dies_at_each_point(bare: tuple[str, int], operation: str) -> None:
+    name, _ = bare
+    outcomes = set()
+    for point in range(1, POINTS_MAX):
+        if operation == "detach":
+            async with managed(name) as manager:
+                _, ours = await manager.ports.attach(GUEST_NAME)
+                ours.close()
+        outcome = await asyncio.to_thread(order, name, operation, point)
+        async with managed(name) as manager:
+            # Either whole or nothing.
+            for port in list(manager.ports):
+                if port.unwinding is None:
+                    assert port.state is State.ATTACHED
+                    assert await manager.seen() == ({port.device}, {port.device})
+                    outcomes.add("whole")
+                    assert await manager.ports.detach(port)
+                else:
+                    outcomes.add("undone")
+            await until_clean(manager)
+        if outcome == "finished":
+            assert outcomes == {"whole", "undone"}
+            return
+        assert outcome == "died"
+    raise AssertionError(f"{operation} never came to its end")
+
+
+def order(name: str, operation: str, point: int) -> str:
+    command = [sys.executable, "-m", "tests.ports", name, operation, str(point)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip()
