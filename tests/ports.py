@@ -58,8 +58,8 @@ async def managed(name: str) -> AsyncIterator[Manager]:
     try:
         manager = Manager(directory, json.loads(directory.read(runtime.STATE)))
         try:
-            await manager.monitor.start()
-            await manager.run_state.start()
+            await manager.monitor.greeting()
+            await manager.run_state.known()
             await manager.ports.settle()
             yield manager
         finally:

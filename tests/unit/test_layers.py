@@ -30,7 +30,6 @@ LAYERS = [
     "guest",
     "agent",
     "images",
-    "agent",
     "aio",
     "cache",
     "timeouts",

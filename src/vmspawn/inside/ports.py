@@ -2,7 +2,7 @@
 """Attach byte streams to the guest as virtio-serial ports, and detach them.
 
 A port appears in the guest as /dev/virtio-ports/NAME. Its host end is one of a socket pair: `shutdown(SHUT_WR)` on the
-other end is the end of file in the guest, and detaching the port is the hang-up (GUEST.md).
+other end is the end of file in the guest, and detaching the port is the hang-up.
 """
 
 from __future__ import annotations
