@@ -115,11 +115,7 @@ def test_circles_are_found() -> None:
 
 def test_no_modules_import_each_other() -> None:
     """Imports inside functions and for the type checker alone included."""
-    assert [each for each in circles(modules_of(PACKAGE)) if each not in _TO_BE_CUT] == []
-
-
-#: The hub names its client's class, and the client the hub's for the type checker.
-_TO_BE_CUT = [["console.client", "console.hub"]]
+    assert circles(modules_of(PACKAGE)) == []
 
 
 #: What the mechanism of hot-plug, and those of its users that are not disks, may know.
