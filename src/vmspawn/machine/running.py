@@ -261,9 +261,11 @@ class Running:
     async def multiplexer(self) -> Multiplexer:
         """The multiplexer that shares QEMU among QMP clients; started when it is first asked for.
 
-        Raises Timeout if QEMU does not greet, NotConnected if it is gone. A start that failed is final: its connections
-        to QEMU are gone, and later callers get the same error.
+        Raises Timeout if QEMU does not greet, NotConnected if QEMU is gone or this manager has let go of it. A start
+        that failed is final: its connections to QEMU are gone, and later callers get the same error.
         """
+        if self._done:
+            raise NotConnected(f"machine {self.name} does not run")
         return await self._sessions.multiplexer()
 
     @property
