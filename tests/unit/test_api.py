@@ -65,13 +65,13 @@ def test_a_wrong_keyword_is_an_error_of_the_type_checker_too() -> None:
         vmspawn.Machine(xyzzy=1)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("kind", [vmspawn.Machine, vmspawn.ConnectedMachine])
-def test_both_kinds_of_machines_have_the_same_verbs(kind: type) -> None:
+@pytest.mark.parametrize("machine", [vmspawn.Machine, vmspawn.ConnectedMachine])
+def test_both_kinds_of_machines_have_the_same_verbs(machine: type) -> None:
     """mypy compares what they return; see the assignments below."""
     verbs = {name: member for name, member in vars(Control).items() if not name.startswith("_")}
     assert len(verbs) > 15
     for name, expected in verbs.items():
-        found = inspect.getattr_static(kind, name)
+        found = inspect.getattr_static(machine, name)
         if isinstance(expected, property):
             assert isinstance(found, property)
             continue
