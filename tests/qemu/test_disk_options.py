@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a disk may be given besides its image and bus, and what it reads and writes."""
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -14,6 +15,7 @@ from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Machine, detach_by_reset, idle_machine
 from vmspawn import Disk
 from vmspawn.errors import BadConfig, SystemFailure
+from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
 from vmspawn.storage.limits import Limits
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_left")]
@@ -127,3 +129,24 @@ async def test_statistics_are_those_of_the_disk(machine: Machine, tmp_path: Path
     assert found["virtio-scsi"].writes == 0
     for bus in ("virtio-scsi", "scsi-cd"):
         await machine.detach(bus)
+
+
+async def test_a_controller_that_goes_is_plugged_in_again(machine: Machine, tmp_path: Path) -> None:
+    """Whoever removes the SCSI controller with an I/O thread: its port is free, and the next disk brings another."""
+    free = machine.storage.ports_free
+    for name in ("one", "two"):
+        await machine.attach(Disk(str(make_raw(tmp_path / name)), bus="virtio-scsi", thread=True))
+        assert machine.storage.ports_free == free - 1
+        (controller,) = machine.storage._context.controllers
+        (disk,) = (each for each in machine.storage if each.name == name)
+        await machine.monitor.execute("device_del", {"id": THREADED_SCSI_CONTROLLER})
+        # The firmware releases it at a reset.
+        gone = asyncio.create_task(controller.gone.wait())
+        async with asyncio.timeout(60):
+            while not gone.done():
+                await machine.reboot()
+                await asyncio.wait({gone}, timeout=2)
+        unwinding = {each.unwinding for each in (controller, disk) if each.unwinding is not None}
+        await asyncio.wait(unwinding, timeout=30)
+        assert machine.storage.ports_free == free
+        assert all(each.boot for each in machine.storage)

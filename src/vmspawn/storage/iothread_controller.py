@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -89,6 +89,9 @@ class IothreadControllers:
     def _load(self, saved: dict[str, Any]) -> IothreadController:
         done = [str(name) for name in saved["done"]]
         return IothreadController(load_pci_place(saved["place"]), self._pool, done=done, state=State(saved["state"]))
+
+    def __iter__(self) -> Iterator[IothreadController]:
+        return iter(self._register)
 
     @property
     def place(self) -> Place | None:
