@@ -13,6 +13,8 @@ command line (`--machine-type=x`). `with_fields` takes templates for that:
     {cpus=}          the field `cpus`, by its name alone
     {kvm=no}         the field `kvm` with the value "no"; True stands for a switch: {ephemeral=True}
     {cpus={count}}   the field `cpus` with the value `count`
+
+A value may be another error: it stands for its message in a message, and for its hint in a hint.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import errno as errno_names
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import NamedTuple, Self
 
 #: Spells a field with its value, or by its name alone if the value is None.
 Spelling = Callable[[str, object], str]
@@ -34,6 +36,32 @@ def as_keyword(field: str, value: object = None) -> str:
     return f"{field}=" if value is None else f"{field}={value!r}"
 
 
+class Template(NamedTuple):
+    """The message and hint of an error, with placeholders, and the values for them."""
+
+    message: str
+    hint: str
+    values: Mapping[str, object]
+
+    def spelled(self, spelling: Spelling) -> tuple[str, str]:
+        """Return message and hint without placeholders. Raises KeyError for a value that was not passed."""
+        return self._fill(self.message, spelling, 0), self._fill(self.hint, spelling, 1)
+
+    def _fill(self, template: str, spelling: Spelling, part: int) -> str:
+        def replace(found: re.Match[str]) -> str:
+            name, is_field, value_name, literal = found.groups()
+            if is_field:
+                return spelling(name, self.values[value_name] if value_name else _LITERALS.get(literal, literal))
+            value = self.values[name]
+            return value.spelled(spelling)[part] if isinstance(value, VmspawnError) else str(value)
+
+        return _PLACEHOLDER.sub(replace, template)
+
+
+#: Values in a template that are not strings.
+_LITERALS = {"": None, "True": True, "False": False}
+
+
 class VmspawnError(Exception):
     """The root of all errors that this package raises on purpose. It is never raised itself.
 
@@ -43,7 +71,7 @@ class VmspawnError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
-        self._template: tuple[str, str, Mapping[str, object]] | None = None
+        self.template: Template | None = None
         self._prefix, self._replaced = "", ""
         if hint:
             self.add_note(hint)
@@ -51,16 +79,18 @@ class VmspawnError(Exception):
     @classmethod
     def with_fields(cls, message: str, *, hint: str = "", **values: object) -> Self:
         """Make an error whose message and hint are templates (see above)."""
-        error = cls(_fill(message, values, as_keyword), hint=_fill(hint, values, as_keyword))
-        error._template = message, hint, values
+        template = Template(message, hint, values)
+        spelled, spelled_hint = template.spelled(as_keyword)
+        error = cls(spelled, hint=spelled_hint)
+        error.template = template
         return error
 
     def spelled(self, spelling: Spelling) -> tuple[str, str]:
         """Return message and hint with the fields in another spelling than Python's."""
-        if self._template is None:
+        if self.template is None:
             return str(self), self.hint
-        message, hint, values = self._template
-        return self._prefixed(_fill(message, values, spelling)), _fill(hint, values, spelling)
+        message, hint = self.template.spelled(spelling)
+        return self._prefixed(message), hint
 
     def prefix(self, text: str, *, instead_of: str = "") -> None:
         """Put `text` in front of the message, or in the place of `instead_of` if the message begins with that."""
@@ -71,22 +101,6 @@ class VmspawnError(Exception):
 
     def _prefixed(self, message: str) -> str:
         return self._prefix + message.removeprefix(self._replaced)
-
-
-def _fill(template: str, values: Mapping[str, object], spelling: Spelling) -> str:
-    """Replace each placeholder of a template. Raises KeyError for a value that was not passed."""
-
-    def replace(found: re.Match[str]) -> str:
-        name, is_field, value_name, literal = found.groups()
-        if not is_field:
-            return str(values[name])
-        return spelling(name, values[value_name] if value_name else _LITERALS.get(literal, literal))
-
-    return _PLACEHOLDER.sub(replace, template)
-
-
-#: Values in a template that are not strings.
-_LITERALS = {"": None, "True": True, "False": False}
 
 
 class UsageError(VmspawnError):
@@ -103,6 +117,14 @@ class GuestError(StartError):
 
 class NotInstalled(VmspawnError):
     """A program or module that is needed is not installed on this host."""
+
+
+class ProtocolError(VmspawnError):
+    """A service sent what its protocol does not allow."""
+
+
+class VolumeError(VmspawnError):
+    """A storage provider did not hand out a volume."""
 
 
 class MachineEnded(VmspawnError):

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.refusals import refused
 from vmspawn.boot import firmware, nvram, uefi
 from vmspawn.boot.firmware import Blob, FirmwareWish
 from vmspawn.cli.spawn.main import parse
-from vmspawn.errors import StartError, UsageError
+from vmspawn.errors import StartError
 
 
 @pytest.fixture
@@ -137,13 +138,13 @@ def test_options(arguments: list[str], wish: FirmwareWish) -> None:
         (["--firmware=a/b.json"], "is not a path"),
         (["--firmware=none"], "--firmware=none boots nothing by itself"),
         (["--firmware=bios", "--secure-boot=yes"], "has none of the features secure-boot"),
-        (["--firmware=bios", "--efi-nvram-state=/x"], "--efi-nvram-state= is for UEFI"),
+        (["--firmware=bios", "--efi-nvram-state=/x"], "--efi-nvram-state= needs UEFI"),
         (["--secure-boot=maybe"], "neither yes nor no"),
         (["--efi-nvram-state=x"], "is not a path"),
     ],
 )
 def test_contradictions(arguments: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message) as caught:
+    with refused(message) as caught:
         parse(["--image=/x", *arguments])
     assert caught.value.hint
 
@@ -164,7 +165,7 @@ def test_uefi_is_not_asked_to_start_a_kernel_that_it_cannot_start(
     descriptor(folders[1] / "50-a.json", "secure-boot", "a")
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"no PE image")
-    with pytest.raises(UsageError, match=f"needs UEFI, which cannot start {kernel}: it is no PE image") as caught:
+    with refused(f"--.* needs UEFI, which cannot start {kernel}: it is not a PE image") as caught:
         uefi.choose(parse([f"--linux={kernel}", option])[0], "x86_64", print)
     assert caught.value.hint
     assert uefi.choose(parse([f"--linux={kernel}"])[0], "x86_64", print) is None

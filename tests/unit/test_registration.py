@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.refusals import refused
 from vmspawn.cli.spawn.main import parse
 from vmspawn.cli.values import boolean
 from vmspawn.errors import StartError, UsageError
@@ -60,13 +61,13 @@ def test_root_registers_with_the_systems_machined_and_others_with_their_own() ->
     ("arguments", "message"),
     [
         (["--register=perhaps"], "--register=perhaps is neither yes nor no"),
-        (["--keep-unit", "--slice=a.slice"], "--slice= is for a scope unit, and --keep-unit makes none"),
-        (["--keep-unit", "--property=A=b"], "--property= is for a scope unit, and --keep-unit makes none"),
+        (["--keep-unit", "--slice=a.slice"], "--slice= needs a scope unit, and --keep-unit makes none"),
+        (["--keep-unit", "--property=A=b"], "--property= needs a scope unit, and --keep-unit makes none"),
         (["--property=MemoryMax"], "--property=MemoryMax has no value"),
     ],
 )
 def test_contradictions(arguments: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message) as caught:
+    with refused(message) as caught:
         registration(*arguments)
     assert caught.value.hint
 

@@ -34,7 +34,7 @@ def test_the_folder_is_for_its_owner_only(directory: MachineDirectory) -> None:
 def test_a_name_cannot_be_used_twice_at_once(directory: MachineDirectory) -> None:
     with pytest.raises(StartError, match="is already running") as caught:
         MachineDirectory.create(directory.name)
-    assert "--machine=" in caught.value.hint
+    assert "another name with name=" in caught.value.hint
 
 
 def test_the_name_is_free_again_after_removal(name: str) -> None:

@@ -31,8 +31,10 @@ def parse_set(text: str) -> Credential:
     """Parse `--set-credential=ID:VALUE`, with C's escapes in the value. Raises UsageError."""
     name, colon, value = text.partition(":")
     if not colon:
-        raise UsageError(f"--set-credential={text} has no value", hint="write --set-credential=ID:VALUE")
-    return Credential(_check_name("--set-credential=", name), unescape("--set-credential=", value))
+        raise UsageError.with_fields(
+            "{set_credential={text}} has no value", hint="write {set_credential=}ID:VALUE", text=text
+        )
+    return Credential(_check_name("set_credential", name), unescape("set_credential", value))
 
 
 def parse_load(text: str) -> Credential:
@@ -42,22 +44,25 @@ def parse_load(text: str) -> Credential:
     """
     name, colon, path = text.partition(":")
     if not colon or not path:
-        raise UsageError(f"--load-credential={text} names no file", hint="write --load-credential=ID:PATH")
-    _check_name("--load-credential=", name)
+        raise UsageError.with_fields(
+            "{load_credential={text}} names no file", hint="write {load_credential=}ID:PATH", text=text
+        )
+    _check_name("load_credential", name)
     if not os.path.isabs(path):
         given = "" if "/" in path else os.environ.get("CREDENTIALS_DIRECTORY", "")
         path = os.path.abspath(os.path.join(given, path))
     return Credential(name, path=path)
 
 
-def _check_name(option: str, name: str) -> str:
+def _check_name(field: str, name: str) -> str:
     if (
         not 0 < len(name) <= NAME_MAX
         or "/" in name
         or name in (".", "..")
         or not (name.isascii() and name.isprintable())
     ):
-        raise UsageError(f"{option}{name}: not a credential's name", hint="use printable ASCII without slashes")
+        template = "{" + field + "={text}}: not a credential's name"
+        raise UsageError.with_fields(template, hint="use printable ASCII without slashes", text=name)
     return name
 
 
@@ -65,17 +70,17 @@ _SIMPLE = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11, "\\": 92,
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|[abfnrtv\\\"'s]|)", re.DOTALL)
 
 
-def unescape(option: str, text: str) -> bytes:
+def unescape(field: str, text: str) -> bytes:
     """Bytes from text with C's escapes, as systemd reads them. Raises UsageError."""
     parts: list[bytes] = []
     position = 0
     for match in _ESCAPE.finditer(text):
-        parts += [os.fsencode(text[position : match.start()]), _character(option, text, match[1])]
+        parts += [os.fsencode(text[position : match.start()]), _character(field, text, match[1])]
         position = match.end()
     return b"".join((*parts, os.fsencode(text[position:])))
 
 
-def _character(option: str, text: str, escape: str) -> bytes:
+def _character(field: str, text: str, escape: str) -> bytes:
     try:
         if not escape:
             raise ValueError
@@ -85,9 +90,9 @@ def _character(option: str, text: str, escape: str) -> bytes:
             return bytes((int(escape[1:], 16),))
         return bytes((_SIMPLE[escape] if escape in _SIMPLE else int(escape, 8),))
     except (ValueError, OverflowError):
-        raise UsageError(
-            f"{option}{text}: a backslash begins no escape there", hint=r"write \\ for a backslash, \n, \x00 and so on"
-        ) from None
+        template = "{" + field + "={text}}: a backslash begins no escape there"
+        hint = r"write \\ for a backslash, \n, \x00 and so on"
+        raise UsageError.with_fields(template, hint=hint, text=text) from None
 
 
 def check(credentials: tuple[Credential, ...]) -> None:

@@ -31,6 +31,9 @@ _CONFIDENTIAL = frozenset(("amd-sev-snp", "intel-tdx"))
 
 _DESCRIPTOR_MAX = 1 << 20
 
+#: A command, which a Python caller can run as well.
+_LIST = "see: vmspawn --firmware=list"
+
 
 class FirmwareWish(NamedTuple):
     """What the user wants to boot by.
@@ -52,14 +55,14 @@ class FirmwareWish(NamedTuple):
 
     @property
     def firm(self) -> str:
-        """What of it only UEFI can fulfil, or an empty string."""
+        """The part of it that only UEFI fulfils, as an error's template, or an empty string."""
         if self.path is not None or self.kind == "uefi":
-            return f"--firmware={self.kind}"
+            return "{firmware.kind=}"
         if self.include:
-            return f"the firmware's feature {self.include[0]}"
+            return "{firmware.include=}"
         if self.nvram_template:
-            return "--efi-nvram-template="
-        return "" if self.nvram_state in ("auto", "off") else "--efi-nvram-state="
+            return "{firmware.nvram_template=}"
+        return "" if self.nvram_state in ("auto", "off") else "{firmware.nvram_state=}"
 
 
 class Blob(NamedTuple):
@@ -82,20 +85,28 @@ class Firmware(NamedTuple):
 def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
     """Raise UsageError for what contradicts itself. `direct_boot` says that the user names a kernel."""
     if wish.path is None and wish.kind not in KINDS:
-        raise UsageError(
-            f"--firmware={wish.kind} is not known",
-            hint=f"there are: {', '.join(KINDS)}, list, describe, and a path that is absolute or begins with ./",
+        raise UsageError.with_fields(
+            "{firmware.kind={kind}} is not known",
+            hint="there are: {kinds}, list, describe, and a path that is absolute or begins with ./",
+            kind=wish.kind,
+            kinds=", ".join(KINDS),
         )
     if wish.kind == "none" and not direct_boot:
-        raise UsageError("--firmware=none boots nothing by itself", hint="name a kernel with --linux=")
+        raise UsageError.with_fields("{firmware.kind=none} boots nothing by itself", hint="name a kernel with {linux=}")
     without_uefi = wish.kind in ("bios", "none")
     if without_uefi and (wish.nvram_template or wish.nvram_state not in ("auto", "off")):
-        option = "--efi-nvram-template=" if wish.nvram_template else "--efi-nvram-state="
-        raise UsageError(f"{option} is for UEFI, and --firmware={wish.kind} is not", hint="leave out one of them")
+        setting = "{firmware.nvram_template=}" if wish.nvram_template else "{firmware.nvram_state=}"
+        raise UsageError.with_fields(
+            setting + " needs UEFI, and {firmware.kind={kind}} excludes it",
+            hint="leave out one of them",
+            kind=wish.kind,
+        )
     if without_uefi and wish.include:
-        raise UsageError(
-            f"--firmware={wish.kind} has none of the features {', '.join(wish.include)}",
-            hint="leave out --firmware-features= and --secure-boot=, or use --firmware=uefi",
+        raise UsageError.with_fields(
+            "{firmware.kind={kind}} has none of the features {features}",
+            hint="leave out the features, or use {firmware.kind=uefi}",
+            kind=wish.kind,
+            features=", ".join(wish.include),
         )
 
 
@@ -146,10 +157,10 @@ def _named(wish: FirmwareWish, path: str, architecture: str, machine_type: str) 
     if offered is None:
         raise StartError(
             f"the firmware of {path} is not UEFI for {architecture} machines of type {machine_type}",
-            hint="see: vmspawn --firmware=list",
+            hint=_LIST,
         )
     if missing := sorted(set(wish.include) - offered.features):
-        raise StartError(f"the firmware of {path} has no {', '.join(missing)}", hint="see: vmspawn --firmware=list")
+        raise StartError(f"the firmware of {path} has no {', '.join(missing)}", hint=_LIST)
     return offered
 
 

@@ -25,12 +25,16 @@ def check(size: int, growth: Growth | None) -> None:
     if growth is None:
         return
     if growth.maximum <= size:
-        raise UsageError(
-            f"--ram= has a maximum of {growth.maximum} bytes, which is no more than its size of {size}",
-            hint="write --ram=SIZE:MAX with a larger MAX, or --ram=SIZE",
+        raise UsageError.with_fields(
+            "{ram_growth=} has a maximum of {maximum} bytes, which is no more than the size of {size}",
+            hint="use a larger maximum, or none",
+            maximum=growth.maximum,
+            size=size,
         )
     if not 1 <= growth.slots <= _SLOTS_MAX:
-        raise UsageError(f"--ram= has {growth.slots} slots", hint=f"use 1 to {_SLOTS_MAX}")
+        raise UsageError.with_fields(
+            "{ram_growth=} has {count} slots", hint="use 1 to {most}", count=growth.slots, most=_SLOTS_MAX
+        )
 
 
 def size_argument(size: int, growth: Growth | None) -> str:

@@ -48,17 +48,19 @@ def open_state(path: str | None, template: Blob) -> int:
             os.close(fd)
             raise
         return fd
-    hint = "name another file, or use --efi-nvram-state=off"
+    hint = "name another file, or use {firmware.nvram_state=off}"
     try:
         # O_NONBLOCK so that a FIFO by mistake answers; QEMU's use of a regular file is not changed by it.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return _create(path, template, hint)
     except OSError as error:
-        raise StartError(f"cannot open the UEFI variables {path}: {error.strerror}", hint=hint) from None
+        raise StartError.with_fields(
+            "cannot open the UEFI variables {path}: {reason}", hint=hint, path=path, reason=error.strerror
+        ) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise StartError(f"the UEFI variables {path} are not a regular file", hint=hint)
+        raise StartError.with_fields("the UEFI variables {path} are not a regular file", hint=hint, path=path)
     return fd
 
 
@@ -68,7 +70,9 @@ def _create(path: str, template: Blob, hint: str) -> int:
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StartError(f"cannot create the UEFI variables {path}: {error.strerror}", hint=hint) from None
+        raise StartError.with_fields(
+            "cannot create the UEFI variables {path}: {reason}", hint=hint, path=path, reason=error.strerror
+        ) from None
     try:
         _copy(template, fd)
         os.rename(partial, path)

@@ -53,7 +53,12 @@ def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to
         node["backing"] = None
     elif image_format != "raw":
         hint = "convert it with: qemu-img convert"
-        raise UsageError(f"--ephemeral works with raw and qcow2 images, and {path} is {image_format}", hint=hint)
+        raise UsageError.with_fields(
+            "{ephemeral=True} works with raw and qcow2 images, and {path} is {format}",
+            hint=hint,
+            path=path,
+            format=image_format,
+        )
     size = qcow2.layout_of(base.fd, path).size if image_format == "qcow2" else whole_sectors(base.size)
     fd = _open_unnamed(folder)
     try:
@@ -85,15 +90,20 @@ def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backin
     Raises StartError, UsageError for an image in another format and for a block device that is smaller.
     """
     if image_format != "raw":
-        grow_it = f"grow it with: qemu-img resize {path} {size}"
-        raise UsageError(
-            f"--grow-image= does not grow a {image_format} image, unless with --ephemeral: {path}",
+        grow_it = "grow it with: qemu-img resize {path} {size}"
+        raise UsageError.with_fields(
+            "{grow_image=} does not grow a {format} image, unless with {ephemeral=True}: {path}",
             hint=grow_it if image_format == "qcow2" else "convert it with: qemu-img convert",
+            format=image_format,
+            path=path,
+            size=size,
         )
     if backing.block and backing.size < size:
-        raise UsageError(
-            f"--grow-image= does not grow a block device, unless with --ephemeral: {path} has {backing.size} bytes",
+        raise UsageError.with_fields(
+            "{grow_image=} does not grow a block device, unless with {ephemeral=True}: {path} has {size} bytes",
             hint="grow the device first",
+            path=path,
+            size=backing.size,
         )
     size = _round_up(size)
     if backing.block or backing.size >= size or not backing.writable:

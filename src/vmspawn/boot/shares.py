@@ -55,7 +55,9 @@ def parse(option: str, text: str, *, read_only: bool) -> Share:
         raise UsageError(f"{option}{text}: the guest's path is not absolute", hint=f"write {option}SOURCE:/TARGET")
     target = os.path.normpath(target)
     if not target.strip("/"):
-        raise UsageError(f"{option}{text} would hide the guest's root", hint="use --directory= for that")
+        raise UsageError.with_fields(
+            "{option}{text} would hide the guest's root", hint="use {directory=} for that", option=option, text=text
+        )
     return Share(source, target, read_only)
 
 

@@ -47,7 +47,9 @@ def extras(strings: Sequence[bytes], credentials: Iterable[tuple[str, bytes]], o
     """
     room = TOTAL_MAX - sum(map(len, strings))
     if room < 0:
-        raise StartError(f"the SMBIOS strings are longer than {TOTAL_MAX} bytes", hint="use --load-credential= instead")
+        raise StartError.with_fields(
+            "the SMBIOS strings are longer than {most} bytes", hint="use {credentials=} instead", most=TOTAL_MAX
+        )
     table = list(strings)
     files = []
     for name, value in credentials:

@@ -14,7 +14,7 @@ from .config import MachineConfig
 from .extras import FLASH_FDSETS, Extras, Owned, fdset, fdset_path, join
 from .firmware import Blob, Firmware
 
-_INSTALL = "install it (Debian: ovmf, Fedora: edk2-ovmf), or use --firmware=bios"
+_INSTALL = "install it (Debian: ovmf, Fedora: edk2-ovmf), or use {firmware.kind=bios}"
 
 
 def choose(config: MachineConfig, architecture: str, detail: Callable[[str], None]) -> Firmware | None:
@@ -27,16 +27,19 @@ def choose(config: MachineConfig, architecture: str, detail: Callable[[str], Non
     image_kind = _kernel_kind(config)
     if wish.kind in ("bios", "none"):
         if image_kind == kernel_image.UKI:
-            raise UsageError(
-                f"{config.linux} is a unified kernel image, which --firmware={wish.kind} cannot start",
-                hint="use --firmware=uefi",
+            raise UsageError.with_fields(
+                "{path} is a unified kernel image, which {firmware.kind={kind}} cannot start",
+                hint="use {firmware.kind=uefi}",
+                path=config.linux,
+                kind=wish.kind,
             )
         return None
     if image_kind == kernel_image.OTHER:
         if wish.firm:
-            raise UsageError(
-                f"{wish.firm} needs UEFI, which cannot start {config.linux}: it is no PE image",
+            raise UsageError.with_fields(
+                wish.firm + " needs UEFI, which cannot start {path}: it is not a PE image",
                 hint="leave out one of them, or name a kernel that was built with CONFIG_EFI_STUB",
+                path=config.linux,
             )
         return None
     if config.guest and not wish.firm:
@@ -44,7 +47,7 @@ def choose(config: MachineConfig, architecture: str, detail: Callable[[str], Non
     found = firmware.select(wish, architecture, config.machine_type)
     if found is None:
         if wish.firm or image_kind == kernel_image.UKI:
-            raise StartError(_not_found(config), hint=_INSTALL)
+            raise StartError.with_fields("{problem}", hint=_INSTALL, problem=_not_found(config))
         detail("no UEFI firmware is installed, so the machine boots by BIOS")
     return found
 
@@ -87,7 +90,9 @@ def _open(blob: Blob) -> int:
     try:
         return os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise StartError(f"cannot open the firmware {blob.path}: {error.strerror}", hint=_INSTALL) from None
+        raise StartError.with_fields(
+            "cannot open the firmware {path}: {reason}", hint=_INSTALL, path=blob.path, reason=error.strerror
+        ) from None
 
 
 def _flash(number: int, name: str, fd: int, image_format: str, *, read_only: bool) -> Extras:

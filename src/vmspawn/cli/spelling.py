@@ -8,6 +8,7 @@ from typing import Any
 #: Options that are not called as their field is. A name in capitals is a positional argument.
 _OF_VMSPAWN = {
     "name": "machine",
+    "ram_growth": "ram",
     "extra_disks": "extra-drive",
     "console_log": "log",
     "qemu_arguments": "qemu-arg",
@@ -29,11 +30,16 @@ _OF_VMCTL = {
     "thread": "iothread",
     "size": "SIZE",
 }
+#: Fields whose values are options of their own: --system, --user.
+_NAMED_BY_VALUE = {"registration.scope"}
+
 _NAMES = {"vmspawn": _OF_VMSPAWN, "vmctl": _OF_VMCTL}
 
 
 def as_option(program: str, field: str, value: Any = None) -> str:
     """Spell a field as an option of `program`: `--cpus=500`, `--cpus=` for its name alone, `--ephemeral` for True."""
+    if field in _NAMED_BY_VALUE:
+        return f"--{value or 'system'}"
     name = _NAMES.get(program, {}).get(field, field.replace("_", "-"))
     if name.isupper():
         return name if value is None else f"{name} {value}"

@@ -22,9 +22,16 @@ class _Nothing(typing.TypedDict):
     pass
 
 
+class _Template(typing.TypedDict):
+    message: str
+    hint: str
+    values: dict[str, str]
+
+
 class _Explained(typing.TypedDict):
     message: str
     hint: str | None
+    template: _Template | None
 
 
 class _Errno(typing.TypedDict):
@@ -114,7 +121,15 @@ def _leaf_name(error: errors.VmspawnError) -> str:
 
 
 def _explain(reply: type[TypedVarlinkErrorReply], error: errors.VmspawnError) -> VarlinkErrorReply:
-    return reply(message=str(error), hint=error.hint or None)
+    return reply(message=str(error), hint=error.hint or None, template=_template(error))
+
+
+def _template(error: errors.VmspawnError) -> dict[str, typing.Any] | None:
+    """The template of an error that names fields, for a client that spells them in its own way."""
+    if error.template is None:
+        return None
+    message, hint, values = error.template
+    return {"message": message, "hint": hint, "values": {name: str(value) for name, value in values.items()}}
 
 
 _EXCEPTIONS = {source.__name__: source for source in _SOURCES}
@@ -131,4 +146,7 @@ def to_exception(name: str, parameters: Mapping[str, typing.Any]) -> errors.Vmsp
         # The message is "QEMU refused COMMAND: DESCRIPTION"; the class of QEMU's error is not passed on.
         command, _, description = message.removeprefix("QEMU refused ").partition(": ")
         return errors.QmpError(command, "GenericError", description)
-    return _EXCEPTIONS.get(leaf, errors.NotSupported)(message, hint=hint)
+    error = _EXCEPTIONS.get(leaf, errors.NotSupported)(message, hint=hint)
+    if template := parameters.get("template"):
+        error.template = errors.Template(template["message"], template["hint"], template["values"])
+    return error

@@ -46,9 +46,12 @@ def find_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], N
             return source(architecture, fetcher, progress)
         except GuestError as error:
             errors.append(error)
-    raise GuestError(
-        f"the built-in guest has no kernel: {'; '.join(map(str, errors))}",
-        hint=errors[0].hint or "Boot a kernel of your own with --linux= and --initrd=, or an image with --image=.",
+    raise GuestError.with_fields(
+        "the built-in guest has no kernel: {reasons}",
+        hint=(errors[0].hint and "{first}")
+        or "boot another kernel with {linux=} and {initrd=}, or an image with {image=}",
+        reasons="; ".join(map(str, errors)),
+        first=errors[0],
     )
 
 

@@ -52,16 +52,22 @@ class Registration(NamedTuple):
 def check(registration: Registration) -> None:
     """Raise UsageError for what contradicts itself."""
     if registration.mode not in MODES:
-        raise UsageError(f"--register={registration.mode} is not known", hint="there are: yes, no, auto")
+        raise UsageError.with_fields(
+            "{registration.mode={mode}} is not known", hint="there are: yes, no, auto", mode=registration.mode
+        )
     if registration.keep_unit and registration.own_scope:
-        option = "--slice=" if registration.slice else "--property="
-        raise UsageError(f"{option} is for a scope unit, and --keep-unit makes none", hint="leave out one of them")
+        setting = "{registration.slice=}" if registration.slice else "{registration.properties=}"
+        raise UsageError.with_fields(
+            setting + " needs a scope unit, and {registration.keep_unit=True} makes none", hint="leave out one of them"
+        )
     if registration.keep_unit and registration.mode == "no":
         # As systemd-vmspawn: the unit is what machined would be told.
         return
     for each in registration.properties:
         if "=" not in each.lstrip("="):
-            raise UsageError(f"--property={each} has no value", hint="write --property=NAME=VALUE")
+            raise UsageError.with_fields(
+                "{registration.properties={text}} has no value", hint="write {registration.properties=}NAME=VALUE", text=each
+            )
 
 
 def socket_path(*, user: bool) -> str:
@@ -154,18 +160,18 @@ def _in_its_scope(candidate: Candidate) -> bool:
 def _not_registered(registration: Registration, name: str, error: VmspawnError, notice: Callable[[str], None]) -> None:
     from .varlink import VarlinkError
 
-    hint = "use --register=auto or --register=no to do without"
+    hint = "use {registration.mode=auto} or {registration.mode=no} to do without"
     if isinstance(error, NotConnected):
         reason = f"systemd-machined does not run ({error})"
         if registration.user:
-            hint = "use --system for the system's machined, or --register=no to do without"
+            hint = "use {registration.scope=system} for the system's machined, or {registration.mode=no} to do without"
     elif isinstance(error, VarlinkError) and error.leaf == "MachineExists":
         reason = f"systemd-machined knows another machine named {name}"
-        hint = "choose another name with --machine="
+        hint = "choose another name with {name=}"
     else:
         reason = f"systemd-machined refused: {error}"
     if registration.mode == "yes":
-        raise StartError(f"cannot register the machine: {reason}", hint=hint)
+        raise StartError.with_fields("cannot register the machine: {reason}", hint=hint, reason=reason)
     if not isinstance(error, NotConnected):
         notice(f"not registered: {reason}")
 

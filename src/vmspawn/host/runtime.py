@@ -204,9 +204,11 @@ class MachineDirectory:
         # A manager that died as it started QEMU has not written down its number.
         if pid or self.has_monitor():
             process = f" (QEMU is process {pid})" if pid else ""
-            raise StartError(
-                f"machine {self.name} still runs without its manager{process}",
-                hint=f"take it over with: vmctl adopt {self.name}; or choose another name with --machine=",
+            raise StartError.with_fields(
+                "machine {machine} still runs without its manager{process}",
+                hint="take it over with: vmctl adopt {machine}; or choose another name with {name=}",
+                machine=self.name,
+                process=process,
             )
         self._unlink_files()
 
@@ -235,8 +237,8 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
                 raise StartError(
                     f"machine {name} has a manager, which lives", hint=f"see: vmctl status {name}"
                 ) from None
-            raise StartError(
-                f"a machine named {name} is already running", hint="choose another name with --machine="
+            raise StartError.with_fields(
+                "a machine named {machine} is already running", hint="choose another name with {name=}", machine=name
             ) from None
         except FileNotFoundError:
             if not create:

@@ -12,7 +12,7 @@ from .machined import Registration, scope_name
 from .programs import find_program
 
 _PROGRAM = "systemd-run"
-_HINT = "leave out --slice= and --property= where there is no systemd"
+_HINT = "leave out {registration.slice=} and {registration.properties=} on hosts without systemd"
 
 
 def prefix(registration: Registration, name: str) -> list[str]:
@@ -36,4 +36,8 @@ def prefix(registration: Registration, name: str) -> list[str]:
 def _program() -> str:
     if path := find_program(_PROGRAM):
         return path
-    raise StartError(f"--slice= and --property= need {_PROGRAM}, which is not installed", hint=_HINT)
+    raise StartError.with_fields(
+        "{registration.slice=} and {registration.properties=} need {program}, which is not installed",
+        hint=_HINT,
+        program=_PROGRAM,
+    )

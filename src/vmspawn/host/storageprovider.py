@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from ..errors import NotConnected, UsageError, VmspawnError
+from ..errors import NotConnected, UsageError, VolumeError
 
 _INTERFACE = "io.systemd.StorageProvider"
 
@@ -103,20 +103,23 @@ def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
         with Client.of_service(_socket_path(volume.provider, user=user)) as service:
             reply = service.call(f"{_INTERFACE}.Acquire", parameters)
             if reply.get("type") == "dir":
-                raise VmspawnError(f"{failure}: it is a directory", hint="name a volume that is a file or a device")
+                raise VolumeError(f"{failure}: it is a directory", hint="name a volume that is a file or a device")
             return service.take_descriptor(int(reply["fileDescriptorIndex"]))
     except NotConnected:
-        raise VmspawnError(
+        raise VolumeError(
             f"{failure}: there is no storage provider {volume.provider}", hint="see: storagectl providers"
         ) from None
     except VarlinkError as error:
         reason, hint = _EXPLAINED.get(error.leaf, (str(error), ""))
-        raise VmspawnError(f"{failure}: {reason}", hint=hint) from None
+        raise VolumeError(f"{failure}: {reason}", hint=hint) from None
 
 
 def _socket_path(provider: str, *, user: bool) -> str:
     """Where a provider listens. Raises UsageError where a user has no runtime directory."""
     base = os.environ.get("XDG_RUNTIME_DIR") if user else "/run"
     if not base:
-        raise UsageError("no storage providers: XDG_RUNTIME_DIR is not set", hint="use --system for the system's")
+        raise UsageError.with_fields(
+            "no storage providers: XDG_RUNTIME_DIR is not set",
+            hint="use those of the system with {registration.scope=system}",
+        )
     return os.path.join(base, "systemd", _INTERFACE, provider)

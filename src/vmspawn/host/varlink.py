@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from ..errors import NotConnected, Timeout, UsageError, VmspawnError
+from ..errors import NotConnected, ProtocolError, Template, Timeout, UsageError, VmspawnError
 
 #: Seconds for the reply of a service of the host's. It may have to start first, and to wait for systemd to make a unit.
 SERVICE_TIMEOUT = 30.0
@@ -31,6 +31,8 @@ class VarlinkError(VmspawnError):
         super().__init__(parameters.get("message") or _describe(name, parameters), hint=parameters.get("hint") or "")
         self.name = name
         self.parameters = parameters
+        if template := parameters.get("template"):
+            self.template = Template(template["message"], template["hint"], template["values"])
 
     @property
     def leaf(self) -> str:
@@ -150,7 +152,7 @@ class Client:
     def take_descriptor(self, index: int) -> int:
         """Return the descriptor that the last reply calls `index`; the caller owns it. Raises VmspawnError."""
         if not 0 <= index < len(self._descriptors):
-            raise VmspawnError(f"{self.service} named descriptor {index} and sent {len(self._descriptors)}")
+            raise ProtocolError(f"{self.service} named descriptor {index} and sent {len(self._descriptors)}")
         return self._descriptors.pop(index)
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -185,7 +187,7 @@ class Client:
             raise NotConnected(f"{self.service} closed the connection")
         self._buffer += data
         if len(self._buffer) > _REPLY_MAX:
-            raise VmspawnError(f"{self.service} answered {method} with more than {_REPLY_MAX >> 20} MiB")
+            raise ProtocolError(f"{self.service} answered {method} with more than {_REPLY_MAX >> 20} MiB")
 
     def _lost(self, error: OSError) -> NotConnected:
         return NotConnected(f"lost the connection to {self.service}: {error.strerror}")
@@ -234,7 +236,7 @@ def _decode(message: bytes | bytearray, path: str, method: str) -> tuple[dict[st
         reply = json.loads(message)
         parameters = reply.get("parameters") or {}
     except (ValueError, AttributeError):
-        raise VmspawnError(f"{path} answered {method} with what is not Varlink") from None
+        raise ProtocolError(f"{path} answered {method} with what is not Varlink") from None
     if name := reply.get("error"):
         raise VarlinkError(name, parameters)
     return parameters, bool(reply.get("continues"))

@@ -108,7 +108,9 @@ class Pool:
 
     def _check_free(self) -> None:
         if not self._free:
-            raise NoFreePort(f"no free {self._what}: {self._count()}", hint=self._hint)
+            raise NoFreePort.with_fields(
+                "no free {place}: {count}", hint=self._hint, place=self._what, count=self._count()
+            )
 
     def _count(self) -> str:
         return f"all {len(self.places)} are in use" if self.places else "this machine has none"
@@ -194,7 +196,9 @@ def serial_pool(controller: str, numbers: range) -> Pool:
 def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layout:
     count = HOTPLUG_PORTS_DEFAULT if hotplug_ports is None else hotplug_ports
     if not 0 <= count <= HOTPLUG_PORTS_MAX:
-        raise UsageError(f"--hotplug-ports={count} is out of range", hint=f"use 0 to {HOTPLUG_PORTS_MAX}")
+        raise UsageError.with_fields(
+            "{hotplug_ports={count}} is out of range", hint="use 0 to {most}", count=count, most=HOTPLUG_PORTS_MAX
+        )
     ports = Pool((PciPlace(f"port{n}", "0x0") for n in range(count)), "hot-plug port", _MORE_PORTS)
     first_boot_slot = FIRST_PORT_SLOT + -(-count // PORTS_PER_SLOT)
     # From the top down, so that a boot disk keeps its address whatever the number of ports is.
@@ -207,18 +211,21 @@ def _layout_pc(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layou
     slots = range(FIRST_PORT_SLOT, _LAST_SLOT_PC + 1)
     count = len(slots) if hotplug_ports is None else hotplug_ports
     if not 0 <= count <= len(slots):
-        raise UsageError(
-            f"--hotplug-ports={count} is out of range for the machine type pc",
-            hint=f"use 0 to {len(slots)}, or --machine-type=q35, which takes up to {HOTPLUG_PORTS_MAX}",
+        raise UsageError.with_fields(
+            "{hotplug_ports={count}} is out of range for the machine type pc",
+            hint="use 0 to {most}, or {machine_type=q35}, which takes up to {more}",
+            count=count,
+            most=len(slots),
+            more=HOTPLUG_PORTS_MAX,
         )
     places = [PciPlace("pci.0", hex(slot)) for slot in slots]
     pci = Pool(places[:count], "PCI slot", _MORE_PORTS)
     # Disks at boot and later ones share the bus: a slot that is claimed at boot is taken from the hot-plug pool too.
-    boot = Pool(reversed(places), "PCI slot for disks at boot", "use fewer disks, or --machine-type=q35")
+    boot = Pool(reversed(places), "PCI slot for disks at boot", "use fewer disks, or {machine_type=q35}")
     return Layout(boot, pci, scsi, namespaces, 0)
 
 
-_MORE_PORTS = "detach a disk, use bus virtio-scsi, or start the machine with a larger --hotplug-ports="
+_MORE_PORTS = "detach a disk, use bus virtio-scsi, or start the machine with a larger {hotplug_ports=}"
 
 
 def port_devices(count: int) -> list[dict[str, object]]:

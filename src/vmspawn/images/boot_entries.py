@@ -44,9 +44,10 @@ def find(root: str) -> Entry:
         return max(entries, key=lambda each: _version(each[0]))[1]
     if kernels := [each for each in _files(os.path.join(root, "boot"), "") if "/vmlinuz-" in each]:
         return _bare(root, max(kernels, key=_version))
-    raise StartError(
-        f"{root} has no kernel: no boot loader's entry below efi or boot, and no boot/vmlinuz-*",
-        hint="name a kernel with --linux=, and its initrd with --initrd=",
+    raise StartError.with_fields(
+        "{root} has no kernel: no boot loader's entry below efi or boot, and no boot/vmlinuz-*",
+        hint="name a kernel with {linux=}, and its initrd with {initrd=}",
+        root=root,
     )
 
 

@@ -33,7 +33,9 @@ def find(name: str) -> dict[str, Any]:
             return {"image": raw}
         if os.path.isdir(directory):
             return {"directory": directory}
-    raise UsageError(
-        f"nothing to boot: there is no image for a machine named {name}",
-        hint=f"name one with --image= or --directory=, try --guest=builtin, or put {name}.raw into {_DEFAULT}",
+    raise UsageError.with_fields(
+        "nothing to boot: there is no image for a machine named {machine}",
+        hint="name one with {image=} or {directory=}, try {guest=builtin}, or put {machine}.raw into {folder}",
+        machine=name,
+        folder=_DEFAULT,
     )

@@ -253,7 +253,7 @@ class Running:
     def console(self) -> Console:
         """The guest's console. Raises NotSupported where it belongs to QEMU (`native`)."""
         if self._console is None:
-            raise NotSupported("the console of this machine is QEMU's own (--console=native)")
+            raise NotSupported.with_fields("the console of this machine is QEMU's own ({console=native})")
         return self._console
 
     # What one can do to it.

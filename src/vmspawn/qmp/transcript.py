@@ -44,7 +44,9 @@ class Transcript:
         try:
             self._open()
         except OSError as error:
-            raise UsageError(f"cannot write --qmp-log={path}: {error.strerror}") from None
+            raise UsageError.with_fields(
+                "cannot write {qmp_log={path}}: {reason}", path=path, reason=error.strerror
+            ) from None
 
     def _open(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW

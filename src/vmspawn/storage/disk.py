@@ -151,5 +151,7 @@ def parse_extra_drive(text: str, *, default_bus: str = DEFAULT_BUS) -> Disk:
         else:
             break
     if not rest:
-        raise UsageError(f"--extra-drive={text} names no path", hint="write --extra-drive=[FORMAT:][DISKTYPE:]PATH")
+        raise UsageError.with_fields(
+            "{extra_disks={text}} names no path", hint="write {extra_disks=}[FORMAT:][DISKTYPE:]PATH", text=text
+        )
     return Disk(os.path.abspath(rest), default_name(rest), bus or default_bus, image_format)

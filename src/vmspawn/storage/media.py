@@ -74,9 +74,11 @@ class Tray:
         return False
 
     def _pending(self) -> StoragePending:
-        return StoragePending(
-            f"the guest holds the tray of {self._name} locked and has not opened it within {self._timeout:g} s",
-            hint="unmount it in the guest, or use --force",
+        return StoragePending.with_fields(
+            "the guest holds the tray of {disk} locked and has not opened it within {seconds} s",
+            hint="unmount it in the guest, or use {force=True}",
+            disk=self._name,
+            seconds=f"{self._timeout:g}",
         )
 
     async def _query(self) -> dict[str, Any]:

@@ -96,13 +96,18 @@ def _check_size(image: Image, size: int, *, actual: int | None, current: int, sh
             )
         return size
     if actual is not None and whole_sectors(actual) > max(size, current) and not shrink:
-        raise BadConfig(
-            f"the image has {actual} bytes by now, and what is beyond {size} would be lost",
-            hint="leave the size out to give the disk all of the image, or say so by --shrink",
+        raise BadConfig.with_fields(
+            "the image has {actual} bytes by now, and what is beyond {size} would be lost",
+            hint="leave the size out to give the disk all of the image, or allow that with {shrink=True}",
+            actual=actual,
+            size=size,
         )
     if size < current and not shrink:
-        raise BadConfig(
-            f"the disk has {current} bytes, and what is beyond {size} would be lost", hint="say so by --shrink"
+        raise BadConfig.with_fields(
+            "the disk has {current} bytes, and what is beyond {size} would be lost",
+            hint="allow that with {shrink=True}",
+            current=current,
+            size=size,
         )
     return size
 

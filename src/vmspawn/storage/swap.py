@@ -59,8 +59,11 @@ def _check_size(attachment: AttachedDisk, size: int, new_size: int, *, shrink: b
             hint="use an image of the same size, or detach the disk and attach the image",
         )
     if new_size < size and not shrink:
-        raise BadConfig(
-            f"the new image has {new_size} bytes and the disk {size}", hint="say so if the disk is to shrink (--shrink)"
+        raise BadConfig.with_fields(
+            "the new image has {new} bytes and the disk {old}",
+            hint="allow the disk to shrink with {shrink=True}",
+            new=new_size,
+            old=size,
         )
 
 
