@@ -104,11 +104,11 @@ class VmspawnError(Exception):
 
 
 class UsageError(VmspawnError):
-    """An option or argument that cannot be meant; the commands exit with 2."""
+    """An option or argument is not understood, or contradicts another; the commands exit with 2."""
 
 
 class StartError(VmspawnError):
-    """The machine could not be started; nothing of it is left behind."""
+    """The machine could not be started. Nothing of it remains."""
 
 
 class GuestError(StartError):
@@ -128,23 +128,23 @@ class VolumeError(VmspawnError):
 
 
 class MachineEnded(VmspawnError):
-    """The machine ended otherwise than was asked for, or never did what was waited for."""
+    """The machine ended before it did what it was asked for."""
 
 
 class NotConnected(VmspawnError):
-    """QEMU is gone, or does not answer on its monitor any more."""
+    """QEMU has ended, or no longer answers on its monitor."""
 
 
 class ManagerFailed(VmspawnError):
-    """The manager met what it was not made for. Its machine runs on without it."""
+    """The manager failed by a fault of its own. Its machine runs on without it."""
 
 
 class Timeout(VmspawnError):
-    """Something did not come before its deadline; the message says what."""
+    """An answer or event did not come before its deadline; the message names it."""
 
 
 class EventsLost(VmspawnError):
-    """A reader of events was so slow that some were dropped; the stream ends there."""
+    """A reader of events was too slow, and events were dropped. The stream ends there."""
 
 
 class ExtrasError(VmspawnError):
@@ -154,7 +154,7 @@ class ExtrasError(VmspawnError):
 class QmpError(VmspawnError):
     """QEMU answered a command with an error.
 
-    `error_class` and `description` are QEMU's own words (docs/interop/qmp-spec.rst, "Error").
+    `error_class` and `description` are QEMU's own text (docs/interop/qmp-spec.rst, "Error").
     """
 
     def __init__(self, command: str, error_class: str, description: str) -> None:
@@ -165,7 +165,7 @@ class QmpError(VmspawnError):
 
 
 class NotSupported(VmspawnError):
-    """This machine cannot do that, whatever the arguments."""
+    """This machine cannot perform the operation with any arguments."""
 
 
 class NoSuchStorage(VmspawnError):
@@ -173,31 +173,31 @@ class NoSuchStorage(VmspawnError):
 
 
 class StorageExists(VmspawnError):
-    """The name is taken, or the same file is attached already."""
+    """The name is in use, or the same file is attached already."""
 
 
 class StorageImmutable(VmspawnError):
-    """The disk was there from boot and cannot be changed while the machine runs."""
+    """The disk was attached at boot and cannot be changed while the machine runs."""
 
 
 class StoragePending(VmspawnError):
-    """The guest has not let go of the disk yet; the removal goes on and completes late."""
+    """The guest has not released the disk yet. The removal continues and completes later."""
 
 
 class BadConfig(VmspawnError):
-    """A disk's configuration is not one that exists."""
+    """A disk's configuration is not valid on any machine."""
 
 
 class ConfigNotSupported(VmspawnError):
-    """A disk's configuration exists, but not on this machine."""
+    """A disk's configuration is valid, but this machine does not support it."""
 
 
 class NoFreePort(VmspawnError):
-    """Every port of the machine that could take the device is in use."""
+    """All ports that the device fits into are in use."""
 
 
 class SystemFailure(VmspawnError):
-    """The operating system refused; `errno` says why, as in errno(3)."""
+    """A system call failed; `errno` is its errno(3)."""
 
     def __init__(self, message: str, errno: int, *, hint: str = "") -> None:
         super().__init__(f"{message}: {os.strerror(errno)}", hint=hint)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Text of others, file names above all, in lines and messages of ours: a name may have any byte but two."""
+"""Makes untrusted text safe to print. File names above all may contain any byte but NUL and the slash."""
 
 
 def utf8(text: str) -> str:
-    """The text with bytes that are no UTF-8 written as `\\xff`: as Python has them, nothing could encode it."""
+    """Return the text with each byte that is not UTF-8 as `\\xff`; Python's stand-ins for them cannot be encoded."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def printable(text: str) -> str:
-    """The text as one line that does nothing to a terminal: what is not printable is written as `\\n` or `\\x1b`."""
+    """Return the text as one line that is harmless to a terminal: control characters become `\\n` or `\\x1b`."""
     text = utf8(text)
     if text.isprintable():
         return text

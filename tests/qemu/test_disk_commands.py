@@ -14,6 +14,7 @@ import pytest
 
 from tests.commands import Spawned, idle, spawned, vmctl
 from tests.conftest import MIB, make_qcow2, make_raw
+from vmspawn.control.client import Client, VarlinkError
 
 DEADLINE = 30.0
 
@@ -151,6 +152,14 @@ def test_what_cannot_be_is_said_in_one_line(
     assert first.startswith("vmctl: ")
     assert message in first
     assert len(hint) <= 1
+
+
+def test_a_hint_spells_the_field_as_its_reader_does(machine: Spawned) -> None:
+    done = vmctl("resize-disk", machine.name, "boot", "512")
+    assert done.stderr.splitlines()[1].strip() == "allow that with --shrink"
+    with Client(machine.name) as client, pytest.raises(VarlinkError) as caught:
+        client.call("io.vmspawn.Machine.ResizeStorage", {"name": "boot", "sizeBytes": 512, "shrink": False})
+    assert caught.value.hint == "allow that with shrink=True"
 
 
 def test_a_bus_that_this_qemu_lacks_is_refused_with_one_that_it_has(

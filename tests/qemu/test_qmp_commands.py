@@ -52,7 +52,7 @@ def test_arguments_are_pairs_or_an_object(machine: Spawned, arguments: list[str]
     [
         (["frob"], 1, "QEMU refused frob: The command frob has not been found"),
         (["qom-list"], 1, "Parameter 'path' is missing"),
-        (["qom-list", "path"], 2, "'path' is no argument"),
+        (["qom-list", "path"], 2, "'path' is not an argument"),
         (["qom-list", "{broken"], 2, "the arguments are not JSON"),
         (["stop", "--read-only"], 1, "this session is read-only"),
         ([], 2, "no command, and no terminal for a shell"),

@@ -161,7 +161,7 @@ async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path
     taken = [machine.storage._context.layout.pci.take() for _ in range(free)]
     with pytest.raises(NoFreePort, match="are in use") as caught:
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="nvme"))
-    assert "--hotplug-ports=" in caught.value.hint
+    assert "hotplug_ports=" in caught.value.hint
     for place in taken:
         machine.storage._context.layout.pci.release(place)
 

@@ -36,6 +36,7 @@ LAYERS = [
     "log",
     "errors",
     "text",
+    "user_directories",
     "version",
 ]
 #: These know nothing of each other.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a machine is to be: every choice of the user's, checked as far as it can be without touching anything.
+"""Holds a machine's configuration, and checks it as far as possible without touching a file.
 
 On the start path: imports next to nothing.
 """
@@ -108,7 +108,7 @@ class MachineConfig(NamedTuple):
 
 
 def check(config: MachineConfig) -> MachineConfig:
-    """Return the configuration with its name filled in. Raises UsageError for what contradicts itself."""
+    """Return the configuration with its name filled in. Raises UsageError for a contradiction."""
     _check_choice("machine_type", config.machine_type, MACHINE_TYPES)
     _check_choice("kvm", config.kvm, KVM_CHOICES)
     _check_choice("console", config.console, CONSOLES)
@@ -196,7 +196,7 @@ def _check_uuid(text: str) -> None:
 
 
 def _default_name(config: MachineConfig) -> str:
-    """A name from what boots, as systemd-vmspawn does: the file's name without its suffix."""
+    """Return the name of the file that boots without its suffix, as systemd-vmspawn does."""
     source = config.image or (config.directory or "").rstrip("/") or config.linux or config.guest or ""
     stem = os.path.basename(source)
     for suffix in (".raw", ".img", ".qcow2"):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..errors import StartError, UsageError
+from ..user_directories import user_directory
 
 KINDS = ("auto", "uefi", "bios", "none")
 
@@ -112,8 +113,8 @@ def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
 
 def directories() -> list[str]:
     """The directories that descriptors are looked for in, the one that counts most first."""
-    user = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return [os.path.join(base, _SUBDIRECTORY) for base in (user, *_SYSTEM)]
+    user = user_directory("XDG_CONFIG_HOME", ".config")
+    return [os.path.join(base, _SUBDIRECTORY) for base in (user, *_SYSTEM) if base]
 
 
 def descriptors() -> list[str]:

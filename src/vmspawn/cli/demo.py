@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`./dev demo`: the main job shown end to end, by the commands that a user would type.
+"""Runs `./dev demo`: hot-plug shown end to end, by the commands that a user would type.
 
 A guest boots, gains three disks on three buses, writes to one of them, loses them again and powers itself off.
 """
@@ -30,21 +30,21 @@ _DISKS = (("red", "virtio-blk"), ("green", "nvme"), ("blue", "virtio-scsi"))
 
 
 class Stage:
-    """What is shown: each line with the seconds since the beginning and with who speaks."""
+    """Prints each line with the seconds since the beginning and its speaker."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def say(self, who: str, text: str) -> None:
-        """Show a line. `who` is empty for us, `$` for a command, `guest` for the guest's console."""
+        """Print a line. `who` is empty for the demo itself, `$` for a command, `guest` for the guest's console."""
         seconds = f"{time.monotonic() - self._start:7.2f} s"
         style = {"$": "\033[1m", "guest": "\033[36m", "": "\033[32m"}.get(who, "") if self._colour else ""
         print(f"{seconds}  {who:>6}  {style}{text}{chr(27) + '[0m' if style else ''}", flush=True)
 
 
 class Console:
-    """The guest's console: shows what the guest says of itself, and types commands."""
+    """The guest's console: shows the guest's own messages and types commands."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -88,7 +88,7 @@ class Console:
 
 
 class Demo:
-    """The machine of the demo and what is done to it."""
+    """The demo's machine and its steps."""
 
     def __init__(self, stage: Stage, folder: str) -> None:
         self._stage = stage
@@ -96,7 +96,7 @@ class Demo:
         self._vmspawn: subprocess.Popen[str] | None = None
 
     def run(self, options: list[str]) -> None:
-        """Show everything. Raises VmspawnError if something does not happen."""
+        """Run all steps. Raises VmspawnError if one fails."""
         self._start(options)
         console = Console(self._stage)
         try:

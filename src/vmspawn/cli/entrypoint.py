@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the commands begin and end: their standard streams, their exit status, and the lines for what went wrong."""
+"""Runs a command: prepares its standard streams, prints its errors and exits with its status."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .spelling import as_option
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
-#: Errors of files that are written. The output is the one without a name to tell.
+#: Errors of a write. One without a file name is standard output's.
 _OF_FILES = (EDQUOT, EFBIG, EIO, ENOSPC)
 
-#: As a shell has it for a program that SIGINT ended.
+#: The status that a shell reports for a program that SIGINT ended.
 EXIT_INTERRUPTED = 130
 
 
 def complain(program: str, error: VmspawnError) -> None:
-    """Print an error as `program: what failed: why`, and what to do about it below."""
+    """Print an error as `program: what failed: why`, with the hint below, and options for fields."""
     message, hint = error.spelled(functools.partial(as_option, program))
-    # Nobody may hear it.
+    # Standard error may be closed.
     with contextlib.suppress(OSError):
         print(f"{program}: {printable(message)}", file=sys.stderr)
         if hint:
@@ -39,17 +39,16 @@ def complain(program: str, error: VmspawnError) -> None:
 
 
 def run(program: str, work: Callable[[], int]) -> NoReturn:
-    """Do what the command is for, which returns its exit status, and exit.
+    """Run a command and exit with the status that `work` returns.
 
-    Whatever goes wrong is said in a line. So is what the system refuses where nobody expects it, and with
-    VMSPAWN_LOG=debug where that was.
+    An error is printed in a line. So is an unexpected OSError; VMSPAWN_LOG=debug shows its traceback.
     """
     ensure_standard_streams()
-    # Python has no streams for descriptors that were closed, and prints to the wrong one then.
+    # Python has no stream for a closed descriptor, and would print to the wrong one.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Its encoding need not have all that there is, an ellipsis for one.
+        # The encoding may lack characters, such as the ellipsis.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _status(work)
@@ -59,7 +58,7 @@ def run(program: str, work: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough.
+        # The reader has closed the pipe.
         status = 0
     except OSError as error:
         if log.enabled():
@@ -69,7 +68,7 @@ def run(program: str, work: Callable[[], int]) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        # What is still to be written has nowhere to go; the interpreter must not try once more.
+        # The rest of the output is lost; the interpreter must not try to write it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -78,7 +77,7 @@ def _status(work: Callable[[], int]) -> int:
     try:
         status = work()
     except SystemExit as asked:
-        # It is argparse that asks, with a number.
+        # argparse exits with a number.
         status = int(asked.code or 0)
     sys.stdout.flush()
     return status

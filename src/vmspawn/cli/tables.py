@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tables for people and JSON for programs."""
+"""Prints tables for people and JSON for programs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def terminal_width(descriptor: int = _STDOUT) -> int:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), fit: bool = False
 ) -> None:
-    """Print rows below their columns' names; the columns in `right` are numbers and end flush.
+    """Print rows below the names of their columns; the columns in `right` are aligned to the right.
 
     `fit` leaves out the last columns on a terminal that is too narrow for them.
     """
@@ -67,7 +67,7 @@ def fitting(widths: Sequence[int], limit: int) -> list[int]:
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Print names and values, the names flush right as systemctl status does; a value may have several lines."""
+    """Print names and values as `systemctl status` does; a value may have several lines."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
         first, *rest = map(printable, value.split("\n"))
@@ -75,7 +75,7 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
 
 
 def format_size(size: int) -> str:
-    """Bytes as people write them, in powers of 1024."""
+    """Return a size with a unit, in powers of 1024."""
     value = float(size)
     for unit in _UNITS:
         if value < 1024 or unit == _UNITS[-1]:
@@ -85,7 +85,7 @@ def format_size(size: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time span as systemd writes it, its two largest units."""
+    """Return a time span in its two largest units, as systemd writes it."""
     left = int(seconds)
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Our exceptions as Varlink errors.
+"""Translates exceptions into Varlink errors.
 
-What systemd's interface has a name for is sent under that name, without parameters, as its definition has it. On
-`io.vmspawn.Machine` every error carries the message and the hint that a person would want to read.
+On systemd's interface an error has the name and the parameters of systemd's definition. On `io.vmspawn.Machine` every
+error carries message and hint, and the template of both if they name fields.
 """
 
 import traceback
@@ -47,7 +47,7 @@ class System(TypedVarlinkErrorReply, name="io.systemd.System"):
 
 
 class AlreadyAcquired(TypedVarlinkErrorReply, name="io.systemd.QemuMachineInstance.AlreadyAcquired"):
-    """Declared because systemd's interface has it; there is no limit of one client here, so it is never sent."""
+    """Never sent, for several clients may acquire QMP; declared because systemd's interface has it."""
 
     parameters: _Nothing
 
@@ -97,14 +97,14 @@ _BY_NAME = {reply.name: reply for reply in (*MACHINE_INSTANCE_ERRORS, *VMSPAWN_E
 
 
 def host_failure(error: OSError) -> errors.SystemFailure:
-    """What to tell of a file, a descriptor or memory that the host did not give."""
+    """Return the error for a file, a descriptor or memory that the host refused."""
     log.debug(f"the host refused: {''.join(traceback.format_exception(error))}")
     what = error.filename or "what this needs"
     return errors.SystemFailure(f"the host refused {what}", error.errno or EIO)
 
 
 def to_reply(error: errors.VmspawnError, interface: str) -> VarlinkErrorReply:
-    """The Varlink error for an exception that a method of `interface` raised."""
+    """Return the Varlink error for an exception that a method of `interface` raised."""
     if isinstance(error, errors.SystemFailure) and interface != VMSPAWN:
         return System({"origin": "linux", "errno": error.errno, "errnoName": error.errno_name})
     name = _leaf_name(error)
@@ -125,7 +125,7 @@ def _explain(reply: type[TypedVarlinkErrorReply], error: errors.VmspawnError) ->
 
 
 def _template(error: errors.VmspawnError) -> dict[str, typing.Any] | None:
-    """The template of an error that names fields, for a client that spells them in its own way."""
+    """Return the template of an error that names fields; a client spells them in its own way."""
     if error.template is None:
         return None
     message, hint, values = error.template

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from ..errors import UsageError
+from ..user_directories import user_directory
 
 _SYSTEM = ("/etc/machines", "/run/machines", "/var/lib/machines", "/usr/local/lib/machines", "/usr/lib/machines")
 
@@ -18,8 +19,8 @@ def places() -> list[str]:
     """The directories that are looked in, the first counts; a user's own come before the system's."""
     if os.geteuid() == 0:
         return list(_SYSTEM)
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local/state")
-    return [os.path.join(state, "machines"), *_SYSTEM]
+    state = user_directory("XDG_STATE_HOME", ".local/state")
+    return [*([os.path.join(state, "machines")] if state else []), *_SYSTEM]
 
 
 def find(name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .verbs import Verbs
 
 _STDIN, _STDOUT = 0, 1
 
-#: Seconds for the machine to take note of the window's size; it is no great matter.
+#: Seconds for the call that reports the window's size.
 _RESIZE_TIMEOUT = 5.0
 
 
@@ -52,7 +52,7 @@ def _console(options: argparse.Namespace) -> None:
         attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, on_resize=resized)
         number = attachment.run()
         if number:
-            # As a shell has it for a program that a signal ended.
+            # The status that a shell reports for a program that a signal ended.
             sys.exit(128 + number)
         if attachment.has_hung_up:
             parting.check()

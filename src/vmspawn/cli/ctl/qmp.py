@@ -33,7 +33,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _qmp(options: argparse.Namespace) -> None:
-    """The verb `qmp`. Raises VmspawnError if the command did not succeed."""
+    """Run a command, a pipe or a shell. Raises VmspawnError if the command fails."""
     if options.stdio and options.command:
         raise UsageError("--stdio takes no command", hint="leave out one of the two")
     arguments = parse_arguments(options.arguments)
@@ -57,7 +57,7 @@ def _qmp(options: argparse.Namespace) -> None:
 def _talk(
     options: argparse.Namespace, connected: socket.socket, received: bytes, arguments: dict[str, Any], timeout: float
 ) -> bool:
-    """What the options ask for; whether it was the machine that ended it."""
+    """Do what the options ask for; returns whether the machine closed the connection."""
     if options.stdio:
         return relay(connected, received)
     if not options.command:
@@ -95,7 +95,7 @@ def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _share(options: argparse.Namespace) -> None:
-    """The verb `qmp-share`. Raises VmspawnError if the socket cannot be shared, or QEMU goes."""
+    """Share a socket until QEMU ends. Raises VmspawnError if it cannot be shared, or when QEMU ends."""
     import asyncio
 
     from ...control.share import share as serve

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A QMP session in blocking calls: its commands, their arguments as a user types them, and the stream as it is."""
+"""Runs QMP commands in blocking calls, parses their arguments, and relays a raw QMP stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RECEIVE_SIZE = 65536
 
 
 def parse_arguments(words: list[str]) -> dict[str, Any]:
-    """Arguments for a command: one JSON object, or KEY=VALUE where a value that is JSON counts as such.
+    """Parse a command's arguments: one JSON object, or KEY=VALUE pairs, whose values may be JSON.
 
     Raises UsageError.
     """
@@ -32,9 +32,11 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
             return found
     arguments = {}
     for word in words:
+        if word.startswith("-"):
+            raise UsageError(f"options end at a command's arguments: {word}", hint="write it before the command")
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise UsageError(f"{word!r} is no argument", hint="write KEY=VALUE, or one JSON object")
+            raise UsageError(f"{word!r} is not an argument", hint="write KEY=VALUE, or one JSON object")
         try:
             arguments[key] = json.loads(value)
         except ValueError:
@@ -55,7 +57,7 @@ class Session:
         self.execute("qmp_capabilities", {})
 
     def execute(self, command: str, arguments: dict[str, Any]) -> Any:
-        """Run a command and return what it returned. Raises QmpError, Timeout or NotConnected."""
+        """Run a command and return its result. Raises QmpError, Timeout or NotConnected."""
         message: dict[str, Any] = {"execute": command, "id": 0}
         if arguments:
             message["arguments"] = arguments

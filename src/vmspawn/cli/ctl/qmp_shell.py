@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The QMP shell: prompt_toolkit's line editing, completion from QEMU's own schema, events as they come."""
+"""Runs a QMP shell: line editing by prompt_toolkit, completion from QEMU's schema, events as they happen."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from prompt_toolkit.patch_stdout import patch_stdout
 
 from ...errors import NotConnected, QmpError, UsageError
 from ...qmp.monitor import Monitor
+from ...user_directories import user_directory
 from .qmp_session import parse_arguments
 
 
 def run_shell(connected: socket.socket, received: bytes, machine: str) -> bool:
-    """Talk to the machine on this terminal until Ctrl-D, or until it hangs up: whether it did. The socket stays the
-    caller's."""
+    """Run a shell on this terminal until Ctrl-D, or until the machine hangs up; returns whether it did.
+
+    The socket stays the caller's.
+    """
     return asyncio.run(_Shell(machine).run(connected.dup(), received))
 
 
@@ -44,7 +47,7 @@ class SchemaCompleter(Completer):
         }
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
-        """What could stand at the cursor."""
+        """Yield the words that fit at the cursor."""
         before = document.text_before_cursor
         word = before.rpartition(" ")[2]
         first, blank, _ = before.partition(" ")
@@ -110,7 +113,7 @@ class _Shell:
 
 @contextlib.contextmanager
 def _unbuffered_keys() -> Iterator[None]:
-    """Keep what is typed between two prompts for the next one; a terminal in its usual mode would swallow Ctrl-D."""
+    """Keep keys typed between two prompts for the next one; a terminal in its usual mode would swallow Ctrl-D."""
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin, termios.TCSADRAIN)
     try:
@@ -120,7 +123,7 @@ def _unbuffered_keys() -> Iterator[None]:
 
 
 def _parse(line: str) -> tuple[str, dict[str, Any]]:
-    """A command and its arguments. Raises UsageError."""
+    """Parse a command and its arguments. Raises UsageError."""
     if line.lstrip().startswith("{"):
         try:
             message = json.loads(line)
@@ -137,8 +140,10 @@ def _parse(line: str) -> tuple[str, dict[str, Any]]:
 
 
 def _history() -> History:
-    """The user's own history, if it can be kept."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    """Return the user's history: a file if the user has a directory for it."""
+    base = user_directory("XDG_STATE_HOME", ".local/state")
+    if base is None:
+        return InMemoryHistory()
     folder = os.path.join(base, "vmspawn")
     try:
         os.makedirs(folder, exist_ok=True)

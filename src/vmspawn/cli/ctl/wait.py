@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`--wait` of poweroff, reboot and terminate: say what the guest is doing until it has happened."""
+"""`--wait` of poweroff, reboot and terminate: report what the guest does until it is done."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STUCK = {
     "internal-error": ("QEMU cannot go on with the guest", "terminate"),
 }
 
-#: What of QEMU's events tells a person something here.
+#: QEMU's events that are reported, in words.
 _NEWS = {
     "POWERDOWN": "the power button was pressed",
     "RESET": "the machine was reset",
@@ -46,7 +46,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Ask for it and wait. Raises VmspawnError if it does not happen, or ends otherwise than was asked."""
+    """Call the method and wait. Raises Timeout or MachineEnded if the guest does something else."""
     with (
         Client(options.machine) as events,
         Client(options.machine) as client,
@@ -73,7 +73,7 @@ def _say(options: argparse.Namespace, line: str) -> None:
 
 
 class _Wait:
-    """Following the events until the goal, the machine's end or the deadline."""
+    """Follows the events until the goal, the machine's end or the deadline."""
 
     def __init__(self, options: argparse.Namespace, events: Client) -> None:
         self._options = options
@@ -97,7 +97,7 @@ class _Wait:
                 self._say(f"the guest has not reacted yet; {self._advice()}")
 
     def _heed(self, event: dict[str, Any]) -> bool:
-        """Say what an event means; whether it is what is waited for."""
+        """Report an event; returns whether it is the goal."""
         name, data = event["event"], event.get("data") or {}
         if name == "MachineEnded":
             self._wait_for_cleanup()
@@ -110,7 +110,7 @@ class _Wait:
         return bool(name == "RESET" and self._options.verb == "reboot")
 
     def _wait_for_cleanup(self) -> None:
-        """The manager closes the connection when nothing is left of the machine; then its name is free."""
+        """Wait until the manager closes the connection: the machine's name is free from then on."""
         try:
             while self._events.next_reply(_CLEANUP_TIMEOUT) is not None:
                 pass

@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the machine over if it runs without a manager, else start it",
     )
-    # A program that starts vmspawn in the background reads a byte from it once the machine is up.
+    # A program that starts vmspawn in the background gets a byte there once the machine is up.
     group.add_argument("--ready-fd", metavar="FD", type=whole_number, help=argparse.SUPPRESS)
 
 
