@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from tests.commands import Spawned, idle, spawned, vmctl
+from tests.commands import VMCTL, Spawned, idle, spawned, vmctl
 from tests.conftest import MIB, make_qcow2, make_raw
 from vmspawn.control.client import Client, VarlinkError
 
@@ -160,6 +161,19 @@ def test_a_hint_spells_the_field_as_its_reader_does(machine: Spawned) -> None:
     with Client(machine.name) as client, pytest.raises(VarlinkError) as caught:
         client.call("io.vmspawn.Machine.ResizeStorage", {"name": "boot", "sizeBytes": 512, "shrink": False})
     assert caught.value.hint == "allow that with shrink=True"
+
+
+def test_a_usage_error_keeps_its_exit_status_behind_what_failed(machine: Spawned) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
+    command = [*VMCTL, "bind-volume", machine.name, "fs:a", "--user"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        [
+            "vmctl: cannot bind fs:a: no storage providers: XDG_RUNTIME_DIR is not set",
+            "       use those of the system with --system",
+        ],
+    )
 
 
 def test_a_bus_that_this_qemu_lacks_is_refused_with_one_that_it_has(

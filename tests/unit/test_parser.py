@@ -10,7 +10,8 @@ import vmspawn.cli.ctl.main as vmctl
 import vmspawn.cli.spawn.main as vmspawn_command
 from vmspawn.cli.parser import Parser, _verbs
 
-VERBS = _verbs(vmctl.build_parser())
+#: Without hidden ones, which shells call.
+VERBS = {name: verb for name, verb in _verbs(vmctl.build_parser()).items() if not name.startswith("_")}
 
 
 def value_of(action: argparse.Action) -> str:

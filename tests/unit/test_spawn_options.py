@@ -4,9 +4,9 @@
 import pytest
 
 from tests.refusals import refused
-from vmspawn.boot.disks import without_effect
 from vmspawn.boot.memory import Growth, size_argument
 from vmspawn.cli.spawn import unsupported_options
+from vmspawn.cli.spawn.disks import without_effect
 from vmspawn.cli.spawn.main import build_parser, configure, parse
 from vmspawn.errors import UsageError, VmspawnError
 from vmspawn.version import VERSION

@@ -26,19 +26,6 @@ if TYPE_CHECKING:
     from .config import MachineConfig
 
 
-def without_effect(config: MachineConfig) -> Iterator[str]:
-    """A line for each option that the image's bus leaves nothing to do for."""
-    if not config.image or config.image_disk_type != "scsi-cd":
-        return
-    given = {
-        "--ephemeral": config.ephemeral,
-        "--grow-image=": config.grow_image is not None,
-        "--discard-disk=": not config.discard_disk,
-    }
-    for option in (option for option, wanted in given.items() if wanted):
-        yield f"{option} has no effect with --image-disk-type=scsi-cd, which is only read"
-
-
 class _Wanted(NamedTuple):
     """A disk of the configuration, from that value of that field."""
 
@@ -95,15 +82,15 @@ def _blaming(wanted: _Wanted) -> Iterator[None]:
     try:
         yield
     except (BadConfig, ConfigNotSupported, SystemFailure) as error:
-        reason = str(error).removeprefix(f"cannot open {wanted.disk.path}: ")
-        hint, begun = error.hint, "say format "
-        template = "say {image_format=}{hint_text}" if wanted.is_image and hint.startswith(begun) else "{hint_text}"
+        error.prefix("", instead_of=f"cannot open {wanted.disk.path}: ")
+        begun = "say format "
+        is_of_image = wanted.is_image and error.hint.startswith(begun)
         raise StartError.with_fields(
-            f"cannot use {wanted.spelled}: {{reason}}",
-            hint=template,
+            "cannot use " + wanted.spelled + ": {error}",
+            hint="use {image_format=}{choice}" if is_of_image else "{error}",
             value=wanted.value,
-            reason=reason,
-            hint_text=hint.removeprefix(begun) if wanted.is_image else hint,
+            error=error,
+            choice=error.hint.removeprefix(begun),
         ) from None
 
 
@@ -153,7 +140,7 @@ def _boot_disk(
     below = None
     try:
         if admission.find_file(others, backing, share=wanted.disk.share):
-            raise StorageExists.with_fields(f"{wanted.spelled} is the same file as another disk", value=wanted.value)
+            raise StorageExists.with_fields(wanted.spelled + " is the same file as another disk", value=wanted.value)
         with _blaming(wanted):
             _check_thread(wanted.disk)
             disk, serial, image, place = admission.admit(

@@ -25,7 +25,7 @@ from . import console
 from . import state as states
 from .commandline import Inherited, Plan, command_line
 from .config import MachineConfig
-from .disks import open_boot_disks, without_effect
+from .disks import open_boot_disks
 from .extras import Owned
 from .plan import Reporter, choose, make_plan
 from .started import Launched, SharedConsole, Started, connect, connect_monitors, share_console
@@ -64,8 +64,6 @@ def launch(
     Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
     """
     _check_display(config)
-    for line in without_effect(config):
-        notice(line)
     report = Reporter(notice, detail)
     chosen = choose(config, report)
     begin()

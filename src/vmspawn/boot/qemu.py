@@ -244,10 +244,16 @@ def _why_no_kvm(architecture: str) -> str:
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        return f"/dev/kvm cannot be opened: {error.strerror}"
+        return why_not_opened(error)
     if host == "x86_64" and not {"vmx", "svm"} & _cpu_flags():
         return "the processor shows neither vmx nor svm"
     return ""
+
+
+def why_not_opened(error: OSError) -> str:
+    """Explain why /dev/kvm cannot be opened, with the way out if it is one of permission."""
+    way_out = "; add yourself to the group kvm" if error.errno == errno.EACCES else ""
+    return f"/dev/kvm cannot be opened: {error.strerror}{way_out}"
 
 
 def _cpu_flags() -> set[str]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TypedDict
 
+from ...boot.config import MachineConfig
 from ...host.storageprovider import SYNTAX, Volume
 from ...storage.disk import ON_ERROR_CHOICES, Disk, parse_extra_drive
 from .. import volumes
@@ -70,3 +72,16 @@ def read(options: argparse.Namespace) -> Disks:
         "on_error": options.on_error,
         "hotplug_ports": options.hotplug_ports,
     }
+
+
+def without_effect(config: MachineConfig) -> Iterator[str]:
+    """Yield a line for each option that has no effect on an optical disk."""
+    if not config.image or config.image_disk_type != "scsi-cd":
+        return
+    given = {
+        "--ephemeral": config.ephemeral,
+        "--grow-image=": config.grow_image is not None,
+        "--discard-disk=": not config.discard_disk,
+    }
+    for option in (option for option, is_given in given.items() if is_given):
+        yield f"{option} has no effect with --image-disk-type=scsi-cd, which is read-only"
