@@ -66,7 +66,9 @@ def check(registration: Registration) -> None:
     for each in registration.properties:
         if "=" not in each.lstrip("="):
             raise UsageError.with_fields(
-                "{registration.properties={text}} has no value", hint="write {registration.properties=}NAME=VALUE", text=each
+                "{registration.properties={text}} has no value",
+                hint="write {registration.properties=}NAME=VALUE",
+                text=each,
             )
 
 

@@ -116,7 +116,7 @@ def run(arguments: list[str]) -> int:
     for line in skipped:
         detail(line)
     for line in disks.without_effect(config):
-        voice.notice(line)
+        messages.notice(line)
     if config.console != "native" or not os.isatty(_STDIN):
         return _run(options, config, messages, detail)
     # QEMU gets the terminal as soon as it starts, and does not give it back if it is killed.
