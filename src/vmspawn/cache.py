@@ -5,11 +5,19 @@ from __future__ import annotations
 
 import os
 
+from .user_directories import user_directory
+
 
 def cache_directory() -> str:
-    """Return the absolute path of the cache directory, whether it exists or not."""
-    base = os.environ.get("VMSPAWN_CACHE_DIR")
-    if not base:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        base = os.path.join(home, "vmspawn")
-    return os.path.abspath(base)
+    """Return the absolute path of the cache directory, whether it exists or not.
+
+    Raises UsageError for a user without a home.
+    """
+    if base := os.environ.get("VMSPAWN_CACHE_DIR"):
+        return os.path.abspath(base)
+    if (base := user_directory("XDG_CACHE_HOME", ".cache")) is None:
+        # Loaded in this case alone: what finds the built-in guest loads next to nothing.
+        from .errors import UsageError
+
+        raise UsageError("no cache directory: there is no home", hint="set VMSPAWN_CACHE_DIR to a folder of yours")
+    return os.path.join(base, "vmspawn")
