@@ -28,7 +28,7 @@ from .statistics import Statistics
 
 _PENDING_HINT = (
     "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
-    "away by --force"
+    "away now with {force=True}"
 )
 
 
@@ -214,7 +214,9 @@ class Storage:
         if force:
             return False
         why = pending.why(attached, self._hotplug.run_state)
-        raise StoragePending(f"{why} (waited {timeout:g} s)", hint=_PENDING_HINT)
+        raise StoragePending.with_fields(
+            "{why} (waited {seconds} s)", hint=_PENDING_HINT, why=why, seconds=f"{timeout:g}"
+        )
 
     async def _take_away(self, attached: AttachedDisk) -> None:
         if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].asks:
