@@ -7,7 +7,6 @@ leaves what a manager leaves whose commands went out in one go and were cut off 
 """
 
 import asyncio
-import json
 import os
 import socket
 import sys
@@ -56,7 +55,7 @@ async def managed(name: str) -> AsyncIterator[Manager]:
     """Take a machine's ports over, and let go of them in the end."""
     directory = MachineDirectory.take_over(name)
     try:
-        manager = Manager(directory, json.loads(directory.read(runtime.STATE)))
+        manager = Manager(directory, runtime.read_state(directory.path))
         try:
             await manager.monitor.greeting()
             await manager.run_state.known()

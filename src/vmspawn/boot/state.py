@@ -129,7 +129,7 @@ def read(directory: MachineDirectory) -> State:
     """What the last manager wrote. Raises StartError if it cannot be used."""
     name = directory.name
     try:
-        found = json.loads(directory.read(runtime.STATE))
+        found = runtime.read_state(directory.path)
         version = int(found["version"])
         if version > STATE_VERSION:
             raise StartError(

@@ -14,6 +14,7 @@ import fcntl
 import os
 import socket
 import stat
+from typing import Any
 
 from ..errors import NotConnected, StartError, UsageError
 
@@ -277,13 +278,21 @@ def machine_names() -> list[str]:
         return []
 
 
-def running_qemu(path: str) -> int:
-    """The process id of the QEMU that a folder's state names, if that very process still runs, else 0."""
+def read_state(path: str) -> dict[str, Any]:
+    """The members of the state.json in a machine's folder. Raises OSError or ValueError."""
     import json
 
+    with open(os.path.join(path, STATE), "rb") as file:
+        found = json.load(file)
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
+
+
+def running_qemu(path: str) -> int:
+    """The process id of the QEMU that a folder's state names, if that very process still runs, else 0."""
     try:
-        with open(os.path.join(path, STATE), "rb") as file:
-            process = json.load(file)["qemu"]
+        process = read_state(path)["qemu"]
         pid, started = int(process["pid"]), int(process["started"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

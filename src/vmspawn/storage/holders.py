@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from ..host import runtime
@@ -21,8 +20,7 @@ def _machine_with(identity: tuple[int, ...]) -> str:
     for name in runtime.machine_names():
         folder = os.path.join(runtime.runtime_root(), name)
         try:
-            with open(os.path.join(folder, runtime.STATE), "rb") as file:
-                state = json.load(file)
+            state = runtime.read_state(folder)
             pid = int(state["qemu"]["pid"])
             if pid != 0 and runtime.running_qemu(folder) == pid and list(identity) in _identities(state):
                 return f"machine {name}"
