@@ -40,7 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _is_possible(item: pytest.Item) -> bool:
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return "kind" not in parameters or parameters["kind"] in kinds(parameters["qemu"])
+    kind = parameters.get("kind")
+    return not isinstance(kind, Kind) or kind in kinds(parameters["qemu"])
 
 
 @pytest.fixture(scope="module")
