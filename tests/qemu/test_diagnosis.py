@@ -115,8 +115,8 @@ def test_debug_shows_the_steps(qemu: str, tmp_path: Path, monkeypatch: pytest.Mo
         machine.wait_for("is running")
         disk = make_raw(tmp_path / "disk")
         assert vmctl("attach-disk", machine.name, str(disk), "--bus=virtio-scsi").returncode == 0
-        machine.wait_for("disk: does device")
         machine.wait_for("event StorageAttached name=disk")
+    assert re.search(r"disk: does .*, device$", machine.output["stderr"], re.MULTILINE)
     assert " runs " in machine.output["stderr"]
     assert "-blockdev" in machine.output["stderr"]
 

@@ -55,7 +55,7 @@ async def test_all_places_are_used_given_back_and_used_again(
                 await machine.attach(Disk(str(make_raw(tmp_path / f"disk{number}", MIB)), bus=bus))
             with pytest.raises(NoFreePort, match=f"all {ports} are in use") as caught:
                 await machine.attach(Disk(str(make_raw(tmp_path / f"more{turn}", MIB))))
-            assert "--hotplug-ports=" in caught.value.hint
+            assert "hotplug_ports=" in caught.value.hint
             await remove_all(machine)
         assert await Snapshot.take(machine) == before
 
