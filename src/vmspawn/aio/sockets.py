@@ -9,19 +9,10 @@ from __future__ import annotations
 import os
 import select
 import socket
-from array import array
-from typing import NamedTuple
+import struct
 
-
-class Credentials(NamedTuple):
-    """The process at the other end, as it was when it connected or listened (unix(7), SO_PEERCRED).
-
-    `pid` is 0 if the process is in another PID namespace.
-    """
-
-    pid: int
-    uid: int
-    gid: int
+#: A `struct ucred` (unix(7), SO_PEERCRED).
+_UCRED = struct.Struct("3I")
 
 
 def listen(address: str, backlog: int) -> socket.socket:
@@ -38,15 +29,18 @@ def listen(address: str, backlog: int) -> socket.socket:
     return listener
 
 
-def credentials(connected: socket.socket) -> Credentials:
-    """Return the credentials of a unix socket's peer. Raises OSError if it is no unix socket."""
-    found = array("I", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 3 * array("I").itemsize))
-    return Credentials(*found)
+def peer_process(connected: socket.socket) -> tuple[int, int]:
+    """Return the process id and the user id of a unix socket's peer, as they were when it connected or listened.
+
+    The process id is 0 if the process is in another PID namespace. Raises OSError for another kind of socket.
+    """
+    pid, uid, _gid = _UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid
 
 
 def is_allowed(connected: socket.socket) -> bool:
     """Whether the peer belonged to root or to our own user: whom we serve, whatever the modes of files let through."""
-    return credentials(connected).uid in (0, os.geteuid())
+    return peer_process(connected)[1] in (0, os.geteuid())
 
 
 def has_hung_up(connected: socket.socket) -> bool:

@@ -9,7 +9,7 @@ import select
 import socket
 from collections.abc import Iterator
 
-from ..aio.sockets import credentials
+from ..aio.sockets import peer_process
 from ..errors import NotConnected
 from ..host.runtime import running_qemu, runtime_root
 
@@ -56,7 +56,7 @@ class Parting:
 @contextlib.contextmanager
 def watching(machine: str, connected: socket.socket) -> Iterator[Parting]:
     """Take note of the processes behind a connection to a machine, before it ends."""
-    manager = _open(credentials(connected).pid)
+    manager = _open(peer_process(connected)[0])
     qemu = _open(running_qemu(os.path.join(runtime_root(), machine)))
     try:
         yield Parting(machine, qemu, manager)

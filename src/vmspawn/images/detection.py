@@ -34,9 +34,7 @@ _SIGNATURES = (
 )
 
 #: A VMDK descriptor is a text. VMware writes the first line; QEMU accepts comments before the version.
-_VMDK_DESCRIPTOR = re.compile(
-    rb"\s*(?:#\s*disk\s+descriptorfile\b|(?:#[^\n]*\n\s*)*version\s*=\s*[0-9])", re.IGNORECASE
-)
+_VMDK_DESCRIPTOR = rb"\s*(?:#\s*disk\s+descriptorfile\b|(?:#[^\n]*\n\s*)*version\s*=\s*[0-9])"
 
 # The footer of a VHD: 512 bytes, 511 before 2004. A sum of its bytes tells it from a disk that ends in these letters.
 _VHD_COOKIE = b"conectix"
@@ -53,7 +51,7 @@ def container_format(read: Read, size: int) -> str | None:
     for name, offset, signature in _SIGNATURES:
         if start.startswith(signature, offset):
             return name
-    if _VMDK_DESCRIPTOR.match(start):
+    if re.match(_VMDK_DESCRIPTOR, start, re.IGNORECASE):
         return "vmdk"
     end = read(max(0, size - _SECTOR), _SECTOR)
     if end.startswith(_DMG_TRAILER):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from ...aio.sockets import credentials
+from ...aio.sockets import peer_process
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Peer:
     @classmethod
     def of(cls, connected: socket.socket) -> Peer:
         """Return the process that connected a socket. Raises OSError if it is no unix socket."""
-        pid, uid, _ = credentials(connected)
+        pid, uid = peer_process(connected)
         try:
             with open(f"/proc/{pid}/comm", errors="replace") as file:
                 comm = file.read().rstrip("\n")
