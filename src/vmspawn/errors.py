@@ -17,18 +17,17 @@ command line (`--machine-type=x`). `with_fields` takes templates for that:
 A value may be another error: it stands for its message in a message, and for its hint in a hint.
 """
 
-from __future__ import annotations
-
-import errno as errno_names
 import os
 import re
 from collections.abc import Callable, Mapping
+from errno import errorcode
 from typing import NamedTuple, Self
 
 #: Spells a field with its value, or by its name alone if the value is None.
 Spelling = Callable[[str, object], str]
 
-_PLACEHOLDER = re.compile(r"\{([a-z_.]+)(?:(=)(?:\{([a-z_]+)\}|([^{}]*)))?\}")
+#: Compiled with the first error; most starts have none.
+_PLACEHOLDER = r"\{([a-z_.]+)(?:(=)(?:\{([a-z_]+)\}|([^{}]*)))?\}"
 
 
 def as_keyword(field: str, value: object = None) -> str:
@@ -55,7 +54,7 @@ class Template(NamedTuple):
             value = self.values[name]
             return value.spelled(spelling)[part] if isinstance(value, VmspawnError) else str(value)
 
-        return _PLACEHOLDER.sub(replace, template)
+        return re.sub(_PLACEHOLDER, replace, template)
 
 
 #: Values in a template that are not strings.
@@ -206,4 +205,4 @@ class SystemFailure(VmspawnError):
     @property
     def errno_name(self) -> str:
         """The symbolic name of the error, such as `ENOENT`."""
-        return errno_names.errorcode.get(self.errno, "EIO")
+        return errorcode.get(self.errno, "EIO")

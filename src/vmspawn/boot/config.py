@@ -4,19 +4,21 @@
 On the start path: imports next to nothing.
 """
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 
 from ..errors import BadConfig, UsageError
 from ..host import machined
+from ..host.machined import Registration
 from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
 from ..storage.admission import check_disk
 from ..storage.disk import DEFAULT_BUS, Disk, check_bus, default_name, with_defaults
 from ..timeouts import SHUTDOWN_TIMEOUT
 from . import credentials, firmware, memory
+from .credentials import Credential
+from .firmware import FirmwareWish
+from .memory import Growth
 from .shares import Share
 
 MACHINE_TYPES = ("q35", "pc", "virt")
@@ -76,13 +78,13 @@ class MachineConfig(NamedTuple):
     qemu: str | None = None
     qemu_arguments: tuple[str, ...] = ()
     shutdown_timeout: float = SHUTDOWN_TIMEOUT
-    registration: machined.Registration = machined.Registration()
-    firmware: firmware.FirmwareWish = firmware.FirmwareWish()
+    registration: Registration = Registration()
+    firmware: FirmwareWish = FirmwareWish()
     more_initrds: tuple[str, ...] = ()
-    ram_growth: memory.Growth | None = None
+    ram_growth: Growth | None = None
     network_user: bool = False
     vendor_strings: tuple[str, ...] = ()
-    credentials: tuple[credentials.Credential, ...] = ()
+    credentials: tuple[Credential, ...] = ()
     directory: str | None = None
     binds: tuple[Share, ...] = ()
     volumes: tuple[Volume, ...] = ()

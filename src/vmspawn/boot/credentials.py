@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Credentials for the guest (systemd.exec(5), CREDENTIALS): named bytes that systemd in it passes on to services."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket
@@ -67,14 +65,14 @@ def _check_name(field: str, name: str) -> str:
 
 
 _SIMPLE = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11, "\\": 92, '"': 34, "'": 39, "s": 32}
-_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|[abfnrtv\\\"'s]|)", re.DOTALL)
+_ESCAPE = r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|[abfnrtv\\\"'s]|)"
 
 
 def unescape(field: str, text: str) -> bytes:
     """Bytes from text with C's escapes, as systemd reads them. Raises UsageError."""
     parts: list[bytes] = []
     position = 0
-    for match in _ESCAPE.finditer(text):
+    for match in re.finditer(_ESCAPE, text, re.DOTALL):
         parts += [os.fsencode(text[position : match.start()]), _character(field, text, match[1])]
         position = match.end()
     return b"".join((*parts, os.fsencode(text[position:])))

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Open, check and place the disks that QEMU starts with; grow the image or put an overlay on it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
 from ..host import storageprovider
@@ -20,10 +18,8 @@ from ..storage.disk import DEFAULT_BUS, Disk
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from .commandline import BootDisk
+from .config import MachineConfig
 from .overlay import Below, grow, overlay
-
-if TYPE_CHECKING:
-    from .config import MachineConfig
 
 
 class _Wanted(NamedTuple):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What firmware, network, shares and SMBIOS strings add to a machine, as values that are joined."""
 
-from __future__ import annotations
-
 import os
 from contextlib import ExitStack
 from typing import NamedTuple

@@ -6,8 +6,6 @@ directories are looked at in the order of their names; one in an earlier directo
 one, and an empty one hides without offering anything.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The guest's memory: its size, how far it can grow, and the backend that other processes can share."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from ..errors import UsageError

@@ -10,7 +10,6 @@ import errno
 import os
 
 from ..errors import StartError, UsageError
-from ..images import qcow2
 from ..storage import backing as backings
 from ..storage.backing import Backing, whole_sectors
 from ..storage.image import FDSET_BASE
@@ -59,6 +58,8 @@ def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to
             path=path,
             format=image_format,
         )
+    from ..images import qcow2
+
     size = qcow2.layout_of(base.fd, path).size if image_format == "qcow2" else whole_sectors(base.size)
     fd = _open_unnamed(folder)
     try:

@@ -5,8 +5,6 @@
 guest, and leaves nothing to undo. `make_plan` opens and starts what QEMU inherits.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -78,7 +76,7 @@ def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[s
     return Kernel(config.linux, config.initrd, ())
 
 
-def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> BuiltinGuest:
+def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> "BuiltinGuest":
     from ..guest import builtin
 
     if guest := builtin.find(architecture):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The QEMU binary: which one, what it can do, and which accelerator the host lets it use."""
 
-from __future__ import annotations
-
 import errno
 import os
 from typing import NamedTuple

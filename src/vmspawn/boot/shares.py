@@ -5,8 +5,6 @@ Each is served by a virtiofsd of its own, which QEMU is connected to from the st
 bound, for it gets a line for its fstab as a credential.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -123,7 +121,7 @@ def check(field: str, path: str) -> None:
         raise StartError.with_fields(template, path=path, reason=error.strerror) from None
 
 
-def _serve(program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory, owned: Owned) -> tuple[int, Helper]:
+def _serve(program: "Virtiofsd", share: Share, tag: str, runtime: MachineDirectory, owned: Owned) -> tuple[int, Helper]:
     """Start a virtiofsd that listens. Returns our connection to it, which is for QEMU, and the process."""
     name = f"virtiofs-{tag}"
     address = runtime.socket_address(name)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A QEMU that runs, with all that its manager needs: what `launch` and `adopt` return."""
 
-from __future__ import annotations
-
 import socket
 from contextlib import ExitStack
 from typing import NamedTuple

@@ -4,8 +4,6 @@
 On the start path, for it is written before QEMU is started: imports next to nothing.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple

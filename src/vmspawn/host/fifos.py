@@ -5,8 +5,6 @@ QEMU writes a serial port's output a byte at a time. A socket keeps each byte ap
 pipe puts them together and takes 64 kB. They have names, so that another manager can open them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -4,8 +4,6 @@
 Nothing here is needed for a machine to work; on a host without systemd nobody misses it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

@@ -4,8 +4,6 @@
 A provider is a Varlink service that hands out descriptors of files and block devices by name.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ QEMU's own choice is not to be relied on: 7.2 takes a second device on an occupi
 slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So every place is chosen and accounted for here.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -4,8 +4,6 @@
 The format is QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from typing import NamedTuple

@@ -8,8 +8,6 @@ place (`take_place`). Only the last takes something, so a refusal before it leav
 On the start path: imports next to nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The open file or block device behind a disk. QEMU opens no path of the user's; it gets these descriptors."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The buses: which QEMU device a disk becomes, and what the guest's udev calls it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from ..hotplug.places import NamespacePlace, Place

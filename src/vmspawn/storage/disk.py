@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A disk: what the user wants attached."""
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 

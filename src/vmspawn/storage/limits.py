@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How much a guest may ask of a disk: I/O limits as QEMU's throttle groups enforce them (docs/throttle.txt)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from ..errors import BadConfig
 
@@ -40,7 +38,7 @@ class Limits(NamedTuple):
         return found
 
     @classmethod
-    def from_qemu(cls, found: Mapping[str, int]) -> Limits:
+    def from_qemu(cls, found: Mapping[str, int]) -> Self:
         """The limits that a throttle group keeps, from its `limits`."""
         values = [int(found[name]) for name in _QEMU_NAMES]
         bursts = (

@@ -10,8 +10,6 @@ put a throttle node in later kills QEMU where the device has an I/O thread. To s
 would need no filter, but QEMU refuses that with an I/O thread, and aborts if the node is the one that it has.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from .disk import Disk
