@@ -17,9 +17,9 @@ _SIZE_MAX = (1 << 63) - 1
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 # "2GB" and "2G" are both common.
-_SIZE = re.compile(r"([0-9]{0,30})(?:\.([0-9]{1,30}))?(?:([KMGTkmgt])[Bb]?|[Bb])?")
-_WHOLE = re.compile(r"-?[0-9]{1,30}")
-_NUMBER = re.compile(r"[0-9]{0,30}(\.[0-9]{0,30})?")
+_SIZE = r"([0-9]{0,30})(?:\.([0-9]{1,30}))?(?:([KMGTkmgt])[Bb]?|[Bb])?"
+_WHOLE = r"-?[0-9]{1,30}"
+_NUMBER = r"[0-9]{0,30}(\.[0-9]{0,30})?"
 
 
 def parse_size(text: str, *, option: str, what: str = "size") -> int:
@@ -27,7 +27,7 @@ def parse_size(text: str, *, option: str, what: str = "size") -> int:
 
     Raises UsageError.
     """
-    found = _SIZE.fullmatch(text)
+    found = re.fullmatch(_SIZE, text)
     if found and (found[1] or found[2]):
         whole, fraction = found[1] or "0", found[2] or ""
         unit = _UNITS[(found[3] or "").upper()]
@@ -39,19 +39,19 @@ def parse_size(text: str, *, option: str, what: str = "size") -> int:
 
 def is_whole(text: str) -> bool:
     """Whether a text is a whole number without a sign."""
-    return _WHOLE.fullmatch(text) is not None and text[0] != "-"
+    return re.fullmatch(_WHOLE, text) is not None and text[0] != "-"
 
 
 def whole_number(text: str) -> int:
     """Parse a whole number, for argparse."""
-    if not _WHOLE.fullmatch(text):
+    if not re.fullmatch(_WHOLE, text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number")
     return int(text)
 
 
 def number(text: str, least: float, most: float, what: str) -> float:
     """Parse a number in these bounds, for argparse; its error says that another text is not `what`."""
-    if _NUMBER.fullmatch(text) and text not in ("", ".") and least <= (value := float(text)) <= most:
+    if re.fullmatch(_NUMBER, text) and text not in ("", ".") and least <= (value := float(text)) <= most:
         return value
     raise argparse.ArgumentTypeError(f"{text} is not {what}")
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options for what the machine boots: the built-in guest, an image or a kernel."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from typing import TypedDict

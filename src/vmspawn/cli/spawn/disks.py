@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options for the disks that are attached from boot, and for those that can be attached later."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from typing import TypedDict

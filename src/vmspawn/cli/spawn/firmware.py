@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options for the firmware, its features and its variables."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from typing import TypedDict

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options for the machine as a whole, and for vmspawn's own messages."""
 
-from __future__ import annotations
-
 import argparse
 from typing import TypedDict
 

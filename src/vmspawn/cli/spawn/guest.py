@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options for what the guest is given: credentials, SMBIOS strings, a network."""
 
-from __future__ import annotations
-
 import argparse
 from typing import TypedDict
 

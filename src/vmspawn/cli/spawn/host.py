@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options for registration with systemd-machined, and for the unit that QEMU runs in."""
 
-from __future__ import annotations
-
 import argparse
 from typing import TypedDict
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options for the virtual hardware and the QEMU that emulates it."""
 
-from __future__ import annotations
-
 import argparse
 from typing import TypedDict
 

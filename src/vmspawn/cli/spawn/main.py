@@ -16,12 +16,10 @@ from typing import NoReturn
 from ... import log
 from ...boot import config as configuration
 from ...boot.config import MachineConfig
-from ...console.hotkeys import HELP
 from ...console.messages import Messages
 from ...console.terminal import Terminal
 from ...host.runtime import check_name
 from ...host.spawn import END_SIGNALS
-from ...images import named_images
 from .. import entrypoint
 from ..entrypoint import EXIT_FAILURE
 from ..parser import Parser
@@ -95,6 +93,8 @@ def configure(options: argparse.Namespace) -> MachineConfig:
     )
     boots = config.image or config.directory or config.linux or config.guest
     if not boots and config.name is not None:
+        from ...images import named_images
+
         config = config._replace(**named_images.find(check_name(config.name)))
     return configuration.check(config)
 
@@ -129,6 +129,8 @@ def run(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages, detail: Callable[[str], None]) -> int:
     if config.console == "interactive" and os.isatty(_STDIN):
+        from ...console.hotkeys import HELP
+
         messages.notice(HELP)
     # Where SIGCHLD is ignored, nobody would learn how QEMU ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

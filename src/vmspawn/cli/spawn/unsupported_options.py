@@ -5,8 +5,6 @@ A value that disables the feature is accepted; one that demands it is refused, s
 the feature. The help leaves these options out; vmspawn(1) lists them.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
