@@ -7,13 +7,16 @@ import asyncio
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-from ..console.interactive import Interactive
 from ..console.messages import Messages
 from ..console.viewers import OutputViewer, output_failed
 from ..machine.running import Running
-from .keys import Keys
 from .shutdown import Shutdown
+
+if TYPE_CHECKING:
+    from ..console.interactive import Interactive
+    from .keys import Keys
 
 _STDIN, _STDOUT = 0, 1
 
@@ -38,6 +41,10 @@ class Front:
         """Show the console."""
         kind = self._machine.config.console
         if kind == "interactive":
+            # Most managers have no terminal, and stay smaller without these.
+            from ..console.interactive import Interactive
+            from .keys import Keys
+
             self._keys = Keys(self._machine, self._shutdown, self._messages.report)
             self._interactive = Interactive(
                 self._machine.console,

@@ -18,7 +18,6 @@ from ..machine.running import Running, run
 from .front import Front
 from .heartbeat import Heartbeat
 from .registration import Registered
-from .report import write_report
 from .shutdown import Shutdown
 from .signals import Signals, run_unless_ended
 
@@ -75,6 +74,8 @@ async def _leave(machine: Running, error: Exception) -> ManagerFailed:
 def _fault(name: str, error: Exception, machine: Running | None = None, *, runs_on: bool) -> ManagerFailed:
     """Report a fault of ours, and explain what becomes of the machine."""
     what = f"the manager failed: {type(error).__name__}: {error}".splitlines()[0]
+    from .report import write_report
+
     report = write_report(name, what, machine, error)
     becomes = f"the machine runs on, take it over with: vmctl adopt {name}" if runs_on else "the machine was ended"
     return ManagerFailed(f"{what}; {becomes}", hint=f"please report it, with {report}" if report else "")
@@ -127,6 +128,12 @@ class _Supervision:
         if self._machine.config.console != "native":
             await first_of(self._machine.console.ended, timeout=_FLUSH_TIMEOUT)
         await server.finish(timeout=_FAREWELL_TIMEOUT)
-        if end.reason in _UNEXPECTED and (path := write_report(self._machine.name, end.message, self._machine)):
-            self._messages.notice(f"a report is in {path}")
+        if end.reason in _UNEXPECTED:
+            self._report(end)
         return end
+
+    def _report(self, end: End) -> None:
+        from .report import write_report
+
+        if path := write_report(self._machine.name, end.message, self._machine):
+            self._messages.notice(f"a report is in {path}")
