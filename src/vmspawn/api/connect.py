@@ -15,13 +15,13 @@ from ..errors import NotConnected
 from ..machine.ending import MACHINE_ENDED, End
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
-from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import NO_LIMITS, Limits
 from ..timeouts import DETACH_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 from .control import Qmp
+from .images import open_image
 
 _INSTANCE = "io.systemd.MachineInstance"
 _MACHINE = "io.vmspawn.Machine"
@@ -61,7 +61,7 @@ class ConnectedMachine:
         """Call a method; the image at `path`, if there is one, is opened and passed along."""
         if path is None:
             return (await calls.call(self._name, method, parameters, timeout=timeout)).parameters
-        backing = backings.open_disk(path, read_only=read_only)
+        backing = await open_image(path, read_only=read_only)
         image = {"fileDescriptorIndex": 0, "path": _absolute(path), **(parameters or {})}
         try:
             return (await calls.call(self._name, method, image, fds=(backing.fd,), timeout=timeout)).parameters

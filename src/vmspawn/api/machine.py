@@ -11,13 +11,13 @@ from ..boot.config import MachineConfig, check
 from ..errors import NotConnected
 from ..machine.ending import End, MachineEvents
 from ..machine.running import Running
-from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import Limits
 from ..timeouts import DETACH_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .control import Qmp
+from .images import open_image
 from .launching import start
 from .options import MachineOptions, check_names
 
@@ -124,7 +124,7 @@ class Machine:
         backing = None
         if disk.path:
             read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
-            backing = backings.open_disk(disk.path, read_only=read_only)
+            backing = await open_image(disk.path, read_only=read_only)
         return describe(await storage.attach(named, backing))
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
@@ -143,7 +143,7 @@ class Machine:
         """
         storage = self._running.storage
         read_only = any(each.name == name and each.read_only for each in storage)
-        backing = backings.open_disk(path, read_only=read_only)
+        backing = await open_image(path, read_only=read_only)
         return await storage.changes.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
 
     async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
@@ -159,7 +159,7 @@ class Machine:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
         holds the tray locked; `force` opens it all the same."""
         storage = self._running.storage
-        backing = backings.open_disk(path, read_only=True)
+        backing = await open_image(path, read_only=True)
         await storage.changes.insert_media(name, backing, format=format, path=_absolute(path), force=force)
 
     async def eject_media(self, name: str, *, force: bool = False) -> None:
