@@ -13,6 +13,7 @@ from typing import Any
 from tests.machines import Machine, idle_machine
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.host.runtime import CONTROL
+from vmspawn.inside.inside import Inside
 
 INSTANCE = "io.systemd.MachineInstance"
 DEADLINE = 20.0
@@ -75,6 +76,6 @@ async def in_thread(work: Any, *arguments: Any) -> Any:
 async def served_machine(qemu: str, folder: Path, **options: Any) -> AsyncIterator[Machine]:
     """A machine whose guest is its firmware, with its control socket."""
     async with idle_machine(qemu, folder, **options) as running:
-        server = ControlServer(running.directory, build_registry(running.inner))
+        server = ControlServer(running.directory, build_registry(running.inner, Inside(running.inner)))
         yield running
         server.close()

@@ -24,6 +24,7 @@ from vmspawn.images import qcow2
 from vmspawn.images.detection import container_format
 from vmspawn.images.other_files import READERS, other_files
 from vmspawn.images.partitions import root_argument
+from vmspawn.inside.inside import Inside
 from vmspawn.machine.running import Running
 from vmspawn.qmp.syntax import envelope
 from vmspawn.qmp.syntax.dialect import dialect_of
@@ -230,7 +231,7 @@ def agent(data: bytes) -> None:
 
 
 # No method is called, so that there need not be a machine.
-_REGISTRY = build_registry(cast(Running, None))
+_REGISTRY = build_registry(cast(Running, None), Inside(cast(Running, None)))
 
 #: By name, each with inputs to begin with.
 TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {

@@ -18,6 +18,7 @@ from tests.shell import Shell
 from vmspawn import Disk
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import BadConfig
+from vmspawn.inside.inside import Inside
 from vmspawn.machine.ending import MachineEvents
 from vmspawn.storage import nodes
 from vmspawn.storage.attached_disk import AttachedDisk
@@ -31,7 +32,7 @@ DEADLINE = 30.0
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str) -> AsyncIterator[tuple[Machine, Shell]]:
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
-        server = ControlServer(machine.directory, build_registry(machine.inner))
+        server = ControlServer(machine.directory, build_registry(machine.inner, Inside(machine.inner)))
         shell = await Shell.open(machine)
         yield machine, shell
         shell.close()

@@ -28,6 +28,7 @@ from vmspawn.control.connection import DESCRIPTORS_MAX, MESSAGE_MAX
 from vmspawn.control.server import CONNECTIONS_MAX, ControlServer, build_registry
 from vmspawn.host import runtime
 from vmspawn.host.limits import DESCRIPTORS, allow_descriptors
+from vmspawn.inside.inside import Inside
 from vmspawn.qmp import limits
 from vmspawn.qmp.share.session import Session
 
@@ -48,7 +49,7 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
     """A machine whose control socket is served, and that keeps a transcript in `qmp.log`."""
     folder = tmp_path_factory.mktemp("idle")
     async with idle_machine(qemu, folder, qmp_log=str(folder / "qmp.log")) as running:
-        server = ControlServer(running.directory, build_registry(running.inner))
+        server = ControlServer(running.directory, build_registry(running.inner, Inside(running.inner)))
         yield running
         server.close()
 

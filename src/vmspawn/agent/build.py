@@ -54,6 +54,9 @@ def build(architecture: str, folder: Path | None = None) -> Path:
         raise StartError(
             f"there is no agent for {architecture}", hint=f"There is one for {' and '.join(sorted(MACHINES))}."
         )
+    packaged = _FOLDER / f"agent-{architecture}"
+    if folder is None and packaged.exists():
+        return packaged
     folder = folder or cache_directory()
     path = folder / f"agent-{architecture}-{fingerprint()}"
     if not path.exists():

@@ -56,6 +56,7 @@ class MachineOptions(TypedDict, total=False):
     volumes: tuple[Volume, ...]
     ephemeral: bool
     grow_image: int | None
+    agent: bool
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -126,10 +126,11 @@ class Plan(NamedTuple):
 
 class Inherited(NamedTuple):
     """The numbers of QEMU's own descriptors: the monitors' listening sockets by name; the console's size port, or -1;
-    the console's log, or -1."""
+    the agent's port, or -1; the console's log, or -1."""
 
     monitors: Mapping[str, int]
     size: int
+    agent: int
     log: int
 
 
@@ -144,7 +145,7 @@ def command_line(plan: Plan, inherited: Inherited) -> list[str]:
         *_monitors(plan.binary, inherited.monitors),
         *_controllers(config, plan.layout),
         *plan.extras.arguments,
-        *console.devices(config, inherited.size, inherited.log),
+        *console.devices(config, inherited.size, inherited.agent, inherited.log),
         *_disks(plan.disks),
         *_kernel(plan.kernel),
         *config.qemu_arguments,

@@ -90,6 +90,7 @@ class MachineConfig(NamedTuple):
     volumes: tuple[Volume, ...] = ()
     ephemeral: bool = False
     grow_image: int | None = None
+    agent: bool = True
 
     @property
     def ram_bytes(self) -> int:

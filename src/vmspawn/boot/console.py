@@ -20,6 +20,21 @@ CHARDEV = "console"
 SIZE_PORT = "io.vmspawn.console-size"
 SIZE_PORT_ID = "console-size"
 
+#: The virtio-serial controller, and the numbers of its ports: those that are there from boot, and those that are
+#: plugged in for commands in the guest. A command has four, and there is room for 34: 32 run at once, one is plugged in
+#: ahead, one is being removed.
+CONTROLLER = "serial"
+_CONSOLE_NUMBER, _SIZE_NUMBER, _AGENT_NUMBER = 0, 1, 2
+COMMAND_NUMBERS = range(3, 3 + 34 * 4)
+
+#: The port for messages to the agent: its name in the guest, and QEMU's id for it.
+AGENT_PORT = "io.vmspawn.agent"
+AGENT_PORT_ID = "agent"
+
+#: Interrupt vectors of a controller with many ports: one for changes of the configuration, and one for all queues. With
+#: one for each queue, as is QEMU's default, a guest runs out of vectors.
+_VECTORS = 2
+
 _SERIAL_PORTS = {"q35": "ttyS0", "pc": "ttyS0", "virt": "ttyAMA0"}
 _DISPLAYS = {"q35": "virtio-vga", "pc": "virtio-vga", "virt": "virtio-gpu-pci"}
 
@@ -45,31 +60,46 @@ def tty(config: MachineConfig) -> str:
     return "hvc0" if config.console_transport == "virtio" else _SERIAL_PORTS[config.machine_type]
 
 
-def devices(config: MachineConfig, size_socket: int, log: int) -> Iterable[str]:
+def devices(config: MachineConfig, size_socket: int, agent_socket: int, log: int) -> Iterable[str]:
     """QEMU's arguments for the console, the display and what belongs to them.
 
-    The console is QEMU's standard input and output. `size_socket` is the listening socket for the size port, or -1, and
-    `log` what QEMU logs the console to, or -1.
+    The console is QEMU's standard input and output. `size_socket` and `agent_socket` are the listening sockets for
+    these ports, or -1, and `log` what QEMU logs the console to, or -1.
     """
     if is_shared(config):
         yield from ("-chardev", f"stdio,id={CHARDEV},signal=off{_logged(log)}")
     else:
         yield from ("-chardev", f"stdio,id={CHARDEV},mux=on,signal=off")
         yield from ("-mon", f"chardev={CHARDEV},mode=readline")
-    if config.console_transport == "virtio" or has_size_port(config):
-        yield from _device(config, "virtio-serial-pci", id="serial", max_ports=2)
+    if config.agent:
+        ports = {"max_ports": COMMAND_NUMBERS.stop, "vectors": _VECTORS}
+        yield from _device(config, "virtio-serial-pci", id=CONTROLLER, **ports)
+    elif config.console_transport == "virtio" or has_size_port(config):
+        yield from _device(config, "virtio-serial-pci", id=CONTROLLER, max_ports=2)
     if config.console_transport == "virtio":
-        yield from _json_device({"driver": "virtconsole", "chardev": CHARDEV, "bus": "serial.0", "nr": 0})
+        yield from _json_device({"driver": "virtconsole", "chardev": CHARDEV, **_port(_CONSOLE_NUMBER)})
     else:
         yield from ("-serial", f"chardev:{CHARDEV}")
     if has_size_port(config):
-        yield from ("-chardev", f"socket,id=size,fd={size_socket},server=on,wait=off")
-        port = {"driver": "virtserialport", "id": SIZE_PORT_ID, "name": SIZE_PORT}
-        yield from _json_device({**port, "chardev": "size", "bus": "serial.0", "nr": 1})
+        yield from _socket_port("size", size_socket, SIZE_PORT_ID, SIZE_PORT, _SIZE_NUMBER)
+    if config.agent:
+        yield from _socket_port("agent", agent_socket, AGENT_PORT_ID, AGENT_PORT, _AGENT_NUMBER)
     yield from _device(config, "pvpanic-pci")
     if config.machine_type not in _WITH_KEYBOARD:
         yield from _device(config, "virtio-keyboard-pci")
     yield from _display(config)
+
+
+def _socket_port(chardev: str, listener: int, device: str, name: str, number: int) -> Iterable[str]:
+    """A port of the guest that ends at a listening socket."""
+    yield from ("-chardev", f"socket,id={chardev},fd={listener},server=on,wait=off")
+    yield from _json_device(
+        {"driver": "virtserialport", "id": device, "name": name, "chardev": chardev, **_port(number)}
+    )
+
+
+def _port(number: int) -> dict[str, object]:
+    return {"bus": f"{CONTROLLER}.0", "nr": number}
 
 
 def _logged(log: int) -> str:

@@ -113,7 +113,9 @@ def open_transcript(path: str | None, undo: ExitStack) -> Descriptor | None:
 def _start(plan: Plan, directory: MachineDirectory, transcript: Descriptor | None, owned: Owned) -> Started:
     config = plan.config
     # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
-    names = [*runtime.MONITORS, *([runtime.QEMU_SIZE] if console.has_size_port(config) else ())]
+    names = [*runtime.MONITORS]
+    names += [runtime.QEMU_SIZE] if console.has_size_port(config) else []
+    names += [runtime.QEMU_AGENT] if config.agent else []
     listeners = {
         name: owned.lent.enter_context(listen(directory.socket_address(name), _BACKLOG)).fileno() for name in names
     }
@@ -147,7 +149,8 @@ def _spawn(
     """Start QEMU. Returns its process id, and our end of the console if that is shared."""
     config = plan.config
     monitors = {name: listeners[name] for name in runtime.MONITORS}
-    inherited = Inherited(monitors, listeners.get(runtime.QEMU_SIZE, -1), log.fd if log is not None else -1)
+    size, agent = (listeners.get(name, -1) for name in (runtime.QEMU_SIZE, runtime.QEMU_AGENT))
+    inherited = Inherited(monitors, size, agent, log.fd if log is not None else -1)
     arguments = [*scope.prefix(config.registration, config.name or ""), *command_line(plan, inherited)]
     log_to.debug(f"runs {' '.join(arguments)}")
     keep = [*listeners.values(), *(fd for each in plan.disks for fd in each.descriptors), *plan.extras.descriptors]

@@ -44,6 +44,9 @@ class Parser(argparse.ArgumentParser):
     #: Behind this many positional arguments, all is an argument; None if options never end by themselves.
     options_end_after: int | None = None
 
+    #: The exit status for a mistake.
+    exit_usage = EXIT_USAGE
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": Formatter, **settings})
         if "-h" in self._option_string_actions:
@@ -143,7 +146,7 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse(self, message: str, hint: str) -> NoReturn:
         complain(self.prog, UsageError(message, hint=hint))
-        sys.exit(EXIT_USAGE)
+        sys.exit(self.exit_usage)
 
     def format_help(self) -> str:
         """Return the help: verbs under their headings, without hidden groups."""

@@ -14,14 +14,16 @@ from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..errors import BadConfig, EventsLost, NotConnected
+from ..inside.inside import Inside
 from ..machine.recent_events import Entry
 from ..machine.running import Running
 from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.backing import Backing
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk
-from ..timeouts import DETACH_TIMEOUT
+from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT
 from . import errors, qmp
+from .progress import Progress
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
 from .upgrade import Taker, upgradable
 
@@ -203,8 +205,9 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     errors = errors.VMSPAWN_ERRORS
 
-    def __init__(self, machine: Running) -> None:
+    def __init__(self, machine: Running, inside: Inside) -> None:
         self._machine = machine
+        self._inside = inside
 
     @varlinkmethod
     def Describe(self) -> _MachineDescription:
@@ -371,3 +374,51 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     def ListSessions(self) -> list[qmp.Session]:
         """The QMP clients that are connected, the oldest first."""
         return [qmp.describe(each) for each in self._machine.sessions]
+
+    @varlinkmethod(delay_generator=False)
+    async def Execute(
+        self,
+        *,
+        arguments: list[str] | None = None,
+        environment: list[str] | None = None,
+        directory: str | None = None,
+        user: str | None = None,
+        stdin: bool | None = None,
+        rows: int | None = None,
+        columns: int | None = None,
+        base64: bool | None = None,
+        timeoutUSec: int | None = None,
+    ) -> AsyncIterator[Progress]:
+        """Run a command in the guest, or the user's login shell, and hand its streams to the client.
+
+        With `rows` and `columns` it has a terminal. `environment` has NAME=VALUE. `base64` encodes all strings.
+        The end of the connection ends the command.
+        """
+        from . import execute
+
+        command = execute.wanted(
+            arguments or [],
+            environment=environment or [],
+            directory=directory,
+            user=user,
+            stdin=stdin is not False,
+            rows=rows,
+            columns=columns,
+            encoded=bool(base64),
+        )
+        timeout = COMMAND_START_TIMEOUT if timeoutUSec is None else timeoutUSec / _MICROSECONDS
+        async for progress in execute.execute(self._inside.commands, command, timeout):
+            yield progress
+
+    @varlinkmethod
+    def ResizeTerminal(self, *, id: str, rows: int, columns: int) -> None:
+        """Set the size of a command's terminal."""
+        for name, value in (("rows", rows), ("columns", columns)):
+            if not 0 <= value < 1 << 16:
+                raise InvalidParameter(parameter=name)
+        self._inside.commands.resize(id, rows, columns)
+
+    @varlinkmethod
+    def SignalCommand(self, *, id: str, signal: int) -> None:
+        """Send a signal to a command's process group."""
+        self._inside.commands.signal(id, signal)

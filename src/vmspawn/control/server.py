@@ -11,6 +11,7 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from ..aio.sockets import is_allowed, listen
 from ..host.runtime import CONTROL, MachineDirectory
+from ..inside.inside import Inside
 from ..machine.running import Running
 from ..version import VERSION
 from .connection import Connection
@@ -29,14 +30,14 @@ _ACCEPT_BATCH = 32
 _ACCEPT_PAUSE = 0.5
 
 
-def build_registry(machine: Running) -> VarlinkInterfaceRegistry:
+def build_registry(machine: Running, inside: Inside) -> VarlinkInterfaceRegistry:
     """The interfaces that a machine's control socket serves."""
     registry = VarlinkInterfaceRegistry()
     registry.register_interface(VarlinkServiceInterface("vmspawn", "vmspawn", VERSION, "", registry, comments=True))
     registry.register_interface(MachineInstance(machine))
     registry.register_interface(VirtualMachineInstance())
     registry.register_interface(QemuMachineInstance(machine))
-    registry.register_interface(Machine(machine))
+    registry.register_interface(Machine(machine, inside))
     return registry
 
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import GuestError
+from ..agent import build as agents
+from ..errors import GuestError, StartError
 from . import builtin
 from .builtin import BuiltinGuest
 from .busybox import find_busybox
@@ -70,6 +71,10 @@ def build(architecture: str = "x86_64", progress: Callable[[str], None] = lambda
 
 def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> BuiltinGuest:
     cache.mkdir(parents=True, exist_ok=True)
+    agent = _agent(architecture, progress)
+    name = builtin.name(architecture, agent=agent is not None)
+    if agent is None and (guest := builtin.guest_in(str(cache / name), architecture)):
+        return guest
     with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=cache) as scratch:
         fetcher = Fetcher(architecture, Path(scratch), progress)
         kernel = find_kernel(architecture, fetcher, progress)
@@ -79,15 +84,24 @@ def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> B
         progress("Writing the initramfs")
         shutil.copyfile(kernel.image, new / "kernel")
         with open(new / "initrd", "wb") as file:
-            write_initramfs(Initramfs(file), kernel, busybox)
+            write_initramfs(Initramfs(file), kernel, busybox, agent)
         for name in ("kernel", "initrd"):
             _sync(new / name)
-        guest = _publish(new, cache / f"{architecture}-{builtin.fingerprint()}", architecture)
+        guest = _publish(new, cache / name, architecture)
     _remove_old(cache, guest, architecture)
     return guest
 
 
-def write_initramfs(archive: Initramfs, kernel: Kernel, busybox: bytes) -> None:
+def _agent(architecture: str, progress: Callable[[str], None]) -> bytes | None:
+    """The agent; None if it cannot be compiled, which leaves a guest in which no commands can be run."""
+    try:
+        return agents.build(architecture).read_bytes()
+    except StartError as error:
+        progress(f"The guest has no agent, so no commands can be run in it: {error}. {error.hint}")
+        return None
+
+
+def write_initramfs(archive: Initramfs, kernel: Kernel, busybox: bytes, agent: bytes | None = None) -> None:
     """Write all that the guest consists of beside its kernel."""
     for directory in _DIRECTORIES:
         archive.add_directory(directory)
@@ -95,6 +109,8 @@ def write_initramfs(archive: Initramfs, kernel: Kernel, busybox: bytes) -> None:
     archive.add_character_device("dev/console", 5, 1)
     archive.add_file("bin/busybox", busybox, executable=True)
     archive.add_link("bin/sh", "busybox")
+    if agent is not None:
+        archive.add_file("lib/vmspawn/agent", agent, executable=True)
     for name in builtin.FILES:
         content = Path(builtin.ROOTFS, name).read_bytes()
         archive.add_file(name, content, executable=content.startswith(b"#!"))

@@ -11,7 +11,7 @@ import os
 from .. import cache
 
 #: Goes up whenever the same files below `rootfs` would make another guest.
-FORMAT = 1
+FORMAT = 2
 
 #: What the initramfs takes from this package as it is, by its path below `rootfs` and in the guest alike.
 ROOTFS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rootfs")
@@ -29,6 +29,10 @@ FILES = (
     "lib/vmspawn/functions",
     "lib/vmspawn/window",
 )
+
+#: The sources of the agent, which the initramfs takes compiled.
+_AGENT = os.path.join(os.path.dirname(os.path.dirname(ROOTFS)), "agent")
+_AGENT_FILES = ("agent.c", "kernel.h")
 
 #: Kernel arguments. Under TCG the self-tests of the kernel's ciphers take 0.4 s, patching its locks for a single CPU
 #: 0.2 s and page tables apart from the kernel's 0.2 s; on a busy host the check of the timer may fail and panic.
@@ -66,8 +70,12 @@ class BuiltinGuest(tuple[str, str, tuple[str, ...]]):
 
 def find(architecture: str = "x86_64") -> BuiltinGuest | None:
     """Look for a guest that is ready in the cache; None if it has yet to be built."""
-    directory = os.path.join(cache_directory(), f"{architecture}-{fingerprint()}")
-    return guest_in(directory, architecture)
+    return guest_in(os.path.join(cache_directory(), name(architecture)), architecture)
+
+
+def name(architecture: str, *, agent: bool = True) -> str:
+    """The name of a guest's directory in the cache. Without a compiler, there is a guest without the agent."""
+    return f"{architecture}-{fingerprint()}{'' if agent else '-no-agent'}"
 
 
 def guest_in(directory: str, architecture: str) -> BuiltinGuest | None:
@@ -89,7 +97,8 @@ def fingerprint() -> str:
     The remainder by a prime tells files apart well enough, and hashlib would take longer to import than all this.
     """
     value = FORMAT
-    for name in FILES:
-        with open(os.path.join(ROOTFS, name), "rb") as file:
+    paths = [os.path.join(ROOTFS, name) for name in FILES] + [os.path.join(_AGENT, name) for name in _AGENT_FILES]
+    for path in paths:
+        with open(path, "rb") as file:
             value = int.from_bytes(b"%x %b" % (value, file.read()), "big") % _PRIME
     return f"{value:016x}"

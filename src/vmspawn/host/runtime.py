@@ -29,6 +29,7 @@ CONSOLE = "console"
 QEMU_INPUT = "qemu-input"
 QEMU_OUTPUT = "qemu-output"
 QEMU_SIZE = "qemu-console-size"
+QEMU_AGENT = "qemu-agent"
 STATE = "state.json"
 LOG = "qemu.log"
 #: What a manager in the background says.
@@ -40,6 +41,7 @@ FILES = (
     QEMU_INPUT,
     QEMU_OUTPUT,
     QEMU_SIZE,
+    QEMU_AGENT,
     STATE,
     STATE + ".new",
     LOG,

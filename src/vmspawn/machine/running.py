@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..aio.tasks import Tasks
 from ..aio.waiting import first_of
@@ -96,7 +96,8 @@ class Running:
             self._sessions = Sessions(
                 started.monitors, self._origin.sessions, self._journal, self._transcript, pid=started.pid
             )
-            self._hotplug = Hotplug(self.monitor, self._run_state, self._journal)
+            #: What is plugged into the machine.
+            self.hotplug = Hotplug(self.monitor, self._run_state, self._journal)
             #: The machine's disks.
             self.storage = self._open_storage()
             self._watch = Watch(started.helpers)
@@ -113,7 +114,7 @@ class Running:
     def _open_storage(self) -> Storage:
         origin = self._origin
         try:
-            return Storage(self._hotplug, self._started.layout, boot_disks=origin.boot_disks, saved=origin.attachments)
+            return Storage(self.hotplug, self._started.layout, boot_disks=origin.boot_disks, saved=origin.attachments)
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(self.directory, error) from None
 
@@ -186,7 +187,7 @@ class Running:
         if self._console is not None:
             self._console.close()
         self.window.close()
-        self._hotplug.close()
+        self.hotplug.close()
         self.monitor.close("the machine ended")
         await self._sessions.close()
         if self._transcript is not None:
@@ -223,6 +224,11 @@ class Running:
     def pid(self) -> int:
         """QEMU's process id."""
         return self._process.pid
+
+    @property
+    def attachments(self) -> Mapping[str, Mapping[str, Any]]:
+        """The sections of another manager's journal, by the kind of attachment."""
+        return self._origin.attachments
 
     @property
     def uptime(self) -> float:

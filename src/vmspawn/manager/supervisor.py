@@ -13,6 +13,7 @@ from ..control.server import ControlServer, build_registry
 from ..errors import ManagerFailed, StartError, VmspawnError
 from ..host.limits import allow_descriptors
 from ..host.notify import Notifier
+from ..inside.inside import Inside
 from ..machine.ending import End
 from ..machine.running import Running, run
 from .front import Front
@@ -96,12 +97,15 @@ class _Supervision:
         """Serve the machine until it has ended. Raises StartError, OSError."""
         machine, messages, closing = self._machine, self._messages, self._closing
         Signals(self._shutdown, self._front).listen()
+        inside = Inside(machine)
+        await inside.settle()
         heartbeat = Heartbeat(self._notifier)
         closing.callback(heartbeat.end)
-        server = ControlServer(machine.directory, build_registry(machine), on_failed=machine.failed)
+        server = ControlServer(machine.directory, build_registry(machine, inside), on_failed=machine.failed)
         # After the machine's end: a client that waits for the end of its connection finds nothing left of the machine.
         closing.callback(server.close)
         closing.push_async_callback(machine.end)
+        closing.callback(inside.close)
         registered = Registered(machine, messages.notice)
         closing.push_async_callback(registered.end)
         closing.callback(self._front.close)

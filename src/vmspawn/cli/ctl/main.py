@@ -12,7 +12,7 @@ from typing import NoReturn
 from ...version import VERSION
 from ..entrypoint import run
 from ..parser import Parser
-from . import adopt, console, disk_list, disks, events, install_extras, machines, media, names, qmp, volumes
+from . import adopt, console, disk_list, disks, events, exec, install_extras, machines, media, names, qmp, volumes
 from .verbs import PROGRAM, Verbs, add_common_options
 
 
@@ -29,6 +29,7 @@ def build_parser() -> Parser:
     parser.end_options_here()
     for title, groups in (
         ("Machines", (machines, adopt, events)),
+        ("Guest", (exec,)),
         ("Console", (console,)),
         ("Disks", (disk_list, disks, media, volumes)),
         ("QMP", (qmp,)),

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Run one command in a guest on this process's standard streams, for `vmctl exec` and `vmctl shell`.
+
+The streams are sockets that end in QEMU. A thread for each moves its bytes, so that one that waits holds up no other.
+The main thread follows what becomes of the command.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
+
+from ...console.hotkeys import Hotkeys, Key
+from ...console.terminal import Screen, Terminal, window_size
+from ...control.client import Client
+from ...errors import NotConnected, Timeout, VmspawnError
+from ..disconnect import watching
+from .replies import MACHINE
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+
+#: Exit statuses, as timeout(1) and docker(1) have them: the time limit has passed; whatever is not the command's.
+EXIT_TIME_LIMIT = 124
+EXIT_FAILURE = 125
+
+_PIECE = 256 * 1024
+
+#: Seconds that the manager's answer may take beyond the deadline for the agent's.
+_GRACE = 15.0
+
+#: Seconds without a byte after which output that the guest has announced is not waited for.
+_OUTPUT_TIMEOUT = 10.0
+
+#: Seconds for the call that reports the window's size.
+_RESIZE_TIMEOUT = 5.0
+
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Wish(NamedTuple):
+    """A command to run. Without arguments it is the user's login shell."""
+
+    machine: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    directory: str | None
+    user: str | None
+    stdin: bool
+    terminal: bool
+    #: Seconds for the command to start, and for it to end.
+    timeout: float
+    time_limit: float | None
+
+
+def run(wish: Wish) -> int:
+    """Run a command to its end; returns its exit status as a shell has it. Raises VmspawnError.
+
+    A signal that ends this process ends the command.
+    """
+    with contextlib.ExitStack() as stack:
+        size = _size() if wish.terminal else None
+        client = stack.enter_context(Client(wish.machine, timeout=wish.timeout + _GRACE))
+        parting = stack.enter_context(watching(wish.machine, client.connection))
+        client.subscribe(f"{MACHINE}.Execute", _parameters(wish, size))
+        try:
+            reply = _next(client, wish.timeout + _GRACE)
+            if reply["state"] != "started":
+                return _failed(reply)
+            command = _Command(wish, client, reply)
+            with command.lent_terminal(), command.signals():
+                return command.run()
+        except NotConnected:
+            parting.check()
+            raise
+
+
+def _parameters(wish: Wish, size: tuple[int, int] | None) -> dict[str, Any]:
+    return {
+        "arguments": [_encode(each) for each in wish.arguments],
+        "environment": [_encode(f"{name}={value}") for name, value in wish.environment.items()],
+        "directory": None if wish.directory is None else _encode(wish.directory),
+        "user": None if wish.user is None else _encode(wish.user),
+        "stdin": wish.stdin,
+        "rows": None if size is None else size[0],
+        "columns": None if size is None else size[1],
+        "base64": True,
+        "timeoutUSec": int(wish.timeout * 1_000_000),
+    }
+
+
+def _encode(text: str) -> str:
+    return base64.b64encode(os.fsencode(text)).decode()
+
+
+def _size() -> tuple[int, int]:
+    sizes = [window_size(fd) for fd in (STDOUT, STDIN)]
+    return next((size for size in sizes if all(size)), (24, 80))
+
+
+def _next(client: Client, seconds: float) -> dict[str, Any]:
+    reply = client.next_reply(seconds)
+    if reply is None:
+        raise Timeout(f"{client.service} did not answer within {seconds:g} s")
+    return reply
+
+
+def _failed(reply: Mapping[str, Any]) -> int:
+    """Report that a command could not be started."""
+    print(f"vmctl: cannot run the command: {reply['message']}", file=sys.stderr)
+    return int(reply["status"])
+
+
+class _Output:
+    """Moves a command's output to a descriptor of ours, in a thread of its own."""
+
+    def __init__(self, source: socket.socket, target: int, changed: threading.Condition, screen: Screen | None) -> None:
+        self._source = source
+        self._target = target
+        self._changed = changed
+        self._screen = screen
+        #: Bytes that were written, and whether no more will be.
+        self.total = 0
+        self.is_done = False
+        #: Whether it waits for the guest, and not for whoever reads our output.
+        self.is_waiting = True
+        threading.Thread(target=self._move, daemon=True).start()
+
+    def _move(self) -> None:
+        buffer = bytearray(_PIECE)
+        view = memoryview(buffer)
+        # The command gets SIGPIPE when it writes once more.
+        with contextlib.suppress(OSError), self._source:
+            while count := self._source.recv_into(buffer):
+                self.is_waiting = False
+                self._write(view[:count])
+                with self._changed:
+                    self.total += count
+                    self.is_waiting = True
+                    self._changed.notify()
+        with self._changed:
+            self.is_done = True
+            self._changed.notify()
+
+    def _write(self, data: memoryview) -> None:
+        if self._screen is not None:
+            self._screen.show(bytes(data))
+        while data:
+            data = data[os.write(self._target, data) :]
+
+    def has(self, count: int) -> bool:
+        """Whether so many bytes were written, or no more will be."""
+        return self.is_done or self.total >= count
+
+
+class _Input:
+    """Moves our input to a command, in a thread of its own. Three times ^] on a terminal ends it."""
+
+    def __init__(self, target: socket.socket, on_leave: Callable[[], None] | None) -> None:
+        self._target = target
+        self._on_leave = on_leave
+        self._hotkeys = Hotkeys() if on_leave is not None else None
+        threading.Thread(target=self._move, daemon=True).start()
+
+    def _move(self) -> None:
+        # A command that reads no more closes its input; what follows is not for anybody.
+        with contextlib.suppress(OSError):
+            while data := self._read():
+                self._target.sendall(data)
+            if self._hotkeys is None:
+                self._target.shutdown(socket.SHUT_WR)
+
+    def _read(self) -> bytes:
+        if self._hotkeys is None:
+            return os.read(STDIN, _PIECE)
+        typed = b""
+        while not typed:
+            if self._is_readable(self._hotkeys.deadline):
+                data = os.read(STDIN, _PIECE)
+                if not data:
+                    return b""
+                for piece in self._hotkeys.feed(data, time.monotonic()):
+                    if piece is Key.END and self._on_leave is not None:
+                        self._on_leave()
+                        return b""
+                    typed += piece.value if isinstance(piece, Key) else piece
+            typed += self._hotkeys.expire(time.monotonic())
+        return typed
+
+    @staticmethod
+    def _is_readable(deadline: float | None) -> bool:
+        poll = select.poll()
+        poll.register(STDIN, select.POLLIN)
+        return bool(poll.poll(None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)))
+
+
+class _Command:
+    """A command that runs."""
+
+    def __init__(self, wish: Wish, client: Client, started: Mapping[str, Any]) -> None:
+        self._wish = wish
+        self._client = client
+        self._id: str = started["id"]
+        self._left = False
+        self._signals: list[int] = []
+        self._deadline = None if wish.time_limit is None else time.monotonic() + wish.time_limit
+        self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._screen = Screen() if wish.terminal and os.isatty(STDOUT) else None
+        self._terminal = Terminal(STDIN) if wish.terminal and os.isatty(STDIN) else None
+        # Each is taken out of a list, so the last comes first.
+        names = sorted(
+            (name for name in ("stdin", "stdout", "stderr", "terminal") if started.get(name) is not None),
+            key=lambda name: -int(started[name]),
+        )
+        self._streams = {name: socket.socket(fileno=client.take_descriptor(started[name])) for name in names}
+
+    def run(self) -> int:
+        """Move bytes until the command has ended and all its output is written."""
+        changed = threading.Condition()
+        streams = self._streams
+        outputs = [
+            (_Output(streams[name], target, changed, self._screen), count)
+            for name, target, count in (
+                ("stdout", STDOUT, "stdoutBytes"),
+                ("stderr", STDERR, "stderrBytes"),
+                ("terminal", STDOUT, "stdoutBytes"),
+            )
+            if name in streams
+        ]
+        if (target := streams.get("terminal") or streams.get("stdin")) is not None:
+            _Input(target, self._leave if self._terminal is not None else None)
+        end = self._end()
+        if end is None:
+            return EXIT_TIME_LIMIT if not self._left else EXIT_FAILURE
+        with changed:
+            self._drain(changed, [(output, int(end[count] or 0)) for output, count in outputs])
+        return 128 + int(end["signal"]) if end["state"] == "killed" else int(end["status"])
+
+    def _drain(self, changed: threading.Condition, outputs: Sequence[tuple[_Output, int]]) -> None:
+        """Wait until all output is written. One that the guest has announced and does not send is given up."""
+        while not all(output.has(count) for output, count in outputs):
+            idle = [output for output, count in outputs if not output.has(count) and output.is_waiting]
+            if not changed.wait(_OUTPUT_TIMEOUT) and idle:
+                raise NotConnected("the guest did not send all output of the command")
+
+    def _end(self) -> dict[str, Any] | None:
+        """Wait for the command's end; None if the time limit passes, or the user leaves."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self._client.connection, select.POLLIN)
+        while True:
+            if self._client.is_answered(within=0):
+                return _next(self._client, _GRACE)
+            left = None if self._deadline is None else self._deadline - time.monotonic()
+            if self._left:
+                return None
+            if left is not None and left <= 0:
+                print(f"vmctl: the command has run for {self._wish.time_limit:g} s and was ended", file=sys.stderr)
+                return None
+            ready = dict(poll.poll(None if left is None else int(left * 1000) + 1))
+            if self._wake in ready:
+                os.read(self._wake, 512)
+                self._obey_signals()
+
+    def _leave(self) -> None:
+        self._left = True
+        os.write(self._waker, b"\0")
+
+    # The terminal and the signals.
+
+    @contextlib.contextmanager
+    def lent_terminal(self) -> Iterator[None]:
+        """Our terminal is raw meanwhile."""
+        if self._terminal is not None:
+            self._terminal.raw(typed=True)
+        try:
+            yield
+        except BaseException:
+            # The command did not switch off what it had switched on.
+            if self._screen is not None:
+                with contextlib.suppress(OSError):
+                    os.write(STDOUT, self._screen.reset())
+            raise
+        finally:
+            if self._terminal is not None:
+                self._terminal.restore()
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Signals end the command, and changes of the window's size reach it."""
+        numbers = [each for each in _END_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        if self._wish.terminal:
+            numbers += [signal.SIGWINCH]
+        handled = {number: signal.signal(number, self._signalled) for number in numbers}
+        old = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old)
+            for number, handler in handled.items():
+                signal.signal(number, handler)
+
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    def _obey_signals(self) -> None:
+        signals, self._signals = self._signals, []
+        for number in signals:
+            if number == signal.SIGWINCH:
+                self._resize()
+            else:
+                # As a shell reports a program that a signal ended.
+                sys.exit(128 + number)
+
+    def _resize(self) -> None:
+        rows, columns = _size()
+        with contextlib.suppress(VmspawnError), Client(self._wish.machine, timeout=_RESIZE_TIMEOUT) as client:
+            client.call(f"{MACHINE}.ResizeTerminal", {"id": self._id, "rows": rows, "columns": columns})

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands in the guest for the clients of Varlink, who get the streams themselves.
+
+Varlink's names are part of the protocol, hence their case here.
+"""
+
+import base64
+import binascii
+import os
+import socket
+from collections.abc import AsyncIterator
+
+from asyncvarlink import FileDescriptor
+from asyncvarlink.serviceerrors import InvalidParameter
+
+from ..agent.protocol import STDERR, STDIN, STDOUT, TTY, Exited, Failed
+from ..inside.commands import Commands, Ended, Execution, Wanted
+from .progress import Progress, nothing
+
+
+def wanted(
+    arguments: list[str],
+    *,
+    environment: list[str],
+    directory: str | None,
+    user: str | None,
+    stdin: bool,
+    rows: int | None,
+    columns: int | None,
+    encoded: bool,
+) -> Wanted:
+    """A command as a client asks for it. Raises InvalidParameter."""
+    size = None if rows is None and columns is None else (rows or 0, columns or 0)
+
+    def data(parameter: str, text: str) -> bytes:
+        try:
+            return base64.b64decode(text, validate=True) if encoded else text.encode()
+        except (binascii.Error, ValueError):
+            raise InvalidParameter(parameter=parameter) from None
+
+    variables = {}
+    for each in environment:
+        name, equals, value = data("environment", each).partition(b"=")
+        if not (name and equals):
+            raise InvalidParameter(parameter="environment")
+        variables[name] = value
+    return Wanted(
+        arguments=[data("arguments", each) for each in arguments],
+        environment=variables,
+        directory=None if directory is None else data("directory", directory),
+        user=None if user is None else data("user", user),
+        size=size,
+        stdin=stdin,
+    )
+
+
+async def execute(commands: Commands, command: Wanted, timeout: float) -> AsyncIterator[Progress]:
+    """Run a command; its end ends nothing: the client closes the connection once it has read all output."""
+    execution = await commands.start(command, timeout=timeout)
+    try:
+        if not await _could_not_start(execution):
+            yield _started(execution)
+        yield _ended(execution.id, await execution.ended())
+        await commands.ended()
+    finally:
+        execution.close()
+
+
+async def _could_not_start(execution: Execution) -> bool:
+    return await execution.started() is None
+
+
+def _started(execution: Execution) -> Progress:
+    streams = execution.streams
+    return {
+        **nothing("started", execution.id),
+        "stdin": _descriptor(streams.get(STDIN)),
+        "stdout": _descriptor(streams.get(STDOUT)),
+        "stderr": _descriptor(streams.get(STDERR)),
+        "terminal": _descriptor(streams.get(TTY)),
+    }
+
+
+def _descriptor(stream: socket.socket | None) -> FileDescriptor | None:
+    """Pass a stream to the client, and keep none: the end of its last copy is the guest's end of file."""
+    return None if stream is None else FileDescriptor(stream.detach(), should_close=True)
+
+
+def _ended(id: str, end: Ended) -> Progress:
+    if isinstance(end, Failed):
+        message = f"{end.what}: {os.strerror(end.errno)}"
+        return {**nothing("failed", id), "status": end.status, "message": message}
+    totals: Progress = {**nothing("exited", id), "stdoutBytes": end.stdout, "stderrBytes": end.stderr}
+    if isinstance(end, Exited):
+        return {**totals, "status": end.status}
+    return {**totals, "state": "killed", "signal": end.signal}

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Plug in and unplug the ports of commands, at a pace that the guest can follow.
+
+QEMU's queue for news about ports has 32 entries and drops what finds no room; a port that comes takes three, one that
+goes takes one (docs/agent.md). So ports come and go a set at a time, and the agent's answer to a `ping` tells that the
+guest has caught up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..agent.protocol import STATUS, STDERR, STDIN, STDOUT, TTY, port_name
+from ..aio.tasks import Tasks
+from .agent import Agent
+from .ports import AttachedPort, Ports
+
+#: The streams of a command with pipes, and of one with a terminal. The status port goes first when they are unplugged:
+#: its end kills the command before that sees the end of its input.
+PIPES = (STATUS, STDIN, STDOUT, STDERR)
+TERMINAL = (STATUS, TTY)
+
+#: Seconds that a set of ports waits for the guest to notice the one before. A guest that hangs notices nothing.
+_PACE_TIMEOUT = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class StreamSet:
+    """The ports of one command, and our ends of them by the name of the stream."""
+
+    id: str
+    ports: list[AttachedPort]
+    sockets: dict[str, socket.socket]
+
+    def close(self) -> None:
+        """Close our ends. May be called again."""
+        for each in self.sockets.values():
+            each.close()
+
+
+class Streams:
+    """Makes and removes sets of ports, and keeps one plugged in ahead: plugging takes longer than a short command."""
+
+    def __init__(self, ports: Ports, agent: Agent, tasks: Tasks) -> None:
+        """`tasks` run what outlives its caller."""
+        self._ports = ports
+        self._agent = agent
+        self._tasks = tasks
+        self._pace = asyncio.Lock()
+        self._spare: StreamSet | None = None
+        self._replenishing: asyncio.Task[None] | None = None
+        self._prefix = secrets.token_hex(3)
+        self._numbers = itertools.count()
+
+    async def take(self, streams: Sequence[str]) -> StreamSet:
+        """Return a set of ports that is plugged in. Raises what `Ports.attach` raises."""
+        if streams == PIPES and self._spare is not None:
+            spare, self._spare = self._spare, None
+            return spare
+        task = self._tasks.start(self._plug(streams))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._abandoned)
+            raise
+
+    def _abandoned(self, task: asyncio.Task[StreamSet]) -> None:
+        """Nobody waits for these ports any more."""
+        if not task.cancelled() and task.exception() is None:
+            self.give_back(task.result())
+
+    def replenish(self) -> None:
+        """Plug in the spare set, unless it is there."""
+        if self._spare is None and self._replenishing is None:
+            self._replenishing = self._tasks.start(self._replenish())
+
+    async def _replenish(self) -> None:
+        try:
+            self._spare = await self._plug(PIPES)
+        finally:
+            self._replenishing = None
+
+    async def _plug(self, streams: Sequence[str]) -> StreamSet:
+        plugged = StreamSet(f"{self._prefix}-{next(self._numbers)}", [], {})
+        async with self._pace:
+            names = [port_name(plugged.id, stream) for stream in streams]
+            results = await asyncio.gather(*map(self._ports.attach, names), return_exceptions=True)
+            await self._catch_up()
+        failures = [each for each in results if isinstance(each, BaseException)]
+        for stream, result in zip(streams, results, strict=True):
+            if not isinstance(result, BaseException):
+                port, plugged.sockets[stream] = result
+                plugged.ports.append(port)
+        if failures:
+            self.give_back(plugged)
+            raise failures[0]
+        return plugged
+
+    def give_back(self, plugged: StreamSet) -> None:
+        """Unplug a set of ports in the background, which kills the command that uses them."""
+        plugged.close()
+        self._tasks.start(self._unplug(plugged))
+
+    async def _unplug(self, plugged: StreamSet) -> None:
+        async with self._pace:
+            await asyncio.gather(*map(self._ports.detach, plugged.ports))
+            await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        await self._agent.ping(_PACE_TIMEOUT)
+
+    def close(self) -> None:
+        """Close our ends of the spare set."""
+        if self._spare is not None:
+            self._spare.close()
