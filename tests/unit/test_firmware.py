@@ -171,6 +171,47 @@ def test_uefi_is_not_asked_to_start_a_kernel_that_it_cannot_start(
     assert uefi.choose(parse([f"--linux={kernel}"])[0], "x86_64", print) is None
 
 
+#: A kernel for x86 that is a PE image too, and an EFI program that is no kernel of Linux.
+EFI_PROGRAM = (b"MZ".ljust(60, b"\0") + (64).to_bytes(4, "little") + b"PE\0\0").ljust(0x202, b"\0")
+LINUX = EFI_PROGRAM + b"HdrS"
+
+
+def test_a_kernel_that_qemu_can_start_goes_through_uefi_only_by_a_wish(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    descriptor(folders[1] / "50-a.json")
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(LINUX)
+    directly = parse([f"--linux={kernel}", "--set-credential=a:b"])[0]
+    assert uefi.choose(directly, "x86_64", print) is None
+    assert uefi.choose(parse([f"--linux={kernel}", "--firmware=uefi"])[0], "x86_64", print) is not None
+    assert uefi.choose(parse(["--image=/x"])[0], "x86_64", print) is not None
+
+
+def test_what_only_uefi_passes_to_a_guest_is_a_wish_for_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """A machine of type virt has SMBIOS by UEFI alone."""
+    targets = [{"architecture": "aarch64", "machines": ["virt-*"]}]
+    descriptor(folders[1] / "50-a.json", targets=targets)
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(LINUX)
+    virt = ["--machine-type=virt", f"--linux={kernel}"]
+    assert uefi.choose(parse(virt)[0], "aarch64", print) is None
+    for option in ("--set-credential=a:b", "--smbios11=x", "--bind=/tmp"):
+        assert uefi.choose(parse([*virt, option])[0], "aarch64", print) is not None
+
+
+def test_an_efi_program_needs_uefi(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    program = tmp_path / "shell.efi"
+    program.write_bytes(EFI_PROGRAM)
+    with pytest.raises(StartError, match="no UEFI firmware") as missing:
+        uefi.choose(parse([f"--linux={program}"])[0], "x86_64", print)
+    assert missing.value.hint == "install it (Debian: ovmf, Fedora: edk2-ovmf)"
+    with refused(f"{program} is an EFI program, which --firmware=none cannot start"):
+        uefi.choose(parse([f"--linux={program}", "--firmware=none"])[0], "x86_64", print)
+    descriptor(folders[1] / "50-a.json")
+    assert uefi.choose(parse([f"--linux={program}"])[0], "x86_64", print) is not None
+
+
 def test_variables_that_are_to_be_kept_are_a_firm_wish_for_uefi(folders: tuple[Path, Path]) -> None:
     config, _ = parse(["--guest=builtin", "--efi-nvram-state=/s"])
     with pytest.raises(StartError, match="no UEFI firmware"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What kind of file a kernel is, by the sections of its PE image."""
+"""What can start a kernel, by the headers of its file."""
 
 import struct
 from pathlib import Path
@@ -8,12 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmspawn.images.kernel_image import OTHER, PE, UKI, kind_of
+from vmspawn.images.kernel_image import EFI, LINUX, OTHER, UKI, kind_of
 
 
-def pe(*sections: bytes, signature: bytes = b"PE\0\0") -> bytes:
-    """A PE image's headers (Microsoft's PE format): DOS header, COFF header, an optional header and the sections."""
-    dos = b"MZ".ljust(60, b"\0") + struct.pack("<I", 128)
+def pe(*sections: bytes, signature: bytes = b"PE\0\0", magic: bytes = b"") -> bytes:
+    """A PE image's headers (Microsoft's PE format): DOS header, COFF header, an optional header and the sections.
+
+    `magic` is what stands before the DOS header's pointer to the rest.
+    """
+    dos = b"MZ".ljust(56, b"\0") + (magic or bytes(4)) + struct.pack("<I", 128)
     coff = signature + struct.pack("<HHIIIHH", 0x8664, len(sections), 0, 0, 0, 112, 0)
     table = b"".join(name.ljust(8, b"\0") + bytes(32) for name in sections)
     return dos.ljust(128, b"\0") + coff + bytes(112) + table
@@ -27,8 +30,11 @@ def pe(*sections: bytes, signature: bytes = b"PE\0\0") -> bytes:
         (b"\x7fELF".ljust(200, b"\0"), OTHER),
         (pe(signature=b"XX\0\0"), OTHER),
         (pe(b".text", b".data")[:130], OTHER),
-        (pe(b".text", b".data"), PE),
-        (pe(b".text", b".linux"), PE),
+        (pe(b".text", b".data"), EFI),
+        (pe(b".text", b".linux"), EFI),
+        (pe(b".text", b".data", magic=b"ARM\x64"), LINUX),
+        (pe(b".text", b".osrel", b".linux", magic=b"ARM\x64"), UKI),
+        (pe(*[b".text"] * 6).ljust(0x202, b"\0") + b"HdrS", LINUX),
         (pe(b".text", b".osrel", b".linux", b".initrd"), UKI),
     ],
 )
@@ -41,4 +47,4 @@ def test_kinds(tmp_path: Path, content: bytes, expected: str) -> None:
 @given(st.binary(max_size=300).map(lambda rest: b"MZ" + rest))
 def test_nothing_that_a_file_holds_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "kernel").write_bytes(content)
-    assert kind_of(str(tmp_path / "kernel")) in (OTHER, PE, UKI)
+    assert kind_of(str(tmp_path / "kernel")) in (EFI, LINUX, OTHER, UKI)

@@ -25,6 +25,14 @@ def test_the_users_kernel_arguments_are_the_last() -> None:
     assert by_smbios == ("console=ttyS0", "root=root", "rw", "quiet", "ro")
 
 
+def test_a_kernel_is_not_let_check_the_timer_under_emulation() -> None:
+    """The check fails on a busy host, and the kernel panics. The user's own arguments come later."""
+    config = MachineConfig(linux="/dev/null", kernel_arguments=("quiet",))
+    emulated = chosen(config, Kernel("/dev/null", None, ()))
+    assert _kernel_arguments(emulated, ()) == ("console=ttyS0", "no_timer_check", "quiet")
+    assert _kernel_arguments(emulated._replace(accelerator="kvm"), ()) == ("console=ttyS0", "quiet")
+
+
 def test_parts_are_joined_in_their_order() -> None:
     first = Extras(machine=("a=1",), arguments=("-x", "1"), kernel_arguments=("one",))
     second = Extras(machine=("b=2",), kernel_arguments=("two",))

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 #: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
 _INITRD_ALIGNMENT = 4
 
-#: Guests of these architectures have SMBIOS whatever the firmware is.
-_SMBIOS_BY_ITSELF = ("x86_64",)
+#: What a kernel is told under emulation, by architecture: on a busy host its check of the timer fails, and it panics
+#: ("IO-APIC + timer doesn't work").
+_UNDER_TCG = {"x86_64": ("no_timer_check",)}
 
 #: Kernel arguments by which the user specifies the root.
 _ROOT = ("root=", "mount.usr=")
@@ -109,12 +110,14 @@ def make_plan(
     """Choose the firmware, start the helpers, and write the kernel's arguments. Raises StartError, UsageError."""
     config = chosen.config
     found = uefi.choose(config, chosen.binary.architecture, report.detail)
-    if found is None and chosen.binary.architecture not in _SMBIOS_BY_ITSELF:
+    if found is None and smbios.needs_uefi(config, chosen.binary.architecture):
         _refuse_strings(config)
     firmware = uefi.extras(found, config, owned) if found is not None else NO_EXTRAS
     card = network.user_card(take_place(chosen.layout)) if config.network_user else NO_EXTRAS
     shared = _shares(chosen, directory, report, owned)
     arguments = _kernel_arguments(chosen, shared.kernel_arguments)
+    for each in _of_emulation(chosen):
+        report.detail(f"the kernel is told {each}, for its check fails at times under emulation")
     smbios.check_kernel_arguments(arguments)
     strings = smbios.extras(_strings(chosen, arguments), _credentials(config), owned)
     kernel, initrd = _load(chosen, arguments, owned)
@@ -134,25 +137,26 @@ def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owne
 
 def _refuse_strings(config: MachineConfig) -> None:
     """Raise StartError for a wish that only UEFI would pass on to the guest, by SMBIOS."""
-    wishes = {
-        "{credentials=}": config.credentials,
-        "{vendor_strings=}": config.vendor_strings,
-        "{binds=}": config.binds,
-    }
-    for field, wish in wishes.items():
-        if wish:
-            raise StartError.with_fields(
-                field + " needs UEFI on machines of type {type}",
-                hint="use {firmware.kind=uefi}",
-                type=config.machine_type,
-            )
+    raise StartError.with_fields(
+        smbios.wishes(config)[0] + " needs UEFI on machines of type {type}",
+        hint="use {firmware.kind=uefi}",
+        type=config.machine_type,
+    )
 
 
 def _kernel_arguments(chosen: Choices, of_extras: tuple[str, ...]) -> tuple[str, ...]:
     """The arguments of the guest's kernel. The user's are the last, so that they prevail."""
     config = chosen.config
     of_kernel = chosen.kernel.arguments if chosen.kernel is not None else ()
-    return (*console.kernel_arguments(config), *of_kernel, *_root(chosen), *of_extras, *config.kernel_arguments)
+    own = (*console.kernel_arguments(config), *of_kernel, *_of_emulation(chosen))
+    return (*own, *_root(chosen), *of_extras, *config.kernel_arguments)
+
+
+def _of_emulation(chosen: Choices) -> tuple[str, ...]:
+    """The arguments that a kernel of the user's needs under emulation; the built-in guest has its own."""
+    if chosen.accelerator != "tcg" or not chosen.config.linux or _passed_by_smbios(chosen):
+        return ()
+    return _UNDER_TCG.get(chosen.binary.architecture, ())
 
 
 def _root(chosen: Choices) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from ..errors import StartError
+from .config import MachineConfig
 from .extras import Extras, Owned, content, join
 
 #: A kernel's COMMAND_LINE_SIZE on x86; a longer one is cut without a word.
@@ -20,8 +21,26 @@ TOTAL_MAX = 60_000
 _FW_CFG_NAME_MAX = 55
 _FW_CFG_DIRECTORY = "opt/io.systemd.credentials/"
 
+#: Guests of these architectures have SMBIOS whatever the firmware is.
+_BY_ITSELF = ("x86_64",)
+
 _STUB = "io.systemd.stub.kernel-cmdline-extra"
 _BOOT_LOADER = "io.systemd.boot.kernel-cmdline-extra"
+
+
+def wishes(config: MachineConfig) -> list[str]:
+    """Return what the user wants to pass to the guest by SMBIOS, as fields of error templates."""
+    fields = {
+        "{credentials=}": config.credentials,
+        "{vendor_strings=}": config.vendor_strings,
+        "{binds=}": config.binds,
+    }
+    return [field for field, wish in fields.items() if wish]
+
+
+def needs_uefi(config: MachineConfig, architecture: str) -> bool:
+    """Return whether only UEFI would pass on to the guest what the user wants to pass by SMBIOS."""
+    return architecture not in _BY_ITSELF and bool(wishes(config))
 
 
 def of_kernel_arguments(arguments: Iterable[str]) -> list[bytes]:

@@ -9,47 +9,63 @@ from collections.abc import Callable
 
 from ..errors import StartError, UsageError
 from ..images import kernel_image
-from . import firmware, nvram
+from . import firmware, nvram, smbios
 from .config import MachineConfig
 from .extras import FLASH_FDSETS, Extras, Owned, fdset, fdset_path, join
 from .firmware import Blob, Firmware
 
-_INSTALL = "install it (Debian: ovmf, Fedora: edk2-ovmf), or use {firmware.kind=bios}"
+_INSTALL = "install it (Debian: ovmf, Fedora: edk2-ovmf)"
+_INSTALL_OR_BIOS = _INSTALL + ", or use {firmware.kind=bios}"
 
 
 def choose(config: MachineConfig, architecture: str, detail: Callable[[str], None]) -> Firmware | None:
-    """The UEFI firmware for a machine, or None for QEMU's own.
+    """Return the UEFI firmware for a machine, or None for QEMU's own.
 
-    `auto` is UEFI, but for a kernel that UEFI cannot start and for the built-in guest, which is to be quick. Where no
-    UEFI is installed it is the BIOS, which `detail` is told. Raises StartError, UsageError.
+    `auto` is UEFI for an image, and QEMU's own for a kernel that QEMU can start and for the built-in guest: UEFI takes
+    several times as long. Where no UEFI is installed it is the BIOS, which `detail` is told. Raises StartError,
+    UsageError.
     """
-    wish = config.firmware
-    image_kind = _kernel_kind(config)
+    wish, kind = config.firmware, _kernel_kind(config)
     if wish.kind in ("bios", "none"):
-        if image_kind == kernel_image.UKI:
-            raise UsageError.with_fields(
-                "{path} is a unified kernel image, which {firmware.kind={kind}} cannot start",
-                hint="use {firmware.kind=uefi}",
-                path=config.linux,
-                kind=wish.kind,
-            )
+        _refuse_without_uefi(config, kind)
         return None
-    if image_kind == kernel_image.OTHER:
-        if wish.firm:
-            raise UsageError.with_fields(
-                wish.firm + " needs UEFI, which cannot start {path}: it is not a PE image",
-                hint="leave out one of them, or name a kernel that was built with CONFIG_EFI_STUB",
-                path=config.linux,
-            )
+    if kind == kernel_image.OTHER:
+        _refuse_with_uefi(config)
         return None
-    if config.guest and not wish.firm:
+    is_needed = kind in kernel_image.NEED_UEFI or bool(wish.firm)
+    is_direct = config.guest is not None or kind == kernel_image.LINUX
+    if is_direct and not is_needed and not smbios.needs_uefi(config, architecture):
         return None
     found = firmware.select(wish, architecture, config.machine_type)
     if found is None:
-        if wish.firm or image_kind == kernel_image.UKI:
-            raise StartError.with_fields("{problem}", hint=_INSTALL, problem=_not_found(config))
+        if is_needed:
+            hint = _INSTALL if kind in kernel_image.NEED_UEFI else _INSTALL_OR_BIOS
+            raise StartError.with_fields("{problem}", hint=hint, problem=_not_found(config))
         detail("no UEFI firmware is installed, so the machine boots by BIOS")
     return found
+
+
+def _refuse_without_uefi(config: MachineConfig, kind: str | None) -> None:
+    """Raise UsageError for a kernel that only UEFI can start."""
+    if kind in kernel_image.NEED_UEFI:
+        what = "a unified kernel image" if kind == kernel_image.UKI else "an EFI program"
+        raise UsageError.with_fields(
+            "{path} is {what}, which {firmware.kind={kind}} cannot start",
+            hint="use {firmware.kind=uefi}",
+            path=config.linux,
+            what=what,
+            kind=config.firmware.kind,
+        )
+
+
+def _refuse_with_uefi(config: MachineConfig) -> None:
+    """Raise UsageError if the user insists on UEFI, for a kernel that UEFI cannot start."""
+    if config.firmware.firm:
+        raise UsageError.with_fields(
+            config.firmware.firm + " needs UEFI, which cannot start {path}: it is not a PE image",
+            hint="leave out one of them, or name a kernel that was built with CONFIG_EFI_STUB",
+            path=config.linux,
+        )
 
 
 def _kernel_kind(config: MachineConfig) -> str | None:
@@ -91,7 +107,7 @@ def _open(blob: Blob) -> int:
         return os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise StartError.with_fields(
-            "cannot open the firmware {path}: {reason}", hint=_INSTALL, path=blob.path, reason=error.strerror
+            "cannot open the firmware {path}: {reason}", hint=_INSTALL_OR_BIOS, path=blob.path, reason=error.strerror
         ) from None
 
 
