@@ -10,7 +10,7 @@ import pytest
 
 from vmspawn.errors import StartError
 from vmspawn.images import qcow2
-from vmspawn.images.partitions import root_argument
+from vmspawn.images.partitions import bios_problem, root_argument
 
 ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 USR = "8484680C-9521-48C6-9C11-B0720656F69E"
@@ -123,3 +123,45 @@ def test_an_empty_image_is_what_qemu_img_takes_it_for(tmp_path: Path) -> None:
     with empty.open("wb") as file:
         file.truncate(5 << 30)
     subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(overlay), str(empty)], check=True)
+
+
+BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
+
+
+def bios_problem_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return bios_problem(lambda offset, length: os.pread(file.fileno(), length, offset))
+
+
+def add_boot_code(path: Path) -> Path:
+    with path.open("r+b") as file:
+        file.write(b"\xfa\x33\xc0")
+    return path
+
+
+@needs_sfdisk
+@pytest.mark.parametrize(
+    ("label", "lines", "code", "expected"),
+    [
+        ("gpt", [f"type={ESP}", f"type={ROOT}"], False, "has a boot loader for UEFI only"),
+        ("gpt", [f"type={ESP}"], True, "has a boot loader for UEFI only"),
+        ("gpt", [f"type={ESP}", f"type={BIOS_BOOT}"], True, ""),
+        ("gpt", [f"type={ESP}, attrs=LegacyBIOSBootable"], True, ""),
+        ("gpt", [f"type={ROOT}"], False, "has no boot loader"),
+        ("gpt", [f"type={ROOT}"], True, ""),
+        ("dos", ["type=ef"], False, "has a boot loader for UEFI only"),
+        ("dos", ["type=83"], False, "has no boot loader"),
+        ("dos", ["type=83, bootable"], True, ""),
+    ],
+)
+def test_whether_bios_can_boot_an_image(
+    tmp_path: Path, label: str, lines: list[str], code: bool, expected: str
+) -> None:
+    path = partitioned(tmp_path / "disk", *lines, label=label)
+    assert bios_problem_of(add_boot_code(path) if code else path) == expected
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096])
+def test_an_image_without_a_boot_sector(tmp_path: Path, size: int) -> None:
+    (tmp_path / "disk").write_bytes(bytes(size))
+    assert bios_problem_of(tmp_path / "disk") == "has no boot sector"

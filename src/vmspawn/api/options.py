@@ -44,6 +44,7 @@ class MachineOptions(TypedDict, total=False):
     qemu: str | None
     qemu_arguments: tuple[str, ...]
     shutdown_timeout: float
+    time_limit: float | None
     registration: Registration
     firmware: FirmwareWish
     more_initrds: tuple[str, ...]

@@ -124,6 +124,7 @@ def _merged(saved: MachineConfig, given: MachineConfig) -> MachineConfig:
         terminal=given.terminal,
         console_log=given.console_log,
         shutdown_timeout=timeout,
+        time_limit=saved.time_limit if given.time_limit is None else given.time_limit,
         qmp_log=given.qmp_log,
     )
 

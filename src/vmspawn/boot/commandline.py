@@ -122,6 +122,8 @@ class Plan(NamedTuple):
     kernel: Kernel | None
     disks: tuple[BootDisk, ...]
     extras: Extras
+    #: Whether BIOS boots the image.
+    by_bios: bool = False
 
 
 class Inherited(NamedTuple):

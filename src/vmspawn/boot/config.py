@@ -78,6 +78,7 @@ class MachineConfig(NamedTuple):
     qemu: str | None = None
     qemu_arguments: tuple[str, ...] = ()
     shutdown_timeout: float = SHUTDOWN_TIMEOUT
+    time_limit: float | None = None
     registration: Registration = Registration()
     firmware: FirmwareWish = FirmwareWish()
     more_initrds: tuple[str, ...] = ()
@@ -132,6 +133,10 @@ def check(config: MachineConfig) -> MachineConfig:
     if config.ram_bytes < _RAM_MIN:
         raise UsageError.with_fields(
             "{ram=} is too small for a guest ({size} bytes)", hint="use at least 32M", size=config.ram_bytes
+        )
+    if config.time_limit is not None and not config.time_limit > 0:
+        raise UsageError.with_fields(
+            "{time_limit={seconds}} leaves no time to run", hint="use seconds, more than 0", seconds=config.time_limit
         )
     if config.uuid is not None:
         _check_uuid(config.uuid)

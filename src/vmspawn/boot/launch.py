@@ -127,7 +127,7 @@ def _start(plan: Plan, directory: MachineDirectory, transcript: Descriptor | Non
     pid, shared = _spawn(plan, directory, listeners, log, owned)
     _write_state(plan, directory, pid)
     return Started(
-        Launched(plan.disks),
+        Launched(plan.disks, plan.by_bios),
         config,
         plan.binary,
         plan.accelerator,

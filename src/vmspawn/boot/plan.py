@@ -122,7 +122,8 @@ def make_plan(
     strings = smbios.extras(_strings(chosen, arguments), _credentials(config), owned)
     kernel, initrd = _load(chosen, arguments, owned)
     extras = join(firmware, card, shared, strings, initrd)
-    return Plan(config, chosen.binary, chosen.accelerator, chosen.layout, kernel, disks, extras)
+    by_bios = found is None and kernel is None
+    return Plan(config, chosen.binary, chosen.accelerator, chosen.layout, kernel, disks, extras, by_bios)
 
 
 def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owned: Owned) -> Extras:

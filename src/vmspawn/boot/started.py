@@ -26,6 +26,8 @@ class Launched(NamedTuple):
     """The origin of a QEMU that this process launched, which is our child."""
 
     disks: tuple[BootDisk, ...]
+    #: Whether BIOS boots the image, and not UEFI or QEMU a kernel.
+    by_bios: bool = False
 
 
 class Adopted(NamedTuple):

@@ -37,6 +37,7 @@ CONFIG_FIELDS = (
     "cpus",
     "ram",
     "shutdown_timeout",
+    "time_limit",
     "console_transport",
 )
 
@@ -158,7 +159,8 @@ def damaged(directory: MachineDirectory, error: Exception) -> StartError:
 def _load(name: str, found: dict[str, Any]) -> State:
     wishes = found["registration"]
     registration = Registration(**{**wishes, "properties": tuple(wishes["properties"])})
-    fields = {field: found["machine"][field] for field in CONFIG_FIELDS}
+    # A manager that is older than a field has not written it.
+    fields = {field: found["machine"][field] for field in CONFIG_FIELDS if field in found["machine"]}
     config = MachineConfig(name=name, registration=registration, **fields)
     qemu = found["qemu"]
     sessions = found["sessions"]

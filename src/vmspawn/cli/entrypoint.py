@@ -21,6 +21,9 @@ from .spelling import as_option
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
+#: What timeout(1) exits with.
+EXIT_TIMED_OUT = 124
+
 #: Errors of a write. One without a file name is standard output's.
 _OF_FILES = (EDQUOT, EFBIG, EIO, ENOSPC)
 

@@ -74,6 +74,8 @@ class Console:
         self._input = Writer(typed, functools.partial(os.write, typed), on_empty=self._on_input_empty)
         self._waiting_for_room: list[Callable[[], None]] = []
         self._reading = False
+        #: Set when everything that QEMU sent has been read.
+        self.drained = asyncio.Event()
         #: Set when QEMU's end is closed and every viewer has seen everything, or is gone.
         self.ended = asyncio.Event()
         self._resume()
@@ -207,6 +209,7 @@ class Console:
 
     def _close_sockets(self) -> None:
         self._pause()
+        self.drained.set()
         self._input.close()
         self._waiting_for_room.clear()
         if self._listener is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which root= a kernel needs that is started directly, and so is told by no boot loader what the image's root is.
+"""Find what an image's partition table says: the root= that a kernel needs, and whether BIOS can boot the image.
 
-As systemd-vmspawn: the partition whose type says that it is the root, or /usr, of this architecture
-(uapi-group.org, Discoverable Partitions Specification); else the one partition that is Linux's at all; else, if the
-image has no partitions, the whole of it.
+A kernel that is started directly is told by no boot loader what the image's root is. As with systemd-vmspawn, it is the
+partition whose type says that it is the root, or /usr, of this architecture (uapi-group.org, Discoverable Partitions
+Specification); else the one partition that is Linux's at all; else, if the image has no partitions, the whole of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ from ..errors import StartError
 _ROOT_TYPES = {"x86_64": "4f68bce3-e8cd-4db1-96e7-fbcaf984b709", "aarch64": "b921b045-1df0-41c3-af44-4c6f280d3fae"}
 _USR_TYPES = {"x86_64": "8484680c-9521-48c6-9c11-b0720656f69e", "aarch64": "b0e01050-ee5f-4390-949a-9101b17104e9"}
 _LINUX_TYPE = "0fc63daf-8483-4772-8e79-3d69d8477de4"
+
+_ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
+_BIOS_BOOT_TYPE = "21686148-6449-6e6f-744e-656564454649"
+_MBR_ESP = 0xEF
+
+#: The attribute by which a partition boots by BIOS, through code such as syslinux's gptmbr.bin (UEFI, 5.3.3).
+_LEGACY_BOOT = 1 << 2
+
+#: Bytes of a boot sector that are code.
+_BOOT_CODE = 440
 
 #: The attribute that says a partition is not to be mounted automatically.
 _NO_AUTO = 1 << 63
@@ -67,6 +77,21 @@ def root_argument(read: Reader, *, architecture: str, bus: str, path: str) -> st
     )
 
 
+def bios_problem(read: Reader) -> str:
+    """Return why BIOS cannot boot an image, as what the image has or lacks; empty if it can, or may."""
+    block = read(0, 512)
+    if len(block) < 512 or block[510:] != b"\x55\xaa":
+        return "has no boot sector"
+    partitions = list(_gpt(read, 512))
+    if any(each.type == _BIOS_BOOT_TYPE or each.attributes & _LEGACY_BOOT for each in partitions):
+        return ""
+    has_code = any(block[:_BOOT_CODE])
+    has_esp = any(each.type == _ESP_TYPE for each in partitions)
+    if has_esp or (not has_code and _MBR_ESP in _mbr_types(block)):
+        return "has a boot loader for UEFI only"
+    return "" if has_code else "has no boot loader"
+
+
 def _gpt(read: Reader, sector: int) -> Iterator[_Partition]:
     header = read(sector, _GPT_HEADER.size)
     if len(header) < _GPT_HEADER.size:
@@ -94,8 +119,12 @@ def _mbr(read: Reader) -> list[str] | None:
     block = read(0, 512)
     if len(block) < 512 or block[510:] != b"\x55\xaa":
         return None
-    types = [block[_MBR_ENTRIES + 16 * number + 4] for number in range(4)]
+    types = _mbr_types(block)
     if not any(types) or _MBR_PROTECTIVE in types:
         return None
     disk = int.from_bytes(block[440:444], "little")
     return [f"{disk:08x}-{number + 1:02x}" for number, kind in enumerate(types) if kind == _MBR_LINUX]
+
+
+def _mbr_types(block: bytes) -> list[int]:
+    return [block[_MBR_ENTRIES + 16 * number + 4] for number in range(4)]

@@ -26,13 +26,21 @@ _CAUSES = {
     "host-ui": ("the machine was ended from QEMU's own user interface", True),
 }
 
+_PANIC = "guest-panic"
+
+#: Ends that somebody asked for who did not ask the guest.
+_TERMINATED = ("host-qmp-quit", "qemu-killed")
+
+#: The reason of a machine that lasted longer than it may.
+TIME_LIMIT = "time-limit"
+
 
 class End(NamedTuple):
     """How a machine ended.
 
-    `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, or `unknown` for a QEMU
-    that another manager started and that said nothing; `message` says it for people, and `clean` whether it is what the
-    guest or the user wanted.
+    `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, `time-limit`, or `unknown`
+    for a QEMU that another manager started and that said nothing; `message` says it for people, and `clean` whether it
+    is what the guest or the user wanted.
     """
 
     reason: str
@@ -59,6 +67,17 @@ class End(NamedTuple):
     def terminated(cls) -> End:
         """The end of a machine that somebody did not want any more before it was up."""
         return cls("host-qmp-quit", *_CAUSES["host-qmp-quit"])
+
+    def after(self, *, panic: str, limit: float | None) -> End:
+        """Return the end of a machine whose guest had panicked, or that lasted longer than a limit.
+
+        A guest that powered off by itself had not panicked, whatever it printed.
+        """
+        if limit is not None and self.reason in _TERMINATED:
+            return End(TIME_LIMIT, f"the machine was ended after {limit:g} s" + (f"; {panic}" if panic else ""), False)
+        if panic and self.reason in (*_TERMINATED, "guest-reset", _PANIC):
+            return End(_PANIC, panic, False)
+        return self
 
     def event(self) -> Event:
         """The event of this end."""

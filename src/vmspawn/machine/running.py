@@ -28,11 +28,13 @@ from ..qmp.transcript import Transcript
 from ..storage.attach import Storage
 from .console_size import Window
 from .ending import End, MachineEvents
+from .guest_failure import GuestFailure
 from .open_console import open_console
 from .origins import origin_of
 from .quit import QUIT_TIMEOUT, Quit
 from .recent_events import RecentEvents
 from .sessions import Sessions
+from .time_limit import TimeLimit
 
 if TYPE_CHECKING:
     from ..qmp.share.multiplexer import Multiplexer
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 #: Seconds that QEMU has to end after it closed its monitor.
 _EXIT_TIMEOUT = 10.0
+
+#: Seconds that the last output has to be read, if a viewer is slow: it may have the message of a panic.
+_DRAIN_TIMEOUT = 1.0
 
 
 def _ignore(_line: str) -> None:
@@ -107,6 +112,11 @@ class Running:
             self._console = open_console(started, self._origin, self._log_failed)
             if self._console is not None:
                 undo.callback(self._console.close)
+            self._guest_failure = GuestFailure(self.monitor, self._report)
+            undo.callback(self._guest_failure.close)
+            self._watch_guest()
+            self._time_limit = TimeLimit(self.config.time_limit, self.uptime, self.terminate)
+            undo.callback(self._time_limit.close)
             self._journal.write()
             self._end = asyncio.create_task(self._until_end())
             undo.pop_all()
@@ -117,6 +127,14 @@ class Running:
             return Storage(self.hotplug, self._started.layout, boot_disks=origin.boot_disks, saved=origin.attachments)
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(self.directory, error) from None
+
+    def _watch_guest(self) -> None:
+        if self._console is None:
+            return
+        output = self._guest_failure.watch_console(self._console)
+        origin, config = self._started.origin, self.config
+        if isinstance(origin, Launched) and origin.by_bios and config.image and config.image_disk_type != "scsi-cd":
+            self._guest_failure.watch_image(output, config.image, config.image_format or "raw")
 
     # Starting.
 
@@ -147,6 +165,9 @@ class Running:
 
     def _log_failed(self, error: OSError) -> None:
         line = f"cannot write {self.config.console_log}: {error.strerror}; the machine goes on without"
+        self._report(line)
+
+    def _report(self, line: str) -> None:
         self.failed(line)
         self._warn(line)
 
@@ -184,6 +205,8 @@ class Running:
         await (self.leave() if self._origin.lives_on else self.end())
 
     async def _close_connections(self) -> None:
+        self._time_limit.close()
+        self._guest_failure.close()
         if self._console is not None:
             self._console.close()
         self.window.close()
@@ -206,7 +229,11 @@ class Running:
         # QEMU's last messages may still lie in the socket.
         await first_of(self.monitor.closed, timeout=_EXIT_TIMEOUT)
         cause, log = self._run_state.shutdown_reason, self.directory.read_log()
-        return End.of(self._process, cause, killed=self._quit.killed, log=log)
+        if self._console is not None and cause != "guest-shutdown":
+            await first_of(self._console.drained, timeout=_DRAIN_TIMEOUT)
+        end = End.of(self._process, cause, killed=self._quit.killed, log=log)
+        limit = self._time_limit
+        return end.after(panic=self._guest_failure.panic, limit=limit.seconds if limit.is_over else None)
 
     # What it is.
 
@@ -254,6 +281,16 @@ class Running:
     def is_running(self) -> bool:
         """Whether the guest's processors run."""
         return self._run_state.is_running
+
+    @property
+    def guest_failure(self) -> str:
+        """Why the guest gets nowhere: its kernel panicked, or it resets itself again and again; else empty."""
+        return self._guest_failure.reason
+
+    @property
+    def guest_failed(self) -> asyncio.Event:
+        """Set once a failure of the guest was seen, and not cleared if the guest recovers."""
+        return self._guest_failure.seen
 
     @property
     def console(self) -> Console:

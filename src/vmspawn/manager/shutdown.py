@@ -19,6 +19,9 @@ POWER_BUTTON_INTERVAL = 5.0
 #: and QEMU's own end together.
 _EXTENSION = 20.0
 
+#: Seconds for a guest whose kernel panicked by what is printed, or that resets itself again and again.
+FAILED_GUEST_TIMEOUT = 10.0
+
 #: Why a guest in such a run state cannot power off, whatever it is asked.
 _HOPELESS = {
     "guest-panicked": "the guest's kernel panicked",
@@ -77,6 +80,9 @@ class Shutdown:
             self._notice(f"{who}: {why}; ending the machine")
             await self._terminate()
             return
+        if failure := self._machine.guest_failure:
+            seconds = min(seconds, FAILED_GUEST_TIMEOUT)
+            self._notice(failure)
         self._notice(f"{who}: asked the guest to power off; again to end it at once, else after {seconds:g} s")
         self._notifier.send(STOPPING=1, STATUS="Waiting for the guest to power off")
         pressing = asyncio.create_task(self._press_again_and_again())

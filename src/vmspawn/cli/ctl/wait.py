@@ -101,7 +101,9 @@ class _Wait:
         name, data = event["event"], event.get("data") or {}
         if name == "MachineEnded":
             self._wait_for_cleanup()
-            if self._options.verb == "reboot" or not data["clean"]:
+            # A panic or a time limit may be why the machine was terminated.
+            is_goal = self._options.verb == "terminate" or (self._options.verb == "poweroff" and data["clean"])
+            if not is_goal:
                 raise MachineEnded(data["message"])
             self._say(data["message"])
             return True

@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 #: Options that --adopt goes with; all others were settled when the machine was started.
-_BESIDE_ADOPT = ("adopt", "machine", "console", "log", "qmp_log", "shutdown_timeout", "quiet", "verbose")
+_BESIDE_ADOPT = ("adopt", "machine", "console", "log", "qmp_log", "shutdown_timeout", "time_limit", "quiet", "verbose")
 
 
 def refuse_others(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,7 @@ def read(options: argparse.Namespace) -> MachineConfig:
         console=shown["console"],
         console_log=shown["console_log"],
         shutdown_timeout=wanted["shutdown_timeout"],
+        time_limit=wanted["time_limit"],
         qmp_log=wanted["qmp_log"],
     )
 

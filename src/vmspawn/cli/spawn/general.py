@@ -17,6 +17,7 @@ class General(TypedDict):
     uuid: str | None
     qmp_log: str
     shutdown_timeout: float
+    time_limit: float | None
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=f"{SHUTDOWN_TIMEOUT:g}",
         help="end a guest that does not power off in this time (default: %(default)s)",
     )
+    group.add_argument(
+        "--time-limit", metavar="SECONDS", help="end the machine at once after this time, with exit status 124"
+    )
 
 
 def read(options: argparse.Namespace) -> General:
@@ -48,7 +52,14 @@ def read(options: argparse.Namespace) -> General:
         "uuid": options.uuid,
         "qmp_log": options.qmp_log,
         "shutdown_timeout": _seconds("--shutdown-timeout=", options.shutdown_timeout),
+        "time_limit": None if options.time_limit is None else _limit(options.time_limit),
     }
+
+
+def _limit(text: str) -> float:
+    if (limit := _seconds("--time-limit=", text)) > 0:
+        return limit
+    raise UsageError("--time-limit=0 leaves no time to run", hint="write seconds, more than 0")
 
 
 def _seconds(option: str, text: str) -> float:

@@ -21,7 +21,7 @@ from ...console.terminal import Terminal
 from ...host.runtime import check_name
 from ...host.spawn import END_SIGNALS
 from .. import entrypoint
-from ..entrypoint import EXIT_FAILURE
+from ..entrypoint import EXIT_FAILURE, EXIT_TIMED_OUT
 from ..parser import Parser
 from . import (
     adopt,
@@ -138,6 +138,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
     try:
         import asyncio
 
+        from ...machine.ending import TIME_LIMIT
         from ...manager.supervisor import supervise
 
         runner = asyncio.Runner()
@@ -149,6 +150,8 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
     with runner:
         end = runner.run(supervise(started, messages, ready=adopt.ready(options)))
     (messages.notice if end.clean else messages.report)(end.message)
+    if end.reason == TIME_LIMIT:
+        return EXIT_TIMED_OUT
     return 0 if end.clean else EXIT_FAILURE
 
 

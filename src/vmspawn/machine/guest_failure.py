@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Notice a guest that gets nowhere: its kernel panics, it resets itself again and again, or its image does not boot.
+
+QEMU ends a machine whose guest reports a panic through pvpanic. A kernel without a driver for pvpanic prints its panic
+and stops or reboots, and for QEMU the machine runs. A program in the guest can print the same, so a printed panic does
+not end the machine: it is reported, shortens the shutdown, and counts when the machine is ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ..aio.tasks import Tasks
+from ..console.hub import Console
+from ..console.panic import OutputWatch
+from ..qmp.events import Event
+from ..qmp.monitor import Monitor
+from .bios_image import why_not_bootable
+
+#: Seconds after which a printed panic is reported. pvpanic ends the machine at once, which says the same.
+_REPORT_DELAY = 1.0
+
+#: Resets of the guest's own in a row that are a loop, and the seconds without one after which the row is over.
+RESETS = 3
+LOOP_GAP = 60.0
+
+#: Seconds without any output after which an image that BIOS boots is looked at.
+SILENCE = 10.0
+
+_PANICKED = "the guest's kernel panicked"
+
+
+class GuestFailure:
+    """What is wrong with one machine's guest. `report` is called with a line for each new failure."""
+
+    def __init__(self, monitor: Monitor, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tasks = Tasks()
+        self._resets = 0
+        self._panic: str | None = None
+        #: Set once the guest is known to have failed; it stays set.
+        self.seen = asyncio.Event()
+        monitor.listen(self._on_event)
+
+    @property
+    def panic(self) -> str:
+        """The last panic of the guest's kernel; empty if there was none, or the guest has come up again since."""
+        if self._panic is None:
+            return ""
+        return f"{_PANICKED}: {self._panic}" if self._panic else _PANICKED
+
+    @property
+    def reason(self) -> str:
+        """Why the guest gets nowhere, or an empty string."""
+        if self._resets >= RESETS:
+            cause = f"; {self.panic}" if self._panic is not None else ""
+            return f"the guest has reset itself {self._resets} times in a row and may never come up{cause}"
+        return self.panic
+
+    def watch_console(self, console: Console) -> OutputWatch:
+        """Look for panics in what the guest prints."""
+        watch = OutputWatch(self._on_panic)
+        console.attach(watch)
+        return watch
+
+    def watch_image(self, output: OutputWatch, image: str, image_format: str) -> None:
+        """Explain why BIOS does not boot an image, if nothing is printed for a while."""
+
+        async def look() -> None:
+            why = await asyncio.to_thread(why_not_bootable, image, image_format)
+            if why and not output.has_output:
+                self._report(f"the guest has printed nothing for {SILENCE:g} s: {why}")
+
+        def silent() -> None:
+            if not output.has_output:
+                self._tasks.start(look())
+
+        self._call_later("silence", SILENCE, silent)
+
+    def close(self) -> None:
+        """Watch no more. May be called again."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._tasks.cancel()
+
+    def _on_panic(self, message: str) -> None:
+        is_new = self._panic is None
+        self._panic = message
+        self.seen.set()
+        if is_new and self._resets < RESETS:
+            self._call_later("report", _REPORT_DELAY, lambda: self._report(self.panic))
+
+    def _on_event(self, event: Event) -> None:
+        data = event.data or {}
+        if event.name in ("GUEST_PANICKED", "GUEST_CRASHLOADED"):
+            self._on_panic(self._panic or "")
+        elif event.name == "RESET" and data.get("guest"):
+            self._on_guest_reset()
+        elif event.name == "RESET" or (event.name == "VSERPORT_CHANGE" and data.get("open")):
+            # Somebody else reset it, or a program in the guest runs.
+            self._recovered()
+
+    def _on_guest_reset(self) -> None:
+        self._resets += 1
+        self._call_later("recovery", LOOP_GAP, self._recovered)
+        if self._resets == RESETS:
+            self.seen.set()
+            self._report(self.reason)
+
+    def _recovered(self) -> None:
+        self._resets = 0
+        self._panic = None
+
+    def _call_later(self, what: str, seconds: float, callback: Callable[[], None]) -> None:
+        if what in self._timers:
+            self._timers[what].cancel()
+        self._timers[what] = self._loop.call_later(seconds, callback)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Guests that never get anywhere: a kernel that panics without pvpanic, and one that reboots for ever."""
+
+import json
+import signal
+
+import pytest
+
+from tests.commands import spawned, vmctl
+from vmspawn.guest import builtin
+from vmspawn.manager.shutdown import FAILED_GUEST_TIMEOUT
+
+PANIC = "the guest's kernel panicked: VFS: Unable to mount root fs"
+
+
+@pytest.fixture
+def kernel(qemu: str) -> tuple[str, ...]:
+    """The options for a kernel that has no root and no driver for pvpanic, which is a module."""
+    guest = builtin.find()
+    assert guest is not None
+    return (f"--qemu={qemu}", f"--linux={guest.kernel}", "--ram=256M", "--console=headless")
+
+
+def test_a_printed_panic_is_reported_and_is_no_success(kernel: tuple[str, ...]) -> None:
+    with spawned(*kernel, "panic=0") as machine:
+        machine.wait_for(PANIC)
+        status = json.loads(vmctl("status", machine.name, "--json=short").stdout)
+        assert PANIC in status["lastError"]["text"]
+        machine.signal(signal.SIGTERM)
+        machine.wait_for(f"else after {FAILED_GUEST_TIMEOUT:g} s")
+        assert vmctl("terminate", machine.name, "--wait").returncode == 0
+        assert machine.wait() == 1
+
+
+def test_a_panic_that_reboots_is_no_success_where_the_machine_does_not_reboot(kernel: tuple[str, ...]) -> None:
+    with spawned(*kernel, "--qemu-arg=-no-reboot", "panic=-1") as machine:
+        assert machine.wait() == 1
+    assert PANIC in machine.output["stderr"]
+
+
+def test_a_loop_of_panics_and_reboots_is_reported(kernel: tuple[str, ...]) -> None:
+    with spawned(*kernel, "panic=-1") as machine:
+        machine.wait_for("the guest has reset itself 3 times in a row and may never come up")
+        assert machine.output["stderr"].count(PANIC) == 2, "once by itself, and once as the cause of the loop"
+        assert machine.terminate()
+        assert machine.wait() == 1

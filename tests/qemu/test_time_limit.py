@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""--time-limit=: a machine that lasts too long is ended, whoever manages it by then."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.commands import spawned, vmspawn
+from tests.conftest import make_raw
+from tests.machines import idle_machine, is_gone
+
+
+@pytest.fixture
+def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
+    return (f"--qemu={qemu}", f"--image={make_raw(tmp_path / 'boot', 1 << 20)}", "--ram=64M", "--console=headless")
+
+
+def test_a_machine_is_ended_after_its_time_with_a_status_of_its_own(options: tuple[str, ...]) -> None:
+    with spawned(*options, "--time-limit=1.5") as machine:
+        assert machine.wait() == 124
+    assert "the machine was ended after 1.5 s" in machine.output["stderr"]
+    assert is_gone(machine.name)
+
+
+def test_a_machine_that_ends_in_time_is_not_ended_by_the_limit(options: tuple[str, ...]) -> None:
+    with spawned(*options, "--time-limit=600") as machine:
+        machine.wait_for("is running")
+        assert machine.terminate()
+        assert machine.wait() == 0
+
+
+def test_the_limit_holds_for_the_next_manager(options: tuple[str, ...]) -> None:
+    with spawned(*options, "--time-limit=3") as machine:
+        machine.wait_for("is running")
+        machine.signal(signal.SIGKILL)
+        machine.wait()
+        with spawned("--adopt", name=machine.name) as successor:
+            assert successor.wait() == 124
+    assert is_gone(machine.name)
+
+
+async def test_a_program_learns_it_as_the_reason(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path, time_limit=1.0) as machine:
+        end = await machine.wait()
+    assert (end.reason, end.clean) == ("time-limit", False)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "1e3"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    done = vmspawn("--guest=builtin", f"--time-limit={text}")
+    assert done.returncode == 2
+    assert "--time-limit=" in done.stderr
