@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the host does not give: descriptors, room, somebody who reads. One line each, and nothing left."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -49,7 +50,7 @@ def test_a_takeover_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) ->
         machine.kill_manager()
         refused = 0
         for count in range(FEWEST, MOST):
-            program = ["prlimit", f"--nofile={count}:4096", "--", *VMSPAWN]
+            program = ["prlimit", f"--nofile={count}", "--", *VMSPAWN]
             machine.manager = Spawned(machine.name, ("--adopt", "--console=headless"), program=program)
             status = machine.manager.ended_before("is running")
             if status is None:
@@ -60,7 +61,8 @@ def test_a_takeover_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) ->
             machine.manager.close()
             refused += 1
         assert refused > 5
-        limit(machine.manager.process.pid, MOST)
+        machine.kill_manager()
+        machine.adopt()
         assert machine.disks() == before
         assert vmctl("detach-disk", machine.name, "disk").returncode == 0
 
@@ -91,6 +93,28 @@ def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:
         assert vmctl("detach-disk", name, "disk").returncode == 0
         assert "Traceback" not in machine.output["stderr"]
         assert len(links_of(pid)) == before
+
+
+@pytest.mark.parametrize("limits", ["20:4096", "64:64"], ids=["soft", "hard"])
+def test_a_limit_below_a_descriptor_that_the_caller_left_open(qemu: str, tmp_path: Path, limits: str) -> None:
+    """As a shell leaves one by `exec 200<file`: it cannot be closed in QEMU, so it is not inherited."""
+    image = make_raw(tmp_path / "image", 1 << 20)
+    name = fresh_name()
+    options = ["-M", name, f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--time-limit=2"]
+    high = fcntl.fcntl(0, fcntl.F_DUPFD, 200)
+    try:
+        done = subprocess.run(
+            ["prlimit", f"--nofile={limits}", "--", *VMSPAWN, *options],
+            pass_fds=[high],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+    finally:
+        os.close(high)
+    assert done.returncode == 124, done.stderr
+    assert is_gone(name)
 
 
 def limit(pid: int, descriptors: int) -> None:

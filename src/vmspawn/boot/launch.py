@@ -64,6 +64,7 @@ def launch(
     Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
     """
     _check_display(config)
+    runtime.prepare_root()
     report = Reporter(notice, detail)
     chosen = choose(config, report)
     begin()

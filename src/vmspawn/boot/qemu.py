@@ -98,15 +98,20 @@ def _cached(path: str, identity: list[int]) -> QemuBinary | None:
     import json
 
     try:
-        with open(os.path.join(cache_directory(), _CACHE_FILE), "rb") as file:
+        with open(_cache_file(), "rb") as file:
             entry = json.load(file)[path]
         if entry["identity"] != identity:
             return None
         major, minor, micro = entry["version"]
         features = (bool(entry[name]) for name in ("monitor_object", "namespaces", "sandbox"))
         return QemuBinary(path, (major, minor, micro), str(entry["architecture"]), *features)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UsageError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _cache_file() -> str:
+    """The path of the cache. Raises UsageError for a user without a home, who needs none to boot an image."""
+    return os.path.join(cache_directory(), _CACHE_FILE)
 
 
 # What a probed QEMU is asked. Whether namespaces can be plugged in shows in whether their bus has a handler for that.
@@ -193,8 +198,8 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
     """Add to the cache. That it cannot be written costs time at the next start and is no error."""
     import json
 
-    path = os.path.join(cache_directory(), _CACHE_FILE)
     try:
+        path = _cache_file()
         try:
             with open(path, "rb") as file:
                 entries = json.load(file)
@@ -213,7 +218,7 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
         with open(fresh, "w") as file:
             json.dump(entries, file)
         os.replace(fresh, path)
-    except (OSError, TypeError):
+    except (UsageError, OSError, TypeError):
         pass
 
 

@@ -60,7 +60,7 @@ class Apt:
         for name in ("state/lists/partial", "cache/archives/partial"):
             (directory / name).mkdir(parents=True)
         config = directory / "apt.conf"
-        config.write_text(_CONFIG.format(architecture=architecture, directory=directory))
+        config.write_bytes(os.fsencode(_CONFIG.format(architecture=architecture, directory=directory)))
         apt = cls(("-c", str(config)))
         # One source of many may be out of order: what counts is whether the package is found
         try:

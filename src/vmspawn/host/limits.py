@@ -11,8 +11,10 @@ DESCRIPTORS = 4096
 
 
 def allow_descriptors() -> None:
-    """Let this process have as many descriptors as its own limits promise, if its hard limit allows: the soft one is
-    1024 for the sake of select(2), which nothing here uses."""
+    """Raise the soft limit of descriptors to what this process and QEMU, which inherits the limit, may need.
+
+    The soft limit is 1024 for the sake of select(2), which neither uses, and a user may have lowered it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -16,7 +16,7 @@ import socket
 import stat
 from typing import Any
 
-from ..errors import NotConnected, StartError, UsageError
+from ..errors import NotConnected, StartError, SystemFailure, UsageError
 
 #: A machine's name is used as a host name, in a path and on a command line; systemd's limit for it is 64.
 NAME_MAX = 64
@@ -66,6 +66,23 @@ def runtime_root() -> str:
     )
 
 
+def prepare_root() -> str:
+    """Make the folder that holds the machines' folders, and check that it can be used; returns its path.
+
+    Raises UsageError where the environment names none, StartError if it is not ours.
+    """
+    root = runtime_root()
+    try:
+        os.makedirs(root, mode=0o700, exist_ok=True)
+        _check_root(root)
+    except OSError as error:
+        raise StartError(
+            f"cannot use the runtime directory {root}: {error.strerror}",
+            hint="set VMSPAWN_RUNTIME_DIR to a folder of yours",
+        ) from None
+    return root
+
+
 def check_name(name: str) -> str:
     """Return `name` if a machine may be called that, raise UsageError if not."""
     if not name or len(name) > NAME_MAX or name[0] in ".-" or not _NAME_CHARACTERS.issuperset(name):
@@ -92,11 +109,8 @@ class MachineDirectory:
 
         Raises StartError if a living machine has the name, or the folder is not ours.
         """
-        root = runtime_root()
-        path = os.path.join(root, check_name(name))
+        path = os.path.join(prepare_root(), check_name(name))
         try:
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            _check_root(root)
             fd = _open_locked(path, name)
         except OSError as error:
             raise StartError(f"cannot use the runtime directory {path}: {error.strerror}") from None
@@ -178,7 +192,7 @@ class MachineDirectory:
     def read_log(self) -> str:
         """What QEMU said on its standard output and error."""
         try:
-            with open(self.file(LOG), errors="replace") as log:
+            with open(self.file(LOG), encoding="utf-8", errors="replace") as log:
                 return log.read()
         except OSError:
             return ""
@@ -273,11 +287,17 @@ def _check_ours(fd: int, path: str) -> None:
 
 
 def machine_names() -> list[str]:
-    """The names of the folders that are there, sorted; whether a manager lives behind one, its control socket tells."""
+    """Return the names of the machines' folders, sorted; whether a manager lives behind one, its control socket tells.
+
+    Raises UsageError where the environment names no runtime directory, SystemFailure if it cannot be read.
+    """
+    root = runtime_root()
     try:
-        return sorted(name for name in os.listdir(runtime_root()) if name[0] not in ".-")
-    except OSError:
-        return []
+        return sorted(name for name in os.listdir(root) if name[0] not in ".-")
+    except FileNotFoundError:
+        return []  # no machine was ever started
+    except OSError as error:
+        raise SystemFailure(f"cannot read the runtime directory {root}", error.errno or errno.EIO) from None
 
 
 def read_state(path: str) -> dict[str, Any]:

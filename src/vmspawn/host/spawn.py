@@ -6,9 +6,12 @@ On the start path: imports next to nothing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import signal
+from collections.abc import Iterator
 
 from ..errors import StartError
 
@@ -38,21 +41,37 @@ def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int
     ]
     # Duplicating a descriptor onto itself makes it inheritable in the child alone.
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
-    actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in keep]
+    others = [fd for fd in _inheritable() if fd not in keep]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    closable = [fd for fd in others if limit == resource.RLIM_INFINITY or fd < limit]
+    actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in closable]
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     environment |= OVERRIDES
     try:
-        return os.posix_spawn(
-            arguments[0],
-            arguments,
-            environment,
-            file_actions=actions,
-            setsid=True,
-            setsigmask=[],
-            setsigdef=_DEFAULT_SIGNALS,
-        )
+        with _not_inherited([fd for fd in others if fd not in closable]):
+            return os.posix_spawn(
+                arguments[0],
+                arguments,
+                environment,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=[],
+                setsigdef=_DEFAULT_SIGNALS,
+            )
     except OSError as error:
         raise StartError(f"cannot run {arguments[0]}: {os.strerror(error.errno or errno.ENOEXEC)}") from None
+
+
+@contextlib.contextmanager
+def _not_inherited(descriptors: list[int]) -> Iterator[None]:
+    """Keep descriptors from a child that posix_spawn(3) refuses to close: they are above a limit that was lowered."""
+    for fd in descriptors:
+        os.set_inheritable(fd, False)
+    try:
+        yield
+    finally:
+        for fd in descriptors:
+            os.set_inheritable(fd, True)
 
 
 def _inheritable() -> list[int]:

@@ -69,9 +69,9 @@ def _read(path: str, boot: str) -> Entry | None:
     """An entry whose kernel is there; the paths in it begin where its boot directory does."""
     linux, initrds = "", []
     try:
-        with open(path, errors="replace") as file:
+        with open(path, "rb") as file:
             for line in file:
-                key, _, value = line.strip().partition(" ")
+                key, _, value = os.fsdecode(line).strip().partition(" ")
                 if key == "linux":
                     linux = value.strip()
                 elif key == "initrd":

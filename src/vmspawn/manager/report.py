@@ -10,6 +10,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ..cache import cache_directory
+from ..errors import UsageError
 from ..host import runtime
 from ..version import VERSION
 
@@ -28,15 +29,15 @@ def write_report(name: str, what: str, machine: Running | None, error: BaseExcep
 
     It has what was going on, and names the files that it does not have: images and the guest's console are the user's.
     """
-    folder = os.path.join(cache_directory(), "reports")
-    path = os.path.join(folder, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt")
     try:
+        folder = os.path.join(cache_directory(), "reports")
+        path = os.path.join(folder, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt")
         os.makedirs(folder, mode=0o700, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "w", errors="replace") as file:
             file.write("\n".join(_lines(what, machine, error)) + "\n")
         _remove_old(folder)
-    except OSError:
+    except (UsageError, OSError):
         return ""
     return path
 

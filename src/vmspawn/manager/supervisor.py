@@ -11,7 +11,6 @@ from ..boot.started import Launched, Started
 from ..console.messages import Messages
 from ..control.server import ControlServer, build_registry
 from ..errors import ManagerFailed, StartError, VmspawnError
-from ..host.limits import allow_descriptors
 from ..host.notify import Notifier
 from ..inside.inside import Inside
 from ..machine.ending import End
@@ -38,7 +37,6 @@ async def supervise(started: Started, messages: Messages, *, ready: Callable[[],
     `ready` is called once the machine is up. Raises StartError if QEMU does not come up, ManagerFailed after a fault of
     ours; the guest runs on then, and another manager can take it over.
     """
-    allow_descriptors()
     machine = await _start(started, messages)
     if machine is None:
         return End.terminated()

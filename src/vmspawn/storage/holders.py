@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+from ..errors import VmspawnError
 from ..host import runtime
 
 
@@ -17,7 +18,7 @@ def holder_of(identity: tuple[int, ...]) -> str:
 
 
 def _machine_with(identity: tuple[int, ...]) -> str:
-    for name in runtime.machine_names():
+    for name in _machines():
         folder = os.path.join(runtime.runtime_root(), name)
         try:
             state = runtime.read_state(folder)
@@ -27,6 +28,13 @@ def _machine_with(identity: tuple[int, ...]) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return ""
+
+
+def _machines() -> list[str]:
+    try:
+        return runtime.machine_names()
+    except VmspawnError:
+        return []  # the message that this is for goes without
 
 
 def _identities(state: dict[str, dict[str, list[dict[str, list[dict[str, dict[str, list[int]]]]]]]]) -> list[list[int]]:
@@ -42,7 +50,7 @@ def _process_with(identity: tuple[int, ...]) -> str:
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 found = os.stat(f"/proc/{pid}/fd/{fd}")
                 if (found.st_dev, found.st_ino) == identity or (found.st_rdev and (found.st_rdev,) == identity):
-                    with open(f"/proc/{pid}/comm") as file:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
                         return f"{file.read().strip()} (process {pid})"
         except OSError:
             continue

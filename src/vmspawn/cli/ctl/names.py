@@ -25,10 +25,16 @@ def add(verbs: Verbs) -> None:
 
 def _print_names(options: argparse.Namespace) -> None:
     """Print one name a line. If the machine does not answer, print none: there is no place for an error."""
-    names = _disks(options.machine) if options.what == "disks" else {*machine_names(), *machined.machines()}
-    for name in sorted(names):
+    for name in sorted(_disks(options.machine) if options.what == "disks" else _machines()):
         if "\n" not in name:
             print(name)
+
+
+def _machines() -> set[str]:
+    try:
+        return {*machine_names(), *machined.machines()}
+    except VmspawnError:
+        return set()
 
 
 def _disks(machine: str) -> set[str]:

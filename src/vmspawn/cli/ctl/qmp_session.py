@@ -62,7 +62,8 @@ class Session:
         if arguments:
             message["arguments"] = arguments
         try:
-            self._socket.sendall(json.dumps(message).encode())
+            # What the user wrote may not be in the encoding of the locale; QEMU's is UTF-8.
+            self._socket.sendall(json.dumps(message, ensure_ascii=False).encode(errors="surrogateescape"))
         except OSError as error:
             raise NotConnected(f"lost the connection: {error.strerror}") from None
         while True:

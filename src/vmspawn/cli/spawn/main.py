@@ -18,6 +18,7 @@ from ...boot import config as configuration
 from ...boot.config import MachineConfig
 from ...console.messages import Messages
 from ...console.terminal import Terminal
+from ...host.limits import allow_descriptors
 from ...host.runtime import check_name
 from ...host.spawn import END_SIGNALS
 from .. import entrypoint
@@ -134,6 +135,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
         messages.notice(HELP)
     # Where SIGCHLD is ignored, nobody would learn how QEMU ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    allow_descriptors()
     started = adopt.begin(options, config, messages.notice, detail, _hold_signals)
     try:
         import asyncio

@@ -23,7 +23,7 @@ class Peer:
         """Return the process that connected a socket. Raises OSError if it is no unix socket."""
         pid, uid = peer_process(connected)
         try:
-            with open(f"/proc/{pid}/comm", errors="replace") as file:
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
                 comm = file.read().rstrip("\n")
         except OSError:
             comm = ""

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Environments that a user may have: a runtime directory that cannot be used, another locale, few permissions."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, idle, one_line
+from tests.conftest import make_raw
+
+#: Python neither takes UTF-8 for granted nor makes up for the locale; systemd's units and cron have such a locale.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+def test_a_runtime_directory_that_cannot_be_read_is_not_an_empty_list(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(*VMCTL, "list", VMSPAWN_RUNTIME_DIR=str(tmp_path / "file"))
+    assert done.returncode == 1
+    assert one_line(done, "vmctl") == f"vmctl: cannot read the runtime directory {tmp_path}/file: Not a directory"
+    assert run(*VMCTL, "list", VMSPAWN_RUNTIME_DIR=str(tmp_path / "none")).returncode == 0
+    completed = run(*VMCTL, "__complete", "machines", VMSPAWN_RUNTIME_DIR=str(tmp_path / "file"))
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "", "")
+
+
+def test_a_runtime_directory_that_cannot_be_made_is_noticed_before_the_guest_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = {"VMSPAWN_RUNTIME_DIR": str(tmp_path / "file" / "run"), "VMSPAWN_CACHE_DIR": str(tmp_path / "cache")}
+    done = run(*VMSPAWN, "--guest=builtin", **places)
+    assert done.returncode == 1
+    assert (
+        one_line(done, "vmspawn") == f"vmspawn: cannot use the runtime directory {tmp_path}/file/run: Not a directory"
+    )
+    assert "VMSPAWN_RUNTIME_DIR" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_qmp_argument_is_utf8_whatever_the_locale(qemu: str, tmp_path: Path) -> None:
+    with idle(qemu, tmp_path) as machine:
+        done = run(*VMCTL, "qmp", machine.name, "qom-list", "path=/böse", **ASCII)
+    assert done.returncode == 1
+    assert r"Device '/b\xf6se' not found" in done.stderr
+
+
+def test_a_user_without_a_home_boots_an_image(qemu: str, tmp_path: Path) -> None:
+    """Nothing is cached then. HOME is not a path, so that the password database is not asked."""
+    image = make_raw(tmp_path / "image", 1 << 20)
+    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--time-limit=1")
+    done = run(*VMSPAWN, *options, HOME="none", XDG_CACHE_HOME="", VMSPAWN_CACHE_DIR="")
+    assert done.returncode == 124, done.stderr
+    assert not Path("none").exists()
+
+
+@pytest.mark.parametrize("environment", [{}, ASCII], ids=["utf-8", "ascii"])
+def test_a_boot_entry_names_its_files_in_any_locale(tmp_path: Path, environment: dict[str, str]) -> None:
+    entries = tmp_path / "boot" / "loader" / "entries"
+    entries.mkdir(parents=True)
+    (tmp_path / "boot" / "linüx").touch()
+    (entries / "a.conf").write_text("title a\nlinux /linüx\n", encoding="utf-8")
+    done = run(*VMSPAWN, f"--directory={tmp_path}", "--kvm=no", **environment)
+    assert done.returncode == 1
+    assert one_line(done, "vmspawn").endswith("the file is empty")
