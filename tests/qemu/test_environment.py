@@ -55,6 +55,26 @@ def test_a_qmp_argument_is_utf8_whatever_the_locale(qemu: str, tmp_path: Path) -
     assert r"Device '/b\xf6se' not found" in done.stderr
 
 
+def test_a_directory_whose_kernel_cannot_mount_it_is_reported_beforehand(qemu: str, tmp_path: Path) -> None:
+    boot = tmp_path / "boot"
+    boot.mkdir()
+    (boot / "vmlinuz-6.1").write_bytes(b"kernel")
+    (boot / "config-6.1").write_text("# CONFIG_VIRTIO_FS is not set\n")
+    done = run(*VMSPAWN, f"--qemu={qemu}", f"--directory={tmp_path}", "--qemu-arg=-nonsense")
+    assert done.returncode == 1
+    assert f"the guest may not find its root: {boot}/vmlinuz-6.1 was built without virtiofs" in done.stderr
+
+
+def test_a_kernel_of_another_architecture_is_refused(qemu: str, tmp_path: Path) -> None:
+    """QEMU would load it, and the guest would hang without a word."""
+    header = b"MZ".ljust(60, b"\0") + (64).to_bytes(4, "little") + b"PE\0\0\x64\xaa"
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(header.ljust(4096, b"\0"))
+    done = run(*VMSPAWN, f"--qemu={qemu}", f"--linux={kernel}")
+    assert done.returncode == 1
+    assert f"{kernel} is a kernel for aarch64, and --machine-type=q35 is x86_64" in done.stderr
+
+
 def test_a_user_without_a_home_boots_an_image(qemu: str, tmp_path: Path) -> None:
     """Nothing is cached then. HOME is not a path, so that the password database is not asked."""
     image = make_raw(tmp_path / "image", 1 << 20)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.commands import Spawned, qemu_pid, spawned, vmctl, vmspawn
 from tests.conftest import make_raw
-from tests.machines import is_gone, process_is_gone
+from tests.machines import fresh_name, is_gone, process_is_gone
 from vmspawn.errors import StartError
 from vmspawn.helpers import virtiofsd
 
@@ -48,6 +48,16 @@ def test_each_directory_has_a_virtiofsd_that_goes_with_the_machine(options: tupl
         assert machine.wait() == 0
     assert all(process_is_gone(pid) for pid in pids)
     assert is_gone(machine.name)
+
+
+def test_the_hosts_own_root_is_served(qemu: str, tmp_path: Path) -> None:
+    """A virtiofsd in C cannot make it its root, for it is that already."""
+    image = make_raw(tmp_path / "image", 1 << 20)
+    done = vmspawn(
+        *(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless"),
+        *("--bind=/:/mnt/host", "--time-limit=4", "-M", fresh_name()),
+    )
+    assert done.returncode == 124, done.stderr
 
 
 def test_a_virtiofsd_that_dies_is_named_and_ends_the_machine(options: tuple[str, ...], tmp_path: Path) -> None:

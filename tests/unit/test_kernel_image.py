@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmspawn.images.kernel_image import EFI, LINUX, OTHER, UKI, kind_of
+from vmspawn.images.kernel_image import EFI, LINUX, OTHER, UKI, architecture_of, kind_of, version_of
 
 
 def pe(*sections: bytes, signature: bytes = b"PE\0\0", magic: bytes = b"") -> bytes:
@@ -48,3 +48,19 @@ def test_kinds(tmp_path: Path, content: bytes, expected: str) -> None:
 def test_nothing_that_a_file_holds_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "kernel").write_bytes(content)
     assert kind_of(str(tmp_path / "kernel")) in (EFI, LINUX, OTHER, UKI)
+    assert architecture_of(str(tmp_path / "kernel")) == version_of(str(tmp_path / "kernel")) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", ""),
+        (pe(b".text"), "x86_64"),
+        (pe(b".text").replace(b"PE\0\0\x64\x86", b"PE\0\0\x64\xaa"), "aarch64"),
+        (pe(b".text").replace(b"PE\0\0\x64\x86", b"PE\0\0\x4c\x01"), ""),
+        (pe(b".text", signature=b"XX\0\0"), ""),
+    ],
+)
+def test_the_architecture(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "kernel").write_bytes(content)
+    assert architecture_of(str(tmp_path / "kernel")) == expected

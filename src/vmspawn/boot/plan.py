@@ -50,6 +50,7 @@ def choose(config: MachineConfig, report: Reporter) -> Choices:
     layout = places.layout(config.machine_type, config.hotplug_ports, namespaces=binary.namespaces)
     accelerator, why_emulated = choose_accelerator(config.kvm, binary.architecture)
     kernel = _choose_kernel(config, binary.architecture, report.notice)
+    _check_virtiofs(config, report.notice)
     return Choices(config, binary, accelerator, why_emulated, layout, kernel)
 
 
@@ -72,9 +73,21 @@ def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[s
     if config.linux is None:
         return None
     _check_readable("linux", config.linux)
+    _check_architecture(config, config.linux, architecture)
     if config.initrd:
         _check_readable("initrd", config.initrd)
     return Kernel(config.linux, config.initrd, ())
+
+
+def _check_virtiofs(config: MachineConfig, notice: Callable[[str], None]) -> None:
+    """Tell the user beforehand if a directory's kernel cannot mount it; it would drop into a shell without a word."""
+    if config.directory is None or config.linux is None:
+        return
+    from ..images import virtiofs_support
+
+    initrds = [each for each in (config.initrd, *config.more_initrds) if each is not None]
+    if why := virtiofs_support.why_not(config.directory, config.linux, initrds):
+        notice(f"the guest may not find its root: {why}")
 
 
 def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> "BuiltinGuest":
@@ -95,6 +108,20 @@ def _check_readable(field: str, path: str) -> None:
                 raise _unusable(field, path, "the file is empty")
     except OSError as error:
         raise _unusable(field, path, error.strerror) from None
+
+
+def _check_architecture(config: MachineConfig, linux: str, architecture: str) -> None:
+    """Raise StartError for a kernel of another architecture, which QEMU would load and the guest would hang in."""
+    found = kernel_image.architecture_of(linux)
+    if found not in ("", architecture):
+        raise StartError.with_fields(
+            "{path} is a kernel for {found}, and {machine_type={type}} is {architecture}",
+            hint="name another kernel, or another {machine_type=}",
+            path=linux,
+            found=found,
+            type=config.machine_type,
+            architecture=architecture,
+        )
 
 
 def _unusable(field: str, path: str, reason: str | None) -> StartError:

@@ -39,7 +39,9 @@ class Virtiofsd(NamedTuple):
         if not self.rust:
             # As a comma ends an option's value there, one in the path is doubled.
             source = directory.replace(",", ",,")
-            return [self.path, "-f", f"--fd={listener}", "-o", f"source={source},xattr"]
+            # Its usual sandbox makes the directory its root by pivot_root(2), which fails for what is its root already.
+            sandbox = ",sandbox=chroot" if os.path.realpath(directory) == "/" else ""
+            return [self.path, "-f", f"--fd={listener}", "-o", f"source={source},xattr{sandbox}"]
         if utf8(directory) != directory:
             raise StartError(f"cannot share {directory}: {self.path} takes names in UTF-8 only", hint="rename it")
         options = ["--xattr", "--no-announce-submounts"]

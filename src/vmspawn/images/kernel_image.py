@@ -7,14 +7,20 @@ Unified kernel images (UKI), compressed EFI kernels of aarch64 and other EFI pro
 
 from __future__ import annotations
 
+import os
 import struct
 
 # The PE format: offset of the PE header in the DOS header; the COFF header behind the signature; the section table.
 _PE_OFFSET = struct.Struct("<60xI")
-_COFF = struct.Struct("<4s2xH12xH2x")
+_COFF = struct.Struct("<4sHH12xH2x")
+_MACHINES = {0x8664: "x86_64", 0xAA64: "aarch64"}
 _SECTION = struct.Struct("<8s32x")
 
 _SECTIONS_MAX = 96
+
+# x86's boot protocol: where the header points to the version's text, counted from the end of the first sector.
+_VERSION_OFFSET = struct.Struct("<H")
+_VERSION_FIELD, _SECTOR, _VERSION_MAX = 0x20E, 0x200, 256
 
 # Where a kernel of Linux says so: x86's boot protocol ("The Real-Mode Kernel Header"), arm64's booting.rst.
 _LINUX_MAGICS = ((0x202, b"HdrS"), (56, b"ARM\x64"))
@@ -40,14 +46,44 @@ def kind_of(path: str) -> str:
             return OTHER
         file.seek(_PE_OFFSET.unpack_from(start)[0])
         header = file.read(_COFF.size)
-        if len(header) < _COFF.size:
+        if not _is_coff(header):
             return OTHER
-        signature, sections, optional_size = _COFF.unpack(header)
-        if signature != b"PE\0\0":
-            return OTHER
+        _, _, sections, optional_size = _COFF.unpack(header)
         file.seek(optional_size, 1)
         table = file.read(min(sections, _SECTIONS_MAX) * _SECTION.size)
     names = {table[at : at + 8].rstrip(b"\0") for at in range(0, len(table) - 7, _SECTION.size)}
     if {b".linux", b".osrel"} <= names:
         return UKI
     return LINUX if any(start.startswith(magic, at) for at, magic in _LINUX_MAGICS) else EFI
+
+
+def _is_coff(header: bytes) -> bool:
+    return len(header) == _COFF.size and header.startswith(b"PE\0\0")
+
+
+def architecture_of(path: str) -> str:
+    """Return the architecture of a kernel that is a PE image, as the kernel calls it; empty if it is not known.
+
+    Raises OSError.
+    """
+    with open(path, "rb") as file:
+        start = file.read(_PE_OFFSET.size)
+        if start[:2] != b"MZ" or len(start) < _PE_OFFSET.size:
+            return ""
+        file.seek(_PE_OFFSET.unpack(start)[0])
+        header = file.read(_COFF.size)
+    return _MACHINES.get(_COFF.unpack(header)[1], "") if _is_coff(header) else ""
+
+
+def version_of(path: str) -> str:
+    """Return the version of a kernel for x86, such as 6.1.0-37-amd64; empty if it does not tell. Raises OSError."""
+    with open(path, "rb") as file:
+        start = file.read(_VERSION_FIELD + _VERSION_OFFSET.size)
+        if not start.startswith(b"HdrS", _SECTOR + 2) or len(start) < _VERSION_FIELD + _VERSION_OFFSET.size:
+            return ""
+        (offset,) = _VERSION_OFFSET.unpack_from(start, _VERSION_FIELD)
+        if not offset:
+            return ""
+        file.seek(offset + _SECTOR)
+        words = file.read(_VERSION_MAX).partition(b"\0")[0].split()
+    return os.fsdecode(words[0]) if words and b"/" not in words[0] else ""
