@@ -40,7 +40,6 @@ def test_a_panic_that_reboots_is_no_success_where_the_machine_does_not_reboot(ke
 
 def test_a_loop_of_panics_and_reboots_is_reported(kernel: tuple[str, ...]) -> None:
     with spawned(*kernel, "panic=-1") as machine:
-        machine.wait_for("the guest has reset itself 3 times in a row and may never come up")
-        assert machine.output["stderr"].count(PANIC) == 2, "once by itself, and once as the cause of the loop"
+        machine.wait_for(f"the guest has reset itself 3 times in a row and may never come up; {PANIC}")
         assert machine.terminate()
         assert machine.wait() == 1

@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,32 @@ def test_a_runtime_directory_that_cannot_be_read_is_not_an_empty_list(tmp_path: 
     assert run(*VMCTL, "list", VMSPAWN_RUNTIME_DIR=str(tmp_path / "none")).returncode == 0
     completed = run(*VMCTL, "__complete", "machines", VMSPAWN_RUNTIME_DIR=str(tmp_path / "file"))
     assert (completed.returncode, completed.stdout, completed.stderr) == (0, "", "")
+
+
+def test_a_machine_that_cannot_be_looked_at_is_listed(tmp_path: Path) -> None:
+    """A link to itself cannot be followed; a folder of another user's could not be either. A file is no machine."""
+    (tmp_path / "other").symlink_to("other")
+    (tmp_path / "file").touch()
+    listed = run(*VMCTL, "list", VMSPAWN_RUNTIME_DIR=str(tmp_path))
+    assert [line.split()[:2] for line in listed.stdout.splitlines()[1:]] == [["other", "unreachable"]], listed.stderr
+    refused = run(*VMCTL, "status", "other", VMSPAWN_RUNTIME_DIR=str(tmp_path))
+    assert refused.returncode == 1
+    assert one_line(refused, "vmctl").startswith("vmctl: cannot reach machine other: ")
+
+
+def test_without_a_current_directory(tmp_path: Path) -> None:
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *VMSPAWN, "--image=image"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert one_line(done, "vmspawn") == "vmspawn: there is no current directory: No such file or directory"
 
 
 def test_a_runtime_directory_that_cannot_be_made_is_noticed_before_the_guest_is_made(tmp_path: Path) -> None:

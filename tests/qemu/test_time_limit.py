@@ -31,7 +31,7 @@ def test_a_machine_that_ends_in_time_is_not_ended_by_the_limit(options: tuple[st
 
 
 def test_the_limit_holds_for_the_next_manager(options: tuple[str, ...]) -> None:
-    with spawned(*options, "--time-limit=3") as machine:
+    with spawned(*options, "--time-limit=12") as machine:
         machine.wait_for("is running")
         machine.signal(signal.SIGKILL)
         machine.wait()

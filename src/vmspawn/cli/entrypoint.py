@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from errno import EDQUOT, EFBIG, EIO, ENOSPC
+from errno import EDQUOT, EFBIG, EIO, ENOENT, ENOSPC
 from typing import NoReturn
 
 from .. import log
@@ -88,6 +88,9 @@ def _status(work: Callable[[], int]) -> int:
 
 def _explain(error: OSError) -> VmspawnError:
     number = error.errno or EIO
+    if number == ENOENT and error.filename is None:
+        # Of the calls that name no file, getcwd(3) alone fails so.
+        return SystemFailure("there is no current directory", number, hint="change to one that exists")
     if number in _OF_FILES and error.filename is None:
         return SystemFailure("cannot write the output", number)
     what = f" {error.filename!r}" if error.filename else ""

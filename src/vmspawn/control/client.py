@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import socket
+from errno import EIO
 
-from ..errors import NotConnected
+from ..errors import NotConnected, SystemFailure
 from ..host import machined, runtime, varlink
 from ..host.varlink import VarlinkError
 
@@ -20,26 +21,28 @@ class Client(varlink.Client):
     """A connection to a machine's control socket."""
 
     def __init__(self, machine: str, *, timeout: float = REPLY_TIMEOUT) -> None:
-        """Connect to the machine of that name. Raises NotConnected if it does not run."""
+        """Connect to the machine of that name. Raises what `connect` raises."""
         super().__init__(connect(machine, runtime.CONTROL), f"machine {machine}", timeout=timeout)
         self.machine = machine
 
 
 def connect(machine: str, name: str) -> socket.socket:
-    """Connect to the socket `name` of a machine; the caller owns it. Raises NotConnected if the machine does not run.
+    """Connect to the socket `name` of a machine; the caller owns it.
+
+    Raises NotConnected if the machine does not run, SystemFailure if that cannot be seen.
 
     It is done through the folder's descriptor, so that no path is too long for a socket address.
     """
     runtime.check_name(machine)
     try:
         folder = os.open(os.path.join(runtime.runtime_root(), machine), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         # Others have their sockets elsewhere: systemd-vmspawn, and a vmspawn with another runtime directory.
         if path := machined.machines().get(machine):
             return _connect_to(path if name == runtime.CONTROL else os.path.join(os.path.dirname(path), name), machine)
         raise NotConnected(f"there is no machine named {machine}", hint="see: vmctl list") from None
     except OSError as error:
-        raise NotConnected(f"cannot reach machine {machine}: {error.strerror}") from None
+        raise SystemFailure(f"cannot reach machine {machine}", error.errno or EIO) from None
     try:
         return _connect_to(f"/proc/self/fd/{folder}/{name}", machine)
     except NotConnected:
@@ -63,5 +66,5 @@ def _connect_to(path: str, machine: str) -> socket.socket:
         raise NotConnected(f"machine {machine} does not run", hint="see: vmctl list") from None
     except OSError as error:
         connection.close()
-        raise NotConnected(f"cannot reach machine {machine}: {error.strerror}") from None
+        raise SystemFailure(f"cannot reach machine {machine}", error.errno or EIO) from None
     return connection

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from ...control.client import Client, VarlinkError
-from ...errors import NotConnected, Timeout, UsageError
+from ...errors import NotConnected, SystemFailure, Timeout, UsageError
 from ...host import machined
 from ...host.runtime import check_name, machine_names, running_qemu, runtime_root
 from ...timeouts import LIST_TIMEOUT
@@ -55,7 +55,10 @@ def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _look_at(name: str) -> dict[str, Any] | None:
-    """Return a machine's description, or None if no machine has the name. A machine that hangs is listed as such."""
+    """Return a machine's description, or None if no machine has the name.
+
+    A machine that hangs, or that we may not or cannot connect to, is listed as such.
+    """
     try:
         folder = os.path.join(runtime_root(), check_name(name))
         with Client(name, timeout=LIST_TIMEOUT) as client:
@@ -64,10 +67,16 @@ def _look_at(name: str) -> dict[str, Any] | None:
         return None
     except NotConnected:
         if pid := running_qemu(folder):
-            return {"name": name, "status": "no manager", "qemuVersion": "-", "accelerator": "-", "processId": pid}
+            return _unknown(name, "no manager", pid)
         return None
     except Timeout:
-        return {"name": name, "status": "unresponsive", "qemuVersion": "-", "accelerator": "-", "processId": 0}
+        return _unknown(name, "unresponsive")
+    except SystemFailure:
+        return _unknown(name, "unreachable")
+
+
+def _unknown(name: str, status: str, pid: int = 0) -> dict[str, Any]:
+    return {"name": name, "status": status, "qemuVersion": "-", "accelerator": "-", "processId": pid}
 
 
 def _describe(client: Client, name: str) -> dict[str, Any]:
