@@ -25,6 +25,9 @@ _REPORT_DELAY = 1.0
 RESETS = 3
 LOOP_GAP = 60.0
 
+#: Seconds within which two resets are one: a guest may try two ways of rebooting (docs/qemu.md, "Events").
+_SAME_RESET = 0.2
+
 #: Seconds without any output after which an image that BIOS boots is looked at.
 SILENCE = 10.0
 
@@ -40,6 +43,7 @@ class GuestFailure:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks = Tasks()
         self._resets = 0
+        self._last_reset = 0.0
         self._panic: str | None = None
         #: Set once the guest is known to have failed; it stays set.
         self.seen = asyncio.Event()
@@ -104,6 +108,9 @@ class GuestFailure:
             self._recovered()
 
     def _on_guest_reset(self) -> None:
+        before, self._last_reset = self._last_reset, self._loop.time()
+        if self._last_reset - before < _SAME_RESET:
+            return
         self._resets += 1
         self._call_later("recovery", LOOP_GAP, self._recovered)
         if self._resets == RESETS:
