@@ -428,7 +428,10 @@ async def _snapshot(machine: Machine) -> Snapshot:
 
 
 async def _start(qemu: str, folder: Path) -> Machine:
-    machine = idle_machine(qemu, folder, hotplug_ports=PORTS + 1)
+    # Firmware does not release the controller of namespaces, which goes with the last: so one is there from boot.
+    has_namespaces = find_qemu(qemu).namespaces
+    at_boot = (Disk(str(make_raw(folder / "at-boot", 1 << 20)), bus="nvme-ns"),) if has_namespaces else ()
+    machine = idle_machine(qemu, folder, hotplug_ports=PORTS + 1, extra_disks=at_boot)
     await machine.__aenter__()
     # The disks with an I/O thread share a controller that comes with the first of them, and keeps a port.
     await machine.attach(Disk(str(make_raw(folder / "first", 1 << 20)), "first", "virtio-scsi", thread=True))

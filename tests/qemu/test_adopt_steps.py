@@ -203,7 +203,7 @@ async def limits_of(machine: Machine, attachment: AttachedDisk) -> Limits:
 async def snapshot(machine: Machine) -> Snapshot:
     """A snapshot without the SCSI controller that has an I/O thread: it stays for the next disk that wants one."""
     found = await Snapshot.take(machine)
-    planned = machine.storage._context.threaded_place is not None
+    planned = machine.storage._context.controllers.place_of(THREADED_SCSI_CONTROLLER) is not None
     assert (THREADED_SCSI_CONTROLLER in found.pci_devices) is planned
     devices = found.pci_devices - {THREADED_SCSI_CONTROLLER}
     return dataclasses.replace(found, pci_devices=devices, ports_free=found.ports_free + planned)

@@ -28,10 +28,12 @@ async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path
     names = [f"disk{number}" for number in range(PLACES)]
     for name in (*names, "one-more"):
         make_raw(tmp_path / name, MIB)
-    async with idle_machine(qemu, tmp_path) as machine:
+    # Firmware does not release the controller of namespaces, which goes with the last: so one is there from boot.
+    at_boot = [Disk(str(tmp_path / names.pop()), bus=bus)] if bus == "nvme-ns" else []
+    async with idle_machine(qemu, tmp_path, extra_disks=tuple(at_boot)) as machine:
         before = await Snapshot.take(machine)
         await attach_all(machine, tmp_path, names, bus)
-        assert len(addresses(machine)) == PLACES
+        assert len(addresses(machine)) + len(at_boot) == PLACES
         with pytest.raises(NoFreePort, match="all 256 are in use") as caught:
             await machine.attach(Disk(str(tmp_path / "one-more"), bus=bus))
         assert caught.value.hint == "detach a disk first"
@@ -52,7 +54,7 @@ async def use_places_again(machine: Machine, folder: Path, names: list[str], bus
     freed = {place(machine, name) for name in leaving}
     for name in leaving:
         await machine.detach(name)
-    assert len(addresses(machine)) == PLACES - len(leaving)
+    assert len(addresses(machine)) == len(names) - len(leaving)
     await attach_all(machine, folder, leaving, bus)
     assert {place(machine, name) for name in leaving} == freed
 

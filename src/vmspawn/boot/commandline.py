@@ -145,7 +145,7 @@ def command_line(plan: Plan, inherited: Inherited) -> list[str]:
         *sandbox(plan.binary, config),
         *_hardware(config, plan.accelerator, plan.extras),
         *_monitors(plan.binary, inherited.monitors),
-        *_controllers(config, plan.layout),
+        *_controllers(plan.layout, plan.disks),
         *plan.extras.arguments,
         *console.devices(config, inherited.size, inherited.agent, inherited.log),
         *_disks(plan.disks),
@@ -186,23 +186,12 @@ def _monitors(binary: QemuBinary, sockets: Mapping[str, int]) -> Iterable[str]:
             yield from ("-mon", f"chardev={name},mode=control")
 
 
-def _controllers(config: MachineConfig, layout: places.Layout) -> Iterable[str]:
-    bus = "pci.0" if config.machine_type == "pc" else "pcie.0"
+def _controllers(layout: places.Layout, disks: Sequence[BootDisk]) -> Iterable[str]:
+    rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": layout.bus, "addr": hex(places.RNG_SLOT)}
     # The console's devices are the other functions of its slot.
-    rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": bus, "addr": hex(places.RNG_SLOT), "multifunction": True}
-    scsi_slot = hex(places.SCSI_CONTROLLER_SLOT)
-    scsi = {"driver": "virtio-scsi-pci", "id": places.SCSI_CONTROLLER, "bus": bus, "addr": scsi_slot}
-    devices = [scsi, rng, *places.port_devices(layout.ports)]
-    if layout.namespaces.places:
-        devices.append(
-            {
-                "driver": "nvme",
-                "id": places.NAMESPACE_CONTROLLER,
-                "serial": buses.NAMESPACE_SERIAL,
-                "bus": bus,
-                "addr": hex(places.NAMESPACE_CONTROLLER_SLOT),
-            }
-        )
+    devices = [{**rng, "multifunction": True}, *places.port_devices(layout.ports)]
+    names = buses.controllers_at_boot(each.disk.bus for each in disks)
+    devices += (buses.controller(name, places.fixed_place(layout, name)) for name in names)
     for device in devices:
         yield from ("-device", json.dumps(device))
 

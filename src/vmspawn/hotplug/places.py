@@ -6,7 +6,7 @@ slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So every pla
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ..errors import NoFreePort, UsageError
@@ -76,18 +76,25 @@ class Pool:
     """Places of one kind. The one that has been free the longest is taken first, so that a guest which is slow to
     notice a removal sees another place at once."""
 
-    __slots__ = ("_free", "_hint", "_what", "places")
+    __slots__ = ("_free", "_hint", "_what", "on_unused", "places")
 
     def __init__(self, places: Iterable[Place], what: str, hint: str) -> None:
         self.places = tuple(places)
         self._free = deque(self.places)
         self._what = what
         self._hint = hint
+        #: Called when the last place in use was given back.
+        self.on_unused: Callable[[], None] | None = None
 
     @property
     def free(self) -> int:
         """How many places are free."""
         return len(self._free)
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether all places are free."""
+        return len(self._free) == len(self.places)
 
     def take(self) -> Place:
         """Reserve a place. Raises NoFreePort when there is none."""
@@ -122,6 +129,8 @@ class Pool:
         """Give a place back. Giving it back twice is harmless."""
         if place in self.places and place not in self._free:
             self._free.append(place)
+            if self.on_unused is not None and self.is_unused:
+                self.on_unused()
 
 
 # The layout of pcie.0 on q35 and pci.0 on pc. Slot 0 is the host bridge; 1 is left to a display or, on pc, holds the
@@ -152,14 +161,19 @@ NAMESPACE_CONTROLLER = "nvme0"
 NAMESPACES = 256
 
 
+#: The slots of the controllers that can be there from boot. (The one for disks with an I/O thread never is.)
+_FIXED_SLOTS = {SCSI_CONTROLLER: SCSI_CONTROLLER_SLOT, NAMESPACE_CONTROLLER: NAMESPACE_CONTROLLER_SLOT}
+
 #: Said where a disk wants a namespace and the machine has none.
 NO_NAMESPACES = "this QEMU cannot plug in NVMe namespaces while the machine runs"
 NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each disk, or QEMU 11.1"
 
 
 class Layout(NamedTuple):
-    """The places of a machine: those for devices that are there from boot, and those for hot-plug."""
+    """The places of a machine: those for devices that are there from boot, and those for hot-plug. `bus` is the bus of
+    the fixed places."""
 
+    bus: str
     boot: Pool
     pci: Pool
     scsi: Pool
@@ -178,6 +192,16 @@ def layout(machine_type: str, hotplug_ports: int | None, *, namespaces: bool = F
     if machine_type == "pc":
         return _layout_pc(hotplug_ports, scsi, nvme)
     return _layout_pcie(hotplug_ports, scsi, nvme)
+
+
+def fixed_place(layout: Layout, controller: str) -> PciPlace:
+    """Where a controller is that QEMU was started with."""
+    return PciPlace(layout.bus, hex(_FIXED_SLOTS[controller]))
+
+
+def controller_of(place: Place) -> str | None:
+    """The id of the controller that a place is on, or None for a place on PCI."""
+    return None if isinstance(place, PciPlace) else place.bus.removesuffix(".0")
 
 
 def scsi_pool(controller: str) -> Pool:
@@ -202,7 +226,7 @@ def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Lay
     # From the top down, so that a boot disk keeps its address whatever the number of ports is.
     slots = range(_LAST_SLOT_Q35, first_boot_slot - 1, -1)
     boot = Pool((PciPlace("pcie.0", hex(slot)) for slot in slots), "PCI slot for disks at boot", "use fewer disks")
-    return Layout(boot, ports, scsi, namespaces, count)
+    return Layout("pcie.0", boot, ports, scsi, namespaces, count)
 
 
 def _layout_pc(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layout:
@@ -220,7 +244,7 @@ def _layout_pc(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layou
     pci = Pool(places[:count], "PCI slot", _MORE_PORTS)
     # Disks at boot and later ones share the bus: a slot that is claimed at boot is taken from the hot-plug pool too.
     boot = Pool(reversed(places), "PCI slot for disks at boot", "use fewer disks, or {machine_type=q35}")
-    return Layout(boot, pci, scsi, namespaces, 0)
+    return Layout("pci.0", boot, pci, scsi, namespaces, 0)
 
 
 _MORE_PORTS = "detach a disk, use bus virtio-scsi, or start the machine with a larger {hotplug_ports=}"

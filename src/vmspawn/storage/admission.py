@@ -104,6 +104,7 @@ def admit(
     disk = disk._replace(read_only=disk.read_only or not is_written)
     serial = _choose_serial(disk)
     _check_serial_is_free(neighbours, disk, serial)
+    _check_serial_of_controller(disk, serial, layout)
     return Admitted(disk, serial, image, take_place(disk, layout, pci, scsi))
 
 
@@ -157,6 +158,24 @@ def check_not_attached(neighbours: Iterable[_Neighbour], backing: Backing, *, sh
         raise StorageExists(
             f"this file is attached already, as {other.name}",
             hint="attach it read-only in both places, or attach a copy",
+        )
+
+
+def check_beside(neighbours: Iterable[_Neighbour], disk: Disk, serial: str, backing: Backing | None) -> None:
+    """Compare a disk that was admitted with those that have come since. Raises StorageExists."""
+    neighbours = tuple(neighbours)
+    check_name_is_free(neighbours, disk.name)
+    if backing is not None:
+        check_not_attached(neighbours, backing, share=disk.share)
+    _check_serial_is_free(neighbours, disk, serial)
+
+
+def _check_serial_of_controller(disk: Disk, serial: str, layout: Layout) -> None:
+    """A guest rejects the second of two NVMe controllers with one serial number, and namespaces have one as well."""
+    if disk.bus == "nvme" and serial == buses.NAMESPACE_SERIAL and layout.namespaces.places:
+        raise BadConfig(
+            f"the serial number {serial} belongs to the controller of NVMe namespaces",
+            hint="choose another serial number, or another name",
         )
 
 

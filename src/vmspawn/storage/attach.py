@@ -11,7 +11,7 @@ from ..errors import StoragePending, VmspawnError
 from ..hotplug import pending
 from ..hotplug.attachment import State
 from ..hotplug.hotplug import Hotplug
-from ..hotplug.places import THREADED_SCSI_CONTROLLER, Layout, Place, Pool
+from ..hotplug.places import THREADED_SCSI_CONTROLLER, Layout, Place, Pool, controller_of
 from ..qmp.events import Event
 from ..timeouts import DETACH_TIMEOUT
 from . import admission, buses, failures, image_nodes, images, media, statistics, swap
@@ -19,10 +19,10 @@ from .attached_disk import AttachedDisk
 from .backing import Backing
 from .changes import CHANGE_TIMEOUT, Changes, check_not_boot
 from .context import Context
+from .controllers import Controllers
 from .disk import Disk
 from .explain import STORAGE_HINT, explain
 from .image import Image
-from .iothread_controller import IothreadControllers
 from .nodes import Identifiers
 from .statistics import Statistics
 
@@ -30,6 +30,9 @@ _PENDING_HINT = (
     "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
     "away now with {force=True}"
 )
+
+#: Seconds that a detach waits for the controller that its disk was the last on. The controller goes in any case.
+_CONTROLLER_TIMEOUT = 2.0
 
 
 class BootDisk(Protocol):
@@ -71,25 +74,26 @@ class Storage:
         manager, from which this one takes over. Raises KeyError, TypeError or ValueError if they cannot be understood.
         """
         self._hotplug = hotplug
-        controllers = IothreadControllers(hotplug, layout, saved)
+        boot_disks = tuple(boot_disks)
+        at_boot = () if saved else buses.controllers_at_boot(each.disk.bus for each in boot_disks)
+        controllers = Controllers(hotplug, layout, saved, at_boot)
 
-        def pool_of(bus: str, place: Place) -> Pool:
-            if place.bus == f"{THREADED_SCSI_CONTROLLER}.0":
-                return controllers.targets
-            return {"scsi": layout.scsi, "namespaces": layout.namespaces}.get(buses.TABLE[bus].pool, layout.pci)
+        def threaded_place() -> Mapping[str, object]:
+            """Where managers without a section for controllers look for the one with a thread."""
+            place = controllers.place_of(THREADED_SCSI_CONTROLLER)
+            return {"threaded-scsi": place and list(place)}
 
         register = hotplug.register(
             AttachedDisk.kind,
-            lambda record: AttachedDisk.from_state(record, pool_of),
+            lambda record: AttachedDisk.from_state(record, controllers.pool_of),
             saved.get(AttachedDisk.kind, {}),
-            # Where managers without a section for the controller look for it.
-            lambda: {"threaded-scsi": controllers.place and list(controllers.place)},
+            threaded_place,
         )
         self._context = Context(hotplug, layout, controllers, register)
         #: What can be done to disks that stay.
         self.changes = Changes(self._context)
         for each in boot_disks:
-            self._add_boot_disk(each, pool_of(each.disk.bus, each.place))
+            self._add_boot_disk(each, controllers.pool_of(each.disk.bus, each.place))
         hotplug.monitor.listen(self._event)
 
     def __iter__(self) -> Iterator[AttachedDisk]:
@@ -173,9 +177,8 @@ class Storage:
         return attached
 
     async def _admit(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
-        context, layout = self._context, self._context.layout
+        context, layout, controllers = self._context, self._context.layout, self._context.controllers
         is_threaded = disk.thread and disk.bus == "virtio-scsi"
-        scsi = await context.controllers.plug_in() if is_threaded else layout.scsi
         disk, serial, image, place = admission.admit(
             disk,
             backing,
@@ -183,10 +186,17 @@ class Storage:
             number=context.register.fresh_number(),
             layout=layout,
             pci=layout.pci,
-            scsi=scsi,
+            scsi=controllers.targets if is_threaded else layout.scsi,
             what=disk.path or disk.name,
         )
-        pool = {"scsi": scsi, "namespaces": layout.namespaces}.get(buses.TABLE[disk.bus].pool, layout.pci)
+        pool = controllers.pool_of(disk.bus, place)
+        try:
+            if not controllers.is_there(place):
+                await controllers.plug_in(disk, place)
+                admission.check_beside(context.register, disk, serial, backing)
+        except BaseException:
+            pool.release(place)
+            raise
         identifiers = Identifiers(context.register.fresh_number())
         found = [] if image is None else [image]
         return AttachedDisk(disk, identifiers, place, pool, serial, found, limits=disk.limits)
@@ -210,6 +220,7 @@ class Storage:
         if force:
             await self._take_away(attached)
         if await self._hotplug.detach(attached, deadline):
+            await self._context.controllers.wait_released(attached.place, _CONTROLLER_TIMEOUT)
             return True
         if force:
             return False
@@ -257,6 +268,8 @@ class Storage:
     # Events.
 
     def _event(self, event: Event) -> None:
+        if event.name == "DEVICE_DELETED" and event.data:
+            self._controller_gone(event.data.get("device"))
         if event.name != failures.QEMU_EVENT:
             return
         attached = failures.attachment_of(event, self)
@@ -265,3 +278,9 @@ class Storage:
             attached.failures += 1
             attached.last_failure = str(failure)
             self._hotplug.publish(failures.FAILED_EVENT, attached, **failure._asdict())
+
+    def _controller_gone(self, device: object) -> None:
+        """Unplug the disks of a controller that is gone: QEMU keeps namespaces without one (docs/qemu.md, "NVMe")."""
+        for attached in self:
+            if controller_of(attached.place) == device and attached.state is State.ATTACHED:
+                self._hotplug.unwind(attached)

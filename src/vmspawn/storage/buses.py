@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The buses: which QEMU device a disk becomes, and what the guest's udev calls it."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..hotplug.places import NamespacePlace, Place
+from ..hotplug.places import NAMESPACE_CONTROLLER, SCSI_CONTROLLER, NamespacePlace, Place
 from .disk import Disk
 
 
@@ -53,6 +54,19 @@ def namespace_uuid(name: str) -> str:
     digest[8] = digest[8] & 0x3F | 0x80
     text = digest.hex()
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def controller(name: str, place: Place) -> dict[str, object]:
+    """The properties of the controller with that id, for device_add and for -device alike."""
+    if name == NAMESPACE_CONTROLLER:
+        return {"driver": "nvme", "id": name, "serial": NAMESPACE_SERIAL, **place.properties()}
+    return {"driver": "virtio-scsi-pci", "id": name, **place.properties()}
+
+
+def controllers_at_boot(buses: Iterable[str]) -> list[str]:
+    """The ids of the controllers of a QEMU that starts with disks on these buses."""
+    has_namespaces = any(TABLE[bus].pool == "namespaces" for bus in buses)
+    return [SCSI_CONTROLLER, *([NAMESPACE_CONTROLLER] if has_namespaces else [])]
 
 
 # A read never meets a full disk. `enospc` is QEMU's default, which need not be said.

@@ -7,13 +7,13 @@ from typing import Any, Final
 
 from ..errors import NoSuchStorage
 from ..hotplug.hotplug import Hotplug
-from ..hotplug.places import Layout, Place
+from ..hotplug.places import Layout
 from ..hotplug.qemu_objects import QemuObject
 from ..hotplug.register import Register
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
 from .attached_disk import AttachedDisk
-from .iothread_controller import IothreadControllers
+from .controllers import Controllers
 
 #: Disks that an error lists when somebody asked for one that does not exist.
 _NAMED = 8
@@ -23,7 +23,7 @@ class Context:
     """What the work on one machine's disks needs."""
 
     def __init__(
-        self, hotplug: Hotplug, layout: Layout, controllers: IothreadControllers, register: Register[AttachedDisk]
+        self, hotplug: Hotplug, layout: Layout, controllers: Controllers, register: Register[AttachedDisk]
     ) -> None:
         self.hotplug: Final = hotplug
         self.layout: Final = layout
@@ -39,11 +39,6 @@ class Context:
     def run_state(self) -> RunState:
         """QEMU's run state."""
         return self.hotplug.run_state
-
-    @property
-    def threaded_place(self) -> Place | None:
-        """The place of the SCSI controller with an I/O thread, once there is one."""
-        return self.controllers.place
 
     @property
     def deferred_fdsets(self) -> set[QemuObject]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from ..errors import QmpError, Timeout
 from ..hotplug import recovery
+from ..hotplug.attachment import State
+from ..hotplug.places import controller_of
 from ..hotplug.qemu_objects import FDSET, OBJECT, QemuObject
 from . import buses, image_nodes, images, media, swap
 from .attached_disk import AttachedDisk
@@ -59,10 +61,19 @@ class Adoption:
             settle_attached=settle_attached,
             settle_detaching=settle_detaching,
         )
+        self._settle_controllers(found, disks)
         for each in leftovers:
             await self._remove(each, str(each.name))
         await self._drop_fdsets(found, disks, foreign_fdsets)
         self._context.register.save()
+
+    def _settle_controllers(self, found: Inventory, disks: Iterable[AttachedDisk]) -> None:
+        """QEMU keeps namespaces whose controller is gone; a controller whose namespaces are gone goes as well."""
+        for each in disks:
+            if each.state is State.ATTACHED and controller_of(each.place) not in (None, *found.devices):
+                self.notes.append(f"the controller of {each.name} was removed meanwhile; the disk is removed as well")
+                self._hotplug.unwind(each)
+        self._context.controllers.release_unused()
 
     async def _attempt(self, attachment: AttachedDisk, work: Any) -> None:
         """Something that QEMU may refuse, for instance because somebody else uses a node. The disk works then too."""

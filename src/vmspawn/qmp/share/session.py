@@ -23,7 +23,7 @@ from ..syntax import replies
 from ..syntax.envelope import USUAL, Command, Refusal, read, usual
 from ..syntax.replies import COMMAND_NOT_FOUND, Reply
 from ..syntax.scanner import Scanner
-from . import read_only, sandbox
+from . import read_only, sandbox, unsavable
 from .connection import Connection
 from .descriptors import CONSUMING, WATCHED, Descriptors
 from .negotiation import Greeting
@@ -277,6 +277,11 @@ class Session:
             problem = sandbox.refusal(command)
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
+        if command.name in unsavable.SAVERS and not command.oob and unsavable.saves(command):
+            return self._inquire(command, unsavable.questions(command), None)
+        self._submit(command)
+
+    def _submit(self, command: Command) -> None:
         call = Call(command, self._on_reply)
         if _is_watched(command):
             problem = self._descriptors.claim(self, command)
@@ -293,6 +298,26 @@ class Session:
             self._schedule.submit_large(call)
         else:
             self._schedule.submit(call)
+
+    def _inquire(self, command: Command, questions: unsavable.Questions, answer: object) -> None:
+        """Ask QEMU the next question about a command that waits, or run or refuse it after the last."""
+        try:
+            body = questions.send(answer)
+        except StopIteration as end:
+            self._running = None
+            if end.value is None:
+                return self._submit(command)
+            self._connection.write(replies.failure(end.value, id=command.id))
+            return self._next()
+
+        def on_answer(_: Call, reply: Reply) -> None:
+            if self.state is State.CLOSED:
+                self._running = None
+                return self._check_left()
+            self._inquire(command, questions, replies.returned(reply))
+
+        self._running = Call(Command(body), on_answer)
+        self._schedule.submit(self._running)
 
     def _is_movable(self, call: Call) -> bool:
         """Whether a large command may go over another monitor, which knows nothing of this one's descriptors."""

@@ -9,6 +9,7 @@ not decoded; one that looks different (of a monitor with `pretty=on`) is taken a
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 
@@ -100,6 +101,11 @@ def _taken_apart(line: bytes) -> Reply | None:
 def failure_of(reply: Reply) -> Failure:
     """What a reply that failed says."""
     return _FAILURE_LINE.decode(reply.line).error
+
+
+def returned(reply: Reply) -> Any:
+    """What a command returned, or None if it failed."""
+    return msgspec.json.decode(reply.line).get("return")
 
 
 def failure(description: str, *, error_class: str = GENERIC_ERROR, id: bytes | None = None) -> bytes:

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Refuse to save the device state while QEMU would crash on it.
+
+QEMU 11.1 ends in SIGSEGV when it saves an NVMe controller that has no drive of its own; with namespaces it crashes
+until the guest's firmware has enabled the controller, and fails after that (docs/qemu.md, "Faults"). QEMU 7.2 refuses
+by itself, and says so beforehand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from typing import Any
+
+import msgspec
+
+from ..syntax.envelope import Command
+
+#: Commands that can save the device state.
+SAVERS = frozenset((b"migrate", b"snapshot-save", b"xen-save-devices-state", b"human-monitor-command"))
+
+_HUMAN = re.compile(r"\s*(migrate|savevm)\b")
+
+_QUERY = b'{"execute":"query-migrate"'
+_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
+
+#: The commands that QEMU is asked, each as the body of a command; it is sent what QEMU returns, None for an error. The
+#: result is why the command is refused, or None.
+Questions = Generator[bytes, Any, str | None]
+
+
+def saves(command: Command) -> bool:
+    """Whether a command of SAVERS saves the device state."""
+    if command.name != b"human-monitor-command":
+        return True
+    try:
+        arguments = msgspec.json.decode(command.arguments or b"{}", type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False  # QEMU will say what is wrong
+    return _HUMAN.match(str(arguments.get("command-line", ""))) is not None
+
+
+def questions(command: Command) -> Questions:
+    """Find out whether QEMU would crash on such a command."""
+    migration = yield _QUERY
+    if migration and migration.get("blocked-reasons"):
+        return None  # QEMU refuses it
+    for folder in _FOLDERS:
+        children = yield _qom(b"qom-list", {"path": folder})
+        for name in [each["name"] for each in children or () if each.get("type") == "child<nvme>"]:
+            drive = yield _qom(b"qom-get", {"path": f"{folder}/{name}", "property": "drive"})
+            if drive == "":
+                return _refusal(command, name)
+    return None
+
+
+def _qom(name: bytes, arguments: dict[str, str]) -> bytes:
+    return b'{"execute":"%b","arguments":%b' % (name, msgspec.json.encode(arguments))
+
+
+def _refusal(command: Command, device: str) -> str:
+    return (
+        f"The command {command.name.decode()} is refused: QEMU crashes when it saves the state of the NVMe controller "
+        f"{device}, which has no drive of its own; detach the disks on bus nvme-ns, or unplug the controller"
+    )
