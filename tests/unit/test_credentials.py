@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from tests.refusals import refused
 from vmspawn.boot import credentials, smbios
-from vmspawn.boot.credentials import Credential, load, parse_load, parse_set, unescape
+from vmspawn.boot.credentials import Credential, load
 from vmspawn.boot.extras import Owned
+from vmspawn.cli.credentials import parse_load, parse_set, unescape
 from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError, UsageError
 

@@ -3,7 +3,8 @@
 
 import pytest
 
-from vmspawn.boot.shares import Share, fstab, parse
+from vmspawn.boot.shares import Share, fstab
+from vmspawn.cli.spawn.directories import parse_share
 from vmspawn.cli.spawn.main import parse as parse_arguments
 from vmspawn.errors import UsageError
 from vmspawn.helpers.virtiofsd import Virtiofsd
@@ -19,13 +20,13 @@ from vmspawn.helpers.virtiofsd import Virtiofsd
     ],
 )
 def test_source_and_target(text: str, share: Share) -> None:
-    assert parse("--bind=", text, read_only=False) == share
+    assert parse_share("--bind=", text, read_only=False) == share
 
 
 @pytest.mark.parametrize("text", ["", ":", "/a:", ":/b", "/a:/b:/c", "/a:b", "/a\\"])
 def test_what_is_no_bind(text: str) -> None:
     with pytest.raises(UsageError, match="--bind="):
-        parse("--bind=", text, read_only=False)
+        parse_share("--bind=", text, read_only=False)
 
 
 def test_binds_keep_their_order_and_their_mode() -> None:

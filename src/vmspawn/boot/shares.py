@@ -7,13 +7,12 @@ bound, for it gets a line for its fstab as a credential.
 
 import json
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..aio.sockets import listen
-from ..errors import StartError, UsageError
+from ..errors import StartError
 from ..helpers.helper import Helper
 from ..host.runtime import MachineDirectory
 from ..host.spawn import spawn
@@ -40,23 +39,6 @@ class Share(NamedTuple):
     source: str
     target: str
     read_only: bool = False
-
-
-def parse(option: str, text: str, *, read_only: bool) -> Share:
-    """Parse `SOURCE[:TARGET]`, in which a backslash takes a colon or a backslash as it is. Raises UsageError."""
-    parts = [re.sub(r"\\(.)", r"\1", each) for each in re.findall(r"(?:[^:\\]|\\.)+", text, re.DOTALL)]
-    if not 1 <= len(parts) <= 2 or len(re.findall(r"(?<!\\):", text)) != len(parts) - 1 or text.endswith("\\"):
-        raise UsageError(f"{option}{text} is not SOURCE[:TARGET]", hint=r"write \: for a colon in a path")
-    source = os.path.abspath(parts[0])
-    target = parts[1] if len(parts) == 2 else source
-    if not os.path.isabs(target):
-        raise UsageError(f"{option}{text}: the guest's path is not absolute", hint=f"write {option}SOURCE:/TARGET")
-    target = os.path.normpath(target)
-    if not target.strip("/"):
-        raise UsageError.with_fields(
-            "{option}{text} would hide the guest's root", hint="use {directory=} for that", option=option, text=text
-        )
-    return Share(source, target, read_only)
 
 
 def fstab(shares: tuple[Share, ...]) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Volumes of systemd's storage providers (storagectl(1)): how they are written, and how they are had.
+"""Acquires volumes from systemd's storage providers (storagectl(1)).
 
 A provider is a Varlink service that hands out descriptors of files and block devices by name.
 """
@@ -10,11 +10,6 @@ from typing import Any, NamedTuple
 from ..errors import NotConnected, UsageError, VolumeError
 
 _INTERFACE = "io.systemd.StorageProvider"
-
-SYNTAX = "PROVIDER:VOLUME[:CONFIG][:KEY=VALUE,…]"
-
-_CREATE_MODES = ("any", "new", "open")
-_REQUESTS = ("blk", "reg")
 
 #: The providers' errors in words, and what to do.
 _EXPLAINED = {
@@ -42,48 +37,6 @@ class Volume(NamedTuple):
     def disk_name(self) -> str:
         """What the disk is called, here and by machinectl."""
         return f"{self.provider}:{self.name}"
-
-
-def parse(option: str, text: str, parse_size: Any, parse_boolean: Any) -> Volume:
-    """Parse `PROVIDER:VOLUME[:CONFIG][:KEY=VALUE,…]`. Raises UsageError.
-
-    `parse_size(text, option=…)` and `parse_boolean(option, text, auto=True)` are how the commands read those.
-    """
-    parts = text.split(":", 3)
-    provider, name, *rest = (*parts, "") if len(parts) == 1 else parts
-    if not provider or not name or "/" in provider or provider.startswith("."):
-        raise UsageError(f"{option}{text} names no volume", hint=f"write {option}{SYNTAX}")
-    settings = rest.pop() if rest and "=" in rest[-1] else ""
-    config = rest[0] if rest else ""
-    if len(rest) > 1 or "=" in config:
-        raise UsageError(f"{option}{text} has too many parts", hint=f"write {option}{SYNTAX}")
-    parameters: dict[str, Any] = {}
-    for setting in filter(None, settings.split(",")):
-        key, _, value = setting.partition("=")
-        parameters.update(_parameter(option, key, value, parse_size, parse_boolean))
-    return Volume(provider, name, config, parameters)
-
-
-def _parameter(option: str, key: str, value: str, parse_size: Any, parse_boolean: Any) -> dict[str, Any]:
-    match key:
-        case "template":
-            return {"template": value}
-        case "create":
-            return {"createMode": _choice(f"{option}…create=", value, _CREATE_MODES)}
-        case "request-as":
-            return {"requestAs": _choice(f"{option}…request-as=", value, _REQUESTS)}
-        case "size" | "create-size":
-            return {"createSizeBytes": parse_size(value, option=f"{option}…{key}=")}
-        case "read-only" | "ro":
-            choice = parse_boolean(f"{option}…{key}=", value, auto=True)
-            return {} if choice == "auto" else {"readOnly": choice == "yes"}
-    raise UsageError(f"{option} knows no {key}=", hint="there are: create=, size=, template=, read-only=, request-as=")
-
-
-def _choice(option: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise UsageError(f"{option}{value} is not known", hint=f"there are: {', '.join(choices)}")
-    return value
 
 
 def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:

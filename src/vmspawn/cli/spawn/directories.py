@@ -3,9 +3,10 @@
 
 import argparse
 import os
+import re
 from typing import Any, TypedDict
 
-from ...boot.shares import Share, parse
+from ...boot.shares import Share
 from ...errors import UsageError
 
 
@@ -37,9 +38,24 @@ def read(options: argparse.Namespace) -> Directories:
     """Read the options. Raises UsageError."""
     binds: list[Share] = []
     for option, text in options.binds:
-        share = parse(f"{option}=", text, read_only=option == "--bind-ro")
+        share = parse_share(f"{option}=", text, read_only=option == "--bind-ro")
         if any(share.target == other.target for other in binds):
             raise UsageError(f"{option}={text}: something else is bound to {share.target}", hint="name another target")
         binds.append(share)
     directory = os.path.abspath(options.directory) if options.directory else None
     return {"directory": directory, "binds": tuple(binds)}
+
+
+def parse_share(option: str, text: str, *, read_only: bool) -> Share:
+    """Parse `SOURCE[:TARGET]`, in which a backslash takes a colon or a backslash as it is. Raises UsageError."""
+    parts = [re.sub(r"\\(.)", r"\1", each) for each in re.findall(r"(?:[^:\\]|\\.)+", text, re.DOTALL)]
+    if not 1 <= len(parts) <= 2 or len(re.findall(r"(?<!\\):", text)) != len(parts) - 1 or text.endswith("\\"):
+        raise UsageError(f"{option}{text} is not SOURCE[:TARGET]", hint=r"write \: for a colon in a path")
+    source = os.path.abspath(parts[0])
+    target = parts[1] if len(parts) == 2 else source
+    if not os.path.isabs(target):
+        raise UsageError(f"{option}{text}: the guest's path is not absolute", hint=f"write {option}SOURCE:/TARGET")
+    target = os.path.normpath(target)
+    if not target.strip("/"):
+        raise UsageError(f"{option}{text} would hide the guest's root", hint="use --directory= for that")
+    return Share(source, target, read_only)

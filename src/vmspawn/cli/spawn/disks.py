@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TypedDict
 
 from ...boot.config import MachineConfig
-from ...host.storageprovider import SYNTAX, Volume
+from ...host.storageprovider import Volume
 from ...storage.disk import ON_ERROR_CHOICES, Disk, parse_extra_drive
 from .. import volumes
 from ..values import boolean, whole_number
@@ -40,7 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--bind-volume",
-        metavar=SYNTAX,
+        metavar=volumes.SYNTAX,
         action="append",
         default=[],
         help="attach a volume of a systemd storage provider; repeatable",

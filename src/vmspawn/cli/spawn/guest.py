@@ -4,13 +4,14 @@
 import argparse
 from typing import TypedDict
 
-from ...boot import credentials
+from ...boot.credentials import Credential
+from .. import credentials
 
 
 class Guest(TypedDict):
     """Fields of MachineConfig."""
 
-    credentials: tuple[credentials.Credential, ...]
+    credentials: tuple[Credential, ...]
     vendor_strings: tuple[str, ...]
     network_user: bool
 
