@@ -73,11 +73,18 @@ async def _leave(machine: Running, error: Exception) -> ManagerFailed:
 def _fault(name: str, error: Exception, machine: Running | None = None, *, runs_on: bool) -> ManagerFailed:
     """Report a fault of ours, and explain what becomes of the machine."""
     what = f"the manager failed: {type(error).__name__}: {error}".splitlines()[0]
-    from .report import write_report
-
-    report = write_report(name, what, machine, error)
+    report = _write_report(name, what, machine, error)
     becomes = f"the machine runs on, take it over with: vmctl adopt {name}" if runs_on else "the machine was ended"
     return ManagerFailed(f"{what}; {becomes}", hint=f"please report it, with {report}" if report else "")
+
+
+def _write_report(name: str, what: str, machine: Running | None, error: BaseException | None = None) -> str:
+    """Write a report, and return its path; empty if there are not even descriptors to load the module."""
+    try:
+        from .report import write_report
+    except OSError:
+        return ""
+    return write_report(name, what, machine, error)
 
 
 class _Supervision:
@@ -135,7 +142,5 @@ class _Supervision:
         return end
 
     def _report(self, end: End) -> None:
-        from .report import write_report
-
-        if path := write_report(self._machine.name, end.message, self._machine):
+        if path := _write_report(self._machine.name, end.message, self._machine):
             self._messages.notice(f"a report is in {path}")
