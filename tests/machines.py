@@ -97,6 +97,10 @@ class Machine(api.Machine):
         """A disk that is there."""
         return next(each for each in self.storage if each.name == name)
 
+    async def sizes(self) -> dict[str, int]:
+        """The size of each disk by its name."""
+        return {name: look.size for name, look in (await self.storage.look()).items()}
+
     async def attach_backing(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
         return await self.storage.attach(disk, backing)
 

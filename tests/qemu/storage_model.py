@@ -172,7 +172,7 @@ class Model:
 async def look(machine: Machine, folder: Path) -> Picture:
     """What the machine shows, by its register, its journal, QEMU's monitor and /proc."""
     monitor = machine.monitor
-    sizes = await machine.storage.sizes()
+    sizes = await machine.sizes()
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
     devices = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
     objects = await monitor.execute("qom-list", {"path": "/objects"})

@@ -174,7 +174,7 @@ async def agrees_with_qemu(machine: Machine, folder: Path) -> None:
         assert len(each.images) <= 1
         assert await limits_of(machine, each) == each.limits
         if each.image and each.disk.bus != "scsi-cd":
-            sizes = await machine.storage.sizes()
+            sizes = await machine.sizes()
             assert sizes[each.name] == (96 << 20 if each.image.path.endswith("large") else 64 << 20)
 
 

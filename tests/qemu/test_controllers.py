@@ -17,8 +17,9 @@ from tests.machines import Machine, Snapshot, idle_machine
 from tests.qemu.bare_qemu import bare
 from vmspawn import Disk
 from vmspawn.boot.qemu import find_qemu
-from vmspawn.errors import BadConfig, NoFreePort, QmpError, SystemFailure
+from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
 from vmspawn.host import runtime
+from vmspawn.hotplug.attachment import State
 from vmspawn.qmp.monitor import Command, Monitor
 
 DEADLINE = 30.0
@@ -256,6 +257,19 @@ async def until_detached(machine: Machine, name: str) -> None:
     async with asyncio.timeout(DEADLINE):
         while any(each.name == name for each in machine.storage):
             await machine.monitor.execute("query-status")
+
+
+async def test_a_disk_on_pci_that_goes_takes_no_other_along(qemu: str, tmp_path: Path) -> None:
+    """QEMU reports the end of a virtio-blk device twice, first without the device's name."""
+    async with idle_machine(qemu, tmp_path) as machine:
+        await attach(machine, tmp_path, "one", "virtio-blk")
+        await attach(machine, tmp_path, "two", "virtio-blk")
+        device = machine.disk("one").device
+        with pytest.raises(StoragePending):
+            await machine.detach("one", timeout=0.1)
+        await until_gone(machine, device)
+        await until_detached(machine, "one")
+        assert {each.state for each in machine.storage} == {State.ATTACHED}
 
 
 # Saving the state.

@@ -100,12 +100,13 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
     run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)), "--bus=virtio-scsi", "--bps=1M")
     header, *lines = run("list-disks", machine.name, "--long").splitlines()
     columns = ["DISK", "BUS", "SIZE", "STATE", "BY-ID", "MODE", "FORMAT", "PLACE", "SERIAL", "LIMITS", "FILE"]
+    columns.append("NOTICE")
     assert header.split() == columns
     data = next(line for line in lines if line.startswith("data "))
     assert data.split()[1:4] == ["virtio-scsi", "1M", "attached"]
     assert data.split()[4:7] == ["scsi-0QEMU_QEMU_HARDDISK_data", "rw", "raw"]
     assert data.split()[8] == "data"
-    assert data.split()[-2:] == ["bps=1048576", str(tmp_path / "data")]
+    assert data.split()[-3:] == ["bps=1048576", str(tmp_path / "data"), "-"]
     header, *short = run("list-disks", machine.name).splitlines()
     assert header.split() == columns[:5]
     assert [line.split() for line in short] == [line.split()[:5] for line in lines]

@@ -137,7 +137,7 @@ async def test_a_controller_that_goes_is_plugged_in_again(machine: Machine, tmp_
     for name in ("one", "two"):
         await machine.attach(Disk(str(make_raw(tmp_path / name)), bus="virtio-scsi", thread=True))
         assert machine.storage.ports_free == free - 1
-        (controller,) = machine.storage._context.controllers
+        controller = next(each for each in machine.storage._context.controllers if each.name == "scsi1")
         (disk,) = (each for each in machine.storage if each.name == name)
         await machine.monitor.execute("device_del", {"id": THREADED_SCSI_CONTROLLER})
         # The firmware releases it at a reset.

@@ -97,7 +97,7 @@ async def test_odd_images_are_taken_as_they_are(machine: Machine, tmp_path: Path
     backing = backings.open_disk(str(make_raw(tmp_path / "nameless", MIB)), read_only=False)
     (tmp_path / "nameless").unlink()
     await machine.attach_backing(Disk("", "nameless", "virtio-scsi", "raw"), backing)
-    assert (await machine.storage.sizes())["nameless"] == MIB
+    assert (await machine.sizes())["nameless"] == MIB
     await machine.detach("nameless")
 
 

@@ -56,7 +56,7 @@ async def test_a_scsi_disk_comes_and_goes_without_the_guest(
     disk = Disk(str(path), bus="virtio-scsi", format=image_format, read_only=read_only)
     attached = await machine.attach(disk)
     assert attached.read_only is read_only
-    assert await machine.storage.sizes() == {attached.name: 64 << 20, **await boot_sizes(machine)}
+    assert await machine.sizes() == {attached.name: 64 << 20, **await boot_sizes(machine)}
     await machine.detach("disk")
 
 

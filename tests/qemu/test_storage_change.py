@@ -50,7 +50,7 @@ async def test_an_image_is_replaced_by_one_of_any_format(machine: Machine, tmp_p
     assert await changed == {"name": "disk"}
     # The host has its file back, and QEMU holds the new one once.
     assert set(open_images(machine.pid, tmp_path)) == {"second"}
-    assert (await machine.storage.sizes())["disk"] == 6 * MIB
+    assert (await machine.sizes())["disk"] == 6 * MIB
     await machine.detach("disk")
 
 
@@ -119,7 +119,7 @@ async def test_a_replacement_that_cannot_be_leaves_all_as_it_was(
         await machine.replace("disk", str(tmp_path / path), **options)
     assert "\n" not in str(caught.value)
     assert await Snapshot.take(machine) == attached
-    assert (await machine.storage.sizes())["disk"] == MIB
+    assert (await machine.sizes())["disk"] == MIB
     await machine.detach("disk")
 
 
@@ -227,7 +227,7 @@ async def test_a_disk_and_its_image_grow(machine: Machine, tmp_path: Path, image
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", MIB)
     await machine.attach(Disk(str(path), "disk", "virtio-scsi", image_format))
     assert await machine.resize("disk", 3 * MIB) == 3 * MIB
-    assert (await machine.storage.sizes())["disk"] == 3 * MIB
+    assert (await machine.sizes())["disk"] == 3 * MIB
     with pytest.raises(BadConfig, match="would be lost") as caught:
         await machine.resize("disk", 2 * MIB)
     assert "shrink=True" in caught.value.hint
@@ -244,7 +244,7 @@ async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, 
     await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
     os.truncate(path, size)
     assert await machine.resize("disk") == sectors(size)
-    assert (await machine.storage.sizes())["disk"] == sectors(size)
+    assert (await machine.sizes())["disk"] == sectors(size)
     assert path.stat().st_size == size
     # Another file under the same path says nothing.
     path.unlink()
@@ -314,7 +314,7 @@ async def test_a_replacement_keeps_its_length(machine: Machine, tmp_path: Path, 
     await machine.attach(Disk(str(make_raw(tmp_path / "first", 2 * MIB)), "disk", "virtio-scsi"))
     second = make_raw(tmp_path / "second", size)
     assert await machine.replace("disk", str(second), shrink=True) == sectors(size)
-    assert (await machine.storage.sizes())["disk"] == sectors(size)
+    assert (await machine.sizes())["disk"] == sectors(size)
     assert second.stat().st_size == size
     await machine.detach("disk")
 
@@ -329,7 +329,7 @@ async def test_a_size_that_is_too_large_is_refused_in_our_words(
     with pytest.raises(BadConfig, match=f"cannot have {size} bytes") as caught:
         await machine.resize("disk", size)
     assert caught.value.hint
-    assert (await machine.storage.sizes())["disk"] == MIB
+    assert (await machine.sizes())["disk"] == MIB
     await machine.detach("disk")
 
 
@@ -352,7 +352,7 @@ async def test_a_disk_takes_the_size_that_its_block_device_was_given(
     await machine.attach(Disk(loop.path, "disk", "virtio-scsi"))
     loop.resize(size)
     assert await machine.resize("disk", size if said else None) == size
-    assert (await machine.storage.sizes())["disk"] == size
+    assert (await machine.sizes())["disk"] == size
     await machine.detach("disk")
 
 
@@ -367,7 +367,7 @@ async def test_a_block_device_cannot_be_given_another_size(
         with pytest.raises(ConfigNotSupported, match=f"a block device {size} bytes: it has {outside}") as caught:
             await machine.resize("disk", size, shrink=shrink)
         assert "without a size" in caught.value.hint
-    assert (await machine.storage.sizes())["disk"] == 4 * MIB
+    assert (await machine.sizes())["disk"] == 4 * MIB
     await machine.detach("disk")
 
 
@@ -401,14 +401,14 @@ async def test_what_cannot_be_resized(machine: Machine, tmp_path: Path) -> None:
 async def test_an_optical_drive_may_be_empty_and_gets_media(machine: Machine, tmp_path: Path) -> None:
     first, second = make_raw(tmp_path / "first", MIB), make_raw(tmp_path / "second", 2 * MIB)
     await machine.attach(Disk("", "cd", "scsi-cd"))
-    assert (await machine.storage.sizes())["cd"] == 0
+    assert (await machine.sizes())["cd"] == 0
     await machine.insert_media("cd", str(first))
-    assert (await machine.storage.sizes())["cd"] == MIB
+    assert (await machine.sizes())["cd"] == MIB
     await machine.insert_media("cd", str(second))
-    assert (await machine.storage.sizes())["cd"] == 2 * MIB
+    assert (await machine.sizes())["cd"] == 2 * MIB
     assert set(open_images(machine.pid, tmp_path)) == {"second"}
     await machine.eject_media("cd")
-    assert (await machine.storage.sizes())["cd"] == 0
+    assert (await machine.sizes())["cd"] == 0
     assert set(open_images(machine.pid, tmp_path)) == set()
     await machine.eject_media("cd")
     await machine.insert_media("cd", str(first))
@@ -432,7 +432,7 @@ async def test_a_medium_that_qemu_cannot_open_leaves_the_old_one(machine: Machin
     with pytest.raises(QmpError, match="refused blockdev-add"):
         await machine.insert_media("cd", str(tmp_path / "broken"), format="qcow2")
     assert await Snapshot.take(machine) == attached
-    assert (await machine.storage.sizes())["cd"] == MIB
+    assert (await machine.sizes())["cd"] == MIB
     await machine.detach("cd")
 
 

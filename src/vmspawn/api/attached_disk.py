@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..storage import attached_disk
 from ..storage.limits import Limits
+from ..storage.looks import Look
 
 
 class AttachedDisk(NamedTuple):
@@ -28,7 +29,9 @@ class DiskStatus(NamedTuple):
     """What a disk is doing.
 
     `size` is in bytes; an optical drive without a medium has 0. `state` is attaching, attached or detaching. `path` is
-    the image's, as far as it is known. `failures` counts requests of the guest that failed.
+    that of the file that the guest works on, as far as it is known. `failures` counts requests of the guest that
+    failed. `notice` says what is not as it should be, such as a file that somebody put in the place of the image
+    through QMP.
     """
 
     disk: AttachedDisk
@@ -39,6 +42,7 @@ class DiskStatus(NamedTuple):
     limits: Limits
     failures: int
     last_failure: str | None
+    notice: str | None
 
 
 def describe(attached: attached_disk.AttachedDisk) -> AttachedDisk:
@@ -54,15 +58,16 @@ def describe(attached: attached_disk.AttachedDisk) -> AttachedDisk:
     )
 
 
-def describe_status(attached: attached_disk.AttachedDisk, size: int) -> DiskStatus:
+def describe_status(attached: attached_disk.AttachedDisk, look: Look) -> DiskStatus:
     """What a disk of a machine of this process is doing."""
     return DiskStatus(
         describe(attached),
-        size,
+        look.size,
         attached.state.value,
         attached.boot,
-        (attached.image.path or None) if attached.image else None,
+        look.path or None,
         attached.limits,
         attached.failures,
         attached.last_failure or None,
+        look.notice or None,
     )

@@ -257,6 +257,7 @@ def _disk_status(found: Mapping[str, Any]) -> DiskStatus:
         NO_LIMITS if limits is None else _from_limits(limits),
         found["failures"],
         found["lastFailure"],
+        found["notice"],
     )
 
 

@@ -14,6 +14,7 @@ from ..machine.running import Running
 from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import Limits
+from ..storage.looks import Look
 from ..timeouts import DETACH_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .control import Qmp
@@ -110,8 +111,8 @@ class Machine:
     async def disks(self) -> list[DiskStatus]:
         """All disks, boot disks included."""
         storage = self._running.storage
-        sizes = await storage.sizes()
-        return [describe_status(each, sizes.get(each.name, 0)) for each in storage]
+        looks = await storage.look()
+        return [describe_status(each, looks.get(each.name, Look())) for each in storage]
 
     async def attach(self, disk: Disk) -> AttachedDisk:
         """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.

@@ -21,6 +21,7 @@ from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.backing import Backing
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk
+from ..storage.looks import Look
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT
 from . import errors, qmp
 from .progress import Progress
@@ -242,9 +243,9 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """All disks, boot disks included; with `statistics`, what was read and written since each was attached."""
         storage = self._machine.storage
         counted = await storage.statistics() if statistics else {}
-        sizes = await storage.sizes()
+        looks = await storage.look()
         return [
-            describe(each, sizes.get(each.name, 0), storage.why_pending(each), counted.get(each.name))
+            describe(each, looks.get(each.name, Look()), storage.why_pending(each), counted.get(each.name))
             for each in storage
         ]
 

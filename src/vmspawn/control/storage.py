@@ -11,6 +11,7 @@ from ..storage.attached_disk import AttachedDisk
 from ..storage.buses import TABLE
 from ..storage.disk import Disk
 from ..storage.limits import NO_LIMITS, Limits
+from ..storage.looks import Look
 from ..storage.statistics import Statistics
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
@@ -61,7 +62,8 @@ class StorageRemoval:
 class Storage:
     """A disk. `state` is attaching, attached or detaching; `place` its port, slot, SCSI address or namespace.
 
-    An optical drive without a medium has a size of 0. `failures` counts requests of the guest's that failed.
+    An optical drive without a medium has a size of 0. `failures` counts requests of the guest's that failed. `notice`
+    says what is not as it should be: a file that somebody put in the place of the image, or an old one that is open.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Storage:
     lastFailure: str | None
     removal: StorageRemoval | None
     statistics: StorageStatistics | None
+    notice: str | None
 
 
 def to_limits(found: StorageLimits | None) -> Limits:
@@ -102,26 +105,27 @@ def _from_limits(limits: Limits) -> StorageLimits | None:
     return StorageLimits(*limits[:6], round(limits.burst * 100)) if limits.any else None
 
 
-def describe(attachment: AttachedDisk, size: int, why: str, statistics: Statistics | None) -> Storage:
+def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statistics | None) -> Storage:
     """A disk for a client."""
     return Storage(
         name=attachment.name,
         bus=attachment.disk.bus,
         format=attachment.format,
         readOnly=attachment.read_only,
-        sizeBytes=size,
+        sizeBytes=look.size,
         serial=attachment.serial,
         byId=attachment.by_id,
         place=str(attachment.place),
         boot=attachment.boot,
         state=attachment.state.value,
-        path=(attachment.image.path or None) if attachment.image else None,
+        path=look.path or None,
         limits=_from_limits(attachment.limits),
         onError=attachment.disk.on_error or ("enospc" if TABLE[attachment.disk.bus].stops else "report"),
         failures=attachment.failures,
         lastFailure=attachment.last_failure or None,
         removal=_removal(attachment, why),
         statistics=_statistics(statistics) if statistics else None,
+        notice=look.notice or None,
     )
 
 

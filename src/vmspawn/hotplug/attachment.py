@@ -40,6 +40,8 @@ class Removal:
     since: float = field(default_factory=time.monotonic)
     #: How often the guest was asked to release the device.
     requests: int = 0
+    #: How often QEMU has refused to undo the other steps.
+    refusals: int = 0
     #: QEMU's last answer to a request that did not succeed at once.
     answer: str = ""
 
@@ -76,6 +78,8 @@ class Attachment(ABC):
     nudge: asyncio.Event = field(default_factory=asyncio.Event)
     #: Set when attaching has succeeded, or its failure has been handed to the clean-up.
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Whether attaching has failed, or was cancelled.
+    has_failed: bool = False
     #: The one task that takes the attachment apart, once there is one.
     unwinding: asyncio.Task[None] | None = None
 

@@ -45,6 +45,7 @@ class Hotplug:
         self.journal: Final = journal
         self.tasks: Final = Tasks()
         self._registers: dict[str, Register[Any]] = {}
+        self._on_refused: dict[str, Callable[[Any, VmspawnError], Awaitable[str]]] = {}
         #: Objects whose removal QEMU 7.2 puts off until the guest runs again.
         self.deferred: set[QemuObject] = set()
         monitor.listen(self._event)
@@ -55,10 +56,17 @@ class Hotplug:
         load: Callable[[dict[str, Any]], _A],
         saved: Mapping[str, Any],
         more: Callable[[], Mapping[str, object]] = dict,
+        on_refused: Callable[[_A, VmspawnError], Awaitable[str]] | None = None,
     ) -> Register[_A]:
-        """Make the register of a kind of attachment; the arguments are those of `Register`."""
+        """Make the register of a kind of attachment; the arguments are those of `Register`.
+
+        `on_refused` is called when QEMU has refused an undo. It may find another way to undo the steps, and returns
+        why the attachment is still there, in words.
+        """
         register = Register(self.journal, kind, load, saved, more)
         self._registers[kind] = register
+        if on_refused is not None:
+            self._on_refused[kind] = on_refused
         return register
 
     # Attaching.
@@ -115,6 +123,7 @@ class Hotplug:
 
     async def _give_up(self, attachment: Attachment, error: BaseException) -> None:
         """Take back what a failed or cancelled attach has done. Whatever happens here, the caller raises `error`."""
+        attachment.has_failed = True
         task = self.unwind(attachment)
         attachment.settled.set()
         if isinstance(error, Exception):
@@ -168,14 +177,22 @@ class Hotplug:
                 async with attachment.lock:
                     await self.undo_steps(attachment, tuple(attachment.done))
             except (QmpError, Timeout, SystemFailure) as error:
-                removal.answer = error.description if isinstance(error, QmpError) else str(error)
-                await attachment.wait_for_news(_REFUSED_RETRY)
+                removal.refusals += 1
+                removal.answer = await self._explain_refusal(attachment, error)
+                if attachment.done:
+                    await attachment.wait_for_news(_REFUSED_RETRY)
         attachment.close()
         self._registers[attachment.kind].remove(attachment)
         with contextlib.suppress(SystemFailure):
             self.save(attachment)
         if was_attached and attachment.events is not None:
             self.publish(attachment.events.detached, attachment)
+
+    async def _explain_refusal(self, attachment: Attachment, error: VmspawnError) -> str:
+        if attachment.kind in self._on_refused:
+            with contextlib.suppress(QmpError, Timeout, SystemFailure):
+                return await self._on_refused[attachment.kind](attachment, error)
+        return error.description if isinstance(error, QmpError) else str(error)
 
     async def _unplug(self, attachment: Attachment, removal: Removal) -> None:
         # The guest may take for ever, so the attachment is not locked meanwhile.

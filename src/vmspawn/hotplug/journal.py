@@ -29,6 +29,11 @@ class Journal:
         self._constants = json.dumps(constants)[:-1]
         self._sections: dict[str, Callable[[], str]] = {}
 
+    @property
+    def machine(self) -> str:
+        """The machine's name; empty after `close`."""
+        return self._directory.name if self._directory is not None else ""
+
     def add_section(self, name: str, text: Callable[[], str]) -> None:
         """Add a section, or give it another owner. `text` returns its value in JSON, at each write."""
         self._sections[name] = text

@@ -14,15 +14,17 @@ from ..hotplug.hotplug import Hotplug
 from ..hotplug.places import THREADED_SCSI_CONTROLLER, Layout, Place, Pool, controller_of
 from ..qmp.events import Event
 from ..timeouts import DETACH_TIMEOUT
-from . import admission, buses, failures, image_nodes, images, media, statistics, swap
+from . import admission, block_graph, buses, displaced, failures, image_nodes, images, looks, media, statistics, swap
 from .attached_disk import AttachedDisk
 from .backing import Backing
+from .block_graph import BlockGraph
 from .changes import CHANGE_TIMEOUT, Changes, check_not_boot
 from .context import Context
 from .controllers import Controllers
 from .disk import Disk
 from .explain import STORAGE_HINT, explain
 from .image import Image
+from .looks import Look
 from .nodes import Identifiers
 from .statistics import Statistics
 
@@ -33,6 +35,8 @@ _PENDING_HINT = (
 
 #: Seconds that a detach waits for the controller that its disk was the last on. The controller goes in any case.
 _CONTROLLER_TIMEOUT = 2.0
+
+_USED_HINT = "the removal goes on and completes when nobody uses the image through QMP any more"
 
 
 class BootDisk(Protocol):
@@ -88,6 +92,7 @@ class Storage:
             lambda record: AttachedDisk.from_state(record, controllers.pool_of),
             saved.get(AttachedDisk.kind, {}),
             threaded_place,
+            self._on_refused,
         )
         self._context = Context(hotplug, layout, controllers, register)
         #: What can be done to disks that stay.
@@ -95,6 +100,11 @@ class Storage:
         for each in boot_disks:
             self._add_boot_disk(each, controllers.pool_of(each.disk.bus, each.place))
         hotplug.monitor.listen(self._event)
+
+    async def _on_refused(self, attached: AttachedDisk, error: VmspawnError) -> str:
+        from .refusals import on_refused
+
+        return await on_refused(self._context, attached, error)
 
     def __iter__(self) -> Iterator[AttachedDisk]:
         return iter(self._context.register)
@@ -173,7 +183,7 @@ class Storage:
         try:
             await self._hotplug.attach(attached, empty if image is None else None)
         except VmspawnError as error:
-            raise explain(error, disk.name, image) from None
+            raise explain(error, disk.name, image, self._hotplug.journal.machine) from None
         return attached
 
     async def _admit(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
@@ -211,6 +221,7 @@ class Storage:
 
         `force` takes the image away first, so that the host has its file back whatever the guest does, who sees I/O
         errors from then on. Returns False then if the device is still there after `timeout`, instead of raising.
+        Raises StoragePending if somebody uses the image through QMP, so that QEMU could not close it.
         """
         attached = self._context.find(name)
         check_not_boot(attached, "detached")
@@ -222,12 +233,20 @@ class Storage:
         if await self._hotplug.detach(attached, deadline):
             await self._context.controllers.wait_released(attached.place, _CONTROLLER_TIMEOUT)
             return True
-        if force:
+        if force and not attached.has_open_image:
             return False
-        why = pending.why(attached, self._hotplug.run_state)
         raise StoragePending.with_fields(
-            "{why} (waited {seconds} s)", hint=_PENDING_HINT, why=why, seconds=f"{timeout:g}"
+            "{why} (waited {seconds} s)",
+            hint=_PENDING_HINT if attached.has_device and not force else _USED_HINT,
+            why=await self._why_image_is_open(attached) if force else self.why_pending(attached),
+            seconds=f"{timeout:g}",
         )
+
+    async def _why_image_is_open(self, attached: AttachedDisk) -> str:
+        """Why the image of a disk is still open that was taken away."""
+        users = await block_graph.users_of(self._hotplug.monitor, attached)
+        used = f": it is used by {users}" if users else ""
+        return f"QEMU still has the image of {attached.name} open{used}"
 
     async def _take_away(self, attached: AttachedDisk) -> None:
         if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].asks:
@@ -238,6 +257,7 @@ class Storage:
 
         async def work() -> None:
             async with attached.lock:
+                await displaced.check(self._context, attached)
                 await swap.take_away(self._context, attached)
 
         try:
@@ -247,15 +267,13 @@ class Storage:
         except VmspawnError as error:
             # Then at least the guest is asked.
             self._hotplug.unwind(attached)
-            raise explain(error, attached.name, None) from None
+            raise explain(error, attached.name, None, self._hotplug.journal.machine) from None
 
     # Looking.
 
-    async def sizes(self) -> dict[str, int]:
-        """The size in bytes of each disk as the guest sees it, by name; 0 is an optical drive without a medium."""
-        found: list[dict[str, Any]] = await self._hotplug.monitor.execute("query-named-block-nodes", {"flat": True})
-        by_node = {node["node-name"]: int(node["image"]["virtual-size"]) for node in found}
-        return {each.name: by_node.get(each.identifiers.pivot, 0) for each in self}
+    async def look(self) -> dict[str, Look]:
+        """What QEMU has under each disk, by name."""
+        return looks.look(await BlockGraph.take(self._hotplug.monitor), self)
 
     async def statistics(self) -> dict[str, Statistics]:
         """What was read and written, by the disk's name; one that is coming or going may be missing."""
@@ -268,8 +286,8 @@ class Storage:
     # Events.
 
     def _event(self, event: Event) -> None:
-        if event.name == "DEVICE_DELETED" and event.data:
-            self._controller_gone(event.data.get("device"))
+        if event.name == "DEVICE_DELETED" and event.data and "device" in event.data:
+            self._controller_gone(str(event.data["device"]))
         if event.name != failures.QEMU_EVENT:
             return
         attached = failures.attachment_of(event, self)
@@ -279,7 +297,7 @@ class Storage:
             attached.last_failure = str(failure)
             self._hotplug.publish(failures.FAILED_EVENT, attached, **failure._asdict())
 
-    def _controller_gone(self, device: object) -> None:
+    def _controller_gone(self, device: str) -> None:
         """Unplug the disks of a controller that is gone: QEMU keeps namespaces without one (docs/qemu.md, "NVMe")."""
         for attached in self:
             if controller_of(attached.place) == device and attached.state is State.ATTACHED:

@@ -19,7 +19,7 @@ from .image import FAULT, Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
 from .saved import load_disk, load_identifiers, load_image, load_limits, load_place, save_disk
-from .steps import AddPivot, BuildImage
+from .steps import LIMITS, AddPivot, BuildImage
 
 #: Events of our own, in the streams beside QEMU's.
 ATTACHED_EVENT = "StorageAttached"
@@ -48,6 +48,8 @@ class AttachedDisk(Attachment):
     serial: str
     images: list[Image] = field(default_factory=list)
     limits: Limits = NO_LIMITS
+    #: Images that the disk has left, and that QEMU cannot close yet.
+    closing: list[Image] = field(default_factory=list)
     #: How many requests of the guest have failed since this manager has the disk, and what is known of the last.
     failures: int = 0
     last_failure: str = ""
@@ -88,7 +90,7 @@ class AttachedDisk(Attachment):
         name = self.identifiers.limits
         limits = {"limits": self.limits.to_qemu()} if self.limits.any else {}
         command = Command("object-add", {"qom-type": "throttle-group", "id": name, **limits})
-        return Make("limits", command, QemuObject(OBJECT, name))
+        return Make(LIMITS, command, QemuObject(OBJECT, name))
 
     def _properties(self) -> dict[str, object]:
         return buses.device(
@@ -145,6 +147,11 @@ class AttachedDisk(Attachment):
     def forced(self) -> bool:
         """Whether the image was taken away from under the guest."""
         return any(image.format == FAULT for image in self.images)
+
+    @property
+    def has_open_image(self) -> bool:
+        """Whether QEMU may have a file of the disk's open."""
+        return any(image.backing is not None and image.done for image in self.images)
 
     @property
     def by_id(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, SystemFailure, VmspawnError
 from ..hotplug.attachment import State
-from . import admission, media, swap
+from . import admission, displaced, media, swap
 from . import resize as resizing
 from .attached_disk import AttachedDisk
 from .backing import Backing
@@ -144,6 +144,12 @@ class Changes:
                     if image is not None:
                         image.close_backing()
                     raise StoragePending(f"{attachment.name} is {attachment.state}", hint="wait until that is over")
+                try:
+                    await displaced.check(self._context, attachment)
+                except VmspawnError:
+                    if image is not None:
+                        image.close_backing()
+                    raise
                 result = await work()
             self._context.hotplug.publish(CHANGED_EVENT, attachment)
             return result
@@ -153,7 +159,8 @@ class Changes:
                 alone(), f"{doing} {attachment.name}", timeout=CHANGE_TIMEOUT, hint=STORAGE_HINT
             )
         except VmspawnError as error:
-            raise explain(error, attachment.name, image) from None
+            machine = self._context.hotplug.journal.machine
+            raise explain(error, attachment.name, image, machine) from None
 
 
 def check_not_boot(attachment: AttachedDisk, what: str) -> None:

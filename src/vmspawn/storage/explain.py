@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 from typing import TypeVar
 
-from ..errors import QmpError, SystemFailure, Timeout
+from ..errors import BadConfig, QmpError, SystemFailure, Timeout
 from .holders import holder_of
 from .image import Image
 
@@ -15,15 +15,25 @@ STORAGE_HINT = "the storage that the image is on may hang; once it answers, this
 _Error = TypeVar("_Error", bound=BaseException)
 
 
-def explain(error: _Error, name: str, image: Image | None) -> _Error | SystemFailure:
-    """The error as it should reach the user. `image` is the one that QEMU was to open for the disk of that name."""
+def explain(error: _Error, name: str, image: Image | None, machine: str) -> _Error | SystemFailure | BadConfig:
+    """The error as it should reach the user.
+
+    `image` is the one that the machine's QEMU was to open for the disk of that name.
+    """
     if isinstance(error, Timeout) and not error.hint:
         error.hint = STORAGE_HINT
-    if not isinstance(error, QmpError) or "Failed to get" not in error.description or "lock" not in error.description:
+    if not isinstance(error, QmpError):
+        return error
+    if "multiple of request alignment" in error.description:
+        return BadConfig(
+            f"the size of {name} is not a multiple of the sectors that O_DIRECT needs ({error.description})",
+            hint="use cache writeback, or give the image a size that is a multiple of 4096",
+        )
+    if "Failed to get" not in error.description or "lock" not in error.description:
         return error
     lock = "shared write" if "shared" in error.description else "write"
     identity = image.backing.identity if image is not None and image.backing is not None else ()
-    holder = holder_of(identity) if identity else ""
+    holder = holder_of(identity, ours=machine) if identity else ""
     return SystemFailure(
         f"{holder or 'another process'} uses the image of {name} (QEMU could not get its {lock} lock)",
         errno.EBUSY,

@@ -1,29 +1,37 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who has an image open, for the message that says why it cannot be had."""
+"""Find out who has an image open, for the message that says why it cannot be had."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from ..errors import VmspawnError
 from ..host import runtime
 
 
-def holder_of(identity: tuple[int, ...]) -> str:
+def holder_of(identity: tuple[int, ...], *, ours: str = "") -> str:
     """Who else has the file: `machine NAME`, or `COMM (process PID)`, or nothing if that cannot be seen.
 
-    `identity` is a Backing's: st_dev and st_ino of a file, st_rdev of a block device.
+    `identity` is a Backing's: st_dev and st_ino of a file, st_rdev of a block device. `ours` is the machine that wants
+    the file: it is named only if nobody else has the file, and QEMU has.
     """
-    return _machine_with(identity) or _process_with(identity)
+    own_pid = runtime.running_qemu(os.path.join(runtime.runtime_root(), ours)) if ours else 0
+    others = _machine_with(identity, ours) or _process_with(identity, {os.getpid(), own_pid})
+    if not others and own_pid and any(_open_files(own_pid, identity)):
+        return f"machine {ours} itself"
+    return others
 
 
-def _machine_with(identity: tuple[int, ...]) -> str:
+def _machine_with(identity: tuple[int, ...], ours: str) -> str:
     for name in _machines():
         folder = os.path.join(runtime.runtime_root(), name)
         try:
             state = runtime.read_state(folder)
             pid = int(state["qemu"]["pid"])
-            if pid != 0 and runtime.running_qemu(folder) == pid and list(identity) in _identities(state):
+            is_running = pid != 0 and runtime.running_qemu(folder) == pid
+            if name != ours and is_running and list(identity) in _identities(state):
                 return f"machine {name}"
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -42,16 +50,31 @@ def _identities(state: dict[str, dict[str, list[dict[str, list[dict[str, dict[st
     return [image["backing"]["identity"] for each in attachments for image in each["images"] if image["backing"]]
 
 
-def _process_with(identity: tuple[int, ...]) -> str:
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if int(pid) == os.getpid():
+def _process_with(identity: tuple[int, ...], but: set[int]) -> str:
+    """The process that has the file locked, or else one that has it open."""
+    found = ""
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        if pid in but:
             continue
-        try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                found = os.stat(f"/proc/{pid}/fd/{fd}")
-                if (found.st_dev, found.st_ino) == identity or (found.st_rdev and (found.st_rdev,) == identity):
-                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
-                        return f"{file.read().strip()} (process {pid})"
-        except OSError:
-            continue
-    return ""
+        with contextlib.suppress(OSError):
+            for fd in _open_files(pid, identity):
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
+                    found = f"{file.read().strip()} (process {pid})"
+                if _is_locked(pid, fd):
+                    return found
+    return found
+
+
+def _open_files(pid: int, identity: tuple[int, ...]) -> Iterator[str]:
+    """The descriptors of a process that are open on the file. Stops at what may not be looked at."""
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            found = os.stat(f"/proc/{pid}/fd/{fd}")
+            if (found.st_dev, found.st_ino) == identity or (found.st_rdev and (found.st_rdev,) == identity):
+                yield fd
+
+
+def _is_locked(pid: int, fd: str) -> bool:
+    """Whether locks are held through a descriptor (proc_pid_fdinfo(5))."""
+    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as file:
+        return any(line.startswith("lock:") for line in file)

@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..errors import QmpError, Timeout
+from ..errors import QmpError, Timeout, VmspawnError
 from ..hotplug import recovery
 from ..hotplug.attachment import State
 from ..hotplug.places import controller_of
 from ..hotplug.qemu_objects import FDSET, OBJECT, QemuObject
-from . import buses, image_nodes, images, media, swap
+from . import buses, displaced, image_nodes, images, media, swap
 from .attached_disk import AttachedDisk
+from .block_graph import BlockGraph
 from .context import Context
 from .image import FAULT, FDSET_BASE
 from .image_nodes import NODE
@@ -62,8 +63,7 @@ class Adoption:
             settle_detaching=settle_detaching,
         )
         self._settle_controllers(found, disks)
-        for each in leftovers:
-            await self._remove(each, str(each.name))
+        await self._remove_leftovers(leftovers)
         await self._drop_fdsets(found, disks, foreign_fdsets)
         self._context.register.save()
 
@@ -90,6 +90,7 @@ class Adoption:
             await self._settle_medium(attachment, found)
         elif len(attachment.images) > 1:
             await self._settle_images(attachment, found)
+        await self._notice_displacement(attachment)
         await self._read_limits(attachment, found)
         for image in attachment.images:
             await images.release(self._hotplug, image)
@@ -105,9 +106,14 @@ class Adoption:
         attachment.images.insert(0, image)
         self._context.register.save()
         for other in attachment.images[1:]:
-            await images.dismantle(self._hotplug, attachment, other)
+            await images.close_when_unused(self._hotplug, attachment, other)
         if buses.TABLE[attachment.disk.bus].resizable and not attachment.read_only:
             await follow_image(self._context, attachment)
+
+    async def _notice_displacement(self, attachment: AttachedDisk) -> None:
+        graph = await BlockGraph.take(self._context.monitor)
+        if (node := displaced.displacing(graph, attachment)) is not None:
+            self.notes.append(displaced.describe(graph, attachment, node))
 
     async def _read_limits(self, attachment: AttachedDisk, found: Inventory) -> None:
         """The limits are those that QEMU keeps, whoever set them last."""
@@ -136,7 +142,7 @@ class Adoption:
             attachment.images.remove(faults[0])
             attachment.images.insert(0, faults[0])
             for other in attachment.images[1:]:
-                await images.dismantle(self._hotplug, attachment, other)
+                await images.close_when_unused(self._hotplug, attachment, other)
         else:
             await images.dismantle(self._hotplug, attachment, faults[0])
             await swap.take_away(self._context, attachment)
@@ -148,6 +154,20 @@ class Adoption:
             await self._hotplug.remove(part)
         except (QmpError, Timeout) as error:
             self.notes.append(f"could not remove {what}, which was left over: {error}")
+
+    async def _remove_leftovers(self, leftovers: Sequence[QemuObject]) -> None:
+        """Remove nodes and objects. Those that QEMU keeps though nobody uses them are passed over (`refusals.py`)."""
+        refused: list[tuple[QemuObject, VmspawnError]] = []
+        for each in leftovers:
+            try:
+                await self._hotplug.remove(each)
+            except (QmpError, Timeout) as error:
+                refused.append((each, error))
+        if not refused:
+            return
+        graph = await BlockGraph.take(self._context.monitor)
+        if graph.users({str(each.name) for each in leftovers}):
+            self.notes += (f"could not remove {each.name}, which was left over: {error}" for each, error in refused)
 
     async def _drop_fdsets(self, found: Inventory, attachments: Iterable[AttachedDisk], foreign: Sequence[int]) -> None:
         """Nothing needs a descriptor set by now, but for nodes that others opened, and what is being unwound."""

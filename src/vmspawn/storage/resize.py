@@ -16,6 +16,7 @@ from . import backing as backings
 from . import buses
 from .attached_disk import AttachedDisk
 from .backing import SECTOR, whole_sectors
+from .block_graph import blaming_users
 from .context import Context
 from .image import Image
 
@@ -51,7 +52,8 @@ async def follow_image(context: Context, attachment: AttachedDisk) -> None:
         size = await context.virtual_size(image.top_node)
     if whole_sectors(size) != await context.virtual_size(attachment.identifiers.pivot):
         arguments = {"node-name": attachment.identifiers.pivot, "size": size}
-        await context.monitor.execute("block_resize", arguments)
+        async with blaming_users(context.monitor, attachment):
+            await context.monitor.execute("block_resize", arguments)
 
 
 def _check_resizable(attachment: AttachedDisk) -> None:
@@ -118,8 +120,10 @@ def _is_device(image: Image) -> bool:
 
 
 async def _block_resize(context: Context, attachment: AttachedDisk, size: int) -> None:
+    arguments = {"node-name": attachment.identifiers.pivot, "size": size}
     try:
-        await context.monitor.execute("block_resize", {"node-name": attachment.identifiers.pivot, "size": size})
+        async with blaming_users(context.monitor, attachment):
+            await context.monitor.execute("block_resize", arguments)
     except QmpError as error:
         for reason in (errno.EFBIG, errno.ENOSPC):
             if error.description.endswith(os.strerror(reason)):

@@ -16,6 +16,7 @@ from .nodes import Identifiers
 #: The names in the journal.
 IMAGE = "image"
 PIVOT = "pivot"
+LIMITS = "limits"
 
 
 class BuildImage(Step):

@@ -6,9 +6,12 @@ Each of these runs to its end once it was begun. One that fails leaves the disk 
 
 from __future__ import annotations
 
-from ..errors import BadConfig, ConfigNotSupported, QmpError
+import contextlib
+
+from ..errors import BadConfig, ConfigNotSupported, QmpError, SystemFailure
 from . import buses, images, nodes
 from .attached_disk import AttachedDisk
+from .block_graph import blaming_users
 from .context import Context
 from .image import FAULT, Image
 from .limits import Limits
@@ -25,6 +28,7 @@ _FAULT_SIZE = 16 << 20
 async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, shrink: bool) -> int:
     """Put another image in the place of the disk's, and tell the guest its size, which is returned.
 
+    The old image is closed, or as soon as somebody who uses it through QMP lets go of it.
     Raises BadConfig or ConfigNotSupported if the guest could not take the new size, QmpError if QEMU cannot use the
     image. The descriptor of `fresh` is closed in any case.
     """
@@ -39,13 +43,13 @@ async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, s
         try:
             if new_size != size:
                 await follow_image(context, attachment)
-        except QmpError:
+        except (QmpError, SystemFailure):
             await _put_under(context, attachment, old)
             raise
-    except (QmpError, BadConfig, ConfigNotSupported):
+    except (QmpError, BadConfig, ConfigNotSupported, SystemFailure):
         await images.dismantle(context.hotplug, attachment, fresh)
         raise
-    await images.dismantle(context.hotplug, attachment, old)
+    await images.close_when_unused(context.hotplug, attachment, old)
     return new_size
 
 
@@ -70,10 +74,13 @@ def _check_size(attachment: AttachedDisk, size: int, new_size: int, *, shrink: b
 async def _put_under(context: Context, attachment: AttachedDisk, image: Image) -> None:
     """Let the pivot stand on that image, which becomes the disk's."""
     options = nodes.pivot_node(attachment.identifiers, image, attachment.disk, read_only=attachment.read_only)
-    await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
+    async with blaming_users(context.monitor, attachment):
+        await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
     attachment.images.remove(image)
     attachment.images.insert(0, image)
-    context.hotplug.save(attachment)
+    # It is done, and cannot fail any more. The journal has both images, and an adoption looks which one it is.
+    with contextlib.suppress(SystemFailure):
+        context.hotplug.save(attachment)
 
 
 async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> None:
@@ -89,9 +96,18 @@ async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> N
 
 
 async def take_away(context: Context, attachment: AttachedDisk) -> None:
-    """Put errors in the place of the image, and close it: the host has its file back, whatever the guest does."""
-    if attachment.forced or not attachment.images:
-        return
+    """Put errors in the place of the image, and close it: the host has its file back, whatever the guest does.
+
+    An image that somebody uses through QMP is closed as soon as that ends.
+    """
+    if not attachment.forced and attachment.images:
+        await _put_errors_under(context, attachment)
+    if attachment.forced:
+        for image in attachment.images[1:]:
+            await images.close_when_unused(context.hotplug, attachment, image)
+
+
+async def _put_errors_under(context: Context, attachment: AttachedDisk) -> None:
     try:
         size = await context.virtual_size(attachment.identifiers.pivot)
     except KeyError:
@@ -101,8 +117,6 @@ async def take_away(context: Context, attachment: AttachedDisk) -> None:
     try:
         await images.build(context.hotplug, attachment, fault)
         await _put_under(context, attachment, fault)
-    except QmpError:
+    except (QmpError, SystemFailure):
         await images.dismantle(context.hotplug, attachment, fault)
         raise
-    for image in attachment.images[1:]:
-        await images.dismantle(context.hotplug, attachment, image)

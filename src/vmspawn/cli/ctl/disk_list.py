@@ -38,11 +38,10 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _state(disk: dict[str, Any]) -> str:
-    if disk["boot"]:
-        return "boot"
     removal = disk["removal"]
     if not removal:
-        return str(disk["state"])
+        state = "boot" if disk["boot"] else str(disk["state"])
+        return f"{state} (see -l)" if disk["notice"] else state
     forced = ", forced" if removal["forced"] else ""
     return f"{disk['state']} ({removal['pendingUSec'] / 1e6:.0f} s{forced})"
 
@@ -66,6 +65,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "SERIAL": lambda disk: disk["serial"],
     "LIMITS": lambda disk: _limits_text(disk["limits"]),
     "FILE": lambda disk: disk["path"] or "-",
+    "NOTICE": lambda disk: disk["notice"] or "-",
 }
 
 #: The columns without --long.

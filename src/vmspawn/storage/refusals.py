@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Deal with a disk whose device is gone, but whose nodes QEMU refuses to remove.
+
+Either somebody uses a node through QMP, by a job, an export or another node: then the removal waits for that. Or QEMU
+7.2 keeps the device itself, because plugging it in failed (docs/qemu.md, "A failed nvme device keeps its node"): then
+the node stays until QEMU ends, so it is emptied, and the disk's name, place and image are free.
+"""
+
+from __future__ import annotations
+
+from ..errors import QmpError, VmspawnError
+from ..hotplug.qemu_objects import device_ids
+from . import swap
+from .attached_disk import AttachedDisk
+from .block_graph import BlockGraph, nodes_of
+from .context import Context
+from .steps import IMAGE, LIMITS, PIVOT
+
+#: Refusals after which QEMU is taken to keep a device that was plugged in, or that another manager had tried to plug in.
+_PATIENCE = 5
+
+
+async def on_refused(context: Context, attached: AttachedDisk, error: VmspawnError) -> str:
+    """QEMU refused to take a disk apart. Returns why, in words. Raises what `Monitor.execute` raises."""
+    if not attached.has_device:
+        graph = await BlockGraph.take(context.monitor)
+        if users := graph.users(nodes_of(attached)):
+            return f"it is used by {users}"
+        is_kept = _may_be_kept(attached) and graph.is_kept(attached.identifiers.pivot, attached.device)
+        if is_kept and attached.device not in await device_ids(context.monitor):
+            await _abandon_nodes(context, attached)
+    return error.description if isinstance(error, QmpError) else str(error)
+
+
+def _may_be_kept(attached: AttachedDisk) -> bool:
+    """Whether QEMU will not remove the device any more. One that was plugged in may just take a moment."""
+    refusals = attached.removal.refusals if attached.removal else 0
+    return attached.has_failed or refusals >= _PATIENCE
+
+
+async def _abandon_nodes(context: Context, attached: AttachedDisk) -> None:
+    """Empty the nodes of a disk, and leave them to QEMU."""
+    async with attached.lock:
+        await swap.take_away(context, attached)
+        if attached.has_open_image:
+            return
+        attached.images.clear()
+        attached.done = [name for name in attached.done if name not in (PIVOT, IMAGE, LIMITS)]

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Disks whose nodes somebody else uses, through QMP or from outside, and disks that were displaced."""
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import MIB, make_qcow2, make_raw
+from tests.machines import Machine, Snapshot, idle_machine, links_of
+from vmspawn import Disk, Limits
+from vmspawn.errors import BadConfig, ConfigNotSupported, QmpError, StoragePending, SystemFailure
+from vmspawn.qmp.monitor import Monitor
+
+DEADLINE = 30.0
+
+
+@contextlib.contextmanager
+def other_user(image: Path) -> Iterator[int]:
+    """Another program that has the image locked; yields its process id."""
+    with subprocess.Popen(
+        ["qemu-io", "-f", "raw", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        # It prompts, and answers once the image is open.
+        while "MiB" not in process.stdout.readline():
+            assert process.poll() is None
+        yield process.pid
+        process.stdin.write("quit\n")
+        process.stdin.close()
+
+
+async def until_closed(machine: Machine, image: Path) -> None:
+    """Wait until QEMU has closed an image."""
+    async with asyncio.timeout(DEADLINE):
+        while str(image) in links_of(machine.pid):
+            await machine.monitor.execute("query-status")
+
+
+def names(machine: Machine) -> set[str]:
+    return {each.name for each in machine.storage if not each.boot}
+
+
+@pytest.fixture
+async def idle(qemu: str, tmp_path: Path) -> AsyncIterator[Machine]:
+    async with idle_machine(qemu, tmp_path) as machine:
+        yield machine
+
+
+# A failed attach.
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
+async def test_nothing_is_left_of_a_failed_attach(idle: Machine, tmp_path: Path, bus: str) -> None:
+    """More tries than there are ports. QEMU 7.2 keeps the nodes of an nvme device that failed, without the image."""
+    image = make_raw(tmp_path / "disk.raw", MIB)
+    before = await Snapshot.take(idle)
+    with other_user(image) as pid:
+        for _ in range(before.ports_free + 2):
+            with pytest.raises(SystemFailure, match=rf"^qemu-io \(process {pid}\) uses the image of disk.raw"):
+                await idle.attach(Disk(str(image), bus=bus))
+            assert names(idle) == set()
+            assert str(image) not in links_of(idle.pid)
+        assert idle.storage.ports_free == before.ports_free
+    await idle.attach(Disk(str(image), bus=bus))
+    assert (await idle.storage.look())["disk.raw"].size == MIB
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
+async def test_an_odd_size_without_the_page_cache(idle: Machine, tmp_path: Path, bus: str) -> None:
+    image = make_raw(tmp_path / "odd.raw", MIB + 512 + 1)
+    free = idle.storage.ports_free
+    with pytest.raises(BadConfig, match="O_DIRECT") as caught:
+        await idle.attach(Disk(str(image), bus=bus, cache="none"))
+    assert "use cache writeback" in caught.value.hint
+    assert names(idle) == set()
+    assert str(image) not in links_of(idle.pid)
+    assert idle.storage.ports_free == free
+
+
+async def test_what_is_left_of_a_failed_attach_bothers_no_adoption(idle: Machine, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "disk.raw", MIB)
+    with other_user(image), pytest.raises(SystemFailure):
+        await idle.attach(Disk(str(image), bus="nvme"))
+    await idle.leave()
+    adopted = await Machine.adopt(idle.name)
+    try:
+        assert adopted.adoption_notes == []
+        await adopted.attach(Disk(str(image), bus="nvme"))
+    finally:
+        await adopted.close()
+
+
+async def test_a_machine_that_has_the_image_itself_is_named(idle: Machine, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "disk.raw", MIB)
+    async with idle.qmp() as session:
+        await session.execute("blockdev-add", {"driver": "file", "node-name": "mine", "filename": str(image)})
+        await session.execute("device_add", {"driver": "scsi-hd", "drive": "mine", "bus": "scsi0.0", "id": "mine"})
+    with pytest.raises(SystemFailure, match=f"machine {idle.name} itself uses the image"):
+        await idle.attach(Disk(str(image)))
+
+
+# Users within QEMU.
+
+
+async def export(session: Monitor, node: str, folder: Path) -> None:
+    """Export a node over NBD."""
+    address = {"type": "unix", "data": {"path": str(folder / "nbd")}}
+    await session.execute("nbd-server-start", {"addr": address})
+    await session.execute("block-export-add", {"type": "nbd", "id": "exported", "node-name": node})
+
+
+async def test_an_image_that_is_exported_is_replaced_all_the_same(idle: Machine, tmp_path: Path) -> None:
+    old, new = make_qcow2(tmp_path / "old", MIB), make_qcow2(tmp_path / "new", MIB)
+    attached = await idle.attach(Disk(str(old), "disk", format="qcow2", bus="virtio-scsi"))
+    async with idle.qmp() as session:
+        await export(session, idle.disk(attached.name).images[0].format_node, tmp_path)
+        assert await idle.replace("disk", str(new), format="qcow2") == MIB
+        found = (await idle.storage.look())["disk"]
+        assert found.path == str(new)
+        assert found.notice == f"QEMU still has {old} open: used by the nbd export exported"
+        await idle.replace("disk", str(make_qcow2(tmp_path / "newer", MIB)), format="qcow2")
+        await session.execute("block-export-del", {"id": "exported"})
+        await until_closed(idle, old)
+        assert not (await idle.storage.look())["disk"].notice
+    await idle.attach(Disk(str(old), "again", format="qcow2", bus="virtio-scsi"))
+
+
+async def test_a_replaced_image_is_closed_after_an_adoption(idle: Machine, tmp_path: Path) -> None:
+    old, new = make_qcow2(tmp_path / "old", MIB), make_qcow2(tmp_path / "new", MIB)
+    await idle.attach(Disk(str(old), "disk", format="qcow2", bus="virtio-scsi"))
+    async with idle.qmp() as session:
+        await export(session, idle.disk("disk").images[0].format_node, tmp_path)
+        await idle.replace("disk", str(new), format="qcow2")
+    await idle.leave()
+    adopted = await Machine.adopt(idle.name)
+    try:
+        assert "used by the nbd export" in (await adopted.storage.look())["disk"].notice
+        async with adopted.qmp() as session:
+            await session.execute("block-export-del", {"id": "exported"})
+        await until_closed(adopted, old)
+        await adopted.detach("disk")
+        assert str(new) not in links_of(adopted.pid)
+    finally:
+        await adopted.close()
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
+async def test_force_succeeds_only_if_the_image_is_closed(idle: Machine, tmp_path: Path, bus: str) -> None:
+    image = make_qcow2(tmp_path / "disk.qcow2", MIB)
+    await idle.attach(Disk(str(image), "disk", format="qcow2", bus=bus))
+    async with idle.qmp() as session:
+        await export(session, idle.disk("disk").images[0].format_node, tmp_path)
+        with pytest.raises(StoragePending):
+            await idle.detach("disk", timeout=0.5)
+        for _ in range(2):
+            with pytest.raises(
+                StoragePending, match=r"QEMU still has the image of disk open.*export exported"
+            ) as caught:
+                await idle.detach("disk", timeout=0.5, force=True)
+            assert "through QMP" in caught.value.hint
+            assert str(image) in links_of(idle.pid)
+        await session.execute("block-export-del", {"id": "exported"})
+        await until_closed(idle, image)
+        with contextlib.suppress(Exception):
+            await idle.detach("disk", timeout=0.5, force=True)
+        assert not any(each.has_open_image for each in idle.storage if each.name == "disk")
+
+
+async def test_a_pending_removal_names_who_uses_the_image(idle: Machine, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "disk.raw", MIB)
+    make_raw(tmp_path / "target.raw", MIB)
+    await idle.attach(Disk(str(image), "disk", bus="virtio-scsi"))
+    pivot = idle.disk("disk").identifiers.pivot
+    async with idle.qmp() as session:
+        await mirror(session, pivot, tmp_path / "target.raw")
+        with pytest.raises(SystemFailure, match="disk is used by the block job job") as resized:
+            await idle.resize("disk", 2 * MIB)
+        assert "query-block-jobs" in resized.value.hint
+        with pytest.raises(StoragePending, match=r"QEMU still closes.*used by the block job job") as caught:
+            await idle.detach("disk", timeout=1.0)
+        assert "guest" not in caught.value.hint
+        await session.execute("block-job-cancel", {"device": "job"})
+        async with asyncio.timeout(DEADLINE):
+            while "disk" in names(idle):
+                await idle.monitor.execute("query-status")
+
+
+async def mirror(session: Monitor, node: str, target: Path) -> None:
+    """Begin a mirror, and wait until it is ready."""
+    with session.events() as events:
+        await session.execute("blockdev-add", {"driver": "file", "node-name": "target", "filename": str(target)})
+        wanted = {"job-id": "job", "device": node, "target": "target", "sync": "full"}
+        await session.execute("blockdev-mirror", wanted)
+        async with asyncio.timeout(DEADLINE):
+            async for event in events:
+                if event.name == "BLOCK_JOB_READY":
+                    return
+
+
+# Disks that were displaced.
+
+
+async def displace(machine: Machine, how: str, folder: Path) -> Path:
+    """Put another file under a disk as somebody with a QMP session would; returns the file."""
+    attached = machine.disk("disk")
+    pivot, image = attached.identifiers.pivot, attached.images[0]
+    node = {"pivot": pivot, "image": image.top_node, "file": image.file_node}[how.split()[0]]
+    async with machine.qmp() as session:
+        if how.endswith("mirror"):
+            target = make_raw(folder / "target.raw", MIB)
+            await mirror(session, node, target)
+            with session.events() as events:
+                await session.execute("job-complete", {"id": "job"})
+                async with asyncio.timeout(DEADLINE):
+                    async for event in events:
+                        if event.name == "BLOCK_JOB_COMPLETED":
+                            return target
+        overlay = make_qcow2(folder / "overlay.qcow2", MIB)
+        await session.execute("blockdev-add", {"driver": "file", "node-name": "file", "filename": str(overlay)})
+        format_node: dict[str, Any] = {"driver": "qcow2", "node-name": "overlay", "file": "file", "backing": None}
+        await session.execute("blockdev-add", format_node)
+        await session.execute("blockdev-snapshot", {"node": node, "overlay": "overlay"})
+        return overlay
+
+
+@pytest.mark.parametrize("how", ["pivot mirror", "pivot snapshot", "image snapshot", "file snapshot"])
+async def test_a_displaced_disk_is_shown_and_not_changed(idle: Machine, tmp_path: Path, how: str) -> None:
+    image = make_qcow2(tmp_path / "disk.qcow2", MIB)
+    await idle.attach(Disk(str(image), "disk", format="qcow2", bus="virtio-scsi"))
+    real = await displace(idle, how, tmp_path)
+    await check_displaced(idle, real, tmp_path)
+    await idle.leave()
+    adopted = await Machine.adopt(idle.name)
+    try:
+        assert any(f"disk stands on {real}" in note for note in adopted.adoption_notes)
+        await check_displaced(adopted, real, tmp_path)
+    finally:
+        await adopted.close()
+
+
+async def check_displaced(machine: Machine, real: Path, folder: Path) -> None:
+    found = (await machine.storage.look())["disk"]
+    assert found.path == str(real)
+    assert found.notice == f"disk stands on {real}, which somebody put in the place of its image through QMP"
+    other = make_raw(folder / "other", MIB)
+    for change in (
+        lambda: machine.resize("disk", 4 * MIB),
+        lambda: machine.limit("disk", Limits(iops=10)),
+        lambda: machine.replace("disk", str(other)),
+    ):
+        with pytest.raises(ConfigNotSupported, match=f"disk stands on {real}"):
+            await change()
+
+
+async def test_a_job_that_runs_displaces_nothing(idle: Machine, tmp_path: Path) -> None:
+    """QEMU puts filters of its own in while a job runs."""
+    image = make_raw(tmp_path / "disk.raw", MIB)
+    await idle.attach(Disk(str(image), "disk", bus="virtio-scsi"))
+    async with idle.qmp() as session:
+        await mirror(session, idle.disk("disk").identifiers.pivot, make_raw(tmp_path / "target.raw", MIB))
+    found = (await idle.storage.look())["disk"]
+    assert found == (MIB, str(image), "")
+    await idle.limit("disk", Limits(iops=10))
+
+
+async def test_a_displaced_disk_can_be_detached(idle: Machine, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "disk.raw", MIB)
+    await idle.attach(Disk(str(image), "disk", bus="virtio-scsi"))
+    await displace(idle, "pivot mirror", tmp_path)
+    await idle.detach("disk", timeout=DEADLINE)
+    assert str(image) not in links_of(idle.pid)
+    with pytest.raises(QmpError):
+        await idle.monitor.execute("blockdev-del", {"node-name": "drive1"})
