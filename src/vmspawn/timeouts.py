@@ -16,6 +16,9 @@ DETACH_TIMEOUT = 30.0
 #: How long a command in the guest has to start: for an agent that is not up yet, above all.
 COMMAND_START_TIMEOUT = 60.0
 
+#: How long an attach that waits for the guest's driver does so.
+DRIVER_TIMEOUT = 30.0
+
 #: How long a QEMU that was up before has to greet. It greets at once, unless another program holds the monitor, or QEMU
 #: waits for the host's storage.
 ADOPT_GREETING_TIMEOUT = 5.0

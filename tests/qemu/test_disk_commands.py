@@ -219,3 +219,17 @@ def open_files(machine: Spawned) -> list[str]:
     from tests.commands import qemu_pid
 
     return [str(entry) for entry in Path(f"/proc/{qemu_pid(machine.name)}/fd").iterdir()]
+
+
+def test_an_attach_can_wait_for_the_guest(machine: Spawned, tmp_path: Path) -> None:
+    """A guest that stands still takes no disk; the command says so, and the disk stays."""
+    image = make_raw(tmp_path / "awaited", MIB)
+    run("pause", machine.name)
+    try:
+        done = vmctl("attach-disk", machine.name, str(image), "--bus=virtio-scsi", "--wait-guest", "--timeout=0.2")
+    finally:
+        run("resume", machine.name)
+    assert done.returncode == 1
+    assert "the guest has not taken awaited within 0.2 s; the disk is attached" in done.stderr
+    assert disk(machine, "awaited")["state"] == "attached"
+    run("detach-disk", machine.name, "awaited")

@@ -18,7 +18,7 @@ from ..qmp.monitor import Monitor
 from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import NO_LIMITS, Limits
-from ..timeouts import DETACH_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 from .control import Qmp
 from .images import open_image
@@ -148,9 +148,11 @@ class ConnectedMachine:
         found = await self._call(f"{_MACHINE}.ListStorage")
         return [_disk_status(each) for each in found["storage"]]
 
-    async def attach(self, disk: Disk) -> AttachedDisk:
+    async def attach(self, disk: Disk, *, wait_guest: bool = False, timeout: float = DRIVER_TIMEOUT) -> AttachedDisk:
         """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
 
+        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
+        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
         A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
         SystemFailure or Timeout; nothing is left behind then.
         """
@@ -170,10 +172,19 @@ class ConnectedMachine:
             "bootIndex": named.boot_index,
             "onError": named.on_error or None,
             "limits": _limits(named.limits),
+            "waitGuestUSec": int(timeout * _MICROSECONDS) if wait_guest else None,
         }
         read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
         path = named.path or None
-        return _attached(await self._call(f"{_MACHINE}.AttachStorage", wanted, path=path, read_only=read_only))
+        return _attached(
+            await self._call(
+                f"{_MACHINE}.AttachStorage",
+                wanted,
+                path=path,
+                read_only=read_only,
+                timeout=REPLY_TIMEOUT + (timeout if wait_guest else 0.0),
+            )
+        )
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
         """Unplug a disk; returns once nothing of it is left.

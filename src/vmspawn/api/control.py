@@ -12,7 +12,7 @@ from ..qmp.events import Event
 from ..qmp.monitor import COMMAND_TIMEOUT
 from ..storage.disk import Disk
 from ..storage.limits import Limits
-from ..timeouts import DETACH_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 
 
@@ -74,9 +74,11 @@ class Control(Protocol):
     async def disks(self) -> list[DiskStatus]:
         """All disks, boot disks included."""
 
-    async def attach(self, disk: Disk) -> AttachedDisk:
+    async def attach(self, disk: Disk, *, wait_guest: bool = False, timeout: float = DRIVER_TIMEOUT) -> AttachedDisk:
         """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
 
+        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
+        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
         A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
         SystemFailure or Timeout; nothing is left behind then.
         """

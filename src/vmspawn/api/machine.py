@@ -15,7 +15,7 @@ from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import Limits
 from ..storage.looks import Look
-from ..timeouts import DETACH_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .control import Qmp
 from .images import open_image
@@ -114,9 +114,11 @@ class Machine:
         looks = await storage.look()
         return [describe_status(each, looks.get(each.name, Look())) for each in storage]
 
-    async def attach(self, disk: Disk) -> AttachedDisk:
+    async def attach(self, disk: Disk, *, wait_guest: bool = False, timeout: float = DRIVER_TIMEOUT) -> AttachedDisk:
         """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
 
+        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
+        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
         A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
         SystemFailure or Timeout; nothing is left behind then.
         """
@@ -126,7 +128,7 @@ class Machine:
         if disk.path:
             read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
             backing = await open_image(disk.path, read_only=read_only)
-        return describe(await storage.attach(named, backing))
+        return describe(await storage.attach(named, backing, guest_timeout=timeout if wait_guest else None))
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
         """Unplug a disk; returns once nothing of it is left.

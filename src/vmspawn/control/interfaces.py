@@ -269,11 +269,16 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         bootIndex: int | None = None,
         onError: str | None = None,
         limits: StorageLimits | None = None,
+        waitGuestUSec: int | None = None,
     ) -> _Attached:
         """Plug in an image or block device; `bus` may be "auto". A scsi-cd may come without a descriptor: empty.
 
-        `path` is only told to people; the descriptor is what is used.
+        `path` is only told to people; the descriptor is what is used. With `waitGuestUSec` the reply comes once the
+        guest has made a request to the disk, or is Timeout after that time; the disk is attached then.
         """
+        if waitGuestUSec is not None and waitGuestUSec < 0:
+            raise InvalidParameter(parameter="waitGuestUSec")
+        guest_timeout = None if waitGuestUSec is None else waitGuestUSec / _MICROSECONDS
         chosen = bus or DEFAULT_BUS
         if chosen != AUTO_BUS:
             disks.check_bus(chosen)
@@ -292,7 +297,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         if fileDescriptorIndex is not None:
             read_only = disks.is_only_read(chosen, format, read_only=bool(readOnly))
             backing = _backing(fileDescriptorIndex, read_only=read_only or None)
-        attached = await self._machine.storage.attach(wanted, backing)
+        attached = await self._machine.storage.attach(wanted, backing, guest_timeout=guest_timeout)
         return {
             "name": attached.name,
             "bus": attached.disk.bus,

@@ -14,7 +14,20 @@ from ..hotplug.hotplug import Hotplug
 from ..hotplug.places import THREADED_SCSI_CONTROLLER, Layout, Place, Pool, controller_of
 from ..qmp.events import Event
 from ..timeouts import DETACH_TIMEOUT
-from . import admission, block_graph, buses, displaced, failures, image_nodes, images, looks, media, statistics, swap
+from . import (
+    admission,
+    block_graph,
+    buses,
+    displaced,
+    failures,
+    guest_driver,
+    image_nodes,
+    images,
+    looks,
+    media,
+    statistics,
+    swap,
+)
 from .attached_disk import AttachedDisk
 from .backing import Backing
 from .block_graph import BlockGraph
@@ -162,14 +175,18 @@ class Storage:
 
     # Attaching.
 
-    async def attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+    async def attach(self, disk: Disk, backing: Backing | None, *, guest_timeout: float | None = None) -> AttachedDisk:
         """Attach a disk whose image is open; returns once QEMU has plugged the device in.
 
+        With `guest_timeout`, returns once the guest has taken the disk, or raises Timeout after so many seconds; the
+        disk is attached then.
         Owns `backing` from the call on; an optical drive may have none. Raises StorageExists, BadConfig,
         ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected; then nothing of the disk is
         left behind. When cancelled, a task of the machine's takes back what was done.
         """
         try:
+            if guest_timeout is not None:
+                guest_driver.check_can_tell(disk)
             attached = await self._admit(disk, backing)
         except BaseException:
             if backing is not None:
@@ -184,6 +201,8 @@ class Storage:
             await self._hotplug.attach(attached, empty if image is None else None)
         except VmspawnError as error:
             raise explain(error, disk.name, image, self._hotplug.journal.machine) from None
+        if guest_timeout is not None:
+            await guest_driver.wait_taken(self._context, attached, guest_timeout)
         return attached
 
     async def _admit(self, disk: Disk, backing: Backing | None) -> AttachedDisk:

@@ -16,7 +16,7 @@ from .block_graph import BlockGraph, nodes_of
 from .context import Context
 from .steps import IMAGE, LIMITS, PIVOT
 
-#: Refusals after which QEMU is taken to keep a device that was plugged in, or that another manager had tried to plug in.
+#: Refusals after which QEMU is taken to keep a device that was plugged in, or that an earlier manager tried to plug in.
 _PATIENCE = 5
 
 

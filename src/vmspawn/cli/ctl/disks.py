@@ -22,7 +22,7 @@ from ...storage.disk import (
     is_only_read,
 )
 from ...storage.limits import BURST_MAX
-from ...timeouts import DETACH_TIMEOUT
+from ...timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from ..parser import Parser
 from ..tables import format_size, print_json, terminal_width
 from ..values import number, parse_size, whole_number
@@ -90,6 +90,11 @@ def _add_attach_options(parser: Parser) -> None:
         help="what a failed request does: report it to the guest, stop the guest, or stop it if the host is full "
         "(default)",
     )
+    parser.add_argument(
+        "--wait-guest",
+        action="store_true",
+        help="wait until the guest's driver has taken the disk (30 s, or --timeout=)",
+    )
     parser.add_argument("--boot-index", metavar="N", type=whole_number, help="position in the boot order")
     _add_limit_options(parser)
 
@@ -139,17 +144,27 @@ def _attach(options: argparse.Namespace) -> None:
         "onError": options.on_error,
         "limits": _limits(options) or None,
     }
+    if options.wait_guest:
+        wanted["waitGuestUSec"] = int((DRIVER_TIMEOUT if options.timeout is None else options.timeout) * 1e6)
     if not options.path:
         if options.bus != "scsi-cd" or not options.name:
             raise UsageError(
                 "no image", hint="name a PATH; only an optical drive (--bus=scsi-cd --name=NAME) needs none"
             )
-        with client_for(options) as client, failing_to("attach", options.name):
+        with _attaching_client(options) as client, failing_to("attach", options.name):
             return _say_attached(options, client.call(f"{MACHINE}.AttachStorage", wanted))
-    with client_for(options) as client, failing_to("attach", options.path):
+    with _attaching_client(options) as client, failing_to("attach", options.path):
         read_only = is_only_read(options.bus, options.format, read_only=options.read_only)
         attached = call_with_image(client, "AttachStorage", options.path, wanted, read_only=read_only)
     return _say_attached(options, attached)
+
+
+def _attaching_client(options: argparse.Namespace) -> Client:
+    """Connect for an attach, which may wait for the guest."""
+    if not options.wait_guest:
+        return client_for(options)
+    timeout = DRIVER_TIMEOUT if options.timeout is None else options.timeout
+    return Client(options.machine, timeout=REPLY_TIMEOUT + timeout)
 
 
 def _say_attached(options: argparse.Namespace, attached: dict[str, Any]) -> None:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An attach that waits for the guest returns when the guest has the disk."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import MIB, make_raw
+from tests.machines import unchanged
+from tests.shell import Booted, booted
+from vmspawn import Disk
+from vmspawn.boot.qemu import find_qemu
+from vmspawn.errors import ConfigNotSupported, Timeout
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guest(qemu: str) -> AsyncIterator[Booted]:
+    async with booted(qemu) as running:
+        yield running
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "nvme-ns", "virtio-scsi"])
+async def test_the_disk_is_there_at_once(guest: Booted, qemu: str, tmp_path: Path, bus: str) -> None:
+    machine, shell = guest
+    if bus == "nvme-ns" and not find_qemu(qemu).namespaces:
+        pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
+    async with unchanged(machine):
+        for size in (4 * MIB, 5 * MIB, 6 * MIB):
+            await machine.attach(Disk(str(make_raw(tmp_path / "disk", size)), bus=bus), wait_guest=True)
+            # No waiting in the guest: the kernel knows the disk.
+            assert await shell.run(f"grep -c ' {size // 1024} ' /proc/partitions") == "1"
+            await machine.detach("disk")
+
+
+async def test_a_guest_that_stands_still_takes_nothing(guest: Booted, tmp_path: Path) -> None:
+    machine, _ = guest
+    await machine.pause()
+    try:
+        with pytest.raises(Timeout, match=r"has not taken disk within 0\.2 s; the disk is attached"):
+            await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB))), wait_guest=True, timeout=0.2)
+        assert machine.disk("disk").has_device
+    finally:
+        await machine.resume()
+    await machine.detach("disk")
+
+
+async def test_of_an_optical_drive_nobody_can_tell(guest: Booted, tmp_path: Path) -> None:
+    machine, _ = guest
+    with pytest.raises(ConfigNotSupported, match="cannot tell"):
+        await machine.attach(Disk(str(make_raw(tmp_path / "cd", MIB)), bus="scsi-cd"), wait_guest=True)
+    assert all(each.name != "cd" for each in machine.storage)
