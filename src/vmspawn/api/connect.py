@@ -11,8 +11,10 @@ from typing import Any
 
 from ..control import calls
 from ..control.client import REPLY_TIMEOUT
-from ..errors import NotConnected
+from ..errors import NotConnected, NotSupported
+from ..machine import run_states
 from ..machine.ending import MACHINE_ENDED, End
+from ..machine.run_states import Verb
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..storage import disk as disks
@@ -81,21 +83,31 @@ class ConnectedMachine:
 
     # Its life.
 
+    async def _change(self, verb: Verb, method: str) -> None:
+        try:
+            await self._call(f"{_INSTANCE}.{method}")
+        except NotSupported:
+            # systemd's interface carries no reason.
+            raise run_states.refusal(verb, await self.status()) from None
+
     async def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
-        await self._call(f"{_INSTANCE}.PowerOff")
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+
+        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        """
+        await self._change("poweroff", "PowerOff")
 
     async def reboot(self) -> None:
-        """Reset the machine, as its reset button does."""
-        await self._call(f"{_INSTANCE}.Reboot")
+        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
+        await self._change("reboot", "Reboot")
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
-        await self._call(f"{_INSTANCE}.Pause")
+        await self._change("pause", "Pause")
 
     async def resume(self) -> None:
-        """Let the guest's processors run on."""
-        await self._call(f"{_INSTANCE}.Resume")
+        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
+        await self._change("resume", "Resume")
 
     async def terminate(self) -> None:
         """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is

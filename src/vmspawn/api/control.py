@@ -47,16 +47,19 @@ class Control(Protocol):
         """QEMU's run state, such as `running` or `paused`."""
 
     async def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+
+        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        """
 
     async def reboot(self) -> None:
-        """Reset the machine, as its reset button does."""
+        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
 
     async def resume(self) -> None:
-        """Let the guest's processors run on."""
+        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
 
     async def terminate(self) -> None:
         """End the machine without asking the guest; returns once QEMU has agreed."""

@@ -68,25 +68,29 @@ class Machine:
 
     async def status(self) -> str:
         """QEMU's run state, such as `running` or `paused`."""
+        await self._running.ask_status()
         return self._running.status
 
     # Its life.
 
     async def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
-        await self._running.power_off()
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+
+        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        """
+        await self._running.power.power_off()
 
     async def reboot(self) -> None:
-        """Reset the machine, as its reset button does."""
-        await self._running.reboot()
+        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
+        await self._running.power.reboot()
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
-        await self._running.pause()
+        await self._running.power.pause()
 
     async def resume(self) -> None:
-        """Let the guest's processors run on."""
-        await self._running.resume()
+        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
+        await self._running.power.resume()
 
     async def terminate(self) -> None:
         """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is

@@ -84,26 +84,27 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
     @varlinkmethod
     async def PowerOff(self) -> None:
         """Press the power button."""
-        await self._machine.power_off()
+        await self._machine.power.power_off()
 
     @varlinkmethod
     async def Reboot(self) -> None:
         """Press the reset button."""
-        await self._machine.reboot()
+        await self._machine.power.reboot()
 
     @varlinkmethod
     async def Pause(self) -> None:
         """Stop the guest's processors."""
-        await self._machine.pause()
+        await self._machine.power.pause()
 
     @varlinkmethod
     async def Resume(self) -> None:
         """Let the guest's processors run on."""
-        await self._machine.resume()
+        await self._machine.power.resume()
 
     @varlinkmethod
-    def Describe(self) -> _Description:
+    async def Describe(self) -> _Description:
         """The run state, in QEMU's words."""
+        await self._machine.ask_status()
         return {"running": self._machine.is_running, "status": self._machine.status}
 
     @varlinkmethod(allow_foreign=True, delay_generator=False)
@@ -188,6 +189,7 @@ def _happening(entry: Entry) -> Happening:
 class _MachineDescription(typing.TypedDict):
     name: str
     status: str
+    responding: bool
     running: bool
     processId: int
     qemuVersion: str
@@ -211,12 +213,14 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         self._inside = inside
 
     @varlinkmethod
-    def Describe(self) -> _MachineDescription:
-        """The machine at a glance."""
+    async def Describe(self) -> _MachineDescription:
+        """The machine at a glance; without `responding`, the state is the last that QEMU has told."""
         machine = self._machine
+        responding = await machine.ask_status()
         return {
             "name": machine.name,
             "status": machine.status,
+            "responding": responding,
             "running": machine.is_running,
             "processId": machine.pid,
             "qemuVersion": machine.qemu_version,

@@ -17,7 +17,7 @@ from ..boot.diagnose import explain_failure
 from ..boot.started import Launched, Started
 from ..boot.state import SavedQemu, damaged, open_journal
 from ..console.hub import Console
-from ..errors import NotConnected, NotSupported, StartError
+from ..errors import NotConnected, NotSupported, StartError, Timeout
 from ..helpers.watch import Watch
 from ..host import runtime
 from ..host.process import Process
@@ -31,6 +31,7 @@ from .ending import End, MachineEvents
 from .guest_failure import GuestFailure
 from .open_console import open_console
 from .origins import origin_of
+from .power import Power
 from .quit import QUIT_TIMEOUT, Quit
 from .recent_events import RecentEvents
 from .sessions import Sessions
@@ -39,6 +40,9 @@ from .time_limit import TimeLimit
 if TYPE_CHECKING:
     from ..qmp.share.multiplexer import Multiplexer
     from ..qmp.share.session import Session
+
+#: Seconds that QEMU has to tell its run state to somebody who looks at the machine. `vmctl list` waits for 2 s.
+_STATUS_TIMEOUT = 1.0
 
 #: Seconds that QEMU has to end after it closed its monitor.
 _EXIT_TIMEOUT = 10.0
@@ -96,6 +100,8 @@ class Running:
             #: What happened to the machine of late.
             self.recent_events = RecentEvents(self.monitor)
             self._run_state = RunState(self.monitor)
+            #: Pauses, resumes, resets and powers off the machine.
+            self.power = Power(self.monitor, self._run_state)
             qemu = SavedQemu(started.pid, self._process.started, started.accelerator)
             self._journal = open_journal(self.directory, self.config, started.binary, qemu, started.helpers)
             self._sessions = Sessions(
@@ -274,8 +280,16 @@ class Running:
 
     @property
     def status(self) -> str:
-        """QEMU's run state, such as `running` or `paused`; known without asking QEMU."""
+        """QEMU's run state, such as `running` or `paused`, as far as it is known without asking QEMU."""
         return self._run_state.status
+
+    async def ask_status(self) -> bool:
+        """Ask QEMU for its run state. Returns False if QEMU does not answer; `status` is the last known then."""
+        try:
+            await self._run_state.ask(timeout=_STATUS_TIMEOUT)
+        except (Timeout, NotConnected):
+            return False
+        return True
 
     @property
     def is_running(self) -> bool:
@@ -336,22 +350,6 @@ class Running:
     def events(self) -> MachineEvents:
         """The events from now on, QEMU's and ours: `with running.events() as events: async for event in events:`."""
         return MachineEvents(self.monitor.events(), self.wait)
-
-    async def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
-        await self.monitor.execute("system_powerdown")
-
-    async def reboot(self) -> None:
-        """Reset the machine, as its reset button does."""
-        await self.monitor.execute("system_reset")
-
-    async def pause(self) -> None:
-        """Stop the guest's processors."""
-        await self.monitor.execute("stop")
-
-    async def resume(self) -> None:
-        """Let the guest's processors run on."""
-        await self.monitor.execute("cont")
 
     async def terminate(self) -> None:
         """End QEMU without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is killed."""

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 from ..console.hotkeys import Key
-from ..errors import NotConnected, QmpError, Timeout
+from ..errors import NotConnected, NotSupported, QmpError, Timeout
 from ..machine.running import Running
 from ..timeouts import REACTION_TIMEOUT
 from .shutdown import Shutdown, wake
@@ -48,13 +48,13 @@ class Keys:
             if key is Key.POWER_OFF and forced:
                 self._shutdown.force("^]^]p")
             elif key is Key.POWER_OFF:
-                await self._ask(key, self._machine.power_off, "power off", "ends the machine")
+                await self._ask(key, self._machine.power.power_off, "power off", "ends the machine")
             elif forced:
                 self._say("resetting the machine")
-                await self._machine.reboot()
+                await self._machine.power.reboot()
             else:
                 await self._ask(key, self._ctrl_alt_delete, "reboot", "resets the machine")
-        except (QmpError, Timeout) as error:
+        except (QmpError, Timeout, NotSupported) as error:
             self._say(str(error))
         except NotConnected:
             pass
@@ -67,7 +67,12 @@ class Keys:
         woken = await wake(self._machine)
         self._say(f"asked the guest to {what}" + (f"; {woken}" if woken else ""))
         with self._machine.events() as events:
-            await act()
+            try:
+                await act()
+            except NotSupported as error:
+                self._ignored.add(key)
+                self._say(f"{error}; {_again(key)} {force}")
+                return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REACTION_TIMEOUT):
                     async for event in events:
@@ -76,5 +81,8 @@ class Keys:
         if self._machine.monitor.closed.is_set():
             return
         self._ignored.add(key)
-        again = f"^]^]{chr(key.value[-1])}"
-        self._say(f"the guest has not reacted within {REACTION_TIMEOUT:g} s; {again} again {force}")
+        self._say(f"the guest has not reacted within {REACTION_TIMEOUT:g} s; {_again(key)} {force}")
+
+
+def _again(key: Key) -> str:
+    return f"^]^]{chr(key.value[-1])} again"

@@ -8,8 +8,9 @@ import contextlib
 from collections.abc import Callable
 
 from ..aio.waiting import first_of
-from ..errors import NotConnected, QmpError, Timeout
+from ..errors import NotConnected, NotSupported, QmpError, Timeout
 from ..host.notify import Notifier
+from ..machine import run_states
 from ..machine.running import Running
 
 #: Seconds after which the power button is pressed again: a guest in its firmware does not notice it.
@@ -22,25 +23,18 @@ _EXTENSION = 20.0
 #: Seconds for a guest whose kernel panicked by what is printed, or that resets itself again and again.
 FAILED_GUEST_TIMEOUT = 10.0
 
-#: Why a guest in such a run state cannot power off, whatever it is asked.
-_HOPELESS = {
-    "guest-panicked": "the guest's kernel panicked",
-    "internal-error": "QEMU cannot go on with the guest",
-    "prelaunch": "the guest was never started",
-}
-
 
 async def wake(machine: Running) -> str:
     """Let a guest run that cannot react because it is paused or suspended, and return what was done, in words.
 
     Raises what `Monitor.execute` raises.
     """
-    if machine.status in ("paused", "io-error", "watchdog"):
-        was = machine.status
-        await machine.resume()
+    was = machine.status
+    if was in ("paused", "io-error", "watchdog"):
+        await machine.power.resume()
         return f"it was {was} and has been resumed"
-    if machine.status == "suspended":
-        await machine.monitor.execute("system_wakeup")
+    if was == "suspended":
+        await machine.power.resume()
         return "it was suspended and has been woken up"
     return ""
 
@@ -76,8 +70,9 @@ class Shutdown:
 
     async def _shut_down(self, who: str) -> None:
         seconds = self._machine.config.shutdown_timeout
-        if why := _HOPELESS.get(self._machine.status):
-            self._notice(f"{who}: {why}; ending the machine")
+        await self._machine.ask_status()
+        if (rule := run_states.rule("poweroff", self._machine.status)).is_refused:
+            self._notice(f"{who}: the guest cannot power off: {rule.remark}; ending the machine")
             await self._terminate()
             return
         if failure := self._machine.guest_failure:
@@ -97,10 +92,10 @@ class Shutdown:
     async def _press_again_and_again(self) -> None:
         while True:
             self._notifier.send(EXTEND_TIMEOUT_USEC=int(_EXTENSION * 1_000_000))
-            with contextlib.suppress(Timeout, QmpError, NotConnected):
+            with contextlib.suppress(Timeout, QmpError, NotConnected, NotSupported):
                 if woken := await wake(self._machine):
                     self._notice(f"the guest could not react: {woken}")
-                await self._machine.power_off()
+                await self._machine.power.power_off()
             await asyncio.sleep(POWER_BUTTON_INTERVAL)
 
     async def _terminate(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Follow QEMU's run state through its events, so that nobody has to ask QEMU for it."""
+"""Follow QEMU's run state through its events, so that few have to ask QEMU for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 from typing import Any
 
 from .events import Event
-from .monitor import Monitor
+from .monitor import COMMAND_TIMEOUT, Monitor
 
 # What an event says of the state that the next STOP enters (QEMU's qapi/run-state.json, RunState).
 _REASONS = {
@@ -15,6 +15,10 @@ _REASONS = {
     "GUEST_PANICKED": ("action", "pause", "guest-panicked"),
     "WATCHDOG": ("action", "pause", "watchdog"),
 }
+
+#: States that a reset leaves as they are. From any other the machine enters `prelaunch`, and waits to be started.
+_KEPT_BY_RESET = ("running", "inmigrate", "finish-migrate")
+
 _STATES = {"RESUME": "running", "WAKEUP": "running", "SUSPEND": "suspended", "SHUTDOWN": "shutdown"}
 
 
@@ -29,8 +33,9 @@ class RunState:
         #: Set once the guest's processors have run for the first time.
         self.has_run = asyncio.Event()
         self._stop_reason = ""
+        self._monitor = monitor
         monitor.listen(self._on_event)
-        self._asked = asyncio.create_task(self._ask(monitor))
+        self._asked = asyncio.create_task(self._ask_first())
         # Whoever waits for it gets the error; nobody may.
         self._asked.add_done_callback(lambda task: task.cancelled() or task.exception())
 
@@ -43,10 +48,18 @@ class RunState:
         """Wait until QEMU has told its state. Raises what `Monitor.execute` raises."""
         await asyncio.shield(self._asked)
 
-    async def _ask(self, monitor: Monitor) -> None:
-        await monitor.greeting()
-        answer: dict[str, Any] = await monitor.execute("query-status")
+    async def ask(self, *, timeout: float = COMMAND_TIMEOUT) -> str:
+        """Ask QEMU for its state. Not every change has an event: the end of a migration has none.
+
+        Raises what `Monitor.execute` raises.
+        """
+        answer: dict[str, Any] = await self._monitor.execute("query-status", timeout=timeout)
         self._enter(answer["status"])
+        return self.status
+
+    async def _ask_first(self) -> None:
+        await self._monitor.greeting()
+        await self.ask()
 
     def _enter(self, status: str) -> None:
         self.status = status
@@ -63,6 +76,9 @@ class RunState:
             if self.status != "shutdown":
                 self._enter(self._stop_reason or "paused")
             self._stop_reason = ""
+        elif event.name == "RESET":
+            if self.status not in _KEPT_BY_RESET:
+                self._enter("prelaunch")
         elif event.name in _STATES:
             if event.name == "SHUTDOWN":
                 self.shutdown_reason = str(data.get("reason", ""))

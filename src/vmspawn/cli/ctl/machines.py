@@ -15,6 +15,7 @@ from ...timeouts import LIST_TIMEOUT
 from ..tables import format_duration, print_fields, print_json
 from . import wait
 from .replies import INSTANCE, MACHINE, client_for, failing_to, show
+from .state_change import change
 from .verbs import Verbs
 
 #: The number of recent events that `status` shows.
@@ -144,4 +145,4 @@ def _change_state(options: argparse.Namespace) -> None:
             wait.run(options)
             return
         with client_for(options) as client:
-            client.call(f"{INSTANCE}.{options.method}")
+            change(options, client)

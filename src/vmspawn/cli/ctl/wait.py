@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
@@ -13,19 +12,12 @@ from ...errors import MachineEnded, NotConnected, Timeout
 from ...timeouts import REACTION_TIMEOUT, SHUTDOWN_TIMEOUT
 from ..disconnect import watching
 from .replies import INSTANCE
+from .state_change import change, report
 
 #: Seconds that the manager has to clean up after its machine has ended.
 _CLEANUP_TIMEOUT = 15.0
 
 _GOALS = {"poweroff": "power off", "reboot": "reboot", "terminate": "end"}
-
-_STUCK = {
-    "paused": ("the guest is paused and cannot react", "resume"),
-    "suspended": ("the guest is suspended and may not react", "resume"),
-    "guest-panicked": ("the guest's kernel has panicked and cannot react", "terminate"),
-    "io-error": ("the guest is stopped by an error of a disk", "resume"),
-    "internal-error": ("QEMU cannot go on with the guest", "terminate"),
-}
 
 #: QEMU's events that are reported, in words.
 _NEWS = {
@@ -55,21 +47,12 @@ def run(options: argparse.Namespace) -> None:
         events.subscribe(f"{INSTANCE}.SubscribeEvents")
         if events.next_reply(REPLY_TIMEOUT) is None:
             raise Timeout(f"machine {options.machine} sends no events")
-        status = client.call(f"{INSTANCE}.Describe")["status"]
-        client.call(f"{INSTANCE}.{options.method}")
-        if options.verb == "poweroff" and status in _STUCK:
-            why, verb = _STUCK[status]
-            _say(options, f"{why}; try: vmctl {verb} {options.machine}")
+        change(options, client)
         try:
             _Wait(options, events).run()
         except NotConnected:
             parting.check()
             raise
-
-
-def _say(options: argparse.Namespace, line: str) -> None:
-    if not options.quiet:
-        print(f"vmctl: {line}", file=sys.stderr, flush=True)
 
 
 class _Wait:
@@ -125,4 +108,4 @@ class _Wait:
         return f"to end it without asking: vmctl terminate {self._options.machine}"
 
     def _say(self, line: str) -> None:
-        _say(self._options, line)
+        report(self._options, line)

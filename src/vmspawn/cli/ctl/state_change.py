@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Changes a machine's run state, and reports what the manager's reply does not tell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ...control.client import Client, VarlinkError
+from ...machine import run_states
+from .replies import INSTANCE
+
+
+def change(options: argparse.Namespace, client: Client) -> None:
+    """Perform a verb of `run_states`. Raises NotSupported with the reason if the machine's state does not allow it."""
+    status = client.call(f"{INSTANCE}.Describe")["status"]
+    try:
+        client.call(f"{INSTANCE}.{options.method}")
+    except VarlinkError as error:
+        # systemd's interface carries no reason.
+        if error.name != f"{INSTANCE}.NotSupported":
+            raise
+        raise run_states.refusal(options.verb, status) from None
+    rule = run_states.rule(options.verb, status)
+    if rule.remark:
+        advice = f"; {rule.hint}: vmctl {rule.remedy} {options.machine}" if rule.remedy else ""
+        report(options, f"{rule.remark}{advice}")
+
+
+def report(options: argparse.Namespace, line: str) -> None:
+    """Print a line for people who wait or wonder."""
+    if not options.quiet:
+        print(f"vmctl: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Each verb in each run state that a QEMU without an operating system can be brought into.
+
+`io-error` is entered in guest/test_failing_disks. `internal-error` needs KVM; QEMU answers nobody in `save-vm`.
+"""
+
+import asyncio
+import contextlib
+import json
+import typing
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.bootsector import ACPI_CONTROL, AT_ONCE, IB700, PANICKED, PVPANIC, SOFT_OFF, SUSPEND_TO_RAM, make_boot_sector
+from tests.commands import one_line, spawned, vmctl
+from tests.conftest import make_raw
+from tests.machines import Machine, idle_machine
+from vmspawn.errors import NotSupported
+from vmspawn.machine.run_states import RULES
+
+#: What QEMU is started with, and what its guest writes to a port, for the states that it enters by itself.
+_BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
+    "prelaunch": (("-S",), None),
+    "inmigrate": (("-incoming", "defer"), None),
+    "guest-panicked": (("-device", "pvpanic", "-action", "panic=pause"), (PVPANIC, PANICKED)),
+    "watchdog": (("-device", "ib700", "-action", "watchdog=pause"), (IB700, AT_ONCE)),
+    "shutdown": (("-no-shutdown",), (ACPI_CONTROL, SOFT_OFF)),
+    "suspended": ((), (ACPI_CONTROL, SUSPEND_TO_RAM)),
+    "running": ((), None),
+    "paused": ((), None),
+    "postmigrate": ((), None),
+    "finish-migrate": ((), None),
+}
+
+
+@contextlib.asynccontextmanager
+async def machine_in(state: str, qemu: str, folder: Path) -> AsyncIterator[Machine]:
+    """A machine in a run state."""
+    arguments, write = _BY_ITSELF[state]
+    image = make_boot_sector(folder / "boot", *write) if write else make_raw(folder / "boot", 1 << 20)
+    async with contextlib.AsyncExitStack() as closing:
+        machine = await closing.enter_async_context(
+            idle_machine(qemu, folder, image=str(image), qemu_arguments=arguments)
+        )
+        if state == "paused":
+            await machine.pause()
+        elif state in ("postmigrate", "finish-migrate"):
+            if state == "postmigrate" and machine.inner._started.binary.namespaces:
+                pytest.skip("this QEMU crashes as it saves the empty NVMe controller that namespaces need")
+            await _migrate(machine, folder, closing, hold=state == "finish-migrate")
+        await until(machine, state)
+        yield machine
+
+
+async def _migrate(machine: Machine, folder: Path, closing: contextlib.AsyncExitStack, *, hold: bool) -> None:
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1 << 16):
+            pass
+        writer.close()
+
+    server = await asyncio.start_unix_server(swallow, folder / "there")
+    closing.callback(server.close)
+    capability = {"capability": "pause-before-switchover", "state": hold}
+    await machine.monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
+    await machine.monitor.execute("migrate", {"uri": f"unix:{folder / 'there'}"})
+
+
+async def qemu_state(machine: Machine) -> str:
+    return str((await machine.monitor.execute("query-status"))["status"])
+
+
+async def until(machine: Machine, *states: str) -> None:
+    """Wait until QEMU is in one of the states: a change has no event where it is a migration's."""
+    async with asyncio.timeout(15):
+        while await qemu_state(machine) not in states:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0.02)
+
+
+#: By state and verb: the state that follows, or None if the verb is refused.
+_EXPECTED: dict[str, dict[str, str | None]] = {
+    "running": {"pause": "paused", "resume": "running", "reboot": "running", "poweroff": "running"},
+    "paused": {"pause": "paused", "resume": "running", "reboot": "prelaunch", "poweroff": "paused"},
+    "prelaunch": {"pause": "prelaunch", "resume": "running", "reboot": "prelaunch", "poweroff": None},
+    "inmigrate": {"pause": "inmigrate", "resume": "inmigrate", "reboot": None, "poweroff": None},
+    "guest-panicked": {
+        "pause": "guest-panicked",
+        "resume": "running",
+        "reboot": "guest-panicked",
+        "poweroff": None,
+    },
+    "watchdog": {"pause": "watchdog", "resume": "running", "reboot": "watchdog", "poweroff": "watchdog"},
+    "shutdown": {"pause": "shutdown", "resume": None, "reboot": "shutdown", "poweroff": None},
+    "suspended": {"resume": "running", "reboot": "suspended", "poweroff": "running"},
+    "postmigrate": {"pause": "postmigrate", "resume": "running", "reboot": "prelaunch", "poweroff": "postmigrate"},
+    "finish-migrate": {"pause": "finish-migrate", "resume": None, "reboot": None, "poweroff": None},
+}
+
+#: States of a guest that stopped by itself: a reset makes it run, and do the same again.
+_RUN_AGAIN = ("guest-panicked", "watchdog", "shutdown", "suspended")
+
+_CASES = [(state, verb) for state, verbs in _EXPECTED.items() for verb in verbs]
+
+
+@pytest.mark.parametrize(("state", "verb"), _CASES, ids=lambda value: value)
+async def test_a_verb_does_what_the_table_says(state: str, verb: str, qemu: str, tmp_path: Path) -> None:
+    async with machine_in(state, qemu, tmp_path) as machine:
+        verbs: dict[str, Callable[[], typing.Any]] = {
+            "pause": machine.pause,
+            "resume": machine.resume,
+            "reboot": machine.reboot,
+            "poweroff": machine.power_off,
+        }
+        expected = _EXPECTED[state][verb]
+        with machine.monitor.events() as events:
+            if expected is None:
+                with pytest.raises(NotSupported, match=f"the guest is {state}: "):
+                    await verbs[verb]()
+                assert await qemu_state(machine) == state
+                return
+            await verbs[verb]()
+            if verb == "reboot" and state in _RUN_AGAIN:
+                # It ran, and its guest did the same again.
+                await _event(events, "RESET")
+                await _event(events, "RESUME")
+            await until(machine, expected)
+        assert await machine.status() == expected
+
+
+async def _event(events: typing.Any, name: str) -> None:
+    async with asyncio.timeout(15):
+        async for event in events:
+            if event.name == name:
+                return
+    raise AssertionError(f"{name} did not come")
+
+
+@pytest.mark.parametrize("state", ["prelaunch", "inmigrate", "shutdown", "suspended", "postmigrate"])
+async def test_a_machine_ends_from_any_state(state: str, qemu: str, tmp_path: Path) -> None:
+    async with machine_in(state, qemu, tmp_path) as machine:
+        await machine.terminate()
+        assert (await machine.wait()).reason == "host-qmp-quit"
+
+
+async def test_a_suspended_guest_is_paused_where_qemu_can_do_that(qemu: str, tmp_path: Path) -> None:
+    async with machine_in("suspended", qemu, tmp_path) as machine:
+        try:
+            await machine.pause()
+        except NotSupported:
+            assert await qemu_state(machine) == "suspended"
+            return
+        assert await qemu_state(machine) == "paused"
+        await machine.resume()
+        await until(machine, "running")
+
+
+async def test_the_table_knows_every_state_of_this_qemu(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        schema = await machine.monitor.execute("query-qmp-schema")
+        by_name = {each["name"]: each for each in schema}
+        status = by_name[by_name["query-status"]["ret-type"]]
+        (member,) = [each for each in status["members"] if each["name"] == "status"]
+        states = set(by_name[member["type"]]["values"])
+    assert "suspended" in states
+    for verb, rules in RULES.items():
+        assert states <= set(rules), verb
+
+
+async def test_the_state_that_a_reset_by_somebody_else_leaves_is_shown(qemu: str, tmp_path: Path) -> None:
+    async with machine_in("paused", qemu, tmp_path) as machine:
+        await machine.monitor.execute("system_reset")
+        await until(machine, "prelaunch")
+        assert machine.run_state == "prelaunch"
+
+
+def test_vmctl_reports_what_a_verb_does_in_a_state(qemu: str, tmp_path: Path) -> None:
+    image = make_boot_sector(tmp_path / "boot", ACPI_CONTROL, SUSPEND_TO_RAM)
+    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--qemu-arg=-S")
+    with spawned(*options) as running:
+        running.wait_for("is running")
+        name = running.name
+        refused = vmctl("poweroff", name)
+        assert refused.returncode == 1
+        assert one_line(refused, "vmctl").endswith(
+            f"cannot poweroff {name}: the guest is prelaunch: it was not started"
+        )
+        again = vmctl("reboot", name)
+        assert again.returncode == 0
+        assert f"it was not started; to start it: vmctl resume {name}" in again.stderr
+        assert vmctl("resume", name).returncode == 0
+        assert status_of(name) in ("running", "suspended")
+
+
+def status_of(name: str) -> str:
+    found = json.loads(vmctl("status", name, "--json=short").stdout)
+    assert found["responding"]
+    return str(found["status"])
