@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vmspawn.manager.preload import MODULES
+
 PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 
 #: From the top down. A room imports from itself and from those below it.
@@ -85,8 +87,12 @@ def modules_of(package: Path) -> dict[str, set[str]]:
 
 
 def imported_modules(name: str, path: Path, modules: set[str]) -> Iterator[str]:
+    return imported_in(ast.parse(path.read_text()), name, modules)
+
+
+def imported_in(tree: ast.AST, name: str, modules: set[str]) -> Iterator[str]:
     home = name.split(".")
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*home[: len(home) - node.level], *(node.module or "").split(".")]
             parent = ".".join(filter(None, base))
@@ -129,6 +135,37 @@ def test_hotplug_does_not_know_what_a_disk_is(pattern: str) -> None:
     assert files
     for path in files:
         assert imports(path) <= _MECHANISM | {path.parent.name}, path
+
+
+#: Modules that are imported inside functions, and only before a machine is ready.
+_OF_THE_START = {"storage.recovery", "console.interactive", "manager.keys"}
+
+#: Rooms whose functions run while a machine does.
+_AT_WORK = ("manager", "control", "machine", "storage", "hotplug", "qmp", "console", "host", "images")
+
+
+def late_imports(path: Path, modules: set[str]) -> set[str]:
+    """The modules of the package that a file imports inside functions."""
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return {found for function in functions for found in imported_in(function, name, modules)}
+
+
+def test_what_is_imported_late_is_loaded_before_a_machine_is_ready() -> None:
+    """The package may be gone afterwards."""
+    modules = set(modules_of(PACKAGE))
+    late = {
+        found
+        for path in PACKAGE.rglob("*.py")
+        if layer_of(path.relative_to(PACKAGE).parts) in _AT_WORK
+        for found in late_imports(path, modules)
+    }
+    assert "qmp.share.multiplexer" in late
+    assert late - _OF_THE_START == late & set(MODULES)
 
 
 @pytest.mark.parametrize("module", ["vmspawn.cli.spawn.main", "vmspawn.cli.ctl.main"])

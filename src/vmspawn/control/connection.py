@@ -31,7 +31,7 @@ from asyncvarlink.serviceerrors import InvalidParameter, MethodNotImplemented
 from ..aio.sockets import has_hung_up
 from ..aio.writer import Writer
 from ..errors import VmspawnError
-from .errors import host_failure, to_reply
+from .errors import host_failure, package_changed, to_reply
 from .upgrade import Taker, upgrader
 
 #: The longest call. The largest honest one is a few hundred bytes.
@@ -47,8 +47,9 @@ UNSENT_MAX = 4 * 1024 * 1024
 #: The connection whose call is being served, for methods that want to know who is calling.
 CALLER: ContextVar[socket.socket] = ContextVar("caller")
 
-#: What a method may raise: what is wrong with the call, and what the host refuses where no method expects it.
-_REFUSALS = (VmspawnError, VarlinkErrorReply, OSError)
+#: What a method may raise: what is wrong with the call, what the host refuses where no method expects it, and that
+#: the package was changed under us.
+_REFUSALS = (VmspawnError, VarlinkErrorReply, OSError, ImportError)
 
 _PEEK_SIZE = 16384
 _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
@@ -299,9 +300,11 @@ class Connection:
         else:
             self._resume_reading()
 
-    def _fail(self, call: VarlinkMethodCall, error: VmspawnError | VarlinkErrorReply | OSError) -> None:
+    def _fail(self, call: VarlinkMethodCall, error: VmspawnError | VarlinkErrorReply | OSError | ImportError) -> None:
         if isinstance(error, OSError):
             error = host_failure(error)
+        elif isinstance(error, ImportError):
+            error = package_changed(error)
         if isinstance(error, VmspawnError):
             self._on_failed(f"{call.method.rpartition('.')[2]}: {error}")
         reply = to_reply(error, call.method_interface) if isinstance(error, VmspawnError) else error

@@ -5,6 +5,7 @@ On systemd's interface an error has the name and the parameters of systemd's def
 error carries message and hint, and the template of both if they name fields.
 """
 
+import os
 import traceback
 import typing
 from collections.abc import Mapping
@@ -101,6 +102,14 @@ def host_failure(error: OSError) -> errors.SystemFailure:
     log.debug(f"the host refused: {''.join(traceback.format_exception(error))}")
     what = error.filename or "what this needs"
     return errors.SystemFailure(f"the host refused {what}", error.errno or EIO)
+
+
+def package_changed(error: ImportError) -> errors.NotSupported:
+    """Return the error for a module that was there when the manager was started."""
+    return errors.NotSupported(
+        f"the package of the machine's manager has changed: {error}",
+        hint=f"end the manager (kill -9 {os.getpid()}), and adopt the machine again",
+    )
 
 
 def to_reply(error: errors.VmspawnError, interface: str) -> VarlinkErrorReply:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
@@ -17,6 +18,7 @@ from ..machine.ending import End
 from ..machine.running import Running, run
 from .front import Front
 from .heartbeat import Heartbeat
+from .preload import preload
 from .registration import Registered
 from .shutdown import Shutdown
 from .signals import Signals, run_unless_ended
@@ -37,9 +39,12 @@ async def supervise(started: Started, messages: Messages, *, ready: Callable[[],
     `ready` is called once the machine is up. Raises StartError if QEMU does not come up, ManagerFailed after a fault of
     ours; the guest runs on then, and another manager can take it over.
     """
+    preloading = asyncio.create_task(preload())
     machine = await _start(started, messages)
     if machine is None:
         return End.terminated()
+    # What READY promises: from then on the package may be upgraded, moved or removed.
+    await preloading
     async with AsyncExitStack() as closing:
         try:
             return await _Supervision(machine, messages, closing).run(ready)

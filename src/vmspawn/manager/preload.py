@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Import what a running machine may need later, while QEMU comes up.
+
+The package may be upgraded, moved or removed while the machine runs: no module can be imported then. Modules that only
+a start or an adoption needs are left out, for they would cost a third of the manager's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib import import_module
+
+from .. import log
+
+#: Every module that is imported inside a function and may be needed while a machine runs, with all that it imports.
+MODULES = (
+    "manager.report",
+    "qmp.share.peer",
+    "qmp.share.multiplexer",
+    "images.other_files",
+    "images.qcow2",
+    "images.vmdk",
+    "images.vhdx",
+    "host.varlink",
+)
+
+
+async def preload() -> None:
+    """Import the modules, one at a time."""
+    for name in MODULES:
+        # QEMU's greeting may be there.
+        await asyncio.sleep(0)
+        try:
+            import_module(f"vmspawn.{name}")
+        except ImportError as error:
+            # The package changed in this very moment. Each of its users reports that for itself.
+            log.debug(f"cannot import {name}: {error}")
+            return
