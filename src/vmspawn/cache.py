@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The cache directory, for what can be made again: the built-in guest, facts about QEMU binaries, reports."""
+"""Finds the cache directory, for files that can be made again: the built-in guest, facts about QEMU, reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cache_directory() -> str:
     if base := os.environ.get("VMSPAWN_CACHE_DIR"):
         return os.path.abspath(base)
     if (base := user_directory("XDG_CACHE_HOME", ".cache")) is None:
-        # Loaded in this case alone: what finds the built-in guest loads next to nothing.
+        # The modules that find the built-in guest load as little as they can.
         from .errors import UsageError
 
         raise UsageError("no cache directory: there is no home", hint="set VMSPAWN_CACHE_DIR to a folder of yours")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the manager does, step by step, for whoever looks for a fault: `vmspawn -v`, or VMSPAWN_LOG=debug.
+"""Logs the steps of the manager on standard error, with VMSPAWN_LOG=debug.
 
-Not the logging module, which would take as long to load as all else that a start needs.
+It does not use the logging module, which takes as long to load as all other modules of a start.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _start = time.monotonic()
 
 
 def enable() -> None:
-    """Say more from now on."""
+    """Log from now on."""
     global _enabled
     _enabled = True
 
 
 def enabled() -> bool:
-    """Whether more is said, for messages that are dear to make."""
+    """Whether debug messages are logged, for callers whose messages are expensive to make."""
     return _enabled
 
 
 def debug(message: str) -> None:
-    """Say what is being done, on standard error, with the seconds since the start."""
+    """Log a message on standard error, with the seconds since the start."""
     if not _enabled:
         return
-    # Nobody may read it any more.
+    # The reader may be gone.
     with contextlib.suppress(OSError):
         print(f"vmspawn[{os.getpid()}] {time.monotonic() - _start:8.3f} {message}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes untrusted text safe to print. File names above all may contain any byte but NUL and the slash."""
+"""Makes untrusted text safe to print. A file name may contain any byte but NUL and the slash."""
 
 
 def utf8(text: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Timeouts, in seconds, that more than one room needs; all others are stated where they are used."""
+"""Defines the timeouts, in seconds, that more than one room uses; each other timeout is defined where it is used."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run a program to its end, in a way that another thread can cancel."""
+"""Run a program until it exits; another thread can cancel that."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Canceller:
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Cancel the work. It may come to its end all the same."""
+        """Cancel the work. It may still complete."""
         with self._lock:
             self._cancelled = True
             if self._process is not None:
@@ -37,7 +37,7 @@ class Canceller:
             raise Cancelled
 
     def watch(self, process: subprocess.Popen[bytes] | None) -> None:
-        """Kill this program when the work is cancelled, or no program any more."""
+        """Kill this program when the work is cancelled; None stops that."""
         with self._lock:
             self._process = process
             if process is not None and self._cancelled:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unix sockets: listen so that only the owner may connect, check who has connected, notice that a peer hung up.
+"""Listen on unix sockets for their owner alone, identify peers, and detect that a peer has hung up.
 
 This module is on the start path and imports next to nothing.
 """
@@ -39,12 +39,12 @@ def peer_process(connected: socket.socket) -> tuple[int, int]:
 
 
 def is_allowed(connected: socket.socket) -> bool:
-    """Whether the peer belonged to root or to our own user: whom we serve, whatever the modes of files let through."""
+    """Whether the peer belonged to root or to our own user. Nobody else is served, whatever file modes allow."""
     return peer_process(connected)[1] in (0, os.geteuid())
 
 
 def has_hung_up(connected: socket.socket) -> bool:
-    """Whether the peer has closed both directions; one that only sends no more may still read."""
+    """Whether the peer has closed both directions. A peer that has only stopped sending may still read."""
     poll = select.poll()
     try:
         poll.register(connected, 0)

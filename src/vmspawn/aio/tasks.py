@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run work in the background that outlives its caller, and cancel it when QEMU is gone."""
+"""Run tasks in the background that outlive their callers, and cancel them when QEMU is gone."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _T = TypeVar("_T")
 
 
 class Tasks:
-    """A machine's work in the background."""
+    """A machine's background tasks."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Begin, and keep the task until it is done."""
+        """Start a task, and keep a reference to it until it is done."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
         return task
 
     async def run(self, work: Coroutine[Any, Any, _T], doing: str, *, timeout: float, hint: str) -> _T:
-        """Begin, and wait for the result; raises Timeout if that does not come in time, while the work goes on."""
+        """Start a task and return its result. Raises Timeout after `timeout` seconds; the task goes on then."""
         task = self.start(work)
         await asyncio.wait({task}, timeout=timeout)
         if not task.done():
@@ -35,7 +35,7 @@ class Tasks:
 
     @staticmethod
     def result(task: asyncio.Task[_T]) -> _T:
-        """The result of a task that is done; NotConnected if it was cancelled by `close`."""
+        """Return the result of a task that is done. Raises NotConnected if `cancel` has cancelled it."""
         if task.cancelled():
             raise NotConnected("the machine ended")
         return task.result()
@@ -47,6 +47,6 @@ class Tasks:
             task.exception()
 
     def cancel(self) -> None:
-        """Stop all: QEMU is gone, and everything in it too."""
+        """Cancel all tasks: QEMU is gone, with everything that they work on."""
         for task in tuple(self._tasks):
             task.cancel()

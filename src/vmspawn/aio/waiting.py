@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Wait for events with a deadline; that it passes is no error."""
+"""Wait for events with a deadline, after which the wait ends without an error."""
 
 from __future__ import annotations
 

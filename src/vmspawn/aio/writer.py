@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The write queue: writes to a non-blocking descriptor, and keeps in order what it does not take at once.
+"""Write to a non-blocking descriptor, and queue what it does not take at once.
 
 There are three cases for how data leaves:
 
@@ -26,7 +26,7 @@ def _ignore(*_: object) -> None:
 
 
 class Message:
-    """A message that is queued apart from others: all of it, or what is left of it."""
+    """A message that is queued apart from others: all of it, or the part that is not written yet."""
 
     __slots__ = ("data", "fds", "is_begun", "on_begun")
 
@@ -80,7 +80,7 @@ class Writer:
         on_empty: Callable[[], None] = _ignore,
         on_lost: Callable[[OSError], None] = _ignore,
     ) -> Writer:
-        """The write queue of a connected unix socket."""
+        """Make the write queue of a connected unix socket."""
 
         def send_fds(data: bytes, fds: Sequence[int]) -> int:
             return socket.send_fds(connected, [data], fds)
@@ -128,7 +128,7 @@ class Writer:
         return message
 
     def withdraw(self, message: Message) -> bool:
-        """Take back a message of which nothing has been written; whether that was so."""
+        """Take back a message of which nothing has been written; returns False if some of it has been."""
         if message.is_begun or message not in self._queue:
             return False
         self._queue.remove(message)

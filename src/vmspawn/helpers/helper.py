@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Processes that a machine cannot do without, beside QEMU."""
+"""Manages processes beside QEMU that a machine needs to run."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _LOG_MAX = 1 << 16
 
 
 class Helper:
-    """A running helper. `what` says for people what it did. Owns the process, which is our child, and its log."""
+    """A running helper. `what` describes its service in the past tense. Owns the process, our child, and its log."""
 
     __slots__ = ("_log", "name", "pid", "what")
 
     def __init__(self, name: str, what: str, pid: int, log: int) -> None:
         self.name = name
         self.what = what
-        #: The process, or 0 once it has been waited for: its number may be another's then.
+        #: The process id, or 0 after it has been waited for: another process may have the number then.
         self.pid = pid
         self._log = log
 
     def describe(self, end: str) -> str:
-        """Which helper ended how, with the last line that it printed."""
+        """Describe the end of this helper, with the last line that it printed."""
         size = os.fstat(self._log).st_size
         text = os.pread(self._log, _LOG_MAX, max(0, size - _LOG_MAX)).decode(errors="replace")
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
         return f"{self.name}, which {self.what}, {end}" + (f": {last}" if last else "")
 
     def close(self) -> None:
-        """Kill the process if it still runs, and give up the log."""
+        """Kill the process if it still runs, and close the log."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
@@ -39,7 +39,7 @@ class Helper:
         self.leave()
 
     def leave(self) -> None:
-        """Give up the log; the process runs on. May be called again."""
+        """Close the log; the process runs on. May be called again."""
         if self._log >= 0:
             os.close(self._log)
             self._log = -1

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtiofsd, which serves a directory of the host's to a guest: finding it, and what it is to be told.
+"""Finds virtiofsd, which serves a directory of the host to a guest, and writes its command line.
 
-There are two: the one in Rust that distributions have today, and the one in C that came with QEMU up to 7.2. Their
-options differ, and what they call themselves tells them apart.
+There are two programs: the one in Rust that distributions have today, and the one in C that came with QEMU up to 7.2.
+Their options differ, and their --version tells them apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import StartError
 from ..host.programs import find_program
 from ..text import utf8
 
-#: Where distributions put it; it is in nobody's PATH. QEMU's descriptors are asked first.
+#: Where distributions install it, outside of PATH. QEMU's descriptors are searched first.
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/local/libexec/virtiofsd")
 _DESCRIPTORS = ("/etc/qemu/vhost-user", "/usr/share/qemu/vhost-user")
 
@@ -24,20 +24,20 @@ _HINT = "install it (Debian and Fedora: virtiofsd; Debian 12: it comes with qemu
 
 
 class Virtiofsd(NamedTuple):
-    """A virtiofsd, and what it can do."""
+    """A virtiofsd: `rust` is the program, `read_only` whether it can refuse writes."""
 
     path: str
     rust: bool
     read_only: bool
 
     def command(self, directory: str, listener: int, *, read_only: bool) -> list[str]:
-        """The command that serves a directory to who connects to the listening socket `listener`.
+        """Return the command that serves a directory on the listening socket `listener`.
 
-        QEMU knows no mount points below the root of a share, so they are not announced. Raises StartError for a name
-        that the program would not take.
+        QEMU does not support mount points below the root of a share, so they are not announced. Raises StartError for a
+        name that the program does not accept.
         """
         if not self.rust:
-            # As a comma ends an option's value there, one in the path is doubled.
+            # A comma ends the value there; two commas stand for one.
             source = directory.replace(",", ",,")
             # Its usual sandbox makes the directory its root by pivot_root(2), which fails for what is its root already.
             sandbox = ",sandbox=chroot" if os.path.realpath(directory) == "/" else ""
@@ -51,17 +51,17 @@ class Virtiofsd(NamedTuple):
 
 
 def find() -> Virtiofsd:
-    """Find a virtiofsd and ask what it can do. Raises StartError if there is none, or it does not run."""
+    """Find a virtiofsd and its features. Raises StartError if it is not installed, or does not run."""
     path = next((each for each in (*_described(), *_PLACES) if os.access(each, os.X_OK)), None)
     path = path or find_program("virtiofsd")
     if path is None:
-        raise StartError("no virtiofsd found, which directories are shared by", hint=_HINT)
+        raise StartError("cannot share a directory: virtiofsd is not installed", hint=_HINT)
     rust = "virtiofsd version" not in _ask(path, "--version")
     return Virtiofsd(path, rust, rust and "--readonly" in _ask(path, "--help"))
 
 
 def _described() -> list[str]:
-    """The binaries of QEMU's descriptors of vhost-user back ends (QEMU's docs/interop/vhost-user.json)."""
+    """Return the binaries of QEMU's descriptors of vhost-user back ends (QEMU's docs/interop/vhost-user.json)."""
     import json
 
     found = []

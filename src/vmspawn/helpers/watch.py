@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Watching a machine's helpers: where one dies, the machine cannot go on, and is ended."""
+"""Watches a machine's helpers, and ends the machine when one of them dies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..aio.waiting import first_of
 from ..host.process import Process
 from .helper import Helper
 
-#: Seconds that QEMU has to be seen to end after a helper did: a helper goes with QEMU, and may be noticed first.
+#: Seconds to wait for QEMU's end after a helper's: helpers exit when QEMU does, and either may be noticed first.
 _GRACE = 2.0
 
 
@@ -21,8 +21,8 @@ class Watch:
         self._watched = [(helper, Process(helper.pid)) for helper in helpers]
 
     async def until_ended(self, qemu: Process, terminate: Callable[[], Awaitable[None]]) -> str:
-        """Wait until QEMU has ended. A helper that dies under it is what ends it then, and is described; else the
-        answer is empty."""
+        """Wait until QEMU has ended. If a helper dies first, end QEMU with `terminate` and return a description of the
+        helper's end; else return an empty string."""
         if not self._watched:
             await qemu.ended.wait()
             return ""
@@ -35,20 +35,20 @@ class Watch:
         return lost
 
     def failed(self) -> str:
-        """Which helper has failed how, if one has; else an empty string. To go because QEMU has gone is no failure."""
+        """Describe the failure of a helper, or return an empty string. An exit that follows QEMU's is not a failure."""
         return self._describe(lambda process: process.ended.is_set() and process.status != 0)
 
     def _describe(self, blamed: Callable[[Process], bool]) -> str:
         return next((each.describe(process.describe_end()) for each, process in self._watched if blamed(process)), "")
 
     def leave(self) -> None:
-        """Stop watching: the helpers run on, as QEMU does."""
+        """Stop watching; the helpers run on, as QEMU does."""
         for _, process in self._watched:
             process.close()
         self._watched = []
 
     async def close(self) -> None:
-        """End the helpers, which QEMU has left, and wait for that."""
+        """Kill the helpers after QEMU's end, and wait for their ends."""
         for helper, process in self._watched:
             process.kill()
             await process.ended.wait()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the guest printed while nobody read: QEMU's log of the console, which empties and fills without QEMU's help.
+"""Keeps the guest's output while there is no manager, in QEMU's log of the console, which is bounded.
 
-QEMU drops what it shows while there is no manager, but logs it first, and would go on for ever. So the log is a file in
-memory that begins a little below a limit on the size of files with which QEMU is started: QEMU appends until nothing
-more fits, and goes on without. Whoever makes the file shorter empties it, and QEMU appends again. It has no name; QEMU
-holds it, and the next manager finds it there.
+QEMU drops the output while there is no manager, but logs it first, without a bound. So the log is a file in memory
+whose end is just below the limit on file sizes that QEMU is started with: QEMU appends until the log is full, and runs
+on without it. Truncating the file empties the log, and QEMU appends again. The file has no name; QEMU has it open, and
+the next manager finds it there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 from _thread import allocate_lock
 from collections.abc import Iterator
 
-#: Bytes of output that are kept while the machine has no manager: the first ones. What follows is missing.
+#: Bytes of output that are kept while the machine has no manager: the first ones. The rest is lost.
 KEPT_MAX = 1 << 20
 
 _NAME = "vmspawn-console-log"
@@ -39,10 +39,10 @@ class ConsoleLog:
 
     @classmethod
     def make(cls) -> ConsoleLog | None:
-        """An empty one, for QEMU to inherit and to open for appending, with `bounded` around its start. Raises OSError.
+        """Make an empty log, for QEMU to inherit and to open for appending; QEMU is to be started inside `bounded`.
 
-        None where files are limited in their size already (RLIMIT_FSIZE), or where QEMU would not ignore the signal
-        that comes with each byte too many, as every child of Python does.
+        Returns None if the size of files is limited already (RLIMIT_FSIZE), or if QEMU would not ignore SIGXFSZ as
+        every child of Python does. Raises OSError.
         """
         if signal.getsignal(signal.SIGXFSZ) is not signal.SIG_IGN:
             return None
@@ -58,34 +58,34 @@ class ConsoleLog:
 
     @classmethod
     def of(cls, pid: int) -> ConsoleLog | None:
-        """The one that a QEMU holds which another manager started; None if there is none."""
+        """Open the log of a QEMU that another manager started; returns None if it has none."""
         folder = f"/proc/{pid}/fd"
         try:
             descriptors = [each for each in os.listdir(folder) if _is_log(f"{folder}/{each}")]
             return cls(os.open(f"{folder}/{descriptors[0]}", os.O_RDWR | os.O_CLOEXEC)) if descriptors else None
         except OSError:
-            return None  # it ends just now
+            return None  # QEMU has just ended
 
     @property
     def size(self) -> int:
-        """How many bytes are in it."""
+        """The number of bytes in the log."""
         return max(0, os.fstat(self.fd).st_size - _BEGIN)
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more fits, so that something may be missing."""
+        """Whether the log is full, so that output may be missing."""
         return self.size >= KEPT_MAX
 
     def read(self, size: int) -> bytes:
-        """The first bytes of it."""
+        """Return the first bytes of the log."""
         return os.pread(self.fd, size, _BEGIN)
 
     def empty(self) -> None:
-        """Forget what is in it."""
+        """Discard the bytes in the log."""
         os.ftruncate(self.fd, _BEGIN)
 
     def close(self) -> None:
-        """Let go of it. May be called again."""
+        """Close the descriptor. May be called again."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -93,7 +93,7 @@ class ConsoleLog:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """What is started meanwhile writes no file beyond the log's end, which no other file comes near."""
+    """Limit the file size of the processes that are started meanwhile to the log's end. No other file is as large."""
     with _LIMITING:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if soft != resource.RLIM_INFINITY and soft <= _END:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Close a file descriptor once, whoever owns it in the end."""
+"""Owns a file descriptor, and closes it once, unless another owner has taken it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The console's way between QEMU and its manager: two named pipes in the runtime directory.
+"""Connects QEMU's console with its manager by two named pipes in the runtime directory.
 
 QEMU writes a serial port's output a byte at a time. A socket keeps each byte apart and is full after a few hundred; a
 pipe puts them together and takes 64 kB. They have names, so that another manager can open them.
@@ -14,9 +14,9 @@ from .runtime import QEMU_INPUT, QEMU_OUTPUT, MachineDirectory
 
 
 class ConsolePipes(NamedTuple):
-    """The descriptors of both pipes; whoever has this owns all four."""
+    """The descriptors of both pipes. The holder owns all four."""
 
-    #: Ours, which do not block: what is typed, and what is shown.
+    #: Our ends, which do not block: for input that is typed, and for output that is shown.
     typed: int
     shown: int
     #: QEMU's standard input and output.
@@ -25,11 +25,11 @@ class ConsolePipes(NamedTuple):
 
 
 def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
-    """Make and open the pipes; `capacity` is what the one that shows should hold, in bytes. Raises OSError.
+    """Make and open the pipes; `capacity` is the size of the output pipe in bytes, 0 for the default. Raises OSError.
 
-    QEMU's input is open for writing as well, in QEMU itself: so its end never comes, and QEMU survives us. When we are
-    gone, what QEMU shows is dropped; but with a `capacity`, which is for a device that drops what does not fit, QEMU
-    can read its output as well, so that the pipe keeps that much for the next manager.
+    QEMU has its input open for writing as well, so it never reads an end of file, and survives us. Without a manager,
+    QEMU drops its output. With a `capacity`, for a device that drops output when the pipe is full, QEMU has its output
+    open for reading as well, so that the pipe keeps `capacity` bytes for the next manager.
     """
     taken: list[int] = []
     flags = os.O_NONBLOCK | os.O_CLOEXEC
@@ -53,7 +53,7 @@ def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
 
 
 def open_again(directory: MachineDirectory) -> tuple[int, int]:
-    """Open our ends of the pipes of a QEMU that another manager started: for what is typed, and what is shown.
+    """Open our ends of the pipes of a QEMU that another manager started: for input, and for output.
 
     The caller owns both. Raises OSError.
     """

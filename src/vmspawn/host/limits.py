@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the kernel lets our process have."""
+"""Raises the limits of our process."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 
-#: Descriptors for all connections and sessions that we allow (`CONNECTIONS_MAX`, `SESSIONS`), and some to spare.
+#: Descriptors for all connections and sessions that we allow (`CONNECTIONS_MAX`, `SESSIONS`), and some more.
 DESCRIPTORS = 4096
 
 

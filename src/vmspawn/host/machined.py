@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd-machined: making a machine known to machinectl, and finding those that others made known.
+"""Registers machines with systemd-machined, and lists the machines that are registered.
 
-Nothing here is needed for a machine to work; on a host without systemd nobody misses it.
+All of this is optional: a machine works without it.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ from ..timeouts import LIST_TIMEOUT
 
 MODES = ("auto", "yes", "no")
 
-#: What we are called in machinectl's SERVICE column.
+#: Our name in machinectl's SERVICE column.
 SERVICE = "vmspawn"
 
 _INTERFACE = "io.systemd.Machine"
 
-#: Seconds that a machine's end may wait for machined; it notices by itself that the leader is gone.
+#: Seconds that a machine's end waits for machined, which notices the leader's end by itself as well.
 UNREGISTER_TIMEOUT = 5.0
 
 
 class Registration(NamedTuple):
-    """How a machine is to be registered, and in which unit it is to run.
+    """The registration that the user wants, and the unit that QEMU runs in.
 
-    `mode` is one of MODES. `scope` is `system` or `user`, or empty: the system's for root, else the user's. `slice` and
-    `properties` are for a scope unit that is made for QEMU.
+    `mode` is one of MODES. `scope` is `system` or `user`; empty stands for `system` if we are root, else for `user`.
+    `slice` and `properties` are settings of a scope unit that is made for QEMU.
     """
 
     mode: str = "auto"
@@ -43,12 +43,12 @@ class Registration(NamedTuple):
 
     @property
     def own_scope(self) -> bool:
-        """Whether QEMU is started in a scope unit of ours, for machined makes one that takes no settings."""
+        """Whether QEMU is started in a scope unit of its own: the one that machined makes has no settings."""
         return bool(self.slice or self.properties)
 
 
 def check(registration: Registration) -> None:
-    """Raise UsageError for what contradicts itself."""
+    """Raise UsageError for settings that contradict each other."""
     if registration.mode not in MODES:
         raise UsageError.with_fields(
             "{registration.mode={mode}} is not known", hint="there are: yes, no, auto", mode=registration.mode
@@ -59,7 +59,7 @@ def check(registration: Registration) -> None:
             setting + " needs a scope unit, and {registration.keep_unit=True} makes none", hint="leave out one of them"
         )
     if registration.keep_unit and registration.mode == "no":
-        # As systemd-vmspawn: the unit is what machined would be told.
+        # As in systemd-vmspawn.
         return
     for each in registration.properties:
         if "=" not in each.lstrip("="):
@@ -71,7 +71,7 @@ def check(registration: Registration) -> None:
 
 
 def socket_path(*, user: bool) -> str:
-    """Where machined listens; an empty string where there can be none."""
+    """Return the path of machined's socket, or an empty string if there cannot be one."""
     if not user:
         return "/run/systemd/machine/io.systemd.Machine"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -79,15 +79,15 @@ def socket_path(*, user: bool) -> str:
 
 
 def scope_name(name: str) -> str:
-    """What machined calls the scope unit of a machine."""
+    """Return the name that machined gives the scope unit of a machine."""
     # Of the characters of a machine's name, a unit's has only the dash escaped.
     escaped = name.replace("-", r"\x2d")
     return f"machine-{escaped}.scope"
 
 
 class Candidate(NamedTuple):
-    """A machine that is to be made known: QEMU's process, the path of the control socket, and the guest's root if that
-    is a directory of the host's."""
+    """A machine to register: QEMU's process id, the path of the control socket, and the guest's root if it is a
+    directory of the host."""
 
     name: str
     leader: int
@@ -96,7 +96,7 @@ class Candidate(NamedTuple):
     directory: str | None = None
 
     def request(self, *, allocate_unit: bool) -> dict[str, Any]:
-        """The parameters of machined's Register."""
+        """Return the parameters of machined's Register."""
         wanted: dict[str, Any] = {
             "name": self.name,
             "service": SERVICE,
@@ -113,10 +113,10 @@ class Candidate(NamedTuple):
 
 
 async def register(registration: Registration, candidate: Candidate, notice: Callable[[str], None]) -> bool:
-    """Make a machine known to machined and say whether it is.
+    """Register a machine with machined; returns whether that succeeded.
 
-    Raises StartError if registration was a firm wish; else it is silent where there is no machined, and tells `notice`
-    where there is one that refuses.
+    If registration is required (`yes`), a failure raises StartError. Else a refusal is reported to `notice`, and a
+    machined that does not run is ignored.
     """
     from . import varlink
 
@@ -134,9 +134,9 @@ async def register(registration: Registration, candidate: Candidate, notice: Cal
 
 
 async def _forget_former(path: str, candidate: Candidate) -> None:
-    """Take back the registration of this very QEMU by a manager that died, which is named in it as the supervisor.
+    """Unregister this QEMU if a manager that died has registered it, which machined has as its supervisor.
 
-    Raises VmspawnError if machined is not there.
+    Raises VmspawnError if machined does not run.
     """
     from . import varlink
 
@@ -145,11 +145,11 @@ async def _forget_former(path: str, candidate: Candidate) -> None:
         if (known.get("leader") or {}).get("pid") == candidate.leader:
             await varlink.call(path, f"{_INTERFACE}.Unregister", {"name": candidate.name})
     except varlink.VarlinkError:
-        return  # NoSuchMachine; whatever else is wrong, Register says it as well
+        return  # NoSuchMachine; Register reports any other problem
 
 
 def _in_its_scope(candidate: Candidate) -> bool:
-    """Whether QEMU is in the scope that machined would make for it, which cannot be made twice."""
+    """Whether QEMU is already in the scope that machined would make for it."""
     try:
         with open(f"/proc/{candidate.leader}/cgroup", encoding="utf-8") as file:
             return f"/{scope_name(candidate.name)}" in file.read()
@@ -177,7 +177,7 @@ def _not_registered(registration: Registration, name: str, error: VmspawnError, 
 
 
 async def unregister(registration: Registration, name: str) -> None:
-    """Make machined forget a machine that we registered. That it has done so by itself is no error, nor is its end."""
+    """Unregister a machine that we registered. Errors are ignored: machined may have unregistered it, or have ended."""
     from . import varlink
 
     path = socket_path(user=registration.user)
@@ -186,9 +186,9 @@ async def unregister(registration: Registration, name: str) -> None:
 
 
 def machines() -> dict[str, str]:
-    """The control sockets of all virtual machines that the system's and the user's machined know, by name.
+    """Return the control sockets of all virtual machines that the system's and the user's machined list, by name.
 
-    A machined that is not there, or does not answer in time, knows none.
+    A machined that does not run, or does not answer in time, is ignored.
     """
     found: dict[str, str] = {}
     for user in (False, True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Telling a service manager how things stand: the protocol of sd_notify(3), without its library."""
+"""Reports a service's state to the service manager, by the protocol of sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import socket
 
 
 class Notifier:
-    """Sends to the socket that $NOTIFY_SOCKET names, and does nothing where there is none or it does not listen.
+    """Sends messages to the socket that $NOTIFY_SOCKET names; without one that listens, it does nothing.
 
-    The variables are taken out of the environment: what we start must not speak for us.
+    The variables are removed from the environment: our children must not send messages for us.
     """
 
     def __init__(self) -> None:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
         if self._address.startswith("@"):
             self._address = "\0" + self._address[1:]
-        #: Seconds within which the service manager wants to hear WATCHDOG=1 again, or 0 if it does not ask for that.
+        #: Seconds within which the service manager expects WATCHDOG=1 again, or 0 if it has no watchdog for us.
         self.watchdog = _watchdog()
 
     def send(self, **fields: object) -> None:
@@ -32,7 +32,7 @@ class Notifier:
 
 
 def _watchdog() -> float:
-    """The interval of sd_watchdog_enabled(3), in seconds, if it is us who are watched."""
+    """Return the interval of sd_watchdog_enabled(3) in seconds, or 0 if another process is watched."""
     microseconds, pid = (os.environ.pop(name, "") for name in ("WATCHDOG_USEC", "WATCHDOG_PID"))
     watched = pid in ("", str(os.getpid()))
     return int(microseconds) / 1e6 if watched and microseconds.isdecimal() else 0.0

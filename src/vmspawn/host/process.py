@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Watching a process through its pidfd: a child of ours, or one that an earlier manager started."""
+"""Watches a process through its pidfd: our child, or one that an earlier manager started."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class Process:
         self.ended.set()
 
     def close(self) -> None:
-        """Stop watching: the process runs on without us."""
+        """Stop watching; the process runs on."""
         if self._fd >= 0:
             asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
 
     def kill(self) -> None:
-        """Send SIGKILL, to this very process and never to another that got its number."""
+        """Send SIGKILL to this process, and never to another process with the same number."""
         if self._fd >= 0:
             signal.pidfd_send_signal(self._fd, signal.SIGKILL)
 
     def describe_end(self) -> str:
-        """How it ended, in words."""
+        """Describe the end of the process."""
         if self.status is None:
             return "ended"
         if self.status < 0:

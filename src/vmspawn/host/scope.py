@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A scope unit of QEMU's own, with a slice and properties of the user's choice.
+"""Runs QEMU in a scope unit of its own, with a slice and properties that the user chooses.
 
-systemd-run makes it, for it knows every property and its type: it asks the service manager for the scope, puts itself
-in it, and becomes QEMU. The process id, the descriptors and the exit status are those of one process throughout.
+systemd-run makes the unit, because it knows every property and its type: it asks the service manager for the scope,
+moves itself into it, and becomes QEMU. Process id, descriptors and exit status stay those of one process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HINT = "leave out {registration.slice=} and {registration.properties=} on hosts
 
 
 def prefix(registration: Registration, name: str) -> list[str]:
-    """What to put in front of QEMU's command line; nothing if no scope of our own is wanted. Raises StartError."""
+    """Return the words to put in front of QEMU's command line; none without a scope of its own. Raises StartError."""
     if not registration.own_scope:
         return []
     manager = "--user" if registration.user else "--system"

@@ -75,7 +75,7 @@ def _not_inherited(descriptors: list[int]) -> Iterator[None]:
 
 
 def _inheritable() -> list[int]:
-    """The descriptors above the standard ones that the parent process left open for children."""
+    """Return the inheritable descriptors, the standard streams excepted."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:

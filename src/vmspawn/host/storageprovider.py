@@ -11,7 +11,7 @@ from ..errors import NotConnected, UsageError, VolumeError
 
 _INTERFACE = "io.systemd.StorageProvider"
 
-#: The providers' errors in words, and what to do.
+#: The providers' errors for users, with a hint each.
 _EXPLAINED = {
     "NoSuchVolume": ("there is no such volume", "add create=new or create=any, or see: storagectl"),
     "VolumeExists": ("the volume exists already", "leave out create=new"),
@@ -26,7 +26,7 @@ _EXPLAINED = {
 
 
 class Volume(NamedTuple):
-    """A volume as the user asks for it. `config` is the bus, empty for the default; `parameters` are Acquire's."""
+    """A volume that the user wants. `config` is the bus, empty for the default; `parameters` are those of Acquire."""
 
     provider: str
     name: str
@@ -35,14 +35,14 @@ class Volume(NamedTuple):
 
     @property
     def disk_name(self) -> str:
-        """What the disk is called, here and by machinectl."""
+        """The disk's name, for us and for machinectl."""
         return f"{self.provider}:{self.name}"
 
 
 def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
     """Open a volume, or create it, and return its descriptor, which the caller owns.
 
-    `read_only` is for a bus that writes nothing. Raises VmspawnError.
+    `read_only` asks for a read-only volume unless `parameters` specify that. Raises VmspawnError.
     """
     from .varlink import Client, VarlinkError
 
@@ -66,7 +66,7 @@ def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
 
 
 def _socket_path(provider: str, *, user: bool) -> str:
-    """Where a provider listens. Raises UsageError where a user has no runtime directory."""
+    """Return the path of a provider's socket. Raises UsageError for a user without a runtime directory."""
     base = os.environ.get("XDG_RUNTIME_DIR") if user else "/run"
     if not base:
         raise UsageError.with_fields(

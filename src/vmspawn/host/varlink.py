@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Call Varlink services: machines' control sockets, and the host's own such as systemd-machined.
+"""Call Varlink services: machines' control sockets, and services of the host such as systemd-machined.
 
-`Client` blocks, for the commands and the way to QEMU's start; `call` is for the manager's event loop.
+`Client` blocks, for commands and for starts; `call` is for the manager's event loop.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Self
 
 from ..errors import NotConnected, ProtocolError, Template, Timeout, UsageError, VmspawnError
 
-#: Seconds for the reply of a service of the host's. It may have to start first, and to wait for systemd to make a unit.
+#: Seconds for the reply of a service of the host. It may have to start first, and to wait until systemd made a unit.
 SERVICE_TIMEOUT = 30.0
 
-#: Bytes that one reply may have; no service of systemd's sends more, and what listens on a socket may be anybody's.
+#: Bytes that one reply may have. No service of systemd sends more, and any program may listen on a socket.
 _REPLY_MAX = 16 << 20
 
 _RECEIVE_SIZE = 65536
@@ -25,7 +25,7 @@ _DESCRIPTORS_MAX = 8
 
 
 class VarlinkError(VmspawnError):
-    """The service answered with an error: `name` is its Varlink name, the message is for people."""
+    """A service answered with an error, whose Varlink name is `name`."""
 
     def __init__(self, name: str, parameters: dict[str, Any]) -> None:
         super().__init__(parameters.get("message") or _describe(name, parameters), hint=parameters.get("hint") or "")
@@ -49,10 +49,10 @@ def _describe(name: str, parameters: dict[str, Any]) -> str:
 
 
 class Client:
-    """A connection to a service, in blocking calls. Use it in `with`, or close it.
+    """A blocking connection to a service. Use it in `with`, or close it.
 
-    Owns the socket, and the descriptors that came with replies and were not taken. `service` is its name in errors. All
-    calls raise VarlinkError if the service answers with an error, NotConnected if it is gone, Timeout if it is late.
+    Owns the socket, and the descriptors of replies that were not taken. `service` is its name in errors. All calls
+    raise VarlinkError if the service answers with an error, NotConnected if it is gone, Timeout if it does not answer.
     """
 
     def __init__(self, connected: socket.socket, service: str, *, timeout: float) -> None:
@@ -103,21 +103,21 @@ class Client:
         return self._receive(method)[0]
 
     def begin(self, method: str, parameters: dict[str, Any] | None = None) -> None:
-        """Call a method without waiting for its reply, which `finish` returns."""
+        """Call a method; `finish` waits for the reply."""
         self._send({"method": method, "parameters": parameters or {}})
 
     def is_answered(self, *, within: float) -> bool:
-        """Whether a reply is there, or comes within so many seconds."""
+        """Wait up to `within` seconds for a reply; returns whether there is one."""
         return bool(self._buffer) or bool(select.select([self._socket], [], [], within)[0])
 
     def finish(self, method: str) -> dict[str, Any]:
-        """Return the reply to what `begin` called."""
+        """Return the reply to the call of `begin`."""
         return self._receive(method)[0]
 
     def stream(
         self, method: str, parameters: dict[str, Any] | None = None, *, forever: bool = True
     ) -> Iterator[dict[str, Any]]:
-        """Call a method that replies many times. Replies may take `forever`, or each has the whole deadline."""
+        """Call a method that replies many times. Each reply has the connection's timeout, or none with `forever`."""
         self._send({"method": method, "parameters": parameters or {}, "more": True})
         if forever:
             self._socket.settimeout(None)
@@ -127,12 +127,12 @@ class Client:
             yield reply
 
     def subscribe(self, method: str, parameters: dict[str, Any] | None = None) -> None:
-        """Call a method that replies many times; `next_reply` has the replies."""
+        """Call a method that replies many times; `next_reply` returns the replies."""
         self._send({"method": method, "parameters": parameters or {}, "more": True})
         self._method = method
 
     def next_reply(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next reply to `subscribe`, or None if there is none within so many seconds."""
+        """Return the next reply to `subscribe`, or None if none comes within `seconds`."""
         self._socket.settimeout(seconds)
         try:
             return self._receive(self._method)[0]
@@ -142,7 +142,7 @@ class Client:
     def upgrade(self, method: str, parameters: dict[str, Any] | None = None) -> tuple[socket.socket, bytes]:
         """Call a method that turns this connection into another protocol's.
 
-        Returns the socket, which stays this client's, and what came behind the reply.
+        Returns the socket, which stays this client's, and the bytes that came after the reply.
         """
         self._send({"method": method, "parameters": parameters or {}, "upgrade": True})
         self._receive(method)
@@ -229,14 +229,14 @@ def _encode(message: dict[str, Any]) -> bytes:
 
 
 def _decode(message: bytes | bytearray, path: str, method: str) -> tuple[dict[str, Any], bool]:
-    """A reply's parameters, and whether more follow."""
+    """Return a reply's parameters, and whether more replies follow."""
     import json
 
     try:
         reply = json.loads(message)
         parameters = reply.get("parameters") or {}
     except (ValueError, AttributeError):
-        raise ProtocolError(f"{path} answered {method} with what is not Varlink") from None
+        raise ProtocolError(f"{path} answered {method} with a message that is not Varlink") from None
     if name := reply.get("error"):
         raise VarlinkError(name, parameters)
     return parameters, bool(reply.get("continues"))
