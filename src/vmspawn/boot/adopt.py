@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Take over a QEMU whose manager died: find the process, read the state, and connect."""
+"""Takes over a QEMU whose manager died: finds the process, reads the state, and connects."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ from ..host.consolelog import ConsoleLog
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..timeouts import ADOPT_GREETING_TIMEOUT, SHUTDOWN_TIMEOUT
-from . import state as states
 from .config import MachineConfig
 from .launch import open_transcript, system_failures
 from .started import Adopted, SharedConsole, Started, connect, connect_monitors, share_console
-from .state import State
+from .state import State, read
 
 
 @system_failures("take over the machine")
 def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Started:
-    """Take over the machine that `config` names; the rest of `config` is about the manager: console and timeouts.
+    """Take over the machine that `config` names; its other fields configure the manager: console and timeouts.
 
-    Raises NotConnected if there is no such machine, StartError if its manager lives, its state cannot be used, or its
-    QEMU is gone, whose remains are removed then; SystemFailure. Nothing in QEMU was changed.
+    Nothing in QEMU is changed. Raises NotConnected if there is no machine of that name, or its QEMU is gone, in which
+    case its directory is removed; StartError if its manager lives, or its state cannot be used; SystemFailure.
     """
     with ExitStack() as undo:
         directory = MachineDirectory.take_over(config.name or "")
         undo.callback(directory.close)
-        state = states.read(directory)
+        state = read(directory)
         pid = runtime.running_qemu(directory.path) if state.qemu.pid else _find_started(directory)
         if not pid:
             directory.remove()
@@ -82,10 +81,10 @@ def _console(directory: MachineDirectory, pid: int, undo: ExitStack) -> SharedCo
 
 
 def _helpers(state: State, undo: ExitStack) -> Iterator[Helper]:
-    """The helpers that still run. One that has ended took QEMU along, or will."""
+    """Yield the helpers that still run. A helper that has ended took QEMU along, or will."""
     for each in state.helpers:
         if runtime.start_time(each.pid) == each.started:
-            # What it printed is not known any more.
+            # The log of a helper ends with the manager that started it.
             helper = Helper(each.name, each.what, each.pid, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
             undo.callback(helper.leave)
             yield helper
@@ -93,7 +92,7 @@ def _helpers(state: State, undo: ExitStack) -> Iterator[Helper]:
 
 @contextlib.contextmanager
 def _explain_refusal(directory: MachineDirectory) -> Iterator[None]:
-    """Explain that a monitor takes no connection."""
+    """Explain why a monitor accepts no connection."""
     try:
         yield
     except OSError as error:
@@ -106,7 +105,7 @@ def _explain_refusal(directory: MachineDirectory) -> Iterator[None]:
 
 
 def has_orphan(name: str) -> bool:
-    """Whether a machine of that name runs without a manager, or its remains lie there."""
+    """Whether a machine of that name runs without a manager, or has left its monitor behind."""
     try:
         directory = MachineDirectory.take_over(name)
     except (NotConnected, StartError):
@@ -130,9 +129,9 @@ def _merged(saved: MachineConfig, given: MachineConfig) -> MachineConfig:
 
 
 def _find_started(directory: MachineDirectory) -> int:
-    """The process of a QEMU whose manager died before it could write that down, or 0 if none was started.
+    """Return the process id of a QEMU whose manager died before it wrote that down, or 0 if QEMU was not started.
 
-    Its monitor tells the thread of a processor, and the kernel whose thread that is.
+    The monitor reports the thread of a processor, and the kernel the process that the thread belongs to.
     """
     if not directory.has_monitor():
         return 0

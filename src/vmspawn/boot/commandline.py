@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU's command line, put together concern by concern, each option and its value on one line."""
+"""Writes QEMU's command line, concern by concern, each option and its value on one line."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
 
 
 class BootDisk(NamedTuple):
-    """A disk that is there from boot. It is built of the same nodes and device as one that is plugged in later."""
+    """A disk that QEMU starts with. It has the same nodes and device as a disk that is plugged in later."""
 
     disk: Disk
     identifiers: Identifiers
@@ -61,7 +61,7 @@ class BootDisk(NamedTuple):
 
     @property
     def descriptors(self) -> list[int]:
-        """What QEMU inherits of it."""
+        """The descriptors that QEMU inherits."""
         own = [self.image.backing.fd] if self.image.backing is not None else []
         return own if self.below is None else [*own, self.below.fd]
 
@@ -72,7 +72,7 @@ class BootDisk(NamedTuple):
             self.below.close()
 
     def device(self) -> dict[str, object]:
-        """The device's properties."""
+        """Return the device's properties."""
         return buses.device(
             self.disk,
             device_id=self.identifiers.device,
@@ -83,14 +83,14 @@ class BootDisk(NamedTuple):
         )
 
     def objects(self) -> list[dict[str, object]]:
-        """The objects that the nodes and the device need."""
+        """Return the objects that the nodes and the device need."""
         limits = {"limits": self.disk.limits.to_qemu()} if self.disk.limits.any else {}
         group: dict[str, object] = {"qom-type": "throttle-group", "id": self.identifiers.limits, **limits}
         thread: dict[str, object] = {"qom-type": "iothread", "id": self.identifiers.thread}
         return [group, thread] if self.disk.thread else [group]
 
     def nodes(self) -> list[dict[str, object]]:
-        """The block nodes' options, from the bottom up."""
+        """Return the block nodes' options, from the bottom up."""
         found = [nodes.file_node(self.image, self.disk)]
         if self.image.format != "raw":
             overlaid = {"backing": self.below.node["node-name"]} if self.below else {}
@@ -100,7 +100,7 @@ class BootDisk(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What is known of a machine before anything of it exists."""
+    """The choices that are made for a machine before anything of it exists."""
 
     config: MachineConfig
     binary: QemuBinary
@@ -113,7 +113,7 @@ class Choices(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that QEMU's command line is written from."""
+    """Everything that QEMU's command line is written from."""
 
     config: MachineConfig
     binary: QemuBinary
@@ -137,7 +137,7 @@ class Inherited(NamedTuple):
 
 
 def command_line(plan: Plan, inherited: Inherited) -> list[str]:
-    """QEMU's whole command line."""
+    """Write QEMU's whole command line."""
     config = plan.config
     return [
         plan.binary.path,

@@ -36,9 +36,9 @@ _CPUS_MAX = 255
 
 
 class ConsoleTerminal(NamedTuple):
-    """What the guest's console will be shown on: the terminal's name in terminfo, and its window in characters.
+    """The terminal that shows the guest's console: its name in terminfo, and its window in characters.
 
-    An empty name, or 0, is not known and the guest's own default holds.
+    For an empty name, or 0, the guest's own default holds.
     """
 
     term: str
@@ -49,8 +49,8 @@ class ConsoleTerminal(NamedTuple):
 class MachineConfig(NamedTuple):
     """A machine as the user wants it.
 
-    What boots is one of: `guest` "builtin"; `linux` with an optional `initrd`; `image` by its own boot loader. Sizes
-    are bytes, times are seconds. None stands for the default that depends on something else.
+    It boots one of: `guest` "builtin"; `linux` with an optional `initrd`; `image` by its own boot loader. Sizes are in
+    bytes, times in seconds. None stands for a default that depends on other fields.
     """
 
     name: str | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Credentials for the guest (systemd.exec(5), CREDENTIALS): named bytes that systemd in it passes on to services."""
+"""Loads credentials for the guest, which systemd in it passes on to services (systemd.exec(5), CREDENTIALS)."""
 
 import os
 import socket
@@ -32,7 +32,7 @@ def check(credentials: tuple[Credential, ...]) -> None:
 
 
 def load(credential: Credential) -> bytes:
-    """A credential's value; read from its file or AF_UNIX stream socket if it has a path. Raises StartError."""
+    """Return a credential's value; a path is read as a file or an AF_UNIX stream socket. Raises StartError."""
     if credential.path is None:
         return credential.value
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Explain why QEMU ended before it was up."""
+"""Explains why QEMU ended before it was up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .commandline import BootDisk
 
 
 def explain_failure(disks: Iterable[BootDisk], end: str, log: str) -> StartError:
-    """Explain QEMU's end from how it ended and what it printed, in the user's words where we know them."""
+    """Make an error of QEMU's end and its output; names the disk that the output is about."""
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
         return StartError(f"QEMU {end} as soon as it was started, without a word", hint="is something killing it?")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What firmware, network, shares and SMBIOS strings add to a machine, as values that are joined."""
+"""Collects what firmware, network, shares and SMBIOS strings add to a machine, as values that are joined."""
 
 import os
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ FLASH_FDSETS = (BASE_FDSET - 1, BASE_FDSET - 2)
 
 
 class Extras(NamedTuple):
-    """What one concern adds to a machine."""
+    """The additions of one concern to a machine."""
 
     #: Properties of `-machine`, such as `smm=on`.
     machine: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ NO_EXTRAS = Extras()
 
 
 def join(*parts: Extras) -> Extras:
-    """All of them, in that order."""
+    """Join the parts in their order."""
     return Extras(
         tuple(each for part in parts for each in part.machine),
         tuple(each for part in parts for each in part.arguments),
@@ -43,7 +43,7 @@ def join(*parts: Extras) -> Extras:
 
 
 class Owned(NamedTuple):
-    """Who closes what the steps of a start open."""
+    """Closes what the steps of a start open."""
 
     #: Unwound if the start fails.
     undo: ExitStack
@@ -51,7 +51,7 @@ class Owned(NamedTuple):
     lent: ExitStack
 
     def lend(self, fd: int) -> int:
-        """Close a descriptor once QEMU has its own. Returns it."""
+        """Return a descriptor that is closed as soon as QEMU has its own."""
         self.lent.callback(os.close, fd)
         return fd
 
@@ -62,14 +62,14 @@ def fdset(number: int, fd: int) -> Extras:
 
 
 def fdset_path(number: int) -> str:
-    """The file name of a descriptor set in QEMU."""
+    """Return the file name of a descriptor set in QEMU."""
     return f"/dev/fdset/{number}"
 
 
 def content(name: str, data: bytes, owned: Owned) -> tuple[str, Extras]:
     """Put data into a file in memory without a name. Returns the path by which QEMU opens it, and the descriptor.
 
-    Unlike arguments, its content is not shown by ps(1), and has no bound.
+    Unlike arguments, the content is not shown by ps(1), and its size is not limited.
     """
     fd = owned.lend(os.memfd_create(f"vmspawn-{name}", os.MFD_CLOEXEC))
     view = memoryview(data)

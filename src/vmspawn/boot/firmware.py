@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Firmware: which the user wants, and which QEMU's firmware descriptors offer.
+"""Finds the firmware that QEMU's firmware descriptors offer, and that fits what the user wants.
 
 A descriptor is a JSON file that a firmware's package installs (QEMU's docs/interop/firmware.json). The files of all
-directories are looked at in the order of their names; one in an earlier directory hides one of the same name in a later
-one, and an empty one hides without offering anything.
+directories are tried in the order of their names. A file hides the files of its name in later directories, and an empty
+file hides them without offering a firmware.
 """
 
 import os
@@ -18,14 +18,14 @@ KINDS = ("auto", "uefi", "bios", "none")
 #: Firmware with keys enrolled boots nothing unsigned, so it must be asked for.
 EXCLUDED = ("enrolled-keys",)
 
-#: Where descriptors are, below the user's configuration directory, /etc and the like; the first counts most.
+#: The directory of descriptors, below the user's configuration directory and these, in the order of their priority.
 _SUBDIRECTORY = "qemu/firmware"
 _SYSTEM = ("/etc", "/usr/local/share", "/usr/share")
 
 #: QEMU's versioned names of the machine types, which the descriptors' patterns are for.
 _MACHINE_NAMES = {"q35": "pc-q35-7.2", "pc": "pc-i440fx-7.2", "virt": "virt-7.2"}
 
-#: Features of firmware for confidential machines. It is loaded into memory and keeps nothing, and is not for others.
+#: Features of firmware for confidential machines: it is loaded into memory, and keeps no variables.
 _CONFIDENTIAL = frozenset(("amd-sev-snp", "intel-tdx"))
 
 _DESCRIPTOR_MAX = 1 << 20
@@ -35,9 +35,9 @@ _LIST = "see: vmspawn --firmware=list"
 
 
 class FirmwareWish(NamedTuple):
-    """What the user wants to boot by.
+    """The firmware that the user wants.
 
-    `kind` is one of KINDS or the path of a descriptor. `include` and `exclude` are features; what is in both counts as
+    `kind` is one of KINDS or the path of a descriptor. `include` and `exclude` are features; a feature in both is
     included. `nvram_state` is `auto`, `off` or a path.
     """
 
@@ -49,12 +49,12 @@ class FirmwareWish(NamedTuple):
 
     @property
     def path(self) -> str | None:
-        """The descriptor that the user names, if it is that."""
+        """The path of the descriptor that the user names, or None."""
         return self.kind if "/" in self.kind else None
 
     @property
     def firm(self) -> str:
-        """The part of it that only UEFI fulfils, as an error's template, or an empty string."""
+        """The field that requires UEFI, as an error's template, or an empty string."""
         if self.path is not None or self.kind == "uefi":
             return "{firmware.kind=}"
         if self.include:
@@ -72,7 +72,7 @@ class Blob(NamedTuple):
 
 
 class Firmware(NamedTuple):
-    """What one descriptor offers. `memory` says that it is loaded into memory and has no flash."""
+    """The firmware of one descriptor. `memory` is true if it is loaded into memory and has no flash."""
 
     descriptor: str
     executable: Blob
@@ -82,7 +82,7 @@ class Firmware(NamedTuple):
 
 
 def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
-    """Raise UsageError for what contradicts itself. `direct_boot` says that the user names a kernel."""
+    """Raise UsageError for settings that contradict each other. `direct_boot` is true if the user names a kernel."""
     if wish.path is None and wish.kind not in KINDS:
         raise UsageError.with_fields(
             "{firmware.kind={kind}} is not known",
@@ -110,13 +110,13 @@ def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
 
 
 def directories() -> list[str]:
-    """The directories that descriptors are looked for in, the one that counts most first."""
+    """Return the directories of descriptors, the one with the highest priority first."""
     user = user_directory("XDG_CONFIG_HOME", ".config")
     return [os.path.join(base, _SUBDIRECTORY) for base in (user, *_SYSTEM) if base]
 
 
 def descriptors() -> list[str]:
-    """The paths of all descriptors, in the order in which they are to be tried."""
+    """Return the paths of all descriptors, in the order in which they are to be tried."""
     found: dict[str, str] = {}
     for directory in directories():
         try:
@@ -130,14 +130,13 @@ def descriptors() -> list[str]:
 
 
 def features() -> list[str]:
-    """The features that some descriptor has."""
+    """Return the features of all descriptors."""
     return sorted({feature for _, content in _readable() for feature in content.get("features", ())})
 
 
 def select(wish: FirmwareWish, architecture: str, machine_type: str) -> Firmware | None:
-    """The UEFI firmware that fits best, or None if none does. Raises StartError for a descriptor that cannot be used.
-
-    One that the user names must fit the machine and the features asked for.
+    """Return the first UEFI firmware that fits, or None. Raises StartError if the user names a descriptor that does not
+    fit the machine and the features.
     """
     if wish.path is not None:
         return _named(wish, wish.path, architecture, machine_type)
@@ -164,7 +163,7 @@ def _named(wish: FirmwareWish, path: str, architecture: str, machine_type: str) 
 
 
 def read(path: str) -> dict[str, Any]:
-    """A descriptor's content. Raises StartError."""
+    """Read a descriptor. Raises StartError."""
     import json
 
     try:
@@ -180,7 +179,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def _readable() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The descriptors that can be read; one that somebody broke must not keep others from being found."""
+    """Yield the descriptors that can be read; a broken descriptor does not hide the others."""
     for path in descriptors():
         try:
             yield path, read(path)
@@ -189,7 +188,7 @@ def _readable() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _offer(path: str, content: dict[str, Any], architecture: str, machine_type: str) -> Firmware | None:
-    """What a descriptor offers to a machine, or None if it is not UEFI, not for it, or not understood."""
+    """Return the firmware of a descriptor; None if it is not UEFI, not for the machine, or not understood."""
     try:
         if "uefi" not in content["interface-types"]:
             return None
@@ -215,5 +214,5 @@ def _fits(target: dict[str, Any], architecture: str, machine_type: str) -> bool:
     if target["architecture"] != architecture:
         return False
     name = _MACHINE_NAMES[machine_type]
-    # The patterns are of glob(7)'s kind, and in practice end in a star.
+    # The patterns are those of glob(7); in practice, the only wildcard is a star at the end.
     return any(name == each or (each.endswith("*") and name.startswith(each[:-1])) for each in target["machines"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Launch QEMU from a checked configuration, synchronously and with as few imports as that needs.
+"""Launches QEMU from a checked configuration, synchronously and with few imports.
 
-QEMU takes a moment to start in any case; the manager imports the rest of its modules meanwhile.
+The manager imports the rest of its modules while QEMU starts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-from .. import log as log_to
 from ..aio.sockets import listen
 from ..errors import StartError, SystemFailure
 from ..host import consolelog, fifos, runtime, scope
@@ -21,15 +20,15 @@ from ..host.consolelog import ConsoleLog
 from ..host.descriptor import Descriptor
 from ..host.runtime import MachineDirectory
 from ..host.spawn import kill_child, spawn
+from ..log import debug
 from . import console
-from . import state as states
 from .commandline import Inherited, Plan, command_line
 from .config import MachineConfig
 from .disks import open_boot_disks
 from .extras import Owned
 from .plan import Reporter, choose, make_plan
 from .started import Launched, SharedConsole, Started, connect, connect_monitors, share_console
-from .state import SavedQemu, SavedSessions
+from .state import SavedQemu, SavedSessions, boot_storage, open_journal
 
 #: Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
 _BACKLOG = 4
@@ -40,7 +39,7 @@ _VIRTIO_CAPACITY = 1 << 20
 
 @contextlib.contextmanager
 def system_failures(what: str) -> Iterator[None]:
-    """Report in one line what no option is to blame for: no descriptors, no memory, no room."""
+    """Raise SystemFailure for an OSError that no option is to blame for: no descriptors, no memory, no room."""
     try:
         yield
     except OSError as error:
@@ -59,7 +58,7 @@ def launch(
     """Launch QEMU.
 
     `notice` is called with each line about the start that every user wants to read, `detail` with lines for a user who
-    wants more. `begin` is called once all that takes long is done, and before anything that would have to be undone.
+    wants more. `begin` is called after the steps that may take long, and before the first step that has to be undone.
 
     Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
     """
@@ -153,7 +152,7 @@ def _spawn(
     size, agent = (listeners.get(name, -1) for name in (runtime.QEMU_SIZE, runtime.QEMU_AGENT))
     inherited = Inherited(monitors, size, agent, log.fd if log is not None else -1)
     arguments = [*scope.prefix(config.registration, config.name or ""), *command_line(plan, inherited)]
-    log_to.debug(f"runs {' '.join(arguments)}")
+    debug(f"runs {' '.join(arguments)}")
     keep = [*listeners.values(), *(fd for each in plan.disks for fd in each.descriptors), *plan.extras.descriptors]
     errors = owned.lend(directory.create_log())
     shared, streams = None, (0, 1)
@@ -169,7 +168,7 @@ def _spawn(
 
 def _write_state(plan: Plan, directory: MachineDirectory, pid: int) -> None:
     qemu = SavedQemu(pid, runtime.start_time(pid), plan.accelerator)
-    journal = states.open_journal(directory, plan.config, plan.binary, qemu, plan.extras.helpers)
+    journal = open_journal(directory, plan.config, plan.binary, qemu, plan.extras.helpers)
     journal.add_section("sessions", SavedSessions().to_json)
-    journal.add_section("storage", lambda: states.boot_storage(plan.disks))
+    journal.add_section("storage", lambda: boot_storage(plan.disks))
     journal.write()

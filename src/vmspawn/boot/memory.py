@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guest's memory: its size, how far it can grow, and the backend that other processes can share."""
+"""Checks the size and growth of the guest's memory, and writes QEMU's arguments for it."""
 
 from typing import NamedTuple
 
@@ -19,13 +19,13 @@ class Growth(NamedTuple):
 
 
 def check(size: int, growth: Growth | None) -> None:
-    """Raise UsageError for a growth that cannot be."""
+    """Raise UsageError for a growth that is out of range."""
     if growth is None:
         return
     if growth.maximum <= size:
         raise UsageError.with_fields(
             "{ram_growth=} has a maximum of {maximum} bytes, which is no more than the size of {size}",
-            hint="use a larger maximum, or none",
+            hint="use a larger maximum, or leave it out",
             maximum=growth.maximum,
             size=size,
         )
@@ -36,7 +36,7 @@ def check(size: int, growth: Growth | None) -> None:
 
 
 def size_argument(size: int, growth: Growth | None) -> str:
-    """The value of QEMU's -m."""
+    """Return the value of QEMU's -m."""
     if growth is None:
         return f"size={size}B"
     return f"size={size}B,maxmem={growth.maximum}B,slots={growth.slots}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Network cards that a machine starts with."""
+"""Adds network cards to a machine that starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .extras import Extras
 
 
 def user_card(place: Place) -> Extras:
-    """A network card behind QEMU's own NAT, which needs no privileges on the host."""
+    """Add a network card behind QEMU's own NAT, which needs no privileges on the host."""
     # Without the ROM the firmware does not try to boot over this network.
     device = {
         "driver": "virtio-net-pci",

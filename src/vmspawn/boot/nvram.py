@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where a machine's UEFI keeps its variables: a file beside the image, one that the user names, or none that lasts."""
+"""Opens the file with a machine's UEFI variables: beside the image, where the user wants it, or in memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _COPY_SIZE = 1 << 20
 
 
 def state_path(wish: FirmwareWish, image: str | None, *, ephemeral: bool) -> str | None:
-    """The file that is to hold the variables, or None if they end with the machine.
+    """Return the path of the file for the variables, or None if they end with the machine.
 
-    `image` is the image or directory that boots. A block device has no place beside it.
+    `image` is the image or directory that boots. The variables of a block device end with the machine by default.
     """
     if wish.nvram_state == "off":
         return None
@@ -36,7 +36,7 @@ def _is_device(path: str) -> bool:
 
 
 def open_state(path: str | None, template: Blob) -> int:
-    """Open the variables for reading and writing; what is new begins as the template. The caller owns the descriptor.
+    """Open the variables for reading and writing; a new file is a copy of the template. The caller owns the descriptor.
 
     Raises StartError.
     """
@@ -50,7 +50,7 @@ def open_state(path: str | None, template: Blob) -> int:
         return fd
     hint = "name another file, or use {firmware.nvram_state=off}"
     try:
-        # O_NONBLOCK so that a FIFO by mistake answers; QEMU's use of a regular file is not changed by it.
+        # O_NONBLOCK, so that opening a FIFO does not wait. It has no effect on regular files.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return _create(path, template, hint)
@@ -65,7 +65,7 @@ def open_state(path: str | None, template: Blob) -> int:
 
 
 def _create(path: str, template: Blob, hint: str) -> int:
-    """Make the file complete before it has its name: an interrupted copy would be taken for variables next time."""
+    """Complete the file before it gets its name, so that no later start uses an interrupted copy."""
     partial = f"{path}.{os.getpid()}"
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

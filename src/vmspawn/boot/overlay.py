@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image that stays as it is: what the guest writes goes to an overlay without a name, which ends with the machine.
+"""Puts an overlay on an image, which stays as it is, or grows an image before it boots.
 
-And images that grow before they boot.
+The guest writes to the overlay, a file without a name, which ends with the machine.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..storage.image import FDSET_BASE
 #: The node of the image below its overlay.
 BASE_NODE = "image-below"
 
-#: Its descriptor set. Those of other things than disks have smaller numbers.
+#: Its descriptor set. The sets of disks have larger numbers.
 BASE_FDSET = FDSET_BASE - 1
 
-#: As systemd-vmspawn, sizes are rounded up to whole pages.
+#: Sizes are rounded up to whole pages, as by systemd-vmspawn.
 _GROW_UNIT = 4096
 
 
@@ -86,7 +86,7 @@ def _round_up(size: int) -> int:
 
 
 def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backing:
-    """Make a raw image file that is smaller than `size` that large; returns what it is then.
+    """Grow a raw image file to `size` bytes, unless it is larger; returns it with its new size.
 
     Raises StartError, UsageError for an image in another format and for a block device that is smaller.
     """

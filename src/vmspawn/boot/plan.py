@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Turn a configuration into a plan of the machine, in two steps.
+"""Turns a configuration into a plan of the machine, in two steps.
 
-`choose` finds the binary, the accelerator and the kernel; it may take long, for it probes QEMU and makes the built-in
-guest, and leaves nothing to undo. `make_plan` opens and starts what QEMU inherits.
+`choose` finds the binary, the accelerator and the kernel. It may take long, because it probes QEMU and makes the
+built-in guest, and leaves nothing to undo. `make_plan` opens files and starts processes that QEMU inherits.
 """
 
 import os
@@ -13,7 +13,7 @@ from ..errors import StartError
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import kernel_image
-from . import console, credentials, memory, network, smbios, uefi
+from . import console, credentials, memory, network, shares, smbios, uefi
 from .commandline import BootDisk, Choices, Kernel, Plan
 from .config import MachineConfig
 from .extras import NO_EXTRAS, Extras, Owned, content, join, take_place
@@ -34,7 +34,7 @@ _ROOT = ("root=", "mount.usr=")
 
 
 class Reporter(NamedTuple):
-    """Where lines about the start go: `notice` takes those for every user, `detail` those for a user who wants more."""
+    """Prints lines about the start: `notice` for every user, `detail` for a user who wants more."""
 
     notice: Callable[[str], None]
     detail: Callable[[str], None]
@@ -55,11 +55,10 @@ def choose(config: MachineConfig, report: Reporter) -> Choices:
 
 
 def _with_own_kernel(config: MachineConfig) -> MachineConfig:
-    """The configuration with the kernel that a directory contains, if the user names none. Raises StartError."""
+    """Fill in the kernel that the directory contains, if the user names none. Raises StartError."""
     if config.directory is None or config.linux is not None:
         return config
     from ..images import boot_entries
-    from . import shares
 
     shares.check("directory", config.directory)
     linux, initrds = boot_entries.find(config.directory)
@@ -101,7 +100,7 @@ def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> "Builtin
 
 
 def _check_readable(field: str, path: str) -> None:
-    """Raise StartError if QEMU, which opens these files by their paths, could not read one."""
+    """Raise StartError for a file that QEMU, which opens it by its path, cannot read."""
     try:
         with open(path, "rb") as file:
             if not file.read(1):
@@ -157,8 +156,6 @@ def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owne
     config = chosen.config
     if not (config.directory or config.binds):
         return NO_EXTRAS
-    from . import shares
-
     served = shares.start(config.directory, config.binds, directory, chosen.layout, report.notice, owned)
     return join(memory.shared(config.ram_bytes), served)
 
@@ -173,7 +170,7 @@ def _refuse_strings(config: MachineConfig) -> None:
 
 
 def _kernel_arguments(chosen: Choices, of_extras: tuple[str, ...]) -> tuple[str, ...]:
-    """The arguments of the guest's kernel. The user's are the last, so that they prevail."""
+    """Put the kernel's arguments together. The user's are the last, so that they prevail."""
     config = chosen.config
     of_kernel = chosen.kernel.arguments if chosen.kernel is not None else ()
     own = (*console.kernel_arguments(config), *of_kernel, *_of_emulation(chosen))
@@ -188,7 +185,7 @@ def _of_emulation(chosen: Choices) -> tuple[str, ...]:
 
 
 def _root(chosen: Choices) -> tuple[str, ...]:
-    """The argument that names the image's root, for a kernel that QEMU loads. Raises StartError."""
+    """Return the argument that names the image's root, for a kernel that QEMU loads. Raises StartError."""
     config = chosen.config
     if not config.linux or not config.image or _passed_by_smbios(chosen):
         return ()
@@ -215,7 +212,7 @@ def _find_root(config: MachineConfig, image: str, architecture: str) -> str:
 
 
 def _passed_by_smbios(chosen: Choices) -> bool:
-    """Whether a boot loader or a UKI's stub gives the kernel its arguments, not QEMU's -append."""
+    """Whether the kernel gets its arguments from a boot loader or a UKI's stub, not from QEMU's -append."""
     if chosen.kernel is None:
         return True
     linux = chosen.config.linux
@@ -223,7 +220,7 @@ def _passed_by_smbios(chosen: Choices) -> bool:
 
 
 def _strings(chosen: Choices, arguments: tuple[str, ...]) -> list[bytes]:
-    """The SMBIOS strings, credentials excepted."""
+    """Return the SMBIOS strings, credentials excepted."""
     found = list(console.vendor_strings(chosen.config)) if chosen.kernel is None else []
     found += map(os.fsencode, chosen.config.vendor_strings)
     if _passed_by_smbios(chosen):
@@ -232,21 +229,19 @@ def _strings(chosen: Choices, arguments: tuple[str, ...]) -> list[bytes]:
 
 
 def _credentials(config: MachineConfig) -> Iterator[tuple[str, bytes]]:
-    """The credentials by name; our lines for the guest's fstab are added to the user's."""
-    from .shares import FSTAB_CREDENTIAL, fstab
-
-    lines = fstab(config.binds)
+    """Yield the credentials by name. Our lines for the guest's fstab are added to the user's."""
+    lines = shares.fstab(config.binds)
     for each in config.credentials:
         value = credentials.load(each)
-        if each.name == FSTAB_CREDENTIAL and lines:
+        if each.name == shares.FSTAB_CREDENTIAL and lines:
             value, lines = value.rstrip(b"\n") + b"\n" + lines, b""
         yield each.name, value
     if lines:
-        yield FSTAB_CREDENTIAL, lines
+        yield shares.FSTAB_CREDENTIAL, lines
 
 
 def _load(chosen: Choices, arguments: tuple[str, ...], owned: Owned) -> tuple[Kernel | None, Extras]:
-    """The kernel as QEMU loads it, and the descriptor of its initrd if we made that."""
+    """Return the kernel as QEMU loads it, and the descriptor of its initrd if several were merged."""
     kernel, config = chosen.kernel, chosen.config
     if kernel is None:
         return None, NO_EXTRAS
@@ -257,7 +252,7 @@ def _load(chosen: Choices, arguments: tuple[str, ...], owned: Owned) -> tuple[Ke
 
 
 def _merged(initrds: tuple[str, ...]) -> bytes:
-    """Several initrds as one: the kernel unpacks one after the other."""
+    """Merge initrds into one: the kernel unpacks them one after the other."""
     merged = bytearray()
     for path in initrds:
         merged += bytes(-len(merged) % _INITRD_ALIGNMENT)

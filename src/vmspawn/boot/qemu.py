@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The QEMU binary: which one, what it can do, and which accelerator the host lets it use."""
+"""Finds a QEMU binary, probes its features, and chooses the accelerator."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from ..host.programs import find_program
 #: The oldest QEMU that is tested.
 VERSION_MIN = (7, 2)
 
-# By the guest's architecture, and what is to be installed for them.
+# By the guest's architecture; and the packages that contain them.
 _BINARIES = {
     "x86_64": ("qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm"),
     "aarch64": ("qemu-system-aarch64",),
@@ -31,11 +31,11 @@ _CACHE_FILE = "qemu-probes.json"
 
 
 class QemuBinary(NamedTuple):
-    """A QEMU and what we need to know of it before it runs."""
+    """A QEMU binary, and the features that its command line depends on."""
 
     path: str
     version: tuple[int, int, int]
-    #: What it emulates, in the kernel's words.
+    #: The architecture that it emulates, by the kernel's name.
     architecture: str
     #: QEMU 11.1 brought `-object monitor-qmp` and deprecated `-mon`.
     monitor_object: bool
@@ -46,9 +46,10 @@ class QemuBinary(NamedTuple):
 
 
 def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
-    """Find and probe a QEMU for that machine type. Probes are cached by the file's identity, for one takes 0.1 s.
+    """Find and probe a QEMU for a machine type. A probe takes 0.1 s, so its result is cached by the file's identity.
 
-    Raises StartError if there is none, it does not run, or it is too old; UsageError if it emulates something else.
+    Raises StartError if no QEMU is found, it does not run, or it is too old; UsageError if it emulates another
+    architecture.
     """
     architecture = ARCHITECTURES[machine_type]
     path = _locate(explicit, architecture)
@@ -128,13 +129,13 @@ _QUESTIONS: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def _probe(path: str, identity: list[int]) -> QemuBinary:
-    """Ask the binary, and remember its answers."""
+    """Run the binary to ask for its features, and cache the answers."""
     import json
 
     version = _parse_version(path, _run(path, "--version"))
     if version < VERSION_MIN:
         return QemuBinary(path, version, "", False, False, False)
-    # Its name tells which machine it has; that it emulates what it says is asked.
+    # The name tells which machine types it has; the architecture is asked for.
     machine = "virt" if "aarch64" in os.path.basename(path) else "q35"
     commands = "".join(json.dumps({"execute": name, "arguments": arguments}) for name, arguments in _QUESTIONS)
     options = ("-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-machine", machine)
@@ -149,7 +150,7 @@ def _probe(path: str, identity: list[int]) -> QemuBinary:
 
 
 def _understand(path: str, version: tuple[int, int, int], output: str) -> QemuBinary:
-    """What the answers to the questions say."""
+    """Make a QemuBinary of the answers to _QUESTIONS."""
     import json
 
     answers = [json.loads(line) for line in output.splitlines() if line.startswith(('{"return"', '{"error"'))]
@@ -185,7 +186,7 @@ def _run(path: str, *arguments: str, feed: str = "") -> str:
 
 
 def _parse_version(path: str, text: str) -> tuple[int, int, int]:
-    """The version from "QEMU emulator version 7.2.22 (Debian …)"."""
+    """Read the version in "QEMU emulator version 7.2.22 (Debian …)"."""
     words = text.split()
     if words[:3] != ["QEMU", "emulator", "version"] or len(words) < 4:
         raise StartError.with_fields("{path} is not QEMU", hint=_NAME_ONE, path=path)
@@ -195,7 +196,7 @@ def _parse_version(path: str, text: str) -> tuple[int, int, int]:
 
 
 def _remember(binary: QemuBinary, identity: list[int]) -> None:
-    """Add to the cache. That it cannot be written costs time at the next start and is no error."""
+    """Add a probe to the cache. A cache that cannot be written is ignored: the next start probes again."""
     import json
 
     try:
@@ -223,10 +224,10 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
 
 
 def choose_accelerator(kvm: str, architecture: str) -> tuple[str, str]:
-    """The accelerator for `--kvm=auto|yes|no` and that guest, and why it is TCG where the user might have expected KVM.
+    """Choose the accelerator; returns its name, and the reason if it is TCG although `kvm` is auto.
 
-    An open /dev/kvm is not enough: there are hosts where it opens without the processor's help, and guests hang. Raises
-    UsageError if KVM was a firm wish and cannot be.
+    /dev/kvm may open on hosts whose processor has no virtualization, where guests hang; so the processor is checked as
+    well. Raises UsageError if `kvm` is yes and KVM cannot be used.
     """
     if kvm == "no":
         return "tcg", ""
@@ -254,13 +255,13 @@ def _why_no_kvm(architecture: str) -> str:
 
 
 def why_not_opened(error: OSError) -> str:
-    """Explain why /dev/kvm cannot be opened, with the way out if it is one of permission."""
+    """Explain why /dev/kvm cannot be opened, and how to get the permission if that is missing."""
     way_out = "; add yourself to the group kvm" if error.errno == errno.EACCES else ""
     return f"/dev/kvm cannot be opened: {error.strerror}{way_out}"
 
 
 def _cpu_flags() -> set[str]:
-    """The flags of the first processor; the file has an entry for each and can be long."""
+    """Return the flags of the first processor."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What QEMU forbids itself, so that a guest that breaks out of its machine is still in a cage.
+"""Confines QEMU by its seccomp filters, so that a guest that breaks out of QEMU can do little.
 
-These are the filters of QEMU's `-sandbox` (docs/system/security.rst; qemu-options.hx): system calls of old interfaces,
-those that raise privileges, start programs, or change the scheduling of processes, end QEMU. It starts no program in
-any case: what a machine needs beside it is started by us.
+The filters are those of QEMU's `-sandbox` (docs/system/security.rst; qemu-options.hx): obsolete system calls, and those
+that raise privileges, start programs, or change the scheduling of processes, end QEMU. QEMU never has to start a
+program: we start the processes beside it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _WITH_WINDOW = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
 
 
 def sandbox(binary: QemuBinary, config: MachineConfig) -> list[str]:
-    """QEMU's options for it; none where it was built without, or the user brings his own."""
+    """Return QEMU's options for the sandbox; none if it was built without, or the user specifies a sandbox."""
     if not binary.sandbox or "-sandbox" in config.qemu_arguments:
         return []
     return ["-sandbox", _WITH_WINDOW if config.console == "gui" else _STRICT]
 
 
 def may_start_programs(pid: int) -> bool:
-    """Whether a running QEMU's sandbox lets it start programs; read from its command line, whoever wrote that."""
+    """Whether a running QEMU's sandbox lets it start programs, by its command line."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().split(b"\0")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directories of the host in the guest: `--directory=` as its root, `--bind=` below it, over virtiofs.
+"""Shares directories of the host with the guest over virtiofs: as its root, or at mount points below it.
 
-Each is served by a virtiofsd of its own, which QEMU is connected to from the start. systemd in the guest mounts what is
-bound, for it gets a line for its fstab as a credential.
+Each directory is served by a virtiofsd of its own, which QEMU is connected to from the start. systemd in the guest
+mounts the shares: it gets lines for its fstab as a credential.
 """
 
 import json
@@ -22,7 +22,7 @@ from .extras import Extras, Owned, join, take_place
 if TYPE_CHECKING:
     from ..helpers.virtiofsd import Virtiofsd
 
-#: The tag of the root, and the kernel arguments by which the guest mounts it; as systemd-vmspawn.
+#: The tag of the root, and the kernel arguments by which the guest mounts it; as in systemd-vmspawn.
 ROOT_TAG = "root"
 ROOT_ARGUMENTS = ("root=root", "rootfstype=virtiofs", "rw")
 
@@ -34,7 +34,7 @@ _QUEUE_SIZE = 1024
 
 
 class Share(NamedTuple):
-    """A directory of the host's, and where the guest has it. Both are absolute."""
+    """A directory of the host, and its mount point in the guest. Both are absolute."""
 
     source: str
     target: str
@@ -42,7 +42,7 @@ class Share(NamedTuple):
 
 
 def fstab(shares: tuple[Share, ...]) -> bytes:
-    """The lines by which the guest mounts what is bound, in the order of their tags."""
+    """Return the lines of fstab(5) by which the guest mounts the shares, in the order of their tags."""
     lines = (
         f"{_tag(number)} {_escape(each.target)} virtiofs {'ro' if each.read_only else 'rw'},x-initrd.mount\n"
         for number, each in enumerate(shares)
@@ -55,7 +55,7 @@ def _tag(number: int) -> str:
 
 
 def _escape(path: str) -> str:
-    """A path in fstab(5): white space and the backslash by their octal codes."""
+    """Escape a path for fstab(5): white space and the backslash become octal codes."""
     return "".join(f"\\{ord(each):03o}" if each in " \t\n\\" else each for each in path)
 
 
@@ -85,7 +85,7 @@ def start(
 
 
 def _wanted(directory: str | None, shares: tuple[Share, ...]) -> Iterator[tuple[str, Share]]:
-    """What is shared, by its tag. Raises StartError."""
+    """Yield the shares by their tags, the root first. Raises StartError."""
     if directory is not None:
         check("directory", directory)
         yield ROOT_TAG, Share(directory, "/")
@@ -95,7 +95,7 @@ def _wanted(directory: str | None, shares: tuple[Share, ...]) -> Iterator[tuple[
 
 
 def check(field: str, path: str) -> None:
-    """Raise StartError if the path of a field is no directory, or not ours to open."""
+    """Raise StartError if the path of a field is not a directory that we can open."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
@@ -108,7 +108,7 @@ def _serve(program: "Virtiofsd", share: Share, tag: str, runtime: MachineDirecto
     name = f"virtiofs-{tag}"
     address = runtime.socket_address(name)
     with listen(address, 1) as listener:
-        # It waits in the listening socket until virtiofsd accepts, and the socket needs no name any more.
+        # The connection waits until virtiofsd accepts it; the socket's name is not needed any more.
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
             connected.connect(address)
             os.unlink(runtime.file(name))

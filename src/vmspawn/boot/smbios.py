@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""SMBIOS type 11 strings (smbios-type-11(7)): how a guest's systemd, its stub and its boot loader are told things."""
+"""Passes strings to systemd, its stub and its boot loader in the guest, by SMBIOS type 11 (smbios-type-11(7))."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import StartError
 from .config import MachineConfig
 from .extras import Extras, Owned, content, join
 
-#: A kernel's COMMAND_LINE_SIZE on x86; a longer one is cut without a word.
+#: A kernel's COMMAND_LINE_SIZE on x86; a longer command line is cut without an error.
 KERNEL_ARGUMENTS_MAX = 2048
 
 #: Bytes of all strings together. Firmware counts the table's length in 16 bits; beyond that QEMU 7.2 cuts it and 11.1
-#: loses it at some length, both without a word. The rest is for what else is in the table.
+#: loses it at some length, both without an error. The rest is for the other strings of the table.
 TOTAL_MAX = 60_000
 
-#: What QEMU takes as a name of a fw_cfg file (QEMU's docs/specs/fw_cfg.rst), and where systemd looks for credentials.
+#: The longest name of a fw_cfg file (QEMU's docs/specs/fw_cfg.rst), and the directory where systemd finds credentials.
 _FW_CFG_NAME_MAX = 55
 _FW_CFG_DIRECTORY = "opt/io.systemd.credentials/"
 
@@ -44,7 +44,7 @@ def needs_uefi(config: MachineConfig, architecture: str) -> bool:
 
 
 def of_kernel_arguments(arguments: Iterable[str]) -> list[bytes]:
-    """The strings that add kernel arguments to what an image boots by systemd-stub or systemd-boot."""
+    """Return the strings that pass kernel arguments to systemd-stub and systemd-boot in the image."""
     line = " ".join(arguments)
     if not line:
         return []
@@ -59,7 +59,7 @@ def check_kernel_arguments(arguments: Iterable[str]) -> None:
 
 
 def extras(strings: Sequence[bytes], credentials: Iterable[tuple[str, bytes]], owned: Owned) -> Extras:
-    """QEMU's arguments for the strings, and for credentials by name.
+    """Return QEMU's arguments for the strings, and for credentials by name.
 
     Both are passed as files in memory, so that ps(1) shows no credential. A credential that does not fit into the table
     is passed by fw_cfg, which systemd reads as well. Raises StartError for a credential that fits neither.
@@ -99,7 +99,7 @@ def _fw_cfg(name: str, value: bytes, owned: Owned) -> Extras:
 
 
 def of_credential(name: str, value: bytes) -> bytes:
-    """The string that systemd in the guest takes a credential from."""
+    """Return the string by which systemd in the guest gets a credential."""
     import binascii
 
     return f"io.systemd.credential.binary:{name}=".encode() + binascii.b2a_base64(value, newline=False)

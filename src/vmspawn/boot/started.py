@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A QEMU that runs, with all that its manager needs: what `launch` and `adopt` return."""
+"""Holds a running QEMU with all that its manager needs, as `launch` and `adopt` return it."""
 
 import socket
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ class Launched(NamedTuple):
 
 
 class Adopted(NamedTuple):
-    """The origin of a QEMU that another manager launched, and what that manager wrote down last."""
+    """The origin of a QEMU that another manager launched, with the state that this manager wrote last."""
 
     state: State
 
@@ -53,7 +53,7 @@ class SharedConsole(NamedTuple):
     log: ConsoleLog | None
 
     def close(self) -> None:
-        """Close all of it. May be called again."""
+        """Close the pipes, the socket and the log. May be called again."""
         for each in (self.typed, self.shown, self.listener):
             each.close()
         if self.log is not None:
@@ -61,7 +61,7 @@ class SharedConsole(NamedTuple):
 
 
 class Started(NamedTuple):
-    """A QEMU that runs. Owns everything below; what another object takes over is closed once, by that object.
+    """A running QEMU. Owns everything below; an object that takes over a part of it closes that part.
 
     `console` is None if the console is QEMU's own (`native`). `transcript` is the file that the console is appended to.
     """
@@ -80,7 +80,7 @@ class Started(NamedTuple):
     helpers: tuple[Helper, ...]
 
     def leave(self) -> None:
-        """Let go of QEMU and its helpers, which run on for another manager. May be called again."""
+        """Disconnect from QEMU and its helpers, which run on for another manager. May be called again."""
         self._close()
         for helper in self.helpers:
             helper.leave()
@@ -98,7 +98,7 @@ class Started(NamedTuple):
         self.directory.remove()
 
     def give_up(self) -> None:
-        """Take back a start that failed: end a QEMU that was launched, let go of one that was adopted."""
+        """Undo a start that failed: end a QEMU that was launched, leave one that was adopted."""
         if isinstance(self.origin, Launched):
             self.end()
         else:
@@ -116,7 +116,7 @@ def connect_monitors(directory: MachineDirectory, undo: ExitStack) -> Monitors:
 
 
 def connect(directory: MachineDirectory, name: str, undo: ExitStack) -> socket.socket:
-    """Connect to one of QEMU's sockets. Raises OSError, at once where the socket's queue is full."""
+    """Connect to one of QEMU's sockets. Raises OSError, at once if the socket's queue is full."""
     connected = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     connected.setblocking(False)
     connected.connect(directory.socket_address(name))
@@ -126,7 +126,7 @@ def connect(directory: MachineDirectory, name: str, undo: ExitStack) -> socket.s
 def share_console(
     directory: MachineDirectory, pipes: tuple[int, int], log: ConsoleLog | None, undo: ExitStack
 ) -> SharedConsole:
-    """Listen for viewers of the console whose pipes are given: for what is typed, and what is shown.
+    """Listen for viewers of a console. `pipes` are our ends for input and for output.
 
     Owns `pipes` and `log` from the call on. Raises OSError.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which firmware a machine gets, and QEMU's arguments for it."""
+"""Chooses a machine's firmware, and writes QEMU's arguments for it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _not_found(config: MachineConfig) -> str:
 
 
 def extras(found: Firmware, config: MachineConfig, owned: Owned) -> Extras:
-    """QEMU's arguments for the firmware and its variables. Raises StartError."""
+    """Return QEMU's arguments for the firmware and its variables. Raises StartError."""
     if found.memory:
         return Extras(arguments=("-bios", found.executable.path))
     code = owned.lend(_open(found.executable))
