@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel that a directory has for itself: by the entries of its boot loader, or as distributions put it there.
+"""Finds the kernel in a directory: by the entries of its boot loader, or where distributions install it.
 
 The UAPI group's Boot Loader Specification: unified kernel images in EFI/Linux, and `.conf` files in loader/entries,
 below what is mounted at /efi or /boot.
@@ -15,7 +15,7 @@ from ..errors import StartError
 
 _BOOT_DIRECTORIES = ("efi", "boot", "boot/efi")
 
-#: What distributions call the initrd of a kernel, by its version.
+#: Names of a kernel's initrd in distributions, by the version.
 _INITRDS = ("initrd.img-{}", "initramfs-{}.img", "initrd-{}")
 
 
@@ -27,9 +27,9 @@ class Entry(NamedTuple):
 
 
 def find(root: str) -> Entry:
-    """The newest kernel of a directory; a unified image before an entry, and an entry before a bare kernel.
+    """Find the newest kernel; unified images come before entries, and entries before bare kernels.
 
-    Raises StartError if there is none.
+    Raises StartError if there is no kernel.
     """
     boots = [os.path.join(root, each) for each in _BOOT_DIRECTORIES]
     if images := [each for boot in boots for each in _files(os.path.join(boot, "EFI/Linux"), ".efi")]:
@@ -60,13 +60,13 @@ def _files(folder: str, suffix: str) -> list[str]:
 
 
 def _version(path: str) -> list[tuple[int, str]]:
-    """A key that sorts versions: numbers in names count as numbers."""
+    """Return a key that sorts file names by version: numbers in names count as numbers."""
     parts = re.findall(r"\d+|\D+", os.path.basename(path))
     return [(int(each), "") if each.isdigit() else (-1, each) for each in parts]
 
 
 def _read(path: str, boot: str) -> Entry | None:
-    """An entry whose kernel is there; the paths in it begin where its boot directory does."""
+    """Read an entry; returns None if its kernel is missing. Its paths are relative to the boot directory."""
     linux, initrds = "", []
     try:
         with open(path, "rb") as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images by name, where machinectl and importctl keep them."""
+"""Finds images by name in the directories of machinectl and importctl."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..user_directories import user_directory
 
 _SYSTEM = ("/etc/machines", "/run/machines", "/var/lib/machines", "/usr/local/lib/machines", "/usr/lib/machines")
 
-#: Where an image is best put.
+#: The directory that hints suggest for an image.
 _DEFAULT = "/var/lib/machines"
 
 
 def places() -> list[str]:
-    """The directories that are looked in, the first counts; a user's own come before the system's."""
+    """Return the directories to search, in order; a user's own come before the system's."""
     if os.geteuid() == 0:
         return list(_SYSTEM)
     state = user_directory("XDG_STATE_HOME", ".local/state")
@@ -24,9 +24,9 @@ def places() -> list[str]:
 
 
 def find(name: str) -> dict[str, Any]:
-    """The fields of MachineConfig that boot the image of that name: NAME.raw, or the directory NAME.
+    """Return the fields of MachineConfig that boot the image of that name: NAME.raw, or the directory NAME.
 
-    Raises UsageError if there is none.
+    Raises UsageError if there is no image.
     """
     for place in places():
         raw, directory = os.path.join(place, f"{name}.raw"), os.path.join(place, name)

@@ -35,7 +35,7 @@ _NO_AUTO = 1 << 63
 _GPT_HEADER = struct.Struct("<8s64xQII")
 _GPT_ENTRY = struct.Struct("<16s16s16xQ")
 _ENTRIES_MAX = 1 << 20
-#: No file reaches further, and no system call takes more. A guest can write any number into its own table.
+#: The largest offset that system calls accept. A guest can write any number into its partition table.
 _OFFSET_MAX = (1 << 63) - _ENTRIES_MAX - 1
 
 # An MBR: its signature at 440, four entries at 446 (type at their fifth byte), 55 AA at the end.
@@ -43,7 +43,7 @@ _MBR_ENTRIES = 446
 _MBR_LINUX = 0x83
 _MBR_PROTECTIVE = 0xEE
 
-#: The first disk of each kind, as the kernel calls it before udev runs.
+#: The kernel's name of the first disk on each bus.
 _FIRST_DISK = {"virtio-blk": "/dev/vda", "nvme": "/dev/nvme0n1", "virtio-scsi": "/dev/sda", "scsi-cd": "/dev/sr0"}
 
 Reader = Callable[[int, int], bytes]
@@ -56,7 +56,7 @@ class _Partition(NamedTuple):
 
 
 def root_argument(read: Reader, *, architecture: str, bus: str, path: str) -> str:
-    """The argument for an image; `read` takes an offset and a length in it. Raises StartError if nothing can be it."""
+    """Return the kernel argument. `read` takes an offset and a length in the image. Raises StartError."""
     sector = 2048 if bus == "scsi-cd" else 512
     partitions = [each for each in _gpt(read, sector) if not each.attributes & _NO_AUTO]
     for name, partition_type in (("root", _ROOT_TYPES[architecture]), ("mount.usr", _USR_TYPES[architecture])):
@@ -73,7 +73,7 @@ def root_argument(read: Reader, *, architecture: str, bus: str, path: str) -> st
     what = "more than one partition that could be" if generic else "no partition that is"
     raise StartError(
         f"{path} has {what} the guest's root, so its kernel cannot be told one",
-        hint="say it in a kernel argument: root=…",
+        hint="pass a kernel argument: root=…",
     )
 
 
@@ -109,13 +109,13 @@ def _gpt(read: Reader, sector: int) -> Iterator[_Partition]:
 
 
 def _guid(raw: bytes) -> str:
-    """A GUID as text: its first three fields are little-endian."""
+    """Format a GUID, whose first three fields are little-endian."""
     first, second, third = struct.unpack_from("<IHH", raw)
     return f"{first:08x}-{second:04x}-{third:04x}-{raw[8:10].hex()}-{raw[10:].hex()}"
 
 
 def _mbr(read: Reader) -> list[str] | None:
-    """What the kernel calls the Linux partitions of an MBR, or None if there is no MBR."""
+    """Return the kernel's PARTUUIDs of the Linux partitions of an MBR, or None if there is no MBR."""
     block = read(0, 512)
     if len(block) < 512 or block[510:] != b"\x55\xaa":
         return None

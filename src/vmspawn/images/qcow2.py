@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""As much of qcow2 as is needed without QEMU: reading what the guest would read, and making an empty overlay.
+"""Reads the guest's view of a qcow2 image, and writes empty overlays.
 
 The format is QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 """
@@ -27,7 +27,7 @@ _EXTERNAL_DATA, _COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 2, 1 << 3, 1 << 4
 
 
 class Layout(NamedTuple):
-    """What a header says: the size of the disk and of a cluster in bytes, and where the first-level table is."""
+    """The fields of a header: the size of the disk in bytes, the bits of a cluster's size, the first-level table."""
 
     size: int
     cluster_bits: int
@@ -36,18 +36,21 @@ class Layout(NamedTuple):
 
 
 def layout_of(fd: int, path: str) -> Layout:
-    """Read an image's header. Raises StartError for what we do not read."""
+    """Read an image's header. Raises StartError for an image with features that are not supported here."""
     raw = os.pread(fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0")
     magic, version, _, _, bits, size, encryption, entries, l1, _, _, _, _, incompatible, *_ = _HEADER.unpack(raw)
     incompatible = incompatible if version >= 3 else 0
     is_unknown = encryption or incompatible & (_EXTERNAL_DATA | _EXTENDED_L2)
     if magic != _MAGIC or not 9 <= bits <= 21 or is_unknown or l1 > _OFFSET_MASK or size > _SIZE_MAX:
-        raise StartError(f"cannot look into {path} for its partitions", hint="say root=… in a kernel argument")
+        raise StartError(
+            f"cannot look into {path}: it is encrypted or damaged, or has features of qcow2 that only QEMU reads",
+            hint="convert it with: qemu-img convert; for its partitions, a kernel argument root=… will do",
+        )
     return Layout(size, bits, l1, entries)
 
 
 class Reader:
-    """Reads what the guest would read of an image without a backing file. The descriptor stays the caller's."""
+    """Reads an image without a backing file as the guest does. The descriptor stays the caller's."""
 
     def __init__(self, fd: int, path: str) -> None:
         self._fd = fd
@@ -55,7 +58,7 @@ class Reader:
         self._layout = layout_of(fd, path)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read from the disk; what lies beyond its end is left out."""
+        """Read from the disk; returns fewer bytes beyond its end."""
         length = max(0, min(length, self._layout.size - offset))
         cluster = 1 << self._layout.cluster_bits
         parts = []
@@ -93,15 +96,15 @@ class Reader:
         except zlib.error:
             raise StartError(
                 f"cannot look into {self._path} for its partitions: they are compressed in a way not known here",
-                hint="say root=… in a kernel argument",
+                hint="pass a kernel argument: root=…",
             ) from None
 
 
 def write_empty(fd: int, size: int) -> None:
-    """Make an open, empty file an image of `size` bytes that has nothing of its own; what is below it shows through.
+    """Make an open, empty file an image of `size` bytes without data; reads go to the image below it.
 
-    It names no backing file: QEMU is told the node. Cluster 0 is the header, 1 the reference counts' table, 2 their
-    first block, the first-level table follows.
+    It names no backing file: QEMU's command line names the node. Cluster 0 is the header, 1 the reference counts'
+    table, 2 their first block; the first-level table follows.
     """
     per_l2 = _CLUSTER // 8
     l1_entries = -(-size // (per_l2 * _CLUSTER))
