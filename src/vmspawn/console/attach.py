@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Show a machine's console on this terminal, from another process than its manager's, for `vmctl console`.
+"""Shows a machine's console on this terminal, from another process than the manager's, for `vmctl console`.
 
-It is one loop around poll(2), for a command that shows and types needs no more, and no asyncio.
+It is a loop around poll(2), which a command loads faster than asyncio.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .terminal import Screen, Terminal
 #: Bytes from a pipe that wait for the machine before no more are read.
 _PIPED_MAX = 65536
 
-#: Signals that end the command; the terminal is in order then.
+#: Signals that end the command, after the terminal has been restored.
 _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
 class ConsoleAttachment:
-    """Connects a console's socket with two descriptors. All stay the caller's."""
+    """Connects a console's socket with two descriptors. All of them stay the caller's."""
 
     #: Whether the console ended the attachment, not the user.
     has_hung_up = False
@@ -52,7 +52,7 @@ class ConsoleAttachment:
         self._signals: list[int] = []
 
     def run(self) -> int:
-        """Show and type until the user detaches or the console ends: 0; or until a signal comes: its number."""
+        """Show and type until the user detaches or the console ends; returns 0, or the number of a signal that came."""
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         handled = {number: signal.signal(number, self._signalled) for number in self._handled_signals()}
         old = signal.set_wakeup_fd(waker)
@@ -99,11 +99,11 @@ class ConsoleAttachment:
             poll.register(self._source, select.POLLIN)
         deadline = self._hotkeys.deadline if self._hotkeys is not None else None
         seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-        # A little late rather than a little early, or the loop would turn without effect.
+        # Rounded up: a wait that ends too early would be repeated at once.
         return dict(poll.poll(None if seconds is None else int(seconds * 1000) + 1))
 
     def _exchange(self, events: int) -> bool:
-        """Send what was typed and show what came; False when the console has ended."""
+        """Send input and show output; returns False when the console has ended."""
         try:
             if events & select.POLLOUT and self._outgoing:
                 del self._outgoing[: self._console.send(bytes(self._outgoing[:READ_SIZE]))]
@@ -119,7 +119,7 @@ class ConsoleAttachment:
         return bool(data)
 
     def _read(self) -> bool:
-        """Type what was typed; False when the user detaches, or the terminal is gone."""
+        """Read input from the user; returns False when the user detaches, or the terminal is gone."""
         try:
             data = os.read(self._source, READ_SIZE)
         except OSError:
@@ -133,7 +133,7 @@ class ConsoleAttachment:
         for piece in self._hotkeys.feed(data, time.monotonic()):
             if piece is Key.END:
                 return False
-            # The other keys are vmspawn's own; here they are for the guest.
+            # The other keys are for vmspawn; from here, they go to the guest.
             self._type(piece.value if isinstance(piece, Key) else piece)
         return True
 
@@ -144,7 +144,7 @@ class ConsoleAttachment:
     # The terminal and the signals.
 
     def _obey_signals(self) -> int:
-        """What the signals that came ask for; the number of one that ends the command, or 0."""
+        """Handle the signals that came; returns the number of a signal that ends the command, or 0."""
         signals, self._signals = self._signals, []
         for number in signals:
             if number in _END_SIGNALS:
@@ -158,7 +158,7 @@ class ConsoleAttachment:
         return 0
 
     def _stop(self) -> None:
-        """Stop as a job of the shell does; goes on here when it is continued."""
+        """Stop this process as a job of the shell, and take the terminal again when it is continued."""
         if self._terminal is not None:
             self._terminal.restore()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)

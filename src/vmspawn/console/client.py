@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serve a client of the console's socket: show it the output, and type what it sends."""
+"""Serves a client of the console's socket: sends it the output, and types its input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from ..aio.sockets import has_hung_up
 from ..aio.writer import Writer
 
-#: Bytes that a client may leave unread, beside those in its socket, before the console waits for it.
+#: Bytes that may wait for a client, beside those in its socket, before the console waits for the client.
 UNREAD_MAX = 256 * 1024
 
-#: Seconds that the console waits for a client which takes nothing at all. A slow one goes on for ever; this one hangs,
-#: and would hang the guest.
+#: Seconds that the console waits for a client that reads nothing at all. A client that hangs would hang the guest; a
+#: slow one is waited for.
 STALL_TIMEOUT = 5.0
 
 _RECEIVE_SIZE = 65536
@@ -31,8 +31,8 @@ class ConsoleClient:
         on_room: Callable[[], None],
         on_closed: Callable[[ConsoleClient], None],
     ) -> None:
-        """`on_input` gets what the client typed, and calls back when there is room for more; `on_room` is called when
-        the client has read everything, `on_closed` once when the connection is closed."""
+        """`on_input` gets the client's input, and a function to call when there is room for more. `on_room` is called
+        when the client has read everything, `on_closed` once when the connection is closed."""
         connected.setblocking(False)
         self._socket: socket.socket | None = connected
         self._on_input = on_input
@@ -82,7 +82,7 @@ class ConsoleClient:
             self._on_room()
 
     def _watch(self, written: int) -> None:
-        """Look again in a while whether the client has taken anything since."""
+        """Check after STALL_TIMEOUT whether the client has read anything since."""
         self._stall = self._loop.call_later(STALL_TIMEOUT, self._stalled, written)
 
     def _stalled(self, before: int) -> None:

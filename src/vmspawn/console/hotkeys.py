@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keys that vmspawn keeps for itself, found among what is typed: a state machine that is told the time.
+"""Finds vmspawn's own key sequences in typed input.
 
-They are systemd-nspawn's: `^]^]^]`, `^]^]r` and `^]^]p`, each within a second. Everything else goes to the guest as it
-was typed, in its order. A ^] is held back until the next key, or its second, decides what it was.
+They are systemd-nspawn's: `^]^]^]`, `^]^]r` and `^]^]p`, each within a second. All other input goes to the guest as it
+was typed, in its order. A ^] is held back until the next key, or the end of its second, decides. The caller passes the
+time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ ESCAPE = b"\x1d"
 #: Seconds that a sequence may take from its first key to its last, as in systemd-nspawn.
 WINDOW = 1.0
 
-#: The line that says which keys there are, as systemd-nspawn prints one.
+#: A line that lists the keys, as systemd-nspawn prints it.
 HELP = "press ^] three times within 1s to end the machine, ^]^]p to power it off, ^]^]r to reboot it"
 
 
 class Key(Enum):
-    """What a sequence asks for. The value is what is typed."""
+    """The action of a key sequence. The value is the sequence."""
 
     END = ESCAPE * 3
     POWER_OFF = ESCAPE * 2 + b"p"
@@ -32,22 +33,22 @@ _LAST = {key.value[2:]: key for key in (Key.POWER_OFF, Key.REBOOT)}
 
 
 class Hotkeys:
-    """Splits what is typed into bytes for the guest and keys for us.
+    """Splits typed input into bytes for the guest and keys for us.
 
-    Times are seconds of any clock that never goes back.
+    Times are seconds of any monotonic clock.
     """
 
     def __init__(self) -> None:
-        # When each ^] was typed that is held back: none, one or two of them.
+        # The times of the ^] that are held back: none, one or two.
         self._held: deque[float] = deque()
 
     @property
     def deadline(self) -> float | None:
-        """When `expire` will have something to hand out, or None if nothing is held back."""
+        """The time at which `expire` will return something, or None if nothing is held back."""
         return self._held[0] + WINDOW if self._held else None
 
     def expire(self, now: float) -> bytes:
-        """Each ^] that was held back and has had its second; it is for the guest."""
+        """Return each ^] whose second is over, for the guest."""
         late = 0
         while self._held and now >= self._held[0] + WINDOW:
             self._held.popleft()
@@ -55,7 +56,7 @@ class Hotkeys:
         return ESCAPE * late
 
     def feed(self, data: bytes, now: float) -> list[bytes | Key]:
-        """What was typed now: the bytes for the guest and the keys, in the order of typing."""
+        """Take typed input; returns the bytes for the guest and the keys, in the order of typing."""
         found: list[bytes | Key] = []
         passed = bytearray(self.expire(now))
         position = 0
@@ -80,7 +81,7 @@ class Hotkeys:
         return found
 
     def _take(self, byte: bytes, now: float) -> bytes | Key:
-        """One byte that is a ^] or follows one: what is for the guest by now, perhaps nothing, or a key."""
+        """Take one byte that is a ^] or follows one; returns a key, or bytes for the guest, which may be none."""
         if byte == ESCAPE:
             self._held.append(now)
             if len(self._held) < 3:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Share the guest's console: hold QEMU's end of it, show it to any number of viewers, and let them type.
+"""Shares the guest's console: shows its output to any number of viewers, and passes their input on.
 
-A viewer that comes late is shown the last 64 KiB first, or as much as was printed before there was a manager to show
-it. A viewer that takes its output slowly slows the console down for everybody, as a slow terminal does; the viewer
-decides what happens if it takes nothing. So what is kept in memory is bounded, and nothing is dropped.
+A viewer that attaches late is shown the last 64 KiB first, or all output that was printed before there was a manager to
+show it. A viewer that reads slowly slows the console down for everybody, as a slow terminal does; the viewer decides
+what happens if it reads nothing. So memory is bounded, and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..aio.writer import Writer
 from .client import ConsoleClient
 from .unread import Log
 
-#: Bytes that a viewer who comes late is shown first.
+#: Bytes that a viewer who attaches late is shown first.
 REPLAY_MAX = 64 * 1024
 
-#: Bytes of input that wait for the guest before those who can wait are asked to.
+#: Bytes of input that wait for the guest before senders that can wait are asked to wait.
 INPUT_MAX = 64 * 1024
 
-#: Clients at once. Each costs a write for every piece of output.
+#: The most clients. Each costs a write for every piece of output.
 CLIENTS_MAX = 64
 
 _RECEIVE_SIZE = 65536
 
-#: Seconds without reading after less than a page came. A serial port sends its bytes one by one; we would be woken for
-#: each, and take the processor from QEMU. The pipe holds what comes meanwhile, and nobody sees five milliseconds.
+#: Seconds without reading after a read of less than a page. A serial port sends its bytes one by one; we would be woken
+#: for each, and take the processor from QEMU. The pipe holds the bytes meanwhile, and nobody notices five milliseconds.
 _GATHER = 0.005
 _FEW = 4096
 
@@ -42,20 +42,20 @@ class Viewer(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether it should not be shown more for now; it calls `Console.viewer_has_room` when that is over."""
+        """Whether it cannot show more for now; it calls `Console.viewer_has_room` when it can again."""
 
     def show(self, data: bytes) -> None:
         """Show output."""
 
     def finish(self) -> None:
-        """There will be no more output; detach once all of it has been shown."""
+        """Detach once all output has been shown; no more will come."""
 
 
 class Console:
-    """One machine's console. Owns what it is given: two pipes to QEMU, which do not block, and a listening socket.
+    """One machine's console. Owns its arguments: two pipes to QEMU, which do not block, and a listening socket.
 
-    `typed` takes what is typed, `source` has what is shown, and clients connect to `listener`. `log` is QEMU's, which
-    is emptied of what has been read; `unread` is what was printed before there was anybody to show it.
+    Input is written to `typed`, output is read from `source`, and clients connect to `listener`. `log` is QEMU's log,
+    which is emptied after each read; `unread` is output that was printed before there was a manager to show it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Console:
     # Viewers.
 
     def attach(self, viewer: Viewer) -> None:
-        """Show the console from now on, and what it showed last before that."""
+        """Show the console's last output to a viewer, and its output from now on."""
         self._viewers.append(viewer)
         if self._replay:
             viewer.show(bytes(self._replay[-self._replay_max :]))
@@ -92,7 +92,7 @@ class Console:
             viewer.finish()
 
     def detach(self, viewer: Viewer) -> None:
-        """Stop showing. Harmless if it was not attached."""
+        """Stop showing the console to a viewer. Does nothing if it is not attached."""
         if viewer in self._viewers:
             self._viewers.remove(viewer)
         if self._source is None and not self._viewers:
@@ -100,7 +100,7 @@ class Console:
         self.viewer_has_room()
 
     def viewer_has_room(self) -> None:
-        """A viewer that was full is so no longer."""
+        """Continue after a viewer that was full has room again."""
         if self._source is not None and not any(viewer.is_full for viewer in self._viewers):
             self._resume()
 
@@ -108,16 +108,16 @@ class Console:
 
     @property
     def input_pending(self) -> int:
-        """Bytes that were typed and that the guest has not taken yet."""
+        """The number of bytes of input that the guest has not taken yet."""
         return self._input.pending
 
     def type(self, data: bytes) -> None:
-        """Send input to the guest. Everything that is given is kept until the guest takes it."""
+        """Send input to the guest. It is queued until the guest takes it."""
         if self._source is not None:
             self._input.write(data)
 
     def when_input_has_room(self, callback: Callable[[], None]) -> None:
-        """Call back once when less than INPUT_MAX is waiting; at once where that is so now."""
+        """Call `callback` once, as soon as less than INPUT_MAX waits for the guest, which may be at once."""
         if self._input.pending < INPUT_MAX:
             callback()
         else:
@@ -165,7 +165,7 @@ class Console:
             self._loop.call_later(_GATHER, self.viewer_has_room)
 
     def _finish(self) -> None:
-        """QEMU has gone. What it sent has been read; the viewers show the rest of it."""
+        """Close the console after QEMU's end. The viewers show the rest of the output."""
         self._close_sockets()
         for viewer in tuple(self._viewers):
             viewer.finish()
@@ -198,7 +198,7 @@ class Console:
         self.detach(client)
 
     def close(self) -> None:
-        """Let every viewer go and close the sockets."""
+        """Detach every viewer and close the sockets."""
         self._close_sockets()
         for client in tuple(self._clients):
             client.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Show the guest's console on our standard output, and type from our standard input; terminals are raw meanwhile."""
+"""Shows the guest's console on our standard output, and types from our standard input, on raw terminals."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Interactive:
     """Shows a console on a descriptor and types from another; both stay the caller's.
 
-    Where they are terminals they are raw until `close`; then they are as before, whatever the guest has shown.
-    `on_key` gets our own keys, `on_terminal_gone` is called when the terminal to type on is no more, `on_resize` gets
-    the window's rows and columns, at once and whenever `window_changed` is called. `report` prints a message.
+    Terminals are raw until `close`, which restores them whatever the guest has shown. `on_key` gets our own keys,
+    `on_terminal_gone` is called when the terminal to type on is gone, `on_resize` gets the window's rows and columns,
+    at once and whenever `window_changed` is called. `report` prints a message.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Interactive:
             raise
 
     def write_line(self, line: str) -> None:
-        """Show a line of our own, in line with the guest's output and apart from it."""
+        """Show a line of our own between the guest's output, on a line of the terminal's own."""
         start = "" if self._screen.at_line_start else "\r\n"
         data = f"{start}{line}\r\n".encode()
         if self._shared and not self._suspended:
@@ -76,7 +76,7 @@ class Interactive:
                 os.write(2, data)
 
     def window_changed(self) -> None:
-        """Look at the window's size, and tell it."""
+        """Read the window's size, and report it to `on_resize`."""
         if os.isatty(self._target):
             self._on_resize(*window_size(self._target))
 
@@ -86,7 +86,7 @@ class Interactive:
         self._restore()
 
     def resume(self) -> None:
-        """Take the terminal, the first time or again. A background process is stopped here until it is in front."""
+        """Take the terminal, for the first time or again. A background process is stopped here until it is in front."""
         self._suspended = False
         for terminal, typed in self._terminals:
             terminal.raw(typed=typed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Type on the guest's console what comes from our terminal or through a pipe."""
+"""Passes input from our terminal or a pipe to the guest's console."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from .streams import Input
 if TYPE_CHECKING:
     from .hub import Console
 
-#: Bytes typed on a terminal that may wait for the guest. A terminal cannot be asked to wait, for our own keys come by
-#: the same way; what a guest that takes nothing leaves beyond this is dropped.
+#: Bytes typed on a terminal that may wait for the guest. We must go on reading a terminal, because our own keys come
+#: from it as well; input beyond this is dropped.
 TYPED_MAX = 1024 * 1024
 
 
 class Keyboard:
-    """Types on the console what a descriptor, which stays the caller's, delivers.
+    """Passes the input of a descriptor, which stays the caller's, to the console.
 
-    On a terminal our own keys are taken out, and handed to `on_key`; `on_gone` is called once when the terminal is no
-    more, `on_overflow` once when input had to be dropped. Anything else is passed as it is, at the guest's pace, to its
-    end.
+    On a terminal, our own keys are taken out and handed to `on_key`; `on_gone` is called once when the terminal is
+    gone, `on_overflow` once when input has been dropped. Other input is passed unchanged, at the guest's pace.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Keyboard:
                 self._loop.add_reader(self._input.fd, self._readable)
                 return
         except PermissionError:
-            # A file, or /dev/null: always ready, which epoll(7) refuses to tell.
+            # A regular file, or /dev/null: always ready, and refused by epoll(7).
             self._pollable = False
         self._loop.call_soon(self._readable)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Print a program's own messages, in lines, on a terminal that it may share with a guest."""
+"""Prints a program's own messages, in lines, on a terminal that it may share with a guest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..text import printable
 
 
 class Messages:
-    """Prints lines on standard error, or wherever `redirect` sends them. Imports next to nothing, for the start."""
+    """Prints lines on standard error, or by the function that `redirect` sets."""
 
     def __init__(self, program: str, *, quiet: bool) -> None:
         self._program = program
@@ -36,5 +36,5 @@ def _to_stderr(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        # Nobody is there to read it; there is no descriptor, or the terminal has gone.
+        # Nobody can read it: the descriptor is closed, or the terminal is gone.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it takes the place of one that is never closed either

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Our own standard streams without blocking, and without making them so for everybody who shares them.
+"""Reads and writes our standard streams without blocking, and without O_NONBLOCK for others that share them.
 
-O_NONBLOCK belongs to the open file, which the shell and its other children use too. So a terminal or a pipe is opened
-anew through /proc/self/fd; what cannot be is written to only when poll(2) says that it takes something.
+O_NONBLOCK belongs to the open file description, which the shell and its other children use too. So a terminal or a pipe
+is opened anew through /proc/self/fd; other files are written to only when poll(2) reports room.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ READ_SIZE = 65536
 
 
 class Output:
-    """A descriptor to write to. Owns its own one, `fd`; the one it was made of stays the caller's."""
+    """Writes to a duplicate, `fd`, of a descriptor, which stays the caller's."""
 
     def __init__(self, fd: int) -> None:
         self.fd, own = _reopen(fd, os.O_WRONLY)
@@ -53,7 +53,7 @@ class Output:
 
 
 class Input:
-    """A descriptor to read from. Owns its own one, `fd`; the one it was made of stays the caller's."""
+    """Reads from a duplicate, `fd`, of a descriptor, which stays the caller's."""
 
     def __init__(self, fd: int) -> None:
         self.fd, _ = _reopen(fd, os.O_RDONLY)
@@ -65,7 +65,7 @@ class Input:
             self.fd = -1
 
     def read(self) -> bytes:
-        """What there is, b"" at the end. Raises BlockingIOError where there is nothing yet, or OSError."""
+        """Return the bytes that are there, b"" at the end. Raises BlockingIOError if there are none yet, or OSError."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         if not poll.poll(0):
@@ -74,14 +74,14 @@ class Input:
 
 
 def _reopen(fd: int, mode: int) -> tuple[int, bool]:
-    """A descriptor of our own for the same thing, which the caller owns, and whether writing to it never blocks."""
+    """Return a duplicate, which the caller owns, and whether writing to it never blocks."""
     kind = os.fstat(fd).st_mode
     if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind):
         try:
             return os.open(f"/proc/self/fd/{fd}", mode | _FLAGS), True
         except OSError:
             return os.dup(fd), False
-    # A file never blocks, and opening it anew would begin at its start.
+    # A regular file never blocks, and opening it anew would lose its position.
     return os.dup(fd), stat.S_ISREG(kind)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A terminal lent to the guest: raw while it is, and afterwards as it was before."""
+"""Makes a terminal raw for the guest, and restores it afterwards."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 # Indices of what tcgetattr(3) returns in Python.
 _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6
 
-#: What a guest may have switched on that a shell does not switch off: the end of an unfinished control string, the
-#: usual character set, a soft reset (colours, cursor, margins, keypad), no mouse and focus reports, no bracketed paste,
-#: lines that wrap. ECMA-48 and xterm's control sequences; what does not know one ignores it.
+#: Switches off the modes that a guest may have switched on, and that a shell does not switch off: ends an unfinished
+#: control string, selects the usual character set, resets colours, cursor, margins and keypad, mouse and focus reports,
+#: bracketed paste and line wrapping. ECMA-48 and xterm's control sequences; terminals ignore unknown ones.
 _RESET = b"\x1b\\\x0f\x1b(B\x1b[!p\x1b[0m\x1b[?1000;1002;1003;1004;1006;2004l\x1b[?7h\x1b[?25h"
 
 # The alternate screen is left only if it was entered: leaving it moves the cursor.
@@ -23,7 +23,7 @@ _LONGEST = max(map(len, _ENTER_ALTERNATE))
 
 
 class Screen:
-    """What has to be known of what a terminal was shown, to leave it fit for use."""
+    """Follows the output of a terminal, to know how to reset it."""
 
     def __init__(self) -> None:
         self._tail = b""
@@ -32,11 +32,11 @@ class Screen:
 
     @property
     def at_line_start(self) -> bool:
-        """Whether a line of ours can begin here."""
+        """Whether the output has ended with a complete line."""
         return not self._tail or self._tail.endswith(b"\n")
 
     def show(self, data: bytes) -> None:
-        """Take note of output."""
+        """Follow output that is shown."""
         seen = self._tail + data
         self._shown |= bool(data)
         if b"\x1b[?" in seen:
@@ -47,7 +47,7 @@ class Screen:
         self._tail = seen[-_LONGEST:]
 
     def reset(self) -> bytes:
-        """What undoes what the output may have switched on."""
+        """Return the control sequences that undo what the output may have switched on."""
         if not self._shown:
             return b""
         leave = _LEAVE_ALTERNATE[0] if self._alternate else b""
@@ -64,7 +64,7 @@ class Terminal:
         self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
 
     def raw(self, *, typed: bool) -> None:
-        """Pass every byte as it is: what is shown, and what is `typed` as well (termios(3), cfmakeraw)."""
+        """Pass output unchanged, and input as well if `typed` (termios(3), cfmakeraw)."""
         attributes = termios.tcgetattr(self._fd)
         attributes[_OFLAG] &= ~termios.OPOST
         if typed:
@@ -78,7 +78,7 @@ class Terminal:
         termios.tcsetattr(self._fd, termios.TCSANOW, attributes)
 
     def restore(self) -> None:
-        """Make it what it was; at once, for a terminal that is stopped would never be done with its output.
+        """Restore the settings, without waiting for output: a stopped terminal would never finish it.
 
         Does nothing if the terminal is gone.
         """
@@ -90,7 +90,7 @@ class Terminal:
 
 
 def window_size(fd: int) -> tuple[int, int]:
-    """A terminal's rows and columns; zeros where that is not known."""
+    """Return a terminal's rows and columns, zeros if they are not known."""
     try:
         size = os.get_terminal_size(fd)
     except OSError:
@@ -99,9 +99,9 @@ def window_size(fd: int) -> tuple[int, int]:
 
 
 def is_foreground(fd: int) -> bool:
-    """Whether this is a terminal whose foreground processes we are among."""
+    """Whether this is a terminal, and we are in its foreground process group."""
     try:
         return os.isatty(fd) and os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
-        # A terminal that is not the one we are controlled by has no foreground for us: nobody stops us from using it.
+        # A terminal that is not our controlling terminal does not stop background processes.
         return os.isatty(fd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Collect output that no manager has read: from the pipe, and from QEMU's log of the console."""
+"""Collects output that no manager has read, from the pipe and from QEMU's log of the console."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ import fcntl
 import os
 from typing import Protocol
 
-#: Ends what was read late if some of it is not there.
+#: Ends output that was read late if some of it is missing.
 MISSING = b"\r\n[vmspawn: what the guest printed next, while it had no manager, is missing]\r\n"
 
-#: Ends it where nothing was kept.
+#: Ends it if none of it was kept.
 NOT_KEPT = b"\r\n[vmspawn: what the guest printed here, while it had no manager, was not kept]\r\n"
 
 _RECEIVE_SIZE = 65536
 
-# What is written at once may not fit into the rest of a pipe.
+# A pipe may be full although so much room is left: a write is not split.
 _PAGE = 4096
 
 # Attempts to find the guest silent for as long as it takes to look.
 _ATTEMPTS = 16
 
-# So many bytes are the same by no accident.
+# So many equal bytes are no coincidence.
 _SURE = 64
 
 
 class Log(Protocol):
-    """What QEMU logs of the console; it holds all that came since it was emptied, up to a bound."""
+    """QEMU's log of the console: the output since it was emptied, up to a bound."""
 
     @property
     def size(self) -> int:
-        """How many bytes are in it."""
+        """The number of bytes in the log."""
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more fits, so that something may be missing."""
+        """Whether the log is full, so that output may be missing."""
 
     def read(self, size: int) -> bytes:
-        """The first bytes of it."""
+        """Return the first bytes of the log."""
 
     def empty(self) -> None:
-        """Forget what is in it."""
+        """Discard the bytes in the log."""
 
     def close(self) -> None:
-        """Let go of it. May be called again."""
+        """Close the log. May be called again."""
 
 
 def take(source: int, log: Log | None, *, kept_in_pipe: bool = False) -> bytes:
-    """Everything that has not been read, oldest first, from a pipe that has a reader again; the log is empty then.
+    """Take all output that has not been read, oldest first, out of the pipe and the log.
 
-    Without a log it is what QEMU kept in the pipe, if it did.
+    Without a log, it is the output that QEMU kept in the pipe, if `kept_in_pipe`.
     """
     if log is None:
         piped = _drain(source)
@@ -74,14 +74,14 @@ def _drain(source: int) -> bytes:
         while data := os.read(source, _RECEIVE_SIZE):
             taken += data
     except OSError:
-        pass  # empty, or QEMU has ended, which the next who reads will notice
+        pass  # empty, or QEMU has ended, which the next read reports
     return taken
 
 
 def join(piped: bytes, logged: bytes) -> bytes:
-    """Put together what was in the pipe and what was logged.
+    """Join the output from the pipe and from the log.
 
-    The log has all of it but for what had come just before it was emptied last, with which the pipe begins.
+    The log contains all of it, except for the output just before the log was last emptied, which begins the pipe.
     """
     head = logged[:_SURE]
     start = piped.find(head) if len(head) == _SURE else -1

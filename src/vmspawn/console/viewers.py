@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Show the console on descriptors of ours: standard output, and the transcript of `--log=`."""
+"""Shows the console on our standard output, and writes its transcript to a file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 
 
 class OutputViewer:
-    """Shows the console on a terminal, a pipe, a socket or a file, at the pace of whoever reads it.
+    """Shows the console on a terminal, a pipe, a socket or a file, at the reader's pace.
 
-    The descriptor stays the caller's. The console goes on without it when nobody reads it any more, or a file takes no
-    more.
+    The descriptor stays the caller's. The console goes on without it when the reader is gone, or a file is full.
     """
 
     def __init__(
         self, console: Console, fd: int, screen: Screen | None = None, *, on_failed: Callable[[OSError], None]
     ) -> None:
-        """`screen` takes note of what is shown; `on_failed` is called once when a file cannot be written any more."""
+        """`screen` follows the output; `on_failed` is called once when a file cannot be written any more."""
         self._console = console
         self._on_failed = on_failed
         self._screen = screen
@@ -37,7 +36,7 @@ class OutputViewer:
 
     @property
     def is_full(self) -> bool:
-        """Whether something has still to be written."""
+        """Whether output waits to be written."""
         return self._writer.pending > 0
 
     def show(self, data: bytes) -> None:
@@ -53,7 +52,7 @@ class OutputViewer:
             self._console.detach(self)
 
     def write_last(self, data: bytes) -> None:
-        """Write what must stand at the end, if it can be written at once; nobody waits for it."""
+        """Write last bytes, if that is possible without waiting."""
         if self._output.fd >= 0 and not self._writer.pending:
             with contextlib.suppress(OSError):
                 self._output.write(data)
@@ -66,7 +65,7 @@ class OutputViewer:
 
     def _on_lost(self, error: OSError) -> None:
         self._console.detach(self)
-        # A reader that has gone knows that himself.
+        # A reader that is gone needs no message.
         if stat.S_ISREG(os.fstat(self._output.fd).st_mode):
             self._on_failed(error)
 
@@ -93,7 +92,7 @@ class Transcript:
 
     @property
     def is_full(self) -> bool:
-        """Whether something has still to be written: a file never makes anybody wait."""
+        """Never true: a file is written at once."""
         return False
 
     def show(self, data: bytes) -> None:
@@ -107,7 +106,7 @@ class Transcript:
 
     def finish(self) -> None:
         """Close the file. May be called again."""
-        # A file system in a network may say only now that it is full.
+        # A network file system may report only now that it is full.
         if error := self._close():
             self._on_failed(error)
 
