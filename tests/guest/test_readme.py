@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the README shows, run as it stands there."""
+"""Run the examples of README.md."""
 
 import os
 import re
@@ -16,7 +16,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def example(name: str) -> str:
-    """The block that follows the mark `run: name`."""
+    """Return the block that follows the marker `run: name`."""
     match = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
     assert match
     return match[1]
@@ -24,7 +24,7 @@ def example(name: str) -> str:
 
 @pytest.fixture
 def commands(tmp_path: Path) -> dict[str, str]:
-    """An environment in which `vmspawn` and `vmctl` are commands, whatever the installation is like."""
+    """Return an environment in which `vmspawn` and `vmctl` are commands of this checkout."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for command, module in (("vmspawn", "spawn"), ("vmctl", "ctl")):
@@ -32,6 +32,30 @@ def commands(tmp_path: Path) -> dict[str, str]:
         path.write_text(f'#!/bin/sh\nexec {sys.executable} -m vmspawn.cli.{module} "$@"\n')
         path.chmod(0o755)
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def transcript(text: str) -> list[tuple[str, str]]:
+    """Split a session into its commands, each with the output that is shown."""
+    commands = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
+    assert commands
+    return commands
+
+
+def test_the_session(commands: dict[str, str], tmp_path: Path) -> None:
+    with spawned("--guest=builtin", name="demo") as machine:
+        machine.wait_for("vmspawn-guest: ready", stream="stdout")
+        for command, output in transcript(example("session")):
+            done = subprocess.run(
+                ["sh", "-c", command],
+                cwd=tmp_path,
+                env=commands,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=60,
+            )
+            assert (done.returncode, done.stdout) == (0, output), command
+        assert machine.wait() == 0
 
 
 def test_the_commands(commands: dict[str, str], tmp_path: Path) -> None:
