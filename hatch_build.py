@@ -28,13 +28,34 @@ class CustomBuildHook(BuildHookInterface[Any]):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
             build_data["force_include"][str(target)] = f"vmspawn/extras/{name}"
-        # The agent that runs in guests belongs here too, compiled for each architecture of guests. It is data to the
-        # host, so the wheel still fits every host.
+        for architecture, path in agents(root, made).items():
+            build_data["force_include"][str(path)] = f"vmspawn/agent/agent-{architecture}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove the files."""
         if version != "editable":
             self._folder.cleanup()
+
+
+def agents(root: Path, folder: Path) -> dict[str, Path]:
+    """Compile the agent that runs in guests, for each architecture that there is a compiler for.
+
+    It is data to the host, so the wheel still fits every host. Without a compiler the wheel has none, and vmspawn
+    compiles it when it is first needed.
+    """
+    sys.path.insert(0, str(root / "src"))
+    try:
+        from vmspawn.agent import build
+        from vmspawn.errors import StartError
+    finally:
+        sys.path.remove(str(root / "src"))
+    found = {}
+    for architecture in build.MACHINES:
+        try:
+            found[architecture] = build.build(architecture, folder / "agent")
+        except StartError as error:
+            print(f"no agent for {architecture}: {error}", file=sys.stderr)
+    return found
 
 
 def extras(root: Path) -> dict[str, str]:

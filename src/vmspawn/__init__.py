@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from .api.connect import ConnectedMachine as ConnectedMachine
     from .api.connect import connect as connect
     from .api.control import Qmp as Qmp
+    from .api.execution import Completed as Completed
+    from .api.execution import Execution as Execution
     from .api.machine import Machine as Machine
     from .boot.config import MachineConfig as MachineConfig
     from .errors import BadConfig as BadConfig
+    from .errors import CommandFailed as CommandFailed
     from .errors import ConfigNotSupported as ConfigNotSupported
     from .errors import EventsLost as EventsLost
     from .errors import GuestError as GuestError
@@ -42,10 +45,12 @@ _MODULES = {
     "api.attached_disk": ("AttachedDisk", "DiskStatus"),
     "api.connect": ("ConnectedMachine", "connect"),
     "api.control": ("Qmp",),
+    "api.execution": ("Completed", "Execution"),
     "api.machine": ("Machine",),
     "boot.config": ("MachineConfig",),
     "errors": (
         "BadConfig",
+        "CommandFailed",
         "ConfigNotSupported",
         "EventsLost",
         "GuestError",

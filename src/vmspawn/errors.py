@@ -142,6 +142,28 @@ class Timeout(VmspawnError):
     """An answer or event did not come before its deadline; the message names it."""
 
 
+class CommandFailed(VmspawnError):
+    """A command in the guest ended with another status than 0, or could not be started.
+
+    `status` is as a shell has it: 128 + N if signal N ended it, 126 or 127 if it could not be started. `stdout` and
+    `stderr` are what it wrote.
+    """
+
+    def __init__(self, message: str, *, status: int, stdout: bytes = b"", stderr: bytes = b"") -> None:
+        super().__init__(message)
+        self.status = status
+        self.stdout = stdout
+        self.stderr = stderr
+
+    @classmethod
+    def of(cls, status: int, stdout: bytes, stderr: bytes) -> Self:
+        """Make the error of a command that ended."""
+        lines = stderr.decode(errors="replace").splitlines()
+        last = next((f": {line}" for line in reversed(lines) if line.strip()), "")
+        how = f"was ended by signal {status - 128}" if status > 128 else f"failed with status {status}"
+        return cls(f"the command {how}{last}", status=status, stdout=stdout, stderr=stderr)
+
+
 class EventsLost(VmspawnError):
     """A reader of events was too slow, and events were dropped. The stream ends there."""
 

@@ -58,6 +58,23 @@ def test_the_session(commands: dict[str, str], tmp_path: Path) -> None:
         assert machine.wait() == 0
 
 
+def test_commands_in_the_guest(commands: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    with spawned("--guest=builtin", name="demo") as machine:
+        machine.wait_for("is running")
+        script = "set -e\n" + example("exec")
+        done = subprocess.run(
+            ["/bin/sh", "-c", script],
+            env=commands,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+    assert done.stdout == "Linux\nHELLO\nREADME.md\n"
+
+
 def test_the_commands(commands: dict[str, str], tmp_path: Path) -> None:
     with spawned("--guest=builtin", name="demo") as machine:
         machine.wait_for("vmspawn-guest: ready", stream="stdout")

@@ -17,13 +17,13 @@ AGENT = b"\x7fELF" + bytes(100)
 
 def test_the_agent_comes_compressed_and_is_the_same_each_time() -> None:
     delivered = install.delivery(AGENT)
-    assert gzip.decompress(delivered.credentials[install.AGENT_CREDENTIAL]) == AGENT
+    assert gzip.decompress(delivered[install.AGENT_CREDENTIAL]) == AGENT
     assert install.delivery(AGENT) == delivered
-    assert delivered.kernel_arguments == ("systemd.wants=vmspawn-agent.service",)
+    assert delivered[install.WANTED_CREDENTIAL] == b"[Unit]\nWants=vmspawn-agent.service\n"
 
 
 def test_the_unit_imports_what_is_delivered() -> None:
-    unit = install.delivery(AGENT).credentials["systemd.extra-unit.vmspawn-agent.service"].decode()
+    unit = install.delivery(AGENT)["systemd.extra-unit.vmspawn-agent.service"].decode()
     assert f"ImportCredential={install.AGENT_CREDENTIAL}\n" in unit
     assert "[Install]" not in unit
 

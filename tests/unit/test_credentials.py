@@ -142,3 +142,14 @@ def test_what_others_could_read_is_not_on_the_command_line(owned: Owned) -> None
     owned.lent.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_optional_credentials_take_no_room_from_others() -> None:
+    users = [("a", b"x" * 10_000)]
+    ours = [("b", b"y" * 10_000), ("c", b"z")]
+    assert smbios.with_optional([], users, ours) == [*users, *ours]
+    crowded = [("a", b"x" * 40_000)]
+    assert smbios.with_optional([], crowded, ours) == crowded
+    # One that goes by fw_cfg takes none.
+    large = [("a", b"x" * 60_000)]
+    assert smbios.with_optional([], large, ours) == [*large, *ours]

@@ -196,6 +196,10 @@ def test_no_annotations_are_compiled_before_qemu_is_started() -> None:
     assert not done.stdout
 
 
+#: Files that name the shell of a guest, which runs a command there.
+GUESTS_SHELL = {PACKAGE / "api/execution.py", PACKAGE / "cli/spawn/run_command.py"}
+
+
 def called(tree: ast.AST) -> set[str]:
     """The names of what a file calls, and of the arguments that it names."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -209,6 +213,6 @@ def test_no_program_is_run_by_a_shell(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not called(tree) & {"shell", "system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell"}
     # The guest has one of its own.
-    if layer_of(path.relative_to(PACKAGE).parts) != "guest":
+    if layer_of(path.relative_to(PACKAGE).parts) != "guest" and path not in GUESTS_SHELL:
         words = {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         assert not {os.path.basename(word) for word in words} & {"sh", "bash", "dash"}

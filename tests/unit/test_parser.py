@@ -85,7 +85,7 @@ def test_a_verb_that_runs_a_command_ends_its_options_there() -> None:
         (["list-disks", "a", "--stat"], "unknown option --stat", "did you mean --stats?"),
         (["--bus=nvme", "attach-disk", "a", "b"], "unknown option --bus", "it is an option of: attach-disk"),
         (["status", "a", "--nosuch=a b"], "unknown option --nosuch", "see: vmctl status --help"),
-        (["status", "a", "-no such"], "unknown option -n", "see: vmctl status --help"),
+        (["status", "a", "-xo such"], "unknown option -x", "see: vmctl status --help"),
         (["status", "a", "-5"], "unknown option -5", "see: vmctl status --help"),
         (["status", "a", "b"], "unexpected argument: b", "see: vmctl status --help"),
         (["sttus", "a"], "there is no verb sttus", "did you mean status?"),

@@ -8,13 +8,14 @@ systemd creates units from credentials since version 256.
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
 
 UNIT = "vmspawn-agent.service"
 
-#: The agent as a credential, and the unit, whose name has a meaning to systemd (systemd.system-credentials(7)).
+#: The agent as a credential, the unit, and the drop-in that starts it. The names of these two have a meaning to systemd
+#: (systemd.system-credentials(7)).
 AGENT_CREDENTIAL = "vmspawn.agent"
 UNIT_CREDENTIAL = f"systemd.extra-unit.{UNIT}"
+WANTED_CREDENTIAL = "systemd.unit-dropin.sysinit.target~vmspawn-agent"
 
 #: Where whoever builds an image puts the agent.
 INSTALLED_PATH = "/usr/lib/vmspawn/vmspawn-agent"
@@ -54,26 +55,19 @@ _COPY = (
 _INSTALL = "\n[Install]\nWantedBy=sysinit.target\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """What brings the agent to an image as it is: credentials, and kernel arguments that start the unit."""
-
-    credentials: dict[str, bytes]
-    kernel_arguments: tuple[str, ...]
-
-
 def installed_unit(path: str = INSTALLED_PATH) -> bytes:
     """The unit for an image that has the agent at a path."""
     return (_UNIT.format(start=f"ExecStart={path}") + _INSTALL).encode()
 
 
-def delivery(agent: bytes) -> Delivery:
-    """The credentials and kernel arguments that bring an agent. Compressed, it takes half the room in SMBIOS tables."""
+def delivery(agent: bytes) -> dict[str, bytes]:
+    """The credentials that bring an agent to an image as it is, by their names.
+
+    Compressed, it takes half the room in SMBIOS tables. The drop-in starts the unit whatever boots the kernel.
+    """
     start = _COPY.format(credential=AGENT_CREDENTIAL, path=_RUN_PATH)
-    return Delivery(
-        credentials={
-            AGENT_CREDENTIAL: gzip.compress(agent, mtime=0),
-            UNIT_CREDENTIAL: _UNIT.format(start=start).encode(),
-        },
-        kernel_arguments=(f"systemd.wants={UNIT}",),
-    )
+    return {
+        AGENT_CREDENTIAL: gzip.compress(agent, mtime=0),
+        UNIT_CREDENTIAL: _UNIT.format(start=start).encode(),
+        WANTED_CREDENTIAL: f"[Unit]\nWants={UNIT}\n".encode(),
+    }

@@ -12,6 +12,7 @@ from typing import Any
 from ..control import calls
 from ..control.client import REPLY_TIMEOUT
 from ..errors import NotConnected, NotSupported
+from ..inside.commands import Wanted
 from ..machine import run_states
 from ..machine.ending import MACHINE_ENDED, End
 from ..machine.run_states import Verb
@@ -22,8 +23,11 @@ from ..storage.disk import Disk
 from ..storage.limits import NO_LIMITS, Limits
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
+from .commands import Guest
 from .control import Qmp
+from .execution import Remote
 from .images import open_image
+from .remotes import Connected
 
 _INSTANCE = "io.systemd.MachineInstance"
 _MACHINE = "io.vmspawn.Machine"
@@ -45,7 +49,7 @@ async def connect(name: str) -> AsyncIterator[ConnectedMachine]:
     yield machine
 
 
-class ConnectedMachine:
+class ConnectedMachine(Guest):
     """A machine that another process manages. Images are opened here, as your program."""
 
     def __init__(self, name: str) -> None:
@@ -152,6 +156,9 @@ class ConnectedMachine:
             yield client
         finally:
             client.close()
+
+    async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
+        return await Connected.start(self._name, wanted, timeout)
 
     # Its disks.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Literal, Protocol, overload
 
 from ..machine.ending import End
 from ..qmp.events import Event
 from ..qmp.monitor import COMMAND_TIMEOUT
 from ..storage.disk import Disk
 from ..storage.limits import Limits
-from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
+from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, DRIVER_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
+from .execution import Completed, Execution
 
 
 class Qmp(Protocol):
@@ -73,6 +74,70 @@ class Control(Protocol):
 
     def qmp(self, *, read_only: bool = False) -> AbstractAsyncContextManager[Qmp]:
         """Open a QMP connection: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
+
+    async def execute(
+        self,
+        command: Sequence[str | bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        size: tuple[int, int] | None = None,
+        stdin: bool = True,
+        start_timeout: float = COMMAND_START_TIMEOUT,
+    ) -> Execution:
+        """Start a command in the guest: `async with await machine.execute(["cat"]) as command:`.
+
+        Its streams are like those of asyncio's subprocesses. With a `size`, in rows and columns, it has a terminal and
+        may be without arguments: the login shell. Raises CommandFailed if it cannot be started, Timeout if the agent
+        in the guest does not answer for `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
+        """
+
+    @overload
+    async def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[True] = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str]: ...
+
+    @overload
+    async def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[False],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[bytes]: ...
+
+    async def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str] | Completed[bytes]:
+        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+
+        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
+        seconds, and what `execute` raises.
+        """
 
     async def disks(self) -> list[DiskStatus]:
         """All disks, boot disks included."""

@@ -9,6 +9,8 @@ from typing import Self, Unpack
 
 from ..boot.config import MachineConfig, check
 from ..errors import NotConnected
+from ..inside.commands import Wanted
+from ..inside.inside import Inside
 from ..machine.ending import End, MachineEvents
 from ..machine.running import Running
 from ..storage import disk as disks
@@ -17,13 +19,16 @@ from ..storage.limits import Limits
 from ..storage.looks import Look
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
+from .commands import Guest
 from .control import Qmp
+from .execution import Remote
 from .images import open_image
 from .launching import start
 from .options import MachineOptions, check_names
+from .remotes import Local
 
 
-class Machine:
+class Machine(Guest):
     """A virtual machine.
 
     `async with Machine(guest="builtin") as machine:` starts it, and ends it on the way out if it still runs. The
@@ -35,13 +40,23 @@ class Machine:
         check_names(options)
         self._config = check((config or MachineConfig())._replace(**options))
         self._current: Running | None = None
+        self._inside_of_current: Inside | None = None
 
     async def __aenter__(self) -> Self:
         self._current = await start(self._config)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._inside_of_current is not None:
+            self._inside_of_current.close()
+            self._inside_of_current = None
         await self._running.end()
+
+    @property
+    def _inside(self) -> Inside:
+        if self._inside_of_current is None:
+            self._inside_of_current = Inside(self._running)
+        return self._inside_of_current
 
     @property
     def _running(self) -> Running:
@@ -109,6 +124,9 @@ class Machine:
     def qmp(self, *, read_only: bool = False) -> AbstractAsyncContextManager[Qmp]:
         """Open a QMP connection: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
         return self._running.qmp(read_only=read_only)
+
+    async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
+        return await Local.start(self._inside.commands, wanted, timeout)
 
     # Its disks. Images are opened here, as your program.
 

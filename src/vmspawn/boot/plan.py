@@ -13,7 +13,7 @@ from ..errors import StartError
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import kernel_image
-from . import console, credentials, memory, network, shares, smbios, uefi
+from . import agent, console, credentials, memory, network, shares, smbios, uefi
 from .commandline import BootDisk, Choices, Kernel, Plan
 from .config import MachineConfig
 from .extras import NO_EXTRAS, Extras, Owned, content, join, take_place
@@ -145,7 +145,14 @@ def make_plan(
     for each in _of_emulation(chosen):
         report.detail(f"the kernel is told {each}, for its check fails at times under emulation")
     smbios.check_kernel_arguments(arguments)
-    strings = smbios.extras(_strings(chosen, arguments), _credentials(config), owned)
+    brought = agent.credentials(
+        config,
+        chosen.binary.architecture,
+        report.detail,
+        smbios=found is not None or smbios.is_without_uefi(chosen.binary.architecture),
+    )
+    texts = _strings(chosen, arguments)
+    strings = smbios.extras(texts, smbios.with_optional(texts, list(_credentials(config)), brought), owned)
     kernel, initrd = _load(chosen, arguments, owned)
     extras = join(firmware, card, shared, strings, initrd)
     by_bios = found is None and kernel is None

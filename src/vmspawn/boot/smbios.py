@@ -43,6 +43,11 @@ def needs_uefi(config: MachineConfig, architecture: str) -> bool:
     return architecture not in _BY_ITSELF and bool(wishes(config))
 
 
+def is_without_uefi(architecture: str) -> bool:
+    """Whether guests of an architecture have SMBIOS without UEFI."""
+    return architecture in _BY_ITSELF
+
+
 def of_kernel_arguments(arguments: Iterable[str]) -> list[bytes]:
     """Return the strings that pass kernel arguments to systemd-stub and systemd-boot in the image."""
     line = " ".join(arguments)
@@ -79,6 +84,18 @@ def extras(strings: Sequence[bytes], credentials: Iterable[tuple[str, bytes]], o
         else:
             files.append(_fw_cfg(name, value, owned))
     return join(*files, *(_entry(each, owned) for each in table))
+
+
+def with_optional(
+    strings: Sequence[bytes], credentials: Sequence[tuple[str, bytes]], optional: Sequence[tuple[str, bytes]]
+) -> list[tuple[str, bytes]]:
+    """The credentials, and the optional ones behind them if the table has room for all of those."""
+    room = TOTAL_MAX - sum(map(len, strings))
+    for name, value in credentials:
+        size = len(of_credential(name, value))
+        room -= size if size <= room else 0
+    fits = sum(len(of_credential(name, value)) for name, value in optional) <= room
+    return [*credentials, *(optional if fits else ())]
 
 
 def _entry(string: bytes, owned: Owned) -> Extras:

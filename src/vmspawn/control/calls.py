@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from .client import REPLY_TIMEOUT, connect
 from .errors import to_exception
 
 _RECEIVE_SIZE = 65536
+_DESCRIPTORS_MAX = 8
 
 
 class Reply(NamedTuple):
@@ -39,12 +40,17 @@ async def call(
     Raises NotConnected, Timeout, or the exception that the machine's manager raised.
     """
     async with opened(machine) as connection:
-        try:
-            async with asyncio.timeout(timeout):
-                await connection.send({"method": method, "parameters": parameters or {}}, fds)
-                return await connection.receive()
-        except TimeoutError:
-            raise Timeout(f"machine {machine} did not answer {method} within {timeout:g} s") from None
+        await connection.send({"method": method, "parameters": parameters or {}}, fds)
+        return await in_time(connection.receive(), machine, method, timeout)
+
+
+async def in_time(reply: Awaitable[Reply], machine: str, method: str, timeout: float) -> Reply:
+    """Wait for a reply. Raises Timeout if it does not come in time, and what `receive` raises."""
+    try:
+        async with asyncio.timeout(timeout):
+            return await reply
+    except TimeoutError:
+        raise Timeout(f"machine {machine} did not answer {method} within {timeout:g} s") from None
 
 
 @asynccontextmanager
@@ -87,7 +93,9 @@ class Connection:
         while b"\0" not in self._buffer:
             await _readable(self._socket)
             try:
-                data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_SIZE, 1)
+                data, fds, _, _ = socket.recv_fds(
+                    self._socket, _RECEIVE_SIZE, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 continue
             except OSError as error:

@@ -85,8 +85,8 @@ def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> B
         shutil.copyfile(kernel.image, new / "kernel")
         with open(new / "initrd", "wb") as file:
             write_initramfs(Initramfs(file), kernel, busybox, agent)
-        for name in ("kernel", "initrd"):
-            _sync(new / name)
+        for file_name in ("kernel", "initrd"):
+            _sync(new / file_name)
         guest = _publish(new, cache / name, architecture)
     _remove_old(cache, guest, architecture)
     return guest

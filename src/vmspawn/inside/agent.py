@@ -11,7 +11,7 @@ There are three cases for how a session begins:
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 import socket
 from collections.abc import Callable
 
@@ -66,7 +66,7 @@ class Agent:
         if self._version != protocol.VERSION:
             raise NotSupported(
                 f"the agent in the guest speaks version {self._version} of its protocol, not {protocol.VERSION}",
-                hint="install the agent of this vmspawn in the guest; see: vmctl agent --help",
+                hint="install the agent of this vmspawn in the guest; see: vmctl help agent",
             )
 
     def send(self, message: bytes) -> None:
@@ -76,7 +76,7 @@ class Agent:
 
     async def ping(self, timeout: float) -> bool:
         """Wait until the agent has answered; False if it does not in time."""
-        nonce, pong = secrets.token_hex(4), self._loop.create_future()
+        nonce, pong = os.urandom(4).hex(), self._loop.create_future()
         self._pongs[nonce] = pong
         self.send(protocol.ping(nonce))
         try:
@@ -113,7 +113,7 @@ class Agent:
 
     def _begin_session(self) -> None:
         self._in_session.clear()
-        self.session = secrets.token_hex(8)
+        self.session = os.urandom(8).hex()
         self.send(protocol.sync(self.session))
 
     def _readable(self) -> None:

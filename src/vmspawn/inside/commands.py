@@ -43,6 +43,9 @@ COMMANDS_MAX = 32
 
 _RECEIVE_SIZE = 4096
 
+#: Seconds after the end of a status port in which the machine's own end is noticed.
+_END_TIMEOUT = 5.0
+
 #: How a command ended.
 Ended = Exited | Signalled | Failed
 
@@ -133,8 +136,10 @@ class Execution:
         except OSError:
             data = b""
         if not data:
-            self._loop.remove_reader(self._status)
-            self.fail(NotConnected("the command's ports were removed", hint="somebody else did so through QMP"))
+            self._stop_reading()
+            # The machine's end, if that is why, is known a moment later.
+            removed = NotConnected("the command's ports were removed", hint="somebody else did so through QMP")
+            self._loop.call_later(_END_TIMEOUT, self.fail, removed)
             return
         for message in self._reader.feed(data):
             self._handle(message)
@@ -150,14 +155,18 @@ class Execution:
             case Exited() | Signalled() | Failed():
                 self._ended.set_result(message)
                 # What a guest sends after the end is not read.
-                self._loop.remove_reader(self._status)
+                self._stop_reading()
             case _:
-                self._loop.remove_reader(self._status)
+                self._stop_reading()
                 self.fail(NotConnected("the agent in the guest broke its protocol, so the command was ended"))
+
+    def _stop_reading(self) -> None:
+        if self._status.fileno() >= 0:
+            self._loop.remove_reader(self._status)
 
     def close(self) -> None:
         """Close the streams and unplug the ports, which kills the command if it still runs. May be called again."""
-        self._loop.remove_reader(self._status)
+        self._stop_reading()
         self.fail(NotConnected("the command was ended"))
         self._commands.closed(self, self._set)
 
@@ -170,9 +179,10 @@ class Commands:
         self._machine = machine
         path = machine.directory.file(runtime.QEMU_AGENT)
         if not os.path.exists(path):
-            raise NotSupported(
-                f"machine {machine.name} was started without a port for the agent (--agent=no, or an older vmspawn)",
+            raise NotSupported.with_fields(
+                "machine {name} was started without a port for the agent: with {agent=no}, or by an older vmspawn",
                 hint="restart the machine to run commands in it",
+                name=machine.name,
             )
         self._hotplug = machine.hotplug
         ports = Ports(self._hotplug, CONTROLLER, COMMAND_NUMBERS, machine.attachments)
@@ -180,7 +190,8 @@ class Commands:
         self.agent = Agent(self._connect, on_message=self._on_message, on_restart=self._on_restart)
         self._streams = Streams(ports, self.agent, self._hotplug.tasks)
         self._running: dict[str, Execution] = {}
-        self._starting = 0
+        #: Commands that run or are being started.
+        self._count = 0
         machine.monitor.listen(self._on_event)
         self._end_reason = "the machine ended"
         self._end = self._hotplug.tasks.start(self._until_end())
@@ -207,24 +218,26 @@ class Commands:
         It has been started by then, or could not be. Raises Timeout if the agent does not answer in time, NoFreePort
         if too many commands run, NotSupported, NotConnected, UsageError, QmpError.
         """
-        if len(self._running) + self._starting >= COMMANDS_MAX:
+        if self._count >= COMMANDS_MAX:
             raise NoFreePort(
                 f"{COMMANDS_MAX} commands run in machine {self._machine.name} already", hint="wait until one has ended"
             )
-        self._starting += 1
+        # What cannot be passed on is refused before anything is plugged in.
+        protocol.run(_message(wanted, "check", "check"))
+        self._count += 1
         try:
             async with asyncio.timeout(timeout):
                 return await self._start(wanted)
         except TimeoutError:
             raise self._too_late(timeout) from None
-        finally:
-            self._starting -= 1
 
     async def _start(self, wanted: Wanted) -> Execution:
-        # What cannot be passed on is refused before anything is plugged in.
-        protocol.run(_message(wanted, "check", "check"))
-        await self._agent_ready()
-        plugged = await self._streams.take(PIPES if wanted.size is None else TERMINAL)
+        try:
+            await self._agent_ready()
+            plugged = await self._streams.take(PIPES if wanted.size is None else TERMINAL)
+        except BaseException:
+            self._count -= 1
+            raise
         execution = Execution(self, plugged, wanted)
         self._running[execution.id] = execution
         try:
@@ -253,7 +266,7 @@ class Commands:
         if not machine.is_running:
             return Timeout(f"{late}: the machine is {machine.status}", hint=f"see: vmctl resume {machine.name}")
         return Timeout(
-            late, hint="the guest may still boot (see --timeout=), or has no agent (see: vmctl agent --help)"
+            late, hint="the guest may still boot, or has no agent; for images of your own see: vmctl help agent"
         )
 
     # What happens to commands.
@@ -261,8 +274,10 @@ class Commands:
     def closed(self, execution: Execution, plugged: StreamSet) -> None:
         """An execution is over."""
         if self._running.pop(execution.id, None) is not None:
-            self._streams.give_back(plugged)
+            self._count -= 1
+            # In this order, for the next command may be waiting.
             self._streams.replenish()
+            self._streams.give_back(plugged)
 
     def resize(self, id: str, rows: int, columns: int) -> None:
         """Set the size of a command's terminal. Raises NotConnected if there is no such command."""

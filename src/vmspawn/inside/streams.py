@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,13 +54,12 @@ class Streams:
         self._pace = asyncio.Lock()
         self._spare: StreamSet | None = None
         self._replenishing: asyncio.Task[None] | None = None
-        self._prefix = secrets.token_hex(3)
+        self._prefix = os.urandom(3).hex()
         self._numbers = itertools.count()
 
     async def take(self, streams: Sequence[str]) -> StreamSet:
         """Return a set of ports that is plugged in. Raises what `Ports.attach` raises."""
-        if streams == PIPES and self._spare is not None:
-            spare, self._spare = self._spare, None
+        if streams == PIPES and (spare := await self._take_spare()) is not None:
             return spare
         task = self._tasks.start(self._plug(streams))
         try:
@@ -68,6 +67,13 @@ class Streams:
         except asyncio.CancelledError:
             task.add_done_callback(self._abandoned)
             raise
+
+    async def _take_spare(self) -> StreamSet | None:
+        """The set that is plugged in ahead, or about to be."""
+        if self._spare is None and self._replenishing is not None:
+            await asyncio.wait({self._replenishing})
+        spare, self._spare = self._spare, None
+        return spare
 
     def _abandoned(self, task: asyncio.Task[StreamSet]) -> None:
         """Nobody waits for these ports any more."""

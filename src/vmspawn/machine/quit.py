@@ -23,9 +23,12 @@ class Quit:
         self._killer: asyncio.TimerHandle | None = None
         #: Whether it had to be killed.
         self.killed = False
+        #: Whether it was told to quit.
+        self.asked = False
 
     async def ask(self) -> None:
         """Tell it to quit; returns once it has agreed. One that does not go is killed."""
+        self.asked = True
         if self._killer is None:
             self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, self._kill)
         # It may go before its reply does, or be about to be killed.

@@ -22,6 +22,8 @@ MODULES = (
     "images.vmdk",
     "images.vhdx",
     "host.varlink",
+    "inside.commands",
+    "control.execute",
 )
 
 

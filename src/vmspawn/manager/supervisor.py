@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 from ..aio.waiting import first_of
 from ..boot.started import Launched, Started
@@ -23,6 +24,9 @@ from .registration import Registered
 from .shutdown import Shutdown
 from .signals import Signals, run_unless_ended
 
+if TYPE_CHECKING:
+    from .job import Job
+
 #: Ends of QEMU that somebody will want to look into.
 _UNEXPECTED = ("qemu-died", "unknown")
 
@@ -33,11 +37,13 @@ _FLUSH_TIMEOUT = 5.0
 _FAREWELL_TIMEOUT = 1.0
 
 
-async def supervise(started: Started, messages: Messages, *, ready: Callable[[], None] = lambda: None) -> End:
+async def supervise(
+    started: Started, messages: Messages, *, ready: Callable[[], None] = lambda: None, job: Job | None = None
+) -> End:
     """Run a machine that was just launched or adopted to its end, and report how it ended. Owns `started`.
 
-    `ready` is called once the machine is up. Raises StartError if QEMU does not come up, ManagerFailed after a fault of
-    ours; the guest runs on then, and another manager can take it over.
+    `ready` is called once the machine is up. If there is a `job`, the machine ends with it. Raises StartError if QEMU
+    does not come up, ManagerFailed after a fault of ours; the guest runs on then, and another manager can take it over.
     """
     preloading = asyncio.create_task(preload())
     machine = await _start(started, messages)
@@ -47,7 +53,7 @@ async def supervise(started: Started, messages: Messages, *, ready: Callable[[],
     await preloading
     async with AsyncExitStack() as closing:
         try:
-            return await _Supervision(machine, messages, closing).run(ready)
+            return await _Supervision(machine, messages, closing).run(ready, job)
         except VmspawnError:
             await machine.leave()
             raise
@@ -103,7 +109,7 @@ class _Supervision:
         self._shutdown = Shutdown(machine, messages.notice, self._notifier)
         self._front = Front(machine, self._shutdown, messages)
 
-    async def run(self, ready: Callable[[], None]) -> End:
+    async def run(self, ready: Callable[[], None], job: Job | None) -> End:
         """Serve the machine until it has ended. Raises StartError, OSError."""
         machine, messages, closing = self._machine, self._messages, self._closing
         Signals(self._shutdown, self._front).listen()
@@ -127,7 +133,16 @@ class _Supervision:
         status = f"Machine {machine.name} is running"
         self._notifier.send(READY=1, STATUS=status, X_VMSPAWN_LEADER_PID=machine.pid)
         heartbeat.begin()
-        return await self._until_end(server)
+        if job is None:
+            return await self._until_end(server)
+        job.start(machine)
+        task = asyncio.create_task(job.until_done(machine, messages.report))
+        try:
+            end = await self._until_end(server)
+        finally:
+            task.cancel()
+        await job.finish(end)
+        return end
 
     async def _register(self, registered: Registered) -> None:
         try:

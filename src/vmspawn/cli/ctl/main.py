@@ -12,7 +12,21 @@ from typing import NoReturn
 from ...version import VERSION
 from ..entrypoint import run
 from ..parser import Parser
-from . import adopt, console, disk_list, disks, events, exec, install_extras, machines, media, names, qmp, volumes
+from . import (
+    adopt,
+    agent,
+    console,
+    disk_list,
+    disks,
+    events,
+    exec,
+    install_extras,
+    machines,
+    media,
+    names,
+    qmp,
+    volumes,
+)
 from .verbs import PROGRAM, Verbs, add_common_options
 
 
@@ -29,7 +43,7 @@ def build_parser() -> Parser:
     parser.end_options_here()
     for title, groups in (
         ("Machines", (machines, adopt, events)),
-        ("Guest", (exec,)),
+        ("Guest", (exec, agent)),
         ("Console", (console,)),
         ("Disks", (disk_list, disks, media, volumes)),
         ("QMP", (qmp,)),

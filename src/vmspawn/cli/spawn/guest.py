@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from ...boot.credentials import Credential
 from .. import credentials
+from ..values import boolean
 
 
 class Guest(TypedDict):
@@ -14,6 +15,7 @@ class Guest(TypedDict):
     credentials: tuple[Credential, ...]
     vendor_strings: tuple[str, ...]
     network_user: bool
+    agent: bool
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -51,4 +53,5 @@ def read(options: argparse.Namespace) -> Guest:
         "credentials": (*given, *map(credentials.parse_load, options.load_credential)),
         "vendor_strings": tuple(options.smbios11),
         "network_user": options.network_user_mode,
+        "agent": options.agent is None or boolean("--agent=", options.agent) == "yes",
     }

@@ -36,6 +36,7 @@ from . import (
     guest,
     host,
     machine,
+    run_command,
     unsupported_options,
 )
 
@@ -45,7 +46,7 @@ _STDIN = 0
 
 #: The groups of options, in the order of the help.
 _GROUPS = (
-    *(general, boot_source, machine, console, disks, directories, guest, firmware, host, adopt),
+    *(general, boot_source, machine, console, disks, directories, guest, run_command, firmware, host, adopt),
     *(unsupported_options, former_names),
 )
 
@@ -107,12 +108,13 @@ def run(arguments: list[str]) -> int:
         print(*lines, sep="\n")
         return 0
     skipped = unsupported_options.check(options)
-    config = configure(options)
-    messages = Messages(_PROGRAM, quiet=options.quiet)
+    run_command.check(options)
+    config = run_command.apply(options, configure(options))
+    messages = Messages(_PROGRAM, quiet=options.quiet or options.run is not None)
 
     def detail(line: str) -> None:
         if options.verbose or log.enabled():
-            messages.notice(line)
+            messages.report(line)
 
     for line in skipped:
         detail(line)
@@ -143,6 +145,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
         from ...machine.ending import TIME_LIMIT
         from ...manager.supervisor import supervise
 
+        job = run_command.job(options, config)
         runner = asyncio.Runner()
         # It needs descriptors, and makes them when it is first asked.
         runner.get_loop()
@@ -150,10 +153,12 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
         started.give_up()
         raise
     with runner:
-        end = runner.run(supervise(started, messages, ready=adopt.ready(options)))
+        end = runner.run(supervise(started, messages, ready=adopt.ready(options), job=job))
     (messages.notice if end.clean else messages.report)(end.message)
     if end.reason == TIME_LIMIT:
         return EXIT_TIMED_OUT
+    if job is not None:
+        return job.status
     return 0 if end.clean else EXIT_FAILURE
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands in a machine's guest, whichever process manages the machine."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal, overload
+
+from ..inside.commands import Wanted
+from ..timeouts import COMMAND_START_TIMEOUT
+from .execution import Completed, Execution, Remote, arguments_of, environment_of, run_to_end, shell_or
+
+
+class Guest(ABC):
+    """What can be done in the guest of a machine."""
+
+    @abstractmethod
+    async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
+        """Start a command. Raises what `execute` raises."""
+
+    async def execute(
+        self,
+        command: Sequence[str | bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        size: tuple[int, int] | None = None,
+        stdin: bool = True,
+        start_timeout: float = COMMAND_START_TIMEOUT,
+    ) -> Execution:
+        """Start a command in the guest: `async with await machine.execute(["cat"]) as command:`.
+
+        Its streams are like those of asyncio's subprocesses. With a `size`, in rows and columns, it has a terminal and
+        may be without arguments: the login shell. Raises CommandFailed if it cannot be started, Timeout if the agent
+        in the guest does not answer for `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
+        """
+        wanted = Wanted(
+            arguments=arguments_of(command, terminal=size is not None),
+            environment=environment_of(env),
+            directory=None if cwd is None else os.fsencode(cwd),
+            user=None if user is None else os.fsencode(user),
+            size=size,
+            stdin=stdin,
+        )
+        return await Execution(await self._start_command(wanted, start_timeout)).open()
+
+    @overload
+    async def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[True] = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str]: ...
+
+    @overload
+    async def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[False],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[bytes]: ...
+
+    async def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str] | Completed[bytes]:
+        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+
+        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
+        seconds, and what `execute` raises.
+        """
+
+        async def start() -> Execution:
+            return await self.execute(shell_or(command), env=env, cwd=cwd, user=user, stdin=input is not None)
+
+        done = await run_to_end(start, check=check, input=input, timeout=timeout)
+        if text:
+            return Completed(done.status, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+        return done

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands in the guest of a machine: `machine.run` waits for one's end, `machine.execute` gives its streams."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
+
+from ..agent.protocol import STDERR, STDIN, TTY
+from ..aio.waiting import first_of
+from ..errors import CommandFailed, NotConnected, Timeout, UsageError
+
+_AnyText = TypeVar("_AnyText", str, bytes)
+
+#: Seconds without a byte after which output that the guest has announced is not waited for.
+_OUTPUT_TIMEOUT = 10.0
+
+#: Bytes that wait to be read from a stream before the guest has to wait.
+_BUFFER_SIZE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Completed(Generic[_AnyText]):
+    """A command that has ended. `status` is as a shell has it: 128 + N if signal N ended it, 126 or 127 if it could not
+    be started."""
+
+    status: int
+    stdout: _AnyText
+    stderr: _AnyText
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of a command, and how many bytes it has written in all."""
+
+    status: int
+    stdout: int
+    stderr: int
+
+
+class Remote(Protocol):
+    """A command that was started, in this process or through the control socket of another."""
+
+    #: Our ends of the streams by their names; the caller takes them.
+    streams: dict[str, socket.socket]
+
+    async def ended(self) -> End:
+        """Wait for its end. Raises NotConnected."""
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Set the size of its terminal."""
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to its process group."""
+
+    async def close(self) -> None:
+        """Remove its streams, which kills it if it still runs."""
+
+
+def shell_or(command: str | Sequence[str | bytes]) -> Sequence[str | bytes]:
+    """The arguments of a command. A string is a command line for the guest's shell."""
+    return ("sh", "-c", command) if isinstance(command, str) else command
+
+
+def arguments_of(command: Sequence[str | bytes], *, terminal: bool) -> list[bytes]:
+    """A command's arguments as bytes. Raises UsageError if there are none and no terminal for a login shell."""
+    if isinstance(command, str | bytes):
+        raise TypeError("execute() takes a sequence of arguments; run() takes a command line")
+    if not command and not terminal:
+        raise UsageError("the command is empty", hint="name a program, or a terminal's size for a login shell")
+    return [os.fsencode(each) for each in command]
+
+
+def environment_of(environment: Mapping[str, str] | None) -> dict[bytes, bytes]:
+    """A command's variables as bytes."""
+    return {os.fsencode(name): os.fsencode(value) for name, value in (environment or {}).items()}
+
+
+class _Output(asyncio.StreamReaderProtocol):
+    """A stream from the guest: its end comes when as many bytes have come as the command has written."""
+
+    def __init__(self) -> None:
+        self.reader = asyncio.StreamReader(limit=_BUFFER_SIZE)
+        super().__init__(self.reader)
+        self.total = 0
+        self._expected: int | None = None
+        self.is_done = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_done.is_set():
+            self.total += len(data)
+            super().data_received(data)
+            self._check()
+
+    def expect(self, count: int) -> None:
+        """So many bytes come in all."""
+        self._expected = count
+        self._check()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.is_done.set()
+
+    def _check(self) -> None:
+        if self._expected is not None and self.total >= self._expected and not self.is_done.is_set():
+            self.is_done.set()
+            self.reader.feed_eof()
+
+
+class Execution:
+    """A command in the guest, with streams as asyncio's subprocesses have them. Use it in `async with`: the end of that
+    ends the command if it still runs.
+
+    `stdin` is None without an input. With a terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
+    """
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._outputs: list[tuple[_Output, asyncio.Transport, bool]] = []
+        self._transports: list[asyncio.BaseTransport] = []
+        self.stdin: asyncio.StreamWriter | None = None
+        self.stdout: asyncio.StreamReader | None = None
+        self.stderr: asyncio.StreamReader | None = None
+        #: The status as a shell has it, once the command has ended.
+        self.status: int | None = None
+        self._waiting: asyncio.Task[int] | None = None
+
+    async def open(self) -> Self:
+        """Open the streams; called once."""
+        loop = asyncio.get_running_loop()
+        for name, connected in self._remote.streams.items():
+            connected.setblocking(False)
+            if name == STDIN:
+                _, self.stdin = await asyncio.open_unix_connection(sock=connected)
+                self._transports.append(self.stdin.transport)
+                continue
+            transport, output = await loop.create_unix_connection(_Output, sock=connected)
+            self._transports.append(transport)
+            self._outputs.append((output, transport, name == STDERR))
+            if name == STDERR:
+                self.stderr = output.reader
+            else:
+                self.stdout = output.reader
+            if name == TTY:
+                self.stdin = asyncio.StreamWriter(transport, output, output.reader, loop)
+        self._waiting = asyncio.create_task(self._wait())
+        self._waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self
+
+    async def wait(self) -> int:
+        """Wait for the command's end, and return its status. Output that nobody reads may keep it from ending.
+
+        Raises NotConnected if the machine ends first.
+        """
+        assert self._waiting is not None
+        return await asyncio.shield(self._waiting)
+
+    async def _wait(self) -> int:
+        try:
+            end = await self._remote.ended()
+            for output, _, is_stderr in self._outputs:
+                output.expect(end.stderr if is_stderr else end.stdout)
+            for output, transport, _ in self._outputs:
+                await _drain(output, transport)
+        finally:
+            # Nobody waits for more.
+            for output, _, _ in self._outputs:
+                output.expect(0)
+        self.status = end.status
+        return end.status
+
+    async def communicate(self, input: bytes | None = None) -> tuple[bytes, bytes]:
+        """Send the input and its end, read all output, and wait for the command's end."""
+        results = await asyncio.gather(self._feed(input), _read(self.stdout), _read(self.stderr), self.wait())
+        return results[1], results[2]
+
+    async def _feed(self, input: bytes | None) -> None:
+        if self.stdin is None:
+            return
+        try:
+            self.stdin.write(input or b"")
+            await self.stdin.drain()
+            if self.stdin.can_write_eof():
+                self.stdin.write_eof()
+        except (BrokenPipeError, ConnectionResetError):
+            # The command reads no more.
+            pass
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Set the size of the command's terminal. Raises NotConnected if it has ended."""
+        await self._remote.resize(rows, columns)
+
+    async def send_signal(self, number: int) -> None:
+        """Send a signal to the command's process group. Raises NotConnected if it has ended."""
+        await self._remote.signal(number)
+
+    async def terminate(self) -> None:
+        """Send SIGTERM to the command's process group. Raises NotConnected if it has ended."""
+        await self._remote.signal(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        """Kill the command and everything that it has started, and close its streams."""
+        await self._remote.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the command if it still runs, and close its streams. May be called again."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.wait({self._waiting})
+        for each in self._transports:
+            each.close()
+        await self._remote.close()
+
+
+async def _drain(output: _Output, transport: asyncio.Transport) -> None:
+    """Wait for output that is under way. One that the guest has announced and does not send is given up."""
+    while not output.is_done.is_set():
+        before = output.total
+        await first_of(output.is_done, timeout=_OUTPUT_TIMEOUT)
+        # A transport that is paused waits for us to read.
+        if not output.is_done.is_set() and output.total == before and transport.is_reading():
+            raise NotConnected("the guest did not send all output of the command")
+
+
+async def _read(reader: asyncio.StreamReader | None) -> bytes:
+    return b"" if reader is None else await reader.read()
+
+
+async def run_to_end(
+    start: Callable[[], Awaitable[Execution]], *, check: bool, input: str | bytes | None, timeout: float | None
+) -> Completed[bytes]:
+    """Run a command to its end. Raises CommandFailed if it fails and `check` is true, Timeout if it does not end in
+    time; it is killed then."""
+    data = input.encode() if isinstance(input, str) else input
+    try:
+        async with asyncio.timeout(timeout):
+            done = await _completed(start, data)
+    except TimeoutError:
+        raise Timeout(f"the command did not end within {timeout:g} s and was killed") from None
+    if check and done.status:
+        raise CommandFailed.of(done.status, done.stdout, done.stderr)
+    return done
+
+
+async def _completed(start: Callable[[], Awaitable[Execution]], data: bytes | None) -> Completed[bytes]:
+    try:
+        async with await start() as execution:
+            stdout, stderr = await execution.communicate(data)
+            return Completed(await execution.wait(), stdout, stderr)
+    except CommandFailed as error:
+        # It could not be started; a shell reports that on stderr.
+        return Completed(error.status, b"", f"{error}\n".encode())

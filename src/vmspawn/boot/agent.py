@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Bring the agent to an image that has none, as credentials for its systemd; the built-in guest has it.
+
+On the start path: what compiles and compresses it is loaded only for such an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import StartError
+from .config import MachineConfig
+
+
+def credentials(
+    config: MachineConfig, architecture: str, detail: Callable[[str], None], *, smbios: bool
+) -> list[tuple[str, bytes]]:
+    """The credentials by name. There are none for a guest without `smbios`, which nothing could bring them to."""
+    if not config.agent or config.guest:
+        return []
+    if not smbios:
+        detail("the guest does not get the agent, for it has no SMBIOS without UEFI")
+        return []
+    from ..agent import build, install
+
+    try:
+        agent = build.build(architecture).read_bytes()
+    except StartError as error:
+        detail(f"the guest does not get the agent: {error}. {error.hint}")
+        return []
+    given = {each.name for each in config.credentials}
+    return [(name, value) for name, value in install.delivery(agent).items() if name not in given]

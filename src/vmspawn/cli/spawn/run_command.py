@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Options for a machine that lives for one command in its guest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ...boot.config import MachineConfig
+from ...errors import UsageError
+
+if TYPE_CHECKING:
+    from ...manager.job import Job
+
+#: Seconds that the guest has to boot, without a time limit: as long as it takes.
+_FOREVER = 1_000_000
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options to the command's parser."""
+    group = parser.add_argument_group("Command in the guest")
+    group.add_argument(
+        "--run",
+        metavar="COMMAND",
+        help="run a command by sh in the guest, end the machine, and exit with the command's status; standard streams "
+        "are the command's",
+    )
+    group.add_argument("--agent", metavar="BOOL", help="give the guest the agent that runs commands (default: yes)")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UsageError for options that contradict each other."""
+    if options.run is not None and options.adopt:
+        raise UsageError("--run= starts a machine, and --adopt takes one over", hint="use: vmctl exec")
+    if options.run is not None and options.console not in (None, "headless"):
+        raise UsageError("--run= uses the standard streams", hint="leave out --console=; see the console by --log=")
+
+
+def apply(options: argparse.Namespace, config: MachineConfig) -> MachineConfig:
+    """The configuration for a machine with a command: the streams are not the console's."""
+    if options.run is None:
+        return config
+    if not config.agent:
+        raise UsageError("--run= needs the agent", hint="leave out --agent=no")
+    return config._replace(console="headless", terminal=None)
+
+
+def job(options: argparse.Namespace, config: MachineConfig) -> Job | None:
+    """The job that the options ask for."""
+    if options.run is None:
+        return None
+    from ...manager.job import Job
+
+    exec_verb = (sys.executable, "-m", "vmspawn.cli.ctl", "exec", f"--timeout={_FOREVER}", config.name or "")
+    return Job([*exec_verb, "--", "sh", "-c", os.fsdecode(options.run)])

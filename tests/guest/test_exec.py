@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands in the guest by the library: what they get, what comes back, and what happens on bad days."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.machines import Machine, fresh_name
+from vmspawn.errors import CommandFailed, NoFreePort, NotConnected, NotSupported, Timeout, UsageError
+from vmspawn.inside.commands import COMMANDS_MAX
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MIB = 1 << 20
+EVERY_BYTE = bytes(range(256))
+DEADLINE = 60.0
+
+
+@contextlib.asynccontextmanager
+async def booted(qemu: str, **options: object) -> AsyncIterator[Machine]:
+    """A machine whose guest can run commands."""
+    settings = {"guest": "builtin", "qemu": qemu, "name": fresh_name(), "console": "headless", **options}
+    async with Machine(**settings) as machine:
+        assert (await machine.run("true")).status == 0
+        yield machine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def machine(qemu: str) -> AsyncIterator[Machine]:
+    """One machine for all tests that leave it as they found it."""
+    async with booted(qemu) as machine:
+        yield machine
+
+
+async def objects(machine: Machine) -> tuple[set[str], set[str]]:
+    """The character devices and the devices of QEMU."""
+    chardevs = {each["label"] for each in await machine.monitor.execute("query-chardev")}
+    devices = {each["name"] for each in await machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})}
+    return chardevs, devices
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(DEADLINE):
+        while not await condition():  # noqa: ASYNC110 - what is in the guest or QEMU sets no event
+            await asyncio.sleep(0.02)
+    assert await condition(), what
+
+
+async def until_runs(machine: Machine, command: str) -> None:
+    """Wait until a command runs in the guest."""
+
+    async def runs() -> bool:
+        return (await machine.run(f"ps -o args | grep '^{command}'")).status == 0
+
+    await until(runs, f"{command} does not run")
+
+
+async def until_idle(machine: Machine) -> None:
+    """Wait until no port of a command is there but those that are plugged in ahead."""
+
+    async def is_idle() -> bool:
+        return len([name for name in (await objects(machine))[1] if name.startswith("stream")]) <= 4
+
+    await until(is_idle, "ports of commands are left")
+
+
+# What a command gets, and what comes back
+
+
+@pytest.mark.parametrize("status", [0, 1, 3, 126, 255])
+async def test_an_exit_status_comes_back(machine: Machine, status: int) -> None:
+    done = await machine.run(f"exit {status}")
+    assert (done.status, done.stdout, done.stderr) == (status, "", "")
+
+
+async def test_a_signal_is_128_and_its_number(machine: Machine) -> None:
+    assert (await machine.run("kill -9 $$")).status == 137
+
+
+async def test_stdout_and_stderr_stay_apart(machine: Machine) -> None:
+    done = await machine.run("echo out; echo err >&2; echo more")
+    assert (done.stdout, done.stderr) == ("out\nmore\n", "err\n")
+
+
+async def test_every_byte_comes_through_and_back(machine: Machine) -> None:
+    data = EVERY_BYTE * 4096
+    done = await machine.run(["cat"], input=data, text=False)
+    assert done.stdout == data
+
+
+async def test_arguments_are_passed_as_they_are(machine: Machine) -> None:
+    arguments = ["", " ", "a b", "'", '"', "\n", "$HOME", "`id`", "\\", "*", "%41", ";", b"\xff\x80", "--", "-n", "é"]
+    done = await machine.run(["printf", "%s\\0", *arguments], text=False)
+    assert done.stdout.split(b"\0")[:-1] == [each if isinstance(each, bytes) else each.encode() for each in arguments]
+
+
+async def test_a_hundred_kilobytes_of_arguments(machine: Machine) -> None:
+    arguments = [f"{number:0100d}" for number in range(1000)]
+    done = await machine.run(["sh", "-c", 'echo $#; echo "$1000" | wc -c; shift 999; echo "$1"', "sh", *arguments])
+    assert done.stdout.splitlines()[0] == "1000"
+    assert done.stdout.splitlines()[-1] == arguments[-1]
+
+
+async def test_a_nul_is_refused(machine: Machine) -> None:
+    with pytest.raises(UsageError, match="NUL"):
+        await machine.run(["echo", "a\0b"])
+
+
+async def test_environment_directory_and_user(machine: Machine) -> None:
+    done = await machine.run('echo "$A" "$PWD" "$(id -u)"', env={"A": "b c"}, cwd="/tmp", user="1234")
+    assert done.stdout == "b c /tmp 1234\n"
+
+
+async def test_a_directory_that_is_not_there(machine: Machine) -> None:
+    done = await machine.run("true", cwd="/nowhere")
+    assert done.status in (125, 126, 127)
+    assert "No such file" in done.stderr
+
+
+async def test_a_program_that_is_not_there(machine: Machine) -> None:
+    with pytest.raises(CommandFailed) as failed:
+        await machine.execute(["no-such-program"])
+    assert failed.value.status == 127
+    done = await machine.run(["/etc/passwd"])
+    assert done.status == 126
+
+
+async def test_a_failure_is_an_exception_for_who_asks(machine: Machine) -> None:
+    with pytest.raises(CommandFailed, match="status 3: why") as failed:
+        await machine.run("echo out; echo why >&2; exit 3", check=True)
+    assert (failed.value.status, failed.value.stdout) == (3, b"out\n")
+
+
+async def test_a_command_that_takes_too_long_is_killed(machine: Machine) -> None:
+    with pytest.raises(Timeout, match="was killed"):
+        await machine.run("sleep 1000 & sleep 1000", timeout=1)
+    done = await machine.run("ps -o args | grep -c '^sleep 1000' || true")
+    assert done.stdout == "0\n"
+
+
+async def test_streams_while_it_runs(machine: Machine) -> None:
+    async with await machine.execute(["cat"]) as command:
+        assert command.stdin is not None
+        assert command.stdout is not None
+        for line in (b"one\n", b"two\n"):
+            command.stdin.write(line)
+            assert await command.stdout.readline() == line
+        command.stdin.write_eof()
+        assert await command.wait() == 0
+        assert await command.stdout.read() == b""
+
+
+async def test_no_stdin(machine: Machine) -> None:
+    async with await machine.execute(["cat"], stdin=False) as command:
+        assert command.stdin is None
+        assert await command.wait() == 0
+
+
+async def test_signals(machine: Machine) -> None:
+    script = 'trap "echo got; exit 5" TERM; echo ready; while :; do sleep 0.05; done'
+    async with await machine.execute(["sh", "-c", script]) as command:
+        assert command.stdout is not None
+        await command.stdout.readline()
+        await command.terminate()
+        assert await command.stdout.readline() == b"got\n"
+        assert await command.wait() == 5
+
+
+async def test_a_terminal(machine: Machine) -> None:
+    async with await machine.execute([], size=(30, 100)) as command:
+        assert command.stdin is not None
+        assert command.stdout is not None
+        assert command.stderr is None
+        command.stdin.write(b"stty size; tty; echo do'ne'\n")
+        assert b"30 100" in await command.stdout.readuntil(b"done")
+        await command.resize(40, 120)
+        command.stdin.write(b"stty size; echo do'ne'\n")
+        assert b"40 120" in await command.stdout.readuntil(b"done\r\n")
+        command.stdin.write(b"sleep 1000\n")
+        await command.stdout.readuntil(b"1000\r\n")
+        await until_runs(machine, "sleep 1000")
+        command.stdin.write(b"\x03")
+        await command.stdout.readuntil(b"vmspawn# ")
+        command.stdin.write(b"echo $?; exit 4\n")
+        await command.stdout.readuntil(b"130")
+        assert await command.wait() == 4
+
+
+# The end of a client, and of what it started
+
+
+async def test_children_in_the_background_live(machine: Machine) -> None:
+    done = await machine.run("sleep 54321 >/dev/null 2>&1 & echo started")
+    assert done.stdout == "started\n"
+    assert (await machine.run("ps -o args | grep -c '^sleep 54321'")).stdout == "1\n"
+    await machine.run("kill $(ps -o pid,args | awk '/sleep 54321$/ {print $1}')")
+
+
+async def test_who_goes_ends_the_command(machine: Machine) -> None:
+    async with await machine.execute(["sh", "-c", "(setsid sleep 64321 &); echo x; exec sleep 64321"]) as command:
+        assert command.stdout is not None
+        await command.stdout.readline()
+
+    async def is_gone() -> bool:
+        return (await machine.run("ps -o args | grep -c '^sleep 64321' || true")).stdout == "0\n"
+
+    await until(is_gone, "the command lives")
+
+
+async def test_nothing_is_left(machine: Machine) -> None:
+    await machine.run("true")
+    await until_idle(machine)
+    before = await objects(machine)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        await machine.run(f"exit {number}")
+    with contextlib.suppress(Timeout):
+        await machine.run("sleep 1000", timeout=0.1)
+    await until_idle(machine)
+    after = await objects(machine)
+    assert [len(each) for each in after] == [len(each) for each in before]
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+# Much at once
+
+
+async def test_thirty_two_commands_at_once(machine: Machine) -> None:
+    numbers = list(range(COMMANDS_MAX))
+    random.shuffle(numbers)
+    done = await asyncio.gather(*(machine.run(["cat"], input=str(number) * 1000) for number in numbers))
+    assert [each.stdout for each in done] == [str(number) * 1000 for number in numbers]
+
+
+async def test_one_more_is_refused(machine: Machine) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(COMMANDS_MAX):
+            await stack.enter_async_context(await machine.execute(["cat"]))
+        with pytest.raises(NoFreePort, match="32 commands run"):
+            await machine.execute(["cat"])
+    assert (await machine.run("true")).status == 0
+
+
+async def test_output_that_nobody_reads_waits(machine: Machine) -> None:
+    before = _resident()
+    async with await machine.execute(["sh", "-c", "echo started >&2; exec cat /dev/zero"]) as command:
+        assert command.stderr is not None
+        await command.stderr.readline()
+        assert (await machine.run("true")).status == 0
+        assert _resident() - before < 32 * MIB
+        assert command.status is None
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# Bad days
+
+
+async def test_a_pause_only_waits(machine: Machine) -> None:
+    async with await machine.execute(["cat"]) as command:
+        assert command.stdin is not None
+        assert command.stdout is not None
+        await machine.pause()
+        command.stdin.write(b"paused\n")
+        with pytest.raises(Timeout, match="paused"):
+            await machine.execute(["true"], start_timeout=0.5)
+        await machine.resume()
+        assert await command.stdout.readline() == b"paused\n"
+        command.stdin.write_eof()
+        assert await command.wait() == 0
+    assert (await machine.run("true")).status == 0
+
+
+async def test_the_agent_is_killed(machine: Machine) -> None:
+    async with await machine.execute(["sh", "-c", "read line; echo $line; exit 6"]) as command:
+        assert command.stdin is not None
+        await machine.run("kill -9 $(pidof agent | tr ' ' '\\n' | sort -n | head -n 1)")
+        # Commands outlive it, and a new one takes new commands.
+        assert (await machine.run("echo again")).stdout == "again\n"
+        command.stdin.write(b"hello\n")
+        assert await command.wait() == 6
+
+
+async def test_a_full_guest(machine: Machine) -> None:
+    done = await machine.run("mount -t tmpfs -o size=4k tmpfs /mnt; cd /mnt; cat /dev/zero >fill; echo $?; umount /mnt")
+    assert "No space" in done.stderr
+    await machine.run("cd /; umount /mnt")
+    done = await machine.run("mount -o remount,ro / && touch /x; s=$?; mount -o remount,rw /; exit $s")
+    assert done.status == 1
+    assert (await machine.run("echo fine")).stdout == "fine\n"
+
+
+async def test_a_disk_is_detached_meanwhile(machine: Machine, tmp_path: Path) -> None:
+    from tests.conftest import make_raw
+    from vmspawn import Disk
+
+    disk = await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB)), "data", "virtio-scsi"))
+    commands = [machine.run(["cat"], input="x" * 10000) for _ in range(8)]
+    *done, detached = await asyncio.gather(*commands, machine.detach(disk.name))
+    assert detached
+    assert all(len(each.stdout) == 10000 for each in done)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("poweroff -f", "powered off"),
+        ("reboot -f", "reboot"),
+        ("echo c >/proc/sysrq-trigger", "panicked|reboot"),
+    ],
+)
+async def test_the_machine_ends_in_the_middle(qemu: str, how: str, reason: str) -> None:
+    async with booted(qemu) as machine:
+        command = await machine.execute(["sh", "-c", f"{how}; sleep 1000"])
+        with pytest.raises(NotConnected, match=reason):
+            await command.wait()
+        await command.close()
+        with pytest.raises(NotConnected):
+            await machine.run("true")
+
+
+async def test_the_host_resets_the_machine(qemu: str) -> None:
+    async with booted(qemu) as machine:
+        command = await machine.execute(["sleep", "1000"])
+        await machine.reboot()
+        with pytest.raises(NotConnected, match="rebooted"):
+            await command.wait()
+        await command.close()
+        assert (await machine.run("echo back")).stdout == "back\n"
+
+
+async def test_before_the_agent_is_up_it_waits(qemu: str) -> None:
+    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
+        with pytest.raises(Timeout, match="did not answer"):
+            await machine.execute(["true"], start_timeout=0.05)
+        assert (await machine.run("echo up")).stdout == "up\n"
+
+
+async def test_without_an_agent(qemu: str) -> None:
+    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless", agent=False) as machine:
+        with pytest.raises(NotSupported, match="without a port for the agent"):
+            await machine.run("true")
+
+
+async def test_another_manager_ends_what_was_left(qemu: str) -> None:
+    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
+        await machine.run("true")
+        command = await machine.execute(["sh", "-c", "exec sleep 74321"])
+        await machine.leave()
+        del command
+        adopted = await Machine.adopt(machine.name)
+        try:
+            await adopted._inside.settle()
+            assert (await adopted.run("ps -o args | grep -c '^sleep 74321' || true")).stdout == "0\n"
+            await until_idle(adopted)
+        finally:
+            await adopted.close()

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`vmctl exec`, `vmctl shell` and `vmspawn --run=` as a user runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, background, one_line, spawned, vmctl
+from tests.machines import fresh_name
+from tests.terminal import terminal
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def machine(qemu: str) -> Iterator[Spawned]:
+    """One machine for all tests that leave it as they found it."""
+    with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
+        running.wait_for("is running")
+        assert vmctl("exec", running.name, "true").returncode == 0
+        yield running
+
+
+def execute(machine: Spawned, *arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run `vmctl exec`."""
+    command = [*VMCTL, "exec", machine.name, *arguments]
+    return subprocess.run(command, input=data, capture_output=True, timeout=DEADLINE, check=False)
+
+
+def runs(machine: Spawned, command: str) -> bool:
+    """Whether a command runs in the guest."""
+    return execute(machine, "sh", "-c", f"ps -o args | grep -q '^{command}'").returncode == 0
+
+
+def until(machine: Spawned, command: str, *, expected: bool) -> None:
+    """Wait until a command runs in the guest, or runs no more."""
+    deadline = time.monotonic() + DEADLINE
+    while runs(machine, command) is not expected:
+        assert time.monotonic() < deadline, command
+
+
+# vmctl exec
+
+
+def test_streams_and_status(machine: Spawned) -> None:
+    done = execute(machine, "sh", "-c", "cat; echo err >&2; exit 7", data=b"in\n")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"in\n", b"err\n")
+
+
+def test_options_end_at_the_command(machine: Spawned) -> None:
+    done = execute(machine, "-C", "/tmp", "-E", "A=x y", "printf", "%s\\n", "-n", "--", "-C")
+    assert done.stdout == b"-n\n--\n-C\n"
+    assert execute(machine, "-e", "A=x y", "-u", "77", "--", "sh", "-c", 'echo "$A"; id -u').stdout == b"x y\n77\n"
+
+
+def test_arguments_that_are_not_text(machine: Spawned) -> None:
+    given = [b"\xff\xfe", b"", b"a\nb", b"'\"$(id)", b"%", b";"]
+    command = [*map(str.encode, VMCTL), b"exec", machine.name.encode(), b"printf", b"%s\\0", *given]
+    done = subprocess.run(command, capture_output=True, timeout=DEADLINE, check=True)
+    assert done.stdout.split(b"\0")[:-1] == given
+
+
+def test_many_bytes_in_and_out(machine: Spawned) -> None:
+    data = os.urandom(4 * MIB)
+    done = execute(machine, "cat", data=data)
+    assert (done.returncode, hashlib.sha256(done.stdout).digest()) == (0, hashlib.sha256(data).digest())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_gigabyte_in_and_out(machine: Spawned) -> None:
+    """It passes through a small buffer, and comes back as it was."""
+    block = os.urandom(MIB)
+    command = [*VMCTL, "exec", machine.name, "cat"]
+    sent, received = hashlib.sha256(), hashlib.sha256()
+    with background(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        source, target = process.stdin, process.stdout
+
+        def send() -> None:
+            for _ in range(1024):
+                sent.update(block)
+                source.write(block)
+            source.close()
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        while data := target.read(MIB):
+            received.update(data)
+        sender.join()
+        assert process.wait(DEADLINE) == 0
+    assert received.digest() == sent.digest()
+
+
+def test_a_reader_that_has_seen_enough(machine: Spawned) -> None:
+    script = f"{' '.join(VMCTL)} exec {machine.name} yes | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, timeout=DEADLINE, check=True)
+    assert done.stdout == "y\n141\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(("no-such-program",), 127), (("/etc/passwd",), 126), (("sh", "-c", "kill -9 $$"), 137)],
+)
+def test_what_a_shell_reports(machine: Spawned, arguments: tuple[str, ...], status: int) -> None:
+    assert execute(machine, *arguments).returncode == status
+
+
+def test_a_time_limit(machine: Spawned) -> None:
+    done = vmctl("exec", machine.name, "--time-limit=0.5", "sleep", "55555")
+    assert done.returncode == 124
+    assert "0.5 s" in one_line(done, "vmctl")
+    until(machine, "sleep 55555", expected=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("exec", "no-such-machine", "true"), "there is no machine"),
+        (("exec", "no-such-machine"), "required"),
+        (("exec", "--bogus", "no-such-machine", "true"), "unknown option"),
+        (("exec", "no-such-machine", "-E", "=x", "true"), "name is empty"),
+    ],
+)
+def test_what_is_not_the_commands_is_125(arguments: tuple[str, ...], message: str) -> None:
+    done = vmctl(*arguments)
+    assert done.returncode == 125
+    assert message in one_line(done, "vmctl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_who_goes_ends_the_command(machine: Spawned, number: signal.Signals) -> None:
+    sleep = f"sleep {70000 + number}"
+    script = f"setsid {sleep} & exec {sleep}"
+    with background([*VMCTL, "exec", machine.name, "sh", "-c", script], stdin=subprocess.DEVNULL) as process:
+        until(machine, sleep, expected=True)
+        process.send_signal(number)
+        assert process.wait(DEADLINE) in (128 + number, -number)
+    until(machine, sleep, expected=False)
+
+
+# A terminal
+
+
+def test_a_shell_on_a_terminal(machine: Spawned) -> None:
+    with terminal() as tty:
+        process = tty.start([*VMCTL, "shell", machine.name])
+        tty.expect(b"vmspawn# ")
+        tty.type(b"stty size; echo $TERM\r")
+        tty.expect(b"24 80\r\nxterm-256color")
+        tty.resize(30, 100)
+        tty.type(b"sleep 0.5; stty size\r")
+        tty.expect(b"30 100")
+        tty.type(b"sleep 1234\r")
+        until(machine, "sleep 1234", expected=True)
+        tty.type(b"\x03")
+        tty.expect(b"vmspawn# ")
+        tty.type(b"exit 9\r")
+        assert tty.wait(process) == 9
+
+
+def test_a_user_leaves_a_terminal(machine: Spawned) -> None:
+    with terminal() as tty:
+        process = tty.start([*VMCTL, "exec", "-t", machine.name, "sleep", "88888"])
+        until(machine, "sleep 88888", expected=True)
+        tty.wait_until_raw()
+        tty.type(b"\x1d\x1d\x1d")
+        assert tty.wait(process) == 125
+    until(machine, "sleep 88888", expected=False)
+
+
+# The manager's and the machine's end
+
+
+def test_the_manager_is_killed(qemu: str) -> None:
+    with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
+        running.wait_for("is running")
+        with background(
+            [*VMCTL, "exec", running.name, "sleep", "99999"],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            until(running, "sleep 99999", expected=True)
+            running.process.kill()
+            assert process.wait(DEADLINE) == 125
+            assert process.stderr is not None
+            assert "vmctl adopt" in process.stderr.read()
+        assert vmctl("adopt", running.name).returncode == 0
+        try:
+            until(running, "sleep 99999", expected=False)
+            found = json.loads(vmctl("qmp", running.name, "query-chardev", "--json=short").stdout)
+            assert len([each for each in found if each["label"].startswith("stream")]) <= 4
+        finally:
+            vmctl("terminate", running.name)
+
+
+def test_the_machine_is_terminated(qemu: str) -> None:
+    with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
+        running.wait_for("is running")
+        with background(
+            [*VMCTL, "exec", running.name, "sleep", "99999"],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            until(running, "sleep 99999", expected=True)
+            assert vmctl("terminate", running.name).returncode == 0
+            assert process.wait(DEADLINE) == 125
+            assert process.stderr is not None
+            assert "terminated" in process.stderr.read()
+
+
+# vmspawn --run=
+
+
+def run(qemu: str, command: str, *options: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run `vmspawn --run=`."""
+    arguments = [*VMSPAWN, "-M", fresh_name(), "--guest=builtin", f"--qemu={qemu}", f"--run={command}", *options]
+    return subprocess.run(arguments, input=data, capture_output=True, timeout=2 * DEADLINE, check=False)
+
+
+def test_a_machine_in_a_pipeline(qemu: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    archive = subprocess.run(["tar", "c", "-C", str(tmp_path), "file"], capture_output=True, check=True).stdout
+    log = tmp_path / "log"
+    done = run(qemu, "tar x -C /tmp && cat /tmp/file && echo err >&2 && exit 3", f"--log={log}", data=archive)
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"content", b"err\n")
+    assert "vmspawn-guest: ready" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "status", "message"),
+    [
+        ("echo c >/proc/sysrq-trigger; sleep 1000", (), 125, b"panic"),
+        ("poweroff -f; sleep 1000", (), 125, b"powered off"),
+        ("reboot -f; sleep 1000", (), 125, b"reboot"),
+        ("sleep 1000", ("--time-limit=2",), 124, b"time limit"),
+    ],
+)
+def test_a_machine_that_fails(qemu: str, command: str, options: tuple[str, ...], status: int, message: bytes) -> None:
+    done = run(qemu, command, *options)
+    assert done.returncode == status, done
+    assert message in done.stderr
+    assert b"Traceback" not in done.stderr

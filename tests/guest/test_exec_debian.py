@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands in a stock Debian, in which nothing is changed: credentials bring the agent, whatever boots it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import debian, ovmf
+from tests.machines import Machine, fresh_name
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+
+#: Under emulation, on a machine that others use too.
+BOOT_TIMEOUT = 500.0
+
+
+@pytest.fixture(autouse=True)
+def _needs() -> None:
+    debian.need()
+
+
+@asynccontextmanager
+async def booted(qemu: str, **options: Any) -> AsyncIterator[Machine]:
+    """A Debian whose agent is up."""
+    settings: dict[str, Any] = {
+        "image": str(debian.disk()),
+        "image_format": "raw",
+        "ephemeral": True,
+        "ram": 1 << 30,
+        "qemu": qemu,
+        "name": fresh_name(),
+        "console": "headless",
+    }
+    async with Machine(**{**settings, **options}) as machine:
+        async with await machine.execute(["true"], start_timeout=BOOT_TIMEOUT) as command:
+            assert await command.wait() == 0
+        yield machine
+
+
+async def use(machine: Machine) -> None:
+    """What commands are for."""
+    done = await machine.run("cat; id -un; exit 5", input="hello\n")
+    assert (done.status, done.stdout) == (5, "hello\nroot\n")
+    data = bytes(range(256)) * 4096
+    assert (await machine.run(["cat"], input=data, text=False)).stdout == data
+    # It is the agent's service that runs them, and it is well.
+    done = await machine.run("systemctl is-active vmspawn-agent.service; cat /proc/self/cgroup")
+    assert done.stdout.splitlines()[0] == "active"
+    assert "vmspawn-agent.service" in done.stdout
+    # Who goes ends the command, in a control group of its own.
+    async with await machine.execute(["sh", "-c", "setsid sleep 54321 & echo x; exec sleep 54321"]) as command:
+        assert command.stdout is not None
+        await command.stdout.readline()
+    async with asyncio.timeout(60):
+        while (await machine.run("pgrep -f '^sleep 54321'")).status == 0:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.asyncio
+async def test_booted_by_bios(qemu: str) -> None:
+    async with booted(qemu) as machine:
+        await use(machine)
+
+
+@pytest.mark.asyncio
+async def test_booted_by_uefi(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ovmf.install(tmp_path / "config")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    async with booted(qemu) as machine:
+        assert (await machine.run("ls -d /sys/firmware/efi")).status == 0
+        await use(machine)
+
+
+@pytest.mark.asyncio
+async def test_booted_by_its_kernel(qemu: str) -> None:
+    linux, initrd = debian.kernel()
+    async with booted(qemu, linux=str(linux), initrd=str(initrd), kernel_arguments=("rw",)) as machine:
+        await use(machine)

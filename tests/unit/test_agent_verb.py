@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`vmctl agent`: what it prints, and what it installs in a tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from tests.commands import VMCTL, one_line, vmctl
+from vmspawn.agent import build, install
+
+UNIT = "usr/lib/systemd/system/vmspawn-agent.service"
+
+
+def test_it_prints_the_program() -> None:
+    done = subprocess.run([*VMCTL, "agent"], capture_output=True, check=True)
+    assert done.stdout == build.build("x86_64").read_bytes()
+
+
+def test_it_prints_the_unit() -> None:
+    assert vmctl("agent", "--unit").stdout == install.installed_unit().decode()
+
+
+def test_it_installs_both_in_a_tree(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert vmctl("agent", f"--root={tmp_path}").returncode == 0
+    program = tmp_path / install.INSTALLED_PATH.lstrip("/")
+    assert os.access(program, os.X_OK)
+    wanted = tmp_path / "usr/lib/systemd/system/sysinit.target.wants/vmspawn-agent.service"
+    assert wanted.resolve() == (tmp_path / UNIT).resolve()
+    assert wanted.read_bytes() == install.installed_unit()
+
+
+def test_a_tree_that_is_not_there(tmp_path: Path) -> None:
+    done = vmctl("agent", f"--root={tmp_path}/nowhere")
+    assert done.returncode == 2
+    assert "not a directory" in one_line(done, "vmctl")

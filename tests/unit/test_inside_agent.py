@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The session with the agent, on a real socket whose other end is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from vmspawn.agent.protocol import Lost, Refused
+from vmspawn.errors import NotConnected, NotSupported
+from vmspawn.inside.agent import Agent
+
+pytestmark = pytest.mark.asyncio
+
+
+class Far:
+    """The far end of the control port, and what our end reported."""
+
+    def __init__(self) -> None:
+        self.sockets: list[socket.socket] = []
+        self.messages: list[Refused | Lost] = []
+        self.restarts = 0
+        self.agent = Agent(self._connect, on_message=self.messages.append, on_restart=self._restarted)
+
+    def _connect(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        self.sockets.append(theirs)
+        return ours
+
+    def _restarted(self) -> None:
+        self.restarts += 1
+
+    async def read(self) -> list[list[str]]:
+        """The messages that have come."""
+        # What waits for the agent connects in its first turn.
+        await asyncio.sleep(0)
+        data = await asyncio.get_running_loop().sock_recv(self.sockets[-1], 65536)
+        return [line.split()[:-1] for line in data.decode().splitlines() if line]
+
+    async def send(self, text: str) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.sockets[-1], text.encode())
+
+    async def session(self) -> None:
+        """Begin a session."""
+        waiting = asyncio.ensure_future(self.agent.ready())
+        [[_, nonce]] = await self.read()
+        await self.send(f"ready {nonce} 1 7 run ;\n")
+        await waiting
+
+
+@pytest_asyncio.fixture
+async def far() -> AsyncIterator[Far]:
+    far = Far()
+    yield far
+    far.agent.close()
+    for each in far.sockets:
+        each.close()
+
+
+async def test_a_session_begins_with_our_nonce(far: Far) -> None:
+    waiting = asyncio.ensure_future(far.agent.ready())
+    [[word, nonce]] = await far.read()
+    assert word == "sync"
+    await far.send("ready other 1 7 run ;\n")
+    done, _ = await asyncio.wait({waiting}, timeout=0.05)
+    assert not done
+    await far.send(f"ready {nonce} 1 7 run ;\n")
+    await waiting
+    assert far.agent.session == nonce
+
+
+async def test_an_agent_that_comes_up_late_gets_sync_again(far: Far) -> None:
+    waiting = asyncio.ensure_future(far.agent.ready())
+    first = await far.read()
+    await far.send("ready - 1 7 run ;\n")
+    assert await far.read() == first
+    await far.send(f"ready {first[0][1]} 1 7 run ;\n")
+    await waiting
+    assert far.restarts == 0
+
+
+async def test_an_agent_that_was_started_again_is_a_new_session(far: Far) -> None:
+    await far.session()
+    before = far.agent.session
+    await far.send("ready - 1 8 run ;\n")
+    [[_, nonce]] = await far.read()
+    assert (nonce != before, far.restarts) == (True, 1)
+
+
+async def test_another_version_is_refused(far: Far) -> None:
+    waiting = asyncio.ensure_future(far.agent.ready())
+    [[_, nonce]] = await far.read()
+    await far.send(f"ready {nonce} 2 7 run ;\n")
+    with pytest.raises(NotSupported, match="version 2"):
+        await waiting
+
+
+async def test_a_ping_is_answered_or_given_up(far: Far) -> None:
+    await far.session()
+    assert not await far.agent.ping(0.01)
+    await far.read()
+    ping = asyncio.ensure_future(far.agent.ping(10))
+    [[_, nonce]] = await far.read()
+    await far.send(f"pong {nonce} ;\n")
+    assert await ping
+
+
+async def test_what_is_no_message_changes_nothing(far: Far) -> None:
+    await far.session()
+    await far.send("x" * 100_000 + "\npong nobody ;\nready\n\0\xff\nlost a-1 ;\n")
+    async with asyncio.timeout(20):
+        while not far.messages:  # noqa: ASYNC110 - the reader sets no event
+            await asyncio.sleep(0.01)
+    assert far.messages == [Lost("a-1")]
+
+
+async def test_a_flood_leaves_others_their_turn(far: Far) -> None:
+    await far.session()
+    loop = asyncio.get_running_loop()
+    flood = asyncio.ensure_future(loop.sock_sendall(far.sockets[-1], b"ready\n" * 1_000_000))
+    await asyncio.sleep(0.3)
+    # What is not read stays with the one who sends.
+    assert not flood.done()
+    flood.cancel()
+
+
+async def test_a_port_that_is_not_there(far: Far) -> None:
+    def refuse() -> socket.socket:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    agent = Agent(refuse, on_message=lambda _: None, on_restart=lambda: None)
+    with pytest.raises(NotConnected, match="refused"):
+        await agent.ready()
