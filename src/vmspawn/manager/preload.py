@@ -22,6 +22,7 @@ MODULES = (
     "images.vmdk",
     "images.vhdx",
     "host.varlink",
+    "storage.refusals",
     "inside.commands",
     "control.execute",
 )
