@@ -341,6 +341,14 @@ async def test_the_host_resets_the_machine(qemu: str) -> None:
         assert (await machine.run("echo back")).stdout == "back\n"
 
 
+async def test_the_guest_is_suspended_in_the_middle(qemu: str) -> None:
+    async with booted(qemu) as machine:
+        command = await machine.execute(["sh", "-c", "echo mem >/sys/power/state; sleep 1000"])
+        with pytest.raises(NotConnected, match="suspended"):
+            await command.wait()
+        await command.close()
+
+
 async def test_before_the_agent_is_up_it_waits(qemu: str) -> None:
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
         with pytest.raises(Timeout, match="did not answer"):
