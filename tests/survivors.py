@@ -35,6 +35,7 @@ class Survivor:
     def kill_manager(self) -> None:
         """kill -9, and wait until it is dead."""
         self.manager.process.kill()
+        self.manager.process.wait()
         self.manager.close()
 
     def adopt(self, *arguments: str) -> None:

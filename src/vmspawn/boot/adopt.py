@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from errno import EAGAIN, ECONNREFUSED
 
@@ -20,13 +20,14 @@ from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..timeouts import ADOPT_GREETING_TIMEOUT, SHUTDOWN_TIMEOUT
 from .config import MachineConfig
+from .diagnose import no_answer
 from .launch import open_transcript, system_failures
 from .started import Adopted, SharedConsole, Started, connect, connect_monitors, share_console
 from .state import State, read
 
 
 @system_failures("take over the machine")
-def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: None) -> Started:
+def adopt(config: MachineConfig) -> Started:
     """Take over the machine that `config` names; its other fields configure the manager: console and timeouts.
 
     Nothing in QEMU is changed. Raises NotConnected if there is no machine of that name, or its QEMU is gone, in which
@@ -42,10 +43,9 @@ def adopt(config: MachineConfig, *, notice: Callable[[str], None] = lambda _: No
             raise NotConnected(
                 f"machine {config.name} has ended while it had no manager; removed what it left", hint="start it again"
             )
-        with _explain_refusal(directory):
+        with _explain_refusal(directory, pid):
             started = _connect(state, pid, config, directory, undo)
         undo.pop_all()
-    notice(f"took over machine {config.name} (QEMU is process {pid})")
     return started
 
 
@@ -91,13 +91,15 @@ def _helpers(state: State, undo: ExitStack) -> Iterator[Helper]:
 
 
 @contextlib.contextmanager
-def _explain_refusal(directory: MachineDirectory) -> Iterator[None]:
+def _explain_refusal(directory: MachineDirectory, pid: int) -> Iterator[None]:
     """Explain why a monitor accepts no connection."""
     try:
         yield
     except OSError as error:
         if error.errno not in (EAGAIN, ECONNREFUSED):
             raise
+        if trouble := runtime.process_trouble(pid):
+            raise no_answer(directory.name, pid, trouble) from None
         raise StartError(
             f"cannot connect to the monitors of machine {directory.name}: {error.strerror}",
             hint=f"does another program hold them? see: fuser {directory.file(runtime.MONITORS[0])}",

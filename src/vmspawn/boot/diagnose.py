@@ -30,3 +30,11 @@ def explain_failure(disks: Iterable[BootDisk], end: str, log: str) -> StartError
 def _mentions(log: str, each: BootDisk) -> bool:
     names = (each.image.file_node, each.image.format_node, each.identifiers.pivot, f"fdset/{each.image.fdset}")
     return any(re.search(rf"\b{re.escape(name)}\b", log) for name in names)
+
+
+def no_answer(name: str, pid: int, trouble: str) -> StartError:
+    """The error of a QEMU that cannot be adopted because its process does not run."""
+    return StartError(
+        f"QEMU does not answer: process {pid} {trouble}",
+        hint=f"let it go on (kill -CONT {pid}), or end it: vmctl terminate {name}",
+    )

@@ -243,11 +243,14 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         await self._machine.window.resize(rows, columns)
 
     @varlinkmethod(return_parameter="storage")
-    async def ListStorage(self, *, statistics: bool | None = None) -> list[Storage]:
-        """All disks, boot disks included; with `statistics`, what was read and written since each was attached."""
+    async def ListStorage(self, *, statistics: bool | None = None, sizes: bool | None = None) -> list[Storage]:
+        """All disks, boot disks included; with `statistics`, what was read and written since each was attached.
+
+        Without `sizes`, which are there by default, QEMU is not asked, and each size is 0.
+        """
         storage = self._machine.storage
         counted = await storage.statistics() if statistics else {}
-        looks = await storage.look()
+        looks = {} if sizes is False else await storage.look()
         return [
             describe(each, looks.get(each.name, Look()), storage.why_pending(each), counted.get(each.name))
             for each in storage

@@ -332,6 +332,23 @@ def start_time(pid: int) -> int:
     return 0 if fields[0] == b"Z" else int(fields[19])
 
 
+#: States of a process in proc(5), in words; one that runs or sleeps is in order.
+_PROCESS_STATES = {
+    "T": "is stopped (as by SIGSTOP)",
+    "t": "is stopped by a debugger",
+    "D": "waits in the kernel, perhaps for the host's storage",
+}
+
+
+def process_trouble(pid: int) -> str:
+    """Why a process may not answer, in words that follow its name; empty if nothing is known against it."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return _PROCESS_STATES.get(file.read().rpartition(b")")[2].split()[0].decode(), "")
+    except OSError:
+        return ""
+
+
 def process_of_thread(tid: int) -> int:
     """The process that a thread belongs to (proc(5), Tgid of status), or 0 if it is not there."""
     try:

@@ -12,7 +12,9 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+from ..aio.sockets import peer_process
 from ..errors import NotConnected, ProtocolError, Template, Timeout, UsageError, VmspawnError
+from . import runtime
 
 #: Seconds for the reply of a service of the host. It may have to start first, and to wait until systemd made a unit.
 SERVICE_TIMEOUT = 30.0
@@ -117,19 +119,23 @@ class Client:
     def stream(
         self, method: str, parameters: dict[str, Any] | None = None, *, forever: bool = True
     ) -> Iterator[dict[str, Any]]:
-        """Call a method that replies many times. Each reply has the connection's timeout, or none with `forever`."""
+        """Call a method that replies many times. The first reply has the timeout; others have none with `forever`."""
         self._send({"method": method, "parameters": parameters or {}, "more": True})
-        if forever:
-            self._socket.settimeout(None)
         continues = True
         while continues:
             reply, continues = self._receive(method)
+            if forever:
+                self._socket.settimeout(None)
             yield reply
 
     def subscribe(self, method: str, parameters: dict[str, Any] | None = None) -> None:
         """Call a method that replies many times; `next_reply` returns the replies."""
         self._send({"method": method, "parameters": parameters or {}, "more": True})
         self._method = method
+
+    def first_reply(self) -> dict[str, Any]:
+        """Return the first reply to `subscribe`, which has the deadline of any call."""
+        return self._receive(self._method)[0]
 
     def next_reply(self, seconds: float) -> dict[str, Any] | None:
         """Return the next reply to `subscribe`, or None if none comes within `seconds`."""
@@ -179,7 +185,7 @@ class Client:
                 self._socket, _RECEIVE_SIZE, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
-            raise Timeout(f"{self.service} did not answer {method} within {self._timeout:g} s") from None
+            raise self._late(method) from None
         except OSError as error:
             raise self._lost(error) from None
         self._descriptors += descriptors
@@ -188,6 +194,14 @@ class Client:
         self._buffer += data
         if len(self._buffer) > _REPLY_MAX:
             raise ProtocolError(f"{self.service} answered {method} with more than {_REPLY_MAX >> 20} MiB")
+
+    def _late(self, method: str) -> Timeout:
+        pid, _ = peer_process(self._socket)
+        trouble = runtime.process_trouble(pid)
+        return Timeout(
+            f"{self.service} did not answer {method} within {self._timeout:g} s",
+            hint=f"process {pid}, which serves it, {trouble}" if trouble else "",
+        )
 
     def _lost(self, error: OSError) -> NotConnected:
         return NotConnected(f"lost the connection to {self.service}: {error.strerror}")

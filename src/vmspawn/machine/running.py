@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..aio.tasks import Tasks
 from ..aio.waiting import first_of
 from ..boot.config import MachineConfig
-from ..boot.diagnose import explain_failure
+from ..boot.diagnose import explain_failure, no_answer
 from ..boot.started import Launched, Started
 from ..boot.state import SavedQemu, damaged, open_journal
 from ..console.hub import Console
-from ..errors import NotConnected, NotSupported, StartError, Timeout
+from ..errors import NotConnected, NotSupported, StartError, Timeout, VmspawnError
 from ..helpers.watch import Watch
 from ..host import runtime
 from ..host.process import Process
@@ -145,9 +145,17 @@ class Running:
     # Starting.
 
     async def _settle(self) -> list[str]:
-        await self.monitor.greeting(timeout=self._origin.greeting_timeout)
+        try:
+            await self.monitor.greeting(timeout=self._origin.greeting_timeout)
+        except Timeout as error:
+            raise self._silent(error) from None
         await self._run_state.known()
         return await self._origin.settle(self.monitor, self.storage, self._sessions)
+
+    def _silent(self, error: Timeout) -> VmspawnError:
+        """Return the error of a QEMU that does not greet: what is known of its process comes before guesses."""
+        trouble = runtime.process_trouble(self.pid)
+        return no_answer(self.name, self.pid, trouble) if trouble else error
 
     async def _failed_start(self, error: BaseException) -> BaseException:
         """Clean up after a start that failed. Returns why it failed, in the words of QEMU if that ended."""

@@ -49,11 +49,9 @@ async def supervise(
     machine = await _start(started, messages)
     if machine is None:
         return End.terminated()
-    # What READY promises: from then on the package may be upgraded, moved or removed.
-    await preloading
     async with AsyncExitStack() as closing:
         try:
-            return await _Supervision(machine, messages, closing).run(ready, job)
+            return await _Supervision(machine, messages, closing, preloading).run(ready, job)
         except VmspawnError:
             await machine.leave()
             raise
@@ -67,7 +65,11 @@ async def _start(started: Started, messages: Messages) -> Running | None:
     is_ours = isinstance(started.origin, Launched)
     try:
         # Adopting takes seconds at the most. A signal is handled once it is known what there is to end.
-        return await (run_unless_ended(started, start) if is_ours else start)
+        if is_ours:
+            return await run_unless_ended(started, start)
+        machine = await start
+        messages.notice(f"took over machine {machine.name} (QEMU is process {machine.pid})")
+        return machine
     except VmspawnError:
         raise
     except Exception as error:
@@ -101,7 +103,10 @@ def _write_report(name: str, what: str, machine: Running | None, error: BaseExce
 class _Supervision:
     """One running machine with all that serves it."""
 
-    def __init__(self, machine: Running, messages: Messages, closing: AsyncExitStack) -> None:
+    def __init__(
+        self, machine: Running, messages: Messages, closing: AsyncExitStack, preloading: asyncio.Task[None]
+    ) -> None:
+        self._preloading = preloading
         self._machine = machine
         self._messages = messages
         self._closing = closing
@@ -126,6 +131,8 @@ class _Supervision:
         closing.push_async_callback(registered.end)
         closing.callback(self._front.close)
         closing.callback(self._shutdown.close)
+        # What READY promises: from then on the package may be upgraded, moved or removed.
+        await self._preloading
         await self._register(registered)
         ready()
         messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")

@@ -130,7 +130,9 @@ class Monitor:
             async with asyncio.timeout(timeout):
                 await self._negotiated.wait()
         except TimeoutError:
-            raise Timeout(f"QEMU's monitor gave no greeting within {timeout:g} s; somebody else may hold it") from None
+            raise Timeout(
+                f"QEMU's monitor gave no greeting within {timeout:g} s; another program may hold it"
+            ) from None
         if self._lost is not None or self._greeting is None:
             raise NotConnected(self._lost or "QEMU did not greet")
         return self._greeting

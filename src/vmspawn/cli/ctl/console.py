@@ -13,6 +13,7 @@ from ...control.client import Client, connect
 from ...errors import NotConnected, VmspawnError
 from ...host import runtime
 from ..disconnect import watching
+from .replies import client_for
 from .verbs import Verbs
 
 _STDIN, _STDOUT = 0, 1
@@ -36,7 +37,7 @@ def _console(options: argparse.Namespace) -> None:
     from ...console.attach import ConsoleAttachment
     from ...console.terminal import window_size
 
-    with Client(options.machine) as client:
+    with client_for(options) as client:
         client.call("io.vmspawn.Machine.Describe")
     console = _connect(options.machine)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ...control.client import Client, VarlinkError
 from ...errors import NotConnected, SystemFailure, Timeout, UsageError
 from ...host import machined
-from ...host.runtime import check_name, machine_names, running_qemu, runtime_root
+from ...host.runtime import check_name, machine_names, process_trouble, running_qemu, runtime_root
 from ...timeouts import LIST_TIMEOUT
 from ..tables import format_duration, print_fields, print_json
 from . import wait
@@ -63,7 +63,8 @@ def _look_at(name: str) -> dict[str, Any] | None:
     try:
         folder = os.path.join(runtime_root(), check_name(name))
         with Client(name, timeout=LIST_TIMEOUT) as client:
-            return _describe(client, name)
+            found = _describe(client, name)
+        return found if found.get("responding", True) else {**found, "status": "unresponsive"}
     except UsageError:
         return None
     except NotConnected:
@@ -105,11 +106,27 @@ def _status(options: argparse.Namespace) -> None:
     options.machine = options.machine or _only_machine()
     with client_for(options) as client:
         found = _describe(client, options.machine)
-        disks = client.call(f"{MACHINE}.ListStorage")["storage"] if "ports" in found else []
+        disks = _disks(client, found)
     if options.json != "off":
         print_json({**found, "storage": disks}, options.json)
         return
-    print_fields([("Machine", found["name"]), ("State", found["status"]), *_details(found, disks)])
+    print_fields([("Machine", found["name"]), ("State", _state(found)), *_details(found, disks)])
+
+
+def _disks(client: Client, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a machine's disks. A QEMU that does not answer cannot be asked for their sizes."""
+    if "ports" not in found:
+        return []
+    parameters = {} if found.get("responding", True) else {"sizes": False}
+    disks: list[dict[str, Any]] = client.call(f"{MACHINE}.ListStorage", parameters)["storage"]
+    return disks
+
+
+def _state(found: dict[str, Any]) -> str:
+    if found.get("responding", True):
+        return str(found["status"])
+    trouble = process_trouble(found["processId"])
+    return f"{found['status']}, as far as is known: QEMU does not answer" + (f"; it {trouble}" if trouble else "")
 
 
 def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -139,8 +156,25 @@ def _happening(found: dict[str, Any]) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(found['realTimeUSec'] / 1e6))} {found['text']}"
 
 
+def _ended_without_manager(name: str) -> bool:
+    """End a machine that has no manager; returns False if it has one, or does not run."""
+    try:
+        Client(name).close()
+    except NotConnected:
+        folder = os.path.join(runtime_root(), name)
+        if not running_qemu(folder):
+            raise
+        from ...boot.orphan import end_orphan
+
+        end_orphan(name)
+        return True
+    return False
+
+
 def _change_state(options: argparse.Namespace) -> None:
     with failing_to(options.verb, options.machine):
+        if options.verb == "terminate" and _ended_without_manager(options.machine):
+            return
         if options.wait:
             wait.run(options)
             return

@@ -7,11 +7,11 @@ import argparse
 import time
 from typing import Any
 
-from ...control.client import REPLY_TIMEOUT, Client, VarlinkError
+from ...control.client import Client, VarlinkError
 from ...errors import MachineEnded, NotConnected, Timeout
 from ...timeouts import REACTION_TIMEOUT, SHUTDOWN_TIMEOUT
 from ..disconnect import watching
-from .replies import INSTANCE
+from .replies import INSTANCE, client_for
 from .state_change import change, report
 
 #: Seconds that the manager has to clean up after its machine has ended.
@@ -40,13 +40,12 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Call the method and wait. Raises Timeout or MachineEnded if the guest does something else."""
     with (
-        Client(options.machine) as events,
-        Client(options.machine) as client,
+        client_for(options) as events,
+        client_for(options) as client,
         watching(options.machine, client.connection) as parting,
     ):
         events.subscribe(f"{INSTANCE}.SubscribeEvents")
-        if events.next_reply(REPLY_TIMEOUT) is None:
-            raise Timeout(f"machine {options.machine} sends no events")
+        events.first_reply()
         change(options, client)
         try:
             _Wait(options, events).run()

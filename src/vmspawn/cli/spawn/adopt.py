@@ -90,7 +90,7 @@ def begin(
         from ...boot.adopt import adopt
 
         hold_signals()
-        return adopt(config, notice=notice)
+        return adopt(config)
     return launch(config, notice=notice, detail=detail, begin=hold_signals)
 
 

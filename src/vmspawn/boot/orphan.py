@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""End a QEMU that has no manager."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+
+from ..errors import StartError
+from ..host import runtime
+from ..host.runtime import MachineDirectory
+
+#: Seconds for QEMU to end after a signal.
+_END_TIMEOUT = 5.0
+
+
+def end_orphan(name: str) -> None:
+    """End a QEMU that has no manager, and remove what it left.
+
+    It is asked by SIGTERM, at which QEMU closes its images, unless it is stopped; and killed if it does not obey.
+    Raises NotConnected if there is no such machine, StartError if it has a manager or cannot be killed.
+    """
+    directory = MachineDirectory.take_over(name)
+    try:
+        if pid := runtime.running_qemu(directory.path):
+            _end_process(name, pid)
+        elif directory.has_monitor():
+            raise StartError(
+                f"machine {name} runs, and its QEMU is not known: its manager died as it started it",
+                hint=f"take it over first: vmctl adopt {name}",
+            )
+        directory.remove()
+    finally:
+        directory.close()
+
+
+def _end_process(name: str, pid: int) -> None:
+    process = os.pidfd_open(pid)
+    try:
+        if not runtime.process_trouble(pid) and _ends_of(process, signal.SIGTERM):
+            return
+        if _ends_of(process, signal.SIGKILL):
+            return
+    finally:
+        os.close(process)
+    trouble = runtime.process_trouble(pid) or "does not end"
+    raise StartError(f"cannot end the QEMU of machine {name}: process {pid} {trouble}")
+
+
+def _ends_of(process: int, number: signal.Signals) -> bool:
+    """Whether a process ends soon after a signal."""
+    # It may have ended by itself.
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, number)
+    return bool(select.select([process], [], [], _END_TIMEOUT)[0])

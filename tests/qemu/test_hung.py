@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A QEMU or a manager that is stopped: each verb says so, obeys its timeout, and the machine can be ended."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Spawned, idle, one_line, qemu_pid, vmctl, vmspawn
+from tests.machines import is_gone, process_is_gone
+from tests.survivors import Survivor, idle_survivor
+
+
+@pytest.fixture
+def orphan(qemu: str, tmp_path: Path) -> Iterator[Survivor]:
+    """A machine without a manager."""
+    with idle_survivor(qemu, tmp_path) as machine:
+        machine.kill_manager()
+        yield machine
+
+
+@pytest.fixture
+def stopped(orphan: Survivor) -> Survivor:
+    """A machine without a manager, whose QEMU is stopped."""
+    os.kill(orphan.pid, signal.SIGSTOP)
+    return orphan
+
+
+def test_a_stopped_qemu_is_not_taken_over(stopped: Survivor) -> None:
+    """Whether its sockets still take connections or not: a few attempts fill their queues."""
+    for _ in range(6):
+        done = vmspawn("--adopt", "-M", stopped.name)
+        assert done.returncode == 1
+        assert f"QEMU does not answer: process {stopped.pid} is stopped" in done.stderr
+        assert f"vmctl terminate {stopped.name}" in done.stderr
+        assert "took over" not in done.stderr
+    os.kill(stopped.pid, signal.SIGCONT)
+    stopped.adopt()
+    assert "took over" in stopped.manager.output["stderr"]
+
+
+def test_a_stopped_qemu_without_a_manager_is_ended(stopped: Survivor) -> None:
+    assert vmctl("terminate", stopped.name).returncode == 0
+    assert process_is_gone(stopped.pid)
+    assert is_gone(stopped.name)
+
+
+def test_a_qemu_without_a_manager_is_ended_in_order(orphan: Survivor) -> None:
+    done = vmctl("terminate", orphan.name, "--wait")
+    assert done.returncode == 0
+    assert process_is_gone(orphan.pid)
+    assert is_gone(orphan.name)
+
+
+@pytest.fixture
+def machine(qemu: str, tmp_path: Path) -> Iterator[Spawned]:
+    with idle(qemu, tmp_path) as running:
+        yield running
+
+
+def test_status_shows_what_is_known_of_a_machine_whose_qemu_is_stopped(machine: Spawned) -> None:
+    pid = qemu_pid(machine.name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        shown = vmctl("status", machine.name, timeout=15)
+        assert shown.returncode == 0
+        assert "running, as far as is known: QEMU does not answer; it is stopped" in shown.stdout
+        assert "boot" in shown.stdout
+        found = json.loads(vmctl("status", machine.name, "--json=short").stdout)
+        assert (found["status"], found["responding"]) == ("running", False)
+        assert "unresponsive" in vmctl("list").stdout
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["responding"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status",),
+        ("console",),
+        ("events",),
+        ("pause",),
+        ("poweroff", "--wait"),
+        ("terminate",),
+        ("list-disks",),
+        ("list-sessions",),
+        ("qmp", "query-status"),
+    ],
+    ids=" ".join,
+)
+def test_a_verb_obeys_its_timeout_if_the_manager_is_stopped(machine: Spawned, arguments: tuple[str, ...]) -> None:
+    machine.signal(signal.SIGSTOP)
+    try:
+        done = vmctl(arguments[0], "--timeout=0.5", machine.name, *arguments[1:], timeout=15)
+        assert done.returncode == 1
+        assert "did not answer" in one_line(done, "vmctl")
+        assert f"process {machine.process.pid}, which serves it, is stopped" in done.stderr
+    finally:
+        machine.signal(signal.SIGCONT)
