@@ -58,6 +58,8 @@ class MachineOptions(TypedDict, total=False):
     ephemeral: bool
     grow_image: int | None
     agent: bool
+    die_with_program: bool
+    die_with_parent: bool
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -92,6 +92,8 @@ class MachineConfig(NamedTuple):
     ephemeral: bool = False
     grow_image: int | None = None
     agent: bool = True
+    die_with_program: bool = False
+    die_with_parent: bool = False
 
     @property
     def ram_bytes(self) -> int:

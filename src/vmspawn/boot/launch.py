@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from ..aio.sockets import listen
 from ..errors import StartError, SystemFailure
-from ..host import consolelog, fifos, runtime, scope
+from ..host import consolelog, fifos, runtime, scope, watcher
 from ..host.consolelog import ConsoleLog
 from ..host.descriptor import Descriptor
 from ..host.runtime import MachineDirectory
@@ -72,16 +72,28 @@ def launch(
         transcript = open_transcript(config.console_log, undo)
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)
+        watcher_pid = _start_watcher(config, directory, undo)
         disks = open_boot_disks(chosen.config, chosen.layout, directory.path)
         for each in disks:
             owned.lent.callback(each.close)
         if chosen.why_emulated:
             notice(f"no KVM ({chosen.why_emulated}), so the guest is emulated and slow")
         plan = make_plan(chosen, disks, directory, report, owned)
-        started = _start(plan, directory, transcript, owned)
+        started = _start(plan, directory, transcript, owned)._replace(watcher=watcher_pid)
         owned.lent.close()
         undo.pop_all()
     return started
+
+
+def _start_watcher(config: MachineConfig, directory: MachineDirectory, undo: ExitStack) -> int:
+    """Start the process that ends the machine if this program or its parent dies; 0 if nobody wants one."""
+    if not (config.die_with_program or config.die_with_parent):
+        return 0
+    processes = (os.getpid(), os.getppid()) if config.die_with_parent else (os.getpid(),)
+    with open(os.devnull, "wb") as nowhere:
+        pid = spawn(watcher.command(directory.path, runtime.FILES, processes), keep=[], log=nowhere.fileno())
+    undo.callback(kill_child, pid)
+    return pid
 
 
 def _check_display(config: MachineConfig) -> None:

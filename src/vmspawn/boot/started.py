@@ -64,6 +64,7 @@ class Started(NamedTuple):
     """A running QEMU. Owns everything below; an object that takes over a part of it closes that part.
 
     `console` is None if the console is QEMU's own (`native`). `transcript` is the file that the console is appended to.
+    `watcher` is the process that ends the machine if this program dies, or 0.
     """
 
     origin: Launched | Adopted
@@ -78,6 +79,7 @@ class Started(NamedTuple):
     console: SharedConsole | None
     transcript: Descriptor | None
     helpers: tuple[Helper, ...]
+    watcher: int = 0
 
     def leave(self) -> None:
         """Disconnect from QEMU and its helpers, which run on for another manager. May be called again."""
@@ -96,6 +98,8 @@ class Started(NamedTuple):
         for helper in self.helpers:
             helper.close()
         self.directory.remove()
+        if self.watcher:
+            kill_child(self.watcher)
 
     def give_up(self) -> None:
         """Undo a start that failed: end a QEMU that was launched, leave one that was adopted."""

@@ -18,6 +18,7 @@ class General(TypedDict):
     qmp_log: str
     shutdown_timeout: float
     time_limit: float | None
+    die_with_parent: bool
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-M", "--machine", metavar="NAME", help="name the machine (default: from what boots)")
     group.add_argument("--uuid", metavar="UUID", help="set the machine's UUID")
     group.add_argument("--qmp-log", metavar="FILE", default="", help="write a transcript of QEMU's monitors")
+    group.add_argument(
+        "--die-with-parent", action="store_true", help="end the machine when vmspawn or its parent process dies"
+    )
     group.add_argument(
         "--shutdown-timeout",
         metavar="SECONDS",
@@ -51,6 +55,7 @@ def read(options: argparse.Namespace) -> General:
         "name": options.machine or None,
         "uuid": options.uuid,
         "qmp_log": options.qmp_log,
+        "die_with_parent": options.die_with_parent,
         "shutdown_timeout": _seconds("--shutdown-timeout=", options.shutdown_timeout),
         "time_limit": None if options.time_limit is None else _limit(options.time_limit),
     }

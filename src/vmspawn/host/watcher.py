@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""End a machine whose program has died, and remove what it left.
+
+`start` runs this file as a program of its own, by its path and without the package, so that it stays small. It is in a
+session of its own, waits for the end of any of the processes that the machine must not outlive, and kills QEMU and its
+helpers then. `Started.end` ends the watcher of a machine that ends before its program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+import time
+
+#: Seconds for a process to end that was killed, and for a program that lives to remove the directory by itself.
+_END_TIMEOUT = 10.0
+
+#: Seconds for the lock of a program that has died to be free.
+_LOCK_TIMEOUT = 2.0
+
+#: Seconds after which QEMU is looked for once more: it may just have been started as its program died.
+_STARTING = 0.3
+
+_LOG = "qemu.log"
+_STATE = "state.json"
+
+
+def command(path: str, files: tuple[str, ...], processes: tuple[int, ...]) -> list[str]:
+    """Return the command line of the watcher of the machine whose directory is `path` and may have `files`."""
+    watched = [f"{pid}:{_start_time(pid)}" for pid in processes]
+    # QEMU's log is found by its real path, and the watcher leaves the working directory.
+    real = os.path.realpath(path)
+    return [sys.executable, "-I", "-S", os.path.abspath(__file__), real, ",".join(files), *watched]
+
+
+def _main(path: str, files: str, *processes: str) -> None:
+    os.chdir("/")
+    watched = [_open(process) for process in processes]
+    # The program holds the directory's lock: its name cannot be another's yet.
+    inode = _inode(path)
+    if all(fd >= 0 for fd in watched):
+        poll = select.poll()
+        for fd in watched:
+            poll.register(fd, select.POLLIN)
+        poll.poll()
+    if watched[0] >= 0 and not select.select([watched[0]], [], [], 0)[0]:
+        # The program lives, and cleans up once QEMU has ended.
+        _kill_all(path)
+        select.select([watched[0]], [], [], _END_TIMEOUT)
+    lock = _lock(path)
+    if _inode(path) != inode:
+        return  # it is gone, or is another machine's
+    _kill_all(path)
+    if lock >= 0:
+        time.sleep(_STARTING)
+        _kill_all(path)
+    _remove(path, files.split(","))
+
+
+def _open(process: str) -> int:
+    """A pidfd of a process that is given with its start time, or -1 if it has ended."""
+    pid, started = map(int, process.split(":"))
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return -1
+    return fd if _start_time(pid) == started else -1
+
+
+def _start_time(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        return 0
+
+
+def _kill_all(path: str) -> None:
+    """Kill QEMU, whose errors go into the machine's log, and the helpers that the state names."""
+    log = os.path.join(path, _LOG)
+    qemus = [int(name) for name in os.listdir("/proc") if name.isdigit() and _errors_of(name) == log]
+    for pid in (*qemus, *_helpers(path)):
+        _kill(pid)
+
+
+def _errors_of(pid: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/2")
+    except OSError:
+        return ""
+
+
+def _helpers(path: str) -> list[int]:
+    import json
+
+    try:
+        with open(os.path.join(path, _STATE), "rb") as file:
+            found = [(int(pid), int(started)) for _name, _what, pid, started in json.load(file)["helpers"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [pid for pid, started in found if pid > 0 and _start_time(pid) == started]
+
+
+def _kill(pid: int) -> None:
+    try:
+        process = os.pidfd_open(pid)
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+    except OSError:
+        return
+    select.select([process], [], [], _END_TIMEOUT)
+    os.close(process)
+
+
+def _inode(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
+def _lock(path: str) -> int:
+    """Lock the directory, so that no other machine takes the name meanwhile. Returns its descriptor, or -1.
+
+    A child that the program has forked may hold the lock for as long as it lives.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return -1
+    deadline = time.monotonic() + _LOCK_TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError:
+            time.sleep(0.02)
+    return -1
+
+
+def _remove(path: str, files: list[str]) -> None:
+    for name in files:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(path, name))
+    # Other files in it are not ours.
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A machine that must not outlive its program leaves nothing, however the program dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, VMSPAWN
+from tests.conftest import make_raw
+from tests.machines import fresh_name, is_gone
+from vmspawn.host import runtime
+
+PROGRAM = """
+import asyncio, os, sys, threading
+from vmspawn import Machine
+
+async def run(name, qemu, image, how):
+    options = dict(name=name, qemu=qemu, image=image, ram=64 << 20, console="headless", ephemeral=True)
+    async with Machine(**options, die_with_program=True) as machine:
+        print("up", machine.pid, flush=True)
+        if how == "os._exit":
+            os._exit(3)
+        if how == "sys.exit":
+            sys.exit(3)
+        if how == "fork" and os.fork() == 0:
+            import time
+            time.sleep(20)
+            os._exit(0)
+        await machine.wait()
+
+def main():
+    asyncio.run(run(*sys.argv[1:]))
+
+if sys.argv[4] == "thread":
+    thread = threading.Thread(target=main, daemon=True)
+    thread.start()
+    thread.join()
+else:
+    main()
+"""
+
+
+def processes_of(name: str) -> list[str]:
+    """The processes that name a machine's directory: its watcher, or that write to its log: QEMU."""
+    folder = os.path.join(os.path.realpath(runtime.runtime_root()), name)
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{pid}/fd/2").startswith(folder) or folder.encode() in Path(
+                f"/proc/{pid}/cmdline"
+            ).read_bytes().split(b"\0"):
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def nothing_left(name: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while processes_of(name) or not is_gone(name):
+        assert time.monotonic() < deadline, f"left: {processes_of(name)}, directory gone: {is_gone(name)}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(qemu: str, tmp_path: Path) -> Callable[[str, str], subprocess.Popen[str]]:
+    image = make_raw(tmp_path / "boot", 1 << 20)
+
+    def run(name: str, how: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, name, qemu, str(image), how]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    return run
+
+
+Start = Callable[[str, str], subprocess.Popen[str]]
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "thread", "os._exit", "sys.exit", "stopped", "fork"])
+def test_nothing_is_left_of_a_machine_whose_program_dies(start: Start, how: str) -> None:
+    name = fresh_name()
+    with start(name, how) as program:
+        assert program.stdout is not None
+        assert "up" in program.stdout.readline()
+        assert processes_of(name) or how in ("os._exit", "sys.exit")
+        if how == "stopped":
+            program.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, program.pid, os.WSTOPPED)
+            assert len(processes_of(name)) == 2
+        if how in ("SIGKILL", "thread", "stopped"):
+            os.killpg(program.pid, signal.SIGKILL)
+        elif how == "fork":
+            program.kill()
+        program.wait(timeout=DEADLINE)
+        nothing_left(name)
+        if how == "fork":
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", [0.05, 0.15, 0.25, 0.35, 0.45, 0.6])
+def test_a_program_that_is_killed_while_its_machine_starts(start: Start, moment: float) -> None:
+    name = fresh_name()
+    with start(name, "SIGKILL") as program:
+        time.sleep(moment)
+        program.kill()
+        program.wait(timeout=DEADLINE)
+        nothing_left(name)
+
+
+@pytest.mark.parametrize("victim", ["parent", "manager"])
+def test_vmspawn_dies_with_its_parent(qemu: str, tmp_path: Path, victim: str) -> None:
+    name = fresh_name()
+    image = make_raw(tmp_path / "boot", 1 << 20)
+    options = [f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "-M", name]
+    script = (
+        "import subprocess, sys; child = subprocess.Popen(sys.argv[1:]); print(child.pid, flush=True); child.wait()"
+    )
+    command = [sys.executable, "-c", script, *VMSPAWN, "--die-with-parent", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stderr is not None
+        manager = int(parent.stdout.readline())
+        for line in parent.stderr:
+            if "is running" in line:
+                break
+        assert len(processes_of(name)) >= 2
+        if victim == "parent":
+            parent.kill()
+        else:
+            os.kill(manager, signal.SIGKILL)
+        nothing_left(name)
+        deadline = time.monotonic() + DEADLINE
+        while runtime.start_time(manager):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
