@@ -141,7 +141,19 @@ def test_hotplug_does_not_know_what_a_disk_is(pattern: str) -> None:
 _OF_THE_START = {"storage.recovery", "console.interactive", "manager.keys"}
 
 #: Rooms whose functions run while a machine does.
-_AT_WORK = ("manager", "control", "machine", "storage", "hotplug", "qmp", "console", "host", "images")
+_AT_WORK = (
+    "manager",
+    "control",
+    "machine",
+    "inside",
+    "agent",
+    "storage",
+    "hotplug",
+    "qmp",
+    "console",
+    "host",
+    "images",
+)
 
 
 def late_imports(path: Path, modules: set[str]) -> set[str]:

@@ -14,6 +14,8 @@ from .. import log
 
 #: Every module that is imported inside a function and may be needed while a machine runs, with all that it imports.
 MODULES = (
+    "control.execute",
+    "inside.commands",
     "manager.report",
     "qmp.share.peer",
     "qmp.share.multiplexer",
