@@ -31,7 +31,8 @@ class Machine(api.Machine):
     """A library's machine whose parts a test can look at."""
 
     def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
+        # Tests of the control socket serve it themselves.
+        super().__init__(config, control=options.pop("control", False), **options)
         #: What was found when it was adopted.
         self.adoption_notes: list[str] = []
 

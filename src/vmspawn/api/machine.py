@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractAsyncContextManager
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 from ..boot.config import MachineConfig, check
 from ..errors import NotConnected
@@ -27,30 +27,64 @@ from .launching import start
 from .options import MachineOptions, check_names
 from .remotes import Local
 
+if TYPE_CHECKING:
+    from ..control.server import ControlServer
+
+#: Seconds that clients of the control socket have to take the machine's last event.
+_FAREWELL_TIMEOUT = 1.0
+
 
 class Machine(Guest):
     """A virtual machine.
 
     `async with Machine(guest="builtin") as machine:` starts it, and ends it on the way out if it still runs. The
-    keyword arguments are the fields of MachineConfig, and prevail over `config`. A machine that has ended can be
-    started again. Raises StartError or UsageError if it cannot be started.
+    keyword arguments are the fields of MachineConfig, and prevail over `config`. vmctl and other programs reach the
+    machine by its name, unless `control` is False. A machine that has ended can be started again.
+
+    Raises StartError or UsageError if it cannot be started.
     """
 
-    def __init__(self, config: MachineConfig | None = None, **options: Unpack[MachineOptions]) -> None:
+    def __init__(
+        self, config: MachineConfig | None = None, *, control: bool = True, **options: Unpack[MachineOptions]
+    ) -> None:
         check_names(options)
+        self._control = control
+        self._server: ControlServer | None = None
         self._config = check((config or MachineConfig())._replace(**options))
         self._current: Running | None = None
         self._inside_of_current: Inside | None = None
 
     async def __aenter__(self) -> Self:
         self._current = await start(self._config)
+        if self._control:
+            try:
+                self._serve(self._current)
+            except BaseException:
+                await self._current.end()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        try:
+            await self._running.end()
+            if self._server is not None:
+                await self._server.finish(timeout=_FAREWELL_TIMEOUT)
+        finally:
+            self._stop_serving()
+
+    def _serve(self, running: Running) -> None:
+        # Loaded for a machine that is served: others need no Varlink.
+        from ..control.server import ControlServer, build_registry
+
+        self._server = ControlServer(running.directory, build_registry(running, self._inside), on_failed=running.failed)
+
+    def _stop_serving(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
         if self._inside_of_current is not None:
             self._inside_of_current.close()
             self._inside_of_current = None
-        await self._running.end()
 
     @property
     def _inside(self) -> Inside:

@@ -49,6 +49,11 @@ def connect(machine: str, name: str) -> socket.socket:
         pid = runtime.running_qemu(f"/proc/self/fd/{folder}")
         if not pid or name != runtime.CONTROL:
             raise
+        if holder := runtime.lock_holder(f"/proc/self/fd/{folder}"):
+            raise NotConnected(
+                f"machine {machine} is run by process {holder}, which serves no control socket",
+                hint="it may still start, or is a program that runs the machine with control=False",
+            ) from None
         raise NotConnected(
             f"machine {machine} runs without a manager (QEMU is process {pid})",
             hint=f"take it over with: vmctl adopt {machine}",

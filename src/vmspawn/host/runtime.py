@@ -251,9 +251,9 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
         except BlockingIOError:
             os.close(fd)
             if not create:
-                raise StartError(
-                    f"machine {name} has a manager, which lives", hint=f"see: vmctl status {name}"
-                ) from None
+                holder = lock_holder(path)
+                who = f"is run by process {holder}" if holder else "has a manager, which lives"
+                raise StartError(f"machine {name} {who}", hint=f"see: vmctl status {name}") from None
             raise StartError.with_fields(
                 "a machine named {machine} is already running", hint="choose another name with {name=}", machine=name
             ) from None
@@ -319,6 +319,21 @@ def running_qemu(path: str) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     return pid if start_time(pid) == started else 0
+
+
+def lock_holder(path: str) -> int:
+    """The process that holds a folder's lock: the machine's manager. 0 if there is none, or it cannot be seen."""
+    try:
+        inode = os.stat(path).st_ino
+        with open("/proc/locks", "rb") as file:
+            locks = [line.split() for line in file]
+    except OSError:
+        return 0
+    for lock in locks:
+        # 1: FLOCK ADVISORY WRITE 1234 00:1b:5678 0 EOF; one that waits has an arrow behind its number.
+        if lock[1] == b"FLOCK" and lock[5].rpartition(b":")[2] == str(inode).encode():
+            return max(0, int(lock[4]))
+    return 0
 
 
 def start_time(pid: int) -> int:

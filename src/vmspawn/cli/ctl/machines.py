@@ -10,7 +10,7 @@ from typing import Any
 from ...control.client import Client, VarlinkError
 from ...errors import NotConnected, SystemFailure, Timeout, UsageError
 from ...host import machined
-from ...host.runtime import check_name, machine_names, process_trouble, running_qemu, runtime_root
+from ...host.runtime import check_name, lock_holder, machine_names, process_trouble, running_qemu, runtime_root
 from ...timeouts import LIST_TIMEOUT
 from ..tables import format_duration, print_fields, print_json
 from . import wait
@@ -69,7 +69,7 @@ def _look_at(name: str) -> dict[str, Any] | None:
         return None
     except NotConnected:
         if pid := running_qemu(folder):
-            return _unknown(name, "no manager", pid)
+            return _unknown(name, "not served" if lock_holder(folder) else "no manager", pid)
         return None
     except Timeout:
         return _unknown(name, "unresponsive")
@@ -162,7 +162,7 @@ def _ended_without_manager(name: str) -> bool:
         Client(name).close()
     except NotConnected:
         folder = os.path.join(runtime_root(), name)
-        if not running_qemu(folder):
+        if not running_qemu(folder) or lock_holder(folder):
             raise
         from ...boot.orphan import end_orphan
 
