@@ -25,3 +25,9 @@ ADOPT_GREETING_TIMEOUT = 5.0
 
 #: How long a listing waits for each source, so that one that hangs does not hide the others.
 LIST_TIMEOUT = 2.0
+
+#: How long the guest has to open the tray of an optical drive that it has locked.
+TRAY_TIMEOUT = 10.0
+
+#: How long after the power button it is pressed again: a guest in its firmware does not notice it.
+POWER_BUTTON_INTERVAL = 5.0

@@ -2,6 +2,7 @@
 """A booted guest and its end: what the signals and vmctl's verbs do to it."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,35 @@ def test_sigterm_in_firmware_reaches_the_guest_once_it_listens(qemu: str) -> Non
         running.signal(signal.SIGTERM)
         assert running.wait() == 0
     assert "vmspawn: the guest powered off" in running.output["stderr"]
+
+
+def test_poweroff_that_waits_presses_the_button_until_the_guest_listens(qemu: str) -> None:
+    """The guest is in its firmware still, and misses the first press."""
+    with spawned(f"--qemu={qemu}", "--guest=builtin") as running:
+        running.wait_for("is running")
+        done = vmctl("poweroff", running.name, "--wait")
+        assert (done.returncode, done.stderr.count("the power button was pressed")) == (0, 1)
+        assert running.wait() == 0
+
+
+def test_a_tray_that_stays_locked_is_reported_in_time_and_stays_shut(qemu: str, tmp_path: Path) -> None:
+    medium = tmp_path / "medium"
+    medium.write_bytes(b"the medium".ljust(4096, b"\n"))
+    with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
+        machine.expect(READY.encode())
+        machine.expect(PROMPT)
+        arguments = (str(medium), "--bus=scsi-cd", "--name=cd")
+        assert vmctl("attach-disk", machine.name, *arguments).returncode == 0
+        machine.run("until [ -b /dev/sr0 ]; do usleep 20000; done; exec 3</dev/sr0")
+        done = vmctl("eject-media", machine.name, "cd", "--timeout=0.5")
+        assert done.returncode == 1
+        assert "the guest holds the tray of cd locked and has not opened it within 0.5 s" in done.stderr
+        assert "use --force" in done.stderr
+        # Nothing goes on behind: another change is accepted at once, and the medium is in.
+        again = vmctl("insert-media", machine.name, "cd", str(medium), "--timeout=0")
+        assert again.returncode == 1
+        assert b"the medium" in machine.run("exec 3<&-; head -n 1 /dev/sr0")
+        assert vmctl("terminate", machine.name).returncode == 0
 
 
 #: Takes the place of what listens for the power button, and takes its time, as a guest does that has services to stop.

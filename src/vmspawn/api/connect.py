@@ -21,7 +21,7 @@ from ..qmp.monitor import Monitor
 from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import NO_LIMITS, Limits
-from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 from .commands import Guest
 from .control import Qmp
@@ -236,15 +236,18 @@ class ConnectedMachine(Guest):
         """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
         await self._call(f"{_MACHINE}.LimitStorage", {"name": name, "limits": _limits(limits)})
 
-    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+    async def insert_media(
+        self, name: str, path: str, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+    ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked; `force` opens it all the same."""
-        wanted = {"name": name, "format": format, "force": force}
-        await self._call(f"{_MACHINE}.InsertMedia", wanted, path=path, read_only=True)
+        holds the tray locked for `timeout` seconds; `force` opens it all the same."""
+        wanted = {"name": name, "format": format, "force": force, "timeoutUSec": int(timeout * _MICROSECONDS)}
+        await self._call(f"{_MACHINE}.InsertMedia", wanted, path=path, read_only=True, timeout=timeout + REPLY_TIMEOUT)
 
-    async def eject_media(self, name: str, *, force: bool = False) -> None:
+    async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive. Raises what `insert_media` raises."""
-        await self._call(f"{_MACHINE}.EjectMedia", {"name": name, "force": force})
+        wanted = {"name": name, "force": force, "timeoutUSec": int(timeout * _MICROSECONDS)}
+        await self._call(f"{_MACHINE}.EjectMedia", wanted, timeout=timeout + REPLY_TIMEOUT)
 
 
 async def _events(connection: calls.Connection) -> AsyncIterator[Event]:

@@ -12,7 +12,7 @@ from ..qmp.events import Event
 from ..qmp.monitor import COMMAND_TIMEOUT
 from ..storage.disk import Disk
 from ..storage.limits import Limits
-from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, DRIVER_TIMEOUT
+from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 from .execution import Completed, Execution
 
@@ -172,9 +172,11 @@ class Control(Protocol):
     async def limit(self, name: str, limits: Limits) -> None:
         """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
 
-    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+    async def insert_media(
+        self, name: str, path: str, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+    ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked; `force` opens it all the same."""
+        holds the tray locked for `timeout` seconds; `force` opens it all the same."""
 
-    async def eject_media(self, name: str, *, force: bool = False) -> None:
+    async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive. Raises what `insert_media` raises."""

@@ -17,7 +17,7 @@ from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import Limits
 from ..storage.looks import Look
-from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .commands import Guest
 from .control import Qmp
@@ -214,16 +214,20 @@ class Machine(Guest):
         """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
         await self._running.storage.changes.limit(name, limits)
 
-    async def insert_media(self, name: str, path: str, *, format: str | None = None, force: bool = False) -> None:
+    async def insert_media(
+        self, name: str, path: str, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+    ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked; `force` opens it all the same."""
+        holds the tray locked for `timeout` seconds; `force` opens it all the same."""
         storage = self._running.storage
         backing = await open_image(path, read_only=True)
-        await storage.changes.insert_media(name, backing, format=format, path=_absolute(path), force=force)
+        await storage.changes.insert_media(
+            name, backing, format=format, path=_absolute(path), force=force, timeout=timeout
+        )
 
-    async def eject_media(self, name: str, *, force: bool = False) -> None:
+    async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive. Raises what `insert_media` raises."""
-        await self._running.storage.changes.eject_media(name, force=force)
+        await self._running.storage.changes.eject_media(name, force=force, timeout=timeout)
 
 
 def _absolute(path: str) -> str:

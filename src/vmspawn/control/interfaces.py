@@ -22,7 +22,7 @@ from ..storage import disk as disks
 from ..storage.backing import Backing
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk
 from ..storage.looks import Look
-from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT
+from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, TRAY_TIMEOUT
 from . import errors, qmp
 from .progress import Progress
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
@@ -66,6 +66,13 @@ def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
 def _is_read_only(machine: Running, name: str) -> bool | None:
     """True if a disk is there that the guest may not write: what comes in its place must not be writable either."""
     return any(each.name == name and each.read_only for each in machine.storage) or None
+
+
+def _tray_timeout(microseconds: int | None) -> float:
+    """The seconds that a guest has to open a tray that it has locked. Raises InvalidParameter."""
+    if microseconds is not None and microseconds < 0:
+        raise InvalidParameter(parameter="timeoutUSec")
+    return TRAY_TIMEOUT if microseconds is None else microseconds / _MICROSECONDS
 
 
 class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
@@ -362,17 +369,23 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         format: str | None = None,
         path: str | None = None,
         force: bool | None = None,
+        timeoutUSec: int | None = None,
     ) -> None:
-        """Put a medium into an optical drive, in the place of one that is there."""
+        """Put a medium into an optical drive, in the place of one that is there.
+
+        A guest that has locked the tray has `timeoutUSec`, or 10 s, to open it; then StoragePending.
+        """
+        timeout = _tray_timeout(timeoutUSec)
         backing = _backing(fileDescriptorIndex, read_only=True)
         await self._machine.storage.changes.insert_media(
-            name, backing, format=format, path=path or "", force=bool(force)
+            name, backing, format=format, path=path or "", force=bool(force), timeout=timeout
         )
 
     @varlinkmethod
-    async def EjectMedia(self, *, name: str, force: bool | None = None) -> None:
-        """Take the medium out of an optical drive; the tray stays open."""
-        await self._machine.storage.changes.eject_media(name, force=bool(force))
+    async def EjectMedia(self, *, name: str, force: bool | None = None, timeoutUSec: int | None = None) -> None:
+        """Take the medium out of an optical drive; the tray stays open. `timeoutUSec` is that of InsertMedia."""
+        timeout = _tray_timeout(timeoutUSec)
+        await self._machine.storage.changes.eject_media(name, force=bool(force), timeout=timeout)
 
     async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:
         return await qmp.take_over(self._machine, read_only=bool(readOnly))

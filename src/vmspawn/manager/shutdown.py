@@ -12,9 +12,7 @@ from ..errors import NotConnected, NotSupported, QmpError, Timeout
 from ..host.notify import Notifier
 from ..machine import run_states
 from ..machine.running import Running
-
-#: Seconds after which the power button is pressed again: a guest in its firmware does not notice it.
-POWER_BUTTON_INTERVAL = 5.0
+from ..timeouts import POWER_BUTTON_INTERVAL
 
 #: Seconds for which a service manager is asked to wait on, each time the button is pressed. Longer than the interval
 #: and QEMU's own end together.

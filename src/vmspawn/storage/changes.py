@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, SystemFailure, VmspawnError
 from ..hotplug.attachment import State
+from ..timeouts import TRAY_TIMEOUT
 from . import admission, displaced, media, swap
 from . import resize as resizing
 from .attached_disk import AttachedDisk
@@ -93,7 +94,7 @@ class Changes:
         format: str | None = None,
         path: str = "",
         force: bool = False,
-        timeout: float = media.TRAY_TIMEOUT,
+        timeout: float = TRAY_TIMEOUT,
     ) -> None:
         """Put a medium into an optical drive, in the place of one that is there. Owns `backing` from the call on.
 
@@ -116,7 +117,7 @@ class Changes:
 
         await self._change(attachment, work, "changing the medium of", image)
 
-    async def eject_media(self, name: str, *, force: bool = False, timeout: float = media.TRAY_TIMEOUT) -> None:
+    async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive; the tray stays open. Raises what `insert_media` raises."""
         attachment = self._context.find(name)
         media.check_optical(attachment)

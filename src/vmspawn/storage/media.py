@@ -9,6 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadConfig, QmpError, StoragePending
+from ..timeouts import TRAY_TIMEOUT
 from . import images
 from .attached_disk import AttachedDisk
 from .context import Context
@@ -17,9 +18,6 @@ from .steps import IMAGE, PIVOT
 
 if TYPE_CHECKING:
     from ..qmp.events import EventStream
-
-#: Seconds that the guest has to open a tray that it has locked.
-TRAY_TIMEOUT = 10.0
 
 #: Seconds after which the guest is asked once more.
 _ASK_AGAIN = 1.0
@@ -106,8 +104,8 @@ class Tray:
             await self.open()
             try:
                 await self._monitor.execute(command, {"id": self._device, **arguments})
-            except QmpError as error:
-                if "is not open" not in error.description or attempt == _ATTEMPTS - 1:
+            except QmpError:
+                if attempt == _ATTEMPTS - 1 or (await self._query()).get("tray_open"):
                     raise
             else:
                 return

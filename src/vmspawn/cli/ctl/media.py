@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 
+from ...control.client import REPLY_TIMEOUT, Client
 from .images import add_format, add_path, call_with_image
-from .replies import MACHINE, client_for, failing_to, say
+from .replies import MACHINE, failing_to, say
 from .verbs import Verbs, add_disk
 
 _FORCE = "act even if the guest has locked the tray"
@@ -24,18 +25,28 @@ def add(verbs: Verbs) -> None:
     eject.add_argument("--force", action="store_true", help=_FORCE)
 
 
+def _client(options: argparse.Namespace) -> Client:
+    # --timeout= is for the guest. The manager reports that it has passed.
+    return Client(options.machine, timeout=REPLY_TIMEOUT + (options.timeout or 0.0))
+
+
+def _timeout(options: argparse.Namespace) -> dict[str, int]:
+    return {} if options.timeout is None else {"timeoutUSec": int(options.timeout * 1e6)}
+
+
 def _insert(options: argparse.Namespace) -> None:
-    with client_for(options) as client, failing_to("insert", options.path):
+    with _client(options) as client, failing_to("insert", options.path):
         wanted = {
             "name": options.disk,
             "format": options.format,
             "force": options.force,
+            **_timeout(options),
         }
         call_with_image(client, "InsertMedia", options.path, wanted, read_only=True)
     say(options, f"Inserted {options.path} into {options.disk}")
 
 
 def _eject(options: argparse.Namespace) -> None:
-    with client_for(options) as client, failing_to("eject", f"the medium of {options.disk}"):
-        client.call(f"{MACHINE}.EjectMedia", {"name": options.disk, "force": options.force})
+    with _client(options) as client, failing_to("eject", f"the medium of {options.disk}"):
+        client.call(f"{MACHINE}.EjectMedia", {"name": options.disk, "force": options.force, **_timeout(options)})
     say(options, f"Ejected the medium of {options.disk}")

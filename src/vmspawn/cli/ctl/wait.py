@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import time
 from typing import Any
 
 from ...control.client import Client, VarlinkError
 from ...errors import MachineEnded, NotConnected, Timeout
-from ...timeouts import REACTION_TIMEOUT, SHUTDOWN_TIMEOUT
+from ...timeouts import POWER_BUTTON_INTERVAL, REACTION_TIMEOUT, SHUTDOWN_TIMEOUT
 from ..disconnect import watching
 from .replies import INSTANCE, client_for
 from .state_change import change, report
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         events.first_reply()
         change(options, client)
         try:
-            _Wait(options, events).run()
+            _Wait(options, events, client).run()
         except NotConnected:
             parting.check()
             raise
@@ -57,26 +59,42 @@ def run(options: argparse.Namespace) -> None:
 class _Wait:
     """Follows the events until the goal, the machine's end or the deadline."""
 
-    def __init__(self, options: argparse.Namespace, events: Client) -> None:
+    def __init__(self, options: argparse.Namespace, events: Client, client: Client) -> None:
         self._options = options
         self._events = events
+        self._client = client
+        self._reported: set[str] = set()
         self._patience = SHUTDOWN_TIMEOUT if options.timeout is None else options.timeout
         self._goal = _GOALS[options.verb]
 
     def run(self) -> None:
         start = time.monotonic()
-        advised = False
+        advise_at = min(REACTION_TIMEOUT, self._patience)
+        press_at = POWER_BUTTON_INTERVAL if self._options.verb == "poweroff" else math.inf
         while True:
             passed = time.monotonic() - start
             if passed >= self._patience:
                 raise Timeout(f"the guest did not {self._goal} within {self._patience:g} s", hint=self._advice())
-            until = self._patience if advised else min(REACTION_TIMEOUT, self._patience)
-            event = self._events.next_reply(max(0.001, until - passed))
+            if passed >= advise_at:
+                advise_at = math.inf
+                if not self._reacted:
+                    self._say(f"the guest has not reacted yet; {self._advice()}")
+            if passed >= press_at:
+                press_at += POWER_BUTTON_INTERVAL
+                self._press()
+            event = self._events.next_reply(max(0.001, min(advise_at, press_at, self._patience) - passed))
             if event is not None and self._heed(event):
                 return
-            if event is None and not advised and passed < self._patience:
-                advised = True
-                self._say(f"the guest has not reacted yet; {self._advice()}")
+
+    @property
+    def _reacted(self) -> bool:
+        return bool(self._reported - {"POWERDOWN"})
+
+    def _press(self) -> None:
+        """Press the power button again: a guest in its firmware, or one that just woke up, does not notice it."""
+        # The events tell if the machine has ended, or is in a state in which it cannot react.
+        with contextlib.suppress(VarlinkError, NotConnected, Timeout):
+            self._client.call(f"{INSTANCE}.PowerOff")
 
     def _heed(self, event: dict[str, Any]) -> bool:
         """Report an event; returns whether it is the goal."""
@@ -89,7 +107,8 @@ class _Wait:
                 raise MachineEnded(data["message"])
             self._say(data["message"])
             return True
-        if name in _NEWS:
+        if name in _NEWS and not (name == "POWERDOWN" and name in self._reported):
+            self._reported.add(name)
             self._say(_NEWS[name])
         return bool(name == "RESET" and self._options.verb == "reboot")
 
