@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Hold the events of a monitor for readers that read at their own pace."""
+"""Queues the events of a monitor for readers that read at their own pace."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-#: Events that a stream holds for a reader who does not come for them. QEMU sends a handful a second at the most.
+#: Events that are queued for a reader. QEMU sends a handful a second at the most.
 EVENT_QUEUE_MAX = 4096
 
 
 class Event(NamedTuple):
-    """An event as QEMU sent it; `data` is None where it carried none."""
+    """An event as QEMU sent it; `data` is None if it had none."""
 
     name: str
     data: dict[str, object] | None
@@ -24,16 +24,16 @@ class EventStream:
     """The events from now on, for one reader. Iterate over it; it ends when QEMU is gone or `close` is called."""
 
     def __init__(self, on_close: Callable[[EventStream], None]) -> None:
-        """`on_close` is called with the stream when it is to be fed no more."""
+        """`on_close` is called with the stream when it needs no more events."""
         self._on_close = on_close
         self._queue: deque[Event] = deque()
         self._wake: asyncio.Future[None] | None = None
         self._ended = False
-        #: Set when the reader was so slow that events were dropped; the stream ends then.
+        #: Whether the reader was so slow that events were dropped; the stream ends then.
         self.overrun = False
 
     def put(self, event: Event) -> None:
-        """Append an event. A reader who leaves EVENT_QUEUE_MAX of them lying is cut off."""
+        """Append an event. The stream of a reader with EVENT_QUEUE_MAX unread events ends."""
         if self._ended:
             return
         if len(self._queue) >= EVENT_QUEUE_MAX:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run commands on a QMP monitor of QEMU's with deadlines, and hand its events to any number of listeners.
+"""Runs commands on one of QEMU's QMP monitors with deadlines, and passes its events to any number of listeners.
 
 The protocol is QEMU's docs/interop/qmp-spec.rst. This is the manager's own connection; clients get sessions.
 """
@@ -20,15 +20,15 @@ from .events import Event, EventStream
 from .limits import GREETING_TIMEOUT
 from .transcript import Transcript
 
-#: Seconds for the reply to a command of the manager's. All of them are quick; a QEMU that takes longer hangs, and
-#: whoever waits for us should hear that before they lose patience (sd-varlink's clients do after 45 s).
+#: Seconds for the reply to a command of the manager. All of them are quick; a QEMU that takes longer hangs. Our clients
+#: should get that error before they give up, as clients of sd-varlink do after 45 s.
 COMMAND_TIMEOUT = 20.0
 
 _RECEIVE_SIZE = 65536
 
 #: The id of qmp_capabilities, the only command that has one. QEMU runs one command at a time, of whichever monitor, and
-#: answers in order (its docs/interop/qmp-spec.rst). So what comes before this reply was meant for the monitor's last
-#: client, and the commands after it need no ids: QEMU takes 4 us to read a byte.
+#: answers in order (its docs/interop/qmp-spec.rst). So messages before this reply were meant for the monitor's last
+#: client, and the commands after it need no ids. QEMU takes 4 us to read a byte.
 _FIRST_ID = 0
 
 
@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 
 class _Received(msgspec.Struct):
-    """All that a monitor can send, as one shape (docs/interop/qmp-spec.rst)."""
+    """Any message of a monitor (docs/interop/qmp-spec.rst)."""
 
     QMP: dict[str, Any] | None = None
     # `return` is a keyword of Python, hence the rename.
@@ -64,15 +64,15 @@ class _Replies:
         self._found: list[Any] = []
 
     def put(self, result: Any) -> None:
-        """Enter the next one."""
+        """Add the next reply."""
         self._found.append(result)
-        # For those that come after their deadline, and for those behind, nobody waits.
+        # Nobody waits for replies after their deadline, nor for replies to commands `behind`.
         if len(self._found) == self._expected and not self.all.done():
             self.all.set_result(self._found)
 
 
 class _Pending(NamedTuple):
-    """A command that waits for its reply, the batch that it was sent with, and where the reply goes."""
+    """A command that waits for its reply, the batch that it was sent with, and the collector of its reply."""
 
     command: str
     batch: _Batch
@@ -92,12 +92,12 @@ class _Batch:
 
 
 class Monitor:
-    """A client of one QMP monitor, which negotiates by itself. Owns the socket it is given, from construction on."""
+    """A client of one QMP monitor, which negotiates by itself. Owns the socket, from construction on."""
 
     def __init__(
         self, connected: socket.socket, *, received: bytes = b"", transcript: Transcript | None = None, name: str = ""
     ) -> None:
-        """`received` is what was read from the socket already; what is said goes into `transcript` under `name`."""
+        """`received` was read from the socket already. Messages go into `transcript` under `name`."""
         connected.setblocking(False)
         self._socket: socket.socket | None = connected
         self._loop = asyncio.get_running_loop()
@@ -105,7 +105,7 @@ class Monitor:
         self._transcript = transcript
         self._name = name
         self._decoder = msgspec.json.Decoder(_Received)
-        # What QEMU greeted with, once the negotiation is over.
+        # QEMU's greeting, as soon as it has come.
         self._greeting: dict[str, Any] | None = None
         self._negotiated = asyncio.Event()
         # The commands that wait for their replies, in the order in which they were sent.
@@ -158,10 +158,10 @@ class Monitor:
     async def execute_all(
         self, commands: Sequence[Command], *, behind: Sequence[Command] = (), timeout: float = COMMAND_TIMEOUT
     ) -> list[Any]:
-        """Send commands in one go and return what QEMU returned to each, a QmpError where it refused.
+        """Send commands together and return QEMU's answers, which are QmpError for commands that it refused.
 
-        QEMU runs them in order, and all of them even where one fails: send together what does no harm then. Those
-        `behind` are sent too, and QEMU runs them before any later ones, but they are not waited for. Raises Timeout or
+        QEMU runs all of them in order, even if one fails, so they must be harmless then. Commands `behind` are sent as
+        well, and QEMU runs them before any later commands, but their answers are not waited for. Raises Timeout or
         NotConnected as `execute` does.
         """
         try:
@@ -173,7 +173,7 @@ class Monitor:
             raise Timeout(f"QEMU did not answer {names} within {timeout:g} s") from None
 
     def events(self) -> EventStream:
-        """A stream of the events from now on; close it, or use it in `with`."""
+        """Open a stream of the events from now on; close it, or use it in `with`."""
         stream = EventStream(self._streams.discard)
         if self._lost is None:
             self._streams.add(stream)
@@ -190,7 +190,7 @@ class Monitor:
         self._listeners.append(on_event)
 
     def publish(self, event: Event) -> None:
-        """Hand an event of our own to the streams, in line with QEMU's."""
+        """Put an event of our own into the streams, in order with QEMU's."""
         for on_event in self._witnesses:
             on_event(event)
         for stream in tuple(self._streams):
@@ -209,9 +209,9 @@ class Monitor:
         for future in [each.replies.all for each in self._pending]:
             if not future.done():
                 future.set_exception(error)
-                future.exception()  # nobody may be waiting; that is no reason to log it
+                future.exception()  # nobody may wait for it, and asyncio would log it
         self._pending.clear()
-        self._negotiated.set()  # whoever waits for it finds the connection lost
+        self._negotiated.set()  # its waiters find the connection lost
         for stream in tuple(self._streams):
             stream.close()
         self.closed.set()
@@ -219,7 +219,7 @@ class Monitor:
     # Sending.
 
     async def _run(self, commands: Sequence[Command], behind: Sequence[Command]) -> list[Any]:
-        """Send commands, and wait for the replies but to those behind."""
+        """Send all commands, and wait for the replies to `commands`."""
         if self._lost is not None:
             raise NotConnected(self._lost)
         if not commands:
@@ -229,7 +229,7 @@ class Monitor:
         batches: list[_Batch] = []
         replies = _Replies(len(commands), self._loop.create_future())
         for command, data in zip(sent, encoded, strict=True):
-            # QEMU keeps the descriptors of one sendmsg only, for the next command that takes one.
+            # QEMU keeps the descriptors of the last sendmsg(2) only, for the next command that takes one.
             if command.fds or not batches:
                 batches.append(_Batch(command.fds))
             batches[-1].data += data
@@ -255,9 +255,9 @@ class Monitor:
             self._transcript.sent(self._name, data)
 
     def _withdraw(self, batches: Sequence[_Batch]) -> None:
-        """Take back commands that were not sent when their caller gave up, for it closes their descriptors.
+        """Take back commands that were not sent when their caller gave up, because it closes their descriptors.
 
-        A batch that was sent in part goes on: its replies will come.
+        A batch that was sent in part is completed: its replies will come.
         """
         for batch in batches:
             if batch.message is not None and self._writer.withdraw(batch.message):

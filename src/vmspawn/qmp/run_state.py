@@ -9,7 +9,7 @@ from typing import Any
 from .events import Event
 from .monitor import COMMAND_TIMEOUT, Monitor
 
-# What an event says of the state that the next STOP enters (QEMU's qapi/run-state.json, RunState).
+# The state that the next STOP enters after an event with this member (QEMU's qapi/run-state.json, RunState).
 _REASONS = {
     "BLOCK_IO_ERROR": ("action", "stop", "io-error"),
     "GUEST_PANICKED": ("action", "pause", "guest-panicked"),

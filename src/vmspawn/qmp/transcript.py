@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A transcript of all that is said on QEMU's monitors: `--qmp-log=FILE`.
+"""Writes a transcript of the messages on QEMU's monitors.
 
-A line is the time, the monitor, `->` or `<-`, and the message as it went over the wire, but for what is secret: the
-values of the members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json),
-what people's commands (human-monitor-command) are told, unless they only ask, and strings that are a whole answer, for
-`qom-get` reads an object's secret back; those commands' answers, which are lines, stay.
+A line is the time, the monitor, `->` or `<-`, and the message as it was sent, without secrets. Left out are:
+
+1. The values of members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json).
+2. The arguments of `human-monitor-command`, unless the command only asks (`info`).
+3. A string that is a whole answer, because `qom-get` reads the secret of an object. The answers of
+   `human-monitor-command`, which are lines, stay.
 """
 
 from __future__ import annotations
@@ -25,21 +27,21 @@ _HIDDEN = rb'"\1"\2"(left out)"'
 _HUMAN = re.compile(rb'"command-line"(\s*:\s*)"(?!info )(\w+) (?:[^"\\]|\\.)*"')
 _HIDDEN_HUMAN = rb'"command-line"\1"\2 (left out)"'
 
-# Not one with a carriage return, as each line for people ends.
+# A string without a carriage return: each line of human-monitor-command ends with one.
 _ANSWER = re.compile(rb'"return"(\s*:\s*)"(?:[^"\\]|\\[^r])+"')
 _HIDDEN_ANSWER = rb'"return"\1"(left out)"'
 
 
 def without_secrets(message: bytes) -> bytes:
-    """The message with `(left out)` in the place of secrets."""
+    """Replace the secrets in a message by `(left out)`."""
     return _ANSWER.sub(_HIDDEN_ANSWER, _HUMAN.sub(_HIDDEN_HUMAN, _SECRET.sub(_HIDDEN, message)))
 
 
 class Transcript:
-    """Writes a transcript. Owns the file; `close` closes it. What cannot be written is not, and harms nobody."""
+    """Writes a transcript. Owns the file; `close` closes it. An error of a write ends the transcript."""
 
     def __init__(self, path: str) -> None:
-        """Open the file for appending, for its owner alone. Raises UsageError if that cannot be."""
+        """Open the file for appending, with mode 0600. Raises UsageError if that fails."""
         self._path = os.path.abspath(path)
         try:
             self._open()
@@ -54,11 +56,11 @@ class Transcript:
         self._size = os.fstat(self._fd).st_size
 
     def sent(self, monitor: str, message: bytes) -> None:
-        """We said something to QEMU."""
+        """Record a message to QEMU."""
         self._write(monitor, b"->", message)
 
     def received(self, monitor: str, message: bytes) -> None:
-        """QEMU said something."""
+        """Record a message from QEMU."""
         self._write(monitor, b"<-", message)
 
     def _write(self, monitor: str, direction: bytes, message: bytes) -> None:

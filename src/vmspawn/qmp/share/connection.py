@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serve a client's socket on the event loop: bounded reads in, a write queue out, and no waiting for the client."""
+"""Serves a client's socket on the event loop, by bounded reads and a write queue."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Connection:
         on_drained: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
-        """`on_received` gets data, and a descriptor that came with the last of it or -1, which it has to close.
+        """`on_received` gets data, and the descriptor that came with its last byte or -1, which it has to close.
 
         `on_end` is called when the client will send no more, `on_drained` when it has taken everything that was queued
-        for it, `on_gone` when it has hung up or was cut off, but not when `close` was called.
+        for it, `on_gone` when it has hung up or was disconnected, but not when `close` was called.
         """
         connected.setblocking(False)
         self._socket = connected
@@ -51,18 +51,18 @@ class Connection:
         self._leaving = False
         self._writer = Writer.of_socket(connected, on_empty=self._on_empty, on_lost=self._on_lost)
         self._send = self._writer.write
-        #: Bytes that were ever for the client.
+        #: Bytes that were written or queued for the client so far.
         self.written = 0
 
     @property
     def waiting(self) -> int:
-        """Bytes that the client has not taken yet, beside those in the socket."""
+        """Bytes that are queued for the client, beside those in the socket."""
         return self._writer.pending
 
     # In.
 
     def read(self, wanted: bool) -> None:
-        """Receive from now on, or stop."""
+        """Start or stop receiving."""
         if wanted is not self._reading and self._socket.fileno() >= 0:
             self._reading = wanted
             if wanted:
@@ -88,7 +88,7 @@ class Connection:
     # Out.
 
     def write(self, data: bytes) -> None:
-        """Send, or queue what the client does not take. A client that leaves too much unread is cut off."""
+        """Send, or queue what the client does not take. A client with too many unread bytes is disconnected."""
         self.written += len(data)
         if self._writer.pending >= limits.OUTPUT_SIZE:
             return self._lose()
@@ -106,7 +106,7 @@ class Connection:
     # The end.
 
     def finish(self, *, timeout: float | None) -> None:
-        """Close when the client has what waits for it, or does not take it in time; `on_gone` is called then."""
+        """Close when the client has taken all queued bytes, or after `timeout` seconds; `on_gone` is called then."""
         self.read(False)
         self._leaving = True
         if not self._writer.pending:
@@ -130,7 +130,7 @@ class Connection:
 
 
 def _first_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """Return the first descriptor that came, or -1; QEMU takes no more than that either. The others are closed."""
+    """Return the first descriptor that came, or -1, and close the others: QEMU takes one only as well."""
     fds = array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -141,7 +141,7 @@ def _first_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
 
 
 def _discard_input(connected: socket.socket) -> None:
-    """Discard unread input, for closing a socket with some makes the client's next read fail instead of end."""
+    """Discard unread input: closing a socket with some makes the client's next read fail instead of end."""
     try:
         while connected.recv(RECEIVE_SIZE):
             pass

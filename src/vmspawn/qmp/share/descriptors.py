@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Track the descriptors that sessions passed to QEMU, so that they are closed when their session ends.
+"""Tracks the descriptors that sessions passed to QEMU, to close them when their session ends.
 
 The names of `getfd` belong to a monitor in QEMU, and all sessions share one: a name that one session holds is refused
-to the others. Names that stand in the arguments of other commands (`netdev_add` with `fd=`) are not looked at; a
-command that takes over a descriptor ends its name in QEMU, while here it stays its session's until that closes it or
-leaves. The sets of `add-fd` belong to all monitors; what a session added and nothing uses is removed when it leaves.
+to the others. Names in the arguments of other commands (`netdev_add` with `fd=`) are not tracked: a command that takes
+over a descriptor ends its name in QEMU, while here the name stays its session's until the session closes it or ends.
+The sets of `add-fd` belong to all monitors; unused descriptors of a session are removed from them when it ends.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..syntax.replies import Reply
 #: Commands for which QEMU takes the descriptor that was passed.
 CONSUMING = frozenset((b"getfd", b"add-fd"))
 
-#: Commands that change what is held.
+#: Commands that change the names or sets.
 WATCHED = CONSUMING | {b"closefd", b"remove-fd"}
 
-#: A name that is taken for a moment, to see whether QEMU left a descriptor unused.
+#: A name that is claimed for a moment, to find out whether QEMU left a descriptor unused.
 SPARE = "vmspawn.unclaimed"
 
 CLAIM_SPARE = b'{"execute":"getfd","arguments":{"fdname":"%b"}' % SPARE.encode()
 CLOSE_SPARE = b'{"execute":"closefd","arguments":{"fdname":"%b"}' % SPARE.encode()
 
-#: What shows which sets block nodes have open files from.
+#: Lists the sets from which block nodes have open files.
 QUERY_USERS = b'{"execute":"query-named-block-nodes","arguments":{"flat":true}'
 
 
 class _Arguments(msgspec.Struct):
-    """What the watched commands take."""
+    """The arguments of the watched commands."""
 
     fdname: str | None = None
     fdset_id: int | None = msgspec.field(name="fdset-id", default=None)
@@ -50,12 +50,12 @@ class _AddedReply(msgspec.Struct):
 
 
 class Descriptors:
-    """The ledger of all sessions. A holder is a session; any object will do."""
+    """The descriptors of all sessions. A holder is a session, or any object."""
 
     __slots__ = ("_claims", "_members", "_names", "_on_change")
 
     def __init__(self, *, on_change: Callable[[], None]) -> None:
-        """`on_change` is called when the names have changed, ahead of the command that makes a new one."""
+        """`on_change` is called when the names have changed, before the command that makes a new one."""
         self._names: dict[str, object] = {}
         # Names whose getfd QEMU has not answered yet.
         self._claims: set[str] = set()
@@ -69,7 +69,7 @@ class Descriptors:
         return tuple(self._names)
 
     def claim(self, holder: object, command: Command) -> str | None:
-        """A session is about to run a watched command. Returns why it must not, or None."""
+        """Claim the name in a watched command of a session; returns the error if another session holds it, or None."""
         name = _arguments(command).fdname
         if name is None:
             return None
@@ -84,7 +84,7 @@ class Descriptors:
         return None
 
     def settle(self, holder: object, command: Command, reply: Reply) -> None:
-        """Take account of what a watched command did, or did not."""
+        """Update the names and sets after the reply to a watched command."""
         arguments = _arguments(command)
         match command.name:
             case b"getfd" if arguments.fdname in self._claims:
@@ -102,21 +102,21 @@ class Descriptors:
                         del self._members[member]
 
     def holds_names(self, holder: object) -> bool:
-        """Whether the session has names, which only the sessions' monitor knows."""
+        """Whether the session holds names, which exist on the sessions' monitor alone."""
         return bool(self._names) and holder in self._names.values()
 
     def names(self, holder: object) -> list[str]:
-        """The names a session holds."""
+        """Return the names that a session holds."""
         return [name for name, other in self._names.items() if other is holder]
 
     def release(self, name: str) -> None:
-        """The name is free in QEMU."""
+        """Forget a name, which is free in QEMU."""
         self._claims.discard(name)
         if self._names.pop(name, None) is not None:
             self._on_change()
 
     def take_members(self, holder: object) -> list[tuple[int, int]]:
-        """What a session added to sets, as set and number; it is forgotten here."""
+        """Forget and return the descriptors that a session added to sets, as set and number."""
         members = [member for member, other in self._members.items() if other is holder]
         for member in members:
             del self._members[member]
@@ -124,14 +124,14 @@ class Descriptors:
 
 
 def closefd(name: str) -> bytes:
-    """The body of the command that ends a name."""
+    """Return the body of the command that closes a name."""
     return b'{"execute":"closefd","arguments":{"fdname":%b}' % msgspec.json.encode(name)
 
 
 def remove_unused(members: list[tuple[int, int]], nodes: bytes) -> Iterator[bytes]:
-    """The bodies of the commands that remove those of a session's descriptors which no block node uses.
+    """Yield the bodies of the commands that remove a session's descriptors, unless a block node uses their set.
 
-    A node whose set was removed could not be reopened. `nodes` is the reply to QUERY_USERS.
+    A node cannot be reopened without its set. `nodes` is the reply to QUERY_USERS.
     """
     for fdset, fd in members:
         if b'/dev/fdset/%d"' % fdset not in nodes:
@@ -139,7 +139,7 @@ def remove_unused(members: list[tuple[int, int]], nodes: bytes) -> Iterator[byte
 
 
 def _arguments(command: Command) -> _Arguments:
-    """A watched command's arguments; without those that QEMU will refuse."""
+    """Read a watched command's arguments; returns none if QEMU will refuse them."""
     try:
         return msgspec.json.decode(command.arguments or b"{}", type=_Arguments)
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Share one QEMU among any number of QMP clients, each with what looks like a monitor of its own."""
+"""Shares one QEMU among any number of QMP clients; to each it looks like a monitor of its own."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Multiplexer:
     """Shares one of QEMU's monitors among sessions. `connect` makes one; `close` must follow.
 
     `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
-    `on_names` is called when `names` has changed, ahead of the command that makes a new one. `may_spawn` says whether
-    QEMU's sandbox lets it start programs; where it does not, sessions refuse what would (`sandbox.py`).
+    `on_names` is called when `names` has changed, before the command that makes a new one. If `may_spawn` is false,
+    QEMU's sandbox does not let it start programs, and sessions refuse commands that would (`sandbox.py`).
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Multiplexer:
             )
         self._schedule = Schedule(self._main, self._bulk, oob=main.greeting.oob)
         self._descriptors = Descriptors(on_change=on_names)
-        # In the order in which they came; those that are closed stay while something of theirs is in flight.
+        # In the order in which they were opened. A closed session stays while a command of it is in flight.
         self._sessions: dict[Session, None] = {}
-        # Commands of our own that were not answered yet, and what is called when there are none.
+        # Commands of our own that wait for their replies; the event is set when there are none.
         self._own = 0
         self._settled = asyncio.Event()
         self._settled.set()
@@ -74,12 +74,12 @@ class Multiplexer:
         may_spawn: bool = True,
         timeout: float = GREETING_TIMEOUT,
     ) -> Multiplexer:
-        """Wait for QEMU's greeting, negotiate, and return what shares the monitor.
+        """Wait for QEMU's greeting, negotiate, and return a multiplexer.
 
         Takes ownership of the sockets, also if this raises: `connected` to the monitor that the sessions share, `bulk`
         to a second one for large commands, without which such a command holds up all sessions while QEMU reads it.
-        Raises Timeout if a monitor does not greet within so many seconds: it is in use by another program. Raises
-        NotConnected if QEMU is gone or what answers is no QMP monitor.
+        Raises Timeout if a monitor does not greet within `timeout` seconds: it is in use by another program. Raises
+        NotConnected if QEMU is gone, or the socket is not a QMP monitor's.
         """
         try:
             main = await negotiate(connected, timeout=timeout)
@@ -100,9 +100,9 @@ class Multiplexer:
     ) -> Session:
         """Serve a client on this socket, beginning with the greeting.
 
-        Takes ownership of the socket, also if this raises. `peer` says who the client is, `initial` is what it has sent
-        already. A read-only session refuses all that could change something (`read_only.py`). Raises NotConnected if
-        the multiplexer has ended, SystemFailure if it has too many sessions.
+        Takes ownership of the socket, also if this raises. `peer` describes the client, `initial` is data that it has
+        sent already. A read-only session refuses commands that may change something (`read_only.py`). Raises
+        NotConnected if the multiplexer has ended, SystemFailure if it has too many sessions.
         """
         if self._end:
             connected.close()
@@ -127,7 +127,7 @@ class Multiplexer:
 
     @property
     def sessions(self) -> tuple[Session, ...]:
-        """The sessions whose clients are there, the oldest first."""
+        """The sessions whose clients are connected, the oldest first."""
         return tuple(session for session in self._sessions if session.state is not State.CLOSED)
 
     @property
@@ -136,7 +136,7 @@ class Multiplexer:
         return self._descriptors.all_names
 
     async def close_names(self, names: Iterable[str]) -> None:
-        """Close names that the sessions of another multiplexer left; what is not there is fine.
+        """Close names that the sessions of another multiplexer left. Names that do not exist are ignored.
 
         Raises Timeout if QEMU does not answer.
         """
@@ -149,7 +149,7 @@ class Multiplexer:
             raise Timeout(f"QEMU did not close what sessions had left within {DRAIN_TIMEOUT:g} s") from None
 
     async def close(self) -> None:
-        """Close the sessions, undo what they left in QEMU if that is quick, and close the monitors."""
+        """Close the sessions, undo their remains in QEMU if that is quick, and close the monitors."""
         for session in tuple(self._sessions):
             session.close()
         if not self._end:
@@ -179,10 +179,10 @@ class Multiplexer:
             session.end()
         self._settled.set()
 
-    # What sessions leave behind.
+    # The remains of sessions.
 
     def _on_left(self, session: Session) -> None:
-        """A session is over, and QEMU has answered all that was sent for it."""
+        """Undo the remains of a session that is over; QEMU has answered all its commands."""
         self._sessions.pop(session, None)
         if self._end:
             return

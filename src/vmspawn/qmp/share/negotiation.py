@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Negotiate with one of QEMU's monitors, and find out its greeting, capabilities and dialect of JSON."""
+"""Negotiates with one of QEMU's monitors, and finds its capabilities and its dialect of JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PRETTY_END = b"\r\n}\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """What a monitor is found to be before the negotiation."""
+    """A monitor's greeting, capabilities and dialect."""
 
     #: The greeting as it came.
     line: bytes
@@ -32,13 +32,13 @@ class Greeting:
 
 @dataclass(frozen=True, slots=True)
 class Negotiated:
-    """A monitor that takes commands: its socket, which its user owns, and what was found and received on the way."""
+    """A monitor after the negotiation: its socket, which the caller owns, its greeting, and bytes that came early."""
 
     connected: socket.socket
     greeting: Greeting
     #: The end of its messages.
     end: bytes
-    #: Bytes that came behind the negotiation.
+    #: Bytes that came after the negotiation's last reply.
     received: bytes
 
 
@@ -51,9 +51,9 @@ class _Hello(msgspec.Struct):
 
 
 async def negotiate(connected: socket.socket, *, timeout: float) -> Negotiated:
-    """Wait for the greeting and negotiate with all that is offered. Owns the socket until it returns.
+    """Wait for the greeting and enable all capabilities that are offered. Owns the socket until it returns.
 
-    Raises Timeout if QEMU says nothing in so many seconds, NotConnected if it is gone or speaks no QMP.
+    Raises Timeout if QEMU does not answer within `timeout` seconds, NotConnected if it is gone or does not speak QMP.
     """
     connected.setblocking(False)
     lines = _Lines(connected)
@@ -95,7 +95,7 @@ async def _negotiate(lines: _Lines, greeting: bytes) -> Greeting:
 
 
 class _Lines:
-    """Messages of a monitor, one by one, before events can come between them."""
+    """Reads the messages of a monitor one by one, before events can come between them."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
@@ -104,14 +104,14 @@ class _Lines:
         self.received = bytearray()
 
     async def first(self) -> bytes:
-        """The greeting; how it begins shows how messages end."""
+        """Read the greeting. Its beginning shows the end of messages on this monitor."""
         await self._receive()
         if self.received.startswith(b"{\r\n"):
             self.end = _PRETTY_END
         return await self._next()
 
     async def ask(self, data: bytes) -> bytes:
-        """Send something and return the next message that is no greeting: QEMU 7.2 may send two."""
+        """Send a command and return the next message, a second greeting excepted, which QEMU 7.2 may send."""
         try:
             await self._loop.sock_sendall(self._socket, data)
         except OSError as error:

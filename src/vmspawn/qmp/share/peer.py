@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describe the process at the other end of a session's socket."""
+"""Describes the process at the other end of a session's socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...aio.sockets import peer_process
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A process that connected, as the kernel knew it then."""
+    """A process that connected, as it was then."""
 
     pid: int
     uid: int

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Allow a read-only session the commands that leave QEMU, the guest and the other clients as they were.
+"""Allows a read-only session the commands that do not change QEMU, the guest and the other clients.
 
-What returns something need not be harmless: `ringbuf-read` takes away what it returns, `add-fd` keeps what came along,
-`human-monitor-command` does anything. So commands are allowed by name, each looked up in QEMU's sources.
+A command that returns something may still change something: `ringbuf-read` removes what it returns, `add-fd` keeps a
+descriptor, `human-monitor-command` runs any command. So commands are allowed by name, after a look at QEMU's sources.
 """
 
 from __future__ import annotations
 
-#: QEMU's convention for commands that only look.
+#: QEMU's convention for commands that only read.
 _QUERIES = (b"query-", b"x-query-")
 
-#: Those that do more than that all the same.
+#: The exceptions.
 _NOT_ONLY_QUERIES = frozenset(
     (
         # Arms NIC_RX_FILTER_CHANGED anew, for everybody (hw/net/virtio-net.c).
@@ -20,7 +20,7 @@ _NOT_ONLY_QUERIES = frozenset(
     )
 )
 
-#: Others that only look.
+#: Other commands that only read.
 _HARMLESS = frozenset(
     (
         b"qom-get",
@@ -46,7 +46,7 @@ def allows(command: bytes) -> bool:
 
 
 def refusal(command: bytes) -> str:
-    """What a read-only session is told that may not run the command."""
+    """Return the error for a read-only session that runs another command."""
     return (
         f"The command {command.decode()} is refused: this session is read-only and may only run commands that change "
         "nothing, such as query-*, qom-list and qom-get"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Refuse commands that would make QEMU start a program where its sandbox forbids that.
+"""Refuses commands that make QEMU start a program, if QEMU's sandbox forbids that.
 
 Under `-sandbox spawn=deny` the kernel ends QEMU with SIGSYS for it (QEMU 7.2), or refuses (11.1). Which commands start
 programs was looked up in QEMU's sources: migration over `exec:` (migration/exec.c), helpers and scripts of TAP devices

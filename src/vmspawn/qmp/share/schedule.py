@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Choose the command that QEMU is sent next, and the monitor that it is sent over.
+"""Chooses the next command for QEMU, and its monitor.
 
-First come, first served, and as each session has one in-band command under way at most, that is round-robin. A command
-too large for QEMU to read in passing goes over the bulk monitor, one at a time. Its reply waits for a fence on the
-sessions' monitor: QEMU put the events that the command caused there before it replied, so they come before the fence.
+Commands are served in the order in which they come. Each session has one in-band command in flight at most, so that is
+round-robin. Large commands, which QEMU reads slowly, go over the bulk monitor, one at a time. Their replies wait for
+a fence on the sessions' monitor: QEMU put the events that the command caused there before it replied, so they come
+before the fence.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..syntax.replies import Reply
 from . import descriptors
 from .upstream import Call, Upstream
 
-#: What passes through QEMU without effect: it is answered with an error, out of band where QEMU can do that.
+#: A command without an effect: QEMU answers it with an error, out of band if it supports that.
 _FENCE = Command(b'{"execute":""')
 _OOB_FENCE = Command(b'{"exec-oob":""', oob=True)
 
@@ -28,12 +29,12 @@ _Answered = Callable[[Call, Reply], None]
 
 
 class Schedule:
-    """The commands that wait for QEMU, and what must not be in flight together."""
+    """The commands that wait for QEMU. Two that take a descriptor are never in flight together."""
 
     __slots__ = ("_bulk", "_bulk_turns", "_consuming", "_main", "_oob", "_turns")
 
     def __init__(self, main: Upstream, bulk: Upstream | None, *, oob: bool) -> None:
-        """`oob` says whether the sessions' monitor executes out of band."""
+        """`oob` is true if the sessions' monitor executes commands out of band."""
         self._main = main
         self._bulk = bulk
         self._turns: deque[Call] = deque()
@@ -45,7 +46,7 @@ class Schedule:
         main.on_idle = self._next
 
     def submit(self, call: Call) -> None:
-        """Send a command as soon as it is its turn."""
+        """Send a command when its turn has come."""
         if self._turns or call.consumes or not self._main.can_take(call.command):
             self._wait(call)
         else:
@@ -59,14 +60,14 @@ class Schedule:
         self._next()
 
     def submit_large(self, call: Call) -> None:
-        """Send a command that any monitor may run, and that takes QEMU long to read."""
+        """Send a large command, which any monitor may run."""
         if self._bulk is None:
             return self.submit(call)
         self._bulk_turns.append(call)
         self._next_bulk(self._bulk)
 
     def withdraw(self, call: Call) -> bool:
-        """Take back a command, if it was not sent yet."""
+        """Take back a command; returns False if it has been sent."""
         for turns in (self._turns, self._bulk_turns):
             if call in turns:
                 turns.remove(call)
@@ -74,7 +75,7 @@ class Schedule:
         return False
 
     def clear(self) -> None:
-        """Forget all that waits; QEMU is gone."""
+        """Drop all commands that wait; QEMU is gone."""
         self._turns.clear()
         self._bulk_turns.clear()
 
@@ -88,7 +89,7 @@ class Schedule:
         self._main.send(call)
 
     def _next(self) -> None:
-        """Send what may go. What has to wait for the end of something else does not hold up those behind it."""
+        """Send the commands that may go. One that has to wait for another does not delay those behind it."""
         turns = self._turns
         while turns:
             if self._may_go(turns[0]):
@@ -101,7 +102,7 @@ class Schedule:
             self._go(call)
 
     def _urgent(self, command: Command, answered: _Answered) -> None:
-        """Send a command of our own before all that wait."""
+        """Send a command of our own before all commands that wait."""
         self._turns.appendleft(Call(command, answered))
         self._next()
 

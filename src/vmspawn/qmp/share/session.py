@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serve one QMP client as a monitor of its own would.
+"""Serves one QMP client as a monitor of its own would.
 
-What a session does itself is what QEMU does for each monitor: it greets, negotiates, cuts the input into messages,
-keeps the order, and answers what is no command (docs/interop/qmp-spec.rst, monitor/qmp.c). While a command runs nothing
-further is taken, so the socket is the queue; only a client that has enabled `oob` may have some more commands waiting.
+A session does what QEMU does for each monitor: it greets, negotiates, cuts the input into messages, keeps the order,
+and answers messages that are not commands (docs/interop/qmp-spec.rst, monitor/qmp.c). No further message is taken while
+a command runs, so the socket is the queue; only a client that has enabled `oob` may have more commands waiting.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class State(Enum):
 
     NEGOTIATING = auto()
     READY = auto()
-    #: Nothing more is taken; the connection ends when the client has what it is owed.
+    #: No more input is taken; the connection is closed when the client has taken its output.
     LEAVING = auto()
     CLOSED = auto()
 
 
 class _Enable(msgspec.Struct, forbid_unknown_fields=True):
-    """The arguments of the negotiation, where QEMU is sure to take them."""
+    """The arguments of the negotiation that QEMU accepts for certain."""
 
     enable: list[Literal["oob"]] = []
 
 
 class Session:
-    """A client of the multiplexer. `Multiplexer.open` makes them.
+    """A client of the multiplexer. `Multiplexer.open` makes it.
 
     Owns its socket, and the descriptors that the client passes until their command was answered.
     """
@@ -75,9 +75,9 @@ class Session:
         peer: Peer | None,
         initial: bytes,
     ) -> None:
-        """Greet, and take what the client has sent already, `initial`. `on_left` is called once, when the client is
-        gone and nothing that it sent is in flight any more. `may_spawn` says whether QEMU's sandbox lets it start
-        programs."""
+        """Greet, and take `initial`, which the client has sent already. `on_left` is called once, when the client is
+        gone and none of its commands is in flight any more. `may_spawn` is false if QEMU's sandbox does not let it
+        start programs."""
         self._connection = Connection(
             connected,
             on_received=self._on_received,
@@ -98,18 +98,18 @@ class Session:
         self._overtaking: Call | None = None
         # Whether the client will send no more.
         self._ended = False
-        # Whether a further look at the input is due, after the others had their turn.
+        # Whether `_resume` is scheduled, after the other sessions had their turn.
         self._scheduled = False
-        # The descriptor that waits for a command that takes one; the one that came with bytes not looked at yet, and
-        # where in the stream those begin.
+        # The descriptor that waits for a command that takes one; the descriptor that came with bytes not scanned yet,
+        # and the offset of these bytes in the stream.
         self._fd = self._arriving = -1
         self._arriving_at = 0
         self._may_spawn = may_spawn
-        #: Who it is, if known.
+        #: The client's process, if known.
         self.peer = peer
-        #: Whether it may only run what changes nothing.
+        #: Whether it may only run commands that change nothing.
         self.read_only = read_only
-        #: How far it has come.
+        #: The progress of the session.
         self.state = State.NEGOTIATING
         #: Commands that were run for it, and events that it was sent.
         self.commands = self.events = 0
@@ -118,12 +118,12 @@ class Session:
         self._connection.write(greeting.line)
         self._connection.read(True)
         if initial:
-            # The multiplexer has to know the session before it does something.
+            # The multiplexer has to know the session before the session calls it.
             self._loop.call_soon(self._on_received, initial, -1)
 
     @property
     def queued(self) -> int:
-        """Its commands that were not answered yet."""
+        """The number of its commands that wait for their replies."""
         return len(self._queue) + (self._overtaking is not None) + (self._running is not None)
 
     @property
@@ -141,13 +141,13 @@ class Session:
         return self._connection.waiting
 
     def event(self, line: bytes) -> None:
-        """An event came from QEMU."""
+        """Send an event of QEMU to the client."""
         if self.state is State.READY:
             self.events += 1
             self._connection.write(line)
 
     def end(self) -> None:
-        """QEMU is gone. The client gets what was received for it, then the end of the stream."""
+        """End the session after QEMU's end. The client gets its queued output, then the end of the stream."""
         self._abandon()
         if self.state is State.CLOSED:
             self._on_left(self)
@@ -156,7 +156,7 @@ class Session:
             self._connection.finish(timeout=limits.DRAIN_TIMEOUT)
 
     def close(self) -> None:
-        """Cut the client off."""
+        """Disconnect the client."""
         self._connection.close()
         self._on_gone()
 
@@ -174,8 +174,8 @@ class Session:
             and self.state is State.READY
             and self._connection.waiting <= limits.OUTPUT_HELD
         ):
-            # Nearly all that clients send. A short way through the code is worth more here than its length in time,
-            # for little of it is in the processor's caches when a client has been waited for.
+            # Nearly all input. The way through the code is kept short here because little of it is in the processor's
+            # caches after a wait for a client.
             captured = self._scanner.take_whole(USUAL, data)
             if captured is not None:
                 return self._run(usual(captured))
@@ -187,7 +187,7 @@ class Session:
         self._advance()
 
     def _advance(self) -> None:
-        """Take messages for as long as QEMU would, but not so many that the others would notice."""
+        """Take messages for as long as QEMU would, but not so many that other sessions are delayed."""
         taken = 0
         while self._may_take():
             if taken == limits.MESSAGES_PER_TURN:
@@ -232,7 +232,7 @@ class Session:
         self._advance()
 
     def _starved(self) -> None:
-        """All that came is taken, or cannot be told apart yet."""
+        """Go on after the last complete message of the input."""
         if self._scanner.is_busy:
             return self._again()
         self._attach()
@@ -241,7 +241,7 @@ class Session:
             self._connection.finish(timeout=None)
 
     def _attach(self) -> None:
-        """The descriptor that came waits for its command from here on, in the place of an earlier one."""
+        """Let the descriptor that came wait for its command, in the place of an earlier one."""
         if self._arriving >= 0:
             _close(self._fd)
             self._fd, self._arriving = self._arriving, -1
@@ -353,7 +353,7 @@ class Session:
             _close(call.fd)
         call.fd = -1
 
-    # The negotiation. QEMU's monitor has been through it; this is what the client sees of it.
+    # The negotiation, as the client sees it. QEMU's monitor has been through it.
 
     def _negotiate(self, command: Command) -> None:
         if command.name != _NEGOTIATION:
@@ -366,7 +366,7 @@ class Session:
         self._accept(command, oob=bool(wanted))
 
     def _ask(self, command: Command) -> None:
-        """Let QEMU say what is wrong with the arguments; if nothing is, it says that it has negotiated already."""
+        """Let QEMU report an error in the arguments; if there is none, it reports that it has negotiated already."""
         self._running = Call(command, self._on_told)
         self._schedule.submit(self._running)
 
@@ -391,7 +391,7 @@ class Session:
     # The end.
 
     def _on_gone(self) -> None:
-        """The client is not there any more. What QEMU was not sent is dropped; other replies go nowhere."""
+        """Drop the commands of a client that is gone, except for those in flight, whose replies are ignored."""
         if self.state is State.CLOSED:
             return
         self.state = State.CLOSED
@@ -409,7 +409,7 @@ class Session:
             self._on_left(self)
 
     def _abandon(self) -> None:
-        """Nothing that is in flight will be answered."""
+        """Forget the commands in flight; QEMU will not answer them."""
         if self._running is not None:
             _close(self._running.fd)
         self._running = self._overtaking = None

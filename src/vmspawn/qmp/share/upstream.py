@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Send commands to one of QEMU's monitors and hand out its replies and events.
+"""Sends commands to one of QEMU's monitors and hands out its replies and events.
 
-QEMU reads a monitor byte by byte, about 4.4 us each, so what it is sent is short: no white space, recycled ids of a
-digit or two, and none at all for one of the commands in flight, whose reply is the one without. Two commands without an
-id are never in flight together, so no order of replies is relied on.
+QEMU reads a monitor byte by byte, about 4.4 us each, so commands are short: they have no white space, and recycled ids
+of a digit or two. One of the commands in flight has no id at all, and neither has its reply. Two commands without an id
+are never in flight together, so the order of replies does not matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .negotiation import Negotiated
 
 
 class Call(msgspec.Struct, eq=False):
-    """A command on its way through QEMU, from when it waits to when its reply has come."""
+    """A command, from when it begins to wait until its reply has come."""
 
     command: Command
     #: Called with the reply. Its id is None if QEMU could not parse a doubtful command.
@@ -39,7 +39,7 @@ class Call(msgspec.Struct, eq=False):
 
 
 class Upstream:
-    """A monitor of QEMU's that has been negotiated with. Owns its connected socket, and closes it in `close`."""
+    """One of QEMU's monitors, after the negotiation. Owns the socket, and closes it in `close`."""
 
     __slots__ = (
         "_end",
@@ -77,11 +77,11 @@ class Upstream:
         self._on_event = on_event
         self._on_lost = on_lost
         self._end = negotiated.end
-        # What came of a message that is not complete.
+        # The beginning of a message that is not complete.
         self._input = bytearray()
-        # That QEMU is gone is for the reader to find, after what QEMU said before.
+        # A failed write is ignored: QEMU's end is detected by reading, after its last messages.
         self._writer = Writer.of_socket(self._socket)
-        # Who a reply without an id is for.
+        # The command without an id.
         self._unnamed: Call | None = None
         self._named: dict[int, Call] = {}
         # Ids that are free again, and the smallest that was never used.
@@ -99,7 +99,7 @@ class Upstream:
 
     @property
     def has_room(self) -> bool:
-        """Whether an in-band command may be sent now, if it is an ordinary one."""
+        """Whether an in-band command may be sent now, unless it is a doubtful one."""
         return self.in_flight < IN_FLIGHT
 
     def can_take(self, command: Command) -> bool:
@@ -157,7 +157,7 @@ class Upstream:
         self.on_idle()
 
     def _take(self, end: int) -> bytes:
-        """A message that is complete."""
+        """Remove a complete message from the input."""
         message = bytes(self._input[:end])
         del self._input[:end]
         return message
