@@ -78,7 +78,7 @@ def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> B
     with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=cache) as scratch:
         fetcher = Fetcher(architecture, Path(scratch), progress)
         kernel = find_kernel(architecture, fetcher, progress)
-        busybox = find_busybox(architecture, fetcher, progress)
+        busybox = find_busybox(architecture, fetcher)
         new = Path(scratch, "guest")
         new.mkdir()
         progress("Writing the initramfs")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import GuestError
@@ -22,7 +21,7 @@ _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 _PT_INTERP = 3
 
 
-def find_busybox(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> bytes:
+def find_busybox(architecture: str, fetcher: Fetcher) -> bytes:
     """The content of a busybox that runs in the guest."""
     for program in _PROGRAMS:
         path = shutil.which(program)
