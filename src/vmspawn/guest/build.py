@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Making the built-in guest: a kernel, and an initramfs with busybox, the kernel's modules and our scripts."""
+"""Builds the built-in guest: a kernel, and an initramfs with busybox, the kernel's modules and our scripts."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ BOOT_MODULES = (
     "pvpanic_pci",
 )
 
-#: Modules that are there for when somebody mounts something.
+#: Modules for file systems that a user may mount.
 EXTRA_MODULES = ("crc32c_generic", "ext4", "isofs")
 
 _DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "dev", "mnt", "proc", "root", "run", "sys", "tmp")
 
-# What is left behind by a build that was killed is of no use to anybody after this.
+# The age at which the scratch directory of a build that was killed is removed.
 _STALE_SECONDS = 3600
 _SCRATCH_PREFIX = ".new-"
 
 
 def build(architecture: str = "x86_64", progress: Callable[[str], None] = lambda phrase: None) -> BuiltinGuest:
-    """Make the guest in the cache, unless it is there by now, and return it.
+    """Build the guest in the cache, unless it is there already, and return it.
 
-    `progress` is called with a short phrase for people at each step. Builds may run side by side: the guest appears
-    in one step and complete, and the first one stays. A build that fails leaves nothing behind.
+    `progress` is called with a short phrase for users at each step. Builds may run in parallel: a guest is published in
+    one step, and the first one stays. A build that fails leaves nothing behind.
     """
     if architecture not in builtin.ARGUMENTS:
         raise GuestError(
@@ -102,7 +102,7 @@ def _agent(architecture: str, progress: Callable[[str], None]) -> bytes | None:
 
 
 def write_initramfs(archive: Initramfs, kernel: Kernel, busybox: bytes, agent: bytes | None = None) -> None:
-    """Write all that the guest consists of beside its kernel."""
+    """Write all files of the guest, its kernel excepted."""
     for directory in _DIRECTORIES:
         archive.add_directory(directory)
     # The kernel opens it for PID 1, before anything is mounted
@@ -129,7 +129,7 @@ def _add_modules(archive: Initramfs, kernel: Kernel) -> None:
 
 
 def _publish(new: Path, final: Path, architecture: str) -> BuiltinGuest:
-    """Move the guest to its place, unless another build was faster."""
+    """Move the guest to its place, unless another build has published one."""
     if builtin.guest_in(str(final), architecture) is None:
         shutil.rmtree(final, ignore_errors=True)
         try:
@@ -143,7 +143,7 @@ def _publish(new: Path, final: Path, architecture: str) -> BuiltinGuest:
 
 
 def _remove_old(cache: Path, guest: BuiltinGuest, architecture: str) -> None:
-    """Remove the guests of other versions of this package, and what builds that were killed have left."""
+    """Remove the guests of other versions of this package, and the scratch directories of builds that were killed."""
     stale = time.time() - _STALE_SECONDS
     for directory in cache.iterdir():
         old = directory.name.startswith(f"{architecture}-") and directory != Path(guest.kernel).parent

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The built-in guest: a kernel and an initramfs that we make ourselves, once, and keep in the cache.
+"""Finds the built-in guest, a kernel and an initramfs that `build` makes once, in the cache.
 
-Every start of a machine comes through here, so this module imports next to nothing; `build` does the work.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PRIME = 2**64 - 59
 
 
 class BuiltinGuest(tuple[str, str, tuple[str, ...]]):
-    """What QEMU needs to boot the guest; `console=` is for the caller to add to the arguments."""
+    """The files and kernel arguments of the guest. The caller adds `console=` to the arguments."""
 
     __slots__ = ()
 
@@ -64,12 +64,12 @@ class BuiltinGuest(tuple[str, str, tuple[str, ...]]):
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The kernel arguments that this guest wants."""
+        """The kernel arguments of this guest."""
         return self[2]
 
 
 def find(architecture: str = "x86_64") -> BuiltinGuest | None:
-    """Look for a guest that is ready in the cache; None if it has yet to be built."""
+    """Find the guest in the cache; returns None if it has to be built."""
     return guest_in(os.path.join(cache_directory(), name(architecture)), architecture)
 
 
@@ -79,7 +79,7 @@ def name(architecture: str, *, agent: bool = True) -> str:
 
 
 def guest_in(directory: str, architecture: str) -> BuiltinGuest | None:
-    """The guest of that architecture whose files are in this directory, if both are."""
+    """Return the guest whose files are in a directory, or None if one is missing."""
     kernel, initrd = os.path.join(directory, "kernel"), os.path.join(directory, "initrd")
     if os.path.exists(kernel) and os.path.exists(initrd):
         return BuiltinGuest(kernel, initrd, ARGUMENTS.get(architecture, ()))
@@ -87,7 +87,7 @@ def guest_in(directory: str, architecture: str) -> BuiltinGuest | None:
 
 
 def cache_directory() -> str:
-    """The absolute path of the directory that holds the guests of all architectures, whether it exists or not."""
+    """Return the absolute path of the directory with the guests of all architectures, whether it exists or not."""
     return os.path.join(cache.cache_directory(), "guest")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The busybox of the built-in guest: a statically linked one, from this host or from its distribution."""
+"""Finds a statically linked busybox for the built-in guest, on this host or in its distribution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PT_INTERP = 3
 
 
 def find_busybox(architecture: str, fetcher: Fetcher) -> bytes:
-    """The content of a busybox that runs in the guest."""
+    """Return the content of a busybox that runs in the guest. Raises GuestError."""
     for program in _PROGRAMS:
         path = shutil.which(program)
         content = Path(path).read_bytes() if path else b""
@@ -40,7 +40,7 @@ def find_busybox(architecture: str, fetcher: Fetcher) -> bytes:
 
 
 def is_usable(content: bytes, architecture: str) -> bool:
-    """Whether this is a busybox for the architecture that needs no libraries and has what our scripts use."""
+    """Whether this is a static busybox for the architecture, with the applets that our scripts use."""
     version = re.search(rb"BusyBox v(\d+)\.(\d+)", content)
     return (
         is_static(content, architecture)
@@ -51,7 +51,7 @@ def is_usable(content: bytes, architecture: str) -> bool:
 
 
 def is_static(content: bytes, architecture: str) -> bool:
-    """Whether this is a 64-bit ELF program for the architecture that asks for no dynamic linker."""
+    """Whether this is a 64-bit ELF program for the architecture that needs no dynamic linker."""
     if content[:6] != b"\x7fELF\x02\x01" or len(content) < 64:
         return False
     (machine,) = struct.unpack_from("<H", content, 0x12)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A writer of initramfs archives, in cpio's "newc" format.
+"""Writes initramfs archives, in cpio's "newc" format.
 
-The format is the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. The same input makes the
-same bytes: there are no times and no owners but root.
+The format is described in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. The same input makes
+the same bytes: there are no times, and the owner is root.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 class Initramfs:
-    """Entries go straight to the file; `close` ends the archive, and leaves the file to the caller."""
+    """Writes entries to a file, which stays the caller's; `close` ends the archive."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -20,7 +20,7 @@ class Initramfs:
         self._directories: set[str] = set()
 
     def add_directory(self, path: str, mode: int = 0o755) -> None:
-        """Add a directory and those above it, unless they are there."""
+        """Add a directory and its parents, unless they were added before."""
         if path in self._directories:
             return
         self._add_parents(path)
@@ -28,22 +28,22 @@ class Initramfs:
         self._write(path, stat.S_IFDIR | mode)
 
     def add_file(self, path: str, content: bytes, *, executable: bool = False) -> None:
-        """Add a regular file, and the directories above it."""
+        """Add a regular file and its parent directories."""
         self._add_parents(path)
         self._write(path, stat.S_IFREG | (0o755 if executable else 0o644), content)
 
     def add_link(self, path: str, target: str) -> None:
-        """Add a symbolic link, and the directories above it."""
+        """Add a symbolic link and its parent directories."""
         self._add_parents(path)
         self._write(path, stat.S_IFLNK | 0o777, target.encode())
 
     def add_character_device(self, path: str, major: int, minor: int) -> None:
-        """Add a character device, and the directories above it."""
+        """Add a character device and its parent directories."""
         self._add_parents(path)
         self._write(path, stat.S_IFCHR | 0o600, device=(major, minor))
 
     def close(self) -> None:
-        """Write the mark of the end."""
+        """Write the trailer."""
         self._write("TRAILER!!!", 0)
 
     def _add_parents(self, path: str) -> None:

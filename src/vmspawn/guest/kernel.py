@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the kernel of the built-in guest comes from: the host's distribution has one, or the host runs one.
+"""Finds a kernel for the built-in guest: one of the host's distribution, or the one that the host runs.
 
-The distribution's is tried first. It is the same on every host, and Debian's kernel for clouds boots in less than half
-the time that its kernel for real hardware takes.
+The distribution's kernel is tried first. It is the same on every host, and Debian's kernel for clouds boots in less
+than half the time of its kernel for real hardware.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ..errors import GuestError
 from .modules import Modules
 from .packages import Fetcher, available
 
-# Without these a disk on some bus is not seen, or the power button is not heard.
+# Without these, a disk on some bus or the power button does not work.
 _NEEDED = ("virtio_pci", "virtio_blk", "nvme", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "evdev")
 NEEDED_MODULES = {"x86_64": (*_NEEDED, "button"), "aarch64": (*_NEEDED, "gpio_keys")}
 
 # Where modules are, below a root; the second may be a link to the first.
 _MODULES = ("usr/lib/modules", "lib/modules")
 
-#: The packages that stand for the newest kernel, of Debian and of Ubuntu. Debian's kernel for arm64 clouds lacks
+#: The packages that depend on the newest kernel, of Debian and of Ubuntu. Debian's kernel for arm64 clouds lacks
 #: gpio_keys, and with it the power button of a machine that has a device tree.
 METAPACKAGES = {
     "x86_64": ("linux-image-cloud-amd64", "linux-image-virtual"),
@@ -39,7 +39,7 @@ class Kernel:
 
 
 def find_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
-    """The distribution's kernel if it can be had, else the host's."""
+    """Return the distribution's kernel if it can be fetched, else the host's. Raises GuestError."""
     errors: list[GuestError] = []
     for source in (_distribution_kernel, _running_kernel):
         try:
@@ -72,7 +72,7 @@ def _running_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str
 
 
 def kernel_at(root: Path, release: str, architecture: str) -> Kernel:
-    """The kernel of that release that distributions install below this root; GuestError says why it will not do."""
+    """Return the kernel of a release that is installed below `root`. Raises GuestError if it cannot be used."""
     directories = [root / base / release for base in _MODULES]
     images = [root / f"boot/vmlinuz-{release}", *(directory / "vmlinuz" for directory in directories)]
     image = next((image for image in images if os.access(image, os.R_OK)), None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The modules of a kernel: which are there, which are built in, what each needs.
+"""Reads the modules of a kernel, their dependencies, and the list of those that are built in.
 
-A package that was unpacked and not installed has no `modules.dep` yet (depmod makes it at installation), so the
-dependencies are read where depmod reads them too: in the `.modinfo` section of each module.
+A package that was unpacked and not installed has no `modules.dep`, which depmod makes at installation. So the
+dependencies are read from the `.modinfo` section of each module, as depmod does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ZSTD_SECONDS = 30
 
 
 class Modules:
-    """What is below a directory like `/lib/modules/6.1.0-amd64`; names have underscores only, as in lsmod."""
+    """The modules below a directory such as `/lib/modules/6.1.0-amd64`. Names have underscores only, as in lsmod."""
 
     def __init__(self, directory: Path) -> None:
         self.version = directory.name
@@ -31,11 +31,11 @@ class Modules:
         self._builtin = {_name(line.rpartition("/")[2]) for line in lines}
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Those names that the kernel has neither as a module nor built in."""
+        """Return the names that are neither modules nor built in."""
         return [name for name in names if name not in self._paths and name not in self._builtin]
 
     def load(self, names: Iterable[str]) -> dict[str, Module]:
-        """Read those of the modules that are not built in, and all that they need, in the order to load them in."""
+        """Read modules that are not built in, with their dependencies, in the order to load them in."""
         loaded: dict[str, Module] = {}
         for name in names:
             self._load(name, loaded)
@@ -51,7 +51,7 @@ class Modules:
 
 
 class Module:
-    """One module: its name, its uncompressed content, and what this says of itself."""
+    """One module: its name, its uncompressed content, its dependencies and aliases."""
 
     def __init__(self, name: str, content: bytes) -> None:
         self.name = name
@@ -62,9 +62,9 @@ class Module:
 
 
 def modules_dep(modules: dict[str, Module]) -> str:
-    """The text of `modules.dep` for these modules, all in one directory, in the order that `load` gives.
+    """Write `modules.dep` for modules in the order of `load`, all in one directory.
 
-    What a module needs is listed in full, and what to load first stands last.
+    The dependencies of a module are listed in full; the first one to load is the last of the line.
     """
     needs: dict[str, list[str]] = {}
     for name, module in modules.items():
@@ -74,12 +74,12 @@ def modules_dep(modules: dict[str, Module]) -> str:
 
 
 def modules_alias(modules: dict[str, Module]) -> str:
-    """The text of `modules.alias` for these modules."""
+    """Write `modules.alias` for these modules."""
     return "".join(f"alias {alias} {module.name}\n" for module in modules.values() for alias in module.aliases)
 
 
 def modinfo(content: bytes) -> dict[str, list[str]]:
-    """What the `.modinfo` section of a 64-bit ELF object says: each key with its values in order."""
+    """Read the `.modinfo` section of a 64-bit ELF object: each key with its values in order."""
     found: dict[str, list[str]] = {}
     for entry in _section(content, b".modinfo").split(b"\0"):
         key, separator, value = entry.decode(errors="replace").partition("=")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Packages of the distribution, fetched and unpacked without installing them and without root.
+"""Fetches and unpacks packages of the distribution, without installing them and without root.
 
-Only apt's own sources are asked, in the way this host is set up; no address is known here.
+apt uses the sources that this host has configured; no address is known here.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from ..aio import programs
 from ..errors import GuestError
 
-#: What Debian calls the architectures.
+#: Debian's names of the architectures.
 DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-# A kernel is 20 to 100 MB, the lists of packages are 10: enough for a line of 1 MB/s.
+# A kernel is 20 to 100 MB, the lists of packages are 10 MB: enough for 1 MB/s.
 _DOWNLOAD_SECONDS = 300
 _LOCAL_SECONDS = 60
 
-# apt would wait two minutes for a server that does not answer, and for each of its addresses.
+# By default, apt waits two minutes for each address of a server that does not answer.
 _IMPATIENT = ("-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20")
 
 # The package of a kernel may leave the modules (Ubuntu), or everything (Debian 14), to others that it depends on.
@@ -44,9 +44,9 @@ Dir::Cache "{directory}/cache";
 
 
 class Apt:
-    """apt-get and apt-cache with a set of lists: the host's own, or ones in a private directory.
+    """apt-get and apt-cache with a set of lists: the host's own, or lists in a private directory.
 
-    Where the host's are missing, out of date or for another architecture, the private ones help.
+    The private lists are for hosts whose own are missing, out of date or for another architecture.
     """
 
     def __init__(self, options: tuple[str, ...] = ()) -> None:
@@ -56,13 +56,13 @@ class Apt:
 
     @classmethod
     def private(cls, directory: Path, architecture: str) -> Apt:
-        """An apt whose lists are in the directory, and are fetched now."""
+        """Fetch the lists of packages to a directory; returns an Apt that uses them."""
         for name in ("state/lists/partial", "cache/archives/partial"):
             (directory / name).mkdir(parents=True)
         config = directory / "apt.conf"
         config.write_bytes(os.fsencode(_CONFIG.format(architecture=architecture, directory=directory)))
         apt = cls(("-c", str(config)))
-        # One source of many may be out of order: what counts is whether the package is found
+        # One source of many may fail, as long as the package is found
         try:
             apt._get("update", "-o", "APT::Update::Error-Mode=any")
         except GuestError as error:
@@ -70,13 +70,13 @@ class Apt:
         return apt
 
     def depends(self, package: str) -> list[str]:
-        """The names of the packages that this one depends on, alternatives included."""
+        """Return the names of the packages that a package depends on, alternatives included."""
         record = _run(["apt-cache", *self._options, "show", "--no-all-versions", package], seconds=_LOCAL_SECONDS)
         depends = re.search(r"^Depends: (.*)$", record, re.MULTILINE)
         return [entry.split()[0] for entry in re.split(r"[,|]", depends[1])] if depends else []
 
     def kernel_parts(self, metapackage: str) -> list[str]:
-        """The packages that make up the kernel which the metapackage stands for."""
+        """Return the packages of the kernel that a metapackage depends on."""
         parts: list[str] = []
         wanted = [metapackage]
         while wanted:
@@ -97,7 +97,7 @@ class Apt:
 
 
 def available() -> bool:
-    """Whether this host has what it takes to fetch and unpack Debian's kind of packages."""
+    """Whether this host has the programs to fetch and unpack Debian packages."""
     return all(shutil.which(program) for program in ("apt-get", "apt-cache", "dpkg-deb"))
 
 
@@ -111,11 +111,11 @@ class Fetcher:
         self._private: Apt | None = None
 
     def fetch(self, package: str) -> Path:
-        """Unpack one package; return the directory that has its tree."""
+        """Unpack one package, and return the directory with its files."""
         return self._first_that_works([package], lambda apt, name: [name])
 
     def fetch_kernel(self, metapackages: Sequence[str]) -> Path:
-        """Unpack the kernel that the first of the metapackages there is stands for; return its tree."""
+        """Unpack the kernel of the first metapackage that exists, and return the directory with its files."""
         return self._first_that_works(metapackages, lambda apt, name: apt.kernel_parts(name))
 
     def _first_that_works(self, names: Sequence[str], resolve: Callable[[Apt, str], list[str]]) -> Path:
@@ -154,7 +154,7 @@ class Fetcher:
 
 
 def _run(command: list[str], *, seconds: float, directory: Path | None = None) -> str:
-    """Run a program to its end and return its output; GuestError has the first complaint it made."""
+    """Run a program and return its output. Raises GuestError with its first error message."""
     environment = os.environ | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     try:
         done = programs.run(command, directory=directory, environment=environment, timeout=seconds)
