@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What differs between a machine that was just launched and one that was adopted."""
+"""Defines the differences between a machine that was just launched and one that was adopted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sessions import Sessions
 
 
 class Origin(Protocol):
-    """Where a machine comes from."""
+    """The origin of a machine."""
 
     @property
     def lives_on(self) -> bool:
@@ -30,7 +30,7 @@ class Origin(Protocol):
 
     @property
     def sessions(self) -> SavedSessions:
-        """What QMP sessions have left in QEMU."""
+        """The remains of QMP sessions in QEMU."""
 
     @property
     def boot_disks(self) -> Sequence[BootDisk]:
@@ -41,21 +41,21 @@ class Origin(Protocol):
         """The sections of another manager's journal, by the kind of attachment."""
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
-        """Read what the guest printed before there was anybody to show it."""
+        """Read the guest's output from before there was a manager to show it."""
 
     async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
-        """Bring QEMU and the register together; returns in words what was found. Raises what `execute` raises."""
+        """Reconcile QEMU with the journal; returns a line for each difference. Raises what `execute` raises."""
 
 
 def origin_of(started: Started) -> Origin:
-    """The origin of a QEMU."""
+    """Return the origin of a QEMU."""
     if isinstance(started.origin, Launched):
         return _Fresh(started.origin)
     return _TakenOver(started.origin.state)
 
 
 class _Fresh:
-    """A QEMU that this process launched: it has its boot disks, and is told to let go of their descriptors."""
+    """A QEMU that this process launched, with its boot disks, whose descriptors it has to release."""
 
     lives_on = False
     greeting_timeout = GREETING_TIMEOUT
@@ -76,7 +76,7 @@ class _Fresh:
 
 
 class _TakenOver:
-    """A QEMU that another manager launched: its disks are those of the state, as far as QEMU agrees."""
+    """A QEMU that another manager launched, with the disks of its state, as far as QEMU has them."""
 
     lives_on = True
     greeting_timeout = ADOPT_GREETING_TIMEOUT
