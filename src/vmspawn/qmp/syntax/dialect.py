@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The two ways in which QEMU's JSON parsers report that a message is wrong.
+"""Distinguishes the two ways in which QEMU's JSON parsers report errors.
 
 Up to a version between 7.2 and 11.1 the parser waits for a message's end and then descends into it. Since then it is
 fed token by token, reports an error at once with its place in the stream, and ignores the rest of the message. Both
@@ -20,7 +20,7 @@ _PLACE = re.compile(r"\d+:\d+: ")
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How errors are worded and when they are reported."""
+    """The wording of errors, and when they are reported."""
 
     #: Errors are reported as soon as they are seen, and say where: `LINE:COLUMN: JSON parse error, …`.
     eager: bool
@@ -50,5 +50,5 @@ PUSH = Dialect(
 
 
 def dialect_of(description: str) -> Dialect:
-    """The dialect of a QEMU that described PROBE as wrong with these words."""
+    """Return the dialect of a QEMU that answered PROBE with this error."""
     return PUSH if _PLACE.match(description) else PULL

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Make a message a command that QEMU can be sent, or the error with which QEMU would answer it.
+"""Turns a message into a command for QEMU, or into the error with which QEMU would answer it.
 
 The checks and their words are those of QEMU's dispatcher (qapi/qmp-dispatch.c). Whatever else can be wrong with a
 command is left to QEMU.
@@ -35,7 +35,7 @@ USUAL = re.compile(
 
 
 class Command(msgspec.Struct, frozen=True, gc=False):
-    """A command as QEMU is sent it."""
+    """A command in the form that is sent to QEMU."""
 
     #: Compact JSON without an id and without the closing brace.
     body: bytes
@@ -51,7 +51,7 @@ class Command(msgspec.Struct, frozen=True, gc=False):
 
 
 class Refusal(msgspec.Struct, frozen=True, gc=False):
-    """A message that QEMU would answer with an error without running anything."""
+    """A message that QEMU would answer with an error, without running a command."""
 
     line: bytes
     #: Whether the answer overtakes those to the commands before it.
@@ -59,14 +59,14 @@ class Refusal(msgspec.Struct, frozen=True, gc=False):
 
 
 def usual(captured: Sequence[bytes | None]) -> Command:
-    """The command of which USUAL has captured the name and the id."""
+    """Make a command of the name and the id that USUAL has captured."""
     name, id = captured
     assert name is not None
     return Command(b'{"execute":"%b"' % name, name, b"", id)
 
 
 def read(message: Message | Malformed, *, oob: bool) -> Command | Refusal:
-    """Take a client's message. `oob` says whether the client has enabled that capability."""
+    """Read a client's message. `oob` is true if the client has enabled that capability."""
     if isinstance(message, Malformed):
         return Refusal(failure(message.description))
     members = message.members
@@ -97,7 +97,7 @@ def _command(message: Message, members: Mapping[str, msgspec.Raw], id: bytes | N
 
 
 def _problem(members: Mapping[str, msgspec.Raw], oob: bool) -> str:
-    """The first thing wrong with the members of a message."""
+    """Return the first error in the members of a message."""
     executed = ""
     for key in by_bucket(members):
         first = bytes(members[key])[:1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is wrong with a message that is not JSON: the first error, as QEMU's parser words it (qobject/json-parser.c).
+"""Finds the first error of a message that is not JSON, as QEMU's parser reports it (qobject/json-parser.c).
 
 This is off the usual path. It is fed tokens, so it needs no recursion and can stop and resume anywhere.
 """
@@ -27,7 +27,7 @@ _KEYWORDS = frozenset((b"true", b"false", b"null"))
 
 
 class _Expect(Enum):
-    """What may come next."""
+    """The tokens that may come next."""
 
     VALUE = auto()
     FIRST_VALUE = auto()  # or the end of the array
@@ -39,7 +39,7 @@ class _Expect(Enum):
 
 
 class _Object:
-    """An object that is open: the keys it has, and the one whose value comes next or None if that is no string."""
+    """An open object: its keys, and the key whose value comes next, or None if that key is not a string."""
 
     __slots__ = ("key", "keys")
 
@@ -49,7 +49,7 @@ class _Object:
 
 
 class SyntaxProblem(ValueError):
-    """Tokens that make no JSON, in QEMU's words."""
+    """Tokens that are not JSON; the message is QEMU's."""
 
 
 class Grammar:
@@ -137,7 +137,7 @@ class Grammar:
         self._complete()
 
     def _complete(self) -> None:
-        """A value has ended: it is an element, a member, or the message."""
+        """Go on after the end of a value, which is an element, a member, or the message."""
         if not self._open:
             self._expect = _Expect.NOTHING
             return
@@ -158,5 +158,5 @@ def _string(token: bytes) -> str:
 
 
 def tokens(text: bytes | bytearray, start: int, end: int) -> Iterator[re.Match[bytes]]:
-    """The tokens of text that QEMU's lexer takes."""
+    """Yield the tokens of text that QEMU's lexer accepts."""
     return _TOKEN.finditer(text, start, end)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The `id` of a command as QEMU writes it into the reply: the value, not the text."""
+"""Writes the `id` of a command as QEMU does in the reply, which has the value and not the text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 
 
 def echoed(text: bytes) -> bytes:
-    """The id as it stands in a reply, given as compact JSON. Raises BadString if it has a string that QEMU refuses."""
+    """Write an id, given as compact JSON, as in a reply. Raises BadString for a string that QEMU refuses."""
     if _UNCHANGED.fullmatch(text):
         return text
     if len(text) <= _REWRITTEN:
@@ -30,7 +30,7 @@ def echoed(text: bytes) -> bytes:
 
 
 def _rewritten(text: bytes) -> bytes:
-    """JSON as QEMU writes it. What is open is kept on a list, for QEMU allows more nesting than Python."""
+    """Write JSON as QEMU does. Open values are on a list, because QEMU allows more nesting than Python."""
     opened: list[list[bytes]] = [[]]
     for match in tokens(text, 0, len(text)):
         token = match[0]
@@ -60,7 +60,7 @@ def _scalar(token: bytes) -> bytes:
 
 
 def _number(token: bytes) -> bytes:
-    """A number as QNum keeps it: int64, else uint64, else double (qobject/qnum.c)."""
+    """Read a number as QNum does: as int64, else uint64, else double (qobject/qnum.c)."""
     if token.lstrip(b"-").isdigit() and len(token) <= 20:
         value = int(token)
         if -(1 << 63) <= value < 1 << 64:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The tokens of QEMU's JSON dialect as regular expressions (qobject/json-lexer.c)."""
+"""Defines the tokens of QEMU's JSON dialect as regular expressions (qobject/json-lexer.c)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One message: compact JSON text, and the members of the object that it is, still as text.
+"""Splits a message into compact JSON text and the members of its object, still as text.
 
 msgspec does the work, in C. It accepts what QEMU accepts but for what is looked after here: it allows less nesting, it
 keeps the last of two members with the same key where QEMU refuses both, and it does not look into strings.
@@ -25,7 +25,7 @@ SEARCHED = 2048
 
 
 class Doubt(Enum):
-    """What a look at the tokens might still find."""
+    """The errors that only the tokens can show."""
 
     NONE = auto()
     #: Strings that are not Unicode, and keys that occur twice further in. QEMU can find them as well.
@@ -73,7 +73,7 @@ def _parse(text: bytes | bytearray) -> Message:
 
 
 def _unique(compact: bytes, members: dict[str, msgspec.Raw]) -> bool:
-    """Whether no object in a message without escapes has a key twice, as far as it is cheap to tell."""
+    """Whether no object in a message without escapes has a key twice, as far as a cheap check can tell."""
     # A colon a key: with more of them there are keys further in, or colons in strings.
     further = compact.count(b":") - len(members)
     if not further:
@@ -87,7 +87,7 @@ def _unique(compact: bytes, members: dict[str, msgspec.Raw]) -> bool:
 
 
 def _search(compact: bytes) -> bool:
-    """Whether no object in it has a key twice. No recursion; some 0.3 us a string."""
+    """Whether no object in the message has a key twice. Without recursion; some 0.3 us a string."""
     objects: list[set[bytes]] = []
     for match in _KEYS.finditer(compact):
         if match.lastindex == 2:

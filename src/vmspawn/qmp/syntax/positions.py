@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lines and columns in a stream of which only the end is kept, as QEMU's newer parser counts them."""
+"""Counts lines and columns in a stream as QEMU's newer parser does, without keeping the stream."""
 
 from __future__ import annotations
 
 
 class Places:
-    """Names places in a buffer whose beginning is dropped now and then."""
+    """Returns the line and column of places in a buffer whose beginning is dropped now and then."""
 
     __slots__ = ("_column", "_line")
 
@@ -14,11 +14,11 @@ class Places:
         self._line = self._column = 1
 
     def drop(self, data: bytes | bytearray, end: int) -> None:
-        """`data` up to `end` leaves the buffer."""
+        """Count `data` up to `end`, which leaves the buffer."""
         self._line, self._column = self._at(data, end)
 
     def name(self, data: bytearray, offset: int, *, late: bool) -> str:
-        """What QEMU writes before an error there. `late` says that it read the byte twice and counts from behind it."""
+        """Return QEMU's prefix of an error there. `late` is true if QEMU reads the byte twice and counts it."""
         line, column = self._at(data, offset)
         return f"{line}:{column + late}: "
 

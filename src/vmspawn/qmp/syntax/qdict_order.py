@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The order in which QEMU goes through the members of an object: that of its hash table (qobject/qdict.c, tdb_hash)."""
+"""Sorts the members of an object in the order of QEMU's hash table (qobject/qdict.c, tdb_hash)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _BUCKETS = 512
 
 
 def by_bucket(keys: Iterable[str]) -> list[str]:
-    """The keys in QEMU's order, given in that in which they came."""
+    """Return keys in QEMU's order; `keys` are in the order in which they came."""
     # A key is put before those that are in its bucket already, and sorting keeps the order of equals.
     return sorted(reversed(list(keys)), key=_bucket)  # noqa: C414
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a message says that was cut out of the stream: its JSON as msgspec reads it, or its first error in QEMU's words.
+"""Reads a message that was cut out of the stream: its JSON with msgspec, or its first error as QEMU reports it.
 
 msgspec reads nearly all. What only QEMU reads is rewritten for it, or noted as what it must not see; and only where it
 does not take a message, or cannot tell, the tokens are looked at one by one.
@@ -31,7 +31,7 @@ _NUL = re.compile(rb"(?<!\\)\xc0\x80")
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Bytes that are no message. QEMU answers them with a GenericError of this description, and without an id."""
+    """Bytes that are not a message. QEMU answers with a GenericError of this description, without an id."""
 
     description: str
 
@@ -61,36 +61,36 @@ class Reader:
     # What the scanner meets.
 
     def begin(self) -> None:
-        """A message begins."""
+        """Begin a message."""
         self._split = False
         self._grammar = None
         if self._edits:
             self._edits = []
 
     def requoted(self, start: int, end: int) -> None:
-        """A string is written as QEMU alone allows it."""
+        """Note a string in a form that only QEMU accepts."""
         self._edits.append((start, end, requote(bytes(self._buffer[start:end]))))
 
     def splits(self) -> None:
-        """A number is two tokens to QEMU."""
+        """Note a number that is two tokens to QEMU."""
         self._split = True
 
     def resumed(self, at: int) -> None:
-        """QEMU's lexer comes back to this byte."""
+        """Note a byte that QEMU's lexer reads again."""
         self._resumed = at
 
     def mute(self) -> None:
-        """The rest of the message is not going to be read."""
+        """Skip the rest of the message."""
         self._edits.clear()
 
     def passed(self, chunk: bytes) -> None:
-        """A message came and went that never was in the buffer, which is empty."""
+        """Note a message that was never in the buffer, which is empty."""
         self._resumed = -1
         if self._dialect.eager:
             self._places.drop(chunk, len(chunk))
 
     def drop(self, size: int) -> None:
-        """So many bytes are about to leave the buffer."""
+        """Note that so many bytes are about to leave the buffer."""
         if self._dialect.eager:
             self._places.drop(self._buffer, size)
         self._resumed = max(self._resumed - size, -1)
@@ -100,7 +100,7 @@ class Reader:
     # What it says, or what is wrong with it.
 
     def message(self, start: int, end: int) -> Message | Malformed:
-        """What is there, whole."""
+        """Read the complete message."""
         message = self._parsed(start, end)
         if message is not None and (
             message.doubt is Doubt.NONE or (message.doubt is Doubt.CONTENT and end - start > _EXAMINED)
@@ -114,15 +114,15 @@ class Reader:
         return Message(message.text, message.members, Doubt.NONE)
 
     def error_so_far(self, start: int, end: int) -> str | None:
-        """The error of a message that has not ended, if QEMU names it already."""
+        """Return the error of a message that has not ended, if QEMU reports it already."""
         return self._problem(start, end, _EXAMINED) if self._dialect.eager else None
 
     def stray(self, start: int, end: int) -> str:
-        """The error of what is no token."""
+        """Return the error of bytes that are not a token."""
         return f"{self._place(start)}JSON parse error, stray '{lenient(bytes(self._buffer[start:end]))}'"
 
     def _parsed(self, start: int, end: int) -> Message | None:
-        """What msgspec makes of the message, or None if it does not take it for JSON or should not."""
+        """Read the message with msgspec; returns None if it is not JSON to msgspec or to QEMU."""
         if self._split:
             return None
         text = self._edited(start, end)
@@ -132,7 +132,7 @@ class Reader:
             return None
 
     def _edited(self, position: int, end: int) -> bytes:
-        """The message with its strings rewritten."""
+        """Rewrite the strings of the message for msgspec."""
         if not self._edits:
             return bytes(self._buffer[position:end])
         pieces: list[bytes | bytearray] = []
@@ -142,7 +142,7 @@ class Reader:
         return b"".join((*pieces, self._buffer[position:end]))
 
     def _problem(self, start: int, end: int, limit: int) -> str | None:
-        """The first error of the message before `end`, if it is among the first `limit` bytes."""
+        """Return the first error of the message before `end`, if it is in the first `limit` bytes."""
         if self._grammar is None:
             self._grammar, self._examined = Grammar(self._dialect), start
         for token in tokens(self._buffer, self._examined, end):

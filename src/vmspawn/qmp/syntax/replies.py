@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lines as QEMU writes them to a monitor: what is in them, and the same with another id.
+"""Reads the lines that QEMU writes to a monitor, and replaces their ids.
 
 QEMU escapes line breaks in strings, so a line is a message; it is ASCII and ends with CR LF. A success ends with the
 id, an error begins with it: `{"return": …, "id": 1}`, `{"id": 1, "error": {"class": …, "desc": …}}`. Lines are spliced,
@@ -40,7 +40,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     id: int = -1
 
     def labelled(self, id: bytes | None) -> bytes:
-        """The line with this JSON text as its id, or without one."""
+        """Return the line with this JSON text as its id, or without an id."""
         if id is None:
             return self.line
         if self.failed:
@@ -57,7 +57,7 @@ class _Line(msgspec.Struct):
 
 
 class Failure(msgspec.Struct):
-    """What an error says."""
+    """The class and the description of an error."""
 
     error_class: str = msgspec.field(name="class")
     description: str = msgspec.field(name="desc")
@@ -72,7 +72,7 @@ _FAILURE_LINE = msgspec.json.Decoder(_FailureLine)
 
 
 def read(line: bytes) -> Reply | None:
-    """What reply a line is; None if it is an event."""
+    """Read a line; returns None if it is an event."""
     if line.startswith(_SUCCESS):
         tail = _ID_AT_END.search(line, max(0, len(line) - _TAIL))
         if tail is None:
@@ -99,7 +99,7 @@ def _taken_apart(line: bytes) -> Reply | None:
 
 
 def failure_of(reply: Reply) -> Failure:
-    """What a reply that failed says."""
+    """Return the error of a reply that failed."""
     return _FAILURE_LINE.decode(reply.line).error
 
 
@@ -109,11 +109,11 @@ def returned(reply: Reply) -> Any:
 
 
 def failure(description: str, *, error_class: str = GENERIC_ERROR, id: bytes | None = None) -> bytes:
-    """An error as QEMU would write it; `id` is JSON text."""
+    """Write an error as QEMU does; `id` is JSON text."""
     line = b'{"error": {"class": ' + quote(error_class) + b', "desc": ' + quote(description) + b"}}\r\n"
     return Reply(line, True).labelled(id)
 
 
 def success(id: bytes | None) -> bytes:
-    """What QEMU writes for a command that returns nothing."""
+    """Write the reply to a command that returns nothing, as QEMU does."""
     return Reply(EMPTY, False).labelled(id)

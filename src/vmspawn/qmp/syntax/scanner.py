@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where messages begin and end in a stream of QEMU's JSON dialect.
+"""Finds where messages begin and end in a stream of QEMU's JSON dialect.
 
 QMP has no line framing: a message ends where its brackets balance. What follows QEMU's lexer and streamer byte for byte
 (qobject/json-lexer.c, json-streamer.c) is the cutting: which bytes make up a message, where one that is wrong ends, and
@@ -32,7 +32,7 @@ _TOO_DEEP = "JSON nesting depth limit exceeded"
 
 
 class _Mode(Enum):
-    """What comes next in the buffer."""
+    """The part of a message that comes next in the buffer."""
 
     TOKEN = auto()
     STRING = auto()  # the rest of one
@@ -70,16 +70,16 @@ class Scanner:
 
     @property
     def pending(self) -> int:
-        """Bytes that were fed and are not part of a message yet that was returned."""
+        """The number of bytes that were fed and do not belong to a message that was returned."""
         return len(self._chunk) or len(self._buffer) - self._start
 
     @property
     def offset(self) -> int:
-        """Bytes of the stream up to the end of the last message."""
+        """The number of bytes of the stream up to the end of the last message."""
         return self._origin + self._start
 
     def feed(self, data: bytes) -> None:
-        """Add bytes as they came."""
+        """Add bytes in the order of the stream."""
         if not self._buffer and not self._chunk:
             self._chunk = data
             return
@@ -101,7 +101,7 @@ class Scanner:
         return match.groups()
 
     def take(self, pattern: re.Pattern[bytes]) -> tuple[bytes | None, ...] | None:
-        """What the pattern captures of the next message, if that is one that it describes; otherwise ask `next`."""
+        """Return what the pattern captures of the next message, or None if it does not match: `next` reads it then."""
         if self._mode is not _Mode.TOKEN or self._braces or self._brackets:
             return None
         if self._chunk:
@@ -120,7 +120,7 @@ class Scanner:
         return captured
 
     def next(self) -> Message | Malformed | None:
-        """The next message, or what is wrong with it; None if more bytes must come first, or if `busy`."""
+        """Return the next message, or its error; None if more bytes must come first, or if `is_busy`."""
         if self._chunk:
             chunk, self._chunk = self._chunk, b""
             message = self._at_once(chunk)
@@ -132,7 +132,7 @@ class Scanner:
         return None if self.is_busy else self._outcome()
 
     def _at_once(self, chunk: bytes) -> Message | None:
-        """The chunk, if it is one whole message that QEMU and msgspec read alike."""
+        """Return the chunk if it is one whole message that QEMU and msgspec read alike."""
         if self._buffer or self._mode is not _Mode.TOKEN or self._braces or self._brackets:
             return None
         # QEMU alone stumbles over 0e5, and over the two bytes that UTF-8 never has.
@@ -149,7 +149,7 @@ class Scanner:
         return message
 
     def _pass(self, chunk: bytes) -> None:
-        """Count what never was in the buffer."""
+        """Count a message that was never in the buffer."""
         self._origin += len(chunk)
         self._reader.passed(chunk)
 
@@ -161,7 +161,7 @@ class Scanner:
         return self._found
 
     def _step(self) -> bool:
-        """Scan some more. False when something was found, or when the data has ended."""
+        """Scan on; returns False when something was found, or when the data has ended."""
         if self._mode is _Mode.TOKEN:
             return self._run() if self._braces or self._brackets else self._first()
         return self._string() if self._mode is _Mode.STRING else self._skip()
@@ -169,7 +169,7 @@ class Scanner:
     # From bracket to bracket.
 
     def _first(self) -> bool:
-        """The first token of a message. If it opens nothing, it is all of the message."""
+        """Scan the first token of a message. If it is not a bracket, it is the whole message."""
         buffer = self._buffer
         self._position = self._start = _end(WHITESPACE, buffer, self._position)
         if self._start == len(buffer):
@@ -182,7 +182,7 @@ class Scanner:
         return self._special()
 
     def _run(self) -> bool:
-        """Brackets and all between them, until a message ends or a token needs attention."""
+        """Scan brackets and everything between them, until a message ends or a token needs a closer look."""
         buffer, position = self._buffer, self._position
         braces, brackets = self._braces, self._brackets
         while True:
@@ -210,7 +210,7 @@ class Scanner:
     # Token by token, where that stopped.
 
     def _special(self) -> bool:
-        """A token that stopped the run: in single quotes, wrong, or cut by the end of the data."""
+        """Scan a token that stopped the run: in single quotes, wrong, or cut off by the end of the data."""
         first = self._buffer[self._position]
         if first in ATOM_STARTS:
             return self._atom()
@@ -235,7 +235,7 @@ class Scanner:
         return self._token_ended(end + 1)
 
     def _atom(self) -> bool:
-        """A number or keyword, or what starts like one."""
+        """Scan a number or keyword, or bytes that begin like one."""
         buffer, start = self._buffer, self._position
         end = _end(ATOM, buffer, start)
         if end - start > limits.ATOM_SIZE:
@@ -257,7 +257,7 @@ class Scanner:
         return True if self._braces or self._brackets else self._complete()
 
     def _skip(self) -> bool:
-        """What QEMU's lexer ignores after an error."""
+        """Skip the bytes that QEMU's lexer ignores after an error."""
         self._position = self._start = _end(SKIPPED, self._buffer, self._position)
         if self._start == len(self._buffer):
             return False
@@ -268,14 +268,14 @@ class Scanner:
     # The ends that a message can have.
 
     def _complete(self) -> bool:
-        """The message has ended where it should."""
+        """End a message that is complete."""
         if not self._muted:
             self._found = self._reader.message(self._start, self._position)
         self._reset(self._position)
         return self._found is None
 
     def _error(self, start: int, end: int, description: str = "") -> bool:
-        """A lexical error ends the message, however many brackets are open."""
+        """End a message at a lexical error, however many brackets are open."""
         if not self._muted:
             problem = self._reader.error_so_far(self._start, start)
             self._found = Malformed(problem or description or self._reader.stray(start, end))
@@ -295,7 +295,7 @@ class Scanner:
         return False
 
     def _wait(self) -> None:
-        """The data has ended within a message; what can be said of it already?"""
+        """Look for an error in a message that has not ended yet."""
         if self._muted:
             self._mute()
         elif len(self._buffer) - self._start > limits.COMMAND_SIZE:
@@ -309,20 +309,20 @@ class Scanner:
                 self._mute()
 
     def _mute(self) -> None:
-        """Follow the rest of the message without keeping or reporting it."""
+        """Skip the rest of the message."""
         self._muted = True
         self._start = self._position
         self._reader.mute()
 
     def _reset(self, position: int) -> None:
-        """A message starts here."""
+        """Begin a message here."""
         self._start = self._position = position
         self._braces = self._brackets = 0
         self._muted = False
         self._reader.begin()
 
     def _forget(self) -> None:
-        """Let go of what is done with."""
+        """Drop the bytes that are not needed any more."""
         start = self._start
         if not start:
             return
@@ -335,7 +335,7 @@ class Scanner:
 
 
 def _end(pattern: re.Pattern[bytes], buffer: bytearray, position: int) -> int:
-    """Where a match ends; the patterns match everywhere."""
+    """Return the end of a match; the patterns match everywhere."""
     match = pattern.match(buffer, position)
     assert match is not None
     return match.end()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""JSON strings as QEMU reads and writes them.
+"""Reads and writes JSON strings as QEMU does.
 
 Read: single or double quotes, `\\'` as one more escape, modified UTF-8 (NUL may be C0 80), and no code point that is
 not a character (util/unicode.c). Written: double quotes, ASCII, `\\uXXXX` with capitals (qobject/json-writer.c).
@@ -41,11 +41,11 @@ _SMALLEST = (0x80, 0x800, 0x10000, 0x200000, 0x4000000)
 
 
 class BadString(ValueError):
-    """A string that QEMU's parser refuses, in QEMU's words."""
+    """A string that QEMU's parser refuses; the message is QEMU's."""
 
 
 def quote(text: str) -> bytes:
-    """The string as QEMU writes it, quotes included."""
+    """Write a string as QEMU does, quotes included."""
     return b'"' + _SPECIAL.sub(_written, text).encode("ascii") + b'"'
 
 
@@ -75,12 +75,12 @@ def _requoted(match: re.Match[bytes]) -> bytes:
 
 
 def lenient(data: bytes) -> str:
-    """Bytes as QEMU shows them in an error: up to a NUL, with U+FFFD for each sequence that is not modified UTF-8."""
+    """Show bytes as QEMU does in an error: up to a NUL, with U+FFFD for each sequence that is not modified UTF-8."""
     return "".join(REPLACEMENT if code < 0 else chr(code) for code in _code_points(data.partition(b"\0")[0]))
 
 
 def value_of(token: bytes) -> str:
-    """What a string token stands for. Raises BadString with QEMU's description if it stands for nothing."""
+    """Return the value of a string token. Raises BadString with QEMU's description if it has none."""
     inside = token[1:-1]
     if inside.isascii() and b"\\" not in inside:
         return inside.decode("ascii")
@@ -116,14 +116,14 @@ def _decoded(text: bytes) -> str:
 
 
 def _is_character(code: int) -> bool:
-    """Whether QEMU takes a code point for a character: no surrogates, and none of Unicode's noncharacters."""
+    """Whether QEMU accepts a code point as a character: surrogates and Unicode's noncharacters are not."""
     if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF or 0xFDD0 <= code <= 0xFDEF:
         return False
     return code >= 0 and code & 0xFFFE != 0xFFFE
 
 
 def _code_points(data: bytes) -> Iterator[int]:
-    """Code points of modified UTF-8, and -1 for each sequence that is none (util/unicode.c, mod_utf8_codepoint)."""
+    """Yield the code points of modified UTF-8, -1 for an invalid sequence (util/unicode.c, mod_utf8_codepoint)."""
     position = 0
     while position < len(data):
         code, length = _code_point(data, position)
@@ -132,7 +132,7 @@ def _code_points(data: bytes) -> Iterator[int]:
 
 
 def _code_point(data: bytes, position: int) -> tuple[int, int]:
-    """One code point, or -1, and the number of bytes that it takes."""
+    """Return one code point, or -1, and the number of its bytes."""
     lead = data[position]
     if lead < 0x80:
         return lead, 1
