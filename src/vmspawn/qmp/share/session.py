@@ -109,7 +109,6 @@ class Session:
         self.peer = peer
         #: Whether it may only run commands that change nothing.
         self.read_only = read_only
-        #: The progress of the session.
         self.state = State.NEGOTIATING
         #: Commands that were run for it, and events that it was sent.
         self.commands = self.events = 0
