@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Follow QEMU's run state through its events, so that few have to ask QEMU for it."""
+"""Follows QEMU's run state through its events, so that few have to ask QEMU for it."""
 
 from __future__ import annotations
 
