@@ -99,6 +99,8 @@ def make() -> None:
     debootstrap = shutil.which("debootstrap")
     if debootstrap is None:
         raise BoxError("debootstrap is not installed")
+    if TREE.exists():
+        raise BoxError(f"there is a box already, in {TREE}; to make another, first: rm -r {TREE}")
     partial = TREE.with_name(TREE.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     scripts = Path("/usr/share/debootstrap/scripts")

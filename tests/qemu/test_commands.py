@@ -214,7 +214,7 @@ def test_an_image_that_another_machine_uses_is_named(machine: Spawned, qemu: str
     boot = json.loads(vmctl("list-disks", machine.name, "--json=short").stdout)[0]["path"]
     done = vmspawn(f"--qemu={qemu}", f"--image={boot}", "-M", "second")
     assert done.returncode == 1
-    assert f"cannot use {boot}: another process uses the image" in one_line(done, "vmspawn")
+    assert f"cannot use {boot}: machine {machine.name} uses the image" in one_line(done, "vmspawn")
     assert is_gone("second")
 
 

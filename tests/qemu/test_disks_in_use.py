@@ -13,7 +13,15 @@ import pytest
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Machine, Snapshot, idle_machine, links_of
 from vmspawn import Disk, Limits
-from vmspawn.errors import BadConfig, ConfigNotSupported, QmpError, StoragePending, SystemFailure
+from vmspawn.errors import (
+    BadConfig,
+    ConfigNotSupported,
+    NoFreePort,
+    QmpError,
+    StorageExists,
+    StoragePending,
+    SystemFailure,
+)
 from vmspawn.qmp.monitor import Monitor
 
 DEADLINE = 30.0
@@ -279,3 +287,39 @@ async def test_a_displaced_disk_can_be_detached(idle: Machine, tmp_path: Path) -
     assert str(image) not in links_of(idle.pid)
     with pytest.raises(QmpError):
         await idle.monitor.execute("blockdev-del", {"node-name": "drive1"})
+
+
+# Ports that somebody else uses.
+
+
+@pytest.mark.parametrize("machine_type", ["q35", "pc"])
+async def test_a_port_that_somebody_else_uses_is_passed_over(qemu: str, tmp_path: Path, machine_type: str) -> None:
+    async with (
+        idle_machine(qemu, tmp_path, machine_type=machine_type, hotplug_ports=4) as machine,
+        machine.qmp() as session,
+    ):
+        for place in machine.storage._context.layout.pci.places[:2]:
+            device = {"driver": "virtio-rng-pci", "id": f"other{str(place)[-1]}", **place.properties()}
+            await session.execute("device_add", device)
+        await machine.storage.look_at_places()
+        assert machine.storage.ports_free == 2
+        for name in ("one", "two"):
+            await machine.attach(Disk(str(make_raw(tmp_path / name, MIB))))
+        with pytest.raises(NoFreePort):
+            await machine.attach(Disk(str(make_raw(tmp_path / "three", MIB))))
+
+
+async def test_the_first_attach_beside_somebody_elses_device_succeeds(idle: Machine, tmp_path: Path) -> None:
+    first = idle.storage._context.layout.pci.places[0]
+    free = idle.storage.ports_free
+    async with idle.qmp() as session:
+        await session.execute("device_add", {"driver": "virtio-rng-pci", "id": "other", **first.properties()})
+    await idle.attach(Disk(str(make_raw(tmp_path / "disk", MIB))))
+    assert idle.disk("disk").place != first
+    assert idle.storage.ports_free == free - 2
+
+
+async def test_a_boot_index_belongs_to_one_disk(idle: Machine, tmp_path: Path) -> None:
+    (boot,) = idle.storage
+    with pytest.raises(StorageExists, match=f"the disk {boot.name} has boot index 0 already"):
+        await idle.attach(Disk(str(make_raw(tmp_path / "disk", MIB)), boot_index=0))

@@ -10,21 +10,30 @@ from ..errors import StartError
 from .commandline import BootDisk
 
 
-def explain_failure(disks: Iterable[BootDisk], end: str, log: str) -> StartError:
-    """Make an error of QEMU's end and its output; names the disk that the output is about."""
+def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str) -> StartError:
+    """Make an error of the end and the output of a machine's QEMU; names the disk that the output is about."""
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
         return StartError(f"QEMU {end} as soon as it was started, without a word", hint="is something killing it?")
     blamed = next((each for each in disks if _mentions(log, each)), None)
     if "lock" in log and "Failed to get" in log and blamed is not None:
         return StartError(
-            f"cannot use {blamed.disk.path}: another process uses the image (QEMU could not lock it)",
+            f"cannot use {blamed.disk.path}: {_holder(machine, blamed)} uses the image (QEMU could not lock it)",
             hint="shut down the other machine, or give this one a copy",
         )
     message = lines[0].partition("qemu-system-")[2].partition(": ")[2] or lines[0]
     if blamed is not None:
         message = f"{blamed.disk.path}: {message.rpartition('}: ')[2]}"
     return StartError(f"QEMU could not start: {message}")
+
+
+def _holder(machine: str, disk: BootDisk) -> str:
+    """Who has the image of a disk that QEMU could not lock."""
+    # Loaded where it is needed: most starts succeed.
+    from ..storage.holders import holder_of
+
+    backing = disk.image.backing
+    return (holder_of(backing.identity, ours=machine) if backing is not None else "") or "another process"
 
 
 def _mentions(log: str, each: BootDisk) -> bool:

@@ -80,10 +80,14 @@ def _blaming(wanted: _Wanted) -> Iterator[None]:
     except (BadConfig, ConfigNotSupported, SystemFailure) as error:
         error.prefix("", instead_of=f"cannot open {wanted.disk.path}: ")
         begun = "say format "
-        is_of_image = wanted.is_image and error.hint.startswith(begun)
+        hint = "{error}"
+        if wanted.is_image and error.hint.startswith(begun):
+            hint = "use {image_format=}{choice}"
+        elif wanted.is_image and error.hint.startswith("attach it read-only"):
+            hint = "use {ephemeral=True}, which does not write to the image, or a copy"
         raise StartError.with_fields(
             "cannot use " + wanted.spelled + ": {error}",
-            hint="use {image_format=}{choice}" if is_of_image else "{error}",
+            hint=hint,
             value=wanted.value,
             error=error,
             choice=error.hint.removeprefix(begun),

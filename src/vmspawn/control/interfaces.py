@@ -224,6 +224,8 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """The machine at a glance; without `responding`, the state is the last that QEMU has told."""
         machine = self._machine
         responding = await machine.ask_status()
+        if responding:
+            await machine.storage.look_at_places()
         return {
             "name": machine.name,
             "status": machine.status,

@@ -6,7 +6,7 @@ slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So every pla
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from ..errors import NoFreePort, UsageError
@@ -76,11 +76,13 @@ class Pool:
     """Places of one kind. The one that has been free the longest is taken first, so that a guest which is slow to
     notice a removal sees another place at once."""
 
-    __slots__ = ("_free", "_hint", "_what", "on_unused", "places")
+    __slots__ = ("_foreign", "_free", "_hint", "_what", "on_unused", "places")
 
     def __init__(self, places: Iterable[Place], what: str, hint: str) -> None:
         self.places = tuple(places)
         self._free = deque(self.places)
+        # Those that somebody else's devices are on.
+        self._foreign: set[Place] = set()
         self._what = what
         self._hint = hint
         #: Called when the last place in use was given back.
@@ -124,6 +126,20 @@ class Pool:
         """Reserve that very place, which is known to be taken. Claiming it twice is harmless."""
         if place in self._free:
             self._free.remove(place)
+
+    def note_occupied(self, occupied: Collection[Place]) -> None:
+        """Take in which places QEMU has devices on: a free one that is occupied is somebody else's until it is not."""
+        for place in self._foreign.difference(occupied):
+            self._foreign.remove(place)
+            self.release(place)
+        found = [place for place in self._free if place in occupied]
+        self._foreign.update(found)
+        for place in found:
+            self._free.remove(place)
+
+    def is_foreign(self, place: Place) -> bool:
+        """Whether somebody else's device is on a place, as far as is known."""
+        return place in self._foreign
 
     def release(self, place: Place) -> None:
         """Give a place back. Giving it back twice is harmless."""

@@ -175,7 +175,7 @@ class Running:
             return StartError(failed)
         origin = self._started.origin
         disks = origin.disks if isinstance(origin, Launched) else ()
-        return explain_failure(disks, self._process.describe_end(), self.directory.read_log())
+        return explain_failure(self.name, disks, self._process.describe_end(), self.directory.read_log())
 
     def _log_failed(self, error: OSError) -> None:
         line = f"cannot write {self.config.console_log}: {error.strerror}; the machine goes on without"

@@ -104,6 +104,7 @@ def admit(
     disk = disk._replace(read_only=disk.read_only or not is_written)
     serial = _choose_serial(disk)
     _check_serial_is_free(neighbours, disk, serial)
+    _check_boot_index_is_free(neighbours, disk)
     _check_serial_of_controller(disk, serial, layout)
     return Admitted(disk, serial, image, take_place(disk, layout, pci, scsi))
 
@@ -168,6 +169,15 @@ def check_beside(neighbours: Iterable[_Neighbour], disk: Disk, serial: str, back
     if backing is not None:
         check_not_attached(neighbours, backing, share=disk.share)
     _check_serial_is_free(neighbours, disk, serial)
+    _check_boot_index_is_free(neighbours, disk)
+
+
+def _check_boot_index_is_free(neighbours: Iterable[_Neighbour], disk: Disk) -> None:
+    for other in neighbours:
+        if disk.boot_index >= 0 and other.disk.boot_index == disk.boot_index:
+            raise StorageExists(
+                f"the disk {other.name} has boot index {disk.boot_index} already", hint="choose another boot index"
+            )
 
 
 def _check_serial_of_controller(disk: Disk, serial: str, layout: Layout) -> None:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from ..errors import StoragePending, VmspawnError
+from ..errors import NotConnected, QmpError, StoragePending, Timeout, VmspawnError
 from ..hotplug import pending
 from ..hotplug.attachment import State
 from ..hotplug.hotplug import Hotplug
+from ..hotplug.occupied import occupied_places
 from ..hotplug.places import THREADED_SCSI_CONTROLLER, Layout, Place, Pool, controller_of
 from ..qmp.events import Event
 from ..timeouts import DETACH_TIMEOUT
@@ -45,6 +47,9 @@ _PENDING_HINT = (
     "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
     "away now with {force=True}"
 )
+
+#: Seconds that QEMU has to list its PCI devices.
+_LOOK_TIMEOUT = 2.0
 
 #: Seconds that a detach waits for the controller that its disk was the last on. The controller goes in any case.
 _CONTROLLER_TIMEOUT = 2.0
@@ -187,11 +192,33 @@ class Storage:
         try:
             if guest_timeout is not None:
                 guest_driver.check_can_tell(disk)
-            attached = await self._admit(disk, backing)
-        except BaseException:
+            attached = await self._attach(disk, backing)
+        finally:
             if backing is not None:
                 backing.close()
-            raise
+        if guest_timeout is not None:
+            await guest_driver.wait_taken(self._context, attached, guest_timeout)
+        return attached
+
+    async def _attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
+        """Attach a disk, at another place where somebody else has put a device on the first. Leaves `backing` open."""
+        while True:
+            # An attach that fails closes the descriptor that it got.
+            copy = backing and backing.copy()
+            try:
+                attached = await self._admit(disk, copy)
+            except BaseException:
+                if copy is not None:
+                    copy.close()
+                raise
+            try:
+                return await self._plug_in(attached)
+            except QmpError:
+                await self.look_at_places()
+                if not attached.pool.is_foreign(attached.place):
+                    raise
+
+    async def _plug_in(self, attached: AttachedDisk) -> AttachedDisk:
         image = attached.image
 
         async def empty() -> None:
@@ -200,10 +227,18 @@ class Storage:
         try:
             await self._hotplug.attach(attached, empty if image is None else None)
         except VmspawnError as error:
-            raise explain(error, disk.name, image, self._hotplug.journal.machine) from None
-        if guest_timeout is not None:
-            await guest_driver.wait_taken(self._context, attached, guest_timeout)
+            raise explain(error, attached.name, image, self._hotplug.journal.machine) from None
         return attached
+
+    async def look_at_places(self) -> None:
+        """Notice devices that somebody else has put on our ports and slots, or taken away.
+
+        A QEMU that does not answer leaves what is known.
+        """
+        layout = self._context.layout
+        with contextlib.suppress(QmpError, Timeout, NotConnected):
+            places = await occupied_places(self._hotplug.monitor, layout, timeout=_LOOK_TIMEOUT)
+            layout.pci.note_occupied(places)
 
     async def _admit(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
         context, layout, controllers = self._context, self._context.layout, self._context.controllers

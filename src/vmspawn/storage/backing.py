@@ -26,6 +26,13 @@ class Backing(NamedTuple):
     identity: tuple[int, ...]
     size: int
 
+    def copy(self) -> "Backing":
+        """Duplicate the descriptor; the caller owns the copy. Raises SystemFailure."""
+        try:
+            return self._replace(fd=fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0))
+        except OSError as error:
+            raise SystemFailure("cannot duplicate the descriptor of the image", error.errno or errno.EMFILE) from None
+
     def close(self) -> None:
         """Close the descriptor, if there is one."""
         if self.fd >= 0:
@@ -45,13 +52,17 @@ def open_disk(path: str, *, read_only: bool) -> Backing:
     except IsADirectoryError:
         raise BadConfig(f"{path} is a directory, not an image", hint=_DIRECTORY_HINT) from None
     except OSError as error:
-        hint = "attach it read-only, or change its permissions" if _readable_only(path, error) else ""
+        hint = _READ_ONLY_HINTS[error.errno == errno.EROFS] if _readable_only(path, error) else ""
         raise SystemFailure(f"cannot open {path}", error.errno or errno.EIO, hint=hint) from None
     try:
         return inspect(fd, what=path)
     except BaseException:
         os.close(fd)
         raise
+
+
+#: For what can be read and not written: by its permissions, or because its file system or device is read-only.
+_READ_ONLY_HINTS = ("attach it read-only, or change its permissions", "attach it read-only, or attach a copy")
 
 
 def _readable_only(path: str, error: OSError) -> bool:
