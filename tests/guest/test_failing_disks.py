@@ -184,3 +184,26 @@ async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], 
         await machine.attach(Disk(path, on_error="ignore"))
     await machine.attach(Disk(path, bus="nvme", on_error="report"))
     await machine.detach("disk")
+
+
+async def test_an_adoption_tells_which_disk_stopped_the_guest(qemu: str, tmp_path: Path) -> None:
+    """The event that told of it went to the manager before."""
+    machine = await Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless").__aenter__()
+    try:
+        shell = await Shell.open(machine)
+        await machine.attach(Disk(str(make_raw(tmp_path / "fine")), bus="virtio-scsi"))
+        attachment, device = await attached((machine, shell), Disk(str(make_raw(tmp_path / "disk")), on_error="stop"))
+        await break_writes(machine, attachment)
+        with machine.events() as events:
+            await shell.run(f"{write(device)} & true")
+            await wait_for(events, "STOP")
+        shell.close()
+    finally:
+        await machine.leave()
+    adopted = await Machine.adopt(machine.name)
+    try:
+        assert adopted.run_state == "io-error"
+        assert adopted.disk("disk").last_failure == "a request failed (the guest was stopped)"
+        assert adopted.disk("fine").last_failure == ""
+    finally:
+        await adopted.close()

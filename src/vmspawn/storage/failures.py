@@ -34,6 +34,13 @@ class Failure(NamedTuple):
         return f"{self.operation}: {what}" + (" (the guest was stopped)" if self.action == "stop" else "")
 
 
+#: What is known of a disk for which the guest was stopped before this manager came, by QEMU's BlockDeviceIoStatus.
+STOPPED = {
+    "nospace": "no space left on the host (the guest was stopped)",
+    "failed": "a request failed (the guest was stopped)",
+}
+
+
 def attachment_of(event: Event, attachments: Iterable[AttachedDisk]) -> AttachedDisk | None:
     """The disk that an event of QEMU's is about; it names the node on top, which is the pivot."""
     data = event.data or {}

@@ -26,6 +26,8 @@ class Inventory(NamedTuple):
     fdsets: frozenset[int]
     nodes: dict[str, str]
     media: dict[str, Medium]
+    #: QEMU's BlockDeviceIoStatus of each device.
+    io_status: dict[str, str]
 
     @classmethod
     async def take(cls, monitor: Monitor) -> Inventory:
@@ -39,6 +41,8 @@ class Inventory(NamedTuple):
             frozenset(int(each["fdset-id"]) for each in fdsets),
             {str(each["node-name"]): str(each["file"]) for each in nodes if "node-name" in each},
             {str(each["qdev"]): _medium(each) for each in blocks if "qdev" in each},
+            # virtio-blk is known by its path, the others by their id.
+            {part: str(each.get("io-status", "ok")) for each in blocks for part in each.get("qdev", "").split("/")},
         )
 
     def medium(self, attachment: AttachedDisk) -> Medium:

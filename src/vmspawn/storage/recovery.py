@@ -16,7 +16,7 @@ from ..hotplug import recovery
 from ..hotplug.attachment import State
 from ..hotplug.places import controller_of
 from ..hotplug.qemu_objects import FDSET, OBJECT, QemuObject
-from . import buses, displaced, image_nodes, images, media, swap
+from . import buses, displaced, failures, image_nodes, images, media, swap
 from .attached_disk import AttachedDisk
 from .block_graph import BlockGraph
 from .context import Context
@@ -92,6 +92,7 @@ class Adoption:
             await self._settle_images(attachment, found)
         await self._notice_displacement(attachment)
         await self._read_limits(attachment, found)
+        attachment.last_failure = failures.STOPPED.get(found.io_status.get(attachment.device, "ok"), "")
         for image in attachment.images:
             await images.release(self._hotplug, image)
 
