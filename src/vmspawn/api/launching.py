@@ -41,7 +41,7 @@ async def _launch(config: MachineConfig) -> Started:
 def _launch_in_thread(config: MachineConfig, canceller: Canceller) -> Started:
     CANCELLER.set(canceller)
     # Each line is about a step: between two steps the work can be cancelled.
-    return launch(config, notice=lambda _: check_cancelled(), begin=check_cancelled)
+    return launch(config, notice=lambda _: check_cancelled(), on_begin=check_cancelled)
 
 
 async def _until_done(work: asyncio.Task[_T]) -> None:

@@ -53,12 +53,12 @@ def launch(
     *,
     notice: Callable[[str], None] = lambda _: None,
     detail: Callable[[str], None] = lambda _: None,
-    begin: Callable[[], None] = lambda: None,
+    on_begin: Callable[[], None] = lambda: None,
 ) -> Started:
     """Launch QEMU.
 
     `notice` is called with each line about the start that every user wants to read, `detail` with lines for a user who
-    wants more. `begin` is called after the steps that may take long, and before the first step that has to be undone.
+    wants more. `on_begin` is called after the steps that may take long, before the first step that has to be undone.
 
     Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
     """
@@ -66,7 +66,7 @@ def launch(
     runtime.prepare_root()
     report = Reporter(notice, detail)
     chosen = choose(config, report)
-    begin()
+    on_begin()
     with ExitStack() as undo:
         owned = Owned(undo, undo.enter_context(ExitStack()))
         transcript = open_transcript(config.console_log, undo)

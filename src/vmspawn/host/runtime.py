@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The runtime directory: one folder a machine, held by the living manager's lock.
+"""Manages the runtime directory, with a folder for each machine that its manager locks.
 
 `$VMSPAWN_RUNTIME_DIR`, else `/run/vmspawn` for root, else `$XDG_RUNTIME_DIR/vmspawn`; below it `NAME/`, mode 0700. The
 manager holds a flock(2) on the folder for as long as it lives, so a folder without a lock is a leftover. This module is
@@ -145,18 +145,18 @@ class MachineDirectory:
         return directory
 
     def file(self, name: str) -> str:
-        """The path of a file in the folder."""
+        """Return the path of a file in the folder."""
         return os.path.join(self.path, name)
 
     def socket_address(self, name: str) -> str:
-        """An address for bind(2) and connect(2) that fits into their 108 bytes however long the path is."""
+        """Return an address for bind(2) and connect(2) that fits into 108 bytes, however long the path is."""
         return f"/proc/self/fd/{self._fd}/{name}"
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file's content so that a reader, or a crash, sees all of the old or all of the new."""
         fd = os.open(name + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
         try:
-            # A file system that fills up takes a part, and says so at the next attempt.
+            # A file system that is nearly full takes a part, and reports an error at the next write.
             rest = memoryview(content)
             while rest:
                 rest = rest[os.write(fd, rest) :]
@@ -167,19 +167,19 @@ class MachineDirectory:
         os.fsync(self._fd)
 
     def read(self, name: str) -> bytes:
-        """A file's content. Raises OSError."""
+        """Read a file. Raises OSError."""
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._fd)
         with open(fd, "rb") as file:
             return file.read()
 
     def has_monitor(self) -> bool:
-        """Whether a QEMU serves the manager's monitor here, whoever else has connected to it."""
+        """Whether a QEMU serves the manager's monitor here, even if it has another client."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
                 probe.connect(self.socket_address(MONITORS[0]))
             except BlockingIOError:
-                return True  # so many wait for it that there is no room for another
+                return True  # its queue of connections is full
             except OSError:
                 return False
             return True
@@ -190,7 +190,7 @@ class MachineDirectory:
         return os.open(LOG, flags, 0o600, dir_fd=self._fd)
 
     def read_log(self) -> str:
-        """What QEMU said on its standard output and error."""
+        """Read QEMU's standard output and error."""
         try:
             with open(self.file(LOG), encoding="utf-8", errors="replace") as log:
                 return log.read()
@@ -268,7 +268,7 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
 
 
 def _check_root(root: str) -> None:
-    """Nobody else may put anything into the folder of the machines: what is in it would be taken for ours."""
+    """Raise StartError if another user may write to the folder of the machines, whose files we trust."""
     found = os.lstat(root)
     if not stat.S_ISDIR(found.st_mode):
         raise StartError(f"the runtime directory {root} is not a directory", hint="a symbolic link will not do either")
@@ -337,7 +337,7 @@ def lock_holder(path: str) -> int:
 
 
 def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot (proc(5), field 22 of stat), or 0 if it is not there."""
+    """Return a process's start in clock ticks since boot (proc(5), field 22 of stat), or 0 if it does not exist."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -365,7 +365,7 @@ def process_trouble(pid: int) -> str:
 
 
 def process_of_thread(tid: int) -> int:
-    """The process that a thread belongs to (proc(5), Tgid of status), or 0 if it is not there."""
+    """Return the process id of a thread (proc(5), Tgid of status), or 0 if it does not exist."""
     try:
         with open(f"/proc/{tid}/status", "rb") as file:
             for line in file:
@@ -377,7 +377,7 @@ def process_of_thread(tid: int) -> int:
 
 
 def age(started: int) -> float:
-    """The seconds since a process started, from what `start_time` said of it."""
+    """Return the seconds since a start time that `start_time` has returned."""
     import time
 
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")

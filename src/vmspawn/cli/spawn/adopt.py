@@ -91,7 +91,7 @@ def begin(
 
         hold_signals()
         return adopt(config)
-    return launch(config, notice=notice, detail=detail, begin=hold_signals)
+    return launch(config, notice=notice, detail=detail, on_begin=hold_signals)
 
 
 def ready(options: argparse.Namespace) -> Callable[[], None]:
