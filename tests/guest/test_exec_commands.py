@@ -235,9 +235,14 @@ def test_a_machine_in_a_pipeline(qemu: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     archive = subprocess.run(["tar", "c", "-C", str(tmp_path), "file"], capture_output=True, check=True).stdout
     log = tmp_path / "log"
-    done = run(qemu, "tar x -C /tmp && cat /tmp/file && echo err >&2 && exit 3", f"--log={log}", data=archive)
+    done = run(
+        qemu,
+        "tar x -C /tmp && cat /tmp/file && echo err >&2 && echo seen >/dev/console; exit 3",
+        f"--log={log}",
+        data=archive,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (3, b"content", b"err\n")
-    assert "vmspawn-guest: ready" in log.read_text()
+    assert "seen" in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +251,7 @@ def test_a_machine_in_a_pipeline(qemu: str, tmp_path: Path) -> None:
         ("echo c >/proc/sysrq-trigger; sleep 1000", (), 125, b"panic"),
         ("poweroff -f; sleep 1000", (), 125, b"powered off"),
         ("reboot -f; sleep 1000", (), 125, b"reboot"),
-        ("sleep 1000", ("--time-limit=2",), 124, b"time limit"),
+        ("sleep 1000", ("--time-limit=2",), 124, b"was ended after 2 s"),
     ],
 )
 def test_a_machine_that_fails(qemu: str, command: str, options: tuple[str, ...], status: int, message: bytes) -> None:

@@ -101,14 +101,15 @@ async def test_another_version_is_refused(far: Far) -> None:
         await waiting
 
 
-async def test_a_ping_is_answered_or_given_up(far: Far) -> None:
+async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
     await far.session()
-    assert not await far.agent.ping(0.01)
+    assert not await far.agent.knows_ports("a-1", 4, 0.01)
     await far.read()
-    ping = asyncio.ensure_future(far.agent.ping(10))
-    [[_, nonce]] = await far.read()
-    await far.send(f"pong {nonce} ;\n")
-    assert await ping
+    waiting = asyncio.ensure_future(far.agent.knows_ports("a-1", 4, 10))
+    for count in (0, 3, 4):
+        assert await far.read() == [["ports", "a-1"]]
+        await far.send(f"ports a-1 {count} ;\n")
+    assert await waiting
 
 
 async def test_what_is_no_message_changes_nothing(far: Far) -> None:

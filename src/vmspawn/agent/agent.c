@@ -1360,6 +1360,34 @@ static void send_order(const char *id, struct order order) {
                 answer_refused(id, ESRCH, "id");
 }
 
+struct port_count {
+        const char *id;
+        unsigned number;
+};
+
+static void count_entry(const char *entry, void *data) {
+        struct port_count *count = data;
+        char path[PATH_SIZE], name[128];
+        const char *rest;
+
+        if (after(entry, "vport") != NULL && join(path, "/sys/class/virtio-ports/", entry, "/name") &&
+            read_line(path, name, sizeof name) && (rest = after(name, COMMAND_PORT)) != NULL &&
+            (rest = after(rest, count->id)) != NULL && *rest == '.')
+                count->number++;
+}
+
+/* Tells how many ports of a command the kernel knows by now. */
+static void handle_ports(const char *id) {
+        struct port_count count = { .id = id };
+        struct text line = { .length = 0 };
+
+        each_entry("/sys/class/virtio-ports", count_entry, &count);
+        add_word(&line, "ports");
+        add_word(&line, id);
+        add_number(&line, count.number);
+        answer(&line);
+}
+
 static void handle_sync(const char *nonce) {
         copy(agent.session, sizeof agent.session, nonce);
         answer_ready(nonce);
@@ -1377,6 +1405,8 @@ static void handle_words(char **word, size_t count) {
                 handle_sync(word[1]);
         else if (is_message(word, count, "ping", 2, 2))
                 answer_word("pong", word[1]);
+        else if (is_message(word, count, "ports", 2, 2))
+                handle_ports(word[1]);
         else if (is_message(word, count, "run", 4, WORDS_MAX))
                 handle_run(word, count);
         else if (is_message(word, count, "hangup", 2, 2))

@@ -86,6 +86,11 @@ def ping(nonce: str) -> bytes:
     return _message("ping", _name(nonce))
 
 
+def count_ports(id: str) -> bytes:
+    """Ask how many ports of a command the guest knows by now; answered by `Ports`."""
+    return _message("ports", _name(id))
+
+
 def run(command: Run) -> bytes:
     """Start a command. Its ports may come before or after. Raises UsageError for what cannot be passed on."""
     words: list[str | bytes] = ["run", _name(command.id), _name(command.session)]
@@ -204,6 +209,14 @@ class Pong:
 
 
 @dataclass(frozen=True, slots=True)
+class Ports:
+    """How many ports of a command the guest knows."""
+
+    id: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """The agent did not do what a message asked for. The id is None if it did not understand the message."""
 
@@ -265,7 +278,7 @@ class Malformed:
     line: bytes
 
 
-ControlMessage = Ready | Pong | Refused | Lost
+ControlMessage = Ready | Pong | Ports | Refused | Lost
 StatusMessage = Started | InputClosed | Exited | Signalled | Failed
 
 _Message = TypeVar("_Message")
@@ -327,6 +340,8 @@ def _parse_control(words: list[str]) -> ControlMessage:
             return Ready(_name_or_none(nonce), _number(version, 0xFFFF), _number(pid, _PID_MAX), known)
         case ["pong", nonce]:
             return Pong(_name(nonce))
+        case ["ports", id, count]:
+            return Ports(_name(id), _number(count, _PORTS_MAX))
         case ["refused", id, errno, what]:
             return Refused(_name_or_none(id), _number(errno, _ERRNO_MAX), _word(what))
         case ["lost", id]:
@@ -352,6 +367,7 @@ def _parse_status(words: list[str]) -> StatusMessage:
 
 _PID_MAX = 2**31 - 1
 _ERRNO_MAX = 4095
+_PORTS_MAX = 511
 _TOTAL_MAX = 2**64 - 1
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,19}")

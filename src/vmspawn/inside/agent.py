@@ -17,11 +17,14 @@ from collections.abc import Callable
 
 from .. import log
 from ..agent import protocol
-from ..agent.protocol import ControlMessage, Lost, Malformed, Pong, Ready, Refused
+from ..agent.protocol import ControlMessage, Lost, Malformed, Ports, Ready, Refused
 from ..aio.writer import Writer
 from ..errors import NotConnected, NotSupported
 
 _RECEIVE_SIZE = 4096
+
+#: Seconds between two questions for the number of ports.
+_COUNT_INTERVAL = 0.005
 
 #: Seconds without reading after as much as `_RECEIVE_SIZE`. An honest agent sends a few lines for each command.
 _FLOOD_PAUSE = 0.05
@@ -49,7 +52,7 @@ class Agent:
         self._socket: socket.socket | None = None
         self._writer: Writer | None = None
         self._reader = protocol.control_reader()
-        self._pongs: dict[str, asyncio.Future[None]] = {}
+        self._counts: dict[str, asyncio.Future[int]] = {}
         self._in_session = asyncio.Event()
         self._version = protocol.VERSION
         #: The nonce of the session, which each command names.
@@ -74,19 +77,24 @@ class Agent:
         if self._writer is not None:
             self._writer.write(message)
 
-    async def ping(self, timeout: float) -> bool:
-        """Wait until the agent has answered; False if it does not in time."""
-        nonce, pong = os.urandom(4).hex(), self._loop.create_future()
-        self._pongs[nonce] = pong
-        self.send(protocol.ping(nonce))
+    async def knows_ports(self, id: str, count: int, timeout: float) -> bool:
+        """Wait until the guest knows so many ports of a command; False if it does not in time."""
         try:
             async with asyncio.timeout(timeout):
-                await pong
+                while await self._count_ports(id) != count:  # noqa: ASYNC110 - the guest tells only when asked
+                    await asyncio.sleep(_COUNT_INTERVAL)
         except TimeoutError:
             return False
-        finally:
-            del self._pongs[nonce]
         return True
+
+    async def _count_ports(self, id: str) -> int:
+        counted: asyncio.Future[int] = self._loop.create_future()
+        self._counts[id] = counted
+        self.send(protocol.count_ports(id))
+        try:
+            return await counted
+        finally:
+            del self._counts[id]
 
     def restart(self) -> None:
         """Forget the connection: the guest was reset. The next session begins on a new one."""
@@ -151,10 +159,10 @@ class Agent:
             case Ready(nonce=self.session):
                 self._version = message.version
                 self._in_session.set()
-            case Pong():
-                pong = self._pongs.get(message.nonce)
-                if pong is not None and not pong.done():
-                    pong.set_result(None)
+            case Ports():
+                counted = self._counts.get(message.id)
+                if counted is not None and not counted.done():
+                    counted.set_result(message.count)
             case Refused() | Lost():
                 self._on_message(message)
             case Malformed():

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from errno import ESTALE
 from typing import Any
 
 from ..agent import protocol
@@ -75,7 +76,11 @@ class Execution:
 
     def __init__(self, commands: Commands, plugged: StreamSet, wanted: Wanted) -> None:
         self._commands = commands
-        self._set = plugged
+        #: Its ports.
+        self.plugged = plugged
+        self.wanted = wanted
+        #: Whether the agent was told of it twice.
+        self.is_resent = False
         self._reader = protocol.status_reader()
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[int] = self._loop.create_future()
@@ -94,7 +99,7 @@ class Execution:
     @property
     def id(self) -> str:
         """The command's name in the agent's protocol."""
-        return self._set.id
+        return self.plugged.id
 
     async def started(self) -> int | None:
         """Wait until the command runs. Returns its process id in the guest, or None if it could not be started: `ended`
@@ -168,7 +173,7 @@ class Execution:
         """Close the streams and unplug the ports, which kills the command if it still runs. May be called again."""
         self._stop_reading()
         self.fail(NotConnected("the command was ended"))
-        self._commands.closed(self, self._set)
+        self._commands.closed(self, self.plugged)
 
 
 class Commands:
@@ -190,6 +195,7 @@ class Commands:
         self.agent = Agent(self._connect, on_message=self._on_message, on_restart=self._on_restart)
         self._streams = Streams(ports, self.agent, self._hotplug.tasks)
         self._running: dict[str, Execution] = {}
+        self._is_closed = False
         #: Commands that run or are being started.
         self._count = 0
         machine.monitor.listen(self._on_event)
@@ -242,7 +248,7 @@ class Commands:
         self._running[execution.id] = execution
         try:
             await self._agent_ready()
-            self.agent.send(protocol.run(_message(wanted, execution.id, self.agent.session)))
+            self._send(execution)
             await execution.started()
         except BaseException:
             execution.close()
@@ -269,12 +275,20 @@ class Commands:
             late, hint="the guest may still boot, or has no agent; for images of your own see: vmctl help agent"
         )
 
+    def _send(self, execution: Execution) -> None:
+        self.agent.send(protocol.run(_message(execution.wanted, execution.id, self.agent.session)))
+
     # What happens to commands.
 
     def closed(self, execution: Execution, plugged: StreamSet) -> None:
         """An execution is over."""
-        if self._running.pop(execution.id, None) is not None:
-            self._count -= 1
+        if self._running.pop(execution.id, None) is None:
+            return
+        self._count -= 1
+        if self._is_closed:
+            # QEMU ends with its ports, or another manager removes them.
+            plugged.close()
+        else:
             # In this order, for the next command may be waiting.
             self._streams.replenish()
             self._streams.give_back(plugged)
@@ -297,21 +311,32 @@ class Commands:
         if execution is None:
             return
         if isinstance(message, Lost):
+            if execution.is_resent and not execution.is_starting:
+                # The second supervisor found the ports taken by the first.
+                return
             execution.fail(NotConnected("the agent lost the command: it was killed, or its ports did not come"))
-        elif execution.is_starting:
+        elif execution.is_starting and message.errno != ESTALE:
             why = os.strerror(message.errno)
             execution.fail(NotSupported(f"the agent in the guest refused the command: {message.what}: {why}"))
 
     def _on_restart(self) -> None:
-        for execution in tuple(self._running.values()):
+        """The agent may have been told of commands that are to start, or not. They are sent again: a command runs once
+        at most, for only one supervisor can open its ports."""
+        self._hotplug.tasks.start(self._send_again([each for each in self._running.values() if each.is_starting]))
+
+    async def _send_again(self, executions: Sequence[Execution]) -> None:
+        await self.agent.ready()
+        for execution in executions:
             if execution.is_starting:
-                execution.fail(NotConnected("the agent in the guest was started again", hint="try once more"))
+                execution.is_resent = True
+                self._send(execution)
 
     def _on_event(self, event: Event) -> None:
         if reason := _INTERRUPTIONS.get(event.name):
             self._fail_all(reason)
             if event.name == "RESET":
                 self.agent.restart()
+                self._streams.unplug_at_once([each.plugged for each in self._running.values()])
 
     async def _until_end(self) -> None:
         try:
@@ -332,6 +357,7 @@ class Commands:
 
     def close(self) -> None:
         """Let go of the agent and all commands."""
+        self._is_closed = True
         for execution in tuple(self._running.values()):
             execution.close()
         self._streams.close()

@@ -2,8 +2,7 @@
 """Plug in and unplug the ports of commands, at a pace that the guest can follow.
 
 QEMU's queue for news about ports has 32 entries and drops what finds no room; a port that comes takes three, one that
-goes takes one (docs/agent.md). So ports come and go a set at a time, and the agent's answer to a `ping` tells that the
-guest has caught up.
+goes takes one (docs/agent.md). So ports come and go a set at a time, and the agent tells when the guest has caught up.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ class Streams:
         async with self._pace:
             names = [port_name(plugged.id, stream) for stream in streams]
             results = await asyncio.gather(*map(self._ports.attach, names), return_exceptions=True)
-            await self._catch_up()
+            await self._agent.knows_ports(plugged.id, len(names), _PACE_TIMEOUT)
         failures = [each for each in results if isinstance(each, BaseException)]
         for stream, result in zip(streams, results, strict=True):
             if not isinstance(result, BaseException):
@@ -115,10 +114,19 @@ class Streams:
     async def _unplug(self, plugged: StreamSet) -> None:
         async with self._pace:
             await asyncio.gather(*map(self._ports.detach, plugged.ports))
-            await self._catch_up()
+            await self._agent.knows_ports(plugged.id, 0, _PACE_TIMEOUT)
 
-    async def _catch_up(self) -> None:
-        await self._agent.ping(_PACE_TIMEOUT)
+    def unplug_at_once(self, others: Sequence[StreamSet]) -> None:
+        """Unplug the spare set and others without waiting for the guest, which was reset.
+
+        A guest that boots hears of all ports at once, and misses some if there are many.
+        """
+        spare, self._spare = self._spare, None
+        for plugged in (*others, *([spare] if spare is not None else ())):
+            for port in plugged.ports:
+                self._tasks.start(self._ports.detach(port))
+        if spare is not None:
+            spare.close()
 
     def close(self) -> None:
         """Close our ends of the spare set."""
