@@ -41,7 +41,7 @@ class Machine(api.Machine):
         """Take over a machine that runs without a manager; `leave` or `close` must follow."""
         started = adopt(MachineConfig(name=name, console="headless"))
         machine = cls(started.config)
-        machine._current = await run(started, notice=machine.adoption_notes.append)
+        machine._current = api._Current(await run(started, notice=machine.adoption_notes.append))
         return machine
 
     async def leave(self) -> None:
@@ -65,11 +65,11 @@ class Machine(api.Machine):
         return self.inner.storage
 
     @property
-    def directory(self) -> runtime.MachineDirectory:
+    def directory(self) -> runtime.MachineDirectory:  # type: ignore[override] # a test looks deeper than a program
         return self.inner.directory
 
     @property
-    def console(self) -> Console:
+    def console(self) -> Console:  # type: ignore[override]
         return self.inner.console
 
     @property

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .api.attached_disk import DiskStatus as DiskStatus
     from .api.connect import ConnectedMachine as ConnectedMachine
     from .api.connect import connect as connect
+    from .api.console import Console as Console
     from .api.control import Qmp as Qmp
+    from .api.events import Events as Events
     from .api.execution import Completed as Completed
     from .api.execution import Execution as Execution
     from .api.machine import Machine as Machine
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import ConfigNotSupported as ConfigNotSupported
     from .errors import EventsLost as EventsLost
     from .errors import GuestError as GuestError
+    from .errors import MachineEnded as MachineEnded
     from .errors import NoFreePort as NoFreePort
     from .errors import NoSuchStorage as NoSuchStorage
     from .errors import NotConnected as NotConnected
@@ -44,7 +47,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "api.attached_disk": ("AttachedDisk", "DiskStatus"),
     "api.connect": ("ConnectedMachine", "connect"),
+    "api.console": ("Console",),
     "api.control": ("Qmp",),
+    "api.events": ("Events",),
     "api.execution": ("Completed", "Execution"),
     "api.machine": ("Machine",),
     "boot.config": ("MachineConfig",),
@@ -54,6 +59,7 @@ _MODULES = {
         "ConfigNotSupported",
         "EventsLost",
         "GuestError",
+        "MachineEnded",
         "NoFreePort",
         "NoSuchStorage",
         "NotConnected",

@@ -95,5 +95,5 @@ def test_the_python_example(tmp_path: Path) -> None:
         [sys.executable, "-c", example("python")], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "StorageAttached" in done.stdout
+    assert "StorageDetached" in done.stdout
     assert done.stdout.endswith("the machine was terminated\n")

@@ -107,6 +107,58 @@ async def test_there_is_no_such_machine() -> None:
             pass
 
 
+async def test_a_path_is_enough_for_a_disk_and_sizes_are_texts(machine: Machine, tmp_path: Path) -> None:
+    async with vmspawn.connect(machine.name) as connected:
+        await connected.attach(make_raw(tmp_path / "first"), bus="virtio-scsi", name="data")
+        await machine.attach(str(make_raw(tmp_path / "second")), bus="virtio-scsi", read_only=True)
+        found = {each.disk.name: (each.disk.bus, each.disk.read_only) for each in await connected.disks()}
+        assert (found["data"], found["second"]) == (("virtio-scsi", False), ("virtio-scsi", True))
+        assert await connected.resize("data", "96M") == await machine.resize("data", "96M") == 96 * MIB
+        for control in (machine, connected):
+            with pytest.raises(vmspawn.UsageError, match="size='much' is not a size"):
+                await control.resize("data", "much")
+            with pytest.raises(
+                TypeError, match=r"attach\(\) got an unexpected keyword argument 'buss'; did you mean 'bus'"
+            ):
+                await control.attach(tmp_path / "first", buss="nvme")  # type: ignore[call-arg]
+
+
+async def test_events_are_waited_for_also_if_they_came_before(machine: Machine) -> None:
+    async with vmspawn.connect(machine.name) as connected:
+        for control in (machine, connected):
+            mark = control.events.mark
+            await control.pause()
+            await control.resume()
+            await control.events.wait("STOP", since=mark, timeout=DEADLINE)
+            await control.events.wait("RESUME", since=mark, timeout=DEADLINE)
+        await connected.terminate()
+        for control in (machine, connected):
+            end = await control.events.wait("MachineEnded", since=0, timeout=DEADLINE)
+            assert end.data == (await machine.wait())._asdict()
+            with pytest.raises(vmspawn.MachineEnded, match=f"machine {machine.name} ended before RESET came"):
+                await control.events.wait("RESET", timeout=DEADLINE)
+
+
+async def test_a_console_of_qemus_own_cannot_be_read(qemu: str, tmp_path: Path) -> None:
+    async with served_machine(qemu, tmp_path, console="native", qemu_arguments=("-monitor", "none")) as machine:
+        async with vmspawn.connect(machine.name) as connected:
+            with pytest.raises(vmspawn.NotSupported, match="shares no console"):
+                _ = connected.console
+        with pytest.raises(vmspawn.NotSupported, match="QEMU's own"):
+            vmspawn.Machine.console.fget(machine)  # type: ignore[attr-defined]
+
+
+async def test_reading_ends_with_the_connection(machine: Machine) -> None:
+    async with vmspawn.connect(machine.name) as connected:
+        console = connected.console
+        events = connected.events
+    with pytest.raises(vmspawn.MachineEnded):
+        await console.send("x")
+    with pytest.raises(vmspawn.NotConnected, match="was closed before STOP came"):
+        await events.wait("STOP")
+    assert await machine.status() == "running"
+
+
 # Starting.
 
 

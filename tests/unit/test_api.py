@@ -4,13 +4,16 @@
 import inspect
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vmspawn
+from tests.conftest import MIB
 from vmspawn.api.control import Control
-from vmspawn.api.options import MachineOptions
+from vmspawn.api.options import DiskOptions, MachineOptions
+from vmspawn.boot.config import check
 
 
 def test_the_names_are_those_that_are_exported() -> None:
@@ -53,8 +56,73 @@ def test_nothing_is_any(name: str) -> None:
             assert not contains_any(hints[parameter]), f"{what}: {parameter}"
 
 
-def test_the_keyword_arguments_are_the_fields_of_a_configuration() -> None:
-    assert typing.get_type_hints(MachineOptions) == typing.get_type_hints(vmspawn.MachineConfig)
+def test_the_keyword_arguments_are_the_fields_of_a_configuration_and_of_a_disk() -> None:
+    assert set(typing.get_type_hints(MachineOptions)) == set(vmspawn.MachineConfig._fields)
+    assert set(typing.get_type_hints(DiskOptions)) == set(vmspawn.Disk._fields) - {"path"}
+
+
+def test_the_fields_of_a_configuration_are_taken_as_they_are() -> None:
+    config = check(vmspawn.MachineConfig(guest="builtin", ram=64 * MIB, extra_disks=(vmspawn.Disk("/a/b", "c"),)))
+    options: dict[str, Any] = config._asdict()
+    assert vmspawn.Machine(**options).config == config
+
+
+def test_keyword_arguments_take_what_the_command_line_and_python_have() -> None:
+    machine = vmspawn.Machine(
+        image=Path("/images/disk.raw"),
+        ram="512M",
+        grow_image="1.5G",
+        kvm=False,
+        extra_disks=["qcow2:nvme:/data/x.qcow2", Path("/data/y:z"), vmspawn.Disk("/data/w", "w")],
+        kernel_arguments=["quiet", "debug"],
+        firmware="bios",
+    )
+    config = machine.config
+    assert (config.name, config.image, config.ram, config.grow_image) == (
+        "disk",
+        "/images/disk.raw",
+        512 * MIB,
+        3 << 29,
+    )
+    assert (config.kvm, config.kernel_arguments, config.firmware.kind) == ("no", ("quiet", "debug"), "bios")
+    found = [(each.path, each.name, each.bus, each.format) for each in config.extra_disks]
+    assert found == [
+        ("/data/x.qcow2", "x.qcow2", "nvme", "qcow2"),
+        ("/data/y:z", "y:z", "virtio-blk", None),
+        ("/data/w", "w", "virtio-blk", None),
+    ]
+
+
+def test_a_wrong_value_is_refused_by_its_field() -> None:
+    with pytest.raises(vmspawn.UsageError, match=r"^ram='12Q' is not a size(\n|$)") as caught:
+        vmspawn.Machine(guest="builtin", ram="12Q")
+    assert caught.value.__notes__ == ["write for example 512M or 2G"]
+    with pytest.raises(TypeError, match=r"^ram= must be bytes or a text such as '512M', not float(\n|$)"):
+        vmspawn.Machine(guest="builtin", ram=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^kernel_arguments= must be a list or a tuple, not str(\n|$)"):
+        vmspawn.Machine(guest="builtin", kernel_arguments="quiet")
+    with pytest.raises(vmspawn.UsageError, match=r"^machine_type='i440fx' is not known(\n|$)"):
+        vmspawn.Machine(guest="builtin", machine_type="i440fx")  # type: ignore[arg-type]
+
+
+def test_what_pytest_shows_of_a_value_is_short() -> None:
+    assert repr(vmspawn.Disk("a.raw", bus="nvme")) == "Disk(path='a.raw', bus='nvme')"
+    assert repr(vmspawn.Limits(iops=5)) == "Limits(iops=5)"
+    assert repr(vmspawn.MachineConfig(guest="builtin", ram=1)) == "MachineConfig(guest='builtin', ram=1)"
+    assert repr(vmspawn.Machine(guest="builtin", name="x")) == "<Machine 'x', not started>"
+    assert repr(vmspawn.ConnectedMachine("x")) == "<ConnectedMachine 'x'>"
+
+
+@pytest.mark.parametrize("name", sorted(vmspawn.__all__))
+def test_every_name_is_documented(name: str) -> None:
+    thing = getattr(vmspawn, name)
+    assert inspect.getdoc(thing)
+    if inspect.isclass(thing):
+        # The text that NamedTuple writes by itself lists the fields and nothing else.
+        assert not (inspect.getdoc(thing) or "").startswith(f"{name}("), name
+    for what, function in callables(thing):
+        if not what.endswith(("__init__", "__aenter__")):
+            assert inspect.getdoc(function), what
 
 
 def test_a_wrong_keyword_is_an_error_of_the_type_checker_too() -> None:
@@ -74,6 +142,7 @@ def test_both_kinds_of_machines_have_the_same_verbs(machine: type) -> None:
         found = inspect.getattr_static(machine, name)
         if isinstance(expected, property):
             assert isinstance(found, property)
+            assert inspect.getdoc(found), name
             continue
         assert inspect.signature(found).parameters == inspect.signature(expected).parameters, name
         assert inspect.getdoc(found), name

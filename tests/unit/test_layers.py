@@ -17,6 +17,8 @@ PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 #: From the top down. A room imports from itself and from those below it.
 LAYERS = [
     "cli",
+    "pytest_plugin",
+    "sync",
     "api",
     "manager",
     "control",
@@ -38,6 +40,7 @@ LAYERS = [
     "log",
     "errors",
     "text",
+    "sizes",
     "user_directories",
     "version",
 ]

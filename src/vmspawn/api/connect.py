@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Unpack
 
 from ..control import calls
 from ..control.client import REPLY_TIMEOUT
-from ..errors import NotConnected, NotSupported
+from ..errors import NotConnected, NotSupported, VmspawnError
+from ..host import runtime
 from ..inside.commands import Wanted
 from ..machine import run_states
 from ..machine.ending import MACHINE_ENDED, End
@@ -24,9 +27,13 @@ from ..storage.limits import NO_LIMITS, Limits
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
 from .commands import Guest
+from .connected_console import ConnectedConsole
+from .console import Console
 from .control import Qmp
+from .events import Events, Record
 from .execution import Remote
 from .images import open_image
+from .options import DiskOptions, Size, StrPath, to_disk, to_size
 from .remotes import Connected
 
 _INSTANCE = "io.systemd.MachineInstance"
@@ -45,29 +52,49 @@ async def connect(name: str) -> AsyncIterator[ConnectedMachine]:
     The machine runs on when you leave. Raises NotConnected if there is none, or it has no manager.
     """
     machine = ConnectedMachine(name)
-    await machine.status()
-    yield machine
+    async with machine._subscribed([]) as events:
+        recording = asyncio.create_task(machine._record_events(events))
+        try:
+            yield machine
+        finally:
+            recording.cancel()
+            await asyncio.wait({recording})
+            machine._record.end()
+            machine._closing.close()
 
 
 class ConnectedMachine(Guest):
-    """A machine that another process manages. Images are opened here, as your program."""
+    """A machine that another process manages; `connect` makes one. Images are opened here, as your program."""
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._record = Record(name)
+        self._console: ConnectedConsole | None = None
+        self._closing = ExitStack()
+
+    def __repr__(self) -> str:
+        return f"<ConnectedMachine {self._name!r}>"
+
+    async def _record_events(self, events: AsyncIterator[Event]) -> None:
+        # What ends the subscription, such as EventsLost, is reported by those who iterate over events themselves.
+        with suppress(VmspawnError):
+            async for event in events:
+                self._record.put(event)
+        self._record.end()
 
     async def _call(
         self,
         method: str,
         parameters: Mapping[str, object] | None = None,
         *,
-        path: str | None = None,
+        path: StrPath | None = None,
         read_only: bool = False,
         timeout: float = REPLY_TIMEOUT,
     ) -> dict[str, Any]:
         """Call a method; the image at `path`, if there is one, is opened and passed along."""
         if path is None:
             return (await calls.call(self._name, method, parameters, timeout=timeout)).parameters
-        backing = await open_image(path, read_only=read_only)
+        backing = await open_image(os.fspath(path), read_only=read_only)
         image = {"fileDescriptorIndex": 0, "path": _absolute(path), **(parameters or {})}
         try:
             return (await calls.call(self._name, method, image, fds=(backing.fd,), timeout=timeout)).parameters
@@ -80,6 +107,11 @@ class ConnectedMachine(Guest):
     def name(self) -> str:
         """The machine's name."""
         return self._name
+
+    @property
+    def directory(self) -> Path:
+        """The machine's runtime directory, with its sockets and QEMU's log."""
+        return Path(runtime.runtime_root(), self._name)
 
     async def status(self) -> str:
         """QEMU's run state, such as `running` or `paused`."""
@@ -129,18 +161,27 @@ class ConnectedMachine(Guest):
                 return End(str(data["reason"]), str(data["message"]), bool(data["clean"]))
         raise NotConnected(f"the manager of machine {self._name} is gone")
 
-    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """The events from now on, QEMU's and ours, MachineEnded the last:
-        `async with machine.events() as events: async for event in events:`.
+    @property
+    def events(self) -> Events[AbstractAsyncContextManager[AsyncIterator[Event]]]:
+        """The machine's events since `connect`: `await machine.events.wait("RESET")`."""
+        return Events(self._record, self._subscribed)
 
-        Reading them raises EventsLost if you read too slowly.
+    @property
+    def console(self) -> Console:
+        """The guest's console: `await machine.console.expect("login: ")`.
+
+        It is read from the first use on, with the last 64 KiB of output; a program that then blocks its event loop for
+        long slows the guest down. Raises NotSupported if the machine shares no console.
         """
-        return self._subscribed([])
+        if self._console is None:
+            self._console = ConnectedConsole(self._name)
+            self._closing.callback(self._console.close)
+        return self._console
 
     @asynccontextmanager
-    async def _subscribed(self, names: list[str]) -> AsyncIterator[AsyncIterator[Event]]:
+    async def _subscribed(self, names: Sequence[str] = ()) -> AsyncIterator[AsyncIterator[Event]]:
         async with calls.opened(self._name) as connection:
-            message = {"method": f"{_INSTANCE}.SubscribeEvents", "parameters": {"filter": names}, "more": True}
+            message = {"method": f"{_INSTANCE}.SubscribeEvents", "parameters": {"filter": list(names)}, "more": True}
             await connection.send(message)
             # The first reply reports that the subscription is complete.
             await connection.receive()
@@ -167,14 +208,26 @@ class ConnectedMachine(Guest):
         found = await self._call(f"{_MACHINE}.ListStorage")
         return [_disk_status(each) for each in found["storage"]]
 
-    async def attach(self, disk: Disk, *, wait_guest: bool = False, timeout: float = DRIVER_TIMEOUT) -> AttachedDisk:
-        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
+    async def attach(
+        self,
+        disk: Disk | StrPath,
+        *,
+        wait_guest: bool = False,
+        timeout: float = DRIVER_TIMEOUT,
+        **options: Unpack[DiskOptions],
+    ) -> AttachedDisk:
+        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
+        `await machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
 
         With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
         disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
-        A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
-        SystemFailure or Timeout; nothing is left behind then.
+
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
+        left behind then.
         """
+        disk = to_disk(disk, options)
         named = disks.with_defaults(disk)
         wanted = {
             "name": named.name,
@@ -216,7 +269,7 @@ class ConnectedMachine(Guest):
         reply = await self._call(f"{_MACHINE}.DetachStorage", wanted, timeout=timeout + _GRACE)
         return not reply["pending"]
 
-    async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
+    async def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
         """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
 
         Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
@@ -226,9 +279,13 @@ class ConnectedMachine(Guest):
         reply = await self._call(f"{_MACHINE}.ReplaceStorage", wanted, path=path, read_only=read_only)
         return int(reply["sizeBytes"])
 
-    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image; returns its size in bytes. None tells the guest the size that the image has by
-        now. Raises NoSuchStorage, BadConfig, ConfigNotSupported or QmpError."""
+    async def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+
+        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
+        UsageError or QmpError.
+        """
+        size = None if size is None else to_size("size", size)
         wanted = {"name": name, "sizeBytes": size, "shrink": shrink}
         return int((await self._call(f"{_MACHINE}.ResizeStorage", wanted))["sizeBytes"])
 
@@ -237,7 +294,7 @@ class ConnectedMachine(Guest):
         await self._call(f"{_MACHINE}.LimitStorage", {"name": name, "limits": _limits(limits)})
 
     async def insert_media(
-        self, name: str, path: str, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+        self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
         holds the tray locked for `timeout` seconds; `force` opens it all the same."""
@@ -260,7 +317,7 @@ async def _events(connection: calls.Connection) -> AsyncIterator[Event]:
         yield Event(reply["event"], reply.get("data"))
 
 
-def _absolute(path: str) -> str:
+def _absolute(path: StrPath) -> str:
     return os.path.abspath(path)
 
 

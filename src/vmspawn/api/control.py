@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol, overload
+from pathlib import Path
+from typing import Literal, Protocol, Unpack, overload
 
 from ..machine.ending import End
 from ..qmp.events import Event
@@ -14,7 +15,10 @@ from ..storage.disk import Disk
 from ..storage.limits import Limits
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
+from .console import Console
+from .events import Events
 from .execution import Completed, Execution
+from .options import DiskOptions, Size, StrPath
 
 
 class Qmp(Protocol):
@@ -44,6 +48,10 @@ class Control(Protocol):
     def name(self) -> str:
         """The machine's name."""
 
+    @property
+    def directory(self) -> Path:
+        """The machine's runtime directory, with its sockets and QEMU's log."""
+
     async def status(self) -> str:
         """QEMU's run state, such as `running` or `paused`."""
 
@@ -68,9 +76,13 @@ class Control(Protocol):
     async def wait(self) -> End:
         """Wait until the machine has ended, and report how."""
 
-    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """The events from now on, QEMU's and ours, MachineEnded the last:
-        `async with machine.events() as events: async for event in events:`."""
+    @property
+    def events(self) -> Events[AbstractAsyncContextManager[AsyncIterator[Event]]]:
+        """The machine's events: `await machine.events.wait("RESET")`."""
+
+    @property
+    def console(self) -> Console:
+        """The guest's console: `await machine.console.expect("login: ")`."""
 
     def qmp(self, *, read_only: bool = False) -> AbstractAsyncContextManager[Qmp]:
         """Open a QMP connection: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
@@ -142,13 +154,23 @@ class Control(Protocol):
     async def disks(self) -> list[DiskStatus]:
         """All disks, boot disks included."""
 
-    async def attach(self, disk: Disk, *, wait_guest: bool = False, timeout: float = DRIVER_TIMEOUT) -> AttachedDisk:
+    async def attach(
+        self,
+        disk: Disk | StrPath,
+        *,
+        wait_guest: bool = False,
+        timeout: float = DRIVER_TIMEOUT,
+        **options: Unpack[DiskOptions],
+    ) -> AttachedDisk:
         """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
+
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
 
         With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
         disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
-        A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
-        SystemFailure or Timeout; nothing is left behind then.
+
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
+        left behind then.
         """
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
@@ -159,21 +181,24 @@ class Control(Protocol):
         `timeout` seconds; the removal goes on then.
         """
 
-    async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
+    async def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
         """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
 
         Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
         """
 
-    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image; returns its size in bytes. None tells the guest the size that the image has by
-        now. Raises NoSuchStorage, BadConfig, ConfigNotSupported or QmpError."""
+    async def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+
+        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
+        UsageError or QmpError.
+        """
 
     async def limit(self, name: str, limits: Limits) -> None:
         """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
 
     async def insert_media(
-        self, name: str, path: str, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+        self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
         holds the tray locked for `timeout` seconds; `force` opens it all the same."""

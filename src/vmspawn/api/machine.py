@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
 from ..boot.config import MachineConfig, check
-from ..errors import NotConnected
+from ..errors import NotConnected, NotSupported
 from ..inside.commands import Wanted
 from ..inside.inside import Inside
 from ..machine.ending import End, MachineEvents
@@ -20,11 +22,13 @@ from ..storage.looks import Look
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .commands import Guest
+from .console import Console
 from .control import Qmp
+from .events import Events, Record
 from .execution import Remote
 from .images import open_image
 from .launching import start
-from .options import MachineOptions, check_names
+from .options import DiskOptions, MachineOptions, Size, StrPath, to_config, to_disk, to_size
 from .remotes import Local
 
 if TYPE_CHECKING:
@@ -37,9 +41,13 @@ _FAREWELL_TIMEOUT = 1.0
 class Machine(Guest):
     """A virtual machine.
 
-    `async with Machine(guest="builtin") as machine:` starts it, and ends it on the way out if it still runs. The
-    keyword arguments are the fields of MachineConfig, and prevail over `config`. vmctl and other programs reach the
-    machine by its name, unless `control` is False. A machine that has ended can be started again.
+        async with vmspawn.Machine(guest="builtin", ram="512M") as machine:
+            await machine.console.expect("ready")
+
+    `async with` starts it, and ends it on the way out if it still runs. The keyword arguments are the fields of
+    MachineConfig, and prevail over `config`. Sizes are bytes or texts such as "512M"; times are seconds. vmctl and
+    other programs reach the machine by its name, unless `control` is False. A machine that has ended can be started
+    again.
 
     Raises StartError or UsageError if it cannot be started.
     """
@@ -47,26 +55,31 @@ class Machine(Guest):
     def __init__(
         self, config: MachineConfig | None = None, *, control: bool = True, **options: Unpack[MachineOptions]
     ) -> None:
-        check_names(options)
+        self._config = check(to_config(config, options))
         self._control = control
         self._server: ControlServer | None = None
-        self._config = check((config or MachineConfig())._replace(**options))
-        self._current: Running | None = None
+        self._current: _Current | None = None
         self._inside_of_current: Inside | None = None
 
+    def __repr__(self) -> str:
+        state = "not started" if self._current is None else f"QEMU is process {self.pid}"
+        return f"<Machine {self.name!r}, {state}>"
+
     async def __aenter__(self) -> Self:
-        self._current = await start(self._config)
-        if self._control:
-            try:
-                self._serve(self._current)
-            except BaseException:
-                await self._current.end()
-                raise
+        running = await start(self._config)
+        try:
+            self._current = _Current(running)
+            if self._control:
+                self._serve(running)
+        except BaseException:
+            await running.end()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         try:
             await self._running.end()
+            await self._up.recorded
             if self._server is not None:
                 await self._server.finish(timeout=_FAREWELL_TIMEOUT)
         finally:
@@ -93,10 +106,14 @@ class Machine(Guest):
         return self._inside_of_current
 
     @property
-    def _running(self) -> Running:
+    def _up(self) -> _Current:
         if self._current is None:
             raise NotConnected(f"machine {self.name} does not run")
         return self._current
+
+    @property
+    def _running(self) -> Running:
+        return self._up.running
 
     # What it is.
 
@@ -109,6 +126,11 @@ class Machine(Guest):
     def name(self) -> str:
         """The machine's name."""
         return self._config.name or ""
+
+    @property
+    def directory(self) -> Path:
+        """The machine's runtime directory, with its sockets and QEMU's log."""
+        return Path(self._running.directory)
 
     @property
     def pid(self) -> int:
@@ -150,10 +172,17 @@ class Machine(Guest):
         """Wait until the machine has ended, and report how."""
         return await self._running.wait()
 
-    def events(self) -> MachineEvents:
-        """The events from now on, QEMU's and ours, MachineEnded the last:
-        `with machine.events() as events: async for event in events:`."""
-        return self._running.events()
+    @property
+    def events(self) -> Events[MachineEvents]:
+        """The machine's events: `await machine.events.wait("RESET")`."""
+        return Events(self._up.record, self._running.events)
+
+    @property
+    def console(self) -> Console:
+        """The guest's console: `await machine.console.expect("login: ")`. Raises NotSupported with console="native"."""
+        if self._up.console is None:
+            raise NotSupported.with_fields("the console of this machine is QEMU's own ({console=native})")
+        return self._up.console
 
     def qmp(self, *, read_only: bool = False) -> AbstractAsyncContextManager[Qmp]:
         """Open a QMP connection: `async with machine.qmp() as qmp: await qmp.execute("query-block")`."""
@@ -170,15 +199,27 @@ class Machine(Guest):
         looks = await storage.look()
         return [describe_status(each, looks.get(each.name, Look())) for each in storage]
 
-    async def attach(self, disk: Disk, *, wait_guest: bool = False, timeout: float = DRIVER_TIMEOUT) -> AttachedDisk:
-        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
+    async def attach(
+        self,
+        disk: Disk | StrPath,
+        *,
+        wait_guest: bool = False,
+        timeout: float = DRIVER_TIMEOUT,
+        **options: Unpack[DiskOptions],
+    ) -> AttachedDisk:
+        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
+        `await machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
 
         With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
         disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
-        A scsi-cd without a path is empty. Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError,
-        SystemFailure or Timeout; nothing is left behind then.
+
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
+        left behind then.
         """
         storage = self._running.storage
+        disk = to_disk(disk, options)
         named = disks.with_defaults(disk)
         backing = None
         if disk.path:
@@ -195,19 +236,23 @@ class Machine(Guest):
         """
         return await self._running.storage.detach(name, timeout=timeout, force=force)
 
-    async def replace(self, name: str, path: str, *, format: str | None = None, shrink: bool = False) -> int:
+    async def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
         """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
 
         Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
         """
         storage = self._running.storage
         read_only = any(each.name == name and each.read_only for each in storage)
-        backing = await open_image(path, read_only=read_only)
+        backing = await open_image(os.fspath(path), read_only=read_only)
         return await storage.changes.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
 
-    async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image; returns its size in bytes. None tells the guest the size that the image has by
-        now. Raises NoSuchStorage, BadConfig, ConfigNotSupported or QmpError."""
+    async def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+
+        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
+        UsageError or QmpError.
+        """
+        size = None if size is None else to_size("size", size)
         return await self._running.storage.changes.resize(name, size, shrink=shrink)
 
     async def limit(self, name: str, limits: Limits) -> None:
@@ -215,12 +260,12 @@ class Machine(Guest):
         await self._running.storage.changes.limit(name, limits)
 
     async def insert_media(
-        self, name: str, path: str, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+        self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
         holds the tray locked for `timeout` seconds; `force` opens it all the same."""
         storage = self._running.storage
-        backing = await open_image(path, read_only=True)
+        backing = await open_image(os.fspath(path), read_only=True)
         await storage.changes.insert_media(
             name, backing, format=format, path=_absolute(path), force=force, timeout=timeout
         )
@@ -230,5 +275,32 @@ class Machine(Guest):
         await self._running.storage.changes.eject_media(name, force=force, timeout=timeout)
 
 
-def _absolute(path: str) -> str:
+class _Current:
+    """A running machine, with what is kept for its program: events and console output."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self.record = Record(running.name)
+        running.monitor.witness(self.record.put)
+        self.console = self._show_console()
+        #: Done when the end of the machine is in the record.
+        self.recorded = asyncio.create_task(self._record_end())
+
+    def _show_console(self) -> Console | None:
+        try:
+            hub = self.running.console
+        except NotSupported:
+            return None
+        console = Console(self.running.name, hub.type)
+        hub.attach(console)
+        return console
+
+    async def _record_end(self) -> None:
+        try:
+            self.record.put((await self.running.wait()).event())
+        except NotConnected:
+            self.record.end()
+
+
+def _absolute(path: StrPath) -> str:
     return os.path.abspath(path)

@@ -1,73 +1,183 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keyword arguments of Machine: the fields of MachineConfig, each of which may be left out."""
+"""The keyword arguments of a program: those of Machine become a MachineConfig, those of `attach` a Disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypedDict
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from ..boot.config import ConsoleTerminal, MachineConfig
 from ..boot.credentials import Credential
 from ..boot.firmware import FirmwareWish
 from ..boot.memory import Growth
 from ..boot.shares import Share
+from ..errors import UsageError
 from ..host.machined import Registration
 from ..host.storageprovider import Volume
-from ..storage.disk import Disk
+from ..sizes import SIZE_HINT, bytes_of
+from ..storage.disk import Disk, parse_extra_drive
+from ..storage.limits import Limits
+
+#: A path.
+StrPath: TypeAlias = str | os.PathLike[str]
+#: Bytes, or what the command line takes: "512M", "2G".
+Size: TypeAlias = int | str
+
+Bus: TypeAlias = Literal["auto", "virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd"]
 
 
 class MachineOptions(TypedDict, total=False):
-    """What MachineConfig says of each."""
+    """The fields of MachineConfig, which documents them, in any form that the command line or Python has for them."""
 
     name: str | None
-    guest: str | None
-    image: str | None
+    guest: Literal["builtin"] | None
+    image: StrPath | None
     image_format: str | None
     image_disk_type: str
     discard_disk: bool
-    linux: str | None
-    initrd: str | None
-    kernel_arguments: tuple[str, ...]
+    linux: StrPath | None
+    initrd: StrPath | None
+    kernel_arguments: Sequence[str]
     uuid: str | None
     cpus: int
-    ram: int | None
-    kvm: str
-    machine_type: str
+    ram: Size | None
+    kvm: Literal["auto", "yes", "no"] | bool
+    machine_type: Literal["q35", "pc", "virt"]
     hotplug_ports: int | None
-    extra_disks: tuple[Disk, ...]
+    extra_disks: Sequence[Disk | StrPath]
     on_error: str
-    qmp_log: str
-    console: str
-    console_transport: str
-    console_log: str | None
+    qmp_log: StrPath
+    console: Literal["interactive", "native", "read-only", "gui", "headless"]
+    console_transport: Literal["serial", "virtio"]
+    console_log: StrPath | None
     terminal: ConsoleTerminal | None
-    qemu: str | None
-    qemu_arguments: tuple[str, ...]
+    qemu: StrPath | None
+    qemu_arguments: Sequence[str]
     shutdown_timeout: float
     time_limit: float | None
     registration: Registration
-    firmware: FirmwareWish
-    more_initrds: tuple[str, ...]
+    firmware: FirmwareWish | str
+    more_initrds: Sequence[StrPath]
     ram_growth: Growth | None
     network_user: bool
-    vendor_strings: tuple[str, ...]
-    credentials: tuple[Credential, ...]
-    directory: str | None
-    binds: tuple[Share, ...]
-    volumes: tuple[Volume, ...]
+    vendor_strings: Sequence[str]
+    credentials: Sequence[Credential]
+    directory: StrPath | None
+    binds: Sequence[Share]
+    volumes: Sequence[Volume]
     ephemeral: bool
-    grow_image: int | None
+    grow_image: Size | None
     agent: bool
     die_with_program: bool
     die_with_parent: bool
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise TypeError for a keyword argument that is no field of MachineConfig."""
+class DiskOptions(TypedDict, total=False):
+    """The fields of Disk, which documents them, but for its path."""
+
+    name: str
+    bus: Bus
+    format: str | None
+    read_only: bool
+    serial: str
+    discard: Literal["unmap", "ignore"]
+    detect_zeroes: Literal["off", "on", "unmap"]
+    cache: Literal["writeback", "none"]
+    aio: Literal["threads", "io_uring"]
+    thread: bool
+    share: bool
+    boot_index: int
+    on_error: Literal["", "report", "stop", "enospc"]
+    limits: Limits
+
+
+def to_config(config: MachineConfig | None, options: Mapping[str, Any]) -> MachineConfig:
+    """Return the configuration with the options in the place of its fields.
+
+    Raises TypeError for an option that does not exist or has a type that it cannot have, UsageError for a value that is
+    not understood.
+    """
+    check_names("Machine", options, MachineConfig._fields)
+    fields = {name: _to_field(name, value) for name, value in options.items()}
+    return (config or MachineConfig())._replace(**fields)
+
+
+def to_disk(disk: Disk | StrPath, options: Mapping[str, Any]) -> Disk:
+    """Return the disk at a path, or the disk itself, with the options in the place of its fields.
+
+    Raises TypeError as `to_config` does.
+    """
+    check_names("attach", options, Disk._fields[1:])
+    named = disk if isinstance(disk, Disk) else Disk(os.fspath(disk))
+    return named._replace(**options)
+
+
+def to_size(field: str, value: Size) -> int:
+    """Return the bytes of a size. Raises UsageError, which names the field, or TypeError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{field}= must be bytes or a text such as '512M', not {type(value).__name__}")
+    size = bytes_of(value)
+    if size is None:
+        raise UsageError.with_fields("{" + field + "={text}} is not a size", hint=SIZE_HINT, text=value)
+    return size
+
+
+def check_names(function: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise TypeError for a keyword argument that is not known."""
     for name in names:
-        if name not in MachineConfig._fields:
+        if name not in known:
             from difflib import get_close_matches
 
-            close = get_close_matches(name, MachineConfig._fields, n=1)
+            close = get_close_matches(name, known, n=1)
             guess = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"Machine() got an unexpected keyword argument {name!r}{guess}")
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{guess}")
+
+
+def _to_field(name: str, value: Any) -> Any:
+    convert = _CONVERSIONS.get(name)
+    return value if convert is None or value is None else convert(name, value)
+
+
+def _path(_name: str, value: StrPath) -> str:
+    return os.fspath(value)
+
+
+def _yes_or_no(_name: str, value: str | bool) -> str:
+    return value if isinstance(value, str) else "yes" if value else "no"
+
+
+def _firmware(_name: str, value: FirmwareWish | str) -> FirmwareWish:
+    return FirmwareWish(kind=value) if isinstance(value, str) else value
+
+
+def _several(name: str, value: Iterable[Any]) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | os.PathLike):
+        raise TypeError(f"{name}= must be a list or a tuple, not {type(value).__name__}")
+    return tuple(value)
+
+
+def _paths(name: str, value: Iterable[StrPath]) -> tuple[str, ...]:
+    return tuple(map(os.fspath, _several(name, value)))
+
+
+def _disks(name: str, value: Iterable[Disk | StrPath]) -> tuple[Disk, ...]:
+    """A text is what the command line's option takes: [FORMAT:][DISKTYPE:]PATH."""
+    return tuple(
+        parse_extra_drive(each) if isinstance(each, str) else to_disk(each, {}) for each in _several(name, value)
+    )
+
+
+_CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("ram", "grow_image"), to_size),
+    **dict.fromkeys(("image", "linux", "initrd", "qmp_log", "console_log", "qemu", "directory"), _path),
+    **dict.fromkeys(
+        ("kernel_arguments", "qemu_arguments", "vendor_strings", "credentials", "binds", "volumes"), _several
+    ),
+    "kvm": _yes_or_no,
+    "extra_disks": _disks,
+    "firmware": _firmware,
+    "more_initrds": _paths,
+}

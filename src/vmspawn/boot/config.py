@@ -14,6 +14,7 @@ from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
 from ..storage.admission import check_disk
 from ..storage.disk import DEFAULT_BUS, Disk, check_bus, default_name, with_defaults
+from ..text import short_repr
 from ..timeouts import SHUTDOWN_TIMEOUT
 from . import credentials, firmware, memory
 from .credentials import Credential
@@ -94,6 +95,9 @@ class MachineConfig(NamedTuple):
     agent: bool = True
     die_with_program: bool = False
     die_with_parent: bool = False
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def ram_bytes(self) -> int:

@@ -10,14 +10,8 @@ import argparse
 import re
 
 from ..errors import UsageError
+from ..sizes import SIZE_HINT, bytes_of
 
-#: The largest size of a file (off_t).
-_SIZE_MAX = (1 << 63) - 1
-
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-# "2GB" and "2G" are both common.
-_SIZE = r"([0-9]{0,30})(?:\.([0-9]{1,30}))?(?:([KMGTkmgt])[Bb]?|[Bb])?"
 _WHOLE = r"-?[0-9]{1,30}"
 _NUMBER = r"[0-9]{0,30}(\.[0-9]{0,30})?"
 
@@ -27,14 +21,10 @@ def parse_size(text: str, *, option: str, what: str = "size") -> int:
 
     Raises UsageError.
     """
-    found = re.fullmatch(_SIZE, text)
-    if found and (found[1] or found[2]):
-        whole, fraction = found[1] or "0", found[2] or ""
-        unit = _UNITS[(found[3] or "").upper()]
-        size: int = int(whole + fraction) * unit // 10 ** len(fraction)
-        if size <= _SIZE_MAX:
-            return size
-    raise UsageError(f"{option}{text} is not a {what}", hint="write for example 512M or 2G")
+    size = bytes_of(text)
+    if size is not None:
+        return size
+    raise UsageError(f"{option}{text} is not a {what}", hint=SIZE_HINT)
 
 
 def is_whole(text: str) -> bool:

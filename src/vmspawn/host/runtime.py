@@ -144,6 +144,9 @@ class MachineDirectory:
             os.unlink(CONTROL, dir_fd=fd)
         return directory
 
+    def __fspath__(self) -> str:
+        return self.path
+
     def file(self, name: str) -> str:
         """Return the path of a file in the folder."""
         return os.path.join(self.path, name)

@@ -51,7 +51,7 @@ class Removal:
         return time.monotonic() - self.since
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True, repr=False)
 class Attachment(ABC):
     """A device with all that it stands on, as a list of steps.
 
@@ -82,6 +82,9 @@ class Attachment(ABC):
     has_failed: bool = False
     #: The one task that takes the attachment apart, once there is one.
     unwinding: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}, {self.state.value}>"
 
     @property
     @abstractmethod

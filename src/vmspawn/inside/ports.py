@@ -27,7 +27,7 @@ from ..qmp.monitor import Command
 DETACH_TIMEOUT = 20.0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class AttachedPort(Attachment):
     """A port. `number` is fresh for every port; `fd` is our copy of QEMU's end, until QEMU has its own."""
 

@@ -13,7 +13,10 @@ EVENT_QUEUE_MAX = 4096
 
 
 class Event(NamedTuple):
-    """An event as QEMU sent it; `data` is None if it had none."""
+    """An event as QEMU sent it; `data` is None where it carried none.
+
+    `timestamp` has QEMU's `seconds` and `microseconds`; our own events have none.
+    """
 
     name: str
     data: dict[str, object] | None

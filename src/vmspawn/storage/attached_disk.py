@@ -30,7 +30,7 @@ DETACHED_EVENT = "StorageDetached"
 _STUBBORN = 2
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class AttachedDisk(Attachment):
     """A disk with all that its nodes and its device are made of.
 

@@ -52,7 +52,7 @@ _NAMES = (SCSI_CONTROLLER, THREADED_SCSI_CONTROLLER, NAMESPACE_CONTROLLER)
 _LEAVING_HINT = "try again when the guest has released it, or use another bus"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Controller(Attachment):
     """A controller. Its name is the device's id in QEMU."""
 

@@ -5,7 +5,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import BadConfig, UsageError
-from ..text import printable
+from ..text import printable, short_repr
 from .formats import FORMATS, READ_ONLY_FORMATS
 from .limits import NO_LIMITS, Limits
 
@@ -35,6 +35,8 @@ DISK_NAME_MAX = 255
 class Disk(NamedTuple):
     """A disk as the user asks for it.
 
+        Disk("data.qcow2", format="qcow2", bus="virtio-scsi", limits=Limits(iops=500))
+
     `path` is opened as the caller; an empty `name` is the path's file name; a scsi-cd without a path is an empty one.
     `format` None means raw, but refuses an image that looks like another format. `serial` empty derives one from the
     name. `discard`, `detect_zeroes` and `aio` are those of QEMU's block nodes (qapi/block-core.json); `cache` none
@@ -58,6 +60,9 @@ class Disk(NamedTuple):
     boot_index: int = -1
     on_error: str = ""
     limits: Limits = NO_LIMITS
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def is_only_read(bus: str, image_format: str | None, *, read_only: bool) -> bool:

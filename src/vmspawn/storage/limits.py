@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Self
 
 from ..errors import BadConfig
+from ..text import short_repr
 
 #: QEMU's own bound (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
 LIMIT_MAX = 10**15
@@ -14,7 +15,10 @@ BURST_MAX = 1000
 
 
 class Limits(NamedTuple):
-    """Requests and bytes a second; 0 is no limit. `burst` times as much is allowed for a second after a quiet time."""
+    """Requests and bytes a second; 0 is no limit. `burst` times as much is allowed for a second after a quiet time.
+
+    await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
+    """
 
     iops: int = 0
     iops_read: int = 0
@@ -23,6 +27,9 @@ class Limits(NamedTuple):
     bps_read: int = 0
     bps_write: int = 0
     burst: float = 1.0
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def any(self) -> bool:
