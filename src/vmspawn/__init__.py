@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""vmspawn: QEMU machines that you can plug disks into, share the QMP connection of, and end cleanly.
+"""QEMU machines that you can plug disks into, share the QMP connection of, and end cleanly.
 
-The names below are loaded when they are first used, for the commands must not import more than they need.
+    import vmspawn
+
+    async with vmspawn.Machine(guest="builtin", ram="512M") as machine:     # a machine of your own
+        await machine.attach("data.raw", bus="virtio-scsi")
+
+    async with vmspawn.connect("demo") as machine:                          # one that another process manages
+        print(await machine.disks())
+
+`vmspawn.sync` has the same in blocking calls. All errors are VmspawnError; their `hint` says what to do.
 """
+
+# The names are loaded when they are first used, for the commands must not import more than they need.
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import sync as sync
     from .api.attached_disk import AttachedDisk as AttachedDisk
     from .api.attached_disk import DiskStatus as DiskStatus
     from .api.connect import ConnectedMachine as ConnectedMachine
@@ -87,12 +98,14 @@ __all__ = sorted(_HOMES)
 if not TYPE_CHECKING:
     # A type checker is to know the names above and no others.
     def __getattr__(name: str) -> object:
-        if name not in _HOMES:
+        if name not in _HOMES and name != "sync":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
+        if name == "sync":
+            return import_module(".sync", __name__)
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return [*__all__, "sync"]

@@ -17,7 +17,8 @@ from vmspawn.boot.config import check
 
 
 def test_the_names_are_those_that_are_exported() -> None:
-    assert dir(vmspawn) == sorted(vmspawn.__all__)
+    assert dir(vmspawn) == sorted([*vmspawn.__all__, "sync"])
+    assert dir(vmspawn.sync) == sorted(vmspawn.sync.__all__)
     assert {"Machine", "connect", "Disk", "Limits", "AttachedDisk", "End", "Event"} <= set(vmspawn.__all__)
     for name in vmspawn.__all__:
         assert getattr(vmspawn, name).__name__ == name

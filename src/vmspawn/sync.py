@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Made by tools/make_sync.py from vmspawn/api; do not edit.
+"""The library in blocking calls, for scripts, tests and the interactive interpreter.
+
+    import vmspawn.sync
+
+    with vmspawn.sync.Machine(guest="builtin", ram="512M") as machine:
+        machine.console.expect("ready", timeout=60)
+
+It has the classes and methods of `vmspawn`, without `await`. The coroutines run on one event loop in a thread of its
+own. Any thread may call; a call that Ctrl-C interrupts is cancelled and cleans up first. A machine is ended when its
+`with` block is left, or else when the process exits. A child of fork(2) has no part in its parent's machines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+from .api import connect as _connect
+from .api import console as _console
+from .api import control as _control
+from .api import events as _events
+from .api import machine as _machine
+from .api.attached_disk import AttachedDisk, DiskStatus
+from .api.blocking import Blocking, BlockingContext, BlockingMachine, blocking_iterator
+from .api.console import EXPECT_TIMEOUT
+from .api.events import EVENT_TIMEOUT, Where
+from .api.options import DiskOptions, MachineOptions, Size, StrPath
+from .boot.config import MachineConfig
+from .machine.ending import End
+from .qmp.events import Event
+from .qmp.monitor import COMMAND_TIMEOUT
+from .storage.disk import Disk
+from .storage.limits import Limits
+from .timeouts import DETACH_TIMEOUT
+
+__all__ = ["ConnectedMachine", "Console", "Events", "Machine", "Qmp", "connect"]
+
+
+class Machine(BlockingMachine[_machine.Machine]):
+    """A virtual machine.
+
+        with vmspawn.sync.Machine(guest="builtin", ram="512M") as machine:
+            machine.console.expect("ready")
+
+    `with` starts it, and ends it on the way out if it still runs. The keyword arguments are the fields of
+    MachineConfig, and prevail over `config`. Sizes are bytes or texts such as "512M"; times are seconds. A machine that
+    has ended can be started again.
+
+    Raises StartError or UsageError if it cannot be started.
+    """
+
+    def __init__(self, config: MachineConfig | None = None, **options: Unpack[MachineOptions]) -> None:
+        super().__init__(_machine.Machine(config, **options))
+
+    def __enter__(self) -> Self:
+        self._enter(lambda inner: inner.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit(lambda inner: inner.__aexit__())
+
+    @property
+    def config(self) -> MachineConfig:
+        """The machine as it was asked for."""
+        return self._read(lambda inner: inner.config)
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self._read(lambda inner: inner.name)
+
+    @property
+    def directory(self) -> Path:
+        """The machine's runtime directory, with its sockets and QEMU's log."""
+        return self._read(lambda inner: inner.directory)
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self._read(lambda inner: inner.pid)
+
+    def status(self) -> str:
+        """QEMU's run state, such as `running` or `paused`."""
+        return self._call(lambda inner: inner.status())
+
+    def power_off(self) -> None:
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        return self._call(lambda inner: inner.power_off())
+
+    def reboot(self) -> None:
+        """Reset the machine, as its reset button does."""
+        return self._call(lambda inner: inner.reboot())
+
+    def pause(self) -> None:
+        """Stop the guest's processors."""
+        return self._call(lambda inner: inner.pause())
+
+    def resume(self) -> None:
+        """Let the guest's processors run on."""
+        return self._call(lambda inner: inner.resume())
+
+    def terminate(self) -> None:
+        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
+        killed.
+        """
+        return self._call(lambda inner: inner.terminate())
+
+    def wait(self) -> End:
+        """Wait until the machine has ended, and report how."""
+        return self._call(lambda inner: inner.wait())
+
+    @property
+    def events(self) -> Events:
+        """The machine's events: `machine.events.wait("RESET")`."""
+        return Events(self._read(lambda inner: inner.events))
+
+    @property
+    def console(self) -> Console:
+        """The guest's console: `machine.console.expect("login: ")`. Raises NotSupported with console="native"."""
+        return Console(self._read(lambda inner: inner.console))
+
+    def qmp(self, *, read_only: bool = False) -> AbstractContextManager[Qmp]:
+        """Open a QMP connection: `with machine.qmp() as qmp: qmp.execute("query-block")`."""
+        return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
+
+    def disks(self) -> list[DiskStatus]:
+        """All disks, boot disks included."""
+        return self._call(lambda inner: inner.disks())
+
+    def attach(self, disk: Disk | StrPath, **options: Unpack[DiskOptions]) -> AttachedDisk:
+        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
+        `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
+
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
+        left behind then.
+        """
+        return self._call(lambda inner: inner.attach(disk, **options))
+
+    def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
+        """Unplug a disk; returns once nothing of it is left.
+
+        `force` takes the image away from under the guest first; returns False then if the guest has not released the
+        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
+        `timeout` seconds; the removal goes on then.
+        """
+        return self._call(lambda inner: inner.detach(name, timeout=timeout, force=force))
+
+    def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
+        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+
+        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        """
+        return self._call(lambda inner: inner.replace(name, path, format=format, shrink=shrink))
+
+    def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+
+        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
+        UsageError or QmpError.
+        """
+        return self._call(lambda inner: inner.resize(name, size, shrink=shrink))
+
+    def limit(self, name: str, limits: Limits) -> None:
+        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        return self._call(lambda inner: inner.limit(name, limits))
+
+    def insert_media(self, name: str, path: StrPath, *, format: str | None = None, force: bool = False) -> None:
+        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
+        holds the tray locked; `force` opens it all the same.
+        """
+        return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force))
+
+    def eject_media(self, name: str, *, force: bool = False) -> None:
+        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        return self._call(lambda inner: inner.eject_media(name, force=force))
+
+
+class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
+    """A machine that another process manages; `connect` makes one. Images are opened here, as your program."""
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self._read(lambda inner: inner.name)
+
+    @property
+    def directory(self) -> Path:
+        """The machine's runtime directory, with its sockets and QEMU's log."""
+        return self._read(lambda inner: inner.directory)
+
+    def status(self) -> str:
+        """QEMU's run state, such as `running` or `paused`."""
+        return self._call(lambda inner: inner.status())
+
+    def power_off(self) -> None:
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        return self._call(lambda inner: inner.power_off())
+
+    def reboot(self) -> None:
+        """Reset the machine, as its reset button does."""
+        return self._call(lambda inner: inner.reboot())
+
+    def pause(self) -> None:
+        """Stop the guest's processors."""
+        return self._call(lambda inner: inner.pause())
+
+    def resume(self) -> None:
+        """Let the guest's processors run on."""
+        return self._call(lambda inner: inner.resume())
+
+    def terminate(self) -> None:
+        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
+        killed.
+        """
+        return self._call(lambda inner: inner.terminate())
+
+    def wait(self) -> End:
+        """Wait until the machine has ended, and report how.
+
+        Raises NotConnected if its manager goes first: the machine may run on without one then.
+        """
+        return self._call(lambda inner: inner.wait())
+
+    @property
+    def events(self) -> Events:
+        """The machine's events since `connect`: `machine.events.wait("RESET")`."""
+        return Events(self._read(lambda inner: inner.events))
+
+    @property
+    def console(self) -> Console:
+        """The guest's console: `machine.console.expect("login: ")`.
+
+        It is read from the first use on, with the last 64 KiB of output; a program that then blocks its event loop for
+        long slows the guest down. Raises NotSupported if the machine shares no console.
+        """
+        return Console(self._read(lambda inner: inner.console))
+
+    def qmp(self, *, read_only: bool = False) -> AbstractContextManager[Qmp]:
+        """Open a QMP connection: `with machine.qmp() as qmp: qmp.execute("query-block")`."""
+        return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
+
+    def disks(self) -> list[DiskStatus]:
+        """All disks, boot disks included."""
+        return self._call(lambda inner: inner.disks())
+
+    def attach(self, disk: Disk | StrPath, **options: Unpack[DiskOptions]) -> AttachedDisk:
+        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
+        `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
+
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
+        left behind then.
+        """
+        return self._call(lambda inner: inner.attach(disk, **options))
+
+    def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
+        """Unplug a disk; returns once nothing of it is left.
+
+        `force` takes the image away from under the guest first; returns False then if the guest has not released the
+        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
+        `timeout` seconds; the removal goes on then.
+        """
+        return self._call(lambda inner: inner.detach(name, timeout=timeout, force=force))
+
+    def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
+        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+
+        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        """
+        return self._call(lambda inner: inner.replace(name, path, format=format, shrink=shrink))
+
+    def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
+        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+
+        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
+        UsageError or QmpError.
+        """
+        return self._call(lambda inner: inner.resize(name, size, shrink=shrink))
+
+    def limit(self, name: str, limits: Limits) -> None:
+        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        return self._call(lambda inner: inner.limit(name, limits))
+
+    def insert_media(self, name: str, path: StrPath, *, format: str | None = None, force: bool = False) -> None:
+        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
+        holds the tray locked; `force` opens it all the same.
+        """
+        return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force))
+
+    def eject_media(self, name: str, *, force: bool = False) -> None:
+        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        return self._call(lambda inner: inner.eject_media(name, force=force))
+
+
+class Console(Blocking[_console.Console]):
+    """The guest's console.
+
+        machine.console.expect("login: ", timeout=60)
+        machine.console.send_line("root")
+        found = machine.console.expect(r"Linux (\\S+)")
+        print(found[1], machine.console.before)
+
+    As with pexpect, each `expect` begins where the last one's match ended, and `before` is what it passed over. Output
+    is decoded as UTF-8, and lines end with a line feed alone. The last 1 MiB of it is kept.
+    """
+
+    @property
+    def text(self) -> str:
+        """What the console has shown, at most its last 1 MiB. It is not consumed by `expect`.
+
+        If another process manages the machine, reading begins when `console` is first used, with the last 64 KiB.
+        """
+        return self._read(lambda inner: inner.text)
+
+    @property
+    def before(self) -> str:
+        """What the last `expect` passed over before its match, or all that it saw if it failed."""
+        return self._read(lambda inner: inner.before)
+
+    def send(self, text: str | bytes) -> None:
+        """Type on the console. Nothing is added: end a line with "\\n", or use `send_line`.
+
+        Raises MachineEnded if the console is closed.
+        """
+        return self._call(lambda inner: inner.send(text))
+
+    def send_line(self, text: str = "") -> None:
+        """Type a line on the console. Raises what `send` raises."""
+        return self._call(lambda inner: inner.send_line(text))
+
+    def expect(self, pattern: str | re.Pattern[str], timeout: float | None = EXPECT_TIMEOUT) -> re.Match[str]:
+        """Wait until the console shows text that a regular expression matches, and return the match.
+
+        What came before the call and no `expect` has consumed counts as well. `.` matches line ends too (re.DOTALL)
+        unless the pattern is compiled already. `timeout` is in seconds; None waits for ever.
+
+        Raises Timeout, or MachineEnded if the machine ends before; both show the console's last lines.
+        """
+        return self._call(lambda inner: inner.expect(pattern, timeout))
+
+    def last_lines(self, count: int) -> list[str]:
+        """The console's last lines, safe to print."""
+        return self._read(lambda inner: inner.last_lines(count))
+
+
+class Events(Blocking[_events.Events[Any]]):
+    """A machine's events: QEMU's, ours such as StorageAttached, and MachineEnded as the last one.
+
+        mark = machine.events.mark
+        machine.detach("data", timeout=60)
+        event = machine.events.wait("DEVICE_DELETED", where={"device": "data"}, since=mark, timeout=10)
+
+    Called, it gives a stream of the events from now on, to iterate over:
+
+        with machine.events() as stream:
+            for event in stream: ...
+    """
+
+    def __call__(self) -> AbstractContextManager[Iterator[Event]]:
+        """Return a stream of the events from now on; use it in `with`."""
+        return BlockingContext(self._read(lambda inner: inner()), blocking_iterator)
+
+    @property
+    def mark(self) -> int:
+        """The number of events that have come by now, for `wait(since=…)`."""
+        return self._read(lambda inner: inner.mark)
+
+    @property
+    def recent(self) -> tuple[Event, ...]:
+        """The last events, the oldest first; at most 4096 are remembered.
+
+        They begin with the machine's start, or with `connect` if another process manages the machine.
+        """
+        return self._read(lambda inner: inner.recent)
+
+    def wait(
+        self, *names: str, where: Where | None = None, timeout: float | None = EVENT_TIMEOUT, since: int | None = None
+    ) -> Event:
+        """Wait for an event of one of these names, or of any name if there are none, and return it.
+
+        `where` is a part of its data, such as `{"device": "disk0"}`, or a function of the event. `since` is a `mark`:
+        events that came after it count as well, and 0 stands for all that are remembered. `timeout` is in seconds;
+        None waits for ever.
+
+        Raises Timeout, MachineEnded if the machine ends before, NotConnected, or EventsLost if events since the mark
+        are forgotten.
+        """
+        return self._call(lambda inner: inner.wait(*names, where=where, timeout=timeout, since=since))
+
+
+class Qmp(Blocking[_control.Qmp]):
+    """A QMP connection of your own."""
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        timeout: float = COMMAND_TIMEOUT,
+    ) -> object:
+        """Run a command and return QEMU's answer. `fds` are passed along and stay yours.
+
+        Raises QmpError, Timeout or NotConnected.
+        """
+        return self._call(lambda inner: inner.execute(command, arguments, fds=fds, timeout=timeout))
+
+    def events(self) -> Iterator[Event]:
+        """The events from now on."""
+        return blocking_iterator(self._read(lambda inner: inner.events()))
+
+
+def connect(name: str) -> AbstractContextManager[ConnectedMachine]:
+    """Connect to a running machine by its name: `with vmspawn.sync.connect("demo") as machine:`.
+
+    The machine runs on when you leave. Raises NotConnected if there is none, or it has no manager.
+    """
+    return BlockingContext(_connect.connect(name), ConnectedMachine)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
