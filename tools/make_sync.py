@@ -235,7 +235,8 @@ def make() -> str:
             HEADER,
             "from __future__ import annotations\n",
             imports(body, list(modules.values())),
-            f"__all__ = {names!r}\n\n",
+            f"__all__ = {names!r}\n",
+            "#: pytest leaves our calls out of its tracebacks.\n__tracebackhide__ = True\n\n",
             body,
         )
     )

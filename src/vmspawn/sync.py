@@ -40,6 +40,9 @@ from .timeouts import DETACH_TIMEOUT
 
 __all__ = ["ConnectedMachine", "Console", "Events", "Machine", "Qmp", "connect"]
 
+#: pytest leaves our calls out of its tracebacks.
+__tracebackhide__ = True
+
 
 class Machine(BlockingMachine[_machine.Machine]):
     """A virtual machine.

@@ -20,7 +20,8 @@ from vmspawn.cli.spelling import as_option
 
 PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 FILES = sorted(PACKAGE.rglob("*.py"))
-BELOW = [path for path in FILES if path.relative_to(PACKAGE).parts[0] != "cli"]
+#: pytest's command line is one as well.
+BELOW = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in ("cli", "pytest_plugin.py")]
 
 #: They start programs, whose options are words of their own.
 STARTERS = {"agent/build.py", "helpers/virtiofsd.py", "host/scope.py", "guest/packages.py", "boot/qemu.py"}

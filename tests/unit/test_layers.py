@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 LAYERS = [
     "cli",
     "pytest_plugin",
+    "testing",
     "sync",
     "api",
     "manager",

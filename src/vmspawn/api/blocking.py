@@ -18,7 +18,10 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, supp
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from ..errors import NotConnected, UsageError
+from ..errors import NotConnected, UsageError, VmspawnError
+
+#: pytest leaves our calls out of its tracebacks.
+__tracebackhide__ = True
 
 _T = TypeVar("_T")
 _Inner = TypeVar("_Inner")
@@ -74,7 +77,7 @@ def _forget() -> None:
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget)
 
 
-class _Call(Generic[_T]):
+class Call(Generic[_T]):
     """A coroutine that runs in the background."""
 
     def __init__(self, work: Coroutine[Any, Any, _T]) -> None:
@@ -110,9 +113,13 @@ class _Call(Generic[_T]):
 
 def call(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine in the background and return its result. It is cancelled if this call is interrupted."""
-    running = _Call(work)
+    running = Call(work)
     try:
         return running.future.result()
+    except VmspawnError as error:
+        # What happened in the other thread on the way is no news to the caller.
+        error.__traceback__ = None
+        raise
     finally:
         if not running.future.done():
             running.cancel()
@@ -120,7 +127,7 @@ def call(work: Coroutine[Any, Any, _T]) -> _T:
 
 def finish(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine to its end: an interruption is raised when it is done. A second one is obeyed at once."""
-    running = _Call(work)
+    running = Call(work)
     try:
         return running.future.result()
     except BaseException:
@@ -130,11 +137,11 @@ def finish(work: Coroutine[Any, Any, _T]) -> _T:
         raise
 
 
-def _read(inner: _Inner, read: Callable[[_Inner], _T]) -> _T:
-    """Return what `read` finds, in the thread that changes it."""
+def read(inner: _Inner, look: Callable[[_Inner], _T]) -> _T:
+    """Return what `look` finds, in the thread that changes it."""
 
     async def work() -> _T:
-        return read(inner)
+        return look(inner)
 
     return call(work())
 
@@ -165,8 +172,8 @@ class Blocking(Generic[_Inner]):
     def _call(self, work: Callable[[_Inner], Coroutine[Any, Any, _T]]) -> _T:
         return call(work(self._check()))
 
-    def _read(self, read: Callable[[_Inner], _T]) -> _T:
-        return _read(self._check(), read)
+    def _read(self, look: Callable[[_Inner], _T]) -> _T:
+        return read(self._check(), look)
 
 
 class BlockingMachine(Blocking[_Inner]):
@@ -235,7 +242,7 @@ def _end_open() -> None:
         return
     for machine in tuple(_background.open):
         with suppress(Exception):
-            running = _Call(machine._inner.__aexit__(None, None, None))
+            running = Call(machine._inner.__aexit__(None, None, None))
             running.future.result(timeout=_EXIT_TIMEOUT)
 
 

@@ -183,13 +183,14 @@ class Adoption:
 
 def _leftovers(found: Inventory, attachments: Iterable[AttachedDisk]) -> list[QemuObject]:
     """Nodes, from the top down, and objects with names of ours that belong to no disk of the journal."""
-    owned = {name for attachment in attachments for name in _names(attachment)}
+    owned = {name for attachment in attachments for name in names_of(attachment)}
     nodes = [name for layer in _NODES for name in found.nodes if layer.fullmatch(name) and name not in owned]
     objects = [name for name in found.objects if _OBJECT.fullmatch(name) and name not in owned]
     return [QemuObject(NODE, name) for name in nodes] + [QemuObject(OBJECT, name) for name in objects]
 
 
-def _names(attachment: AttachedDisk) -> Iterable[str]:
+def names_of(attachment: AttachedDisk) -> Iterable[str]:
+    """The names of a disk's nodes and objects in QEMU."""
     identifiers = attachment.identifiers
     yield from (identifiers.pivot, identifiers.limits, identifiers.thread)
     for image in attachment.images:

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Use an object of the asynchronous library from another event loop than its own."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Coroutine
+from typing import Any, TypeVar, cast
+
+from ..api import blocking
+from ..api.console import Console
+from ..api.events import Events
+from ..api.machine import Machine
+from ..qmp.monitor import Monitor
+
+_T = TypeVar("_T")
+
+#: What is used in the thread of its own loop alone.
+_BOUND = (Machine, Console, Events, Monitor)
+
+
+def elsewhere(machine: Machine) -> Machine:
+    """Return a stand-in for a machine that lives on the loop of `vmspawn.sync`, for any other loop."""
+    return cast(Machine, _Elsewhere(machine))
+
+
+class _Elsewhere:
+    """Passes each use on to the loop of `vmspawn.sync`."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        value = blocking.read(self._inner, lambda inner: getattr(inner, name))
+        return _function(value) if inspect.ismethod(value) else _bridged(value)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return _function(self._inner)(*arguments, **named)
+
+    async def __aenter__(self) -> Any:
+        return _bridged(await _awaited(self._inner.__aenter__()))
+
+    async def __aexit__(self, *_: object) -> None:
+        await _awaited(self._inner.__aexit__(None, None, None))
+
+    def __aiter__(self) -> _Elsewhere:
+        return self
+
+    async def __anext__(self) -> Any:
+        async def step() -> tuple[Any, ...]:
+            try:
+                return (await anext(self._inner),)
+            except StopAsyncIteration:
+                return ()
+
+        found = await _awaited(step())
+        if not found:
+            raise StopAsyncIteration
+        return found[0]
+
+
+def _function(method: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
+        return _bridged(blocking.read(method, lambda method: method(*arguments, **named)))
+
+    return call
+
+
+def _bridged(value: Any) -> Any:
+    if inspect.iscoroutine(value):
+        return _awaited(value)
+    if isinstance(value, _BOUND) or hasattr(value, "__aenter__") or hasattr(value, "__anext__"):
+        return _Elsewhere(value)
+    return value
+
+
+async def _awaited(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await a coroutine that runs on the other loop; it is cancelled if this is."""
+    running = blocking.Call(work)
+    try:
+        return await asyncio.wrap_future(running.future)
+    except asyncio.CancelledError:
+        await asyncio.to_thread(running.cancel)
+        raise

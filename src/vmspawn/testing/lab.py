@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Machines for tests: started until they are ready, reported on when a test fails, and checked for leaks at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from .. import sync
+from ..api.blocking import background
+from ..boot.qemu import find_qemu
+from ..errors import GuestError, StartError, VmspawnError
+from ..sizes import bytes_of
+from ..storage.disk import Disk
+from . import leaks, report
+
+#: What the built-in guest shows when its shell is up.
+_BUILTIN_READY = "vmspawn-guest: ready"
+
+#: Seconds until then. It takes two where nothing else runs.
+_READY_TIMEOUT = 120.0
+
+#: Seconds that a manager has to take over a machine that is kept.
+_ADOPT_TIMEOUT = 60.0
+
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_]+")
+
+
+class Lab:
+    """The machines of one process that runs tests."""
+
+    def __init__(self, folder: Path, *, console: int | None, keep: bool, required: bool) -> None:
+        """Images and logs go to `folder`. `console` is a descriptor that consoles are shown on, which stays yours."""
+        self.folder = folder
+        self.console = console
+        self.keep = keep
+        self.required = required
+        #: Those that run, and those that have ended since the last report.
+        self.machines: list[LabMachine] = []
+
+    def machine(self, label: str, options: Mapping[str, Any]) -> LabMachine:
+        """Make a machine that is called after `label`. Fails the test for options that are not understood."""
+        cleaned = _NOT_IN_NAMES.sub("-", label).strip("-")[:40] or "vm"
+        name = f"{cleaned}-{uuid.uuid4().hex[:8]}".lstrip("_-")
+        try:
+            return LabMachine(self, cleaned, {"name": name, **options})
+        except (TypeError, VmspawnError) as error:
+            pytest.fail(_told(error), pytrace=False)
+
+    def report(self, item: pytest.Item, to: pytest.TestReport) -> None:
+        """Add what is known of a test's machines to its report."""
+        used = [getattr(each, "_inner", None) for each in getattr(item, "funcargs", {}).values()]
+        for machine in self.machines:
+            if machine.test == item.nodeid or any(machine._inner is each for each in used):
+                machine.has_failed = True
+                to.sections += machine.last_words or report.sections(machine.label, machine)
+                if self.keep and (machine.is_up or machine.is_kept):
+                    item.user_properties.append(("vm-kept", machine.name))
+                    to.user_properties.append(("vm-kept", machine.name))
+        self.machines = [each for each in self.machines if each.is_up]
+
+
+class LabMachine(sync.Machine):
+    """A machine for tests: a `vmspawn.sync.Machine` that is ready when `with` is entered."""
+
+    def __init__(self, lab: Lab, label: str, options: dict[str, Any]) -> None:
+        self._disks: Iterable[Disk | str | os.PathLike[str]] = options.pop("disks", ())
+        self._ready: str | None = options.pop("ready", None)
+        if not any(options.get(each) for each in ("guest", "image", "linux", "directory")):
+            options["guest"] = "builtin"
+        if options.get("guest") and self._ready is None:
+            self._ready = _BUILTIN_READY
+        options.setdefault("qmp_log", lab.folder / f"{options['name']}.qmp.log")
+        super().__init__(**options)
+        self._lab = lab
+        self.label = label
+        #: Whether a test that used it has failed.
+        self.has_failed = False
+        self.is_up = self.is_kept = False
+        #: The test that started it.
+        self.test = ""
+        self._before: leaks.Inside | None = None
+        #: Its sections of the report, if it has ended.
+        self.last_words: report.Sections = []
+
+    def __enter__(self) -> Self:
+        self._find_qemu()
+        try:
+            super().__enter__()
+        except GuestError as error:
+            self._skip(error)
+        except VmspawnError as error:
+            pytest.fail(_told(error), pytrace=False)
+        self.is_up = True
+        self.test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+        self._lab.machines.append(self)
+        try:
+            self._prepare()
+        except BaseException as error:
+            self.__exit__(type(error))
+            if isinstance(error, VmspawnError):
+                pytest.fail(_told(error), pytrace=False)
+            raise
+        return self
+
+    def _find_qemu(self) -> None:
+        config = self.config
+        try:
+            find_qemu(config.qemu, config.machine_type)
+        except StartError as error:
+            # One that was asked for by its path is not optional.
+            if config.qemu:
+                pytest.fail(_told(error), pytrace=False)
+            self._skip(error)
+        except VmspawnError as error:
+            pytest.fail(_told(error), pytrace=False)
+
+    def _skip(self, error: VmspawnError) -> None:
+        if self._lab.required:
+            pytest.fail(_told(error), pytrace=False)
+        pytest.skip(_told(error))
+
+    def _prepare(self) -> None:
+        """Wait until the guest is ready, and attach its disks."""
+        if self._lab.console is not None and self.config.console != "native":
+            viewer = _Viewer(self._lab.console)
+            self._read(lambda inner: inner._running.console.attach(viewer))
+        if self._ready is not None:
+            self.console.expect(self._ready, timeout=_READY_TIMEOUT)
+        for number, disk in enumerate(self._disks):
+            self._attach(number, disk)
+        self._before = self._call(lambda inner: leaks.Inside.of(inner._running))
+
+    def _attach(self, number: int, disk: Disk | str | os.PathLike[str]) -> None:
+        """Attach a disk. A size makes an empty image."""
+        size = bytes_of(disk) if isinstance(disk, str) else None
+        if size is None:
+            self.attach(disk)
+            return
+        path = self._lab.folder / f"{self.name}-disk{number}.raw"
+        with open(path, "xb") as image:
+            image.truncate(size)
+        self.attach(path, name=f"disk{number}")
+
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        if self._is_inherited:
+            return
+        self.has_failed |= kind is not None
+        if self.has_failed and self._lab.keep:
+            self._leave()
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        """End the machine. Fails the test if it leaves something behind, unless the test has failed already."""
+        before = self._before
+        found = self._call(lambda inner: leaks.Inside.of(inner._running)).since(before) if before else []
+        directory, pid = self.directory, self.pid
+        if self.has_failed or found:
+            self.last_words = report.sections(self.label, self)
+        self.is_up = False
+        super().__exit__()
+        found += leaks.outside(directory, [pid])
+        if found and not self.has_failed:
+            pytest.fail(f"the test left behind: {', '.join(found)}", pytrace=False)
+        if not self.has_failed:
+            self._lab.machines.remove(self)
+
+    def _leave(self) -> None:
+        """Let go of the machine, which runs on with a manager of its own."""
+        self.last_words = report.sections(self.label, self)
+        self.is_up, self.is_kept = False, True
+        background().open.discard(self)
+        self._call(lambda inner: inner._running.leave())
+        command = [sys.executable, "-m", "vmspawn.cli.ctl", "adopt", self.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ADOPT_TIMEOUT, check=False)
+        if done.returncode:
+            pytest.fail(f"cannot keep machine {self.name}: {done.stderr.strip()}", pytrace=False)
+
+
+class _Viewer:
+    """Shows a console on a descriptor."""
+
+    is_full = False
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def show(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def finish(self) -> None:
+        pass
+
+
+def _told(error: BaseException) -> str:
+    return "\n".join((str(error), *getattr(error, "__notes__", ())))
