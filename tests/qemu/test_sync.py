@@ -17,6 +17,7 @@ from tests.conftest import MIB, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
 from vmspawn.api import blocking
 from vmspawn.control.server import ControlServer, build_registry
+from vmspawn.inside.inside import Inside
 
 DEADLINE = 60.0
 
@@ -37,7 +38,7 @@ def machine(qemu: str, tmp_path: Path) -> Iterator[vmspawn.sync.Machine]:
 def served(machine: vmspawn.sync.Machine) -> Iterator[vmspawn.sync.Machine]:
     """The same with its control socket."""
     inner = machine._inner._running
-    server = machine._read(lambda _: ControlServer(inner.directory, build_registry(inner)))
+    server = machine._read(lambda _: ControlServer(inner.directory, build_registry(inner, Inside(inner))))
     yield machine
     machine._read(lambda _: server.close())
 
