@@ -22,6 +22,9 @@ _SHOWN = 20
 
 _LINE_END = re.compile(r"\r+\n")
 
+#: Colours, movements and questions to the terminal (ECMA-48, "CSI").
+_CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
 
 class Console:
     """The guest's console.
@@ -114,7 +117,8 @@ class Console:
 
     def last_lines(self, count: int) -> list[str]:
         """The console's last lines, safe to print."""
-        return [printable(line) for line in self.text.rstrip().split("\n")[-count:]] if self.text.strip() else []
+        text = _CONTROL_SEQUENCE.sub("", self.text).rstrip()
+        return [printable(line).rstrip() for line in text.split("\n")[-count:]] if text else []
 
     # What the console shows.
 

@@ -39,7 +39,7 @@ async def share(source: str, listen: str, *, ready: Callable[[], None], timeout:
         loop.add_signal_handler(number, ended.set)
     try:
         multiplexer = await Multiplexer.connect(connected, on_lost=on_lost, timeout=timeout)
-        with _listening(listen) as listener:
+        with listening(listen) as listener:
             loop.add_reader(listener, _accept, listener, multiplexer)
             ready()
             await ended.wait()
@@ -64,7 +64,7 @@ def _connect(source: str) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _listening(path: str) -> Iterator[socket.socket]:
+def listening(path: str) -> Iterator[socket.socket]:
     """A listening socket whose file goes with it."""
     try:
         listener = sockets.listen(path, _BACKLOG)

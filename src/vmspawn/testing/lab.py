@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import pytest
 
@@ -53,7 +53,7 @@ class Lab:
         try:
             return LabMachine(self, cleaned, {"name": name, **options})
         except (TypeError, VmspawnError) as error:
-            pytest.fail(_told(error), pytrace=False)
+            _fail(error)
 
     def report(self, item: pytest.Item, to: pytest.TestReport) -> None:
         """Add what is known of a test's machines to its report."""
@@ -98,7 +98,7 @@ class LabMachine(sync.Machine):
         except GuestError as error:
             self._skip(error)
         except VmspawnError as error:
-            pytest.fail(_told(error), pytrace=False)
+            _fail(error)
         self.is_up = True
         self.test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
         self._lab.machines.append(self)
@@ -107,7 +107,7 @@ class LabMachine(sync.Machine):
         except BaseException as error:
             self.__exit__(type(error))
             if isinstance(error, VmspawnError):
-                pytest.fail(_told(error), pytrace=False)
+                _fail(error)
             raise
         return self
 
@@ -118,15 +118,15 @@ class LabMachine(sync.Machine):
         except StartError as error:
             # One that was asked for by its path is not optional.
             if config.qemu:
-                pytest.fail(_told(error), pytrace=False)
+                _fail(error)
             self._skip(error)
         except VmspawnError as error:
-            pytest.fail(_told(error), pytrace=False)
+            _fail(error)
 
-    def _skip(self, error: VmspawnError) -> None:
+    def _skip(self, error: VmspawnError) -> NoReturn:
         if self._lab.required:
-            pytest.fail(_told(error), pytrace=False)
-        pytest.skip(_told(error))
+            _fail(error)
+        raise pytest.skip.Exception(_told(error)) from None
 
     def _prepare(self) -> None:
         """Wait until the guest is ready, and attach its disks."""
@@ -200,6 +200,11 @@ class _Viewer:
 
     def finish(self) -> None:
         pass
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Fail the test for a mistake or a want that no traceback explains."""
+    raise pytest.fail.Exception(_told(error), pytrace=False) from None
 
 
 def _told(error: BaseException) -> str:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 from typing import Any
 
 from ...control.client import REPLY_TIMEOUT, Client
 from ...errors import NotConnected, NotInstalled, UsageError
+from ...host import runtime
 from ..disconnect import watching
 from ..tables import print_json
 from .qmp_session import Session, parse_arguments, relay
@@ -27,6 +29,9 @@ def add(verbs: Verbs) -> None:
     session.add_argument("--stdio", action="store_true", help="connect standard input and output to the QMP stream")
     session.add_argument("--read-only", action="store_true", help="allow only commands that change nothing")
     verbs.add_for_machine("list-sessions", _list_sessions, "list a machine's QMP clients")
+    server = verbs.add_for_machine("qmp-socket", _serve, "serve QMP sessions of a machine on a socket", "SOCKET")
+    server.add_argument("listen", metavar="SOCKET", help="socket to create for the clients")
+    server.add_argument("--read-only", action="store_true", help="allow only commands that change nothing")
     share = verbs.add("qmp-share", _share, "share any QEMU's QMP socket among many clients", "SOCKET LISTEN")
     share.add_argument("socket", metavar="SOCKET", help="QEMU's QMP socket, which no other client may hold")
     share.add_argument("listen", metavar="LISTEN", help="socket to create for the clients")
@@ -94,6 +99,35 @@ def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
     return (*who, "ro" if session["readOnly"] else "rw", *counts)
 
 
+def _serve(options: argparse.Namespace) -> None:
+    """Serve sessions until the machine ends. Raises VmspawnError if they cannot be served."""
+    import asyncio
+
+    from ...control.qmp_socket import serve_sessions
+
+    def ready() -> None:
+        if not options.quiet:
+            what = "read-only sessions" if options.read_only else "sessions"
+            print(
+                f"serving QMP {what} of {options.machine} on {options.listen}; Ctrl-C ends it",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    asyncio.run(serve_sessions(options.machine, options.listen, read_only=options.read_only, ready=ready))
+
+
+def _refuse_our_own(path: str) -> None:
+    """Raise UsageError for a socket between a machine of ours and its manager, which shares it already."""
+    folder, name = os.path.split(os.path.realpath(path))
+    root, machine = os.path.split(folder)
+    if name in runtime.MONITORS and root == os.path.realpath(runtime.runtime_root()):
+        raise UsageError(
+            f"{path} belongs to the manager of machine {machine}, which shares it already",
+            hint=f"for a socket with a path: vmctl qmp-socket {machine} SOCKET",
+        )
+
+
 def _share(options: argparse.Namespace) -> None:
     """Share a socket until QEMU ends. Raises VmspawnError if it cannot be shared, or when QEMU ends."""
     import asyncio
@@ -105,5 +139,6 @@ def _share(options: argparse.Namespace) -> None:
         if not options.quiet:
             print(f"sharing {options.socket} on {options.listen}; Ctrl-C ends it", file=sys.stderr, flush=True)
 
+    _refuse_our_own(options.socket)
     timeout = GREETING_TIMEOUT if options.timeout is None else options.timeout
     asyncio.run(serve(options.socket, options.listen, ready=ready, timeout=timeout))
