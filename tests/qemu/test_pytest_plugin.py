@@ -21,16 +21,21 @@ pytest_plugins = ["pytester"]
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, qemu: str) -> pytest.Pytester:
     """A project whose machines boot nothing. pytester takes the home away, and the cache with it."""
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", CACHE)
-    image = make_raw(pytester.path / "boot.raw", MIB)
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\nasyncio_mode = strict\n")
     pytester.makeconftest(
-        f"""
+        """
+        import os
         import pytest
 
         def pytest_collection_modifyitems(items):
-            for item in items:
-                if "boots" not in item.keywords:
-                    item.add_marker(pytest.mark.vm(image={str(image)!r}, ram="64M", console="headless"), append=False)
+            for number, item in enumerate(items):
+                # A marker of the test's own comes before it.
+                item.add_marker(pytest.mark.vm(image=make(f"boot{number}.raw"), ram="64M", console="headless"))
+
+        def make(name):
+            with open(name, "ab") as image:
+                image.truncate(1 << 20)
+            return os.path.abspath(name)
         """
     )
     return pytester
@@ -79,8 +84,10 @@ def test_each_test_has_a_machine_of_its_own_and_a_session_has_one(project: pytes
 
         @pytest.fixture(scope="module")
         def two(vmspawn_factory):
-            options = dict(image="boot.raw", ram="64M", console="headless")
-            with vmspawn_factory(**options) as first, vmspawn_factory(**options) as second:
+            def make(image):
+                return vmspawn_factory(image=image, ram="64M", console="headless")
+
+            with make("one.raw") as first, make("two.raw") as second:
                 yield first, second
 
         def test_three(two, tmp_path):
@@ -90,6 +97,8 @@ def test_each_test_has_a_machine_of_its_own_and_a_session_has_one(project: pytes
         """
     )
     make_raw(project.path / "twelve.raw", 12 * MIB)
+    for name in ("one.raw", "two.raw"):
+        make_raw(project.path / name, MIB)
     run(project).assert_outcomes(passed=3)
 
 

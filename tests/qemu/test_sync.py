@@ -106,7 +106,8 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import sys, time, vmspawn.sync
+import signal, sys, time, vmspawn.sync
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 machine = vmspawn.sync.Machine(image=sys.argv[1], qemu=sys.argv[2], name=sys.argv[3], ram="64M", console="headless")
 machine.__enter__()
 print(machine.pid, flush=True)

@@ -28,7 +28,9 @@ class Inside(NamedTuple):
             return cls(frozenset(), frozenset())
         owned = {name for attached in running.storage for name in names_of(attached)}
         names = frozenset(str(node["node-name"]) for node in nodes)
-        return cls(names - owned, frozenset(int(each["fdset-id"]) for each in fdsets))
+        # QEMU keeps the set of an image that it may open anew, such as a read-only one.
+        used = {image.fdset for attached in running.storage for image in attached.images}
+        return cls(names - owned, frozenset(int(each["fdset-id"]) for each in fdsets) - used)
 
     def since(self, before: Inside) -> list[str]:
         """What has come since, in words."""
