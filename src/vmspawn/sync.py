@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack, cast, overload
 
 from .api import connect as _connect
 from .api import console as _console
@@ -29,6 +29,7 @@ from .api.attached_disk import AttachedDisk, DiskStatus
 from .api.blocking import Blocking, BlockingContext, BlockingMachine, blocking_iterator
 from .api.console import EXPECT_TIMEOUT
 from .api.events import EVENT_TIMEOUT, Where
+from .api.execution import Completed
 from .api.options import DiskOptions, MachineOptions, Size, StrPath
 from .boot.config import MachineConfig
 from .machine.ending import End
@@ -36,7 +37,7 @@ from .qmp.events import Event
 from .qmp.monitor import COMMAND_TIMEOUT
 from .storage.disk import Disk
 from .storage.limits import Limits
-from .timeouts import DETACH_TIMEOUT
+from .timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 
 __all__ = ["ConnectedMachine", "Console", "Events", "Machine", "Qmp", "connect"]
 
@@ -51,14 +52,17 @@ class Machine(BlockingMachine[_machine.Machine]):
             machine.console.expect("ready")
 
     `with` starts it, and ends it on the way out if it still runs. The keyword arguments are the fields of
-    MachineConfig, and prevail over `config`. Sizes are bytes or texts such as "512M"; times are seconds. A machine that
-    has ended can be started again.
+    MachineConfig, and prevail over `config`. Sizes are bytes or texts such as "512M"; times are seconds. vmctl and
+    other programs reach the machine by its name, unless `control` is False. A machine that has ended can be started
+    again.
 
     Raises StartError or UsageError if it cannot be started.
     """
 
-    def __init__(self, config: MachineConfig | None = None, **options: Unpack[MachineOptions]) -> None:
-        super().__init__(_machine.Machine(config, **options))
+    def __init__(
+        self, config: MachineConfig | None = None, *, control: bool = True, **options: Unpack[MachineOptions]
+    ) -> None:
+        super().__init__(_machine.Machine(config, control=control, **options))
 
     def __enter__(self) -> Self:
         self._enter(lambda inner: inner.__aenter__())
@@ -92,11 +96,14 @@ class Machine(BlockingMachine[_machine.Machine]):
         return self._call(lambda inner: inner.status())
 
     def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+
+        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        """
         return self._call(lambda inner: inner.power_off())
 
     def reboot(self) -> None:
-        """Reset the machine, as its reset button does."""
+        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
         return self._call(lambda inner: inner.reboot())
 
     def pause(self) -> None:
@@ -104,7 +111,7 @@ class Machine(BlockingMachine[_machine.Machine]):
         return self._call(lambda inner: inner.pause())
 
     def resume(self) -> None:
-        """Let the guest's processors run on."""
+        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
         return self._call(lambda inner: inner.resume())
 
     def terminate(self) -> None:
@@ -135,16 +142,26 @@ class Machine(BlockingMachine[_machine.Machine]):
         """All disks, boot disks included."""
         return self._call(lambda inner: inner.disks())
 
-    def attach(self, disk: Disk | StrPath, **options: Unpack[DiskOptions]) -> AttachedDisk:
+    def attach(
+        self,
+        disk: Disk | StrPath,
+        *,
+        wait_guest: bool = False,
+        timeout: float = DRIVER_TIMEOUT,
+        **options: Unpack[DiskOptions],
+    ) -> AttachedDisk:
         """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
         `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
 
         The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
 
+        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
+        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
+
         Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
         left behind then.
         """
-        return self._call(lambda inner: inner.attach(disk, **options))
+        return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
     def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
         """Unplug a disk; returns once nothing of it is left.
@@ -174,15 +191,69 @@ class Machine(BlockingMachine[_machine.Machine]):
         """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
         return self._call(lambda inner: inner.limit(name, limits))
 
-    def insert_media(self, name: str, path: StrPath, *, format: str | None = None, force: bool = False) -> None:
+    def insert_media(
+        self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+    ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked; `force` opens it all the same.
+        holds the tray locked for `timeout` seconds; `force` opens it all the same.
         """
-        return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force))
+        return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force, timeout=timeout))
 
-    def eject_media(self, name: str, *, force: bool = False) -> None:
+    def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive. Raises what `insert_media` raises."""
-        return self._call(lambda inner: inner.eject_media(name, force=force))
+        return self._call(lambda inner: inner.eject_media(name, force=force, timeout=timeout))
+
+    @overload
+    def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[True] = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str]: ...
+
+    @overload
+    def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[False],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[bytes]: ...
+
+    def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str] | Completed[bytes]:
+        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+
+        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
+        seconds, and what `execute` raises.
+        """
+        found: Completed[str] | Completed[bytes] = self._call(
+            lambda inner: cast(Any, inner).run(
+                command, check=check, input=input, timeout=timeout, text=text, env=env, cwd=cwd, user=user
+            )
+        )
+        return found
 
 
 class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
@@ -203,11 +274,14 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return self._call(lambda inner: inner.status())
 
     def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off."""
+        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+
+        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        """
         return self._call(lambda inner: inner.power_off())
 
     def reboot(self) -> None:
-        """Reset the machine, as its reset button does."""
+        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
         return self._call(lambda inner: inner.reboot())
 
     def pause(self) -> None:
@@ -215,7 +289,7 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return self._call(lambda inner: inner.pause())
 
     def resume(self) -> None:
-        """Let the guest's processors run on."""
+        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
         return self._call(lambda inner: inner.resume())
 
     def terminate(self) -> None:
@@ -253,16 +327,26 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         """All disks, boot disks included."""
         return self._call(lambda inner: inner.disks())
 
-    def attach(self, disk: Disk | StrPath, **options: Unpack[DiskOptions]) -> AttachedDisk:
+    def attach(
+        self,
+        disk: Disk | StrPath,
+        *,
+        wait_guest: bool = False,
+        timeout: float = DRIVER_TIMEOUT,
+        **options: Unpack[DiskOptions],
+    ) -> AttachedDisk:
         """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
         `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
 
         The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
 
+        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
+        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
+
         Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
         left behind then.
         """
-        return self._call(lambda inner: inner.attach(disk, **options))
+        return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
     def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
         """Unplug a disk; returns once nothing of it is left.
@@ -292,15 +376,69 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
         return self._call(lambda inner: inner.limit(name, limits))
 
-    def insert_media(self, name: str, path: StrPath, *, format: str | None = None, force: bool = False) -> None:
+    def insert_media(
+        self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
+    ) -> None:
         """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked; `force` opens it all the same.
+        holds the tray locked for `timeout` seconds; `force` opens it all the same.
         """
-        return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force))
+        return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force, timeout=timeout))
 
-    def eject_media(self, name: str, *, force: bool = False) -> None:
+    def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Take the medium out of an optical drive. Raises what `insert_media` raises."""
-        return self._call(lambda inner: inner.eject_media(name, force=force))
+        return self._call(lambda inner: inner.eject_media(name, force=force, timeout=timeout))
+
+    @overload
+    def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[True] = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str]: ...
+
+    @overload
+    def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: Literal[False],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[bytes]: ...
+
+    def run(
+        self,
+        command: str | Sequence[str | bytes],
+        *,
+        check: bool = False,
+        input: str | bytes | None = None,
+        timeout: float | None = None,
+        text: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> Completed[str] | Completed[bytes]:
+        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+
+        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
+        seconds, and what `execute` raises.
+        """
+        found: Completed[str] | Completed[bytes] = self._call(
+            lambda inner: cast(Any, inner).run(
+                command, check=check, input=input, timeout=timeout, text=text, env=env, cwd=cwd, user=user
+            )
+        )
+        return found
 
 
 class Console(Blocking[_console.Console]):

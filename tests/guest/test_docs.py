@@ -68,11 +68,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m vmspawn.cli.ctl "$@"\n')
     script.chmod(0o755)
     image = make_raw(folder / "boot.raw", MIB)
-    with (
-        spawned(f"--image={image}", "--ram=64M", "--console=headless", name="demo"),
-        serving("demo", folder / "demo.sock"),
-    ):
-        yield folder, {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "GOCACHE": str(folder / "go")}
+    with spawned(f"--image={image}", "--ram=64M", "--console=headless", name="demo") as machine:
+        machine.wait_for("is running")
+        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "GOCACHE": str(folder / "go")}
+        with serving("demo", folder / "demo.sock"):
+            yield folder, environment
 
 
 @contextmanager

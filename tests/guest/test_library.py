@@ -7,15 +7,12 @@ import pytest
 
 import vmspawn
 from tests.machines import Machine, fresh_name
-from vmspawn.control.server import ControlServer, build_registry
-from vmspawn.inside.inside import Inside
 
 DEADLINE = 60.0
 
 
 async def test_both_kinds_of_machines_type_on_the_console_and_read_it(qemu: str) -> None:
-    async with Machine(guest="builtin", name=fresh_name(), qemu=qemu) as machine:
-        server = ControlServer(machine.directory, build_registry(machine.inner, Inside(machine.inner)))
+    async with Machine(guest="builtin", name=fresh_name(), qemu=qemu, control=True) as machine:
         ours: vmspawn.Console = vmspawn.Machine.console.fget(machine)  # type: ignore[attr-defined]
         await ours.expect("vmspawn-guest: ready", timeout=DEADLINE)
         async with vmspawn.connect(machine.name) as connected:
@@ -31,4 +28,3 @@ async def test_both_kinds_of_machines_type_on_the_console_and_read_it(qemu: str)
             with pytest.raises(vmspawn.MachineEnded) as caught:
                 await waiting
             assert "42 is the answer" in caught.value.__notes__[-1]
-        server.close()

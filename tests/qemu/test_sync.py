@@ -16,8 +16,6 @@ import vmspawn.sync
 from tests.conftest import MIB, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
 from vmspawn.api import blocking
-from vmspawn.control.server import ControlServer, build_registry
-from vmspawn.inside.inside import Inside
 
 DEADLINE = 60.0
 
@@ -32,15 +30,6 @@ def made(qemu: str, folder: Path) -> vmspawn.sync.Machine:
 def machine(qemu: str, tmp_path: Path) -> Iterator[vmspawn.sync.Machine]:
     with made(qemu, tmp_path) as running:
         yield running
-
-
-@pytest.fixture
-def served(machine: vmspawn.sync.Machine) -> Iterator[vmspawn.sync.Machine]:
-    """The same with its control socket."""
-    inner = machine._inner._running
-    server = machine._read(lambda _: ControlServer(inner.directory, build_registry(inner, Inside(inner))))
-    yield machine
-    machine._read(lambda _: server.close())
 
 
 def test_a_machine_of_ones_own(machine: vmspawn.sync.Machine, tmp_path: Path) -> None:
@@ -66,12 +55,12 @@ def test_a_machine_of_ones_own(machine: vmspawn.sync.Machine, tmp_path: Path) ->
         assert [event.name for event in events] == ["MachineEnded"]
 
 
-def test_a_machine_of_another_process(served: vmspawn.sync.Machine, tmp_path: Path) -> None:
-    with vmspawn.sync.connect(served.name) as connected:
+def test_a_machine_of_another_process(machine: vmspawn.sync.Machine, tmp_path: Path) -> None:
+    with vmspawn.sync.connect(machine.name) as connected:
         connected.attach(make_raw(tmp_path / "data"), bus="virtio-scsi")
-        assert connected.disks() == served.disks()
+        assert connected.disks() == machine.disks()
         with connected.events() as events:
-            served.pause()
+            machine.pause()
             assert next(events).name == "STOP"
         assert connected.console.text == ""
         with connected.qmp() as qmp:

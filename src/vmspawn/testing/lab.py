@@ -79,6 +79,8 @@ class LabMachine(sync.Machine):
         if options.get("guest") and self._ready is None:
             self._ready = _BUILTIN_READY
         options.setdefault("qmp_log", lab.folder / f"{options['name']}.qmp.log")
+        # Machines end with the run, however that ends.
+        options.setdefault("die_with_program", not lab.keep)
         super().__init__(**options)
         self._lab = lab
         self.label = label
