@@ -3,6 +3,7 @@
 
 import os
 import re
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -290,3 +291,29 @@ def test_its_options_are_in_the_help(project: pytest.Pytester) -> None:
     done = project.runpytest_subprocess("--help", timeout=60)
     done.stdout.fnmatch_lines(["virtual machines (vmspawn):", "*--vm-qemu=PATH*", "*--vm-required*"])
     assert done.ret == pytest.ExitCode.OK
+
+
+def test_machines_die_with_a_run_that_is_killed(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        """
+        import os
+
+        def test_it(vm):
+            with open("fifo", "w") as fifo:
+                fifo.write(str(vm.pid))
+            vm.wait()
+        """
+    )
+    fifo = project.path / "fifo"
+    os.mkfifo(fifo)
+    before = machines()
+    with subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], stdout=subprocess.DEVNULL) as run:
+        machine = os.pidfd_open(int(fifo.read_text()))
+        run.kill()
+    poll = select.poll()
+    poll.register(machine, select.POLLIN)
+    assert poll.poll(60_000)
+    os.close(machine)
+    # What is left of its directory does not hold the name, and goes when that is used again.
+    for name in machines() - before:
+        assert not runtime.running_qemu(str(Path(runtime.runtime_root()) / name))
