@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes the man pages vmspawn(1) and vmctl(1): the text in docs/man, with the options as the commands themselves have
-them. `python docs/man.py FOLDER` writes them into FOLDER; `./dev man` does that for build/man."""
+"""Generates the man pages vmspawn(1) and vmctl(1) from the text in docs/man and the commands' parsers.
+
+`python docs/man.py FOLDER` writes them into FOLDER; `./dev man` writes them into build/man.
+"""
 
 import argparse
 import re
@@ -15,25 +17,25 @@ from vmspawn.version import VERSION
 
 SOURCES = Path(__file__).parent / "man"
 
-#: Lines of a source that stand for what the program itself says.
+#: Lines of a source that are replaced by the parser's options and verbs.
 _OPTIONS = "@OPTIONS@"
 _VERBS = "@VERBS@"
 
 
 def escape(text: str) -> str:
-    """Text for roff(7): hyphens as they are typed, backslashes, and no control line by accident."""
+    """Escape text for roff(7): hyphens, backslashes, and control characters at the start of a line."""
     text = text.replace("\\", "\\e").replace("-", "\\-").replace("…", "\\[u2026]")
     return "\\&" + text if text[:1] in (".", "'") else text
 
 
 def help_of(action: argparse.Action) -> str:
-    """An option's help as a sentence."""
+    """Return an option's help as a sentence."""
     text = (action.help or "") % {"default": action.default, "prog": ""}
     return f"{text[:1].upper()}{text[1:]}."
 
 
 def details() -> dict[str, str]:
-    """What there is to say of an option beyond its help, from docs/man/details: `--option` and lines that follow."""
+    """Parse docs/man/details; returns the text for each option."""
     found: dict[str, str] = {}
     for block in (SOURCES / "details").read_text().split("\n\n"):
         name, _, text = block.strip().partition("\n")
@@ -52,7 +54,7 @@ def _entry(action: argparse.Action, more: dict[str, str]) -> Iterator[str]:
 
 
 def options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The options of a parser by their groups."""
+    """Yield the options of a parser, group by group."""
     more = details()
     for group in parser._action_groups:
         actions = [each for each in group._group_actions if each.option_strings and each.help != argparse.SUPPRESS]
@@ -64,7 +66,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def verbs(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The verbs of vmctl, each with its arguments and its own options."""
+    """Yield the verbs of vmctl, each with its arguments and its own options."""
     shared = {name for action in parser._actions for name in action.option_strings}
     for name, verb in _subparsers(parser).items():
         yield ".TP"
@@ -86,7 +88,7 @@ def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def page(name: str, parser: argparse.ArgumentParser) -> str:
-    """One man page. The source is man(7) but for the lines that stand for something."""
+    """Return one man page. Its source is man(7) with lines to replace."""
     lines = [f'.TH {name.upper()} 1 "" "vmspawn {VERSION}" "vmspawn"']
     for line in (SOURCES / f"{name}.man").read_text().splitlines():
         match line:
@@ -102,7 +104,7 @@ def page(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def pages() -> dict[str, str]:
-    """All man pages by their file names."""
+    """Return all man pages by their file names."""
     return {
         "vmspawn.1": page("vmspawn", vmspawn_command.build_parser()),
         "vmctl.1": page("vmctl", vmctl.build_parser()),
