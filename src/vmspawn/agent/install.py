@@ -22,6 +22,7 @@ INSTALLED_PATH = "/usr/lib/vmspawn/vmspawn-agent"
 
 _RUN_PATH = "/run/vmspawn-agent"
 
+# Not in an initrd, whose processes are killed when the root is switched.
 # It starts with the first devices; ports that come later are waited for. Commands outlive an agent that is killed, so
 # only the agent's own process is, and a command that is killed for its memory is not the service's failure.
 _UNIT = """\
@@ -32,6 +33,7 @@ After=systemd-tmpfiles-setup-dev.service systemd-remount-fs.service
 Conflicts=shutdown.target
 Before=shutdown.target
 ConditionVirtualization=vm
+ConditionPathExists=!/etc/initrd-release
 StartLimitIntervalSec=0
 
 [Service]
