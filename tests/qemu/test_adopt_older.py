@@ -52,6 +52,8 @@ def test_it_is_taken_over_with_its_disks(qemu: str, tmp_path: Path, older: tuple
         before = disks(name)
     finally:
         manager.process.kill()
+        # So that `close` ends nothing but the manager's streams: QEMU stays for the next manager.
+        manager.process.wait()
         manager.close()
     adopted = Spawned(name, ("--adopt", "--console=headless"))
     try:

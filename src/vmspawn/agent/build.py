@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import StartError
+from ..cache import cache_directory
+from ..errors import StartError, UsageError
 
 _FOLDER = Path(__file__).parent
 SOURCES = ("agent.c", "kernel.h")
@@ -57,7 +58,7 @@ def build(architecture: str, folder: Path | None = None) -> Path:
     packaged = _FOLDER / f"agent-{architecture}"
     if folder is None and packaged.exists():
         return packaged
-    folder = folder or cache_directory()
+    folder = folder or _default_folder()
     path = folder / f"agent-{architecture}-{fingerprint()}"
     if not path.exists():
         try:
@@ -71,12 +72,12 @@ def build(architecture: str, folder: Path | None = None) -> Path:
     return path
 
 
-def cache_directory() -> Path:
-    """The directory that compiled agents are kept in, whether it exists or not."""
-    if base := os.environ.get("VMSPAWN_CACHE_DIR"):
-        return Path(base, "agent").absolute()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home, "vmspawn", "agent").absolute()
+def _default_folder() -> Path:
+    """Return the folder in the user's cache that keeps compiled agents. Raises StartError."""
+    try:
+        return Path(cache_directory(), "agent")
+    except UsageError as error:
+        raise StartError(f"cannot compile the agent: {error}", hint=error.hint) from None
 
 
 def fingerprint() -> str:
