@@ -405,9 +405,7 @@ def test_bad_messages_are_refused_one_by_one(machine: AgentMachine) -> None:
     assert machine.run("true").status == 0
 
 
-@pytest.mark.xfail(
-    reason="the agent sometimes does not answer a new session after junk; the cause is not known", run=False
-)
+@pytest.mark.xfail(reason="the agent sometimes does not answer after junk; the cause is not known", run=False)
 def test_junk_is_survived(machine: AgentMachine) -> None:
     pid = machine.start_session().pid
     chance = random.Random(4)
