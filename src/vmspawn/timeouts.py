@@ -31,3 +31,6 @@ TRAY_TIMEOUT = 10.0
 
 #: How long after the power button it is pressed again: a guest in its firmware does not notice it.
 POWER_BUTTON_INTERVAL = 5.0
+
+#: Seconds that clients of the control socket have to take the machine's last event.
+FAREWELL_TIMEOUT = 1.0

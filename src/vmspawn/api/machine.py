@@ -19,7 +19,7 @@ from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import Limits
 from ..storage.looks import Look
-from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, FAREWELL_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .commands import Guest
 from .console import Console
@@ -33,9 +33,6 @@ from .remotes import Local
 
 if TYPE_CHECKING:
     from ..control.server import ControlServer
-
-#: Seconds that clients of the control socket have to take the machine's last event.
-_FAREWELL_TIMEOUT = 1.0
 
 
 class Machine(Guest):
@@ -81,7 +78,7 @@ class Machine(Guest):
             await self._running.end()
             await self._up.recorded
             if self._server is not None:
-                await self._server.finish(timeout=_FAREWELL_TIMEOUT)
+                await self._server.finish(timeout=FAREWELL_TIMEOUT)
         finally:
             self._stop_serving()
 

@@ -17,6 +17,7 @@ from ..host.notify import Notifier
 from ..inside.inside import Inside
 from ..machine.ending import End
 from ..machine.running import Running, run
+from ..timeouts import FAREWELL_TIMEOUT
 from .front import Front
 from .heartbeat import Heartbeat
 from .preload import preload
@@ -32,9 +33,6 @@ _UNEXPECTED = ("qemu-died", "unknown")
 
 #: Seconds that the last of the console's output has to be written.
 _FLUSH_TIMEOUT = 5.0
-
-#: Seconds that clients of the control socket have to take the machine's last event.
-_FAREWELL_TIMEOUT = 1.0
 
 
 async def supervise(
@@ -163,7 +161,7 @@ class _Supervision:
         self._notifier.send(STOPPING=1, STATUS=end.message[:1].upper() + end.message[1:])
         if self._machine.config.console != "native":
             await first_of(self._machine.console.ended, timeout=_FLUSH_TIMEOUT)
-        await server.finish(timeout=_FAREWELL_TIMEOUT)
+        await server.finish(timeout=FAREWELL_TIMEOUT)
         if end.reason in _UNEXPECTED:
             self._report(end)
         return end
