@@ -17,21 +17,19 @@ from tests.machines import fresh_name, is_gone
 from vmspawn.host import runtime
 
 PROGRAM = """
-import asyncio, os, sys, threading
+import asyncio, os, signal, sys, threading
 from vmspawn import Machine
 
 async def run(name, qemu, image, how):
     options = dict(name=name, qemu=qemu, image=image, ram=64 << 20, console="headless", ephemeral=True)
     async with Machine(**options, die_with_program=True) as machine:
+        if how == "fork" and os.fork() == 0:
+            signal.pause()
         print("up", machine.pid, flush=True)
         if how == "os._exit":
             os._exit(3)
         if how == "sys.exit":
             sys.exit(3)
-        if how == "fork" and os.fork() == 0:
-            import time
-            time.sleep(20)
-            os._exit(0)
         await machine.wait()
 
 def main():
@@ -98,9 +96,11 @@ def test_nothing_is_left_of_a_machine_whose_program_dies(start: Start, how: str)
         elif how == "fork":
             program.kill()
         program.wait(timeout=DEADLINE)
-        nothing_left(name)
-        if how == "fork":
-            os.killpg(program.pid, signal.SIGKILL)
+        try:
+            nothing_left(name)
+        finally:
+            if how == "fork":
+                os.killpg(program.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("moment", [0.05, 0.15, 0.25, 0.35, 0.45, 0.6])
