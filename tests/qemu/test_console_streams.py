@@ -127,7 +127,7 @@ def test_a_transcript_that_cannot_be_written_is_said_once(options: tuple[str, ..
     running = Spawned(fresh_name(), (*options, *SPEAKS, f"--log={log}", "--quiet"), program=limited)
     try:
         running.wait_for(LAST_WORDS, stream="stdout")
-        said = f"cannot write {log}: File too large; the machine goes on without"
+        said = f"cannot write {log}: File too large; the machine continues without it"
         assert said in vmctl("status", running.name).stdout
         assert vmctl("terminate", running.name, "--wait").returncode == 0
         assert running.wait() == 0
@@ -147,7 +147,7 @@ def test_a_file_that_takes_no_more_output_is_said_once(options: tuple[str, ...],
     ):
         assert run.stderr is not None
         line = run.stderr.readline()
-        assert line == "vmspawn: cannot write to standard output: File too large; the machine goes on without\n"
+        assert line == "vmspawn: cannot write to standard output: File too large; the machine continues without it\n"
         while LAST_WORDS.encode() not in log.read_bytes():
             assert run.poll() is None
         assert vmctl("terminate", "full", "--wait").returncode == 0

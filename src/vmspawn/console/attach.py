@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shows a machine's console on this terminal, from another process than the manager's, for `vmctl console`.
+"""Shows the console of a machine that another process manages on this terminal, for `vmctl console`.
 
-It is a loop around poll(2), which a command loads faster than asyncio.
+The loop uses poll(2) because a command imports asyncio too slowly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
 class ConsoleAttachment:
-    """Connects a console's socket with two descriptors. All of them stay the caller's."""
+    """Relays between a console's socket and two descriptors. The caller keeps all three."""
 
     #: Whether the console ended the attachment, not the user.
     has_hung_up = False
@@ -36,7 +36,7 @@ class ConsoleAttachment:
     def __init__(
         self, console: socket.socket, source: int, target: int, *, read_only: bool, on_resize: Callable[[], None]
     ) -> None:
-        """`on_resize` is called at the start, and whenever the window has changed."""
+        """Prepare the relay. `on_resize` is called at the start, and whenever the window's size changes."""
         console.setblocking(False)
         self._console = console
         self._source = source
@@ -52,7 +52,7 @@ class ConsoleAttachment:
         self._signals: list[int] = []
 
     def run(self) -> int:
-        """Show and type until the user detaches or the console ends; returns 0, or the number of a signal that came."""
+        """Relay until the user detaches or the console ends; returns 0, or the number of the signal that ended it."""
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         handled = {number: signal.signal(number, self._signalled) for number in self._handled_signals()}
         old = signal.set_wakeup_fd(waker)
@@ -99,7 +99,7 @@ class ConsoleAttachment:
             poll.register(self._source, select.POLLIN)
         deadline = self._hotkeys.deadline if self._hotkeys is not None else None
         seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-        # Rounded up: a wait that ends too early would be repeated at once.
+        # Round up: poll(2) would otherwise return before the deadline, and the loop would spin.
         return dict(poll.poll(None if seconds is None else int(seconds * 1000) + 1))
 
     def _exchange(self, events: int) -> bool:
@@ -133,7 +133,7 @@ class ConsoleAttachment:
         for piece in self._hotkeys.feed(data, time.monotonic()):
             if piece is Key.END:
                 return False
-            # The other keys are for vmspawn; from here, they go to the guest.
+            # Only the manager acts on the other key sequences; this command passes them to the guest.
             self._type(piece.value if isinstance(piece, Key) else piece)
         return True
 
@@ -144,7 +144,7 @@ class ConsoleAttachment:
     # The terminal and the signals.
 
     def _obey_signals(self) -> int:
-        """Handle the signals that came; returns the number of a signal that ends the command, or 0."""
+        """Handle received signals; returns the number of a signal that ends the command, or 0."""
         signals, self._signals = self._signals, []
         for number in signals:
             if number in _END_SIGNALS:
@@ -158,7 +158,7 @@ class ConsoleAttachment:
         return 0
 
     def _stop(self) -> None:
-        """Stop this process as a job of the shell, and take the terminal again when it is continued."""
+        """Stop this process as the shell's job control expects, and make the terminal raw again on SIGCONT."""
         if self._terminal is not None:
             self._terminal.restore()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)

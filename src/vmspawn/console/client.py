@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serves a client of the console's socket: sends it the output, and types its input."""
+"""Serves one client of the console's socket: sends it the output, and passes its input to the guest."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Callable
 from ..aio.sockets import has_hung_up
 from ..aio.writer import Writer
 
-#: Bytes that may wait for a client, beside those in its socket, before the console waits for the client.
+#: Bytes queued for a client, beyond its socket's buffer, from which on the console waits for the client.
 UNREAD_MAX = 256 * 1024
 
-#: Seconds that the console waits for a client that reads nothing at all. A client that hangs would hang the guest; a
-#: slow one is waited for.
+#: Seconds after which a client that reads nothing is disconnected, because the guest waits for it. A slow client that
+#: still reads stays connected.
 STALL_TIMEOUT = 5.0
 
 _RECEIVE_SIZE = 65536
 
 
 class ConsoleClient:
-    """One connection. Owns the socket."""
+    """One client's connection. Owns the socket."""
 
     def __init__(
         self,
@@ -31,8 +31,11 @@ class ConsoleClient:
         on_room: Callable[[], None],
         on_closed: Callable[[ConsoleClient], None],
     ) -> None:
-        """`on_input` gets the client's input, and a function to call when there is room for more. `on_room` is called
-        when the client has read everything, `on_closed` once when the connection is closed."""
+        """Start to serve the client.
+
+        `on_input` gets the client's input, and a function to call when more input is accepted. `on_room` is called when
+        the client has read everything, and `on_closed` once when the connection is closed.
+        """
         connected.setblocking(False)
         self._socket: socket.socket | None = connected
         self._on_input = on_input
@@ -46,7 +49,7 @@ class ConsoleClient:
 
     @property
     def is_full(self) -> bool:
-        """Whether the console has to wait for this client."""
+        """True while the console has to wait for this client."""
         return self._writer.pending > UNREAD_MAX
 
     def show(self, data: bytes) -> None:
@@ -56,7 +59,7 @@ class ConsoleClient:
             self._watch(self._writer.written)
 
     def finish(self) -> None:
-        """Close once everything has been sent."""
+        """Close the connection after sending everything."""
         self._finishing = True
         if not self._writer.pending:
             self.close()

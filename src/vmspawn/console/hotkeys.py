@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds vmspawn's own key sequences in typed input.
 
-They are systemd-nspawn's: `^]^]^]`, `^]^]r` and `^]^]p`, each within a second. All other input goes to the guest as it
-was typed, in its order. A ^] is held back until the next key, or the end of its second, decides. The caller passes the
-time.
+The sequences are systemd-nspawn's: `^]^]^]`, `^]^]r` and `^]^]p`, each typed within a second. All other input goes to
+the guest unchanged and in order. A ^] is held back until the next key or the end of its second decides. The caller
+passes the time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ESCAPE = b"\x1d"
 #: Seconds that a sequence may take from its first key to its last, as in systemd-nspawn.
 WINDOW = 1.0
 
-#: A line that lists the keys, as systemd-nspawn prints it.
+#: The line that explains the keys, as systemd-nspawn prints it.
 HELP = "press ^] three times within 1s to end the machine, ^]^]p to power it off, ^]^]r to reboot it"
 
 
@@ -33,13 +33,13 @@ _LAST = {key.value[2:]: key for key in (Key.POWER_OFF, Key.REBOOT)}
 
 
 class Hotkeys:
-    """Splits typed input into bytes for the guest and keys for us.
+    """Splits typed input into bytes for the guest and key sequences for vmspawn.
 
     Times are seconds of any monotonic clock.
     """
 
     def __init__(self) -> None:
-        # The times of the ^] that are held back: none, one or two.
+        # The times at which the held ^] were typed: at most two.
         self._held: deque[float] = deque()
 
     @property
@@ -48,7 +48,7 @@ class Hotkeys:
         return self._held[0] + WINDOW if self._held else None
 
     def expire(self, now: float) -> bytes:
-        """Return each ^] whose second is over, for the guest."""
+        """Return the ^] whose second is over; they are for the guest."""
         late = 0
         while self._held and now >= self._held[0] + WINDOW:
             self._held.popleft()
@@ -81,7 +81,7 @@ class Hotkeys:
         return found
 
     def _take(self, byte: bytes, now: float) -> bytes | Key:
-        """Take one byte that is a ^] or follows one; returns a key, or bytes for the guest, which may be none."""
+        """Take a ^], or the byte after one; returns a key, or bytes for the guest, possibly b""."""
         if byte == ESCAPE:
             self._held.append(now)
             if len(self._held) < 3:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shares the guest's console: shows its output to any number of viewers, and passes their input on.
+"""Shares the guest's console: shows its output to any number of viewers, and passes their input to the guest.
 
-A viewer that attaches late is shown the last 64 KiB first, or all output that was printed before there was a manager to
-show it. A viewer that reads slowly slows the console down for everybody, as a slow terminal does; the viewer decides
-what happens if it reads nothing. So memory is bounded, and nothing is dropped.
+A viewer first gets the last 64 KiB of output. After an adoption that is all output that the guest printed while it had
+no manager. A slow viewer slows the console down for everybody, as a slow terminal does. Each viewer has its own rule
+for a reader that stops reading. So memory is bounded, and no output is dropped.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..aio.writer import Writer
 from .client import ConsoleClient
 from .unread import Log
 
-#: Bytes that a viewer who attaches late is shown first.
+#: Bytes of past output that a new viewer gets first.
 REPLAY_MAX = 64 * 1024
 
-#: Bytes of input that wait for the guest before senders that can wait are asked to wait.
+#: Bytes of input queued for the guest, from which on senders that can wait are paused.
 INPUT_MAX = 64 * 1024
 
-#: The most clients. Each costs a write for every piece of output.
+#: The maximum number of clients. Each costs a write for every piece of output.
 CLIENTS_MAX = 64
 
 _RECEIVE_SIZE = 65536
 
-#: Seconds without reading after a read of less than a page. A serial port sends its bytes one by one; we would be woken
-#: for each, and take the processor from QEMU. The pipe holds the bytes meanwhile, and nobody notices five milliseconds.
+#: Seconds to pause after a read of less than a page. A serial port sends single bytes; waking up for each would take
+#: the processor from QEMU. The pipe buffers the bytes meanwhile, and five milliseconds are not visible.
 _GATHER = 0.005
 _FEW = 4096
 
@@ -42,20 +42,21 @@ class Viewer(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether it cannot show more for now; it calls `Console.viewer_has_room` when it can again."""
+        """True while the viewer cannot take more output. It calls `Console.viewer_has_room` when it can again."""
 
     def show(self, data: bytes) -> None:
         """Show output."""
 
     def finish(self) -> None:
-        """Detach once all output has been shown; no more will come."""
+        """Show the remaining output, then detach. Called once, after the last `show`."""
 
 
 class Console:
-    """One machine's console. Owns its arguments: two pipes to QEMU, which do not block, and a listening socket.
+    """One machine's console. Owns the descriptors that it is made of.
 
-    Input is written to `typed`, output is read from `source`, and clients connect to `listener`. `log` is QEMU's log,
-    which is emptied after each read; `unread` is output that was printed before there was a manager to show it.
+    Input is written to the non-blocking pipe `typed`, output is read from the non-blocking pipe `source`, and clients
+    connect to `listener`. `log` is QEMU's log, which is emptied after each read. `unread` is the output that the guest
+    printed while it had no manager.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class Console:
         self._input = Writer(typed, functools.partial(os.write, typed), on_empty=self._on_input_empty)
         self._waiting_for_room: list[Callable[[], None]] = []
         self._reading = False
-        #: Set when everything that QEMU sent has been read.
+        #: Set when all output of QEMU has been read.
         self.drained = asyncio.Event()
-        #: Set when QEMU's end is closed and every viewer has seen everything, or is gone.
+        #: Set when QEMU has closed its end, and each viewer has shown all output or detached.
         self.ended = asyncio.Event()
         self._resume()
         self._loop.add_reader(listener, self._accept)
@@ -84,7 +85,7 @@ class Console:
     # Viewers.
 
     def attach(self, viewer: Viewer) -> None:
-        """Show the console's last output to a viewer, and its output from now on."""
+        """Show a viewer the console's last output, then all new output."""
         self._viewers.append(viewer)
         if self._replay:
             viewer.show(bytes(self._replay[-self._replay_max :]))
@@ -100,7 +101,7 @@ class Console:
         self.viewer_has_room()
 
     def viewer_has_room(self) -> None:
-        """Continue after a viewer that was full has room again."""
+        """Continue to read, now that a full viewer has room again."""
         if self._source is not None and not any(viewer.is_full for viewer in self._viewers):
             self._resume()
 
@@ -117,7 +118,7 @@ class Console:
             self._input.write(data)
 
     def when_input_has_room(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, as soon as less than INPUT_MAX waits for the guest, which may be at once."""
+        """Call `callback` once when less than INPUT_MAX waits for the guest, perhaps immediately."""
         if self._input.pending < INPUT_MAX:
             callback()
         else:
@@ -165,7 +166,7 @@ class Console:
             self._loop.call_later(_GATHER, self.viewer_has_room)
 
     def _finish(self) -> None:
-        """Close the console after QEMU's end. The viewers show the rest of the output."""
+        """Close the console after QEMU has ended. The viewers show the rest of the output."""
         self._close_sockets()
         for viewer in tuple(self._viewers):
             viewer.finish()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shows the guest's console on our standard output, and types from our standard input, on raw terminals."""
+"""Shows the guest's console on vmspawn's own terminal, and passes what is typed there to the guest."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Interactive:
-    """Shows a console on a descriptor and types from another; both stay the caller's.
+    """Shows a console on one descriptor and reads input from another. The caller keeps both.
 
-    Terminals are raw until `close`, which restores them whatever the guest has shown. `on_key` gets our own keys,
-    `on_terminal_gone` is called when the terminal to type on is gone, `on_resize` gets the window's rows and columns,
-    at once and whenever `window_changed` is called. `report` prints a message.
+    Terminals are raw until `close`, which restores them even if the guest has changed their modes. `on_key` gets
+    vmspawn's key sequences. `on_terminal_gone` is called when the input terminal hangs up. `on_resize` gets the
+    window's rows and columns, at the start and after each `window_changed`. `report` prints a message.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Interactive:
                 terminal=os.isatty(source),
                 on_key=on_key,
                 on_gone=on_terminal_gone,
-                on_overflow=lambda: report("the guest takes no input; what is typed now is dropped"),
+                on_overflow=lambda: report("the guest does not read its input; further input is dropped"),
             )
         except BaseException:
             self._restore()
             raise
 
     def write_line(self, line: str) -> None:
-        """Show a line of our own between the guest's output, on a line of the terminal's own."""
+        """Show a message of vmspawn amid the guest's output, on a line of its own."""
         start = "" if self._screen.at_line_start else "\r\n"
         data = f"{start}{line}\r\n".encode()
         if self._shared and not self._suspended:
@@ -81,19 +81,19 @@ class Interactive:
             self._on_resize(*window_size(self._target))
 
     def suspend(self) -> None:
-        """Give the terminal back for a while."""
+        """Restore the terminal until `resume`."""
         self._suspended = True
         self._restore()
 
     def resume(self) -> None:
-        """Take the terminal, for the first time or again. A background process is stopped here until it is in front."""
+        """Make the terminal raw. The kernel stops a background process here until it is in the foreground."""
         self._suspended = False
         for terminal, typed in self._terminals:
             terminal.raw(typed=typed)
         self.window_changed()
 
     def close(self) -> None:
-        """Give the terminal back for good. May be called again."""
+        """Restore the terminal for good. May be called again."""
         self._keyboard.close()
         if os.isatty(self._target) and (reset := self._screen.reset()):
             self._screen = Screen()

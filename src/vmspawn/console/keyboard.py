@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Passes input from our terminal or a pipe to the guest's console."""
+"""Passes input from a terminal or a pipe to the guest's console."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .streams import Input
 if TYPE_CHECKING:
     from .hub import Console
 
-#: Bytes typed on a terminal that may wait for the guest. We must go on reading a terminal, because our own keys come
-#: from it as well; input beyond this is dropped.
+#: Bytes typed on a terminal that may wait for the guest. Input beyond this is dropped: reading must go on, because
+#: vmspawn's key sequences come from the same terminal.
 TYPED_MAX = 1024 * 1024
 
 
 class Keyboard:
-    """Passes the input of a descriptor, which stays the caller's, to the console.
+    """Passes the input of a descriptor to the console. The caller keeps the descriptor.
 
-    On a terminal, our own keys are taken out and handed to `on_key`; `on_gone` is called once when the terminal is
-    gone, `on_overflow` once when input has been dropped. Other input is passed unchanged, at the guest's pace.
+    On a terminal, key sequences go to `on_key` instead. `on_gone` is called once when the terminal hangs up, and
+    `on_overflow` once when input is dropped. Input from other files is passed unchanged, at the guest's pace.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Keyboard:
         self._resume()
 
     def close(self) -> None:
-        """Read no more. May be called again."""
+        """Stop reading. May be called again."""
         if self._input.fd < 0:
             return
         if self._pollable:
@@ -65,7 +65,7 @@ class Keyboard:
                 self._loop.add_reader(self._input.fd, self._readable)
                 return
         except PermissionError:
-            # A regular file, or /dev/null: always ready, and refused by epoll(7).
+            # A regular file or /dev/null is always ready, and epoll(7) refuses it.
             self._pollable = False
         self._loop.call_soon(self._readable)
 
@@ -114,6 +114,6 @@ class Keyboard:
 
     def _expire(self) -> None:
         assert self._hotkeys is not None
-        # The loop may call a little early, by its clock's resolution.
+        # The event loop may call early by its clock's resolution.
         deadline = self._hotkeys.deadline or 0.0
         self._type([self._hotkeys.expire(max(self._loop.time(), deadline))])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find the message of a kernel panic in what the guest prints.
+"""Finds the message of a kernel panic in the guest's output.
 
-Not every kernel has a driver for pvpanic, and none has one before it has loaded it.
+pvpanic does not report all panics: some kernels lack its driver, and early panics come before the driver is loaded.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable
 
 _MARK = b"Kernel panic - not syncing"
 
-# The kernel begins a line with it, or prints it behind a timestamp and perhaps the thread, whatever stands before that.
-# The last line of a panic, "---[ end Kernel panic …", repeats the message.
+# The message begins a line, or follows a timestamp and perhaps a thread. The last line of a panic,
+# "---[ end Kernel panic …", repeats the message and does not match.
 _MESSAGE = re.compile(
     rb"(?:(?:^|[\r\n])|\[ *[0-9]+\.[0-9]+\](?:\[[^\]\r\n]*\])? )Kernel panic - not syncing(?:: *([^\r\n]*))?[\r\n]"
 )
 
-#: Characters of a message that are reported.
+#: The maximum length of a reported message, in characters.
 _LENGTH_MAX = 200
 
-#: Bytes that are kept of what was printed: a message may come in pieces.
+#: Bytes of past output that are kept, since a message may come in pieces.
 _TAIL = 1024
 
 
@@ -31,7 +31,7 @@ class PanicFinder:
         self._tail = b""
 
     def feed(self, data: bytes) -> list[str]:
-        """Take output; returns the messages of panics that are complete now."""
+        """Take output; returns the messages that it completes."""
         seen = self._tail + data
         if _MARK not in seen:
             self._tail = seen[-_TAIL:]
@@ -43,15 +43,15 @@ class PanicFinder:
 
 
 class OutputWatch:
-    """A viewer that shows nothing to anybody: it looks for panics, and whether anything is printed at all."""
+    """A viewer that looks for panics, and notes whether the guest prints anything."""
 
     is_full = False
 
     def __init__(self, on_panic: Callable[[str], None]) -> None:
-        """`on_panic` is called with the message of each panic."""
+        """Watch the output. `on_panic` is called with the message of each panic."""
         self._finder = PanicFinder()
         self._on_panic = on_panic
-        #: Whether the guest has printed anything.
+        #: True after the first output.
         self.has_output = False
 
     def show(self, data: bytes) -> None:
@@ -61,4 +61,4 @@ class OutputWatch:
             self._on_panic(message)
 
     def finish(self) -> None:
-        """There is nothing left to be shown."""
+        """Do nothing: this viewer buffers no output."""

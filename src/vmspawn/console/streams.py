@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads and writes our standard streams without blocking, and without O_NONBLOCK for others that share them.
+"""Reads and writes standard streams without blocking, and without setting O_NONBLOCK on them.
 
-O_NONBLOCK belongs to the open file description, which the shell and its other children use too. So a terminal or a pipe
-is opened anew through /proc/self/fd; other files are written to only when poll(2) reports room.
+O_NONBLOCK belongs to the open file description, which the shell and its other children share. So a terminal or a pipe
+is reopened through /proc/self/fd. Other files are written only when poll(2) reports them writable.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Callable
 
 _FLAGS = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
-#: Bytes that a pipe which polls as writable takes without blocking (pipe(7), PIPE_BUF).
+#: Bytes that a writable pipe takes without blocking (pipe(7), PIPE_BUF).
 _SAFE = select.PIPE_BUF
 
-#: Bytes taken in one read(2). A terminal has 4096 at the most.
+#: Bytes of one read(2). A terminal returns at most 4096.
 READ_SIZE = 65536
 
 
 class Output:
-    """Writes to a duplicate, `fd`, of a descriptor, which stays the caller's."""
+    """Writes to `fd`, a duplicate of the caller's descriptor. Owns the duplicate."""
 
     def __init__(self, fd: int) -> None:
         self.fd, own = _reopen(fd, os.O_WRONLY)
@@ -32,7 +32,7 @@ class Output:
             self.write = self._send
 
     def close(self) -> None:
-        """Close our descriptor."""
+        """Close the duplicate."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -53,19 +53,19 @@ class Output:
 
 
 class Input:
-    """Reads from a duplicate, `fd`, of a descriptor, which stays the caller's."""
+    """Reads from `fd`, a duplicate of the caller's descriptor. Owns the duplicate."""
 
     def __init__(self, fd: int) -> None:
         self.fd, _ = _reopen(fd, os.O_RDONLY)
 
     def close(self) -> None:
-        """Close our descriptor."""
+        """Close the duplicate."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def read(self) -> bytes:
-        """Return the bytes that are there, b"" at the end. Raises BlockingIOError if there are none yet, or OSError."""
+        """Return the available bytes, or b"" at end of file. Raises BlockingIOError if there are none yet, or OSError."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         if not poll.poll(0):
@@ -74,7 +74,7 @@ class Input:
 
 
 def _reopen(fd: int, mode: int) -> tuple[int, bool]:
-    """Return a duplicate, which the caller owns, and whether writing to it never blocks."""
+    """Return a duplicate, which the caller owns, and True if writing to it never blocks."""
     kind = os.fstat(fd).st_mode
     if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind):
         try:
@@ -86,10 +86,10 @@ def _reopen(fd: int, mode: int) -> tuple[int, bool]:
 
 
 def ensure_standard_streams() -> None:
-    """Open /dev/null wherever a standard descriptor is closed, before something else gets its number."""
+    """Open /dev/null in place of each closed standard descriptor, so that no other file gets its number."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            # The lowest free number is this one, for those below are open.
+            # open(2) returns the lowest free number, which is this one: all lower ones are open.
             os.open(os.devnull, os.O_RDWR)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes a terminal raw for the guest, and restores it afterwards."""
+"""Makes a terminal raw for the guest, and restores its settings."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import os
 import termios
 from typing import Any
 
-# Indices of what tcgetattr(3) returns in Python.
+# Indices into the list that termios.tcgetattr returns.
 _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6
 
-#: Switches off the modes that a guest may have switched on, and that a shell does not switch off: ends an unfinished
-#: control string, selects the usual character set, resets colours, cursor, margins and keypad, mouse and focus reports,
-#: bracketed paste and line wrapping. ECMA-48 and xterm's control sequences; terminals ignore unknown ones.
+#: Resets the modes that a guest may have set and that a shell does not reset: ends an unfinished control string,
+#: selects the default character set, resets colours, cursor, margins, keypad, mouse and focus reports, bracketed paste
+#: and line wrapping. The sequences are ECMA-48's and xterm's; terminals ignore unknown ones.
 _RESET = b"\x1b\\\x0f\x1b(B\x1b[!p\x1b[0m\x1b[?1000;1002;1003;1004;1006;2004l\x1b[?7h\x1b[?25h"
 
-# The alternate screen is left only if it was entered: leaving it moves the cursor.
+# The alternate screen is left only if the guest entered it, because leaving it moves the cursor.
 _ENTER_ALTERNATE = (b"\x1b[?1049h", b"\x1b[?1047h", b"\x1b[?47h")
 _LEAVE_ALTERNATE = (b"\x1b[?1049l", b"\x1b[?1047l", b"\x1b[?47l")
 _LONGEST = max(map(len, _ENTER_ALTERNATE))
 
 
 class Screen:
-    """Follows the output of a terminal, to know how to reset it."""
+    """Tracks a terminal's output, to know how to reset the terminal."""
 
     def __init__(self) -> None:
         self._tail = b""
@@ -32,11 +32,11 @@ class Screen:
 
     @property
     def at_line_start(self) -> bool:
-        """Whether the output has ended with a complete line."""
+        """True if the output so far ends with a complete line."""
         return not self._tail or self._tail.endswith(b"\n")
 
     def show(self, data: bytes) -> None:
-        """Follow output that is shown."""
+        """Track output that the terminal shows."""
         seen = self._tail + data
         self._shown |= bool(data)
         if b"\x1b[?" in seen:
@@ -47,7 +47,7 @@ class Screen:
         self._tail = seen[-_LONGEST:]
 
     def reset(self) -> bytes:
-        """Return the control sequences that undo what the output may have switched on."""
+        """Return the control sequences that reset the modes which the output may have set."""
         if not self._shown:
             return b""
         leave = _LEAVE_ALTERNATE[0] if self._alternate else b""
@@ -55,12 +55,12 @@ class Screen:
 
 
 class Terminal:
-    """One terminal's settings. The descriptor stays the caller's."""
+    """One terminal's settings. The caller keeps the descriptor."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._saved: list[Any] = termios.tcgetattr(fd)
-        # QEMU, if it gets this terminal, may leave it non-blocking when it is killed.
+        # A killed QEMU that used this terminal may leave it non-blocking.
         self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
 
     def raw(self, *, typed: bool) -> None:
@@ -78,9 +78,9 @@ class Terminal:
         termios.tcsetattr(self._fd, termios.TCSANOW, attributes)
 
     def restore(self) -> None:
-        """Restore the settings, without waiting for output: a stopped terminal would never finish it.
+        """Restore the settings without draining output, which would never end on a stopped terminal.
 
-        Does nothing if the terminal is gone.
+        Does nothing if the terminal has hung up.
         """
         try:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags)
@@ -90,7 +90,7 @@ class Terminal:
 
 
 def window_size(fd: int) -> tuple[int, int]:
-    """Return a terminal's rows and columns, zeros if they are not known."""
+    """Return a terminal's rows and columns, or zeros if they are unknown."""
     try:
         size = os.get_terminal_size(fd)
     except OSError:
@@ -99,9 +99,9 @@ def window_size(fd: int) -> tuple[int, int]:
 
 
 def is_foreground(fd: int) -> bool:
-    """Whether this is a terminal, and we are in its foreground process group."""
+    """Return whether `fd` is a terminal, and this process is in its foreground process group."""
     try:
         return os.isatty(fd) and os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
-        # A terminal that is not our controlling terminal does not stop background processes.
+        # Only the controlling terminal stops background processes.
         return os.isatty(fd)

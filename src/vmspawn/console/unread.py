@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Collects output that no manager has read, from the pipe and from QEMU's log of the console."""
+"""Collects the console output that no manager has read, from the pipe and from QEMU's log of the console."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ import fcntl
 import os
 from typing import Protocol
 
-#: Ends output that was read late if some of it is missing.
+#: Marks the place where output is missing.
 MISSING = b"\r\n[vmspawn: what the guest printed next, while it had no manager, is missing]\r\n"
 
-#: Ends it if none of it was kept.
+#: Marks the place where all output is missing.
 NOT_KEPT = b"\r\n[vmspawn: what the guest printed here, while it had no manager, was not kept]\r\n"
 
 _RECEIVE_SIZE = 65536
 
-# A pipe may be full although so much room is left: a write is not split.
+# A full pipe may have this much room left, because a write is not split.
 _PAGE = 4096
 
-# Attempts to find the guest silent for as long as it takes to look.
+# Attempts to read the pipe and the log without new output in between.
 _ATTEMPTS = 16
 
-# So many equal bytes are no coincidence.
+# This many equal bytes are the same output, not a coincidence.
 _SURE = 64
 
 
 class Log(Protocol):
-    """QEMU's log of the console: the output since it was emptied, up to a bound."""
+    """QEMU's log of the console: the output since the log was emptied, up to a bound."""
 
     @property
     def size(self) -> int:
-        """The number of bytes in the log."""
+        """Return the number of bytes in the log."""
 
     @property
     def is_full(self) -> bool:
-        """Whether the log is full, so that output may be missing."""
+        """Return whether the log is full, so that output may be missing."""
 
     def read(self, size: int) -> bytes:
         """Return the first bytes of the log."""
@@ -47,9 +47,9 @@ class Log(Protocol):
 
 
 def take(source: int, log: Log | None, *, kept_in_pipe: bool = False) -> bytes:
-    """Take all output that has not been read, oldest first, out of the pipe and the log.
+    """Remove all unread output from the pipe and the log, and return it, oldest first.
 
-    Without a log, it is the output that QEMU kept in the pipe, if `kept_in_pipe`.
+    Without a log, `kept_in_pipe` tells whether QEMU kept the output in the pipe.
     """
     if log is None:
         piped = _drain(source)
@@ -74,21 +74,21 @@ def _drain(source: int) -> bytes:
         while data := os.read(source, _RECEIVE_SIZE):
             taken += data
     except OSError:
-        pass  # empty, or QEMU has ended, which the next read reports
+        pass  # the pipe is empty, or QEMU has ended, which the next read reports
     return taken
 
 
 def join(piped: bytes, logged: bytes) -> bytes:
     """Join the output from the pipe and from the log.
 
-    The log contains all of it, except for the output just before the log was last emptied, which begins the pipe.
+    The log has all output since it was last emptied. The pipe may begin with older output that is not in the log.
     """
     head = logged[:_SURE]
     start = piped.find(head) if len(head) == _SURE else -1
     if start < 0:
         longest = min(len(piped), len(logged))
         shared = next((n for n in range(min(longest, _SURE), 0, -1) if piped.endswith(logged[:n])), 0)
-        # Where the log is short, the pipe may have all of it and the guest's next words.
+        # If the log is short, the pipe may have all of the log, and newer output after it.
         start = piped.rfind(logged) if 0 < len(logged) < _SURE and not shared else len(piped) - shared
         start = len(piped) if start < 0 else start
     return piped[:start] + logged

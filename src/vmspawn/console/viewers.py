@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shows the console on our standard output, and writes its transcript to a file."""
+"""Shows the console on standard output, and appends its output to a file."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 class OutputViewer:
     """Shows the console on a terminal, a pipe, a socket or a file, at the reader's pace.
 
-    The descriptor stays the caller's. The console goes on without it when the reader is gone, or a file is full.
+    The caller keeps the descriptor. The viewer detaches if the reader is gone, or a write to a file fails.
     """
 
     def __init__(
         self, console: Console, fd: int, screen: Screen | None = None, *, on_failed: Callable[[OSError], None]
     ) -> None:
-        """`screen` follows the output; `on_failed` is called once when a file cannot be written any more."""
+        """Attach to the console. `screen` tracks the output; `on_failed` is called once if a write to a file fails."""
         self._console = console
         self._on_failed = on_failed
         self._screen = screen
@@ -36,7 +36,7 @@ class OutputViewer:
 
     @property
     def is_full(self) -> bool:
-        """Whether output waits to be written."""
+        """True while output waits to be written."""
         return self._writer.pending > 0
 
     def show(self, data: bytes) -> None:
@@ -46,26 +46,26 @@ class OutputViewer:
         self._writer.write(data)
 
     def finish(self) -> None:
-        """Detach once everything has been written."""
+        """Detach after writing everything."""
         self._finishing = True
         if not self._writer.pending:
             self._console.detach(self)
 
     def write_last(self, data: bytes) -> None:
-        """Write last bytes, if that is possible without waiting."""
+        """Write these last bytes, if that does not block."""
         if self._output.fd >= 0 and not self._writer.pending:
             with contextlib.suppress(OSError):
                 self._output.write(data)
 
     def close(self) -> None:
-        """Show no more. May be called again."""
+        """Detach at once. May be called again."""
         self._writer.close()
         self._output.close()
         self._console.detach(self)
 
     def _on_lost(self, error: OSError) -> None:
         self._console.detach(self)
-        # A reader that is gone needs no message.
+        # A closed pipe is no error: its reader has read enough.
         if stat.S_ISREG(os.fstat(self._output.fd).st_mode):
             self._on_failed(error)
 
@@ -77,22 +77,22 @@ class OutputViewer:
 
 
 def output_failed(error: OSError) -> str:
-    """Return a message for an output that failed."""
-    return f"cannot write to standard output: {error.strerror}; the machine goes on without"
+    """Return the message for a failed standard output."""
+    return f"cannot write to standard output: {error.strerror}; the machine continues without it"
 
 
 class Transcript:
     """Appends the console's output to a file. Owns the descriptor."""
 
     def __init__(self, console: Console, fd: int, on_failed: Callable[[OSError], None]) -> None:
-        """`on_failed` is called once, when the file cannot be written any more; the console goes on without it."""
+        """Attach to the console. `on_failed` is called once if a write fails; the transcript then detaches."""
         self._console = console
         self._fd = fd
         self._on_failed = on_failed
 
     @property
     def is_full(self) -> bool:
-        """Never true: a file is written at once."""
+        """Always False: each piece is written at once."""
         return False
 
     def show(self, data: bytes) -> None:
@@ -106,7 +106,7 @@ class Transcript:
 
     def finish(self) -> None:
         """Close the file. May be called again."""
-        # A network file system may report only now that it is full.
+        # A network file system may report a failed write only on close(2).
         if error := self._close():
             self._on_failed(error)
 

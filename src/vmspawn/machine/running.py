@@ -178,7 +178,7 @@ class Running:
         return explain_failure(self.name, disks, self._process.describe_end(), self.directory.read_log())
 
     def _log_failed(self, error: OSError) -> None:
-        line = f"cannot write {self.config.console_log}: {error.strerror}; the machine goes on without"
+        line = f"cannot write {self.config.console_log}: {error.strerror}; the machine continues without it"
         self._report(line)
 
     def _report(self, line: str) -> None:
