@@ -152,12 +152,12 @@ def test_a_failed_build_leaves_nothing(ingredients: Kernel, cache: Path, monkeyp
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(GuestError, match="no built-in guest for riscv64") as caught:
         build.build("riscv64")
-    assert caught.value.hint == "There is one for x86_64 and aarch64."
+    assert caught.value.hint == "there is one for x86_64 and aarch64"
 
 
 def test_a_cache_that_cannot_be_written_is_said_so(cache: Path) -> None:
     cache.parent.write_text("a file in its place")
-    with pytest.raises(GuestError, match=r"could not be built in .*: Not a directory") as caught:
+    with pytest.raises(GuestError, match=r"cannot build the guest in .*: Not a directory") as caught:
         build.build()
     assert "VMSPAWN_CACHE_DIR" in caught.value.hint
 

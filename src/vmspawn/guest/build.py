@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Builds the built-in guest: a kernel, and an initramfs with busybox, the kernel's modules and our scripts."""
+"""Builds the built-in guest: a kernel, and an initramfs with busybox, kernel modules and vmspawn's scripts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .kernel import Kernel, find_kernel
 from .modules import modules_alias, modules_dep
 from .packages import Fetcher
 
-#: Modules that are loaded at boot, in this order; first what a console needs. Not every kernel has all as modules.
+#: Modules that are loaded at boot, in this order; the console's come first. Some kernels have some of them built in.
 BOOT_MODULES = (
     "virtio_pci",
     "virtio_console",
@@ -38,12 +38,12 @@ BOOT_MODULES = (
     "pvpanic_pci",
 )
 
-#: Modules for file systems that a user may mount.
+#: Modules that are loaded when a user mounts a file system.
 EXTRA_MODULES = ("crc32c_generic", "ext4", "isofs")
 
 _DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "dev", "mnt", "proc", "root", "run", "sys", "tmp")
 
-# The age at which the scratch directory of a build that was killed is removed.
+# The age in seconds at which the scratch directory of a killed build is removed.
 _STALE_SECONDS = 3600
 _SCRATCH_PREFIX = ".new-"
 
@@ -51,21 +51,21 @@ _SCRATCH_PREFIX = ".new-"
 def build(architecture: str = "x86_64", progress: Callable[[str], None] = lambda phrase: None) -> BuiltinGuest:
     """Build the guest in the cache, unless it is there already, and return it.
 
-    `progress` is called with a short phrase for users at each step. Builds may run in parallel: a guest is published in
-    one step, and the first one stays. A build that fails leaves nothing behind.
+    `progress` is called with a short phrase for users at each step. Builds may run in parallel: each publishes its
+    guest atomically, and the first guest stays. A failed build leaves nothing behind.
     """
     if architecture not in builtin.ARGUMENTS:
         raise GuestError(
             f"there is no built-in guest for {architecture}",
-            hint=f"There is one for {' and '.join(builtin.ARGUMENTS)}.",
+            hint=f"there is one for {' and '.join(builtin.ARGUMENTS)}",
         )
     cache = Path(builtin.cache_directory())
     try:
         return builtin.find(architecture) or _build(architecture, cache, progress)
     except OSError as error:
         raise GuestError(
-            f"the built-in guest could not be built in {cache}: {error.strerror}",
-            hint="VMSPAWN_CACHE_DIR= names another directory for it.",
+            f"cannot build the guest in {cache}: {error.strerror}",
+            hint="set VMSPAWN_CACHE_DIR to another directory",
         ) from error
 
 
@@ -93,7 +93,7 @@ def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> B
 
 
 def _agent(architecture: str, progress: Callable[[str], None]) -> bytes | None:
-    """The agent; None if it cannot be compiled, which leaves a guest in which no commands can be run."""
+    """Return the compiled agent, or None if it cannot be compiled. A guest without it cannot run commands."""
     try:
         return agents.build(architecture).read_bytes()
     except StartError as error:
@@ -102,10 +102,10 @@ def _agent(architecture: str, progress: Callable[[str], None]) -> bytes | None:
 
 
 def write_initramfs(archive: Initramfs, kernel: Kernel, busybox: bytes, agent: bytes | None = None) -> None:
-    """Write all files of the guest, its kernel excepted."""
+    """Write all files of the guest except its kernel."""
     for directory in _DIRECTORIES:
         archive.add_directory(directory)
-    # The kernel opens it for PID 1, before anything is mounted
+    # The kernel opens /dev/console for PID 1 before anything is mounted.
     archive.add_character_device("dev/console", 5, 1)
     archive.add_file("bin/busybox", busybox, executable=True)
     archive.add_link("bin/sh", "busybox")
@@ -129,7 +129,7 @@ def _add_modules(archive: Initramfs, kernel: Kernel) -> None:
 
 
 def _publish(new: Path, final: Path, architecture: str) -> BuiltinGuest:
-    """Move the guest to its place, unless another build has published one."""
+    """Rename the guest to its final path, unless another build has published one there."""
     if builtin.guest_in(str(final), architecture) is None:
         shutil.rmtree(final, ignore_errors=True)
         try:
@@ -143,7 +143,7 @@ def _publish(new: Path, final: Path, architecture: str) -> BuiltinGuest:
 
 
 def _remove_old(cache: Path, guest: BuiltinGuest, architecture: str) -> None:
-    """Remove the guests of other versions of this package, and the scratch directories of builds that were killed."""
+    """Remove the guests of other versions of this package, and the scratch directories of killed builds."""
     stale = time.time() - _STALE_SECONDS
     for directory in cache.iterdir():
         old = directory.name.startswith(f"{architecture}-") and directory != Path(guest.kernel).parent

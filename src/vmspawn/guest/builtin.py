@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the built-in guest, a kernel and an initramfs that `build` makes once, in the cache.
+"""Finds the built-in guest in the cache: a kernel and an initramfs, which `build` makes once.
 
-This module is on the start path and imports next to nothing.
+Each start imports this module, so it imports very little.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import os
 
 from .. import cache
 
-#: Goes up whenever the same files below `rootfs` would make another guest.
+#: The version of the build. Increase it if the same files below `rootfs` would make another guest.
 FORMAT = 2
 
-#: What the initramfs takes from this package as it is, by its path below `rootfs` and in the guest alike.
+#: Files that are copied to the initramfs, with the same paths below `rootfs` as in the guest.
 ROOTFS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rootfs")
 FILES = (
     "init",
@@ -30,12 +30,12 @@ FILES = (
     "lib/vmspawn/window",
 )
 
-#: The sources of the agent, which the initramfs takes compiled.
+#: The sources of the agent. The initramfs contains the compiled agent.
 _AGENT = os.path.join(os.path.dirname(os.path.dirname(ROOTFS)), "agent")
 _AGENT_FILES = ("agent.c", "kernel.h")
 
-#: Kernel arguments. Under TCG the self-tests of the kernel's ciphers take 0.4 s, patching its locks for a single CPU
-#: 0.2 s and page tables apart from the kernel's 0.2 s; on a busy host the check of the timer may fail and panic.
+#: Kernel arguments. They skip work that is slow under TCG: self-tests of ciphers (0.4 s), patching locks for a single
+#: CPU (0.2 s) and page-table isolation (0.2 s). They also skip the timer check, which may panic on a busy host.
 ARGUMENTS = {
     "x86_64": ("quiet", "panic=-1", "cryptomgr.notests", "noreplace-smp", "no_timer_check"),
     "aarch64": ("quiet", "panic=-1", "cryptomgr.notests", "kpti=off"),
@@ -74,7 +74,7 @@ def find(architecture: str = "x86_64") -> BuiltinGuest | None:
 
 
 def name(architecture: str, *, agent: bool = True) -> str:
-    """The name of a guest's directory in the cache. Without a compiler, there is a guest without the agent."""
+    """Return the name of a guest's directory in the cache. Without a compiler, the guest has no agent."""
     return f"{architecture}-{fingerprint()}{'' if agent else '-no-agent'}"
 
 
@@ -92,9 +92,9 @@ def cache_directory() -> str:
 
 
 def fingerprint() -> str:
-    """A short name for what is in `rootfs`: another version of this package must not find the guest of this one.
+    """Return a short hash of the files in `rootfs`, so that no other version of this package finds this guest.
 
-    The remainder by a prime tells files apart well enough, and hashlib would take longer to import than all this.
+    The remainder of a division by a prime is good enough, and importing hashlib would take longer than this module.
     """
     value = FORMAT
     paths = [os.path.join(ROOTFS, name) for name in FILES] + [os.path.join(_AGENT, name) for name in _AGENT_FILES]

@@ -14,7 +14,7 @@ from .packages import Fetcher, available
 _PROGRAMS = ("busybox", "busybox.static", "busybox-static")
 _PACKAGE = "busybox-static"
 
-# `mdev -d`, which our scripts build on, came with this version
+# The first version with `mdev -d`, which the guest's scripts use.
 _OLDEST = (1, 31)
 
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
@@ -30,8 +30,8 @@ def find_busybox(architecture: str, fetcher: Fetcher) -> bytes:
             return content
     if not available():
         raise GuestError(
-            f"the built-in guest needs a statically linked busybox with mdev for {architecture}, and none is here",
-            hint="Install the package busybox-static (or busybox, where that one is linked statically).",
+            f"cannot build the guest for {architecture}: no statically linked busybox with mdev is installed",
+            hint="install the package busybox-static (Fedora: busybox)",
         )
     content = _busybox_in(fetcher.fetch(_PACKAGE))
     if not is_usable(content, architecture):
@@ -40,7 +40,7 @@ def find_busybox(architecture: str, fetcher: Fetcher) -> bytes:
 
 
 def is_usable(content: bytes, architecture: str) -> bool:
-    """Whether this is a static busybox for the architecture, with the applets that our scripts use."""
+    """Return whether this is a static busybox for the architecture, with the applets that the guest's scripts use."""
     version = re.search(rb"BusyBox v(\d+)\.(\d+)", content)
     return (
         is_static(content, architecture)
@@ -51,7 +51,7 @@ def is_usable(content: bytes, architecture: str) -> bool:
 
 
 def is_static(content: bytes, architecture: str) -> bool:
-    """Whether this is a 64-bit ELF program for the architecture that needs no dynamic linker."""
+    """Return whether this is a 64-bit ELF program for the architecture that needs no dynamic linker."""
     if content[:6] != b"\x7fELF\x02\x01" or len(content) < 64:
         return False
     (machine,) = struct.unpack_from("<H", content, 0x12)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Writes initramfs archives, in cpio's "newc" format.
 
-The format is described in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. The same input makes
-the same bytes: there are no times, and the owner is root.
+The kernel's Documentation/driver-api/early-userspace/buffer-format.rst describes the format. The same input makes the
+same bytes: all times are 0, and root owns all files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 class Initramfs:
-    """Writes entries to a file, which stays the caller's; `close` ends the archive."""
+    """Writes entries to a file, which the caller keeps. `close` ends the archive."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -20,7 +20,7 @@ class Initramfs:
         self._directories: set[str] = set()
 
     def add_directory(self, path: str, mode: int = 0o755) -> None:
-        """Add a directory and its parents, unless they were added before."""
+        """Add a directory and its parents; those that were added before are skipped."""
         if path in self._directories:
             return
         self._add_parents(path)

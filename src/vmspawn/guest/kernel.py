@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds a kernel for the built-in guest: one of the host's distribution, or the one that the host runs.
+"""Finds a kernel for the built-in guest: the distribution's kernel for virtual machines, or else the host's kernel.
 
-The distribution's kernel is tried first. It is the same on every host, and Debian's kernel for clouds boots in less
+The distribution's kernel comes first, because it is the same on every host, and Debian's cloud kernel boots in less
 than half the time of its kernel for real hardware.
 """
 
@@ -15,15 +15,15 @@ from ..errors import GuestError
 from .modules import Modules
 from .packages import Fetcher, available
 
-# Without these, a disk on some bus or the power button does not work.
+# Modules that the disks on all buses and the power button need.
 _NEEDED = ("virtio_pci", "virtio_blk", "nvme", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "evdev")
 NEEDED_MODULES = {"x86_64": (*_NEEDED, "button"), "aarch64": (*_NEEDED, "gpio_keys")}
 
-# Where modules are, below a root; the second may be a link to the first.
+# Directories of modules below a root. The second may be a link to the first.
 _MODULES = ("usr/lib/modules", "lib/modules")
 
-#: The packages that depend on the newest kernel, of Debian and of Ubuntu. Debian's kernel for arm64 clouds lacks
-#: gpio_keys, and with it the power button of a machine that has a device tree.
+#: Debian's and Ubuntu's packages that depend on the newest kernel. Debian's cloud kernel for arm64 is not among them:
+#: it lacks gpio_keys, which the power button of a machine with a device tree needs.
 METAPACKAGES = {
     "x86_64": ("linux-image-cloud-amd64", "linux-image-virtual"),
     "aarch64": ("linux-image-arm64", "linux-image-virtual"),
@@ -57,7 +57,7 @@ def find_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], N
 
 def _distribution_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
     if not available():
-        raise GuestError("there is no apt-get to fetch one with")
+        raise GuestError("apt-get is not installed, so no kernel can be downloaded")
     tree = fetcher.fetch_kernel(METAPACKAGES[architecture])
     release = next((path.name for base in _MODULES for path in tree.glob(f"{base}/*")), "none")
     return kernel_at(tree, release, architecture)
@@ -65,9 +65,9 @@ def _distribution_kernel(architecture: str, fetcher: Fetcher, progress: Callable
 
 def _running_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
     if os.uname().machine != architecture:
-        raise GuestError(f"this host is no {architecture}")
+        raise GuestError(f"this host's kernel is not for {architecture}")
     kernel = kernel_at(Path("/"), os.uname().release, architecture)
-    progress(f"Taking this host's kernel, {kernel.modules.version}")
+    progress(f"Using this host's kernel, {kernel.modules.version}")
     return kernel
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads the modules of a kernel, their dependencies, and the list of those that are built in.
+"""Reads a kernel's modules, their dependencies, and the list of built-in modules.
 
-A package that was unpacked and not installed has no `modules.dep`, which depmod makes at installation. So the
-dependencies are read from the `.modinfo` section of each module, as depmod does.
+depmod writes `modules.dep` when a package is installed, so an unpacked package has none. The dependencies come from the
+`.modinfo` section of each module instead, where depmod reads them too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Modules:
         return [name for name in names if name not in self._paths and name not in self._builtin]
 
     def load(self, names: Iterable[str]) -> dict[str, Module]:
-        """Read modules that are not built in, with their dependencies, in the order to load them in."""
+        """Read the modules that are not built in, and their dependencies, in loading order."""
         loaded: dict[str, Module] = {}
         for name in names:
             self._load(name, loaded)
@@ -62,9 +62,9 @@ class Module:
 
 
 def modules_dep(modules: dict[str, Module]) -> str:
-    """Write `modules.dep` for modules in the order of `load`, all in one directory.
+    """Return the content of `modules.dep` for modules in the order of `load`, all in one directory.
 
-    The dependencies of a module are listed in full; the first one to load is the last of the line.
+    Each line lists all dependencies of a module, in reverse loading order.
     """
     needs: dict[str, list[str]] = {}
     for name, module in modules.items():
@@ -74,12 +74,12 @@ def modules_dep(modules: dict[str, Module]) -> str:
 
 
 def modules_alias(modules: dict[str, Module]) -> str:
-    """Write `modules.alias` for these modules."""
+    """Return the content of `modules.alias` for these modules."""
     return "".join(f"alias {alias} {module.name}\n" for module in modules.values() for alias in module.aliases)
 
 
 def modinfo(content: bytes) -> dict[str, list[str]]:
-    """Read the `.modinfo` section of a 64-bit ELF object: each key with its values in order."""
+    """Read the `.modinfo` section of a 64-bit ELF object. Returns each key with its values in order."""
     found: dict[str, list[str]] = {}
     for entry in _section(content, b".modinfo").split(b"\0"):
         key, separator, value = entry.decode(errors="replace").partition("=")
@@ -93,7 +93,7 @@ def _section(content: bytes, name: bytes) -> bytes:
         raise GuestError("a kernel module is not a 64-bit little-endian ELF object")
     (table,) = struct.unpack_from("<Q", content, 0x28)
     size, count, names = struct.unpack_from("<HHH", content, 0x3A)
-    # Of an Elf64_Shdr: sh_name, sh_offset, sh_size
+    # The fields sh_name, sh_offset and sh_size of each Elf64_Shdr.
     headers = [struct.unpack_from("<I20xQQ", content, table + size * index) for index in range(count)]
     strings = headers[names][1]
     for offset, start, length in headers:
@@ -116,15 +116,15 @@ def _read(path: Path) -> bytes:
             return gzip.decompress(path.read_bytes())
         case ".zst":
             return _zstd(path)
-    raise GuestError(f"the kernel module {path} is compressed in an unknown way")
+    raise GuestError(f"cannot read the kernel module {path}: unknown compression")
 
 
 def _zstd(path: Path) -> bytes:
     if not shutil.which("zstd"):
-        raise GuestError("the kernel's modules are compressed with zstd", hint="Install the package zstd.")
+        raise GuestError("cannot read the kernel's modules: zstd is not installed", hint="install the package zstd")
     try:
         return subprocess.run(
             ["zstd", "-dcq", str(path)], check=True, capture_output=True, timeout=_ZSTD_SECONDS
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise GuestError(f"the kernel module {path} could not be decompressed: {error}") from error
+        raise GuestError(f"cannot decompress the kernel module {path}: {error}") from error

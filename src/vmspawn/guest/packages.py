@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fetches and unpacks packages of the distribution, without installing them and without root.
+"""Downloads and unpacks packages of the distribution, without root and without installing them.
 
-apt uses the sources that this host has configured; no address is known here.
+apt uses the host's configured sources.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..errors import GuestError
 #: Debian's names of the architectures.
 DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-# A kernel is 20 to 100 MB, the lists of packages are 10 MB: enough for 1 MB/s.
+# A kernel has 20 to 100 MB, the package lists have 10 MB: enough at 1 MB/s.
 _DOWNLOAD_SECONDS = 300
 _LOCAL_SECONDS = 60
 
-# By default, apt waits two minutes for each address of a server that does not answer.
+# apt's default is two minutes for each address of a server that does not answer.
 _IMPATIENT = ("-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20")
 
-# The package of a kernel may leave the modules (Ubuntu), or everything (Debian 14), to others that it depends on.
+# The modules (Ubuntu), or the modules and the image (Debian 14), may be in packages that a kernel's package depends on.
 _KERNEL_PART = re.compile(r"linux-(image|base|binary|modules)-\d")
 
 _CONFIG = """\
@@ -44,25 +44,25 @@ Dir::Cache "{directory}/cache";
 
 
 class Apt:
-    """apt-get and apt-cache with a set of lists: the host's own, or lists in a private directory.
+    """Runs apt-get and apt-cache with package lists: the host's, or private ones in a directory.
 
-    The private lists are for hosts whose own are missing, out of date or for another architecture.
+    Private lists serve hosts whose own lists are missing, out of date or for another architecture.
     """
 
     def __init__(self, options: tuple[str, ...] = ()) -> None:
         self._options = options
-        #: Why some of the lists may be missing.
+        #: The error of a download that may have left lists out of date or missing.
         self.trouble: GuestError | None = None
 
     @classmethod
     def private(cls, directory: Path, architecture: str) -> Apt:
-        """Fetch the lists of packages to a directory; returns an Apt that uses them."""
+        """Download package lists to a directory; returns an Apt that uses them."""
         for name in ("state/lists/partial", "cache/archives/partial"):
             (directory / name).mkdir(parents=True)
         config = directory / "apt.conf"
         config.write_bytes(os.fsencode(_CONFIG.format(architecture=architecture, directory=directory)))
         apt = cls(("-c", str(config)))
-        # One source of many may fail, as long as the package is found
+        # Some sources may fail, as long as the package is found.
         try:
             apt._get("update", "-o", "APT::Update::Error-Mode=any")
         except GuestError as error:
@@ -70,13 +70,13 @@ class Apt:
         return apt
 
     def depends(self, package: str) -> list[str]:
-        """Return the names of the packages that a package depends on, alternatives included."""
+        """Return the packages that a package depends on, including alternatives."""
         record = _run(["apt-cache", *self._options, "show", "--no-all-versions", package], seconds=_LOCAL_SECONDS)
         depends = re.search(r"^Depends: (.*)$", record, re.MULTILINE)
         return [entry.split()[0] for entry in re.split(r"[,|]", depends[1])] if depends else []
 
     def kernel_parts(self, metapackage: str) -> list[str]:
-        """Return the packages of the kernel that a metapackage depends on."""
+        """Return the kernel packages that a metapackage depends on."""
         parts: list[str] = []
         wanted = [metapackage]
         while wanted:
@@ -85,11 +85,11 @@ class Apt:
             parts += new
             wanted += new
         if not parts:
-            raise GuestError(f"the package {metapackage} names no kernel")
+            raise GuestError(f"the package {metapackage} depends on no kernel")
         return parts
 
     def download(self, packages: list[str], directory: Path) -> None:
-        """Fetch the packages' files into the directory."""
+        """Download the packages' files to the directory."""
         self._get("download", *packages, directory=directory)
 
     def _get(self, *words: str, directory: Path | None = None) -> None:
@@ -97,12 +97,12 @@ class Apt:
 
 
 def available() -> bool:
-    """Whether this host has the programs to fetch and unpack Debian packages."""
+    """Return whether this host has the programs to download and unpack Debian packages."""
     return all(shutil.which(program) for program in ("apt-get", "apt-cache", "dpkg-deb"))
 
 
 class Fetcher:
-    """Fetches packages of one architecture and unpacks them below a scratch directory, which the caller removes."""
+    """Downloads packages of one architecture and unpacks them below a scratch directory, which the caller removes."""
 
     def __init__(self, architecture: str, scratch: Path, progress: Callable[[str], None]) -> None:
         self._architecture = DEBIAN_NAMES[architecture]
@@ -128,15 +128,15 @@ class Fetcher:
                     errors.append(error)
             reason = apt.trouble or errors[0]
         raise GuestError(
-            f"the package {names[0]} for {self._architecture} could not be fetched: {reason}",
-            hint="Does `apt-get update` work on this host?",
+            f"cannot download the package {names[0]} for {self._architecture}: {reason}",
+            hint="check that `apt-get update` works on this host",
         ) from reason
 
     def _apts(self) -> Iterator[Apt]:
         if self._architecture == _run(["dpkg", "--print-architecture"], seconds=_LOCAL_SECONDS).strip():
             yield Apt()
         if self._private is None:
-            self._progress("Fetching the lists of packages")
+            self._progress("Downloading package lists")
             self._private = Apt.private(self._scratch / "apt", self._architecture)
         yield self._private
 
@@ -154,7 +154,7 @@ class Fetcher:
 
 
 def _run(command: list[str], *, seconds: float, directory: Path | None = None) -> str:
-    """Run a program and return its output. Raises GuestError with its first error message."""
+    """Run a program and return its output. Raises GuestError with the program's first error message."""
     environment = os.environ | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     try:
         done = programs.run(command, directory=directory, environment=environment, timeout=seconds)
