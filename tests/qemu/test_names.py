@@ -93,7 +93,7 @@ def test_kernel_arguments_and_folders_have_bytes(qemu: str, tmp_path: Path) -> N
     options = (f"--image={image}", f"--qemu={qemu}", "--qemu-arg=-nonsense", "--console=headless")
     for odd in (ODD, f"--bind={tmp_path / ODD}", f"--set-credential=name:{ODD}", f"--smbios11={ODD}"):
         said = one_line(vmspawn(*options, odd), "vmspawn")
-        refused = odd.startswith("--bind=") and "takes names in UTF-8 only" in said
+        refused = odd.startswith("--bind=") and "supports UTF-8 names only" in said
         assert refused or "-nonsense: invalid option" in said
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Manages processes beside QEMU that a machine needs to run."""
+"""Manages the processes that a machine needs besides QEMU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _LOG_MAX = 1 << 16
 
 
 class Helper:
-    """A running helper. `what` describes its service in the past tense. Owns the process, our child, and its log."""
+    """A running helper process and its log. Owns both. `what` describes the service, as in `shared /srv`."""
 
     __slots__ = ("_log", "name", "pid", "what")
 
     def __init__(self, name: str, what: str, pid: int, log: int) -> None:
         self.name = name
         self.what = what
-        #: The process id, or 0 after it has been waited for: another process may have the number then.
+        #: The process id, or 0 after the process was reaped: the kernel may then reuse the number.
         self.pid = pid
         self._log = log
 
@@ -39,7 +39,7 @@ class Helper:
         self.leave()
 
     def leave(self) -> None:
-        """Close the log; the process runs on. May be called again."""
+        """Close the log and leave the process running. May be called again."""
         if self._log >= 0:
             os.close(self._log)
             self._log = -1

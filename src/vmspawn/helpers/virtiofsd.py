@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds virtiofsd, which serves a directory of the host to a guest, and writes its command line.
+"""Finds virtiofsd, which serves a directory of the host to a guest, and builds its command line.
 
-There are two programs: the one in Rust that distributions have today, and the one in C that came with QEMU up to 7.2.
-Their options differ, and their --version tells them apart.
+There are two programs of that name: the current one in Rust, and the one in C that QEMU included up to 7.2. Their
+options differ; --version tells them apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import StartError
 from ..host.programs import find_program
 from ..text import utf8
 
-#: Where distributions install it, outside of PATH. QEMU's descriptors are searched first.
+#: Paths outside PATH where distributions install it. QEMU's descriptors come first.
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/local/libexec/virtiofsd")
 _DESCRIPTORS = ("/etc/qemu/vhost-user", "/usr/share/qemu/vhost-user")
 
@@ -24,7 +24,7 @@ _HINT = "install it (Debian and Fedora: virtiofsd; Debian 12: it comes with qemu
 
 
 class Virtiofsd(NamedTuple):
-    """A virtiofsd: `rust` is the program, `read_only` whether it can refuse writes."""
+    """An installed virtiofsd. `rust` is true for the program in Rust, `read_only` if it can refuse writes."""
 
     path: str
     rust: bool
@@ -33,17 +33,19 @@ class Virtiofsd(NamedTuple):
     def command(self, directory: str, listener: int, *, read_only: bool) -> list[str]:
         """Return the command that serves a directory on the listening socket `listener`.
 
-        QEMU does not support mount points below the root of a share, so they are not announced. Raises StartError for a
-        name that the program does not accept.
+        Mount points below the root of the share are not announced, because QEMU does not support that. Raises
+        StartError for a name that the program does not accept.
         """
         if not self.rust:
-            # A comma ends the value there; two commas stand for one.
+            # A comma would end the value; two commas stand for one.
             source = directory.replace(",", ",,")
-            # Its usual sandbox makes the directory its root by pivot_root(2), which fails for what is its root already.
+            # The default sandbox uses pivot_root(2), which fails if the directory is the root already.
             sandbox = ",sandbox=chroot" if os.path.realpath(directory) == "/" else ""
             return [self.path, "-f", f"--fd={listener}", "-o", f"source={source},xattr{sandbox}"]
         if utf8(directory) != directory:
-            raise StartError(f"cannot share {directory}: {self.path} takes names in UTF-8 only", hint="rename it")
+            raise StartError(
+                f"cannot share {directory}: {self.path} supports UTF-8 names only", hint="rename the directory"
+            )
         options = ["--xattr", "--no-announce-submounts"]
         if read_only and self.read_only:
             options.append("--readonly")
@@ -51,7 +53,7 @@ class Virtiofsd(NamedTuple):
 
 
 def find() -> Virtiofsd:
-    """Find a virtiofsd and its features. Raises StartError if it is not installed, or does not run."""
+    """Find virtiofsd and its features. Raises StartError if it is not installed, or does not run."""
     path = next((each for each in (*_described(), *_PLACES) if os.access(each, os.X_OK)), None)
     path = path or find_program("virtiofsd")
     if path is None:
@@ -61,7 +63,7 @@ def find() -> Virtiofsd:
 
 
 def _described() -> list[str]:
-    """Return the binaries of QEMU's descriptors of vhost-user back ends (QEMU's docs/interop/vhost-user.json)."""
+    """Return the programs in QEMU's descriptors of vhost-user back ends (QEMU's docs/interop/vhost-user.json)."""
     import json
 
     found = []

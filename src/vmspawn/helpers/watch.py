@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Watches a machine's helpers, and ends the machine when one of them dies."""
+"""Watches a machine's helpers, and ends the machine if one of them dies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..aio.waiting import first_of
 from ..host.process import Process
 from .helper import Helper
 
-#: Seconds to wait for QEMU's end after a helper's: helpers exit when QEMU does, and either may be noticed first.
+#: Seconds to wait for QEMU to end after a helper: helpers exit with QEMU, and either end may be noticed first.
 _GRACE = 2.0
 
 
@@ -21,8 +21,10 @@ class Watch:
         self._watched = [(helper, Process(helper.pid)) for helper in helpers]
 
     async def until_ended(self, qemu: Process, terminate: Callable[[], Awaitable[None]]) -> str:
-        """Wait until QEMU has ended. If a helper dies first, end QEMU with `terminate` and return a description of the
-        helper's end; else return an empty string."""
+        """Wait until QEMU has ended. Returns an empty string.
+
+        If a helper dies first, ends QEMU with `terminate` and returns a description of the helper's end.
+        """
         if not self._watched:
             await qemu.ended.wait()
             return ""
@@ -42,13 +44,13 @@ class Watch:
         return next((each.describe(process.describe_end()) for each, process in self._watched if blamed(process)), "")
 
     def leave(self) -> None:
-        """Stop watching; the helpers run on, as QEMU does."""
+        """Stop watching and leave the helpers running, as QEMU keeps running."""
         for _, process in self._watched:
             process.close()
         self._watched = []
 
     async def close(self) -> None:
-        """Kill the helpers after QEMU's end, and wait for their ends."""
+        """Kill the helpers after QEMU has ended, and wait for them."""
         for helper, process in self._watched:
             process.kill()
             await process.ended.wait()
