@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A pytest plugin: fixtures that are virtual machines.
+"""Provides pytest fixtures that are virtual machines.
 
-pytest loads this module in every environment that vmspawn is installed in, so it imports nothing but pytest until one
-of its fixtures is used.
+pytest loads this module in every environment that has vmspawn, so it imports only pytest until a fixture is used.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ _LAB = pytest.StashKey["Lab"]()
 _CONSOLE = pytest.StashKey[int]()
 
 _MARKER = (
-    "vm(**options): options for the machine of this test: the keyword arguments of vmspawn.Machine; "
-    "disks=[…] to attach, each a path, a vmspawn.Disk or a size such as '64M'; ready='…', what its console "
-    "shows when it is up"
+    "vm(**options): options of this test's machine: keyword arguments of vmspawn.Machine; disks=[…], disks to attach, "
+    "each a path, a vmspawn.Disk or a size such as '64M'; ready='…', the console output that marks the machine as ready"
 )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the command-line options."""
     group = parser.getgroup("vmspawn", "virtual machines (vmspawn)")
     group.addoption(
         "--vm-qemu", metavar="PATH", action="append", default=[], help="QEMU to use; repeated, each test runs with each"
@@ -50,21 +48,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, object, object]:
-    """Keep our standard error from before pytest captures it, to show consoles on."""
+    """Duplicate standard error before pytest captures it, to show consoles there."""
     if getattr(early_config.known_args_namespace, "vm_console", False):
         early_config.stash[_CONSOLE] = os.dup(2)
     return (yield)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the marker, and refuse options that contradict each other."""
+    """Register the marker, and refuse contradictory options."""
     config.addinivalue_line("markers", _MARKER)
     if config.getoption("vm_console") and getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("--vm-console does not work with -n: the machines run in other processes")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests with each QEMU and machine type that was asked for, unless their marker names one."""
+    """Run each test with every QEMU and machine type that the options name, unless its marker names one."""
     marked = {name for mark in metafunc.definition.iter_markers("vm") for name in mark.kwargs}
     for fixture, field in (("vm_qemu", "qemu"), ("vm_machine_type", "machine_type")):
         values = metafunc.config.getoption(fixture)
@@ -74,7 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add what is known of a test's machines to the report of its failure."""
+    """Add sections about a failed test's machines to its report."""
     report = yield
     lab = item.config.stash.get(_LAB, None)
     if lab is not None and report.failed:
@@ -83,7 +81,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which machines were left running."""
+    """List the machines that were left running."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     names = [value for report in reports for key, value in getattr(report, "user_properties", ()) if key == "vm-kept"]
     if names:
@@ -93,7 +91,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Close what was opened."""
+    """Close the duplicate of standard error."""
     if (console := config.stash.get(_CONSOLE, None)) is not None:
         del config.stash[_CONSOLE]
         os.close(console)
@@ -101,13 +99,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def vm_qemu(request: pytest.FixtureRequest) -> str | None:
-    """The QEMU that --vm-qemu names, or None for the system's."""
+    """Return the QEMU that --vm-qemu names, or None for the system's."""
     return getattr(request, "param", None) or next(iter(request.config.getoption("vm_qemu")), None)
 
 
 @pytest.fixture(scope="session")
 def vm_machine_type(request: pytest.FixtureRequest) -> str:
-    """The machine type that --vm-machine-type names, or q35."""
+    """Return the machine type that --vm-machine-type names, or q35."""
     return getattr(request, "param", None) or next(iter(request.config.getoption("vm_machine_type")), "q35")
 
 
@@ -127,15 +125,15 @@ def _vm_lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def vmspawn_factory(_vm_lab: Lab, vm_qemu: str | None, vm_machine_type: str) -> Callable[..., LabMachine]:
-    """Make machines, for fixtures of your own and of any scope:
+    """Return a function that makes machines, for your own fixtures of any scope:
 
         @pytest.fixture(scope="module")
         def server(vmspawn_factory):
             with vmspawn_factory(image="server.qcow2", ephemeral=True, ready="login: ") as machine:
                 yield machine
 
-    The keyword arguments are those of `vmspawn.Machine`, with `disks` and `ready` as the marker `vm` has them. Without
-    `image`, `linux` or `directory` it is the built-in guest. The machine is one of `vmspawn.sync`.
+    The keyword arguments are the fields of `vmspawn.Machine`, and `disks` and `ready` as in the marker `vm`. Without
+    `image`, `linux` or `directory`, the machine boots the built-in guest. The result is a `vmspawn.sync.Machine`.
     """
 
     def make(**options: Any) -> LabMachine:
@@ -154,9 +152,9 @@ def _vm_of_test(request: pytest.FixtureRequest, _vm_lab: Lab, vm_qemu: str | Non
 
 @pytest.fixture
 def vm(_vm_of_test: LabMachine) -> Iterator[sync.Machine]:
-    """A running machine of this test's own: the built-in guest, or what the marker `vm` asks for.
+    """Start a machine for one test: the built-in guest, or the machine that the marker `vm` describes.
 
-    It is a `vmspawn.sync.Machine`.
+    The value is a `vmspawn.sync.Machine`.
     """
     with _vm_of_test as machine:
         yield machine
@@ -164,9 +162,9 @@ def vm(_vm_of_test: LabMachine) -> Iterator[sync.Machine]:
 
 @pytest.fixture
 def async_vm(_vm_of_test: LabMachine) -> Iterator[Machine]:
-    """The same for asynchronous tests, of pytest-asyncio or anyio: a `vmspawn.Machine`.
+    """Start a machine for one asynchronous test, of pytest-asyncio or anyio.
 
-    It lives on an event loop of its own, so it does not matter which loop the test runs on.
+    The value is a `vmspawn.Machine`. It has its own event loop, so the test may run on any loop.
     """
     from .testing.elsewhere import elsewhere
 
@@ -176,9 +174,9 @@ def async_vm(_vm_of_test: LabMachine) -> Iterator[Machine]:
 
 @pytest.fixture(scope="session")
 def vm_session(vmspawn_factory: Callable[..., LabMachine]) -> Iterator[sync.Machine]:
-    """One running machine with the built-in guest for all tests of the session, or of each worker of pytest-xdist.
+    """Start one machine with the built-in guest for all tests of the session, or of each worker of pytest-xdist.
 
-    It is a `vmspawn.sync.Machine`.
+    The value is a `vmspawn.sync.Machine`.
     """
     with vmspawn_factory() as machine:
         yield machine

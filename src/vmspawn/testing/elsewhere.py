@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Use an object of the asynchronous library from another event loop than its own."""
+"""Makes the objects of one event loop usable on other event loops."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..qmp.monitor import Monitor
 
 _T = TypeVar("_T")
 
-#: What is used in the thread of its own loop alone.
+#: Classes whose objects may be used only in the thread of their own loop.
 _BOUND = (Machine, Console, Events, Monitor)
 
 
 def elsewhere(machine: Machine) -> Machine:
-    """Return a stand-in for a machine that lives on the loop of `vmspawn.sync`, for any other loop."""
+    """Return a proxy, for any event loop, of a machine that belongs to the loop of `vmspawn.sync`."""
     return cast(Machine, _Elsewhere(machine))
 
 
 class _Elsewhere:
-    """Passes each use on to the loop of `vmspawn.sync`."""
+    """Forwards each call and attribute access to the loop of `vmspawn.sync`."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -79,7 +79,7 @@ def _bridged(value: Any) -> Any:
 
 
 async def _awaited(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await a coroutine that runs on the other loop; it is cancelled if this is."""
+    """Await a coroutine that runs on the other loop. Cancelling this call cancels the coroutine."""
     running = blocking.Call(work)
     try:
         return await asyncio.wrap_future(running.future)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Machines for tests: started until they are ready, reported on when a test fails, and checked for leaks at the end."""
+"""Starts machines for tests, adds them to the reports of failed tests, and checks them for leaks."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from ..sizes import bytes_of
 from ..storage.disk import Disk
 from . import leaks, report
 
-#: What the built-in guest shows when its shell is up.
+#: The output of the built-in guest when its shell is up.
 _BUILTIN_READY = "vmspawn-guest: ready"
 
-#: Seconds until then. It takes two where nothing else runs.
+#: Seconds that a guest has to become ready. The built-in guest takes two on an idle host.
 _READY_TIMEOUT = 120.0
 
-#: Seconds that a manager has to take over a machine that is kept.
+#: Seconds that a manager has to adopt a machine that --vm-keep keeps.
 _ADOPT_TIMEOUT = 60.0
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_]+")
 
 
 class Lab:
-    """The machines of one process that runs tests."""
+    """The machines of one test process."""
 
     def __init__(self, folder: Path, *, console: int | None, keep: bool, required: bool) -> None:
-        """Images and logs go to `folder`. `console` is a descriptor that consoles are shown on, which stays yours."""
+        """Put images and logs into `folder`. Consoles are shown on the descriptor `console`, which the caller keeps."""
         self.folder = folder
         self.console = console
         self.keep = keep
         self.required = required
-        #: Those that run, and those that have ended since the last report.
+        #: The running machines, and the machines that have ended since the last report.
         self.machines: list[LabMachine] = []
 
     def machine(self, label: str, options: Mapping[str, Any]) -> LabMachine:
-        """Make a machine that is called after `label`. Fails the test for options that are not understood."""
+        """Make a machine whose name begins with `label`. Fails the test for invalid options."""
         cleaned = _NOT_IN_NAMES.sub("-", label).strip("-")[:40] or "vm"
         name = f"{cleaned}-{uuid.uuid4().hex[:8]}".lstrip("_-")
         try:
@@ -56,7 +56,7 @@ class Lab:
             _fail(error)
 
     def report(self, item: pytest.Item, to: pytest.TestReport) -> None:
-        """Add what is known of a test's machines to its report."""
+        """Add sections about a test's machines to the test's report."""
         used = [getattr(each, "_inner", None) for each in getattr(item, "funcargs", {}).values()]
         for machine in self.machines:
             if machine.test == item.nodeid or any(machine._inner is each for each in used):
@@ -79,18 +79,18 @@ class LabMachine(sync.Machine):
         if options.get("guest") and self._ready is None:
             self._ready = _BUILTIN_READY
         options.setdefault("qmp_log", lab.folder / f"{options['name']}.qmp.log")
-        # Machines end with the run, however that ends.
+        # Machines end with the test run, even if it is killed.
         options.setdefault("die_with_program", not lab.keep)
         super().__init__(**options)
         self._lab = lab
         self.label = label
-        #: Whether a test that used it has failed.
+        #: True if a test that used the machine has failed.
         self.has_failed = False
         self.is_up = self.is_kept = False
-        #: The test that started it.
+        #: The test that started the machine.
         self.test = ""
         self._before: leaks.Inside | None = None
-        #: Its sections of the report, if it has ended.
+        #: The machine's sections of the report, made when it ended.
         self.last_words: report.Sections = []
 
     def __enter__(self) -> Self:
@@ -118,7 +118,7 @@ class LabMachine(sync.Machine):
         try:
             find_qemu(config.qemu, config.machine_type)
         except StartError as error:
-            # One that was asked for by its path is not optional.
+            # A missing QEMU skips the test, unless the user named its path.
             if config.qemu:
                 _fail(error)
             self._skip(error)
@@ -162,7 +162,7 @@ class LabMachine(sync.Machine):
             self._end()
 
     def _end(self) -> None:
-        """End the machine. Fails the test if it leaves something behind, unless the test has failed already."""
+        """End the machine. Fails a test that has passed so far if the machine leaves something behind."""
         before = self._before
         found = self._call(lambda inner: leaks.Inside.of(inner._running)).since(before) if before else []
         directory, pid = self.directory, self.pid
@@ -177,7 +177,7 @@ class LabMachine(sync.Machine):
             self._lab.machines.remove(self)
 
     def _leave(self) -> None:
-        """Let go of the machine, which runs on with a manager of its own."""
+        """Leave the machine running, and start a manager that adopts it."""
         self.last_words = report.sections(self.label, self)
         self.is_up, self.is_kept = False, True
         background().open.discard(self)
@@ -205,7 +205,7 @@ class _Viewer:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Fail the test for a mistake or a want that no traceback explains."""
+    """Fail the test with the error's message, without a traceback."""
     raise pytest.fail.Exception(_told(error), pytrace=False) from None
 
 

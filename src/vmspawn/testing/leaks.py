@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find what a test left behind: in QEMU while the machine runs, and on the host once it has ended."""
+"""Finds the objects that a test left behind: in QEMU while the machine runs, and on the host after its end."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..storage.recovery import names_of
 
 
 class Inside(NamedTuple):
-    """What QEMU has that belongs to no disk of the machine."""
+    """The objects in QEMU that belong to no disk of the machine."""
 
     nodes: frozenset[str]
     fdsets: frozenset[int]
 
     @classmethod
     async def of(cls, running: Running) -> Inside:
-        """Ask QEMU. A machine that does not run has nothing."""
+        """Ask QEMU for the objects. A machine that does not run has none."""
         try:
             nodes: Any = await running.monitor.execute("query-named-block-nodes", {"flat": True})
             fdsets: Any = await running.monitor.execute("query-fdsets")
@@ -28,17 +28,17 @@ class Inside(NamedTuple):
             return cls(frozenset(), frozenset())
         owned = {name for attached in running.storage for name in names_of(attached)}
         names = frozenset(str(node["node-name"]) for node in nodes)
-        # QEMU keeps the set of an image that it may open anew, such as a read-only one.
+        # QEMU keeps the descriptor set of an image that it may reopen, for example read-only.
         used = {image.fdset for attached in running.storage for image in attached.images}
         return cls(names - owned, frozenset(int(each["fdset-id"]) for each in fdsets) - used)
 
     def since(self, before: Inside) -> list[str]:
-        """What has come since, in words."""
+        """Return descriptions of the objects that did not exist `before`."""
         found = [f"block node {name}" for name in sorted(self.nodes - before.nodes)]
         return found + [f"descriptor set {number}" for number in sorted(self.fdsets - before.fdsets)]
 
 
 def outside(directory: str | os.PathLike[str], pids: list[int]) -> list[str]:
-    """What is left of a machine that has ended, in words."""
+    """Return descriptions of the files and processes that remain of a machine that has ended."""
     found = [f"process {pid}" for pid in pids if runtime.start_time(pid)]
     return found + ([f"directory {os.fspath(directory)}"] if os.path.exists(directory) else [])

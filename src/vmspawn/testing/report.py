@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describe a machine in the report of a test that failed."""
+"""Describes a machine in the report of a failed test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import VmspawnError
 from ..machine.ending import MACHINE_ENDED
 from ..text import printable
 
-#: Lines of the console, and of QEMU's log, and events.
+#: The maximum number of console lines, of log lines and of events.
 _LINES = 100
 _EVENTS = 20
 
@@ -17,7 +17,7 @@ Sections = list[tuple[str, str]]
 
 
 def sections(label: str, machine: sync.Machine) -> Sections:
-    """The sections about a machine, each a title and a text. A part that cannot be had is left out."""
+    """Return sections about a machine, each a title and a text. Sections without content are left out."""
     found = [("", _summary(machine)), ("console", _console(machine)), ("events", _events(machine))]
     found += [("disks", _disks(machine)), ("QEMU's standard error", _log(machine))]
     title = f"vm {label}"
