@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Call a machine's control socket without blocking the event loop. Each call has a connection of its own."""
+"""Calls methods of a machine's control socket without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DESCRIPTORS_MAX = 8
 
 
 class Reply(NamedTuple):
-    """A reply's parameters and its descriptors, which are the caller's."""
+    """A reply's parameters and descriptors. The caller owns the descriptors."""
 
     parameters: dict[str, Any]
     fds: list[int]
@@ -35,7 +35,7 @@ async def call(
     fds: Sequence[int] = (),
     timeout: float = REPLY_TIMEOUT,
 ) -> Reply:
-    """Call a method and return its reply. `fds` are passed along and stay the caller's.
+    """Call a method on a new connection and return its reply. The caller keeps `fds`, which are passed to the manager.
 
     Raises NotConnected, Timeout, or the exception that the machine's manager raised.
     """
@@ -45,7 +45,7 @@ async def call(
 
 
 async def in_time(reply: Awaitable[Reply], machine: str, method: str, timeout: float) -> Reply:
-    """Wait for a reply. Raises Timeout if it does not come in time, and what `receive` raises."""
+    """Wait for a reply. Raises Timeout after `timeout` seconds, and the errors of `receive`."""
     try:
         async with asyncio.timeout(timeout):
             return await reply
@@ -55,8 +55,8 @@ async def in_time(reply: Awaitable[Reply], machine: str, method: str, timeout: f
 
 @asynccontextmanager
 async def opened(machine: str) -> AsyncIterator[Connection]:
-    """A connection to a machine's control socket. Raises NotConnected if the machine does not run."""
-    # Finding a machine of another program takes a call to systemd-machined.
+    """Connect to a machine's control socket. Raises NotConnected if the machine does not run."""
+    # Finding the machine of another program needs a blocking call to systemd-machined.
     connected = await asyncio.to_thread(connect, machine, CONTROL)
     connection = Connection(machine, connected)
     try:
@@ -66,7 +66,7 @@ async def opened(machine: str) -> AsyncIterator[Connection]:
 
 
 class Connection:
-    """A connection to a control socket. Owns the socket and each descriptor that was received and not returned."""
+    """A connection to a control socket. Owns the socket, and received descriptors until a reply returns them."""
 
     def __init__(self, machine: str, connected: socket.socket) -> None:
         connected.setblocking(False)
@@ -82,14 +82,14 @@ class Connection:
         except UnicodeEncodeError:
             raise UsageError("the name is not UTF-8") from None
         try:
-            # The socket's buffer is empty, so that this does not block; it may take a part.
+            # The socket's buffer is empty, so this does not block. It may take only a part of the data.
             sent = socket.send_fds(self._socket, [data], list(fds))
             await asyncio.get_running_loop().sock_sendall(self._socket, data[sent:])
         except OSError as error:
             raise self._lost(error) from None
 
     async def receive(self) -> Reply:
-        """The next reply. Raises NotConnected, or the exception that the machine's manager raised."""
+        """Receive the next reply. Raises NotConnected, or the exception that the machine's manager raised."""
         while b"\0" not in self._buffer:
             await _readable(self._socket)
             try:

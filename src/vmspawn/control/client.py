@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Connect to machines by name, in blocking calls, for commands that live for a moment and must feel instant."""
+"""Connects to machines by name, in blocking calls, for short-lived commands that must start fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..host.varlink import VarlinkError
 
 __all__ = ["REPLY_TIMEOUT", "Client", "VarlinkError", "connect"]
 
-#: Seconds for a machine's reply, as sd-varlink's clients have it.
+#: Seconds that a machine has to reply, as in sd-varlink's clients.
 REPLY_TIMEOUT = 45.0
 
 
@@ -21,23 +21,22 @@ class Client(varlink.Client):
     """A connection to a machine's control socket."""
 
     def __init__(self, machine: str, *, timeout: float = REPLY_TIMEOUT) -> None:
-        """Connect to the machine of that name. Raises what `connect` raises."""
+        """Connect to a machine. Raises the errors of `connect`."""
         super().__init__(connect(machine, runtime.CONTROL), f"machine {machine}", timeout=timeout)
         self.machine = machine
 
 
 def connect(machine: str, name: str) -> socket.socket:
-    """Connect to the socket `name` of a machine; the caller owns it.
+    """Connect to the socket `name` in a machine's runtime directory. The caller owns the connected socket.
 
-    Raises NotConnected if the machine does not run, SystemFailure if that cannot be seen.
-
-    It is done through the folder's descriptor, so that no path is too long for a socket address.
+    The address goes through a descriptor of the directory, because a path may be too long for a socket address. Raises
+    NotConnected if the machine does not run, and SystemFailure if the directory cannot be read.
     """
     runtime.check_name(machine)
     try:
         folder = os.open(os.path.join(runtime.runtime_root(), machine), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        # Others have their sockets elsewhere: systemd-vmspawn, and a vmspawn with another runtime directory.
+        # systemd-vmspawn, and a vmspawn with another runtime directory, have their sockets elsewhere.
         if path := machined.machines().get(machine):
             return _connect_to(path if name == runtime.CONTROL else os.path.join(os.path.dirname(path), name), machine)
         raise NotConnected(f"there is no machine named {machine}", hint="see: vmctl list") from None
@@ -52,11 +51,11 @@ def connect(machine: str, name: str) -> socket.socket:
         if holder := runtime.lock_holder(f"/proc/self/fd/{folder}"):
             raise NotConnected(
                 f"machine {machine} is run by process {holder}, which serves no control socket",
-                hint="it may still start, or is a program that runs the machine with control=False",
+                hint="the machine is still starting, or its program passed control=False",
             ) from None
         raise NotConnected(
             f"machine {machine} runs without a manager (QEMU is process {pid})",
-            hint=f"take it over with: vmctl adopt {machine}",
+            hint=f"adopt it with: vmctl adopt {machine}",
         ) from None
     finally:
         os.close(folder)

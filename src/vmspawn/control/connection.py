@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One Varlink connection, served: asyncvarlink's interfaces and conversions on a transport that bounds its client.
+"""Serves one Varlink connection: asyncvarlink's interfaces and conversions, on a transport that bounds each client.
 
-A client is served one call at a time, and nothing more is read from it before the reply has left, so what it may keep
-busy is one message, one call and the socket's own buffers. Message ends are looked for before anything is taken from
-the socket, so that descriptors are matched with their message, and what follows a message stays where it is.
+A client is served one call at a time, and its next call is read only after the reply has been sent. So a client can use
+up one message, one call and the socket's buffers. The transport peeks for the end of a message before it receives
+anything. So descriptors stay with their message, and all bytes behind the message stay in the socket.
 """
 
 import asyncio
@@ -34,21 +34,21 @@ from ..errors import VmspawnError
 from .errors import host_failure, package_changed, to_reply
 from .upgrade import Taker, upgrader
 
-#: The longest call. The largest honest one is a few hundred bytes.
+#: The maximum length of a call in bytes. Real calls have a few hundred.
 MESSAGE_MAX = 256 * 1024
 
-#: Descriptors that one message may carry, as many as the kernel passes at once (SCM_MAX_FD).
+#: The maximum number of descriptors in a message; the kernel passes no more at once (SCM_MAX_FD).
 DESCRIPTORS_MAX = 253
 
-#: Bytes of replies that a client may leave unread before it is cut off. Only a subscriber gets more than one reply, so
-#: this is how far it may fall behind the events.
+#: Bytes of unread replies at which a client is disconnected. Only a subscriber gets many replies, so this is how far it
+#: may fall behind the events.
 UNSENT_MAX = 4 * 1024 * 1024
 
-#: The connection whose call is being served, for methods that want to know who is calling.
+#: The connection whose call is being served, for methods that need to identify the caller.
 CALLER: ContextVar[socket.socket] = ContextVar("caller")
 
-#: What a method may raise: what is wrong with the call, what the host refuses where no method expects it, and that
-#: the package was changed under us.
+#: Exceptions that become a reply: the errors of methods, unexpected failures of system calls (OSError), and modules
+#: that are missing because the package was upgraded or removed (ImportError).
 _REFUSALS = (VmspawnError, VarlinkErrorReply, OSError, ImportError)
 
 _PEEK_SIZE = 16384
@@ -56,11 +56,11 @@ _RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
 
 
 class _Closed(Exception):
-    """The connection ended, or has to."""
+    """The connection has ended, or must end."""
 
 
 class _Descriptors(FileDescriptorArray):
-    """The descriptors of a call. On the wire an index counts from the front only."""
+    """The descriptors of a call. Negative indices, which Python would count from the end, are refused."""
 
     def __getitem__(self, index: int) -> FileDescriptor:
         if index < 0:
@@ -79,7 +79,7 @@ class Connection:
         *,
         on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`on_failed` is told of each call that is answered with an error of ours."""
+        """Start to serve. `on_failed` is called with a description of each call that fails."""
         self._on_failed = on_failed
         client.setblocking(False)
         self._socket: socket.socket | None = client
@@ -91,11 +91,11 @@ class Connection:
         self._writer = Writer.of_socket(client, on_empty=self._on_sent, on_lost=lambda _: self.close())
         self._call: asyncio.Task[None] | None = None
         self._streaming = False
-        # Who takes the socket over once everything has been sent.
+        # The function that gets the socket after everything has been sent.
         self._taker: Taker | None = None
         self._reading = False
         self._ended = False
-        #: When the client last sent something, by the monotonic clock; tells who has been idle the longest.
+        #: The time of the client's last message, by the monotonic clock.
         self.last_active = time.monotonic()
         self._resume_reading()
 
@@ -106,11 +106,11 @@ class Connection:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a call is being served."""
+        """True while a call is being served."""
         return self._call is not None
 
     def close(self) -> None:
-        """End the connection at once. A call that is under way is finished all the same, but for a stream."""
+        """Close the connection at once. A call that is being served completes; a stream of replies is cancelled."""
         if self._socket is None:
             return
         self._stop_reading()
@@ -145,7 +145,7 @@ class Connection:
             self.close()
 
     def _readable_while_busy(self) -> None:
-        """A client that is waiting for a reply has sent more, or has gone."""
+        """Handle a client that sends more before its reply, or disconnects."""
         assert self._socket is not None
         with contextlib.suppress(BlockingIOError):
             if self._socket.recv(1, socket.MSG_PEEK):
@@ -154,7 +154,7 @@ class Connection:
             self._end_of_input()
 
     def _end_of_input(self) -> None:
-        """The client sends no more. It may still want its reply, unless it is gone altogether."""
+        """Handle the end of input. The client may still read its reply, unless it has closed both directions."""
         assert self._socket is not None
         self._ended = True
         self._stop_reading()
@@ -162,7 +162,7 @@ class Connection:
             raise _Closed
 
     def _receive(self) -> bytes | None:
-        """The next whole message, or None if there is none yet; its descriptors are in `_descriptors`."""
+        """Return the next complete message, or None before it has arrived. Its descriptors are in `_descriptors`."""
         assert self._socket is not None
         try:
             peeked = self._socket.recv(_PEEK_SIZE, socket.MSG_PEEK)
@@ -176,7 +176,7 @@ class Connection:
         self._descriptors += fds
         self._message += data
         if flags & socket.MSG_CTRUNC:
-            self._on_failed("a client's descriptors are lost, for the manager may have no more open files")
+            self._on_failed("lost a client's descriptors: the manager has reached its limit of open files")
             raise _Closed
         if len(self._message) > MESSAGE_MAX or len(self._descriptors) > DESCRIPTORS_MAX:
             raise _Closed
@@ -193,7 +193,7 @@ class Connection:
     # Serving.
 
     def _serve(self, message: bytes) -> None:
-        """Serve a call. Bytes that are no JSON object end the connection: nothing says where the next call begins."""
+        """Serve a call. Invalid JSON ends the connection, because the start of the next call is unknown."""
         try:
             request = msgspec.json.decode(message)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -275,7 +275,7 @@ class Connection:
         self._send({"parameters": {}})
 
     def _hand_over(self) -> None:
-        """The reply to an upgrade has left: the socket changes hands, with all that the client sent behind its call."""
+        """Hand the socket over after the reply to an upgrade. Bytes behind the call are still in the socket."""
         connected, self._socket = self._socket, None
         assert connected is not None
         assert self._taker is not None
@@ -291,7 +291,7 @@ class Connection:
             self._go_on()
 
     def _go_on(self) -> None:
-        """Nothing is to be served or sent: read the next call, or end."""
+        """Read the next call, or close the connection, after a reply has been sent."""
         if self._taker is not None and self._socket is not None:
             self._stop_reading()
             self._hand_over()
@@ -327,7 +327,7 @@ class Connection:
     # Writing.
 
     def _send(self, reply: object, fds: tuple[int, ...] = ()) -> None:
-        """Queue a reply, and its descriptors, which are ours to close. A client that reads too little is cut off."""
+        """Queue a reply and its descriptors, which are closed once sent. Disconnects clients that read too slowly."""
         data = msgspec.json.encode(reply) + b"\0"
         if self._socket is None:
             _close_all(fds)
@@ -341,13 +341,13 @@ class Connection:
             self._on_sent()
 
     def _on_sent(self) -> None:
-        """Nothing waits to be sent."""
+        """Continue after the last queued reply has been sent."""
         if self._call is None:
             self._go_on()
 
 
 def _parse(request: dict[str, Any]) -> VarlinkMethodCall:
-    """The call in a JSON object; a shape that is none is answered with the field that is wrong."""
+    """Return the call in a JSON object. Raises an error that names the invalid field."""
     try:
         return VarlinkMethodCall.fromjson(request)
     except (TypeError, ValueError) as error:
@@ -369,7 +369,7 @@ def _convert(
 
 
 def _culprit(error: ConversionError, signature: VarlinkMethodSignature, call: VarlinkMethodCall) -> str:
-    """The parameter that a conversion failed on: where it says so, else the one that is unknown or missing."""
+    """Return the parameter that a conversion failed on. If the error names none, it is the unknown or missing one."""
     if error.location:
         return str(error.location[0])
     unknown = [name for name in call.parameters if name in error.message]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Translates exceptions into Varlink errors.
 
-On systemd's interface an error has the name and the parameters of systemd's definition. On `io.vmspawn.Machine` every
-error carries message and hint, and the template of both if they name fields.
+On systemd's interface an error has the name and the parameters of systemd's definition. On `io.vmspawn.Machine` each
+error has a message and a hint, and if they name fields, also the template of both.
 """
 
 import os
@@ -42,13 +42,13 @@ class _Errno(typing.TypedDict):
 
 
 class System(TypedVarlinkErrorReply, name="io.systemd.System"):
-    """The operating system refused, as systemd's interfaces report it."""
+    """A system call failed. This is the error for it on systemd's interfaces."""
 
     parameters: _Errno
 
 
 class AlreadyAcquired(TypedVarlinkErrorReply, name="io.systemd.QemuMachineInstance.AlreadyAcquired"):
-    """Never sent, for several clients may acquire QMP; declared because systemd's interface has it."""
+    """Declared because systemd's interface has it. Never sent, because several clients may acquire QMP."""
 
     parameters: _Nothing
 
@@ -77,7 +77,7 @@ MACHINE_INSTANCE_ERRORS = tuple(
     )
 )
 
-#: The errors of io.vmspawn.Machine, which are those of the package's exceptions that a method can raise.
+#: The errors of io.vmspawn.Machine: all exceptions of the package that a method can raise.
 _SOURCES: tuple[type[errors.VmspawnError], ...] = (
     errors.NotConnected,
     errors.NotSupported,
@@ -98,17 +98,17 @@ _BY_NAME = {reply.name: reply for reply in (*MACHINE_INSTANCE_ERRORS, *VMSPAWN_E
 
 
 def host_failure(error: OSError) -> errors.SystemFailure:
-    """Return the error for a file, a descriptor or memory that the host refused."""
+    """Return the error for a failed system call, such as a lack of descriptors or memory."""
     log.debug(f"the host refused: {''.join(traceback.format_exception(error))}")
-    what = error.filename or "what this needs"
+    what = error.filename or "a system call"
     return errors.SystemFailure(f"the host refused {what}", error.errno or EIO)
 
 
 def package_changed(error: ImportError) -> errors.NotSupported:
-    """Return the error for a module that was there when the manager was started."""
+    """Return the error for a module that has disappeared since the manager started."""
     return errors.NotSupported(
-        f"the package of the machine's manager has changed: {error}",
-        hint=f"end the manager (kill -9 {os.getpid()}), and adopt the machine again",
+        f"vmspawn was upgraded or removed while the machine's manager ran: {error}",
+        hint=f"replace the manager: kill -9 {os.getpid()}, then vmctl adopt",
     )
 
 
@@ -134,7 +134,7 @@ def _explain(reply: type[TypedVarlinkErrorReply], error: errors.VmspawnError) ->
 
 
 def _template(error: errors.VmspawnError) -> dict[str, typing.Any] | None:
-    """Return the template of an error that names fields; a client spells them in its own way."""
+    """Return the template of an error that names fields, so that each client can spell them in its own way."""
     if error.template is None:
         return None
     message, hint, values = error.template
@@ -145,14 +145,14 @@ _EXCEPTIONS = {source.__name__: source for source in _SOURCES}
 
 
 def to_exception(name: str, parameters: Mapping[str, typing.Any]) -> errors.VmspawnError:
-    """The exception for a Varlink error of a machine's control socket."""
+    """Return the exception for a Varlink error of a machine's control socket."""
     interface, _, leaf = name.rpartition(".")
     if interface == "io.systemd" and "errno" in parameters:
         return errors.SystemFailure("the machine's manager cannot do that", int(parameters["errno"]))
     message = str(parameters.get("message") or f"the machine's manager answered {leaf}")
     hint = str(parameters.get("hint") or "")
     if leaf == errors.QmpError.__name__:
-        # The message is "QEMU refused COMMAND: DESCRIPTION"; the class of QEMU's error is not passed on.
+        # The message is "QEMU refused COMMAND: DESCRIPTION". The class of QEMU's error is not transmitted.
         command, _, description = message.removeprefix("QEMU refused ").partition(": ")
         return errors.QmpError(command, "GenericError", description)
     error = _EXCEPTIONS.get(leaf, errors.NotSupported)(message, hint=hint)

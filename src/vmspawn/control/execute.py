@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands in the guest for the clients of Varlink, who get the streams themselves.
+"""Runs commands in the guest for Varlink clients, and passes the command's streams to the client.
 
 Varlink's names are part of the protocol, hence their case here.
 """
@@ -29,7 +29,7 @@ def wanted(
     columns: int | None,
     encoded: bool,
 ) -> Wanted:
-    """A command as a client asks for it. Raises InvalidParameter."""
+    """Return the command that a client's parameters describe. Raises InvalidParameter."""
     size = None if rows is None and columns is None else (rows or 0, columns or 0)
 
     def data(parameter: str, text: str) -> bytes:
@@ -55,7 +55,7 @@ def wanted(
 
 
 async def execute(commands: Commands, command: Wanted, timeout: float) -> AsyncIterator[Progress]:
-    """Run a command; its end ends nothing: the client closes the connection once it has read all output."""
+    """Start a command and yield its progress. The client closes the connection after it has read all output."""
     execution = await commands.start(command, timeout=timeout)
     try:
         if not await _could_not_start(execution):
@@ -82,7 +82,7 @@ def _started(execution: Execution) -> Progress:
 
 
 def _descriptor(stream: socket.socket | None) -> FileDescriptor | None:
-    """Pass a stream to the client, and keep none: the end of its last copy is the guest's end of file."""
+    """Pass a stream to the client without keeping a copy: the guest sees end of file when the last copy is closed."""
     return None if stream is None else FileDescriptor(stream.detach(), should_close=True)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The Varlink interfaces of a machine: what each method takes, returns and does.
+"""Defines the Varlink interfaces of a machine.
 
-`io.systemd.MachineInstance` and `io.systemd.VirtualMachineInstance` are systemd 262's, to the letter;
-`io.vmspawn.Machine` says what they cannot. Varlink's names are part of the protocol, hence their case here.
+`io.systemd.MachineInstance` and `io.systemd.VirtualMachineInstance` are exactly systemd 262's. `io.vmspawn.Machine` has
+vmspawn's other features. Names are in Varlink's case because they are part of the protocol.
 """
 
 import os
@@ -28,10 +28,10 @@ from .progress import Progress
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
 from .upgrade import Taker, upgradable
 
-# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+# asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 _MICROSECONDS = 1_000_000
-#: The first reply to SubscribeEvents: what is sent from now on is complete.
+#: The first reply to SubscribeEvents: all later events will be sent.
 READY = "READY"
 
 
@@ -46,7 +46,7 @@ class _Event(typing.TypedDict):
 
 
 def _take(descriptor: FileDescriptor) -> int:
-    """Take a received descriptor out of the message's care; the caller owns it."""
+    """Take a received descriptor out of its message. The caller owns it."""
     taken = descriptor.take()
     if not isinstance(taken, int):
         raise BadConfig("the descriptor was used already")
@@ -54,7 +54,7 @@ def _take(descriptor: FileDescriptor) -> int:
 
 
 def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
-    """What a received descriptor holds. The caller owns the Backing; on failure the descriptor is closed."""
+    """Return the Backing of a received descriptor. The caller owns the Backing; on failure the descriptor is closed."""
     fd = _take(descriptor)
     try:
         return backings.inspect(fd, read_only=read_only)
@@ -64,12 +64,12 @@ def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
 
 
 def _is_read_only(machine: Running, name: str) -> bool | None:
-    """True if a disk is there that the guest may not write: what comes in its place must not be writable either."""
+    """Return True if a disk is read-only, so that its new image must be read-only too; else None."""
     return any(each.name == name and each.read_only for each in machine.storage) or None
 
 
 def _tray_timeout(microseconds: int | None) -> float:
-    """The seconds that a guest has to open a tray that it has locked. Raises InvalidParameter."""
+    """Return the seconds that a guest has to open a locked tray. Raises InvalidParameter."""
     if microseconds is not None and microseconds < 0:
         raise InvalidParameter(parameter="timeoutUSec")
     return TRAY_TIMEOUT if microseconds is None else microseconds / _MICROSECONDS
@@ -105,18 +105,18 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
 
     @varlinkmethod
     async def Resume(self) -> None:
-        """Let the guest's processors run on."""
+        """Continue the guest's processors."""
         await self._machine.power.resume()
 
     @varlinkmethod
     async def Describe(self) -> _Description:
-        """The run state, in QEMU's words."""
+        """Return QEMU's run state."""
         await self._machine.ask_status()
         return {"running": self._machine.is_running, "status": self._machine.status}
 
     @varlinkmethod(allow_foreign=True, delay_generator=False)
     async def SubscribeEvents(self, *, filter: list[str] | None = None) -> AsyncIterator[_Event]:
-        """The events from now on, QEMU's and ours; no filter, or an empty one, means all."""
+        """Stream the events of QEMU and vmspawn. Without a filter, or with an empty one, stream all events."""
         wanted = frozenset(filter or ())
         with self._machine.events() as events:
             yield {"event": READY}
@@ -124,36 +124,36 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
                 if not wanted or event.name in wanted:
                     yield {"event": event.name, "data": event.data}
         if events.overrun:
-            raise EventsLost("you read too slowly, and events were lost", hint="subscribe again")
+            raise EventsLost("events were lost, because the client read too slowly", hint="subscribe again")
         raise NotConnected("the machine ended")
 
     @varlinkmethod
     async def AddStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str, config: str | None = None) -> None:
-        """Plug in a raw image or block device; `config` is the bus. Read-only if the descriptor is."""
+        """Attach a raw image or block device on the bus `config`. The disk is read-only if the descriptor is."""
         bus = disks.check_bus(config or DEFAULT_BUS)
         backing = _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
         await self._machine.storage.attach(Disk("", name, bus, "raw", not backing.writable), backing)
 
     @varlinkmethod
     async def RemoveStorage(self, *, name: str) -> None:
-        """Unplug a disk; replies when it is really gone, or that it is pending."""
+        """Detach a disk. Replies when all of it is removed, or with StoragePending after a timeout."""
         await self._machine.storage.detach(name)
 
     @varlinkmethod
     async def ReplaceStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str) -> None:
-        """Put another raw image or block device in the place of a disk's, while the guest uses it."""
+        """Replace the image of a disk by a raw image or block device, while the guest uses the disk."""
         backing = _backing(fileDescriptorIndex, read_only=_is_read_only(self._machine, name))
         await self._machine.storage.changes.replace(name, backing, format="raw")
 
 
 class VirtualMachineInstance(VarlinkInterface, name="io.systemd.VirtualMachineInstance"):
-    """Says that the machine is a virtual one."""
+    """An interface without methods, which marks the machine as a virtual one."""
 
 
 class QemuMachineInstance(VarlinkInterface, name="io.systemd.QemuMachineInstance"):
     """Direct access to QEMU, for any number of clients.
 
-    Only vmspawn serves this interface: systemd removed its stub on 2026-04-24.
+    Only vmspawn serves this interface, because systemd removed its stub on 2026-04-24.
     """
 
     errors = (errors.AlreadyAcquired,)
@@ -167,7 +167,7 @@ class QemuMachineInstance(VarlinkInterface, name="io.systemd.QemuMachineInstance
     @upgradable(_upgrade)
     @varlinkmethod
     async def AcquireQMP(self) -> qmp.Acquired:
-        """A QMP connection: as a descriptor or, with `upgrade`, this one. AlreadyAcquired is never sent."""
+        """Open a QMP session on a new descriptor or, with `upgrade`, on this connection."""
         return await qmp.acquire(self._machine, read_only=False)
 
 
@@ -183,7 +183,7 @@ class _Attached(typing.TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Happening:
-    """Something that happened, and when, in microseconds since 1970."""
+    """A recent event, with its time in microseconds since 1970."""
 
     realTimeUSec: int
     text: str
@@ -211,7 +211,7 @@ class _MachineDescription(typing.TypedDict):
 
 
 class Machine(VarlinkInterface, name=errors.VMSPAWN):
-    """What vmspawn's machines can do beyond systemd's interfaces."""
+    """The features of vmspawn's machines that systemd's interfaces do not have."""
 
     errors = errors.VMSPAWN_ERRORS
 
@@ -221,7 +221,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod
     async def Describe(self) -> _MachineDescription:
-        """The machine at a glance; without `responding`, the state is the last that QEMU has told."""
+        """Describe the machine. If `responding` is false, the state is the last one that QEMU reported."""
         machine = self._machine
         responding = await machine.ask_status()
         if responding:
@@ -245,7 +245,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod
     async def ResizeConsole(self, *, rows: int, columns: int) -> None:
-        """Tell the guest how large the window is that shows its console, as far as it can be told."""
+        """Pass the size of the console's window to the guest, if the console supports it."""
         for name, value in (("rows", rows), ("columns", columns)):
             if not 0 < value < 1 << 16:
                 raise InvalidParameter(parameter=name)
@@ -253,9 +253,9 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod(return_parameter="storage")
     async def ListStorage(self, *, statistics: bool | None = None, sizes: bool | None = None) -> list[Storage]:
-        """All disks, boot disks included; with `statistics`, what was read and written since each was attached.
+        """Return all disks, including boot disks, with I/O totals since each was attached if `statistics` is true.
 
-        Without `sizes`, which are there by default, QEMU is not asked, and each size is 0.
+        If `sizes` is false, QEMU is not asked, and each size is 0. The default is true.
         """
         storage = self._machine.storage
         counted = await storage.statistics() if statistics else {}
@@ -287,10 +287,10 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         limits: StorageLimits | None = None,
         waitGuestUSec: int | None = None,
     ) -> _Attached:
-        """Plug in an image or block device; `bus` may be "auto". A scsi-cd may come without a descriptor: empty.
+        """Attach an image or block device. `bus` may be "auto". A scsi-cd without a descriptor is empty.
 
-        `path` is only told to people; the descriptor is what is used. With `waitGuestUSec` the reply comes once the
-        guest has made a request to the disk, or is Timeout after that time; the disk is attached then.
+        The image is the descriptor's; `path` is only shown to users. With `waitGuestUSec`, replies after the guest's
+        first request to the disk, or with Timeout after that time, which leaves the disk attached.
         """
         if waitGuestUSec is not None and waitGuestUSec < 0:
             raise InvalidParameter(parameter="waitGuestUSec")
@@ -326,9 +326,10 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod(return_parameter="pending")
     async def DetachStorage(self, *, name: str, timeoutUSec: int | None = None, force: bool | None = None) -> bool:
-        """Unplug a disk, waiting for the guest for `timeoutUSec`, 30 s if that is not given; then StoragePending.
+        """Detach a disk. Replies with StoragePending after `timeoutUSec` (default: 30 s); the removal continues.
 
-        `force` closes the image first, so that the guest sees errors; what is pending then is only the guest's device.
+        `force` closes the image first, so the guest gets I/O errors. The result is false while the guest still has the
+        device.
         """
         if timeoutUSec is not None and timeoutUSec < 0:
             raise InvalidParameter(parameter="timeoutUSec")
@@ -345,7 +346,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         path: str | None = None,
         shrink: bool | None = None,
     ) -> int:
-        """Put another image in the place of a disk's, while the guest uses it."""
+        """Replace the image of a disk while the guest uses it."""
         read_only = _is_read_only(self._machine, name)
         backing = _backing(fileDescriptorIndex, read_only=read_only)
         return await self._machine.storage.changes.replace(
@@ -354,12 +355,12 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod(return_parameter="sizeBytes")
     async def ResizeStorage(self, *, name: str, sizeBytes: int | None = None, shrink: bool | None = None) -> int:
-        """Resize a disk and its image; without a size, tell the guest the one that the image has by now."""
+        """Resize a disk and its image. Without a size, resize the disk to the image's current size."""
         return await self._machine.storage.changes.resize(name, sizeBytes, shrink=bool(shrink))
 
     @varlinkmethod
     async def LimitStorage(self, *, name: str, limits: StorageLimits | None = None) -> None:
-        """Change a disk's I/O limits; without any, there are none from now on."""
+        """Change a disk's I/O limits. Without `limits`, remove them."""
         await self._machine.storage.changes.limit(name, to_limits(limits))
 
     @varlinkmethod
@@ -373,9 +374,9 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         force: bool | None = None,
         timeoutUSec: int | None = None,
     ) -> None:
-        """Put a medium into an optical drive, in the place of one that is there.
+        """Insert a medium into an optical drive, replacing the present one.
 
-        A guest that has locked the tray has `timeoutUSec`, or 10 s, to open it; then StoragePending.
+        A guest that has locked the tray has `timeoutUSec` (default: 10 s) to open it; then replies with StoragePending.
         """
         timeout = _tray_timeout(timeoutUSec)
         backing = _backing(fileDescriptorIndex, read_only=True)
@@ -385,7 +386,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod
     async def EjectMedia(self, *, name: str, force: bool | None = None, timeoutUSec: int | None = None) -> None:
-        """Take the medium out of an optical drive; the tray stays open. `timeoutUSec` is that of InsertMedia."""
+        """Eject the medium of an optical drive and leave the tray open. `timeoutUSec` is as in InsertMedia."""
         timeout = _tray_timeout(timeoutUSec)
         await self._machine.storage.changes.eject_media(name, force=bool(force), timeout=timeout)
 
@@ -395,12 +396,12 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     @upgradable(_upgrade)
     @varlinkmethod
     async def AcquireQMP(self, *, readOnly: bool | None = None) -> qmp.Acquired:
-        """A QMP connection: as a descriptor or, with `upgrade`, this one. A read-only one may only look."""
+        """Open a QMP session on a new descriptor or, with `upgrade`, on this connection. `readOnly` refuses changes."""
         return await qmp.acquire(self._machine, read_only=bool(readOnly))
 
     @varlinkmethod(return_parameter="sessions")
     def ListSessions(self) -> list[qmp.Session]:
-        """The QMP clients that are connected, the oldest first."""
+        """Return the connected QMP clients, the oldest first."""
         return [qmp.describe(each) for each in self._machine.sessions]
 
     @varlinkmethod(delay_generator=False)
@@ -417,10 +418,10 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         base64: bool | None = None,
         timeoutUSec: int | None = None,
     ) -> AsyncIterator[Progress]:
-        """Run a command in the guest, or the user's login shell, and hand its streams to the client.
+        """Run a command in the guest, or the user's login shell, and pass its streams to the client.
 
-        With `rows` and `columns` it has a terminal. `environment` has NAME=VALUE. `base64` encodes all strings.
-        The end of the connection ends the command.
+        With `rows` and `columns`, the command has a terminal. `environment` is a list of NAME=VALUE. If `base64` is
+        true, all strings are encoded. The end of the connection ends the command.
         """
         from . import execute
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `io.vmspawn.Machine.Execute` replies. Varlink's names are part of the protocol, hence their case here."""
+"""Defines the replies of `io.vmspawn.Machine.Execute`. Names are in Varlink's case, as part of the protocol."""
 
 import typing
 
 from asyncvarlink import FileDescriptor
 
-# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+# asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 
 class Progress(typing.TypedDict):
-    """What became of a command: `state` is started, exited, killed or failed.
+    """A change of a command's state: `state` is started, exited, killed or failed.
 
-    `started` comes with the streams. The others come last, with the bytes that were written to the streams in all: the
-    client reads these and closes the connection, which removes the streams.
+    `started` comes with the streams. One of the others is the last reply, with the total number of bytes in each
+    stream. The client reads that many bytes and closes the connection, which removes the streams.
     """
 
     state: str
@@ -29,7 +29,7 @@ class Progress(typing.TypedDict):
 
 
 def nothing(state: str, id: str) -> Progress:
-    """A reply with nothing but the state."""
+    """Return a reply that has only the state."""
     return {
         "state": state,
         "id": id,

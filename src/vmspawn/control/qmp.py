@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QMP for the clients of Varlink: connections of their own, handed out, and the list of those that there are.
+"""Opens QMP sessions for Varlink clients, and lists the sessions.
 
-Varlink's names are part of the protocol, hence their case here.
+Names are in Varlink's case because they are part of the protocol.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from .upgrade import Taker
 if typing.TYPE_CHECKING:
     from ..qmp.share.session import Session as QmpSession
 
-# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+# asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 
 class Acquired(typing.TypedDict):
-    """The reply to AcquireQMP: a connection, unless it is the one that the call came by."""
+    """The reply to AcquireQMP. It has no descriptor if the session is on the Varlink connection itself."""
 
     fileDescriptorIndex: FileDescriptor | None
 
 
-# What serves QMP is loaded with the first client that asks for it, for many machines never have one.
+# The QMP server is imported for the first client, because many machines never have one.
 
 
 async def acquire(machine: Running, *, read_only: bool) -> Acquired:
-    """A QMP session on a socket pair; the other end goes to the caller and outlives the Varlink connection."""
+    """Open a QMP session on a socket pair, and return the other end. The session outlives the Varlink connection."""
     from ..qmp.share.peer import Peer
 
     multiplexer = await machine.multiplexer()
@@ -43,13 +43,13 @@ async def acquire(machine: Running, *, read_only: bool) -> Acquired:
 
 
 async def take_over(machine: Running, *, read_only: bool) -> Taker:
-    """A QMP session on the Varlink connection itself."""
+    """Return a function that opens a QMP session on the Varlink connection itself."""
     from ..qmp.share.peer import Peer
 
     multiplexer = await machine.multiplexer()
 
     def take(connected: socket.socket) -> None:
-        # QEMU may have gone while the reply left; the client sees the end of the stream then.
+        # QEMU may have ended during the reply; the client then gets end of file.
         with contextlib.suppress(VmspawnError):
             multiplexer.open(connected, read_only=read_only, peer=Peer.of(connected))
 
@@ -58,7 +58,7 @@ async def take_over(machine: Running, *, read_only: bool) -> Taker:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A QMP client. Bytes, commands and events count from when it connected; `queued` commands wait for QEMU."""
+    """A QMP client. Bytes, commands and events are totals since it connected; `queued` commands wait for QEMU."""
 
     processId: int | None
     userId: int | None
@@ -72,7 +72,7 @@ class Session:
 
 
 def describe(session: "QmpSession") -> Session:
-    """A session for a client."""
+    """Describe a session for a Varlink client."""
     peer = session.peer
     return Session(
         processId=peer.pid if peer else None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serve QMP sessions of a machine on a socket with a path, for programs that want one."""
+"""Serves a machine's QMP sessions on a socket with a path, for programs that cannot use a descriptor."""
 
 import asyncio
 import contextlib
@@ -17,15 +17,15 @@ from .share import listening
 
 _RECEIVE_SIZE = 65536
 
-#: File descriptors of one message; QEMU takes no more (its QIO_CHANNEL_SOCKET_FDS).
+#: The maximum number of file descriptors in a message; QEMU takes no more.
 _FDS_MAX = 16
 
 
 async def serve_sessions(machine: str, listen: str, *, read_only: bool, ready: Callable[[], None]) -> None:
-    """Give each client of a new socket `listen` a session of its own.
+    """Create the socket `listen`, and give each client a QMP session.
 
-    Returns when the machine has ended, or SIGINT or SIGTERM comes; `listen` is removed then. Raises NotConnected if the
-    machine does not run or its manager goes, and StartError if `listen` cannot be made.
+    Returns when the machine ends, or on SIGINT or SIGTERM, and removes `listen`. Raises NotConnected if the machine
+    does not run or its manager ends, and StartError if `listen` cannot be created.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -48,7 +48,7 @@ async def serve_sessions(machine: str, listen: str, *, read_only: bool, ready: C
 
 
 async def _until(ended: asyncio.Event, connection: calls.Connection) -> None:
-    """Wait for a signal, or for the machine's last event. Raises NotConnected if the manager goes."""
+    """Wait for a signal, or for the machine's last event. Raises NotConnected if the manager ends."""
     waiting = asyncio.create_task(ended.wait())
     receiving = asyncio.create_task(connection.receive())
     try:
@@ -72,18 +72,18 @@ def _accept(listener: socket.socket, tasks: Tasks, machine: str, read_only: bool
 
 
 async def _serve(client: socket.socket, machine: str, read_only: bool) -> None:
-    """Connect a client with a session until both have said all. Owns the client's socket."""
+    """Relay between a client and a new session until both have sent everything. Owns the client's socket."""
     with client:
         try:
             reply = await calls.call(machine, "io.vmspawn.Machine.AcquireQMP", {"readOnly": read_only})
         except VmspawnError:
-            return  # the client sees the end of its connection
+            return  # closing the connection informs the client
         with socket.socket(fileno=reply.fds[0]) as session:
             for each in (client, session):
                 each.setblocking(False)
             ways = [asyncio.create_task(_relay(client, session)), asyncio.create_task(_relay(session, client))]
             try:
-                # A client that has shut down its writing side still reads; a session that has ended does not.
+                # A client that has shut down its writing side still reads, so wait for the session's output.
                 await asyncio.wait(ways[1:])
             finally:
                 for way in ways:
@@ -92,7 +92,7 @@ async def _serve(client: socket.socket, machine: str, read_only: bool) -> None:
 
 
 async def _relay(source: socket.socket, target: socket.socket) -> None:
-    """Pass on bytes and file descriptors until the source ends."""
+    """Relay bytes and file descriptors until the source ends."""
     loop = asyncio.get_running_loop()
     with contextlib.suppress(OSError):
         while True:
@@ -109,7 +109,7 @@ async def _relay(source: socket.socket, target: socket.socket) -> None:
 
 
 async def _pass_on(target: socket.socket, data: bytes, fds: list[int]) -> None:
-    """Send data; the descriptors go with its first byte."""
+    """Send data, and the descriptors with its first byte."""
     loop = asyncio.get_running_loop()
     while fds and data:
         try:
@@ -122,7 +122,7 @@ async def _pass_on(target: socket.socket, data: bytes, fds: list[int]) -> None:
 
 
 async def _ready(connected: socket.socket, add: Callable[..., None], remove: Callable[[socket.socket], object]) -> None:
-    """Wait until a socket can be read or written."""
+    """Wait until a socket is readable or writable."""
     is_ready = asyncio.Event()
     add(connected, is_ready.set)
     try:

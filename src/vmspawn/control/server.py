@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Accept the control socket's clients, a limited number, and serve each its calls."""
+"""Accepts a limited number of clients on the control socket, and serves their calls."""
 
 import asyncio
 import errno
@@ -17,21 +17,21 @@ from ..version import VERSION
 from .connection import Connection
 from .interfaces import Machine, MachineInstance, QemuMachineInstance, VirtualMachineInstance
 
-#: Connections at once. A client more, and the one that has been idle the longest is let go.
+#: The maximum number of connections. For a further client, the one that has been idle the longest is closed.
 CONNECTIONS_MAX = 256
 
-#: Connections that the kernel holds for us while we are busy; to a client beyond them a non-blocking connect(2) fails.
+#: Connections that the kernel queues for a busy manager. Beyond them, a non-blocking connect(2) fails.
 _BACKLOG = 1024
 
-#: Connections accepted before the loop serves others again.
+#: Connections that are accepted before the event loop serves other work.
 _ACCEPT_BATCH = 32
 
-#: Seconds without accepting after the process has run out of descriptors.
+#: Seconds to pause accepting after the process has run out of descriptors.
 _ACCEPT_PAUSE = 0.5
 
 
 def build_registry(machine: Running, inside: Inside) -> VarlinkInterfaceRegistry:
-    """The interfaces that a machine's control socket serves."""
+    """Return the interfaces that a machine's control socket serves."""
     registry = VarlinkInterfaceRegistry()
     registry.register_interface(VarlinkServiceInterface("vmspawn", "vmspawn", VERSION, "", registry, comments=True))
     registry.register_interface(MachineInstance(machine))
@@ -42,7 +42,7 @@ def build_registry(machine: Running, inside: Inside) -> VarlinkInterfaceRegistry
 
 
 class ControlServer:
-    """The listening socket and its connections. `close` ends them all and leaves the socket file to the directory."""
+    """The listening socket and its connections. `close` ends them; the runtime directory removes the socket file."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class ControlServer:
         self._loop.add_reader(self._listener, self._accept)
 
     async def finish(self, *, timeout: float) -> None:
-        """Stop listening, and give the calls that are being served `timeout` seconds for their last reply."""
+        """Stop listening, and wait up to `timeout` seconds for the last replies to pending calls."""
         self._stop_listening()
         calls = [call for each in self._connections if (call := each.call) is not None]
         if calls:
@@ -103,7 +103,7 @@ class ControlServer:
         min(idle, key=lambda each: each.last_active).close()
 
     def _pause(self) -> None:
-        """Out of descriptors: whoever waits in the backlog waits a little longer."""
+        """Pause accepting while the process is out of descriptors. New clients wait in the backlog."""
         assert self._listener is not None
         self._loop.remove_reader(self._listener)
         self._loop.call_later(_ACCEPT_PAUSE, self._resume)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sharing the QMP socket of a QEMU that somebody else started: one monitor in, any number of sessions out."""
+"""Shares the QMP socket of a QEMU that another program started: one monitor, any number of sessions."""
 
 import asyncio
 import contextlib
@@ -14,16 +14,16 @@ from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.share.multiplexer import Multiplexer
 from ..qmp.share.peer import Peer
 
-#: Connections that the kernel holds for us while we are busy.
+#: Connections that the kernel queues while the process is busy.
 _BACKLOG = 128
 
 
 async def share(source: str, listen: str, *, ready: Callable[[], None], timeout: float = GREETING_TIMEOUT) -> None:
-    """Take over the monitor behind the socket `source`, and serve sessions on a new socket `listen`.
+    """Connect to QEMU's monitor at the socket `source`, and serve sessions on a new socket `listen`.
 
-    Returns when SIGINT or SIGTERM comes; `listen` is removed then. `ready` is called once sessions are served;
-    `timeout` is for QEMU's greeting. Raises NotConnected if QEMU is not there or goes, Timeout if the monitor gives no
-    greeting, because another program holds it, and StartError if `listen` cannot be made.
+    Returns on SIGINT or SIGTERM, and removes `listen`. `ready` is called when clients can connect. Raises NotConnected
+    if QEMU does not run or ends, Timeout if the monitor does not greet within `timeout` seconds because another program
+    uses it, and StartError if `listen` cannot be created.
     """
     loop = asyncio.get_running_loop()
     lost: list[str] = []
@@ -65,11 +65,11 @@ def _connect(source: str) -> socket.socket:
 
 @contextlib.contextmanager
 def listening(path: str) -> Iterator[socket.socket]:
-    """A listening socket whose file goes with it."""
+    """Listen on a new socket at `path`, and remove its file on exit. Raises StartError."""
     try:
         listener = sockets.listen(path, _BACKLOG)
     except OSError as error:
-        hint = "choose another path, or remove what is there" if os.path.exists(path) else ""
+        hint = "choose another path, or remove that file" if os.path.exists(path) else ""
         raise StartError(f"cannot listen on {path}: {error.strerror or error}", hint=hint) from None
     listener.setblocking(False)
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks as `io.vmspawn.Machine` shows them, and their options as it takes them.
+"""Converts disks and their options from and to the types of `io.vmspawn.Machine`.
 
-Varlink's names are part of the protocol, hence their case here.
+Names are in Varlink's case because they are part of the protocol.
 """
 
 import typing
@@ -14,12 +14,15 @@ from ..storage.limits import NO_LIMITS, Limits
 from ..storage.looks import Look
 from ..storage.statistics import Statistics
 
-# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+# asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 
 @dataclass(frozen=True, slots=True)
 class StorageLimits:
-    """Requests and bytes a second; 0 or nothing is no limit. `burstPercent` of them for a second after a quiet time."""
+    """Limits in requests and bytes per second; 0 or null is no limit.
+
+    `burstPercent` allows that percentage of the limits for a second after a quiet time.
+    """
 
     iops: int | None = None
     iopsRead: int | None = None
@@ -32,7 +35,7 @@ class StorageLimits:
 
 @dataclass(frozen=True, slots=True)
 class StorageStatistics:
-    """Requests and bytes of the guest since the disk was attached, and the time that they took."""
+    """The guest's requests, their bytes and their duration, since the disk was attached."""
 
     reads: int
     writes: int
@@ -46,9 +49,9 @@ class StorageStatistics:
 
 @dataclass(frozen=True, slots=True)
 class StorageRemoval:
-    """A removal that is under way: for how long, how often the guest was asked, and why it is taken not to be over.
+    """A pending removal: its duration, the number of requests to the guest, and the reason why it has not completed.
 
-    `forced` says that the image was taken away from under the guest.
+    `forced` is true if the image was taken away before the guest released the device.
     """
 
     pendingUSec: int
@@ -60,10 +63,10 @@ class StorageRemoval:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A disk. `state` is attaching, attached or detaching; `place` its port, slot, SCSI address or namespace.
+    """A disk. `state` is attaching, attached or detaching; `place` is its port, slot, SCSI address or namespace.
 
-    An optical drive without a medium has a size of 0. `failures` counts requests of the guest's that failed. `notice`
-    says what is not as it should be: a file that somebody put in the place of the image, or an old one that is open.
+    An optical drive without a medium has a size of 0. `failures` counts failed requests of the guest. `notice` reports
+    another file that a QMP client put in place of the image, or a replaced image that is still open.
     """
 
     name: str
@@ -87,7 +90,7 @@ class Storage:
 
 
 def to_limits(found: StorageLimits | None) -> Limits:
-    """The limits that a client asks for."""
+    """Return the limits that a client requests."""
     if found is None:
         return NO_LIMITS
     return Limits(
@@ -106,7 +109,7 @@ def _from_limits(limits: Limits) -> StorageLimits | None:
 
 
 def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statistics | None) -> Storage:
-    """A disk for a client."""
+    """Describe a disk for a Varlink client."""
     return Storage(
         name=attachment.name,
         bus=attachment.disk.bus,
@@ -151,5 +154,5 @@ def _statistics(found: Statistics) -> StorageStatistics:
 
 
 def with_options(disk: Disk, **options: typing.Any) -> Disk:
-    """The disk with those of the options that were given."""
+    """Return the disk with the options that are not None."""
     return disk._replace(**{name: value for name, value in options.items() if value is not None})

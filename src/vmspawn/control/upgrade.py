@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Varlink's `upgrade`: a call after whose reply the connection speaks another protocol.
+"""Implements Varlink's `upgrade`: after the reply to such a call, the connection uses another protocol.
 
-A method that can be upgraded is marked with the coroutine that is run in its place when a call asks for that. It gets
-the call's parameters, may fail like any method, and returns who takes the socket over once the reply has left. What the
-client sent behind its call is still in the socket then.
+An upgradable method has a second coroutine, which runs instead if a call sets `upgrade`. The coroutine gets the call's
+parameters, may raise the errors of any method, and returns a function that takes the socket after the reply was sent.
+Bytes that the client sent behind its call are still in the socket then.
 """
 
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-#: Takes a connected socket over, and owns it from then on.
+#: Takes a connected socket, and owns it from then on.
 Taker = Callable[[socket.socket], object]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -18,7 +18,7 @@ _MARK = "_varlink_upgrade"
 
 
 def upgradable(by: Callable[..., Awaitable[Taker]]) -> Callable[[_Method], _Method]:
-    """Mark a method as one that `by`, a coroutine of the same class with the same parameters, upgrades."""
+    """Make a method upgradable: `by` is a coroutine of the same class, with the same parameters."""
 
     def mark(method: _Method) -> _Method:
         setattr(method, _MARK, by)
@@ -28,6 +28,6 @@ def upgradable(by: Callable[..., Awaitable[Taker]]) -> Callable[[_Method], _Meth
 
 
 def upgrader(method: Callable[..., Any]) -> Callable[..., Awaitable[Taker]] | None:
-    """What to run in place of a bound method when its call asks for an upgrade, or None if it has no such thing."""
+    """Return the coroutine that runs instead of a bound method if a call sets `upgrade`, or None."""
     by = getattr(method, _MARK, None)
     return None if by is None else by.__get__(getattr(method, "__self__", None))
