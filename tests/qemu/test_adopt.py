@@ -90,7 +90,7 @@ def test_who_watches_is_told_that_the_machine_runs_on(machine: Survivor) -> None
             assert process.stderr is not None
             *_, said, hint = process.stderr.read().splitlines()
             assert said.endswith(f"the manager of machine {machine.name} is gone; the machine runs on")
-            assert hint.strip() == f"take it over with: vmctl adopt {machine.name}"
+            assert hint.strip() == f"adopt it with: vmctl adopt {machine.name}"
 
 
 def test_a_log_that_cannot_be_written_leaves_the_machine_to_others(machine: Survivor) -> None:
@@ -279,6 +279,6 @@ def test_adopt_or_start(qemu: str, tmp_path: Path) -> None:
         machine.kill_manager()
         machine.manager = Spawned(name, arguments)
         machine.manager.wait_for("is running")
-        assert f"took over machine {name} (QEMU is process {machine.pid})" in machine.manager.output["stderr"]
+        assert f"adopted machine {name} (QEMU is process {machine.pid})" in machine.manager.output["stderr"]
         assert vmctl("terminate", name).returncode == 0
         assert machine.manager.wait() == 0

@@ -140,7 +140,7 @@ def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, im
         assert f"QEMU is process {pid}" in one_line(done, "vmspawn")
         assert vmctl("status", running.name).stderr.splitlines() == [
             f"vmctl: machine {running.name} runs without a manager (QEMU is process {pid})",
-            f"       take it over with: vmctl adopt {running.name}",
+            f"       adopt it with: vmctl adopt {running.name}",
         ]
     finally:
         os.kill(pid, signal.SIGKILL)

@@ -26,7 +26,7 @@ from .started import Adopted, SharedConsole, Started, connect, connect_monitors,
 from .state import State, read
 
 
-@system_failures("take over the machine")
+@system_failures("adopt the machine")
 def adopt(config: MachineConfig) -> Started:
     """Take over the machine that `config` names; its other fields configure the manager: console and timeouts.
 

@@ -28,8 +28,8 @@ def end_orphan(name: str) -> None:
             _end_process(name, pid)
         elif directory.has_monitor():
             raise StartError(
-                f"machine {name} runs, and its QEMU is not known: its manager died as it started it",
-                hint=f"take it over first: vmctl adopt {name}",
+                f"machine {name} runs, but its QEMU is unknown: its manager died while it started QEMU",
+                hint=f"adopt it first: vmctl adopt {name}",
             )
         directory.remove()
     finally:

@@ -133,7 +133,7 @@ def read(directory: MachineDirectory) -> State:
         if version > STATE_VERSION:
             raise StartError(
                 f"machine {name} belongs to a newer vmspawn (its state has version {version}, not {STATE_VERSION})",
-                hint="take it over with that one",
+                hint="adopt it with that version",
             )
         if version < 2:
             found = _migrate_1(found)
@@ -141,7 +141,7 @@ def read(directory: MachineDirectory) -> State:
             found = _migrate_2(found)
         return _load(name, found)
     except OSError as error:
-        raise StartError(f"machine {name} left no state to take it over from: {error.strerror}") from None
+        raise StartError(f"cannot adopt machine {name}: cannot read its state: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(directory, error) from None
 

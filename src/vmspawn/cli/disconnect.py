@@ -36,7 +36,7 @@ class Parting:
         if self._manager in ended:
             raise NotConnected(
                 f"the manager of machine {self._machine} is gone; the machine runs on",
-                hint=f"take it over with: vmctl adopt {self._machine}",
+                hint=f"adopt it with: vmctl adopt {self._machine}",
             )
         raise NotConnected(
             f"machine {self._machine} has closed the connection",

@@ -226,7 +226,7 @@ class MachineDirectory:
             process = f" (QEMU is process {pid})" if pid else ""
             raise StartError.with_fields(
                 "machine {machine} still runs without its manager{process}",
-                hint="take it over with: vmctl adopt {machine}; or choose another name with {name=}",
+                hint="adopt it with: vmctl adopt {machine}; or choose another name with {name=}",
                 machine=self.name,
                 process=process,
             )

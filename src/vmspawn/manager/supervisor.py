@@ -66,7 +66,7 @@ async def _start(started: Started, messages: Messages) -> Running | None:
         if is_ours:
             return await run_unless_ended(started, start)
         machine = await start
-        messages.notice(f"took over machine {machine.name} (QEMU is process {machine.pid})")
+        messages.notice(f"adopted machine {machine.name} (QEMU is process {machine.pid})")
         return machine
     except VmspawnError:
         raise
@@ -85,7 +85,7 @@ def _fault(name: str, error: Exception, machine: Running | None = None, *, runs_
     """Report a fault of ours, and explain what becomes of the machine."""
     what = f"the manager failed: {type(error).__name__}: {error}".splitlines()[0]
     report = _write_report(name, what, machine, error)
-    becomes = f"the machine runs on, take it over with: vmctl adopt {name}" if runs_on else "the machine was ended"
+    becomes = f"the machine runs on; adopt it with: vmctl adopt {name}" if runs_on else "the machine was ended"
     return ManagerFailed(f"{what}; {becomes}", hint=f"please report it, with {report}" if report else "")
 
 

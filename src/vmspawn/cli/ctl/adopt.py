@@ -13,10 +13,10 @@ from ...host import runtime
 from .replies import say
 from .verbs import Verbs
 
-#: Seconds that a manager in the background has to take a machine over.
+#: Seconds that the new manager has to adopt the machine.
 _ADOPT_TIMEOUT = 45.0
 
-#: How vmspawn's errors begin on standard error.
+#: The prefix of vmspawn's errors on standard error.
 _PREFIX = "vmspawn: "
 
 
@@ -26,7 +26,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _adopt(options: argparse.Namespace) -> None:
-    """Start a manager in the background, and wait until it has the machine."""
+    """Start a manager in the background, and wait until it has adopted the machine."""
     name = runtime.check_name(options.machine)
     folder = os.path.join(runtime.runtime_root(), name)
     timeout = _ADOPT_TIMEOUT if options.timeout is None else options.timeout
@@ -45,7 +45,7 @@ def _adopt(options: argparse.Namespace) -> None:
         os.close(telling)
         telling = -1
         if not select.select([waiting], [], [], timeout)[0]:
-            raise Timeout(f"the manager of {name} (process {pid}) has not taken it over within {timeout:g} s")
+            raise Timeout(f"the new manager (process {pid}) has not adopted machine {name} within {timeout:g} s")
         if not os.read(waiting, 1):
             os.waitpid(pid, 0)
             raise _failure(os.pread(log, 1 << 16, start).decode(errors="replace"))
@@ -57,7 +57,7 @@ def _adopt(options: argparse.Namespace) -> None:
 
 
 def _start(name: str, log: int, telling: int) -> int:
-    """Start a manager that outlives vmctl, and return its process id. It inherits only `log` and `telling`."""
+    """Start a manager that outlives vmctl, and return its process id. The manager inherits only `log` and `telling`."""
     actions: list[tuple[object, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
