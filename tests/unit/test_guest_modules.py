@@ -91,4 +91,4 @@ def test_says_what_to_install_where_zstd_is_missing(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GuestError) as caught:
         Modules(tmp_path).load(["small"])
-    assert caught.value.hint == "Install the package zstd."
+    assert caught.value.hint == "install the package zstd"
