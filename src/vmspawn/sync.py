@@ -51,12 +51,12 @@ class Machine(BlockingMachine[_machine.Machine]):
         with vmspawn.sync.Machine(guest="builtin", ram="512M") as machine:
             machine.console.expect("ready")
 
-    `with` starts it, and ends it on the way out if it still runs. The keyword arguments are the fields of
-    MachineConfig, and prevail over `config`. Sizes are bytes or texts such as "512M"; times are seconds. vmctl and
-    other programs reach the machine by its name, unless `control` is False. A machine that has ended can be started
-    again.
+    `with` starts the machine, and ends it if it still runs at the end of the block. A machine that has ended can
+    be started again. The keyword arguments are the fields of MachineConfig; they override `config`. Sizes are bytes or
+    texts such as "512M", and times are seconds. vmctl and other programs can control the machine by its name, unless
+    `control` is False.
 
-    Raises StartError or UsageError if it cannot be started.
+    Raises StartError or UsageError if the machine cannot be started.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Machine(BlockingMachine[_machine.Machine]):
 
     @property
     def config(self) -> MachineConfig:
-        """The machine as it was asked for."""
+        """The configuration that the machine is started with."""
         return self._read(lambda inner: inner.config)
 
     @property
@@ -92,18 +92,18 @@ class Machine(BlockingMachine[_machine.Machine]):
         return self._read(lambda inner: inner.pid)
 
     def status(self) -> str:
-        """QEMU's run state, such as `running` or `paused`."""
+        """Return QEMU's run state, such as `running` or `paused`."""
         return self._call(lambda inner: inner.status())
 
     def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+        """Press the power button (ACPI). `wait` returns after the guest has powered off.
 
-        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        Raises NotSupported if the guest's state does not let it notice the button.
         """
         return self._call(lambda inner: inner.power_off())
 
     def reboot(self) -> None:
-        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
         return self._call(lambda inner: inner.reboot())
 
     def pause(self) -> None:
@@ -111,17 +111,15 @@ class Machine(BlockingMachine[_machine.Machine]):
         return self._call(lambda inner: inner.pause())
 
     def resume(self) -> None:
-        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
+        """Continue the guest's processors, or wake a suspended guest up. Raises NotSupported if the guest is off."""
         return self._call(lambda inner: inner.resume())
 
     def terminate(self) -> None:
-        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
-        killed.
-        """
+        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
         return self._call(lambda inner: inner.terminate())
 
     def wait(self) -> End:
-        """Wait until the machine has ended, and report how."""
+        """Wait until the machine has ended, and return the reason."""
         return self._call(lambda inner: inner.wait())
 
     @property
@@ -139,7 +137,7 @@ class Machine(BlockingMachine[_machine.Machine]):
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
 
     def disks(self) -> list[DiskStatus]:
-        """All disks, boot disks included."""
+        """Return all disks, including boot disks."""
         return self._call(lambda inner: inner.disks())
 
     def attach(
@@ -150,57 +148,61 @@ class Machine(BlockingMachine[_machine.Machine]):
         timeout: float = DRIVER_TIMEOUT,
         **options: Unpack[DiskOptions],
     ) -> AttachedDisk:
-        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
-        `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+        """Attach a disk: `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
 
-        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty. Returns when QEMU has plugged
+        in the device.
 
-        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
-        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
+        With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
+        disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
-        left behind then.
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
+        leaves nothing behind.
         """
         return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
     def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Unplug a disk; returns once nothing of it is left.
+        """Detach a disk. Returns True when all of it is removed.
 
-        `force` takes the image away from under the guest first; returns False then if the guest has not released the
-        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
-        `timeout` seconds; the removal goes on then.
+        Raises StoragePending if the guest has not released the disk after `timeout` seconds; the removal continues.
+        Also raises NoSuchStorage or StorageImmutable.
+
+        `force` takes the image away first, so the guest gets I/O errors. The result is then False if the guest has not
+        released the device yet.
         """
         return self._call(lambda inner: inner.detach(name, timeout=timeout, force=force))
 
     def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
-        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+        """Replace the image of a disk while the guest uses it, and return the new size in bytes.
 
-        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        Raises the errors of `attach`, NoSuchStorage or StorageImmutable; the disk then keeps its image.
         """
         return self._call(lambda inner: inner.replace(name, path, format=format, shrink=shrink))
 
     def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+        """Resize a disk and its image, to a number of bytes or a text such as "2G". Returns the size in bytes.
 
-        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
-        UsageError or QmpError.
+        Without a size, resizes the disk to the image's current size. Raises NoSuchStorage, BadConfig,
+        ConfigNotSupported, UsageError or QmpError.
         """
         return self._call(lambda inner: inner.resize(name, size, shrink=shrink))
 
     def limit(self, name: str, limits: Limits) -> None:
-        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        """Change a disk's I/O limits. `Limits()` removes them. Raises NoSuchStorage, BadConfig or QmpError."""
         return self._call(lambda inner: inner.limit(name, limits))
 
     def insert_media(
         self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
-        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked for `timeout` seconds; `force` opens it all the same.
+        """Insert an image into an optical drive.
+
+        Raises StoragePending if the guest keeps the tray locked for `timeout` seconds; `force` opens a locked tray.
+        Also raises NoSuchStorage, BadConfig or QmpError.
         """
         return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force, timeout=timeout))
 
     def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
-        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        """Eject the medium of an optical drive. Raises the errors of `insert_media`."""
         return self._call(lambda inner: inner.eject_media(name, force=force, timeout=timeout))
 
     @overload
@@ -243,10 +245,10 @@ class Machine(BlockingMachine[_machine.Machine]):
         cwd: str | None = None,
         user: str | None = None,
     ) -> Completed[str] | Completed[bytes]:
-        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+        """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
-        seconds, and what `execute` raises.
+        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
+        `timeout` seconds, and the errors of `execute`.
         """
         found: Completed[str] | Completed[bytes] = self._call(
             lambda inner: cast(Any, inner).run(
@@ -257,7 +259,10 @@ class Machine(BlockingMachine[_machine.Machine]):
 
 
 class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
-    """A machine that another process manages; `connect` makes one. Images are opened here, as your program."""
+    """A machine that another process manages. `connect` makes one.
+
+    Images are opened by your program, with its permissions.
+    """
 
     @property
     def name(self) -> str:
@@ -270,18 +275,18 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return self._read(lambda inner: inner.directory)
 
     def status(self) -> str:
-        """QEMU's run state, such as `running` or `paused`."""
+        """Return QEMU's run state, such as `running` or `paused`."""
         return self._call(lambda inner: inner.status())
 
     def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+        """Press the power button (ACPI). `wait` returns after the guest has powered off.
 
-        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        Raises NotSupported if the guest's state does not let it notice the button.
         """
         return self._call(lambda inner: inner.power_off())
 
     def reboot(self) -> None:
-        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
         return self._call(lambda inner: inner.reboot())
 
     def pause(self) -> None:
@@ -289,19 +294,17 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return self._call(lambda inner: inner.pause())
 
     def resume(self) -> None:
-        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
+        """Continue the guest's processors, or wake a suspended guest up. Raises NotSupported if the guest is off."""
         return self._call(lambda inner: inner.resume())
 
     def terminate(self) -> None:
-        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
-        killed.
-        """
+        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
         return self._call(lambda inner: inner.terminate())
 
     def wait(self) -> End:
-        """Wait until the machine has ended, and report how.
+        """Wait until the machine has ended, and return the reason.
 
-        Raises NotConnected if its manager goes first: the machine may run on without one then.
+        Raises NotConnected if the manager ends first; the machine may then continue without one.
         """
         return self._call(lambda inner: inner.wait())
 
@@ -314,8 +317,8 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     def console(self) -> Console:
         """The guest's console: `machine.console.expect("login: ")`.
 
-        It is read from the first use on, with the last 64 KiB of output; a program that then blocks its event loop for
-        long slows the guest down. Raises NotSupported if the machine shares no console.
+        Reading begins with the first use of this property, with the last 64 KiB of output. From then on, a program that
+        blocks its event loop slows the guest down. Raises NotSupported if the machine shares no console.
         """
         return Console(self._read(lambda inner: inner.console))
 
@@ -324,7 +327,7 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
 
     def disks(self) -> list[DiskStatus]:
-        """All disks, boot disks included."""
+        """Return all disks, including boot disks."""
         return self._call(lambda inner: inner.disks())
 
     def attach(
@@ -335,57 +338,61 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         timeout: float = DRIVER_TIMEOUT,
         **options: Unpack[DiskOptions],
     ) -> AttachedDisk:
-        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
-        `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+        """Attach a disk: `machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
 
-        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty. Returns when QEMU has plugged
+        in the device.
 
-        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
-        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
+        With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
+        disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
-        left behind then.
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
+        leaves nothing behind.
         """
         return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
     def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Unplug a disk; returns once nothing of it is left.
+        """Detach a disk. Returns True when all of it is removed.
 
-        `force` takes the image away from under the guest first; returns False then if the guest has not released the
-        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
-        `timeout` seconds; the removal goes on then.
+        Raises StoragePending if the guest has not released the disk after `timeout` seconds; the removal continues.
+        Also raises NoSuchStorage or StorageImmutable.
+
+        `force` takes the image away first, so the guest gets I/O errors. The result is then False if the guest has not
+        released the device yet.
         """
         return self._call(lambda inner: inner.detach(name, timeout=timeout, force=force))
 
     def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
-        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+        """Replace the image of a disk while the guest uses it, and return the new size in bytes.
 
-        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        Raises the errors of `attach`, NoSuchStorage or StorageImmutable; the disk then keeps its image.
         """
         return self._call(lambda inner: inner.replace(name, path, format=format, shrink=shrink))
 
     def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+        """Resize a disk and its image, to a number of bytes or a text such as "2G". Returns the size in bytes.
 
-        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
-        UsageError or QmpError.
+        Without a size, resizes the disk to the image's current size. Raises NoSuchStorage, BadConfig,
+        ConfigNotSupported, UsageError or QmpError.
         """
         return self._call(lambda inner: inner.resize(name, size, shrink=shrink))
 
     def limit(self, name: str, limits: Limits) -> None:
-        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        """Change a disk's I/O limits. `Limits()` removes them. Raises NoSuchStorage, BadConfig or QmpError."""
         return self._call(lambda inner: inner.limit(name, limits))
 
     def insert_media(
         self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
-        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked for `timeout` seconds; `force` opens it all the same.
+        """Insert an image into an optical drive.
+
+        Raises StoragePending if the guest keeps the tray locked for `timeout` seconds; `force` opens a locked tray.
+        Also raises NoSuchStorage, BadConfig or QmpError.
         """
         return self._call(lambda inner: inner.insert_media(name, path, format=format, force=force, timeout=timeout))
 
     def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
-        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        """Eject the medium of an optical drive. Raises the errors of `insert_media`."""
         return self._call(lambda inner: inner.eject_media(name, force=force, timeout=timeout))
 
     @overload
@@ -428,10 +435,10 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         cwd: str | None = None,
         user: str | None = None,
     ) -> Completed[str] | Completed[bytes]:
-        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+        """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
-        seconds, and what `execute` raises.
+        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
+        `timeout` seconds, and the errors of `execute`.
         """
         found: Completed[str] | Completed[bytes] = self._call(
             lambda inner: cast(Any, inner).run(
@@ -449,13 +456,13 @@ class Console(Blocking[_console.Console]):
         found = machine.console.expect(r"Linux (\\S+)")
         print(found[1], machine.console.before)
 
-    As with pexpect, each `expect` begins where the last one's match ended, and `before` is what it passed over. Output
-    is decoded as UTF-8, and lines end with a line feed alone. The last 1 MiB of it is kept.
+    As with pexpect, each `expect` searches after the previous match, and `before` is the text between both matches.
+    Output is decoded as UTF-8, and lines end with a line feed. The last 1 MiB is kept.
     """
 
     @property
     def text(self) -> str:
-        """What the console has shown, at most its last 1 MiB. It is not consumed by `expect`.
+        """The console's output, at most its last 1 MiB. `expect` does not consume it.
 
         If another process manages the machine, reading begins when `console` is first used, with the last 64 KiB.
         """
@@ -463,60 +470,60 @@ class Console(Blocking[_console.Console]):
 
     @property
     def before(self) -> str:
-        """What the last `expect` passed over before its match, or all that it saw if it failed."""
+        """The text before the last match of `expect`, or all text that it searched if it failed."""
         return self._read(lambda inner: inner.before)
 
     def send(self, text: str | bytes) -> None:
-        """Type on the console. Nothing is added: end a line with "\\n", or use `send_line`.
+        """Type exactly this text on the console: end a line with "\\n", or use `send_line`.
 
         Raises MachineEnded if the console is closed.
         """
         return self._call(lambda inner: inner.send(text))
 
     def send_line(self, text: str = "") -> None:
-        """Type a line on the console. Raises what `send` raises."""
+        """Type a line on the console. Raises the errors of `send`."""
         return self._call(lambda inner: inner.send_line(text))
 
     def expect(self, pattern: str | re.Pattern[str], timeout: float | None = EXPECT_TIMEOUT) -> re.Match[str]:
         """Wait until the console shows text that a regular expression matches, and return the match.
 
-        What came before the call and no `expect` has consumed counts as well. `.` matches line ends too (re.DOTALL)
-        unless the pattern is compiled already. `timeout` is in seconds; None waits for ever.
+        The search includes earlier output that no `expect` has consumed. In a pattern that is not compiled, `.` also
+        matches line ends (re.DOTALL). `timeout` is in seconds; None waits for ever.
 
-        Raises Timeout, or MachineEnded if the machine ends before; both show the console's last lines.
+        Raises Timeout, or MachineEnded if the machine ends first; both show the console's last lines.
         """
         return self._call(lambda inner: inner.expect(pattern, timeout))
 
     def last_lines(self, count: int) -> list[str]:
-        """The console's last lines, safe to print."""
+        """Return the console's last lines, safe to print."""
         return self._read(lambda inner: inner.last_lines(count))
 
 
 class Events(Blocking[_events.Events[Any]]):
-    """A machine's events: QEMU's, ours such as StorageAttached, and MachineEnded as the last one.
+    """A machine's events: QEMU's, vmspawn's (such as StorageAttached), and MachineEnded as the last one.
 
         mark = machine.events.mark
         machine.detach("data", timeout=60)
         event = machine.events.wait("DEVICE_DELETED", where={"device": "data"}, since=mark, timeout=10)
 
-    Called, it gives a stream of the events from now on, to iterate over:
+    Calling the object returns a stream of the events from now on:
 
         with machine.events() as stream:
             for event in stream: ...
     """
 
     def __call__(self) -> AbstractContextManager[Iterator[Event]]:
-        """Return a stream of the events from now on; use it in `with`."""
+        """Return a stream of the events from now on, for `with`."""
         return BlockingContext(self._read(lambda inner: inner()), blocking_iterator)
 
     @property
     def mark(self) -> int:
-        """The number of events that have come by now, for `wait(since=…)`."""
+        """The number of events so far, for `wait(since=…)`."""
         return self._read(lambda inner: inner.mark)
 
     @property
     def recent(self) -> tuple[Event, ...]:
-        """The last events, the oldest first; at most 4096 are remembered.
+        """The last 4096 events at most, the oldest first.
 
         They begin with the machine's start, or with `connect` if another process manages the machine.
         """
@@ -525,20 +532,20 @@ class Events(Blocking[_events.Events[Any]]):
     def wait(
         self, *names: str, where: Where | None = None, timeout: float | None = EVENT_TIMEOUT, since: int | None = None
     ) -> Event:
-        """Wait for an event of one of these names, or of any name if there are none, and return it.
+        """Wait for an event with one of these names, or with any name if there are none, and return it.
 
-        `where` is a part of its data, such as `{"device": "disk0"}`, or a function of the event. `since` is a `mark`:
-        events that came after it count as well, and 0 stands for all that are remembered. `timeout` is in seconds;
-        None waits for ever.
+        `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
+        `mark`: events after it are searched first; 0 searches all events that are kept. `timeout` is in seconds; None
+        waits for ever.
 
-        Raises Timeout, MachineEnded if the machine ends before, NotConnected, or EventsLost if events since the mark
-        are forgotten.
+        Raises Timeout, MachineEnded if the machine ends first, NotConnected, or EventsLost if events since the mark
+        are no longer kept.
         """
         return self._call(lambda inner: inner.wait(*names, where=where, timeout=timeout, since=since))
 
 
 class Qmp(Blocking[_control.Qmp]):
-    """A QMP connection of your own."""
+    """A QMP session."""
 
     def execute(
         self,
@@ -548,21 +555,22 @@ class Qmp(Blocking[_control.Qmp]):
         fds: Sequence[int] = (),
         timeout: float = COMMAND_TIMEOUT,
     ) -> object:
-        """Run a command and return QEMU's answer. `fds` are passed along and stay yours.
+        """Run a command and return QEMU's answer. The caller keeps `fds`, which are passed to QEMU.
 
         Raises QmpError, Timeout or NotConnected.
         """
         return self._call(lambda inner: inner.execute(command, arguments, fds=fds, timeout=timeout))
 
     def events(self) -> Iterator[Event]:
-        """The events from now on."""
+        """Iterate over the events from now on."""
         return blocking_iterator(self._read(lambda inner: inner.events()))
 
 
 def connect(name: str) -> AbstractContextManager[ConnectedMachine]:
     """Connect to a running machine by its name: `with vmspawn.sync.connect("demo") as machine:`.
 
-    The machine runs on when you leave. Raises NotConnected if there is none, or it has no manager.
+    The machine continues after the `with` statement. Raises NotConnected if no machine has the name, or the
+    machine has no manager.
     """
     return BlockingContext(_connect.connect(name), ConnectedMachine)
 

@@ -67,7 +67,7 @@ async def test_an_event_that_is_forgotten_is_missed_aloud() -> None:
     record, events = record_of()
     for _ in range(REMEMBERED_MAX + 1):
         record.put(Event("A", None))
-    with pytest.raises(EventsLost, match=r"^event 0 of machine box is forgotten"):
+    with pytest.raises(EventsLost, match=r"^event 0 of machine box is no longer kept"):
         await events.wait("B", since=0)
     with pytest.raises(Timeout):
         await events.wait("B", since=1, timeout=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine's disks as the API returns them."""
+"""Defines the library's types for attached disks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..storage.looks import Look
 
 
 class AttachedDisk(NamedTuple):
-    """A disk that is attached.
+    """An attached disk.
 
-    `by_id` is its stable path in the guest, `place` its port, slot, SCSI address or namespace.
+    `by_id` is the disk's stable path in the guest. `place` is its port, slot, SCSI address or namespace.
     """
 
     name: str
@@ -26,12 +26,11 @@ class AttachedDisk(NamedTuple):
 
 
 class DiskStatus(NamedTuple):
-    """What a disk is doing.
+    """The status of a disk.
 
-    `size` is in bytes; an optical drive without a medium has 0. `state` is attaching, attached or detaching. `path` is
-    that of the file that the guest works on, as far as it is known. `failures` counts requests of the guest that
-    failed. `notice` says what is not as it should be, such as a file that somebody put in the place of the image
-    through QMP.
+    `size` is in bytes, or 0 for an optical drive without a medium. `state` is attaching, attached or detaching. `path`
+    is the path of the file that the guest uses, if it is known. `failures` counts failed requests of the guest.
+    `notice` reports an irregularity, such as another file that a QMP client put in place of the image.
     """
 
     disk: AttachedDisk
@@ -46,7 +45,7 @@ class DiskStatus(NamedTuple):
 
 
 def describe(attached: attached_disk.AttachedDisk) -> AttachedDisk:
-    """A disk of a machine of this process."""
+    """Describe a disk of a machine that this process manages."""
     return AttachedDisk(
         attached.name,
         attached.disk.bus,
@@ -59,7 +58,7 @@ def describe(attached: attached_disk.AttachedDisk) -> AttachedDisk:
 
 
 def describe_status(attached: attached_disk.AttachedDisk, look: Look) -> DiskStatus:
-    """What a disk of a machine of this process is doing."""
+    """Describe the status of a disk of a machine that this process manages."""
     return DiskStatus(
         describe(attached),
         look.size,

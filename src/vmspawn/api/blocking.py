@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run the library's coroutines from blocking code: on one event loop, in a thread of its own.
+"""Runs the library's coroutines for blocking code, on one event loop in a background thread.
 
-The thread is started by the first call and ends with the process; machines that still run then are ended. A call that
-is interrupted (Ctrl-C) is cancelled, and returns once it has cleaned up. A child of fork(2) has no part in its parent's
-machines: its calls raise NotConnected, and it may make machines of its own.
+The first call starts the thread. When the process exits, machines that still run are ended. An interrupted call
+(Ctrl-C) is cancelled, and returns after it has cleaned up. A child of fork(2) cannot use its parent's machines: calls
+on them raise NotConnected. The child may make machines of its own.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import NotConnected, UsageError, VmspawnError
 
-#: pytest leaves our calls out of its tracebacks.
+#: pytest omits this module from its tracebacks.
 __tracebackhide__ = True
 
 _T = TypeVar("_T")
 _Inner = TypeVar("_Inner")
 _Wrapped = TypeVar("_Wrapped", covariant=True)
 
-#: Seconds that a call which was interrupted has to clean up.
+#: Seconds that an interrupted call has to clean up.
 _CANCEL_TIMEOUT = 15.0
 
-#: Seconds that the machines which still run have to end with the process.
+#: Seconds that machines have to end when the process exits.
 _EXIT_TIMEOUT = 15.0
 
 
 class _Background:
-    """The thread with its event loop."""
+    """The background thread and its event loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._run, name="vmspawn", daemon=True)
         self.pid = os.getpid()
-        #: What has to be ended with the process.
+        #: Machines to end when the process exits.
         self.open: set[Blocking[Any]] = set()
         self.thread.start()
 
@@ -52,12 +52,12 @@ class _Background:
 
 _lock = threading.Lock()
 _background: _Background | None = None
-#: The parent's, in a child of fork(2). It must not be collected: that would close what belongs to the parent.
+#: The parent's background thread, in a child of fork(2). Collecting it would close the parent's descriptors.
 _abandoned: list[_Background] = []
 
 
 def background() -> _Background:
-    """The thread of this process."""
+    """Return the background thread of this process, and start it if necessary."""
     global _background
     with _lock:
         if _background is None:
@@ -66,7 +66,7 @@ def background() -> _Background:
 
 
 def _forget() -> None:
-    """Forget the parent's thread, which the child of a fork does not have."""
+    """Forget the parent's thread, which does not exist in a child of fork(2)."""
     global _background
     if _background is not None:
         _abandoned.append(_background)
@@ -85,8 +85,8 @@ class Call(Generic[_T]):
         if threading.current_thread() is self._owner.thread:
             work.close()
             raise UsageError(
-                "a blocking call was made in the thread of vmspawn's event loop, which it would block for ever",
-                hint="functions that are passed to wait() must not call vmspawn",
+                "a blocking call in the thread of vmspawn's event loop would block for ever",
+                hint="do not call vmspawn in functions that are passed to wait()",
             )
         self._task: asyncio.Task[_T] | None = None
         self._cancelled = False
@@ -117,7 +117,7 @@ def call(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         return running.future.result()
     except VmspawnError as error:
-        # What happened in the other thread on the way is no news to the caller.
+        # The other thread's frames do not help the caller.
         error.__traceback__ = None
         raise
     finally:
@@ -126,7 +126,7 @@ def call(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 def finish(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end: an interruption is raised when it is done. A second one is obeyed at once."""
+    """Run a coroutine until it ends. A first interruption is raised at the end, a second one at once."""
     running = Call(work)
     try:
         return running.future.result()
@@ -138,7 +138,7 @@ def finish(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 def read(inner: _Inner, look: Callable[[_Inner], _T]) -> _T:
-    """Return what `look` finds, in the thread that changes it."""
+    """Return the result of `look`, called in the background thread."""
 
     async def work() -> _T:
         return look(inner)
@@ -147,7 +147,7 @@ def read(inner: _Inner, look: Callable[[_Inner], _T]) -> _T:
 
 
 class Blocking(Generic[_Inner]):
-    """Wraps an object of the asynchronous library."""
+    """Wraps an object of the asynchronous library for blocking code."""
 
     def __init__(self, inner: _Inner) -> None:
         self._inner = inner
@@ -158,14 +158,14 @@ class Blocking(Generic[_Inner]):
 
     @property
     def _is_inherited(self) -> bool:
-        """Whether this process is a child of the one that made it."""
+        """Return whether the object belongs to the parent of this process."""
         return self._pid != os.getpid()
 
     def _check(self) -> _Inner:
         if self._is_inherited:
             raise NotConnected(
                 f"{self._inner!r} belongs to process {self._pid}, which forked this one",
-                hint="a child uses vmspawn.sync.connect, or makes machines of its own",
+                hint="use vmspawn.sync.connect in the child, or start another machine there",
             )
         return self._inner
 
@@ -177,11 +177,11 @@ class Blocking(Generic[_Inner]):
 
 
 class BlockingMachine(Blocking[_Inner]):
-    """A machine that is ended on the way out, or with the process."""
+    """A machine that ends with the `with` statement, or when the process exits."""
 
     def _enter(self, enter: Callable[[_Inner], Coroutine[Any, Any, object]]) -> None:
         machines = background().open
-        # If it is interrupted just when it is up, it ends with the process.
+        # If the call is interrupted just after the start, the machine ends when the process exits.
         machines.add(self)
         try:
             self._call(enter)
@@ -197,7 +197,7 @@ class BlockingMachine(Blocking[_Inner]):
 
 
 class BlockingContext(AbstractContextManager[_Wrapped]):
-    """An asynchronous context manager in blocking calls; `wrap` makes what `with` returns."""
+    """A blocking context manager for an asynchronous one. `wrap` makes the value of `with`."""
 
     def __init__(self, manager: AbstractAsyncContextManager[Any], wrap: Callable[[Any], _Wrapped]) -> None:
         self._manager = manager
@@ -211,7 +211,7 @@ class BlockingContext(AbstractContextManager[_Wrapped]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._pid == os.getpid():
-            # The error is the program's: what the manager does is the same for all of them.
+            # The error is the caller's, and the asynchronous context manager exits in the same way for all errors.
             finish(_left(self._manager))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands in a machine's guest, whichever process manages the machine."""
+"""Runs commands in a machine's guest, for machines of this and of other processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .execution import Completed, Execution, Remote, arguments_of, environment_o
 
 
 class Guest(ABC):
-    """What can be done in the guest of a machine."""
+    """The methods that run commands in the guest."""
 
     @abstractmethod
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
-        """Start a command. Raises what `execute` raises."""
+        """Start a command. Raises the errors of `execute`."""
 
     async def execute(
         self,
@@ -33,9 +33,11 @@ class Guest(ABC):
     ) -> Execution:
         """Start a command in the guest: `async with await machine.execute(["cat"]) as command:`.
 
-        Its streams are like those of asyncio's subprocesses. With a `size`, in rows and columns, it has a terminal and
-        may be without arguments: the login shell. Raises CommandFailed if it cannot be started, Timeout if the agent
-        in the guest does not answer for `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
+        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
+        terminal. A terminal without a command runs the login shell.
+
+        Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
+        `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
         """
         wanted = Wanted(
             arguments=arguments_of(command, terminal=size is not None),
@@ -87,10 +89,10 @@ class Guest(ABC):
         cwd: str | None = None,
         user: str | None = None,
     ) -> Completed[str] | Completed[bytes]:
-        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+        """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
-        seconds, and what `execute` raises.
+        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
+        `timeout` seconds, and the errors of `execute`.
         """
 
         async def start() -> Execution:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine that another process manages."""
+"""Connects to a machine that another process manages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .remotes import Connected
 _INSTANCE = "io.systemd.MachineInstance"
 _MACHINE = "io.vmspawn.Machine"
 
-#: Seconds for a reply after the manager has reached a deadline of its own.
+#: Seconds that the manager has to reply after its own deadline.
 _GRACE = 15.0
 
 _MICROSECONDS = 1_000_000
@@ -49,7 +49,8 @@ _MICROSECONDS = 1_000_000
 async def connect(name: str) -> AsyncIterator[ConnectedMachine]:
     """Connect to a running machine by its name: `async with vmspawn.connect("demo") as machine:`.
 
-    The machine runs on when you leave. Raises NotConnected if there is none, or it has no manager.
+    The machine continues after the `async with` statement. Raises NotConnected if no machine has the name, or the
+    machine has no manager.
     """
     machine = ConnectedMachine(name)
     async with machine._subscribed([]) as events:
@@ -64,7 +65,10 @@ async def connect(name: str) -> AsyncIterator[ConnectedMachine]:
 
 
 class ConnectedMachine(Guest):
-    """A machine that another process manages; `connect` makes one. Images are opened here, as your program."""
+    """A machine that another process manages. `connect` makes one.
+
+    Images are opened by your program, with its permissions.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -76,7 +80,7 @@ class ConnectedMachine(Guest):
         return f"<ConnectedMachine {self._name!r}>"
 
     async def _record_events(self, events: AsyncIterator[Event]) -> None:
-        # What ends the subscription, such as EventsLost, is reported by those who iterate over events themselves.
+        # Errors that end the subscription, such as EventsLost, reach a caller through a stream of its own.
         with suppress(VmspawnError):
             async for event in events:
                 self._record.put(event)
@@ -91,7 +95,7 @@ class ConnectedMachine(Guest):
         read_only: bool = False,
         timeout: float = REPLY_TIMEOUT,
     ) -> dict[str, Any]:
-        """Call a method; the image at `path`, if there is one, is opened and passed along."""
+        """Call a method, and pass the image at `path` to it, if there is one."""
         if path is None:
             return (await calls.call(self._name, method, parameters, timeout=timeout)).parameters
         backing = await open_image(os.fspath(path), read_only=read_only)
@@ -101,7 +105,7 @@ class ConnectedMachine(Guest):
         finally:
             backing.close()
 
-    # What it is.
+    # Its properties.
 
     @property
     def name(self) -> str:
@@ -114,7 +118,7 @@ class ConnectedMachine(Guest):
         return Path(runtime.runtime_root(), self._name)
 
     async def status(self) -> str:
-        """QEMU's run state, such as `running` or `paused`."""
+        """Return QEMU's run state, such as `running` or `paused`."""
         return str((await self._call(f"{_INSTANCE}.Describe"))["status"])
 
     # Its life.
@@ -127,14 +131,14 @@ class ConnectedMachine(Guest):
             raise run_states.refusal(verb, await self.status()) from None
 
     async def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+        """Press the power button (ACPI). `wait` returns after the guest has powered off.
 
-        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        Raises NotSupported if the guest's state does not let it notice the button.
         """
         await self._change("poweroff", "PowerOff")
 
     async def reboot(self) -> None:
-        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
         await self._change("reboot", "Reboot")
 
     async def pause(self) -> None:
@@ -142,24 +146,23 @@ class ConnectedMachine(Guest):
         await self._change("pause", "Pause")
 
     async def resume(self) -> None:
-        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
+        """Continue the guest's processors, or wake a suspended guest up. Raises NotSupported if the guest is off."""
         await self._change("resume", "Resume")
 
     async def terminate(self) -> None:
-        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
-        killed."""
+        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
         await self._call(f"{_INSTANCE}.Terminate")
 
     async def wait(self) -> End:
-        """Wait until the machine has ended, and report how.
+        """Wait until the machine has ended, and return the reason.
 
-        Raises NotConnected if its manager goes first: the machine may run on without one then.
+        Raises NotConnected if the manager ends first; the machine may then continue without one.
         """
         async with self._subscribed([MACHINE_ENDED]) as events:
             async for event in events:
                 data = event.data or {}
                 return End(str(data["reason"]), str(data["message"]), bool(data["clean"]))
-        raise NotConnected(f"the manager of machine {self._name} is gone")
+        raise NotConnected(f"the manager of machine {self._name} has ended")
 
     @property
     def events(self) -> Events[AbstractAsyncContextManager[AsyncIterator[Event]]]:
@@ -170,8 +173,8 @@ class ConnectedMachine(Guest):
     def console(self) -> Console:
         """The guest's console: `await machine.console.expect("login: ")`.
 
-        It is read from the first use on, with the last 64 KiB of output; a program that then blocks its event loop for
-        long slows the guest down. Raises NotSupported if the machine shares no console.
+        Reading begins with the first use of this property, with the last 64 KiB of output. From then on, a program that
+        blocks its event loop slows the guest down. Raises NotSupported if the machine shares no console.
         """
         if self._console is None:
             self._console = ConnectedConsole(self._name)
@@ -204,7 +207,7 @@ class ConnectedMachine(Guest):
     # Its disks.
 
     async def disks(self) -> list[DiskStatus]:
-        """All disks, boot disks included."""
+        """Return all disks, including boot disks."""
         found = await self._call(f"{_MACHINE}.ListStorage")
         return [_disk_status(each) for each in found["storage"]]
 
@@ -216,16 +219,16 @@ class ConnectedMachine(Guest):
         timeout: float = DRIVER_TIMEOUT,
         **options: Unpack[DiskOptions],
     ) -> AttachedDisk:
-        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
-        `await machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+        """Attach a disk: `await machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
 
-        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty. Returns when QEMU has plugged
+        in the device.
 
-        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
-        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
+        With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
+        disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
-        left behind then.
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
+        leaves nothing behind.
         """
         disk = to_disk(disk, options)
         named = disks.with_defaults(disk)
@@ -259,20 +262,22 @@ class ConnectedMachine(Guest):
         )
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Unplug a disk; returns once nothing of it is left.
+        """Detach a disk. Returns True when all of it is removed.
 
-        `force` takes the image away from under the guest first; returns False then if the guest has not released the
-        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
-        `timeout` seconds; the removal goes on then.
+        Raises StoragePending if the guest has not released the disk after `timeout` seconds; the removal continues.
+        Also raises NoSuchStorage or StorageImmutable.
+
+        `force` takes the image away first, so the guest gets I/O errors. The result is then False if the guest has not
+        released the device yet.
         """
         wanted = {"name": name, "timeoutUSec": int(timeout * _MICROSECONDS), "force": force}
         reply = await self._call(f"{_MACHINE}.DetachStorage", wanted, timeout=timeout + _GRACE)
         return not reply["pending"]
 
     async def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
-        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+        """Replace the image of a disk while the guest uses it, and return the new size in bytes.
 
-        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        Raises the errors of `attach`, NoSuchStorage or StorageImmutable; the disk then keeps its image.
         """
         read_only = any(each.disk.name == name and each.disk.read_only for each in await self.disks())
         wanted = {"name": name, "format": format, "shrink": shrink}
@@ -280,35 +285,38 @@ class ConnectedMachine(Guest):
         return int(reply["sizeBytes"])
 
     async def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+        """Resize a disk and its image, to a number of bytes or a text such as "2G". Returns the size in bytes.
 
-        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
-        UsageError or QmpError.
+        Without a size, resizes the disk to the image's current size. Raises NoSuchStorage, BadConfig,
+        ConfigNotSupported, UsageError or QmpError.
         """
         size = None if size is None else to_size("size", size)
         wanted = {"name": name, "sizeBytes": size, "shrink": shrink}
         return int((await self._call(f"{_MACHINE}.ResizeStorage", wanted))["sizeBytes"])
 
     async def limit(self, name: str, limits: Limits) -> None:
-        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        """Change a disk's I/O limits. `Limits()` removes them. Raises NoSuchStorage, BadConfig or QmpError."""
         await self._call(f"{_MACHINE}.LimitStorage", {"name": name, "limits": _limits(limits)})
 
     async def insert_media(
         self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
-        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked for `timeout` seconds; `force` opens it all the same."""
+        """Insert an image into an optical drive.
+
+        Raises StoragePending if the guest keeps the tray locked for `timeout` seconds; `force` opens a locked tray.
+        Also raises NoSuchStorage, BadConfig or QmpError.
+        """
         wanted = {"name": name, "format": format, "force": force, "timeoutUSec": int(timeout * _MICROSECONDS)}
         await self._call(f"{_MACHINE}.InsertMedia", wanted, path=path, read_only=True, timeout=timeout + REPLY_TIMEOUT)
 
     async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
-        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        """Eject the medium of an optical drive. Raises the errors of `insert_media`."""
         wanted = {"name": name, "force": force, "timeoutUSec": int(timeout * _MICROSECONDS)}
         await self._call(f"{_MACHINE}.EjectMedia", wanted, timeout=timeout + REPLY_TIMEOUT)
 
 
 async def _events(connection: calls.Connection) -> AsyncIterator[Event]:
-    """The events of a subscription, until the machine has ended."""
+    """Yield the events of a subscription until the machine has ended."""
     while True:
         try:
             reply = (await connection.receive()).parameters
@@ -321,7 +329,7 @@ def _absolute(path: StrPath) -> str:
     return os.path.abspath(path)
 
 
-# Varlink's names are part of the protocol, hence their case here.
+# The names in Varlink's case are part of the protocol.
 
 
 def _attached(found: Mapping[str, Any]) -> AttachedDisk:

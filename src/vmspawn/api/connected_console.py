@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The console of a machine that another process manages."""
+"""Reads the console of a machine that another process manages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RECEIVE_SIZE = 65536
 
 
 class ConnectedConsole(Console):
-    """A console that is read from the manager's socket; `close` must follow.
+    """A console that is read from the manager's socket. The owner must call `close`.
 
     Raises NotSupported if the machine has no such socket.
     """
@@ -26,7 +26,7 @@ class ConnectedConsole(Console):
         except NotConnected as error:
             raise NotSupported(
                 f"machine {machine} shares no console: {error}",
-                hint="a console that is QEMU's own is shown by QEMU alone",
+                hint="QEMU shows the console of a machine that was started with console=native",
             ) from None
         connected.setblocking(False)
         self._socket = connected

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guest's console for programs: wait for what it shows, and type."""
+"""Lets programs wait for the console's output, and type."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..text import printable
 #: Characters of the console that are kept.
 TEXT_MAX = 1 << 20
 
-#: Seconds that `expect` waits if its caller names no other time, as pexpect's.
+#: The default timeout of `expect`, in seconds, as in pexpect.
 EXPECT_TIMEOUT = 30.0
 
-#: Lines that an error shows.
+#: Lines of the console that an error shows.
 _SHOWN = 20
 
 _LINE_END = re.compile(r"\r+\n")
 
-#: Colours, movements and questions to the terminal (ECMA-48, "CSI").
+#: Control sequences: colours, cursor movements and queries (ECMA-48, "CSI").
 _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
@@ -34,8 +34,8 @@ class Console:
         found = await machine.console.expect(r"Linux (\\S+)")
         print(found[1], machine.console.before)
 
-    As with pexpect, each `expect` begins where the last one's match ended, and `before` is what it passed over. Output
-    is decoded as UTF-8, and lines end with a line feed alone. The last 1 MiB of it is kept.
+    As with pexpect, each `expect` searches after the previous match, and `before` is the text between both matches.
+    Output is decoded as UTF-8, and lines end with a line feed. The last 1 MiB is kept.
     """
 
     def __init__(self, machine: str, write: Callable[[bytes], None]) -> None:
@@ -43,9 +43,9 @@ class Console:
         self._write = write
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._text = ""
-        #: Carriage returns at the end, which may belong to the end of a line.
+        #: Carriage returns at the end of the output, which may be part of a line end.
         self._held = ""
-        #: Where the next `expect` begins.
+        #: The position where the next `expect` begins.
         self._position = 0
         self._ended = False
         self._changed = asyncio.Event()
@@ -57,7 +57,7 @@ class Console:
 
     @property
     def text(self) -> str:
-        """What the console has shown, at most its last 1 MiB. It is not consumed by `expect`.
+        """The console's output, at most its last 1 MiB. `expect` does not consume it.
 
         If another process manages the machine, reading begins when `console` is first used, with the last 64 KiB.
         """
@@ -65,11 +65,11 @@ class Console:
 
     @property
     def before(self) -> str:
-        """What the last `expect` passed over before its match, or all that it saw if it failed."""
+        """The text before the last match of `expect`, or all text that it searched if it failed."""
         return self._before
 
     async def send(self, text: str | bytes) -> None:
-        """Type on the console. Nothing is added: end a line with "\\n", or use `send_line`.
+        """Type exactly this text on the console: end a line with "\\n", or use `send_line`.
 
         Raises MachineEnded if the console is closed.
         """
@@ -78,16 +78,16 @@ class Console:
         self._write(text.encode() if isinstance(text, str) else text)
 
     async def send_line(self, text: str = "") -> None:
-        """Type a line on the console. Raises what `send` raises."""
+        """Type a line on the console. Raises the errors of `send`."""
         await self.send(f"{text}\n")
 
     async def expect(self, pattern: str | re.Pattern[str], timeout: float | None = EXPECT_TIMEOUT) -> re.Match[str]:
         """Wait until the console shows text that a regular expression matches, and return the match.
 
-        What came before the call and no `expect` has consumed counts as well. `.` matches line ends too (re.DOTALL)
-        unless the pattern is compiled already. `timeout` is in seconds; None waits for ever.
+        The search includes earlier output that no `expect` has consumed. In a pattern that is not compiled, `.` also
+        matches line ends (re.DOTALL). `timeout` is in seconds; None waits for ever.
 
-        Raises Timeout, or MachineEnded if the machine ends before; both show the console's last lines.
+        Raises Timeout, or MachineEnded if the machine ends first; both show the console's last lines.
         """
         compiled = re.compile(pattern, re.DOTALL) if isinstance(pattern, str) else pattern
         try:
@@ -116,11 +116,11 @@ class Console:
         return error
 
     def last_lines(self, count: int) -> list[str]:
-        """The console's last lines, safe to print."""
+        """Return the console's last lines, safe to print."""
         text = _CONTROL_SEQUENCE.sub("", self.text).rstrip()
         return [printable(line).rstrip() for line in text.split("\n")[-count:]] if text else []
 
-    # What the console shows.
+    # The methods of a viewer.
 
     def show(self, data: bytes) -> None:
         """Append output."""
@@ -130,14 +130,14 @@ class Console:
         self._append(_LINE_END.sub("\n", kept))
 
     def finish(self) -> None:
-        """There will be no more output."""
+        """Note the end of the output."""
         self._append(self._held + self._decoder.decode(b"", final=True))
         self._held, self._ended = "", True
         self._notify()
 
     @property
     def is_full(self) -> bool:
-        """Never: what is not read is dropped from the front."""
+        """Always False: the oldest output is dropped instead."""
         return False
 
     def _append(self, text: str) -> None:

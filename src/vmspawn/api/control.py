@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a program can do to a machine, whichever process manages it."""
+"""Defines the methods that all machines have, in this process and in others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .options import DiskOptions, Size, StrPath
 
 
 class Qmp(Protocol):
-    """A QMP connection of your own."""
+    """A QMP session."""
 
     async def execute(
         self,
@@ -32,17 +32,17 @@ class Qmp(Protocol):
         fds: Sequence[int] = (),
         timeout: float = COMMAND_TIMEOUT,
     ) -> object:
-        """Run a command and return QEMU's answer. `fds` are passed along and stay yours.
+        """Run a command and return QEMU's answer. The caller keeps `fds`, which are passed to QEMU.
 
         Raises QmpError, Timeout or NotConnected.
         """
 
     def events(self) -> AsyncIterator[Event]:
-        """The events from now on."""
+        """Iterate over the events from now on."""
 
 
 class Control(Protocol):
-    """The verbs of a machine. Each raises NotConnected if the machine does not run."""
+    """The methods of a machine. Each raises NotConnected if the machine does not run."""
 
     @property
     def name(self) -> str:
@@ -53,28 +53,28 @@ class Control(Protocol):
         """The machine's runtime directory, with its sockets and QEMU's log."""
 
     async def status(self) -> str:
-        """QEMU's run state, such as `running` or `paused`."""
+        """Return QEMU's run state, such as `running` or `paused`."""
 
     async def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+        """Press the power button (ACPI). `wait` returns after the guest has powered off.
 
-        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        Raises NotSupported if the guest's state does not let it notice the button.
         """
 
     async def reboot(self) -> None:
-        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
 
     async def resume(self) -> None:
-        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
+        """Continue the guest's processors, or wake a suspended guest up. Raises NotSupported if the guest is off."""
 
     async def terminate(self) -> None:
-        """End the machine without asking the guest; returns once QEMU has agreed."""
+        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
 
     async def wait(self) -> End:
-        """Wait until the machine has ended, and report how."""
+        """Wait until the machine has ended, and return the reason."""
 
     @property
     def events(self) -> Events[AbstractAsyncContextManager[AsyncIterator[Event]]]:
@@ -100,9 +100,11 @@ class Control(Protocol):
     ) -> Execution:
         """Start a command in the guest: `async with await machine.execute(["cat"]) as command:`.
 
-        Its streams are like those of asyncio's subprocesses. With a `size`, in rows and columns, it has a terminal and
-        may be without arguments: the login shell. Raises CommandFailed if it cannot be started, Timeout if the agent
-        in the guest does not answer for `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
+        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
+        terminal. A terminal without a command runs the login shell.
+
+        Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
+        `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
         """
 
     @overload
@@ -145,14 +147,14 @@ class Control(Protocol):
         cwd: str | None = None,
         user: str | None = None,
     ) -> Completed[str] | Completed[bytes]:
-        """Run a command in the guest to its end; a string is a command line for the guest's `sh`.
+        """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if its status is not 0. Raises Timeout if it takes longer than `timeout`
-        seconds, and what `execute` raises.
+        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
+        `timeout` seconds, and the errors of `execute`.
         """
 
     async def disks(self) -> list[DiskStatus]:
-        """All disks, boot disks included."""
+        """Return all disks, including boot disks."""
 
     async def attach(
         self,
@@ -162,46 +164,52 @@ class Control(Protocol):
         timeout: float = DRIVER_TIMEOUT,
         **options: Unpack[DiskOptions],
     ) -> AttachedDisk:
-        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device.
+        """Attach a disk: `await machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
 
-        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty. Returns when QEMU has plugged
+        in the device.
 
-        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
-        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
+        With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
+        disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
-        left behind then.
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
+        leaves nothing behind.
         """
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Unplug a disk; returns once nothing of it is left.
+        """Detach a disk. Returns True when all of it is removed.
 
-        `force` takes the image away from under the guest first; returns False then if the guest has not released the
-        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
-        `timeout` seconds; the removal goes on then.
+        Raises StoragePending if the guest has not released the disk after `timeout` seconds; the removal continues.
+        Also raises NoSuchStorage or StorageImmutable.
+
+        `force` takes the image away first, so the guest gets I/O errors. The result is then False if the guest has not
+        released the device yet.
         """
 
     async def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
-        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+        """Replace the image of a disk while the guest uses it, and return the new size in bytes.
 
-        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        Raises the errors of `attach`, NoSuchStorage or StorageImmutable; the disk then keeps its image.
         """
 
     async def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+        """Resize a disk and its image, to a number of bytes or a text such as "2G". Returns the size in bytes.
 
-        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
-        UsageError or QmpError.
+        Without a size, resizes the disk to the image's current size. Raises NoSuchStorage, BadConfig,
+        ConfigNotSupported, UsageError or QmpError.
         """
 
     async def limit(self, name: str, limits: Limits) -> None:
-        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        """Change a disk's I/O limits. `Limits()` removes them. Raises NoSuchStorage, BadConfig or QmpError."""
 
     async def insert_media(
         self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
-        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked for `timeout` seconds; `force` opens it all the same."""
+        """Insert an image into an optical drive.
+
+        Raises StoragePending if the guest keeps the tray locked for `timeout` seconds; `force` opens a locked tray.
+        Also raises NoSuchStorage, BadConfig or QmpError.
+        """
 
     async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
-        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        """Eject the medium of an optical drive. Raises the errors of `insert_media`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine's events for programs: wait for one, also if it has come already, or iterate over them."""
+"""Lets programs wait for a machine's events, including past ones, or iterate over them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import EventsLost, MachineEnded, NotConnected, Timeout, VmspawnErr
 from ..machine.ending import MACHINE_ENDED
 from ..qmp.events import Event
 
-#: Events that are remembered for `wait(since=…)`.
+#: The number of events that are kept for `wait(since=…)`.
 REMEMBERED_MAX = 4096
 
-#: Seconds that `wait` waits if its caller names no other time.
+#: The default timeout of `wait`, in seconds.
 EVENT_TIMEOUT = 30.0
 
 #: Events that an error shows.
@@ -28,19 +28,19 @@ _Stream = TypeVar("_Stream", bound=AbstractAsyncContextManager[AsyncIterator[Eve
 
 
 class Record:
-    """The last events of a machine, with numbers, for those that wait for one."""
+    """Numbers a machine's events, and keeps the last ones for callers that wait."""
 
     def __init__(self, machine: str) -> None:
         self.machine = machine
         self.events: deque[Event] = deque(maxlen=REMEMBERED_MAX)
-        #: The number of events that have come.
+        #: The number of events so far.
         self.count = 0
-        #: Whether no more events will come.
+        #: True when no more events will come.
         self.ended = False
         self._changed = asyncio.Event()
 
     def put(self, event: Event) -> None:
-        """Enter an event; after MachineEnded no more will come."""
+        """Add an event. MachineEnded is the last one."""
         self.events.append(event)
         self.count += 1
         if event.name == MACHINE_ENDED:
@@ -48,7 +48,7 @@ class Record:
         self._notify()
 
     def end(self) -> None:
-        """Let those that wait know that no more will come."""
+        """Note that no more events will come, and wake the waiting callers."""
         self.ended = True
         self._notify()
 
@@ -57,26 +57,26 @@ class Record:
         changed.set()
 
     def since(self, number: int) -> list[Event]:
-        """The events from that number on. Raises EventsLost if one of them is forgotten."""
+        """Return the events from that number on. Raises EventsLost if one of them is no longer kept."""
         first = self.count - len(self.events)
         if number < first:
-            what = f"event {number} of machine {self.machine} is forgotten"
-            raise EventsLost(f"{what}: the last {REMEMBERED_MAX} are remembered")
+            what = f"event {number} of machine {self.machine} is no longer kept"
+            raise EventsLost(f"{what}: only the last {REMEMBERED_MAX} are")
         return list(self.events)[number - first :]
 
     async def next_change(self) -> None:
-        """Wait until an event comes, or the end."""
+        """Wait for the next event, or the end of events."""
         await self._changed.wait()
 
 
 class Events(Generic[_Stream]):
-    """A machine's events: QEMU's, ours such as StorageAttached, and MachineEnded as the last one.
+    """A machine's events: QEMU's, vmspawn's (such as StorageAttached), and MachineEnded as the last one.
 
         mark = machine.events.mark
         await machine.detach("data", timeout=60)
         event = await machine.events.wait("DEVICE_DELETED", where={"device": "data"}, since=mark, timeout=10)
 
-    Called, it gives a stream of the events from now on, to iterate over:
+    Calling the object returns a stream of the events from now on:
 
         async with machine.events() as stream:
             async for event in stream: ...
@@ -90,17 +90,17 @@ class Events(Generic[_Stream]):
         return f"<Events of {self._record.machine!r}: {self._record.count} so far>"
 
     def __call__(self) -> _Stream:
-        """Return a stream of the events from now on; use it in `async with`."""
+        """Return a stream of the events from now on, for `async with`."""
         return self._subscribe()
 
     @property
     def mark(self) -> int:
-        """The number of events that have come by now, for `wait(since=…)`."""
+        """The number of events so far, for `wait(since=…)`."""
         return self._record.count
 
     @property
     def recent(self) -> tuple[Event, ...]:
-        """The last events, the oldest first; at most 4096 are remembered.
+        """The last 4096 events at most, the oldest first.
 
         They begin with the machine's start, or with `connect` if another process manages the machine.
         """
@@ -109,14 +109,14 @@ class Events(Generic[_Stream]):
     async def wait(
         self, *names: str, where: Where | None = None, timeout: float | None = EVENT_TIMEOUT, since: int | None = None
     ) -> Event:
-        """Wait for an event of one of these names, or of any name if there are none, and return it.
+        """Wait for an event with one of these names, or with any name if there are none, and return it.
 
-        `where` is a part of its data, such as `{"device": "disk0"}`, or a function of the event. `since` is a `mark`:
-        events that came after it count as well, and 0 stands for all that are remembered. `timeout` is in seconds;
-        None waits for ever.
+        `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
+        `mark`: events after it are searched first; 0 searches all events that are kept. `timeout` is in seconds; None
+        waits for ever.
 
-        Raises Timeout, MachineEnded if the machine ends before, NotConnected, or EventsLost if events since the mark
-        are forgotten.
+        Raises Timeout, MachineEnded if the machine ends first, NotConnected, or EventsLost if events since the mark
+        are no longer kept.
         """
         number = self._record.count if since is None else since
         try:
@@ -149,7 +149,7 @@ class Events(Generic[_Stream]):
 
 
 def describe(event: Event) -> str:
-    """An event as one line."""
+    """Return an event as one line of text."""
     words = (
         f"{name}={value!r}" if isinstance(value, dict | list) else f"{name}={value}"
         for name, value in (event.data or {}).items()
@@ -168,7 +168,7 @@ def _matches(event: Event, where: Where | None) -> bool:
 
 
 def _contains(data: object, part: object) -> bool:
-    """Whether `data` has all that `part` has, in dictionaries at any depth."""
+    """Return whether `data` contains `part`, comparing dictionaries at any depth."""
     if isinstance(part, Mapping):
         return isinstance(data, Mapping) and all(
             name in data and _contains(data[name], each) for name, each in part.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands in the guest of a machine: `machine.run` waits for one's end, `machine.execute` gives its streams."""
+"""Implements commands in the guest: `machine.run` waits for the end, `machine.execute` returns the streams."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from ..errors import CommandFailed, NotConnected, Timeout, UsageError
 
 _AnyText = TypeVar("_AnyText", str, bytes)
 
-#: Seconds without a byte after which output that the guest has announced is not waited for.
+#: Seconds without a byte after which missing output of an ended command is given up.
 _OUTPUT_TIMEOUT = 10.0
 
-#: Bytes that wait to be read from a stream before the guest has to wait.
+#: Bytes of unread output at which the command in the guest has to wait.
 _BUFFER_SIZE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Completed(Generic[_AnyText]):
-    """A command that has ended. `status` is as a shell has it: 128 + N if signal N ended it, 126 or 127 if it could not
-    be started."""
+    """A command that has ended.
+
+    `status` is a shell's: 128 + N if signal N ended the command, 126 or 127 if it could not be started.
+    """
 
     status: int
     stdout: _AnyText
@@ -37,7 +39,7 @@ class Completed(Generic[_AnyText]):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The end of a command, and how many bytes it has written in all."""
+    """The end of a command, and the number of bytes that it has written to each stream."""
 
     status: int
     stdout: int
@@ -45,45 +47,45 @@ class End:
 
 
 class Remote(Protocol):
-    """A command that was started, in this process or through the control socket of another."""
+    """A started command, in a machine of this process or of another."""
 
-    #: Our ends of the streams by their names; the caller takes them.
+    #: The sockets of the streams by name. The caller owns them.
     streams: dict[str, socket.socket]
 
     async def ended(self) -> End:
-        """Wait for its end. Raises NotConnected."""
+        """Wait for the command's end. Raises NotConnected."""
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of its terminal."""
+        """Set the size of the command's terminal."""
 
     async def signal(self, number: int) -> None:
-        """Send a signal to its process group."""
+        """Send a signal to the command's process group."""
 
     async def close(self) -> None:
-        """Remove its streams, which kills it if it still runs."""
+        """Remove the command's streams, which kills it if it still runs."""
 
 
 def shell_or(command: str | Sequence[str | bytes]) -> Sequence[str | bytes]:
-    """The arguments of a command. A string is a command line for the guest's shell."""
+    """Return the arguments of a command. A string becomes a command line for the guest's shell."""
     return ("sh", "-c", command) if isinstance(command, str) else command
 
 
 def arguments_of(command: Sequence[str | bytes], *, terminal: bool) -> list[bytes]:
-    """A command's arguments as bytes. Raises UsageError if there are none and no terminal for a login shell."""
+    """Return a command's arguments as bytes. Raises UsageError if there are neither arguments nor a terminal."""
     if isinstance(command, str | bytes):
         raise TypeError("execute() takes a sequence of arguments; run() takes a command line")
     if not command and not terminal:
-        raise UsageError("the command is empty", hint="name a program, or a terminal's size for a login shell")
+        raise UsageError("the command is empty", hint="pass a program, or size= to open the login shell")
     return [os.fsencode(each) for each in command]
 
 
 def environment_of(environment: Mapping[str, str] | None) -> dict[bytes, bytes]:
-    """A command's variables as bytes."""
+    """Return a command's environment variables as bytes."""
     return {os.fsencode(name): os.fsencode(value) for name, value in (environment or {}).items()}
 
 
 class _Output(asyncio.StreamReaderProtocol):
-    """A stream from the guest: its end comes when as many bytes have come as the command has written."""
+    """A stream from the guest. It ends when all bytes that the command has written have arrived."""
 
     def __init__(self) -> None:
         self.reader = asyncio.StreamReader(limit=_BUFFER_SIZE)
@@ -99,7 +101,7 @@ class _Output(asyncio.StreamReaderProtocol):
             self._check()
 
     def expect(self, count: int) -> None:
-        """So many bytes come in all."""
+        """Set the total number of bytes to expect."""
         self._expected = count
         self._check()
 
@@ -114,10 +116,10 @@ class _Output(asyncio.StreamReaderProtocol):
 
 
 class Execution:
-    """A command in the guest, with streams as asyncio's subprocesses have them. Use it in `async with`: the end of that
-    ends the command if it still runs.
+    """A command in the guest, with streams like asyncio's subprocesses.
 
-    `stdin` is None without an input. With a terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
+    Use it in `async with`, whose end ends the command if it still runs. `stdin` is None without an input. With a
+    terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
     """
 
     def __init__(self, remote: Remote) -> None:
@@ -127,12 +129,12 @@ class Execution:
         self.stdin: asyncio.StreamWriter | None = None
         self.stdout: asyncio.StreamReader | None = None
         self.stderr: asyncio.StreamReader | None = None
-        #: The status as a shell has it, once the command has ended.
+        #: The exit status, as a shell reports it, after the command has ended.
         self.status: int | None = None
         self._waiting: asyncio.Task[int] | None = None
 
     async def open(self) -> Self:
-        """Open the streams; called once."""
+        """Open the streams. Called once."""
         loop = asyncio.get_running_loop()
         for name, connected in self._remote.streams.items():
             connected.setblocking(False)
@@ -154,7 +156,7 @@ class Execution:
         return self
 
     async def wait(self) -> int:
-        """Wait for the command's end, and return its status. Output that nobody reads may keep it from ending.
+        """Wait for the command's end, and return its status. Unread output may keep the command from ending.
 
         Raises NotConnected if the machine ends first.
         """
@@ -169,14 +171,14 @@ class Execution:
             for output, transport, _ in self._outputs:
                 await _drain(output, transport)
         finally:
-            # Nobody waits for more.
+            # Stop waiting for the rest.
             for output, _, _ in self._outputs:
                 output.expect(0)
         self.status = end.status
         return end.status
 
     async def communicate(self, input: bytes | None = None) -> tuple[bytes, bytes]:
-        """Send the input and its end, read all output, and wait for the command's end."""
+        """Send the input and end of file, read all output, and wait for the command's end."""
         results = await asyncio.gather(self._feed(input), _read(self.stdout), _read(self.stderr), self.wait())
         return results[1], results[2]
 
@@ -189,7 +191,7 @@ class Execution:
             if self.stdin.can_write_eof():
                 self.stdin.write_eof()
         except (BrokenPipeError, ConnectionResetError):
-            # The command reads no more.
+            # The command has closed its input.
             pass
 
     async def resize(self, rows: int, columns: int) -> None:
@@ -205,7 +207,7 @@ class Execution:
         await self._remote.signal(signal.SIGTERM)
 
     async def kill(self) -> None:
-        """Kill the command and everything that it has started, and close its streams."""
+        """Kill the command and all its children, and close the streams."""
         await self._remote.close()
 
     async def __aenter__(self) -> Self:
@@ -217,7 +219,7 @@ class Execution:
         await self.close()
 
     async def close(self) -> None:
-        """End the command if it still runs, and close its streams. May be called again."""
+        """End the command if it still runs, and close the streams. May be called again."""
         if self._waiting is not None:
             self._waiting.cancel()
             await asyncio.wait({self._waiting})
@@ -227,11 +229,11 @@ class Execution:
 
 
 async def _drain(output: _Output, transport: asyncio.Transport) -> None:
-    """Wait for output that is under way. One that the guest has announced and does not send is given up."""
+    """Wait for the rest of the output. Raises NotConnected if the guest stops sending it."""
     while not output.is_done.is_set():
         before = output.total
         await first_of(output.is_done, timeout=_OUTPUT_TIMEOUT)
-        # A transport that is paused waits for us to read.
+        # A paused transport waits for the reader, not for the guest.
         if not output.is_done.is_set() and output.total == before and transport.is_reading():
             raise NotConnected("the guest did not send all output of the command")
 
@@ -243,8 +245,10 @@ async def _read(reader: asyncio.StreamReader | None) -> bytes:
 async def run_to_end(
     start: Callable[[], Awaitable[Execution]], *, check: bool, input: str | bytes | None, timeout: float | None
 ) -> Completed[bytes]:
-    """Run a command to its end. Raises CommandFailed if it fails and `check` is true, Timeout if it does not end in
-    time; it is killed then."""
+    """Run a command until it ends.
+
+    Raises CommandFailed if it fails and `check` is true. Raises Timeout after `timeout` seconds, and kills the command.
+    """
     data = input.encode() if isinstance(input, str) else input
     try:
         async with asyncio.timeout(timeout):
@@ -262,5 +266,5 @@ async def _completed(start: Callable[[], Awaitable[Execution]], data: bytes | No
             stdout, stderr = await execution.communicate(data)
             return Completed(await execution.wait(), stdout, stderr)
     except CommandFailed as error:
-        # It could not be started; a shell reports that on stderr.
+        # Report a command that cannot be started on its standard error, as a shell does.
         return Completed(error.status, b"", f"{error}\n".encode())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Launch a machine without blocking the event loop.
+"""Launches a machine without blocking the event loop.
 
-Probing QEMU, fetching packages for the built-in guest and making it may take minutes. They run in a worker thread,
-which ends soon after it is cancelled, and leaves nothing behind.
+Probing QEMU, downloading packages and building the guest may take minutes. They run in a worker thread, which ends soon
+after it is cancelled, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _T = TypeVar("_T")
 
 
 async def start(config: MachineConfig) -> Running:
-    """Launch a machine, and wait until it is up. Raises what `launch` and `run` raise, and leaves nothing behind then,
-    nor when it is cancelled."""
+    """Launch a machine, and wait until it is up.
+
+    Raises the errors of `launch` and `run`. Leaves nothing behind after an error, or when it is cancelled.
+    """
     return await run(await _launch(config))
 
 
@@ -40,12 +42,12 @@ async def _launch(config: MachineConfig) -> Started:
 
 def _launch_in_thread(config: MachineConfig, canceller: Canceller) -> Started:
     CANCELLER.set(canceller)
-    # Each line is about a step: between two steps the work can be cancelled.
+    # `notice` is called before each step, so the work can be cancelled between two steps.
     return launch(config, notice=lambda _: check_cancelled(), on_begin=check_cancelled)
 
 
 async def _until_done(work: asyncio.Task[_T]) -> None:
-    """Wait for work that is about to end, however often we are cancelled meanwhile."""
+    """Wait for work that is about to end, even if this call is cancelled several times."""
     while not work.done():
         try:
             await asyncio.wait({work})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine of your program's own."""
+"""Starts and manages a machine in your own program."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Machine(Guest):
         async with vmspawn.Machine(guest="builtin", ram="512M") as machine:
             await machine.console.expect("ready")
 
-    `async with` starts it, and ends it on the way out if it still runs. The keyword arguments are the fields of
-    MachineConfig, and prevail over `config`. Sizes are bytes or texts such as "512M"; times are seconds. vmctl and
-    other programs reach the machine by its name, unless `control` is False. A machine that has ended can be started
-    again.
+    `async with` starts the machine, and ends it if it still runs at the end of the block. A machine that has ended can
+    be started again. The keyword arguments are the fields of MachineConfig; they override `config`. Sizes are bytes or
+    texts such as "512M", and times are seconds. vmctl and other programs can control the machine by its name, unless
+    `control` is False.
 
-    Raises StartError or UsageError if it cannot be started.
+    Raises StartError or UsageError if the machine cannot be started.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Machine(Guest):
             self._stop_serving()
 
     def _serve(self, running: Running) -> None:
-        # Loaded for a machine that is served: others need no Varlink.
+        # Only machines with a control socket need Varlink.
         from ..control.server import ControlServer, build_registry
 
         self._server = ControlServer(running.directory, build_registry(running, self._inside), on_failed=running.failed)
@@ -112,11 +112,11 @@ class Machine(Guest):
     def _running(self) -> Running:
         return self._up.running
 
-    # What it is.
+    # Its properties.
 
     @property
     def config(self) -> MachineConfig:
-        """The machine as it was asked for."""
+        """The configuration that the machine is started with."""
         return self._config
 
     @property
@@ -135,21 +135,21 @@ class Machine(Guest):
         return self._running.pid
 
     async def status(self) -> str:
-        """QEMU's run state, such as `running` or `paused`."""
+        """Return QEMU's run state, such as `running` or `paused`."""
         await self._running.ask_status()
         return self._running.status
 
     # Its life.
 
     async def power_off(self) -> None:
-        """Press the power button (ACPI); the guest decides what follows. `wait` returns when it is off.
+        """Press the power button (ACPI). `wait` returns after the guest has powered off.
 
-        Raises NotSupported if the guest is in a state in which it cannot notice the button.
+        Raises NotSupported if the guest's state does not let it notice the button.
         """
         await self._running.power.power_off()
 
     async def reboot(self) -> None:
-        """Reset the machine, as its reset button does. A guest that was paused stays so; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
         await self._running.power.reboot()
 
     async def pause(self) -> None:
@@ -157,16 +157,15 @@ class Machine(Guest):
         await self._running.power.pause()
 
     async def resume(self) -> None:
-        """Let the guest's processors run on; a suspended guest is woken up. Raises NotSupported if it is off."""
+        """Continue the guest's processors, or wake a suspended guest up. Raises NotSupported if the guest is off."""
         await self._running.power.resume()
 
     async def terminate(self) -> None:
-        """End the machine without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is
-        killed."""
+        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
         await self._running.terminate()
 
     async def wait(self) -> End:
-        """Wait until the machine has ended, and report how."""
+        """Wait until the machine has ended, and return the reason."""
         return await self._running.wait()
 
     @property
@@ -188,10 +187,10 @@ class Machine(Guest):
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Local.start(self._inside.commands, wanted, timeout)
 
-    # Its disks. Images are opened here, as your program.
+    # Its disks. Your program opens the images, with its permissions.
 
     async def disks(self) -> list[DiskStatus]:
-        """All disks, boot disks included."""
+        """Return all disks, including boot disks."""
         storage = self._running.storage
         looks = await storage.look()
         return [describe_status(each, looks.get(each.name, Look())) for each in storage]
@@ -204,16 +203,16 @@ class Machine(Guest):
         timeout: float = DRIVER_TIMEOUT,
         **options: Unpack[DiskOptions],
     ) -> AttachedDisk:
-        """Open a disk's image and plug the disk in; returns once QEMU has plugged in the device:
-        `await machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
+        """Attach a disk: `await machine.attach("data.qcow2", format="qcow2", bus="virtio-scsi")`.
 
-        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty.
+        The keyword arguments are the fields of Disk. A scsi-cd with the path "" is empty. Returns when QEMU has plugged
+        in the device.
 
-        With `wait_guest`, returns once the guest has made its first request to the disk, as Linux does as soon as the
-        disk has its node in /dev; raises Timeout if it has made none after `timeout` seconds, and the disk stays.
+        With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
+        disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout; nothing is
-        left behind then.
+        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
+        leaves nothing behind.
         """
         storage = self._running.storage
         disk = to_disk(disk, options)
@@ -225,18 +224,20 @@ class Machine(Guest):
         return describe(await storage.attach(named, backing, guest_timeout=timeout if wait_guest else None))
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Unplug a disk; returns once nothing of it is left.
+        """Detach a disk. Returns True when all of it is removed.
 
-        `force` takes the image away from under the guest first; returns False then if the guest has not released the
-        device yet. Raises NoSuchStorage, StorageImmutable, or StoragePending if the guest has not released it after
-        `timeout` seconds; the removal goes on then.
+        Raises StoragePending if the guest has not released the disk after `timeout` seconds; the removal continues.
+        Also raises NoSuchStorage or StorageImmutable.
+
+        `force` takes the image away first, so the guest gets I/O errors. The result is then False if the guest has not
+        released the device yet.
         """
         return await self._running.storage.detach(name, timeout=timeout, force=force)
 
     async def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:
-        """Put another image in the place of a disk's, while the guest uses it; returns the new size in bytes.
+        """Replace the image of a disk while the guest uses it, and return the new size in bytes.
 
-        Raises what `attach` raises, NoSuchStorage or StorageImmutable; the disk keeps its image then.
+        Raises the errors of `attach`, NoSuchStorage or StorageImmutable; the disk then keeps its image.
         """
         storage = self._running.storage
         read_only = any(each.name == name and each.read_only for each in storage)
@@ -244,23 +245,26 @@ class Machine(Guest):
         return await storage.changes.replace(name, backing, format=format, path=_absolute(path), shrink=shrink)
 
     async def resize(self, name: str, size: Size | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image, to bytes or a text such as "2G"; returns the size in bytes.
+        """Resize a disk and its image, to a number of bytes or a text such as "2G". Returns the size in bytes.
 
-        None tells the guest the size that the image has by now. Raises NoSuchStorage, BadConfig, ConfigNotSupported,
-        UsageError or QmpError.
+        Without a size, resizes the disk to the image's current size. Raises NoSuchStorage, BadConfig,
+        ConfigNotSupported, UsageError or QmpError.
         """
         size = None if size is None else to_size("size", size)
         return await self._running.storage.changes.resize(name, size, shrink=shrink)
 
     async def limit(self, name: str, limits: Limits) -> None:
-        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
+        """Change a disk's I/O limits. `Limits()` removes them. Raises NoSuchStorage, BadConfig or QmpError."""
         await self._running.storage.changes.limit(name, limits)
 
     async def insert_media(
         self, name: str, path: StrPath, *, format: str | None = None, force: bool = False, timeout: float = TRAY_TIMEOUT
     ) -> None:
-        """Put an image into an optical drive. Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest
-        holds the tray locked for `timeout` seconds; `force` opens it all the same."""
+        """Insert an image into an optical drive.
+
+        Raises StoragePending if the guest keeps the tray locked for `timeout` seconds; `force` opens a locked tray.
+        Also raises NoSuchStorage, BadConfig or QmpError.
+        """
         storage = self._running.storage
         backing = await open_image(os.fspath(path), read_only=True)
         await storage.changes.insert_media(
@@ -268,19 +272,19 @@ class Machine(Guest):
         )
 
     async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
-        """Take the medium out of an optical drive. Raises what `insert_media` raises."""
+        """Eject the medium of an optical drive. Raises the errors of `insert_media`."""
         await self._running.storage.changes.eject_media(name, force=force, timeout=timeout)
 
 
 class _Current:
-    """A running machine, with what is kept for its program: events and console output."""
+    """A running machine, with its recorded events and console output."""
 
     def __init__(self, running: Running) -> None:
         self.running = running
         self.record = Record(running.name)
         running.monitor.witness(self.record.put)
         self.console = self._show_console()
-        #: Done when the end of the machine is in the record.
+        #: The task that ends when the machine's end is recorded.
         self.recorded = asyncio.create_task(self._record_end())
 
     def _show_console(self) -> Console | None:

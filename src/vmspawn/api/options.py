@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keyword arguments of a program: those of Machine become a MachineConfig, those of `attach` a Disk."""
+"""Converts keyword arguments: those of Machine to a MachineConfig, and those of `attach` to a Disk."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ..storage.limits import Limits
 
 #: A path.
 StrPath: TypeAlias = str | os.PathLike[str]
-#: Bytes, or what the command line takes: "512M", "2G".
+#: A number of bytes, or a text as on the command line: "512M", "2G".
 Size: TypeAlias = int | str
 
 Bus: TypeAlias = Literal["auto", "virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd"]
 
 
 class MachineOptions(TypedDict, total=False):
-    """The fields of MachineConfig, which documents them, in any form that the command line or Python has for them."""
+    """The fields of MachineConfig, as Python values or as texts of the command line. MachineConfig documents them."""
 
     name: str | None
     guest: Literal["builtin"] | None
@@ -74,7 +74,7 @@ class MachineOptions(TypedDict, total=False):
 
 
 class DiskOptions(TypedDict, total=False):
-    """The fields of Disk, which documents them, but for its path."""
+    """The fields of Disk except its path. Disk documents them."""
 
     name: str
     bus: Bus
@@ -93,10 +93,9 @@ class DiskOptions(TypedDict, total=False):
 
 
 def to_config(config: MachineConfig | None, options: Mapping[str, Any]) -> MachineConfig:
-    """Return the configuration with the options in the place of its fields.
+    """Return the configuration with its fields replaced by the options.
 
-    Raises TypeError for an option that does not exist or has a type that it cannot have, UsageError for a value that is
-    not understood.
+    Raises TypeError for an unknown option or a value of the wrong type, and UsageError for an invalid value.
     """
     check_names("Machine", options, MachineConfig._fields)
     fields = {name: _to_field(name, value) for name, value in options.items()}
@@ -104,7 +103,7 @@ def to_config(config: MachineConfig | None, options: Mapping[str, Any]) -> Machi
 
 
 def to_disk(disk: Disk | StrPath, options: Mapping[str, Any]) -> Disk:
-    """Return the disk at a path, or the disk itself, with the options in the place of its fields.
+    """Return the disk at a path, or the disk itself, with its fields replaced by the options.
 
     Raises TypeError as `to_config` does.
     """
@@ -114,7 +113,7 @@ def to_disk(disk: Disk | StrPath, options: Mapping[str, Any]) -> Disk:
 
 
 def to_size(field: str, value: Size) -> int:
-    """Return the bytes of a size. Raises UsageError, which names the field, or TypeError."""
+    """Return a size in bytes. Raises TypeError, or UsageError, which names the field."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str):
@@ -126,7 +125,7 @@ def to_size(field: str, value: Size) -> int:
 
 
 def check_names(function: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """Raise TypeError for a keyword argument that is not known."""
+    """Raise TypeError for an unknown keyword argument."""
     for name in names:
         if name not in known:
             from difflib import get_close_matches
@@ -164,7 +163,7 @@ def _paths(name: str, value: Iterable[StrPath]) -> tuple[str, ...]:
 
 
 def _disks(name: str, value: Iterable[Disk | StrPath]) -> tuple[Disk, ...]:
-    """A text is what the command line's option takes: [FORMAT:][DISKTYPE:]PATH."""
+    """Return disks. A text is as on the command line: [FORMAT:][DISKTYPE:]PATH."""
     return tuple(
         parse_extra_drive(each) if isinstance(each, str) else to_disk(each, {}) for each in _several(name, value)
     )

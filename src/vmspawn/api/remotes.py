@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The two ways to a command in the guest: started by this process, and through another manager's control socket."""
+"""Starts commands in the guest, directly or through the control socket of another manager."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .execution import End
 
 _MACHINE = "io.vmspawn.Machine"
 
-#: Seconds for a reply after the manager has reached a deadline of its own.
+#: Seconds that the manager has to reply after its own deadline.
 _GRACE = 15.0
 
-#: The streams by their names in the replies of Execute.
+#: The names of the streams in the replies of Execute.
 _STREAMS = {"stdin": STDIN, "stdout": STDOUT, "stderr": STDERR, "terminal": TTY}
 
 
 class Local:
-    """A command that this process has started."""
+    """A command in a machine of this process."""
 
     def __init__(self, command: Command) -> None:
         self._command = command
@@ -35,7 +35,7 @@ class Local:
 
     @classmethod
     async def start(cls, commands: Commands, wanted: Wanted, timeout: float) -> Local:
-        """Start a command. Raises CommandFailed if it cannot be, and what `Commands.start` raises."""
+        """Start a command. Raises CommandFailed if it cannot be started, and the errors of `Commands.start`."""
         command = await commands.start(wanted, timeout=timeout)
         try:
             if await command.started() is None:
@@ -48,27 +48,27 @@ class Local:
         return cls(command)
 
     async def ended(self) -> End:
-        """Wait for its end. Raises NotConnected."""
+        """Wait for the command's end. Raises NotConnected."""
         end = await self._command.ended()
         assert not isinstance(end, Failed)
         status = end.status if isinstance(end, Exited) else 128 + end.signal
         return End(status, end.stdout, end.stderr)
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of its terminal."""
+        """Set the size of the command's terminal."""
         self._command.resize(rows, columns)
 
     async def signal(self, number: int) -> None:
-        """Send a signal to its process group."""
+        """Send a signal to the command's process group."""
         self._command.signal(number)
 
     async def close(self) -> None:
-        """Remove its streams, which kills it if it still runs."""
+        """Remove the command's streams, which kills it if it still runs."""
         self._command.close()
 
 
 class Connected:
-    """A command that another manager has started. The end of the connection ends it."""
+    """A command that another manager has started. The end of the connection ends the command."""
 
     def __init__(
         self, machine: str, connection: calls.Connection, closing: AsyncExitStack, started: calls.Reply
@@ -85,7 +85,7 @@ class Connected:
 
     @classmethod
     async def start(cls, machine: str, wanted: Wanted, timeout: float) -> Connected:
-        """Start a command. Raises CommandFailed if it cannot be, and what the machine's manager raises."""
+        """Start a command. Raises CommandFailed if it cannot be started, and the errors of the machine's manager."""
         async with AsyncExitStack() as closing:
             connection = await closing.enter_async_context(calls.opened(machine))
             parameters = _parameters(wanted, timeout)
@@ -97,23 +97,23 @@ class Connected:
         raise AssertionError
 
     async def ended(self) -> End:
-        """Wait for its end. Raises NotConnected."""
+        """Wait for the command's end. Raises NotConnected."""
         end: Mapping[str, Any] = (await self._connection.receive()).parameters
         status = 128 + end["signal"] if end["state"] == "killed" else end["status"]
         return End(int(status), int(end["stdoutBytes"]), int(end["stderrBytes"]))
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of its terminal."""
+        """Set the size of the command's terminal."""
         await calls.call(
             self._machine, f"{_MACHINE}.ResizeTerminal", {"id": self._id, "rows": rows, "columns": columns}
         )
 
     async def signal(self, number: int) -> None:
-        """Send a signal to its process group."""
+        """Send a signal to the command's process group."""
         await calls.call(self._machine, f"{_MACHINE}.SignalCommand", {"id": self._id, "signal": number})
 
     async def close(self) -> None:
-        """Remove its streams, which kills it if it still runs."""
+        """Remove the command's streams, which kills it if it still runs."""
         await self._closing.aclose()
 
 
