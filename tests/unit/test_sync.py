@@ -111,7 +111,7 @@ def test_a_call_on_the_loop_itself_is_refused() -> None:
     async def work() -> None:
         call(nothing())
 
-    with pytest.raises(vmspawn.UsageError, match="it would block for ever"):
+    with pytest.raises(vmspawn.UsageError, match="would block it for ever"):
         call(work())
 
 

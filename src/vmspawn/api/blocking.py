@@ -85,7 +85,7 @@ class Call(Generic[_T]):
         if threading.current_thread() is self._owner.thread:
             work.close()
             raise UsageError(
-                "a blocking call in the thread of vmspawn's event loop would block for ever",
+                "a blocking call in the thread of vmspawn's event loop would block it for ever",
                 hint="do not call vmspawn in functions that are passed to wait()",
             )
         self._task: asyncio.Task[_T] | None = None
