@@ -89,7 +89,7 @@ def test_who_watches_is_told_that_the_machine_runs_on(machine: Survivor) -> None
             assert process.wait(timeout=DEADLINE) == 1
             assert process.stderr is not None
             *_, said, hint = process.stderr.read().splitlines()
-            assert said.endswith(f"the manager of machine {machine.name} is gone; the machine runs on")
+            assert said.endswith(f"the manager of machine {machine.name} has ended; the machine runs on")
             assert hint.strip() == f"adopt it with: vmctl adopt {machine.name}"
 
 

@@ -60,7 +60,7 @@ def test_without_a_current_directory(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert one_line(done, "vmspawn") == "vmspawn: there is no current directory: No such file or directory"
+    assert one_line(done, "vmspawn") == "vmspawn: the current directory was removed: No such file or directory"
 
 
 def test_a_runtime_directory_that_cannot_be_made_is_noticed_before_the_guest_is_made(tmp_path: Path) -> None:

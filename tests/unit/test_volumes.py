@@ -35,7 +35,7 @@ def test_what_is_understood(text: str, config: str, parameters: dict[str, Any]) 
         ("fs:", "names no volume"),
         ("fs:a:floppy", "unknown bus floppy"),
         ("fs:a:nvme:x:y", "too many parts"),
-        ("fs:a:color=red", "knows no color="),
+        ("fs:a:color=red", "unknown key color="),
         ("fs:a:create=maybe", "create=maybe is not known"),
         ("fs:a:request-as=dir", "request-as=dir is not known"),
         ("fs:a:size=big", "is not a size"),

@@ -156,7 +156,7 @@ def check(config: MachineConfig) -> MachineConfig:
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         template = "{" + field + "={value}} is not known"
-        raise UsageError.with_fields(template, hint="there are: {choices}", value=value, choices=", ".join(choices))
+        raise UsageError.with_fields(template, hint="choose one of: {choices}", value=value, choices=", ".join(choices))
 
 
 def _check_boot(config: MachineConfig) -> None:

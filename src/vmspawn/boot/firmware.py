@@ -86,7 +86,7 @@ def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
     if wish.path is None and wish.kind not in KINDS:
         raise UsageError.with_fields(
             "{firmware.kind={kind}} is not known",
-            hint="there are: {kinds}, list, describe, and a path that is absolute or begins with ./",
+            hint="choose one of: {kinds}, list, describe, or a path that is absolute or begins with ./",
             kind=wish.kind,
             kinds=", ".join(KINDS),
         )

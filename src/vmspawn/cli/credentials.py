@@ -24,9 +24,9 @@ def parse_set(text: str) -> Credential:
 
 
 def parse_load(text: str) -> Credential:
-    """Parse `--load-credential=ID:PATH`. A path that is no absolute one is a credential that we were given ourselves.
+    """Parse `--load-credential=ID:PATH`. Raises UsageError.
 
-    Raises UsageError.
+    A relative path names a credential that the service manager passed to vmspawn.
     """
     name, colon, path = text.partition(":")
     if not colon or not path:
@@ -47,7 +47,7 @@ def _check_name(field: str, name: str) -> str:
         or name in (".", "..")
         or not (name.isascii() and name.isprintable())
     ):
-        template = "{" + field + "={text}}: not a credential's name"
+        template = "{" + field + "={text}} is not a credential name"
         raise UsageError.with_fields(template, hint="use printable ASCII without slashes", text=name)
     return name
 
@@ -57,7 +57,7 @@ _ESCAPE = r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|[abfnrtv
 
 
 def unescape(field: str, text: str) -> bytes:
-    """Bytes from text with C's escapes, as systemd reads them. Raises UsageError."""
+    """Convert C escapes in text to bytes, as systemd does. Raises UsageError."""
     parts: list[bytes] = []
     position = 0
     for match in re.finditer(_ESCAPE, text, re.DOTALL):
@@ -76,6 +76,6 @@ def _character(field: str, text: str, escape: str) -> bytes:
             return bytes((int(escape[1:], 16),))
         return bytes((_SIMPLE[escape] if escape in _SIMPLE else int(escape, 8),))
     except (ValueError, OverflowError):
-        template = "{" + field + "={text}}: a backslash begins no escape there"
+        template = "{" + field + "={text}}: invalid escape sequence"
         hint = r"write \\ for a backslash, \n, \x00 and so on"
         raise UsageError.with_fields(template, hint=hint, text=text) from None

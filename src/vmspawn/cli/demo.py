@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs `./dev demo`: hot-plug shown end to end, by the commands that a user would type.
+"""Runs `./dev demo`, which shows hot-plug with the commands that a user would type.
 
-A guest boots, gains three disks on three buses, writes to one of them, loses them again and powers itself off.
+A guest boots, gets disks on three buses, writes to one of them, loses all three, and powers off.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MACHINE = "demo"
 _SIZE = 64 << 20
 _TEXT = "Hello from inside the guest"
 
-#: Seconds for anything that the guest is to do; under emulation on a busy host it may take long to boot.
+#: Seconds that the guest has for each step. Booting under emulation takes long on a busy host.
 _PATIENCE = 120.0
 
 _DISKS = (("red", "virtio-blk"), ("green", "nvme"), ("blue", "virtio-scsi"))
 
 
 class Stage:
-    """Prints each line with the seconds since the beginning and its speaker."""
+    """Prints lines with the seconds since the start and a speaker."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -53,7 +53,7 @@ class Console:
         self._buffer = b""
 
     def wait_for(self, text: str) -> str:
-        """Read on until a line contains `text`, and return that line. Raises Timeout."""
+        """Read lines until one contains `text`, and return it. Raises Timeout."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
@@ -67,9 +67,9 @@ class Console:
             try:
                 data = self._socket.recv(65536)
             except TimeoutError:
-                raise Timeout(f"the guest did not say {text!r} within {_PATIENCE:g} s") from None
+                raise Timeout(f"the guest did not print {text!r} within {_PATIENCE:g} s") from None
             if not data:
-                raise Timeout(f"the guest ended before it said {text!r}")
+                raise Timeout(f"the guest ended before it printed {text!r}")
             self._buffer += data
 
     def _show(self, line: str) -> str:
@@ -127,7 +127,7 @@ class Demo:
             self._stage.say("", line.strip())
             if "is running" in line:
                 return
-        # Wait for its end: `close` must not take somebody else's machine of that name for ours.
+        # Wait for vmspawn's end, so that `close` does not end another user's machine of the same name.
         self._vmspawn.wait()
         raise StartError("the machine did not start")
 
@@ -140,13 +140,13 @@ class Demo:
 
     def _write_and_read_back(self, console: Console) -> None:
         disk = "/dev/disk/by-id/virtio-red.raw"
-        # printf puts the answer together, so that the echo of the command is not taken for it.
+        # printf assembles the answer, so that the echo of the command does not match it.
         console.type(f"echo {_TEXT} | dd of={disk} conv=fsync 2>/dev/null && printf 'vmspawn-guest: %s\\n' written")
         console.wait_for("vmspawn-guest: written")
         with open(os.path.join(self._folder, "red.raw"), "rb") as image:
             found = image.readline(200).decode(errors="replace").strip()
         if found != _TEXT:
-            raise MachineEnded(f"the host's file does not have what the guest wrote, but {found!r}")
+            raise MachineEnded(f"the host's file begins with {found!r} instead of the guest's text")
         self._stage.say("", f"red.raw on the host now begins with: {found}")
 
     def _power_off(self, console: Console) -> None:
@@ -159,7 +159,7 @@ class Demo:
             self._stage.say("", line.strip())
         if status := self._vmspawn.wait():
             raise MachineEnded(f"vmspawn exited with status {status}")
-        self._stage.say("", "vmspawn exited with status 0; nothing is left of the machine")
+        self._stage.say("", "vmspawn exited with status 0 and left nothing behind")
 
     def _vmctl(self, *arguments: str) -> None:
         self._stage.say("$", f"vmctl {' '.join(arguments)}")
@@ -175,7 +175,7 @@ def _command(name: str) -> list[str]:
 
 
 def _main() -> int:
-    print("A guest boots, gains and loses three disks on three buses, and powers itself off.\n", flush=True)
+    print("A guest boots, gets and loses disks on three buses, and powers off.\n", flush=True)
     stage = Stage()
     with tempfile.TemporaryDirectory(prefix="vmspawn-demo-") as folder:
         demo = Demo(stage, folder)
@@ -187,7 +187,7 @@ def _main() -> int:
 
 
 def main() -> NoReturn:
-    """The entry point; arguments are further options for vmspawn."""
+    """Run the demo. Command-line arguments are more options for vmspawn."""
     run("demo", _main)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What became of a machine that has closed a connection: it has ended, its manager has, or it has let one client go."""
+"""Explains why a machine closed a connection: the machine ended, its manager ended, or it disconnected the client."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from ..aio.sockets import peer_process
 from ..errors import NotConnected
 from ..host.runtime import running_qemu, runtime_root
 
-#: Seconds for a process whose socket is closed to be gone.
+#: Seconds that a process has to exit after it closed its socket.
 _END_TIMEOUT = 5.0
 
 
-class Parting:
-    """Knows the two processes behind a connection, QEMU and its manager; `watching` makes it while both live."""
+class Disconnect:
+    """Explains the end of a connection by the processes behind it. `watching` makes it before the end."""
 
     def __init__(self, machine: str, qemu: int, manager: int) -> None:
-        """Both are pidfds, or -1, and stay the caller's."""
+        """Watch QEMU and the manager. Both are pidfds, or -1 if unknown; the caller keeps them."""
         self._machine = machine
         self._qemu = qemu
         self._manager = manager
 
     def check(self) -> None:
-        """The connection has ended: raise NotConnected, with what can be done, unless the machine has ended too."""
+        """Raise NotConnected for a closed connection, with the reason and a hint, unless the machine has ended."""
         if self._qemu < 0:
-            return  # one that is not ours, of whose end nothing is known
+            return  # a machine of another program, whose QEMU is unknown
         ended = self._ended()
         if self._qemu in ended:
             return
         if self._manager in ended:
             raise NotConnected(
-                f"the manager of machine {self._machine} is gone; the machine runs on",
+                f"the manager of machine {self._machine} has ended; the machine runs on",
                 hint=f"adopt it with: vmctl adopt {self._machine}",
             )
         raise NotConnected(
-            f"machine {self._machine} has closed the connection",
-            hint="too many are connected, or what it sent was not read",
+            f"machine {self._machine} closed the connection",
+            hint="too many clients are connected, or this one read too slowly",
         )
 
     def _ended(self) -> set[int]:
-        """Those that have ended; waits for one to do so, for it closes its sockets a little earlier."""
+        """Return the pidfds of ended processes. Waits for one, because a process closes its sockets before it exits."""
         poll = select.poll()
         poll.register(self._qemu, select.POLLIN)
         if self._manager < 0:
@@ -54,12 +54,12 @@ class Parting:
 
 
 @contextlib.contextmanager
-def watching(machine: str, connected: socket.socket) -> Iterator[Parting]:
-    """Take note of the processes behind a connection to a machine, before it ends."""
+def watching(machine: str, connected: socket.socket) -> Iterator[Disconnect]:
+    """Watch the processes behind a connection to a machine, to explain its end."""
     manager = _open(peer_process(connected)[0])
     qemu = _open(running_qemu(os.path.join(runtime_root(), machine)))
     try:
-        yield Parting(machine, qemu, manager)
+        yield Disconnect(machine, qemu, manager)
     finally:
         for fd in (qemu, manager):
             if fd >= 0:
@@ -67,7 +67,7 @@ def watching(machine: str, connected: socket.socket) -> Iterator[Parting]:
 
 
 def _open(pid: int) -> int:
-    """A pidfd, or -1 if there is no such process."""
+    """Return a pidfd, or -1 if the process does not exist."""
     try:
         return os.pidfd_open(pid) if pid > 0 else -1
     except OSError:

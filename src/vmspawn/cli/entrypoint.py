@@ -21,18 +21,18 @@ from .spelling import as_option
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
-#: What timeout(1) exits with.
+#: The exit status for a time limit, as in timeout(1).
 EXIT_TIMED_OUT = 124
 
-#: Errors of a write. One without a file name is standard output's.
+#: Errors of write(2). Without a file name, the error is standard output's.
 _OF_FILES = (EDQUOT, EFBIG, EIO, ENOSPC)
 
-#: The status that a shell reports for a program that SIGINT ended.
+#: The exit status for SIGINT, as in a shell.
 EXIT_INTERRUPTED = 130
 
 
 def complain(program: str, error: VmspawnError) -> None:
-    """Print an error as `program: what failed: why`, with the hint below, and options for fields."""
+    """Print an error and its hint, with fields spelled as options: `program: what failed: why`."""
     message, hint = error.spelled(functools.partial(as_option, program))
     # Standard error may be closed.
     with contextlib.suppress(OSError):
@@ -44,14 +44,14 @@ def complain(program: str, error: VmspawnError) -> None:
 def run(program: str, work: Callable[[], int]) -> NoReturn:
     """Run a command and exit with the status that `work` returns.
 
-    An error is printed in a line. So is an unexpected OSError; VMSPAWN_LOG=debug shows its traceback.
+    An error is printed as one line, even an unexpected OSError. VMSPAWN_LOG=debug shows the traceback.
     """
     ensure_standard_streams()
-    # Python has no stream for a closed descriptor, and would print to the wrong one.
+    # Python sets a stream to None if its descriptor is closed at startup.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # The encoding may lack characters, such as the ellipsis.
+        # The locale's encoding may lack characters such as the ellipsis.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _status(work)
@@ -71,7 +71,7 @@ def run(program: str, work: Callable[[], int]) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        # The rest of the output is lost; the interpreter must not try to write it again.
+        # The rest of the output is lost. The interpreter must not try to flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -80,7 +80,7 @@ def _status(work: Callable[[], int]) -> int:
     try:
         status = work()
     except SystemExit as asked:
-        # argparse exits with a number.
+        # argparse calls sys.exit with a number.
         status = int(asked.code or 0)
     sys.stdout.flush()
     return status
@@ -89,9 +89,9 @@ def _status(work: Callable[[], int]) -> int:
 def _explain(error: OSError) -> VmspawnError:
     number = error.errno or EIO
     if number == ENOENT and error.filename is None:
-        # Of the calls that name no file, getcwd(3) alone fails so.
-        return SystemFailure("there is no current directory", number, hint="change to one that exists")
+        # getcwd(3) is the only call without a file name that fails with ENOENT.
+        return SystemFailure("the current directory was removed", number, hint="change to another directory")
     if number in _OF_FILES and error.filename is None:
         return SystemFailure("cannot write the output", number)
     what = f" {error.filename!r}" if error.filename else ""
-    return SystemFailure(f"the system refused{what}", number, hint=f"see where: {log.VARIABLE}=debug")
+    return SystemFailure(f"a system call failed{what}", number, hint=f"for a traceback, set {log.VARIABLE}=debug")

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The argument parser of both commands.
+"""Parses the arguments of both commands.
 
-argparse has three rules that surprise a user, and this parser has others instead. Before argparse sees the arguments,
-they are sorted by the parser's own options:
+This parser replaces three rules of argparse that surprise users. It sorts the arguments before argparse parses them:
 
 1. Options may stand before, between and behind positional arguments. `--` ends them, and for a verb that runs a command
    they end at the command.
-2. What begins with a dash is an option; one that is unknown is refused, even if it contains a space.
+2. Every word that begins with a dash is an option. An unknown option is refused, even if it contains a space.
 3. No option can be abbreviated.
 """
 
@@ -21,19 +20,19 @@ from ..errors import UsageError
 from .entrypoint import EXIT_USAGE, complain
 from .tables import terminal_width
 
-#: Columns of help; longer lines are hard to read.
+#: The maximum width of help; longer lines are hard to read.
 _WIDTH_MAX = 110
 
-#: Marks a positional argument, so that argparse takes none for an option, nor for the end of options.
+#: Marks a positional argument, so that argparse does not take it for an option or the end of options.
 _PLAIN = "\0"
 
-#: How argparse reports a surplus argument, and an unknown verb.
+#: argparse's messages for a surplus argument and an unknown verb.
 _SURPLUS = "unrecognized arguments: "
 _UNKNOWN_VERB = "argument VERB: invalid choice: "
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake in one line, with a hint."""
+    """An argument parser that reports a mistake in one line and a hint."""
 
     #: The verb whose arguments this parser parses, or an empty string.
     verb = ""
@@ -41,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     #: The parser of the command that this is a verb of.
     command: Parser | None = None
 
-    #: Behind this many positional arguments, all is an argument; None if options never end by themselves.
+    #: The number of positional arguments that end the options, or None if only `--` ends them.
     options_end_after: int | None = None
 
     #: The exit status for a mistake.
@@ -51,20 +50,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": Formatter, **settings})
         if "-h" in self._option_string_actions:
             self._option_string_actions["-h"].help = "show this help"
-        #: Groups of options that the help leaves out.
+        #: Groups of options that the help omits.
         self.hidden_groups: list[object] = []
-        #: The verbs by their headings in the help.
+        #: The names of the verbs below each heading of the help.
         self.headings: dict[str, list[str]] = {}
 
     def end_options_here(self) -> None:
         """End the options behind the positional arguments that were added so far.
 
-        A verb that runs a command in the guest calls this after it has added the command.
+        Verbs that run a command in the guest call this after they have added the command.
         """
         self.options_end_after = sum(not action.option_strings for action in self._actions)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Sort the arguments and let argparse parse them. Unknown and surplus ones are errors."""
+        """Sort the arguments, then let argparse parse them. Unknown and surplus arguments are errors."""
         given = sys.argv[1:] if args is None else list(args)
         found, surplus = super().parse_known_args(self._sort(given), namespace)
         if surplus:
@@ -89,7 +88,7 @@ class Parser(argparse.ArgumentParser):
             else:
                 positionals.append(word)
         if _verbs(self):
-            # The verb's own parser sorts what follows the verb.
+            # The verb's parser sorts the words behind the verb.
             return [*options, *positionals]
         return [*options, *map(_PLAIN.__add__, positionals)]
 
@@ -97,17 +96,17 @@ class Parser(argparse.ArgumentParser):
         return super()._get_value(action, arg_string.removeprefix(_PLAIN))
 
     def _long(self, word: str, rest: list[str]) -> list[str]:
-        """Return a long option as argparse takes it, with its value if that is the next word."""
+        """Return a long option for argparse, joined with its value if that is the next word."""
         name, equals, value = word.partition("=")
         if equals and value == "--":
-            # argparse takes it for no value at all.
-            self.error(f"argument {name}: -- is no value")
+            # argparse would drop this value.
+            self.error(f"argument {name}: -- is not a value")
         if self._takes_value(name) and not equals and _has_value(rest):
             return [f"{name}={rest.pop()}"]
         return [word]
 
     def _short(self, word: str, rest: list[str]) -> list[str]:
-        """Return a word of short options as argparse takes it, with the last one's value if that is the next word."""
+        """Return a word of short options for argparse, and the last option's value if that is the next word."""
         for position, letter in enumerate(word[1:], 2):
             if self._takes_value(f"-{letter}"):
                 is_last = position == len(word)
@@ -115,31 +114,31 @@ class Parser(argparse.ArgumentParser):
         return [word]
 
     def _takes_value(self, name: str) -> bool:
-        """Whether an option takes a value; one that is unknown is an error."""
+        """Return whether an option takes a value. Exits for an unknown option."""
         action = self._option_string_actions.get(name)
         if action is None:
             self._refuse(f"unknown option {name}", self._advice(name))
         return action.nargs != 0
 
     def _advice(self, name: str) -> str:
-        """Return what to do about an unknown option."""
+        """Return the hint for an unknown option."""
         if homes := [verb for verb, parser in _verbs(self.command or self).items() if name in _options(parser)]:
             return f"it is an option of: {', '.join(homes)}"
         return self._near(name, _options(self))
 
     def error(self, message: str) -> NoReturn:
-        """Report what is wrong and exit with 2."""
+        """Report a mistake and exit with 2."""
         hint = self._near("", ())
         if message.startswith(_SURPLUS):
             message = "unexpected argument: " + message.removeprefix(_SURPLUS)
         elif message.startswith(_UNKNOWN_VERB):
-            # argparse lists all verbs; --help does so with what they do.
+            # Replace argparse's list of all verbs by a hint.
             name = message.removeprefix(_UNKNOWN_VERB).partition(" (")[0].strip("'")
             message, hint = f"there is no verb {name}", self._near(name, _verbs(self))
         self._refuse(message, hint)
 
     def _near(self, name: str, known: Sequence[str] | dict[str, Any]) -> str:
-        """Return the hint for a mistyped name: the known one that is most like it, or where to look."""
+        """Return the hint for a mistyped name: the most similar known name, or the command that lists the names."""
         if near := _nearest(name, list(known)):
             return f"did you mean {near}?"
         return f"see: {' '.join(filter(None, (self.prog, self.verb, '--help')))}"
@@ -149,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(self.exit_usage)
 
     def format_help(self) -> str:
-        """Return the help: verbs under their headings, without hidden groups."""
+        """Return the help, with verbs below their headings and without hidden groups."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
@@ -176,16 +175,16 @@ def _is_option(word: str) -> bool:
 
 
 def _has_value(rest: list[str]) -> bool:
-    """Whether the next word is a value for the option before it: any word that cannot be an option."""
+    """Return whether the next word is the value of the option before it: any word that cannot be an option."""
     return bool(rest) and (not _is_option(rest[-1]) or " " in rest[-1])
 
 
-#: How much of a mistyped name must be right for a hint, from 0 to 1.
+#: The minimum similarity of a suggested name, from 0 to 1.
 _NEAR = 0.75
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """Return the known name that begins with `name`, or is most like it; an empty string if none is."""
+    """Return the known name that begins with `name`, or the most similar one, or an empty string."""
     if len(longer := [each for each in known if name and each.startswith(name)]) == 1:
         return longer[0]
     import difflib
@@ -201,12 +200,12 @@ def _verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the options of a parser that its help has."""
+    """Return the options of a parser that its help lists."""
     return [name for each in parser._actions if each.help != argparse.SUPPRESS for name in each.option_strings]
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with options spelled as in systemd's tools, and no wider than the terminal."""
+    """Formats help as wide as the terminal, with options spelled as in systemd's tools."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         """Make a formatter, as argparse does."""
@@ -218,7 +217,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def option_names(action: argparse.Action) -> str:
-    """Return an option's names, the long ones with a placeholder for the value: `-i, --image=PATH`."""
+    """Return an option's names, and a placeholder for the value after a long name: `-i, --image=PATH`."""
     value = _metavar(action)
     return ", ".join(f"{name}={value}" if value and name.startswith("--") else name for name in action.option_strings)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Spells the fields that errors name as options of the command line: `machine_type` as `--machine-type=`."""
+"""Spells the fields in errors as command-line options: `machine_type` as `--machine-type=`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: Options that are not called as their field is. A name in capitals is a positional argument.
+#: Fields whose options have other names. A name in capitals is a positional argument.
 _OF_VMSPAWN = {
     "name": "machine",
     "ram_growth": "ram",
@@ -30,7 +30,7 @@ _OF_VMCTL = {
     "thread": "iothread",
     "size": "SIZE",
 }
-#: Fields whose values are options of their own: --system, --user.
+#: Fields whose values are separate options: --system, --user.
 _NAMED_BY_VALUE = {"registration.scope"}
 
 _NAMES = {"vmspawn": _OF_VMSPAWN, "vmctl": _OF_VMCTL}

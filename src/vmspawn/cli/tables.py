@@ -13,7 +13,7 @@ from ..text import printable
 
 JSON_MODES = ("pretty", "short", "off")
 
-#: The width if neither the environment nor the terminal tells it.
+#: The width if neither the environment nor the terminal reports one.
 _WIDTH_DEFAULT = 80
 
 _STDOUT = 1
@@ -27,7 +27,10 @@ def print_json(value: Any, mode: str) -> None:
 
 
 def terminal_width(descriptor: int = _STDOUT) -> int:
-    """Return the width of the terminal in characters. (argparse would import more than all of vmctl for it.)"""
+    """Return the width of the terminal in characters.
+
+    argparse's own code for this would import more modules than the rest of vmctl.
+    """
     text = os.environ.get("COLUMNS", "")
     if text.isascii() and text.isdecimal() and len(text) < 6 and int(text):
         return int(text)
@@ -59,7 +62,7 @@ def print_table(
 
 
 def fitting(widths: Sequence[int], limit: int) -> list[int]:
-    """Return the widths of the columns that fit in a line, but the first one at least."""
+    """Return the widths of the columns that fit in a line; at least the first column."""
     found = list(widths)
     while len(found) > 1 and sum(found) + len(found) - 1 > limit:
         found.pop()
@@ -67,7 +70,7 @@ def fitting(widths: Sequence[int], limit: int) -> list[int]:
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Print names and values as `systemctl status` does; a value may have several lines."""
+    """Print names and values as `systemctl status` does. A value may have several lines."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
         first, *rest = map(printable, value.split("\n"))
@@ -85,7 +88,7 @@ def format_size(size: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time span in its two largest units, as systemd writes it."""
+    """Return a time span in its two largest units, as systemd prints it."""
     left = int(seconds)
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Parses the values of options: sizes, numbers, booleans.
 
-Python's own `int` and `float` take more than a user means: `4_0`, digits of other scripts, `1e3`, `nan`.
+Python's `int` and `float` accept texts that users do not mean as numbers: `4_0`, digits of other scripts, `1e3`, `nan`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NUMBER = r"[0-9]{0,30}(\.[0-9]{0,30})?"
 
 
 def parse_size(text: str, *, option: str, what: str = "size") -> int:
-    """Parse bytes, or a rate, with an optional suffix B, K, M, G or T (powers of 1024), as systemd does.
+    """Parse a size or a rate in bytes with an optional suffix B, K, M, G or T (powers of 1024), as systemd does.
 
     Raises UsageError.
     """
@@ -28,7 +28,7 @@ def parse_size(text: str, *, option: str, what: str = "size") -> int:
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text is a whole number without a sign."""
+    """Return whether a text is a whole number without a sign."""
     return re.fullmatch(_WHOLE, text) is not None and text[0] != "-"
 
 
@@ -40,7 +40,7 @@ def whole_number(text: str) -> int:
 
 
 def number(text: str, least: float, most: float, what: str) -> float:
-    """Parse a number in these bounds, for argparse; its error says that another text is not `what`."""
+    """Parse a number in these bounds, for argparse. The error for another text is `… is not {what}`."""
     if re.fullmatch(_NUMBER, text) and text not in ("", ".") and least <= (value := float(text)) <= most:
         return value
     raise argparse.ArgumentTypeError(f"{text} is not {what}")
@@ -51,7 +51,7 @@ def seconds(text: str) -> float:
     return number(text, 0, 1e6, "a number of seconds")
 
 
-#: What systemd takes for a boolean, in any case.
+#: systemd's spellings of a boolean; upper and lower case are equal.
 _BOOLEANS = {
     **dict.fromkeys(("1", "yes", "y", "true", "t", "on"), "yes"),
     **dict.fromkeys(("0", "no", "n", "false", "f", "off"), "no"),
@@ -59,7 +59,7 @@ _BOOLEANS = {
 
 
 def boolean(option: str, text: str, *, auto: bool = False) -> str:
-    """Return `yes` or `no` for systemd's spellings of a boolean, and `auto` if that is allowed. Raises UsageError."""
+    """Return `yes` or `no` for a boolean in systemd's spelling, or `auto` if that is allowed. Raises UsageError."""
     if auto and text in ("auto", ""):
         return "auto"
     try:

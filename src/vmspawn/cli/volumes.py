@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Parses volumes of systemd's storage providers: vmspawn's --bind-volume= and vmctl's bind-volume have one syntax."""
+"""Parses volumes of systemd's storage providers, for vmspawn's --bind-volume= and vmctl's bind-volume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REQUESTS = ("blk", "reg")
 
 
 def parse(option: str, text: str) -> Volume:
-    """Parse a volume, whose CONFIG must be a bus. Raises UsageError."""
+    """Parse a volume. Its CONFIG must be a bus. Raises UsageError."""
     parts = text.split(":", 3)
     provider, name, *rest = (*parts, "") if len(parts) == 1 else parts
     if not provider or not name or "/" in provider or provider.startswith("."):
@@ -25,7 +25,7 @@ def parse(option: str, text: str) -> Volume:
     if len(rest) > 1 or "=" in config:
         raise UsageError(f"{option}{text} has too many parts", hint=f"write {option}{SYNTAX}")
     if config and config not in BUSES:
-        raise UsageError(f"{option}{text}: unknown bus {config}", hint=f"there are: {', '.join(BUSES)}")
+        raise UsageError(f"{option}{text}: unknown bus {config}", hint=f"choose one of: {', '.join(BUSES)}")
     parameters: dict[str, object] = {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
@@ -46,10 +46,12 @@ def _parameter(option: str, key: str, value: str) -> dict[str, object]:
         case "read-only" | "ro":
             choice = boolean(f"{option}…{key}=", value, auto=True)
             return {} if choice == "auto" else {"readOnly": choice == "yes"}
-    raise UsageError(f"{option} knows no {key}=", hint="there are: create=, size=, template=, read-only=, request-as=")
+    raise UsageError(
+        f"{option}: unknown key {key}=", hint="known keys: create=, size=, template=, read-only=, request-as="
+    )
 
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise UsageError(f"{option}{value} is not known", hint=f"there are: {', '.join(choices)}")
+        raise UsageError(f"{option}{value} is not known", hint=f"choose one of: {', '.join(choices)}")
     return value

@@ -51,7 +51,7 @@ def check(registration: Registration) -> None:
     """Raise UsageError for settings that contradict each other."""
     if registration.mode not in MODES:
         raise UsageError.with_fields(
-            "{registration.mode={mode}} is not known", hint="there are: yes, no, auto", mode=registration.mode
+            "{registration.mode={mode}} is not known", hint="choose one of: yes, no, auto", mode=registration.mode
         )
     if registration.keep_unit and registration.own_scope:
         setting = "{registration.slice=}" if registration.slice else "{registration.properties=}"

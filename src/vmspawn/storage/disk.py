@@ -96,7 +96,7 @@ def check_bus(bus: str) -> str:
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of the choices, raise BadConfig if not."""
     if value not in choices:
-        raise BadConfig(f"unknown {what} {value!r}", hint=f"there are: {', '.join(choices)}")
+        raise BadConfig(f"unknown {what} {value!r}", hint=f"choose one of: {', '.join(choices)}")
     return value
 
 

@@ -39,7 +39,7 @@ _MERGE_HINTS = {
 def check_format(image_format: str) -> str:
     """Return `image_format` if it exists, raise BadConfig if not."""
     if image_format not in FORMATS:
-        raise BadConfig(f"unknown image format {image_format!r}", hint=f"there are: {', '.join(FORMATS)}")
+        raise BadConfig(f"unknown image format {image_format!r}", hint=f"choose one of: {', '.join(FORMATS)}")
     return image_format
 
 

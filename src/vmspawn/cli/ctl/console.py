@@ -49,14 +49,14 @@ def _console(options: argparse.Namespace) -> None:
 
     keys = "; press ^] three times within 1s to detach" if os.isatty(_STDIN) else ""
     _say(options, f"attached to machine {options.machine}{keys}")
-    with console, watching(options.machine, console) as parting:
+    with console, watching(options.machine, console) as disconnect:
         attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, on_resize=resized)
         number = attachment.run()
         if number:
             # The status that a shell reports for a program that a signal ended.
             sys.exit(128 + number)
         if attachment.has_hung_up:
-            parting.check()
+            disconnect.check()
     how = "has ended" if attachment.has_hung_up else "runs on without us"
     _say(options, f"machine {options.machine} {how}")
 

@@ -23,7 +23,7 @@ def add(verbs: Verbs) -> None:
 
 def _events(options: argparse.Namespace) -> None:
     wanted = [name for name in options.filter.split(",") if name]
-    with client_for(options) as client, watching(options.machine, client.connection) as parting:
+    with client_for(options) as client, watching(options.machine, client.connection) as disconnect:
         try:
             for event in client.stream(f"{INSTANCE}.SubscribeEvents", {"filter": wanted}):
                 _print_event(event, options.json)
@@ -32,7 +32,7 @@ def _events(options: argparse.Namespace) -> None:
             if error.leaf != "NotConnected":
                 raise
         except NotConnected:
-            parting.check()
+            disconnect.check()
 
 
 def _print_event(event: dict[str, Any], mode: str) -> None:

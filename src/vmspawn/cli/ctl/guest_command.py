@@ -70,7 +70,7 @@ def run(wish: Wish) -> int:
     with contextlib.ExitStack() as stack:
         size = _size() if wish.terminal else None
         client = stack.enter_context(Client(wish.machine, timeout=wish.timeout + _GRACE))
-        parting = stack.enter_context(watching(wish.machine, client.connection))
+        disconnect = stack.enter_context(watching(wish.machine, client.connection))
         client.subscribe(f"{MACHINE}.Execute", _parameters(wish, size))
         try:
             reply = _next(client, wish.timeout + _GRACE)
@@ -80,7 +80,7 @@ def run(wish: Wish) -> int:
             with command.lent_terminal(), command.signals():
                 return command.run()
         except NotConnected:
-            parting.check()
+            disconnect.check()
             raise
 
 

@@ -47,14 +47,14 @@ def _qmp(options: argparse.Namespace) -> None:
     timeout = REPLY_TIMEOUT if options.timeout is None else options.timeout
     with Client(options.machine, timeout=timeout) as client:
         connected, received = client.upgrade("io.vmspawn.Machine.AcquireQMP", {"readOnly": options.read_only})
-        with watching(options.machine, connected) as parting:
+        with watching(options.machine, connected) as disconnect:
             try:
                 hung_up = _talk(options, connected, received, arguments, timeout)
             except NotConnected:
-                parting.check()
+                disconnect.check()
                 raise
             if hung_up:
-                parting.check()
+                disconnect.check()
                 if not options.stdio:
                     print("The machine ended.")
 

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     with (
         client_for(options) as events,
         client_for(options) as client,
-        watching(options.machine, client.connection) as parting,
+        watching(options.machine, client.connection) as disconnect,
     ):
         events.subscribe(f"{INSTANCE}.SubscribeEvents")
         events.first_reply()
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         try:
             _Wait(options, events, client).run()
         except NotConnected:
-            parting.check()
+            disconnect.check()
             raise
 
 
