@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU machines that you can plug disks into, share the QMP connection of, and end cleanly.
+"""Runs QEMU virtual machines: hot-plugs disks, shares the QMP socket, and shuts guests down cleanly.
 
     import vmspawn
 
     async with vmspawn.Machine(guest="builtin", ram="512M") as machine:     # a machine of your own
         await machine.attach("data.raw", bus="virtio-scsi")
 
-    async with vmspawn.connect("demo") as machine:                          # one that another process manages
+    async with vmspawn.connect("demo") as machine:                          # a machine of another process
         print(await machine.disks())
 
-`vmspawn.sync` has the same in blocking calls. All errors are VmspawnError; their `hint` says what to do.
+`vmspawn.sync` has the same classes with blocking calls. All errors are VmspawnError; their `hint` says what to do.
 """
 
-# The names are loaded when they are first used, for the commands must not import more than they need.
+# Each name is imported when it is first used, because the commands must start fast.
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ __all__ = sorted(_HOMES)
 
 
 if not TYPE_CHECKING:
-    # A type checker is to know the names above and no others.
+    # Type checkers must not see this function: it would accept any name.
     def __getattr__(name: str) -> object:
         if name not in _HOMES and name != "sync":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

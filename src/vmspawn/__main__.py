@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run the command vmspawn for `python -m vmspawn`."""
+"""Runs the command vmspawn for `python -m vmspawn`."""
 
 from .cli.spawn.main import main
 

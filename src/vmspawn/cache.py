@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the cache directory, for files that can be made again: the built-in guest, facts about QEMU, reports."""
+"""Finds the cache directory, which has files that can be made again: the built-in guest, facts about QEMU, reports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from .user_directories import user_directory
 def cache_directory() -> str:
     """Return the absolute path of the cache directory, whether it exists or not.
 
-    Raises UsageError for a user without a home.
+    Raises UsageError for a user without a home directory.
     """
     if base := os.environ.get("VMSPAWN_CACHE_DIR"):
         return os.path.abspath(base)
     if (base := user_directory("XDG_CACHE_HOME", ".cache")) is None:
-        # The modules that find the built-in guest load as little as they can.
+        # Each start imports this module, so it imports very little.
         from .errors import UsageError
 
-        raise UsageError("no cache directory: there is no home", hint="set VMSPAWN_CACHE_DIR to a folder of yours")
+        raise UsageError(
+            "there is no cache directory, because the user has no home directory",
+            hint="set VMSPAWN_CACHE_DIR to a directory",
+        )
     return os.path.join(base, "vmspawn")

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All errors of this package, as one tree of exceptions.
+"""Defines all errors of this package, as one tree of exceptions.
 
-Each leaf stands for one answer that a caller can act upon, and the control socket sends each as one Varlink error
-(`control/errors.py`). A message is one line: what failed and why. A hint is one line more: what to do.
+There is one class for each thing that a caller can do about an error, and the control socket sends each class as one
+Varlink error (`control/errors.py`). A message is one line: what failed and why. A hint is one more line: what to do.
 
-An error of a field (`machine_type`) is spelled differently to a Python caller (`machine_type='x'`) and to a user of the
-command line (`--machine-type=x`). `with_fields` takes templates for that:
+A message names a field in the caller's spelling: `machine_type='x'` for Python, `--machine-type=x` on the command line.
+`with_fields` takes templates for that:
 
     UsageError.with_fields("{cpus={count}} is out of range", hint="use 1 to {most}, or {kvm=no}", count=500, most=255)
 
-    {count}          the value `count`: all text that is not the template's own is passed in this way
+    {count}          the value `count`; variable text is always passed in this way
     {cpus=}          the field `cpus`, by its name alone
-    {kvm=no}         the field `kvm` with the value "no"; True stands for a switch: {ephemeral=True}
+    {kvm=no}         the field `kvm` with the value "no"; {ephemeral=True} is a switch
     {cpus={count}}   the field `cpus` with the value `count`
 
-A value may be another error: it stands for its message in a message, and for its hint in a hint.
+A value may be another error. It becomes the error's message in a message, and the error's hint in a hint.
 """
 
 import os
@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 #: Spells a field with its value, or by its name alone if the value is None.
 Spelling = Callable[[str, object], str]
 
-#: Compiled with the first error; most starts have none.
+#: Compiled for the first error, because most starts have no error.
 _PLACEHOLDER = r"\{([a-z_.]+)(?:(=)(?:\{([a-z_]+)\}|([^{}]*)))?\}"
 
 
@@ -43,7 +43,7 @@ class Template(NamedTuple):
     values: Mapping[str, object]
 
     def spelled(self, spelling: Spelling) -> tuple[str, str]:
-        """Return message and hint without placeholders. Raises KeyError for a value that was not passed."""
+        """Return the message and the hint with all placeholders replaced. Raises KeyError for a missing value."""
         return self._fill(self.message, spelling, 0), self._fill(self.hint, spelling, 1)
 
     def _fill(self, template: str, spelling: Spelling, part: int) -> str:
@@ -62,9 +62,9 @@ _LITERALS = {"": None, "True": True, "False": False}
 
 
 class VmspawnError(Exception):
-    """The root of all errors that this package raises on purpose. It is never raised itself.
+    """The root of all errors that this package raises on purpose. Only its subclasses are raised.
 
-    `str(error)` says what failed and why; `hint` says what to do, or is empty. A traceback shows the hint as a note.
+    `str(error)` says what failed and why. `hint` says what to do, or is empty; tracebacks show it as a note.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -77,7 +77,7 @@ class VmspawnError(Exception):
 
     @classmethod
     def with_fields(cls, message: str, *, hint: str = "", **values: object) -> Self:
-        """Make an error whose message and hint are templates (see above)."""
+        """Make an error from templates for the message and the hint; the module's docstring describes them."""
         template = Template(message, hint, values)
         spelled, spelled_hint = template.spelled(as_keyword)
         error = cls(spelled, hint=spelled_hint)
@@ -85,14 +85,14 @@ class VmspawnError(Exception):
         return error
 
     def spelled(self, spelling: Spelling) -> tuple[str, str]:
-        """Return message and hint with the fields in another spelling than Python's."""
+        """Return the message and the hint, with fields spelled by `spelling`."""
         if self.template is None:
             return str(self), self.hint
         message, hint = self.template.spelled(spelling)
         return self._prefixed(message), hint
 
     def prefix(self, text: str, *, instead_of: str = "") -> None:
-        """Put `text` in front of the message, or in the place of `instead_of` if the message begins with that."""
+        """Put `text` in front of the message. If the message begins with `instead_of`, replace that."""
         self._prefix, self._replaced = text, instead_of
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class VmspawnError(Exception):
 
 
 class UsageError(VmspawnError):
-    """An option or argument is not understood, or contradicts another; the commands exit with 2."""
+    """An option or argument is invalid, or contradicts another. The commands exit with 2."""
 
 
 class StartError(VmspawnError):
@@ -115,19 +115,19 @@ class GuestError(StartError):
 
 
 class NotInstalled(VmspawnError):
-    """A program or module that is needed is not installed on this host."""
+    """A required program or module is not installed on this host."""
 
 
 class ProtocolError(VmspawnError):
-    """A service sent what its protocol does not allow."""
+    """A service violated its protocol."""
 
 
 class VolumeError(VmspawnError):
-    """A storage provider did not hand out a volume."""
+    """A storage provider did not provide a volume."""
 
 
 class MachineEnded(VmspawnError):
-    """The machine ended before it did what it was asked for."""
+    """The machine ended before it completed the operation."""
 
 
 class NotConnected(VmspawnError):
@@ -135,18 +135,18 @@ class NotConnected(VmspawnError):
 
 
 class ManagerFailed(VmspawnError):
-    """The manager failed by a fault of its own. Its machine runs on without it."""
+    """The manager failed because of a bug. Its machine continues without a manager."""
 
 
 class Timeout(VmspawnError):
-    """An answer or event did not come before its deadline; the message names it."""
+    """An answer or event did not come before its deadline. The message names it."""
 
 
 class CommandFailed(VmspawnError):
-    """A command in the guest ended with another status than 0, or could not be started.
+    """A command in the guest failed, or could not be started.
 
-    `status` is as a shell has it: 128 + N if signal N ended it, 126 or 127 if it could not be started. `stdout` and
-    `stderr` are what it wrote.
+    `status` is a shell's: 128 + N if signal N ended the command, 126 or 127 if it could not be started. `stdout` and
+    `stderr` are the command's output.
     """
 
     def __init__(self, message: str, *, status: int, stdout: bytes = b"", stderr: bytes = b"") -> None:
@@ -157,7 +157,7 @@ class CommandFailed(VmspawnError):
 
     @classmethod
     def of(cls, status: int, stdout: bytes, stderr: bytes) -> Self:
-        """Make the error of a command that ended."""
+        """Make the error for a command that has ended."""
         lines = stderr.decode(errors="replace").splitlines()
         last = next((f": {line}" for line in reversed(lines) if line.strip()), "")
         how = f"was ended by signal {status - 128}" if status > 128 else f"failed with status {status}"
@@ -165,17 +165,17 @@ class CommandFailed(VmspawnError):
 
 
 class EventsLost(VmspawnError):
-    """A reader of events was too slow, and events were dropped. The stream ends there."""
+    """Events were dropped because their reader was too slow. The stream ends there."""
 
 
 class ExtrasError(VmspawnError):
-    """The man pages, completion scripts or the unit cannot be installed or removed."""
+    """The man pages, the completion scripts or the systemd unit cannot be installed or removed."""
 
 
 class QmpError(VmspawnError):
     """QEMU answered a command with an error.
 
-    `error_class` and `description` are QEMU's own text (docs/interop/qmp-spec.rst, "Error").
+    `error_class` and `description` are QEMU's text (QEMU's docs/interop/qmp-spec.rst, "Error").
     """
 
     def __init__(self, command: str, error_class: str, description: str) -> None:
@@ -186,15 +186,15 @@ class QmpError(VmspawnError):
 
 
 class NotSupported(VmspawnError):
-    """This machine cannot perform the operation with any arguments."""
+    """The machine does not support the operation, whatever its arguments are."""
 
 
 class NoSuchStorage(VmspawnError):
-    """No disk of that name is attached."""
+    """No attached disk has that name."""
 
 
 class StorageExists(VmspawnError):
-    """The name is in use, or the same file is attached already."""
+    """A disk with that name, or the same file, is attached already."""
 
 
 class StorageImmutable(VmspawnError):
@@ -218,7 +218,7 @@ class NoFreePort(VmspawnError):
 
 
 class SystemFailure(VmspawnError):
-    """A system call failed; `errno` is its errno(3)."""
+    """A system call failed. `errno` is its error number, as in errno(3)."""
 
     def __init__(self, message: str, errno: int, *, hint: str = "") -> None:
         super().__init__(f"{message}: {os.strerror(errno)}", hint=hint)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Logs the steps of the manager on standard error, with VMSPAWN_LOG=debug.
+"""Logs the manager's steps on standard error, with VMSPAWN_LOG=debug.
 
-It does not use the logging module, which takes as long to load as all other modules of a start.
+The logging module is not used, because importing it takes as long as all other imports of a start.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-#: The environment variable that turns it on, and its value.
+#: The environment variable that enables the log, and its value.
 VARIABLE = "VMSPAWN_LOG"
 _DEBUG = "debug"
 
@@ -20,13 +20,13 @@ _start = time.monotonic()
 
 
 def enable() -> None:
-    """Log from now on."""
+    """Enable the log."""
     global _enabled
     _enabled = True
 
 
 def enabled() -> bool:
-    """Whether debug messages are logged, for callers whose messages are expensive to make."""
+    """Return whether the log is enabled, for callers whose messages are expensive to make."""
     return _enabled
 
 
@@ -34,6 +34,6 @@ def debug(message: str) -> None:
     """Log a message on standard error, with the seconds since the start."""
     if not _enabled:
         return
-    # The reader may be gone.
+    # The reader of standard error may have closed it.
     with contextlib.suppress(OSError):
         print(f"vmspawn[{os.getpid()}] {time.monotonic() - _start:8.3f} {message}", file=sys.stderr, flush=True)

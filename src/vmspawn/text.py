@@ -7,12 +7,12 @@ from typing import Any
 
 
 def utf8(text: str) -> str:
-    """Return the text with each byte that is not UTF-8 as `\\xff`; Python's stand-ins for them cannot be encoded."""
+    """Return the text with each byte that is not UTF-8 escaped as `\\xff`, so that it can be encoded."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def printable(text: str) -> str:
-    """Return the text as one line that is harmless to a terminal: control characters become `\\n` or `\\x1b`."""
+    """Return the text as one line that is safe on a terminal, with control characters escaped as `\\n` or `\\x1b`."""
     text = utf8(text)
     if text.isprintable():
         return text

@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the timeouts, in seconds, that more than one room uses; each other timeout is defined where it is used."""
+"""Defines the timeouts, in seconds, that several packages use. Other timeouts are defined where they are used."""
 
 from __future__ import annotations
 
-#: How long the guest has, by default, to power off before QEMU is ended: systemd's DefaultTimeoutStopSec=.
+#: The guest's default time to power off before QEMU is ended, as systemd's DefaultTimeoutStopSec=.
 SHUTDOWN_TIMEOUT = 90.0
 
-#: How long the guest has to react before the user is told how to force it.
+#: The guest's time to react before a message explains how to end it.
 REACTION_TIMEOUT = 10.0
 
-#: How long a detach waits for the guest before it reports that the removal is pending. sd-varlink's clients give up
-#: after 45 s without an answer.
+#: The guest's time to release a disk before the removal is reported as pending. It is shorter than the 45 s after which
+#: sd-varlink's clients give up.
 DETACH_TIMEOUT = 30.0
 
-#: How long a command in the guest has to start: for an agent that is not up yet, above all.
+#: The time that a command in the guest has to start. The agent in a booting guest may start late.
 COMMAND_START_TIMEOUT = 60.0
 
-#: How long an attach that waits for the guest's driver does so.
+#: The time that the guest's driver has to use a new disk, if the caller waits for it.
 DRIVER_TIMEOUT = 30.0
 
-#: How long a QEMU that was up before has to greet. It greets at once, unless another program holds the monitor, or QEMU
-#: waits for the host's storage.
+#: The time that a running QEMU has to greet a new manager. QEMU greets at once, unless another program uses the
+#: monitor, or QEMU waits for the host's storage.
 ADOPT_GREETING_TIMEOUT = 5.0
 
-#: How long a listing waits for each source, so that one that hangs does not hide the others.
+#: The time that each source of a listing has to answer, so that a hanging source does not hide the others.
 LIST_TIMEOUT = 2.0
 
-#: How long the guest has to open the tray of an optical drive that it has locked.
+#: The guest's time to open a locked tray of an optical drive.
 TRAY_TIMEOUT = 10.0
 
-#: How long after the power button it is pressed again: a guest in its firmware does not notice it.
+#: The time after which the power button is pressed again, because firmware ignores it.
 POWER_BUTTON_INTERVAL = 5.0
 
-#: Seconds that clients of the control socket have to take the machine's last event.
+#: The time that clients of the control socket have to read the machine's last event.
 FAREWELL_TIMEOUT = 1.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the user's own directories, as the XDG Base Directory Specification describes them."""
+"""Finds the user's directories by the XDG Base Directory Specification."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 
 
 def user_directory(variable: str, below_home: str) -> str | None:
-    """Return the directory that an environment variable names, or else the one below the user's home.
+    """Return the directory that an environment variable names, or its default below the user's home directory.
 
-    None if the user has no home: neither a HOME nor an entry in the password database. Relative paths are ignored.
+    Returns None if the user has no home directory, neither in HOME nor in the password database. Relative paths are
+    ignored.
     """
     if (named := os.environ.get(variable, "")).startswith("/"):
         return named
