@@ -72,8 +72,7 @@ def verbs(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield ".TP"
         usage = (verb.usage or name).removeprefix("vmctl ").replace(" [OPTION…]", "")
         yield f".B {escape(usage)}"
-        text = verb.description or ""
-        yield escape(f"{text[:1].upper()}{text[1:]}.")
+        yield escape(verb.description or "")
         own = [each for each in verb._actions if each.option_strings and not set(each.option_strings) & shared]
         for action in own:
             yield ".br"

@@ -210,7 +210,7 @@ def test_a_pending_removal_is_shown_and_can_be_left_or_forced(qemu: str, tmp_pat
         assert (found["state"], found["removal"]["forced"]) == ("detaching", False)
         assert found["removal"]["requests"] >= 1
         said = run("detach-disk", machine.name, "data", "--force", "--timeout=0")
-        assert said.startswith("Detached data by force: its image is free.")
+        assert said.startswith("Detached data by force: the image is closed.")
         assert disk(machine, "data")["removal"]["forced"] is True
         assert f"{tmp_path}/data" not in {os.path.realpath(path) for path in open_files(machine)}
 

@@ -67,7 +67,7 @@ def test_status_shows_what_is_known_of_a_machine_whose_qemu_is_stopped(machine: 
     try:
         shown = vmctl("status", machine.name, timeout=15)
         assert shown.returncode == 0
-        assert "running, as far as is known: QEMU does not answer; it is stopped" in shown.stdout
+        assert "running (last known state; QEMU does not answer and is stopped)" in shown.stdout
         assert "boot" in shown.stdout
         found = json.loads(vmctl("status", machine.name, "--json=short").stdout)
         assert (found["status"], found["responding"]) == ("running", False)

@@ -55,7 +55,7 @@ def test_arguments_are_pairs_or_an_object(machine: Spawned, arguments: list[str]
         (["qom-list", "path"], 2, "'path' is not an argument"),
         (["qom-list", "{broken"], 2, "the arguments are not JSON"),
         (["stop", "--read-only"], 1, "this session is read-only"),
-        ([], 2, "no command, and no terminal for a shell"),
+        ([], 2, "the QMP shell needs a terminal"),
         (["query-status", "--stdio"], 2, "--stdio takes no command"),
     ],
 )

@@ -48,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": Formatter, **settings})
+        self._positionals.title = "Arguments"
         if "-h" in self._option_string_actions:
             self._option_string_actions["-h"].help = "show this help"
         #: Groups of options that the help omits.

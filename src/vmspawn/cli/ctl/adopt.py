@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb `adopt`."""
+"""Implements the verb `adopt`, which starts a manager for a machine whose manager died."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb `agent`: the program that runs commands in guests, for whoever builds images."""
+"""Implements the verb `agent`, which prints or installs the agent, for builders of images."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _agent(options: argparse.Namespace) -> None:
     from ...agent import build, install
 
     if options.unit and options.root is not None:
-        raise UsageError("--unit prints the unit, and --root= installs it", hint="leave out one of the two")
+        raise UsageError("--unit prints the unit, and --root= installs it", hint="use only one of the two")
     if options.unit:
         print(install.installed_unit().decode(), end="")
         return
     if options.root is None and sys.stdout.isatty():
-        raise UsageError("the agent is a program, and standard output is a terminal", hint="use --root=, or > FILE")
+        raise UsageError("cannot print the agent, a program, on a terminal", hint="use --root=DIR, or > FILE")
     agent = build.build(options.architecture).read_bytes()
     if options.root is None:
         sys.stdout.buffer.write(agent)

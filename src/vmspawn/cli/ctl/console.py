@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb `console`: a running machine's console on this terminal."""
+"""Implements the verb `console`, which shows a running machine's console on this terminal."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def add(verbs: Verbs) -> None:
 
 
 def _console(options: argparse.Namespace) -> None:
-    """Return when the user detaches or the machine ends; exit when a signal comes.
+    """Show the console until the user detaches or the machine ends. A signal exits.
 
-    Raises NotConnected if the machine runs on and closes the connection.
+    Raises NotConnected if the connection is closed while the machine runs on.
     """
     # No other verb needs these modules.
     from ...console.attach import ConsoleAttachment
@@ -53,11 +53,11 @@ def _console(options: argparse.Namespace) -> None:
         attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, on_resize=resized)
         number = attachment.run()
         if number:
-            # The status that a shell reports for a program that a signal ended.
+            # The exit status of a shell for a program that a signal ended.
             sys.exit(128 + number)
         if attachment.has_hung_up:
             disconnect.check()
-    how = "has ended" if attachment.has_hung_up else "runs on without us"
+    how = "has ended" if attachment.has_hung_up else "runs on"
     _say(options, f"machine {options.machine} {how}")
 
 
@@ -66,7 +66,7 @@ def _connect(machine: str) -> socket.socket:
         return connect(machine, runtime.CONSOLE)
     except NotConnected:
         raise NotConnected(
-            f"cannot attach to {machine}: its console is QEMU's own", hint="it was started with --console=native"
+            f"cannot attach to {machine}: it shares no console", hint="it was started with --console=native"
         ) from None
 
 

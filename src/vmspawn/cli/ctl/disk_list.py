@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb `list-disks`."""
+"""Implements the verb `list-disks`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tables import format_size
 from .replies import MACHINE, client_for, show
 from .verbs import Verbs
 
-#: Seconds over which `list-disks --stats` measures.
+#: Seconds over which `list-disks --stats` measures rates.
 _STATISTICS_SECONDS = 1.0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs that attach, detach and change disks."""
+"""Implements the verbs that attach, detach and change disks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .images import add_format, add_path, call_with_image
 from .replies import MACHINE, answer, client_for, failing_to, say
 from .verbs import Verbs, add_disk, disk_name
 
-#: Seconds that the manager has for its answer beyond the guest's time.
+#: Seconds that the manager has to reply after the guest's timeout.
 _GRACE = 10.0
 
 
@@ -78,8 +78,10 @@ def _add_attach_options(parser: Parser) -> None:
     add_format(parser)
     parser.add_argument("--read-only", action="store_true", help="deny writes by the guest")
     parser.add_argument("--serial", help="serial number in the guest (default: from the name)")
-    parser.add_argument("--discard", choices=DISCARD_CHOICES, help="what a discard does (default: unmap)")
-    parser.add_argument("--detect-zeroes", choices=DETECT_ZEROES_CHOICES, help="how zeroes are written (default: off)")
+    parser.add_argument("--discard", choices=DISCARD_CHOICES, help="effect of a discard (default: unmap)")
+    parser.add_argument(
+        "--detect-zeroes", choices=DETECT_ZEROES_CHOICES, help="treatment of written zeroes (default: off)"
+    )
     parser.add_argument("--cache", choices=CACHE_CHOICES, help="use of the host's page cache (default: writeback)")
     parser.add_argument("--aio", choices=AIO_CHOICES, help="the host's interface for I/O (default: threads)")
     parser.add_argument("--iothread", action="store_true", help="give the disk its own I/O thread")
@@ -87,22 +89,29 @@ def _add_attach_options(parser: Parser) -> None:
     parser.add_argument(
         "--on-error",
         choices=ON_ERROR_CHOICES,
-        help="what a failed request does: report it to the guest, stop the guest, or stop it if the host is full "
-        "(default)",
+        help="reaction to a failed request: report it to the guest, stop the guest, or stop the guest only if the "
+        "host's disk is full (default)",
     )
     parser.add_argument(
         "--wait-guest",
         action="store_true",
-        help="wait until the guest's driver has taken the disk (30 s, or --timeout=)",
+        help="wait until the guest uses the disk (30 s, or --timeout=)",
     )
     parser.add_argument("--boot-index", metavar="N", type=whole_number, help="position in the boot order")
     _add_limit_options(parser)
 
 
+#: Descriptions of what the limits count: all, reads, writes.
+_LIMITED = {
+    "iops": ("requests", "read requests", "write requests"),
+    "bps": ("bytes", "bytes read", "bytes written"),
+}
+
+
 def _add_limit_options(parser: Parser) -> None:
-    for name, what in (("iops", "requests"), ("bps", "bytes")):
-        for suffix, kind in (("", ""), ("-read", " read"), ("-write", " written")):
-            parser.add_argument(f"--{name}{suffix}", metavar="N", help=f"limit {what}{kind} per second; with K, M or G")
+    for name, kinds in _LIMITED.items():
+        for suffix, kind in zip(("", "-read", "-write"), kinds, strict=True):
+            parser.add_argument(f"--{name}{suffix}", metavar="N", help=f"limit {kind} per second; with K, M or G")
     parser.add_argument(
         "--burst", metavar="FACTOR", type=_burst, help="allow FACTOR times the limits for a second after a quiet time"
     )
@@ -113,7 +122,7 @@ def _burst(text: str) -> float:
 
 
 def _limits(options: argparse.Namespace) -> dict[str, int]:
-    """Return the limits that were given. Raises UsageError."""
+    """Return the limits in the options. Raises UsageError."""
     found = {}
     for key in ("iops", "iops_read", "iops_write", "bps", "bps_read", "bps_write"):
         if (text := getattr(options, key)) is not None:
@@ -149,7 +158,7 @@ def _attach(options: argparse.Namespace) -> None:
     if not options.path:
         if options.bus != "scsi-cd" or not options.name:
             raise UsageError(
-                "no image", hint="name a PATH; only an optical drive (--bus=scsi-cd --name=NAME) needs none"
+                "no image", hint="add a PATH; only an optical drive (--bus=scsi-cd --name=NAME) may be empty"
             )
         with _attaching_client(options) as client, failing_to("attach", options.name):
             return _say_attached(options, client.call(f"{MACHINE}.AttachStorage", wanted))
@@ -160,7 +169,7 @@ def _attach(options: argparse.Namespace) -> None:
 
 
 def _attaching_client(options: argparse.Namespace) -> Client:
-    """Connect for an attach, which may wait for the guest."""
+    """Connect to the machine, with a timeout that includes the wait for the guest."""
     if not options.wait_guest:
         return client_for(options)
     timeout = DRIVER_TIMEOUT if options.timeout is None else options.timeout
@@ -193,7 +202,7 @@ def _detach(options: argparse.Namespace) -> None:
     elif pending:
         say(
             options,
-            f"Detached {options.disk} by force: its image is free. The guest gets I/O errors until it releases it.",
+            f"Detached {options.disk} by force: the image is closed. The guest gets I/O errors until it releases it.",
         )
     else:
         say(options, f"Detached {options.disk}")
@@ -201,7 +210,7 @@ def _detach(options: argparse.Namespace) -> None:
 
 
 def _wait_for_detach(options: argparse.Namespace, parameters: dict[str, Any], timeout: float) -> bool:
-    """Call and wait, with the progress on a terminal; returns whether the removal is still pending."""
+    """Call DetachStorage and wait, with progress on a terminal. Returns whether the removal is still pending."""
     if options.quiet or timeout == 0 or not sys.stderr.isatty():
         with Client(options.machine, timeout=max(REPLY_TIMEOUT, timeout + _GRACE)) as client:
             return bool(client.call(f"{MACHINE}.DetachStorage", parameters)["pending"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb `events`."""
+"""Implements the verb `events`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _events(options: argparse.Namespace) -> None:
             for event in client.stream(f"{INSTANCE}.SubscribeEvents", {"filter": wanted}):
                 _print_event(event, options.json)
         except VarlinkError as error:
-            # The machine ended, and its events with it.
+            # The events end with the machine.
             if error.leaf != "NotConnected":
                 raise
         except NotConnected:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs that run commands in the guest."""
+"""Implements the verbs that run commands in the guest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..parser import Parser
 from ..values import seconds
 from .verbs import PROGRAM, Verbs
 
-#: For whatever is not the command's, usage included.
+#: The exit status for failures of vmctl itself, including usage errors.
 _EXIT_FAILURE = 125
 
 
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace, arguments: list[str], user: str | None, *,
 
 
 def _environment(settings: list[str], *, terminal: bool) -> dict[str, str]:
-    """The variables that the options set; those without a value have ours. Raises UsageError."""
+    """Return the variables that --setenv= sets. Without a value, a variable is copied from vmctl. Raises UsageError."""
     found = {"TERM": os.environ["TERM"]} if terminal and os.environ.get("TERM") else {}
     for each in settings:
         name, equals, value = each.partition("=")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run one command in a guest on this process's standard streams, for `vmctl exec` and `vmctl shell`.
+"""Runs one command in a guest on this process's standard streams, for `vmctl exec` and `vmctl shell`.
 
-The streams are sockets that end in QEMU. A thread for each moves its bytes, so that one that waits holds up no other.
-The main thread follows what becomes of the command.
+Each stream is a socket to QEMU. A thread copies each stream, so that a blocked stream does not delay the others. The
+main thread waits for the command's end.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .replies import MACHINE
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 
-#: Exit statuses, as timeout(1) and docker(1) have them: the time limit has passed; whatever is not the command's.
+#: The exit statuses for a time limit, as in timeout(1), and for failures of vmctl itself, as in docker(1).
 EXIT_TIME_LIMIT = 124
 EXIT_FAILURE = 125
 
 _PIECE = 256 * 1024
 
-#: Seconds that the manager's answer may take beyond the deadline for the agent's.
+#: Seconds that the manager has to reply after the agent's timeout.
 _GRACE = 15.0
 
-#: Seconds without a byte after which output that the guest has announced is not waited for.
+#: Seconds without a byte after which missing output of an ended command is given up.
 _OUTPUT_TIMEOUT = 10.0
 
 #: Seconds for the call that reports the window's size.
@@ -48,7 +48,7 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Wish(NamedTuple):
-    """A command to run. Without arguments it is the user's login shell."""
+    """A command to run. Without arguments, it is the user's login shell."""
 
     machine: str
     arguments: Sequence[str]
@@ -57,15 +57,15 @@ class Wish(NamedTuple):
     user: str | None
     stdin: bool
     terminal: bool
-    #: Seconds for the command to start, and for it to end.
+    #: Seconds that the command has to start, and to end.
     timeout: float
     time_limit: float | None
 
 
 def run(wish: Wish) -> int:
-    """Run a command to its end; returns its exit status as a shell has it. Raises VmspawnError.
+    """Run a command until it ends, and return its exit status, as a shell reports it. Raises VmspawnError.
 
-    A signal that ends this process ends the command.
+    A signal that ends this process also ends the command.
     """
     with contextlib.ExitStack() as stack:
         size = _size() if wish.terminal else None
@@ -121,24 +121,24 @@ def _failed(reply: Mapping[str, Any]) -> int:
 
 
 class _Output:
-    """Moves a command's output to a descriptor of ours, in a thread of its own."""
+    """Copies a command's output to one of vmctl's descriptors, in a separate thread."""
 
     def __init__(self, source: socket.socket, target: int, changed: threading.Condition, screen: Screen | None) -> None:
         self._source = source
         self._target = target
         self._changed = changed
         self._screen = screen
-        #: Bytes that were written, and whether no more will be.
+        #: The number of written bytes, and True when no more will be written.
         self.total = 0
         self.is_done = False
-        #: Whether it waits for the guest, and not for whoever reads our output.
+        #: True while the thread waits for the guest; False while it waits for the reader of vmctl's output.
         self.is_waiting = True
         threading.Thread(target=self._move, daemon=True).start()
 
     def _move(self) -> None:
         buffer = bytearray(_PIECE)
         view = memoryview(buffer)
-        # The command gets SIGPIPE when it writes once more.
+        # Closing the socket makes the command's next write fail with SIGPIPE.
         with contextlib.suppress(OSError), self._source:
             while count := self._source.recv_into(buffer):
                 self.is_waiting = False
@@ -158,12 +158,12 @@ class _Output:
             data = data[os.write(self._target, data) :]
 
     def has(self, count: int) -> bool:
-        """Whether so many bytes were written, or no more will be."""
+        """Return whether `count` bytes were written, or no more will be written."""
         return self.is_done or self.total >= count
 
 
 class _Input:
-    """Moves our input to a command, in a thread of its own. Three times ^] on a terminal ends it."""
+    """Copies vmctl's input to a command, in a separate thread. Typing ^] three times on a terminal ends the command."""
 
     def __init__(self, target: socket.socket, on_leave: Callable[[], None] | None) -> None:
         self._target = target
@@ -172,7 +172,7 @@ class _Input:
         threading.Thread(target=self._move, daemon=True).start()
 
     def _move(self) -> None:
-        # A command that reads no more closes its input; what follows is not for anybody.
+        # A command that reads no more input closes the socket; the rest of the input is dropped.
         with contextlib.suppress(OSError):
             while data := self._read():
                 self._target.sendall(data)
@@ -204,7 +204,7 @@ class _Input:
 
 
 class _Command:
-    """A command that runs."""
+    """A running command."""
 
     def __init__(self, wish: Wish, client: Client, started: Mapping[str, Any]) -> None:
         self._wish = wish
@@ -216,7 +216,7 @@ class _Command:
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._screen = Screen() if wish.terminal and os.isatty(STDOUT) else None
         self._terminal = Terminal(STDIN) if wish.terminal and os.isatty(STDIN) else None
-        # Each is taken out of a list, so the last comes first.
+        # Taking a descriptor shortens the list, so the last one is taken first.
         names = sorted(
             (name for name in ("stdin", "stdout", "stderr", "terminal") if started.get(name) is not None),
             key=lambda name: -int(started[name]),
@@ -224,7 +224,7 @@ class _Command:
         self._streams = {name: socket.socket(fileno=client.take_descriptor(started[name])) for name in names}
 
     def run(self) -> int:
-        """Move bytes until the command has ended and all its output is written."""
+        """Copy the streams until the command has ended and all its output is written."""
         changed = threading.Condition()
         streams = self._streams
         outputs = [
@@ -246,14 +246,14 @@ class _Command:
         return 128 + int(end["signal"]) if end["state"] == "killed" else int(end["status"])
 
     def _drain(self, changed: threading.Condition, outputs: Sequence[tuple[_Output, int]]) -> None:
-        """Wait until all output is written. One that the guest has announced and does not send is given up."""
+        """Wait until all output is written. Raises NotConnected if the guest stops sending it."""
         while not all(output.has(count) for output, count in outputs):
             idle = [output for output, count in outputs if not output.has(count) and output.is_waiting]
             if not changed.wait(_OUTPUT_TIMEOUT) and idle:
                 raise NotConnected("the guest did not send all output of the command")
 
     def _end(self) -> dict[str, Any] | None:
-        """Wait for the command's end; None if the time limit passes, or the user leaves."""
+        """Wait for the command's end. Returns None if the time limit passes, or the user leaves."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         poll.register(self._client.connection, select.POLLIN)
@@ -264,7 +264,7 @@ class _Command:
             if self._left:
                 return None
             if left is not None and left <= 0:
-                print(f"vmctl: the command has run for {self._wish.time_limit:g} s and was ended", file=sys.stderr)
+                print(f"vmctl: the command was ended after {self._wish.time_limit:g} s", file=sys.stderr)
                 return None
             ready = dict(poll.poll(None if left is None else int(left * 1000) + 1))
             if self._wake in ready:
@@ -279,13 +279,13 @@ class _Command:
 
     @contextlib.contextmanager
     def lent_terminal(self) -> Iterator[None]:
-        """Our terminal is raw meanwhile."""
+        """Make the terminal raw while the command uses it."""
         if self._terminal is not None:
             self._terminal.raw(typed=True)
         try:
             yield
         except BaseException:
-            # The command did not switch off what it had switched on.
+            # The command may have left terminal modes set.
             if self._screen is not None:
                 with contextlib.suppress(OSError):
                     os.write(STDOUT, self._screen.reset())
@@ -296,7 +296,7 @@ class _Command:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Signals end the command, and changes of the window's size reach it."""
+        """Let signals end the command, and pass changes of the window's size to it."""
         numbers = [each for each in _END_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
         if self._wish.terminal:
             numbers += [signal.SIGWINCH]
@@ -318,7 +318,7 @@ class _Command:
             if number == signal.SIGWINCH:
                 self._resize()
             else:
-                # As a shell reports a program that a signal ended.
+                # The exit status of a shell for a program that a signal ended.
                 sys.exit(128 + number)
 
     def _resize(self) -> None:

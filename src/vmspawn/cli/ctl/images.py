@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images that verbs open as the user and pass to the machine."""
+"""Opens images with the user's permissions, and passes them to the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 def call_with_image(
     client: Client, method: str, path: str, parameters: dict[str, Any], *, read_only: bool
 ) -> dict[str, Any]:
-    """Open an image and pass its descriptor to a method."""
+    """Open an image, and call a method with its descriptor."""
     backing = backings.open_disk(path, read_only=read_only)
     image = {"fileDescriptorIndex": 0, "path": utf8(os.path.abspath(path))}
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs that list machines, show one, and change its state."""
+"""Implements the verbs that list machines, show one, and change its state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add(verbs: Verbs) -> None:
     """Add the verbs."""
     verbs.add("list", _list, "list running machines")
     status = verbs.add("status", _status, "show a machine", "[MACHINE]")
-    status.add_argument("machine", metavar="MACHINE", nargs="?", help="name of the machine (default: the only one)")
+    status.add_argument("machine", metavar="MACHINE", nargs="?", help="name of the machine (default: the only machine)")
     for name, method, text in (
         ("poweroff", "PowerOff", "press a machine's power button"),
         ("reboot", "Reboot", "reset a machine"),
@@ -58,7 +58,7 @@ def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
 def _look_at(name: str) -> dict[str, Any] | None:
     """Return a machine's description, or None if no machine has the name.
 
-    A machine that hangs, or that we may not or cannot connect to, is listed as such.
+    A machine that hangs or refuses the connection gets a description with that status.
     """
     try:
         folder = os.path.join(runtime_root(), check_name(name))
@@ -82,7 +82,7 @@ def _unknown(name: str, status: str, pid: int = 0) -> dict[str, Any]:
 
 
 def _describe(client: Client, name: str) -> dict[str, Any]:
-    """Return a machine's description; a machine of systemd-vmspawn only reports its status."""
+    """Return a machine's description. A machine of systemd-vmspawn reports only its status."""
     try:
         return client.call(f"{MACHINE}.Describe")
     except VarlinkError as error:
@@ -93,7 +93,7 @@ def _describe(client: Client, name: str) -> dict[str, Any]:
 
 
 def _only_machine() -> str:
-    """Return the name of the only machine that runs. Raises UsageError if there is none, or several."""
+    """Return the name of the only running machine. Raises UsageError if no machine or several machines run."""
     names = [name for name in _names() if _look_at(name) is not None]
     if len(names) == 1:
         return names[0]
@@ -114,7 +114,7 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _disks(client: Client, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a machine's disks. A QEMU that does not answer cannot be asked for their sizes."""
+    """Return a machine's disks, without their sizes if QEMU does not answer."""
     if "ports" not in found:
         return []
     parameters = {} if found.get("responding", True) else {"sizes": False}
@@ -126,7 +126,7 @@ def _state(found: dict[str, Any]) -> str:
     if found.get("responding", True):
         return str(found["status"])
     trouble = process_trouble(found["processId"])
-    return f"{found['status']}, as far as is known: QEMU does not answer" + (f"; it {trouble}" if trouble else "")
+    return f"{found['status']} (last known state; QEMU does not answer" + (f" and {trouble})" if trouble else ")")
 
 
 def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -157,7 +157,7 @@ def _happening(found: dict[str, Any]) -> str:
 
 
 def _ended_without_manager(name: str) -> bool:
-    """End a machine that has no manager; returns False if it has one, or does not run."""
+    """End a machine that has no manager. Returns False if it has a manager, or does not run."""
     try:
         Client(name).close()
     except NotConnected:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command `vmctl`: talk to running machines.
+"""Implements the command `vmctl`, which controls running machines.
 
-A verb makes a few blocking calls on a machine's control socket. vmctl imports no asyncio: it must feel instant.
+Verbs make blocking calls on a machine's control socket. Importing asyncio would slow every verb down.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _help(options: argparse.Namespace) -> None:
     if options.topic is None:
         parser.print_help()
     else:
-        # An unknown verb is an error of the parser's.
+        # The parser reports an unknown verb.
         parser.parse_args([options.topic, "--help"])
 
 
@@ -74,7 +74,7 @@ def _main() -> int:
 
 
 def main() -> NoReturn:
-    """The entry point."""
+    """Run vmctl and exit."""
     run(PROGRAM, _main)
 
 

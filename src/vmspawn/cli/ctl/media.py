@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs that change the medium of an optical drive."""
+"""Implements the verbs that change the medium of an optical drive."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _client(options: argparse.Namespace) -> Client:
-    # --timeout= is for the guest. The manager reports that it has passed.
+    # --timeout= is the guest's timeout, which the manager reports, so the reply may come later.
     return Client(options.machine, timeout=REPLY_TIMEOUT + (options.timeout or 0.0))
 
 

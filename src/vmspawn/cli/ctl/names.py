@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The hidden verb `vmctl __complete`: prints the names of machines and disks for the completion scripts."""
+"""Implements the hidden verb `__complete`, which prints names of machines and disks for the completion scripts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _print_names(options: argparse.Namespace) -> None:
-    """Print one name a line. If the machine does not answer, print none: there is no place for an error."""
+    """Print one name per line. Prints nothing if the machine does not answer, because completion cannot show errors."""
     for name in sorted(_disks(options.machine) if options.what == "disks" else _machines()):
         if "\n" not in name:
             print(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs for QMP: one command, a program's pipe or a shell; sessions; any QEMU's socket shared among many clients."""
+"""Implements the verbs for QMP: commands, the shell, raw streams, sessions and shared sockets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add(verbs: Verbs) -> None:
     """Add the verbs."""
     session = verbs.add_for_machine("qmp", _qmp, "run a QMP command, or a QMP shell", "[COMMAND [ARGUMENT…]]")
     session.add_argument("command", metavar="COMMAND", nargs="?", help="QMP command; without one, start a shell")
-    # As many arguments as there are, and options end at the first.
+    # Options end at the command's first argument.
     session.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="KEY=VALUE, or one JSON object")
     session.end_options_here()
     session.add_argument("--stdio", action="store_true", help="connect standard input and output to the QMP stream")
@@ -38,12 +38,12 @@ def add(verbs: Verbs) -> None:
 
 
 def _qmp(options: argparse.Namespace) -> None:
-    """Run a command, a pipe or a shell. Raises VmspawnError if the command fails."""
+    """Run a command, a raw stream or a shell. Raises VmspawnError if the command fails."""
     if options.stdio and options.command:
-        raise UsageError("--stdio takes no command", hint="leave out one of the two")
+        raise UsageError("--stdio takes no command", hint="use only one of the two")
     arguments = parse_arguments(options.arguments)
     if not (options.stdio or options.command) and not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UsageError("no command, and no terminal for a shell", hint="name a command, or use --stdio for a pipe")
+        raise UsageError("the QMP shell needs a terminal", hint="add a command, or use --stdio for a raw stream")
     timeout = REPLY_TIMEOUT if options.timeout is None else options.timeout
     with Client(options.machine, timeout=timeout) as client:
         connected, received = client.upgrade("io.vmspawn.Machine.AcquireQMP", {"readOnly": options.read_only})
@@ -62,7 +62,7 @@ def _qmp(options: argparse.Namespace) -> None:
 def _talk(
     options: argparse.Namespace, connected: socket.socket, received: bytes, arguments: dict[str, Any], timeout: float
 ) -> bool:
-    """Do what the options ask for; returns whether the machine closed the connection."""
+    """Run the command, the raw stream or the shell. Returns whether the machine closed the connection."""
     if options.stdio:
         return relay(connected, received)
     if not options.command:
@@ -80,7 +80,7 @@ def _shell(connected: socket.socket, received: bytes, machine: str) -> bool:
             raise
         raise NotInstalled(
             "the QMP shell needs prompt_toolkit, which is not installed",
-            hint="install vmspawn[shell], or name a command, or use --stdio",
+            hint="install vmspawn[shell], add a command, or use --stdio",
         ) from None
     return run_shell(connected, received, machine)
 
@@ -118,13 +118,13 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _refuse_our_own(path: str) -> None:
-    """Raise UsageError for a socket between a machine of ours and its manager, which shares it already."""
+    """Raise UsageError for a socket of a vmspawn machine, because its manager shares that socket already."""
     folder, name = os.path.split(os.path.realpath(path))
     root, machine = os.path.split(folder)
     if name in runtime.MONITORS and root == os.path.realpath(runtime.runtime_root()):
         raise UsageError(
             f"{path} belongs to the manager of machine {machine}, which shares it already",
-            hint=f"for a socket with a path: vmctl qmp-socket {machine} SOCKET",
+            hint=f"to serve sessions on another socket: vmctl qmp-socket {machine} SOCKET",
         )
 
 

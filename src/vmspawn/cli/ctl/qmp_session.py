@@ -45,10 +45,10 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
 
 
 class Session:
-    """A QMP session in blocking calls. The socket stays the caller's."""
+    """A QMP session with blocking calls. The caller keeps the socket."""
 
     def __init__(self, connected: socket.socket, received: bytes, timeout: float) -> None:
-        """Negotiate. Raises what `execute` raises."""
+        """Negotiate capabilities. Raises the errors of `execute`."""
         connected.settimeout(timeout)
         self._socket = connected
         self._buffer = received
@@ -62,7 +62,7 @@ class Session:
         if arguments:
             message["arguments"] = arguments
         try:
-            # What the user wrote may not be in the encoding of the locale; QEMU's is UTF-8.
+            # Arguments may contain bytes that the locale cannot decode. QEMU decodes UTF-8.
             self._socket.sendall(json.dumps(message, ensure_ascii=False).encode(errors="surrogateescape"))
         except OSError as error:
             raise NotConnected(f"lost the connection: {error.strerror}") from None
@@ -90,9 +90,9 @@ class Session:
 
 
 def relay(connected: socket.socket, received: bytes) -> bool:
-    """Copy standard input to the socket and the socket to standard output, both ways at once, until the socket ends.
+    """Copy standard input to the socket, and the socket to standard output, until the socket ends.
 
-    Returns whether it ended before standard input. Raises NotConnected if it did not take all that was to be sent.
+    Returns whether it ended before standard input. Raises NotConnected if it ended before it took all input.
     """
     connected.setblocking(False)
     output = Output(_STDOUT)
@@ -103,7 +103,7 @@ def relay(connected: socket.socket, received: bytes) -> bool:
 
 
 class _Relay:
-    """One loop around poll(2). What one side does not take stops reading on the other, and nothing else."""
+    """Relays in one loop with poll(2). A full side stops reading from the other side only."""
 
     def __init__(self, connected: socket.socket, output: Output, received: bytes) -> None:
         self._socket = connected
@@ -111,7 +111,7 @@ class _Relay:
         self._to_socket = b""
         self._to_output = received
         self._is_input_open = True
-        #: Why the socket takes no more.
+        #: The reason why sending failed, or an empty string.
         self._lost = ""
 
     def run(self) -> bool:
@@ -140,7 +140,7 @@ class _Relay:
         return {fd for fd, _ in poll.poll()}
 
     def _exchange(self) -> bool:
-        """Send what the socket takes and receive what there is; returns False at the end of the stream."""
+        """Send and receive without blocking. Returns False at the end of the stream."""
         try:
             if self._to_socket:
                 self._to_socket = self._to_socket[self._socket.send(self._to_socket) :]
@@ -148,7 +148,7 @@ class _Relay:
         except BlockingIOError:
             pass
         except OSError as error:
-            # Replies that came before may still be there.
+            # The socket may still have earlier replies to read.
             self._lost = f": {error.strerror}"
             self._to_socket = b""
             self._is_input_open = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a QMP shell: line editing by prompt_toolkit, completion from QEMU's schema, events as they happen."""
+"""Runs a QMP shell with line editing by prompt_toolkit, completion from QEMU's schema, and live events."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from .qmp_session import parse_arguments
 
 
 def run_shell(connected: socket.socket, received: bytes, machine: str) -> bool:
-    """Run a shell on this terminal until Ctrl-D, or until the machine hangs up; returns whether it did.
+    """Run a shell on this terminal until Ctrl-D or the end of the connection. Returns whether the connection ended.
 
-    The socket stays the caller's.
+    The caller keeps the socket.
     """
     return asyncio.run(_Shell(machine).run(connected.dup(), received))
 
 
 class SchemaCompleter(Completer):
-    """Completes commands and the names of their arguments, as query-qmp-schema lists them."""
+    """Completes commands and the names of their arguments from query-qmp-schema."""
 
     def __init__(self, schema: list[dict[str, Any]]) -> None:
         by_name = {entry["name"]: entry for entry in schema}
@@ -113,7 +113,7 @@ class _Shell:
 
 @contextlib.contextmanager
 def _unbuffered_keys() -> Iterator[None]:
-    """Keep keys typed between two prompts for the next one; a terminal in its usual mode would swallow Ctrl-D."""
+    """Keep keys that are typed between two prompts. A terminal in canonical mode would swallow Ctrl-D."""
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin, termios.TCSADRAIN)
     try:
@@ -140,7 +140,7 @@ def _parse(line: str) -> tuple[str, dict[str, Any]]:
 
 
 def _history() -> History:
-    """Return the user's history: a file if the user has a directory for it."""
+    """Return the user's history, in a file if the user has a directory for it."""
     base = user_directory("XDG_STATE_HOME", ".local/state")
     if base is None:
         return InMemoryHistory()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls a machine and shows its replies: what all verbs of vmctl share."""
+"""Connects to a machine and prints its replies, for all verbs of vmctl."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class failing_to:
 
     def __init__(self, verb: str, subject: str) -> None:
         self._failure = f"cannot {verb} {subject}: "
-        # The subject may be a path; one that cannot be opened is named once.
+        # An error about opening the subject names the path already.
         self._repeated = f"cannot open {subject}: "
 
     def __enter__(self) -> None:
@@ -47,7 +47,7 @@ def show(
     right: Sequence[str],
     fit: bool = False,
 ) -> None:
-    """Print a list: as JSON for programs, as a table for people, or that there are no `what`."""
+    """Print a list as JSON or as a table. For an empty table, print `No {what}.`"""
     if options.json != "off":
         print_json(found, options.json)
     elif found:
@@ -57,13 +57,13 @@ def show(
 
 
 def say(options: argparse.Namespace, text: str) -> None:
-    """Print a line for people."""
+    """Print a line, unless the output is JSON or `quiet` is set."""
     if not options.quiet and options.json == "off":
         print(printable(text))
 
 
 def answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> None:
-    """Print a reply: as JSON for programs, as a line for people."""
+    """Print a reply as JSON, or as a line of text."""
     if options.json != "off":
         print_json(reply, options.json)
     say(options, text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Changes a machine's run state, and reports what the manager's reply does not tell."""
+"""Changes a machine's run state, and adds the explanations that systemd's interface cannot carry."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .replies import INSTANCE
 
 
 def change(options: argparse.Namespace, client: Client) -> None:
-    """Perform a verb of `run_states`. Raises NotSupported with the reason if the machine's state does not allow it."""
+    """Perform a verb of `run_states`. Raises NotSupported with the reason if the run state does not allow it."""
     status = client.call(f"{INSTANCE}.Describe")["status"]
     try:
         client.call(f"{INSTANCE}.{options.method}")
     except VarlinkError as error:
-        # systemd's interface carries no reason.
+        # Errors of systemd's interface have no reason.
         if error.name != f"{INSTANCE}.NotSupported":
             raise
         raise run_states.refusal(options.verb, status) from None
@@ -28,6 +28,6 @@ def change(options: argparse.Namespace, client: Client) -> None:
 
 
 def report(options: argparse.Namespace, line: str) -> None:
-    """Print a line for people who wait or wonder."""
+    """Print a line on standard error, unless the output is JSON or `quiet` is set."""
     if not options.quiet:
         print(f"vmctl: {line}", file=sys.stderr, flush=True)

@@ -14,12 +14,12 @@ from ..values import seconds
 
 PROGRAM = "vmctl"
 
-#: Performs a verb. Raises VmspawnError if it fails.
+#: A function that performs a verb. Raises VmspawnError if it fails.
 Action = Callable[[argparse.Namespace], None]
 
 
 class Verbs:
-    """The verbs of a parser, under the headings that the help shows them by."""
+    """The verbs of a parser, below the headings of its help."""
 
     def __init__(self, parser: Parser) -> None:
         """Prepare a parser for verbs."""
@@ -32,9 +32,9 @@ class Verbs:
         self._heading = self._command.headings.setdefault(title, [])
 
     def add(self, name: str, action: Action, text: str, arguments: str = "") -> Parser:
-        """Add a verb. `arguments` is what its usage shows of them."""
+        """Add a verb. `arguments` is the placeholder for its arguments in the usage."""
         self._heading.append(name)
-        parser: Parser = self._subparsers.add_parser(name, help=text, description=text)
+        parser: Parser = self._subparsers.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
         parser.prog, parser.verb, parser.command = PROGRAM, name, self._command
         parser.usage = " ".join(filter(None, (PROGRAM, name, arguments, "[OPTION…]")))
         add_common_options(parser, default=argparse.SUPPRESS)
@@ -48,21 +48,21 @@ class Verbs:
         return parser
 
     def add_hidden(self, name: str, action: Action) -> Parser:
-        """Add a verb for programs, which no list of verbs has."""
+        """Add a verb for programs, which the help does not list."""
         parser: Parser = self._subparsers.add_parser(name, add_help=False)
         parser.set_defaults(action=action)
         return parser
 
 
 def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
-    """Add the options that may stand before the verb and behind it, where their default is no other than before it."""
+    """Add the options that may stand before and behind the verb. `default` keeps the value that was set before it."""
     no_json: dict[str, Any] = default or {"default": "off"}
     parser.add_argument(
         "-j", dest="json", action="store_const", const="pretty", help="same as --json=pretty", **no_json
     )
     parser.add_argument("--json", choices=JSON_MODES, help="print JSON", **no_json)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors", **default)
-    parser.add_argument("--timeout", metavar="SECONDS", type=seconds, help="how long to wait for an answer", **default)
+    parser.add_argument("--timeout", metavar="SECONDS", type=seconds, help="time to wait for an answer", **default)
 
 
 def add_disk(parser: argparse.ArgumentParser) -> None:
@@ -71,5 +71,5 @@ def add_disk(parser: argparse.ArgumentParser) -> None:
 
 
 def disk_name(text: str) -> str:
-    """Return a disk's name as it is shown: the disk of a file `a<line feed>b` is called `a\\nb`, and both find it."""
+    """Return a disk's name with control characters escaped, as it is shown, so that both spellings find the disk."""
     return printable(text)

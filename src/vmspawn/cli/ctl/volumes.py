@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs `bind-volume` and `unbind-volume`, with the syntax of machinectl's.
+"""Implements the verbs `bind-volume` and `unbind-volume`, with machinectl's syntax.
 
-They call systemd's own methods, so they work on machines of systemd-vmspawn, too.
+They call systemd's methods, so they also work on machines of systemd-vmspawn.
 """
 
 from __future__ import annotations

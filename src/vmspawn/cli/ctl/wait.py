@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`--wait` of poweroff, reboot and terminate: report what the guest does until it is done."""
+"""Implements `--wait` of poweroff, reboot and terminate, which reports the guest's progress."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..disconnect import watching
 from .replies import INSTANCE, client_for
 from .state_change import change, report
 
-#: Seconds that the manager has to clean up after its machine has ended.
+#: Seconds that the manager has to clean up after the end of its machine.
 _CLEANUP_TIMEOUT = 15.0
 
 _GOALS = {"poweroff": "power off", "reboot": "reboot", "terminate": "end"}
 
-#: QEMU's events that are reported, in words.
+#: Messages for the events of QEMU that are reported.
 _NEWS = {
     "POWERDOWN": "the power button was pressed",
     "RESET": "the machine was reset",
@@ -40,7 +40,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Call the method and wait. Raises Timeout or MachineEnded if the guest does something else."""
+    """Call the method and wait. Raises Timeout, or MachineEnded if the machine ends in another way."""
     with (
         client_for(options) as events,
         client_for(options) as client,
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 class _Wait:
-    """Follows the events until the goal, the machine's end or the deadline."""
+    """Waits for the goal, the machine's end or the deadline, and reports events."""
 
     def __init__(self, options: argparse.Namespace, events: Client, client: Client) -> None:
         self._options = options
@@ -91,17 +91,17 @@ class _Wait:
         return bool(self._reported - {"POWERDOWN"})
 
     def _press(self) -> None:
-        """Press the power button again: a guest in its firmware, or one that just woke up, does not notice it."""
-        # The events tell if the machine has ended, or is in a state in which it cannot react.
+        """Press the power button again, because firmware, or a guest that is waking up, ignores it."""
+        # The events report a machine that has ended, or that cannot react in its run state.
         with contextlib.suppress(VarlinkError, NotConnected, Timeout):
             self._client.call(f"{INSTANCE}.PowerOff")
 
     def _heed(self, event: dict[str, Any]) -> bool:
-        """Report an event; returns whether it is the goal."""
+        """Report an event. Returns whether it is the goal."""
         name, data = event["event"], event.get("data") or {}
         if name == "MachineEnded":
             self._wait_for_cleanup()
-            # A panic or a time limit may be why the machine was terminated.
+            # The machine may have been terminated because of a panic or a time limit.
             is_goal = self._options.verb == "terminate" or (self._options.verb == "poweroff" and data["clean"])
             if not is_goal:
                 raise MachineEnded(data["message"])
@@ -113,7 +113,7 @@ class _Wait:
         return bool(name == "RESET" and self._options.verb == "reboot")
 
     def _wait_for_cleanup(self) -> None:
-        """Wait until the manager closes the connection: the machine's name is free from then on."""
+        """Wait until the manager closes the connection. From then on, the machine's name is free."""
         try:
             while self._events.next_reply(_CLEANUP_TIMEOUT) is not None:
                 pass
@@ -123,7 +123,7 @@ class _Wait:
             return
 
     def _advice(self) -> str:
-        return f"to end it without asking: vmctl terminate {self._options.machine}"
+        return f"to end the machine without asking the guest: vmctl terminate {self._options.machine}"
 
     def _say(self, line: str) -> None:
         report(self._options, line)
