@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An event loop for tests that are not coroutines themselves."""
+"""Runs an event loop for tests that are not coroutines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _T = TypeVar("_T")
 
 
 class Background:
-    """An event loop on a thread of its own. Use as a context."""
+    """An event loop in a separate thread. Use it as a context manager."""
 
     def __init__(self, deadline: float) -> None:
-        """`deadline` is how many seconds anything may take that is waited for."""
+        """Make a loop. `deadline` is the timeout of each `wait`, in seconds."""
         self._deadline = deadline
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)

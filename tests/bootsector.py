@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Guests of a few bytes: boot sectors that write to one I/O port and halt."""
+"""Makes guests of a few bytes: boot sectors that write to one I/O port and halt."""
 
 from pathlib import Path
 
-#: The ACPI control register of q35, as SeaBIOS places it, and what is written there.
+#: The ACPI control register of q35, where SeaBIOS places it, and the values that are written to it.
 ACPI_CONTROL = 0x604
 SOFT_OFF = 0x2000
 SUSPEND_TO_RAM = 0x2400
@@ -12,7 +12,7 @@ SUSPEND_TO_RAM = 0x2400
 PVPANIC = 0x505
 PANICKED = 1
 
-#: The ib700 watchdog's port that starts it, and the shortest time: none.
+#: The port that starts the ib700 watchdog, and its shortest timeout, 0.
 IB700 = 0x443
 AT_ONCE = 0x0F
 

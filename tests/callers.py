@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Blocking clients of the control socket."""
+"""Provides blocking clients of the control socket."""
 
 import array
 import asyncio
@@ -20,7 +20,7 @@ DEADLINE = 20.0
 
 
 class Caller:
-    """A blocking client of our own making, run in a thread: it can say what no library would."""
+    """A blocking client without a library, so that it can send invalid messages. Run it in a thread."""
 
     def __init__(self, machine: Machine) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -74,7 +74,7 @@ async def in_thread(work: Any, *arguments: Any) -> Any:
 
 @contextlib.asynccontextmanager
 async def served_machine(qemu: str, folder: Path, **options: Any) -> AsyncIterator[Machine]:
-    """A machine whose guest is its firmware, with its control socket."""
+    """Start a machine that stays in its firmware, and serve its control socket."""
     async with idle_machine(qemu, folder, **options) as running:
         server = ControlServer(running.directory, build_registry(running.inner, Inside(running.inner)))
         yield running

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The commands as a user runs them: processes of their own, judged by what they print and how they exit."""
+"""Runs the commands as a user does, in separate processes; tests check their output and exit status."""
 
 import os
 import select
@@ -18,17 +18,17 @@ from tests.machines import fresh_name
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
 VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 
-#: Nothing here takes longer; a test that waits this long has failed.
+#: The deadline of each wait, in seconds.
 DEADLINE = 60.0
 
 
 def vmctl(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
-    """Run vmctl to its end."""
+    """Run vmctl until it ends."""
     return subprocess.run([*VMCTL, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
-    """Run a vmspawn that is expected to end by itself."""
+    """Run a vmspawn that ends by itself."""
     command = [*VMSPAWN, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
@@ -36,7 +36,7 @@ def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedP
 
 
 def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:
-    """The error that a command ended with: one line, and at most one more with a hint."""
+    """Return a command's error: one line, and at most one more line with a hint."""
     lines = [line for line in done.stderr.splitlines() if "no KVM" not in line]
     assert "Traceback" not in done.stderr
     assert len(lines) in (1, 2), done.stderr
@@ -46,10 +46,10 @@ def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:
 
 
 class Spawned:
-    """A running vmspawn. What it prints on either output is read while something is waited for."""
+    """A running vmspawn. Each wait reads both of its outputs."""
 
     def __init__(self, name: str, arguments: tuple[str, ...], *, program: Sequence[str] = ()) -> None:
-        """Start `program`, which is this checkout's vmspawn unless another is named."""
+        """Start `program`, by default this checkout's vmspawn."""
         self.name = name
         command = [*(program or VMSPAWN), "-M", name, *arguments]
         self.process = subprocess.Popen(
@@ -67,7 +67,7 @@ class Spawned:
             assert self._read(deadline - time.monotonic()), f"{text!r} did not come; there is: {self.output}"
 
     def ended_before(self, text: str) -> int | None:
-        """Read until `text` was printed, or to the end: the exit status then."""
+        """Read until `text` was printed, or until the end. Returns the exit status at the end, else None."""
         deadline = time.monotonic() + DEADLINE
         while text not in self.output["stderr"]:
             if not self._read(deadline - time.monotonic()):
@@ -75,14 +75,14 @@ class Spawned:
         return None
 
     def wait(self, *, timeout: float = DEADLINE) -> int:
-        """Read to the end and return the exit status."""
+        """Read until the end, and return the exit status."""
         deadline = time.monotonic() + timeout
         while self._read(deadline - time.monotonic()):
             pass
         return self.process.wait(timeout=max(0.1, deadline - time.monotonic()))
 
     def hang_up(self, stream: str) -> None:
-        """Close our end of an output: what it prints there fails from now on."""
+        """Close the reader's end of an output, so that vmspawn's writes to it fail."""
         self._open.pop(stream).close()
 
     def signal(self, number: signal.Signals) -> None:
@@ -90,7 +90,7 @@ class Spawned:
         self.process.send_signal(number)
 
     def close(self) -> None:
-        """End what still runs."""
+        """End the machine and vmspawn if they still run."""
         if self.process.poll() is None and not self.terminate():
             self.process.kill()
         self.wait()
@@ -100,11 +100,11 @@ class Spawned:
         self.process.wait()
 
     def terminate(self) -> bool:
-        """End the machine without asking the guest, and say whether that was heard."""
+        """End the machine without asking the guest. Returns whether the manager accepted."""
         return vmctl("terminate", self.name).returncode == 0
 
     def _read(self, seconds: float) -> bool:
-        """Read once from what is readable; False at the deadline, or when both streams have ended."""
+        """Read once from the readable streams. Returns False at the deadline, or at the end of both streams."""
         if not self._open:
             return False
         ready, _, _ = select.select(list(self._open.values()), [], [], max(0.0, seconds))
@@ -119,7 +119,7 @@ class Spawned:
 
 @contextmanager
 def spawned(*arguments: str, name: str | None = None) -> Iterator[Spawned]:
-    """A vmspawn with these arguments, killed afterwards if it still runs."""
+    """Start vmspawn with these arguments, and kill it on exit if it still runs."""
     running = Spawned(name or fresh_name(), arguments)
     try:
         yield running
@@ -129,7 +129,7 @@ def spawned(*arguments: str, name: str | None = None) -> Iterator[Spawned]:
 
 @contextmanager
 def background(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Another program that runs meanwhile; killed afterwards if it still runs. The options are Popen's."""
+    """Start another program, and kill it on exit if it still runs. The options are Popen's."""
     process = subprocess.Popen(command, **options)
     try:
         yield process
@@ -143,7 +143,7 @@ def background(command: list[str], **options: Any) -> Iterator[subprocess.Popen[
 
 @contextmanager
 def idle(qemu: str, folder: Path) -> Iterator[Spawned]:
-    """A vmspawn that is up, whose guest is its firmware, looking for something to boot."""
+    """Start a vmspawn whose machine stays in its firmware, and wait until it is up."""
     image = make_raw(folder / "boot", 1 << 20)
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
         running.wait_for("is running")
@@ -151,7 +151,7 @@ def idle(qemu: str, folder: Path) -> Iterator[Spawned]:
 
 
 def qemu_pid(machine: str) -> int:
-    """The process id of a running machine's QEMU."""
+    """Return the process id of a running machine's QEMU."""
     import json
 
     found = json.loads(vmctl("status", machine, "--json=short").stdout)
@@ -159,7 +159,7 @@ def qemu_pid(machine: str) -> int:
 
 
 def make_script(path: Path, text: str) -> Path:
-    """An executable shell script."""
+    """Write an executable shell script."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
@@ -167,7 +167,7 @@ def make_script(path: Path, text: str) -> Path:
 
 @contextmanager
 def sharing(source: str, listen: str) -> Iterator[subprocess.Popen[str]]:
-    """A running `vmctl qmp-share`."""
+    """Start `vmctl qmp-share`, and kill it on exit."""
     with subprocess.Popen([*VMCTL, "qmp-share", source, listen], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all tests share: a runtime directory of their own, the QEMUs to test with, and images."""
+"""Defines the fixtures of all tests: a private runtime directory, the QEMUs to test with, and images."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ import pytest
 from tests import figures
 from vmspawn.boot import firmware
 
-# How long an example takes says nothing on a machine that others use too; pytest's own timeout catches what hangs.
+# The time of an example means nothing on a shared machine. pytest's timeout catches tests that hang.
 hypothesis.settings.register_profile("vmspawn", deadline=None)
 hypothesis.settings.load_profile("vmspawn")
 
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 
 def qemu_paths() -> list[str]:
-    """The QEMUs that the tests run with: VMSPAWN_TEST_QEMU, separated by colons, else the system's."""
+    """Return the QEMUs to test with: those in VMSPAWN_TEST_QEMU, separated by colons, else the system's."""
     return [path for path in os.environ.get("VMSPAWN_TEST_QEMU", "qemu-system-x86_64").split(":") if path]
 
 
@@ -31,13 +31,13 @@ def qemu_paths() -> list[str]:
     scope="session", params=qemu_paths(), ids=lambda path: os.path.basename(os.path.dirname(path)) or "system"
 )
 def qemu(request: pytest.FixtureRequest) -> str:
-    """A QEMU to test with."""
+    """Return a QEMU to test with."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_directory() -> Iterator[Path]:
-    """A runtime directory that belongs to this test run, on a file system in memory as the real one is."""
+    """Make a runtime directory for this test run, in a memory file system, like the real one."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = tempfile.mkdtemp(prefix="vmspawn-test-", dir=base)
     before = os.environ.get("VMSPAWN_RUNTIME_DIR")
@@ -52,7 +52,7 @@ def runtime_directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_uefi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """UEFI takes long to give up on a disk with nothing on it, so the host's is hidden, as a user would hide it."""
+    """Hide the host's UEFI firmware with empty descriptors, because UEFI takes long to give up on an empty disk."""
     home = tmp_path_factory.mktemp("config")
     before = os.environ.get("XDG_CONFIG_HOME")
     hidden = home / "qemu" / "firmware"
@@ -81,19 +81,19 @@ def make_qcow2(path: Path, size: int = 64 * MIB) -> Path:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A process that runs a part of the tests hands its figures to the one that started it."""
+    """Send the figures of an xdist worker to the main process."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["figures"] = figures.FIGURES
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Such a process has ended."""
+    """Receive the figures of an xdist worker that has ended."""
     figures.FIGURES += map(tuple, getattr(node, "workeroutput", {}).get("figures", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """End a run with the figures that its tests found."""
+    """Print the figures that the tests measured."""
     if lines := figures.table():
         terminalreporter.section("figures")
         for line in lines:

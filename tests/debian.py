@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A Debian for tests: a tree that debootstrap makes, and a disk of it that boots by BIOS and by UEFI; both cached."""
+"""Makes a Debian for tests: a tree by debootstrap, and a disk that boots by BIOS and by UEFI. Both are cached."""
 
 import fcntl
 import os
@@ -19,18 +19,18 @@ from tests.ovmf import cache
 SUITE = "trixie"
 PACKAGES = ("systemd", "systemd-sysv", "udev", "dbus", "systemd-boot-efi", "e2fsprogs", "ca-certificates")
 
-#: dracut makes an initrd that mounts a root by virtiofs; by debootstrap's own choice it would be initramfs-tools.
+#: dracut makes an initrd that can mount a root by virtiofs; debootstrap's default is initramfs-tools.
 KERNEL_PACKAGES = ("dracut", "linux-image-cloud-amd64")
 
 MIB = 1 << 20
 MAKE_TIMEOUT = 1800.0
 
-#: The file system's label, by which the kernel is told its root.
+#: The label of the root file system, for the kernel's root= argument.
 LABEL = "debian"
 
 
 def need() -> None:
-    """Skip the test where such a tree cannot be made."""
+    """Skip the test if the tree cannot be made."""
     if os.geteuid() != 0:
         pytest.skip("debootstrap needs root")
     if not shutil.which("debootstrap") and not (cache() / f"debian-{SUITE}").exists():
@@ -46,7 +46,7 @@ def _locked(name: str) -> Iterator[None]:
 
 
 def tree() -> Path:
-    """The tree. Tests may boot it, and so write to it, but must not count on what others wrote."""
+    """Return the tree. Booting it writes to it, so tests must not depend on its exact content."""
     final = cache() / f"debian-{SUITE}"
     with _locked(final.name):
         if not final.exists():
@@ -62,13 +62,13 @@ def tree() -> Path:
 
 
 def kernel() -> tuple[Path, Path]:
-    """The tree's kernel and its initrd."""
+    """Return the tree's kernel and initrd."""
     boot = tree() / "boot"
     return next(boot.glob("vmlinuz-*")), next(boot.glob("initrd.img-*"))
 
 
 def disk() -> Path:
-    """The disk, in raw format. Tests boot it with --ephemeral, or a copy."""
+    """Return the disk, in raw format. Tests boot it with --ephemeral, or boot a copy."""
     final = cache() / f"debian-{SUITE}.raw"
     source = tree()
     with _locked(final.name):
@@ -84,7 +84,7 @@ def _make_disk(source: Path, folder: Path, final: Path) -> None:
         file.truncate(1536 * MIB)
     _run("mkfs.ext4", "-q", "-L", LABEL, "-d", str(source), str(root))
     linux, initrd = kernel()
-    # By UEFI the console is for vmspawn to say; a BIOS has no way to be told.
+    # With UEFI, vmspawn passes the console's arguments; with BIOS, the disk must have them.
     made = disks.make_disk(
         folder / "disk",
         linux,

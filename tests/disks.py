@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disk images that boot by themselves, by BIOS through syslinux and by UEFI through systemd-boot; made without root."""
+"""Makes bootable disk images without root: by BIOS through syslinux, and by UEFI through systemd-boot."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ _ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 _ESP_START = 2048
 _SECTOR = 512
 
-#: The first sector's code, which starts the partition that says it is for BIOS.
+#: The code of the first sector, which starts the partition that is marked as bootable by BIOS.
 _BOOT_CODE = Path("/usr/lib/syslinux/mbr/gptmbr.bin")
 
 _PROGRAMS = {"syslinux": "syslinux", "mcopy": "mtools", "mkfs.vfat": "dosfstools", "sfdisk": "fdisk"}
 
 
 def need_tools() -> None:
-    """Skip the test where what makes such images is not installed."""
+    """Skip the test if the programs that make the images are not installed."""
     for program, package in _PROGRAMS.items():
         if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
             pytest.skip(f"{program} is not installed (Debian: {package})")
@@ -33,7 +33,7 @@ def need_tools() -> None:
 
 
 def make_builtin_disk(path: Path) -> Path:
-    """The built-in guest as a disk that BIOS boots."""
+    """Make a disk with the built-in guest that BIOS boots."""
     need_tools()
     guest = builtin.find()
     assert guest is not None
@@ -50,7 +50,7 @@ def make_disk(
     boot_loader: Path | None = None,
     root: Path | None = None,
 ) -> Path:
-    """A GPT disk with a boot partition and, if there is a file system for it, a root partition.
+    """Make a GPT disk with a boot partition and, if `root` is given, a root partition.
 
     `bios_arguments` are for the kernel if BIOS starts it. `boot_loader` is systemd-boot's PE image; without it the disk
     boots by BIOS alone.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Managers that kill themselves at a chosen step, as a power cut would: `python -m tests.dying` serves orders.
+"""Runs managers that kill themselves at a chosen step: `python -m tests.dying` carries out orders.
 
-An order is a line: the machine's name, an operation, how many times the state has been written when the manager dies,
-whether before or after that, and the operation's arguments. The answer is `died` or `finished`. Each order is carried
-out by a process of its own, forked from one that has loaded everything.
+An order is a line: the machine's name, an operation, the number of writes of the state after which the manager dies,
+`before` or `after` that write, and the operation's arguments. The answer is `died` or `finished`. Each order runs in
+a new process, forked from one that has imported everything.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
 
 
 def die_at(count: int, when: str) -> None:
-    """Die at that many writes of the state from now on, before or after the write."""
+    """Die at the write with that number from now on, before or after it."""
     write = MachineDirectory.write
     left = count
 
@@ -80,7 +80,7 @@ def die_at(count: int, when: str) -> None:
 
 
 async def manage(name: str, operation: str, count: int, when: str, arguments: list[str]) -> None:
-    """Take a machine over, and die while doing something to it."""
+    """Adopt a machine, and die during an operation."""
     machine = await Machine.adopt(name)
     die_at(count, when)
     await OPERATIONS[operation](machine, *arguments)
@@ -88,14 +88,14 @@ async def manage(name: str, operation: str, count: int, when: str, arguments: li
 
 
 class Dying:
-    """The process that takes the orders."""
+    """The process that carries out the orders."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.dying"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def order(self, *words: object) -> str:
-        """Have something done by a manager that dies, and wait for its end."""
+        """Send an order, and wait for the manager's end."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(*words, file=self._process.stdin, flush=True)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Hostile input: messages as they should be, nearly so, and not at all."""
+"""Generates hostile input: valid, almost valid and invalid messages."""
 
 import json
 import random
 from collections.abc import Callable
 from typing import Any
 
-#: Methods that a stranger may call without ending the machine or changing what the honest client is told.
+#: Methods that do not end the machine, and do not change the answers to other clients.
 METHODS = (
     "org.varlink.service.GetInfo",
     "org.varlink.service.GetInterfaceDescription",
@@ -72,7 +72,7 @@ _TEXTS = ("", "x", "../../etc", "a" * 300, "\0", "é😀", "null", "virtio-blk",
 
 
 def value(choices: random.Random, depth: int = 0) -> Any:
-    """Any JSON value."""
+    """Return a random JSON value."""
     match choices.randrange(9 if depth < 4 else 6):
         case 0:
             return None
@@ -91,7 +91,7 @@ def value(choices: random.Random, depth: int = 0) -> Any:
 
 
 def call(choices: random.Random) -> bytes:
-    """A Varlink call, more or less."""
+    """Return a Varlink call that is not always valid."""
     message: dict[str, Any] = {"method": choices.choice(METHODS)}
     if choices.random() < 0.9:
         fields = {choices.choice(_FIELDS): value(choices) for _ in range(choices.randrange(5))}
@@ -105,7 +105,7 @@ def call(choices: random.Random) -> bytes:
 
 
 def command(choices: random.Random) -> bytes:
-    """A QMP command, more or less."""
+    """Return a QMP command that is not always valid."""
     message: dict[str, Any] = {"execute": choices.choice(COMMANDS)}
     if choices.random() < 0.7:
         message["arguments"] = {choices.choice(_ARGUMENTS): value(choices) for _ in range(choices.randrange(3))}
@@ -114,12 +114,12 @@ def command(choices: random.Random) -> bytes:
     return mutate(choices, json.dumps(message, ensure_ascii=choices.random() < 0.5).encode())
 
 
-# How often a message stays as it is.
+# The share of messages that are not mutated.
 _WHOLE = 0.7
 
 
 def mutate(choices: random.Random, data: bytes) -> bytes:
-    """The same as it was, or with bytes changed, lost, doubled or added."""
+    """Return the data unchanged, or with bytes changed, removed, repeated or inserted."""
     if choices.random() < _WHOLE:
         return data
     changed = bytearray(data)

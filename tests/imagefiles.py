@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images of all formats, most made by qemu-img, the others by hand."""
+"""Makes images of all formats, most with qemu-img, the others by hand."""
 
 import os
 import struct
@@ -15,7 +15,7 @@ from vmspawn.images.other_files import OtherFile
 
 
 def make(path: Path, image_format: str, *options: str) -> Path:
-    """Make an image with qemu-img, which knows the formats best."""
+    """Make an image with qemu-img."""
     command = ["qemu-img", "create", "-q", "-f", image_format, *options, path.name, str(4 * MIB)]
     subprocess.run(command, check=True, cwd=path.parent)
     return path
@@ -52,7 +52,7 @@ def vmdk_delta_without_a_hint(folder: Path) -> Path:
 
 
 def vmdk_delta_hinted_where_qemu_looks(folder: Path) -> Path:
-    """An image whose header names another descriptor than the one that QEMU reads."""
+    """Make an image whose header points to another descriptor than the one that QEMU reads."""
     path = vmdk_delta(folder)
     clean = b"# Disk DescriptorFile\nversion=1\nparentCID=ffffffff\n"
     path.write_bytes(path.read_bytes().ljust(MIB, b"\0") + clean.ljust(512, b"\0"))
@@ -68,7 +68,7 @@ def vmdk_split(folder: Path) -> Path:
 
 
 def vmdk_without_a_capacity(folder: Path) -> Path:
-    """A sparse extent without a capacity has a descriptor of other extents in its place, for QEMU too."""
+    """Make a sparse extent without a capacity, which QEMU reads as a descriptor of other extents."""
     return patch(make(folder / "image", "vmdk"), 12, bytes(8))
 
 
@@ -91,7 +91,7 @@ def vdi_with_a_parent(folder: Path) -> Path:
 
 
 def vhdx_metadata(path: Path) -> tuple[int, int]:
-    """Where an image's metadata is, and how many items it has; found by its signature."""
+    """Return the offset of an image's metadata, found by its signature, and the number of items."""
     data = path.read_bytes()
     region = next(at for at in range(MIB, len(data), 1 << 16) if data.startswith(b"metadata", at))
     return region, int.from_bytes(data[region + 10 : region + 12], "little")
@@ -118,7 +118,7 @@ def vhdx_with_a_parent_locator(folder: Path) -> Path:
     return patch(path, region + 10, struct.pack("<H", count + 1))
 
 
-#: By format: images that name other files, and what they name.
+#: Images that name other files, by format, with the named files.
 OTHERS: dict[str, list[tuple[Callable[[Path], Path], list[OtherFile]]]] = {
     "raw": [],
     "qcow2": [
@@ -195,7 +195,7 @@ def vhdx_without_parameters(folder: Path) -> Path:
     return patch(path, vhdx_metadata(path)[0] + 10, bytes(2))
 
 
-#: Images, after whose format each is called, of which nobody can tell whether they need others.
+#: Images that cannot be checked for other files. Each function's name begins with the format.
 UNCHECKABLE: list[Callable[[Path], Path]] = [
     qcow2_of_the_future,
     vmdk_extent,
@@ -222,18 +222,18 @@ def made_of(data: bytes, offset: int = 0) -> Callable[[Path], Path]:
 
 
 def old_fixed_vhd(folder: Path) -> Path:
-    """A fixed VHD with the footer of 511 bytes that Virtual PC wrote before 2004."""
+    """Make a fixed VHD with the footer of 511 bytes that Virtual PC wrote before 2004."""
     path = make(folder / "image", "vpc", "-o", "subformat=fixed")
     os.truncate(path, path.stat().st_size - 1)
     return path
 
 
 def damaged_vhd(folder: Path) -> Path:
-    """A dynamic VHD whose copy of the footer at the start is gone; QEMU opens it by the one at its end."""
+    """Make a dynamic VHD without the copy of the footer at the start. QEMU finds the footer at the end."""
     return patch(make(folder / "image", "vpc"), 0, bytes(512))
 
 
-#: By the name of the format, with what sets the image apart from others of the format in parentheses.
+#: Images by format. Parentheses distinguish images of the same format.
 CONTAINERS: dict[str, Callable[[Path], Path]] = {
     "qcow2": made_by_qemu("qcow2"),
     "qcow": made_by_qemu("qcow"),
@@ -296,14 +296,14 @@ RAW: dict[str, Callable[[Path], Path]] = {
     "ext4": with_a_file_system("mkfs.ext4", "-q"),
     "vfat": with_a_file_system("mkfs.vfat"),
     "swap": with_a_file_system("mkswap"),
-    # A guest that decrypts its disk itself makes these.
+    # Guests that encrypt their disks write these.
     "luks": made_of(b"LUKS\xba\xbe\0\1aes"),
     "luks2": made_of(b"LUKS\xba\xbe\0\2\0\0\0\0\0\0\x40\0"),
     "iso": made_of(b"\1CD001\1\0LINUX", 0x8000),
     "hybrid iso": lambda folder: patch(partitioned("dos")(folder), 0x8000, b"\1CD001\1\0LINUX"),
     "script": made_of(b"#!/bin/sh\nset -e\n# version 1\nversion_of() { :; }\n"),
     "text": made_of(b"This disk has version=1 of the data.\n"),
-    # The letters of a footer without its sum: a disk that ends in a file that speaks of it.
+    # A disk that ends with the letters of a footer, without its checksum.
     "cookie": made_of(b"conectix" + bytes(504), 4 * MIB - 512),
     "short": lambda folder: patch(folder / "image", 0, b"QF"),
 }

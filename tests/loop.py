@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Block devices without hardware: loop devices, which need root and a kernel that has them."""
+"""Makes loop devices, which are block devices without hardware. They need root and the kernel's loop driver."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from tests.conftest import make_raw
 
 
 class Loop:
-    """A loop device whose size can be changed while it is in use."""
+    """A loop device that can be resized while it is in use."""
 
     def __init__(self, file: Path, size: int) -> None:
         self._file = make_raw(file, size)
@@ -22,12 +22,12 @@ class Loop:
         self.path = done.stdout.strip()
 
     def resize(self, size: int) -> None:
-        """Give the device another size."""
+        """Resize the device."""
         os.truncate(self._file, size)
         assert _losetup("--set-capacity", self.path).returncode == 0
 
     def close(self) -> None:
-        """Give the device back."""
+        """Remove the device."""
         assert _losetup("--detach", self.path).returncode == 0
 
 

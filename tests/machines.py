@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Machines for tests, and what of a machine must be the same before and after."""
+"""Provides machines for tests, and snapshots to check that an operation left nothing behind."""
 
 import asyncio
 import contextlib
@@ -28,24 +28,24 @@ from vmspawn.storage.backing import Backing
 
 
 class Machine(api.Machine):
-    """A library's machine whose parts a test can look at."""
+    """A machine of the library, with access to its parts."""
 
     def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
         # Tests of the control socket serve it themselves.
         super().__init__(config, control=options.pop("control", False), **options)
-        #: What was found when it was adopted.
+        #: The messages of the adoption.
         self.adoption_notes: list[str] = []
 
     @classmethod
     async def adopt(cls, name: str) -> "Machine":
-        """Take over a machine that runs without a manager; `leave` or `close` must follow."""
+        """Adopt a machine that runs without a manager. Call `leave` or `close` afterwards."""
         started = adopt(MachineConfig(name=name, console="headless"))
         machine = cls(started.config)
         machine._current = api._Current(await run(started, notice=machine.adoption_notes.append))
         return machine
 
     async def leave(self) -> None:
-        """Let go of the machine, which runs on."""
+        """Stop managing the machine, which continues to run."""
         await self.inner.leave()
 
     async def close(self) -> None:
@@ -95,11 +95,11 @@ class Machine(api.Machine):
         return self.inner.qmp(read_only=read_only)
 
     def disk(self, name: str) -> AttachedDisk:
-        """A disk that is there."""
+        """Return an attached disk."""
         return next(each for each in self.storage if each.name == name)
 
     async def sizes(self) -> dict[str, int]:
-        """The size of each disk by its name."""
+        """Return the size of each disk by name."""
         return {name: look.size for name, look in (await self.storage.look()).items()}
 
     async def attach_backing(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
@@ -110,12 +110,12 @@ class Machine(api.Machine):
 
 
 def fresh_name() -> str:
-    """A name that no other machine has."""
+    """Return a unique name for a machine."""
     return f"t{uuid.uuid4().hex[:10]}"
 
 
 def idle_machine(qemu: str, folder: Path, **options: Any) -> Machine:
-    """A machine whose guest is its firmware, looking for something to boot: for all that needs no guest."""
+    """Return a machine that stays in its firmware, for tests that need no guest."""
     image = make_raw(folder / f"boot-{fresh_name()}", 1 << 20)
     defaults = {"image": str(image), "qemu": qemu, "name": fresh_name(), "console": "headless", "ram": 64 << 20}
     return Machine(**{**defaults, **options})
@@ -123,7 +123,7 @@ def idle_machine(qemu: str, folder: Path, **options: Any) -> Machine:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a disk may leave behind."""
+    """The objects that a disk may leave behind."""
 
     nodes: frozenset[str]
     fdsets: tuple[int, ...]
@@ -134,7 +134,7 @@ class Snapshot:
 
     @classmethod
     async def take(cls, machine: Machine) -> "Snapshot":
-        """Look at QEMU through its monitor, and at both processes through /proc."""
+        """Ask QEMU through its monitor, and read both processes' files from /proc."""
         nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
         fdsets = await machine.monitor.execute("query-fdsets")
         pci = await machine.monitor.execute("query-pci")
@@ -150,23 +150,23 @@ class Snapshot:
 
 @contextlib.asynccontextmanager
 async def unchanged(machine: Machine) -> AsyncIterator[None]:
-    """What happens meanwhile must leave the machine as it was."""
+    """Check that the block leaves nothing behind in the machine."""
     before = await Snapshot.take(machine)
     yield
     assert await Snapshot.take(machine) == before
 
 
-# QEMU makes event descriptors and rings for its threads, once, when they are first needed.
+# QEMU creates event descriptors and rings for its threads on their first use.
 _OF_THREADS = ("anon_inode:[event", "anon_inode:[io_uring")
 
 
 def open_files(pid: int) -> int:
-    """How many files a process has open, but for those of its threads."""
+    """Return the number of a process's open files, except those of its threads."""
     return sum(not link.startswith(_OF_THREADS) for link in links_of(pid))
 
 
 def links_of(pid: int) -> list[str]:
-    """What the descriptors of a process are open on, as /proc names it; those that it closes meanwhile are left out."""
+    """Return the targets of a process's descriptors from /proc, without descriptors that are closed meanwhile."""
     links = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -185,17 +185,17 @@ def _qdev_ids(found: Any) -> list[str]:
 
 
 def is_gone(name: str) -> bool:
-    """Whether nothing of a machine is left in the runtime directory."""
+    """Return whether the runtime directory has nothing of a machine."""
     return not os.path.exists(os.path.join(runtime.runtime_root(), name))
 
 
 def process_is_gone(pid: int) -> bool:
-    """Whether no such process runs."""
+    """Return whether no process has the id."""
     return runtime.start_time(pid) == 0
 
 
 async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> dict[str, Any]:
-    """Wait for the next event of that name and return its data."""
+    """Wait for the next event with a name, and return its data."""
     async with asyncio.timeout(timeout):
         with machine.events() as events:
             async for event in events:
@@ -205,8 +205,10 @@ async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> 
 
 
 async def detach_by_reset(machine: Machine, *names: str) -> None:
-    """Detach disks of a guest that is its firmware. That lets go of no PCI device; a reset does, for what was asked
-    before it. A firmware that was reset may reset itself once more, so that a disk may be gone sooner."""
+    """Detach disks of a machine in its firmware, which releases PCI devices only at a reset after the request.
+
+    A firmware that was reset may reset itself once more, so a disk may be removed sooner.
+    """
 
     async def detach(name: str) -> None:
         with contextlib.suppress(NoSuchStorage):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""UEFI firmware for tests: the distribution's package, unpacked into the cache without installing it."""
+"""Provides UEFI firmware for tests: the distribution's package, unpacked into the cache without installing it."""
 
 import fcntl
 import json
@@ -20,14 +20,14 @@ _DESCRIPTORS = "/usr/share/qemu/firmware"
 
 
 def cache() -> Path:
-    """Where tests keep what takes long to make."""
+    """Return the cache directory for files that take long to make."""
     folder = Path(cache_directory()) / "test"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def tree() -> Path:
-    """The unpacked package, or the system's root where it is installed; a test that can have neither is skipped."""
+    """Return the unpacked package, or the system's root if it is installed. Skips the test if neither works."""
     if Path(_DESCRIPTORS, "60-edk2-x86_64.json").exists():
         return Path("/")
     final = cache() / PACKAGE
@@ -44,8 +44,7 @@ def tree() -> Path:
 
 
 def install(config_home: Path) -> Path:
-    """Offer the firmware in a user's configuration directory, as the package does in the system's. Returns the folder
-    of the descriptors."""
+    """Write descriptors of the firmware to a user's configuration directory. Returns their folder."""
     source = tree()
     target = config_home / "qemu" / "firmware"
     target.mkdir(parents=True, exist_ok=True)
@@ -59,5 +58,5 @@ def install(config_home: Path) -> Path:
 
 
 def environment(config_home: Path) -> dict[str, str]:
-    """The environment of a user whose configuration directory that is."""
+    """Return the environment of a user with that configuration directory."""
     return {**os.environ, "XDG_CONFIG_HOME": str(config_home)}

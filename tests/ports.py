@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Managers that know nothing but ports, and one that kills itself at a chosen point.
+"""Runs managers of ports only, of which one kills itself at a chosen point.
 
-`python -m tests.ports MACHINE OPERATION POINT` takes over a machine's ports and does one operation. It dies at that
+`python -m tests.ports MACHINE OPERATION POINT` adopts a machine's ports and does one operation. It dies at that
 point: points are before and after each write of the journal, and after each command that QEMU has executed. So it
-leaves what a manager leaves whose commands went out in one go and were cut off there. It prints `died` or `finished`.
+leaves QEMU in the state after a truncated stream of commands. It prints `died` or `finished`.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from vmspawn.qmp.monitor import Command, Monitor
 from vmspawn.qmp.run_state import RunState
 
 CONTROLLER = "serial0"
-#: Port 0 belongs to a virtio console. Two are few enough to run out.
+#: Port 0 belongs to a virtio console. Two ports are few enough to run out.
 NUMBERS = range(1, 3)
 GUEST_NAME = "org.vmspawn.test"
 
@@ -41,7 +41,7 @@ class Manager:
         self.ports = Ports(self.hotplug, CONTROLLER, NUMBERS, saved)
 
     async def seen(self) -> tuple[set[str], set[str]]:
-        """The devices and the character devices of ports that QEMU has."""
+        """Return the devices and the character devices of ports in QEMU."""
         devices = await self.monitor.execute("qom-list", {"path": "/machine/peripheral"})
         chardevs = await self.monitor.execute("query-chardev")
         return (
@@ -52,7 +52,7 @@ class Manager:
 
 @asynccontextmanager
 async def managed(name: str) -> AsyncIterator[Manager]:
-    """Take a machine's ports over, and let go of them in the end."""
+    """Adopt a machine's ports, and stop managing them on exit."""
     directory = MachineDirectory.take_over(name)
     try:
         manager = Manager(directory, runtime.read_state(directory.path))
@@ -70,13 +70,13 @@ async def managed(name: str) -> AsyncIterator[Manager]:
 
 
 class Points:
-    """Counts down to the end of this process."""
+    """Counts points, and kills this process at the chosen one."""
 
     def __init__(self, count: int) -> None:
         self._left = count
 
     def passed(self) -> None:
-        """One more point was reached."""
+        """Count a point."""
         self._left -= 1
         if self._left == 0:
             os.write(1, b"died\n")
@@ -84,7 +84,7 @@ class Points:
 
 
 def die_at(count: int) -> None:
-    """Die at that point from now on."""
+    """Die at the point with that number from now on."""
     points = Points(count)
     write, execute_all = Journal.write, Monitor.execute_all
 

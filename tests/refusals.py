@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Errors as a user of the command line reads them."""
+"""Checks errors as a user of the command line reads them."""
 
 import functools
 import re

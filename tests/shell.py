@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A person at the built-in guest's console: types commands, reads what comes back, waits for what the guest says."""
+"""Types commands on the built-in guest's console, and reads their output and the guest's messages."""
 
 import asyncio
 import contextlib
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 from tests.machines import Machine, fresh_name
 from vmspawn.host.runtime import CONSOLE
 
-#: The guest boots in three seconds under emulation; on a busy machine it may take a while.
+#: Seconds that the guest has to boot. It takes three under emulation on an idle host.
 BOOT_TIMEOUT = 60.0
 COMMAND_TIMEOUT = 30.0
 
 READY = "vmspawn-guest: ready"
 
-#: What the guest says by itself, of its disks above all, whenever it likes: in the midst of what a command prints too.
+#: The guest's own messages, which may come at any time, even amid a command's output.
 _SAID = re.compile(r"^vmspawn-guest: .*\n", re.MULTILINE)
 
 
 class Shell:
-    """The console of one machine. All that was printed is kept in `text`; waiting goes on where the last wait ended."""
+    """The console of one machine. `text` is all output; each wait begins after the previous match."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -37,16 +37,16 @@ class Shell:
 
     @classmethod
     async def connect(cls, path: str) -> "Shell":
-        """The same by the console's path, whoever manages the machine."""
+        """Connect to a console by its path, and wait until the guest is up."""
         reader, writer = await asyncio.open_unix_connection(path)
         shell = cls(reader, writer)
         await shell.wait_for(READY, timeout=BOOT_TIMEOUT)
-        # What the kernel says of disks that fail would fall into the midst of a line.
+        # The kernel's messages about failing disks would come amid a line.
         await shell.run("stty -echo; PS1=; echo 1 >/proc/sys/kernel/printk")
         return shell
 
     async def reconnect(self, path: str) -> None:
-        """Go on where another manager serves the console of the same guest, behind what the last one still said."""
+        """Connect to the console of the same guest at another manager, and skip the output that was read before."""
         async with asyncio.timeout(COMMAND_TIMEOUT):
             with contextlib.suppress(ConnectionError):
                 while data := await self._reader.read(65536):
@@ -55,7 +55,7 @@ class Shell:
         self._reader, self._writer = await asyncio.open_unix_connection(path)
 
     async def wait_for(self, pattern: str, *, timeout: float = COMMAND_TIMEOUT) -> re.Match[str]:
-        """Wait until the guest prints what the regular expression matches, after the last match."""
+        """Wait until the guest prints text that matches a regular expression, after the previous match."""
         expression = re.compile(pattern)
         try:
             async with asyncio.timeout(timeout):
@@ -72,12 +72,12 @@ class Shell:
         self.text += data.decode(errors="replace").replace("\r", "")
 
     async def run(self, command: str, *, timeout: float = COMMAND_TIMEOUT) -> str:
-        """Run a command in the guest, which must succeed; what it printed, without what the guest says by itself."""
+        """Run a command in the guest, which must succeed. Returns its output without the guest's own messages."""
         self._count += 1
         mark = f"done-{self._count}"
-        # Where a line begins that the guest has begun to say of its disks, for only a whole one is known as such.
+        # The start of the last line, which may be an unfinished message of the guest. Complete messages are removed.
         start = self.text.rfind("\n") + 1
-        # The mark is typed in two pieces, so that the echo of the command is not taken for it.
+        # The mark is typed in two pieces, so that the echo of the command does not match it.
         self._writer.write(f'{command}; echo "done"-{self._count}-$?\n'.encode())
         match = await self.wait_for(rf"{mark}-(\d+)\n", timeout=timeout)
         output = _SAID.sub("", self.text[start : match.start()])
@@ -90,7 +90,7 @@ class Shell:
 
 
 class Booted(NamedTuple):
-    """A machine whose built-in guest is up, and its console."""
+    """A machine with the booted built-in guest, and its console."""
 
     machine: Machine
     shell: Shell
@@ -98,7 +98,7 @@ class Booted(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def booted(qemu: str, **options: Any) -> AsyncIterator[Booted]:
-    """Boot the built-in guest, without a screen."""
+    """Boot the built-in guest with a headless console."""
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless", **options) as machine:
         shell = await Shell.open(machine)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Managers that are killed, and the machines that survive them."""
+"""Runs machines that survive the death of their managers."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from vmspawn.host import runtime
 
 
 class Survivor:
-    """A machine under `vmspawn` processes that follow each other. Ends what is left of both in `close`."""
+    """A machine with one `vmspawn` process after another. `close` ends both."""
 
     def __init__(self, name: str, *arguments: str) -> None:
         self.name = name
@@ -33,13 +33,13 @@ class Survivor:
         return os.path.join(runtime.runtime_root(), self.name)
 
     def kill_manager(self) -> None:
-        """kill -9, and wait until it is dead."""
+        """Kill the manager with SIGKILL, and wait until it is dead."""
         self.manager.process.kill()
         self.manager.process.wait()
         self.manager.close()
 
     def adopt(self, *arguments: str) -> None:
-        """A new manager takes over."""
+        """Start a manager that adopts the machine."""
         self.manager = Spawned(self.name, ("--adopt", "--console=headless", *arguments))
         self.manager.wait_for("is running")
 
@@ -49,17 +49,17 @@ class Survivor:
         wait_until_dead(self.pid)
 
     def attach(self, path: Path, *arguments: str) -> None:
-        """`vmctl attach-disk`, which must succeed."""
+        """Run `vmctl attach-disk`, which must succeed."""
         done = vmctl("attach-disk", self.name, str(path), *arguments)
         assert done.returncode == 0, done.stderr
 
     def disks(self) -> list[dict[str, Any]]:
-        """What `vmctl list-disks` shows."""
+        """Return the output of `vmctl list-disks`."""
         found: list[dict[str, Any]] = json.loads(vmctl("list-disks", self.name, "--json=short").stdout)
         return found
 
     def monitor(self) -> "RawMonitor":
-        """A connection to the manager's monitor, which it must not hold."""
+        """Connect to the manager's monitor, while there is no manager."""
         return RawMonitor(os.path.join(self.folder, "qmp-manager"))
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class Survivor:
 
 @contextmanager
 def survivor(name: str, *arguments: str) -> Iterator[Survivor]:
-    """A machine whose managers may be killed."""
+    """Start a machine whose managers may be killed, and end it on exit."""
     made = Survivor(name, *arguments)
     try:
         yield made
@@ -82,14 +82,14 @@ def survivor(name: str, *arguments: str) -> Iterator[Survivor]:
 
 
 def idle_survivor(qemu: str, folder: Path) -> AbstractContextManager[Survivor]:
-    """The same with a machine whose guest is its firmware, and four ports."""
+    """Start a survivor that stays in its firmware, with four ports."""
     image = make_raw(folder / "boot", 1 << 20)
     options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--hotplug-ports=4")
     return survivor(fresh_name(), *options)
 
 
 class RawMonitor:
-    """A blocking client of one of QEMU's monitors, without any of our code."""
+    """A blocking client of one of QEMU's monitors, without vmspawn's code."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -100,7 +100,7 @@ class RawMonitor:
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """The reply to a command; events before it are passed over."""
+        """Run a command and return its reply. Events before the reply are skipped."""
         self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         while True:
             message = json.loads(self._lines.readline())
@@ -120,7 +120,7 @@ class RawMonitor:
 
 
 def wait_until_dead(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
+    """Wait until a process that is not a child of this one has ended."""
     with suppress(ProcessLookupError):
         fd = os.pidfd_open(pid)
         try:

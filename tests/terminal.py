@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A person at a terminal: a real pty with a program on it, what it shows, and its settings before and after."""
+"""Runs programs on a real pty, and checks their output and the terminal's settings."""
 
 import contextlib
 import fcntl
@@ -28,16 +28,16 @@ PROMPT = b"vmspawn# "
 
 
 class Tty:
-    """A pty of which both ends are held, so that its settings outlive the programs on it.
+    """A pty with both ends open, so that its settings outlive the programs on it.
 
-    What was shown and not waited for yet is in `shown`; everything that ever was, in `everything`.
+    `shown` is the output after the last match of `expect`; `everything` is all output.
     """
 
     def __init__(self, rows: int = 24, columns: int = 80) -> None:
         self.master, self.slave = pty.openpty()
         self.path = os.ttyname(self.slave)
         self.resize(rows, columns)
-        # A size is not a setting that a program could spoil; everything else that stty(1) shows is.
+        # A program must restore everything that stty(1) shows, except the size.
         self.settings_before = self.settings()
         self.shown = bytearray()
         self.before = b""
@@ -45,7 +45,7 @@ class Tty:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
-        """Run a program that has this terminal, as its session's leader."""
+        """Start a program as the session leader of this terminal."""
         process = subprocess.Popen(
             command,
             stdin=self.slave,
@@ -59,18 +59,18 @@ class Tty:
         return process
 
     def resize(self, rows: int, columns: int) -> None:
-        """Change the window; the foreground process gets SIGWINCH."""
+        """Resize the window. The foreground process gets SIGWINCH."""
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
     def settings(self) -> str:
-        """`stty -a`, without the window's size."""
+        """Return the output of `stty -a`, without the window's size."""
         shown = subprocess.run(
             ["stty", "-a", "-F", self.path], stdin=subprocess.DEVNULL, check=True, capture_output=True, text=True
         ).stdout
         return re.sub(r"rows \d+; columns \d+;", "", shown)
 
     def type(self, data: bytes) -> None:
-        """Type, while what is shown is read, as a terminal does."""
+        """Type, and read the output meanwhile, as a terminal does."""
         deadline = time.monotonic() + DEADLINE
         while data:
             ready, writable, _ = select.select([self.master], [self.master], [], deadline - time.monotonic())
@@ -81,7 +81,7 @@ class Tty:
                 data = data[os.write(self.master, data[:512]) :]
 
     def type_slowly(self, pieces: list[bytes], pause: float) -> None:
-        """Type pieces with a person's pauses between them, in which what is shown is read."""
+        """Type pieces with pauses between them, and read the output meanwhile."""
         for number, piece in enumerate(pieces):
             next_at = time.monotonic() + (pause if number else 0.0)
             while (left := next_at - time.monotonic()) > 0:
@@ -90,14 +90,14 @@ class Tty:
             self.type(piece)
 
     def expect(self, pattern: bytes, *, timeout: float = DEADLINE) -> re.Match[bytes]:
-        """Wait until what is shown matches, and forget it and all before it, which `before` has then."""
+        """Wait until the output matches, and consume it up to the end of the match. `before` is the text before it."""
         expression = re.compile(pattern)
         deadline = time.monotonic() + timeout
         start = 0
         while not (match := expression.search(bytes(self.shown[start:]))):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{pattern!r} was not shown; there is: {self.shown[-3000:]!r}"
-            # What matches is shorter than a few lines.
+            # A match is shorter than a few lines.
             start = max(0, len(self.shown) - 400)
             self._read()
         self.before = bytes(self.shown[: start + match.start()])
@@ -105,7 +105,7 @@ class Tty:
         return match
 
     def wait_until_raw(self) -> None:
-        """Wait until a program has taken the terminal: vmspawn does just after it has said that the machine runs."""
+        """Wait until a program has made the terminal raw. vmspawn does that just after it reports a running machine."""
         deadline = time.monotonic() + DEADLINE
         while termios.tcgetattr(self.slave)[3] & termios.ICANON:
             assert time.monotonic() < deadline, "no program took the terminal"
@@ -117,12 +117,12 @@ class Tty:
         self.everything += data
 
     def drain(self) -> None:
-        """Read what is there."""
+        """Read all available output."""
         while select.select([self.master], [], [], 0)[0]:
             self._read()
 
     def wait(self, process: subprocess.Popen[bytes], *, timeout: float = DEADLINE) -> int:
-        """Read on until a program ends; its exit status. The terminal must be then as it was before."""
+        """Read until a program ends, and return its exit status. The terminal's settings must be restored by then."""
         deadline = time.monotonic() + timeout
         pidfd = os.pidfd_open(process.pid)
         try:
@@ -141,7 +141,7 @@ class Tty:
         return status
 
     def close(self) -> None:
-        """End what runs and give the pty up."""
+        """Kill the programs that still run, and close the pty."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -152,7 +152,7 @@ class Tty:
 
 
 class Seated(Tty):
-    """A terminal with vmspawn on it."""
+    """A terminal that vmspawn runs on."""
 
     def __init__(self, name: str, arguments: tuple[str, ...], command: list[str] | None = None) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Seated(Tty):
         self.process = self.start(command or [*VMSPAWN, "-M", name, *arguments])
 
     def run(self, command: str, *, timeout: float = DEADLINE) -> bytes:
-        """Run a command in the guest's shell; what it printed. The mark is not echoed as it is printed."""
+        """Run a command in the guest's shell, and return its output. The command's echo does not match the mark."""
         self.type(command.encode() + b"; echo do''ne-$?\n")
         mark = self.expect(rb"done-(\d+)\r\n", timeout=timeout)
         assert mark[1] == b"0", self.before
@@ -171,11 +171,11 @@ class Seated(Tty):
         self.process.send_signal(number)
 
     def ended(self, *, timeout: float = DEADLINE) -> int:
-        """Wait for vmspawn's end; its exit status."""
+        """Wait for vmspawn's end, and return its exit status."""
         return self.wait(self.process, timeout=timeout)
 
     def close(self) -> None:
-        """End the machine as well; that, too, leaves the terminal as it was."""
+        """End the machine too. The terminal's settings must be restored afterwards."""
         try:
             if self.process.poll() is None and vmctl("terminate", self.name).returncode == 0:
                 self.ended()
@@ -185,7 +185,7 @@ class Seated(Tty):
 
 @contextmanager
 def seated(*arguments: str, name: str | None = None) -> Iterator[Seated]:
-    """vmspawn on a terminal of its own; ended afterwards if it still runs."""
+    """Start vmspawn on a new terminal, and end it on exit if it still runs."""
     terminal = Seated(name or fresh_name(), arguments)
     try:
         yield terminal
@@ -194,13 +194,13 @@ def seated(*arguments: str, name: str | None = None) -> Iterator[Seated]:
 
 
 def shell_job(shell: int) -> int:
-    """The process id of a shell's only job."""
+    """Return the process id of a shell's only job."""
     return int(Path(f"/proc/{shell}/task/{shell}/children").read_text())
 
 
 @contextmanager
 def attached(machine: str) -> Iterator[Tty]:
-    """A terminal with `vmctl console` on it, in its first process."""
+    """Start `vmctl console` on a new terminal, as its session leader."""
     with terminal() as tty:
         tty.start([*VMCTL, "console", machine])
         tty.expect(rb"press \^\] three times")
@@ -210,7 +210,7 @@ def attached(machine: str) -> Iterator[Tty]:
 
 @contextmanager
 def terminal() -> Iterator[Tty]:
-    """A terminal with nothing on it yet."""
+    """Open a terminal without a program."""
     tty = Tty()
     try:
         yield tty

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unified kernel images for tests, put together of systemd's stub by objcopy."""
+"""Makes unified kernel images for tests, from systemd's stub with objcopy."""
 
 import shutil
 import subprocess
@@ -9,11 +9,11 @@ import pytest
 
 
 def make_uki(path: Path, stub: Path, kernel: Path, initrd: Path, os_release: Path) -> Path:
-    """A UKI without a command line of its own: what the kernel is told comes from outside."""
+    """Make a UKI without a command line, so that the kernel's arguments come from outside."""
     for program in ("objcopy", "objdump"):
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed (Debian: binutils)")
-    # The sections come one after the other behind the stub's, each on a boundary of the stub's alignment.
+    # Each section follows the previous one, at a multiple of the stub's alignment.
     address = _end(stub)
     options: list[str] = []
     for name, source in ((".osrel", os_release), (".linux", kernel), (".initrd", initrd)):
@@ -29,7 +29,7 @@ def _align(address: int) -> int:
 
 
 def _end(stub: Path) -> int:
-    """Where the last section of a PE image ends in memory."""
+    """Return the address at which the last section of a PE image ends in memory."""
     listed = subprocess.run(["objdump", "-h", str(stub)], capture_output=True, text=True, check=True, timeout=60).stdout
     rows = [line.split() for line in listed.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
     return _align(max(int(row[2], 16) + int(row[3], 16) for row in rows))

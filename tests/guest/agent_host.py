@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's side of the agent, for its tests: a QEMU with the built-in guest, its control port, and commands on ports.
+"""Talks to the agent for its tests, as the manager does: the control port, and commands on ports.
 
-It does what the manager does, with nothing between: raw QMP, one thread, and a deadline on every wait.
+It uses raw QMP to a QEMU with the built-in guest, in one thread, with a deadline on every wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vmspawn.agent.protocol import ControlMessage, Exited, Failed, Malformed, Re
 from vmspawn.guest import build, builtin
 from vmspawn.guest.initramfs import Initramfs
 
-# Deadlines, not expectations: a boot takes two seconds, on a busy machine many times that.
+# Deadlines, not expectations: a boot takes two seconds, and much longer on a busy host.
 BOOT_SECONDS = 60.0
 ANSWER_SECONDS = 25.0
 
@@ -40,7 +40,7 @@ _Found = TypeVar("_Found")
 
 
 def initrd_with(path: Path, guest: str, agent: bytes) -> Path:
-    """An initramfs with the agent in it: the kernel unpacks one archive after the other."""
+    """Make an initramfs with the agent, by appending an archive: the kernel unpacks all of them."""
     with open(path, "wb") as file:
         file.write(Path(guest).read_bytes())
         archive = Initramfs(file)
@@ -50,7 +50,7 @@ def initrd_with(path: Path, guest: str, agent: bytes) -> Path:
 
 
 class Monitor:
-    """QMP on a socket, with descriptors; events are skipped unless somebody waits for one."""
+    """QMP on a socket, with descriptors. Events are skipped, except by `wait_deleted`."""
 
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
@@ -70,7 +70,7 @@ class Monitor:
         return message
 
     def send(self, name: str, fds: Sequence[int] = (), /, **arguments: Any) -> None:
-        """Send a command; its reply is for `reply`."""
+        """Send a command without waiting. `reply` returns its reply."""
         data = json.dumps({"execute": name, "arguments": arguments}, separators=(",", ":")).encode()
         if fds:
             socket.send_fds(self.socket, [data], fds)
@@ -78,19 +78,19 @@ class Monitor:
             self.socket.sendall(data)
 
     def reply(self) -> Any:
-        """The next reply."""
+        """Return the next reply."""
         while "event" in (message := self._message()):
             self._events.append(message)
         assert "return" in message, message
         return message["return"]
 
     def command(self, name: str, /, **arguments: Any) -> Any:
-        """Run a command."""
+        """Run a command and return its reply."""
         self.send(name, **arguments)
         return self.reply()
 
     def wait_deleted(self, device: str) -> None:
-        """Wait for the event that a device is gone."""
+        """Wait for a device's DEVICE_DELETED."""
         while True:
             for event in self._events:
                 if event["event"] == "DEVICE_DELETED" and event["data"].get("device") == device:
@@ -103,7 +103,7 @@ class Monitor:
 
 @dataclass
 class Completed:
-    """What became of a command."""
+    """The result of a command."""
 
     end: Exited | Signalled | Failed
     stdout: bytes
@@ -111,12 +111,12 @@ class Completed:
 
     @property
     def status(self) -> int:
-        """As a shell would have it."""
+        """The exit status, as a shell reports it."""
         return 128 + self.end.signal if isinstance(self.end, Signalled) else self.end.status
 
 
 class Command:
-    """A command with our ends of its ports. `stdin` and so on are sockets, and may be closed by a test."""
+    """A command with the sockets of its ports. Tests may close `stdin` and the other sockets."""
 
     def __init__(self, machine: AgentMachine, run: Run) -> None:
         self.run = run
@@ -135,7 +135,7 @@ class Command:
         return f"x{self.run.id}-{stream}"
 
     def read_status(self, seconds: float = ANSWER_SECONDS) -> None:
-        """Wait for something on the status port."""
+        """Read from the status port."""
         port = self.sockets[protocol.STATUS]
         assert select.select([port], [], [], seconds)[0], f"no status within {seconds:g} s; there is {self.status}"
         data = port.recv(4096)
@@ -159,13 +159,13 @@ class Command:
             self.read_status()
 
     def close_stdin(self) -> None:
-        """The end of the command's input, once it runs."""
+        """End the command's input, after the command has started."""
         while not any(isinstance(message, protocol.Started | Failed) for message in self.status):
             self.read_status()
         self.sockets[protocol.STDIN].shutdown(socket.SHUT_WR)
 
     def read_until(self, what: bytes, stream: str = protocol.TTY) -> bytes:
-        """Read until something has come; what is after it is for the next call."""
+        """Read until some text has come. The rest is for the next call."""
         found, port = self._unread.pop(stream, b""), self.sockets[stream]
         while what not in found:
             assert select.select([port], [], [], ANSWER_SECONDS)[0], f"no {what!r}; there is {found!r}"
@@ -211,7 +211,7 @@ class Command:
         return False
 
     def unplug(self) -> None:
-        """Take the ports away: the hang-up, if the command still runs."""
+        """Unplug the ports, which kills the command if it still runs."""
         for stream in self.sockets:
             self.machine.monitor.command("device_del", id=self._id(stream))
         for stream, port in self.sockets.items():
@@ -219,12 +219,12 @@ class Command:
             self.machine.monitor.command("chardev-remove", id=self._id(stream))
             port.close()
             self.machine.free.append(self.numbers[stream])
-        # So that the guest has heard of it: QEMU drops what finds no room in the queue of 32 messages about ports
+        # Wait until the guest has handled it: QEMU drops port notifications when its queue of 32 is full.
         self.machine.ping()
 
 
 class AgentMachine:
-    """A machine with the built-in guest and the agent in it."""
+    """A machine with the built-in guest and its agent."""
 
     def __init__(
         self, qemu: str, folder: Path, stack: ExitStack, *, architecture: str = "x86_64", agent: Path | None = None
@@ -239,7 +239,7 @@ class AgentMachine:
         self._stack = stack
         self.control: socket.socket | None = None
         ours, theirs = socket.socketpair()
-        # Not a pair: the host can go and come again
+        # A listening socket, not a pair, so that the host can disconnect and connect again.
         self._path = folder / "control"
         port = f"virtserialport,id=control,name={protocol.CONTROL_PORT}"
         with theirs, socket.socket(socket.AF_UNIX) as listening:
@@ -267,7 +267,7 @@ class AgentMachine:
         self.connect()
 
     def connect(self) -> None:
-        """Connect to the control port, as a new manager would; hang up the connection that there was."""
+        """Connect to the control port, as a new manager does, and close the previous connection."""
         if self.control is not None:
             self.control.close()
         self.messages.clear()
@@ -278,12 +278,12 @@ class AgentMachine:
         self.control.connect(str(self._path))
 
     def disconnect(self) -> None:
-        """Close the control port's connection."""
+        """Close the connection to the control port."""
         assert self.control is not None
         self.control.close()
 
     def receive(self, kind: type[_Found], seconds: float = ANSWER_SECONDS) -> _Found:
-        """Wait for a message on the control port; forget it and those before it."""
+        """Wait for a message on the control port, and consume it and all before it."""
         deadline = time.monotonic() + seconds
         assert self.control is not None
         while True:
@@ -299,12 +299,12 @@ class AgentMachine:
             self.messages += self._reader.feed(data)
 
     def send(self, data: bytes) -> None:
-        """Send to the agent."""
+        """Send bytes to the agent."""
         assert self.control is not None
         self.control.sendall(data)
 
     def start_session(self) -> Ready:
-        """Begin a session."""
+        """Begin a session with the agent."""
         self.session = f"s{next(self._ids)}"
         self.send(protocol.sync(self.session))
         while (ready := self.receive(Ready)).nonce != self.session:
@@ -324,7 +324,7 @@ class AgentMachine:
         self.messages.remove(protocol.Pong(nonce))
 
     def plug(self, device: str, id: str, stream: str) -> tuple[socket.socket, int]:
-        """Plug a port in: our end, and its number. The replies are for `plugged`."""
+        """Plug a port in, and return its socket and its number. `plugged` reads the replies."""
         ours, theirs = socket.socketpair()
         self._stack.callback(ours.close)
         number = self.free.pop(0)
@@ -345,7 +345,7 @@ class AgentMachine:
         return ours, number
 
     def plugged(self) -> None:
-        """Wait for a port to be there."""
+        """Wait until a port is plugged in."""
         for _ in range(3):
             self.monitor.reply()
 
@@ -358,7 +358,7 @@ class AgentMachine:
         return command
 
     def run(self, *arguments: bytes | str, data: bytes = b"", **fields: Any) -> Completed:
-        """Run a command to its end."""
+        """Run a command until it ends."""
         return self.start(*arguments, **fields).communicate(data)
 
 
@@ -366,7 +366,7 @@ class AgentMachine:
 def booted(
     qemu: str, folder: Path, *, architecture: str = "x86_64", agent: Path | None = None
 ) -> Iterator[AgentMachine]:
-    """A machine for the length of a block, its agent ready and in a session."""
+    """Boot a machine, and begin a session with its agent. Kills the machine on exit."""
     with ExitStack() as stack:
         machine = AgentMachine(qemu, folder, stack, architecture=architecture, agent=agent)
         machine.receive(Ready, BOOT_SECONDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The manager is killed at any moment, again and again, while the guest writes; the guest never notices."""
+"""The guest keeps writing while its manager is killed at random moments, again and again."""
 
 import asyncio
 import contextlib
@@ -30,10 +30,10 @@ from vmspawn.host.runtime import CONSOLE
 
 MACHINE = "io.vmspawn.Machine"
 
-#: How often the manager is killed in one test: every day, at a scale of more than 1, and in `./dev soak`.
+#: The number of times that a test kills the manager: by default, at a scale of more than 1, and in `./dev soak`.
 KILLS = 6 if SCALE <= 1 else 300 if SCALE < 10 else 1000
 
-#: Seconds within which the manager is killed after something was begun. An attach takes 0.01 s, a detach 0.1 s.
+#: The manager is killed within this many seconds after an operation began. An attach takes 0.01 s, a detach 0.1 s.
 MOMENTS = {"attach": 0.02, "detach": 0.15, "replace": 0.02, "qmp": 0.05, "idle": 0.01}
 
 BUSES = ("virtio-blk", "nvme", "virtio-scsi")
@@ -47,7 +47,7 @@ def guest(qemu: str) -> Iterator[Survivor]:
 
 @contextlib.asynccontextmanager
 async def shell_of(guest: Survivor) -> AsyncIterator[Shell]:
-    """The guest's console, which its manager serves."""
+    """Connect to the guest's console at its manager."""
     shell = await Shell.connect(os.path.join(guest.folder, CONSOLE))
     try:
         yield shell
@@ -56,7 +56,7 @@ async def shell_of(guest: Survivor) -> AsyncIterator[Shell]:
 
 
 class Work:
-    """Something that a client asks of the manager, in a thread; that the manager dies is no error of it."""
+    """Operations of a client in a thread. The manager's death is not an error."""
 
     def __init__(self, guest: Survivor, choices: random.Random, folder: Path) -> None:
         self._guest = guest
@@ -64,7 +64,7 @@ class Work:
         self._folder = folder
 
     def begin(self) -> tuple[str, threading.Thread]:
-        """Begin something that makes sense now; says what."""
+        """Begin an operation that is possible now. Returns its name and its thread."""
         extra = [disk for disk in self._guest.disks() if disk["name"] != "log"]
         kinds = ["idle", "qmp"]
         kinds += ["attach"] * 2 if len(extra) < 4 else []
@@ -104,7 +104,7 @@ class Work:
             os.close(fd)
 
     def _qmp(self, client: Client, extra: list[dict[str, Any]], chosen: dict[str, Any]) -> None:
-        """A QMP client that never stops, and leaves names and sets of descriptors behind."""
+        """Run QMP commands without end, which leave names of descriptors and descriptor sets behind."""
         connected, _ = client.upgrade(f"{MACHINE}.AcquireQMP")
         connected.sendall(b'{"execute":"qmp_capabilities"}')
         fd = os.open(os.devnull, os.O_RDWR)
@@ -138,7 +138,7 @@ async def test_the_guest_never_notices(guest: Survivor, tmp_path: Path) -> None:
 async def write_while_managers_die(
     guest: Survivor, shell: Shell, choices: random.Random, folder: Path, seed: str
 ) -> int:
-    """Returns how many records the guest wrote meanwhile."""
+    """Kill managers while the guest writes. Returns the number of records that the guest wrote."""
     done = await asyncio.to_thread(vmctl, "attach-disk", guest.name, str(folder / "log"))
     assert done.returncode == 0, done.stderr
     await start_writer(shell, "/dev/disk/by-id/virtio-log")
@@ -147,7 +147,7 @@ async def write_while_managers_die(
     adoptions: list[float] = []
     for number in range(KILLS):
         kind, thread = await asyncio.to_thread(work.begin)
-        # The moment is what is random here; there is nothing to wait for.
+        # The moment must be random, so there is no event to wait for.
         await asyncio.sleep(choices.uniform(0, MOMENTS[kind]))
         await asyncio.to_thread(guest.kill_manager)
         await asyncio.to_thread(thread.join, 30)
@@ -169,12 +169,12 @@ async def write_while_managers_die(
 
 
 async def check(guest: Survivor, shell: Shell, folder: Path, where: str) -> None:
-    """What list-disks shows is what the guest sees and what QEMU has, and there is nothing else."""
+    """Check that list-disks, the guest and QEMU agree on the disks, and that QEMU has no other objects."""
     disks = await asyncio.to_thread(settled, guest)
     for disk in disks:
         assert disk["state"] == "attached", where
     names = " ".join(sorted(disk["byId"].rpartition("/")[2] for disk in disks))
-    # An NVMe disk has other names: with the number of its namespace, and of what identifies that.
+    # An NVMe disk has more names, with its namespace's number and identifier.
     seen = "$(ls /dev/disk/by-id | grep -v ^nvme-nvme | sed 's/_[0-9]*$//' | sort -u | xargs)"
     waiting = f'n=0; until [ "{seen}" = "{names}" ] || [ $((n += 1)) -gt 100 ]; do usleep 10000; done'
     assert answer(await shell.run(f"{waiting}; echo {seen}")) == names, where
@@ -189,7 +189,7 @@ async def check(guest: Survivor, shell: Shell, folder: Path, where: str) -> None
 
 
 def settled(guest: Survivor) -> list[dict[str, Any]]:
-    """The disks, once all that was under way has come to its end."""
+    """Wait until all operations have ended, and return the disks."""
     for disk in guest.disks():
         if disk["state"] == "detaching":
             vmctl("detach-disk", guest.name, disk["name"])
@@ -208,12 +208,12 @@ def look(guest: Survivor) -> dict[str, Any]:
 
 
 def files_of(pid: int, folder: Path) -> list[str]:
-    """The files of the folder that a process has open, each once for each descriptor."""
+    """Return the files in the folder that a process has open, once for each descriptor."""
     return [link for link in links_of(pid) if os.path.dirname(link) == str(folder)]
 
 
 def processes_of(name: str) -> set[int]:
-    """The processes that have a machine's name on their command line, our own excepted."""
+    """Return the processes with a machine's name on their command line, except this process."""
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -226,7 +226,7 @@ def processes_of(name: str) -> set[int]:
 @pytest.mark.scaled
 @pytest.mark.parametrize("transport", ["serial"] if SCALE <= 1 else ["serial", "virtio"])
 async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, transport: str) -> None:
-    """It says on a disk when it has printed, since nobody reads the console then."""
+    """The guest writes to a disk when it has printed, because nobody reads the console then."""
     mark = make_raw(tmp_path / "mark", MIB)
     options = ("--guest=builtin", "--console=headless", f"--console-transport={transport}")
     with survivor(fresh_name(), f"--qemu={qemu}", f"--extra-drive={mark}", *options) as guest:
@@ -244,7 +244,7 @@ async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, tr
 
 @pytest.mark.soak
 async def test_what_does_not_fit_is_said_to_be_missing(qemu: str, tmp_path: Path) -> None:
-    """More than is kept is printed without a manager, again and again, and the guest is not held up."""
+    """The guest prints more than is kept without a manager, repeatedly, and is not blocked."""
     mark = make_raw(tmp_path / "mark", MIB)
     options = ("--guest=builtin", "--console=headless", f"--extra-drive={mark}")
     with survivor(fresh_name(), f"--qemu={qemu}", *options) as guest:
@@ -260,7 +260,7 @@ async def test_what_does_not_fit_is_said_to_be_missing(qemu: str, tmp_path: Path
                 await shell.run("echo and goes on")
 
 
-#: Waits for a word on the disk, prints, and writes one there itself.
+#: Waits for a word on the disk, prints, and writes a word to the disk.
 _LATE = (
     'until dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | grep -q "^go"; do usleep 10000; done; '
     "echo begin-$0; for n in $(seq 1000); do echo $n meanwhile; done; "
@@ -269,7 +269,7 @@ _LATE = (
 
 
 def let_print(guest: Survivor, path: Path, content: bytes) -> None:
-    """Give the word, and wait until the guest has written this; QEMU's answers are what time passes with."""
+    """Write the word, and wait until the guest has written `content`, by asking QEMU repeatedly."""
     with open(path, "r+b") as disk:
         disk.write(b"go".ljust(512, b"\0"))
     deadline = time.monotonic() + 60
@@ -282,7 +282,7 @@ def let_print(guest: Survivor, path: Path, content: bytes) -> None:
 @pytest.mark.scaled
 @pytest.mark.parametrize("manager", ["alive", "dead"])
 async def test_qemu_is_killed(qemu: str, tmp_path: Path, manager: str) -> None:
-    """The image is consistent up to the last record that the guest was told is written."""
+    """The image is consistent up to the last record whose write the guest saw completed."""
     for _ in range(max(1, min(20, round(SCALE)))):
         image = make_qcow2(tmp_path / "log", 64 * MIB)
         with survivor(fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--console=headless") as guest:
@@ -306,7 +306,7 @@ async def test_qemu_is_killed(qemu: str, tmp_path: Path, manager: str) -> None:
 
 
 def check_qcow2(image: Path, copy: Path, count: int) -> None:
-    # 3 says that clusters were leaked, which costs room and no data; 2 would be corruption.
+    # Status 3 means leaked clusters, which waste space but lose no data; 2 would be corruption.
     assert subprocess.run(["qemu-img", "check", "-q", str(image)], check=False).returncode in (0, 3)
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), str(copy)], check=True)
     assert verify(copy, count) >= count

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The agent in the built-in guest: what commands get, what comes back from them, and what happens on bad days."""
+"""The agent in the built-in guest runs commands, passes their streams, and survives failures."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ EVERY_BYTE = bytes(range(256))
 
 @pytest.fixture(scope="module")
 def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentMachine]:
-    """One machine for all tests that leave it as they found it."""
+    """Boot one machine for all tests that do not change it."""
     with booted(qemu, tmp_path_factory.mktemp("agent")) as machine:
         yield machine
 
 
 def shell(machine: AgentMachine, script: str) -> str:
-    """Run a script in the guest that is expected to succeed; return its output."""
+    """Run a script in the guest, which must succeed, and return its output."""
     done = machine.run("sh", "-c", script)
     assert (done.status, done.stderr) == (0, b""), done
     return done.stdout.decode()
@@ -46,12 +46,12 @@ def shell(machine: AgentMachine, script: str) -> str:
 
 def wait_in_guest(machine: AgentMachine, condition: str) -> None:
     """Wait until a condition holds in the guest."""
-    # No process that runs this test has the text in its arguments: it is a pattern there
+    # The pattern does not match itself in the arguments of the process that runs this check.
     runs = 'runs() { ps -o args | grep -q "^$1"; };'
     shell(machine, f"{runs} n=0; until {condition}; do usleep 20000; n=$((n + 1)); [ $n -lt 1500 ] || exit 1; done")
 
 
-# What a command gets, and what comes back
+# Arguments, environment and streams
 
 
 @pytest.mark.parametrize("status", [0, 1, 3, 126, 255])
@@ -190,7 +190,7 @@ def test_signals_are_as_at_boot(machine: AgentMachine) -> None:
 def test_many_run_at_once(machine: AgentMachine) -> None:
     commands = []
     for number in range(32):
-        # One by one: the guest's queue for what happens to ports has room for ten of them
+        # One at a time: QEMU's queue of port notifications has room for ten ports
         command = machine.start("cat")
         command.wait(Started)
         command.sockets["stdin"].sendall(b"%d" % number)
@@ -204,7 +204,7 @@ def test_many_run_at_once(machine: AgentMachine) -> None:
         command.unplug()
 
 
-# How a command ends
+# Exit statuses
 
 
 def test_children_in_the_background_live_on_and_are_not_waited_for(machine: AgentMachine) -> None:
@@ -360,13 +360,13 @@ def test_a_new_manager_finds_the_agent_at_rest(machine: AgentMachine) -> None:
     command.read_until(b"on\n", "stdout")
     machine.send(b"run half")
     machine.disconnect()
-    # A second without a host
+    # Spend a second without a host
     command.read_until(b"off\n", "stdout")
     machine.connect()
     assert machine.receive(Ready).pid == pid
     machine.start_session()
     after = sum(map(int, shell(machine, ticks).split()))
-    # Of the 100 ticks that the second had
+    # A second has 100 ticks
     assert after - before < 20
     assert command.end() == Exited(0, 7, 0)
     command.unplug()
@@ -437,7 +437,7 @@ def test_ports_that_never_come_are_not_waited_for_for_ever(machine: AgentMachine
     assert machine.receive(protocol.Lost) == protocol.Lost("portless")
 
 
-# Bad days of the guest
+# Failures in the guest
 
 
 def test_without_proc_and_on_a_read_only_root(machine: AgentMachine) -> None:
@@ -458,6 +458,6 @@ def test_a_command_that_eats_all_memory_is_killed_alone(machine: AgentMachine) -
 
 
 def test_nothing_is_left_in_the_guest(machine: AgentMachine) -> None:
-    # The agent, and the supervisor of the command that looks
+    # Two processes: the agent, and the supervisor of the command that counts
     wait_in_guest(machine, "[ $(pidof agent | wc -w) = 2 ]")
     assert shell(machine, "ps -o stat | grep -c Z || :") == "0\n"

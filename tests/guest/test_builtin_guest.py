@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The built-in guest on a plain QEMU: what it prints, and what it does when it is told something."""
+"""The built-in guest on a plain QEMU prints its devices, and reacts to keys, signals and buttons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmspawn.guest import build, builtin
 PROMPT = "vmspawn# "
 READY = "vmspawn-guest: ready"
 
-# Deadlines, not expectations: a boot takes two seconds, on a busy machine many times that.
+# Deadlines, not expectations: a boot takes two seconds, and much longer on a busy host.
 BOOT_SECONDS = 60
 ANSWER_SECONDS = 20
 
@@ -36,7 +36,7 @@ MACHINES = {
 
 
 class Guest:
-    """A machine that boots the built-in guest, with its console and its monitor on socket pairs."""
+    """A machine with the built-in guest, with its console and its monitor on socket pairs."""
 
     def __init__(self, qemu: str, machine: str, *options: str, console: str = "", arguments: str = "") -> None:
         architecture, machine_options, default_console = MACHINES[machine]
@@ -59,17 +59,17 @@ class Guest:
         self._monitor.settimeout(ANSWER_SECONDS)
         self._replies = self._monitor.makefile("rb")
         assert b"QMP" in self._replies.readline()
-        # Those that no `detach` has consumed; QEMU may send one ahead of the reply to what caused it.
+        # Events that no `detach` has consumed. QEMU may send an event before the reply to its command.
         self._events: deque[Mapping[str, Any]] = deque()
         self.command("qmp_capabilities")
-        #: What the console showed and no `expect` has consumed.
+        #: Console output that no `expect` has consumed.
         self.pending = ""
         self._nodes = itertools.count()
         #: The lines that the guest printed before it was ready.
         self.boot_lines: list[str] = []
 
     def close(self) -> None:
-        """Kill the machine, if it runs, and let go of its sockets."""
+        """Kill the machine if it runs, and close its sockets."""
         self.process.kill()
         self.process.wait(ANSWER_SECONDS)
         self._replies.close()
@@ -77,7 +77,7 @@ class Guest:
         self._console.close()
 
     def expect(self, pattern: str, seconds: float = ANSWER_SECONDS) -> re.Match[str]:
-        """Wait for what matches on the console; forget it and all before it."""
+        """Wait until the console's output matches, and consume it up to the end of the match."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.pending)):
             assert self._read(deadline), f"the console ended, or had no {pattern!r} in time: {self.pending!r}"
@@ -85,7 +85,7 @@ class Guest:
         return match
 
     def drain(self, seconds: float = ANSWER_SECONDS) -> str:
-        """Wait for the machine to end; return what the console said until then."""
+        """Wait until the machine ends, and return the console's output until then."""
         deadline = time.monotonic() + seconds
         while self._read(deadline):
             pass
@@ -109,7 +109,7 @@ class Guest:
         self._console.sendall(text.encode())
 
     def run(self, line: str) -> str:
-        """Run a line in the guest's shell; return what it printed."""
+        """Run a line in the guest's shell, and return its output."""
         self.type(f"{line}; echo $((6*7))end\n")
         output = self.expect(r"(?s)6\*7\)\)end\n(.*?)42end\n")[1]
         self.expect(PROMPT)
@@ -123,7 +123,7 @@ class Guest:
             self._events.append(message)
 
     def has_ended(self, seconds: float) -> bool:
-        """Wait for the machine to end, but no longer than that."""
+        """Wait for the machine's end. Returns False after this many seconds."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -131,13 +131,13 @@ class Guest:
         return True
 
     def attach(self, name: str, device: Mapping[str, Any], *, read_only: bool = False) -> None:
-        """Plug a device in whose disk reads as zeroes."""
+        """Plug in a disk that reads as zeroes."""
         node = {"driver": "null-co", "node-name": f"node{next(self._nodes)}", "size": 1 << 20, "read-zeroes": True}
         self.command("blockdev-add", **node, **{"read-only": read_only})
         self.command("device_add", **device, drive=node["node-name"], id=name)
 
     def detach(self, name: str) -> None:
-        """Ask the guest to let go of the device, and wait until it has; its node stays."""
+        """Ask the guest to release the device, and wait until it has. The block node stays."""
         self.command("device_del", id=name)
         while not self._gone(self._next_event(), name):
             pass
@@ -155,7 +155,7 @@ class Guest:
 
 @contextmanager
 def booted(qemu: str, machine: str = "q35", *options: str, console: str = "", arguments: str = "") -> Iterator[Guest]:
-    """A machine for the length of a block."""
+    """Boot a machine, and kill it on exit."""
     guest = Guest(qemu, machine, *options, console=console, arguments=arguments)
     try:
         yield guest
@@ -164,7 +164,7 @@ def booted(qemu: str, machine: str = "q35", *options: str, console: str = "", ar
 
 
 def disk(node: str, size: int, *device: str, read_only: bool = False) -> tuple[str, ...]:
-    """The options for a disk that is there from boot."""
+    """Return the options of QEMU for a boot disk."""
     blockdev = f"null-co,node-name={node},size={size},read-zeroes=on,read-only={'on' if read_only else 'off'}"
     return ("-blockdev", blockdev, "-device", f"{','.join(device)},drive={node}")
 
@@ -186,15 +186,15 @@ SCSI_CD = {"driver": "scsi-cd", "bus": "scsi.0"}
 
 @pytest.fixture(scope="module")
 def guest(qemu: str) -> Iterator[Guest]:
-    """One q35 machine for all tests that leave it as they found it."""
-    # Wide, so that the shell does not break the echo of what is typed
+    """Boot one q35 machine for all tests that do not change it."""
+    # A wide terminal, so that the shell does not wrap the echo of a command
     with booted(qemu, "q35", *BOOT_DISKS, *PORTS, arguments="systemd.tty.columns.ttyS0=999") as guest:
         guest.wait_for_shell()
         yield guest
 
 
 def came(name: str, serial: str, size: int = 1 << 20, mode: str = "read-write") -> str:
-    """The pattern of the whole line that announces a device; its name is group 1."""
+    """Return a pattern for the line that announces a device. Group 1 is the device's name."""
     return rf"(?m)^vmspawn-guest: block ({name}) came: {size} bytes, serial {re.escape(serial)}, {mode}\n"
 
 
@@ -282,7 +282,7 @@ def test_misses_none_of_many_disks_at_once(guest: Guest) -> None:
 
 
 def start_a_job(guest: Guest) -> None:
-    """Run something for ever. It says by itself that it runs: until then the keys would be the shell's."""
+    """Start an endless job, and wait for its message, because the shell would handle keys before that."""
     guest.type("sh -c 'echo st\"\"arted; exec sleep 1000'\n")
     guest.expect("started\n")
 
@@ -382,7 +382,7 @@ def test_uses_the_console_that_the_kernel_was_told(qemu: str) -> None:
     with booted(qemu, "q35", *options, console="hvc0", arguments="systemd.tty.term.hvc0=linux") as guest:
         guest.wait_for_shell()
         assert guest.run("tty; echo $TERM") == "/dev/hvc0\nlinux\n"
-        # A virtio console loses what is still in its queue when the machine goes, so only the end itself is sure.
+        # A virtio console loses queued output when the machine ends, so only wait for the end.
         guest.command("system_powerdown")
         guest.drain()
         assert guest.process.returncode == 0
@@ -393,6 +393,6 @@ def test_powers_off_without_a_console(qemu: str) -> None:
         deadline = time.monotonic() + BOOT_SECONDS
         while not guest.has_ended(seconds=0.5):
             assert time.monotonic() < deadline
-            # It may end before it answers
+            # QEMU may end before it answers
             with suppress(OSError, ValueError):
                 guest.command("system_powerdown")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A person at a terminal and the guest on the other side: typing, pasting, keys, windows, others who look on."""
+"""vmspawn on a terminal: typing, pasting, keys, window sizes, and other viewers."""
 
 import os
 import re
@@ -15,13 +15,13 @@ from tests.commands import DEADLINE, VMCTL, background, vmctl
 from tests.terminal import END, POWER_OFF, PROMPT, READY, REBOOT, Seated, Tty, attached, seated, terminal
 from vmspawn.host.runtime import CONSOLE, runtime_root
 
-#: All bytes there are, 100 kB of them; no two ^] follow each other.
+#: All byte values, 100 kB in total, without two consecutive ^].
 EVERYTHING = bytes(range(256)) * 400
 
 
 @pytest.fixture(scope="module", params=["serial", "virtio"])
 def seat(qemu: str, request: pytest.FixtureRequest) -> Iterator[Seated]:
-    """A booted guest, its prompt shown."""
+    """Boot a guest on a terminal, and wait for its prompt."""
     with seated(f"--qemu={qemu}", "--guest=builtin", f"--console-transport={request.param}") as machine:
         machine.expect(READY)
         machine.expect(PROMPT)
@@ -30,7 +30,7 @@ def seat(qemu: str, request: pytest.FixtureRequest) -> Iterator[Seated]:
 
 @pytest.fixture(scope="module")
 def serial(qemu: str) -> Iterator[Seated]:
-    """A booted guest on the serial port."""
+    """Boot a guest with its console on the serial port."""
     with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
         machine.expect(READY)
         machine.expect(PROMPT)
@@ -38,7 +38,7 @@ def serial(qemu: str) -> Iterator[Seated]:
 
 
 def receive_raw(machine: Seated, count: int) -> None:
-    """Have the guest take `count` bytes as they are, and give them back as they are between two marks."""
+    """Make the guest read `count` raw bytes, and print them between two marks."""
     machine.type(b"stty raw -echo; echo rea''dy; head -c %d >/tmp/in; printf '<'; cat /tmp/in; " % count)
     machine.type(b"printf '>'; stty sane; echo\n")
     machine.expect(rb"ready\n")
@@ -54,7 +54,7 @@ def test_the_first_line_says_which_keys_there_are(seat: Seated) -> None:
 
 
 def test_the_keys_of_the_terminal_go_to_the_guest(seat: Seated) -> None:
-    # By then it is in the foreground, where Ctrl-C goes.
+    # The message comes from the foreground process, which Ctrl-C interrupts.
     seat.type(b"sh -c 'echo star\"\"ted; exec sleep 1000'\n")
     seat.expect(rb"started\r\n")
     seat.type(b"\x03")
@@ -67,7 +67,7 @@ def test_100_kilobytes_are_pasted_and_come_back_unchanged(serial: Seated) -> Non
     serial.type(EVERYTHING)
     serial.expect(rb"<")
     serial.expect(rb">\r\n")
-    # "<" and ">" are among what is pasted, so everything up to the last mark counts.
+    # The pasted bytes contain "<" and ">", so read up to the last mark.
     while len(serial.before) < len(EVERYTHING):
         so_far = serial.before + b">\r\n"
         serial.expect(rb">\r\n")
@@ -85,7 +85,7 @@ def test_what_is_no_key_of_ours_reaches_the_guest(serial: Seated, typed: bytes) 
 
 
 def test_slow_escapes_reach_the_guest(serial: Seated) -> None:
-    """Each is typed when the guest has got the one before, which is after its second."""
+    """Each ^] is typed after the guest has received the previous one, so after its second."""
     serial.type(b"stty raw -echo; echo rea''dy; dd bs=1 count=4 2>/dev/null | od -An -v -tx1 -w1; stty sane\n")
     serial.expect(rb"ready\n")
     for _ in range(3):
@@ -112,12 +112,12 @@ def test_ctrl_alt_delete_reboots_and_the_new_guest_knows_the_window(seat: Seated
     seat.resize(24, 80)
 
 
-# Others who look on.
+# Other viewers.
 
 
 @pytest.fixture
 def visitor(serial: Seated) -> Iterator[Tty]:
-    """A terminal with `vmctl console` on it, attached."""
+    """Attach `vmctl console` on another terminal."""
     serial.type(b"\n")
     serial.expect(PROMPT)
     with attached(serial.name) as tty:
@@ -159,22 +159,22 @@ def test_the_last_64_kilobytes_are_replayed(serial: Seated) -> None:
 
 
 def test_a_megabyte_at_once_is_shown_to_the_last_byte_though_a_client_hangs(serial: Seated) -> None:
-    """It is more than what is kept for the client and its socket hold, and the manager's memory stays flat."""
+    """The output exceeds the client's buffers, and the manager's memory does not grow."""
     before = resident(serial.process.pid)
     with socket.socket(socket.AF_UNIX) as stuck:
         stuck.connect(os.path.join(runtime_root(), serial.name, CONSOLE))
         lines = serial.run("seq 1 140000").split(b"\r\n")
         assert lines[1:-1] == [b"%d" % number for number in range(1, 140001)]
-        # It was let go.
+        # The client was disconnected.
         stuck.settimeout(DEADLINE)
         while stuck.recv(1 << 20):
             pass
-    # What is to be replayed and what the client leaves unread is bounded.
+    # The replayed output and the client's unread output are bounded.
     assert resident(serial.process.pid) - before < 1 << 20
 
 
 def resident(pid: int) -> int:
-    """A process's resident memory in bytes."""
+    """Return a process's resident memory in bytes."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) << 10
@@ -184,7 +184,7 @@ def test_a_pipe_types_and_shows(serial: Seated) -> None:
     with background([*VMCTL, "console", serial.name, "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as piped:
         assert piped.stdin is not None
         assert piped.stdout is not None
-        # What would be a key on a terminal is none here.
+        # A pipe has no key sequences.
         piped.stdin.write(b"\x15echo pi''ped\n")
         piped.stdin.close()
         shown = b""
@@ -195,12 +195,12 @@ def test_a_pipe_types_and_shows(serial: Seated) -> None:
     serial.expect(rb"piped\r\n")
 
 
-# The ends of a guest that is up.
+# The end of a booted guest.
 
 
 @pytest.fixture
 def guest(qemu: str, tmp_path: Path) -> Iterator[Seated]:
-    """A booted guest of one's own, with a transcript."""
+    """Boot a guest for one test, with a transcript."""
     with seated(f"--qemu={qemu}", "--guest=builtin", f"--log={tmp_path / 'log'}") as machine:
         machine.expect(READY)
         machine.expect(PROMPT)
@@ -208,13 +208,13 @@ def guest(qemu: str, tmp_path: Path) -> Iterator[Seated]:
 
 
 def test_acpi_power_off_by_key_and_the_screen_is_fit_for_use(guest: Seated, tmp_path: Path) -> None:
-    """The guest leaves colours, no cursor, the other screen, line drawing and an unfinished title behind."""
+    """The guest leaves colours, a hidden cursor, the alternate screen, line drawing and an unfinished title behind."""
     guest.run(r"printf '\033[?1049h\033[31;44m\033[?25l\033(0\033[?7l\033]0;half'")
     guest.type(POWER_OFF)
     assert guest.ended() == 0
     assert b"the guest powered off" in guest.shown
     assert bytes(guest.everything).startswith(b"vmspawn: press")
-    # All that the guest said is in the transcript and was shown.
+    # The transcript and the terminal have all output of the guest.
     transcript = (tmp_path / "log").read_bytes()
     assert b"power button pressed, powering off" in transcript
     assert guest.everything.rfind(b"\x1b[?1049l") > guest.everything.rfind(b"powering off")

@@ -26,12 +26,12 @@ from vmspawn.manager.shutdown import Shutdown
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
-#: Under emulation, on a machine that others use too.
+#: Seconds under emulation on a busy host.
 BOOT_TIMEOUT = 400.0
 SHUTDOWN_TIMEOUT = 180.0
 COMMAND_TIMEOUT = 120.0
 
-#: systemd's getty logs root in without asking. That it does shows that credentials arrive.
+#: Credentials with which systemd's getty logs root in without a password. The login shows that credentials arrive.
 LOGIN = (Credential("agetty.autologin", b"root"), Credential("login.noauth", b"yes"))
 
 PROMPT = r"root@[^\n]*# "
@@ -51,7 +51,7 @@ class Console:
         self.text = ""
 
     async def wait_for(self, pattern: str, timeout: float) -> None:
-        """Read until the pattern comes, and forget what came before its end."""
+        """Read until the pattern matches, and consume the output up to the end of the match."""
         try:
             async with asyncio.timeout(timeout):
                 while not (match := re.search(pattern, self.text)):
@@ -63,7 +63,7 @@ class Console:
         self.text = self.text[match.end() :]
 
     async def run(self, command: str) -> str:
-        """Run a command and return what it printed; it must succeed."""
+        """Run a command, which must succeed, and return its output."""
         self._writer.write(f"{command}; echo sta''tus=$?=\n".encode())
         async with asyncio.timeout(COMMAND_TIMEOUT):
             while not (match := re.search(r"status=(\d+)=\n", self.text)):
@@ -78,14 +78,14 @@ class Console:
 
 @asynccontextmanager
 async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Console]]:
-    """A Debian that has booted to root's shell."""
-    # One processor: a kernel that rewrites its code while others run it now and then dies under QEMU 7.2's emulation.
+    """Boot a Debian to root's shell."""
+    # One processor: with several, a kernel that patches its code sometimes crashes under QEMU 7.2's emulation.
     defaults = {"name": fresh_name(), "console": "headless", "ram": 1 << 30, "cpus": 1, "credentials": LOGIN}
     defaults["shutdown_timeout"] = SHUTDOWN_TIMEOUT
     async with Machine(qemu=qemu, **{**defaults, **options}) as machine:
         console = Console(*await asyncio.open_unix_connection(machine.directory.file(CONSOLE)))
         await console.wait_for(PROMPT, BOOT_TIMEOUT)
-        # What the kernel says late is not to come between what commands print.
+        # Late messages of the kernel must not mix with the output of commands.
         await console.run("dmesg --console-level emerg")
         await console.run("stty -echo cols 500; bind 'set enable-bracketed-paste off' 2>/dev/null; PS1=")
         yield machine, console
@@ -93,7 +93,7 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Cons
 
 
 async def power_off(machine: Machine) -> None:
-    """Do as SIGTERM does, and see the guest go: its logind may not hear the first press of the power button."""
+    """Press the power button until the guest powers off, as SIGTERM does: logind may miss the first press."""
     shutdown = Shutdown(machine.inner, lambda line: None, Notifier())
     shutdown.request("the test")
     try:
@@ -110,13 +110,13 @@ def checksum(path: Path) -> str:
 
 
 def make_copy(path: Path) -> Path:
-    """The disk in qcow2 format."""
+    """Make a copy of the disk in qcow2 format."""
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(debian.disk()), str(path)], check=True)
     return path
 
 
 def make_shared(folder: Path) -> Path:
-    """A directory with a file called hello."""
+    """Make a directory with a file named hello."""
     folder.mkdir()
     (folder / "hello").write_text("from the host")
     return folder

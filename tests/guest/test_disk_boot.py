@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image that boots by itself: raw and qcow2, on the buses that a BIOS boots from, untouched if ephemeral."""
+"""Images boot by BIOS, in raw and qcow2 format, on all bootable buses, and stay unchanged if ephemeral."""
 
 import signal
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks that change, and images that are taken away, while a guest writes to them."""
+"""Disks are resized, replaced, limited and detached by force while a guest writes to them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,13 +30,13 @@ async def guest(qemu: str) -> AsyncIterator[Booted]:
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(guest: Booted) -> AsyncIterator[None]:
-    """Every test must leave the machine as it found it, as far as disks go."""
+    """Check that each test leaves no disk behind."""
     async with unchanged(guest.machine):
         yield
 
 
 async def attach(guest: Booted, path: Path, bus: str, **more: Any) -> str:
-    """Attach a disk called `disk`; returns the guest's name for it."""
+    """Attach a disk named `disk`. Returns the guest's name for it."""
     await guest.machine.attach(Disk(str(path), "disk", bus, **more))
     return (await guest.shell.wait_for(r"block (\S+) came"))[1]
 
@@ -46,12 +46,12 @@ async def detach(guest: Booted, device: str) -> None:
     await guest.shell.wait_for(f"block {device} went")
 
 
-#: Writes one sector, by an open descriptor: once the disk is gone, its name would make a file.
+#: Writes one sector through an open descriptor, because writing by name would create a file after the disk is gone.
 WRITE = "echo line $i | dd of=/proc/self/fd/4 bs=512 seek=$i conv=fsync,sync 2>/dev/null"
 
 
 async def start_writer(shell: Shell, device: str) -> None:
-    """A writer in the guest, one sector after the other, that says when it cannot write any more."""
+    """Start a writer in the guest that writes sector after sector, and prints a message when a write fails."""
     loop = f"i=0; while {WRITE}; do i=$(((i+1)%2048)); done"
     await shell.run(f"(exec 4<>/dev/{device}; {loop}; echo 'writer' 'ended') >/dev/console & true")
 
@@ -69,7 +69,7 @@ async def test_an_image_is_replaced_under_a_writer(guest: Booted, tmp_path: Path
     written = await wait_for_writes(machine, 5)
     await machine.replace("disk", str(new), format="qcow2")
     frozen = old.read_bytes()
-    # The writer goes on, into the new image and not into the old one.
+    # The writer continues in the new image.
     await wait_for_writes(machine, written + 20)
     assert old.read_bytes() == frozen
     await stop_writer(shell)
@@ -79,7 +79,7 @@ async def test_an_image_is_replaced_under_a_writer(guest: Booted, tmp_path: Path
 
 
 async def wait_for_writes(machine: Machine, count: int) -> int:
-    """Wait until the guest has written that often. Nothing announces it, so QEMU is asked now and then."""
+    """Wait until the guest has made that many writes. No event reports them, so QEMU is asked repeatedly."""
     async with asyncio.timeout(30):
         while (done := (await machine.storage.statistics())["disk"].writes) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -87,7 +87,7 @@ async def wait_for_writes(machine: Machine, count: int) -> int:
 
 
 async def raw_content(image: Path) -> bytes:
-    """What a qcow2 image holds, by qemu-img."""
+    """Return the content of a qcow2 image, read by qemu-img."""
     command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), f"{image}.raw"]
     assert await (await asyncio.create_subprocess_exec(*command)).wait() == 0
     return await asyncio.to_thread(Path(f"{image}.raw").read_bytes)
@@ -99,7 +99,7 @@ async def test_the_guest_sees_another_size_at_once(guest: Booted, tmp_path: Path
     device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), bus)
 
     async def size_in_the_guest(size: int) -> int:
-        """QEMU tells the guest by an interrupt, on which the kernel looks at its leisure; it has ten seconds."""
+        """Wait up to ten seconds until the guest has handled QEMU's interrupt for a new size."""
         seen = f"$(cat /sys/block/{device}/size)"
         waiting = f"n=0; until [ {seen} = {size // 512} ] || [ $((n += 1)) -gt 1000 ]; do usleep 10000; done"
         return int((await shell.run(f"{waiting}; echo {seen}")).split()[-1]) * 512
@@ -121,7 +121,7 @@ async def test_an_nvme_disk_keeps_its_size_and_says_why(guest: Booted, tmp_path:
 
 @pytest.mark.parametrize("thread", [False, True])
 async def test_limits_hold_a_writer_back_until_they_are_lifted(guest: Booted, tmp_path: Path, thread: bool) -> None:
-    """A hundred writes take a moment, and most of a minute at two a second: lifting the limit is what ends them."""
+    """A hundred writes would take most of a minute at the limit of two a second; removing the limit ends them."""
     machine, shell = guest
     device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), "virtio-blk", thread=thread)
     await machine.limit("disk", Limits(iops_write=2))
@@ -146,7 +146,7 @@ async def test_force_takes_the_image_from_a_writer(guest: Booted, tmp_path: Path
     frozen = image.read_bytes()
     if any(each.name == "disk" for each in machine.storage):
         await machine.detach("disk", timeout=60)
-    # The guest may notice either first.
+    # These two messages may come in either order.
     went, ended = f"block {device} went", "writer ended"
     await shell.wait_for(rf"{went}[\s\S]*{ended}|{ended}[\s\S]*{went}")
     assert image.read_bytes() == frozen
@@ -167,7 +167,7 @@ async def test_a_guest_that_removes_a_disk_itself_is_noticed(guest: Booted, tmp_
 
 
 async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tmp_path: Path) -> None:
-    """It does not even see the disk; the removal is pending with a reason, the image free, and a reset ends it."""
+    """The guest does not see the disk. The removal is pending with a reason, the image is closed; a reset ends it."""
     image = make_raw(tmp_path / "image", 4 * MIB)
     async with booted(qemu, kernel_arguments=("acpi=off",)) as (machine, _):
         before = await Snapshot.take(machine)
@@ -191,7 +191,7 @@ async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tm
 
 
 async def test_a_removal_by_the_attention_button_takes_its_time_and_is_no_failure(qemu: str, tmp_path: Path) -> None:
-    """Without ACPI the guest takes five seconds; QEMU's refusals of a second request are shown, and nothing is lost."""
+    """Without ACPI the guest takes five seconds. QEMU refuses a second request, and the first one still succeeds."""
     native = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
     async with booted(qemu, qemu_arguments=native) as (machine, shell):
         before = await Snapshot.take(machine)

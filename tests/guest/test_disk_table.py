@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every kind of disk on every kind of machine, seen from inside: size, serial, stable path, and content both ways."""
+"""The guest sees the size, serial number, stable path and content of every kind of disk on every machine type."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ SECTOR = 512
 
 
 def qemu_for(machine_type: str, qemu: str) -> str:
-    """The QEMU that has the machine type: for aarch64, the one that stands beside the other."""
+    """Return the QEMU for a machine type: for aarch64, the one in the same directory."""
     if machine_type != "virt":
         return qemu
     beside = qemu.replace("qemu-system-x86_64", "qemu-system-aarch64")
@@ -59,7 +59,7 @@ class Specimen:
 
     @property
     def size(self) -> int:
-        """Each has its own, by which the guest's lines are told apart."""
+        """A unique size, which identifies the disk in the guest's messages."""
         return (2 + self.number) * MIB
 
     @property
@@ -71,7 +71,7 @@ class Specimen:
 
 
 async def run(*command: str) -> str:
-    """Run a program of the host's and return what it printed."""
+    """Run a program on the host, and return its output."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
     output, errors = await process.communicate()
@@ -81,7 +81,7 @@ async def run(*command: str) -> str:
 
 @contextmanager
 def detached_at_the_end() -> Iterator[list[str]]:
-    """Loop devices that go at the end."""
+    """Return a list of loop devices that are removed at the end."""
     import subprocess
 
     loops: list[str] = []
@@ -93,7 +93,7 @@ def detached_at_the_end() -> Iterator[list[str]]:
 
 
 async def make(specimen: Specimen, folder: Path, loops: list[str]) -> None:
-    """Make the image with the mark in its first sector, on a loop device if it is to be on a block device."""
+    """Make the image with the mark in its first sector, behind a loop device if the disk is a block device."""
     content = folder / f"content{specimen.number}"
     content.write_bytes(specimen.mark.ljust(specimen.size, b"\0"))
     if specimen.block:
@@ -109,7 +109,7 @@ async def make(specimen: Specimen, folder: Path, loops: list[str]) -> None:
 
 
 def specimens(bus: str, folder: Path) -> list[Specimen]:
-    """All that there can be on a bus."""
+    """Return all kinds of disks for a bus."""
     modes = [True] if bus == "scsi-cd" else [False, True]
     blocks = [False, True] if os.geteuid() == 0 and shutil.which("losetup") else [False]
     table = itertools.product(["raw", "qcow2"], blocks, modes)
@@ -148,7 +148,7 @@ async def attach(machine: Machine, specimen: Specimen, bus: str) -> None:
 
 
 async def recognise(shell: Shell, table: list[Specimen], bus: str) -> None:
-    """Wait until the guest has told of each: with its size, its serial and whether it may be written."""
+    """Wait until the guest has printed each disk's size, serial number and mode."""
     by_size = {specimen.size: specimen for specimen in table}
     for _ in table:
         line = r"block (\S+) came: (\d+) bytes, serial (\S+), (read-write|read-only)\n"
@@ -156,13 +156,13 @@ async def recognise(shell: Shell, table: list[Specimen], bus: str) -> None:
         specimen = by_size.pop(int(size))
         specimen.device = device
         assert serial == (NAMESPACE_SERIAL if bus == "nvme-ns" else specimen.name)
-        # Linux does not ask an NVMe controller whether it may write.
+        # Linux shows a read-only NVMe disk as writable.
         if not bus.startswith("nvme"):
             assert mode == ("read-only" if specimen.read_only else "read-write")
 
 
 async def use(machine: Machine, shell: Shell, specimen: Specimen) -> None:
-    """The stable path leads to the disk, the host's mark is there, and the guest leaves one where it may."""
+    """Check the stable path and the host's mark on the disk, and write the guest's mark if the disk is writable."""
     attached = next(each for each in machine.storage if each.name == specimen.name)
     assert await shell.run(f"readlink -f {attached.by_id}") == f"/dev/{specimen.device}"
     assert await shell.run(f"head -n 1 /dev/{specimen.device}") == specimen.mark.decode().strip()
@@ -171,7 +171,7 @@ async def use(machine: Machine, shell: Shell, specimen: Specimen) -> None:
 
 
 async def check_content(specimen: Specimen, folder: Path) -> None:
-    """By qemu-img, an independent reader: what the guest wrote is there; what it could not write is as it was."""
+    """Check with qemu-img that the guest's writes are in the image, and that a read-only image is unchanged."""
     if specimen.read_only:
         assert await asyncio.to_thread(specimen.fingerprint_now) == specimen.fingerprint
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What docs/api.md, docs/testing.md and docs/qmp.md show, run as it stands there."""
+"""Run the examples of docs/api.md, docs/testing.md and docs/qmp.md."""
 
 import os
 import re
@@ -21,7 +21,7 @@ DEADLINE = 110
 
 
 def blocks(document: str, mark: str) -> list[tuple[str, str]]:
-    """The blocks that follow a mark: its argument and the text."""
+    """Return the blocks that follow a mark, each with the mark's argument."""
     text = (DOCS / document).read_text()
     found = re.findall(rf"<!-- {mark}:?\s?(\S*) -->\n```\w+\n(.*?)```", text, re.DOTALL)
     assert found
@@ -62,7 +62,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with the socket demo.sock of the machine demo, and an environment in which vmctl is a command."""
+    """Return a folder with the socket demo.sock of the machine demo, and an environment with the command vmctl."""
     folder = tmp_path_factory.mktemp("demo")
     script = folder / "vmctl"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m vmspawn.cli.ctl "$@"\n')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands in the guest by the library: what they get, what comes back, and what happens on bad days."""
+"""The library runs commands in the guest, passes their streams, and survives failures."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MIB = 1 << 20
 EVERY_BYTE = bytes(range(256))
 DEADLINE = 60.0
 
-#: Known faults, not mended yet: ports that come in a burst, or after a reset, are not all heard of in the guest.
+#: A known fault: the guest misses some ports that are plugged in quickly, or after a reset.
 KNOWN_FAULT = pytest.mark.xfail(reason="the guest may miss ports that come in a burst or after a reset", run=False)
 
 
 @contextlib.asynccontextmanager
 async def booted(qemu: str, **options: object) -> AsyncIterator[Machine]:
-    """A machine whose guest can run commands."""
+    """Start a machine, and wait until its guest can run commands."""
     settings: dict[str, Any] = {
         "guest": "builtin",
         "qemu": qemu,
@@ -45,13 +45,13 @@ async def booted(qemu: str, **options: object) -> AsyncIterator[Machine]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def machine(qemu: str) -> AsyncIterator[Machine]:
-    """One machine for all tests that leave it as they found it."""
+    """Boot one machine for all tests that do not change it."""
     async with booted(qemu) as machine:
         yield machine
 
 
 async def objects(machine: Machine) -> tuple[set[str], set[str]]:
-    """The character devices and the devices of QEMU."""
+    """Return QEMU's character devices and devices."""
     chardevs = {each["label"] for each in await machine.monitor.execute("query-chardev")}
     devices = {each["name"] for each in await machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})}
     return chardevs, devices
@@ -60,7 +60,7 @@ async def objects(machine: Machine) -> tuple[set[str], set[str]]:
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     """Wait until a condition holds."""
     async with asyncio.timeout(DEADLINE):
-        while not await condition():  # noqa: ASYNC110 - what is in the guest or QEMU sets no event
+        while not await condition():  # noqa: ASYNC110 - the guest and QEMU set no asyncio.Event
             await asyncio.sleep(0.02)
     assert await condition(), what
 
@@ -75,7 +75,7 @@ async def until_runs(machine: Machine, command: str) -> None:
 
 
 async def until_spare(machine: Machine) -> None:
-    """Wait until the ports of the next command are there, and no others."""
+    """Wait until only the ports of the next command are plugged in."""
 
     async def is_ready() -> bool:
         return len([name for name in (await objects(machine))[1] if name.startswith("stream")]) == 4
@@ -84,7 +84,7 @@ async def until_spare(machine: Machine) -> None:
 
 
 async def until_idle(machine: Machine) -> None:
-    """Wait until no port of a command is there but those that are plugged in ahead."""
+    """Wait until no ports of commands are plugged in, except those for the next command."""
 
     async def is_idle() -> bool:
         return len([name for name in (await objects(machine))[1] if name.startswith("stream")]) <= 4
@@ -92,7 +92,7 @@ async def until_idle(machine: Machine) -> None:
     await until(is_idle, "ports of commands are left")
 
 
-# What a command gets, and what comes back
+# Arguments, environment and streams
 
 
 @pytest.mark.parametrize("status", [0, 1, 3, 126, 255])
@@ -215,7 +215,7 @@ async def test_a_terminal(machine: Machine) -> None:
         assert await command.wait() == 4
 
 
-# The end of a client, and of what it started
+# The end of a client and of its commands
 
 
 async def test_children_in_the_background_live(machine: Machine) -> None:
@@ -257,7 +257,7 @@ async def test_nothing_is_left(machine: Machine) -> None:
     await until(has_closed_all, "descriptors are left")
 
 
-# Much at once
+# Load
 
 
 async def test_thirty_two_commands_at_once(machine: Machine) -> None:
@@ -292,7 +292,7 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-# Bad days
+# Failures
 
 
 async def test_a_pause_only_waits(machine: Machine) -> None:
@@ -314,7 +314,7 @@ async def test_the_agent_is_killed(machine: Machine) -> None:
     async with await machine.execute(["sh", "-c", "read line; echo $line; exit 6"]) as command:
         assert command.stdin is not None
         await machine.run("kill -9 $(pidof agent | tr ' ' '\\n' | sort -n | head -n 1)")
-        # Commands outlive it, and a new one takes new commands.
+        # Commands outlive the agent, and a new agent runs new commands.
         assert (await machine.run("echo again")).stdout == "again\n"
         command.stdin.write(b"hello\n")
         assert await command.wait() == 6
@@ -397,7 +397,7 @@ async def test_another_manager_ends_what_was_left(qemu: str) -> None:
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
         await machine.run("true")
         command = await machine.execute(["sh", "-c", "exec sleep 74321"])
-        # As the end of a process does.
+        # Close the port, as the end of the manager's process does.
         machine._inside.commands.agent.close()
         await machine.leave()
         del command

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl exec`, `vmctl shell` and `vmspawn --run=` as a user runs them."""
+"""`vmctl exec`, `vmctl shell` and `vmspawn --run=` work as a user runs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def machine(qemu: str) -> Iterator[Spawned]:
-    """One machine for all tests that leave it as they found it."""
+    """Boot one machine for all tests that do not change it."""
     with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
         running.wait_for("is running")
         assert vmctl("exec", running.name, "true").returncode == 0
@@ -38,12 +38,12 @@ def execute(machine: Spawned, *arguments: str, data: bytes = b"") -> subprocess.
 
 
 def runs(machine: Spawned, command: str) -> bool:
-    """Whether a command runs in the guest."""
+    """Return whether a command runs in the guest."""
     return execute(machine, "sh", "-c", f"ps -o args | grep -q '^{command}'").returncode == 0
 
 
 def until(machine: Spawned, command: str, *, expected: bool) -> None:
-    """Wait until a command runs in the guest, or runs no more."""
+    """Wait until a command runs, or no longer runs, in the guest."""
     deadline = time.monotonic() + DEADLINE
     while runs(machine, command) is not expected:
         assert time.monotonic() < deadline, command
@@ -79,7 +79,7 @@ def test_many_bytes_in_and_out(machine: Spawned) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_gigabyte_in_and_out(machine: Spawned) -> None:
-    """It passes through a small buffer, and comes back as it was."""
+    """A gigabyte passes through a small buffer and comes back unchanged."""
     block = os.urandom(MIB)
     command = [*VMCTL, "exec", machine.name, "cat"]
     sent, received = hashlib.sha256(), hashlib.sha256()

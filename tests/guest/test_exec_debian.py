@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands in a stock Debian, in which nothing is changed: credentials bring the agent, whatever boots it."""
+"""Commands work in an unmodified Debian, which gets the agent as a credential with every way to boot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.machines import Machine, fresh_name
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
-#: Under emulation, on a machine that others use too.
+#: Seconds under emulation on a busy host.
 BOOT_TIMEOUT = 500.0
 
 
@@ -27,7 +27,7 @@ def _needs() -> None:
 
 @asynccontextmanager
 async def booted(qemu: str, **options: Any) -> AsyncIterator[Machine]:
-    """A Debian whose agent is up."""
+    """Boot a Debian, and wait for its agent."""
     settings: dict[str, Any] = {
         "image": str(debian.disk()),
         "image_format": "raw",
@@ -44,21 +44,21 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[Machine]:
 
 
 async def use(machine: Machine) -> None:
-    """What commands are for."""
+    """Run commands that use systemd, files and signals."""
     done = await machine.run("cat; id -un; exit 5", input="hello\n")
     assert (done.status, done.stdout) == (5, "hello\nroot\n")
     data = bytes(range(256)) * 4096
     assert (await machine.run(["cat"], input=data, text=False)).stdout == data
-    # It is the agent's service that runs them, and it is well.
+    # The agent's service runs the commands, and is active.
     done = await machine.run("systemctl is-active vmspawn-agent.service; cat /proc/self/cgroup")
     assert done.stdout.splitlines()[0] == "active"
     assert "vmspawn-agent.service" in done.stdout
-    # Who goes ends the command, in a control group of its own.
+    # Closing the command kills all its processes, which have their own control group.
     async with await machine.execute(["sh", "-c", "setsid sleep 54321 & echo x; exec sleep 54321"]) as command:
         assert command.stdout is not None
         await command.stdout.readline()
     async with asyncio.timeout(60):
-        while (await machine.run("pgrep -f '^sleep 54321'")).status == 0:  # noqa: ASYNC110 - nothing tells
+        while (await machine.run("pgrep -f '^sleep 54321'")).status == 0:  # noqa: ASYNC110 - no event reports it
             await asyncio.sleep(0.1)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks that fail under a guest that uses them: errors, a host without room, an image that is cut short."""
+"""Disks fail while a guest uses them: I/O errors, a full host, a truncated image."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ async def wait_for(events: MachineEvents, name: str) -> dict[str, Any]:
 
 
 async def attached(guest: tuple[Machine, Shell], disk: Disk) -> tuple[AttachedDisk, str]:
-    """Attach, and wait until the guest has the device."""
+    """Attach a disk, and wait until the guest has the device."""
     machine, shell = guest
     attachment = machine.disk((await machine.attach(disk)).name)
     await shell.run(f"until [ -b {attachment.by_id} ]; do usleep 10000; done")
@@ -56,7 +56,7 @@ async def attached(guest: tuple[Machine, Shell], disk: Disk) -> tuple[AttachedDi
 
 
 async def break_writes(machine: Machine, attachment: AttachedDisk) -> None:
-    """Let QEMU fail every write below the disk's pivot, by raw QMP."""
+    """Make QEMU fail every write below the disk's pivot, with raw QMP."""
     image = attachment.images[0]
     options = {
         "driver": "blkdebug",
@@ -105,7 +105,7 @@ async def test_an_error_is_reported_by_the_disks_name(guest: tuple[Machine, Shel
 async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
     guest: tuple[Machine, Shell], tmp_path: Path, bus: str
 ) -> None:
-    """And its request is done then: it never hears of the error."""
+    """The request then succeeds, and the guest never sees the error."""
     machine, shell = guest
     disk = Disk(str(make_raw(tmp_path / "disk")), bus=bus, on_error="stop")
     attachment, device = await attached(guest, disk)
@@ -125,7 +125,7 @@ async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB; `grow` gives it more."""
+    """Mount a file system of 8 MiB. `grow` enlarges it."""
     folder = tmp_path / "small"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "none", str(folder)], check=False)
@@ -162,7 +162,7 @@ async def test_a_full_host_stops_the_guest_until_there_is_room(
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
 async def test_an_image_that_is_cut_short_under_us(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
-    """Reading what is gone fails or gives zeroes, by the version of QEMU; machine and disk go on."""
+    """Reads beyond the end fail or return zeroes, depending on QEMU's version; the machine and the disk continue."""
     machine, shell = guest
     path = make_raw(tmp_path / "disk", 32 * MIB)
     _, device = await attached(guest, Disk(str(path), bus=bus))
@@ -187,7 +187,7 @@ async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], 
 
 
 async def test_an_adoption_tells_which_disk_stopped_the_guest(qemu: str, tmp_path: Path) -> None:
-    """The event that told of it went to the manager before."""
+    """The previous manager received the event."""
     machine = await Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless").__aenter__()
     try:
         shell = await Shell.open(machine)

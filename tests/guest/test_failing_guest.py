@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Guests that never get anywhere: a kernel that panics without pvpanic, and one that reboots for ever."""
+"""Guests that fail are reported: a kernel that panics without pvpanic, and one that reboots in a loop."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ PANIC = "the guest's kernel panicked: VFS: Unable to mount root fs"
 
 @pytest.fixture
 def kernel(qemu: str) -> tuple[str, ...]:
-    """The options for a kernel that has no root and no driver for pvpanic, which is a module."""
+    """Return the options for a kernel without a root file system, and so without pvpanic's driver, a module."""
     guest = builtin.find()
     assert guest is not None
     return (f"--qemu={qemu}", f"--linux={guest.kernel}", "--ram=256M", "--console=headless")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU is killed while the guest writes files to a disk: the image and the file system on it are consistent."""
+"""The image and its file system are consistent after QEMU was killed while the guest wrote files."""
 
 import asyncio
 import os
@@ -17,10 +17,10 @@ from tests.shell import Shell
 from tests.survivors import survivor
 from vmspawn.host.runtime import CONSOLE
 
-#: Counts a file once it is on the disk.
+#: Counts each file after it has been synced to the disk.
 _WRITER = "n=0; while echo record $n >/mnt/$n && sync; do n=$((n + 1)); echo $n >/tmp/new; mv /tmp/new /tmp/files; done"
 
-#: Files that the guest writes at least before QEMU is killed.
+#: The minimum number of files that the guest writes before QEMU is killed.
 _FILES = 10
 
 
@@ -44,14 +44,14 @@ async def test_a_file_system_survives_qemu(qemu: str, tmp_path: Path) -> None:
 
 
 def run(*command: object) -> tuple[int, str]:
-    """A program's exit status and what it said."""
+    """Run a program, and return its exit status and output."""
     words = [str(word) for word in command]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     return done.returncode, done.stdout
 
 
 def make_ext4(folder: Path) -> Path:
-    """A qcow2 image with an empty ext4, journal and all."""
+    """Make a qcow2 image with an empty ext4 file system with a journal."""
     raw, image = folder / "raw", folder / "fs"
     for command in (
         ("mkfs.ext4", "-q", "-F", raw, f"{64 * MIB >> 10}k"),
@@ -64,12 +64,12 @@ def make_ext4(folder: Path) -> Path:
 
 
 def check(image: Path, copy: Path, count: int) -> None:
-    """The image is consistent, and so is the file system after its journal; every file that was synced is there."""
-    # 3 says that clusters were leaked, which costs room and no data; 2 would be corruption.
+    """Check the image, then the file system after replaying its journal; every synced file must exist."""
+    # Status 3 means leaked clusters, which waste space but lose no data; 2 would be corruption.
     status, said = run("qemu-img", "check", image)
     assert status in (0, 3), said
     assert run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, copy)[0] == 0
-    # The journal, as the next mount would: 0 or 1, nothing else had to be mended.
+    # Replay the journal, as the next mount does. Status 0 or 1 means that nothing else was repaired.
     status, said = run("e2fsck", "-E", "journal_only", "-y", copy)
     assert status in (0, 1), said
     status, said = run("e2fsck", "-f", "-n", copy)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The main job, seen from inside: a booted guest gains disks, uses them and loses them."""
+"""A booted guest gets disks by hot-plug, uses them and loses them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,13 +29,13 @@ async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Boot
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(guest: Booted) -> AsyncIterator[None]:
-    """Every test must leave the machine as it found it."""
+    """Check that each test leaves nothing behind in the machine."""
     async with unchanged(guest.machine):
         yield
 
 
 async def seen_by_the_guest(shell: Shell, serial: str) -> tuple[str, int, str]:
-    """Wait for the guest's line on a new disk; return its name, size and mode."""
+    """Wait for the guest's message about a new disk, and return the disk's name, size and mode."""
     line = rf"vmspawn-guest: block (\S+) came: (\d+) bytes, serial {serial}, (read-write|read-only)"
     match = await shell.wait_for(line)
     return match[1], int(match[2]), match[3]
@@ -57,7 +57,7 @@ async def test_a_disk_comes_is_written_and_goes(guest: Booted, tmp_path: Path, b
 
 
 async def first_bytes(path: Path, image_format: str) -> bytes:
-    """The beginning of an image's content, by qemu-img: an independent reader."""
+    """Return the beginning of an image's content, read by qemu-img."""
     command = ["qemu-img", "dd", "-f", image_format, "-O", "raw", "bs=512", "count=1", f"if={path}", f"of={path}.out"]
     process = await asyncio.create_subprocess_exec(*command)
     assert await process.wait() == 0
@@ -112,7 +112,7 @@ async def test_a_block_device_of_the_host(guest: Booted, tmp_path: Path) -> None
 
 
 async def test_all_ports_are_used_and_used_again(guest: Booted, tmp_path: Path) -> None:
-    """Eight disks on as many ports, twice; they arrive and leave at once and in any order."""
+    """Eight disks use eight ports, twice. They are attached and detached in parallel."""
     machine, shell = guest
     for _ in range(2):
         names = [f"disk{n}" for n in range(8)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The wheel, made from the source distribution: installed in a clean environment, used there, and removed."""
+"""The wheel, built from the source distribution, works in a clean environment and can be removed."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from vmspawn.version import VERSION
 PROJECT = Path(__file__).parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
 
-#: What vmspawn needs at run time. Nothing else of this environment is visible where the wheel is installed.
+#: vmspawn's run-time dependencies, the only packages of this environment that the clean one can import.
 DEPENDENCIES = ("asyncvarlink", "msgspec")
 
 DEADLINE = 120.0
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 class Installation(NamedTuple):
-    """A virtual environment with the wheel in it, and a home directory for its user."""
+    """A virtual environment with the wheel, and a home directory for its user."""
 
     venv: Path
     home: Path
@@ -60,7 +60,7 @@ class Installation(NamedTuple):
         subprocess.run([*PIP, "--python", str(self.venv / "bin/python"), *arguments], check=True, timeout=DEADLINE)
 
     def command(self, program: str) -> list[str]:
-        """The command line of an installed program, outside the checkout, as a user of its own."""
+        """Return the command line of an installed program, for a separate user outside the checkout."""
         cache = os.environ.get("VMSPAWN_CACHE_DIR") or os.path.join(
             os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vmspawn"
         )
@@ -69,7 +69,7 @@ class Installation(NamedTuple):
         return ["env", f"--chdir={self.home}", *unset, *settings, program]
 
     def run(self, program: str, *arguments: str) -> str:
-        """Run an installed program, which must succeed; returns what it printed."""
+        """Run an installed program, which must succeed, and return its output."""
         done = subprocess.run(
             [*self.command(program), *arguments], capture_output=True, text=True, timeout=DEADLINE, check=False
         )
@@ -87,7 +87,7 @@ def run(command: Sequence[str], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, from the source distribution."""
+    """Build the wheel from the source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
     run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)], PROJECT)
     (source,) = folder.glob("*.tar.gz")
@@ -142,7 +142,7 @@ def test_extras_are_installed_for_a_user_and_removed(installed: Installation) ->
     assert f"ExecStart={installed.venv}/bin/vmspawn --adopt-or-start " in unit
     if shutil.which("man"):
         assert installed.run("man", f"--manpath={share}/man", "--where", "vmctl") == f"{share}/man/man1/vmctl.1\n"
-    # It can be repeated, as after an upgrade.
+    # The installation can be repeated, as after an upgrade.
     installed.run("vmctl", "install-extras", "--user", "--quiet")
     assert len(installed.run("vmctl", "install-extras", "--user", "--remove").splitlines()) == len(made) - 1
     assert contents(installed.home) == before
@@ -152,7 +152,7 @@ def test_extras_are_installed_for_a_user_and_removed(installed: Installation) ->
 def test_nothing_is_left_of_it(wheel: Path, tmp_path: Path) -> None:
     installation = Installation.make(tmp_path, wheel)
     assert any("vmspawn" in path for path in contents(installation.venv))
-    # The commands compile what they run.
+    # Running a command compiles its modules, whose files must be removed too.
     installation.run("vmctl", "list", "--quiet")
     installation.pip("uninstall", "--yes", "vmspawn")
     assert not {path for path in contents(installation.venv) if "vmspawn" in path or "vmctl" in path}

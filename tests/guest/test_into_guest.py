@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a booted guest finds of what it was given: SMBIOS strings, credentials, its UUID, memory, a network card."""
+"""A booted guest finds its SMBIOS strings, credentials, UUID, memory and network card."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ STRINGS = "tr '\\0' '\\n' </sys/firmware/dmi/tables/DMI"
 
 @pytest_asyncio.fixture
 async def machine(qemu: str) -> AsyncIterator[Machine]:
-    """A guest that was given all that there is."""
+    """Boot a guest with all of these."""
     async with Machine(
         qemu=qemu,
         guest="builtin",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The library with a guest that boots: its console, typed at and read."""
+"""The library types on the console of a booted guest, and reads it."""
 
 import asyncio
 

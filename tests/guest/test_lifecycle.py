@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A booted guest and its end: what the signals and vmctl's verbs do to it."""
+"""Signals and vmctl's verbs end a booted guest."""
 
 import signal
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_sigterm_in_firmware_reaches_the_guest_once_it_listens(qemu: str) -> Non
 
 
 def test_poweroff_that_waits_presses_the_button_until_the_guest_listens(qemu: str) -> None:
-    """The guest is in its firmware still, and misses the first press."""
+    """The guest is still in its firmware, and misses the first press."""
     with spawned(f"--qemu={qemu}", "--guest=builtin") as running:
         running.wait_for("is running")
         done = vmctl("poweroff", running.name, "--wait")
@@ -60,14 +60,14 @@ def test_a_tray_that_stays_locked_is_reported_in_time_and_stays_shut(qemu: str, 
         assert done.returncode == 1
         assert "the guest holds the tray of cd locked and has not opened it within 0.5 s" in done.stderr
         assert "use --force" in done.stderr
-        # Nothing goes on behind: another change is accepted at once, and the medium is in.
+        # No operation continues in the background: another change is accepted at once, and the medium is inserted.
         again = vmctl("insert-media", machine.name, "cd", str(medium), "--timeout=0")
         assert again.returncode == 1
         assert b"the medium" in machine.run("exec 3<&-; head -n 1 /dev/sr0")
         assert vmctl("terminate", machine.name).returncode == 0
 
 
-#: Takes the place of what listens for the power button, and takes its time, as a guest does that has services to stop.
+#: Replaces the listener for the power button by a slow one, like a guest that stops its services first.
 SLOW_BUTTON = (
     "killall dd; button=$(grep -l 'Power Button' /sys/class/input/event*/device/name | cut -d/ -f5)",
     "exec 3</dev/input/$button",
@@ -78,7 +78,7 @@ SLOW_BUTTON = (
 
 @pytest.mark.parametrize("insist", [False, True], ids=["once", "twice"])
 def test_sigterm_while_the_guest_shuts_down_already(qemu: str, *, insist: bool) -> None:
-    """One waits for what goes on, as the first one does; two end it."""
+    """One signal waits for the shutdown that has begun; two end the machine."""
     with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
         machine.expect(READY.encode())
         machine.expect(PROMPT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Media that come and go in an optical drive that is there from boot, as an installer has it."""
+"""Media are inserted and ejected in an optical drive that exists from boot, as for an installer."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -32,7 +32,7 @@ async def guest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(guest: Booted) -> AsyncIterator[None]:
-    """As many nodes and descriptor sets as before: those of the medium have other names each time."""
+    """Check that the number of nodes and descriptor sets does not change; each medium's have new names."""
 
     async def counts() -> tuple[int, int]:
         nodes = await guest.machine.monitor.execute("query-named-block-nodes", {"flat": True})
@@ -50,7 +50,7 @@ def first_medium(machine: Machine) -> str:
 
 
 async def test_the_installers_flow(guest: Booted, tmp_path: Path) -> None:
-    """There at boot, ejected, and another one inserted."""
+    """The medium is present at boot, is ejected, and another one is inserted."""
     machine, shell = guest
     first = first_medium(machine)
     second = make_medium(tmp_path / "second", b"second medium\n")
@@ -78,7 +78,7 @@ async def test_a_tray_that_the_guest_has_locked(guest: Booted) -> None:
 
 
 async def test_a_reset_unlocks_the_tray_and_no_event_says_so(guest: Booted) -> None:
-    """The last test in this file: the shell does not live through it."""
+    """This test must be the last in the file, because the reset ends the shell."""
     machine, shell = guest
     first = first_medium(machine)
     await shell.run("exec 3</dev/sr0")

@@ -43,7 +43,7 @@ def transcript(text: str) -> list[tuple[str, str]]:
 
 
 def typed(command: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
-    """Run a command of a session; returns its exit status and all that it printed."""
+    """Run a command of a session, and return its exit status and output."""
     done = subprocess.run(
         ["sh", "-c", command],
         cwd=folder,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks come and go all day beside many QMP clients, and the manager stays as it was."""
+"""The manager neither grows nor slows down over many attach and detach cycles beside many QMP clients."""
 
 import asyncio
 import contextlib
@@ -23,33 +23,33 @@ from tests.shell import Shell
 from vmspawn.control.client import Client
 from vmspawn.host import runtime
 
-#: 30 every day, 2,000 in `./dev soak`, 20,000 at a scale of 100.
+#: The number of cycles: 30 by default, 2,000 in `./dev soak`, 20,000 at a scale of 100.
 CYCLES = 30 if SCALE <= 1 else round(200 * SCALE)
 
-#: Cycles after which everything has been used once, and the manager is as it is to stay.
+#: Cycles after which every code path has run, so that the manager must not change any more.
 WARM = min(200, CYCLES // 2)
 
 SESSIONS = 20
 BUSES = ("virtio-blk", "nvme", "virtio-scsi")
 
-#: How much larger, or slower, the manager may be in the end.
+#: The factor by which the manager may be larger or slower at the end.
 GROWTH = 1.05
 
-#: Whether times are judged: not every day, for it takes a second machine and minutes.
+#: True if times are compared, which takes a second machine and minutes.
 TIMED = SCALE >= 10
 
-#: Cycles of either machine for one comparison. A pair's ratio scatters by some 25 %, the median of so many by 2.
+#: Cycles of each machine for one comparison. The ratio of a pair varies by 25 %, the median of so many by 2 %.
 PAIRS = 300
 
-#: How often it is compared in the end for as long as it seems slower. What the neighbours do passes; what has grown
-#: stays.
+#: The maximum number of comparisons at the end, as long as the manager seems slower: noise disappears, growth
+#: does not.
 COMPARISONS = 5
 
 MACHINE = "io.vmspawn.Machine"
 
 
 class State(NamedTuple):
-    """What must not grow."""
+    """The quantities that must not grow."""
 
     resident: int
     descriptors: int
@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 
 class Listeners:
-    """QMP clients that read all that they are sent, and ask something now and then."""
+    """QMP clients that read all events, and sometimes send a command."""
 
     def __init__(self, machine: str) -> None:
         self._clients = [Client(machine) for _ in range(SESSIONS)]
@@ -103,7 +103,7 @@ def listeners(machine: str) -> Iterator[Listeners]:
 
 @contextlib.asynccontextmanager
 async def booted(qemu: str) -> AsyncIterator[Spawned]:
-    """A guest that knows what to do with a disk; its console is left alone then."""
+    """Boot a guest that handles disks, and do not use its console afterwards."""
     with spawned(f"--qemu={qemu}", "--guest=builtin", "--console=headless") as machine:
         machine.wait_for("is running")
         shell = await Shell.connect(os.path.join(runtime.runtime_root(), machine.name, "console"))
@@ -112,11 +112,11 @@ async def booted(qemu: str) -> AsyncIterator[Spawned]:
 
 
 class Times(NamedTuple):
-    """What a cycle took, in seconds, or how much longer it took than another."""
+    """The times of a cycle in seconds, or their ratios to another cycle's."""
 
     attach: float
     detach: float
-    #: Of the manager's processor time.
+    #: The manager's processor time.
     cpu: float
 
     def over(self, other: "Times") -> "Times":
@@ -124,7 +124,7 @@ class Times(NamedTuple):
 
 
 class Subject:
-    """A machine whose disks come and go, beside sessions that are connected."""
+    """A machine whose disks are attached and detached, with connected sessions."""
 
     def __init__(self, machine: Spawned, client: Client, others: Listeners, path: Path) -> None:
         self._client = client
@@ -141,7 +141,7 @@ class Subject:
             self.cycle(number)
 
     def cycle(self, number: int) -> Times:
-        """Attach and detach, on one bus after the other."""
+        """Attach and detach a disk, on the next bus each time."""
         wanted = {"fileDescriptorIndex": 0, "name": "soak", "bus": BUSES[number % len(BUSES)]}
         self._others.ask(number)
         cpu, begun = self._cpu(), time.monotonic()
@@ -155,7 +155,7 @@ class Subject:
         return Times(attached - begun, time.monotonic() - attached, self._cpu() - cpu)
 
     def _cpu(self) -> float:
-        # The clock of another process: as clock_getcpuclockid(3) makes it.
+        # The clock of another process, computed as clock_getcpuclockid(3) does.
         return time.clock_gettime((~self._manager << 3) | 2)
 
 
@@ -166,7 +166,7 @@ def subject(machine: Spawned, folder: Path) -> Iterator[Subject]:
 
 
 def compare(one: Subject, other: Subject) -> Times:
-    """How much longer the one takes than the other: the median of pairs, each on one bus and at one time."""
+    """Return the ratio of the times of two machines: the median over pairs of cycles on the same bus."""
     pairs = []
     for number in range(PAIRS):
         order = (one, other) if number % 2 else (other, one)
@@ -176,7 +176,7 @@ def compare(one: Subject, other: Subject) -> Times:
 
 
 def judge(aged: Subject, young: Subject, before: Times) -> Times:
-    """How much slower it has become, measured by one that has hardly been used; the least of some comparisons."""
+    """Return the slowdown of a machine relative to a fresh one, the least of several comparisons."""
     slower = Times(*[float("inf")] * 3)
     for _ in range(COMPARISONS):
         found = compare(aged, young).over(before)
@@ -189,7 +189,7 @@ def judge(aged: Subject, young: Subject, before: Times) -> Times:
 
 
 def run(machines: list[Spawned], folder: Path) -> tuple[State, State, Times | None]:
-    """The state of the first machine after some cycles and after all of them, and how much slower it is then."""
+    """Return the first machine's state after some cycles and after all cycles, and its slowdown."""
     with contextlib.ExitStack() as stack:
         aged, *spared = [stack.enter_context(subject(machine, folder)) for machine in machines]
         for each in (aged, *spared):
@@ -206,7 +206,7 @@ def run(machines: list[Spawned], folder: Path) -> tuple[State, State, Times | No
 
 @pytest.mark.scaled
 async def test_the_manager_grows_neither_larger_nor_slower(qemu: str, tmp_path: Path) -> None:
-    """Slower than it was, as a machine that is spared the wear shows: both have the same neighbours."""
+    """The slowdown is relative to a fresh machine on the same busy host."""
     async with contextlib.AsyncExitStack() as stack:
         machines = [await stack.enter_async_context(booted(qemu)) for _ in range(2 if TIMED else 1)]
         warm, end, slower = await asyncio.to_thread(run, machines, tmp_path)

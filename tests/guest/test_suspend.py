@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest that is suspended to memory (S3), and each verb that ends that."""
+"""Each verb wakes or ends a guest that is suspended to memory (S3) as documented."""
 
 import json
 import time
@@ -26,7 +26,7 @@ def status(machine: Seated) -> str:
 
 @pytest.fixture
 def asleep(qemu: str) -> Iterator[Seated]:
-    """A machine whose guest sleeps."""
+    """Boot a guest, and suspend it."""
     with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
         machine.expect(READY)
         machine.expect(PROMPT)

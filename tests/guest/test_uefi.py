@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest that UEFI starts: firmware by its descriptors, variables kept beside the image, Secure Boot, refusals."""
+"""UEFI starts guests: firmware descriptors, variables beside the image, Secure Boot, and refusals."""
 
 import json
 import shutil
@@ -16,26 +16,26 @@ from tests.disks import make_disk, need_tools
 from tests.machines import fresh_name
 from vmspawn.guest import builtin
 
-#: UEFI takes some ten seconds under emulation.
+#: Seconds. UEFI takes about ten under emulation on an idle host.
 BOOT_TIMEOUT = 110.0
 
-#: Firmware that knows Secure Boot, and nothing left of it in a file.
+#: Options for firmware that supports Secure Boot, without a file for its variables.
 SECURE = ("--secure-boot=yes", "--efi-nvram-state=off")
 
-#: And the one that has keys, so that it is on.
+#: Options for firmware with enrolled keys, which enforces Secure Boot.
 ENROLLED = (*SECURE, "--firmware-features=enrolled-keys")
 
 
 @pytest.fixture
 def config_home(tmp_path: Path) -> Path:
-    """A user's configuration directory that offers UEFI firmware."""
+    """Make a user's configuration directory with descriptors of UEFI firmware."""
     ovmf.install(tmp_path / "config")
     return tmp_path / "config"
 
 
 @pytest.fixture
 def kernel() -> tuple[str, ...]:
-    """The options that start the built-in guest's kernel as a user's own."""
+    """Return the options that boot the built-in guest's kernel with --linux=."""
     guest = builtin.find()
     assert guest is not None
     arguments = [each for each in guest.arguments if each != "quiet"]
@@ -56,7 +56,7 @@ def run(config_home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def spawn(config_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Spawned]]:
-    """Machines that were started, to be ended."""
+    """Return a list of started machines, which are ended on exit."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(config_home))
     machines: list[Spawned] = []
     yield machines
@@ -65,7 +65,7 @@ def spawn(config_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[S
 
 
 def boot(spawn: list[Spawned], *arguments: str, until: str = "vmspawn-guest: ready") -> Spawned:
-    """Start a machine, and wait until its console says what is awaited."""
+    """Start a machine, and wait until its console shows a text."""
     machine = Spawned(fresh_name(), arguments)
     spawn.append(machine)
     machine.wait_for(until, stream="stdout", timeout=BOOT_TIMEOUT)
@@ -84,21 +84,21 @@ def test_a_kernel_is_started_by_uefi_if_the_user_asks_for_it(
 
 @pytest.mark.soak
 def test_secure_boot_is_on_with_enrolled_keys(qemu: str, spawn: list[Spawned], kernel: tuple[str, ...]) -> None:
-    """The firmware is the one with the keys, and with system management mode, without which it does not come up."""
+    """The firmware with keys needs system management mode to start."""
     machine = boot(spawn, f"--qemu={qemu}", *ENROLLED, *kernel)
     assert "secureboot: Secure boot enabled" in machine.output["stdout"]
 
 
 @pytest.mark.soak
 def test_secure_boot_is_off_without_keys(qemu: str, spawn: list[Spawned], kernel: tuple[str, ...]) -> None:
-    """As with systemd-vmspawn, the option asks for firmware that knows Secure Boot; the keys are another wish."""
+    """As in systemd-vmspawn, the option requires firmware that supports Secure Boot; keys are a separate feature."""
     machine = boot(spawn, f"--qemu={qemu}", *SECURE, *kernel)
     assert "secureboot: Secure boot disabled" in machine.output["stdout"]
 
 
 @pytest.fixture
 def unsigned(tmp_path: Path) -> Path:
-    """A disk whose boot loader is a kernel that the firmware has no key for: the distribution signs it for its shim."""
+    """Make a disk whose boot loader is a kernel without a signature that the firmware accepts."""
     need_tools()
     guest = builtin.find()
     assert guest is not None
@@ -123,7 +123,7 @@ def test_only_firmware_with_keys_refuses_a_loader_that_it_has_no_key_for(
 def test_without_a_wish_qemu_starts_a_kernel_by_itself_and_finds_its_disk(
     qemu: str, spawn: list[Spawned], kernel: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """UEFI is installed, and would take several times as long."""
+    """UEFI is installed, but would take several times as long."""
     image = make_raw(tmp_path / "image.raw", 1 << 20)
     machine = boot(spawn, f"--qemu={qemu}", f"--image={image}", *kernel)
     assert "efi: EFI v" not in machine.output["stdout"]

@@ -31,7 +31,7 @@ async def test_the_disk_is_there_at_once(guest: Booted, qemu: str, tmp_path: Pat
     async with unchanged(machine):
         for size in (4 * MIB, 5 * MIB, 6 * MIB):
             await machine.attach(Disk(str(make_raw(tmp_path / "disk", size)), bus=bus), wait_guest=True)
-            # No waiting in the guest: the kernel knows the disk.
+            # The command in the guest does not wait, because the kernel knows the disk already.
             assert await shell.run(f"grep -c ' {size // 1024} ' /proc/partitions") == "1"
             await machine.detach("disk")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A writer in the guest that keeps a log with a chain of checksums, and its reader on the host."""
+"""Runs a writer in the guest that writes a log with chained checksums, and verifies the log on the host."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.shell import Shell
 
 RECORD = 512
 
-# Each record has its number and the checksum of that and of the record before; it is on the disk before it is counted.
+# Each record has its number, and a checksum of the number and the previous record. A record is synced, then counted.
 _SCRIPT = (
     "n=0 sum=start",
     "while [ ! -e /tmp/stop ]; do",
@@ -23,7 +23,7 @@ _SCRIPT = (
 
 
 async def start_writer(shell: Shell, device: str) -> None:
-    """Start the writer, and wait until it has written something."""
+    """Start the writer, and wait for its first record."""
     lines = " ".join(f"'{line}'" for line in _SCRIPT)
     await shell.run(f"rm -f /tmp/stop /tmp/stopped /tmp/count; printf '%s\\n' {lines} >/tmp/writer")
     await shell.run(f"until [ -b {device} ]; do usleep 10000; done")
@@ -32,24 +32,24 @@ async def start_writer(shell: Shell, device: str) -> None:
 
 
 async def records_written(shell: Shell) -> int:
-    """How many records the writer has on the disk; fails if it ever met an error."""
+    """Return the number of records on the disk. Fails if the writer met an error."""
     await shell.run("[ ! -e /tmp/failed ] || { cat /tmp/error; false; }")
     return int(answer(await shell.run("cat /tmp/count")))
 
 
 def answer(output: str) -> str:
-    """What a command printed, without what the guest said of its disks meanwhile."""
+    """Return a command's output without the guest's own messages."""
     return "\n".join(line for line in output.splitlines() if line and not line.startswith("vmspawn-guest:"))
 
 
 async def stop_writer(shell: Shell) -> int:
-    """Let the writer come to its end; returns how many records it wrote."""
+    """Stop the writer, and return the number of records that it wrote."""
     await shell.run(": >/tmp/stop; while [ ! -e /tmp/stopped ] && [ ! -e /tmp/failed ]; do usleep 10000; done")
     return await records_written(shell)
 
 
 def verify(image: Path, count: int) -> int:
-    """Check the first `count` records of a raw image, and those that follow in order; returns how many there are."""
+    """Check the first `count` records of a raw image and the valid records after them. Returns their total number."""
     checksum, number = "start", 0
     with open(image, "rb") as file:
         while record := file.read(RECORD):
