@@ -111,7 +111,7 @@ def test_a_living_manager_keeps_its_machine(machine: Survivor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("--adopt",), 2, "--adopt needs to know which machine"),
+        (("--adopt",), 2, "--adopt needs the name of a machine"),
         (("--adopt", "-M", "../x"), 2, "invalid machine name"),
         (("--adopt", "-M", "nobody"), 1, "there is no machine named nobody"),
         (("--adopt", "-M", "nobody", "quiet"), 2, "--adopt starts no kernel"),

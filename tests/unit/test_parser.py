@@ -160,4 +160,4 @@ def test_help_for_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_leaves_out_what_is_not_supported() -> None:
     text = vmspawn_command.build_parser().format_help()
     assert "--tpm" not in text
-    assert "vmspawn(1) lists options" in text
+    assert "vmspawn(1) lists the options" in text

@@ -41,7 +41,7 @@ def test_binds_keep_their_order_and_their_mode() -> None:
         (["--image=/x", "--directory=/y"], "directory= and image= both"),
         (["--guest=builtin", "--directory=/y"], "directory= and guest= both"),
         (["--guest=builtin", "--bind=/y"], "needs systemd in the guest"),
-        (["--image=/x", "--bind=/a:/t", "--bind-ro=/b:/t"], "something else is bound to /t"),
+        (["--image=/x", "--bind=/a:/t", "--bind-ro=/b:/t"], "/t is bound already"),
     ],
 )
 def test_contradictions(arguments: list[str], message: str) -> None:

@@ -155,7 +155,7 @@ def test_what_is_no_option_gets_a_hint(arguments: list[str], message: str, capsy
 )
 def test_a_machine_that_is_adopted_is_taken_as_it_is(argument: str, name: str) -> None:
     parse(["--adopt", "-M", "a", "--console=headless", "--log=/l", "--shutdown-timeout=1", "--quiet"])
-    with pytest.raises(UsageError, match=f"and {name} is for one that starts"):
+    with pytest.raises(UsageError, match=f"and {name} configures its start"):
         parse(["--adopt", "-M", "a", argument])
 
 

@@ -30,7 +30,7 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 class ConsoleAttachment:
     """Relays between a console's socket and two descriptors. The caller keeps all three."""
 
-    #: Whether the console ended the attachment, not the user.
+    #: True if the console ended the attachment, not the user.
     has_hung_up = False
 
     def __init__(

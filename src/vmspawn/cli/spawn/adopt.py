@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for taking over a machine whose manager died."""
+"""Defines the options that adopt a machine whose manager died."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
-    group = parser.add_argument_group("Taking over")
+    group = parser.add_argument_group("Adoption")
     choice = group.add_mutually_exclusive_group()
-    choice.add_argument("--adopt", action="store_true", help="take over the machine that --machine= names")
+    choice.add_argument("--adopt", action="store_true", help="manage the machine of --machine=, whose manager died")
     choice.add_argument(
         "--adopt-or-start",
         action="store_true",
-        help="take the machine over if it runs without a manager, else start it",
+        help="adopt the machine if it runs without a manager, else start it",
     )
     # A program that starts vmspawn in the background gets a byte there once the machine is up.
     group.add_argument("--ready-fd", metavar="FD", type=whole_number, help=argparse.SUPPRESS)
@@ -45,18 +45,19 @@ def refuse_others(options: argparse.Namespace, parser: argparse.ArgumentParser) 
             continue
         name = action.option_strings[-1] + ("" if action.nargs == 0 else "=")
         raise UsageError(
-            f"--adopt takes a machine over as it is, and {name} is for one that starts",
-            hint="leave out one of them, or use --adopt-or-start",
+            f"--adopt cannot change a running machine, and {name} configures its start",
+            hint=f"leave out {name}, or use --adopt-or-start",
         )
 
 
 def read(options: argparse.Namespace) -> MachineConfig:
     """Read which machine to adopt and how to manage it. Raises UsageError."""
     if options.machine is None:
-        raise UsageError("--adopt needs to know which machine", hint="name it with --machine=; see: vmctl list")
+        raise UsageError("--adopt needs the name of a machine", hint="add --machine=NAME; see: vmctl list")
     if options.kernel_arguments:
         raise UsageError(
-            f"--adopt starts no kernel that could be told {options.kernel_arguments[0]}", hint="leave that out"
+            f"--adopt starts no kernel, so it takes no kernel argument: {options.kernel_arguments[0]}",
+            hint="leave out the argument",
         )
     wanted, shown = general.read(options), console.read(options)
     return MachineConfig(
@@ -70,7 +71,7 @@ def read(options: argparse.Namespace) -> MachineConfig:
 
 
 def is_wanted(options: argparse.Namespace, config: MachineConfig) -> bool:
-    """Whether to adopt the machine; False to start it."""
+    """Return whether to adopt the machine, instead of starting it."""
     if not options.adopt_or_start:
         return bool(options.adopt)
     from ...boot.adopt import has_orphan
@@ -85,7 +86,7 @@ def begin(
     detail: Callable[[str], None],
     hold_signals: Callable[[], None],
 ) -> Started:
-    """Start the machine, or take it over. Raises what `launch` and `adopt` raise."""
+    """Start or adopt the machine. Raises the errors of `launch` and `adopt`."""
     if is_wanted(options, config):
         from ...boot.adopt import adopt
 

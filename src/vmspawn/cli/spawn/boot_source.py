@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for what the machine boots: the built-in guest, an image or a kernel."""
+"""Defines the options that select the guest: the built-in guest, an image or a kernel."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ class BootSource(TypedDict):
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
-    group = parser.add_argument_group("What boots")
+    group = parser.add_argument_group("Boot")
     group.add_argument("--guest", choices=("builtin",), help="boot the small guest that vmspawn builds")
     group.add_argument("-i", "--image", metavar="PATH", help="boot a disk image or block device")
     group.add_argument("--image-format", choices=FORMATS, help="format of the image (default: raw)")
@@ -35,10 +35,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--image-disk-type",
         choices=BUSES,
         default=BUSES[0],
-        help="bus of the image, and of extra disks that name none (default: %(default)s)",
+        help="bus of the image, and of extra disks without a bus (default: %(default)s)",
     )
     group.add_argument("-x", "--ephemeral", action="store_true", help="discard all changes to the image at the end")
-    group.add_argument("-G", "--grow-image", metavar="BYTES", help="enlarge the image to this size first")
+    group.add_argument("-G", "--grow-image", metavar="BYTES", help="enlarge the image to this size before boot")
     group.add_argument("--linux", metavar="PATH", help="boot a kernel directly")
     group.add_argument(
         "--initrd", metavar="PATH", action="append", default=[], help="initrd for --linux=; repeatable, joined in order"
@@ -48,7 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace) -> BootSource:
     """Read the options. Raises UsageError."""
     grow_image = options.grow_image
-    # As with systemd-vmspawn, an empty path is none.
+    # An empty path means no path, as in systemd-vmspawn.
     initrds = [os.path.abspath(each) for each in options.initrd if each]
     return {
         "guest": options.guest,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for the guest's console."""
+"""Defines the options for the guest's console."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--console",
         choices=CONSOLES,
         help="show the guest's console: interactive (default on a terminal), read-only (default elsewhere), native "
-        "(on QEMU's own terms), gui (in a window) or headless (not at all)",
+        "(QEMU's own terminal and monitor), gui (in a window) or headless (not at all)",
     )
     group.add_argument(
         "--console-transport",
@@ -50,12 +50,12 @@ def read(options: argparse.Namespace) -> Console:
 
 
 def _default_console() -> str:
-    """Return interactive where a user can type and see; a background job of a shell cannot."""
+    """Return interactive on a terminal in the foreground, else read-only."""
     return "interactive" if is_foreground(_STDIN) and os.isatty(_STDOUT) else "read-only"
 
 
 def _own_terminal() -> ConsoleTerminal | None:
-    """Return what the guest is told about this terminal, or None if there is none."""
+    """Return the terminal's type and size for the guest, or None without a terminal."""
     if not os.isatty(_STDOUT):
         return None
     name = os.environ.get("TERM", "")

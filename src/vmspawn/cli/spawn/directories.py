@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for directories of the host in the guest."""
+"""Defines the options that share directories of the host with the guest."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ class Directories(TypedDict):
 
 
 class _Bind(argparse.Action):
-    """Collects --bind= and --bind-ro= in their order."""
+    """Collects --bind= and --bind-ro= in the order of the command line."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         namespace.binds = [*namespace.binds, (option, values)]
@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Directories")
     group.add_argument("-D", "--directory", metavar="PATH", help="boot a directory of the host as the guest's root")
-    for name, text in (("--bind", "share a directory of the host"), ("--bind-ro", "the same, read-only")):
+    for name, text in (("--bind", "share a directory of the host"), ("--bind-ro", "share a directory read-only")):
         group.add_argument(
             name, metavar="SOURCE[:TARGET]", action=_Bind, dest="binds", default=[], help=f"{text}; repeatable"
         )
@@ -40,14 +40,14 @@ def read(options: argparse.Namespace) -> Directories:
     for option, text in options.binds:
         share = parse_share(f"{option}=", text, read_only=option == "--bind-ro")
         if any(share.target == other.target for other in binds):
-            raise UsageError(f"{option}={text}: something else is bound to {share.target}", hint="name another target")
+            raise UsageError(f"{option}={text}: {share.target} is bound already", hint="choose another target")
         binds.append(share)
     directory = os.path.abspath(options.directory) if options.directory else None
     return {"directory": directory, "binds": tuple(binds)}
 
 
 def parse_share(option: str, text: str, *, read_only: bool) -> Share:
-    """Parse `SOURCE[:TARGET]`, in which a backslash takes a colon or a backslash as it is. Raises UsageError."""
+    """Parse `SOURCE[:TARGET]`, in which a backslash escapes a colon or a backslash. Raises UsageError."""
     parts = [re.sub(r"\\(.)", r"\1", each) for each in re.findall(r"(?:[^:\\]|\\.)+", text, re.DOTALL)]
     if not 1 <= len(parts) <= 2 or len(re.findall(r"(?<!\\):", text)) != len(parts) - 1 or text.endswith("\\"):
         raise UsageError(f"{option}{text} is not SOURCE[:TARGET]", hint=r"write \: for a colon in a path")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for the disks that are attached from boot, and for those that can be attached later."""
+"""Defines the options for boot disks, and for disks that are attached later."""
 
 import argparse
 from collections.abc import Iterator
@@ -49,8 +49,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=ON_ERROR_CHOICES,
         default="",
-        help="what a failed request does: report it to the guest, stop the guest, or stop it if the host is full "
-        "(default)",
+        help="reaction to a failed request: report it to the guest, stop the guest, or stop the guest only if the "
+        "host's disk is full (default)",
     )
     group.add_argument(
         "--hotplug-ports",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for the firmware, its features and its variables."""
+"""Defines the options for the firmware, its features and its variables."""
 
 import argparse
 import os
@@ -21,15 +21,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--firmware",
         metavar="auto|uefi|bios|none|PATH|list|describe",
         default="auto",
-        help="boot by this kind of firmware, or by the one that a descriptor names; list the descriptors, or show the "
-        "one that would be used",
+        help="boot with this kind of firmware, or the firmware of a descriptor; list prints the descriptors, describe "
+        "the one that would be used (default: %(default)s)",
     )
     group.add_argument(
         "--firmware-features",
         metavar="FEATURE[,FEATURE…]|list",
         action="append",
         default=[],
-        help="require features of UEFI, or exclude those with ~; or list the features; repeatable",
+        help="require features of UEFI, or exclude those with ~; list prints the features; repeatable",
     )
     group.add_argument("--secure-boot", metavar="BOOL|auto", help="require or exclude Secure Boot")
     group.add_argument("--efi-nvram-template", metavar="PATH", help="initial contents of UEFI variables")
@@ -88,14 +88,14 @@ def _features(texts: list[str]) -> tuple[list[str], list[str]]:
 
 def _path(option: str, text: str) -> str:
     if not text.startswith(("/", "./")):
-        raise UsageError(f"{option}{text} is not a path", hint="write an absolute path, or one that begins with ./")
+        raise UsageError(f"{option}{text} is not a path", hint="write a path that is absolute or begins with ./")
     return os.path.abspath(text)
 
 
 def answer(options: argparse.Namespace) -> list[str] | None:
-    """Return the lines to print instead of starting a machine: firmware, features, or the firmware that would be used.
+    """Return the lines to print instead of starting a machine, or None if the options start a machine.
 
-    None if a machine is to be started. Raises StartError if no firmware fits.
+    The lines list firmware, features, or the firmware that would be used. Raises StartError if no firmware fits.
     """
     if options.firmware == "list":
         return firmware.descriptors()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options of systemd-vmspawn by their former names, which it still takes and no longer documents."""
+"""Defines former names of systemd-vmspawn's options, which it still accepts but no longer documents."""
 
 from __future__ import annotations
 

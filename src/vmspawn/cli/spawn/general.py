@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for the machine as a whole, and for vmspawn's own messages."""
+"""Defines the options for the machine as a whole, and for vmspawn's own messages."""
 
 import argparse
 from typing import TypedDict
@@ -31,7 +31,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     words.add_argument(
         "-v", "--verbose", action="store_true", help="report defaults that were chosen and features that were skipped"
     )
-    group.add_argument("-M", "--machine", metavar="NAME", help="name the machine (default: from what boots)")
+    group.add_argument(
+        "-M", "--machine", metavar="NAME", help="name of the machine (default: from the image, kernel or directory)"
+    )
     group.add_argument("--uuid", metavar="UUID", help="set the machine's UUID")
     group.add_argument("--qmp-log", metavar="FILE", default="", help="write a transcript of QEMU's monitors")
     group.add_argument(
@@ -51,7 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def read(options: argparse.Namespace) -> General:
     """Read the options. Raises UsageError."""
     return {
-        # As with systemd-vmspawn, an empty name is none.
+        # An empty name means no name, as in systemd-vmspawn.
         "name": options.machine or None,
         "uuid": options.uuid,
         "qmp_log": options.qmp_log,
@@ -64,11 +66,11 @@ def read(options: argparse.Namespace) -> General:
 def _limit(text: str) -> float:
     if (limit := _seconds("--time-limit=", text)) > 0:
         return limit
-    raise UsageError("--time-limit=0 leaves no time to run", hint="write seconds, more than 0")
+    raise UsageError("--time-limit=0 leaves no time to run", hint="write a number of seconds above 0")
 
 
 def _seconds(option: str, text: str) -> float:
     try:
         return float("inf") if text in ("inf", "infinity") else values.seconds(text)
     except argparse.ArgumentTypeError as error:
-        raise UsageError(f"{option}{error}", hint="write seconds, 0 or more") from None
+        raise UsageError(f"{option}{error}", hint="write a number of seconds, 0 or more") from None

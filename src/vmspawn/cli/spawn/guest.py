@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for what the guest is given: credentials, SMBIOS strings, a network."""
+"""Defines the options that configure the guest: credentials, SMBIOS strings, a network."""
 
 import argparse
 from typing import TypedDict
@@ -20,7 +20,7 @@ class Guest(TypedDict):
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
-    group = parser.add_argument_group("Into the guest")
+    group = parser.add_argument_group("Guest")
     group.add_argument(
         "--set-credential",
         metavar="ID:VALUE",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for registration with systemd-machined, and for the unit that QEMU runs in."""
+"""Defines the options for registration with systemd-machined, and for QEMU's unit."""
 
 import argparse
 from typing import TypedDict
@@ -10,7 +10,7 @@ from ..values import boolean
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
-    group = parser.add_argument_group("The host's system")
+    group = parser.add_argument_group("Host")
     group.add_argument(
         "--register",
         metavar="BOOL|auto",

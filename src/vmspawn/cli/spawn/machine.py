@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for the virtual hardware and the QEMU that emulates it."""
+"""Defines the options for the virtual hardware and for QEMU."""
 
 import argparse
 from typing import TypedDict
@@ -24,14 +24,14 @@ class Machine(TypedDict):
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
-    group = parser.add_argument_group("The machine")
+    group = parser.add_argument_group("Hardware")
     group.add_argument(
         "--cpus", metavar="N", type=whole_number, default=1, help="number of processors (default: %(default)s)"
     )
     group.add_argument(
         "--ram",
         metavar="BYTES[:MAX[:SLOTS]]",
-        help="memory, with K, M, G or T, and how far it may grow (default: 2G; builtin guest: 256M)",
+        help="memory size with K, M, G or T, and its maximum (default: 2G; built-in guest: 256M)",
     )
     group.add_argument("--kvm", metavar="BOOL|auto", default="auto", help="use KVM (default: %(default)s)")
     group.add_argument(

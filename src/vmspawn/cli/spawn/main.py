@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command `vmspawn`: run a machine by its options to its end.
+"""Implements the command `vmspawn`, which starts a machine and manages it until its end.
 
-QEMU is started as soon as the options are read; asyncio, asyncvarlink and the rest are imported while it comes up.
+QEMU is started as soon as the options are parsed. asyncio and other modules are imported while QEMU starts.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _GROUPS = (
 
 
 def build_parser() -> Parser:
-    """Return a parser of all options; those of systemd-vmspawn(1) have its names, values and meanings."""
+    """Return a parser of all options. Options of systemd-vmspawn(1) keep their names, values and meanings."""
     parser = Parser(
         prog=_PROGRAM,
         usage="vmspawn [OPTION…] [KERNEL ARGUMENT…]",
         description="Start a virtual machine and manage it until it ends.",
         epilog="vmctl controls the running machine.\n"
-        "vmspawn(1) lists options of systemd-vmspawn that are accepted but not supported yet.",
+        "vmspawn(1) lists the options of systemd-vmspawn that are not supported yet.",
         add_help=False,
     )
     for group in _GROUPS:
@@ -122,7 +122,7 @@ def run(arguments: list[str]) -> int:
         messages.notice(line)
     if config.console != "native" or not os.isatty(_STDIN):
         return _run(options, config, messages, detail)
-    # QEMU gets the terminal as soon as it starts, and does not give it back if it is killed.
+    # QEMU may change the terminal's settings, and does not restore them if it is killed.
     lent = Terminal(_STDIN)
     try:
         return _run(options, config, messages, detail)
@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
         from ...console.hotkeys import HELP
 
         messages.notice(HELP)
-    # Where SIGCHLD is ignored, nobody would learn how QEMU ended.
+    # If SIGCHLD were ignored, the kernel would discard QEMU's exit status.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     allow_descriptors()
     started = adopt.begin(options, config, messages.notice, detail, _hold_signals)
@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
 
         job = run_command.job(options, config)
         runner = asyncio.Runner()
-        # It needs descriptors, and makes them when it is first asked.
+        # The event loop needs descriptors, and opens them now.
         runner.get_loop()
     except BaseException:
         started.give_up()
@@ -163,12 +163,12 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
 
 
 def _hold_signals() -> None:
-    """One that comes before the supervisor listens must not leave QEMU without its manager."""
+    """Block signals until the supervisor handles them, so that none leaves QEMU without its manager."""
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
 
 def main() -> NoReturn:
-    """The entry point."""
+    """Run vmspawn and exit."""
     entrypoint.run(_PROGRAM, lambda: run(sys.argv[1:]))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for a machine that lives for one command in its guest."""
+"""Defines the options for a machine that runs one command in its guest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...errors import UsageError
 if TYPE_CHECKING:
     from ...manager.job import Job
 
-#: Seconds that the guest has to boot, without a time limit: as long as it takes.
+#: The timeout in seconds for a guest's boot without a time limit.
 _FOREVER = 1_000_000
 
 
@@ -24,8 +24,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--run",
         metavar="COMMAND",
-        help="run a command by sh in the guest, end the machine, and exit with the command's status; standard streams "
-        "are the command's",
+        help="run a command with sh in the guest, on vmspawn's standard streams; then end the machine, and exit with "
+        "the command's status",
     )
     group.add_argument("--agent", metavar="BOOL", help="give the guest the agent that runs commands (default: yes)")
 
@@ -33,13 +33,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raise UsageError for options that contradict each other."""
     if options.run is not None and options.adopt:
-        raise UsageError("--run= starts a machine, and --adopt takes one over", hint="use: vmctl exec")
+        raise UsageError("--run= starts a machine, and --adopt does not", hint="use: vmctl exec")
     if options.run is not None and options.console not in (None, "headless"):
         raise UsageError("--run= uses the standard streams", hint="leave out --console=; see the console by --log=")
 
 
 def apply(options: argparse.Namespace, config: MachineConfig) -> MachineConfig:
-    """The configuration for a machine with a command: the streams are not the console's."""
+    """Return the configuration for a machine with a command, whose streams are not the console's."""
     if options.run is None:
         return config
     if not config.agent:
@@ -48,7 +48,7 @@ def apply(options: argparse.Namespace, config: MachineConfig) -> MachineConfig:
 
 
 def job(options: argparse.Namespace, config: MachineConfig) -> Job | None:
-    """The job that the options ask for."""
+    """Return the job that the options describe."""
     if options.run is None:
         return None
     from ...manager.job import Job

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options of systemd-vmspawn for features that vmspawn does not have yet.
+"""Defines the options of systemd-vmspawn for features that vmspawn does not have yet.
 
-A value that disables the feature is accepted; one that demands it is refused, so that no script believes that it has
-the feature. The help leaves these options out; vmspawn(1) lists them.
+Values that disable the feature are accepted. Values that require it are refused, so that scripts notice that it is
+missing. The help omits these options; vmspawn(1) lists them.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def _destination(option: _Unsupported) -> str:
 
 
 def check(options: argparse.Namespace) -> list[str]:
-    """Return a line for each optional feature that is skipped. Raises UsageError for a feature that is demanded."""
+    """Return a line for each optional feature that is skipped. Raises UsageError for a required feature."""
     if options.network_tap:
         raise UsageError("--network-tap is not supported yet", hint="use --network-user-mode")
     return [*_check(options, _BOOLEANS, booleans=True), *_check(options, _VALUES, booleans=False)]
