@@ -174,12 +174,12 @@ async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tm
         await machine.attach(Disk(str(image), "disk"))
         asked = asyncio.create_task(event_named(machine, DETACHING_EVENT))
         await asyncio.sleep(0)
-        with pytest.raises(StoragePending, match="the guest has not let go of disk") as caught:
+        with pytest.raises(StoragePending, match="the guest has not released disk") as caught:
             await machine.detach("disk", timeout=1.5)
         assert "force=True" in caught.value.hint
         said = await asked
         assert (said["name"], said["requests"]) == ("disk", 1)
-        assert "let go of disk" in said["reason"]
+        assert "has not released disk" in said["reason"]
         assert await machine.detach("disk", timeout=0, force=True) is False
         await machine.attach(Disk(str(image), "again", "virtio-scsi"))
         await machine.detach("again")
@@ -197,7 +197,7 @@ async def test_a_removal_by_the_attention_button_takes_its_time_and_is_no_failur
         before = await Snapshot.take(machine)
         await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk"))
         await shell.wait_for(r"block (\S+) came")
-        with pytest.raises(StoragePending, match="has not let go of disk"):
+        with pytest.raises(StoragePending, match="has not released disk"):
             await machine.detach("disk", timeout=2)
         removal = next(each for each in machine.storage if each.name == "disk").removal
         assert removal is not None

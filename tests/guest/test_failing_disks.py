@@ -178,7 +178,7 @@ async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], 
     machine, _ = guest
     path = str(make_raw(tmp_path / "disk"))
     for on_error in ("stop", "enospc"):
-        with pytest.raises(BadConfig, match="tells the guest of errors"):
+        with pytest.raises(BadConfig, match="always reports errors to the guest"):
             await machine.attach(Disk(path, bus="nvme", on_error=on_error))
     with pytest.raises(BadConfig, match="unknown reaction to errors"):
         await machine.attach(Disk(path, on_error="ignore"))

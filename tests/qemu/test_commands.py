@@ -268,7 +268,7 @@ def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> 
         (["attach-disk", "{machine}"], 2, "no image"),
         (["attach-disk", "{machine}", "{boot}", "--name=x"], 1, "this file is attached already, as boot"),
         (["detach-disk", "{machine}", "nobody"], 1, "cannot detach nobody: there is no disk named nobody"),
-        (["detach-disk", "{machine}", "boot"], 1, "has been there from boot"),
+        (["detach-disk", "{machine}", "boot"], 1, "is a boot disk"),
         (["detach-disk", "{machine}", "image", "--timeout=soon"], 2, "--timeout"),
         (["status", "nobody"], 1, "there is no machine named nobody"),
         (["status", "../up"], 2, "invalid machine name"),

@@ -126,7 +126,7 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
             1,
             "cannot replace nobody: there is no disk named nobody",
         ),
-        (["replace-disk", "{machine}", "boot", "{image}"], 1, "cannot replace boot: boot has been there from boot"),
+        (["replace-disk", "{machine}", "boot", "{image}"], 1, "cannot replace boot: boot is a boot disk"),
         (["resize-disk", "{machine}", "boot", "512"], 1, "would be lost"),
         (["resize-disk", "{machine}", "boot", "big"], 2, "SIZE big is not a size"),
         (["resize-disk", "{machine}", "boot", "++1M"], 2, "SIZE +1M is not a size"),
@@ -158,10 +158,10 @@ def test_what_cannot_be_is_said_in_one_line(
 
 def test_a_hint_spells_the_field_as_its_reader_does(machine: Spawned) -> None:
     done = vmctl("resize-disk", machine.name, "boot", "512")
-    assert done.stderr.splitlines()[1].strip() == "allow that with --shrink"
+    assert done.stderr.splitlines()[1].strip() == "allow the loss with --shrink"
     with Client(machine.name) as client, pytest.raises(VarlinkError) as caught:
         client.call("io.vmspawn.Machine.ResizeStorage", {"name": "boot", "sizeBytes": 512, "shrink": False})
-    assert caught.value.hint == "allow that with shrink=True"
+    assert caught.value.hint == "allow the loss with shrink=True"
 
 
 def test_a_usage_error_keeps_its_exit_status_behind_what_failed(machine: Spawned) -> None:
@@ -195,14 +195,14 @@ def test_a_pending_removal_is_shown_and_can_be_left_or_forced(qemu: str, tmp_pat
     with idle(qemu, tmp_path) as machine:
         run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)))
         assert run("detach-disk", machine.name, "data", "--no-wait").startswith(
-            "Detaching data: the guest has not let go"
+            "Detaching data: the guest has not released"
         )
         # Every column is needed for the reason.
         size = (24, 200)
         arguments = ["-m", "vmspawn.cli.ctl", "detach-disk", machine.name, "data", "--timeout=3"]
         terminal = pexpect.spawn(sys.executable, arguments, timeout=DEADLINE, encoding="utf-8", dimensions=size)
-        terminal.expect(r"\d+ s, asked (once|\d+ times): the guest has not let go of data")
-        terminal.expect("vmctl: cannot detach data: the guest has not let go of data")
+        terminal.expect(r"\d+ s, asked (once|\d+ times): the guest has not released data")
+        terminal.expect("vmctl: cannot detach data: the guest has not released data")
         terminal.expect(pexpect.EOF)
         terminal.close()
         assert terminal.exitstatus == 1

@@ -133,7 +133,7 @@ async def test_an_image_that_is_exported_is_replaced_all_the_same(idle: Machine,
         assert await idle.replace("disk", str(new), format="qcow2") == MIB
         found = (await idle.storage.look())["disk"]
         assert found.path == str(new)
-        assert found.notice == f"QEMU still has {old} open: used by the nbd export exported"
+        assert found.notice == f"QEMU still has {old} open, used by the nbd export exported"
         await idle.replace("disk", str(make_qcow2(tmp_path / "newer", MIB)), format="qcow2")
         await session.execute("block-export-del", {"id": "exported"})
         await until_closed(idle, old)
@@ -173,7 +173,7 @@ async def test_force_succeeds_only_if_the_image_is_closed(idle: Machine, tmp_pat
                 StoragePending, match=r"QEMU still has the image of disk open.*export exported"
             ) as caught:
                 await idle.detach("disk", timeout=0.5, force=True)
-            assert "through QMP" in caught.value.hint
+            assert "QMP client" in caught.value.hint
             assert str(image) in links_of(idle.pid)
         await session.execute("block-export-del", {"id": "exported"})
         await until_closed(idle, image)
@@ -248,7 +248,7 @@ async def test_a_displaced_disk_is_shown_and_not_changed(idle: Machine, tmp_path
     await idle.leave()
     adopted = await Machine.adopt(idle.name)
     try:
-        assert any(f"disk stands on {real}" in note for note in adopted.adoption_notes)
+        assert any(f"disk uses {real}" in note for note in adopted.adoption_notes)
         await check_displaced(adopted, real, tmp_path)
     finally:
         await adopted.close()
@@ -257,14 +257,14 @@ async def test_a_displaced_disk_is_shown_and_not_changed(idle: Machine, tmp_path
 async def check_displaced(machine: Machine, real: Path, folder: Path) -> None:
     found = (await machine.storage.look())["disk"]
     assert found.path == str(real)
-    assert found.notice == f"disk stands on {real}, which somebody put in the place of its image through QMP"
+    assert found.notice == f"disk uses {real}, which a QMP client has put in the place of its image"
     other = make_raw(folder / "other", MIB)
     for change in (
         lambda: machine.resize("disk", 4 * MIB),
         lambda: machine.limit("disk", Limits(iops=10)),
         lambda: machine.replace("disk", str(other)),
     ):
-        with pytest.raises(ConfigNotSupported, match=f"disk stands on {real}"):
+        with pytest.raises(ConfigNotSupported, match=f"disk uses {real}"):
             await change()
 
 

@@ -70,7 +70,7 @@ async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
                 stuck = r"did not answer (blockdev-del|query-named-block-nodes) within 20 s"
                 with pytest.raises(Timeout, match=stuck) as caught:
                     await machine.detach("disk", force=True)
-                assert "storage that the image is on may hang" in caught.value.hint
+                assert "the image's storage may hang" in caught.value.hint
                 detached = asyncio.create_task(event_named(machine, "StorageDetached"))
                 await asyncio.sleep(0)
                 server.send_signal(signal.SIGCONT)

@@ -208,7 +208,7 @@ async def test_an_unknown_disk_cannot_be_detached_and_others_are_named(machine: 
 
 async def test_a_boot_disk_stays(machine: Machine) -> None:
     boot = next(each for each in machine.storage if each.boot)
-    with pytest.raises(StorageImmutable, match="has been there from boot"):
+    with pytest.raises(StorageImmutable, match="is a boot disk"):
         await machine.detach(boot.name)
 
 
@@ -221,7 +221,7 @@ async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str,
     async with idle_machine(qemu, tmp_path) as machine:
         before = await Snapshot.take(machine)
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus=bus))
-        with pytest.raises(StoragePending, match=r"has not let go of disk.*waited 0\.2 s"):
+        with pytest.raises(StoragePending, match=r"has not released disk.*waited 0\.2 s"):
             await machine.detach("disk", timeout=0.2)
         assert [each.state.value for each in machine.storage if not each.boot] == ["detaching"]
         with pytest.raises(StorageExists, match="exists already") as caught:

@@ -62,5 +62,5 @@ def test_a_name_alone_stands_for_an_image_or_a_directory(tmp_path: Path, monkeyp
     assert parse(["-M", "a"])[0].image == image
     config, _ = parse(["-M", "b"])
     assert (config.directory, config.name) == (str(tmp_path / "first" / "b"), "b")
-    with pytest.raises(UsageError, match="nothing to boot: there is no image for a machine named c"):
+    with pytest.raises(UsageError, match="nothing to boot: no image is named c"):
         parse(["-M", "c"])

@@ -39,7 +39,7 @@ def test_a_format_is_taken_when_it_is_said_and_never_guessed(tmp_path: Path, ima
         if image_format == "raw":
             assert choose_format(backing, None, what="image") == "raw"
         else:
-            with pytest.raises(BadConfig, match=f"looks like {image_format}, and no format was given"):
+            with pytest.raises(BadConfig, match=f"looks like {image_format}, but no format was specified"):
                 choose_format(backing, None, what="image")
 
 
@@ -56,7 +56,7 @@ def test_an_image_of_another_format_is_refused(tmp_path: Path, image_format: str
 def test_formats_that_are_only_read_are_not_written(tmp_path: Path, image_format: str) -> None:
     with (
         backing_of(make(tmp_path / "image", image_format), read_only=False) as backing,
-        pytest.raises(ConfigNotSupported, match=f"{image_format} format are only read") as caught,
+        pytest.raises(ConfigNotSupported, match=f"{image_format} format are read-only") as caught,
     ):
         choose_format(backing, image_format, what="image")
     assert "read-only" in caught.value.hint
@@ -134,10 +134,10 @@ def test_a_name_in_an_image_does_nothing_to_a_terminal(tmp_path: Path) -> None:
 def test_an_image_whose_format_nobody_named_is_refused_by_its_name(tmp_path: Path, content: str) -> None:
     image_format = content.partition(" ")[0]
     with backing_of(CONTAINERS[content](tmp_path)) as backing:
-        with pytest.raises(BadConfig, match=f"image looks like {image_format}, and no format was given") as caught:
+        with pytest.raises(BadConfig, match=f"image looks like {image_format}, but no format was specified") as caught:
             choose_format(backing, None, what="image")
         # The beginning is what `vmspawn` puts its option in place of.
-        assert caught.value.hint.startswith("say format ")
+        assert caught.value.hint.startswith("specify format ")
         assert "raw" in caught.value.hint
         assert choose_format(backing, "raw", what="image") == "raw"
         other = "vdi" if image_format == "qcow2" else "qcow2"

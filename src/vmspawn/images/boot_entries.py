@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the kernel in a directory: by the entries of its boot loader, or where distributions install it.
+"""Finds the kernel and the initrd in the root file system of a distribution.
 
-The UAPI group's Boot Loader Specification: unified kernel images in EFI/Linux, and `.conf` files in loader/entries,
-below what is mounted at /efi or /boot.
+Boot loader entries follow the UAPI group's Boot Loader Specification: unified kernel images in EFI/Linux, and `.conf`
+files in loader/entries, both below the directory that the guest mounts at /efi or /boot. Without entries, the
+kernel is /boot/vmlinuz-*, where distributions install it.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from ..errors import StartError
 
 _BOOT_DIRECTORIES = ("efi", "boot", "boot/efi")
 
-#: Names of a kernel's initrd in distributions, by the version.
+#: The names that distributions give the initrd of a kernel's version.
 _INITRDS = ("initrd.img-{}", "initramfs-{}.img", "initrd-{}")
 
 
 class Entry(NamedTuple):
-    """A kernel and its initrds, by paths on the host."""
+    """A kernel and its initrds, as paths on the host."""
 
     linux: str
     initrds: tuple[str, ...]
 
 
 def find(root: str) -> Entry:
-    """Find the newest kernel; unified images come before entries, and entries before bare kernels.
+    """Find the newest kernel below `root`: a unified image, else the kernel of an entry, else a bare kernel.
 
     Raises StartError if there is no kernel.
     """
@@ -60,13 +61,13 @@ def _files(folder: str, suffix: str) -> list[str]:
 
 
 def _version(path: str) -> list[tuple[int, str]]:
-    """Return a key that sorts file names by version: numbers in names count as numbers."""
+    """Return a key that sorts file names by version, so that 6.10 follows 6.9."""
     parts = re.findall(r"\d+|\D+", os.path.basename(path))
     return [(int(each), "") if each.isdigit() else (-1, each) for each in parts]
 
 
 def _read(path: str, boot: str) -> Entry | None:
-    """Read an entry; returns None if its kernel is missing. Its paths are relative to the boot directory."""
+    """Read an entry, whose paths are relative to the boot directory. Returns None if the kernel is missing."""
     linux, initrds = "", []
     try:
         with open(path, "rb") as file:

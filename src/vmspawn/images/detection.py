@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Recognizes the format of a disk image by its signature, to tell a raw image from one in a container format.
+"""Recognizes a disk image's container format by its signature.
 
-Only container formats are recognized: formats that store a disk in another order than the guest reads it. Partition
-tables, file systems, ISO 9660 and LUKS are what a raw disk holds, and are not.
+A container format stores the disk's data in another order than the guest reads it. Partition tables, file systems,
+ISO 9660 and LUKS are contents of a raw disk, and are not container formats.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Read = Callable[[int, int], bytes]
 
 _SECTOR = 512
 
-#: QEMU's name of the format, and the offset and bytes of a signature. The first match counts.
+#: QEMU's name of the format, the offset of the signature, and the signature. The first match counts.
 _SIGNATURES = (
     ("qcow", 0, b"QFI\xfb\0\0\0\x01"),
     ("qcow2", 0, b"QFI\xfb"),
     ("qed", 0, b"QED\0"),
-    # A sparse extent of VMware Workstation, of ESX, and of ESX since 6.5.
+    # The sparse extents of VMware Workstation, of ESX, and of ESX since 6.5.
     ("vmdk", 0, b"KDMV"),
     ("vmdk", 0, b"COWD"),
     ("vmdk", 0, b"\xbe\xba\xfe\xca\0\0\0\0"),
@@ -33,10 +33,10 @@ _SIGNATURES = (
     ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
 )
 
-#: A VMDK descriptor is a text. VMware writes the first line; QEMU accepts comments before the version.
+#: The start of a VMDK descriptor, which is text. VMware writes the comment; QEMU accepts comments before the version.
 _VMDK_DESCRIPTOR = rb"\s*(?:#\s*disk\s+descriptorfile\b|(?:#[^\n]*\n\s*)*version\s*=\s*[0-9])"
 
-# The footer of a VHD: 512 bytes, 511 before 2004. A sum of its bytes tells it from a disk that ends in these letters.
+# The footer of a VHD has 512 bytes, or 511 before 2004. Its checksum distinguishes it from data with the same letters.
 _VHD_COOKIE = b"conectix"
 _VHD_FOOTERS = (512, 511)
 _VHD_CHECKSUM = slice(64, 68)
@@ -46,7 +46,7 @@ _DMG_TRAILER = b"koly\0\0\0\x04\0\0\x02\0"
 
 
 def container_format(read: Read, size: int) -> str | None:
-    """Return the name of the container format that an image of `size` bytes looks like, or None if it looks raw."""
+    """Return QEMU's name of the container format of an image of `size` bytes, or None if the image looks raw."""
     start = read(0, _SECTOR)
     for name, offset, signature in _SIGNATURES:
         if start.startswith(signature, offset):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tell what can start a kernel: QEMU itself, UEFI, or both.
+"""Finds out whether QEMU, UEFI or both can start a kernel, and reads the kernel's architecture and version.
 
-QEMU starts what follows Linux's boot protocol. UEFI starts PE images, which most of today's kernels are as well.
+QEMU starts kernels that follow Linux's boot protocol. UEFI starts PE images; most kernels of today are both.
 Unified kernel images (UKI), compressed EFI kernels of aarch64 and other EFI programs are PE images only.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 
-# The PE format: offset of the PE header in the DOS header; the COFF header behind the signature; the section table.
+# The PE format: the offset of the PE header, the COFF header behind its signature, and an entry of the section table.
 _PE_OFFSET = struct.Struct("<60xI")
 _COFF = struct.Struct("<4sHH12xH2x")
 _MACHINES = {0x8664: "x86_64", 0xAA64: "aarch64"}
@@ -18,28 +18,28 @@ _SECTION = struct.Struct("<8s32x")
 
 _SECTIONS_MAX = 96
 
-# x86's boot protocol: where the header points to the version's text, counted from the end of the first sector.
+# x86's boot protocol: the header has the offset of the version's text, counted from the end of the first sector.
 _VERSION_OFFSET = struct.Struct("<H")
 _VERSION_FIELD, _SECTOR, _VERSION_MAX = 0x20E, 0x200, 256
 
-# Where a kernel of Linux says so: x86's boot protocol ("The Real-Mode Kernel Header"), arm64's booting.rst.
+# Offsets and magic numbers of Linux: x86's boot protocol ("The Real-Mode Kernel Header"), and arm64's booting.rst.
 _LINUX_MAGICS = ((0x202, b"HdrS"), (56, b"ARM\x64"))
 _START_SIZE = 0x206
 
-#: No PE image: QEMU alone can start it.
+#: Not a PE image: only QEMU can start it.
 OTHER = "other"
 #: A kernel that QEMU and UEFI can start.
 LINUX = "linux"
-#: A unified kernel image, for UEFI alone.
+#: A unified kernel image: only UEFI can start it.
 UKI = "uki"
-#: Another PE image, for UEFI alone.
+#: Another PE image: only UEFI can start it.
 EFI = "efi"
 
 NEED_UEFI = (UKI, EFI)
 
 
 def kind_of(path: str) -> str:
-    """Return OTHER, LINUX, UKI or EFI. Raises OSError."""
+    """Return the kind of a kernel: OTHER, LINUX, UKI or EFI. Raises OSError if the file cannot be read."""
     with open(path, "rb") as file:
         start = file.read(_START_SIZE)
         if start[:2] != b"MZ" or len(start) < _PE_OFFSET.size:
@@ -62,9 +62,9 @@ def _is_coff(header: bytes) -> bool:
 
 
 def architecture_of(path: str) -> str:
-    """Return the architecture of a kernel that is a PE image, as the kernel calls it; empty if it is not known.
+    """Return the architecture of a PE image in the kernel's spelling, or an empty string if it is unknown.
 
-    Raises OSError.
+    Raises OSError if the file cannot be read.
     """
     with open(path, "rb") as file:
         start = file.read(_PE_OFFSET.size)
@@ -76,7 +76,10 @@ def architecture_of(path: str) -> str:
 
 
 def version_of(path: str) -> str:
-    """Return the version of a kernel for x86, such as 6.1.0-37-amd64; empty if it does not tell. Raises OSError."""
+    """Return the version of an x86 kernel, such as 6.1.0-37-amd64, or an empty string if the image has none.
+
+    Raises OSError if the file cannot be read.
+    """
     with open(path, "rb") as file:
         start = file.read(_VERSION_FIELD + _VERSION_OFFSET.size)
         if not start.startswith(b"HdrS", _SECTOR + 2) or len(start) < _VERSION_FIELD + _VERSION_OFFSET.size:

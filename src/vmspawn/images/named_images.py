@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds images by name in the directories of machinectl and importctl."""
+"""Finds a machine's image by name, in the directories that machinectl and importctl use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..user_directories import user_directory
 
 _SYSTEM = ("/etc/machines", "/run/machines", "/var/lib/machines", "/usr/local/lib/machines", "/usr/lib/machines")
 
-#: The directory that hints suggest for an image.
+#: The directory that hints suggest.
 _DEFAULT = "/var/lib/machines"
 
 
 def places() -> list[str]:
-    """Return the directories to search, in order; a user's own come before the system's."""
+    """Return the directories to search, in order: the user's directory comes before the system's."""
     if os.geteuid() == 0:
         return list(_SYSTEM)
     state = user_directory("XDG_STATE_HOME", ".local/state")
@@ -24,9 +24,9 @@ def places() -> list[str]:
 
 
 def find(name: str) -> dict[str, Any]:
-    """Return the fields of MachineConfig that boot the image of that name: NAME.raw, or the directory NAME.
+    """Return the fields of MachineConfig that boot the image of that name: the file NAME.raw or the directory NAME.
 
-    Raises UsageError if there is no image.
+    Raises UsageError if no directory has an image of that name.
     """
     for place in places():
         raw, directory = os.path.join(place, f"{name}.raw"), os.path.join(place, name)
@@ -35,7 +35,7 @@ def find(name: str) -> dict[str, Any]:
         if os.path.isdir(directory):
             return {"directory": directory}
     raise UsageError.with_fields(
-        "nothing to boot: there is no image for a machine named {machine}",
+        "nothing to boot: no image is named {machine}",
         hint="name one with {image=} or {directory=}, try {guest=builtin}, or put {machine}.raw into {folder}",
         machine=name,
         folder=_DEFAULT,

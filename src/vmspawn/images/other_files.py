@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Lists the other files that a disk image names: backing files, data files, extents and parents.
 
-Each reader takes a `read(offset, length)`, which returns fewer bytes beyond the image's end, and reads a bounded amount
-whatever the image contains. The list is empty for an image that stands alone. A ValueError says why an image cannot be
-checked.
+Each reader takes a function `read(offset, length)`, which returns fewer bytes at the image's end. A reader reads a
+bounded amount, whatever the image contains. It returns an empty list for an image that is complete by itself, and
+raises ValueError with the reason for an image that cannot be checked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from .detection import Read
 
-# The qcow2 header (QEMU's docs/interop/qcow2.txt): version, offset and length of the backing file's name, and from
-# version 3 on the incompatible features, of which bit 2 says that the data is in another file, and the length of the
-# header, behind which are extensions: type, length, data padded to 8 bytes.
+# The qcow2 header (QEMU's docs/interop/qcow2.txt): the version, and the offset and length of the backing file's name.
+# Version 3 adds the incompatible features, of which bit 2 marks an image whose data is in another file, and the
+# header's length. Extensions follow the header: type, length, and data that is padded to 8 bytes.
 _QCOW2_VERSION = slice(4, 8)
 _QCOW2_BACKING_OFFSET = slice(8, 16)
 _QCOW2_BACKING_LENGTH = slice(16, 20)
@@ -27,8 +27,8 @@ _QCOW2_DATA_FILE_NAME = 0x44415441
 _QCOW2_EXTENSIONS_MAX = 64
 _NAME_MAX = 1023
 
-# The VDI header (QEMU's block/vdi.c): version, type of the image, and the UUIDs of the image that it is linked to and
-# of its parent. Types 1 and 2 are a whole disk, 3 and 4 are changes to another.
+# The VDI header (QEMU's block/vdi.c): the version, the image's type, and the UUIDs of the linked image and of the
+# parent. An image of type 1 or 2 is a whole disk; types 3 and 4 are changes to another image.
 _VDI_VERSION = slice(0x44, 0x48)
 _VDI_TYPE = slice(0x4C, 0x50)
 _VDI_PARENTS = slice(0x1A8, 0x1C8)
@@ -37,15 +37,18 @@ _VDI_WHOLE = (1, 2)
 
 
 class OtherFile(NamedTuple):
-    """A file that an image names. `role` is "backing file", "data file", "extent" or "parent"; `name` is what the
-    image calls it, and empty where the image does not say."""
+    """A file that an image names.
+
+    `role` is "backing file", "data file", "extent" or "parent". `name` is the file's name in the image, and empty if
+    the image does not give one.
+    """
 
     role: str
     name: str = ""
 
 
 def other_files(image_format: str, read: Read) -> list[OtherFile]:
-    """Return the files that an image of that format names. May raise a ValueError."""
+    """Return the files that an image of that format names. Raises ValueError if the image cannot be checked."""
     return READERS[image_format](read)
 
 
@@ -113,7 +116,7 @@ def _text(name: bytes) -> str:
     return name.decode(errors="replace")
 
 
-#: By format: every one that a disk can have.
+#: The readers of all formats that a disk can have.
 READERS: dict[str, Callable[[Read], list[OtherFile]]] = {
     "raw": _of_raw,
     "qcow2": _of_qcow2,

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find what an image's partition table says: the root= that a kernel needs, and whether BIOS can boot the image.
+"""Reads an image's partition table, to choose the kernel's root= argument and to predict whether BIOS can boot.
 
-A kernel that is started directly is told by no boot loader what the image's root is. As with systemd-vmspawn, it is the
-partition whose type says that it is the root, or /usr, of this architecture (uapi-group.org, Discoverable Partitions
-Specification); else the one partition that is Linux's at all; else, if the image has no partitions, the whole of it.
+A kernel that QEMU starts directly gets no root= from a boot loader. vmspawn chooses the same root as systemd-vmspawn:
+
+1. the partition whose type is the root, or /usr, of this architecture (uapi-group.org, Discoverable Partitions
+   Specification),
+2. else the only partition with Linux's generic type,
+3. else, if the image has no partitions, the whole disk.
 """
 
 from __future__ import annotations
@@ -22,23 +25,23 @@ _ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 _BIOS_BOOT_TYPE = "21686148-6449-6e6f-744e-656564454649"
 _MBR_ESP = 0xEF
 
-#: The attribute by which a partition boots by BIOS, through code such as syslinux's gptmbr.bin (UEFI, 5.3.3).
+#: The attribute of a partition that BIOS boots, through code such as syslinux's gptmbr.bin (UEFI, 5.3.3).
 _LEGACY_BOOT = 1 << 2
 
-#: Bytes of a boot sector that are code.
+#: The bytes of code at the start of a boot sector.
 _BOOT_CODE = 440
 
-#: The attribute that says a partition is not to be mounted automatically.
+#: The attribute of a partition that is not to be mounted automatically.
 _NO_AUTO = 1 << 63
 
-# The header of a GPT (UEFI specification, 5.3.2): signature, …, first LBA of the entries, their number and size.
+# The header of a GPT (UEFI specification, 5.3.2): signature, …, first LBA of the entries, their number and their size.
 _GPT_HEADER = struct.Struct("<8s64xQII")
 _GPT_ENTRY = struct.Struct("<16s16s16xQ")
 _ENTRIES_MAX = 1 << 20
 #: The largest offset that system calls accept. A guest can write any number into its partition table.
 _OFFSET_MAX = (1 << 63) - _ENTRIES_MAX - 1
 
-# An MBR: its signature at 440, four entries at 446 (type at their fifth byte), 55 AA at the end.
+# An MBR: the disk's signature at 440, four entries at 446 (the type is the fifth byte of each), 55 AA at the end.
 _MBR_ENTRIES = 446
 _MBR_LINUX = 0x83
 _MBR_PROTECTIVE = 0xEE
@@ -56,7 +59,10 @@ class _Partition(NamedTuple):
 
 
 def root_argument(read: Reader, *, architecture: str, bus: str, path: str) -> str:
-    """Return the kernel argument. `read` takes an offset and a length in the image. Raises StartError."""
+    """Return the kernel argument that names the guest's root. `read` takes an offset and a length in the image.
+
+    Raises StartError if no partition, or more than one, can be the root.
+    """
     sector = 2048 if bus == "scsi-cd" else 512
     partitions = [each for each in _gpt(read, sector) if not each.attributes & _NO_AUTO]
     for name, partition_type in (("root", _ROOT_TYPES[architecture]), ("mount.usr", _USR_TYPES[architecture])):
@@ -70,15 +76,15 @@ def root_argument(read: Reader, *, architecture: str, bus: str, path: str) -> st
         generic = mbr
     if len(generic) == 1:
         return f"root=PARTUUID={generic[0]}"
-    what = "more than one partition that could be" if generic else "no partition that is"
+    problem = "more than one partition that could be" if generic else "no partition that is"
     raise StartError(
-        f"{path} has {what} the guest's root, so its kernel cannot be told one",
+        f"cannot choose the root of {path}: it has {problem} the guest's root",
         hint="pass a kernel argument: root=…",
     )
 
 
 def bios_problem(read: Reader) -> str:
-    """Return why BIOS cannot boot an image, as what the image has or lacks; empty if it can, or may."""
+    """Return the reason why BIOS cannot boot an image, such as "has no boot sector"; empty if it can, or may."""
     block = read(0, 512)
     if len(block) < 512 or block[510:] != b"\x55\xaa":
         return "has no boot sector"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads the guest's view of a qcow2 image, and writes empty overlays.
+"""Reads the disk inside a qcow2 image, and writes empty overlays.
 
 The format is QEMU's docs/interop/qcow2.txt. All numbers in it are big-endian.
 """
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from ..errors import StartError
 
-# magic, version, backing file's offset and length, cluster bits, size, encryption, L1 entries, L1 offset,
-# refcount table's offset and clusters, snapshots, their offset; version 3: incompatible, compatible and autoclear
-# features, refcount order, header length
+# Magic, version, offset and length of the backing file's name, cluster bits, size, encryption, L1 entries, L1 offset,
+# offset and clusters of the refcount table, number and offset of the snapshots. Version 3 adds incompatible, compatible
+# and autoclear features, refcount order and header length.
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _MAGIC = b"QFI\xfb"
 
@@ -22,12 +22,12 @@ _OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 _SIZE_MAX = (1 << 63) - 1
 _COMPRESSED = 1 << 62
 _READS_AS_ZERO = 1
-#: Incompatible features that change where data is or how it is packed.
+#: Incompatible features: the data is in another file, it is not compressed by deflate, L2 entries have 16 bytes.
 _EXTERNAL_DATA, _COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 2, 1 << 3, 1 << 4
 
 
 class Layout(NamedTuple):
-    """The fields of a header: the size of the disk in bytes, the bits of a cluster's size, the first-level table."""
+    """Fields of a header: the disk's size in bytes, the bits of a cluster's size, the L1 table's offset and length."""
 
     size: int
     cluster_bits: int
@@ -36,21 +36,21 @@ class Layout(NamedTuple):
 
 
 def layout_of(fd: int, path: str) -> Layout:
-    """Read an image's header. Raises StartError for an image with features that are not supported here."""
+    """Read an image's header. Raises StartError if the image has features that this reader does not support."""
     raw = os.pread(fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0")
     magic, version, _, _, bits, size, encryption, entries, l1, _, _, _, _, incompatible, *_ = _HEADER.unpack(raw)
     incompatible = incompatible if version >= 3 else 0
     is_unknown = encryption or incompatible & (_EXTERNAL_DATA | _EXTENDED_L2)
     if magic != _MAGIC or not 9 <= bits <= 21 or is_unknown or l1 > _OFFSET_MASK or size > _SIZE_MAX:
         raise StartError(
-            f"cannot look into {path}: it is encrypted or damaged, or has features of qcow2 that only QEMU reads",
-            hint="convert it with: qemu-img convert; for its partitions, a kernel argument root=… will do",
+            f"cannot read {path}: it is damaged, encrypted, or has qcow2 features that only QEMU supports",
+            hint="convert it with qemu-img convert, or pass a kernel argument root=…",
         )
     return Layout(size, bits, l1, entries)
 
 
 class Reader:
-    """Reads an image without a backing file as the guest does. The descriptor stays the caller's."""
+    """Reads the disk inside an image that has no backing file. The caller keeps and closes the descriptor."""
 
     def __init__(self, fd: int, path: str) -> None:
         self._fd = fd
@@ -58,7 +58,7 @@ class Reader:
         self._layout = layout_of(fd, path)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read from the disk; returns fewer bytes beyond its end."""
+        """Read `length` bytes of the disk at `offset`; returns fewer at the disk's end."""
         length = max(0, min(length, self._layout.size - offset))
         cluster = 1 << self._layout.cluster_bits
         parts = []
@@ -95,16 +95,16 @@ class Reader:
             return zlib.decompressobj(-12).decompress(data, size)
         except zlib.error:
             raise StartError(
-                f"cannot look into {self._path} for its partitions: they are compressed in a way not known here",
+                f"cannot read the partitions of {self._path}: their compression is not supported",
                 hint="pass a kernel argument: root=…",
             ) from None
 
 
 def write_empty(fd: int, size: int) -> None:
-    """Make an open, empty file an image of `size` bytes without data; reads go to the image below it.
+    """Write an overlay of `size` bytes without data to an empty file. Reads of an overlay go to its backing image.
 
-    It names no backing file: QEMU's command line names the node. Cluster 0 is the header, 1 the reference counts'
-    table, 2 their first block; the first-level table follows.
+    The overlay names no backing file: QEMU's command line names the backing node. Cluster 0 is the header, 1 the
+    refcount table, 2 its first block; the L1 table follows.
     """
     per_l2 = _CLUSTER // 8
     l1_entries = -(-size // (per_l2 * _CLUSTER))

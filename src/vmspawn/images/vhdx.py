@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads whether a VHDX image has a parent (Microsoft's MS-VHDX).
+"""Finds the parent of a VHDX image (Microsoft's MS-VHDX).
 
-Two region tables, copies of each other, say where the metadata is. One item of the metadata has a flag for a parent,
-another one, the parent locator, has pairs of keys and values with its paths.
+Two copies of a region table point to the metadata. One item of the metadata has a flag for a parent. Another item, the
+parent locator, has pairs of keys and values with the parent's paths.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _PATHS = ("relative_path", "absolute_win32_path", "volume_path")
 
 
 def parent(read: Read) -> str | None:
-    """Return the parent's path, empty if it is not said, or None for an image without a parent.
+    """Return the parent's path, or None for an image without a parent. The path is empty if the image does not give it.
 
-    Raises ValueError for an image without the tables that would say so.
+    Raises ValueError if the image lacks the tables that point to its parent.
     """
     tables = [table for table in (read(offset, _TABLE_SIZE) for offset in _REGION_TABLES) if table[:4] == b"regi"]
     if not tables:
@@ -52,7 +52,7 @@ def _metadata_offsets(table: bytes) -> list[int]:
     entries = _entries(table, _REGION_HEADER.size, _REGION_ENTRY, count)
     offsets = [offset for kind, offset, _, _ in entries if kind == _METADATA]
     if len(offsets) != 1:
-        raise ValueError("its region table does not say where its metadata is")
+        raise ValueError("its region table does not point to its metadata")
     return offsets
 
 
@@ -78,7 +78,7 @@ def _parent(read: Read, region: int) -> str | None:
 
 
 def _path(locator: bytes) -> str:
-    """Return the first of a parent's paths, empty where there is none."""
+    """Return the first path in a parent locator, or an empty string if the locator has none."""
     if len(locator) < _LOCATOR_HEADER.size:
         return ""
     _, count = _LOCATOR_HEADER.unpack(locator[: _LOCATOR_HEADER.size])

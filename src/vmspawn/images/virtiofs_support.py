@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find out whether a kernel and its initrds can mount a root by virtiofs, as far as files beside the kernel tell.
+"""Finds out whether a kernel and its initrds can mount a virtiofs root, from the files beside the kernel.
 
-1. The kernel's configuration, or its list of built-in modules, says whether virtiofs is built in, a module or absent.
-2. A module has to be in an initrd. The names in an initrd can be read if it is not compressed, or by gzip.
+1. The kernel's configuration, or its list of built-in modules, shows whether virtiofs is built in, a module or absent.
+2. A module must be in an initrd. An initrd is read if it is uncompressed or compressed by gzip.
 
-What cannot be read is assumed to be fine.
+A kernel or an initrd that cannot be read is assumed to support virtiofs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from . import kernel_image
 _OPTION = "CONFIG_VIRTIO_FS"
 _MODULE = "virtiofs.ko"
 
-# A cpio archive of the kind that the kernel unpacks (its buffer-format.txt): a header of 8-digit hexadecimal fields
-# behind a magic, the name, the content, each padded to 4 bytes.
+# A cpio archive that the kernel unpacks (its buffer-format.txt): a magic and a header of 8-digit hexadecimal fields,
+# the name, and the content, each padded to 4 bytes.
 _HEADER_SIZE = 110
 _MAGICS = (b"070701", b"070702")
 _SIZE_FIELD, _NAME_SIZE_FIELD = slice(54, 62), slice(94, 102)
@@ -32,17 +32,17 @@ _GZIP = b"\x1f\x8b"
 
 
 class Stream(Protocol):
-    """A file, or what is unpacked of one."""
+    """A file, or the unpacked content of a file."""
 
     def read(self, size: int) -> bytes:
-        """Read up to so many bytes."""
+        """Read up to `size` bytes."""
 
     def seek(self, offset: int, whence: int) -> int:
-        """Move on."""
+        """Move the position."""
 
 
 class Support(Enum):
-    """How a kernel has virtiofs."""
+    """The form in which a kernel has virtiofs."""
 
     BUILT_IN = "built in"
     MODULE = "module"
@@ -51,7 +51,7 @@ class Support(Enum):
 
 
 def why_not(root: str, linux: str, initrds: Sequence[str]) -> str:
-    """Return why a kernel cannot mount the directory `root` as its root; empty if it can, or if that is not known."""
+    """Return the reason why a kernel cannot mount the directory `root` as its root; empty if it can, or if unknown."""
     if kernel_image.kind_of(linux) == kernel_image.UKI:
         return ""
     support = _of_kernel(root, linux)
@@ -105,7 +105,7 @@ def _lines(path: str) -> list[bytes]:
 
 
 def _has_module(initrd: str) -> bool | None:
-    """Return whether an initrd has the module; None if that cannot be read."""
+    """Return whether an initrd has the module, or None if the initrd cannot be read."""
     try:
         with open(initrd, "rb") as file:
             return any(os.path.basename(name).startswith(_MODULE.encode()) for name in _names(file))
@@ -114,9 +114,9 @@ def _has_module(initrd: str) -> bool | None:
 
 
 def _names(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the names in an initrd: archives one after the other, the last perhaps compressed.
+    """Yield the names in an initrd, a sequence of archives, of which the last may be compressed.
 
-    Raises ValueError for what is not understood, OSError, EOFError or zlib.error for what is damaged.
+    Raises ValueError for an unknown format, and OSError, EOFError or zlib.error for a damaged file.
     """
     while start := file.read(4):
         if not start.strip(b"\0"):
@@ -132,7 +132,7 @@ def _names(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _archive(file: Stream) -> Iterator[bytes]:
-    """Yield the names in one archive, up to its end."""
+    """Yield the names in one archive, and leave the file at the archive's end."""
     while True:
         header = file.read(_HEADER_SIZE)
         if header[:6] not in _MAGICS or len(header) < _HEADER_SIZE:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads which other files a VMDK image names (VMware's "Virtual Disk Format 5.0").
+"""Finds the other files that a VMDK image names (VMware's "Virtual Disk Format 5.0").
 
-A VMDK is a text, the descriptor, that names extents and perhaps a parent. A single file has the descriptor inside, and
-one extent, which is the file itself. QEMU opens the file that it is given, and with `backing` null it leaves the parent
-out and returns zeroes instead, without an error.
+The descriptor of a VMDK is text that names extents and possibly a parent. A VMDK in a single file embeds its
+descriptor, which names one extent: the file itself. QEMU opens only the file that it gets. With `backing` null it
+does not open the parent, and returns zeroes in place of the parent's data, without an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _MAGIC = b"KDMV"
 _ESX_MAGICS = (b"COWD", b"\xbe\xba\xfe\xca")
 _HEADER = struct.Struct("<4sIIQQQQ")
 
-#: QEMU looks for the parent here, wherever the header says that the descriptor is.
+#: QEMU reads the parent's name here, and ignores the descriptor's offset in the header.
 _QEMU_OFFSET, _QEMU_SIZE = 512, 20 * _SECTOR
-#: A descriptor has up to 20 sectors by custom.
+#: VMware's descriptors have up to 20 sectors.
 _DESCRIPTOR_MAX = 128 * _SECTOR
 
 _TITLE = re.compile(rb"#\s*disk\s+descriptorfile", re.IGNORECASE)
@@ -35,10 +35,10 @@ _EXTENT = re.compile(
 
 
 def parent_and_extents(read: Read) -> tuple[str | None, list[str]]:
-    """Return the parent's name, or None without one, and the names of the extents that are other files.
+    """Return the parent's name, or None without a parent, and the names of the extents that are in other files.
 
-    A name is empty where the image does not say it. Raises ValueError for an extent that has no descriptor: another
-    file says what it belongs to.
+    A name is empty if the image does not give it. Raises ValueError for an extent without a descriptor, which is in
+    another file.
     """
     header = read(0, _HEADER.size)
     if header.startswith(_ESX_MAGICS):
@@ -52,7 +52,7 @@ def parent_and_extents(read: Read) -> tuple[str | None, list[str]]:
     descriptor = read(offset * _SECTOR, size * _SECTOR) if offset else b""
     extents = _EXTENT.findall(descriptor)
     if not capacity:
-        # QEMU then takes the descriptor for one of other files.
+        # An extent without capacity is a descriptor only, and QEMU then opens the extents that it names.
         return _parent(descriptor), [_text(name) for _, name in extents] or [""]
     if not _TITLE.search(descriptor):
         raise ValueError("it is one extent of a disk, whose descriptor is in another file")

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The rules for a disk, the same for one that QEMU starts with and for one that is plugged in later.
+"""Applies the rules for disks, to disks of boot and to hot-plugged disks alike.
 
-A disk is admitted in this order: 1. what the user asks for is checked by itself (`check_disk`); 2. it is compared with
-the disks beside it (`check_name_is_free`, `check_not_attached`); 3. its image is looked at (`make_image`); 4. it gets a
-place (`take_place`). Only the last takes something, so a refusal before it leaves nothing to undo.
+A disk is admitted in four steps:
 
-On the start path: imports next to nothing.
+1. `check_disk` checks the user's wish by itself.
+2. `check_name_is_free` and `check_not_attached` compare the disk with the machine's other disks.
+3. `make_image` inspects the image.
+4. `take_place` reserves a place.
+
+Only the last step acquires something, so that a refusal in an earlier step leaves nothing to undo.
+
+This module is on the start path and imports next to nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,34 +28,34 @@ from .limits import check_limits
 
 
 class Neighbour(Protocol):
-    """A disk that is there already."""
+    """A disk that the machine has already."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The disk's name."""
 
     @property
     def disk(self) -> Disk:
-        """What the user asked for."""
+        """The disk as the user asked for it."""
 
     @property
     def images(self) -> Sequence[Image]:
-        """Its images."""
+        """The disk's images."""
 
     @property
     def by_id(self) -> str:
-        """Its stable path in the guest."""
+        """The disk's stable path in the guest."""
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it is being detached."""
+        """True while the disk is being detached."""
 
 
 _Neighbour = TypeVar("_Neighbour", bound=Neighbour)
 
 
 class Admitted(NamedTuple):
-    """A disk that keeps the rules, with the place that is reserved for it. `image` None is an empty optical drive."""
+    """A disk that keeps the rules, and its reserved place. `image` is None for an empty optical drive."""
 
     disk: Disk
     serial: str
@@ -59,10 +64,7 @@ class Admitted(NamedTuple):
 
 
 def check_disk(disk: Disk) -> Disk:
-    """Return the disk if it can exist as the user asks for it, whatever its image is.
-
-    Raises BadConfig.
-    """
+    """Return the disk if the user's wish is valid, whatever the image is. Raises BadConfig if it is not."""
     disks.check_name(disk.name)
     if disk.bus != AUTO_BUS:
         disks.check_bus(disk.bus)
@@ -87,9 +89,9 @@ def admit(
 ) -> Admitted:
     """Admit a disk beside its neighbours, and reserve a place for it.
 
-    `backing` is its open image, or None for an optical drive without a medium; it stays the caller's on failure.
-    `number` is the image's. PCI devices go to `pci`, SCSI devices to `scsi`. Messages call the image `what`.
-    Raises BadConfig, ConfigNotSupported, StorageExists or NoFreePort.
+    `backing` is the open image, or None for an optical drive without a medium; the caller owns it if this fails.
+    `number` is the image's. PCI devices get a place from `pci`, SCSI devices from `scsi`. `what` names the image in
+    error messages. Raises BadConfig, ConfigNotSupported, StorageExists or NoFreePort.
     """
     disk = check_disk(_resolve_bus(disk, pci))
     neighbours = tuple(neighbours)
@@ -99,7 +101,7 @@ def admit(
         image = make_image(number, disk, backing, disk.format, what)
         check_not_attached(neighbours, backing, share=disk.share)
     elif disk.bus != "scsi-cd":
-        raise BadConfig(f"{disk.name} has no image", hint="only a scsi-cd can be without")
+        raise BadConfig(f"{disk.name} has no image", hint="name an image; only a scsi-cd can be empty")
     is_written = buses.TABLE[disk.bus].writable and (backing is None or backing.writable)
     disk = disk._replace(read_only=disk.read_only or not is_written)
     serial = _choose_serial(disk)
@@ -118,23 +120,23 @@ def _resolve_bus(disk: Disk, pci: Pool) -> Disk:
 def _choose_serial(disk: Disk) -> str:
     if disk.bus == "nvme-ns":
         if disk.serial:
-            raise BadConfig("a namespace has no serial number but its controller's", hint="leave the serial out")
+            raise BadConfig("an NVMe namespace has no serial number of its own", hint="leave the serial out")
         return buses.NAMESPACE_SERIAL
     return disks.check_serial(disk.serial) if disk.serial else disks.serial_for(disk.name)
 
 
-# Beside other disks.
+# The comparison with other disks.
 
 
 def find_name(neighbours: Iterable[_Neighbour], name: str) -> _Neighbour | None:
-    """The disk of that name."""
+    """Return the disk of that name, or None."""
     return next((each for each in neighbours if each.name == name), None)
 
 
 def find_file(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool = False) -> _Neighbour | None:
-    """The disk that uses the same file in a way that excludes another use.
+    """Return the disk that uses the same file in a way that excludes another use, or None.
 
-    QEMU's image lock does not see one open file that is passed twice.
+    QEMU's image lock does not notice that a machine opens one file twice by the same open file description.
     """
     for each in neighbours:
         for image in each.images:
@@ -146,15 +148,15 @@ def find_file(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool
 
 
 def check_name_is_free(neighbours: Iterable[_Neighbour], name: str) -> None:
-    """Raise StorageExists if a disk has that name."""
+    """Raise StorageExists if a disk has the name already."""
     if other := find_name(neighbours, name):
-        leaving = "its removal is pending; the name is free once the guest has let go"
+        leaving = "its removal is pending; the name is free when the guest has released the disk"
         hint = leaving if other.is_leaving else "choose another name, or detach it first"
         raise StorageExists(f"a disk named {name} exists already", hint=hint)
 
 
 def check_not_attached(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool) -> None:
-    """Raise StorageExists if the file is in use as a disk of this machine, unless both uses allow that."""
+    """Raise StorageExists if a disk of this machine uses the file, unless both uses are read-only or shared."""
     if other := find_file(neighbours, backing, share=share):
         raise StorageExists(
             f"this file is attached already, as {other.name}",
@@ -163,7 +165,7 @@ def check_not_attached(neighbours: Iterable[_Neighbour], backing: Backing, *, sh
 
 
 def check_beside(neighbours: Iterable[_Neighbour], disk: Disk, serial: str, backing: Backing | None) -> None:
-    """Compare a disk that was admitted with those that have come since. Raises StorageExists."""
+    """Compare an admitted disk with the disks that were attached since. Raises StorageExists."""
     neighbours = tuple(neighbours)
     check_name_is_free(neighbours, disk.name)
     if backing is not None:
@@ -181,7 +183,7 @@ def _check_boot_index_is_free(neighbours: Iterable[_Neighbour], disk: Disk) -> N
 
 
 def _check_serial_of_controller(disk: Disk, serial: str, layout: Layout) -> None:
-    """A guest rejects the second of two NVMe controllers with one serial number, and namespaces have one as well."""
+    """Raise BadConfig for the serial number of the namespaces' controller: a guest rejects a second one with it."""
     if disk.bus == "nvme" and serial == buses.NAMESPACE_SERIAL and layout.namespaces.places:
         raise BadConfig(
             f"the serial number {serial} belongs to the controller of NVMe namespaces",
@@ -190,7 +192,10 @@ def _check_serial_of_controller(disk: Disk, serial: str, layout: Layout) -> None
 
 
 def _check_serial_is_free(neighbours: Iterable[_Neighbour], disk: Disk, serial: str) -> None:
-    """A guest rejects an NVMe disk with a serial number that another has; on other buses they would share a path."""
+    """Raise StorageExists if another disk has the same path in the guest.
+
+    A guest rejects the second NVMe disk with one serial number. On the other buses, both disks would have one path.
+    """
     if disk.bus == "nvme-ns":
         return
     for other in neighbours:
@@ -201,13 +206,13 @@ def _check_serial_is_free(neighbours: Iterable[_Neighbour], disk: Disk, serial: 
             )
 
 
-# The image.
+# The inspection of the image.
 
 
 def make_image(number: int, disk: Disk, backing: Backing, image_format: str | None, what: str) -> Image:
-    """The image that a descriptor is for a disk, if it can be one. `backing` stays the caller's on failure.
+    """Return the image that a disk makes of an open file. The caller owns `backing` if this fails.
 
-    Messages call it `what`. Raises BadConfig or ConfigNotSupported.
+    `what` names the image in error messages. Raises BadConfig or ConfigNotSupported.
     """
     chosen = formats.choose_format(backing, image_format, what=what)
     if not buses.TABLE[disk.bus].writable and backing.writable:
@@ -220,7 +225,7 @@ def make_image(number: int, disk: Disk, backing: Backing, image_format: str | No
     return Image(number, backing, chosen, disk.path)
 
 
-# The place.
+# The reservation of a place.
 
 
 def take_place(disk: Disk, layout: Layout, pci: Pool, scsi: Pool) -> Place:

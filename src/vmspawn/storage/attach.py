@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attach and detach disks while the machine runs."""
+"""Attaches and detaches disks while the machine runs."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ from .nodes import Identifiers
 from .statistics import Statistics
 
 _PENDING_HINT = (
-    "the removal goes on and completes when the guest lets go; repeat the command to wait for it, or take the image "
+    "the disk will be removed when the guest releases it; repeat the command to wait for that, or take the image "
     "away now with {force=True}"
 )
 
-#: Seconds that QEMU has to list its PCI devices.
+#: Seconds that QEMU has to list the machine's PCI devices.
 _LOOK_TIMEOUT = 2.0
 
-#: Seconds that a detach waits for the controller that its disk was the last on. The controller goes in any case.
+#: Seconds that the detach of a controller's last disk waits for the controller's removal, which goes on after that.
 _CONTROLLER_TIMEOUT = 2.0
 
-_USED_HINT = "the removal goes on and completes when nobody uses the image through QMP any more"
+_USED_HINT = "the disk will be removed when no QMP client uses the image any more"
 
 
 class BootDisk(Protocol):
@@ -62,23 +62,23 @@ class BootDisk(Protocol):
 
     @property
     def disk(self) -> Disk:
-        """What the user asked for."""
+        """The disk as the user asked for it."""
 
     @property
     def identifiers(self) -> Identifiers:
-        """Its names in QEMU."""
+        """The disk's names in QEMU."""
 
     @property
     def place(self) -> Place:
-        """Where it is."""
+        """The disk's place."""
 
     @property
     def serial(self) -> str:
-        """Its serial number."""
+        """The disk's serial number."""
 
     @property
     def images(self) -> Sequence[Image]:
-        """Its image."""
+        """The disk's image, or an empty sequence for an empty drive."""
 
 
 class Storage:
@@ -92,8 +92,10 @@ class Storage:
         boot_disks: Iterable[BootDisk] = (),
         saved: Mapping[str, Mapping[str, Any]] = {},
     ) -> None:
-        """`boot_disks` are those of a QEMU that was just started; `saved` are the sections of the journal of another
-        manager, from which this one takes over. Raises KeyError, TypeError or ValueError if they cannot be understood.
+        """Begin with the disks that exist already.
+
+        `boot_disks` are the disks of a QEMU that was just started. `saved` has the sections of another manager's
+        journal, whose disks this manager adopts. Raises KeyError, TypeError or ValueError if a section is invalid.
         """
         self._hotplug = hotplug
         boot_disks = tuple(boot_disks)
@@ -101,7 +103,7 @@ class Storage:
         controllers = Controllers(hotplug, layout, saved, at_boot)
 
         def threaded_place() -> Mapping[str, object]:
-            """Where managers without a section for controllers look for the one with a thread."""
+            """Return the threaded controller's place in the journal format of managers without a section for it."""
             place = controllers.place_of(THREADED_SCSI_CONTROLLER)
             return {"threaded-scsi": place and list(place)}
 
@@ -113,7 +115,7 @@ class Storage:
             self._on_refused,
         )
         self._context = Context(hotplug, layout, controllers, register)
-        #: What can be done to disks that stay.
+        #: The changes of disks that stay attached.
         self.changes = Changes(self._context)
         for each in boot_disks:
             self._add_boot_disk(each, controllers.pool_of(each.disk.bus, each.place))
@@ -129,12 +131,12 @@ class Storage:
 
     @property
     def ports_free(self) -> int:
-        """How many PCI devices can still be plugged in."""
+        """The number of PCI devices that can still be plugged in."""
         return self._context.layout.pci.free
 
     @property
     def ports(self) -> int:
-        """How many places there are for hot-plugged PCI devices."""
+        """The number of places for hot-plugged PCI devices."""
         return len(self._context.layout.pci.places)
 
     # At boot.
@@ -160,18 +162,18 @@ class Storage:
         self._context.register.add(attached)
 
     async def release_boot_descriptors(self) -> None:
-        """Drop the descriptor sets of the boot disks: their nodes are open by now."""
+        """Remove the boot disks' descriptor sets, which QEMU needs no longer once it has opened the nodes."""
         for attached in self:
             for image in attached.images if attached.boot else ():
                 await images.release(self._hotplug, image)
         self._context.register.changed()
 
     async def reconcile(self, foreign_fdsets: Sequence[int]) -> list[str]:
-        """Bring the disks of another manager's journal and QEMU together; returns in words what was found.
+        """Settle the disks of another manager's journal with those in QEMU; returns messages for the log.
 
-        `foreign_fdsets` are descriptor sets that are not ours. Raises Timeout or NotConnected.
+        `foreign_fdsets` are descriptor sets that the user gave to QEMU. Raises Timeout or NotConnected.
         """
-        # Loaded where it is needed: most machines keep their manager.
+        # Most managers adopt no machine, and do not load this.
         from .recovery import Adoption
 
         work = Adoption(self._context)
@@ -181,13 +183,12 @@ class Storage:
     # Attaching.
 
     async def attach(self, disk: Disk, backing: Backing | None, *, guest_timeout: float | None = None) -> AttachedDisk:
-        """Attach a disk whose image is open; returns once QEMU has plugged the device in.
+        """Attach a disk whose image is open; returns when QEMU has plugged in the device.
 
-        With `guest_timeout`, returns once the guest has taken the disk, or raises Timeout after so many seconds; the
-        disk is attached then.
-        Owns `backing` from the call on; an optical drive may have none. Raises StorageExists, BadConfig,
-        ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected; then nothing of the disk is
-        left behind. When cancelled, a task of the machine's takes back what was done.
+        With `guest_timeout`, it returns when the guest has taken the disk, or raises Timeout after that many seconds;
+        the disk stays attached then. Owns `backing` from the call on; an optical drive may have none. Raises
+        StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected, and
+        leaves nothing behind. After a cancellation, a task of the machine undoes the attach.
         """
         try:
             if guest_timeout is not None:
@@ -201,9 +202,9 @@ class Storage:
         return attached
 
     async def _attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
-        """Attach a disk, at another place where somebody else has put a device on the first. Leaves `backing` open."""
+        """Attach a disk; tries another place if a QMP client has put a device on the first. Leaves `backing` open."""
         while True:
-            # An attach that fails closes the descriptor that it got.
+            # An attach that fails closes its descriptor; the next attempt needs another.
             copy = backing and backing.copy()
             try:
                 attached = await self._admit(disk, copy)
@@ -231,9 +232,9 @@ class Storage:
         return attached
 
     async def look_at_places(self) -> None:
-        """Notice devices that somebody else has put on our ports and slots, or taken away.
+        """Note which ports and slots QMP clients have put devices on, or taken devices from.
 
-        A QEMU that does not answer leaves what is known.
+        Does nothing if QEMU does not answer.
         """
         layout = self._context.layout
         with contextlib.suppress(QmpError, Timeout, NotConnected):
@@ -268,14 +269,15 @@ class Storage:
     # Detaching.
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Detach a disk; returns once it is really gone: device, nodes, descriptors, port.
+        """Detach a disk; returns True when its device, nodes, descriptors and port are free.
 
         Raises NoSuchStorage, StorageImmutable for a boot disk, NotConnected, or StoragePending if the guest has not
-        let go within `timeout` seconds. The removal then goes on, and a later call waits for the same removal.
+        released the disk within `timeout` seconds. The removal then goes on, and a later call waits for the same
+        removal.
 
-        `force` takes the image away first, so that the host has its file back whatever the guest does, who sees I/O
-        errors from then on. Returns False then if the device is still there after `timeout`, instead of raising.
-        Raises StoragePending if somebody uses the image through QMP, so that QEMU could not close it.
+        `force` takes the image away first: the host has its file back whatever the guest does, and the guest sees I/O
+        errors. Returns False, instead of raising StoragePending, if the device is still there after `timeout`. Raises
+        StoragePending if a QMP client uses the image, so that QEMU could not close it.
         """
         attached = self._context.find(name)
         check_not_boot(attached, "detached")
@@ -297,16 +299,16 @@ class Storage:
         )
 
     async def _why_image_is_open(self, attached: AttachedDisk) -> str:
-        """Why the image of a disk is still open that was taken away."""
+        """Return the reason why QEMU has not closed an image that was taken away."""
         users = await block_graph.users_of(self._hotplug.monitor, attached)
         used = f": it is used by {users}" if users else ""
         return f"QEMU still has the image of {attached.name} open{used}"
 
     async def _take_away(self, attached: AttachedDisk) -> None:
         if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].asks:
-            # The device goes in a moment. (QEMU does not let go of a node that is changed while its device goes.)
+            # QEMU removes the device in a moment. It would keep a node that is changed during that.
             return
-        # The guest is asked once the image is gone.
+        # The guest is asked to release the disk after the image is closed.
         self._hotplug.begin_removal(attached)
 
         async def work() -> None:
@@ -319,22 +321,23 @@ class Storage:
                 work(), f"taking the image of {attached.name} away", timeout=CHANGE_TIMEOUT, hint=STORAGE_HINT
             )
         except VmspawnError as error:
-            # Then at least the guest is asked.
+            # The image stays, but the guest is asked to release the disk.
             self._hotplug.unwind(attached)
             raise explain(error, attached.name, None, self._hotplug.journal.machine) from None
 
     # Looking.
 
     async def look(self) -> dict[str, Look]:
-        """What QEMU has under each disk, by name."""
+        """Return the size, file and faults that QEMU reports of each disk, by name. Raises what `Monitor.execute`
+        raises."""
         return looks.look(await BlockGraph.take(self._hotplug.monitor), self)
 
     async def statistics(self) -> dict[str, Statistics]:
-        """What was read and written, by the disk's name; one that is coming or going may be missing."""
+        """Return each disk's I/O statistics by name, without disks that are being attached or detached."""
         return await statistics.read(self._context, self)
 
     def why_pending(self, attached: AttachedDisk) -> str:
-        """Why a removal has not completed, as far as can be told; empty if none is under way."""
+        """Return the likely reason why a removal has not completed, or an empty string without a removal."""
         return pending.why(attached, self._hotplug.run_state) if attached.removal else ""
 
     # Events.
@@ -352,7 +355,7 @@ class Storage:
             self._hotplug.publish(failures.FAILED_EVENT, attached, **failure._asdict())
 
     def _controller_gone(self, device: str) -> None:
-        """Unplug the disks of a controller that is gone: QEMU keeps namespaces without one (docs/qemu.md, "NVMe")."""
+        """Unplug the disks of a removed controller: QEMU keeps namespaces without one (docs/qemu.md, "NVMe")."""
         for attached in self:
             if controller_of(attached.place) == device and attached.state is State.ATTACHED:
                 self._hotplug.unwind(attached)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A disk that is, is becoming or is ceasing to be attached: one kind of attachment."""
+"""Describes an attached disk as the steps that attach it, and as its record in the journal."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from .nodes import Identifiers
 from .saved import load_disk, load_identifiers, load_image, load_limits, load_place, save_disk
 from .steps import LIMITS, AddPivot, BuildImage
 
-#: Events of our own, in the streams beside QEMU's.
+#: Names of vmspawn's events in the streams of QEMU's events.
 ATTACHED_EVENT = "StorageAttached"
 DETACHING_EVENT = "StorageDetaching"
 DETACHED_EVENT = "StorageDetached"
 
-#: Requests after which a guest that has not released an NVMe disk may never do so.
+#: Unplug requests after which a guest may never release an NVMe disk.
 _STUBBORN = 2
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class AttachedDisk(Attachment):
-    """A disk with all that its nodes and its device are made of.
+    """A disk that is being attached, is attached or is being detached.
 
-    `images` has the one that the disk stands on, and while it is swapped the other; an optical drive may have none.
+    The first of `images` is the disk's image; during a swap, the second is the other image. An optical drive may have
+    none.
     """
 
     kind: ClassVar[str] = "storage"
@@ -43,14 +44,14 @@ class AttachedDisk(Attachment):
     disk: Disk
     identifiers: Identifiers
     place: Place
-    #: Where the place belongs.
+    #: The pool that the place is from.
     pool: Pool
     serial: str
     images: list[Image] = field(default_factory=list)
     limits: Limits = NO_LIMITS
-    #: Images that the disk has left, and that QEMU cannot close yet.
+    #: Former images of the disk that QEMU cannot close yet.
     closing: list[Image] = field(default_factory=list)
-    #: How many requests of the guest have failed since this manager has the disk, and what is known of the last.
+    #: The number of the guest's requests that failed under this manager, and a description of the last failure.
     failures: int = 0
     last_failure: str = ""
 
@@ -64,11 +65,11 @@ class AttachedDisk(Attachment):
         """The device's id in QEMU."""
         return self.identifiers.device
 
-    # What depends on nothing comes first, but for the image, whose command with a descriptor begins a message: so all
-    # of them are one.
+    # The image comes as early as its dependencies allow: its first command carries a descriptor and so begins a
+    # message, and all commands of the disk go to QEMU in that message.
 
     def steps(self) -> Sequence[Step]:
-        """Place, image, I/O thread, limits, pivot, device."""
+        """Return the steps in order: place, image, I/O thread, limits, pivot, device."""
         return (
             Reserve(self.place, self.pool),
             BuildImage(self.disk, self.images),
@@ -86,7 +87,7 @@ class AttachedDisk(Attachment):
         return (Make("thread", command, QemuObject(OBJECT, name)),)
 
     def _limits(self) -> Step:
-        """The throttle group, whether there are limits or not."""
+        """Return the step that makes the throttle group, which a disk without limits has as well."""
         name = self.identifiers.limits
         limits = {"limits": self.limits.to_qemu()} if self.limits.any else {}
         command = Command("object-add", {"qom-type": "throttle-group", "id": name, **limits})
@@ -103,54 +104,54 @@ class AttachedDisk(Attachment):
         )
 
     def vanished(self) -> VmspawnError:
-        """The error of an attach whose device was removed meanwhile."""
+        """Return the error of an attach whose device was removed meanwhile."""
         return NoSuchStorage(f"{self.name} was removed through QMP while it was being attached")
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is complete if its device is there: nobody can tell that of an empty tray."""
+        """True if a disk whose device exists is complete, which is unknown of an empty optical drive."""
         return bool(self.images)
 
     @property
     def still_closing(self) -> str:
-        """Why it is still there although its device is gone."""
+        """The reason why the disk still exists although its device is removed."""
         return f"QEMU still closes the image of {self.name}"
 
     @property
     def not_released(self) -> str:
-        """Why its device may still be there."""
+        """The likely reason why the device still exists."""
         if self.disk.bus == "nvme" and self.removal and self.removal.requests > _STUBBORN:
-            return f"the guest has not let go of {self.name}; one that uses an NVMe disk may never do so"
-        return f"the guest has not let go of {self.name}; it may still be booting, or not know ACPI hot-plug"
+            return f"the guest has not released {self.name}; a guest that uses an NVMe disk may never do so"
+        return f"the guest has not released {self.name}; it may still be booting, or lack ACPI hot-plug"
 
     @property
     def image(self) -> Image | None:
-        """The image that the disk stands on."""
+        """The image below the disk's pivot, or None for an empty optical drive."""
         return self.images[0] if self.images else None
 
     @property
     def format(self) -> str:
-        """The image's format; of a disk without an image, the one that it was attached with."""
+        """The image's format. An empty optical drive keeps the format of its last attach."""
         return self.image.format if self.image else self.disk.format or "raw"
 
     @property
     def read_only(self) -> bool:
-        """Whether the guest may not write."""
+        """True if the guest cannot write to the disk."""
         return self.disk.read_only
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it is being detached."""
+        """True while the disk is being detached."""
         return self.state is State.DETACHING
 
     @property
     def forced(self) -> bool:
-        """Whether the image was taken away from under the guest."""
+        """True if a forced detach has taken the image away."""
         return any(image.format == FAULT for image in self.images)
 
     @property
     def has_open_image(self) -> bool:
-        """Whether QEMU may have a file of the disk's open."""
+        """True if QEMU may have a file of the disk open."""
         return any(image.backing is not None and image.done for image in self.images)
 
     @property
@@ -159,12 +160,12 @@ class AttachedDisk(Attachment):
         return buses.by_id_path(self.disk.bus, self.serial, self.place)
 
     def close(self) -> None:
-        """Close our descriptors of the images, where we still have them."""
+        """Close the manager's descriptors of the images."""
         for image in self.images:
             image.close_backing()
 
     def to_state(self) -> dict[str, Any]:
-        """What another process needs to take the disk over, as JSON values."""
+        """Return the disk's record for state.json, from which another manager can adopt the disk."""
         return save_disk(
             self.disk,
             self.identifiers,
@@ -179,7 +180,7 @@ class AttachedDisk(Attachment):
 
     @classmethod
     def from_state(cls, saved: dict[str, Any], pool_of: Callable[[str, Place], Pool]) -> AttachedDisk:
-        """The disk that another process had saved. Raises KeyError, TypeError or ValueError if it is none."""
+        """Return the disk of a record in state.json. Raises KeyError, TypeError or ValueError if it is invalid."""
         disk = load_disk(saved)
         place = load_place(disk.bus, saved["place"])
         return cls(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The open file or block device behind a disk. QEMU opens no path of the user's; it gets these descriptors."""
+"""Opens and inspects the file or block device behind a disk.
+
+QEMU opens none of the user's paths; vmspawn opens them as the user, and passes the descriptors to QEMU.
+"""
 
 import errno
 import fcntl
@@ -11,14 +14,17 @@ from ..errors import BadConfig, SystemFailure
 
 _O_PATH = getattr(os, "O_PATH", 0o10000000)
 
-#: What QEMU's disks have multiples of, and what sysfs counts in, whatever sectors a device has.
+#: The unit of QEMU's disk sizes and of sizes in sysfs, whatever the device's sector size.
 SECTOR = 512
 
 _DIRECTORY_HINT = "name a disk image or a block device"
 
 
 class Backing(NamedTuple):
-    """An open file or block device that a disk stands on. Whoever holds a Backing owns `fd`; -1 is none any more."""
+    """An open file or block device behind a disk. The holder of a Backing owns and closes `fd`; -1 is a closed one.
+
+    `identity` is (st_dev, st_ino) of a file and (st_rdev,) of a block device. `size` is in bytes.
+    """
 
     fd: int
     block: bool
@@ -34,18 +40,17 @@ class Backing(NamedTuple):
             raise SystemFailure("cannot duplicate the descriptor of the image", error.errno or errno.EMFILE) from None
 
     def close(self) -> None:
-        """Close the descriptor, if there is one."""
+        """Close the descriptor, if it is open."""
         if self.fd >= 0:
             os.close(self.fd)
 
 
 def open_disk(path: str, *, read_only: bool) -> Backing:
-    """Open an image or block device as the caller.
+    """Open an image or block device with the caller's permissions. The caller owns the Backing.
 
-    Raises SystemFailure with the reason of the operating system, BadConfig if it is not something to make a disk of.
-    The caller owns the Backing.
+    Raises SystemFailure with the operating system's error, or BadConfig for a file that cannot be a disk.
     """
-    # O_NONBLOCK so that opening a FIFO by mistake answers instead of waiting for a writer; QEMU clears it.
+    # With O_NONBLOCK, opening a FIFO by mistake returns instead of waiting for a writer. QEMU clears the flag.
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         fd = os.open(path, flags)
@@ -61,7 +66,7 @@ def open_disk(path: str, *, read_only: bool) -> Backing:
         raise
 
 
-#: For what can be read and not written: by its permissions, or because its file system or device is read-only.
+#: Hints for a file that can be read only: because of its permissions, or of a read-only file system or device.
 _READ_ONLY_HINTS = ("attach it read-only, or change its permissions", "attach it read-only, or attach a copy")
 
 
@@ -70,11 +75,11 @@ def _readable_only(path: str, error: OSError) -> bool:
 
 
 def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
-    """Look at a descriptor that is to become a disk and say what it is.
+    """Return the Backing that describes a descriptor.
 
-    The disk is read-only if the descriptor is; `read_only` True makes a read-only disk of a writable descriptor (by
-    a second, read-only descriptor: QEMU wants the access mode to match). Raises BadConfig for what QEMU could not
-    use. On success the Backing owns `fd`; on failure the caller still does.
+    The disk is read-only if the descriptor is. With `read_only` True, a writable descriptor is replaced by a read-only
+    one of the same file, because QEMU requires that the access mode matches. Raises BadConfig for a descriptor that
+    QEMU cannot use. On success the Backing owns `fd`; on failure the caller still owns it.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & _O_PATH:
@@ -87,7 +92,7 @@ def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = N
     if not block and not stat.S_ISREG(found.st_mode):
         kind = _kind(found.st_mode)
         raise BadConfig(f"{what} is a {kind}, not an image or a block device", hint=_DIRECTORY_HINT)
-    # QEMU opens /dev/fdset/N by comparing flags, and knows no O_SYNC (docs/qemu.md, "Descriptor sets").
+    # QEMU opens /dev/fdset/N by comparing flags, and does not support O_SYNC (docs/qemu.md, "Descriptor sets").
     if flags & os.O_SYNC & ~os.O_DSYNC or flags & os.O_DSYNC:
         raise BadConfig(f"{what} is open with O_SYNC, which QEMU cannot use", hint="open it without O_SYNC")
     if read_only and access == os.O_RDWR:
@@ -96,7 +101,7 @@ def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = N
     identity = (found.st_rdev,) if block else (found.st_dev, found.st_ino)
     size = os.lseek(fd, 0, os.SEEK_END) if block else found.st_size
     backing = Backing(fd, block, access == os.O_RDWR, identity, size)
-    # Whether the disk is to bypass the page cache is for the user to say; reading the header must not.
+    # The user's cache mode decides whether the disk bypasses the page cache; reading the header must not bypass it.
     set_direct(backing, False, what=what)
     return backing
 
@@ -107,7 +112,7 @@ def _kind(mode: int) -> str:
 
 
 def _reopen_read_only(fd: int, what: str) -> int:
-    """Replace the description behind a descriptor number by a read-only one of the same file."""
+    """Replace the open file description of a descriptor by a read-only one of the same file."""
     try:
         fresh = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -118,14 +123,14 @@ def _reopen_read_only(fd: int, what: str) -> int:
 
 
 def whole_sectors(size: int) -> int:
-    """Return the size of the disk that QEMU makes of a raw file of `size` bytes: it rounds up."""
+    """Return the size of QEMU's disk for a raw file of `size` bytes: QEMU rounds up to whole sectors."""
     return -(-size // SECTOR) * SECTOR
 
 
 def size_now(path: str, identity: tuple[int, ...], *, block: bool) -> int | None:
-    """Return the bytes that an image has by now whose descriptor QEMU holds, or None if nobody can tell.
+    """Return the present size in bytes of an image whose descriptor only QEMU has, or None if it cannot be found.
 
-    `identity` is its Backing's. The file counts and not the path, which may have gone to another file.
+    `identity` is the Backing's. The size is that of the file, even if the path has become another file's.
     """
     if block:
         return _size_of_device(identity[0])
@@ -147,7 +152,7 @@ def _size_of_device(number: int) -> int | None:
 
 
 def _size_of_open_file(identity: tuple[int, ...]) -> int | None:
-    """Look for the file among those that other processes have open."""
+    """Return the size of a file that any process has open, or None."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -160,9 +165,10 @@ def _size_of_open_file(identity: tuple[int, ...]) -> int | None:
 
 
 def set_direct(backing: Backing, direct: bool, *, what: str) -> None:
-    """Make the descriptor bypass the host's page cache, or not: QEMU 11.1 compares O_DIRECT with the node's cache mode.
+    """Set or clear O_DIRECT, with which a descriptor bypasses the host's page cache.
 
-    Raises BadConfig where the file system has no O_DIRECT.
+    QEMU 11.1 compares the flag with the node's cache mode. Raises BadConfig if the file system does not support
+    O_DIRECT.
     """
     flags = fcntl.fcntl(backing.fd, fcntl.F_GETFL)
     wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Read QEMU's graph of block nodes: what a device stands on, and who else uses a node (docs/qemu.md, "The pivot").
+"""Reads QEMU's graph of block nodes: the nodes below a device, and a node's other users (docs/qemu.md, "The pivot").
 
-Clients can change the graph through QMP at any time, by jobs, snapshots and exports, so it is read anew for each
-question.
+QMP clients can change the graph at any time, by jobs, snapshots and exports, so it is read anew for each question.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ from ..errors import QmpError, SystemFailure
 from ..qmp.monitor import Monitor
 from .attached_disk import AttachedDisk
 
-#: What to do about users of a disk's nodes.
-USERS_HINT = "end that through QMP (query-block-jobs, query-block-exports, query-named-block-nodes), then try again"
+#: The hint about QMP clients that use a disk's nodes.
+USERS_HINT = "end the use through QMP (query-block-jobs, query-block-exports, query-named-block-nodes), then try again"
 
-#: Filters that QEMU puts in for as long as a job runs have names that begin with this.
+#: The prefix of the names of filters that QEMU inserts while a job runs.
 _IMPLICIT = "#"
 
-#: The names of the edges that lead down to a node's content, the first that there is.
+#: The names of the edges that lead down to a node's content. The first that a node has counts.
 _DOWN = ("file", "image", "backing", "root")
 
 
 class _Vertex(NamedTuple):
-    """A block-driver (a node), a block-job, or a block-backend: a device, an export, or what a job writes through."""
+    """A block-driver (a node), a block-job, or a block-backend (a device, an export, or a job's writer)."""
 
     type: str
     name: str
 
 
 class BlockGraph:
-    """The graph at one moment."""
+    """QEMU's block graph at one moment."""
 
     def __init__(
         self, found: dict[str, Any], nodes: Iterable[dict[str, Any]], exports: Iterable[dict[str, Any]]
     ) -> None:
-        """The arguments are what x-debug-query-block-graph, query-named-block-nodes and query-block-exports return."""
+        """Build the graph of x-debug-query-block-graph's, query-named-block-nodes' and query-block-exports' results."""
         vertices = {each["id"]: _Vertex(each["type"], each["name"]) for each in found["nodes"]}
         self._edges = [(vertices[each["parent"]], each["name"], vertices[each["child"]]) for each in found["edges"]]
         self._nodes = {each["node-name"]: each for each in nodes}
@@ -56,20 +55,20 @@ class BlockGraph:
         )
 
     def size(self, node: str) -> int:
-        """The bytes of a node's content; 0 if there is no such node."""
+        """Return the bytes of a node's content, or 0 if there is no node of that name."""
         return int(self._nodes[node]["image"]["virtual-size"]) if node in self._nodes else 0
 
     def file(self, node: str) -> str:
-        """The name of the file that a node stands on, as far as QEMU tells it; else the node's own."""
+        """Return the name of the file below a node if QEMU reports it, else the node's name."""
         text = str(self._nodes.get(node, {}).get("file", ""))
         return _file_name(text) or f"the node {node}"
 
     def under_device(self, device: str) -> str | None:
-        """The node that a device stands on, or None if it stands on none."""
+        """Return the node below a device, or None if there is none. Skips the filters of jobs."""
         return self._below(lambda vertex: _is_device(vertex, device))
 
     def under_node(self, name: str) -> str | None:
-        """The node that a node stands on, or None if it stands on none."""
+        """Return the node below a node, or None if there is none. Skips the filters of jobs."""
         return self._below(lambda vertex: vertex == _Vertex("block-driver", name))
 
     def _below(self, is_parent: Any) -> str | None:
@@ -78,11 +77,11 @@ class BlockGraph:
         return self.under_node(found) if found is not None and found.startswith(_IMPLICIT) else found
 
     def is_kept(self, node: str, device: str) -> bool:
-        """Whether a node is still what a device stands on, as far as QEMU's block layer knows."""
+        """Return whether QEMU's block layer still has a node below a device."""
         return any(child.name == node and _is_device(parent, device) for parent, _, child in self._edges)
 
     def users(self, nodes: Collection[str]) -> str:
-        """Who uses one of these nodes, beside each other and devices: jobs, exports and other nodes, in words."""
+        """List the jobs, exports and other nodes that use one of these nodes, in words; empty if there are none."""
         return _listed(list(dict.fromkeys(self._users(nodes))))
 
     def _users(self, nodes: Collection[str]) -> Iterator[str]:
@@ -99,12 +98,12 @@ class BlockGraph:
 
 
 def _is_device(vertex: _Vertex, device: str) -> bool:
-    # virtio-blk is known by its path with a child behind it, the others by their id alone.
+    # QEMU reports virtio-blk by a path with a child behind the device, and the other buses by the device's id alone.
     return vertex.type == "block-backend" and device in vertex.name.split("/")
 
 
 def _file_name(text: str) -> str:
-    """The file name in a node's description, which is one, or JSON that has one below."""
+    """Return the file name in a node's description, which is a file name, or JSON with a file name inside."""
     if not text.startswith("json:"):
         return text
     try:
@@ -119,7 +118,7 @@ def _file_name(text: str) -> str:
 
 
 def nodes_of(attached: AttachedDisk) -> frozenset[str]:
-    """The names of a disk's nodes, whether they are there or not."""
+    """Return the names of a disk's nodes, whether the nodes exist or not."""
     images = (name for image in attached.images for name in (image.file_node, image.format_node))
     return frozenset((attached.identifiers.pivot, *images))
 
@@ -130,14 +129,17 @@ def _listed(users: Sequence[str]) -> str:
 
 
 async def users_of(monitor: Monitor, attached: AttachedDisk) -> str:
-    """Who uses a disk's nodes beside the disk, in words; empty for nobody. Raises what `Monitor.execute` raises."""
+    """List the users of a disk's nodes other than the disk, in words; empty if there are none.
+
+    Raises what `Monitor.execute` raises.
+    """
     graph = await BlockGraph.take(monitor)
     return graph.users(nodes_of(attached))
 
 
 @contextlib.asynccontextmanager
 async def blaming_users(monitor: Monitor, attached: AttachedDisk) -> AsyncIterator[None]:
-    """Raise SystemFailure with EBUSY in the place of a QmpError if somebody uses the disk's nodes through QMP."""
+    """Replace a QmpError of the body by SystemFailure with EBUSY if QMP clients use the disk's nodes."""
     try:
         yield
     except QmpError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The buses: which QEMU device a disk becomes, and what the guest's udev calls it."""
+"""Describes the buses: the QEMU device for a disk on each, and the disk's name from the guest's udev."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,26 +9,26 @@ from .disk import Disk
 
 
 class Bus(NamedTuple):
-    """How one bus is made. `by_id` is the name that udev's rules give the disk under /dev/disk/by-id."""
+    """The properties of one bus. `by_id` is the name of a disk below /dev/disk/by-id, from udev's rules."""
 
     driver: str
     pool: str
     by_id: str
     writable: bool = True
-    #: Whether the guest can be told another size while the disk is there (docs/qemu.md, "Block nodes and locks").
+    #: True if the guest notices a new size of an attached disk (docs/qemu.md, "Block nodes and locks").
     resizable: bool = True
-    #: Whether the guest is asked to let go of the device.
+    #: True if QEMU asks the guest to release the device before it removes the device.
     asks: bool = True
-    #: Whether QEMU can stop the guest where a request fails.
+    #: True if QEMU can stop the guest when a request fails.
     stops: bool = True
 
 
-#: The serial number of the controller that carries the namespaces; theirs have none of their own.
+#: The serial number of the controller of namespaces. Namespaces have no serial numbers of their own.
 NAMESPACE_SERIAL = "vmspawn"
 
-#: udev's 60-persistent-storage.rules: virtio-SERIAL; nvme-MODEL_SERIAL, with _NSID where a controller has several
-#: namespaces; scsi- and the name that scsi_id makes of VPD page 0x83, for which QEMU puts a disk's serial into a
-#: vendor specific designator (type 0).
+#: The names are those of udev's 60-persistent-storage.rules: virtio-SERIAL; nvme-MODEL_SERIAL, and _NSID if a
+#: controller has several namespaces; scsi- and the name that scsi_id reads from VPD page 0x83, in which QEMU puts a
+#: disk's serial number into a vendor specific designator (type 0).
 TABLE = {
     "virtio-blk": Bus("virtio-blk-pci", "pci", "virtio-{serial}"),
     "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False, stops=False),
@@ -39,14 +39,14 @@ TABLE = {
 
 
 def by_id_path(bus: str, serial: str, place: Place | None = None) -> str:
-    """The stable path of the disk in the guest."""
+    """Return the stable path of a disk in the guest."""
     if isinstance(place, NamespacePlace):
         serial = f"{NAMESPACE_SERIAL}_{place.nsid}"
     return "/dev/disk/by-id/" + TABLE[bus].by_id.format(serial=serial)
 
 
 def namespace_uuid(name: str) -> str:
-    """The UUID of a namespace, made from its disk's name; the same for the same name. (RFC 9562, version 8.)"""
+    """Return a namespace's UUID, which is a hash of its disk's name (RFC 9562, version 8)."""
     import hashlib
 
     digest = bytearray(hashlib.sha256(b"vmspawn namespace " + name.encode()).digest()[:16])
@@ -57,19 +57,19 @@ def namespace_uuid(name: str) -> str:
 
 
 def controller(name: str, place: Place) -> dict[str, object]:
-    """The properties of the controller with that id, for device_add and for -device alike."""
+    """Return the properties of the controller with that id, for device_add and for -device alike."""
     if name == NAMESPACE_CONTROLLER:
         return {"driver": "nvme", "id": name, "serial": NAMESPACE_SERIAL, **place.properties()}
     return {"driver": "virtio-scsi-pci", "id": name, **place.properties()}
 
 
 def controllers_at_boot(buses: Iterable[str]) -> list[str]:
-    """The ids of the controllers of a QEMU that starts with disks on these buses."""
+    """Return the ids of the controllers of a QEMU that starts with disks on these buses."""
     has_namespaces = any(TABLE[bus].pool == "namespaces" for bus in buses)
     return [SCSI_CONTROLLER, *([NAMESPACE_CONTROLLER] if has_namespaces else [])]
 
 
-# A read never meets a full disk. `enospc` is QEMU's default, which need not be said.
+# A read cannot fail for lack of space. QEMU's default is `enospc`.
 _ON_ERROR: dict[str, dict[str, object]] = {
     "": {},
     "report": {"werror": "report", "rerror": "report"},
@@ -81,7 +81,7 @@ _ON_ERROR: dict[str, dict[str, object]] = {
 def device(
     disk: Disk, *, device_id: str, node: str, place: Place, serial: str, thread: str | None = None
 ) -> dict[str, object]:
-    """The properties of the device that makes `node` a disk, for device_add and for -device alike.
+    """Return the properties of the device that makes `node` a disk, for device_add and for -device alike.
 
     `thread` is the I/O thread's id.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Changing disks that are attached, while the guest uses them: another image, size, medium, or other limits."""
+"""Changes attached disks while the guest uses them: image, size, medium and limits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .explain import STORAGE_HINT, explain
 from .image import Image
 from .limits import Limits, check_limits
 
-#: Seconds that a change of a disk, or taking its image away by force, is waited for. It goes on after that.
+#: Seconds that a change of a disk, or a forced detach, is waited for. The change itself goes on after that.
 CHANGE_TIMEOUT = 40.0
 
-#: An event of our own, in the streams beside QEMU's.
+#: The name of vmspawn's event in the streams of QEMU's events.
 CHANGED_EVENT = "StorageChanged"
 
 _T = TypeVar("_T")
 
 
 class Changes:
-    """What can be done to the disks of a machine without detaching them."""
+    """The changes of a machine's attached disks."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -37,11 +37,11 @@ class Changes:
     async def replace(
         self, name: str, backing: Backing, *, format: str | None = None, path: str = "", shrink: bool = False
     ) -> int:
-        """Put another image in the place of a disk's, while the guest uses it, and return the new size in bytes.
+        """Replace a disk's image while the guest uses the disk; returns the new size in bytes.
 
         Owns `backing` from the call on. Raises NoSuchStorage, StorageImmutable, ConfigNotSupported for an optical
-        disk, SystemFailure with EROFS for a read-only image under a writable disk, and what an attach raises; the
-        disk keeps its image then.
+        disk, SystemFailure with EROFS for a read-only image of a writable disk, and what `Storage.attach` raises. The
+        disk keeps its image if this fails.
         """
         try:
             attachment = self._context.find(name)
@@ -64,9 +64,9 @@ class Changes:
         return await self._change(attachment, work, "replacing", image)
 
     async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
-        """Resize a disk and its image, while the guest uses it, and return its size in bytes.
+        """Resize a disk and its image while the guest uses the disk; returns the new size in bytes.
 
-        None tells the guest the size that the image was given from outside. Raises NoSuchStorage, BadConfig,
+        With `size` None, the disk gets the present size of the image. Raises NoSuchStorage, BadConfig,
         ConfigNotSupported or QmpError.
         """
         attachment = self._context.find(name)
@@ -77,7 +77,7 @@ class Changes:
         return await self._change(attachment, work, "resizing")
 
     async def limit(self, name: str, limits: Limits) -> None:
-        """Change a disk's I/O limits; the default Limits are none. Raises NoSuchStorage, BadConfig or QmpError."""
+        """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
         attachment = self._context.find(name)
         check_limits(limits)
 
@@ -96,9 +96,10 @@ class Changes:
         force: bool = False,
         timeout: float = TRAY_TIMEOUT,
     ) -> None:
-        """Put a medium into an optical drive, in the place of one that is there. Owns `backing` from the call on.
+        """Insert a medium into an optical drive; replaces the present medium. Owns `backing` from the call on.
 
-        Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest holds the tray locked for `timeout` s.
+        Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest keeps the tray locked for `timeout`
+        seconds.
         """
         try:
             attachment = self._context.find(name)
@@ -118,7 +119,7 @@ class Changes:
         await self._change(attachment, work, "changing the medium of", image)
 
     async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
-        """Take the medium out of an optical drive; the tray stays open. Raises what `insert_media` raises."""
+        """Remove the medium from an optical drive; the tray stays open. Raises what `insert_media` raises."""
         attachment = self._context.find(name)
         media.check_optical(attachment)
 
@@ -134,9 +135,9 @@ class Changes:
         doing: str,
         image: Image | None = None,
     ) -> _T:
-        """Do something to an attached disk, alone, and to its end even if the caller goes away.
+        """Run a change of an attached disk exclusively, and to its end even if the caller is cancelled.
 
-        `image` is one that comes to it; its descriptor is closed if it does not.
+        `image` is the disk's new image, if any; its descriptor is closed if the change does not begin.
         """
 
         async def alone() -> _T:
@@ -144,7 +145,7 @@ class Changes:
                 if attachment.state is not State.ATTACHED:
                     if image is not None:
                         image.close_backing()
-                    raise StoragePending(f"{attachment.name} is {attachment.state}", hint="wait until that is over")
+                    raise StoragePending(f"{attachment.name} is {attachment.state}", hint="try again when that is done")
                 try:
                     await displaced.check(self._context, attachment)
                 except VmspawnError:
@@ -167,9 +168,7 @@ class Changes:
 def check_not_boot(attachment: AttachedDisk, what: str) -> None:
     """Raise StorageImmutable for a disk that QEMU was started with."""
     if attachment.boot:
-        raise StorageImmutable(
-            f"{attachment.name} has been there from boot and cannot be {what} while the machine runs"
-        )
+        raise StorageImmutable(f"{attachment.name} is a boot disk and cannot be {what} while the machine runs")
 
 
 def _check_writable(attachment: AttachedDisk, backing: Backing) -> None:

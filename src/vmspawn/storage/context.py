@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all work on disks needs: the hot-plug mechanism, the places, and the disks that there are."""
+"""Bundles the objects that operations on disks need: the hot-plug mechanism, the places and the disks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..qmp.run_state import RunState
 from .attached_disk import AttachedDisk
 from .controllers import Controllers
 
-#: Disks that an error lists when somebody asked for one that does not exist.
+#: The number of disks that the error about an unknown disk lists.
 _NAMED = 8
 
 
 class Context:
-    """What the work on one machine's disks needs."""
+    """The objects that operations on one machine's disks need."""
 
     def __init__(
         self, hotplug: Hotplug, layout: Layout, controllers: Controllers, register: Register[AttachedDisk]
@@ -42,11 +42,11 @@ class Context:
 
     @property
     def deferred_fdsets(self) -> set[QemuObject]:
-        """Descriptor sets whose removal QEMU 7.2 puts off until the guest runs again."""
+        """Descriptor sets whose removal QEMU 7.2 delays until the guest runs again."""
         return self.hotplug.deferred
 
     def find(self, name: str) -> AttachedDisk:
-        """The disk of that name. Raises NoSuchStorage."""
+        """Return the disk of that name. Raises NoSuchStorage if there is none."""
         found = self.register.get(name)
         if found is None:
             raise NoSuchStorage(f"there is no disk named {name}", hint=self._names_hint())
@@ -60,7 +60,7 @@ class Context:
         return f"its disks: {', '.join(names[:_NAMED])}{more}"
 
     async def virtual_size(self, node: str) -> int:
-        """The bytes of a node's content. Raises KeyError if there is no such node."""
+        """Return the bytes of a node's content. Raises KeyError if there is no node of that name."""
         found: list[dict[str, Any]] = await self.monitor.execute("query-named-block-nodes", {"flat": True})
         sizes = {each.get("node-name"): int(each["image"]["virtual-size"]) for each in found}
         return sizes[node]

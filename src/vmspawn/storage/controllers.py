@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The controllers that disks are on: plugged in for the first disk that needs one.
+"""Plugs in the controllers of disks when the first disk needs one, and unplugs unused ones.
 
-A controller is an attachment as a disk is, of a kind that users do not see. There are three:
+A controller is an attachment like a disk, of a kind that users do not see. There are three:
 
-1. The SCSI controller is there from boot. On pc the guest may eject it; the next disk has it plugged in again.
-2. The SCSI controller with an I/O thread comes with the first disk that wants a thread, and is kept for the next.
-3. The controller of NVMe namespaces comes with the first namespace and goes with the last, because QEMU 11.1 crashes
-   when it saves the state of a controller without one (docs/qemu.md, "Faults"). Where QEMU was started with a
-   namespace, or by an older vmspawn, the controller is there from boot, and stays.
+1. The SCSI controller exists from boot. On pc the guest may eject it; then the next disk's attach plugs it in again.
+2. The SCSI controller with an I/O thread is plugged in for the first disk with `thread`, and stays.
+3. The controller of NVMe namespaces is plugged in for the first namespace and unplugged after the last, because
+   QEMU 11.1 crashes when it saves the state of a controller without namespaces (docs/qemu.md, "Faults"). The controller
+   exists from boot and stays if QEMU was started with a namespace, or by an older vmspawn.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from . import buses
 from .disk import Disk
 from .saved import load_pci_place
 
-#: The id of the SCSI controller's thread.
+#: The id of the threaded SCSI controller's I/O thread.
 CONTROLLER_THREAD = "scsi-thread"
 
-#: Seconds that a disk, or an adoption, waits until a controller that is leaving has gone.
+#: Seconds that an attach, or an adoption, waits for the removal of a controller.
 _UNWIND_TIMEOUT = 10.0
 
 _NAMES = (SCSI_CONTROLLER, THREADED_SCSI_CONTROLLER, NAMESPACE_CONTROLLER)
@@ -54,7 +54,7 @@ _LEAVING_HINT = "try again when the guest has released it, or use another bus"
 
 @dataclass(slots=True, eq=False, repr=False)
 class Controller(Attachment):
-    """A controller. Its name is the device's id in QEMU."""
+    """A controller, whose name is the device's id in QEMU."""
 
     kind: ClassVar[str] = "controllers"
 
@@ -64,7 +64,7 @@ class Controller(Attachment):
 
     @property
     def name(self) -> str:
-        """The name among the controllers."""
+        """The controller's name in the journal."""
         return self.device_id
 
     @property
@@ -73,7 +73,7 @@ class Controller(Attachment):
         return self.device_id
 
     def steps(self) -> Sequence[Step]:
-        """Place, I/O thread, device."""
+        """Return the steps in order: place, I/O thread, device."""
         properties = buses.controller(self.device_id, self.place)
         if self.device_id != THREADED_SCSI_CONTROLLER:
             return (Reserve(self.place, self.pool), PlugIn(properties))
@@ -85,16 +85,16 @@ class Controller(Attachment):
         )
 
     def to_state(self) -> dict[str, Any]:
-        """What another process needs to take it over, as JSON values."""
+        """Return the controller's record for state.json, from which another manager can adopt it."""
         return {"name": self.name, "place": list(self.place), "state": self.state.value, "done": self.done}
 
     def vanished(self) -> VmspawnError:
-        """The error of an attach whose controller was removed meanwhile."""
+        """Return the error of an attach whose controller was removed meanwhile."""
         return NoSuchStorage(f"the controller {self.name} was removed through QMP while it was being plugged in")
 
 
 class Controllers:
-    """The controllers of a machine, and the targets of the one with an I/O thread."""
+    """The controllers of a machine, and the pool of SCSI targets of the controller with an I/O thread."""
 
     def __init__(
         self,
@@ -103,14 +103,15 @@ class Controllers:
         saved: Mapping[str, Mapping[str, Any]],
         at_boot: Iterable[str] = (),
     ) -> None:
-        """`saved` are the sections of the journal; `at_boot` names the controllers of a QEMU that was just started.
+        """Begin with the controllers that exist already.
 
-        Raises KeyError, TypeError or ValueError.
+        `saved` has the sections of an adopted machine's journal; `at_boot` names the controllers of a QEMU that was
+        just started. Raises KeyError, TypeError or ValueError if a section is invalid.
         """
         self._hotplug = hotplug
         self._layout = layout
         self._plugging: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        #: The targets of the controller with an I/O thread.
+        #: The places on the controller with an I/O thread.
         self.targets: Final = scsi_pool(THREADED_SCSI_CONTROLLER)
         self._register = hotplug.register(Controller.kind, self._load, self._section(saved))
         for name in at_boot:
@@ -119,7 +120,10 @@ class Controllers:
 
     @staticmethod
     def _section(saved: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The section; managers without one had the place of the controller with a thread alone, among the disks."""
+        """Return the section of controllers.
+
+        A manager without that section kept only the threaded controller's place, in the section of disks.
+        """
         place = saved.get("storage", {}).get("threaded-scsi")
         if Controller.kind in saved or not place:
             return saved.get(Controller.kind, {})
@@ -133,7 +137,7 @@ class Controllers:
         return Controller(name, place, self._layout.pci, done=done, state=state)
 
     def _add(self, name: str, place: PciPlace) -> None:
-        """Enter a controller that is there."""
+        """Register a controller that exists."""
         found = Controller(name, place, self._layout.pci, state=State.ATTACHED)
         found.done = [step.name for step in found.steps()]
         found.settled.set()
@@ -144,12 +148,12 @@ class Controllers:
         return iter(self._register)
 
     def place_of(self, name: str) -> Place | None:
-        """The place of a controller that is there."""
+        """Return the place of a controller, or None if the controller does not exist."""
         found = self._register.get(name)
         return found.place if found else None
 
     def pool_of(self, bus: str, place: Place) -> Pool:
-        """The pool that a disk's place is from."""
+        """Return the pool that a disk's place is from."""
         match buses.TABLE[bus].pool:
             case "scsi":
                 return self.targets if controller_of(place) == THREADED_SCSI_CONTROLLER else self._layout.scsi
@@ -159,16 +163,16 @@ class Controllers:
                 return self._layout.pci
 
     def is_there(self, place: Place) -> bool:
-        """Whether a place needs no controller, or one that is there."""
+        """Return True if a place needs no controller, or if its controller is attached."""
         name = controller_of(place)
         found = self._register.get(name) if name else None
         return name is None or (found is not None and found.state is State.ATTACHED)
 
     async def plug_in(self, disk: Disk, place: Place) -> None:
-        """Have the controller that a place is on, if it is on one. Returns once it is there.
+        """Plug in a place's controller, if the place needs one and the controller is not attached.
 
-        Raises what `Hotplug.attach` raises, NoFreePort, or StoragePending if the guest has not released it from an
-        earlier use; nothing is left then.
+        Raises what `Hotplug.attach` raises, NoFreePort, or StoragePending if the guest has not released the
+        controller from an earlier use; leaves nothing behind then.
         """
         name = controller_of(place)
         if name is None:
@@ -185,7 +189,7 @@ class Controllers:
         await asyncio.wait({self._hotplug.unwind(found)}, timeout=_UNWIND_TIMEOUT)
         if self._register.get(name) is found:
             raise StoragePending(
-                f"the guest has not yet released the controller {name}, which the last disk on it has left",
+                f"the guest has not released the controller {name} after the last disk on it was detached",
                 hint=_LEAVING_HINT,
             )
 
@@ -203,10 +207,10 @@ class Controllers:
                 reason=error,
             ) from None
 
-    # Leaving.
+    # Unplugging.
 
     def release_unused(self) -> None:
-        """Unplug the controller of namespaces if it has none and was not there from boot."""
+        """Unplug the controller of namespaces if it has no namespaces and does not exist from boot."""
         found = self._register.get(NAMESPACE_CONTROLLER)
         if found is None or found.state is not State.ATTACHED or not self._layout.namespaces.is_unused:
             return
@@ -214,15 +218,15 @@ class Controllers:
             self._hotplug.unwind(found)
 
     async def wait_released(self, place: Place, timeout: float) -> None:
-        """Wait until the controller that a place was on has gone, if it is leaving."""
+        """Wait until a place's controller is removed, if its removal is under way."""
         found = self._register.get(controller_of(place) or "")
         if found is not None and found.unwinding is not None:
             await asyncio.wait({found.unwinding}, timeout=timeout)
 
-    # After another manager.
+    # Adoption.
 
     async def settle(self, devices: frozenset[str], note: Callable[[str], None]) -> None:
-        """Settle the controllers after another manager. Raises Timeout or NotConnected."""
+        """Settle the controllers of another manager's journal with those in QEMU. Raises Timeout or NotConnected."""
         for name in _NAMES:
             if self._register.get(name) is None and name in devices:
                 await self._find(name)
@@ -233,7 +237,7 @@ class Controllers:
                 await asyncio.wait({each.unwinding}, timeout=_UNWIND_TIMEOUT)
 
     async def _find(self, name: str) -> None:
-        """Ask QEMU where a controller is; older managers did not write it down."""
+        """Read a controller's place from QEMU; the journals of older managers do not have it."""
         device = f"/machine/peripheral/{name}"
         bus = await self._hotplug.monitor.execute("qom-get", {"path": device, "property": "parent_bus"})
         address = await self._hotplug.monitor.execute("qom-get", {"path": device, "property": "addr"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A disk: what the user wants attached."""
+"""Defines a disk as the user asks for it, and checks its options."""
 
 import os
 from typing import NamedTuple
@@ -9,26 +9,26 @@ from ..text import printable, short_repr
 from .formats import FORMATS, READ_ONLY_FORMATS
 from .limits import NO_LIMITS, Limits
 
-#: A bus is how the guest sees a disk. `null` on the wire means the first.
+#: The buses that a disk can be attached to. `null` on the wire means the first.
 BUSES = ("virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd")
 DEFAULT_BUS = "virtio-blk"
-#: What may be said in a bus's place: virtio-blk while there are ports, then virtio-scsi.
+#: Chooses virtio-blk while ports are free, then virtio-scsi.
 AUTO_BUS = "auto"
 
 DISCARD_CHOICES = ("unmap", "ignore")
 DETECT_ZEROES_CHOICES = ("off", "on", "unmap")
 CACHE_CHOICES = ("writeback", "none")
 AIO_CHOICES = ("threads", "io_uring")
-#: What becomes of a request that the host cannot do: the guest is told, or it stands still until it is resumed, or that
-#: only where the host's disk is full.
+#: The reactions to a request that fails on the host: report the error to the guest; stop the guest, and try again when
+#: it is resumed; or stop the guest only if the host has no space left, and report other errors.
 ON_ERROR_CHOICES = ("report", "stop", "enospc")
 
-#: Linux cuts a virtio-blk serial to 20 bytes (VIRTIO_BLK_ID_BYTES), and NVMe has 20; one length for all buses keeps a
-#: disk's serial the same on each.
+#: Linux cuts virtio-blk serial numbers to 20 bytes (VIRTIO_BLK_ID_BYTES), and NVMe has 20 bytes. One limit for all
+#: buses keeps a disk's serial number the same on each.
 SERIAL_MAX = 20
 _SERIAL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
-#: A disk's name is free text for people and for systemd's PROVIDER:VOLUME names; one line of reasonable length.
+#: A disk's name is free text, because systemd's names are PROVIDER:VOLUME. It must fit a line.
 DISK_NAME_MAX = 255
 
 
@@ -37,12 +37,17 @@ class Disk(NamedTuple):
 
         Disk("data.qcow2", format="qcow2", bus="virtio-scsi", limits=Limits(iops=500))
 
-    `path` is opened as the caller; an empty `name` is the path's file name; a scsi-cd without a path is an empty one.
-    `format` None means raw, but refuses an image that looks like another format. `serial` empty derives one from the
-    name. `discard`, `detect_zeroes` and `aio` are those of QEMU's block nodes (qapi/block-core.json); `cache` none
-    bypasses the host's page cache. `thread` gives the disk an I/O thread of its own. `share` lets other machines
-    write to the image at the same time. `boot_index` -1 leaves the boot order alone. `on_error` says what becomes of a
-    request that fails; empty is enospc, QEMU's own default, and report on the NVMe buses, which know nothing else.
+    - `path` is opened with the caller's permissions. A scsi-cd without a path is an empty drive.
+    - `name` is the path's file name by default.
+    - `format` None means raw, but refuses an image that looks like another format.
+    - `serial` is derived from the name by default.
+    - `discard`, `detect_zeroes` and `aio` are options of QEMU's block nodes (qapi/block-core.json).
+    - `cache` "none" bypasses the host's page cache.
+    - `thread` gives the disk an I/O thread of its own.
+    - `share` allows other machines to open the image for writing.
+    - `boot_index` -1 leaves the boot order alone; the disk with index 0 boots first.
+    - `on_error` is the reaction to a request that fails on the host. The default is QEMU's: report on the NVMe buses,
+      which support no other, and enospc on the others.
     """
 
     path: str
@@ -66,42 +71,42 @@ class Disk(NamedTuple):
 
 
 def is_only_read(bus: str, image_format: str | None, *, read_only: bool) -> bool:
-    """Whether an image is to be opened for reading alone: by the user's wish, for its bus, or for its format."""
+    """Return True if an image must be opened read-only: by the user's wish, for its bus, or for its format."""
     return read_only or bus == "scsi-cd" or image_format in READ_ONLY_FORMATS
 
 
 def with_defaults(disk: Disk) -> Disk:
-    """The disk with an absolute path, and named after its file if it has no name."""
+    """Return the disk with an absolute path, and with its file's name if it has no name."""
     path = os.path.abspath(disk.path) if disk.path else ""
     return disk._replace(path=path, name=disk.name or default_name(disk.path))
 
 
 def default_name(path: str) -> str:
-    """What a disk is called whose user gave it no name: as its file, of which names are less free."""
+    """Return the default name of a disk: the file's name, with unprintable characters escaped."""
     return printable(os.path.basename(path))
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a disk may be called that, raise BadConfig if not."""
+    """Return `name` if it is valid for a disk. Raises BadConfig if it is not."""
     if not name or len(name) > DISK_NAME_MAX or not name.isprintable():
         raise BadConfig(f"invalid disk name {name!r}", hint=f"use 1 to {DISK_NAME_MAX} printable characters")
     return name
 
 
 def check_bus(bus: str) -> str:
-    """Return `bus` if it exists, raise BadConfig if not."""
+    """Return `bus` if it exists. Raises BadConfig if it does not."""
     return check_choice("bus", bus, BUSES)
 
 
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return `value` if it is one of the choices, raise BadConfig if not."""
+    """Return `value` if it is one of the choices. Raises BadConfig, which names the option `what`, if it is not."""
     if value not in choices:
         raise BadConfig(f"unknown {what} {value!r}", hint=f"choose one of: {', '.join(choices)}")
     return value
 
 
 def check_options(disk: Disk) -> None:
-    """Raise BadConfig for an option that does not exist, or that the disk's bus cannot have."""
+    """Raise BadConfig for an option that does not exist, or that the disk's bus does not support."""
     check_choice("discard mode", disk.discard, DISCARD_CHOICES)
     check_choice("zero detection", disk.detect_zeroes, DETECT_ZEROES_CHOICES)
     check_choice("cache mode", disk.cache, CACHE_CHOICES)
@@ -113,7 +118,7 @@ def check_options(disk: Disk) -> None:
     if disk.on_error:
         check_choice("reaction to errors", disk.on_error, ON_ERROR_CHOICES)
         if disk.bus.startswith("nvme") and disk.on_error != "report":
-            raise BadConfig(f"bus {disk.bus} tells the guest of errors, and can do nothing else", hint=_ON_ERROR_HINT)
+            raise BadConfig(f"bus {disk.bus} always reports errors to the guest", hint=_ON_ERROR_HINT)
     if disk.boot_index < -1:
         raise BadConfig(f"a boot index of {disk.boot_index} is out of range", hint="0 boots first")
 
@@ -122,7 +127,7 @@ _ON_ERROR_HINT = "use virtio-blk or virtio-scsi, or report"
 
 
 def serial_for(name: str) -> str:
-    """The serial number of a disk that was given none: its name if that fits, else a hash of it."""
+    """Return the default serial number of a disk: its name if that fits, else a hash of the name."""
     if 0 < len(name) <= SERIAL_MAX and _SERIAL_CHARACTERS.issuperset(name):
         return name
     import hashlib
@@ -131,18 +136,16 @@ def serial_for(name: str) -> str:
 
 
 def check_serial(serial: str) -> str:
-    """Return `serial` if every bus can carry it, raise BadConfig if not."""
+    """Return `serial` if every bus supports it. Raises BadConfig if not."""
     if not 0 < len(serial) <= SERIAL_MAX or not _SERIAL_CHARACTERS.issuperset(serial):
-        raise BadConfig(
-            f"invalid serial {serial!r}", hint=f"use 1 to {SERIAL_MAX} of letters, digits, '.', '_' and '-'"
-        )
+        raise BadConfig(f"invalid serial {serial!r}", hint=f"use 1 to {SERIAL_MAX} letters, digits, '.', '_' and '-'")
     return serial
 
 
 def parse_extra_drive(text: str, *, default_bus: str = DEFAULT_BUS) -> Disk:
-    """Parse `--extra-drive=[FORMAT:][DISKTYPE:]PATH`, whose prefixes may come in either order. Raises UsageError.
+    """Parse `--extra-drive=[FORMAT:][DISKTYPE:]PATH`; the prefixes may come in either order. Raises UsageError.
 
-    A prefix counts only if it is a known format or disk type, so that a path with a colon needs no quoting.
+    A prefix counts only if it is a known format or disk type, so that a path with a colon needs no quotes.
     """
     image_format, bus, rest = None, "", text
     while True:

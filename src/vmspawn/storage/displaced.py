@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Notice disks that do not stand on their image any more.
+"""Detects disks whose nodes a QMP client has replaced.
 
-Somebody with a QMP session can put other nodes under a device: `blockdev-mirror` with `job-complete` takes the place of
-the pivot, and `blockdev-snapshot` goes on top of it or between it and the image. A change of the pivot or the image
-would not reach the guest then.
+A QMP client can put other nodes below a device: `blockdev-mirror` with `job-complete` replaces the pivot, and
+`blockdev-snapshot` puts a node above the pivot, or between the pivot and the image. The guest would then not notice a
+change of the pivot or of the image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .image import Image
 
 
 def displacing(graph: BlockGraph, attached: AttachedDisk) -> str | None:
-    """The node that somebody put in the place of one of the disk's, or None if the disk stands on its image."""
+    """Return the node that has replaced one of the disk's nodes, or None if all are in place."""
     root = graph.under_device(attached.device)
     if root is None or not attached.images:
         return None
@@ -36,15 +36,15 @@ def _displacing_file(graph: BlockGraph, image: Image) -> str | None:
 
 
 def describe(graph: BlockGraph, attached: AttachedDisk, node: str) -> str:
-    """What became of a disk that is displaced, for people."""
-    return f"{attached.name} stands on {graph.file(node)}, which somebody put in the place of its image through QMP"
+    """Return the message about a disk whose image `node` has replaced."""
+    return f"{attached.name} uses {graph.file(node)}, which a QMP client has put in the place of its image"
 
 
 async def check(context: Context, attached: AttachedDisk) -> None:
-    """Raise ConfigNotSupported if the disk does not stand on its image, or what `Monitor.execute` raises."""
+    """Raise ConfigNotSupported if a node of the disk was replaced, or what `Monitor.execute` raises."""
     graph = await BlockGraph.take(context.monitor)
     node = displacing(graph, attached)
     if node is not None:
         raise ConfigNotSupported(
-            describe(graph, attached, node), hint="change it through QMP, or detach it and attach what it stands on"
+            describe(graph, attached, node), hint="change it through QMP, or detach the disk and attach that image"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU's refusals in the user's words, where we know what it means."""
+"""Translates QEMU's errors about images into errors for users."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..errors import BadConfig, QmpError, SystemFailure, Timeout
 from .holders import holder_of
 from .image import Image
 
-STORAGE_HINT = "the storage that the image is on may hang; once it answers, this goes on by itself"
+STORAGE_HINT = "the image's storage may hang; the operation completes when the storage answers"
 
 _Error = TypeVar("_Error", bound=BaseException)
 
 
 def explain(error: _Error, name: str, image: Image | None, machine: str) -> _Error | SystemFailure | BadConfig:
-    """The error as it should reach the user.
+    """Return the error for the user: a clearer one if QEMU's is known, else `error`.
 
-    `image` is the one that the machine's QEMU was to open for the disk of that name.
+    `image` is the image that QEMU was to open for the disk `name` of `machine`.
     """
     if isinstance(error, Timeout) and not error.hint:
         error.hint = STORAGE_HINT

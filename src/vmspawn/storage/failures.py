@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks that fail: QEMU's BLOCK_IO_ERROR in the words of disks (qapi/block-core.json).
+"""Translates QEMU's BLOCK_IO_ERROR into failures of disks (qapi/block-core.json).
 
-QEMU reports none of NVMe disks; their guests see the errors and nobody else does (docs/qemu.md, "NVMe").
+QEMU reports no errors of NVMe disks; only their guests notice them (docs/qemu.md, "NVMe").
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import NamedTuple
 from ..qmp.events import Event
 from .attached_disk import AttachedDisk
 
-#: QEMU's event, and ours.
+#: The names of QEMU's event and of vmspawn's.
 QEMU_EVENT = "BLOCK_IO_ERROR"
 FAILED_EVENT = "StorageFailed"
 
 
 class Failure(NamedTuple):
-    """A request of the guest's that failed.
+    """A guest's request that failed.
 
-    `operation` is read or write, `reason` the host's, `action` what was done: report (the guest was told), stop (the
-    guest stands still, and its request is tried again when it is resumed) or ignore.
+    `operation` is "read" or "write". `reason` is the host's error. `action` is the reaction: "report" (the guest gets
+    the error), "stop" (the guest is stopped, and QEMU repeats the request when the guest is resumed) or "ignore".
     """
 
     operation: str
@@ -34,7 +34,7 @@ class Failure(NamedTuple):
         return f"{self.operation}: {what}" + (" (the guest was stopped)" if self.action == "stop" else "")
 
 
-#: What is known of a disk for which the guest was stopped before this manager came, by QEMU's BlockDeviceIoStatus.
+#: Descriptions of a failure that stopped the guest before this manager started, by QEMU's BlockDeviceIoStatus.
 STOPPED = {
     "nospace": "no space left on the host (the guest was stopped)",
     "failed": "a request failed (the guest was stopped)",
@@ -42,14 +42,14 @@ STOPPED = {
 
 
 def attachment_of(event: Event, attachments: Iterable[AttachedDisk]) -> AttachedDisk | None:
-    """The disk that an event of QEMU's is about; it names the node on top, which is the pivot."""
+    """Return the disk of QEMU's event, which names the top node: the pivot. Returns None for another node."""
     data = event.data or {}
     node = data.get("node-name")
     return next((each for each in attachments if each.identifiers.pivot == node), None)
 
 
 def failure(event: Event) -> Failure:
-    """What the event says."""
+    """Return the failure that the event reports."""
     data = event.data or {}
     return Failure(
         str(data.get("operation", "")),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Chooses an image's format, and refuses images that name other files.
 
-A header can name other files: a backing file, a data file, extents, a parent. QEMU would open them by their path, which
-the image's author chose and not the user, or leave them out and return zeroes. So such images are refused, and nodes
-are built so that QEMU ignores what a header names.
+A header can name other files: a backing file, a data file, extents, a parent. The image's author chose their paths, not
+the user. QEMU would open them, or ignore them and return zeroes. So these images are refused, and nodes are built so
+that QEMU ignores the names in a header.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..images.detection import Read, container_format
 from ..text import printable
 from .backing import Backing
 
-#: Formats that a node can be built for, and those of them that QEMU reads well but should not write to.
+#: The formats that disks can have, and those that QEMU reads well but should not write.
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 READ_ONLY_FORMATS = ("vmdk", "vdi", "vhdx")
 DEFAULT_FORMAT = "raw"
 
-#: What an image that names another file has, by the file's role.
+#: Descriptions of an image that names another file, by the file's role.
 _ROLES = {
     "backing file": "has a backing file",
     "data file": "has its data in another file",
@@ -29,7 +29,7 @@ _ROLES = {
     "parent": "has a parent, without which it is incomplete",
 }
 
-#: Formats whose parents QEMU cannot read either.
+#: Hints for formats whose parents QEMU cannot read.
 _MERGE_HINTS = {
     "vdi": "make a whole image of it with: VBoxManage clonemedium disk IMAGE WHOLE",
     "vhdx": "merge it into its parent first, with Merge-VHD",
@@ -37,18 +37,19 @@ _MERGE_HINTS = {
 
 
 def check_format(image_format: str) -> str:
-    """Return `image_format` if it exists, raise BadConfig if not."""
+    """Return `image_format` if it exists. Raises BadConfig if it does not."""
     if image_format not in FORMATS:
         raise BadConfig(f"unknown image format {image_format!r}", hint=f"choose one of: {', '.join(FORMATS)}")
     return image_format
 
 
 def choose_format(backing: Backing, image_format: str | None, *, what: str) -> str:
-    """Return the format to use, after a look at the image.
+    """Return an image's format after an inspection of the image.
 
-    A guest that owns a raw disk can write any header into it, so the format is never guessed: without one it is raw,
-    and an image that looks like another is refused until the user names the format. Raises BadConfig, SystemFailure if
-    the image cannot be read, or ConfigNotSupported for a writable image of a format that is only read.
+    The format is never guessed, because a guest that owns a raw disk can write any header into it. Without a format the
+    image is raw, and an image that looks like another format is refused until the user specifies the format. Raises
+    BadConfig, SystemFailure if the image cannot be read, or ConfigNotSupported for a writable image of a read-only
+    format.
     """
     if image_format is not None:
         check_format(image_format)
@@ -58,7 +59,9 @@ def choose_format(backing: Backing, image_format: str | None, *, what: str) -> s
     looks_like = container_format(read, backing.size)
     if image_format is None:
         if looks_like:
-            raise BadConfig(f"{what} looks like {looks_like}, and no format was given", hint=_format_hint(looks_like))
+            raise BadConfig(
+                f"{what} looks like {looks_like}, but no format was specified", hint=_format_hint(looks_like)
+            )
         return DEFAULT_FORMAT
     if looks_like != image_format:
         but = f", but looks like {looks_like}" if looks_like else ""
@@ -66,7 +69,7 @@ def choose_format(backing: Backing, image_format: str | None, *, what: str) -> s
     _check_stands_alone(read, image_format, what)
     if image_format in READ_ONLY_FORMATS and backing.writable:
         raise ConfigNotSupported(
-            f"images in {image_format} format are only read", hint=f"attach it read-only, or: {_convert(image_format)}"
+            f"images in {image_format} format are read-only", hint=f"attach it read-only, or {_convert(image_format)}"
         )
     return image_format
 
@@ -85,10 +88,10 @@ def _reader(backing: Backing, what: str) -> Read:
 
 def _format_hint(looks_like: str | None) -> str:
     if looks_like is None:
-        return "say format raw, or convert it with qemu-img"
+        return "specify format raw, or convert the image with qemu-img"
     if looks_like in FORMATS:
-        return f"say format {looks_like} (or raw)"
-    return f"say format raw to give the guest the file as it is, or {_convert(looks_like)}"
+        return f"specify format {looks_like}, or raw to give the guest the file as it is"
+    return f"specify format raw to give the guest the file as it is, or {_convert(looks_like)}"
 
 
 def _check_stands_alone(read: Read, image_format: str, what: str) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Wait until the guest's driver has taken a disk.
+"""Waits until the guest's driver has taken a disk.
 
-The evidence is the first request that the guest makes: Linux reads the partition table once the disk has its node in
-/dev. It holds for each bus. QEMU has a driver's status for virtio alone, which comes before the node, and asking for it
-ends QEMU 11.1 where there is no driver yet (docs/qemu.md, "Faults"). No event tells of either, so QEMU is asked.
+The evidence is the guest's first request to the disk: on each bus, Linux reads the partition table when the disk has
+its node in /dev. QEMU has a driver's status for virtio only. That status is set before the node exists, and asking for
+it crashes QEMU 11.1 before the driver is loaded (docs/qemu.md, "Faults"). No event reports the first request, so the
+statistics are polled.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from .attached_disk import AttachedDisk
 from .context import Context
 from .disk import Disk
 
-#: Seconds between two questions: the first, and the longest.
+#: Seconds between two polls: the first interval, and the longest.
 _INTERVAL = 0.02
 _INTERVAL_MAX = 0.5
 
 
 def check_can_tell(disk: Disk) -> None:
-    """Raise ConfigNotSupported for an optical drive, from which a guest reads only when it is used."""
+    """Raise ConfigNotSupported for an optical drive, which a guest reads only when it uses the medium."""
     if disk.bus in buses.TABLE and not buses.TABLE[disk.bus].writable:
         raise ConfigNotSupported(
             f"QEMU cannot tell whether the guest has taken {disk.name}: a guest reads from bus {disk.bus} only when "
@@ -35,8 +36,8 @@ def check_can_tell(disk: Disk) -> None:
 async def wait_taken(context: Context, attached: AttachedDisk, timeout: float) -> None:
     """Wait until the guest has made a request to the disk.
 
-    Raises Timeout if it has made none after `timeout` seconds; the disk stays attached. Raises NoSuchStorage if the
-    disk goes meanwhile, or what `Monitor.execute` raises.
+    Raises Timeout after `timeout` seconds; the disk stays attached. Raises NoSuchStorage if the disk is detached
+    meanwhile, or what `Monitor.execute` raises.
     """
     deadline, interval = monotonic() + timeout, _INTERVAL
     while not await _has_requests(context, attached):
@@ -44,7 +45,7 @@ async def wait_taken(context: Context, attached: AttachedDisk, timeout: float) -
         if left <= 0:
             raise Timeout(
                 f"the guest has not taken {attached.name} within {timeout:g} s; the disk is attached",
-                hint="is the guest up, and does it have a driver for the bus, and hot-plug? the disk can be detached",
+                hint="check that the guest is up and supports hot-plug and the bus; detach the disk if not",
             )
         await first_of(attached.gone, timeout=min(left, interval))
         if attached.gone.is_set() or attached.is_leaving:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find out who has an image open, for the message that says why it cannot be had."""
+"""Finds the machine or process that has an image open, for error messages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..host import runtime
 
 
 def holder_of(identity: tuple[int, ...], *, ours: str = "") -> str:
-    """Who else has the file: `machine NAME`, or `COMM (process PID)`, or nothing if that cannot be seen.
+    """Return the user of a file: `machine NAME`, or `COMMAND (process PID)`, or an empty string if it is not visible.
 
-    `identity` is a Backing's: st_dev and st_ino of a file, st_rdev of a block device. `ours` is the machine that wants
-    the file: it is named only if nobody else has the file, and QEMU has.
+    `identity` is a Backing's: st_dev and st_ino of a file, st_rdev of a block device. `ours` is the machine that the
+    image is for; it is returned only if its QEMU has the file open and no other process is found.
     """
     own_pid = runtime.running_qemu(os.path.join(runtime.runtime_root(), ours)) if ours else 0
     others = _machine_with(identity, ours) or _process_with(identity, {os.getpid(), own_pid})
@@ -42,7 +42,7 @@ def _machines() -> list[str]:
     try:
         return runtime.machine_names()
     except VmspawnError:
-        return []  # the message that this is for goes without
+        return []  # the message then names no machine
 
 
 def _identities(state: dict[str, dict[str, list[dict[str, list[dict[str, dict[str, list[int]]]]]]]]) -> list[list[int]]:
@@ -50,11 +50,11 @@ def _identities(state: dict[str, dict[str, list[dict[str, list[dict[str, dict[st
     return [image["backing"]["identity"] for each in attachments for image in each["images"] if image["backing"]]
 
 
-def _process_with(identity: tuple[int, ...], but: set[int]) -> str:
-    """The process that has the file locked, or else one that has it open."""
+def _process_with(identity: tuple[int, ...], excluded: set[int]) -> str:
+    """Return the process that holds a lock on the file, or else a process that has the file open."""
     found = ""
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        if pid in but:
+        if pid in excluded:
             continue
         with contextlib.suppress(OSError):
             for fd in _open_files(pid, identity):
@@ -66,7 +66,7 @@ def _process_with(identity: tuple[int, ...], but: set[int]) -> str:
 
 
 def _open_files(pid: int, identity: tuple[int, ...]) -> Iterator[str]:
-    """The descriptors of a process that are open on the file. Stops at what may not be looked at."""
+    """Yield a process's descriptors of the file. Stops at a descriptor that the caller may not inspect."""
     with contextlib.suppress(OSError):
         for fd in os.listdir(f"/proc/{pid}/fd"):
             found = os.stat(f"/proc/{pid}/fd/{fd}")
@@ -75,6 +75,6 @@ def _open_files(pid: int, identity: tuple[int, ...]) -> Iterator[str]:
 
 
 def _is_locked(pid: int, fd: str) -> bool:
-    """Whether locks are held through a descriptor (proc_pid_fdinfo(5))."""
+    """Return whether a process holds locks by a descriptor (proc_pid_fdinfo(5))."""
     with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as file:
         return any(line.startswith("lock:") for line in file)

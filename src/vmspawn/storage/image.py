@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One image under a disk's pivot, with the journal of its own parts. A disk has one, and two while one replaces the
-other."""
+"""Describes an image below a disk's pivot, and keeps the journal of the image's parts.
+
+A disk has one image, and two while one image replaces the other.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +11,24 @@ from typing import Any
 from ..text import utf8
 from .backing import Backing
 
-#: Descriptor sets are one space for all of a QEMU's monitors, and 0, 1, 2 … is what QEMU picks for clients that name
-#: none. Ours begin where no client counts to.
+#: All monitors of a QEMU share the numbers of descriptor sets. QEMU chooses 0, 1, 2 … for clients that name no number;
+#: vmspawn's numbers begin far beyond them.
 FDSET_BASE = 1_000_000
 
-#: The format of an image that has no file, and fails every request: what a disk stands on that was detached by force.
+#: The format of an image without a file that fails every request. A forced detach puts it below the pivot.
 FAULT = "fault"
 
 
 class Image:
-    """An image and all that taking it apart needs. `number` is fresh for every image.
+    """An image with the journal of its parts. `number` is fresh for every image.
 
-    `backing.fd` is ours until QEMU has it, and -1 from then on; `backing` is None for one that fails every request.
-    `done` is the journal: the names of the parts that may be there, from the bottom up.
+    `backing.fd` is the manager's until QEMU has it, and -1 from then on. `backing` is None for an image that fails
+    every request. `done` is the journal: the names of the parts that may exist, from the bottom up.
     """
 
     __slots__ = ("backing", "done", "format", "long", "number", "path", "size")
 
-    # On the start path, where dataclasses would take long to load.
+    # This is on the start path, where importing dataclasses would take too long.
     def __init__(
         self,
         number: int,
@@ -37,11 +39,11 @@ class Image:
         size: int = 0,
         long: bool = False,
     ) -> None:
-        """`size` is that of an image without a file, in bytes; `long` names are explained at `Identifiers`."""
+        """`size` is in bytes, and for an image without a file only; `long` names are explained at `Identifiers`."""
         self.number = number
         self.backing = backing
         self.format = format
-        #: For people, and for JSON, which has only text.
+        #: The path for messages and for JSON, and so valid UTF-8.
         self.path = utf8(path)
         self.size = size
         self.long = long
@@ -49,37 +51,37 @@ class Image:
 
     @property
     def fdset(self) -> int:
-        """The number of the descriptor set."""
+        """The number of the image's descriptor set."""
         return FDSET_BASE + self.number
 
     @property
     def file_node(self) -> str:
-        """The node that opens the descriptor."""
+        """The name of the node that opens the descriptor."""
         return f"image{self.number}-file" if self.long else f"image{self.number}"
 
     @property
     def format_node(self) -> str:
-        """The node of the format; a raw image needs none."""
+        """The name of the format's node, which a raw image does not have."""
         return f"image{self.number}-format"
 
     @property
     def top_node(self) -> str:
-        """The node that the pivot stands on."""
+        """The name of the node below the pivot."""
         return self.file_node if self.format == "raw" else self.format_node
 
     @property
     def writable(self) -> bool:
-        """Whether the image may be written."""
+        """True if the image is open for writing."""
         return self.backing is not None and self.backing.writable
 
     def close_backing(self) -> None:
-        """Close our descriptor of the image, if we still have it."""
+        """Close the manager's descriptor of the image, if it is open."""
         if self.backing is not None and self.backing.fd >= 0:
             self.backing.close()
             self.backing = self.backing._replace(fd=-1)
 
     def to_state(self) -> dict[str, Any]:
-        """What another process would need to take the image over, as JSON values."""
+        """Return the image's record for state.json, from which another manager can adopt the image."""
         backing = self.backing
         return {
             "number": self.number,

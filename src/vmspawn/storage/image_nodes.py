@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image made ready to be put under a disk's pivot, and taken apart again.
+"""Makes an image's parts in QEMU, and lists the parts to remove.
 
-Its parts are made from the bottom up and removed from the top down. The journal names them before they are made, so a
-part may never have come, or have been removed by a process that then died: "not there" is as good as removed.
+The parts are made from the bottom up and removed from the top down. The journal names them before they are made, so
+a part of the journal may not exist: it was never made, or a manager removed it and died. A removal therefore accepts
+"not found" as success.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from .image import Image
 #: Block nodes, made by blockdev-add.
 NODE = Kind("blockdev-del", "node-name", "query-named-block-nodes", "node-name", (("flat", True),))
 
-#: The names of an image's parts in the journal, from the bottom up: the descriptor set that QEMU gets, so that it opens
-#: no path of the user's; the block node on it; the node of the format.
+#: The names of an image's parts in the journal, from the bottom up: the descriptor set, by which QEMU opens the file
+#: without its path; the block node of the file; the block node of the format.
 FDSET, FILE, FORMAT = "fdset", "file", "format"
 
 
 def plan(image: Image) -> list[str]:
-    """The names of the parts that the image will have."""
+    """Return the names of the parts that the image needs, from the bottom up."""
     names = [FILE]
     if image.backing is not None:
         names.insert(0, FDSET)
@@ -33,9 +34,9 @@ def plan(image: Image) -> list[str]:
 
 
 def commands(disk: Disk, image: Image) -> list[Command]:
-    """What makes the image's parts. All of them are entered as made.
+    """Return the commands that make the image's parts, and enter all parts in the journal.
 
-    The image's descriptor goes along and stays ours, until `made`.
+    The commands carry the image's descriptor, which stays the manager's until `made`.
     """
     image.done = plan(image)
     found = [Command("blockdev-add", nodes.file_node(image, disk))]
@@ -47,19 +48,19 @@ def commands(disk: Disk, image: Image) -> list[Command]:
 
 
 def spent(image: Image) -> list[QemuObject]:
-    """What only the making needs: the file's node goes on with a duplicate of the descriptor."""
+    """Return the parts that only the making needs: the file's node keeps a duplicate of the descriptor."""
     return [_object(image, FDSET)] if FDSET in image.done else []
 
 
 def made(image: Image) -> None:
-    """Enter that QEMU has made the nodes, and dropped the descriptor set."""
+    """Enter in the journal that QEMU has made the nodes and removed the descriptor set. Closes the descriptor."""
     image.close_backing()
     if FDSET in image.done:
         image.done.remove(FDSET)
 
 
 def objects(image: Image) -> list[QemuObject]:
-    """What the journal says of the image, from the top down."""
+    """Return the image's parts in the journal, from the top down."""
     return [_object(image, name) for name in reversed(image.done)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open and close images of a disk that is attached."""
+"""Opens and closes images of an attached disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .image import Image
 
 
 async def build(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:
-    """Make an image's nodes. Raises what `Monitor.execute` raises; then some nodes may be there."""
+    """Make an image's nodes. Raises what `Monitor.execute` raises; some nodes may exist then."""
     commands = image_nodes.commands(attached.disk, image)
     spent = image_nodes.spent(image)
     hotplug.begun(attached)
@@ -26,20 +26,20 @@ async def build(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:
 
 
 async def release(hotplug: Hotplug, image: Image) -> None:
-    """Drop the descriptor set of an image that QEMU was started with, or that another manager has made."""
+    """Remove the descriptor set of an image that QEMU was started with, or that another manager has opened."""
     if spent := image_nodes.spent(image):
         await hotplug.remove(*spent)
         image_nodes.made(image)
 
 
-#: Seconds after which the removal of an image that QEMU refused is tried again.
+#: Seconds between two attempts to remove an image that QEMU refuses to remove.
 _REFUSED_RETRY = 2.0
 
 
 async def close_when_unused(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:
-    """Close an image that the disk has left; in the background if somebody uses one of its nodes through QMP.
+    """Close a former image of the disk; goes on in the background if a QMP client uses one of its nodes.
 
-    The image stays one of the disk's until it is closed. Raises NotConnected.
+    The image stays in the disk's `images` until it is closed. Raises NotConnected.
     """
     try:
         await dismantle(hotplug, attached, image)
@@ -53,7 +53,7 @@ async def _close(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None
     while image in attached.images:
         await first_of(attached.gone, timeout=_REFUSED_RETRY)
         if attached.gone.is_set():
-            break  # all of the disk is taken apart
+            break  # the detach removes the disk's images
         async with attached.lock:
             if image in attached.images:
                 with contextlib.suppress(QmpError, Timeout):
@@ -62,7 +62,7 @@ async def _close(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None
 
 
 async def dismantle(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:
-    """Remove an image's nodes, and forget it. May be called again where it failed."""
+    """Remove an image's nodes, and the image from the disk. After a failure, it can be called again."""
     image.close_backing()
     await hotplug.remove(*image_nodes.objects(image))
     image.done = []

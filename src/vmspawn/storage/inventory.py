@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What of disks there is in a running QEMU, read back through its monitor (docs/qemu.md, "What can be read back")."""
+"""Reads a running QEMU's devices, objects, descriptor sets and block nodes (docs/qemu.md, "What can be read back")."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .image import FAULT, Image
 
 
 class Medium(NamedTuple):
-    """What is in a disk: the node, if there is a medium, and whether the tray is open."""
+    """The medium of an optical drive: its node, empty without a medium, and whether the tray is open."""
 
     node: str
     tray_open: bool
 
 
 class Inventory(NamedTuple):
-    """Devices and objects by id, descriptor sets by number, and what each block node says that it stands on."""
+    """QEMU's devices and objects by id, descriptor sets by number, and the description of each block node."""
 
     devices: frozenset[str]
     objects: frozenset[str]
@@ -31,7 +31,7 @@ class Inventory(NamedTuple):
 
     @classmethod
     async def take(cls, monitor: Monitor) -> Inventory:
-        """Look at all of it. Raises what `Monitor.execute` raises."""
+        """Read the inventory. Raises what `Monitor.execute` raises."""
         fdsets = await monitor.execute("query-fdsets")
         nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
         blocks = await monitor.execute("query-block")
@@ -41,19 +41,19 @@ class Inventory(NamedTuple):
             frozenset(int(each["fdset-id"]) for each in fdsets),
             {str(each["node-name"]): str(each["file"]) for each in nodes if "node-name" in each},
             {str(each["qdev"]): _medium(each) for each in blocks if "qdev" in each},
-            # virtio-blk is known by its path, the others by their id.
+            # QEMU reports virtio-blk by its path, and the other buses by the device's id.
             {part: str(each.get("io-status", "ok")) for each in blocks for part in each.get("qdev", "").split("/")},
         )
 
     def medium(self, attachment: AttachedDisk) -> Medium:
-        """What is in an optical drive."""
+        """Return the medium of an optical drive."""
         return self.media.get(attachment.identifiers.device, Medium("", False))
 
     def image_under(self, attachment: AttachedDisk) -> Image | None:
-        """Which of its images the disk's pivot stands on, or None if that cannot be told.
+        """Return the disk's image below its pivot, or None if it cannot be determined.
 
-        QEMU 7.2 does not name a node's children, but it describes them down to the descriptor set, whose number is an
-        image's own; what stands for an image that was taken away has none.
+        QEMU 7.2 does not name a node's children, but its description of a node includes the descriptor set, whose
+        number is the image's. An image that fails every request has no descriptor set, and is known by its driver.
         """
         text = self.nodes.get(attachment.identifiers.pivot, "")
         for image in attachment.images:
@@ -64,7 +64,7 @@ class Inventory(NamedTuple):
 
 
 def uses_fdset(text: str, number: int) -> bool:
-    """Whether a node's description says that it stands on that descriptor set."""
+    """Return whether a node's description includes that descriptor set."""
     path = f"/dev/fdset/{number}"
     return text == path or f'{path}"' in text
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How much a guest may ask of a disk: I/O limits as QEMU's throttle groups enforce them (docs/throttle.txt)."""
+"""Defines a disk's I/O limits, which QEMU's throttle groups enforce (QEMU's docs/throttle.txt)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Self
@@ -10,14 +10,16 @@ from ..text import short_repr
 #: QEMU's own bound (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
 LIMIT_MAX = 10**15
 
-#: More than this is no burst.
+#: The largest `burst`; a larger factor would be no limit in practice.
 BURST_MAX = 1000
 
 
 class Limits(NamedTuple):
-    """Requests and bytes a second; 0 is no limit. `burst` times as much is allowed for a second after a quiet time.
+    """Limits of requests and bytes a second; 0 is no limit.
 
-    await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
+        await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
+
+    `burst` is a factor: after an idle time, the guest may exceed the limits by that factor for a second.
     """
 
     iops: int = 0
@@ -33,11 +35,11 @@ class Limits(NamedTuple):
 
     @property
     def any(self) -> bool:
-        """Whether there is a limit at all."""
+        """True if any limit is set."""
         return any(self[:6])
 
     def to_qemu(self) -> dict[str, object]:
-        """All of QEMU's ThrottleLimits, so that what is not limited any more is reset (qapi/block-core.json)."""
+        """Return all fields of QEMU's ThrottleLimits, so that former limits are reset (qapi/block-core.json)."""
         found: dict[str, object] = {}
         for name, value in zip(_QEMU_NAMES, self[:6], strict=True):
             found[name] = value
@@ -46,7 +48,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def from_qemu(cls, found: Mapping[str, int]) -> Self:
-        """The limits that a throttle group keeps, from its `limits`."""
+        """Return the limits of a throttle group, from its property `limits`."""
         values = [int(found[name]) for name in _QEMU_NAMES]
         bursts = (
             round(found[f"{name}-max"] / value, 2) for name, value in zip(_QEMU_NAMES, values, strict=True) if value
@@ -62,20 +64,23 @@ class Limits(NamedTuple):
         return ", ".join(words)
 
 
-#: A disk that is not limited.
+#: The limits of an unlimited disk.
 NO_LIMITS = Limits()
 
 _QEMU_NAMES = ("iops-total", "iops-read", "iops-write", "bps-total", "bps-read", "bps-write")
 
 
 def check_limits(limits: Limits) -> Limits:
-    """Return the limits if QEMU can keep them, raise BadConfig if not."""
+    """Return the limits if QEMU supports them. Raises BadConfig if not."""
     for name, value in zip(limits._fields[:6], limits[:6], strict=True):
         if not 0 <= value <= LIMIT_MAX:
             raise BadConfig(f"the limit {name.replace('_', '-')} of {value} is out of range", hint="0 is no limit")
     for what, total, parts in (("iops", limits.iops, limits[1:3]), ("bps", limits.bps, limits[4:6])):
         if total and any(parts):
-            raise BadConfig(f"{what} and {what}-read or {what}-write exclude each other", hint=f"give {what} alone")
+            raise BadConfig(
+                f"{what} and {what}-read or {what}-write exclude each other",
+                hint=f"set only {what}, or only its parts",
+            )
     if not 1 <= limits.burst <= BURST_MAX:
         raise BadConfig(f"a burst of {limits.burst:g} is out of range", hint=f"use 1 to {BURST_MAX} times the limits")
     return limits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tell what QEMU has under each disk, for lists."""
+"""Reads the size, file and faults of each disk from QEMU's block graph, for lists of disks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .block_graph import BlockGraph, nodes_of
 
 
 class Look(NamedTuple):
-    """What QEMU has under a disk.
+    """The state of a disk in QEMU.
 
-    `size` is in bytes, as the guest sees it; an optical drive without a medium has 0. `path` is the file that the guest
-    works on, as far as it is known. `notice` says what is not as it should be, and is empty if all is.
+    `size` is in bytes, as the guest sees it, and 0 for an optical drive without a medium. `path` is the file that the
+    guest uses, if it is known. `notice` describes a fault, and is empty without one.
     """
 
     size: int = 0
@@ -24,7 +24,7 @@ class Look(NamedTuple):
 
 
 def look(graph: BlockGraph, disks: Iterable[AttachedDisk]) -> dict[str, Look]:
-    """Look at each disk; returns what was seen, by the disk's name."""
+    """Return the state of each disk in QEMU, by the disk's name."""
     return {disk.name: _look_at(graph, disk) for disk in disks}
 
 
@@ -38,9 +38,9 @@ def _look_at(graph: BlockGraph, disk: AttachedDisk) -> Look:
 
 
 def _still_open(graph: BlockGraph, disk: AttachedDisk) -> str:
-    """Which images the disk has left that are still open."""
+    """Return the message about former images of the disk that QEMU has not closed, empty if there are none."""
     if not disk.closing:
         return ""
     paths = ", ".join(image.path or "the old image" for image in disk.closing)
     users = graph.users(nodes_of(disk))
-    return f"QEMU still has {paths} open" + (f": used by {users}" if users else "")
+    return f"QEMU still has {paths} open" + (f", used by {users}" if users else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Media of optical drives: in, out, and a tray that the guest may have locked (docs/qemu.md, "Media")."""
+"""Inserts and ejects media of optical drives, whose tray the guest may have locked (docs/qemu.md, "Media")."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .steps import IMAGE, PIVOT
 if TYPE_CHECKING:
     from ..qmp.events import EventStream
 
-#: Seconds after which the guest is asked once more.
+#: Seconds between two requests that the guest open the tray.
 _ASK_AGAIN = 1.0
 
-#: How often a tray is opened again that the guest closes before the medium has moved.
+#: The number of attempts to open a tray that the guest closes before the medium has moved.
 _ATTEMPTS = 10
 
 
 def check_optical(attachment: AttachedDisk) -> None:
-    """Raise BadConfig if the disk has no media."""
+    """Raise BadConfig if the disk is not an optical drive."""
     if attachment.disk.bus != "scsi-cd":
         raise BadConfig(f"{attachment.name} is a {attachment.disk.bus} disk and has no media", hint="use replace-disk")
 
@@ -38,7 +38,7 @@ class Tray:
     def __init__(
         self, context: Context, attachment: AttachedDisk, *, force: bool, timeout: float = TRAY_TIMEOUT
     ) -> None:
-        """`force` opens it whatever the guest does; else it has `timeout` seconds to open one that it has locked."""
+        """`force` opens a locked tray; without it, the guest has `timeout` seconds to open the tray."""
         self._monitor = context.monitor
         self._device = attachment.identifiers.device
         self._name = attachment.name
@@ -46,10 +46,11 @@ class Tray:
         self._timeout = timeout
 
     async def open(self) -> None:
-        """Open it, or ask the guest to. Raises StoragePending if the guest does not.
+        """Open the tray, or request that the guest open it. Raises StoragePending if the guest does not.
 
-        QEMU's `{}` proves nothing: it says the same where it has only passed on the wish. A reset of the machine, or of
-        the controller alone, closes and unlocks the tray, and no event tells; so it is asked for more than once.
+        A successful blockdev-open-tray proves nothing: QEMU also returns success when it has only passed the request
+        on. A reset of the machine, or of the controller, closes and unlocks the tray without an event; so the request
+        is repeated.
         """
         deadline = monotonic() + self._timeout
         with self._monitor.events() as events:
@@ -61,7 +62,7 @@ class Tray:
                     return
 
     async def _ask(self) -> bool:
-        """Press the button, and say whether the tray is open; the guest holds it locked otherwise."""
+        """Request an open tray; returns whether it is open. It stays closed while the guest has it locked."""
         for _ in range(_ATTEMPTS):
             await self._monitor.execute("blockdev-open-tray", {"id": self._device, "force": self._force})
             tray = await self._query()
@@ -73,21 +74,21 @@ class Tray:
 
     def _pending(self) -> StoragePending:
         return StoragePending.with_fields(
-            "the guest holds the tray of {disk} locked and has not opened it within {seconds} s",
-            hint="unmount it in the guest, or use {force=True}",
+            "the guest has locked the tray of {disk} and has not opened it within {seconds} s",
+            hint="unmount the medium in the guest, or use {force=True}",
             disk=self._name,
             seconds=f"{self._timeout:g}",
         )
 
     async def _query(self) -> dict[str, Any]:
-        """What QEMU says of the disk; nothing if it has none."""
+        """Return QEMU's description of the drive, empty if QEMU has none."""
         for found in await self._monitor.execute("query-block"):
             if self._device in found.get("qdev", "").split("/"):
                 return dict(found)
         return {}
 
     async def _moved(self, events: EventStream, timeout: float) -> bool:
-        """Wait until the tray is opened, for `timeout` seconds at most."""
+        """Wait up to `timeout` seconds for the tray to open; returns whether it did."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 async for event in events:
@@ -99,7 +100,7 @@ class Tray:
         return data.get("id") == self._device and bool(data.get("tray-open"))
 
     async def run(self, command: str, **arguments: object) -> None:
-        """Run a command that needs the tray open, and open it first, again if the guest closes it meanwhile."""
+        """Run a command that needs an open tray. Opens the tray first, and again if the guest closes it meanwhile."""
         for attempt in range(_ATTEMPTS):
             await self.open()
             try:
@@ -111,14 +112,14 @@ class Tray:
                 return
 
     async def close(self) -> None:
-        """Close it."""
+        """Close the tray."""
         await self._monitor.execute("blockdev-close-tray", {"id": self._device})
 
 
 async def empty(context: Context, attachment: AttachedDisk) -> None:
-    """Take out what a disk that is to be empty was plugged in with; the tray ends closed.
+    """Remove the medium that a drive without a medium was plugged in with; the tray ends closed.
 
-    QEMU would plug in an empty one too, but then it forgets to let go of the media that come and go later.
+    A drive that QEMU plugs in without a medium never releases the media that are inserted later.
     """
     tray = Tray(context, attachment, force=True)
     await _take_out(context, attachment, tray, None)
@@ -126,9 +127,9 @@ async def empty(context: Context, attachment: AttachedDisk) -> None:
 
 
 async def insert(context: Context, attachment: AttachedDisk, image: Image, *, force: bool, timeout: float) -> None:
-    """Put a medium in, in the place of one that is there. The descriptor of `image` is closed in any case.
+    """Insert a medium, which replaces the present one. The descriptor of `image` is closed in any case.
 
-    Raises StoragePending if the guest holds the tray locked, QmpError if QEMU cannot use the image; the old medium
+    Raises StoragePending if the guest keeps the tray locked, QmpError if QEMU cannot use the image; the old medium
     stays then.
     """
     old = attachment.image
@@ -153,14 +154,14 @@ async def insert(context: Context, attachment: AttachedDisk, image: Image, *, fo
 
 
 async def eject(context: Context, attachment: AttachedDisk, *, force: bool, timeout: float) -> None:
-    """Take the medium out; the tray stays open. Raises StoragePending if the guest holds the tray locked."""
+    """Remove the medium; the tray stays open. Raises StoragePending if the guest keeps the tray locked."""
     tray = Tray(context, attachment, force=force, timeout=timeout)
     await tray.open()
     await _take_out(context, attachment, tray, attachment.image)
 
 
 async def _take_out(context: Context, attachment: AttachedDisk, tray: Tray, medium: Image | None) -> None:
-    """Remove the medium, if there is one, and close its image."""
+    """Remove the medium, if the drive has one, and close its image."""
     if PIVOT in attachment.done:
         await tray.run("blockdev-remove-medium")
         await context.hotplug.undo_steps(attachment, [PIVOT])
@@ -171,5 +172,5 @@ async def _take_out(context: Context, attachment: AttachedDisk, tray: Tray, medi
 
 
 async def forget(context: Context, attachment: AttachedDisk) -> None:
-    """Close what is left of media of a disk that has none in: a manager died between the tray and the image."""
+    """Close the image of an ejected medium: a manager died after it had ejected it."""
     await context.hotplug.undo_steps(attachment, [IMAGE, PIVOT])

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The block nodes of a disk, and what they are called.
+"""Describes the block nodes of a disk and their names.
 
-The device stands on a pivot: a throttle filter that never changes its name. Below it is the image: a file node on a
-descriptor set, and the format above it unless that is raw. Another image, or errors, come under the pivot by
-blockdev-reopen while the guest writes, and limits are set on the pivot's group.
+The device is on a pivot: a throttle filter that keeps its name. Below the pivot is the image: a file node on a
+descriptor set, and a format node above it unless the format is raw. blockdev-reopen puts another image, or errors,
+below the pivot while the guest writes. Limits are set on the pivot's throttle group.
 
-A filter is needed for that, and this one costs 0.1 to 0.3 us a request, as much as any (QEMU 7.2 and 11.1, null-co). To
-put a throttle node in later kills QEMU where the device has an I/O thread. To set the device's `drive` property instead
-would need no filter, but QEMU refuses that with an I/O thread, and aborts if the node is the one that it has.
+A filter is necessary for that. A throttle filter costs 0.1 to 0.3 µs a request, as much as any other (QEMU 7.2 and
+11.1, null-co). QEMU crashes if a throttle node is inserted later under a device with an I/O thread. Setting the
+device's `drive` property would need no filter, but QEMU refuses it with an I/O thread, and aborts if the node is the
+present one.
 """
 
 from typing import NamedTuple
@@ -17,11 +18,11 @@ from .image import Image
 
 
 class Identifiers(NamedTuple):
-    """The names of one attachment inside QEMU. `number` is fresh for every attachment, so none is ever used twice: QEMU
-    may still know a device that it has been told to remove.
+    """The names of one disk's parts in QEMU.
 
-    They are short, for QEMU takes 4.4 us to read a byte. `long` names are those of disks that a manager attached whose
-    state.json had version 1 or 2.
+    `number` is fresh for every attach, so no name is used twice: QEMU may still have a device that it was asked to
+    remove. Names are short, because QEMU takes 4.4 µs to read a byte. `long` names belong to disks that a manager with
+    version 1 or 2 of state.json attached.
     """
 
     number: int
@@ -29,29 +30,29 @@ class Identifiers(NamedTuple):
 
     @property
     def device(self) -> str:
-        """The qdev id."""
+        """The device's id in QEMU."""
         return f"drive{self.number}"
 
     @property
     def pivot(self) -> str:
-        """The node that the device stands on."""
+        """The name of the node below the device."""
         return f"drive{self.number}-pivot" if self.long else self.device
 
     @property
     def limits(self) -> str:
-        """The throttle group."""
+        """The name of the throttle group."""
         return f"drive{self.number}-limits" if self.long else f"limits{self.number}"
 
     @property
     def thread(self) -> str:
-        """The I/O thread."""
+        """The name of the I/O thread."""
         return f"drive{self.number}-thread"
 
 
 def file_node(image: Image, disk: Disk) -> dict[str, object]:
-    """The options of the node below the format, for blockdev-add and -blockdev alike (QEMU's qapi/block-core.json)."""
+    """Return the options of the node below the format, for blockdev-add and -blockdev alike (qapi/block-core.json)."""
     if image.backing is None:
-        # Read-zeroes, so that nothing of QEMU's memory could ever be read.
+        # With read-zeroes, a read never returns QEMU's memory.
         return {"driver": "null-co", "node-name": image.file_node, "size": image.size, "read-zeroes": True}
     options: dict[str, object] = {
         "driver": "host_device" if image.backing.block else "file",
@@ -67,7 +68,7 @@ def file_node(image: Image, disk: Disk) -> dict[str, object]:
 
 
 def _unless_default(disk: Disk, *, read_only: bool) -> dict[str, object]:
-    """What every node is told of a disk. QEMU takes 4.4 us to read a byte, so what it assumes anyway is left out."""
+    """Return the options that all nodes have, without QEMU's defaults: QEMU takes 4.4 µs to read a byte."""
     options: dict[str, object] = {}
     if read_only:
         options["read-only"] = True
@@ -77,7 +78,7 @@ def _unless_default(disk: Disk, *, read_only: bool) -> dict[str, object]:
 
 
 def format_node(image: Image, disk: Disk) -> dict[str, object]:
-    """The options of the format's node; of an image without a file, of the node that fails every request."""
+    """Return the options of the format's node, or of the node that fails every request if the image has no file."""
     if image.backing is None:
         errors = [{"event": "none", "errno": 5, "once": False}]
         return {"driver": "blkdebug", "node-name": image.format_node, "image": image.file_node, "inject-error": errors}
@@ -88,18 +89,18 @@ def format_node(image: Image, disk: Disk) -> dict[str, object]:
         **_unless_default(disk, read_only=not image.backing.writable),
     }
     if image.format in ("qcow2", "vmdk"):
-        # Whatever the header names as a backing file, it is not opened.
+        # QEMU opens no backing file, even if the header names one.
         options["backing"] = None
     return options
 
 
 def blank_node(identifiers: Identifiers) -> dict[str, object]:
-    """The options of what stands in for the pivot of an optical drive that is to be empty."""
+    """Return the options of the node that an empty optical drive is plugged in with, in the pivot's place."""
     return {"driver": "null-co", "node-name": identifiers.pivot, "size": 0, "read-only": True, "read-zeroes": True}
 
 
 def pivot_node(identifiers: Identifiers, image: Image, disk: Disk, *, read_only: bool) -> dict[str, object]:
-    """The options of the pivot. blockdev-reopen takes all of them again, with another file."""
+    """Return the options of the pivot. blockdev-reopen needs all of them again, with another file."""
     options: dict[str, object] = {
         "driver": "throttle",
         "node-name": identifiers.pivot,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Take over the disks of a manager that died: what only disks have to settle.
+"""Adopts the disks of a manager that died.
 
-A change that was under way stays if QEMU had made it and is taken back if not. Nodes, objects and descriptor sets that
-no disk of the journal owns are removed.
+A change that was under way is kept if QEMU has made it, and undone if not. Nodes, objects and descriptor sets that no
+disk of the journal owns are removed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .limits import Limits
 from .resize import follow_image
 from .steps import PIVOT
 
-# Our own names in QEMU, today's and the long ones. Those of a disk that the journal does not know are left over; nodes
-# from the top down.
+# vmspawn's names in QEMU, including the long names of older versions, with nodes from the top down. Parts with these
+# names that belong to no disk of the journal are leftovers.
 _NODES = tuple(map(re.compile, (r"drive\d+(-pivot)?", r"image\d+-format", r"image\d+(-file)?")))
 _OBJECT = re.compile(r"limits\d+|drive\d+-(limits|thread)")
 
 
 class Adoption:
-    """One takeover. `notes` says, in words, what was found and done."""
+    """The adoption of a machine's disks. `notes` are messages for the log about faults and repairs."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -42,7 +42,7 @@ class Adoption:
         self.notes: list[str] = []
 
     async def run(self, foreign_fdsets: Sequence[int]) -> None:
-        """Do it. `foreign_fdsets` were there from boot and are not ours. Raises Timeout or NotConnected."""
+        """Adopt the disks. `foreign_fdsets` are the user's, passed to QEMU at boot. Raises Timeout or NotConnected."""
         disks = tuple(self._context.register)
         found = await Inventory.take(self._context.monitor)
         leftovers = _leftovers(found, disks)
@@ -68,7 +68,7 @@ class Adoption:
         self._context.register.save()
 
     def _settle_controllers(self, found: Inventory, disks: Iterable[AttachedDisk]) -> None:
-        """QEMU keeps namespaces whose controller is gone; a controller whose namespaces are gone goes as well."""
+        """Unplug namespaces whose controller is removed, which QEMU keeps; and a controller without namespaces."""
         for each in disks:
             if each.state is State.ATTACHED and controller_of(each.place) not in (None, *found.devices):
                 self.notes.append(f"the controller of {each.name} was removed meanwhile; the disk is removed as well")
@@ -76,7 +76,7 @@ class Adoption:
         self._context.controllers.release_unused()
 
     async def _attempt(self, attachment: AttachedDisk, work: Any) -> None:
-        """Something that QEMU may refuse, for instance because somebody else uses a node. The disk works then too."""
+        """Await `work`; note a refusal by QEMU, for example because a QMP client uses a node. The disk still works."""
         try:
             async with attachment.lock:
                 await work
@@ -97,12 +97,12 @@ class Adoption:
             await images.release(self._hotplug, image)
 
     async def _settle_images(self, attachment: AttachedDisk, found: Inventory) -> None:
-        """An image was being replaced. The one that the guest works on stays."""
+        """Settle an interrupted replacement of the image: keep the image that the guest uses, and close the others."""
         image = found.image_under(attachment)
         if image is None:
-            self.notes.append(f"cannot tell which image {attachment.name} stands on; detach it when you can")
+            self.notes.append(f"cannot tell which image {attachment.name} uses; detach the disk when possible")
             return
-        self.notes.append(f"{attachment.name} was getting another image; it stands on {image.path or 'the one'}")
+        self.notes.append(f"{attachment.name} was getting another image; it uses {image.path or 'one of the two'}")
         attachment.images.remove(image)
         attachment.images.insert(0, image)
         self._context.register.save()
@@ -117,14 +117,14 @@ class Adoption:
             self.notes.append(displaced.describe(graph, attachment, node))
 
     async def _read_limits(self, attachment: AttachedDisk, found: Inventory) -> None:
-        """The limits are those that QEMU keeps, whoever set them last."""
+        """Read the disk's limits from QEMU: the last change may not be in the journal."""
         group = attachment.identifiers.limits
         if group in found.objects:
             arguments = {"path": f"/objects/{group}", "property": "limits"}
             attachment.limits = Limits.from_qemu(await self._context.monitor.execute("qom-get", arguments))
 
     async def _settle_medium(self, attachment: AttachedDisk, found: Inventory) -> None:
-        """A medium that is in stays in, and another one that was to come does not. Where none is in, there is none."""
+        """Settle an interrupted change of the medium: keep an inserted medium, and close the images of others."""
         inserted, tray_open = found.medium(attachment)
         if inserted != attachment.identifiers.pivot:
             await media.forget(self._context, attachment)
@@ -135,7 +135,7 @@ class Adoption:
                 await self._context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
 
     async def _finish_force(self, attachment: AttachedDisk, found: Inventory) -> None:
-        """Whoever detached by force wants the image back, whatever the guest does."""
+        """Finish an interrupted detach by force: replace the image by errors and close it, whatever the guest does."""
         faults = [image for image in attachment.images if image.format == FAULT]
         if not faults or PIVOT not in attachment.done:
             return
@@ -148,16 +148,16 @@ class Adoption:
             await images.dismantle(self._hotplug, attachment, faults[0])
             await swap.take_away(self._context, attachment)
 
-    # What is left over.
+    # The removal of leftovers.
 
     async def _remove(self, part: QemuObject, what: str) -> None:
         try:
             await self._hotplug.remove(part)
         except (QmpError, Timeout) as error:
-            self.notes.append(f"could not remove {what}, which was left over: {error}")
+            self.notes.append(f"could not remove the leftover {what}: {error}")
 
     async def _remove_leftovers(self, leftovers: Sequence[QemuObject]) -> None:
-        """Remove nodes and objects. Those that QEMU keeps though nobody uses them are passed over (`refusals.py`)."""
+        """Remove nodes and objects. Passes over unused ones that QEMU refuses to remove (`refusals.py`)."""
         refused: list[tuple[QemuObject, VmspawnError]] = []
         for each in leftovers:
             try:
@@ -168,10 +168,10 @@ class Adoption:
             return
         graph = await BlockGraph.take(self._context.monitor)
         if graph.users({str(each.name) for each in leftovers}):
-            self.notes += (f"could not remove {each.name}, which was left over: {error}" for each, error in refused)
+            self.notes += (f"could not remove the leftover {each.name}: {error}" for each, error in refused)
 
     async def _drop_fdsets(self, found: Inventory, attachments: Iterable[AttachedDisk], foreign: Sequence[int]) -> None:
-        """Nothing needs a descriptor set by now, but for nodes that others opened, and what is being unwound."""
+        """Remove descriptor sets, except foreign ones, those of pending removals, and those that clients use."""
         kept = {image.fdset for each in attachments for image in each.images if image_nodes.FDSET in image.done} | {
             *foreign
         }
@@ -182,7 +182,7 @@ class Adoption:
 
 
 def _leftovers(found: Inventory, attachments: Iterable[AttachedDisk]) -> list[QemuObject]:
-    """Nodes, from the top down, and objects with names of ours that belong to no disk of the journal."""
+    """Return the leftover nodes, from the top down, and the leftover objects."""
     owned = {name for attachment in attachments for name in names_of(attachment)}
     nodes = [name for layer in _NODES for name in found.nodes if layer.fullmatch(name) and name not in owned]
     objects = [name for name in found.objects if _OBJECT.fullmatch(name) and name not in owned]
@@ -190,7 +190,7 @@ def _leftovers(found: Inventory, attachments: Iterable[AttachedDisk]) -> list[Qe
 
 
 def names_of(attachment: AttachedDisk) -> Iterable[str]:
-    """The names of a disk's nodes and objects in QEMU."""
+    """Yield the names of a disk's nodes and objects in QEMU."""
     identifiers = attachment.identifiers
     yield from (identifiers.pivot, identifiers.limits, identifiers.thread)
     for image in attachment.images:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Deal with a disk whose device is gone, but whose nodes QEMU refuses to remove.
+"""Handles QEMU's refusal to remove the nodes of a disk whose device is removed.
 
-Either somebody uses a node through QMP, by a job, an export or another node: then the removal waits for that. Or QEMU
-7.2 keeps the device itself, because plugging it in failed (docs/qemu.md, "A failed nvme device keeps its node"): then
-the node stays until QEMU ends, so it is emptied, and the disk's name, place and image are free.
+There are two cases:
+
+1. A QMP client uses a node, by a job, an export or another node. The removal waits until that use ends.
+2. QEMU 7.2 keeps the device, because plugging it in failed (docs/qemu.md, "A failed nvme device keeps its node"). The
+   node stays until QEMU exits. So its image is replaced by errors, and the disk's name, place and image become free.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from .block_graph import BlockGraph, nodes_of
 from .context import Context
 from .steps import IMAGE, LIMITS, PIVOT
 
-#: Refusals after which QEMU is taken to keep a device that was plugged in, or that an earlier manager tried to plug in.
+#: Refusals after which QEMU is assumed to keep a device that it had plugged in, or that an earlier manager attached.
 _PATIENCE = 5
 
 
 async def on_refused(context: Context, attached: AttachedDisk, error: VmspawnError) -> str:
-    """QEMU refused to take a disk apart. Returns why, in words. Raises what `Monitor.execute` raises."""
+    """Handle QEMU's refusal to remove a disk's part; returns the reason. Raises what `Monitor.execute` raises."""
     if not attached.has_device:
         graph = await BlockGraph.take(context.monitor)
         if users := graph.users(nodes_of(attached)):
@@ -33,13 +35,13 @@ async def on_refused(context: Context, attached: AttachedDisk, error: VmspawnErr
 
 
 def _may_be_kept(attached: AttachedDisk) -> bool:
-    """Whether QEMU will not remove the device any more. One that was plugged in may just take a moment."""
+    """Return whether QEMU may keep the device. It may only need a moment for a device that it had plugged in."""
     refusals = attached.removal.refusals if attached.removal else 0
     return attached.has_failed or refusals >= _PATIENCE
 
 
 async def _abandon_nodes(context: Context, attached: AttachedDisk) -> None:
-    """Empty the nodes of a disk, and leave them to QEMU."""
+    """Take the image away from a disk's nodes, and leave the nodes to QEMU."""
     async with attached.lock:
         await swap.take_away(context, attached)
         if attached.has_open_image:

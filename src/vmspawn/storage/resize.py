@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Changes the size of a disk in use (docs/qemu.md, "Block nodes and locks"); the guest sees the new size at once.
 
-`block_resize` sets a raw file's length to the bytes that it is given, whatever length the file has by then, and rounds
-the disk's size up to whole sectors. On a block device it takes no size that is larger than the device, and gives the
-disk all of the device otherwise.
+`block_resize` sets a raw file's length to the given bytes, whatever its present length is, and rounds the disk's size
+up to whole sectors. For a block device, it refuses sizes larger than the device, and otherwise gives the disk all of
+the device.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .block_graph import blaming_users
 from .context import Context
 from .image import Image
 
-#: The largest size that QEMU takes: INT64_MAX in whole GiB.
+#: The largest size that QEMU accepts: INT64_MAX in whole GiB.
 SIZE_MAX = (1 << 63) - (1 << 30)
 
 
 async def resize(context: Context, attachment: AttachedDisk, size: int | None, *, shrink: bool) -> int:
-    """Give the disk and its image that many bytes, or None: tell the guest the size that the image has by now.
+    """Resize a disk and its image to `size` bytes, or with None, the disk to the present size of the image.
 
-    A file is only shortened if `shrink` is true and a size is given. Returns the new size. Raises BadConfig for a size
-    that cannot be, ConfigNotSupported where the disk cannot change, QmpError in QEMU's words otherwise.
+    Returns the new size. Shortens a file only if `shrink` is true and a size is given. Raises BadConfig for an invalid
+    size, ConfigNotSupported if the disk cannot be resized, and QmpError for QEMU's other errors.
     """
     _check_resizable(attachment)
     image = attachment.images[0]
@@ -45,7 +45,7 @@ async def resize(context: Context, attachment: AttachedDisk, size: int | None, *
 
 
 async def follow_image(context: Context, attachment: AttachedDisk) -> None:
-    """Tell the guest the size of the image that the disk stands on, which is another than before. Raises QmpError."""
+    """Resize a disk to the size of its new image. Raises QmpError."""
     image = attachment.images[0]
     size = _size_outside(image)
     if size is None:
@@ -69,7 +69,7 @@ def _check_resizable(attachment: AttachedDisk) -> None:
 
 
 def _size_outside(image: Image) -> int | None:
-    """Return the bytes that a raw image has by now, or None if that cannot be seen from outside of QEMU."""
+    """Return the present size in bytes of a raw image, or None if the host does not show it."""
     if image.backing is None or image.format != "raw":
         return None
     return backings.size_now(image.path, image.backing.identity, block=image.backing.block)
@@ -77,11 +77,11 @@ def _size_outside(image: Image) -> int | None:
 
 def _wanted_from_outside(image: Image, actual: int | None, current: int) -> int:
     if actual is None and _is_device(image):
-        return current  # QEMU looks at the device itself
+        return current  # QEMU reads the size from the device
     if actual is None:
-        raise BadConfig("the image does not tell its size from outside", hint="say which size")
+        raise BadConfig("cannot find the image's size on the host", hint="specify the size")
     if not actual:
-        raise BadConfig("the image is empty by now", hint="give it its size back")
+        raise BadConfig("the image is empty", hint="restore the image's size on the host, or specify a size")
     return actual
 
 
@@ -93,21 +93,21 @@ def _check_size(image: Image, size: int, *, actual: int | None, current: int, sh
         has = current if actual is None else actual
         if size != has:
             raise ConfigNotSupported(
-                f"cannot give a block device {size} bytes: it has {has}",
-                hint="resize the device on the host, and then the disk without a size",
+                f"cannot resize a block device to {size} bytes: it has {has} bytes",
+                hint="resize the device on the host, then repeat this without a size",
             )
         return size
     if actual is not None and whole_sectors(actual) > max(size, current) and not shrink:
         raise BadConfig.with_fields(
-            "the image has {actual} bytes by now, and what is beyond {size} would be lost",
-            hint="leave the size out to give the disk all of the image, or allow that with {shrink=True}",
+            "the image has {actual} bytes, and the data beyond {size} would be lost",
+            hint="leave the size out to give the disk all of the image, or allow the loss with {shrink=True}",
             actual=actual,
             size=size,
         )
     if size < current and not shrink:
         raise BadConfig.with_fields(
-            "the disk has {current} bytes, and what is beyond {size} would be lost",
-            hint="allow that with {shrink=True}",
+            "the disk has {current} bytes, and the data beyond {size} would be lost",
+            hint="allow the loss with {shrink=True}",
             current=current,
             size=size,
         )
@@ -115,7 +115,7 @@ def _check_size(image: Image, size: int, *, actual: int | None, current: int, sh
 
 
 def _is_device(image: Image) -> bool:
-    """Whether the size is a block device's. An image in another format can have any size on a device."""
+    """Return whether the disk's size is a block device's. An image in another format on a device can have any size."""
     return image.backing is not None and image.backing.block and image.format == "raw"
 
 

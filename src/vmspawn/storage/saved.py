@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks as state.json has them: all that a manager needs to take over those of another one.
+"""Converts disks to and from their records in state.json, from which another manager can adopt them.
 
-On the start path, for the disks of boot are written down before QEMU is started: imports next to nothing.
+This module is on the start path and imports next to nothing: boot disks are recorded before QEMU starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .image import Image
 from .limits import NO_LIMITS, Limits
 from .nodes import Identifiers
 
-# The fields of a Disk that are saved under `options`, by their names there.
+# The fields of a Disk that are saved under `options`, by their names in state.json.
 _OPTIONS = {
     "read-only": "read_only",
     "format": "format",
@@ -44,7 +44,7 @@ def save_disk(
     state: str = "attached",
     done: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """A disk as JSON values."""
+    """Return a disk's record."""
     return {
         "name": disk.name,
         "bus": disk.bus,
@@ -62,7 +62,7 @@ def save_disk(
 
 
 def load_disk(saved: Mapping[str, Any]) -> Disk:
-    """The disk as the user asked for it. What an older version did not save has its default."""
+    """Return the disk as the user asked for it. An option that an older version did not save has its default."""
     options = {field: saved["options"][name] for name, field in _OPTIONS.items() if name in saved["options"]}
     images = saved["images"]
     path = str(images[0]["path"]) if images else ""
@@ -70,17 +70,17 @@ def load_disk(saved: Mapping[str, Any]) -> Disk:
 
 
 def load_identifiers(saved: Mapping[str, Any]) -> Identifiers:
-    """The names of a disk in QEMU."""
+    """Return a disk's names in QEMU."""
     return Identifiers(int(saved["number"]), bool(saved.get("long-names")))
 
 
 def load_limits(saved: Mapping[str, Any]) -> Limits:
-    """The limits of a disk."""
+    """Return a disk's limits."""
     return Limits(*saved["limits"])
 
 
 def load_place(bus: str, values: list[Any]) -> Place:
-    """Where a disk on that bus is."""
+    """Return the place of a disk on that bus."""
     match buses.TABLE[bus].pool:
         case "scsi":
             controller, target, lun = values
@@ -93,13 +93,13 @@ def load_place(bus: str, values: list[Any]) -> Place:
 
 
 def load_pci_place(values: list[Any]) -> PciPlace:
-    """A port or slot."""
+    """Return a port or slot."""
     on, address = values
     return PciPlace(str(on), str(address))
 
 
 def load_image(saved: Mapping[str, Any]) -> Image:
-    """An image. Its descriptor is not ours: QEMU has it, or nobody."""
+    """Return an image without a descriptor: only QEMU can have it open."""
     found = saved["backing"]
     backing = found and Backing(-1, bool(found["block"]), bool(found["writable"]), tuple(found["identity"]), 0)
     image = Image(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What was read and written since a disk was attached (QEMU's query-blockstats)."""
+"""Reads the I/O statistics of disks (QEMU's query-blockstats)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .context import Context
 
 
 class Statistics(NamedTuple):
-    """Requests and bytes of the guest since the disk was attached, and the time that they took, in nanoseconds."""
+    """The guest's requests and bytes since the disk was attached, and the duration of the requests in nanoseconds."""
 
     reads: int
     writes: int
@@ -24,9 +24,9 @@ class Statistics(NamedTuple):
 
 
 async def read(context: Context, attachments: Iterable[AttachedDisk]) -> dict[str, Statistics]:
-    """The statistics of each disk, by name; one that is coming or going may be missing."""
+    """Return the statistics of each disk by name, without disks that are being attached or detached."""
     found: list[dict[str, Any]] = await context.monitor.execute("query-blockstats")
-    # virtio-blk is known by its path with a child behind it, the others by their id alone
+    # QEMU reports virtio-blk by a path with a child behind the device, and the other buses by the device's id alone
     # (docs/qemu.md, "What can be read back").
     by_device = {part: each["stats"] for each in found for part in each.get("qdev", "").split("/")}
     return {

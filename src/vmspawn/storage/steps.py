@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The steps of a disk that no other kind of attachment has: its image, and the pivot on it."""
+"""Defines the steps that only disks have: the image and the pivot."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .disk import Disk
 from .image import Image
 from .nodes import Identifiers
 
-#: The names in the journal.
+#: The names of the steps in the journal.
 IMAGE = "image"
 PIVOT = "pivot"
 LIMITS = "limits"
 
 
 class BuildImage(Step):
-    """Open the image in QEMU. `images` is the disk's own list: what it has when the step is undone is removed."""
+    """Opens the image in QEMU. `images` is the disk's own list, and undoing the step removes all images in it."""
 
     __slots__ = ("_disk", "_images")
 
@@ -53,7 +53,7 @@ class BuildImage(Step):
 
 
 class AddPivot(Step):
-    """Put the node on the image that the device stands on."""
+    """Puts the pivot on the image; the device uses the pivot."""
 
     __slots__ = ("_disk", "_identifiers", "_images")
 

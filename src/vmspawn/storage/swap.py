@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Putting something else under a disk's pivot while the guest uses it: another image, limits, or errors.
+"""Replaces the image below a disk's pivot while the guest uses the disk, by another image or by errors; sets limits.
 
-Each of these runs to its end once it was begun. One that fails leaves the disk as it was.
+Each operation runs to its end once it has begun. An operation that fails leaves the disk as it was.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .image import FAULT, Image
 from .limits import Limits
 from .resize import follow_image
 
-#: Seconds that QEMU may take to put another node under the pivot. It waits for the requests in flight, however long the
-#: host's storage takes for them (docs/qemu.md, "The pivot"), and answers nothing else meanwhile.
+#: Seconds that QEMU may take to put another node below the pivot. It waits for all requests in flight, however long the
+#: host's storage takes (docs/qemu.md, "The pivot"), and handles no other command meanwhile.
 REOPEN_TIMEOUT = 3600.0
 
-#: Bytes of the image that a disk stands on whose own is gone, where its size is not known.
+#: The size in bytes of the image that fails every request, if the disk's size is not known.
 _FAULT_SIZE = 16 << 20
 
 
 async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, shrink: bool) -> int:
-    """Put another image in the place of the disk's, and tell the guest its size, which is returned.
+    """Replace the disk's image, and resize the disk to the new image's size. Returns that size in bytes.
 
-    The old image is closed, or as soon as somebody who uses it through QMP lets go of it.
-    Raises BadConfig or ConfigNotSupported if the guest could not take the new size, QmpError if QEMU cannot use the
-    image. The descriptor of `fresh` is closed in any case.
+    The old image is closed at once, or when its users release it if QMP clients use it. Raises BadConfig or
+    ConfigNotSupported if the guest could not use the new size, QmpError if QEMU cannot use the image. The descriptor of
+    `fresh` is closed in any case.
     """
     old = attachment.images[0]
     size = await context.virtual_size(attachment.identifiers.pivot)
@@ -72,19 +72,20 @@ def _check_size(attachment: AttachedDisk, size: int, new_size: int, *, shrink: b
 
 
 async def _put_under(context: Context, attachment: AttachedDisk, image: Image) -> None:
-    """Let the pivot stand on that image, which becomes the disk's."""
+    """Put `image` below the pivot; it becomes the first of the disk's images."""
     options = nodes.pivot_node(attachment.identifiers, image, attachment.disk, read_only=attachment.read_only)
     async with blaming_users(context.monitor, attachment):
         await context.monitor.execute("blockdev-reopen", {"options": [options]}, timeout=REOPEN_TIMEOUT)
     attachment.images.remove(image)
     attachment.images.insert(0, image)
-    # It is done, and cannot fail any more. The journal has both images, and an adoption looks which one it is.
+    # The swap is done, and a failure to save does not undo it. The journal names both images, and an adoption finds out
+    # which one is in use.
     with contextlib.suppress(SystemFailure):
         context.hotplug.save(attachment)
 
 
 async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> None:
-    """Change the limits. Raises QmpError."""
+    """Change a disk's limits. Raises QmpError."""
     arguments = {
         "path": f"/objects/{attachment.identifiers.limits}",
         "property": "limits",
@@ -96,9 +97,9 @@ async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> N
 
 
 async def take_away(context: Context, attachment: AttachedDisk) -> None:
-    """Put errors in the place of the image, and close it: the host has its file back, whatever the guest does.
+    """Replace a disk's image by errors, and close the image: the host has its file back, whatever the guest does.
 
-    An image that somebody uses through QMP is closed as soon as that ends.
+    An image that QMP clients use is closed when their use ends.
     """
     if not attachment.forced and attachment.images:
         await _put_errors_under(context, attachment)
@@ -111,7 +112,7 @@ async def _put_errors_under(context: Context, attachment: AttachedDisk) -> None:
     try:
         size = await context.virtual_size(attachment.identifiers.pivot)
     except KeyError:
-        return  # it is being taken apart already
+        return  # the disk's nodes are being removed already
     fault = Image(context.register.fresh_number(), None, FAULT, size=size or _FAULT_SIZE)
     attachment.images.append(fault)
     try:
