@@ -53,7 +53,7 @@ async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path
         await machine.attach(Disk(str(make_raw(tmp_path / "before")), bus="virtio-scsi"))
         before = await Snapshot.take(machine)
         fill(small_root / "filler")
-        with pytest.raises(SystemFailure, match="cannot write down what is about to be done") as caught:
+        with pytest.raises(SystemFailure, match="cannot write the machine's state") as caught:
             await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
         assert caught.value.errno_name == "ENOSPC"
         assert await Snapshot.take(machine) == before
@@ -65,7 +65,7 @@ async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path
         os.unlink(small_root / "filler")
         notes: list[str] = []
         again = await run(started, notice=notes.append)
-        assert notes == ["before has no device in QEMU; what is left of it is removed"]
+        assert notes == ["before has no device in QEMU; its remains are removed"]
         backing = backings.open_disk(str(tmp_path / "disk"), read_only=False)
         await again.storage.attach(Disk("", "disk", "virtio-scsi"), backing)
         await again.end()

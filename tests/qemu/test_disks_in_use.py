@@ -192,7 +192,7 @@ async def test_a_pending_removal_names_who_uses_the_image(idle: Machine, tmp_pat
         with pytest.raises(SystemFailure, match="disk is used by the block job job") as resized:
             await idle.resize("disk", 2 * MIB)
         assert "query-block-jobs" in resized.value.hint
-        with pytest.raises(StoragePending, match=r"QEMU still closes.*used by the block job job") as caught:
+        with pytest.raises(StoragePending, match=r"QEMU has not closed.*used by the block job job") as caught:
             await idle.detach("disk", timeout=1.0)
         assert "guest" not in caught.value.hint
         await session.execute("block-job-cancel", {"device": "job"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Something that is plugged into a running machine, is being plugged in, or is being taken out."""
+"""Defines an attachment: a device that is being plugged into a running machine, is plugged in, or is being removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .step import DEVICE, Step
 
 
 class State(enum.StrEnum):
-    """Where an attachment stands."""
+    """The state of an attachment."""
 
     ATTACHING = "attaching"
     ATTACHED = "attached"
@@ -25,7 +25,7 @@ class State(enum.StrEnum):
 
 
 class EventNames(NamedTuple):
-    """The events that tell clients of one kind of attachment."""
+    """The names of the events that report one kind of attachment to clients."""
 
     attached: str
     detaching: str
@@ -34,53 +34,53 @@ class EventNames(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Removal:
-    """What is known of a removal that is under way, for people."""
+    """The progress of a removal that is under way, for messages."""
 
-    #: When it began, by the monotonic clock.
+    #: The start of the removal, by the monotonic clock.
     since: float = field(default_factory=time.monotonic)
-    #: How often the guest was asked to release the device.
+    #: The number of requests that the guest release the device.
     requests: int = 0
-    #: How often QEMU has refused to undo the other steps.
+    #: The number of times that QEMU refused to undo the other steps.
     refusals: int = 0
-    #: QEMU's last answer to a request that did not succeed at once.
+    #: QEMU's last error in reply to a request.
     answer: str = ""
 
     @property
     def seconds(self) -> float:
-        """How long it has been under way."""
+        """The duration of the removal so far."""
         return time.monotonic() - self.since
 
 
 @dataclass(slots=True, eq=False, kw_only=True, repr=False)
 class Attachment(ABC):
-    """A device with all that it stands on, as a list of steps.
+    """A device and the QEMU objects that it depends on, as a list of steps.
 
-    The device is the last step and depends on all others, so it fails if any of them fails. Everything that the undo
-    needs is chosen before the first step.
+    The device is the last step and depends on all others, so it fails if any of them fails. All values that the undo
+    needs are chosen before the first step.
     """
 
-    #: The section of the journal.
+    #: The name of the kind's section in the journal.
     kind: ClassVar[str]
-    #: None for what users do not see.
+    #: None for a kind that users do not see.
     events: ClassVar[EventNames | None] = None
 
-    #: Whether QEMU was started with it.
+    #: True if QEMU was started with the device.
     boot: bool = False
-    #: The journal: the names of the steps that were begun and not undone, in their order.
+    #: The journal: the names of the steps that were begun and not undone, in order.
     done: list[str] = field(default_factory=list)
     state: State = State.ATTACHING
     removal: Removal | None = None
-    #: Held by whoever changes the attachment, and by each undo but that of the device.
+    #: Held during a change of the attachment, and during each undo except the device's.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    #: Set when QEMU reports that the device is gone.
+    #: Set when QEMU reports that the device is removed.
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Set when somebody asks again for a removal that is under way: it is tried again at once.
+    #: Set when a removal under way is requested again: the next attempt follows at once.
     nudge: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Set when attaching has succeeded, or its failure has been handed to the clean-up.
+    #: Set when the attach has succeeded, or has failed and its undo has begun.
     settled: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Whether attaching has failed, or was cancelled.
+    #: True if the attach has failed or was cancelled.
     has_failed: bool = False
-    #: The one task that takes the attachment apart, once there is one.
+    #: The task that undoes all steps; None before the removal begins.
     unwinding: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class Attachment(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name among those of its kind."""
+        """The attachment's name, unique among its kind."""
 
     @property
     @abstractmethod
@@ -98,41 +98,41 @@ class Attachment(ABC):
 
     @abstractmethod
     def steps(self) -> Sequence[Step]:
-        """All steps that it can have, in their order. The last is `PlugIn`."""
+        """Return all steps that the attachment can have, in order. The last is `PlugIn`."""
 
     @abstractmethod
     def to_state(self) -> dict[str, Any]:
-        """What another process needs to take it over, as JSON values."""
+        """Return the attachment's record for state.json, from which another manager can adopt it."""
 
     @abstractmethod
     def vanished(self) -> VmspawnError:
-        """The error of an attach whose device was removed by somebody else meanwhile."""
+        """Return the error of an attach whose device was removed through QMP meanwhile."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is complete if its device is there."""
+        """True if the attachment is complete when its device exists."""
         return True
 
     @property
     def still_closing(self) -> str:
-        """Why it is still there although its device is gone, for people."""
-        return f"QEMU still closes what {self.name} stands on"
+        """The reason why the attachment still exists although its device is removed."""
+        return f"QEMU has not yet removed the objects of {self.name}"
 
     @property
     def not_released(self) -> str:
-        """Why its device may still be there, for people."""
-        return f"the guest has not let go of {self.name}; it may still be booting, or not know ACPI hot-plug"
+        """The likely reason why the device still exists."""
+        return f"the guest has not released {self.name}; it may still be booting, or lack ACPI hot-plug"
 
     @property
     def has_device(self) -> bool:
-        """Whether its device may be there."""
+        """True if the device may exist in QEMU."""
         return DEVICE in self.done
 
     def close(self) -> None:  # noqa: B027 - most kinds have none
-        """Close our own descriptors of it."""
+        """Close the manager's descriptors of the attachment."""
 
     def plan(self) -> list[Step]:
-        """The steps that it needs."""
+        """Return the steps that the attachment needs, in order."""
         return [step for step in self.steps() if step.is_needed]
 
     def enter_step(self, name: str) -> None:
@@ -141,6 +141,6 @@ class Attachment(ABC):
             self.done = [step.name for step in self.steps() if step.name in (*self.done, name)]
 
     async def wait_for_news(self, seconds: float) -> None:
-        """Wait until the device is gone, somebody asks again, or the time has passed."""
+        """Wait until the device is removed, the removal is requested again, or `seconds` have passed."""
         await first_of(self.gone, self.nudge, timeout=seconds)
         self.nudge.clear()

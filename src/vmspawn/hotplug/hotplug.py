@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attach and detach anything that is a list of steps, whatever it is.
+"""Attaches and detaches devices that are described as lists of steps.
 
-Attaching does the steps in order: the journal names all of them, then QEMU gets their commands in one go. A failed
-attach, a detach and the clean-up after a crash all undo them by the same code: the device first, for which the guest is
-asked, and then the rest from the end.
+An attach enters all steps in the journal, and then sends the commands of all steps to QEMU together. A failed attach, a
+detach and the clean-up after a crash undo the steps by the same code: first the device, which needs the guest, and then
+the other steps from the end.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .unplug import ask_until_gone
 
 _A = TypeVar("_A", bound=Attachment)
 
-#: Seconds after which an undo that QEMU refused is tried again: somebody uses the object through QMP, and may stop.
+#: Seconds between attempts to undo a step that QEMU refuses to undo, for example while a QMP client uses its object.
 _REFUSED_RETRY = 2.0
 
-#: Seconds that a failed attach waits for its own clean-up before it reports the failure; the clean-up goes on.
+#: Seconds that a failed attach waits for its own undo before it raises its error; the undo goes on.
 _UNWIND_TIMEOUT = 10.0
 
 
 class Hotplug:
-    """All attachments of a running machine."""
+    """The attachments of a running machine."""
 
     def __init__(self, monitor: Monitor, run_state: RunState, journal: Journal) -> None:
         self.monitor: Final = monitor
@@ -46,7 +46,7 @@ class Hotplug:
         self.tasks: Final = Tasks()
         self._registers: dict[str, Register[Any]] = {}
         self._on_refused: dict[str, Callable[[Any, VmspawnError], Awaitable[str]]] = {}
-        #: Objects whose removal QEMU 7.2 puts off until the guest runs again.
+        #: Objects whose removal QEMU 7.2 delays until the guest runs again.
         self.deferred: set[QemuObject] = set()
         monitor.listen(self._event)
 
@@ -58,10 +58,10 @@ class Hotplug:
         more: Callable[[], Mapping[str, object]] = dict,
         on_refused: Callable[[_A, VmspawnError], Awaitable[str]] | None = None,
     ) -> Register[_A]:
-        """Make the register of a kind of attachment; the arguments are those of `Register`.
+        """Make the register of a kind of attachment; the other arguments are the same as of `Register`.
 
-        `on_refused` is called when QEMU has refused an undo. It may find another way to undo the steps, and returns
-        why the attachment is still there, in words.
+        `on_refused` is called when QEMU has refused to undo a step. It may undo the steps in another way, and returns
+        the reason why the attachment still exists.
         """
         register = Register(self.journal, kind, load, saved, more)
         self._registers[kind] = register
@@ -72,10 +72,10 @@ class Hotplug:
     # Attaching.
 
     async def attach(self, attachment: Attachment, finish: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Do all the steps, and `finish` after them; returns once QEMU has plugged the device in.
+        """Do all steps, then call `finish`; returns when QEMU has plugged in the device.
 
-        Raises what `Monitor.execute` raises, SystemFailure, or the attachment's own `vanished`; then nothing is left
-        behind. When cancelled, a task of the machine's takes back what was done.
+        Raises what `Monitor.execute` raises, SystemFailure, or the attachment's `vanished`, and leaves nothing behind.
+        After a cancellation, a task of the machine undoes the steps.
         """
         register = self._registers[attachment.kind]
         register.add(attachment)
@@ -90,7 +90,8 @@ class Hotplug:
             raise
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        # If the device is there, the next manager knows that this attach succeeded, unless more was to be done.
+        # An adoption takes an attach as successful if the device exists. So the journal must be written now only if
+        # there was more to do than plugging in the device.
         if finish is None or attachment.is_whole:
             register.changed(attachment)
         else:
@@ -111,8 +112,8 @@ class Hotplug:
             raise
         results = await self.monitor.execute_all(commands, behind=[each.removal for each in spent])
         if isinstance(results[-1], QmpError):
-            # The last command is the device's, which need not be unplugged then. It depends on all other steps; it is
-            # there in spite of a failure only if somebody else's object has the name of ours.
+            # The last command is the device's, so the device need not be unplugged. It depends on all other steps. If
+            # it exists although a command failed, then a QMP client made an object by the name of vmspawn's.
             attachment.done.remove(DEVICE)
         for result in results:
             if isinstance(result, QmpError):
@@ -122,7 +123,7 @@ class Hotplug:
         self.removed(*spent)
 
     async def _give_up(self, attachment: Attachment, error: BaseException) -> None:
-        """Take back what a failed or cancelled attach has done. Whatever happens here, the caller raises `error`."""
+        """Undo a failed or cancelled attach. Raises nothing, so that the caller can raise `error`."""
         attachment.has_failed = True
         task = self.unwind(attachment)
         attachment.settled.set()
@@ -132,14 +133,14 @@ class Hotplug:
     # Detaching.
 
     async def wait_settled(self, attachment: Attachment, deadline: float) -> bool:
-        """Wait until attaching has ended, however; False if the deadline passes first."""
+        """Wait until the attach has succeeded or failed; returns False if the deadline passes first."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 await attachment.settled.wait()
         return attachment.settled.is_set()
 
     async def detach(self, attachment: Attachment, deadline: float) -> bool:
-        """Take an attachment apart; True once nothing of it is left, False if the deadline passes first.
+        """Undo all steps of an attachment; returns True when they are undone, False if the deadline passes first.
 
         The removal then goes on, and a later call waits for the same removal. Raises NotConnected.
         """
@@ -151,14 +152,14 @@ class Hotplug:
         return True
 
     def begin_removal(self, attachment: Attachment) -> Removal:
-        """From here on, nobody else changes the attachment."""
+        """Mark the attachment as being detached, which excludes other changes."""
         if attachment.removal is None:
             attachment.state = State.DETACHING
             attachment.removal = Removal()
         return attachment.removal
 
     def unwind(self, attachment: Attachment) -> asyncio.Task[None]:
-        """The one task that takes the attachment apart; started if it is not under way."""
+        """Return the task that undoes all steps of the attachment; starts the task if it does not exist."""
         removal = self.begin_removal(attachment)
         if attachment.unwinding is None:
             attachment.unwinding = self.tasks.start(self._undo_all(attachment, removal))
@@ -168,7 +169,7 @@ class Hotplug:
 
     async def _undo_all(self, attachment: Attachment, removal: Removal) -> None:
         was_attached = attachment.settled.is_set()
-        # A journal that is behind does no harm here: what is undone already is found undone.
+        # An outdated journal is harmless here: an adoption finds the steps undone.
         with contextlib.suppress(SystemFailure):
             self.save(attachment)
         while attachment.done:
@@ -195,7 +196,7 @@ class Hotplug:
         return error.description if isinstance(error, QmpError) else str(error)
 
     async def _unplug(self, attachment: Attachment, removal: Removal) -> None:
-        # The guest may take for ever, so the attachment is not locked meanwhile.
+        # The guest may never release the device, so the attachment is not locked meanwhile.
         if not attachment.has_device:
             return
 
@@ -212,21 +213,21 @@ class Hotplug:
     # Single steps.
 
     async def do_step(self, attachment: Attachment, name: str) -> None:
-        """Do a step of an attachment that is there. Raises what `Monitor.execute` raises."""
+        """Do one step of an attached device. Raises what `Monitor.execute` raises."""
         self.enter_step(attachment, name)
         for result in await self.monitor.execute_all(_step(attachment, name).begin()):
             if isinstance(result, QmpError):
                 raise result
 
     def enter_step(self, attachment: Attachment, name: str) -> None:
-        """Enter a step in the journal, ahead of doing it."""
+        """Enter a step in the journal before it is done."""
         attachment.enter_step(name)
         self.begun(attachment)
 
     async def undo_steps(self, attachment: Attachment, names: Iterable[str]) -> None:
-        """Undo those of the steps that were done, none of them the device, and strike them from the journal.
+        """Undo those of the named steps that were done, and remove them from the journal. The device is none of them.
 
-        Raises what `remove_objects` raises; all of them can be undone again then.
+        Raises what `remove_objects` raises; then this can be called again.
         """
         steps = [step for step in reversed(attachment.steps()) if step.name in attachment.done and step.name in names]
         if not steps:
@@ -240,37 +241,36 @@ class Hotplug:
         self.undone(attachment)
 
     async def remove(self, *objects: QemuObject) -> None:
-        """Remove objects in that order; one that is not there is fine. Raises what `remove_objects` raises."""
+        """Remove objects in that order; a missing object is no error. Raises what `remove_objects` raises."""
         await remove_objects(self.monitor, objects)
         self.removed(*objects)
 
     def removed(self, *objects: QemuObject) -> None:
-        """QEMU has let go of them, or on 7.2 will once the guest runs."""
+        """Note removed objects that QEMU 7.2 keeps until the guest runs."""
         if not self.run_state.is_running:
             self.deferred.update(each for each in objects if each.kind.is_deferred)
 
-    # The journal. What it says of an attachment is never less than what is there, and may be more, for an undo takes
-    # "not there" as done. So an attachment that comes is entered once, with all its steps, and one that goes is struck
-    # out in the end.
+    # The journal. It names at least the steps that QEMU has, and may name more, because an undo takes "not found" as
+    # success. So an attachment is entered once, with all its steps, and removed once, after all are undone.
 
     def save(self, attachment: Attachment) -> None:
-        """Write the journal after an attachment has changed. Raises SystemFailure."""
+        """Write the journal after a change of an attachment. Raises SystemFailure."""
         self._registers[attachment.kind].save(attachment)
 
     def begun(self, attachment: Attachment) -> None:
-        """Journal a step ahead of doing it."""
+        """Write the journal before a step of an attached device is done."""
         if attachment.state is not State.ATTACHING:
             self.save(attachment)
 
     def undone(self, attachment: Attachment) -> None:
-        """Journal that a step was undone."""
+        """Write the journal after a step of an attached device was undone."""
         if attachment.state is State.ATTACHED:
             self.save(attachment)
 
     # Events.
 
     def publish(self, event: str, attachment: Attachment, **data: Any) -> None:
-        """Publish an event of our own about an attachment, in line with QEMU's."""
+        """Publish vmspawn's event about an attachment, in order with QEMU's events."""
         self.monitor.publish(Event(event, {"name": attachment.name, **data}))
 
     def _event(self, event: Event) -> None:
@@ -280,7 +280,7 @@ class Hotplug:
             self.tasks.start(self._remove_deferred())
 
     def _device_deleted(self, device: object) -> None:
-        """Take apart what the device stood on, whoever removed it: we, the guest, or somebody's raw device_del."""
+        """Undo the other steps of a removed device, whether vmspawn, the guest or a QMP client removed it."""
         for attachment in self._all():
             if attachment.device == device:
                 attachment.gone.set()
@@ -295,7 +295,7 @@ class Hotplug:
                 return
 
     def close(self) -> None:
-        """Stop all clean-up: QEMU is gone with everything in it, or belongs to another manager."""
+        """Stop all removals, after QEMU's exit or because another manager adopts the machine."""
         self.tasks.cancel()
         for attachment in self._all():
             attachment.close()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""state.json of one machine: what another manager needs to take the machine over, written ahead of whatever changes it.
+"""Writes a machine's state.json, from which another manager can adopt the machine, before each change of the machine.
 
-The file is one JSON object. What stays the same while the machine runs is put into JSON once; the rest are sections,
-each with an owner that says what is true at the moment of a write.
+The file is one JSON object. Members that stay the same while the machine runs are encoded once. The other members are
+sections; each section has an owner, which returns the section's present value when the file is written.
 
-On the start path, for it is written before QEMU is started: imports next to nothing.
+This module is on the start path and imports next to nothing: the file is written before QEMU starts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..host.runtime import MachineDirectory
 
 
 class Journal:
-    """The one writer of state.json."""
+    """The only writer of a machine's state.json."""
 
     __slots__ = ("_constants", "_directory", "_sections")
 
     def __init__(self, directory: MachineDirectory, constants: Mapping[str, object]) -> None:
-        """`constants` are the members that never change."""
+        """`constants` are the members that stay the same."""
         self._directory: MachineDirectory | None = directory
         self._constants = json.dumps(constants)[:-1]
         self._sections: dict[str, Callable[[], str]] = {}
@@ -35,11 +35,11 @@ class Journal:
         return self._directory.name if self._directory is not None else ""
 
     def add_section(self, name: str, text: Callable[[], str]) -> None:
-        """Add a section, or give it another owner. `text` returns its value in JSON, at each write."""
+        """Add a section, or change its owner. Each write calls `text`, which returns the section's value in JSON."""
         self._sections[name] = text
 
     def write(self) -> None:
-        """Write all sections; they are on the disk when this returns. Raises SystemFailure.
+        """Write all sections to the disk. Raises SystemFailure.
 
         Does nothing after `close`.
         """
@@ -50,8 +50,8 @@ class Journal:
             self._directory.write(runtime.STATE, f"{self._constants}{sections}}}".encode())
         except OSError as error:
             path = self._directory.file(runtime.STATE)
-            raise SystemFailure(f"cannot write down what is about to be done ({path})", error.errno or EIO) from None
+            raise SystemFailure(f"cannot write the machine's state to {path}", error.errno or EIO) from None
 
     def close(self) -> None:
-        """Write nothing any more: the machine belongs to another manager, or has ended."""
+        """Stop writing, because the machine has ended or another manager adopts it."""
         self._directory = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find out which ports and slots have a device: clients plug devices in through QMP as well."""
+"""Finds the ports and slots that have a device, because QMP clients can plug in devices too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .places import Layout, PciPlace
 
 
 async def occupied_places(monitor: Monitor, layout: Layout, *, timeout: float) -> frozenset[PciPlace]:
-    """The ports and slots that have a device. Raises what `Monitor.execute` raises."""
+    """Return the ports and slots that have a device. Raises what `Monitor.execute` raises."""
     if layout.ports:
         return await _ports(monitor, layout, timeout)
     buses: list[dict[str, Any]] = await monitor.execute("query-pci", timeout=timeout)
@@ -18,7 +18,7 @@ async def occupied_places(monitor: Monitor, layout: Layout, *, timeout: float) -
 
 
 async def _ports(monitor: Monitor, layout: Layout, timeout: float) -> frozenset[PciPlace]:
-    """The ports that have a device. query-pci has only those that the firmware has numbered already."""
+    """Return the ports that have a device. query-pci would list only ports that the firmware has numbered."""
     ports = [place for place in layout.pci.places if isinstance(place, PciPlace)]
     commands = [Command("qom-list", {"path": f"/machine/peripheral/{port.bus}/{port.bus}"}) for port in ports]
     found = await monitor.execute_all(commands, timeout=timeout)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where devices can go: which ports, slots and SCSI targets there are, and which are taken.
+"""Accounts for the places where devices can be plugged in: ports, slots, SCSI targets, namespaces and serial ports.
 
-QEMU's own choice is not to be relied on: 7.2 takes a second device on an occupied port and loses both, 11.1 finds no
-slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So every place is chosen and accounted for here.
+QEMU's own choice of a place is not reliable: 7.2 puts a second device on an occupied port and loses both, 11.1 finds no
+slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So vmspawn chooses every place itself.
 """
 
 from collections import deque
@@ -13,13 +13,13 @@ from ..errors import NoFreePort, UsageError
 
 
 class PciPlace(NamedTuple):
-    """A PCI address: `addr` is the slot on `bus`, 0x0 behind a root port, which has only that one."""
+    """A PCI address: `addr` is the slot on `bus`. Behind a root port, the only slot is 0x0."""
 
     bus: str
     addr: str
 
     def properties(self) -> dict[str, object]:
-        """The device_add properties that put a device here."""
+        """Return the properties of device_add that put a device at this place."""
         return {"bus": self.bus, "addr": self.addr}
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ class ScsiPlace(NamedTuple):
     lun: int
 
     def properties(self) -> dict[str, object]:
-        """The device_add properties that put a device here."""
+        """Return the properties of device_add that put a device at this place."""
         return {"bus": self.bus, "scsi-id": self.target, "lun": self.lun}
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class NamespacePlace(NamedTuple):
     nsid: int
 
     def properties(self) -> dict[str, object]:
-        """The device_add properties that put a device here."""
+        """Return the properties of device_add that put a device at this place."""
         return {"bus": self.bus, "nsid": self.nsid}
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class SerialPlace(NamedTuple):
     number: int
 
     def properties(self) -> dict[str, object]:
-        """The device_add properties that put a device here."""
+        """Return the properties of device_add that put a device at this place."""
         return {"bus": self.bus, "nr": self.number}
 
     def __str__(self) -> str:
@@ -73,38 +73,41 @@ Place = PciPlace | ScsiPlace | NamespacePlace | SerialPlace
 
 
 class Pool:
-    """Places of one kind. The one that has been free the longest is taken first, so that a guest which is slow to
-    notice a removal sees another place at once."""
+    """Places of one kind.
+
+    A pool hands out the place that has been free the longest, so that a guest that is slow to notice a removal does not
+    find another device at the same place.
+    """
 
     __slots__ = ("_foreign", "_free", "_hint", "_what", "on_unused", "places")
 
     def __init__(self, places: Iterable[Place], what: str, hint: str) -> None:
         self.places = tuple(places)
         self._free = deque(self.places)
-        # Those that somebody else's devices are on.
+        # The places of devices that QMP clients have plugged in.
         self._foreign: set[Place] = set()
         self._what = what
         self._hint = hint
-        #: Called when the last place in use was given back.
+        #: Called when no place is in use any more.
         self.on_unused: Callable[[], None] | None = None
 
     @property
     def free(self) -> int:
-        """How many places are free."""
+        """The number of free places."""
         return len(self._free)
 
     @property
     def is_unused(self) -> bool:
-        """Whether all places are free."""
+        """True if all places are free."""
         return len(self._free) == len(self.places)
 
     def take(self) -> Place:
-        """Reserve a place. Raises NoFreePort when there is none."""
+        """Reserve a place. Raises NoFreePort if none is free."""
         self._check_free()
         return self._free.popleft()
 
     def take_for(self, name: str) -> Place:
-        """Reserve the place that a name always gets, or if that is taken the next one. Raises NoFreePort."""
+        """Reserve the place that a name always gets, or the next free one. Raises NoFreePort if none is free."""
         from zlib import crc32
 
         self._check_free()
@@ -123,12 +126,12 @@ class Pool:
         return f"all {len(self.places)} are in use" if self.places else "this machine has none"
 
     def claim(self, place: Place) -> None:
-        """Reserve that very place, which is known to be taken. Claiming it twice is harmless."""
+        """Reserve a certain place, which is in use. Reserving it twice is harmless."""
         if place in self._free:
             self._free.remove(place)
 
     def note_occupied(self, occupied: Collection[Place]) -> None:
-        """Take in which places QEMU has devices on: a free one that is occupied is somebody else's until it is not."""
+        """Update the pool to the places that are occupied in QEMU: a free but occupied place has a client's device."""
         for place in self._foreign.difference(occupied):
             self._foreign.remove(place)
             self.release(place)
@@ -138,56 +141,55 @@ class Pool:
             self._free.remove(place)
 
     def is_foreign(self, place: Place) -> bool:
-        """Whether somebody else's device is on a place, as far as is known."""
+        """Return whether a QMP client's device is known to be at a place."""
         return place in self._foreign
 
     def release(self, place: Place) -> None:
-        """Give a place back. Giving it back twice is harmless."""
+        """Return a place to the pool. Returning it twice is harmless."""
         if place in self.places and place not in self._free:
             self._free.append(place)
             if self.on_unused is not None and self.is_unused:
                 self.on_unused()
 
 
-# The layout of pcie.0 on q35 and pci.0 on pc. Slot 0 is the host bridge; 1 is left to a display or, on pc, holds the
-# PIIX3 functions; 31 is q35's ICH9. What we put at fixed slots is always there, so addresses are the same every boot.
+# The layout of pcie.0 on q35 and of pci.0 on pc. Slot 0 has the host bridge; slot 1 is for a display on q35, and has
+# the PIIX3 functions on pc; slot 31 has q35's ICH9. Devices at fixed slots always exist, so addresses do not change.
 SCSI_CONTROLLER_SLOT = 2
 RNG_SLOT = 3
 NAMESPACE_CONTROLLER_SLOT = 4
 FIRST_PORT_SLOT = 5
 PORTS_PER_SLOT = 8
 
-#: QEMU 7.2 and 11.1 boot guests with 120 ports; with 200 and one CPU the guest runs out of interrupts
+#: QEMU 7.2 and 11.1 boot guests with 120 ports. With 200 ports and one CPU, the guest runs out of interrupts
 #: (docs/qemu.md, "Ports and slots").
 HOTPLUG_PORTS_MAX = 120
-#: Each port makes the guest boot slower: 8 cost 0.3 s of 3 s under TCG (docs/qemu.md, "Ports and slots").
+#: Each port makes the guest boot slower: 8 ports cost 0.3 s of 3 s under TCG (docs/qemu.md, "Ports and slots").
 HOTPLUG_PORTS_DEFAULT = 8
 
 _LAST_SLOT_Q35 = 30
 _LAST_SLOT_PC = 31
 
 SCSI_CONTROLLER = "scsi0"
-#: The one that is plugged in for disks with an I/O thread.
+#: The controller that is plugged in for disks with an I/O thread.
 THREADED_SCSI_CONTROLLER = "scsi1"
 #: A virtio-scsi target id is one byte.
 SCSI_TARGETS = 256
 
 NAMESPACE_CONTROLLER = "nvme0"
-#: QEMU's own bound (hw/nvme/nvme.h, NVME_MAX_NAMESPACES).
+#: QEMU's limit (hw/nvme/nvme.h, NVME_MAX_NAMESPACES).
 NAMESPACES = 256
 
 
-#: The slots of the controllers that can be there from boot. (The one for disks with an I/O thread never is.)
+#: The slots of the controllers that can exist from boot. The controller for disks with an I/O thread never does.
 _FIXED_SLOTS = {SCSI_CONTROLLER: SCSI_CONTROLLER_SLOT, NAMESPACE_CONTROLLER: NAMESPACE_CONTROLLER_SLOT}
 
-#: Said where a disk wants a namespace and the machine has none.
+#: The error for a disk on bus nvme-ns if the machine has no namespaces.
 NO_NAMESPACES = "this QEMU cannot plug in NVMe namespaces while the machine runs"
 NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each disk, or QEMU 11.1"
 
 
 class Layout(NamedTuple):
-    """The places of a machine: those for devices that are there from boot, and those for hot-plug. `bus` is the bus of
-    the fixed places."""
+    """The places of a machine: for boot devices, and for hot-plugged devices. `bus` has the fixed places."""
 
     bus: str
     boot: Pool
@@ -198,9 +200,9 @@ class Layout(NamedTuple):
 
 
 def layout(machine_type: str, hotplug_ports: int | None, *, namespaces: bool = False) -> Layout:
-    """Lay out a machine. `hotplug_ports` None is the default number, `namespaces` says that NVMe namespaces can come.
+    """Lay out a machine. `hotplug_ports` None is the default number; `namespaces` reserves NVMe namespaces.
 
-    Raises UsageError if there cannot be that many ports.
+    Raises UsageError if the machine cannot have that many ports.
     """
     scsi = scsi_pool(SCSI_CONTROLLER)
     nsids = range(1, NAMESPACES + 1) if namespaces else ()
@@ -211,23 +213,23 @@ def layout(machine_type: str, hotplug_ports: int | None, *, namespaces: bool = F
 
 
 def fixed_place(layout: Layout, controller: str) -> PciPlace:
-    """Where a controller is that QEMU was started with."""
+    """Return the place of a controller that QEMU starts with."""
     return PciPlace(layout.bus, hex(_FIXED_SLOTS[controller]))
 
 
 def controller_of(place: Place) -> str | None:
-    """The id of the controller that a place is on, or None for a place on PCI."""
+    """Return the id of a place's controller, or None for a place on PCI."""
     return None if isinstance(place, PciPlace) else place.bus.removesuffix(".0")
 
 
 def scsi_pool(controller: str) -> Pool:
-    """The targets of a SCSI controller."""
+    """Return the pool of a SCSI controller's targets."""
     places = (ScsiPlace(f"{controller}.0", target, 0) for target in range(SCSI_TARGETS))
     return Pool(places, "SCSI target", "detach a disk first")
 
 
 def serial_pool(controller: str, numbers: range) -> Pool:
-    """Ports of a virtio-serial controller that has these numbers free."""
+    """Return the pool of a virtio-serial controller's ports with these numbers."""
     return Pool((SerialPlace(f"{controller}.0", number) for number in numbers), "virtio-serial port", "detach a port")
 
 
@@ -239,7 +241,7 @@ def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Lay
         )
     ports = Pool((PciPlace(f"port{n}", "0x0") for n in range(count)), "hot-plug port", _MORE_PORTS)
     first_boot_slot = FIRST_PORT_SLOT + -(-count // PORTS_PER_SLOT)
-    # From the top down, so that a boot disk keeps its address whatever the number of ports is.
+    # From the top down, so that a boot disk's address does not depend on the number of ports.
     slots = range(_LAST_SLOT_Q35, first_boot_slot - 1, -1)
     boot = Pool((PciPlace("pcie.0", hex(slot)) for slot in slots), "PCI slot for disks at boot", "use fewer disks")
     return Layout("pcie.0", boot, ports, scsi, namespaces, count)
@@ -258,7 +260,8 @@ def _layout_pc(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layou
         )
     places = [PciPlace("pci.0", hex(slot)) for slot in slots]
     pci = Pool(places[:count], "PCI slot", _MORE_PORTS)
-    # Disks at boot and later ones share the bus: a slot that is claimed at boot is taken from the hot-plug pool too.
+    # Boot disks and hot-plugged disks share the bus: a slot that is claimed at boot is taken from the hot-plug pool
+    # too.
     boot = Pool(reversed(places), "PCI slot for disks at boot", "use fewer disks, or {machine_type=q35}")
     return Layout("pci.0", boot, pci, scsi, namespaces, 0)
 
@@ -267,7 +270,7 @@ _MORE_PORTS = "detach a disk, use bus virtio-scsi, or start the machine with a l
 
 
 def port_devices(count: int) -> list[dict[str, object]]:
-    """The root ports for hot-plug on a PCIe machine, packed eight to a slot, as QEMU device properties."""
+    """Return the device properties of a PCIe machine's root ports for hot-plug, packed eight to a slot."""
     return [
         {
             "driver": "pcie-root-port",

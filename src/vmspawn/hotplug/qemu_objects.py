@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What QEMU has beside devices (objects, character devices, descriptors), and its removal."""
+"""Removes QEMU's objects, character devices and descriptors, and lists its devices and objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..qmp.monitor import Command, Monitor
 
 
 class Kind(NamedTuple):
-    """How QEMU removes and lists one kind of object.
+    """The commands by which QEMU removes and lists one kind of object.
 
     `remove` takes the name as `argument`. `query`, with `options`, lists entries that have the name as `key`; it is
     empty for a kind that QEMU cannot list.
@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     query: str = ""
     key: str = ""
     options: tuple[tuple[str, object], ...] = ()
-    #: Whether QEMU 7.2 puts the removal off while the guest does not run.
+    #: True if QEMU 7.2 delays the removal while the guest does not run.
     is_deferred: bool = False
 
 
@@ -37,18 +37,21 @@ DESCRIPTOR = Kind("closefd", "fdname")
 
 
 class QemuObject(NamedTuple):
-    """One object. A descriptor set's name is its number."""
+    """An object in QEMU. A descriptor set's name is its number."""
 
     kind: Kind
     name: str | int
 
     @property
     def removal(self) -> Command:
-        """The command that removes it."""
+        """The command that removes the object."""
         return Command(self.kind.remove, {self.kind.argument: self.name})
 
     async def is_there(self, monitor: Monitor) -> bool:
-        """Whether QEMU has it. What cannot be listed counts as gone: only then does QEMU refuse its removal."""
+        """Return whether QEMU has the object. Raises what `Monitor.execute` raises.
+
+        An object that QEMU cannot list counts as missing: QEMU refuses its removal only if it is missing.
+        """
         if not self.kind.query:
             return False
         found: list[dict[str, Any]] = await monitor.execute(self.kind.query, dict(self.kind.options))
@@ -56,9 +59,9 @@ class QemuObject(NamedTuple):
 
 
 async def remove_objects(monitor: Monitor, objects: Sequence[QemuObject]) -> None:
-    """Remove objects in that order. One that is not there counts as removed.
+    """Remove objects in that order. A missing object counts as removed.
 
-    Raises what `Monitor.execute` raises, QmpError if QEMU does not let go of one; others may be gone then.
+    Raises what `Monitor.execute` raises, or QmpError if QEMU refuses a removal; others may be removed then.
     """
     if not objects:
         return
@@ -69,11 +72,11 @@ async def remove_objects(monitor: Monitor, objects: Sequence[QemuObject]) -> Non
 
 
 async def device_ids(monitor: Monitor) -> frozenset[str]:
-    """The ids of QEMU's devices. Raises what `Monitor.execute` raises."""
+    """Return the ids of QEMU's devices. Raises what `Monitor.execute` raises."""
     return await children(monitor, "/machine/peripheral")
 
 
 async def children(monitor: Monitor, path: str) -> frozenset[str]:
-    """The names of what is at a path of QEMU's object tree. Raises what `Monitor.execute` raises."""
+    """Return the names of the children of a path in QEMU's object tree. Raises what `Monitor.execute` raises."""
     found: list[dict[str, Any]] = await monitor.execute("qom-list", {"path": path})
     return frozenset(str(each["name"]) for each in found)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Take over the attachments of a manager that died: compare its journal with QEMU, and settle each of them.
+"""Adopts the attachments of a manager that died: compares its journal with QEMU, and settles each attachment.
 
-A detach that was under way goes on; an attach stays if QEMU had plugged the device in, and is taken back if not.
-Whoever asked for it was never answered, so either is the truth. What lost its device meanwhile is taken apart.
+- A detach that was under way goes on.
+- An attach that was under way is kept if QEMU has plugged in the device, and undone if not. Its caller never got a
+  reply, so either outcome is correct.
+- An attachment whose device was removed meanwhile is undone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ _A = TypeVar("_A", bound=Attachment)
 
 
 async def _nothing_more(attachment: Attachment) -> None:
-    """The kind has no knowledge of its own to add."""
+    """Do nothing, for a kind that has nothing more to settle."""
 
 
 async def settle(
@@ -31,15 +33,15 @@ async def settle(
 ) -> None:
     """Settle attachments that were loaded from a journal.
 
-    `devices` are the ids of the devices that QEMU has. `note` is told, in words, what users should know. The kind goes
-    on with a change of what is attached by `settle_attached`, and with what precedes an unplug by `settle_detaching`.
+    `devices` are the ids of QEMU's devices. `note` is called with messages for users. `settle_attached` settles an
+    interrupted change of an attached device, `settle_detaching` does the kind's work before the device is unplugged.
     Raises Timeout or NotConnected.
     """
     for attachment in attachments:
         if attachment.device not in devices:
             attachment.gone.set()
         elif attachment.state is State.ATTACHING and attachment.is_whole:
-            # The device comes last, and the journal is not written again after it.
+            # The device is the last step, and the journal is not written after it.
             attachment.state = State.ATTACHED
         if attachment.state is State.ATTACHED and not attachment.gone.is_set():
             await settle_attached(attachment)
@@ -51,9 +53,9 @@ async def settle(
         hotplug.unwind(attachment)
 
 
-#: What is said of an attachment that does not stay.
+#: The messages about attachments that do not stay.
 _FOUND = {
-    State.ATTACHING: "{name} has no device in QEMU; what is left of it is removed",
-    State.DETACHING: "goes on detaching {name}",
+    State.ATTACHING: "{name} has no device in QEMU; its remains are removed",
+    State.DETACHING: "the detach of {name} goes on",
     State.ATTACHED: "{name} was removed meanwhile",
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The attachments of one kind, and their section of the journal."""
+"""Keeps the attachments of one kind, and encodes their section of the journal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _A = TypeVar("_A", bound=Attachment)
 
 
 class Register(Generic[_A]):
-    """The attachments of one kind by their names."""
+    """The attachments of one kind, by name."""
 
     def __init__(
         self,
@@ -25,15 +25,15 @@ class Register(Generic[_A]):
         saved: Mapping[str, Any],
         more: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
-        """Load the attachments of a section as another manager `saved` it, or none from an empty one.
+        """Load the attachments of a section that another manager `saved`, or none from an empty section.
 
         `load` makes an attachment of its record. `more` returns further members of the section. Raises KeyError,
-        TypeError or ValueError if the section cannot be understood.
+        TypeError or ValueError if the section is invalid.
         """
         self._journal = journal
         self._more = more
         self._next_number = int(saved.get("next", 0))
-        # The text of each attachment in JSON: there may be many, and mostly one has changed.
+        # The JSON of each attachment, because most writes follow a change of one attachment among many.
         self._records: dict[_A, str] = {}
         self._attachments: dict[str, _A] = {}
         for record in saved.get("attachments", ()):
@@ -44,32 +44,32 @@ class Register(Generic[_A]):
         return iter(tuple(self._attachments.values()))
 
     def get(self, name: str) -> _A | None:
-        """The attachment of that name."""
+        """Return the attachment of that name, or None."""
         return self._attachments.get(name)
 
     def add(self, attachment: _A) -> None:
-        """Enter an attachment."""
+        """Add an attachment."""
         self._attachments[attachment.name] = attachment
 
     def remove(self, attachment: _A) -> None:
-        """Strike an attachment out."""
+        """Remove an attachment."""
         del self._attachments[attachment.name]
 
-    # Numbers that names in QEMU are made of.
+    # Numbers for names in QEMU.
 
     def fresh_number(self) -> int:
-        """A number that nothing of this kind was ever named by."""
+        """Return a number that no name of this kind has had."""
         self._next_number += 1
         return self._next_number - 1
 
     def numbers_used_up_to(self, number: int) -> None:
-        """Names with these numbers were given elsewhere."""
+        """Mark numbers up to `number` as used."""
         self._next_number = max(self._next_number, number + 1)
 
     # The journal.
 
     def changed(self, attachment: _A | None = None) -> None:
-        """The record of an attachment is not true any more; None is any of them."""
+        """Mark an attachment's record as outdated, or with None all records."""
         if attachment is None:
             self._records.clear()
         elif self._attachments.get(attachment.name) is attachment:
@@ -78,12 +78,12 @@ class Register(Generic[_A]):
             self._records.pop(attachment, None)
 
     def save(self, attachment: _A | None = None) -> None:
-        """Write the journal, after an attachment has changed, or any of them. Raises SystemFailure."""
+        """Write the journal after a change of an attachment, or with None of any. Raises SystemFailure."""
         self.changed(attachment)
         self._journal.write()
 
     def text(self) -> str:
-        """The section, in JSON."""
+        """Return the section in JSON."""
         for attachment in self._attachments.values():
             if attachment not in self._records:
                 self._records[attachment] = to_json(attachment.to_state())
@@ -92,7 +92,7 @@ class Register(Generic[_A]):
 
 
 def _restored(attachment: _A) -> _A:
-    """The attachment with our part of its steps."""
+    """Return a loaded attachment after the manager's part of its done steps has been done again."""
     done = attachment.done
     steps = [step for step in attachment.steps() if step.name in done]
     attachment.done = [step.name for step in steps]
@@ -103,5 +103,5 @@ def _restored(attachment: _A) -> _A:
 
 
 def to_json(value: object) -> str:
-    """A value in JSON."""
+    """Return a value in JSON."""
     return msgspec.json.encode(value).decode()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The steps of an attachment, each with what takes it back.
+"""Defines the steps of an attachment, each with its undo.
 
-A step belongs to one attachment and holds the values that it works with. It may have been begun only, or undone before
-by a process that then died, so an undo takes "not there" as done.
+A step belongs to one attachment and holds the values that it works with. A step in a journal may have been begun only,
+or undone by a manager that then died, so an undo takes "not found" as success.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..qmp.monitor import Command
 from .places import Place, Pool
 from .qemu_objects import QemuObject
 
-#: The name of the step that plugs the device in, which is the last one of every attachment.
+#: The name of the step that plugs in the device, the last step of every attachment.
 DEVICE = "device"
 
 
@@ -23,38 +23,38 @@ class Step:
     __slots__ = ("name",)
 
     def __init__(self, name: str) -> None:
-        """`name` stands for the step in the journal."""
+        """`name` is the step's name in the journal."""
         self.name = name
 
     @property
     def is_needed(self) -> bool:
-        """Whether the attachment needs this step."""
+        """True if the attachment needs this step."""
         return True
 
     def begin(self) -> Sequence[Command]:
-        """Do our part of the step; returns the commands that are QEMU's part."""
+        """Do the manager's part of the step; returns the commands that do QEMU's part."""
         return ()
 
     def spent(self) -> Sequence[QemuObject]:
-        """Objects that only the making needs. Their removal is sent behind the commands."""
+        """Return the objects that are needed only while the step is done. Their removal is sent after the commands."""
         return ()
 
     def made(self) -> None:
-        """QEMU has done its part, and removed what was spent."""
+        """Note that QEMU has done its part, and removed the spent objects."""
 
     def restore(self) -> None:
-        """Redo our part of a step that another process has done."""
+        """Do the manager's part of a step that another manager has done."""
 
     def objects(self) -> Sequence[QemuObject]:
-        """What QEMU has of the step and removes when told to, from the top down."""
+        """Return the step's objects in QEMU that an undo removes, from the top down."""
         return ()
 
     def end(self) -> None:
-        """Take back our part, once QEMU has nothing of the step any more."""
+        """Undo the manager's part, after QEMU's part is undone."""
 
 
 class Reserve(Step):
-    """Reserve a place for the device."""
+    """Reserves a place for the device."""
 
     __slots__ = ("_place", "_pool")
 
@@ -75,7 +75,7 @@ class Reserve(Step):
 
 
 class Make(Step):
-    """Make one object by one command."""
+    """Makes one object by one command."""
 
     __slots__ = ("_command", "_object")
 
@@ -92,7 +92,7 @@ class Make(Step):
 
 
 class PlugIn(Step):
-    """Plug the device in. Its undo needs the guest and may take for ever: that is `unplug`."""
+    """Plugs in the device. Its undo is in `unplug`, because it needs the guest and may never complete."""
 
     __slots__ = ("_properties",)
 

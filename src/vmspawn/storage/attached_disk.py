@@ -115,7 +115,7 @@ class AttachedDisk(Attachment):
     @property
     def still_closing(self) -> str:
         """The reason why the disk still exists although its device is removed."""
-        return f"QEMU still closes the image of {self.name}"
+        return f"QEMU has not closed the image of {self.name}"
 
     @property
     def not_released(self) -> str:
