@@ -191,7 +191,7 @@ def test_there_is_an_end_to_sessions(honest: Honest) -> None:
             refused.settimeout(DEADLINE)
             refused.connect(os.path.join(runtime.runtime_root(), honest.machine.name, runtime.CONTROL))
             refused.sendall(b'{"method":"io.vmspawn.Machine.AcquireQMP"}\0')
-            assert b"cannot open one more QMP session" in refused.recv(65536)
+            assert f"cannot open more than {SESSIONS} QMP sessions".encode() in refused.recv(65536)
             honest.ask()
         finally:
             for client in clients:

@@ -248,7 +248,7 @@ def test_a_socket_that_somebody_holds_is_said_to_be_in_use(qemu: str, tmp_path: 
         done = vmctl("qmp-share", str(foreign.path(0)), str(tmp_path / "shared.sock"), "--timeout=1")
         assert done.returncode == 1
         assert "gave no greeting within 1 s" in done.stderr
-        assert "close the program that holds this socket" in done.stderr
+        assert "close the program that uses this socket" in done.stderr
 
 
 def test_what_cannot_be_shared(qemu: str, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Queues the events of a monitor for readers that read at their own pace."""
+"""Queues a monitor's events for readers, each of which reads at its own speed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-#: Events that are queued for a reader. QEMU sends a handful a second at the most.
+#: The most events that are queued for a reader. QEMU sends a few a second.
 EVENT_QUEUE_MAX = 4096
 
 
 class Event(NamedTuple):
-    """An event as QEMU sent it; `data` is None where it carried none.
+    """An event of QEMU or of vmspawn. `data` is None if the event has none.
 
-    `timestamp` has QEMU's `seconds` and `microseconds`; our own events have none.
+    `timestamp` has QEMU's `seconds` and `microseconds`, and is None for vmspawn's events.
     """
 
     name: str
@@ -24,19 +24,19 @@ class Event(NamedTuple):
 
 
 class EventStream:
-    """The events from now on, for one reader. Iterate over it; it ends when QEMU is gone or `close` is called."""
+    """An asynchronous iterator over events, for one reader. It ends after QEMU's exit, or after `close`."""
 
     def __init__(self, on_close: Callable[[EventStream], None]) -> None:
-        """`on_close` is called with the stream when it needs no more events."""
+        """`on_close` is called with the stream when the stream needs no more events."""
         self._on_close = on_close
         self._queue: deque[Event] = deque()
         self._wake: asyncio.Future[None] | None = None
         self._ended = False
-        #: Whether the reader was so slow that events were dropped; the stream ends then.
+        #: True if the stream has ended because the reader was too slow, and events were lost.
         self.overrun = False
 
     def put(self, event: Event) -> None:
-        """Append an event. The stream of a reader with EVENT_QUEUE_MAX unread events ends."""
+        """Append an event. If EVENT_QUEUE_MAX events are unread, the stream ends instead."""
         if self._ended:
             return
         if len(self._queue) >= EVENT_QUEUE_MAX:
@@ -47,7 +47,7 @@ class EventStream:
         self._notify()
 
     def close(self) -> None:
-        """End the stream; what is queued can still be read."""
+        """End the stream. Queued events can still be read."""
         self._ended = True
         self._on_close(self)
         self._notify()

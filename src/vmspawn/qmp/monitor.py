@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs commands on one of QEMU's QMP monitors with deadlines, and passes its events to any number of listeners.
+"""Runs commands on one of QEMU's QMP monitors with timeouts, and passes QEMU's events to any number of listeners.
 
-The protocol is QEMU's docs/interop/qmp-spec.rst. This is the manager's own connection; clients get sessions.
+The protocol is QEMU's docs/interop/qmp-spec.rst. The manager uses this connection itself; clients get sessions.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .events import Event, EventStream
 from .limits import GREETING_TIMEOUT
 from .transcript import Transcript
 
-#: Seconds for the reply to a command of the manager. All of them are quick; a QEMU that takes longer hangs. Our clients
-#: should get that error before they give up, as clients of sd-varlink do after 45 s.
+#: Seconds for the reply to the manager's commands, all of which are quick: a QEMU that takes longer hangs. Clients get
+#: the error before their own timeout, which is 45 s for sd-varlink.
 COMMAND_TIMEOUT = 20.0
 
 _RECEIVE_SIZE = 65536
 
-#: The id of qmp_capabilities, the only command that has one. QEMU runs one command at a time, of whichever monitor, and
-#: answers in order (its docs/interop/qmp-spec.rst). So messages before this reply were meant for the monitor's last
-#: client, and the commands after it need no ids. QEMU takes 4 us to read a byte.
+#: The id of qmp_capabilities, the only command with an id. QEMU runs one command at a time, over all monitors, and
+#: replies in order (its docs/interop/qmp-spec.rst). So messages before this reply were for the monitor's last client,
+#: and later commands need no ids. QEMU takes 4 µs to read a byte.
 _FIRST_ID = 0
 
 
 class Command(NamedTuple):
-    """A QMP command with its arguments; `fds` go along as SCM_RIGHTS and stay the caller's."""
+    """A QMP command with its arguments. `fds` are passed by SCM_RIGHTS, and stay the caller's."""
 
     name: str
     arguments: Mapping[str, object] | None = None
@@ -44,7 +44,7 @@ class _Received(msgspec.Struct):
     """Any message of a monitor (docs/interop/qmp-spec.rst)."""
 
     QMP: dict[str, Any] | None = None
-    # `return` is a keyword of Python, hence the rename.
+    # `return` is a keyword of Python.
     result: Any = msgspec.field(default=msgspec.UNSET, name="return")
     error: dict[str, str] | None = None
     id: int | None = None
@@ -54,7 +54,7 @@ class _Received(msgspec.Struct):
 
 
 class _Replies:
-    """The replies to commands that were sent together. Their sender is woken once, with the last that is expected."""
+    """The replies to commands that were sent together. The sender is woken once, by the last expected reply."""
 
     __slots__ = ("_expected", "_found", "all")
 
@@ -66,13 +66,13 @@ class _Replies:
     def put(self, result: Any) -> None:
         """Add the next reply."""
         self._found.append(result)
-        # Nobody waits for replies after their deadline, nor for replies to commands `behind`.
+        # No task waits for replies after their deadline, nor for replies to commands `behind`.
         if len(self._found) == self._expected and not self.all.done():
             self.all.set_result(self._found)
 
 
 class _Pending(NamedTuple):
-    """A command that waits for its reply, the batch that it was sent with, and the collector of its reply."""
+    """A command without a reply, the batch that it was sent with, and the collector of its reply."""
 
     command: str
     batch: _Batch
@@ -87,12 +87,12 @@ class _Batch:
     def __init__(self, fds: Sequence[int]) -> None:
         self.data = b""
         self.fds = fds
-        #: The message in the write queue, once it is there.
+        #: The message in the write queue, or None before it is queued.
         self.message: Message | None = None
 
 
 class Monitor:
-    """A client of one QMP monitor, which negotiates by itself. Owns the socket, from construction on."""
+    """A client of one QMP monitor, which negotiates by itself. Owns the socket from the call on."""
 
     def __init__(
         self, connected: socket.socket, *, received: bytes = b"", transcript: Transcript | None = None, name: str = ""
@@ -105,33 +105,33 @@ class Monitor:
         self._transcript = transcript
         self._name = name
         self._decoder = msgspec.json.Decoder(_Received)
-        # QEMU's greeting, as soon as it has come.
+        # QEMU's greeting, or None before it has come.
         self._greeting: dict[str, Any] | None = None
         self._negotiated = asyncio.Event()
-        # The commands that wait for their replies, in the order in which they were sent.
+        # The commands without a reply, in the order of sending.
         self._pending: deque[_Pending] = deque()
         self._writer = Writer.of_socket(connected, on_lost=self._on_lost)
         self._streams: set[EventStream] = set()
         self._listeners: list[Callable[[Event], None]] = []
         self._witnesses: list[Callable[[Event], None]] = []
         self._lost: str | None = None
-        #: Set when the connection is gone.
+        #: Set when the connection is closed.
         self.closed = asyncio.Event()
         self._loop.add_reader(connected, self._readable)
         if received:
             self._loop.call_soon(self._received, received)
 
     async def greeting(self, *, timeout: float = GREETING_TIMEOUT) -> dict[str, Any]:
-        """Wait until QEMU has greeted and negotiated, and return its greeting.
+        """Wait for QEMU's greeting and the negotiation; returns the greeting.
 
-        Raises Timeout if no greeting comes, NotConnected if QEMU goes away first.
+        Raises Timeout if no greeting comes, NotConnected if QEMU disconnects.
         """
         try:
             async with asyncio.timeout(timeout):
                 await self._negotiated.wait()
         except TimeoutError:
             raise Timeout(
-                f"QEMU's monitor gave no greeting within {timeout:g} s; another program may hold it"
+                f"QEMU's monitor gave no greeting within {timeout:g} s; another program may be connected to it"
             ) from None
         if self._lost is not None or self._greeting is None:
             raise NotConnected(self._lost or "QEMU did not greet")
@@ -145,10 +145,10 @@ class Monitor:
         fds: Sequence[int] = (),
         timeout: float = COMMAND_TIMEOUT,
     ) -> Any:
-        """Run a command and return what QEMU returned. Waits for the negotiation first.
+        """Run a command and return QEMU's result. Waits for the negotiation first.
 
-        `fds` go along as SCM_RIGHTS and stay the caller's; QEMU has its own when this returns. Raises QmpError with
-        QEMU's words, Timeout if the reply does not come, NotConnected if QEMU is gone.
+        `fds` are passed by SCM_RIGHTS and stay the caller's; QEMU has duplicates when this returns. Raises QmpError
+        with QEMU's error, Timeout if no reply comes in time, NotConnected if QEMU disconnects.
         """
         (result,) = await self.execute_all([Command(command, arguments, fds)], timeout=timeout)
         if isinstance(result, QmpError):
@@ -158,11 +158,11 @@ class Monitor:
     async def execute_all(
         self, commands: Sequence[Command], *, behind: Sequence[Command] = (), timeout: float = COMMAND_TIMEOUT
     ) -> list[Any]:
-        """Send commands together and return QEMU's answers, which are QmpError for commands that it refused.
+        """Send commands together; returns a result for each, which is a QmpError if QEMU refused the command.
 
-        QEMU runs all of them in order, even if one fails, so they must be harmless then. Commands `behind` are sent as
-        well, and QEMU runs them before any later commands, but their answers are not waited for. Raises Timeout or
-        NotConnected as `execute` does.
+        QEMU runs all commands in order, even if one fails, so they must be harmless then. Commands `behind` are sent
+        too, and QEMU runs them before any later commands, but this does not wait for their replies. Raises Timeout or
+        NotConnected like `execute`.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -173,7 +173,7 @@ class Monitor:
             raise Timeout(f"QEMU did not answer {names} within {timeout:g} s") from None
 
     def events(self) -> EventStream:
-        """Open a stream of the events from now on; close it, or use it in `with`."""
+        """Open a stream of the events from now on. The caller closes the stream, or uses it in `with`."""
         stream = EventStream(self._streams.discard)
         if self._lost is None:
             self._streams.add(stream)
@@ -182,22 +182,22 @@ class Monitor:
         return stream
 
     def witness(self, on_event: Callable[[Event], None]) -> None:
-        """Call `on_event` with each event from now on, QEMU's and ours. It must not raise."""
+        """Call `on_event` with each event of QEMU and vmspawn from now on. It must not raise."""
         self._witnesses.append(on_event)
 
     def listen(self, on_event: Callable[[Event], None]) -> None:
-        """Call `on_event` with each event of QEMU's as it is read, before any stream sees it. It must not raise."""
+        """Call `on_event` with each event of QEMU when it is read, before all streams. It must not raise."""
         self._listeners.append(on_event)
 
     def publish(self, event: Event) -> None:
-        """Put an event of our own into the streams, in order with QEMU's."""
+        """Put an event of vmspawn into the streams, in order with QEMU's events."""
         for on_event in self._witnesses:
             on_event(event)
         for stream in tuple(self._streams):
             stream.put(event)
 
     def close(self, why: str = "the monitor was closed") -> None:
-        """Close the connection; commands in flight fail with NotConnected."""
+        """Close the connection. Commands in flight raise NotConnected with the reason `why`."""
         if self._socket is None:
             return
         self._loop.remove_reader(self._socket)
@@ -209,9 +209,9 @@ class Monitor:
         for future in [each.replies.all for each in self._pending]:
             if not future.done():
                 future.set_exception(error)
-                future.exception()  # nobody may wait for it, and asyncio would log it
+                future.exception()  # without a waiting task, asyncio would log the exception
         self._pending.clear()
-        self._negotiated.set()  # its waiters find the connection lost
+        self._negotiated.set()  # waiting tasks then raise NotConnected
         for stream in tuple(self._streams):
             stream.close()
         self.closed.set()
@@ -243,7 +243,7 @@ class Monitor:
             self._withdraw(batches)
 
     def _negotiate(self, greeting: dict[str, Any]) -> None:
-        """Answer the first greeting; QEMU 7.2 sends two to a client that connects just as it opens its monitor."""
+        """Reply to the first greeting. QEMU 7.2 sends two to a client that connects while it opens the monitor."""
         if self._greeting is None:
             self._greeting = greeting
             data = msgspec.json.encode({"execute": "qmp_capabilities", "id": _FIRST_ID})
@@ -255,9 +255,9 @@ class Monitor:
             self._transcript.sent(self._name, data)
 
     def _withdraw(self, batches: Sequence[_Batch]) -> None:
-        """Take back commands that were not sent when their caller gave up, because it closes their descriptors.
+        """Withdraw unsent commands of a caller that was cancelled, because the caller closes their descriptors.
 
-        A batch that was sent in part is completed: its replies will come.
+        A batch that was sent in part is completed, and its replies will come.
         """
         for batch in batches:
             if batch.message is not None and self._writer.withdraw(batch.message):
@@ -298,7 +298,7 @@ class Monitor:
         try:
             message = self._decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self.close(f"QEMU sent what is not QMP ({error})")
+            self.close(f"QEMU sent an invalid QMP message ({error})")
             return
         if message.event is not None:
             self._event(Event(message.event, message.data, message.timestamp))

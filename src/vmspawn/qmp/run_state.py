@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Follows QEMU's run state through its events, so that few have to ask QEMU for it."""
+"""Follows QEMU's run state by its events, so that most readers need no query."""
 
 from __future__ import annotations
 
@@ -9,47 +9,48 @@ from typing import Any
 from .events import Event
 from .monitor import COMMAND_TIMEOUT, Monitor
 
-# The state that the next STOP enters after an event with this member (QEMU's qapi/run-state.json, RunState).
+# For each event, the member and its value with which the next STOP enters the given state (QEMU's qapi/run-state.json,
+# RunState).
 _REASONS = {
     "BLOCK_IO_ERROR": ("action", "stop", "io-error"),
     "GUEST_PANICKED": ("action", "pause", "guest-panicked"),
     "WATCHDOG": ("action", "pause", "watchdog"),
 }
 
-#: States that a reset leaves as they are. From any other the machine enters `prelaunch`, and waits to be started.
+#: The states that a reset keeps. From any other, the machine enters `prelaunch` and waits to be started.
 _KEPT_BY_RESET = ("running", "inmigrate", "finish-migrate")
 
 _STATES = {"RESUME": "running", "WAKEUP": "running", "SUSPEND": "suspended", "SHUTDOWN": "shutdown"}
 
 
 class RunState:
-    """QEMU's RunState: asked for once, by itself, and followed through the monitor's events from then on."""
+    """QEMU's RunState. A new object queries the state once, and follows the monitor's events from then on."""
 
     def __init__(self, monitor: Monitor) -> None:
-        #: The state in QEMU's words, such as `running`, `paused`, `prelaunch`.
+        #: The state as QEMU names it, for example `running`, `paused` or `prelaunch`.
         self.status = "prelaunch"
-        #: Why QEMU ended or is about to: its ShutdownCause, such as `guest-shutdown`; empty before that.
+        #: QEMU's ShutdownCause, for example `guest-shutdown`, after the shutdown has begun; empty before.
         self.shutdown_reason = ""
-        #: Set once the guest's processors have run for the first time.
+        #: Set when the guest's processors have run for the first time.
         self.has_run = asyncio.Event()
         self._stop_reason = ""
         self._monitor = monitor
         monitor.listen(self._on_event)
         self._asked = asyncio.create_task(self._ask_first())
-        # Whoever waits for it gets the error; nobody may.
+        # `known` raises the task's error; without a caller, asyncio would log it.
         self._asked.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
     def is_running(self) -> bool:
-        """Whether the guest's processors run."""
+        """True if the guest's processors run."""
         return self.status == "running"
 
     async def known(self) -> None:
-        """Wait until QEMU has told its state. Raises what `Monitor.execute` raises."""
+        """Wait for QEMU's reply to the first query. Raises what `Monitor.execute` raises."""
         await asyncio.shield(self._asked)
 
     async def ask(self, *, timeout: float = COMMAND_TIMEOUT) -> str:
-        """Ask QEMU for its state. Not every change has an event: the end of a migration has none.
+        """Query QEMU's state, because some changes have no event, for example the end of a migration.
 
         Raises what `Monitor.execute` raises.
         """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Writes a transcript of the messages on QEMU's monitors.
 
-A line is the time, the monitor, `->` or `<-`, and the message as it was sent, without secrets. Left out are:
+A line has the time, the monitor, `->` or `<-`, and the message without secrets. Three parts are left out:
 
-1. The values of members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json).
-2. The arguments of `human-monitor-command`, unless the command only asks (`info`).
-3. A string that is a whole answer, because `qom-get` reads the secret of an object. The answers of
-   `human-monitor-command`, which are lines, stay.
+1. Values of members that QEMU's schema uses for secrets (qapi/crypto.json, qapi/ui.json, qapi/block-core.json).
+2. Arguments of `human-monitor-command`, except those of `info`, which only reads.
+3. A result that is a string, because `qom-get` reads the secret of an object. Results of `human-monitor-command`, which
+   are lines, are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 
 from ..errors import UsageError
 
-#: Bytes after which the file is renamed to FILE.old and begun anew.
+#: The size in bytes at which the file is renamed to FILE.old, and a new file begun.
 SIZE_MAX = 32 << 20
 
 _SECRETS = rb'"(password|passwd|data|secret|user-password|key)"(\s*:\s*)"(?:[^"\\]|\\.)*"'
@@ -27,18 +27,18 @@ _HIDDEN = rb'"\1"\2"(left out)"'
 _HUMAN = re.compile(rb'"command-line"(\s*:\s*)"(?!info )(\w+) (?:[^"\\]|\\.)*"')
 _HIDDEN_HUMAN = rb'"command-line"\1"\2 (left out)"'
 
-# A string without a carriage return: each line of human-monitor-command ends with one.
+# A result without a carriage return: each line of human-monitor-command ends with one.
 _ANSWER = re.compile(rb'"return"(\s*:\s*)"(?:[^"\\]|\\[^r])+"')
 _HIDDEN_ANSWER = rb'"return"\1"(left out)"'
 
 
 def without_secrets(message: bytes) -> bytes:
-    """Replace the secrets in a message by `(left out)`."""
+    """Return a message with its secrets replaced by `(left out)`."""
     return _ANSWER.sub(_HIDDEN_ANSWER, _HUMAN.sub(_HIDDEN_HUMAN, _SECRET.sub(_HIDDEN, message)))
 
 
 class Transcript:
-    """Writes a transcript. Owns the file; `close` closes it. An error of a write ends the transcript."""
+    """A transcript in a file, which `close` closes. A failed write ends the transcript."""
 
     def __init__(self, path: str) -> None:
         """Open the file for appending, with mode 0600. Raises UsageError if that fails."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serves a client's socket on the event loop, by bounded reads and a write queue."""
+"""Serves a client's socket on the event loop, with bounded reads and a write queue."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ...aio.writer import Writer
 from .. import limits
 from ..limits import RECEIVE_SIZE
 
-#: Room for one descriptor, and for the one more that alignment makes of it; the kernel closes further ones.
+#: Room for one descriptor, which alignment extends to two. The kernel closes further ones.
 _ANCILLARY = socket.CMSG_SPACE(array("i").itemsize)
 
 
 class Connection:
-    """Owns a connected socket of type SOCK_STREAM, and closes it in `close` or when the client is gone."""
+    """A client's connection. Owns a socket of type SOCK_STREAM; `close` or the client's disconnect closes it."""
 
     __slots__ = (
         "_leaving", "_loop", "_on_drained", "_on_end", "_on_gone", "_on_received", "_reading", "_send", "_socket",
@@ -35,10 +35,10 @@ class Connection:
         on_drained: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
-        """`on_received` gets data, and the descriptor that came with its last byte or -1, which it has to close.
+        """`on_received` gets data, and the descriptor that came with its last byte or -1, which it must close.
 
-        `on_end` is called when the client will send no more, `on_drained` when it has taken everything that was queued
-        for it, `on_gone` when it has hung up or was disconnected, but not when `close` was called.
+        `on_end` is called when the client has closed its sending side, `on_drained` when the client has read all
+        queued output, `on_gone` when the client has hung up or was disconnected, but not after `close`.
         """
         connected.setblocking(False)
         self._socket = connected
@@ -51,21 +51,21 @@ class Connection:
         self._leaving = False
         self._writer = Writer.of_socket(connected, on_empty=self._on_empty, on_lost=self._on_lost)
         self._send = self._writer.write
-        #: Bytes that were written or queued for the client so far.
+        #: The number of bytes that were written or queued for the client.
         self.written = 0
 
     @property
     def waiting(self) -> int:
-        """Bytes that are queued for the client, beside those in the socket."""
+        """The number of bytes that are queued for the client, without those in the socket's buffer."""
         return self._writer.pending
 
-    # In.
+    # Input.
 
-    def read(self, wanted: bool) -> None:
+    def read(self, is_wanted: bool) -> None:
         """Start or stop receiving."""
-        if wanted is not self._reading and self._socket.fileno() >= 0:
-            self._reading = wanted
-            if wanted:
+        if is_wanted is not self._reading and self._socket.fileno() >= 0:
+            self._reading = is_wanted
+            if is_wanted:
                 self._loop.add_reader(self._socket, self._readable)
             else:
                 self._loop.remove_reader(self._socket)
@@ -85,10 +85,10 @@ class Connection:
             return self._lose()
         self._on_end()
 
-    # Out.
+    # Output.
 
     def write(self, data: bytes) -> None:
-        """Send, or queue what the client does not take. A client with too many unread bytes is disconnected."""
+        """Send data, or queue it until the client reads. Disconnects a client with too much unread output."""
         self.written += len(data)
         if self._writer.pending >= limits.OUTPUT_SIZE:
             return self._lose()
@@ -106,7 +106,7 @@ class Connection:
     # The end.
 
     def finish(self, *, timeout: float | None) -> None:
-        """Close when the client has taken all queued bytes, or after `timeout` seconds; `on_gone` is called then."""
+        """Close when the client has read all queued output, or after `timeout` seconds; then calls `on_gone`."""
         self.read(False)
         self._leaving = True
         if not self._writer.pending:
@@ -120,7 +120,7 @@ class Connection:
             self._on_gone()
 
     def close(self) -> None:
-        """Close at once. May be called again."""
+        """Close the socket at once. It is safe to call this again."""
         if self._socket.fileno() < 0:
             return
         self.read(False)
@@ -130,7 +130,7 @@ class Connection:
 
 
 def _first_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """Return the first descriptor that came, or -1, and close the others: QEMU takes one only as well."""
+    """Return the first received descriptor, or -1, and close the others: QEMU accepts only one."""
     fds = array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -141,7 +141,7 @@ def _first_descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
 
 
 def _discard_input(connected: socket.socket) -> None:
-    """Discard unread input: closing a socket with some makes the client's next read fail instead of end."""
+    """Discard unread input: closing a socket with unread input makes the client's next read fail."""
     try:
         while connected.recv(RECEIVE_SIZE):
             pass

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tracks the descriptors that sessions passed to QEMU, to close them when their session ends.
+"""Tracks the descriptors that sessions have passed to QEMU, to close them when the session ends.
 
-The names of `getfd` belong to a monitor in QEMU, and all sessions share one: a name that one session holds is refused
-to the others. Names in the arguments of other commands (`netdev_add` with `fd=`) are not tracked: a command that takes
-over a descriptor ends its name in QEMU, while here the name stays its session's until the session closes it or ends.
-The sets of `add-fd` belong to all monitors; unused descriptors of a session are removed from them when it ends.
+- QEMU keeps the names of `getfd` by monitor, and all sessions share one monitor: a name that one session holds is
+  refused to the others. Names in the arguments of other commands (`netdev_add` with `fd=`) are not tracked. A command
+  that uses a descriptor ends its name in QEMU; here the session keeps the name until it closes the name or ends.
+- QEMU shares the sets of `add-fd` among all monitors. When a session ends, its unused descriptors are removed from the
+  sets.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import msgspec
 from ..syntax.envelope import Command
 from ..syntax.replies import Reply
 
-#: Commands for which QEMU takes the descriptor that was passed.
+#: Commands that use a descriptor passed with them.
 CONSUMING = frozenset((b"getfd", b"add-fd"))
 
 #: Commands that change the names or sets.
 WATCHED = CONSUMING | {b"closefd", b"remove-fd"}
 
-#: A name that is claimed for a moment, to find out whether QEMU left a descriptor unused.
+#: A name that is claimed for a moment, to find out whether QEMU has left a descriptor unused.
 SPARE = "vmspawn.unclaimed"
 
 CLAIM_SPARE = b'{"execute":"getfd","arguments":{"fdname":"%b"}' % SPARE.encode()
@@ -50,16 +51,16 @@ class _AddedReply(msgspec.Struct):
 
 
 class Descriptors:
-    """The descriptors of all sessions. A holder is a session, or any object."""
+    """The descriptors of all sessions. A holder is a session, or any other object."""
 
     __slots__ = ("_claims", "_members", "_names", "_on_change")
 
     def __init__(self, *, on_change: Callable[[], None]) -> None:
-        """`on_change` is called when the names have changed, before the command that makes a new one."""
+        """`on_change` is called when the names have changed, before the command with a new name is sent."""
         self._names: dict[str, object] = {}
-        # Names whose getfd QEMU has not answered yet.
+        # Names whose getfd has no reply yet.
         self._claims: set[str] = set()
-        # By set and number in QEMU.
+        # The holders of descriptors in sets, by QEMU's numbers of the set and the descriptor.
         self._members: dict[tuple[int, int], object] = {}
         self._on_change = on_change
 
@@ -69,7 +70,7 @@ class Descriptors:
         return tuple(self._names)
 
     def claim(self, holder: object, command: Command) -> str | None:
-        """Claim the name in a watched command of a session; returns the error if another session holds it, or None."""
+        """Claim the name in a session's watched command; returns an error message if another session holds it."""
         name = _arguments(command).fdname
         if name is None:
             return None
@@ -102,7 +103,7 @@ class Descriptors:
                         del self._members[member]
 
     def holds_names(self, holder: object) -> bool:
-        """Whether the session holds names, which exist on the sessions' monitor alone."""
+        """Return whether the session holds names, which exist on the sessions' monitor only."""
         return bool(self._names) and holder in self._names.values()
 
     def names(self, holder: object) -> list[str]:
@@ -110,13 +111,13 @@ class Descriptors:
         return [name for name, other in self._names.items() if other is holder]
 
     def release(self, name: str) -> None:
-        """Forget a name, which is free in QEMU."""
+        """Forget a name that is free in QEMU."""
         self._claims.discard(name)
         if self._names.pop(name, None) is not None:
             self._on_change()
 
     def take_members(self, holder: object) -> list[tuple[int, int]]:
-        """Forget and return the descriptors that a session added to sets, as set and number."""
+        """Forget and return the descriptors that a session added to sets, as pairs of set and descriptor number."""
         members = [member for member, other in self._members.items() if other is holder]
         for member in members:
             del self._members[member]
@@ -129,9 +130,9 @@ def closefd(name: str) -> bytes:
 
 
 def remove_unused(members: list[tuple[int, int]], nodes: bytes) -> Iterator[bytes]:
-    """Yield the bodies of the commands that remove a session's descriptors, unless a block node uses their set.
+    """Yield the bodies of the commands that remove a session's descriptors, except from sets that a block node uses.
 
-    A node cannot be reopened without its set. `nodes` is the reply to QUERY_USERS.
+    QEMU cannot reopen a node without its set. `nodes` is the reply to QUERY_USERS.
     """
     for fdset, fd in members:
         if b'/dev/fdset/%d"' % fdset not in nodes:
@@ -139,7 +140,7 @@ def remove_unused(members: list[tuple[int, int]], nodes: bytes) -> Iterator[byte
 
 
 def _arguments(command: Command) -> _Arguments:
-    """Read a watched command's arguments; returns none if QEMU will refuse them."""
+    """Return a watched command's arguments, empty if QEMU will refuse them."""
     try:
         return msgspec.json.decode(command.arguments or b"{}", type=_Arguments)
     except (msgspec.DecodeError, UnicodeDecodeError):

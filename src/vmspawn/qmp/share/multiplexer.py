@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shares one QEMU among any number of QMP clients; to each it looks like a monitor of its own."""
+"""Shares one QEMU among any number of QMP clients, each of which sees a monitor of its own."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .upstream import Call, Upstream
 
 
 class Multiplexer:
-    """Shares one of QEMU's monitors among sessions. `connect` makes one; `close` must follow.
+    """One of QEMU's monitors, shared among sessions. `connect` makes a multiplexer; `close` must follow.
 
-    `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions are ending then.
-    `on_names` is called when `names` has changed, before the command that makes a new one. If `may_spawn` is false,
-    QEMU's sandbox does not let it start programs, and sessions refuse commands that would (`sandbox.py`).
+    `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions end then. `on_names` is
+    called when `names` has changed, before the command with a new name is sent. `may_spawn` is false if QEMU's sandbox
+    keeps QEMU from starting programs; sessions then refuse commands that would (`sandbox.py`).
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Multiplexer:
             )
         self._schedule = Schedule(self._main, self._bulk, oob=main.greeting.oob)
         self._descriptors = Descriptors(on_change=on_names)
-        # In the order in which they were opened. A closed session stays while a command of it is in flight.
+        # The sessions, in the order of opening. A closed session stays while a command of it is in flight.
         self._sessions: dict[Session, None] = {}
-        # Commands of our own that wait for their replies; the event is set when there are none.
+        # The number of vmspawn's commands in flight; the event is set if it is zero.
         self._own = 0
         self._settled = asyncio.Event()
         self._settled.set()
@@ -76,10 +76,10 @@ class Multiplexer:
     ) -> Multiplexer:
         """Wait for QEMU's greeting, negotiate, and return a multiplexer.
 
-        Takes ownership of the sockets, also if this raises: `connected` to the monitor that the sessions share, `bulk`
-        to a second one for large commands, without which such a command holds up all sessions while QEMU reads it.
-        Raises Timeout if a monitor does not greet within `timeout` seconds: it is in use by another program. Raises
-        NotConnected if QEMU is gone, or the socket is not a QMP monitor's.
+        Owns both sockets, even if this raises. Sessions share the monitor at `connected`. Large commands go to a second
+        monitor, at `bulk`; without it, a large command delays all sessions while QEMU reads it. Raises Timeout if a
+        monitor does not greet within `timeout` seconds, because another program uses it. Raises NotConnected if QEMU
+        has exited, or if the socket is not a QMP monitor's.
         """
         try:
             main = await negotiate(connected, timeout=timeout)
@@ -100,16 +100,16 @@ class Multiplexer:
     ) -> Session:
         """Serve a client on this socket, beginning with the greeting.
 
-        Takes ownership of the socket, also if this raises. `peer` describes the client, `initial` is data that it has
-        sent already. A read-only session refuses commands that may change something (`read_only.py`). Raises
-        NotConnected if the multiplexer has ended, SystemFailure if it has too many sessions.
+        Owns the socket, even if this raises. `peer` describes the client, `initial` is input that was read from the
+        socket already. A read-only session refuses commands that may change something (`read_only.py`). Raises
+        NotConnected after the multiplexer's end, or SystemFailure if there are too many sessions.
         """
         if self._end:
             connected.close()
             raise NotConnected(self._end)
         if len(self._sessions) >= SESSIONS:
             connected.close()
-            raise SystemFailure("cannot open one more QMP session", errno.EUSERS)
+            raise SystemFailure(f"cannot open more than {SESSIONS} QMP sessions", errno.EUSERS)
         session = Session(
             connected,
             self._greeting,
@@ -136,7 +136,7 @@ class Multiplexer:
         return self._descriptors.all_names
 
     async def close_names(self, names: Iterable[str]) -> None:
-        """Close names that the sessions of another multiplexer left. Names that do not exist are ignored.
+        """Close names that sessions of another manager left in QEMU. Ignores missing names.
 
         Raises Timeout if QEMU does not answer.
         """
@@ -146,10 +146,10 @@ class Multiplexer:
             async with asyncio.timeout(DRAIN_TIMEOUT):
                 await self._settled.wait()
         except TimeoutError:
-            raise Timeout(f"QEMU did not close what sessions had left within {DRAIN_TIMEOUT:g} s") from None
+            raise Timeout(f"QEMU did not close the descriptors of former sessions within {DRAIN_TIMEOUT:g} s") from None
 
     async def close(self) -> None:
-        """Close the sessions, undo their remains in QEMU if that is quick, and close the monitors."""
+        """Close the sessions, undo their remains in QEMU within DRAIN_TIMEOUT, and close the monitors."""
         for session in tuple(self._sessions):
             session.close()
         if not self._end:
@@ -182,7 +182,7 @@ class Multiplexer:
     # The remains of sessions.
 
     def _on_left(self, session: Session) -> None:
-        """Undo the remains of a session that is over; QEMU has answered all its commands."""
+        """Undo the remains of an ended session, whose commands QEMU has answered."""
         self._sessions.pop(session, None)
         if self._end:
             return
@@ -200,7 +200,7 @@ class Multiplexer:
             self._execute(body, lambda reply: None)
 
     def _execute(self, body: bytes, then: Callable[[Reply], None]) -> None:
-        """Run a command of our own."""
+        """Run a command of the multiplexer itself."""
         self._own += 1
         self._settled.clear()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Negotiates with one of QEMU's monitors, and finds its capabilities and its dialect of JSON."""
+"""Negotiates with one of QEMU's monitors, and detects its capabilities and its dialect of JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..limits import RECEIVE_SIZE
 from ..syntax import replies
 from ..syntax.dialect import PROBE, Dialect, dialect_of
 
-#: The end of a message, and its end on a monitor with `pretty=on`, where a message has several lines.
+#: The end of a message; and the end on a monitor with `pretty=on`, whose messages have several lines.
 _END = b"\r\n"
 _PRETTY_END = b"\r\n}\r\n"
 
@@ -23,22 +23,22 @@ _PRETTY_END = b"\r\n}\r\n"
 class Greeting:
     """A monitor's greeting, capabilities and dialect."""
 
-    #: The greeting as it came.
+    #: The greeting as QEMU sent it.
     line: bytes
-    #: Whether it offers out-of-band execution.
+    #: True if the monitor offers out-of-band execution.
     oob: bool
     dialect: Dialect
 
 
 @dataclass(frozen=True, slots=True)
 class Negotiated:
-    """A monitor after the negotiation: its socket, which the caller owns, its greeting, and bytes that came early."""
+    """A monitor after the negotiation. The holder owns the socket."""
 
     connected: socket.socket
     greeting: Greeting
-    #: The end of its messages.
+    #: The end of each message.
     end: bytes
-    #: Bytes that came after the negotiation's last reply.
+    #: Bytes that were read after the last reply of the negotiation.
     received: bytes
 
 
@@ -51,9 +51,9 @@ class _Hello(msgspec.Struct):
 
 
 async def negotiate(connected: socket.socket, *, timeout: float) -> Negotiated:
-    """Wait for the greeting and enable all capabilities that are offered. Owns the socket until it returns.
+    """Wait for the greeting, and enable all offered capabilities. Owns the socket, and closes it if this raises.
 
-    Raises Timeout if QEMU does not answer within `timeout` seconds, NotConnected if it is gone or does not speak QMP.
+    Raises Timeout if QEMU does not reply within `timeout` seconds, NotConnected if it has exited or is not QEMU.
     """
     connected.setblocking(False)
     lines = _Lines(connected)
@@ -64,7 +64,7 @@ async def negotiate(connected: socket.socket, *, timeout: float) -> Negotiated:
         connected.close()
         raise Timeout(
             f"the monitor gave no greeting within {timeout:g} s",
-            hint="QEMU serves one client at a time: close the program that holds this socket.",
+            hint="QEMU serves one client at a time; close the program that uses this socket",
         ) from None
     except BaseException:
         connected.close()
@@ -85,7 +85,7 @@ async def _negotiate(lines: _Lines, greeting: bytes) -> Greeting:
     try:
         oob = "oob" in msgspec.json.decode(greeting, type=_Hello).QMP.capabilities
     except msgspec.DecodeError:
-        raise NotConnected("what answers on the socket is no QMP monitor") from None
+        raise NotConnected("the program at the socket is not a QMP monitor") from None
     problem = replies.read(await lines.ask(PROBE))
     enable = b',"arguments":{"enable":["oob"]}' if oob else b""
     answer = replies.read(await lines.ask(b'{"execute":"qmp_capabilities"' + enable + b"}"))
@@ -95,7 +95,7 @@ async def _negotiate(lines: _Lines, greeting: bytes) -> Greeting:
 
 
 class _Lines:
-    """Reads the messages of a monitor one by one, before events can come between them."""
+    """Reads the messages of a monitor one by one, during the negotiation, before events can come."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
@@ -104,14 +104,14 @@ class _Lines:
         self.received = bytearray()
 
     async def first(self) -> bytes:
-        """Read the greeting. Its beginning shows the end of messages on this monitor."""
+        """Read the greeting. Its beginning shows the end of all messages on this monitor."""
         await self._receive()
         if self.received.startswith(b"{\r\n"):
             self.end = _PRETTY_END
         return await self._next()
 
     async def ask(self, data: bytes) -> bytes:
-        """Send a command and return the next message, a second greeting excepted, which QEMU 7.2 may send."""
+        """Send a command and return the next message. Skips a second greeting, which QEMU 7.2 may send."""
         try:
             await self._loop.sock_sendall(self._socket, data)
         except OSError as error:

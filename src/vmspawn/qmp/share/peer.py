@@ -11,16 +11,16 @@ from ...aio.sockets import peer_process
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A process that connected, as it was then."""
+    """A process at the time when it connected."""
 
     pid: int
     uid: int
-    #: Its name as in proc(5), `comm`; empty if it has exited.
+    #: The name from /proc/PID/comm (proc(5)), or empty if the process has exited.
     comm: str
 
     @classmethod
     def of(cls, connected: socket.socket) -> Peer:
-        """Return the process that connected a socket. Raises OSError if it is no unix socket."""
+        """Return the process that connected a socket. Raises OSError if it is not a Unix socket."""
         pid, uid = peer_process(connected)
         try:
             with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Allows a read-only session the commands that do not change QEMU, the guest and the other clients.
+"""Allows a read-only session the commands that do not change QEMU, the guest or other clients.
 
-A command that returns something may still change something: `ringbuf-read` removes what it returns, `add-fd` keeps a
-descriptor, `human-monitor-command` runs any command. So commands are allowed by name, after a look at QEMU's sources.
+A command with a result may still change something: `ringbuf-read` removes its result, `add-fd` keeps a descriptor,
+`human-monitor-command` runs any command. So commands are allowed by name, after an inspection of QEMU's sources.
 """
 
 from __future__ import annotations
 
-#: QEMU's convention for commands that only read.
+#: QEMU's prefixes of commands that only read.
 _QUERIES = (b"query-", b"x-query-")
 
-#: The exceptions.
+#: Commands with these prefixes that change something.
 _NOT_ONLY_QUERIES = frozenset(
     (
-        # Arms NIC_RX_FILTER_CHANGED anew, for everybody (hw/net/virtio-net.c).
+        # Enables NIC_RX_FILTER_CHANGED again, for all clients (hw/net/virtio-net.c).
         b"query-rx-filter",
-        # Restarts the counters that it shows; until QEMU 8.0.
+        # Resets the counters that it returns, until QEMU 8.0.
         b"x-query-profile",
     )
 )
@@ -26,7 +26,7 @@ _HARMLESS = frozenset(
         b"qom-get",
         b"qom-list",
         b"qom-list-get",
-        # These go through what is known of types, for which they make an object and drop it, unrealized.
+        # These make an object of a type, and drop it without realizing it.
         b"qom-list-types",
         b"qom-list-properties",
         b"device-list-properties",
@@ -34,20 +34,20 @@ _HARMLESS = frozenset(
         b"x-accel-stats",
         b"x-debug-query-block-graph",
         b"xen-event-list",
-        # The session's own; later ones are refused by QEMU.
+        # Changes only the session itself.
         b"qmp_capabilities",
     )
 )
 
 
 def allows(command: bytes) -> bool:
-    """Whether a read-only session may run the command."""
+    """Return whether a read-only session may run the command."""
     return command in _HARMLESS or (command.startswith(_QUERIES) and command not in _NOT_ONLY_QUERIES)
 
 
 def refusal(command: bytes) -> str:
-    """Return the error for a read-only session that runs another command."""
+    """Return the error for a read-only session that runs a command which is not allowed."""
     return (
         f"The command {command.decode()} is refused: this session is read-only and may only run commands that change "
-        "nothing, such as query-*, qom-list and qom-get"
+        "nothing, for example query-*, qom-list and qom-get"
     )

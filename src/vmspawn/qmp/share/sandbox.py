@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Refuses commands that make QEMU start a program, if QEMU's sandbox forbids that.
 
-Under `-sandbox spawn=deny` the kernel ends QEMU with SIGSYS for it (QEMU 7.2), or refuses (11.1). Which commands start
-programs was looked up in QEMU's sources: migration over `exec:` (migration/exec.c), helpers and scripts of TAP devices
-and bridges (net/tap.c), and programs that user networking connects the guest with (net/slirp.c).
+With `-sandbox spawn=deny`, the kernel kills QEMU 7.2 with SIGSYS for starting a program, and refuses QEMU 11.1. QEMU's
+sources show the commands that start programs: migration over `exec:` (migration/exec.c), helpers and scripts of TAP
+devices and bridges (net/tap.c), and programs that user networking connects the guest with (net/slirp.c).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TAP_HINT = "open the device outside of QEMU, pass it with getfd, and name it wi
 _MIGRATE_HINT = "use a socket, or pass a descriptor with getfd and name it with fd:"
 _USER_HINT = "let QEMU connect to a socket instead"
 
-#: Values of `script` and `downscript` for which QEMU runs nothing; a script that is not named is run as well.
+#: Values of `script` and `downscript` with which QEMU runs no script. Without a value, QEMU runs its default script.
 _NO_SCRIPT = ("", "no")
 
 _HUMAN_MIGRATE = re.compile(r"""\s*migrate(?:_incoming|_recover)?(?:\s+-\w+)*\s+["']?exec:""")
@@ -30,11 +30,11 @@ _HUMAN_NETDEV = re.compile(r"\s*netdev_add\s+(\S+)")
 
 
 def refusal(command: Command) -> str | None:
-    """Return why QEMU's sandbox would not let it run a command of STARTERS, or None."""
+    """Return the error for a command of STARTERS that would start a program, or None for other commands."""
     try:
         arguments = msgspec.json.decode(command.arguments or b"{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None  # QEMU will say what is wrong
+        return None  # QEMU will report the error
     found = _human_program(arguments) if command.name == b"human-monitor-command" else _program(command, arguments)
     if found is None:
         return None
@@ -46,7 +46,7 @@ def refusal(command: Command) -> str | None:
 
 
 def _program(command: Command, arguments: dict[str, Any]) -> tuple[str, str] | None:
-    """Return which program a command starts, and what to do instead."""
+    """Return the program that a command starts, and a hint; None if it starts none."""
     if command.name == b"netdev_add":
         return _network_program(arguments)
     channels = arguments.get("channels")
@@ -58,7 +58,7 @@ def _program(command: Command, arguments: dict[str, Any]) -> tuple[str, str] | N
 
 
 def _network_program(options: dict[str, Any]) -> tuple[str, str] | None:
-    """Return which program a network back end starts: at once, at its end, or when the guest connects."""
+    """Return the program that a network back end starts, at once or later, and a hint; None if it starts none."""
     match options.get("type"):
         case "bridge":
             return "a bridge helper", _TAP_HINT
@@ -76,7 +76,7 @@ def _network_program(options: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _human_program(arguments: dict[str, Any]) -> tuple[str, str] | None:
-    """Return which program a command of QEMU's monitor for people starts."""
+    """Return the program that a command of QEMU's human monitor starts, and a hint; None if it starts none."""
     line = str(arguments.get("command-line", ""))
     if _HUMAN_MIGRATE.match(line):
         return "the program of exec:", _MIGRATE_HINT

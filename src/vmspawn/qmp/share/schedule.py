@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Chooses the next command for QEMU, and its monitor.
 
-Commands are served in the order in which they come. Each session has one in-band command in flight at most, so that is
-round-robin. Large commands, which QEMU reads slowly, go over the bulk monitor, one at a time. Their replies wait for
-a fence on the sessions' monitor: QEMU put the events that the command caused there before it replied, so they come
+Commands are sent in the order in which they come. Each session has at most one in-band command in flight, so sessions
+take turns. Large commands, which QEMU reads slowly, go to the bulk monitor, one at a time. The reply to a large command
+waits for a fence on the sessions' monitor: QEMU has sent the events of the command there before its reply, so they come
 before the fence.
 """
 
@@ -18,7 +18,7 @@ from ..syntax.replies import Reply
 from . import descriptors
 from .upstream import Call, Upstream
 
-#: A command without an effect: QEMU answers it with an error, out of band if it supports that.
+#: A command without an effect: QEMU replies with an error, out of band if it supports that.
 _FENCE = Command(b'{"execute":""')
 _OOB_FENCE = Command(b'{"exec-oob":""', oob=True)
 
@@ -29,24 +29,24 @@ _Answered = Callable[[Call, Reply], None]
 
 
 class Schedule:
-    """The commands that wait for QEMU. Two that take a descriptor are never in flight together."""
+    """The commands that wait for QEMU. Only one command with a descriptor is in flight at a time."""
 
     __slots__ = ("_bulk", "_bulk_turns", "_consuming", "_main", "_oob", "_turns")
 
     def __init__(self, main: Upstream, bulk: Upstream | None, *, oob: bool) -> None:
-        """`oob` is true if the sessions' monitor executes commands out of band."""
+        """`oob` is true if the sessions' monitor supports out-of-band execution."""
         self._main = main
         self._bulk = bulk
         self._turns: deque[Call] = deque()
         self._bulk_turns: deque[Call] = deque()
-        # Whether a command is in flight that takes a descriptor. QEMU keeps one, and gives it to whichever command
-        # asks.
+        # True while a command with a descriptor is in flight. QEMU keeps one descriptor, and gives it to the next
+        # command that uses one.
         self._consuming = False
         self._oob = oob
         main.on_idle = self._next
 
     def submit(self, call: Call) -> None:
-        """Send a command when its turn has come."""
+        """Send a command when its turn comes."""
         if self._turns or call.consumes or not self._main.can_take(call.command):
             self._wait(call)
         else:
@@ -60,14 +60,14 @@ class Schedule:
         self._next()
 
     def submit_large(self, call: Call) -> None:
-        """Send a large command, which any monitor may run."""
+        """Send a large command that any monitor may run."""
         if self._bulk is None:
             return self.submit(call)
         self._bulk_turns.append(call)
         self._next_bulk(self._bulk)
 
     def withdraw(self, call: Call) -> bool:
-        """Take back a command; returns False if it has been sent."""
+        """Withdraw a command; returns False if it has been sent."""
         for turns in (self._turns, self._bulk_turns):
             if call in turns:
                 turns.remove(call)
@@ -75,7 +75,7 @@ class Schedule:
         return False
 
     def clear(self) -> None:
-        """Drop all commands that wait; QEMU is gone."""
+        """Drop all waiting commands, after QEMU's exit."""
         self._turns.clear()
         self._bulk_turns.clear()
 
@@ -89,7 +89,7 @@ class Schedule:
         self._main.send(call)
 
     def _next(self) -> None:
-        """Send the commands that may go. One that has to wait for another does not delay those behind it."""
+        """Send the commands that may go. A command that must wait for another does not delay those after it."""
         turns = self._turns
         while turns:
             if self._may_go(turns[0]):
@@ -102,15 +102,15 @@ class Schedule:
             self._go(call)
 
     def _urgent(self, command: Command, answered: _Answered) -> None:
-        """Send a command of our own before all commands that wait."""
+        """Send a command of vmspawn before all waiting commands."""
         self._turns.appendleft(Call(command, answered))
         self._next()
 
-    # A descriptor that QEMU was sent and may not have used must not be there for the next session's command.
+    # A failed command may have left its descriptor in QEMU. The next session's command must not get that descriptor.
 
     def _consumed(self, answered: _Answered, call: Call, reply: Reply) -> None:
         if call.fd >= 0 and reply.failed:
-            # Ask for it, under a name of our own.
+            # Claim the descriptor under a spare name.
             return self._urgent(_CLAIM_SPARE, partial(self._reclaimed, answered, call, reply))
         self._consuming = False
         answered(call, reply)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Serves one QMP client as a monitor of its own would.
 
-A session does what QEMU does for each monitor: it greets, negotiates, cuts the input into messages, keeps the order,
-and answers messages that are not commands (docs/interop/qmp-spec.rst, monitor/qmp.c). No further message is taken while
-a command runs, so the socket is the queue; only a client that has enabled `oob` may have more commands waiting.
+A session does the same as QEMU for each monitor: it greets, negotiates, cuts the input into messages, keeps the order,
+and replies to messages that are not commands (docs/interop/qmp-spec.rst, monitor/qmp.c). It takes no further message
+while a command runs, so the socket is the queue. Only a client that has enabled `oob` may have more commands waiting.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _NEGOTIATION = b"qmp_capabilities"
 
 
 class State(Enum):
-    """How far a session has come."""
+    """The state of a session."""
 
     NEGOTIATING = auto()
     READY = auto()
-    #: No more input is taken; the connection is closed when the client has taken its output.
+    #: The session takes no more input, and closes the connection when the client has read all output.
     LEAVING = auto()
     CLOSED = auto()
 
 
 class _Enable(msgspec.Struct, forbid_unknown_fields=True):
-    """The arguments of the negotiation that QEMU accepts for certain."""
+    """The arguments of qmp_capabilities that QEMU is certain to accept."""
 
     enable: list[Literal["oob"]] = []
 
@@ -53,7 +53,7 @@ class _Enable(msgspec.Struct, forbid_unknown_fields=True):
 class Session:
     """A client of the multiplexer. `Multiplexer.open` makes it.
 
-    Owns its socket, and the descriptors that the client passes until their command was answered.
+    Owns its socket, and each descriptor that the client passes, until its command is answered.
     """
 
     __slots__ = (
@@ -75,9 +75,11 @@ class Session:
         peer: Peer | None,
         initial: bytes,
     ) -> None:
-        """Greet, and take `initial`, which the client has sent already. `on_left` is called once, when the client is
-        gone and none of its commands is in flight any more. `may_spawn` is false if QEMU's sandbox does not let it
-        start programs."""
+        """Greet the client, and take `initial`, which was read from the socket already.
+
+        `on_left` is called once, after the client's disconnect, when no command of the session is in flight any more.
+        `may_spawn` is false if QEMU's sandbox keeps QEMU from starting programs.
+        """
         self._connection = Connection(
             connected,
             on_received=self._on_received,
@@ -92,37 +94,37 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._scanner = Scanner(greeting.dialect)
         self._oob = False
-        # The in-band command whose reply has not come, those that wait behind it, and the one that overtakes them.
+        # The in-band command in flight, the commands that wait for it, and the out-of-band command in flight.
         self._running: Call | None = None
         self._queue: deque[Command | Refusal] = deque()
         self._overtaking: Call | None = None
-        # Whether the client will send no more.
+        # True if the client has closed its sending side.
         self._ended = False
-        # Whether `_resume` is scheduled, after the other sessions had their turn.
+        # True if `_resume` is scheduled, after the other sessions' turn.
         self._scheduled = False
-        # The descriptor that waits for a command that takes one; the descriptor that came with bytes not scanned yet,
-        # and the offset of these bytes in the stream.
+        # The descriptor that waits for a command to use it; the descriptor that came with bytes not scanned yet, and
+        # the offset of these bytes in the stream.
         self._fd = self._arriving = -1
         self._arriving_at = 0
         self._may_spawn = may_spawn
         #: The client's process, if known.
         self.peer = peer
-        #: Whether it may only run commands that change nothing.
+        #: True if the session may only run commands that change nothing.
         self.read_only = read_only
         self.state = State.NEGOTIATING
-        #: Commands that were run for it, and events that it was sent.
+        #: The numbers of commands that were run for the client, and of events that it was sent.
         self.commands = self.events = 0
-        #: Bytes that came from the client.
+        #: The number of bytes that the client has sent.
         self.bytes_in = 0
         self._connection.write(greeting.line)
         self._connection.read(True)
         if initial:
-            # The multiplexer has to know the session before the session calls it.
+            # The multiplexer must know the session before the session calls it.
             self._loop.call_soon(self._on_received, initial, -1)
 
     @property
     def queued(self) -> int:
-        """The number of its commands that wait for their replies."""
+        """The number of the session's commands without a reply."""
         return len(self._queue) + (self._overtaking is not None) + (self._running is not None)
 
     @property
@@ -131,22 +133,22 @@ class Session:
 
     @property
     def bytes_out(self) -> int:
-        """Bytes that were sent to the client, or wait for it."""
+        """The number of bytes that were sent or queued for the client."""
         return self._connection.written
 
     @property
     def unread(self) -> int:
-        """Bytes that wait for the client to read them."""
+        """The number of bytes that are queued for the client."""
         return self._connection.waiting
 
     def event(self, line: bytes) -> None:
-        """Send an event of QEMU to the client."""
+        """Send QEMU's event to the client."""
         if self.state is State.READY:
             self.events += 1
             self._connection.write(line)
 
     def end(self) -> None:
-        """End the session after QEMU's end. The client gets its queued output, then the end of the stream."""
+        """End the session after QEMU's exit. The client gets its queued output, then end of file."""
         self._abandon()
         if self.state is State.CLOSED:
             self._on_left(self)
@@ -159,7 +161,7 @@ class Session:
         self._connection.close()
         self._on_gone()
 
-    # From the client.
+    # Input from the client.
 
     def _on_received(self, data: bytes, fd: int) -> None:
         if fd >= 0:
@@ -173,8 +175,8 @@ class Session:
             and self.state is State.READY
             and self._connection.waiting <= limits.OUTPUT_HELD
         ):
-            # Nearly all input. The way through the code is kept short here because little of it is in the processor's
-            # caches after a wait for a client.
+            # Nearly all input takes this path. It is short, because the processor's caches hold little of the code
+            # after a wait for a client.
             captured = self._scanner.take_whole(USUAL, data)
             if captured is not None:
                 return self._run(usual(captured))
@@ -186,7 +188,7 @@ class Session:
         self._advance()
 
     def _advance(self) -> None:
-        """Take messages for as long as QEMU would, but not so many that other sessions are delayed."""
+        """Take messages as long as QEMU would, but not so many that other sessions are delayed."""
         taken = 0
         while self._may_take():
             if taken == limits.MESSAGES_PER_TURN:
@@ -205,10 +207,10 @@ class Session:
 
     def _may_take(self) -> bool:
         if self._connection.waiting > limits.OUTPUT_HELD:
-            # Goes on when the client has read everything.
+            # This continues when the client has read all output.
             return False
         if self._oob:
-            # QEMU runs an out-of-band command before it reads on.
+            # QEMU runs an out-of-band command before it reads more.
             return self._overtaking is None and len(self._queue) < limits.OOB_QUEUE and self.state is State.READY
         return self._running is None and (self.state is State.READY or self.state is State.NEGOTIATING)
 
@@ -231,7 +233,7 @@ class Session:
         self._advance()
 
     def _starved(self) -> None:
-        """Go on after the last complete message of the input."""
+        """Handle input without a complete message."""
         if self._scanner.is_busy:
             return self._again()
         self._attach()
@@ -240,7 +242,7 @@ class Session:
             self._connection.finish(timeout=None)
 
     def _attach(self) -> None:
-        """Let the descriptor that came wait for its command, in the place of an earlier one."""
+        """Let the received descriptor wait for a command, in place of an earlier one, which is closed."""
         if self._arriving >= 0:
             _close(self._fd)
             self._fd, self._arriving = self._arriving, -1
@@ -299,7 +301,7 @@ class Session:
             self._schedule.submit(call)
 
     def _inquire(self, command: Command, questions: unsavable.Questions, answer: object) -> None:
-        """Ask QEMU the next question about a command that waits, or run or refuse it after the last."""
+        """Send QEMU the next question about a waiting command; after the last answer, run or refuse the command."""
         try:
             body = questions.send(answer)
         except StopIteration as end:
@@ -319,7 +321,7 @@ class Session:
         self._schedule.submit(self._running)
 
     def _is_movable(self, call: Call) -> bool:
-        """Whether a large command may go over another monitor, which knows nothing of this one's descriptors."""
+        """Return whether a large command may go to another monitor, which lacks this monitor's descriptors."""
         return not (call.consumes or call.command.oob or self._descriptors.holds_names(self))
 
     def _on_reply(self, call: Call, reply: Reply) -> None:
@@ -332,7 +334,7 @@ class Session:
             self._running = None
         if self.state is State.CLOSED:
             return self._check_left()
-        # What QEMU could not parse has no id that it could have read.
+        # QEMU could not read the id of a command that it could not parse.
         unparsed = command.doubtful and reply.id < 0
         self._connection.write(reply.labelled(None if unparsed else command.id))
         if self._queue or self._ended or self._scanner.pending:
@@ -346,13 +348,13 @@ class Session:
     def _settle(self, call: Call, command: Command, reply: Reply) -> None:
         self._descriptors.settle(self, command, reply)
         if call.unused and self._fd < 0 and self.state is not State.CLOSED:
-            # As in QEMU, it waits for the next command.
+            # As in QEMU, the descriptor waits for the next command.
             self._fd = call.fd
         else:
             _close(call.fd)
         call.fd = -1
 
-    # The negotiation, as the client sees it. QEMU's monitor has been through it.
+    # The negotiation with the client. QEMU's monitor has been negotiated already.
 
     def _negotiate(self, command: Command) -> None:
         if command.name != _NEGOTIATION:
@@ -365,11 +367,11 @@ class Session:
         self._accept(command, oob=bool(wanted))
 
     def _ask(self, command: Command) -> None:
-        """Let QEMU report an error in the arguments; if there is none, it reports that it has negotiated already."""
-        self._running = Call(command, self._on_told)
+        """Let QEMU check the arguments: valid ones get the error that the monitor has negotiated already."""
+        self._running = Call(command, self._on_checked)
         self._schedule.submit(self._running)
 
-    def _on_told(self, call: Call, reply: Reply) -> None:
+    def _on_checked(self, call: Call, reply: Reply) -> None:
         command = call.command
         self._running = None
         if self.state is State.CLOSED:
@@ -390,7 +392,7 @@ class Session:
     # The end.
 
     def _on_gone(self) -> None:
-        """Drop the commands of a client that is gone, except for those in flight, whose replies are ignored."""
+        """Drop the commands of a disconnected client, except those in flight, whose replies are ignored."""
         if self.state is State.CLOSED:
             return
         self.state = State.CLOSED
@@ -408,7 +410,7 @@ class Session:
             self._on_left(self)
 
     def _abandon(self) -> None:
-        """Forget the commands in flight; QEMU will not answer them."""
+        """Forget the commands in flight, which QEMU will not answer."""
         if self._running is not None:
             _close(self._running.fd)
         self._running = self._overtaking = None
@@ -416,7 +418,7 @@ class Session:
 
 
 def _is_watched(command: Command) -> bool:
-    # QEMU runs none of these out of band, so it takes no descriptor for one that asks for it.
+    # QEMU runs none of these commands out of band, and then does not use a descriptor either.
     return command.name in WATCHED and not command.oob
 
 

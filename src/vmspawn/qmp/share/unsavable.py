@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Refuse to save the device state while QEMU would crash on it.
+"""Refuses to save the device state while QEMU would crash on it.
 
-QEMU 11.1 ends in SIGSEGV when it saves an NVMe controller that has no drive of its own; with namespaces it crashes
-until the guest's firmware has enabled the controller, and fails after that (docs/qemu.md, "Faults"). QEMU 7.2 refuses
-by itself, and says so beforehand.
+QEMU 11.1 gets SIGSEGV when it saves an NVMe controller without a drive of its own. With namespaces it crashes until the
+guest's firmware has enabled the controller, and reports an error after that (docs/qemu.md, "Faults"). QEMU 7.2 refuses
+the save, and query-migrate reports that in advance.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _HUMAN = re.compile(r"\s*(migrate|savevm)\b")
 _QUERY = b'{"execute":"query-migrate"'
 _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 
-#: The commands that QEMU is asked, each as the body of a command; it is sent what QEMU returns, None for an error. The
-#: result is why the command is refused, or None.
+#: A generator of questions to QEMU. It yields the body of a command, and is sent QEMU's result, or None for an error.
+#: It returns the reason to refuse the command, or None.
 Questions = Generator[bytes, Any, str | None]
 
 
 def saves(command: Command) -> bool:
-    """Whether a command of SAVERS saves the device state."""
+    """Return whether a command of SAVERS saves the device state."""
     if command.name != b"human-monitor-command":
         return True
     try:
         arguments = msgspec.json.decode(command.arguments or b"{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False  # QEMU will say what is wrong
+        return False  # QEMU will report the error
     return _HUMAN.match(str(arguments.get("command-line", ""))) is not None
 
 
 def questions(command: Command) -> Questions:
-    """Find out whether QEMU would crash on such a command."""
+    """Find out whether QEMU would crash on a command that saves the device state."""
     migration = yield _QUERY
     if migration and migration.get("blocked-reasons"):
-        return None  # QEMU refuses it
+        return None  # QEMU refuses the command
     for folder in _FOLDERS:
         children = yield _qom(b"qom-list", {"path": folder})
         for name in [each["name"] for each in children or () if each.get("type") == "child<nvme>"]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sends commands to one of QEMU's monitors and hands out its replies and events.
+"""Sends commands to one of QEMU's monitors, and passes on its replies and events.
 
-QEMU reads a monitor byte by byte, about 4.4 us each, so commands are short: they have no white space, and recycled ids
-of a digit or two. One of the commands in flight has no id at all, and neither has its reply. Two commands without an id
-are never in flight together, so the order of replies does not matter.
+QEMU takes about 4.4 µs to read a byte from a monitor, so commands are short: they have no white space, and recycled ids
+of one or two digits. One command in flight has no id, and neither has its reply. At most one command without an id is
+in flight, so the order of replies does not matter.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .negotiation import Negotiated
 
 
 class Call(msgspec.Struct, eq=False):
-    """A command, from when it begins to wait until its reply has come."""
+    """A command, from the time it begins to wait until its reply."""
 
     command: Command
-    #: Called with the reply. Its id is None if QEMU could not parse a doubtful command.
+    #: Called with the reply, whose id is -1 if QEMU could not parse a doubtful command.
     on_reply: Callable[[Call, Reply], None]
-    #: Whether QEMU takes a descriptor for it.
+    #: True if the command uses a descriptor.
     consumes: bool = False
-    #: The descriptor to send along, or -1. It must stay open until the reply, and is not closed here.
+    #: The descriptor to send with the command, or -1. Its owner keeps it open until the reply, and closes it.
     fd: int = -1
-    #: Whether QEMU failed before it took the descriptor.
+    #: True if QEMU failed before it used the descriptor.
     unused: bool = False
-    #: The id under which it is in flight, or -1.
+    #: The command's id while it is in flight, or -1.
     number: int = -1
 
 
@@ -68,8 +68,10 @@ class Upstream:
         transcript: Transcript | None = None,
         name: str = "",
     ) -> None:
-        """`on_event` gets each event's line, `on_lost` is called once when QEMU has closed the connection. Messages go
-        into `transcript` under `name`."""
+        """`on_event` is called with each event's line, `on_lost` once, with the reason, when QEMU has disconnected.
+
+        Messages go into `transcript` under `name`.
+        """
         self._transcript = transcript
         self._name = name
         self._socket = negotiated.connected
@@ -77,19 +79,19 @@ class Upstream:
         self._on_event = on_event
         self._on_lost = on_lost
         self._end = negotiated.end
-        # The beginning of a message that is not complete.
+        # The beginning of an incomplete message.
         self._input = bytearray()
-        # A failed write is ignored: QEMU's end is detected by reading, after its last messages.
+        # A failed write is ignored: the reader detects QEMU's exit, after QEMU's last messages.
         self._writer = Writer.of_socket(self._socket)
-        # The command without an id.
+        # The command in flight without an id.
         self._unnamed: Call | None = None
         self._named: dict[int, Call] = {}
-        # Ids that are free again, and the smallest that was never used.
+        # The ids that are free again, and the smallest unused id.
         self._free: list[int] = []
         self._next = 0
-        #: In-band commands whose reply has not come.
+        #: The number of in-band commands in flight.
         self.in_flight = 0
-        #: Called when all replies that came together were handed out.
+        #: Called when all replies that were read together were passed on.
         self.on_idle: Callable[[], None] = lambda: None
         self._loop.add_reader(self._socket, self._readable)
         if negotiated.received:
@@ -99,22 +101,22 @@ class Upstream:
 
     @property
     def has_room(self) -> bool:
-        """Whether an in-band command may be sent now, unless it is a doubtful one."""
+        """True if an in-band command that is not doubtful may be sent now."""
         return self.in_flight < IN_FLIGHT
 
     def can_take(self, command: Command) -> bool:
-        """Whether a command may be sent now."""
+        """Return whether a command may be sent now."""
         return (self.in_flight < IN_FLIGHT or command.oob) and (self._unnamed is None or not command.doubtful)
 
     def send(self, call: Call) -> None:
-        """Send a command that `can_take` allowed."""
+        """Send a command for which `can_take` is true."""
         command = call.command
         if not command.oob:
             self.in_flight += 1
         if self._unnamed is None:
             self._unnamed = call
             if not command.doubtful:
-                return self._say_command(command.body + b"}", call.fd)
+                return self._write_command(command.body + b"}", call.fd)
         if self._free:
             number = self._free.pop()
         else:
@@ -122,9 +124,9 @@ class Upstream:
             self._next += 1
         call.number = number
         self._named[number] = call
-        self._say_command(b'%b,"id":%d}' % (command.body, number), call.fd)
+        self._write_command(b'%b,"id":%d}' % (command.body, number), call.fd)
 
-    def _say_command(self, data: bytes, fd: int) -> None:
+    def _write_command(self, data: bytes, fd: int) -> None:
         if self._transcript is not None:
             self._transcript.sent(self._name, data)
         if fd < 0:
@@ -170,7 +172,7 @@ class Upstream:
             return self._on_event(line)
         call = self._unnamed if reply.id < 0 else self._named.get(reply.id)
         if call is None:
-            return self._gone("QEMU sent a reply that nothing was sent for")
+            return self._gone("QEMU sent a reply without a command")
         if call is self._unnamed:
             self._unnamed = None
         if call.number >= 0:
@@ -187,7 +189,7 @@ class Upstream:
         self._on_lost(why)
 
     def close(self) -> None:
-        """Close the connection. Commands in flight are forgotten, not answered. May be called again."""
+        """Close the connection, and forget the commands in flight. It is safe to call this again."""
         if self._socket.fileno() < 0:
             return
         self._loop.remove_reader(self._socket)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Distinguishes the two ways in which QEMU's JSON parsers report errors.
 
-Up to a version between 7.2 and 11.1 the parser waits for a message's end and then descends into it. Since then it is
-fed token by token, reports an error at once with its place in the stream, and ignores the rest of the message. Both
-find the same messages right, and both report one error a message. Which one it is shows in QEMU's answer to a stray
-bracket.
+Up to a version between 7.2 and 11.1, the parser waits for the end of a message and then descends into it. Later parsers
+are fed token by token, report an error at once with its position in the stream, and ignore the rest of the message.
+Both accept the same messages, and both report one error a message. QEMU's reply to a stray bracket shows the kind of
+parser.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-#: What QEMU is sent to find out, before the negotiation: the shortest message that it cannot parse.
+#: The probe that is sent before the negotiation: the shortest message that QEMU cannot parse.
 PROBE = b"]"
 
-_PLACE = re.compile(r"\d+:\d+: ")
+_POSITION = re.compile(r"\d+:\d+: ")
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """The wording of errors, and when they are reported."""
 
-    #: Errors are reported as soon as they are seen, and say where: `LINE:COLUMN: JSON parse error, …`.
+    #: True if errors are reported at once, with a position: `LINE:COLUMN: JSON parse error, …`.
     eager: bool
     key: str
     colon: str
@@ -50,5 +50,5 @@ PUSH = Dialect(
 
 
 def dialect_of(description: str) -> Dialect:
-    """Return the dialect of a QEMU that answered PROBE with this error."""
-    return PUSH if _PLACE.match(description) else PULL
+    """Return the dialect of a QEMU that replied to PROBE with this error."""
+    return PUSH if _POSITION.match(description) else PULL

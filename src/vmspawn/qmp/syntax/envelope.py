@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Turns a message into a command for QEMU, or into the error with which QEMU would answer it.
+"""Turns a message into a command for QEMU, or into the error that QEMU would reply.
 
-The checks and their words are those of QEMU's dispatcher (qapi/qmp-dispatch.c). Whatever else can be wrong with a
-command is left to QEMU.
+The checks and their messages are those of QEMU's dispatcher (qapi/qmp-dispatch.c). QEMU itself checks the rest of a
+command.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ARGUMENTS = "arguments"
 _ID = "id"
 
 
-#: A command without arguments as nearly all programs write it, and with an id that QEMU echoes as it is. Most commands
-#: of chatty clients are such, and take half of the time this way.
+#: A command without arguments in the form that nearly all programs write, with an id that QEMU echoes unchanged. Most
+#: commands of busy clients match, and are then handled in half the time.
 USUAL = re.compile(
     rb"""[ \r\n]*+\{[ ]*+"execute":[ ]*+"([a-z0-9_-]++)"
          (?:,[ ]*+"id":[ ]*+("[ !#-\[\]-~]*+"|[1-9][0-9]{0,17}+|0))?[ ]*+\}[ \r\n]*+""",
@@ -40,26 +40,26 @@ class Command(msgspec.Struct, frozen=True, gc=False):
     #: Compact JSON without an id and without the closing brace.
     body: bytes
     name: bytes = b""
-    #: Compact JSON, or nothing if it has none.
+    #: Compact JSON, empty without arguments.
     arguments: bytes = b""
-    #: What the reply is to be labelled with, as JSON text, or None.
+    #: The id of the reply as JSON text, or None.
     id: bytes | None = None
-    #: Whether it may overtake the commands before it.
+    #: True if the command may overtake earlier commands.
     oob: bool = False
-    #: Whether QEMU may find that it is no JSON after all. The error has no id then.
+    #: True if QEMU may find that the command is not JSON. QEMU's error has no id then.
     doubtful: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True, gc=False):
-    """A message that QEMU would answer with an error, without running a command."""
+    """The error reply to a message that QEMU would refuse without running a command."""
 
     line: bytes
-    #: Whether the answer overtakes those to the commands before it.
+    #: True if the reply overtakes the replies to earlier commands.
     oob: bool = False
 
 
 def usual(captured: Sequence[bytes | None]) -> Command:
-    """Make a command of the name and the id that USUAL has captured."""
+    """Return the command of the name and the id that USUAL has captured."""
     name, id = captured
     assert name is not None
     return Command(b'{"execute":"%b"' % name, name, b"", id)
@@ -90,7 +90,7 @@ def _command(message: Message, members: Mapping[str, msgspec.Raw], id: bytes | N
         return Refusal(failure(_problem(members, oob), id=id), oob=key is _EXEC_OOB)
     plain = name[1:-1] if name.isascii() and b"\\" not in name else value_of(name).encode()
     body = b'{"' + key.encode() + b'":' + name
-    # An object without members is as good as none, and QEMU takes 66 us to read it.
+    # An empty object has the same effect as no arguments, and QEMU takes 66 µs to read it.
     if len(arguments) > 2:
         body += b',"arguments":' + arguments
     return Command(body, plain, arguments, id, key is _EXEC_OOB, message.doubt is not Doubt.NONE)

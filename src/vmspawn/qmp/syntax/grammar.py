@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds the first error of a message that is not JSON, as QEMU's parser reports it (qobject/json-parser.c).
 
-This is off the usual path. It is fed tokens, so it needs no recursion and can stop and resume anywhere.
+Only invalid messages come here. The parser is fed tokens, so it needs no recursion and can stop and resume anywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum, auto
 from .dialect import Dialect
 from .strings import BadString, value_of
 
-#: One token of text that QEMU's lexer takes; a number there ends where QEMU ends it (`0e5` is three tokens).
+#: A token that QEMU's lexer accepts. A number ends where it ends for QEMU: `0e5` is three tokens.
 _TOKEN = re.compile(
     rb"""[\[\]{}:,]
       |"(?:[^"\\]++|\\.)*+"
@@ -27,7 +27,7 @@ _KEYWORDS = frozenset((b"true", b"false", b"null"))
 
 
 class _Expect(Enum):
-    """The tokens that may come next."""
+    """The kind of token that may come next."""
 
     VALUE = auto()
     FIRST_VALUE = auto()  # or the end of the array
@@ -39,7 +39,7 @@ class _Expect(Enum):
 
 
 class _Object:
-    """An open object: its keys, and the key whose value comes next, or None if that key is not a string."""
+    """An open object: its keys, and the key of the next value, which is None if the key is not a string."""
 
     __slots__ = ("key", "keys")
 
@@ -49,22 +49,22 @@ class _Object:
 
 
 class SyntaxProblem(ValueError):
-    """Tokens that are not JSON; the message is QEMU's."""
+    """A token that is not JSON there. The error's text is QEMU's."""
 
 
 class Grammar:
-    """Follows the tokens of one message."""
+    """Checks the tokens of one message in order."""
 
     __slots__ = ("_dialect", "_expect", "_open")
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         self._expect = _Expect.VALUE
-        # The objects and arrays (None) that are open, the innermost last.
+        # The open objects and arrays (None), the innermost last.
         self._open: list[_Object | None] = []
 
     def feed(self, token: bytes) -> None:
-        """Take the next token. Raises SyntaxProblem if it does not belong there."""
+        """Check the next token. Raises SyntaxProblem if it is not valid there."""
         match self._expect:
             case _Expect.FIRST_VALUE if token == b"]":
                 self._close()
@@ -115,7 +115,7 @@ class Grammar:
         elif self._dialect.eager:
             raise SyntaxProblem(self._dialect.key)
         else:
-            # The older parser reads a value, and only then finds that it is no string.
+            # The older parser reads a value, and only then notices that it is not a string.
             innermost.key = None
             self._value(token)
 
@@ -137,7 +137,7 @@ class Grammar:
         self._complete()
 
     def _complete(self) -> None:
-        """Go on after the end of a value, which is an element, a member, or the message."""
+        """Continue after the end of a value, which is an element, a member, or the message."""
         if not self._open:
             self._expect = _Expect.NOTHING
             return
@@ -158,5 +158,5 @@ def _string(token: bytes) -> str:
 
 
 def tokens(text: bytes | bytearray, start: int, end: int) -> Iterator[re.Match[bytes]]:
-    """Yield the tokens of text that QEMU's lexer accepts."""
+    """Yield the tokens of a text that QEMU's lexer accepts."""
     return _TOKEN.finditer(text, start, end)

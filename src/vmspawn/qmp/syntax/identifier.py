@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes the `id` of a command as QEMU does in the reply, which has the value and not the text."""
+"""Writes the `id` of a command as QEMU echoes it: by its value, not by its text."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from .grammar import tokens
 from .qdict_order import by_bucket
 from .strings import quote, value_of
 
-#: What QEMU writes just as it is.
+#: Ids that QEMU echoes unchanged.
 _UNCHANGED = re.compile(rb'"[ !#-\[\]-~]*"|-?[1-9][0-9]{0,17}|0|null|true|false')
 
-#: Bytes of an id up to which it is written token by token. Of a larger one, only what JSON in ASCII demands is changed.
+#: Bytes of an id up to which it is rewritten token by token. In a larger id, only characters beyond ASCII are escaped.
 _REWRITTEN = 4096
 
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 
 
 def echoed(text: bytes) -> bytes:
-    """Write an id, given as compact JSON, as in a reply. Raises BadString for a string that QEMU refuses."""
+    """Return an id as it is in a reply. `text` is compact JSON. Raises BadString for a string that QEMU refuses."""
     if _UNCHANGED.fullmatch(text):
         return text
     if len(text) <= _REWRITTEN:
@@ -30,7 +30,7 @@ def echoed(text: bytes) -> bytes:
 
 
 def _rewritten(text: bytes) -> bytes:
-    """Write JSON as QEMU does. Open values are on a list, because QEMU allows more nesting than Python."""
+    """Return JSON as QEMU writes it. A list holds the open values, because QEMU allows more nesting than Python."""
     opened: list[list[bytes]] = [[]]
     for match in tokens(text, 0, len(text)):
         token = match[0]
@@ -60,11 +60,11 @@ def _scalar(token: bytes) -> bytes:
 
 
 def _number(token: bytes) -> bytes:
-    """Read a number as QNum does: as int64, else uint64, else double (qobject/qnum.c)."""
+    """Return a number as QNum writes it, which reads it as int64, else uint64, else double (qobject/qnum.c)."""
     if token.lstrip(b"-").isdigit() and len(token) <= 20:
         value = int(token)
         if -(1 << 63) <= value < 1 << 64:
             return b"%d" % value
     number = float(token)
-    # QEMU writes `inf`, which no client could read.
+    # QEMU writes `inf`, which no client can parse; the number is kept instead.
     return token if number in (float("inf"), float("-inf")) else b"%.17g" % number

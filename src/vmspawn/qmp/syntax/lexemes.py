@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import re
 
-#: What may stand between tokens.
+#: White space between tokens.
 WHITESPACE = re.compile(rb"[ \t\r\n]*+")
 
-#: Tokens that need no attention, then the next bracket if one follows. Left out, so that the match stops before them:
-#: single quotes, `\'` (which only QEMU has), numbers that QEMU takes for two tokens (`0e5`), and a number or keyword
-#: that the end of the data may have cut. The last alternative, which never matches, is for Python before 3.11.5: there
-#: a possessive repeat goes on from wherever its last, failed attempt got to (CPython issue 106052), and this puts it
-#: back.
+#: Tokens that need no inspection, then the next bracket if one follows. The match stops before other tokens: single
+#: quotes, `\'` (an escape that only QEMU accepts), numbers that are two tokens for QEMU (`0e5`), and a number or
+#: keyword that the end of the data may have cut. The last alternative never matches. It works around CPython issue
+#: 106052: before Python 3.11.5, a possessive repeat continues at the end of its last, failed attempt.
 RUN = re.compile(
     rb"""(?:[ \t\r\n,:]++
          |"(?:[^"\\\x00-\x1f\xfe\xff]++|\\[^'\x00-\x1f\xfe\xff])*+"
@@ -23,13 +22,13 @@ RUN = re.compile(
     re.VERBOSE,
 )
 
-#: What a string may hold before its closing quote, a character that must not be there, or the end of the data.
+#: The inside of a string, up to its closing quote, an invalid character, or the end of the data.
 INSIDE = {
     ord('"'): re.compile(rb'(?:[^"\\\x00-\x1f\xfe\xff]++|\\[^\x00-\x1f\xfe\xff])*+'),
     ord("'"): re.compile(rb"(?:[^'\\\x00-\x1f\xfe\xff]++|\\[^\x00-\x1f\xfe\xff])*+"),
 }
 
-#: As much of a number or keyword as there is, complete or not.
+#: A number or keyword, complete or not.
 ATOM = re.compile(
     rb"""[a-z]++
       |-?+(?:0(?:\.(?:[0-9]++(?:[eE][-+]?+[0-9]*+)?)?)?
@@ -37,8 +36,8 @@ ATOM = re.compile(
     re.VERBOSE,
 )
 
-#: Skipped after a lexical error, up to where QEMU's lexer resumes.
+#: The bytes that QEMU's lexer skips after a lexical error.
 SKIPPED = re.compile(rb"[^\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]*+")
 
-#: What numbers and keywords begin with.
+#: The first bytes of numbers and keywords.
 ATOM_STARTS = b"-0123456789abcdefghijklmnopqrstuvwxyz"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Splits a message into compact JSON text and the members of its object, still as text.
 
-msgspec does the work, in C. It accepts what QEMU accepts but for what is looked after here: it allows less nesting, it
-keeps the last of two members with the same key where QEMU refuses both, and it does not look into strings.
+msgspec does the work, in C. It differs from QEMU in three ways, which are handled here: it allows less nesting; of two
+members with one key it keeps the last, while QEMU refuses both; and it does not check the contents of strings.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from .. import limits
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
-#: A brace, or a string and the colon behind it if it is a key.
+#: A brace, or a string and the colon after it if the string is a key.
 _KEYS = re.compile(rb'[{}]|("[^"]*+")(:)?')
 
-#: Bytes of a message in which keys that occur twice in one object are searched for. In larger ones QEMU may find them.
+#: The size in bytes of messages in which duplicate keys are searched for. In larger messages, QEMU may find them.
 SEARCHED = 2048
 
 
 class Doubt(Enum):
-    """The errors that only the tokens can show."""
+    """The errors that a message may have, and that only its tokens can show."""
 
     NONE = auto()
-    #: Strings that are not Unicode, and keys that occur twice further in. QEMU can find them as well.
+    #: Strings that are not Unicode, and duplicate keys in nested objects. QEMU can find these errors too.
     CONTENT = auto()
-    #: Members that others took the place of, for only their keys' spelling differs or not even that.
+    #: Duplicate keys in the message's own object, perhaps with different escapes. msgspec has dropped the first value.
     MEMBERS = auto()
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
     """A message that is JSON."""
 
-    #: Compact: no white space.
+    #: Compact JSON, without white space.
     text: bytes
-    #: Its members in compact JSON, or None if it is no object.
+    #: The members in compact JSON, or None if the message is not an object.
     members: dict[str, msgspec.Raw] | None
     doubt: Doubt
 
@@ -63,7 +63,7 @@ def _parse(text: bytes | bytearray) -> Message:
     if compact[0] != 0x7B:
         return Message(compact, None, Doubt.NONE if plain else Doubt.CONTENT)
     members = _MEMBERS.decode(compact)
-    # The length shows whether a member is missing that another took the place of, and whether keys have escapes.
+    # The length shows whether a duplicate member was dropped, and whether keys have escapes.
     length = 1
     for key, value in members.items():
         length += len(key) + len(value) + 4
@@ -73,8 +73,8 @@ def _parse(text: bytes | bytearray) -> Message:
 
 
 def _unique(compact: bytes, members: dict[str, msgspec.Raw]) -> bool:
-    """Whether no object in a message without escapes has a key twice, as far as a cheap check can tell."""
-    # A colon a key: with more of them there are keys further in, or colons in strings.
+    """Return True if a cheap check shows that no object has a duplicate key. The message has no escapes."""
+    # Each key has a colon. More colons than members mean nested keys, or colons in strings.
     further = compact.count(b":") - len(members)
     if not further:
         return True
@@ -87,7 +87,7 @@ def _unique(compact: bytes, members: dict[str, msgspec.Raw]) -> bool:
 
 
 def _search(compact: bytes) -> bool:
-    """Whether no object in the message has a key twice. Without recursion; some 0.3 us a string."""
+    """Return True if no object in the message has a duplicate key. Needs no recursion, and 0.3 µs a string."""
     objects: list[set[bytes]] = []
     for match in _KEYS.finditer(compact):
         if match.lastindex == 2:

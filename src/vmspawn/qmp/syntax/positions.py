@@ -4,23 +4,23 @@
 from __future__ import annotations
 
 
-class Places:
-    """Returns the line and column of places in a buffer whose beginning is dropped now and then."""
+class Positions:
+    """Counts the lines and columns of a buffer whose beginning is dropped now and then."""
 
     __slots__ = ("_column", "_line")
 
     def __init__(self) -> None:
-        # Of the buffer's first byte, both counted from 1.
+        # The position of the buffer's first byte, counted from 1.
         self._line = self._column = 1
 
     def drop(self, data: bytes | bytearray, end: int) -> None:
-        """Count `data` up to `end`, which leaves the buffer."""
+        """Count `data` up to `end`, before it is removed from the buffer."""
         self._line, self._column = self._at(data, end)
 
-    def name(self, data: bytearray, offset: int, *, late: bool) -> str:
-        """Return QEMU's prefix of an error there. `late` is true if QEMU reads the byte twice and counts it."""
+    def prefix(self, data: bytearray, offset: int, *, is_late: bool) -> str:
+        """Return QEMU's prefix of an error at `offset`. `is_late` is true if QEMU counts that byte twice."""
         line, column = self._at(data, offset)
-        return f"{line}:{column + late}: "
+        return f"{line}:{column + is_late}: "
 
     def _at(self, data: bytes | bytearray, offset: int) -> tuple[int, int]:
         newline = data.rfind(b"\n", 0, offset)

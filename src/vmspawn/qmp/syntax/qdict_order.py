@@ -9,8 +9,8 @@ _BUCKETS = 512
 
 
 def by_bucket(keys: Iterable[str]) -> list[str]:
-    """Return keys in QEMU's order; `keys` are in the order in which they came."""
-    # A key is put before those that are in its bucket already, and sorting keeps the order of equals.
+    """Return keys in QEMU's order. `keys` are in the order of the message."""
+    # QEMU puts a key before the earlier keys of its bucket, and sorting keeps the order of equal keys.
     return sorted(reversed(list(keys)), key=_bucket)  # noqa: C414
 
 

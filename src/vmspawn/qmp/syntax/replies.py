@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads the lines that QEMU writes to a monitor, and replaces their ids.
 
-QEMU escapes line breaks in strings, so a line is a message; it is ASCII and ends with CR LF. A success ends with the
-id, an error begins with it: `{"return": …, "id": 1}`, `{"id": 1, "error": {"class": …, "desc": …}}`. Lines are spliced,
-not decoded; one that looks different (of a monitor with `pretty=on`) is taken apart.
+QEMU escapes line breaks in strings, so a line is a message. It is ASCII and ends with CR LF. The id is at the end of a
+success and at the start of an error: `{"return": …, "id": 1}`, `{"id": 1, "error": {"class": …, "desc": …}}`. Lines are
+spliced, not decoded, except lines in another form, from a monitor with `pretty=on`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .strings import quote
 GENERIC_ERROR = "GenericError"
 COMMAND_NOT_FOUND = "CommandNotFound"
 
-#: How QEMU answers a command that returns nothing.
+#: QEMU's reply to a command that returns nothing.
 EMPTY = b'{"return": {}}\r\n'
 
 _END = b"}\r\n"
@@ -26,21 +26,21 @@ _SUCCESS = b'{"return": '
 _EVENT = b'{"timestamp": '
 _FAILURE = re.compile(rb'\{(?:"id": ([0-9]++), )?"error": ')
 _ID_AT_END = re.compile(rb', "id": ([0-9]++)\}\r\n')
-#: Bytes at a line's end that hold any id of ours.
+#: Bytes at a line's end that include any id of vmspawn's.
 _TAIL = len(b', "id": }\r\n') + 10
 
 
 class Reply(msgspec.Struct, frozen=True, gc=False):
-    """A reply to some command."""
+    """QEMU's reply to a command."""
 
     #: The line without its id.
     line: bytes
     failed: bool
-    #: The id that it had, or -1.
+    #: The reply's id, or -1.
     id: int = -1
 
     def labelled(self, id: bytes | None) -> bytes:
-        """Return the line with this JSON text as its id, or without an id."""
+        """Return the line with `id`, a JSON text, or without an id."""
         if id is None:
             return self.line
         if self.failed:
@@ -49,7 +49,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Line(msgspec.Struct):
-    """A line taken apart."""
+    """A decoded line."""
 
     result: msgspec.Raw | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="return")
     error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -82,13 +82,13 @@ def read(line: bytes) -> Reply | None:
         return None
     head = _FAILURE.match(line)
     if head is None:
-        return _taken_apart(line)
+        return _decoded(line)
     if head[1] is None:
         return Reply(line, True)
     return Reply(b"{" + line[head.end(1) + 2 :], True, int(head[1]))
 
 
-def _taken_apart(line: bytes) -> Reply | None:
+def _decoded(line: bytes) -> Reply | None:
     parts = _LINE.decode(line)
     id = -1 if parts.id is msgspec.UNSET else parts.id
     if parts.result is not msgspec.UNSET:
@@ -99,21 +99,21 @@ def _taken_apart(line: bytes) -> Reply | None:
 
 
 def failure_of(reply: Reply) -> Failure:
-    """Return the error of a reply that failed."""
+    """Return the error of a failed command's reply."""
     return _FAILURE_LINE.decode(reply.line).error
 
 
 def returned(reply: Reply) -> Any:
-    """What a command returned, or None if it failed."""
+    """Return the result of a command, or None if it failed."""
     return msgspec.json.decode(reply.line).get("return")
 
 
 def failure(description: str, *, error_class: str = GENERIC_ERROR, id: bytes | None = None) -> bytes:
-    """Write an error as QEMU does; `id` is JSON text."""
+    """Return an error reply as QEMU writes it. `id` is JSON text."""
     line = b'{"error": {"class": ' + quote(error_class) + b', "desc": ' + quote(description) + b"}}\r\n"
     return Reply(line, True).labelled(id)
 
 
 def success(id: bytes | None) -> bytes:
-    """Write the reply to a command that returns nothing, as QEMU does."""
+    """Return the reply to a command that returns nothing, as QEMU writes it. `id` is JSON text."""
     return Reply(EMPTY, False).labelled(id)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds where messages begin and end in a stream of QEMU's JSON dialect.
+"""Finds the start and the end of messages in a stream of QEMU's JSON dialect.
 
-QMP has no line framing: a message ends where its brackets balance. What follows QEMU's lexer and streamer byte for byte
-(qobject/json-lexer.c, json-streamer.c) is the cutting: which bytes make up a message, where one that is wrong ends, and
-where reading resumes after it. Strings may have single quotes; a lexical error ends a message at once; reading resumes
-at the next bracket, comma, colon or control character.
+QMP has no line framing: a message ends where its brackets balance. The scanner follows QEMU's lexer and streamer byte
+for byte (qobject/json-lexer.c, json-streamer.c) in three points: the bytes of a message, the end of an invalid message,
+and the byte at which reading resumes after it. Strings may have single quotes. A lexical error ends a message at once;
+reading resumes at the next bracket, comma, colon or control character.
 
-Three speeds. A chunk that is exactly one message of plain JSON, as nearly every client sends it, is recognised by
-msgspec in half a microsecond. Everything else runs from bracket to bracket with one regular expression. Only where that
-stops, at a single quote, an error or the end of the data, is a token looked at on its own.
+There are three speeds:
+
+1. A chunk that is exactly one message of plain JSON, as nearly every client sends it, is recognised by msgspec in half
+   a
+   microsecond.
+2. In other input, one regular expression matches from bracket to bracket.
+3. Where that expression stops, at a single quote, an error or the end of the data, the scanner inspects one token.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ class _Mode(Enum):
     """The part of a message that comes next in the buffer."""
 
     TOKEN = auto()
-    STRING = auto()  # the rest of one
-    SKIPPING = auto()  # what follows a lexical error
+    STRING = auto()  # the rest of a string
+    SKIPPING = auto()  # the bytes after a lexical error
 
 
 class Scanner:
@@ -49,37 +53,38 @@ class Scanner:
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        # A chunk that was not looked at yet; the buffer is empty then.
+        # A chunk that was not inspected yet; the buffer is empty then.
         self._chunk = b""
         self._buffer = bytearray()
         self._reader = Reader(dialect, self._buffer)
-        # How many bytes of the stream have left the buffer.
+        # The number of bytes that were removed from the buffer.
         self._origin = 0
-        # Where in the buffer the message starts, and what is not scanned yet.
+        # The offsets in the buffer of the message, and of the first byte that was not scanned.
         self._start = self._position = 0
         self._mode = _Mode.TOKEN
-        # Where the string that is open starts, and with which quote.
+        # The offset of the open string, and its quote.
         self._token = self._quote = 0
-        # QEMU counts them apart and does not care how they nest: a message ends when both are zero or one is negative.
+        # QEMU counts braces and brackets separately, and ignores their nesting: a message ends when both counts are
+        # zero or one is negative.
         self._braces = self._brackets = 0
-        # Whether the rest of the message is skipped, because its error is reported already.
+        # True if the rest of the message is skipped, because its error was reported.
         self._muted = False
         self._found: Message | Malformed | None = None
-        #: Whether `next` stopped to give others a turn, and should be called again without more data.
+        #: True if `next` stopped to give others a turn, and must be called again without more data.
         self.is_busy = False
 
     @property
     def pending(self) -> int:
-        """The number of bytes that were fed and do not belong to a message that was returned."""
+        """The number of bytes that were fed and are not part of a returned message."""
         return len(self._chunk) or len(self._buffer) - self._start
 
     @property
     def offset(self) -> int:
-        """The number of bytes of the stream up to the end of the last message."""
+        """The offset in the stream of the end of the last message."""
         return self._origin + self._start
 
     def feed(self, data: bytes) -> None:
-        """Add bytes in the order of the stream."""
+        """Append bytes of the stream."""
         if not self._buffer and not self._chunk:
             self._chunk = data
             return
@@ -88,9 +93,9 @@ class Scanner:
         self._buffer += data
 
     def take_whole(self, pattern: re.Pattern[bytes], data: bytes) -> tuple[bytes | None, ...] | None:
-        """What the pattern, which describes whole messages, captures if `data` is one; it was not fed before.
+        """Return the groups of a pattern for whole messages if `data` is exactly one message that matches, else None.
 
-        Otherwise feed it.
+        `data` must not be fed before. If the result is None, it must be fed.
         """
         if self._buffer or self._chunk or self._mode is not _Mode.TOKEN or self._braces or self._brackets:
             return None
@@ -101,7 +106,7 @@ class Scanner:
         return match.groups()
 
     def take(self, pattern: re.Pattern[bytes]) -> tuple[bytes | None, ...] | None:
-        """Return what the pattern captures of the next message, or None if it does not match: `next` reads it then."""
+        """Return the groups of the pattern if the next message matches; else None, and `next` reads the message."""
         if self._mode is not _Mode.TOKEN or self._braces or self._brackets:
             return None
         if self._chunk:
@@ -112,7 +117,7 @@ class Scanner:
         match = pattern.match(self._buffer, self._start)
         if match is None:
             return None
-        # Before the buffer changes, into which the match looks.
+        # The match refers to the buffer, which changes below.
         captured = match.groups()
         self._start = self._position = match.end()
         if self._start > limits.RECEIVE_SIZE or self._start == len(self._buffer):
@@ -120,7 +125,7 @@ class Scanner:
         return captured
 
     def next(self) -> Message | Malformed | None:
-        """Return the next message, or its error; None if more bytes must come first, or if `is_busy`."""
+        """Return the next message, or its error; None if `is_busy`, or if more bytes are needed."""
         if self._chunk:
             chunk, self._chunk = self._chunk, b""
             message = self._at_once(chunk)
@@ -132,24 +137,24 @@ class Scanner:
         return None if self.is_busy else self._outcome()
 
     def _at_once(self, chunk: bytes) -> Message | None:
-        """Return the chunk if it is one whole message that QEMU and msgspec read alike."""
+        """Return the chunk's message if it is exactly one that QEMU and msgspec read alike, else None."""
         if self._buffer or self._mode is not _Mode.TOKEN or self._braces or self._brackets:
             return None
-        # QEMU alone stumbles over 0e5, and over the two bytes that UTF-8 never has.
+        # Only QEMU refuses 0e5, and the two bytes that UTF-8 never has.
         if not chunk.isascii() or b"0e" in chunk or b"0E" in chunk:
             return None
         try:
             message = parse(chunk)
         except msgspec.DecodeError:
             return None
-        # Only brackets end by themselves.
+        # Only a message in brackets ends without further bytes.
         if message.members is None or message.doubt is not Doubt.NONE:
             return None
         self._pass(chunk)
         return message
 
     def _pass(self, chunk: bytes) -> None:
-        """Count a message that was never in the buffer."""
+        """Count a message that was read without the buffer."""
         self._origin += len(chunk)
         self._reader.passed(chunk)
 
@@ -161,7 +166,7 @@ class Scanner:
         return self._found
 
     def _step(self) -> bool:
-        """Scan on; returns False when something was found, or when the data has ended."""
+        """Scan one part; returns False when a message or an error was found, or when the data has ended."""
         if self._mode is _Mode.TOKEN:
             return self._run() if self._braces or self._brackets else self._first()
         return self._string() if self._mode is _Mode.STRING else self._skip()
@@ -182,7 +187,7 @@ class Scanner:
         return self._special()
 
     def _run(self) -> bool:
-        """Scan brackets and everything between them, until a message ends or a token needs a closer look."""
+        """Scan from bracket to bracket, until a message ends or a token must be inspected."""
         buffer, position = self._buffer, self._position
         braces, brackets = self._braces, self._brackets
         while True:
@@ -207,10 +212,10 @@ class Scanner:
             return position < len(buffer) and self._special()
         return self._too_deep() if braces + brackets > limits.NESTING else self._complete()
 
-    # Token by token, where that stopped.
+    # Token by token, where the run stopped.
 
     def _special(self) -> bool:
-        """Scan a token that stopped the run: in single quotes, wrong, or cut off by the end of the data."""
+        """Scan the token that stopped the run: in single quotes, invalid, or cut off by the end of the data."""
         first = self._buffer[self._position]
         if first in ATOM_STARTS:
             return self._atom()
@@ -235,7 +240,7 @@ class Scanner:
         return self._token_ended(end + 1)
 
     def _atom(self) -> bool:
-        """Scan a number or keyword, or bytes that begin like one."""
+        """Scan a number or keyword, or bytes that begin like a number or keyword."""
         buffer, start = self._buffer, self._position
         end = _end(ATOM, buffer, start)
         if end - start > limits.ATOM_SIZE:
@@ -265,7 +270,7 @@ class Scanner:
         self._reader.resumed(self._start)
         return True
 
-    # The ends that a message can have.
+    # The ends of a message.
 
     def _complete(self) -> bool:
         """End a message that is complete."""
@@ -275,7 +280,7 @@ class Scanner:
         return self._found is None
 
     def _error(self, start: int, end: int, description: str = "") -> bool:
-        """End a message at a lexical error, however many brackets are open."""
+        """End a message at a lexical error, whatever brackets are open."""
         if not self._muted:
             problem = self._reader.error_so_far(self._start, start)
             self._found = Malformed(problem or description or self._reader.stray(start, end))
@@ -295,7 +300,7 @@ class Scanner:
         return False
 
     def _wait(self) -> None:
-        """Look for an error in a message that has not ended yet."""
+        """Look for an error in an incomplete message."""
         if self._muted:
             self._mute()
         elif len(self._buffer) - self._start > limits.COMMAND_SIZE:
@@ -315,14 +320,14 @@ class Scanner:
         self._reader.mute()
 
     def _reset(self, position: int) -> None:
-        """Begin a message here."""
+        """Begin a message at `position`."""
         self._start = self._position = position
         self._braces = self._brackets = 0
         self._muted = False
         self._reader.begin()
 
     def _forget(self) -> None:
-        """Drop the bytes that are not needed any more."""
+        """Remove the bytes that are not needed any more."""
         start = self._start
         if not start:
             return
@@ -335,7 +340,7 @@ class Scanner:
 
 
 def _end(pattern: re.Pattern[bytes], buffer: bytearray, position: int) -> int:
-    """Return the end of a match; the patterns match everywhere."""
+    """Return the end of a match. The patterns match everywhere."""
     match = pattern.match(buffer, position)
     assert match is not None
     return match.end()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads and writes JSON strings as QEMU does.
 
-Read: single or double quotes, `\\'` as one more escape, modified UTF-8 (NUL may be C0 80), and no code point that is
-not a character (util/unicode.c). Written: double quotes, ASCII, `\\uXXXX` with capitals (qobject/json-writer.c).
+Reading accepts single and double quotes, the additional escape `\\'`, and modified UTF-8 (NUL may be C0 80); it refuses
+code points that are not characters (util/unicode.c). Writing uses double quotes, and escapes all but ASCII as `\\uXXXX`
+with capital digits (qobject/json-writer.c).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-#: What QEMU writes for bytes that are not UTF-8.
+#: QEMU's replacement for bytes that are not UTF-8.
 REPLACEMENT = "\ufffd"
 
 _ESCAPES = {
@@ -26,8 +27,8 @@ _ESCAPES = {
 }
 _WRITTEN = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
-#: A piece of a string's inside: text, an escaped surrogate pair, another unicode escape (which the string's end may
-#: cut), or an escaped letter.
+#: A piece of a string's inside: text, an escaped surrogate pair, another unicode escape (which the end of the string
+#: may cut), or an escaped letter.
 _PIECE = re.compile(
     rb"([^\\]+)|\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u(.{0,4})|(.))",
     re.DOTALL,
@@ -36,16 +37,16 @@ _HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{4}")
 _SPECIAL = re.compile(r'["\\]|[^ -~]')
 _QUOTES = re.compile(rb"""\\(.)|(")""", re.DOTALL)
 
-#: The smallest code point that needs a sequence of two, three … bytes; a longer sequence is overlong.
+#: The smallest code points that need two, three … bytes. A longer sequence than needed is overlong.
 _SMALLEST = (0x80, 0x800, 0x10000, 0x200000, 0x4000000)
 
 
 class BadString(ValueError):
-    """A string that QEMU's parser refuses; the message is QEMU's."""
+    """A string that QEMU's parser refuses. The error's text is QEMU's."""
 
 
 def quote(text: str) -> bytes:
-    """Write a string as QEMU does, quotes included."""
+    """Return a string as QEMU writes it, quotes included."""
     return b'"' + _SPECIAL.sub(_written, text).encode("ascii") + b'"'
 
 
@@ -61,7 +62,7 @@ def _written(match: re.Match[str]) -> str:
 
 
 def requote(token: bytes) -> bytes:
-    """A string token with the dialect's freedoms taken out: double quotes, no `\\'`. Its value stays the same."""
+    """Return a string token in standard JSON: double quotes, no `\\'`. Its value stays the same."""
     inside = token[1:-1]
     if b"\\" in inside or b'"' in inside:
         inside = _QUOTES.sub(_requoted, inside)
@@ -75,7 +76,7 @@ def _requoted(match: re.Match[bytes]) -> bytes:
 
 
 def lenient(data: bytes) -> str:
-    """Show bytes as QEMU does in an error: up to a NUL, with U+FFFD for each sequence that is not modified UTF-8."""
+    """Return bytes as QEMU shows them in an error: up to a NUL, with U+FFFD for each invalid sequence."""
     return "".join(REPLACEMENT if code < 0 else chr(code) for code in _code_points(data.partition(b"\0")[0]))
 
 
@@ -100,7 +101,7 @@ def _unescaped(piece: re.Match[bytes], quotation: bytes) -> str:
     else:
         code = int(single, 16) if _HEXADECIMAL.fullmatch(single) else -1
     if not _is_character(code):
-        # QEMU shows four bytes of the escape, be one of them the closing quote.
+        # QEMU shows four bytes of the escape, even if one of them is the closing quote.
         shown = lenient(piece[0] if high is not None or len(single) == 4 else piece[0] + quotation)
         raise BadString(f"{shown} is not a valid Unicode character")
     return chr(code)
@@ -116,7 +117,7 @@ def _decoded(text: bytes) -> str:
 
 
 def _is_character(code: int) -> bool:
-    """Whether QEMU accepts a code point as a character: surrogates and Unicode's noncharacters are not."""
+    """Return whether QEMU accepts a code point: it refuses surrogates and Unicode's noncharacters."""
     if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF or 0xFDD0 <= code <= 0xFDEF:
         return False
     return code >= 0 and code & 0xFFFE != 0xFFFE
@@ -132,7 +133,7 @@ def _code_points(data: bytes) -> Iterator[int]:
 
 
 def _code_point(data: bytes, position: int) -> tuple[int, int]:
-    """Return one code point, or -1, and the number of its bytes."""
+    """Return the code point at `position`, or -1, and the number of its bytes."""
     lead = data[position]
     if lead < 0x80:
         return lead, 1
