@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long a command in the guest takes, split into the host's part and the guest's: `python -m bench._agent [AGENT]`.
+"""Splits the time of a command in the guest into the host's part and the guest's: `python -m bench._agent [AGENT]`.
 
-The built-in guest under TCG. Ports that are plugged ahead show what remains when only the message is to be sent.
+It measures the built-in guest under TCG. Ports that are plugged in advance show the time of the message alone.
 """
 
 import statistics
@@ -16,13 +16,13 @@ from vmspawn.agent.protocol import Run, Started
 
 ROUNDS = 60
 
-#: Not the shell's own
+#: busybox's own `true`, and not the shell's.
 TRUE = (b"/bin/busybox", b"true")
 MIB = 1 << 20
 
 
 def one(machine: AgentMachine, number: int, pause: float) -> dict[str, float]:
-    """Run `true` once; the pause lets the guest finish with the ports before the message comes."""
+    """Run `true` once. During the pause the guest finishes its work with the ports, before the message comes."""
     run = Run(id=f"b{number}-{int(pause * 1000)}", session=machine.session, arguments=TRUE)
     start = time.perf_counter()
     command = Command(machine, run)
@@ -54,7 +54,7 @@ def table(machine: AgentMachine, pause: float) -> None:
 
 
 def at_once(machine: AgentMachine) -> None:
-    """Print the median where the message is sent before the ports are there."""
+    """Print the median time of commands whose message is sent before the ports exist."""
     times = []
     for number in range(ROUNDS):
         run = Run(id=f"a{number}", session=machine.session, arguments=TRUE)
@@ -68,7 +68,7 @@ def at_once(machine: AgentMachine) -> None:
 
 
 def guests_own(machine: AgentMachine) -> float:
-    """Milliseconds that the guest takes to fork and execute `true`, by a loop of its shell."""
+    """Return the milliseconds that the guest needs to fork and execute `true`, measured by a loop of its shell."""
     script = "for i in 0 1 2 3 4 5 6 7 8 9; do /bin/busybox true; done; read a b </proc/uptime; echo $a"
     times = []
     for _ in range(5):
@@ -81,7 +81,7 @@ def guests_own(machine: AgentMachine) -> float:
 
 
 def throughput(machine: AgentMachine) -> None:
-    """Print the time of streams."""
+    """Print the time of a command's streams."""
     start = time.perf_counter()
     assert len(machine.run("cat", data=bytes(4 * MIB)).stdout) == 4 * MIB
     print(f"4 MiB in and out: {(time.perf_counter() - start) * 1000:.0f} ms")
@@ -91,7 +91,7 @@ def throughput(machine: AgentMachine) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     agent = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     with tempfile.TemporaryDirectory() as folder, booted("qemu-system-x86_64", Path(folder), agent=agent) as machine:
         time.sleep(1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How fast the guest's console is through vmspawn to a pipe, beside QEMU's own `-serial stdio`, and what it costs.
+"""Compares the guest's console through vmspawn with QEMU's own `-serial stdio`: speed, processor time and memory.
 
-Both boot the built-in guest, which prints the same bytes, in turn, on request; what is timed is from the first of them
-to the last. The manager's memory is looked at before and after.
+Both boot the built-in guest, which prints the same bytes on request, in turn. The time is from the first of these bytes
+to the last. The manager's memory is read before and after.
 """
 
 import json
@@ -20,21 +20,21 @@ from typing import IO
 from vmspawn.guest import build, builtin
 
 ROUNDS = 5
-#: Bytes printed in each round. Under emulation a serial port takes 100 kB a second or less.
+#: The bytes that are printed in each round. An emulated serial port prints up to 100 kB/s.
 SIZE = int(os.environ.get("SIZE", "500000"))
 DEADLINE = 300.0
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
 
-#: Lines of hexadecimal digits, as od prints them. Only the guest puts the marks together.
+#: Prints lines of hexadecimal digits as od writes them. The marks are split, so that the command's echo has none.
 COMMAND = "printf 'be''gin>'; head -c {} /dev/zero | od -v -tx1 | head -c {}; printf '<e''nd'\n"
 
 
 class Console:
-    """A program on two pipes that shows the guest's console.
+    """A program that shows the guest's console on two pipes.
 
-    It has a session of its own, as vmspawn gives QEMU one: by sessions the kernel shares the processors out.
+    The program has a session of its own, as vmspawn gives one to QEMU: the kernel shares the processors among sessions.
     """
 
     def __init__(self, command: list[str]) -> None:
@@ -49,11 +49,11 @@ class Console:
         self.read_until(b"vmspawn# ")
 
     def read_until(self, mark: bytes) -> int:
-        """Read on until the mark has come; how many bytes there were. What follows it is kept."""
+        """Read until the mark has come; returns the number of bytes before it. Keeps the bytes after it."""
         deadline = time.monotonic() + DEADLINE
         count = 0
         while (end := self._kept.find(mark)) < 0:
-            # All of it but what may be the mark's beginning.
+            # The last bytes may be the beginning of the mark.
             done = max(0, len(self._kept) - len(mark))
             count += done
             data = os.read(self._stdout.fileno(), 65536)
@@ -64,7 +64,7 @@ class Console:
         return count + end
 
     def speed(self) -> float:
-        """Have the guest print; bytes a second."""
+        """Make the guest print; returns bytes a second."""
         self._stdin.write(COMMAND.format(SIZE // 3, SIZE).encode())
         self._stdin.flush()
         self.read_until(b"begin>")
@@ -75,7 +75,7 @@ class Console:
         return count / took
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill the program."""
         self.process.kill()
         self.process.wait()
         self._stdin.close()
@@ -83,7 +83,7 @@ class Console:
 
 
 def bare() -> Console:
-    """QEMU with its console on its standard streams."""
+    """Start QEMU with its console on its standard streams."""
     guest = builtin.find() or build.build()
     append = " ".join(("console=ttyS0", *guest.arguments))
     machine = ["-machine", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-display", "none"]
@@ -93,14 +93,14 @@ def bare() -> Console:
 
 
 def through_vmspawn() -> Console:
-    """vmspawn with the guest's console on its standard streams."""
+    """Start vmspawn with the guest's console on its standard streams."""
     return Console(
         [*VMSPAWN, "-q", "-M", "bench", "--guest=builtin", "--kvm=no", "--console=interactive", f"--qemu={QEMU}"]
     )
 
 
 def resident(pid: int) -> float:
-    """A process's resident memory in MB."""
+    """Return a process's resident memory in MB."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     if not found:
         raise SystemExit("no VmRSS")
@@ -108,13 +108,13 @@ def resident(pid: int) -> float:
 
 
 def processor_seconds(pid: int) -> float:
-    """The processor time that a process has used."""
+    """Return the processor time that a process has used, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure() -> dict[str, list[float]]:
-    """All figures, in turn ROUNDS times."""
+    """Measure all figures, ROUNDS times in turn."""
     found: dict[str, list[float]] = {"bare": [], "vmspawn": [], "resident": [], "busy": []}
     consoles = {"bare": bare(), "vmspawn": through_vmspawn()}
     manager = consoles["vmspawn"].process.pid
@@ -135,7 +135,7 @@ def measure() -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     folder = tempfile.mkdtemp(prefix="vmspawn-bench-")
     os.environ["VMSPAWN_RUNTIME_DIR"] = folder
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long commands in the guest take, and how fast their streams are: the built-in guest under TCG.
+"""Measures the time of commands in the guest and the speed of their streams, in the built-in guest under TCG.
 
-`machine.run("true")` is split into the host's part and the guest's by a loop of the guest's shell. A stream is compared
-with a raw virtio-serial port, `vmctl exec` with `vmctl status`.
+A loop of the guest's shell splits the time of `machine.run("true")` into the host's part and the guest's. A command's
+stream is compared with a raw virtio-serial port, `vmctl exec` with `vmctl status`.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ MIB = 1 << 20
 SIZE = int(os.environ.get("SIZE", str(100 * 1000 * 1000)))
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
-#: Seconds between commands: the ports of the one before are unplugged meanwhile.
+#: Seconds between commands, in which the ports of the last command are unplugged.
 PAUSE = 0.3
 
 
 def show(what: str, times: list[float]) -> float:
-    """Print the median of times in milliseconds; returns it in seconds."""
+    """Print the median of `times` in milliseconds; returns it in seconds."""
     ordered = sorted(times)
     p50, p90 = statistics.median(ordered), ordered[len(ordered) * 9 // 10]
     print(f"  {what:<44} p50 {p50 * 1000:7.1f} ms   p90 {p90 * 1000:7.1f} ms")
@@ -36,7 +36,7 @@ def show(what: str, times: list[float]) -> float:
 
 
 async def one(machine: vmspawn.Machine, *, pause: float) -> list[float]:
-    """The times of `true`."""
+    """Return the times of `true`."""
     times = []
     for _ in range(ROUNDS):
         await asyncio.sleep(pause)
@@ -47,7 +47,7 @@ async def one(machine: vmspawn.Machine, *, pause: float) -> list[float]:
 
 
 async def guests_own(machine: vmspawn.Machine) -> float:
-    """Seconds that the guest takes to fork and execute `true`: what a loop of its shell takes, divided."""
+    """Return the seconds that the guest needs to fork and execute `true`, measured by a loop of its shell."""
     count = 50
     script = f"i=0; while [ $i -lt {count} ]; do /bin/busybox true; i=$((i + 1)); done"
     times = []
@@ -59,7 +59,7 @@ async def guests_own(machine: vmspawn.Machine) -> float:
 
 
 def commands(name: str) -> None:
-    """`vmctl exec` beside `vmctl status`, in turn."""
+    """Compare `vmctl exec` with `vmctl status`, in turn."""
     found: dict[str, list[float]] = {"exec": [], "status": []}
     for verb, *arguments in [("exec", "true"), ("status",)] * (ROUNDS // 2):
         time.sleep(PAUSE)
@@ -71,7 +71,7 @@ def commands(name: str) -> None:
 
 
 async def stream(machine: vmspawn.Machine) -> float:
-    """Bytes a second of a command's output."""
+    """Return the bytes a second of a command's output."""
     start = time.perf_counter()
     async with await machine.execute(
         ["dd", "if=/dev/zero", "bs=32k", f"count={SIZE // 32768}"], stdin=False
@@ -85,7 +85,7 @@ async def stream(machine: vmspawn.Machine) -> float:
 
 
 def raw(folder: Path) -> float:
-    """Bytes a second of a raw port: the guest's dd writes to it, and we read the socket."""
+    """Return the bytes a second of a raw port, which the guest's dd writes and this program reads."""
     with booted(QEMU, folder) as machine:
         port, number = machine.plug("raw", "raw", "stdout")
         machine.plugged()
@@ -106,7 +106,7 @@ def raw(folder: Path) -> float:
 
 
 async def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     with tempfile.TemporaryDirectory() as folder:
         beside = raw(Path(folder))
     async with vmspawn.Machine(guest="builtin", qemu=QEMU, name=f"bench-{os.getpid()}", console="headless") as machine:

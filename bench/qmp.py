@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A QMP session beside a monitor of one's own: round trips, throughput, fan-out, and bad neighbours.
+"""Compares a QMP session with a native monitor: round trips, throughput, fan-out, and the effect of busy neighbours.
 
-One QEMU of `-machine none` serves a native monitor and, through a multiplexer in a process of its own, the sessions.
-Both are asked in turn in one run, so that a ratio holds when the machine's speed drifts. A ratio is session ÷ native;
-where it is of throughputs, more is better.
+One QEMU with `-machine none` serves a native monitor and, through a multiplexer in another process, the sessions. Both
+are measured in turn in one run, so that a ratio holds if the machine's speed changes. A ratio is session ÷ native; for
+a ratio of throughputs, more is better.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import NamedTuple
 
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
-#: Round trips of each of two that are compared, and how many of one before it is the other's turn.
+#: The number of round trips of each of the two, and the number of each turn.
 ROUNDS = 1500
 BLOCK = 50
-#: Commands of one measurement of throughput.
+#: The number of commands in one measurement of throughput.
 COMMANDS = 1280
-#: Sessions that an event goes out to.
+#: The number of sessions that an event is sent to.
 SESSIONS = 256
 DEADLINE = 60.0
 
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 class Client:
-    """A blocking QMP client that does as little as it can."""
+    """A blocking QMP client that does as little as possible."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -61,7 +61,7 @@ class Client:
         self.ask(NEGOTIATE)
 
     def lines(self, count: int) -> int:
-        """Read so many lines; their length."""
+        """Read `count` lines; returns their length in bytes."""
         size = 0
         while count > 0:
             data = self.socket.recv(1 << 18)
@@ -72,7 +72,7 @@ class Client:
         return size
 
     def ask(self, command: bytes) -> float:
-        """Seconds for one round trip."""
+        """Run one command; returns the seconds of the round trip."""
         start = time.perf_counter()
         self.socket.sendall(command)
         self.lines(1)
@@ -81,7 +81,7 @@ class Client:
 
 @contextlib.contextmanager
 def clients(path: Path, count: int) -> Iterator[list[Client]]:
-    """So many clients."""
+    """Connect `count` clients."""
     with contextlib.ExitStack() as stack:
         made = [Client(path) for _ in range(count)]
         for client in made:
@@ -89,11 +89,11 @@ def clients(path: Path, count: int) -> Iterator[list[Client]]:
         yield made
 
 
-# What is measured.
+# The measurements.
 
 
 def round_trips(native: Path, shared: Path, command: bytes, rounds: int = ROUNDS) -> tuple[float, float]:
-    """p50 through a session and natively."""
+    """Return the median round trips through a session and natively."""
     with clients(shared, 1) as (session,), clients(native, 1) as (own,):
         figures: dict[Client, list[float]] = {session: [], own: []}
         for _ in range(rounds // BLOCK):
@@ -104,7 +104,7 @@ def round_trips(native: Path, shared: Path, command: bytes, rounds: int = ROUNDS
 
 
 def qemu_qmp(native: Path, shared: Path) -> tuple[float, float]:
-    """The same with the client of qemu.qmp."""
+    """Return the same as `round_trips`, with the client of qemu.qmp."""
     from qemu.qmp import QMPClient
 
     async def run() -> tuple[float, float]:
@@ -127,7 +127,7 @@ def qemu_qmp(native: Path, shared: Path) -> tuple[float, float]:
 
 
 def throughput(path: Path, command: bytes, count: int) -> float:
-    """Commands a second of so many clients together, each of which sends all it has before it reads."""
+    """Return the commands a second of `count` clients together, which send all their commands before they read."""
     with clients(path, count) as made:
         left = {client.socket.fileno(): COMMANDS // count for client in made}
         sockets = {client.socket.fileno(): client.socket for client in made}
@@ -146,13 +146,13 @@ def throughput(path: Path, command: bytes, count: int) -> float:
 
 
 def aggregate(native: Path, shared: Path, command: bytes, count: int) -> float:
-    """Throughput of so many sessions ÷ that of one native monitor; the median of five turns."""
+    """Return the throughput of `count` sessions ÷ that of one native monitor, as the median of five turns."""
     ratios = [throughput(shared, command, count) / throughput(native, command, 1) for _ in range(5)]
     return statistics.median(ratios)
 
 
 def fan_out(shared: Path) -> float:
-    """Seconds from the sending of `stop` until all sessions have STOP; the worst of five."""
+    """Return the seconds from sending `stop` until all sessions have STOP, as the longest of five."""
     with clients(shared, SESSIONS) as sessions, clients(shared, 1) as (actor,):
 
         def tell(command: bytes) -> float:
@@ -166,14 +166,14 @@ def fan_out(shared: Path) -> float:
 
         figures = []
         for _ in range(5):
-            # A machine that never ran knows no STOP.
+            # Without `cont`, the machine has never run and sends no STOP.
             tell(b'{"execute":"cont"}')
             figures.append(tell(b'{"execute":"stop"}'))
         return max(figures)
 
 
 def neighbours(shared: Path) -> float:
-    """p50 beside a session that floods, one that does not read and one that sends 1 MB ÷ p50 in the quiet."""
+    """Return the median round trip beside busy neighbours ÷ the same without: a flood, a stall and commands of 1 MB."""
     with clients(shared, 1) as (honest,):
         quiet = [honest.ask(SPACED) for _ in range(400)]
         with contextlib.ExitStack() as stack:
@@ -183,11 +183,11 @@ def neighbours(shared: Path) -> float:
         return statistics.median(loud) / statistics.median(quiet)
 
 
-# Who is beside it, each in a process of its own.
+# The neighbours, each in a process of its own.
 
 
 def serve(main: Path, bulk: Path, listen: Path) -> None:
-    """A multiplexer that serves whoever connects, as a manager does."""
+    """Serve all clients by a multiplexer, as a manager does."""
     from vmspawn.qmp.share.multiplexer import Multiplexer
 
     def connect(path: Path) -> socket.socket:
@@ -209,7 +209,7 @@ def serve(main: Path, bulk: Path, listen: Path) -> None:
 
 
 def flood(shared: Path) -> None:
-    """Send commands as fast as they are taken, and throw the replies away."""
+    """Send commands as fast as they are taken, and discard the replies."""
     client = Client(shared)
     client.socket.setblocking(False)
     while True:
@@ -221,7 +221,7 @@ def flood(shared: Path) -> None:
 
 
 def stall(shared: Path) -> None:
-    """Ask for much and read nothing."""
+    """Send many commands, and read nothing."""
     client = Client(shared)
     client.socket.sendall(SCHEMA * 20)
     time.sleep(DEADLINE)
@@ -238,7 +238,7 @@ def send_large(shared: Path) -> None:
 
 @contextlib.contextmanager
 def process(function: Callable[..., None], *arguments: Path) -> Iterator[BaseProcess]:
-    """A function that runs beside us."""
+    """Run a function in another process."""
     running = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     running.start()
     try:
@@ -250,7 +250,7 @@ def process(function: Callable[..., None], *arguments: Path) -> Iterator[BasePro
 
 @contextlib.contextmanager
 def qemu(paths: Sequence[Path]) -> Iterator[None]:
-    """A QEMU with a monitor at each of these paths."""
+    """Run a QEMU with a monitor at each of these paths."""
     known = subprocess.run([QEMU, "-object", "help"], capture_output=True, check=True, text=True).stdout
     command = [QEMU, "-machine", "none", "-nodefaults", "-display", "none", "-S"]
     with contextlib.ExitStack() as stack:
@@ -273,7 +273,7 @@ def qemu(paths: Sequence[Path]) -> Iterator[None]:
 
 
 def wait_for(path: Path) -> None:
-    """Wait until a socket is there."""
+    """Wait until a socket exists."""
     deadline = time.monotonic() + DEADLINE
     while not path.exists():
         if time.monotonic() > deadline:
@@ -285,7 +285,7 @@ def wait_for(path: Path) -> None:
 
 
 def rows(native: Path, shared: Path) -> Iterator[Row]:
-    """Measure, line by line."""
+    """Measure and yield the lines of the table."""
     for name, command, rounds, target in (
         ("query-status, spaced JSON", SPACED, ROUNDS, "≤ 0.85"),
         ("query-status, minimal JSON", MINIMAL, ROUNDS, "≤ 1.10"),
@@ -303,12 +303,12 @@ def rows(native: Path, shared: Path) -> Iterator[Row]:
 
 
 def ratio(name: str, session: float, native: float, target: str) -> Row:
-    """Two medians as a line."""
+    """Return two medians as a line."""
     return Row(f"{name} (p50 {session * 1e6:.0f} ÷ {native * 1e6:.0f} us)", f"{session / native:.2f}", target)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     print(f"{'QMP, session ÷ native':<66}{'measured':>10}  target", flush=True)
     with tempfile.TemporaryDirectory(prefix="vmspawn-bench-") as name:
         folder = Path(name)

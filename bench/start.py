@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How quick a machine is there: QEMU's start, the control socket's first answer, a vmctl verb, the manager's memory.
+"""Measures the time to start a machine: QEMU's start, the control socket's first reply, a verb, the manager's memory.
 
-Everything is measured in turn in one run, beside `python3 -c pass` and a bare QEMU, and given as medians and ratios.
+All figures are taken in turn in one run, beside `python3 -c pass` and a bare QEMU, and printed as medians and ratios.
 """
 
 import json
@@ -25,14 +25,14 @@ MODULES = "import argparse, json, socket"
 
 
 def seconds(command: list[str]) -> float:
-    """The time of a whole process."""
+    """Return the time of a whole process in seconds."""
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def poll(ready: Callable[[], bool]) -> float:
-    """When something is ready, by the clock. A benchmark may look often; it wants to know the moment."""
+    """Return the time at which something is ready. A benchmark may poll without a pause, to find the exact moment."""
     deadline = time.perf_counter() + DEADLINE
     while not ready():
         if time.perf_counter() > deadline:
@@ -41,7 +41,7 @@ def poll(ready: Callable[[], bool]) -> float:
 
 
 class Machine:
-    """A vmspawn that boots nothing, and what there is to see of it from outside."""
+    """A vmspawn that boots nothing, measured from outside."""
 
     def __init__(self, folder: Path, image: Path) -> None:
         self.control = folder / "bench" / "control"
@@ -51,12 +51,12 @@ class Machine:
         self.process = subprocess.Popen(command)
 
     def qemu_spawned(self) -> float:
-        """Seconds until the manager has a child."""
+        """Return the time at which the manager has a child."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return poll(lambda: bool(children.read_text())) - self.start
 
     def answered(self) -> float:
-        """Seconds until the control socket has answered a call."""
+        """Return the time at which the control socket has answered a call."""
         return poll(self._describe) - self.start
 
     def _describe(self) -> bool:
@@ -69,20 +69,20 @@ class Machine:
                 return False
 
     def resident(self) -> float:
-        """The manager's resident memory in MB."""
+        """Return the manager's resident memory in MB."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) / 1024
         raise SystemExit("no VmRSS")
 
     def end(self) -> None:
-        """End it."""
+        """End the machine."""
         subprocess.run([*VMCTL, "terminate", "bench"], check=True)
         self.process.wait(timeout=DEADLINE)
 
 
 def bare_qemu(folder: Path) -> float:
-    """Seconds until a QEMU without anything has greeted on its monitor."""
+    """Return the seconds until a QEMU without devices has greeted on its monitor."""
     path = folder / "bare"
     command = [QEMU, "-machine", "q35,accel=tcg", "-nodefaults", "-display", "none"]
     start = time.perf_counter()
@@ -104,7 +104,7 @@ def bare_qemu(folder: Path) -> float:
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
-    """All figures, taken in turn ROUNDS times."""
+    """Measure all figures, ROUNDS times in turn."""
     image = folder / "image"
     with open(image, "wb") as file:
         file.truncate(1 << 20)
@@ -124,7 +124,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     folder = Path(tempfile.mkdtemp(prefix="vmspawn-bench-"))
     os.environ["VMSPAWN_RUNTIME_DIR"] = str(folder)
     try:
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def ratio(found: dict[str, float], name: str, base: str) -> str:
-    """A figure as a multiple of another."""
+    """Return a figure as a multiple of another."""
     names = {"pass": "pass", "modules": "modules", "bare": "bare QEMU"}
     return f"{found[name] / found[base]:.2f} x {names[base]}"
 

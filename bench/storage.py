@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How quick disks come and go, beside the same QMP commands sent to the same QEMU by a client that does nothing else.
+"""Compares the time to attach and detach disks with the same QMP commands from a minimal client of the same QEMU.
 
-A machine of a `vmspawn` process with the built-in guest, asked through its control socket; its QEMU has a monitor more,
-for the raw client. Ours and raw take turns, and the next turn begins when the guest has seen all of the last. A ratio
-is ours ÷ raw, of medians.
+A `vmspawn` process runs the built-in guest, and is called through its control socket. Its QEMU has another monitor for
+the raw client. vmspawn and the raw client take turns, and the next turn begins when the guest has noticed all disks of
+the last. A ratio is vmspawn ÷ raw, of medians.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from vmspawn.host import runtime
 
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
-#: Attaches of one disk, ours and raw each.
+#: The number of attaches of one disk, for each of the two.
 ROUNDS = 50
-#: Disks of the measurement of many, and how often it is done.
+#: The number of disks in the measurement of many disks, and the number of its rounds.
 MANY = 100
 MANY_ROUNDS = 8
-#: Boots of each of two machines that are compared.
+#: The number of boots of each of the two machines that are compared.
 BOOTS = 9
 SIZE = 1 << 20
 DEADLINE = 60.0
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 class Console:
-    """What the guest prints. Owns its socket."""
+    """The guest's console. Owns its socket."""
 
     def __init__(self, machine: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -57,7 +57,7 @@ class Console:
         self._text = b""
 
     def wait_for(self, text: bytes, count: int = 1) -> None:
-        """Wait until it has been printed so many times since the last wait."""
+        """Wait until a text was printed `count` times since the last wait."""
         while self._text.count(text) < count:
             data = self.socket.recv(1 << 16)
             if not data:
@@ -67,7 +67,7 @@ class Console:
 
 
 class Raw:
-    """A bare QMP client that attaches disks as we do. Owns its socket."""
+    """A bare QMP client that attaches disks as vmspawn does. Owns its socket."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -95,7 +95,7 @@ class Raw:
         return message
 
     def attach(self, bus: str, path: str, target: int = 255) -> None:
-        """The commands that `vmspawn` sends for a raw image."""
+        """Send the commands that vmspawn sends for a raw image."""
         self._number += 1
         name, fdset = f"raw{self._number}", 2_000_000 + self._number
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -113,7 +113,7 @@ class Raw:
         self._run("remove-fd", {"fdset-id": fdset})
 
     def detach(self, number: int | None = None) -> None:
-        """Unplug a disk, the last one unless another is said, wait for DEVICE_DELETED and delete what it stood on."""
+        """Unplug a disk, by default the last one; wait for DEVICE_DELETED, and remove the disk's nodes and objects."""
         name = f"raw{number or self._number}"
         self.socket.sendall(json.dumps({"execute": "device_del", "arguments": {"id": name}}).encode())
         while (self._message().get("data") or {}).get("device") != name:
@@ -123,7 +123,7 @@ class Raw:
         self._run("object-del", {"id": f"{name}-limits"})
 
     def last(self, count: int) -> range:
-        """The numbers of the disks that were attached last."""
+        """Return the numbers of the disks that were attached last."""
         return range(self._number - count + 1, self._number + 1)
 
     def _run(self, command: str, arguments: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
@@ -131,7 +131,7 @@ class Raw:
 
 
 class Side(NamedTuple):
-    """A machine, our way to attach and detach there, and the raw one."""
+    """A machine with the functions that attach and detach through vmspawn, and the raw client."""
 
     attach: Callable[[str, str, str], None]
     detach: Callable[[str], None]
@@ -144,7 +144,7 @@ class Side(NamedTuple):
 
 @contextlib.contextmanager
 def machine(folder: Path) -> Iterator[Side]:
-    """A machine of a `vmspawn` of its own."""
+    """Run a machine under a `vmspawn` of its own."""
     command = [sys.executable, "-m", "vmspawn.cli.spawn", "-q", "-M", "control", "--guest=builtin"]
     command += ["--console=headless", f"--qemu={QEMU}", *(f"--qemu-arg={each}" for each in monitor(folder))]
     process = subprocess.Popen(command)
@@ -157,13 +157,13 @@ def machine(folder: Path) -> Iterator[Side]:
 
             yield Side(functools.partial(attach, client), detach, raw, console)
     finally:
-        # A manager that is killed would leave its QEMU running.
+        # QEMU would survive a manager that is killed.
         subprocess.run([sys.executable, "-m", "vmspawn.cli.ctl", "terminate", "control"], check=False)
         process.wait(DEADLINE)
 
 
 def attach(client: Client, bus: str, name: str, path: str) -> None:
-    """Attach a disk as a program does."""
+    """Attach a disk as a library client does."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     parameters = {"name": name, "bus": bus, "fileDescriptorIndex": 0}
     client.call("io.vmspawn.Machine.AttachStorage", parameters, fds=[fd])
@@ -171,13 +171,13 @@ def attach(client: Client, bus: str, name: str, path: str) -> None:
 
 
 def monitor(folder: Path) -> tuple[str, str]:
-    """The options of the monitor that the raw client uses."""
+    """Return the options of the raw client's monitor."""
     return ("-qmp", f"unix:{folder}/raw,server=on,wait=off")
 
 
 @contextlib.contextmanager
 def side(folder: Path, name: str) -> Iterator[tuple[Raw, Console]]:
-    """The raw client and the console of a machine whose guest is up."""
+    """Return the raw client and the console of a machine whose guest is up."""
     console = Console(name)
     with console.socket:
         console.wait_for(READY)
@@ -187,7 +187,7 @@ def side(folder: Path, name: str) -> Iterator[tuple[Raw, Console]]:
 
 
 def wait_for(path: Path) -> None:
-    """Wait until a socket is there."""
+    """Wait until a socket exists."""
     deadline = time.monotonic() + DEADLINE
     while not path.exists():
         if time.monotonic() > deadline:
@@ -195,18 +195,18 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-# What is measured.
+# The measurements.
 
 
 def seconds(function: Callable[..., object], *arguments: object) -> float:
-    """How long a call takes."""
+    """Return the seconds of a call."""
     begin = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - begin
 
 
 class Times(NamedTuple):
-    """Medians of ours and raw, in seconds."""
+    """The medians of vmspawn and of the raw client, in seconds."""
 
     attach: float
     raw_attach: float
@@ -215,7 +215,7 @@ class Times(NamedTuple):
 
 
 def one_disk(machine: Side, bus: str, path: str) -> Times:
-    """Attach and detach one disk, ours and raw in turn, and each first in half of the rounds."""
+    """Attach and detach one disk through both in turn; each of the two begins half of the rounds."""
     attaches: dict[bool, list[float]] = {True: [], False: []}
     detaches: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * ROUNDS):
@@ -231,7 +231,7 @@ def one_disk(machine: Side, bus: str, path: str) -> Times:
 
 
 def many_disks(machine: Side, folder: Path) -> tuple[float, float]:
-    """Attach MANY SCSI disks one after the other, ours and raw in turn; seconds until the last reply."""
+    """Attach MANY SCSI disks one after the other, through both in turn; returns the seconds until the last reply."""
     paths = [image(folder, f"disk{number}") for number in range(MANY)]
     found: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * MANY_ROUNDS):
@@ -254,7 +254,7 @@ def many_disks(machine: Side, folder: Path) -> tuple[float, float]:
 
 
 def journal_entry(count: int) -> float:
-    """Seconds to write a journal of so many disks as the manager does: to a new file, fsync, rename."""
+    """Return the seconds to write a journal of `count` disks as the manager does: new file, fsync, rename."""
     content = b"x" * 700 * count
     directory = runtime.MachineDirectory.create("journal")
     try:
@@ -264,7 +264,7 @@ def journal_entry(count: int) -> float:
 
 
 def boot(qemu_path: str, *options: str) -> float:
-    """Seconds from the start of `vmspawn` until the guest is up."""
+    """Return the seconds from the start of `vmspawn` until the guest is up."""
     command = [sys.executable, "-m", "vmspawn.cli.spawn", "-q", "-M", "boot", "--guest=builtin", "--console=headless"]
     begin = time.perf_counter()
     process = subprocess.Popen([*command, f"--qemu={qemu_path}", *options])
@@ -292,7 +292,7 @@ def image(folder: Path, name: str) -> str:
 
 
 def rows(folder: Path) -> Iterator[Row]:
-    """Measure, line by line."""
+    """Measure and yield the lines of the table."""
     with machine(folder) as opened:
         for bus in ("virtio-scsi", "virtio-blk"):
             times = one_disk(opened, bus, image(folder, "disk"))
@@ -307,7 +307,7 @@ def rows(folder: Path) -> Iterator[Row]:
 
 
 def boots() -> Iterator[Row]:
-    """What the ports cost at boot."""
+    """Yield the cost of hot-plug ports at boot."""
     figures: dict[int, list[float]] = {0: [], 8: []}
     for _ in range(BOOTS):
         for ports, found in figures.items():
@@ -316,16 +316,16 @@ def boots() -> Iterator[Row]:
 
 
 def ratio(name: str, ours: float, raw: float, target: str) -> Row:
-    """Two medians as a line."""
+    """Return two medians as a line."""
     return Row(f"{name} ({ours * 1000:.2f} ÷ {raw * 1000:.2f} ms)", f"{ours / raw:.2f}", target)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     print(f"{'disks, ours ÷ raw':<66}{'measured':>10}  target", flush=True)
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="vmspawn-bench-", dir=base) as name:
-        # As in life, the runtime directory is on a file system in memory.
+        # As in normal use, the runtime directory is on a file system in memory.
         os.environ["VMSPAWN_RUNTIME_DIR"] = str(Path(name) / "run")
         for row in rows(Path(name)):
             print(f"{row.what:<66}{row.figure:>10}  {row.target}".rstrip(), flush=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Writes src/vmspawn/sync.py: the asynchronous library's classes in blocking calls, method by method.
 
-`./dev check --fix` runs it, and tests/unit/test_sync.py fails if the file is not what this writes. Nothing of what a
-method does is here or there: each wrapper passes its arguments on.
+`./dev check --fix` runs it, and tests/unit/test_sync.py fails if sync.py is not up to date. The wrappers have no
+behaviour of their own: each passes its arguments on.
 """
 
 import ast
@@ -32,7 +32,7 @@ own. Any thread may call; a call that Ctrl-C interrupts is cancelled and cleans 
 """
 '''
 
-#: What is wrapped: the module in vmspawn.api, the class, and the base of the wrapper.
+#: The wrapped classes: the module in vmspawn.api, the class, and the base of the wrapper.
 CLASSES = [
     ("machine", "Machine", "BlockingMachine"),
     ("connect", "ConnectedMachine", "Blocking"),
@@ -42,7 +42,7 @@ CLASSES = [
 ]
 FUNCTIONS = [("connect", "connect")]
 
-#: Not for programs: what feeds a console. The streams of a command that runs are asyncio's.
+#: Parts that programs do not need: the console's input, and the streams of a running command, which are asyncio's.
 HIDDEN = {
     "Console": {"show", "finish", "is_full"},
     "Machine": {"execute"},
@@ -56,7 +56,7 @@ _ITERATOR = re.compile(r"AsyncIterator\[(.*)\]")
 
 
 class Kind:
-    """What a method returns, in the asynchronous library and in blocking calls."""
+    """The kind of value that a method returns, in the asynchronous library and in blocking calls."""
 
     def __init__(self, annotation: str) -> None:
         self.source = annotation
@@ -71,12 +71,12 @@ class Kind:
 
     @property
     def blocking(self) -> str:
-        """The annotation of the wrapper."""
+        """Return the annotation of the wrapper's method."""
         name = f"Iterator[{self.inner}]" if self.is_iterator else self.inner
         return f"AbstractContextManager[{name}]" if self.is_context else name
 
     def wrap(self, value: str) -> str:
-        """The expression that makes of an asynchronous value the blocking one."""
+        """Return the expression that converts an asynchronous value to a blocking one."""
         convert = "blocking_iterator" if self.is_iterator else self.wrapper
         if self.is_context:
             return f"BlockingContext({value}, {convert})"
@@ -84,13 +84,13 @@ class Kind:
 
 
 def blocking_text(text: str) -> str:
-    """Documentation without the words of asyncio."""
+    """Return documentation without the words of asyncio."""
     text = re.sub(r"\bawait |\basync (?=with|for)", "", text)
     return re.sub(r"\bvmspawn\.(?=Machine\(|connect\()", "vmspawn.sync.", text)
 
 
 def document(node: ast.AST, indent: str) -> str:
-    """The docstring of a definition as source text."""
+    """Return the docstring of a definition as source text."""
     assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     text = ast.get_docstring(node) or ""
     quoted = blocking_text(text).replace("\\", "\\\\").replace('"""', r"\"\"\"")
@@ -100,7 +100,7 @@ def document(node: ast.AST, indent: str) -> str:
 
 
 def passed(arguments: ast.arguments) -> str:
-    """The arguments of a call that passes on what a method got."""
+    """Return the arguments of a call that passes on a method's arguments."""
     words = [each.arg for each in (*arguments.posonlyargs, *arguments.args) if each.arg != "self"]
     if arguments.vararg:
         words.append(f"*{arguments.vararg.arg}")
@@ -115,7 +115,7 @@ def decorators(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
 
 
 def method(node: ast.FunctionDef | ast.AsyncFunctionDef, *, is_overloaded: bool) -> str:
-    """A method of a wrapper."""
+    """Return a wrapper's method."""
     is_coroutine = isinstance(node, ast.AsyncFunctionDef)
     marks = decorators(node)
     annotation = ast.unparse(node.returns) if node.returns else "None"
@@ -135,14 +135,14 @@ def method(node: ast.FunctionDef | ast.AsyncFunctionDef, *, is_overloaded: bool)
         target = "inner" if node.name == "__call__" else f"inner.{node.name}"
         value = f"self.{verb}(lambda inner: {target}({passed(node.args)}))"
     if is_overloaded:
-        # A type checker finds no variant for the arguments of the implementation.
+        # A type checker finds no overload that matches the implementation's arguments.
         value = value.replace(" inner.", " cast(Any, inner).", 1)
         return f"{head}{document(node, ' ' * 8)}        found: {kind.blocking} = {value}\n        return found\n"
     return f"{head}{document(node, ' ' * 8)}        return {kind.wrap(value)}\n"
 
 
 def inherited(wrapped: type) -> Iterator[ast.stmt]:
-    """The definitions in the bases of a class, as far as they are of vmspawn.api."""
+    """Yield the definitions in a class's bases that are in vmspawn.api."""
     for base in wrapped.__mro__[1:]:
         if base.__module__.startswith("vmspawn.api."):
             tree = ast.parse(inspect.getsource(base)).body[0]
@@ -155,7 +155,7 @@ def is_public(name: str) -> bool:
 
 
 def wrapper(module: ModuleType, name: str, base: str) -> str:
-    """The class that wraps a class."""
+    """Return the class that wraps a class."""
     tree = ast.parse(inspect.getsource(getattr(module, name))).body[0]
     assert isinstance(tree, ast.ClassDef)
     generic = "[Any]" if any(ast.unparse(each).startswith("Generic") for each in tree.bases) else ""
@@ -184,7 +184,7 @@ def wrapper(module: ModuleType, name: str, base: str) -> str:
 
 
 def function(module: ModuleType, name: str) -> str:
-    """A function of the module that returns an asynchronous context manager."""
+    """Return a function that wraps the module's function for an asynchronous context manager."""
     tree = ast.parse(inspect.getsource(getattr(module, name))).body[0]
     assert isinstance(tree, ast.AsyncFunctionDef)
     assert decorators(tree) == {"asynccontextmanager"}
@@ -196,7 +196,7 @@ def function(module: ModuleType, name: str) -> str:
     return f"{head}{document(tree, '    ')}    return {value}\n"
 
 
-#: Names that the text may use, and where they come from if not from the wrapped modules.
+#: The names that the text may use, and their modules, except names of the wrapped modules.
 _STANDARD = {
     "Any": "typing",
     "Self": "typing",
@@ -213,7 +213,7 @@ _STANDARD = {
 
 
 def imports(text: str, modules: list[ModuleType]) -> str:
-    """The imports that a text needs: from where the wrapped modules have the names."""
+    """Return the imports that a text needs, from the modules that the wrapped modules import from."""
     tree = ast.parse(text)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     lines_by_name = {name: line for module in modules for name, line in imported(module)}
@@ -225,7 +225,7 @@ def imports(text: str, modules: list[ModuleType]) -> str:
 
 
 def imported(module: ModuleType) -> Iterator[tuple[str, str]]:
-    """The names that a module of vmspawn.api imports or defines, with the line that imports them here."""
+    """Yield the names that a module of vmspawn.api imports or defines, with the line that imports them here."""
     home = f".api.{module.__name__.rpartition('.')[2]}"
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ImportFrom):
@@ -243,7 +243,7 @@ def imported(module: ModuleType) -> Iterator[tuple[str, str]]:
 
 
 def make() -> str:
-    """The text of the module."""
+    """Return the text of the module."""
     commands = importlib.import_module("vmspawn.api.commands")
     modules = {name: importlib.import_module(f"vmspawn.api.{name}") for name in dict.fromkeys(m for m, *_ in CLASSES)}
     parts = [wrapper(modules[module], name, base) for module, name, base in CLASSES]
@@ -265,7 +265,7 @@ def make() -> str:
 
 
 def formatted(text: str) -> str:
-    """The text as ruff wants it."""
+    """Return the text as ruff formats it."""
     for command in (["check", "--fix-only", "--quiet", "--select=I,F401"], ["format"]):
         run = [sys.executable, "-m", "ruff", *command, f"--stdin-filename={TARGET}", "-"]
         text = subprocess.run(run, input=text, capture_output=True, text=True, check=True).stdout
