@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The agent is compiled once, for the right architecture, and small; where it cannot be, the error says what to do."""
+"""Tests that the agent is compiled once, for the right architecture, and small, and that errors state what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_it_needs_no_library(tmp_path: Path) -> None:
     needs_a_compiler(architecture)
     content = build.build(architecture, tmp_path).read_bytes()
     assert b"ld-linux" not in content
-    # Twice over base64, beside other credentials, in tables of 64 KiB
+    # The program is in base64 twice, beside other credentials, in tables of 64 KiB.
     assert sum(map(len, install.delivery(content).values())) < 20_000
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The unit and the credentials that bring the agent, judged by systemd where there is one."""
+"""Tests the unit and the credentials that install the agent, with systemd's own check if systemd is installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_unit_imports_what_is_delivered() -> None:
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze")
 def test_systemd_understands_the_unit(tmp_path: Path) -> None:
-    # The agent's path must be executable
+    # The check fails if the agent's path is not executable.
     path = tmp_path / install.UNIT
     path.write_bytes(install.installed_unit("/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, timeout=60)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The messages to the agent, read as it reads them, and those from it, whatever a guest sends."""
+"""Tests the encoding of messages to the agent, and the parsing of messages from it, whatever a guest sends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = st.binary(max_size=40).filter(lambda value: b"\0" not in value)
 
 
 def words(message: bytes) -> list[bytes]:
-    """A message as the agent reads it."""
+    """Return the words of a message as the agent reads them."""
     assert message.count(b"\n") == 1
     assert message.endswith(b" ;\n")
     found = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl agent`: what it prints, and what it installs in a tree."""
+"""Tests `vmctl agent`: its output, and the files that it installs in a tree."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The library's names: which there are, that they are typed throughout, and what is said of a wrong one."""
+"""Tests the library's public names: their list, their types, their documentation, and the errors for wrong names."""
 
 import inspect
 import typing
@@ -27,7 +27,7 @@ def test_the_names_are_those_that_are_exported() -> None:
 
 
 def callables(thing: object) -> Iterator[tuple[str, Any]]:
-    """A function, or the public methods and properties of a class."""
+    """Yield a function, or the public methods and properties of a class."""
     if not inspect.isclass(thing):
         yield getattr(thing, "__name__", ""), thing
         return
@@ -119,7 +119,7 @@ def test_every_name_is_documented(name: str) -> None:
     thing = getattr(vmspawn, name)
     assert inspect.getdoc(thing)
     if inspect.isclass(thing):
-        # The text that NamedTuple writes by itself lists the fields and nothing else.
+        # NamedTuple's own docstring lists only the fields.
         assert not (inspect.getdoc(thing) or "").startswith(f"{name}("), name
     for what, function in callables(thing):
         if not what.endswith(("__init__", "__aenter__")):
@@ -136,7 +136,7 @@ def test_a_wrong_keyword_is_an_error_of_the_type_checker_too() -> None:
 
 @pytest.mark.parametrize("machine", [vmspawn.Machine, vmspawn.ConnectedMachine])
 def test_both_kinds_of_machines_have_the_same_verbs(machine: type) -> None:
-    """mypy compares what they return; see the assignments below."""
+    """mypy compares the results; see the assignments below."""
     verbs = {name: member for name, member in vars(Control).items() if not name.startswith("_")}
     assert len(verbs) > 15
     for name, expected in verbs.items():

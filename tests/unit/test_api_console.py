@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The console for programs, fed by hand: what `expect` finds, keeps and forgets."""
+"""Tests the library's console with given output: the text that `expect` finds, keeps and discards."""
 
 import asyncio
 import re

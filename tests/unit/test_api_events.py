@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waiting for events, fed by hand: those that come, those that came, and those that are forgotten."""
+"""Tests waiting for events with given events: later ones, earlier ones, and discarded ones."""
 
 import asyncio
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which kernel a directory boots, and which image a name stands for."""
+"""Tests the choice of the kernel in a directory, and of the image for a machine's name."""
 
 from pathlib import Path
 

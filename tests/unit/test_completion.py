@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The completion scripts: each shell reads them, and they know every verb and option."""
+"""Tests the completion scripts: each shell accepts its script, and the script has every verb and option."""
 
 import argparse
 import re
@@ -33,13 +33,13 @@ def long_options(actions: Iterable[argparse.Action]) -> set[str]:
 
 
 def hidden_options(parser: Parser) -> set[str]:
-    """The long options that the help leaves out, all of one group."""
+    """Return the long options that the help leaves out, all of one group."""
     groups = [group for group in parser._action_groups if group in parser.hidden_groups]
     return long_options(action for group in groups for action in group._group_actions)
 
 
 def shown_options(parser: Parser) -> set[str]:
-    """The long options that the help shows."""
+    """Return the long options that the help shows."""
     return visible_options(parser) - hidden_options(parser)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which configurations are understood, and how the others are refused."""
+"""Tests the checks of configurations, and the errors for wrong ones."""
 
 from typing import Any
 

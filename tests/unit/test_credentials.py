@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Credentials: how they are written on the command line, where they are read from, and what is refused."""
+"""Tests credentials: their syntax on the command line, their sources, and the errors for wrong ones."""
 
 import base64
 import os
@@ -150,6 +150,6 @@ def test_optional_credentials_take_no_room_from_others() -> None:
     assert smbios.with_optional([], users, ours) == [*users, *ours]
     crowded = [("a", b"x" * 40_000)]
     assert smbios.with_optional([], crowded, ours) == crowded
-    # One that goes by fw_cfg takes none.
+    # A credential that goes by fw_cfg takes no room.
     large = [("a", b"x" * 60_000)]
     assert smbios.with_optional([], large, ours) == [*large, *ours]

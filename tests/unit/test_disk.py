@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What makes a disk: names, serials, formats, and which descriptors are good for one."""
+"""Tests the checks of a disk's name, serial number, format and descriptor."""
 
 import fcntl
 import os

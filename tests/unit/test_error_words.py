@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What errors are made of: leaves of one tree, fields instead of options, and text of others as values.
+"""Tests that errors are leaves of one tree, name fields instead of options, and take untrusted text as values only.
 
-The rule for options below cli/: no string has one, except
-- an argument for another program, in the files that start programs;
-- a command that is named with its options, such as `see: vmspawn --firmware=list`.
+Below cli/, no string has an option, except
+
+- an argument of another program, in the files that start programs;
+- a command that is named with its options, for example `see: vmspawn --firmware=list`.
 """
 
 import ast
@@ -20,10 +21,10 @@ from vmspawn.cli.spelling import as_option
 
 PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 FILES = sorted(PACKAGE.rglob("*.py"))
-#: pytest's command line is one as well.
+#: pytest's plugin has a command line of its own.
 BELOW = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in ("cli", "pytest_plugin.py")]
 
-#: They start programs, whose options are words of their own.
+#: Files that start programs, and have the programs' options.
 STARTERS = {"agent/build.py", "helpers/virtiofsd.py", "host/scope.py", "guest/packages.py", "boot/qemu.py"}
 
 COMMAND = re.compile(r"\b(vmctl|vmspawn|qemu-img) [^;,)]*")
@@ -36,7 +37,7 @@ def name_of(path: Path) -> str:
 
 
 def strings(path: Path) -> Iterator[str]:
-    """The strings of a file but for docstrings."""
+    """Yield the strings of a file, except docstrings."""
     tree = ast.parse(path.read_text())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {
@@ -57,7 +58,7 @@ def test_no_message_below_the_command_line_spells_an_option(path: Path) -> None:
 
 
 def raised(path: Path) -> Iterator[ast.Call]:
-    """The calls that make an error from templates."""
+    """Yield the calls that make an error from templates."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "with_fields":
             yield node
@@ -70,14 +71,14 @@ def test_text_of_others_is_never_in_a_template(path: Path) -> None:
         assert not any(isinstance(node, ast.JoinedStr) for each in templates for node in ast.walk(each))
 
 
-#: Fields of the calls that change a disk, which vmctl has options for.
+#: Parameters of the calls that change a disk, for which vmctl has options.
 OF_CALLS = {"shrink", "force"}
-#: Fields of what only the command line reads.
+#: Fields that only the command line reads.
 OF_COMMAND_LINE = {"set_credential", "load_credential"}
 
 
 def fields() -> set[str]:
-    """The fields that templates name."""
+    """Return the fields that templates name."""
     return {found for path in BELOW for text in strings(path) for found in PLACEHOLDER.findall(text)}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Errors: fields are spelled for Python and for the command line, and hints are shown once."""
+"""Tests that errors spell fields for Python and for the command line, and that hints are shown once."""
 
 import functools
 import traceback

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Installing and removing the man pages, completion scripts and the unit: all or nothing, and nobody else's files."""
+"""Tests installing and removing man pages, completion scripts and the unit: completely or not at all."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ UNIT = Path(__file__).parents[2] / "systemd/vmspawn@.service"
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All that is in a folder: files with their content, folders with None."""
+    """Return the contents of a folder: files with their bytes, folders with None."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> str:
-    """Extras as the wheel has them, of one kind each."""
+    """Extras as in the wheel, one of each kind."""
     folder = tmp_path / "sources"
     for name in ("man/vmctl.1", "bash-completion/vmctl", "zsh/_vmctl", "fish/vmctl.fish"):
         (folder / name).parent.mkdir(parents=True)
@@ -36,7 +36,7 @@ def sources(tmp_path: Path) -> str:
 
 @pytest.fixture
 def share(tmp_path: Path) -> Path:
-    """A user's share, in which the user has a manual page."""
+    """Make a user's share directory that has a man page of the user."""
     folder = tmp_path / "home" / "share"
     (folder / "man/man1").mkdir(parents=True)
     (folder / "man/man1/own.1").write_text("mine\n")
@@ -137,7 +137,7 @@ def test_what_the_system_refuses_leaves_all_as_it_was(
     if again:
         extras.install(wanted(sources, destination), destination.record)
         Path(sources, "bash-completion/vmctl").write_text("new\n")
-    # A file has the place of the last folder.
+    # A file is in the place of the last folder.
     Path(sources, "zsh/_vmctl").write_text("new\n")
     if not again:
         (share / "zsh").write_text("no folder\n")
@@ -185,7 +185,7 @@ def test_roots_unit_runs_no_file_of_another_user(destination: Destination, tmp_p
 
 
 def test_a_relative_data_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the XDG base directory specification asks for."""
+    """The XDG base directory specification requires that."""
     monkeypatch.setenv("XDG_DATA_HOME", "relative")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert extras.user_destination().share == "/home/somebody/.local/share"
@@ -203,7 +203,7 @@ def test_a_users_unit_is_wanted_by_the_users_default_target(sources: str, destin
 
 @given(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1).map(lambda text: f"/opt/{text}"))
 def test_the_units_command_is_read_as_the_path_that_it_was(path: str) -> None:
-    """Unquoted by the rules of systemd.syntax(7): specifiers, then quotes and backslashes."""
+    """The test unquotes by the rules of systemd.syntax(7): specifiers, then quotes and backslashes."""
     quoted = extras._quote_for_unit(path)
     if quoted.startswith('"'):
         assert quoted.endswith('"')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finding firmware by QEMU's descriptors: the order of directories and files, machines, features."""
+"""Tests finding firmware by QEMU's descriptors: the order of directories and files, machines, features."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from vmspawn.errors import StartError
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The user's directory of descriptors and the system's, both empty."""
+    """Make the user's and the system's directories of descriptors, both empty."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(firmware, "_SYSTEM", (str(tmp_path / "system"),))
     user, system = (tmp_path / name / "qemu/firmware" for name in ("user", "system"))
@@ -26,7 +26,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 
 
 def descriptor(path: Path, *features: str, machines: str = "pc-q35-*", interface: str = "uefi", **changes: Any) -> Path:
-    """Write a descriptor of a UEFI firmware whose executable is called as the descriptor is."""
+    """Write a descriptor of a UEFI firmware. The executable has the descriptor's name."""
     content = {
         "description": path.stem,
         "interface-types": [interface],
@@ -44,7 +44,7 @@ def descriptor(path: Path, *features: str, machines: str = "pc-q35-*", interface
 
 
 def selected(wish: FirmwareWish | None = None, machine_type: str = "q35") -> str | None:
-    """The executable that is selected."""
+    """Return the path of the selected executable."""
     found = firmware.select(wish or FirmwareWish(), "x86_64", machine_type)
     return found.executable.path if found else None
 
@@ -171,7 +171,7 @@ def test_uefi_is_not_asked_to_start_a_kernel_that_it_cannot_start(
     assert uefi.choose(parse([f"--linux={kernel}"])[0], "x86_64", print) is None
 
 
-#: A kernel for x86 that is a PE image too, and an EFI program that is no kernel of Linux.
+#: A kernel for x86 that is a PE image too, and an EFI program that is not a Linux kernel.
 EFI_PROGRAM = (b"MZ".ljust(60, b"\0") + (64).to_bytes(4, "little") + b"PE\0\0").ljust(0x202, b"\0")
 LINUX = EFI_PROGRAM + b"HdrS"
 
@@ -189,7 +189,7 @@ def test_a_kernel_that_qemu_can_start_goes_through_uefi_only_by_a_wish(
 
 
 def test_what_only_uefi_passes_to_a_guest_is_a_wish_for_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """A machine of type virt has SMBIOS by UEFI alone."""
+    """A machine of type virt has SMBIOS with UEFI only."""
     targets = [{"architecture": "aarch64", "machines": ["virt-*"]}]
     descriptor(folders[1] / "50-a.json", targets=targets)
     kernel = tmp_path / "kernel"
@@ -237,7 +237,7 @@ def test_variables_begin_as_the_template_and_are_kept(tmp_path: Path) -> None:
     template, state = tmp_path / "template", tmp_path / "state"
     template.write_bytes(b"new")
     with open(nvram.open_state(str(state), Blob(str(template), "raw")), "r+b") as file:
-        assert file.read() == b""  # the offset is where the copy ended
+        assert file.read() == b""  # the offset is at the end of the copy
         file.write(b" and changed")
     assert state.read_bytes() == b"new and changed"
     assert state.stat().st_mode & 0o777 == 0o600

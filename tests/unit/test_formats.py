@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an image's content says of its format and of other files, and what of it is refused."""
+"""Tests the detection of an image's format and of the other files that an image names."""
 
 import errno
 import os
@@ -73,7 +73,7 @@ def test_formats_that_are_only_read_are_not_written(tmp_path: Path, image_format
 def test_images_that_name_other_files_are_refused(
     tmp_path: Path, image_format: str, maker: Callable[[Path], Path], expected: list[OtherFile]
 ) -> None:
-    """QEMU would open them by path, or leave them out."""
+    """QEMU would open them by path, or ignore them."""
     path = maker(tmp_path)
     assert named_by(path, image_format) == expected
     with backing_of(path) as backing, pytest.raises(BadConfig, match=r"^image (has|names) ") as caught:
@@ -105,7 +105,7 @@ def test_images_that_stand_alone_are_taken(tmp_path: Path, image_format: str, op
 
 
 def test_a_renamed_image_stands_alone(tmp_path: Path) -> None:
-    """A VMDK names itself as its extent, by the name that it was made with."""
+    """A VMDK names its extent, which is itself, by its first name."""
     assert named_by(make(tmp_path / "image", "vmdk").rename(tmp_path / "other"), "vmdk") == []
 
 
@@ -127,7 +127,7 @@ def test_a_name_in_an_image_does_nothing_to_a_terminal(tmp_path: Path) -> None:
         choose_format(backing, "qcow2", what="image")
 
 
-# Formats that nobody named.
+# Images without a specified format.
 
 
 @pytest.mark.parametrize("content", CONTAINERS)
@@ -136,7 +136,7 @@ def test_an_image_whose_format_nobody_named_is_refused_by_its_name(tmp_path: Pat
     with backing_of(CONTAINERS[content](tmp_path)) as backing:
         with pytest.raises(BadConfig, match=f"image looks like {image_format}, but no format was specified") as caught:
             choose_format(backing, None, what="image")
-        # The beginning is what `vmspawn` puts its option in place of.
+        # `vmspawn` replaces the beginning of the hint by its option.
         assert caught.value.hint.startswith("specify format ")
         assert "raw" in caught.value.hint
         assert choose_format(backing, "raw", what="image") == "raw"
@@ -167,7 +167,7 @@ def test_a_raw_disk_is_taken_for_nothing_else(tmp_path: Path, content: str) -> N
 
 
 def test_an_image_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
-    """A loop device without the file below it."""
+    """The image is a loop device whose file was truncated."""
     loop = Loop(tmp_path / "device", 4 * MIB)
     os.truncate(tmp_path / "device", 0)
     try:

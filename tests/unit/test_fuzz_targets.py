@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `./dev fuzz` runs for hours holds for its first inputs, and for a few that hypothesis makes of them."""
+"""Tests the fuzz targets of `./dev fuzz` with their seeds, and with a few inputs that hypothesis makes of the seeds."""
 
 import pytest
 from hypothesis import given

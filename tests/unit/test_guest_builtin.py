@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finding the built-in guest in the cache, and putting it there."""
+"""Tests finding the built-in guest in the cache, and building it there."""
 
 import os
 import struct
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ingredients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """A build takes these instead of a real kernel and busybox."""
+    """Make a build use these files instead of a real kernel and busybox."""
     image = tmp_path / "vmlinuz"
     image.write_bytes(b"kernel")
     found = Kernel(image, make_modules(tmp_path / "modules/1.0", {"virtio-blk": "virtio", "virtio": "", "ext4": ""}))
@@ -187,7 +187,7 @@ def test_says_why_a_kernel_will_not_do(tmp_path: Path) -> None:
 
 
 def elf_program(machine: int, segment: int, text: bytes) -> bytes:
-    """A program with one segment of the given type."""
+    """Return a program with one segment of the given type."""
     header = struct.pack("<16s2HI3QI6H", b"\x7fELF\x02\x01\x01", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 64, 0, 0)
     return header + struct.pack("<I52x", segment) + text
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The archive writer, against a reader of the same format."""
+"""Tests the archive writer, with a reader of the same format."""
 
 import io
 import shutil
@@ -30,7 +30,7 @@ def written(write: Callable[[Initramfs], None]) -> bytes:
 
 
 def entries(data: bytes) -> list[Entry]:
-    """Read an archive as the kernel does."""
+    """Read an archive in the way that the kernel does."""
     found: list[Entry] = []
     while True:
         assert data[:6] == b"070701"

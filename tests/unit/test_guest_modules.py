@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel's modules, from files made up for the tests."""
+"""Tests the kernel's modules, with files that the tests make."""
 
 import gzip
 import lzma
@@ -16,7 +16,7 @@ from vmspawn.guest.modules import Modules, modinfo, modules_alias, modules_dep
 
 
 def elf_module(*information: str) -> bytes:
-    """An object that has a section of names and, after it, `.modinfo`."""
+    """Return an object file with a section of names and, after it, `.modinfo`."""
     names = b"\0.shstrtab\0.modinfo\0"
     modinfo_section = b"".join(entry.encode() + b"\0" for entry in information)
     table = 64 + len(names) + len(modinfo_section)

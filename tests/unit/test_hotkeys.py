@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keys, typed at every speed and split at every byte."""
+"""Tests the hot keys, typed at every speed and split at every byte."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from vmspawn.console.hotkeys import ESCAPE, WINDOW, Hotkeys, Key
 
 E = ESCAPE
 
-#: Bytes and the seconds that pass before each, in eighths, which add up exactly: much ^], p and r.
+#: Bytes, with the seconds before each in eighths, which add up exactly. ^], p and r are frequent.
 typing = st.lists(
     st.tuples(
         st.sampled_from([E, E, E, b"p", b"r", b"x", b"\x03"]),
@@ -22,7 +22,7 @@ typing = st.lists(
 
 
 def type_slowly(keys: list[tuple[bytes, float]], *, timer: bool) -> list[bytes | Key]:
-    """Type one byte after another and wait out the last; `timer` looks at each deadline, as a loop would."""
+    """Type byte after byte, and wait after the last; with `timer`, check each deadline as an event loop would."""
     hotkeys, now = Hotkeys(), 100.0
     found: list[bytes | Key] = []
     for byte, pause in [*keys, (b"", 2 * WINDOW)]:
@@ -34,7 +34,7 @@ def type_slowly(keys: list[tuple[bytes, float]], *, timer: bool) -> list[bytes |
 
 
 def joined(found: list[bytes | Key]) -> list[bytes | Key]:
-    """The same with neighbouring bytes put together."""
+    """Return the same items, with adjacent bytes joined."""
     result: list[bytes | Key] = []
     for piece in found:
         if isinstance(piece, bytes) and result and isinstance(result[-1], bytes):
@@ -107,7 +107,7 @@ def test_how_bytes_that_come_at_once_are_split_changes_nothing(typed: bytes, dat
 def test_a_key_is_found_exactly_where_three_bytes_of_its_come_within_the_window(
     keys: list[tuple[bytes, float]],
 ) -> None:
-    """The rule said the plain way: look back from each byte at the two before it that no key has used."""
+    """This states the rule directly: each byte is checked with the two before it that no key has used."""
     expected: list[Key] = []
     times, unused, now = [], 0, 0.0
     for byte, pause in keys:

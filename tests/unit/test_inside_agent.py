@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The session with the agent, on a real socket whose other end is the test's."""
+"""Tests the session with the agent, on a real socket whose other end is the test's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.asyncio
 
 
 class Far:
-    """The far end of the control port, and what our end reported."""
+    """The agent's end of the control port, with the reports of vmspawn's end."""
 
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
@@ -37,8 +37,8 @@ class Far:
         self.restarts += 1
 
     async def read(self) -> list[list[str]]:
-        """The messages that have come."""
-        # What waits for the agent connects in its first turn.
+        """Return the messages that have come."""
+        # The task that waits for the agent connects in its first turn.
         await asyncio.sleep(0)
         data = await asyncio.get_running_loop().sock_recv(self.sockets[-1], 65536)
         return [line.split()[:-1] for line in data.decode().splitlines() if line]
@@ -126,7 +126,7 @@ async def test_a_flood_leaves_others_their_turn(far: Far) -> None:
     loop = asyncio.get_running_loop()
     flood = asyncio.ensure_future(loop.sock_sendall(far.sockets[-1], b"ready\n" * 1_000_000))
     await asyncio.sleep(0.3)
-    # What is not read stays with the one who sends.
+    # The unread rest stays with the sender.
     assert not flood.done()
     flood.cancel()
 

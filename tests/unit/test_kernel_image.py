@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can start a kernel, by the headers of its file."""
+"""Tests the kind, the architecture and the version of kernels, by their files' headers."""
 
 import struct
 from pathlib import Path
@@ -12,9 +12,9 @@ from vmspawn.images.kernel_image import EFI, LINUX, OTHER, UKI, architecture_of,
 
 
 def pe(*sections: bytes, signature: bytes = b"PE\0\0", magic: bytes = b"") -> bytes:
-    """A PE image's headers (Microsoft's PE format): DOS header, COFF header, an optional header and the sections.
+    """Return a PE image's headers (Microsoft's PE format): DOS header, COFF header, an optional header, the sections.
 
-    `magic` is what stands before the DOS header's pointer to the rest.
+    `magic` comes before the DOS header's pointer to the COFF header.
     """
     dos = b"MZ".ljust(56, b"\0") + (magic or bytes(4)) + struct.pack("<I", 128)
     coff = signature + struct.pack("<HHIIIHH", 0x8664, len(sections), 0, 0, 0, 112, 0)

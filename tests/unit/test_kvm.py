@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Why KVM is not used."""
+"""Tests the reason that is reported when KVM is not used."""
 
 import errno
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The house: which layer may import which, and what must not be loaded on the way to QEMU's start."""
+"""Tests the layers: the imports that each may have, and the modules that must not load before QEMU's start."""
 
 import ast
 import os
@@ -14,7 +14,7 @@ from vmspawn.manager.preload import MODULES
 
 PACKAGE = Path(__file__).parents[2] / "src" / "vmspawn"
 
-#: From the top down. A room imports from itself and from those below it.
+#: The layers from the top down. A module may import from its own layer and from those below.
 LAYERS = [
     "cli",
     "pytest_plugin",
@@ -45,7 +45,7 @@ LAYERS = [
     "user_directories",
     "version",
 ]
-#: These know nothing of each other.
+#: Layers that must not import from each other.
 APART = {"qmp", "console", "host", "guest", "images"}
 
 #: Modules that take long to load, and that neither command needs at its start.
@@ -57,7 +57,7 @@ def layer_of(module: tuple[str, ...]) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """The layers that a file imports from, those inside functions included."""
+    """Return the layers that a file imports from, including imports inside functions."""
     home = path.relative_to(PACKAGE).with_suffix("").parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -84,8 +84,7 @@ def test_a_module_imports_only_from_its_layer_and_below(path: Path) -> None:
 
 
 def modules_of(package: Path) -> dict[str, set[str]]:
-    """Each module of the package, and those that it imports by relative names: inside functions and for the type
-    checker alone as well."""
+    """Return each module of the package with its relative imports, at any place."""
     files = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
     return {name: set(imported_modules(name, path, set(files))) - {name} for name, path in files.items()}
 
@@ -106,7 +105,7 @@ def imported_in(tree: ast.AST, name: str, modules: set[str]) -> Iterator[str]:
 
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, directly or by way of others: each group sorted."""
+    """Return the groups of modules that import each other directly or indirectly, each sorted."""
     reached: dict[str, set[str]] = {name: set(found) for name, found in imports.items()}
     changed = True
     while changed:
@@ -125,11 +124,11 @@ def test_circles_are_found() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    """Imports inside functions and for the type checker alone included."""
+    """This includes imports inside functions and for type checkers."""
     assert circles(modules_of(PACKAGE)) == []
 
 
-#: What the mechanism of hot-plug, and those of its users that are not disks, may know.
+#: The layers that hot-plug, and its users other than disks, may import from.
 _MECHANISM = {"hotplug", "qmp", "host", "aio", "log", "errors", "text"}
 
 
@@ -141,10 +140,10 @@ def test_hotplug_does_not_know_what_a_disk_is(pattern: str) -> None:
         assert imports(path) <= _MECHANISM | {path.parent.name}, path
 
 
-#: Modules that are imported inside functions, and only before a machine is ready.
+#: Modules that are imported inside functions, but only before a machine is ready.
 _OF_THE_START = {"storage.recovery", "console.interactive", "manager.keys"}
 
-#: Rooms whose functions run while a machine does.
+#: Layers whose functions run while a machine runs.
 _AT_WORK = (
     "manager",
     "control",
@@ -161,7 +160,7 @@ _AT_WORK = (
 
 
 def late_imports(path: Path, modules: set[str]) -> set[str]:
-    """The modules of the package that a file imports inside functions."""
+    """Return the package's modules that a file imports inside functions."""
     name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     functions = [
         node
@@ -172,7 +171,7 @@ def late_imports(path: Path, modules: set[str]) -> set[str]:
 
 
 def test_what_is_imported_late_is_loaded_before_a_machine_is_ready() -> None:
-    """The package may be gone afterwards."""
+    """The package may be uninstalled while a machine runs."""
     modules = set(modules_of(PACKAGE))
     late = {
         found
@@ -193,7 +192,7 @@ def test_the_commands_load_nothing_that_they_can_do_without(module: str) -> None
     assert not loaded & SLOW
 
 
-#: Prints the classes of the start path whose annotations were strings, which typing has compiled.
+#: A program that prints the start path's classes with string annotations, which typing has compiled.
 _COMPILED = """
 import sys, typing
 import vmspawn.cli.spawn.main
@@ -206,18 +205,17 @@ for name, module in sorted(sys.modules.items()):
 
 
 def test_no_annotations_are_compiled_before_qemu_is_started() -> None:
-    """typing.NamedTuple and TypedDict compile each annotation that is a string: `from __future__ import annotations`
-    makes it one."""
+    """`from __future__ import annotations` makes annotations strings, which NamedTuple and TypedDict compile."""
     done = subprocess.run([sys.executable, "-c", _COMPILED], check=True, capture_output=True, text=True)
     assert not done.stdout
 
 
-#: Files that name the shell of a guest, which runs a command there.
+#: Files that name the guest's shell, which runs commands in the guest.
 GUESTS_SHELL = {PACKAGE / "api/execution.py", PACKAGE / "cli/spawn/run_command.py"}
 
 
 def called(tree: ast.AST) -> set[str]:
-    """The names of what a file calls, and of the arguments that it names."""
+    """Return the names of the functions that a file calls, and of the keyword arguments."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {node.func.attr for node in calls if isinstance(node.func, ast.Attribute)}
     names |= {node.func.id for node in calls if isinstance(node.func, ast.Name)}
@@ -228,7 +226,7 @@ def called(tree: ast.AST) -> set[str]:
 def test_no_program_is_run_by_a_shell(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not called(tree) & {"shell", "system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell"}
-    # The guest has one of its own.
+    # The guest's scripts have a shell of their own.
     if layer_of(path.relative_to(PACKAGE).parts) != "guest" and path not in GUESTS_SHELL:
         words = {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         assert not {os.path.basename(word) for word in words} & {"sh", "bash", "dash"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""I/O limits as QEMU wants them."""
+"""Tests the conversion of I/O limits to QEMU's."""
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ RATES = st.integers(0, LIMIT_MAX)
 def test_no_limits_are_none_and_reset_all_that_there_were() -> None:
     assert not NO_LIMITS.any
     assert set(NO_LIMITS.to_qemu().values()) == {0}
-    # All six rates and their bursts (qapi/block-core.json, ThrottleLimits).
+    # There are six rates and their bursts (qapi/block-core.json, ThrottleLimits).
     assert len(NO_LIMITS.to_qemu()) == 12
 
 

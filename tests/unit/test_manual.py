@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The man pages and the table of options are complete and well-formed."""
+"""Tests that the man pages and the table of options are complete and well-formed."""
 
 import argparse
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a service manager asks for in the environment."""
+"""Tests the service manager's requests in the environment."""
 
 import os
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finding kernel panics in what a guest prints, and what they make of a machine's end."""
+"""Tests finding kernel panics in the guest's output, and their effect on the reason of a machine's end."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from vmspawn.machine.ending import End
 ROOT = b"Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n"
 MESSAGE = "VFS: Unable to mount root fs on unknown-block(0,0)"
 
-#: What Linux 6.1 prints at the end of a panic.
+#: The output of Linux 6.1 at the end of a panic.
 WHOLE = (
     b"[    1.804118] /dev/root: Can't open blockdev\r\n"
     b"[    1.804353] " + ROOT + b"[    1.804712] CPU: 0 PID: 1 Comm: swapper/0 Not tainted 6.1.0-37-cloud-amd64 #1\r\n"

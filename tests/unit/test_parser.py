@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Both commands' arguments: options in any place, unknown ones refused, and help that shows what works."""
+"""Tests both commands' arguments: options at any place, unknown options, and the help."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import vmspawn.cli.ctl.main as vmctl
 import vmspawn.cli.spawn.main as vmspawn_command
 from vmspawn.cli.parser import Parser, _verbs
 
-#: Without hidden ones, which shells call.
+#: The verbs without the hidden ones, which completion scripts call.
 VERBS = {name: verb for name, verb in _verbs(vmctl.build_parser()).items() if not name.startswith("_")}
 
 
@@ -19,13 +19,13 @@ def value_of(action: argparse.Action) -> str:
 
 
 def words(parser: argparse.ArgumentParser) -> list[str]:
-    """As many positional arguments as a verb takes at most, but for arguments without an end."""
+    """Return as many positional arguments as a verb accepts, without arguments of unlimited number."""
     positionals = [each for each in parser._actions if not each.option_strings]
     return [f"{each.dest}{number}:a=b" for number, each in enumerate(positionals)]
 
 
 def forms(action: argparse.Action) -> Iterator[list[str]]:
-    """All ways to write an option."""
+    """Yield all forms of an option."""
     for name in action.option_strings:
         if action.nargs == 0:
             yield [name]

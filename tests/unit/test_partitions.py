@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which root= a kernel is told: by partition tables that sfdisk wrote, in raw images and in qcow2."""
+"""Tests the choice of root= with partition tables that sfdisk wrote, in raw images and in qcow2 images."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ needs_sfdisk = pytest.mark.skipif(not shutil.which("sfdisk"), reason="sfdisk is 
 
 
 def partitioned(path: Path, *lines: str, label: str = "gpt") -> Path:
-    """An image of 32 MiB with partitions of 1 MiB each, as sfdisk's script lines have them."""
+    """Make an image of 32 MiB with partitions of 1 MiB each, from lines of sfdisk's script format."""
     with path.open("wb") as file:
         file.truncate(32 << 20)
     script = "\n".join((f"label: {label}", *(f"size=1MiB, {line}" for line in lines)))
@@ -46,7 +46,7 @@ def root_of(path: Path, *, bus: str = "virtio-blk", qcow2_image: bool = False) -
 @needs_sfdisk
 @pytest.mark.parametrize("first", [1 << 52, (1 << 55) - 1, (1 << 64) - 1])
 def test_a_gpt_whose_entries_are_nowhere_has_none(tmp_path: Path, first: int) -> None:
-    """A guest can write that into its own disk."""
+    """A guest can write that to its own disk."""
     path = partitioned(tmp_path / "disk", f"type={ROOT}")
     with path.open("r+b") as file:
         file.seek(512 + 72)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The accounting of ports, slots and SCSI targets."""
+"""Tests the accounting of ports, slots, SCSI targets and namespaces."""
 
 import pytest
 from hypothesis import given
@@ -105,7 +105,7 @@ def test_a_name_gets_the_same_namespace_each_time() -> None:
     place = found.take_for("data")
     found.release(place)
     assert found.take_for("data") == place
-    # If that is taken, it gets another.
+    # If the place is in use, the name gets another.
     assert found.take_for("data") != place
     assert found.free == places.NAMESPACES - 2
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The plan of a machine: what its kernel is told, and how the parts that concerns add are joined."""
+"""Tests the plan of a machine: the kernel's arguments, and the order in which parts are joined."""
 
 from vmspawn import MachineConfig
 from vmspawn.boot.commandline import Choices, Kernel
@@ -16,7 +16,7 @@ def chosen(config: MachineConfig, kernel: Kernel | None) -> Choices:
 
 
 def test_the_users_kernel_arguments_are_the_last() -> None:
-    """So that they prevail, whatever boots and however the kernel gets them."""
+    """The last argument has precedence, for every kind of boot."""
     config = MachineConfig(guest="builtin", kernel_arguments=("quiet", "ro"))
     guest = Kernel("kernel", "initrd", ("panic=-1",))
     expected = ("console=ttyS0", "panic=-1", "root=root", "rw", "quiet", "ro")
@@ -26,7 +26,7 @@ def test_the_users_kernel_arguments_are_the_last() -> None:
 
 
 def test_a_kernel_is_not_let_check_the_timer_under_emulation() -> None:
-    """The check fails on a busy host, and the kernel panics. The user's own arguments come later."""
+    """The check fails on a busy host, and the kernel panics. The user's own arguments follow, and have precedence."""
     config = MachineConfig(linux="/dev/null", kernel_arguments=("quiet",))
     emulated = chosen(config, Kernel("/dev/null", None, ()))
     assert _kernel_arguments(emulated, ()) == ("console=ttyS0", "no_timer_check", "quiet")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checks that docs/qemu.md, the comments that cite it, and the tests that it names fit together."""
+"""Tests that docs/qemu.md, the comments that cite it, and the tests that it names are consistent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FACTS = ROOT / "docs" / "qemu.md"
 
-#: A citation, such as `docs/qemu.md, "Unplug"`; in a comment it may go on in the next line.
+#: A citation, for example `docs/qemu.md, "Unplug"`. In a comment it may continue in the next line.
 _CITATION = re.compile(r'docs/qemu\.md,(?:\s|#:?)+"([^"]+)"')
 _TEST = re.compile(r"\b(unit|qemu|guest|interop)/(test_\w+)(?:::(test_\w+))?")
 
@@ -31,7 +31,7 @@ def test_every_citation_names_a_heading() -> None:
 
 
 def test_nothing_else_of_the_kind_is_cited() -> None:
-    """A file that is not in the repository cannot be looked up."""
+    """A reader cannot look up a file that is not in the repository."""
     notes = re.compile(r"\b(QMP|HOTPLUG|FORK|GUEST|VSOCK|VARLINK|DESIGN|HOUSE|WORDS|STYLE)\.md")
     assert not {path.name for path in sources() if notes.search(path.read_text())}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a message asks for. The errors are QEMU's (qapi/qmp-dispatch.c, docs/interop/qmp-spec.rst)."""
+"""Tests the commands and the errors of messages. The errors are QEMU's (qapi/qmp-dispatch.c, qmp-spec.rst)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vmspawn.qmp.syntax.scanner import Scanner
 
 
 def read_text(text: bytes, *, oob: bool = False) -> Command | Refusal:
-    """Read the one message that the text is, by way of the scanner, as sessions do."""
+    """Read the only message of a text through the scanner, as sessions do."""
     scanner = Scanner(PULL)
-    # A number or keyword ends with the byte behind it.
+    # A number or keyword ends only before another byte.
     scanner.feed(text + b"\n")
     message = scanner.next()
     assert message is not None
@@ -35,7 +35,7 @@ def command(text: bytes, *, oob: bool = False) -> Command:
 
 
 def refusal(text: bytes, *, oob: bool = False) -> dict[str, Any]:
-    """The error with which a message is refused."""
+    """Return the error that refuses a message."""
     item = read_text(text, oob=oob)
     assert isinstance(item, Refusal), item
     assert item.line.endswith(b"\r\n")
@@ -85,7 +85,7 @@ def test_an_id_is_kept_and_none_is_made_up(text: bytes, id: bytes | None) -> Non
 
 @pytest.mark.parametrize("written", [b"query\\u002dstatus", b"\\u0071uery-status"])
 def test_a_name_is_known_however_it_is_spelt(written: bytes) -> None:
-    """Or a read-only session could be talked into a command that it does not know by that name."""
+    """Otherwise a read-only session could run a command by another spelling of its name."""
     assert command(b'{"execute":"%b"}' % written).name == b"query-status"
 
 
@@ -105,7 +105,7 @@ def test_only_who_has_enabled_it_may_overtake() -> None:
     ("text", "doubtful"),
     [
         (b'{"execute":"x","arguments":{"a":{"b":1,"c":2}}}', False),
-        # Keys that occur twice are looked for in small messages, and left to QEMU in large ones.
+        # Duplicate keys are searched for in small messages, and left to QEMU in large ones.
         (b'{"execute":"x","arguments":{"a":{"b":1,"c":2},"pad":"%b"}}' % (b"x" * 5000), True),
         (b'{"execute":"x","arguments":{"pad":"%b"}}' % (b"x" * 5000), False),
     ],
@@ -114,7 +114,7 @@ def test_what_qemu_may_find_to_be_no_json_is_marked(text: bytes, doubtful: bool)
     assert command(text).doubtful is doubtful
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_what_has_the_wrong_shape_is_refused_with_its_id(text: bytes, descriptio
 
 @pytest.mark.parametrize("text", [b'{"execute":"a","exec-oob":"b","id":1}', b'{"id":1,"exec-oob":"b","execute":"a"}'])
 def test_a_command_has_one_name(text: bytes) -> None:
-    """Which of the two is said to clash with the other is for QEMU's hash table to say."""
+    """QEMU's hash table decides which of the two is reported to clash with the other."""
     found = refusal(text, oob=True)
     assert found["id"] == 1
     assert found["error"]["class"] == "GenericError"
@@ -169,7 +169,7 @@ def test_what_is_no_json_keeps_the_words_of_the_scanner() -> None:
     assert json.loads(item.line) == {"error": error("JSON parse error, expecting value")}
 
 
-# The short way.
+# The fast path.
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_what_is_no_json_keeps_the_words_of_the_scanner() -> None:
     ],
 )
 def test_what_programs_write_takes_the_short_way(text: bytes) -> None:
-    """qemu.qmp, libvirt and json.dumps: without this the property below could hold for nothing at all."""
+    """The programs are qemu.qmp, libvirt and json.dumps. This ensures that the property below is not vacuous."""
     assert USUAL.fullmatch(text)
 
 
@@ -210,7 +210,7 @@ def test_what_needs_a_closer_look_does_not_take_the_short_way(text: bytes) -> No
 
 @st.composite
 def nearly_usual(draw: st.DrawFn) -> bytes:
-    """A usual command, or one that something was put into."""
+    """Return a usual command, or a usual command with something inserted."""
     text = draw(st.from_regex(USUAL, fullmatch=True))
     place = draw(st.integers(0, len(text)))
     odd = draw(st.sampled_from([b"", b'"', b"\\", b" ", b",", b"0", b"-", b"{", b"}", b"'", b"\xc3\xa9", b"\x7f"]))

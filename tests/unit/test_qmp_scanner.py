@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The scanner of QEMU's JSON dialect: however the bytes come, the same messages are found in them."""
+"""Tests that the scanner of QEMU's JSON dialect finds the same messages however the bytes are split."""
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ from vmspawn.qmp.syntax.scanner import Scanner
 
 DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: JSON parse error, expecting value"))
 
-#: Commands and rubbish as clients of both kinds write them.
+#: Commands and invalid input, as clients of both kinds write them.
 STREAM = (
     b'{"execute":"query-name","id":[1,{"a":null}]} {\'execute\':\'x\', "id": \'it\\\'s\'}\n'
     b'{"execute" : "a", "arguments": {"b": -1.5e3, "c": "\\u00e9 \xc3\xa9"}} ] {"a" 1} \xff {"execute":"b","id":0} '
@@ -100,7 +100,7 @@ def test_a_message_of_all_that_is_allowed_is_taken(dialect: Dialect) -> None:
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_number_without_end_is_refused_at_the_bound(dialect: Dialect) -> None:
-    """One that comes in pieces, of which all that came is looked at each time."""
+    """The number comes in pieces, and all of its bytes are scanned again each time."""
     beginning = b'{"execute":"a","id":' + b"1" * limits.ATOM_SIZE
     (found,) = scan(dialect, [beginning, b"}"])
     assert isinstance(found, Message)
@@ -111,7 +111,7 @@ def test_a_number_without_end_is_refused_at_the_bound(dialect: Dialect) -> None:
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_many_tokens_are_looked_at_in_several_turns(dialect: Dialect) -> None:
-    """Those that only QEMU understands, such as strings in single quotes, take their time."""
+    """Tokens that only QEMU accepts, for example strings in single quotes, are inspected one by one."""
     few, many = (b"{" + b",".join(b"'%d':1" % n for n in range(count)) + b"}" for count in (8, limits.STEPS_PER_TURN))
     scanner = Scanner(dialect)
     scanner.feed(few)

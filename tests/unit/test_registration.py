@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The options for registration and units: what they mean, and which contradict each other."""
+"""Tests the options for registration and units: their meaning and their contradictions."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from vmspawn.host.machined import Candidate, Registration
 
 @pytest.fixture
 def no_path() -> Iterator[None]:
-    """An empty PATH."""
+    """Set PATH to be empty."""
     before = os.environ["PATH"]
     os.environ["PATH"] = ""
     yield

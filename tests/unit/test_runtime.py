@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The runtime directory: one living manager a name, and nothing left of a dead one."""
+"""Tests the runtime directory: one living manager for each name, and the removal of a dead manager's files."""
 
 import json
 import os

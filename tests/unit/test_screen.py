@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is remembered of what a terminal was shown, however it was cut, and what undoes it."""
+"""Tests the record of a terminal's modes, however the output is split, and the sequence that resets them."""
 
 import pytest
 from hypothesis import given

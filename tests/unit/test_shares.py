@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directories for the guest: how they are written, and what the guest is told of them."""
+"""Tests shared directories: their syntax, and the guest's mounts."""
 
 import pytest
 

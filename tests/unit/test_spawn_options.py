@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options of systemd-vmspawn: those that are understood in all their forms, and those that can only be gone without."""
+"""Tests the options of systemd-vmspawn: supported ones in all their forms, and ones that can only be disabled."""
 
 import pytest
 
@@ -171,7 +171,7 @@ def test_discard(text: str, discard: bool) -> None:
         parse(["--image=/x", "--discard-disk=maybe"])
 
 
-#: What nobody should write, and scripts do.
+#: Values that users should not write, but that scripts do.
 ODD_VALUES = (
     *("", " ", "x", "-1", "0", "nan", "inf", "1e400", "9" * 24, "yes", "é", "\udcff", "%", "\\", "~", "--"),
     *(":", "=", ",", "/", "a:b", "a=b", "a,b=c", "a:b:c:d", "size=1", "/nonexistent/x", "/dev/null"),
@@ -190,7 +190,7 @@ def test_every_option_takes_a_value_or_says_what_is_wrong(option: str, capsys: p
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
-    """What is wrong with these arguments, if something is."""
+    """Return the error for these arguments, or None if they are accepted."""
     try:
         options = build_parser().parse_args(arguments)
         unsupported_options.check(options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The blocking library is the asynchronous one, and its calls behave in threads, forks and interruptions."""
+"""Tests that the blocking library equals the asynchronous one, also in threads, after forks and at interruptions."""
 
 import asyncio
 import inspect
@@ -51,7 +51,7 @@ def test_calls_of_many_threads_share_one_loop() -> None:
 
 
 def interrupted_by(started: threading.Event) -> threading.Thread:
-    """A thread that interrupts the main thread, as Ctrl-C does, once that waits."""
+    """Start a thread that interrupts the main thread, as Ctrl-C does, when the main thread waits."""
 
     def interrupt() -> None:
         started.wait()
@@ -116,7 +116,7 @@ def test_a_call_on_the_loop_itself_is_refused() -> None:
 
 
 async def test_it_can_be_called_where_a_loop_runs() -> None:
-    """As in a notebook."""
+    """A notebook is an example."""
 
     async def work() -> int:
         return 5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tables that fit the terminal."""
+"""Tests that tables fit the terminal."""
 
 from hypothesis import given
 from hypothesis import strategies as st

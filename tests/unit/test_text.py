@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Names of others in our own lines: every byte that a file name may have."""
+"""Tests printing untrusted names, with every byte that a file name may have."""
 
 import os
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files that are opened in threads: by a thread that hangs until a pipe is written to, as with storage that hangs."""
+"""Tests opening files in threads, with a thread that hangs until a pipe is written to, as with storage that hangs."""
 
 import asyncio
 import contextlib

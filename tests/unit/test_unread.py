@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the guest printed while nobody read is put together from QEMU's log and what was left in the pipe."""
+"""Tests that unread output of the guest is joined from QEMU's log and the pipe."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ LINES = b"".join(b"line %d\r\n" % n for n in range(1000))
 @pytest.mark.parametrize("emptied", [0, 10, 5000, 8000])
 @pytest.mark.parametrize("died", [8000, 8010, len(LINES)])
 def test_the_pipe_and_the_log_make_one_text(emptied: int, died: int) -> None:
-    """The pipe has what came until the manager died, the log what came since it was emptied last."""
+    """The pipe has the output until the manager's death, the log has the output since it was emptied last."""
     assert unread.join(LINES[:died], LINES[emptied:]) == LINES
 
 
@@ -31,19 +31,19 @@ def test_nothing_is_lost_where_one_is_short(piped: bytes) -> None:
 
 @pytest.fixture
 def as_in_qemu() -> Iterator[None]:
-    """The limit with which QEMU is started, and the signal ignored, as it is in every Python and its children."""
+    """Apply QEMU's file size limit, with the signal ignored, as in every Python and its children."""
     assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN
     with bounded():
         yield
 
 
 def append(log: ConsoleLog) -> int:
-    """A descriptor like QEMU's."""
+    """Open a descriptor like QEMU's."""
     return os.open(f"/proc/self/fd/{log.fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
 
 def fill(writer: int) -> None:
-    """Write until nothing more fits, as a serial port does in the end: byte by byte."""
+    """Write byte by byte until nothing more fits, as a serial port does at the end."""
     for size in (4096, 1):
         with contextlib.suppress(OSError):
             while os.write(writer, b"z" * size):
@@ -61,7 +61,7 @@ def test_qemus_log_ends_at_its_bound_and_begins_again() -> None:
             assert os.write(writer, b"x" * (KEPT_MAX - 1)) == KEPT_MAX - 1
             assert log.read(log.size) == b"x" * (KEPT_MAX - 1)
             assert not log.is_full
-            # Of what does not fit, as much as does.
+            # A write that does not fit writes as much as fits.
             assert os.write(writer, b"yz") == 1
             with pytest.raises(OSError, match="File too large"):
                 os.write(writer, b"z")
@@ -80,7 +80,7 @@ def test_the_limit_is_for_what_is_started_meanwhile() -> None:
 
 
 def test_nothing_is_kept_where_qemu_could_not_be_bounded() -> None:
-    """A signal that it does not ignore would kill it."""
+    """A process that does not ignore the signal would be killed."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
         assert ConsoleLog.make() is None

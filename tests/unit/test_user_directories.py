@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The user's own directories, and users that have none."""
+"""Tests the user's directories, and users that have none."""
 
 import os
 import pwd

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What mypy says of a user's program: nothing if it is right, and where it is wrong."""
+"""Tests that mypy accepts a correct program of a user, and finds the mistakes in a wrong one."""
 
 import re
 import subprocess

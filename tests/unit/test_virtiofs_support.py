@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether a kernel can mount a directory as its root, by the files beside it and by its initrd."""
+"""Tests whether a kernel can mount a directory as its root, by the files beside it and by its initrd."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ VERSION = "6.1.0-37-amd64"
 
 
 def make_kernel(folder: Path, *, version: str = "") -> Path:
-    """A kernel of that name; with `version` its header has one, as x86's boot protocol says."""
+    """Make a kernel. With `version`, its header has that version, as in x86's boot protocol."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"vmlinuz-{VERSION}"
     header = bytearray(0x400)
@@ -35,7 +35,7 @@ def make_kernel(folder: Path, *, version: str = "") -> Path:
 
 
 def archive(*names: str) -> bytes:
-    """An initramfs with these files, as the built-in guest's is written."""
+    """Return an initramfs with these files, made by the writer of the built-in guest."""
     output = io.BytesIO()
     made = Initramfs(output)
     for name in names:
@@ -80,7 +80,7 @@ def test_the_configuration_of_a_build_tree_tells(tmp_path: Path) -> None:
     ],
 )
 def test_the_lists_of_modules_in_the_directory_tell(tmp_path: Path, built_in: str, modules: str, said: str) -> None:
-    """The kernel's header has its version, whatever its file is called."""
+    """The version is read from the kernel's header, not from the file's name."""
     linux = make_kernel(tmp_path, version="5.4-test")
     assert version_of(str(linux)) == "5.4-test"
     folder = tmp_path / "lib/modules/5.4-test"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Volumes of storage providers: how they are written on the command lines."""
+"""Tests the syntax of storage providers' volumes on the command lines."""
 
 from typing import Any
 

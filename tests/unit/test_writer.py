@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The write queue, on real sockets: order, descriptors, withdrawal, loss."""
+"""Tests the write queue on real sockets: order, descriptors, withdrawal, disconnect."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vmspawn.aio.writer import Writer
 
-#: More than a socket holds.
+#: More bytes than a socket buffers.
 MUCH = 1 << 20
 
 DEADLINE = 20.0
@@ -28,7 +28,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 async def read(theirs: socket.socket, count: int) -> bytes:
-    """So many bytes, which must come."""
+    """Read `count` bytes."""
     loop, data = asyncio.get_running_loop(), b""
     async with asyncio.timeout(DEADLINE):
         while len(data) < count:
@@ -138,7 +138,7 @@ async def test_a_reader_that_is_gone_is_reported_once_and_nothing_is_kept(
 
 
 async def test_small_pieces_that_wait_are_joined(pair: tuple[socket.socket, socket.socket]) -> None:
-    """What is typed a byte at a time while the guest takes nothing costs about as many bytes."""
+    """Input that is typed byte by byte while the guest reads nothing costs about as many bytes in the queue."""
     ours, theirs = pair
     sizes: list[int] = []
 
@@ -151,6 +151,6 @@ async def test_small_pieces_that_wait_are_joined(pair: tuple[socket.socket, sock
     for _ in range(10_000):
         writer.write(b"y")
     assert await read(theirs, MUCH + 10_000) == b"x" * MUCH + b"y" * 10_000
-    # All that was queued went in pieces of some size.
+    # All queued data was written in larger pieces.
     assert sizes.count(1) == 0
     writer.close()
