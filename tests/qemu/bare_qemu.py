@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.qemu.qmp_fixtures import Client, Machine
 
-#: q35 with two empty root ports, pc with its PCI bus. Both have a SCSI controller.
+#: q35 with two empty root ports, and pc with its PCI bus. Both have a SCSI controller.
 MACHINES = {
     "q35": (
         *("-machine", "q35", "-accel", "tcg", "-m", "64"),

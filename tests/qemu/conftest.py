@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests of QMP share, and those of disks."""
+"""Defines the fixtures that the tests of QMP and of disks share."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -14,27 +14,27 @@ from tests.qemu.qmp_fixtures import PC, Kind, Machine, Server, Side, kinds, shar
 
 @pytest.fixture(scope="session", params=list(Kind), ids=lambda kind: kind.name.lower())
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """How the QEMU of `qemu` is told to serve its monitors: each way that it knows."""
+    """Return the form in which QEMU is started with its monitors: a parameter for each form that it supports."""
     assert isinstance(request.param, Kind)
     return request.param
 
 
 @pytest.fixture(scope="module")
 def both(qemu: str, kind: Kind) -> Iterator[tuple[Machine, Server]]:
-    """A QEMU that has a PC to run, whose monitors 2 and 3 are for native clients, and a multiplexer."""
+    """Start a QEMU with a PC, whose monitors 2 and 3 are for native clients, and a multiplexer."""
     with shared(qemu, monitors=4, arguments=PC, kind=kind) as made:
         yield made
 
 
 @pytest.fixture(params=["native", "session"])
 def side(request: pytest.FixtureRequest, both: tuple[Machine, Server]) -> Iterator[Side]:
-    """Who is asked: QEMU itself, or a session of the same QEMU. A fact is a fact for both."""
+    """Return a side to test: QEMU itself, or a session of the same QEMU. A fact must hold for both."""
     with Side(request.param, *both) as opened:
         yield opened
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what a QEMU does not know, rather than skip each test of it."""
+    """Deselect the tests of features that a QEMU lacks, instead of skipping each."""
     items[:] = [item for item in items if _is_possible(item)]
 
 
@@ -46,7 +46,7 @@ def _is_possible(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="module")
 def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A vmspawn's options for a machine that boots nothing: its guest is its firmware."""
+    """Return vmspawn's options for a machine that boots nothing: its guest is its firmware."""
     image = make_raw(tmp_path_factory.mktemp("image") / "image", 1 << 20)
     return (f"--qemu={qemu}", f"--image={image}", "--ram=64M")
 
@@ -55,7 +55,7 @@ def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, .
 async def machine(
     request: pytest.FixtureRequest, qemu: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[machines.Machine]:
-    """A machine of either type with eight ports, whose guest is its firmware."""
+    """Run a machine of either type with eight ports, whose guest is its firmware."""
     folder = tmp_path_factory.mktemp("machine")
     async with idle_machine(qemu, folder, machine_type=request.param, hotplug_ports=8) as running:
         yield running
@@ -63,6 +63,6 @@ async def machine(
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def nothing_left(machine: machines.Machine) -> AsyncIterator[None]:
-    """A test must leave the machine as it found it."""
+    """Check that a test leaves the machine as it found it."""
     async with unchanged(machine):
         yield

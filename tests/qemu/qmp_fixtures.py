@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A QEMU with some monitors, a multiplexer on a thread of its own, and clients that never wait without a deadline."""
+"""Runs a QEMU with several monitors, a multiplexer on another thread, and clients whose waits have deadlines."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from typing import Any, TypeVar
 from vmspawn.qmp.share.multiplexer import Multiplexer
 from vmspawn.qmp.share.session import Session
 
-#: Seconds that anything may take. Large commands take QEMU seconds, and the machine may be busy.
+#: Seconds that any step may take. Large commands take QEMU seconds, and the host may be busy.
 DEADLINE = 30.0
 
-#: What multiplies the numbers of examples and rounds.
+#: The factor for the numbers of examples and rounds.
 SCALE = float(os.environ.get("VMSPAWN_TEST_SCALE", "1"))
 
 NEGOTIATE = b'{"execute":"qmp_capabilities"}'
 NEGOTIATE_OOB = b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}'
 
-#: A machine with a place to plug a device in, and one that is taken by `d0`.
+#: A machine with a free place for a device, and a place that `d0` uses.
 PC = (
     *("-machine", "q35", "-accel", "tcg", "-m", "64"),
     *("-device", "pcie-root-port,id=port0,slot=1,chassis=1", "-device", "virtio-rng-pci,id=d0,bus=port0"),
@@ -43,12 +43,12 @@ _T = TypeVar("_T")
 
 
 def scaled(number: int) -> int:
-    """A number of rounds, as large as VMSPAWN_TEST_SCALE says."""
+    """Return a number of rounds, multiplied by VMSPAWN_TEST_SCALE."""
     return max(1, round(number * SCALE))
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for what nobody announces."""
+    """Poll a condition without an event; `what` names it in the error."""
     deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {DEADLINE:g} s"
@@ -56,7 +56,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Client:
-    """A QMP client that sends what it is told and reads line by line. Owns its socket."""
+    """A QMP client that sends given bytes and reads line by line. Owns its socket."""
 
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
@@ -64,14 +64,14 @@ class Client:
         self._buffer = b""
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send bytes, the descriptors with the first of them; they stay the caller's."""
+        """Send bytes, with descriptors along with the first byte. The caller keeps the descriptors."""
         if fds:
             assert socket.send_fds(self.socket, [data], fds) == len(data)
         else:
             self.socket.sendall(data)
 
     def line(self) -> bytes:
-        """The next line, with its end; nothing at the end of the stream."""
+        """Return the next line with its end; empty at end of file."""
         while b"\n" not in self._buffer:
             try:
                 data = self.socket.recv(65536)
@@ -84,7 +84,7 @@ class Client:
         return line + b"\n"
 
     def message(self) -> dict[str, Any]:
-        """The next line, decoded."""
+        """Return the next line, decoded."""
         line = self.line()
         assert line, "the connection ended"
         message = json.loads(line)
@@ -92,19 +92,19 @@ class Client:
         return message
 
     def execute(self, command: bytes, fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Send a command and return what comes next that is no event."""
+        """Send a command, and return the next message that is not an event."""
         self.send(command, fds)
         while "event" in (message := self.message()):
             pass
         return message
 
     def run(self, name: str, *, fds: Sequence[int] = (), **arguments: object) -> dict[str, Any]:
-        """Run a command; underscores in the names of arguments stand for hyphens."""
+        """Run a command. Underscores in the names of arguments stand for hyphens."""
         members = {key.replace("_", "-"): value for key, value in arguments.items()}
         return self.execute(json.dumps({"execute": name, "arguments": members}).encode(), fds)
 
     def until(self, id: object) -> list[bytes]:
-        """The lines before the reply with this id."""
+        """Return the lines before the reply with this id."""
         lines: list[bytes] = []
         while True:
             line = self.line()
@@ -114,21 +114,21 @@ class Client:
             lines.append(line)
 
     def negotiate(self, *, oob: bool = False) -> Client:
-        """Read the greeting and begin."""
+        """Read the greeting, and negotiate."""
         assert "QMP" in self.message()
         assert self.execute(NEGOTIATE_OOB if oob else NEGOTIATE) == {"return": {}}
         return self
 
     def quiet(self) -> bool:
-        """Whether nothing is there to be read, for the moment."""
+        """Return whether there is no input to read at the moment."""
         return not self._buffer and not select.select([self.socket], [], [], 0.05)[0]
 
     def at_end(self) -> bool:
-        """Whether the stream has ended; waits for something to come."""
+        """Wait for input; returns whether it is end of file."""
         return self.line() == b""
 
     def close(self) -> None:
-        """Go away without a word."""
+        """Disconnect."""
         self.socket.close()
 
 
@@ -141,7 +141,7 @@ def _id_of(line: bytes) -> object:
 
 
 class Kind(Enum):
-    """How QEMU is told to serve a monitor."""
+    """The form in which QEMU is started with a monitor."""
 
     OPTION = "-mon"
     #: Since QEMU 11.1, where the option is deprecated.
@@ -150,13 +150,13 @@ class Kind(Enum):
 
 @cache
 def kinds(qemu: str) -> tuple[Kind, ...]:
-    """The kinds that a QEMU knows, the one that it prefers last."""
+    """Return the kinds that a QEMU supports, the preferred one last."""
     known = subprocess.run([qemu, "-object", "help"], check=True, capture_output=True, text=True).stdout.split()
     return (Kind.OPTION, Kind.OBJECT) if "monitor-qmp" in known else (Kind.OPTION,)
 
 
 class Machine:
-    """A QEMU without a machine, that serves monitors. Use as a context."""
+    """A QEMU without a machine that serves monitors. A context manager."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Machine:
         options: str = "",
         kind: Kind | None = None,
     ) -> None:
-        """`options` are the monitors', `kind` is theirs too; by default what this QEMU prefers."""
+        """`options` and `kind` are for all monitors; the default kind is the one that this QEMU prefers."""
         kind = kind or kinds(qemu)[-1]
         self._stack = ExitStack()
         self.folder = Path(tempfile.mkdtemp(prefix="vmspawn-qmp-"))
@@ -190,27 +190,27 @@ class Machine:
         )
 
     def path(self, number: int) -> Path:
-        """A monitor's socket."""
+        """Return the path of a monitor's socket."""
         return self.folder / f"monitor{number}"
 
     def connect(self, number: int) -> socket.socket:
-        """A connection to a monitor, which greets."""
+        """Connect to a monitor, which greets."""
         connected = socket.socket(socket.AF_UNIX)
         connected.settimeout(DEADLINE)
         connected.connect(str(self.path(number)))
         return connected
 
     def native(self, number: int = 0) -> Client:
-        """A client of a monitor."""
+        """Connect a client to a monitor."""
         return Client(self.connect(number))
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill QEMU, as a crash would."""
         self.process.kill()
         self.process.wait()
 
     def descriptors(self) -> int:
-        """How many it has open."""
+        """Return the number of QEMU's open descriptors."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def __enter__(self) -> Machine:
@@ -222,13 +222,13 @@ class Machine:
 
 
 class Server:
-    """A multiplexer that runs on a thread of its own. Use as a context."""
+    """A multiplexer that runs on another thread. A context manager."""
 
     def __init__(self, connected: socket.socket, bulk: socket.socket | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        #: Why QEMU was lost, each time that was said.
+        #: The reasons of `on_lost`, one for each call.
         self.lost: list[str] = []
         self._stack = ExitStack()
         self._stack.callback(self._stop)
@@ -256,13 +256,13 @@ class Server:
         return result
 
     def open(self, *, read_only: bool = False, initial: bytes = b"") -> Client:
-        """A client of a new session, which greets."""
+        """Open a session, which greets; returns its client."""
         ours, theirs = socket.socketpair()
         self.call(lambda: self.multiplexer.open(theirs, read_only=read_only, initial=initial))
         return Client(ours)
 
     def sessions(self) -> tuple[Session, ...]:
-        """The sessions that there are."""
+        """Return the multiplexer's sessions."""
         return self.call(lambda: self.multiplexer.sessions)
 
     def _stop(self) -> None:
@@ -278,7 +278,7 @@ class Server:
 
 
 class Side:
-    """One of the two ways to be a client of a shared QEMU, native or by sessions. Use as a context."""
+    """One of the two ways to be a client of a shared QEMU: native, or by sessions. A context manager."""
 
     def __init__(self, who: str, machine: Machine, server: Server) -> None:
         self.native = who == "native"
@@ -287,14 +287,14 @@ class Side:
         self._opened: list[Client] = []
 
     def greeted(self) -> Client:
-        """A client that has its greeting still to read. There are as many native ones as the machine has monitors."""
-        # Monitors 0 and 1 are the multiplexer's.
+        """Return a client with an unread greeting. The number of native clients is limited by QEMU's monitors."""
+        # Monitors 0 and 1 are for the multiplexer.
         client = self.machine.native(2 + len(self._opened)) if self.native else self.server.open()
         self._opened.append(client)
         return client
 
     def open(self, *, oob: bool = False) -> Client:
-        """A client that has negotiated."""
+        """Return a client that has negotiated."""
         return self.greeted().negotiate(oob=oob)
 
     def __enter__(self) -> Side:
@@ -309,7 +309,7 @@ class Side:
 def shared(
     qemu: str, *, monitors: int = 3, arguments: Sequence[str] = (), kind: Kind | None = None
 ) -> Iterator[tuple[Machine, Server]]:
-    """A QEMU whose monitors 0 and 1 are a multiplexer's, and whose others are for native clients."""
+    """Start a QEMU whose monitors 0 and 1 are for a multiplexer, and whose others are for native clients."""
     with (
         Machine(qemu, monitors, arguments, kind=kind) as machine,
         Server(machine.connect(0), machine.connect(1)) as server,

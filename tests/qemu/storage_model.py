@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a machine's disks ought to be, what they are, and a form in which the two can be compared."""
+"""Models the expected disks of a machine, observes the actual ones, and compares the two."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.machines import Machine, Snapshot, links_of
 from vmspawn.errors import BadConfig, ConfigNotSupported, StoragePending, VmspawnError
 from vmspawn.host.runtime import STATE
 
-#: How something is refused.
+#: The class of the error that refuses an operation.
 Error = type[VmspawnError]
 
-#: Which of QEMU's devices a disk becomes.
+#: The driver of QEMU's device for a disk on each bus.
 DEVICES = {
     "virtio-blk": "virtio-blk-pci",
     "nvme": "nvme",
@@ -30,9 +30,9 @@ DEVICES = {
     "virtio-scsi": "scsi-hd",
     "scsi-cd": "scsi-cd",
 }
-#: Buses whose devices take a port, and which the guest has to let go of.
+#: Buses whose devices use a port, and are removed only when the guest releases them.
 PCI_BUSES = ("virtio-blk", "nvme")
-#: Buses on which a disk can have another size while it is there.
+#: Buses on which an attached disk can be resized.
 RESIZABLE_BUSES = ("virtio-blk", "virtio-scsi")
 
 
@@ -47,46 +47,46 @@ class ImageFile:
 
 @dataclass(eq=False)
 class ExpectedDisk:
-    """A disk as it ought to be."""
+    """A disk as the model expects it."""
 
     name: str
     bus: str
     read_only: bool
-    #: None is an optical drive without a medium, or one whose image was taken away.
+    #: None for an optical drive without a medium, or for a disk whose image a forced detach has taken away.
     image: ImageFile | None
     size: int
     thread: bool = False
     detaching: bool = False
     forced: bool = False
-    #: Whether QEMU has asked the guest to let go; a reset completes that.
+    #: True if QEMU has requested that the guest release the disk; a reset completes that.
     asked: bool = False
 
     @property
     def on_pci(self) -> bool:
-        """Whether it takes a port."""
+        """True if the disk uses a port."""
         return self.bus in PCI_BUSES
 
     @property
     def state(self) -> str:
-        """What the register says of it."""
+        """The disk's state in the register."""
         return "detaching" if self.detaching else "attached"
 
     def nodes(self) -> Iterable[str]:
-        """The drivers of its block nodes, but for the boot disks'."""
+        """Yield the drivers of the disk's block nodes, except boot disks."""
         if self.forced:
-            # The pivot stands on a node that fails every request.
+            # Below the pivot is a node that fails every request.
             yield from ("throttle", "blkdebug", "null-co")
         elif self.image is not None:
             yield from ("throttle", "file")
             yield from () if self.image.format == "raw" else (self.image.format,)
 
     def objects(self) -> Iterable[str]:
-        """The types of its objects."""
+        """Yield the types of the disk's objects."""
         yield "throttle-group"
         yield from ("iothread",) if self.thread and self.bus == "virtio-blk" else ()
 
     def replace_error(self, file: ImageFile, *, shrink: bool) -> Error | None:
-        """How another image is refused, if it is."""
+        """Return the error for another image, or None if it is accepted."""
         if self.bus == "scsi-cd":
             return ConfigNotSupported
         if self.detaching:
@@ -98,7 +98,7 @@ class ExpectedDisk:
         return BadConfig if file.size < self.size and not shrink else None
 
     def resize_error(self, size: int, *, shrink: bool) -> Error | None:
-        """How another size is refused, if it is."""
+        """Return the error for another size, or None if it is accepted."""
         if self.detaching:
             return StoragePending
         if self.bus not in RESIZABLE_BUSES or self.read_only:
@@ -108,24 +108,24 @@ class ExpectedDisk:
 
 @dataclass(frozen=True)
 class Picture:
-    """All disks at one moment, as the model has them or as the machine shows them."""
+    """All disks at one moment, from the model or from the machine."""
 
-    #: By name: the state, whether the image was taken away, and the size.
+    #: By name: the state, whether a forced detach has taken the image away, and the size.
     disks: dict[str, tuple[str, bool, int]]
-    #: What state.json says of the same.
+    #: The states in state.json, by name.
     journal: dict[str, str]
     ports_free: int
     nodes: Counter[str]
     devices: Counter[str]
     objects: Counter[str]
-    #: How often QEMU has each file open.
+    #: The number of times that QEMU has each file open.
     open_images: Counter[str]
-    #: Descriptors in sets that somebody could still open, and our own of the images.
+    #: The number of descriptors in sets that can still be opened, and of the manager's own descriptors of images.
     passed: int = 0
     own: int = 0
 
     def changed_by(self, before: Picture) -> Picture:
-        """What has come since a picture was taken of the machine without any disk but the boot disk."""
+        """Return the differences to a picture that was taken when the boot disk was the machine's only disk."""
         return Picture(
             {name: disk for name, disk in self.disks.items() if name not in before.disks},
             {name: state for name, state in self.journal.items() if name not in before.journal},
@@ -141,22 +141,22 @@ class Picture:
 
 @dataclass
 class Model:
-    """The disks and files that there ought to be."""
+    """The disks and files that are expected."""
 
     disks: dict[str, ExpectedDisk] = field(default_factory=dict)
     files: list[ImageFile] = field(default_factory=list)
 
     def idle_files(self, image_format: str) -> list[ImageFile]:
-        """Files of a format that no disk stands on."""
+        """Return the files of a format that no disk uses."""
         used = [disk.image for disk in self.disks.values()]
         return [file for file in self.files if file.format == image_format and file not in used]
 
     def holds(self, file: ImageFile, *, writing: bool) -> bool:
-        """Whether a disk has the file, and somebody would write to it."""
+        """Return whether a disk has the file, and one of the two uses writes to it."""
         return any(disk.image is file and (writing or not disk.read_only) for disk in self.disks.values())
 
     def picture(self) -> Picture:
-        """The disks beyond the boot disk; ports count from what was free without any."""
+        """Return the disks except the boot disk. The count of ports starts from the number without any disk."""
         disks = self.disks.values()
         return Picture(
             disks={disk.name: (disk.state, disk.forced, disk.size) for disk in disks},
@@ -170,7 +170,7 @@ class Model:
 
 
 async def look(machine: Machine, folder: Path) -> Picture:
-    """What the machine shows, by its register, its journal, QEMU's monitor and /proc."""
+    """Return the machine's disks, read from its register, its journal, QEMU's monitor and /proc."""
     monitor = machine.monitor
     sizes = await machine.sizes()
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
@@ -195,7 +195,7 @@ def _journal(path: Path) -> dict[str, str]:
 
 
 def _state(entry: dict[str, Any]) -> str:
-    """An attach is entered once, before it is made: with QEMU's device there, that is as good as attached."""
+    """Return a state of the journal; an attach that is journaled, and whose device exists, counts as attached."""
     made = entry["state"] == "attaching" and entry["images"]
     return "attached" if made else str(entry["state"])
 
@@ -206,12 +206,12 @@ def _child_types(entries: list[dict[str, str]]) -> Iterable[str]:
 
 
 def open_images(pid: int, folder: Path) -> Counter[str]:
-    """The files of a folder that a process has open, and how often."""
+    """Return the files of a folder that a process has open, and how often."""
     return Counter(os.path.basename(link) for link in links_of(pid) if link.startswith(f"{folder}/"))
 
 
 def check_equal(actual: Picture | Snapshot, expected: Picture | Snapshot) -> None:
-    """Name what differs."""
+    """Fail with the names of the differences."""
     names = [each.name for each in fields(actual)]
     different = [name for name in names if getattr(actual, name) != getattr(expected, name)]
     assert not different, "; ".join(
@@ -220,7 +220,7 @@ def check_equal(actual: Picture | Snapshot, expected: Picture | Snapshot) -> Non
 
 
 def check_one_line(error: VmspawnError) -> None:
-    """A message is one line, and so is a hint."""
+    """Check that the message is one line, and that the hint is one line."""
     assert "\n" not in f"{error}{error.hint}"
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can be done to a machine's disks, step by step, with what must come of it.
+"""Runs operations on a machine's disks one by one, each with its expected result.
 
-The guest is the firmware, which lets no PCI device go: their removal is pending until a reset. A firmware that was
-reset may reset itself once more, at any time later, so from the first reset on a pending disk may go by itself.
+The guest is the firmware, which releases no PCI device, so that the removal of a PCI disk is pending until a reset. A
+firmware that was reset may reset itself once more, at any later time; so from the first reset on, a pending disk may
+disappear at any time.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ from vmspawn.storage import backing as backings
 from vmspawn.storage.attached_disk import DETACHED_EVENT, DETACHING_EVENT, AttachedDisk
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
-#: Seconds that anything may take on a busy machine.
+#: Seconds that any operation may take on a busy host.
 DEADLINE = 30.0
-#: Seconds that a detach waits for a firmware that does not let go.
+#: Seconds that a detach waits for firmware, which does not release disks.
 SHORT = 0.05
 #: Ports of the machine: few, so that they run out.
 PORTS = 3
 
-#: What `attach_what_cannot_be` and `replace_by_what_cannot_be` know.
+#: The arguments of `attach_what_cannot_be` and `replace_by_what_cannot_be`.
 UNATTACHABLE = ("wrong format", "unsaid format", "broken", "no file", "empty", "no medium", "boot disk")
 UNUSABLE = ("itself", "broken", "wrong format", "read-only")
 
@@ -63,8 +64,10 @@ _T = TypeVar("_T")
 
 
 class Run:
-    """A machine, the model of its disks, and the steps. Each step says by itself whether it went as it must; `check`
-    compares all that there is."""
+    """A machine, the model of its disks, and the operations.
+
+    Each operation checks its own result; `check` compares the machine with the model.
+    """
 
     def __init__(self, qemu: str, folder: Path) -> None:
         """`folder` is for the images. `end` must follow."""
@@ -77,7 +80,7 @@ class Run:
         self.machine = self.wait(_start(qemu, folder))
         self._stack.callback(lambda: self.wait(self.machine.close()))
         self.namespaces = find_qemu(qemu).namespaces
-        # Older QEMUs let a descriptor set go only while the guest runs (docs/qemu.md, "Descriptor sets").
+        # Older QEMUs remove a descriptor set only while the guest runs (docs/qemu.md, "Descriptor sets").
         self._sets_linger = int(self.machine.inner.qemu_version.partition(".")[0]) < 9
         self._before = self.wait(_snapshot(self.machine))
         self._empty = self.wait(look(self.machine, folder))
@@ -87,7 +90,7 @@ class Run:
         return self._background.wait(work)
 
     def end(self, *, check: bool = True) -> None:
-        """Detach everything, see that nothing is left, and end the machine."""
+        """Detach all disks, check that nothing is left behind, and end the machine."""
         try:
             if check:
                 self.wait(self._clear())
@@ -96,14 +99,14 @@ class Run:
         finally:
             self._stack.close()
 
-    # What there is.
+    # Observations.
 
     def disks(self, *buses: str) -> list[ExpectedDisk]:
-        """The disks, or those of some buses, in an order that does not change."""
+        """Return the disks, or the disks on some buses, in a constant order."""
         return [disk for _, disk in sorted(self.model.disks.items()) if not buses or disk.bus in buses]
 
     def file(self, image_format: str, size: int, *, reuse: bool) -> ImageFile:
-        """A file that no disk has: one that a disk had before, or a new one."""
+        """Return a file that no disk uses: a formerly used one, or a new one."""
         idle = self.model.idle_files(image_format)
         if reuse and idle:
             return idle[0]
@@ -112,7 +115,7 @@ class Run:
         return made
 
     def path(self, file: ImageFile) -> str:
-        """Where a file is."""
+        """Return the path of a file."""
         return str(self.folder / file.name)
 
     def check(self) -> None:
@@ -133,18 +136,18 @@ class Run:
                     return picture
 
     async def _settle(self) -> set[str]:
-        """Wait until what goes has gone, forget in the model what was free to go by itself; return the names."""
+        """Wait for removals, and remove disks that disappeared by themselves from the model; returns their names."""
         storage = self.machine.storage
         devices = await self.machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})
         present = {each["name"] for each in devices}
         for each in storage:
-            # QEMU forgets a device first, and says so when nothing uses its memory any more.
+            # QEMU forgets a device first, and reports that when nothing uses the device's memory any more.
             if each.gone.is_set() or each.identifiers.device not in present:
                 await each.gone.wait()
                 assert each.unwinding is not None
                 await asyncio.wait({each.unwinding})
         while not self.paused and storage._context.deferred_fdsets:
-            # Their removal is on its way, on the same monitor.
+            # The removal is on its way, on the same monitor.
             await self.machine.monitor.execute("query-status")
         names = {each.name for each in storage}
         for disk in self.disks():
@@ -153,18 +156,18 @@ class Run:
         return names
 
     def may_vanish(self, disk: ExpectedDisk) -> bool:
-        """Whether a disk may go at any moment, by a reset of the firmware's own."""
+        """Return whether a disk may disappear at any moment, by a reset of the firmware itself."""
         return disk.asked and self.was_reset
 
     def _attachment(self, disk: ExpectedDisk) -> AttachedDisk | None:
         return next((each for each in self.machine.storage if each.name == disk.name), None)
 
-    # How it is done.
+    # Execution.
 
     def expect(self, work: Coroutine[Any, Any, _T], error: Error | None, disk: ExpectedDisk | None = None) -> bool:
-        """Do something; it must succeed, or fail in that way. Returns whether it succeeded.
+        """Await `work`, which must succeed, or fail with `error`; returns whether it succeeded.
 
-        What is done to a disk that may go at any moment may fail because it has gone.
+        Work on a disk that may disappear at any moment may also fail because the disk has disappeared.
         """
         vanishing = disk is not None and self.may_vanish(disk)
         try:
@@ -178,7 +181,7 @@ class Run:
         assert error is None or vanishing, f"there was no {error.__name__}"
         return True
 
-    # The steps.
+    # The operations.
 
     def attach(
         self,
@@ -226,7 +229,7 @@ class Run:
         )
 
     def attach_again(self, disk: ExpectedDisk, *, read_only: bool) -> None:
-        """Attach the file of a disk once more, under another name."""
+        """Attach the file of a disk again, under another name."""
         file = disk.image
         if file is None or self.may_vanish(disk):
             return
@@ -237,7 +240,7 @@ class Run:
             self.model.disks["again"] = ExpectedDisk("again", "virtio-scsi", read_only, file, file.size)
 
     def attach_what_cannot_be(self, what: str) -> None:
-        """Attach something that is refused, and leaves nothing."""
+        """Attempt an attach that is refused and leaves nothing behind."""
         raw = self.path(self.file("raw", 1 << 20, reuse=True))
         qcow2 = self.path(self.file("qcow2", 1 << 20, reuse=True))
         refused: dict[str, tuple[Disk, Error]] = {
@@ -253,7 +256,7 @@ class Run:
         self.expect(self.machine.attach(wanted), error)
 
     def attach_descriptor(self, name: str, flags: int) -> None:
-        """Attach an open file: it makes a read-only disk, is refused, or makes a writable one."""
+        """Attach an open file: it makes a read-only disk, makes a writable one, or is refused."""
         if name in self.model.disks:
             return
         file = self.file("raw", 1 << 20, reuse=True)
@@ -269,8 +272,8 @@ class Run:
         self.model.disks[name] = ExpectedDisk(name, "virtio-scsi", read_only, file, file.size)
 
     def detach(self, disk: ExpectedDisk, *, force: bool = False) -> None:
-        """Detach a disk. Firmware keeps what is on PCI."""
-        # From the first request on, a reset of the firmware's own completes it.
+        """Detach a disk. Firmware does not release PCI disks."""
+        # After the first request, a reset of the firmware itself completes the removal.
         disk.asked = disk.on_pci
         self.expect(self._detach(disk, force=force), StoragePending if disk.on_pci and not force else None, disk)
         if not disk.on_pci:
@@ -299,7 +302,7 @@ class Run:
                         return
 
     def remove_by_qmp(self, disk: ExpectedDisk) -> None:
-        """Let somebody else unplug the device, without a word to us."""
+        """Unplug the device as a QMP client would, without the manager's knowledge."""
         attachment = self._attachment(disk)
         if attachment is not None:
             self.wait(self._remove_by_qmp(attachment, disk))
@@ -321,14 +324,14 @@ class Run:
             await gone
 
     def replace(self, disk: ExpectedDisk, *, image_format: str, size: int, reuse: bool, shrink: bool) -> None:
-        """Put another image under a disk."""
+        """Replace the image of a disk."""
         file = self.file(image_format, size, reuse=reuse)
         work = self.machine.replace(disk.name, self.path(file), format=file.format, shrink=shrink)
         if self.expect(work, disk.replace_error(file, shrink=shrink), disk):
             disk.image, disk.size = file, file.size
 
     def replace_by_what_cannot_be(self, disk: ExpectedDisk, what: str) -> None:
-        """Put something under a disk that is refused, and leaves the disk as it was."""
+        """Attempt a replacement that is refused and leaves the disk as it was."""
         if disk.detaching or disk.bus == "scsi-cd" or self.may_vanish(disk):
             return
         if what == "itself" and disk.image is not None and not disk.read_only:
@@ -343,13 +346,13 @@ class Run:
             self.expect(self.machine.replace_backing(disk.name, backing), SystemFailure)
 
     def _broken(self) -> str:
-        """A file that begins like a qcow2 image and is none."""
+        """Make a file that begins like a qcow2 image, and is not."""
         path = self.folder / "broken"
         path.write_bytes(b"QFI\xfb" + bytes(1 << 16))
         return str(path)
 
     def resize(self, disk: ExpectedDisk, *, size: int, shrink: bool) -> None:
-        """Give a disk another size."""
+        """Resize a disk."""
         if self.expect(
             self.machine.resize(disk.name, size, shrink=shrink), disk.resize_error(size, shrink=shrink), disk
         ):
@@ -358,19 +361,19 @@ class Run:
             disk.image.size = size
 
     def limit(self, disk: ExpectedDisk, limits: Limits) -> None:
-        """Limit a disk, or no more."""
+        """Set or remove a disk's limits."""
         error: Error | None = StoragePending if disk.detaching else None
         self.expect(self.machine.limit(disk.name, limits), error, disk)
 
     def insert(self, disk: ExpectedDisk, *, image_format: str, size: int, force: bool) -> None:
-        """Put a medium into a disk."""
+        """Insert a medium."""
         file = self.file(image_format, size, reuse=True)
         work = self.machine.insert_media(disk.name, self.path(file), format=file.format, force=force)
         if self.expect(work, None if disk.bus == "scsi-cd" else BadConfig, disk):
             disk.image, disk.size = file, file.size
 
     def eject(self, disk: ExpectedDisk, *, force: bool) -> None:
-        """Take the medium out of a disk."""
+        """Eject the medium."""
         if self.expect(
             self.machine.eject_media(disk.name, force=force), None if disk.bus == "scsi-cd" else BadConfig, disk
         ):
@@ -382,12 +385,12 @@ class Run:
         self.paused = True
 
     def resume(self) -> None:
-        """Let the guest run on."""
+        """Resume the guest."""
         self.wait(self.machine.resume())
         self.paused = False
 
     def reset(self) -> None:
-        """Reset the machine: what the guest was asked to let go of is gone."""
+        """Reset the machine, which completes the requested removals."""
         asked = [disk for disk in self.disks() if disk.asked]
         self.wait(self._reset(asked))
         self.was_reset = True
@@ -423,17 +426,17 @@ class Run:
 
 
 async def _snapshot(machine: Machine) -> Snapshot:
-    """All but what query-pci says: what is behind a port, it shows once the firmware has numbered the buses."""
+    """Take a snapshot without query-pci, which shows devices behind ports only after the firmware's start."""
     return replace(await Snapshot.take(machine), pci_devices=frozenset())
 
 
 async def _start(qemu: str, folder: Path) -> Machine:
-    # Firmware does not release the controller of namespaces, which goes with the last: so one is there from boot.
+    # Firmware does not release the controller of namespaces, so a namespace at boot keeps the controller.
     has_namespaces = find_qemu(qemu).namespaces
     at_boot = (Disk(str(make_raw(folder / "at-boot", 1 << 20)), bus="nvme-ns"),) if has_namespaces else ()
     machine = idle_machine(qemu, folder, hotplug_ports=PORTS + 1, extra_disks=at_boot)
     await machine.__aenter__()
-    # The disks with an I/O thread share a controller that comes with the first of them, and keeps a port.
+    # The disks with an I/O thread share a controller, which is plugged in for the first of them, and keeps a port.
     await machine.attach(Disk(str(make_raw(folder / "first", 1 << 20)), "first", "virtio-scsi", thread=True))
     await machine.detach("first")
     return machine

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""AcquireQMP on the control socket, both ways, with clients that are not ours."""
+"""Tests AcquireQMP on the control socket, in both ways, with third-party clients."""
 
 import asyncio
 import contextlib
@@ -39,12 +39,12 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def no_session_left(machine: Machine) -> AsyncIterator[None]:
-    """Every test must leave no session behind, and no descriptor of one."""
+    """Check that each test leaves no session behind, and no descriptor of one."""
     await machine.multiplexer()
     before = open_files(os.getpid())
     yield
     async with asyncio.timeout(DEADLINE):
-        while machine.sessions:  # noqa: ASYNC110 - a session's end is no event; each turn of the loop may bring it
+        while machine.sessions:  # noqa: ASYNC110 - a session's end has no event; each turn of the loop may bring it
             await asyncio.sleep(0)
     assert open_files(os.getpid()) == before
 
@@ -57,7 +57,7 @@ async def in_thread(work: Any, *arguments: Any) -> Any:
 def call(
     machine: Machine, method: str, *, upgrade: bool = False, ahead: bytes = b"", **parameters: Any
 ) -> socket.socket:
-    """Make a call on a connection of its own, with more bytes behind it, and return the connection."""
+    """Make a call on a new connection, followed by more bytes; returns the connection."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(DEADLINE)
     connection.connect(machine.directory.file(CONTROL))
@@ -67,7 +67,7 @@ def call(
 
 
 def acquire(machine: Machine, **parameters: Any) -> socket.socket:
-    """A QMP session on a descriptor that came with the reply."""
+    """Return a QMP session on the descriptor that came with the reply."""
     method = OURS if parameters else ACQUIRE
     with call(machine, method, **parameters) as connection:
         data, fds, _, _ = socket.recv_fds(connection, 4096, 4)
@@ -79,7 +79,7 @@ def acquire(machine: Machine, **parameters: Any) -> socket.socket:
 
 
 def upgraded(machine: Machine, ahead: bytes = b"") -> socket.socket:
-    """A QMP session on the Varlink connection itself; the Varlink reply has been read."""
+    """Return a QMP session on the Varlink connection itself, after the Varlink reply."""
     connection = call(machine, ACQUIRE, upgrade=True, ahead=ahead)
     reply = b""
     while not reply.endswith(b"\0"):
@@ -112,7 +112,7 @@ async def test_the_python_client_of_qemu_works_unmodified(machine: Machine, way:
 
 @contextlib.asynccontextmanager
 async def shared_socket(machine: Machine, path: str) -> AsyncIterator[str]:
-    """Sessions for whoever connects to a socket of ours: clients that only take an address."""
+    """Serve sessions at a socket, for clients that only accept an address."""
     multiplexer = await machine.multiplexer()
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -159,7 +159,7 @@ def use_qmp_shell(path: str) -> str:
 
 
 async def test_the_reference_varlink_client_acquires_without_a_descriptor(machine: Machine) -> None:
-    """It knows no descriptors, so the upgrade is its way; it has the messages for that, but no word of its own."""
+    """The client passes no descriptors, so it must upgrade; it has the messages for that, but no function."""
 
     def use() -> list[dict[str, Any]]:
         with (
@@ -183,7 +183,7 @@ async def test_the_reference_varlink_client_acquires_without_a_descriptor(machin
 
 
 async def test_bytes_sent_ahead_of_the_upgrade_are_served(machine: Machine) -> None:
-    """However the call and what follows it are cut."""
+    """The result does not depend on how the call and the bytes after it are split."""
     ahead = b'{"execute":"qmp_capabilities"}' + b'{"execute":"query-status","id":%d}' * 200 % tuple(range(200))
 
     def use() -> list[dict[str, Any]]:
@@ -321,7 +321,7 @@ async def test_fifty_sessions_see_the_end_of_qemu(qemu: str, tmp_path_factory: p
                     total += len(file.read().splitlines())
             return total
 
-        assert await in_thread(read_to_the_end) == 50  # each its greeting, then the end
+        assert await in_thread(read_to_the_end) == 50  # each reads its greeting, then end of file
         assert (await machine.wait()).message == "QEMU died of SIGKILL"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine whose manager was killed is taken over by another one, or it is said why not."""
+"""Tests adopting a machine whose manager was killed, and the errors if that is impossible."""
 
 import array
 import contextlib
@@ -46,7 +46,7 @@ def test_disks_keep_their_names_places_and_serials(machine: Survivor, tmp_path: 
     machine.adopt()
     assert machine.disks() == before
     status = json.loads(vmctl("status", machine.name, "--json=short").stdout)
-    # Of four ports two have disks, and one the SCSI controller with an I/O thread.
+    # Of four ports, two have disks, and one has the SCSI controller with an I/O thread.
     assert (status["processId"], status["portsFree"], status["accelerator"]) == (machine.pid, 1, "tcg")
     for name in ("three", "empty"):
         assert vmctl("detach-disk", machine.name, name).returncode == 0
@@ -66,7 +66,7 @@ def test_a_manager_in_the_background(machine: Survivor) -> None:
     wait_until_dead(machine.pid)
 
 
-#: Verbs of vmctl that go on, and what each says on which output once it is connected.
+#: Verbs of vmctl that keep running, with the output and the message of each when it is connected.
 WATCHERS = (
     (("console",), "stderr", "attached to machine"),
     (("events",), "stdout", "READY"),
@@ -76,7 +76,7 @@ WATCHERS = (
 
 
 def test_who_watches_is_told_that_the_machine_runs_on(machine: Survivor) -> None:
-    """Each says so once it has lost the manager, and what can be done."""
+    """Each verb reports that it has lost the manager, and hints at the next command."""
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
         running = []
@@ -135,7 +135,7 @@ def test_a_disk_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_pat
         assert monitor.execute("device_del", id=ours[1]) == {"return": {}}
     machine.adopt()
     assert "gone was removed meanwhile" in machine.manager.output["stderr"]
-    # Its name and its image are free again.
+    # The disk's name and image are free again.
     done = vmctl("detach-disk", machine.name, "gone")
     assert done.returncode == 0 or "no disk named gone" in done.stderr
     machine.attach(tmp_path / "gone", "--bus=virtio-scsi")
@@ -176,7 +176,7 @@ LAST_WORDS = b"No bootable device."
 
 
 def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_path: Path) -> None:
-    """The guest, its firmware here, says all of what it has to say at each reset."""
+    """The guest is firmware, which prints the same at each reset."""
     image = make_raw(tmp_path / "boot", 1 << 20)
     speaks = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
     options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", *speaks)
@@ -184,12 +184,12 @@ def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_
         machine.kill_manager()
         log = ConsoleLog.of(machine.pid)
         assert log is not None
-        # As if it had said a mebibyte already, but for ten bytes.
+        # The test makes the log look as if the guest had printed all but ten bytes of the limit.
         os.ftruncate(log.fd, os.fstat(log.fd).st_size - log.size + KEPT_MAX - 10)
         reset_until(machine, lambda: log.is_full)
         shown = tmp_path / "first"
         machine.adopt(f"--log={shown}")
-        # What the firmware had said in the meantime is in front.
+        # The output of the firmware without a manager is first.
         assert bytes(KEPT_MAX // 2) in shown.read_bytes()
         assert MISSING in shown.read_bytes()
         machine.kill_manager()
@@ -202,7 +202,7 @@ def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_
 
 
 def reset_until(machine: Survivor, condition: Callable[[], bool]) -> None:
-    """Reset a machine without a manager, and wait; QEMU's answers are what time passes with."""
+    """Reset a machine without a manager until a condition holds; QEMU's replies pace the loop."""
     deadline = time.monotonic() + DEADLINE
     with machine.monitor() as monitor:
         assert monitor.execute("system_reset") == {"return": {}}
@@ -224,7 +224,7 @@ def test_a_monitor_that_somebody_else_holds(machine: Survivor) -> None:
 
 
 def test_what_sessions_left_is_closed(machine: Survivor, tmp_path: Path) -> None:
-    """A name of getfd, which QEMU cannot list, and a descriptor set that nothing uses."""
+    """The remains are a name of getfd, which QEMU cannot list, and a descriptor set that nothing uses."""
     session = acquire(machine)
     run(session, "qmp_capabilities")
     with open(make_raw(tmp_path / "passed", 4096), "rb") as file:
@@ -242,7 +242,7 @@ def test_what_sessions_left_is_closed(machine: Survivor, tmp_path: Path) -> None
 
 
 def acquire(machine: Survivor) -> socket.socket:
-    """A QMP session on the control socket, by Varlink's upgrade."""
+    """Return a QMP session on the control socket, by Varlink's upgrade."""
     connected = socket.socket(socket.AF_UNIX)
     connected.settimeout(20)
     connected.connect(os.path.join(machine.folder, runtime.CONTROL))

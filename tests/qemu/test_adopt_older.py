@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine that an older vmspawn started, of which git has the sources, is taken over by this one."""
+"""Tests adopting a machine that an older vmspawn started, whose sources are in git."""
 
 import json
 import subprocess
@@ -15,13 +15,13 @@ from tests.survivors import wait_until_dead
 
 ROOT = Path(__file__).parents[2]
 
-#: The last commit before the rooms of the second house. Its state has version 3.
+#: The last commit before the code was divided into layers. Its state has version 3.
 OLDER = "4a94d15"
 
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """The command `vmspawn` as it was at that commit."""
+    """Return the command `vmspawn` of that commit."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), "archive", OLDER, "src"], capture_output=True, check=False)
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def test_it_is_taken_over_with_its_disks(qemu: str, tmp_path: Path, older: tuple
         before = disks(name)
     finally:
         manager.process.kill()
-        # So that `close` ends nothing but the manager's streams: QEMU stays for the next manager.
+        # After this wait, `close` ends only the manager's streams; QEMU stays for the next manager.
         manager.process.wait()
         manager.close()
     adopted = Spawned(name, ("--adopt", "--console=headless"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The state that a manager leaves: of any version, damaged, or older than what it describes."""
+"""Tests the state that a manager leaves: of any version, damaged, or outdated."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_a_newer_state_is_refused_and_qemu_lives(machine: Survivor) -> None:
 
 
 def plug_in_with_long_names(machine: Survivor, path: Path, *, threaded: bool) -> None:
-    """A SCSI disk as managers attached it whose state had version 1 or 2, and the controller that it is on."""
+    """Attach a SCSI disk as managers with state of version 1 or 2 did, with its controller."""
     pivot = {"driver": "throttle", "node-name": "drive5-pivot", "throttle-group": "drive5-limits"}
     disk = {"driver": "scsi-hd", "id": "drive5", "drive": "drive5-pivot", "serial": "disk", "scsi-id": 3, "lun": 0}
     controller = {"driver": "virtio-scsi-pci", "id": "scsi1", "iothread": "scsi-thread", "bus": "port0", "addr": "0x0"}
@@ -61,9 +61,9 @@ def plug_in_with_long_names(machine: Survivor, path: Path, *, threaded: bool) ->
 
 
 def state_of_version(version: int, machine: Survivor, path: Path) -> dict[str, Any]:
-    """What such a manager left of a machine with that disk.
+    """Return the state that a manager of that version left of a machine with that disk.
 
-    Version 1 said less of all, and not where the controller with an I/O thread is plugged in.
+    Version 1 has fewer members, and not the place of the controller with an I/O thread.
     """
     found = json.loads((Path(machine.folder) / runtime.STATE).read_text())
     options = {"read-only": False, "discard": "unmap", "detect-zeroes": "off", "cache": "writeback", "aio": "threads"}
@@ -112,7 +112,7 @@ def test_an_older_state_is_read(qemu: str, tmp_path: Path, version: int) -> None
         written = json.loads(state.read_text())
         assert written["version"] == STATE_VERSION
         assert written["storage"]["threaded-scsi"] == (["port0", "0x0"] if version == 1 else None)
-        # It is managed as any other, by this manager and by the next.
+        # This manager and the next one manage the disk like any other.
         other = make_raw(tmp_path / "other", 1 << 20)
         assert vmctl("replace-disk", machine.name, "disk", str(other)).returncode == 0
         machine.attach(make_raw(tmp_path / "another"), "--bus=virtio-scsi", "--iothread")
@@ -138,14 +138,14 @@ def test_a_damaged_state_is_said(machine: Survivor, damage: bytes) -> None:
     assert done.returncode == 1
     assert f"the state of machine {machine.name} is damaged" in done.stderr
     assert "Traceback" not in done.stderr
-    # Nor does it look like a leftover that could be cleaned.
+    # The state does not look like leftovers that can be removed.
     assert "still runs without its manager" in vmspawn("-M", machine.name, "--guest=builtin").stderr
     path.write_bytes(whole)
     machine.adopt()
 
 
 def test_a_manager_that_died_before_it_knew_qemus_process(machine: Survivor) -> None:
-    """The state is written ahead of the start; QEMU itself then tells which process it is."""
+    """The state is written before QEMU starts; the process's id is then found by QEMU itself."""
     machine.kill_manager()
     state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
     edit_state(machine, qemu={**state["qemu"], "pid": 0, "started": 0})
@@ -154,7 +154,7 @@ def test_a_manager_that_died_before_it_knew_qemus_process(machine: Survivor) -> 
 
 
 def test_the_files_of_the_package_may_change_while_it_runs(machine: Survivor) -> None:
-    """QEMU's binary may be another one by then: what it could do was written down."""
+    """QEMU's binary may be another one after an upgrade, so its capabilities are in the state."""
     machine.kill_manager()
     state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
     edit_state(machine, qemu={**state["qemu"], "path": shutil.which("true")})

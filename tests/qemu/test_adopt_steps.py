@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A manager dies at each step of each thing that it can do to a disk; the next one puts it right."""
+"""Tests that the next manager repairs a disk, whichever step of an operation a manager dies at."""
 
 import asyncio
 import dataclasses
@@ -19,7 +19,7 @@ from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
 from vmspawn.storage.attached_disk import AttachedDisk
 from vmspawn.storage.limits import Limits
 
-#: More steps than anything has.
+#: More steps than any operation has.
 STEPS_MAX = 60
 
 
@@ -32,7 +32,7 @@ def doomed() -> Iterator[Dying]:
 
 @asynccontextmanager
 async def adopted(name: str) -> AsyncIterator[Machine]:
-    """A manager that takes the machine over, and lets go of it in the end."""
+    """Adopt a machine, and release it at the end."""
     machine = await Machine.adopt(name)
     try:
         yield machine
@@ -40,7 +40,7 @@ async def adopted(name: str) -> AsyncIterator[Machine]:
         await machine.leave()
 
 
-# What is there before, and what the manager dies doing; the arguments name files below.
+# The disks before, and the operation during which the manager dies. The arguments name files below.
 SCENES = [
     ("", "attach raw1"),
     ("", "attach qcow1 qcow2"),
@@ -82,7 +82,7 @@ async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dy
 
 
 async def test_an_adoption_cuts_no_image_that_has_grown_since(qemu: str, tmp_path: Path, doomed: Dying) -> None:
-    """The disk gets the size of its image again, which may be another by then."""
+    """The adoption resizes the disk to its image, which may have grown since."""
     make_files(tmp_path)
     paths = [tmp_path / "raw1", tmp_path / "raw2"]
     async with idle_machine(qemu, tmp_path) as machine:
@@ -144,7 +144,7 @@ def order(doing: str, step: int, when: str, folder: Path) -> list[object]:
 
 
 def words(folder: Path, arguments: list[str]) -> list[str]:
-    """The arguments of an operation, where the first that names a file is its path."""
+    """Return the arguments of an operation; the first one that names a file is replaced by its path."""
     return [str(folder / word) if number == 0 and not word.isdigit() else word for number, word in enumerate(arguments)]
 
 
@@ -154,7 +154,7 @@ async def carry_out(machine: Machine, folder: Path, text: str) -> None:
 
 
 async def settle(machine: Machine) -> None:
-    """Wait until what was under way has come to its end."""
+    """Wait until pending operations have ended."""
     for each in machine.storage:
         if each.unwinding is not None:
             await asyncio.wait({each.unwinding}, timeout=20)
@@ -162,7 +162,7 @@ async def settle(machine: Machine) -> None:
 
 
 async def agrees_with_qemu(machine: Machine, folder: Path) -> None:
-    """The register and QEMU say the same: nodes, files, limits and media."""
+    """Check that the register and QEMU agree about nodes, files, limits and media."""
     disks = [each for each in machine.storage if not each.boot]
     assert all(each.state is State.ATTACHED for each in disks)
     nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
@@ -186,7 +186,7 @@ def expected_nodes(attachment: AttachedDisk) -> set[str]:
 
 
 def files_of(pid: int, folder: Path) -> set[str]:
-    """The files of the folder that a process has open, but for what it booted from."""
+    """Return the files of the folder that a process has open, except its boot image."""
     found = {os.path.basename(link) for link in links_of(pid) if os.path.dirname(link) == str(folder)}
     return {name for name in found if not name.startswith("boot")}
 
@@ -201,7 +201,7 @@ async def limits_of(machine: Machine, attachment: AttachedDisk) -> Limits:
 
 
 async def snapshot(machine: Machine) -> Snapshot:
-    """A snapshot without the SCSI controller that has an I/O thread: it stays for the next disk that wants one."""
+    """Take a snapshot without the SCSI controller with an I/O thread, which stays for the next disk that needs it."""
     found = await Snapshot.take(machine)
     planned = machine.storage._context.controllers.place_of(THREADED_SCSI_CONTROLLER) is not None
     assert (THREADED_SCSI_CONTROLLER in found.pci_devices) is planned

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The library: machines of one's own that do not block the event loop, and those that other processes manage."""
+"""Tests the library with machines of its own, which do not block the event loop, and with other processes' machines."""
 
 import asyncio
 import os
@@ -159,11 +159,11 @@ async def test_reading_ends_with_the_connection(machine: Machine) -> None:
     assert await machine.status() == "running"
 
 
-# Starting.
+# Starts.
 
 
 async def test_a_start_that_is_cancelled_while_qemu_is_probed_leaves_nothing(tmp_path: Path) -> None:
-    """A QEMU that never answers: the loop turns meanwhile, and its process is gone when the cancellation is through."""
+    """QEMU never answers. The loop runs meanwhile, and the process is gone after the cancellation."""
     fifo = tmp_path / "pid"
     os.mkfifo(fifo)
     script = make_script(tmp_path / "qemu-system-x86_64", f"echo $$ > {fifo}; exec sleep 1000")
@@ -181,7 +181,7 @@ async def test_a_start_that_is_cancelled_while_qemu_is_probed_leaves_nothing(tmp
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 5, 20, 100])
 async def test_a_start_that_is_cancelled_later_leaves_nothing(qemu: str, tmp_path: Path, turns: int) -> None:
-    """From the moment that there is something to take back, at each of these many turns of the loop."""
+    """The start is cancelled at each turn of the loop, from the first moment at which there is something to undo."""
     name = fresh_name()
     machine = vmspawn.Machine(
         image=str(make_raw(tmp_path / "boot", MIB)), name=name, qemu=qemu, ram=64 * MIB, console="headless"
@@ -189,7 +189,7 @@ async def test_a_start_that_is_cancelled_later_leaves_nothing(qemu: str, tmp_pat
     files = len(os.listdir("/proc/self/fd"))
     task = asyncio.create_task(machine.__aenter__())
     async with asyncio.timeout(DEADLINE):
-        while is_gone(name):  # noqa: ASYNC110 - the turns of the loop are what is tried
+        while is_gone(name):  # noqa: ASYNC110 - the test needs each turn of the loop
             await asyncio.sleep(0)
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -207,7 +207,7 @@ async def test_a_start_that_is_cancelled_later_leaves_nothing(qemu: str, tmp_pat
 
 
 async def test_machines_start_side_by_side(qemu: str, tmp_path: Path) -> None:
-    """What belongs to the process, such as its mask for new files, is as before."""
+    """Attributes of the process, for example its umask, do not change."""
     mask = os.umask(0o22)
     os.umask(mask)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Asks a bare QEMU what docs/qemu.md states about block nodes, locks, descriptor sets, the pivot and media."""
+"""Tests the facts of docs/qemu.md about block nodes, locks, descriptor sets, the pivot and media with a bare QEMU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.qemu.bare_qemu import Monitor, bare
 
-#: A device on node `n0` for each way in which a disk is connected.
+#: A device on node `n0` for each bus of disks.
 DEVICES: dict[str, dict[str, Any]] = {
     "virtio-blk-pci": {"drive": "n0", "bus": "port0", "addr": "0x0"},
     "nvme": {"drive": "n0", "bus": "port0", "addr": "0x0", "serial": "x"},
@@ -34,7 +34,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def plug(monitor: Monitor, driver: str, **changed: Any) -> None:
-    """Plug a device in."""
+    """Plug in a device."""
     monitor.succeed("device_add", id="d0", driver=driver, **{**DEVICES[driver], **changed})
 
 
@@ -47,7 +47,7 @@ def pass_file(monitor: Monitor, path: Path, flags: int, number: int) -> None:
         os.close(fd)
 
 
-# Locks, and what is left of a failure.
+# Locks, and the remains of failures.
 
 
 def test_a_raw_image_is_locked_by_the_device_and_a_qcow2_image_by_its_node(qemu: str, image: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_raw_image_is_locked_by_the_device_and_a_qcow2_image_by_its_node(qemu:
         assert second.fail("device_add", id="d0", driver="scsi-hd", **DEVICES["scsi-hd"]) == (
             'Failed to get "write" lock'
         )
-        # The node is left, and is not in use.
+        # The node still exists, and is not in use.
         second.succeed("blockdev-del", node_name="n0")
 
         for monitor in (first, second):
@@ -83,7 +83,7 @@ def test_a_node_that_is_not_there_is_not_found(q35: Monitor) -> None:
 
 @pytest.mark.parametrize("driver", ["virtio-blk-pci", "scsi-hd"])
 def test_a_device_that_fails_lets_go_of_its_node(q35: Monitor, image: Path, driver: str) -> None:
-    """QEMU 7.2 keeps the node of an nvme device for ever."""
+    """QEMU 7.2 keeps the node of an nvme device forever."""
     q35.add_file(image, "n0", read_only=False)
     q35.fail("device_add", id="d0", driver=driver, **DEVICES[driver], physical_block_size=3)
     q35.succeed("blockdev-del", node_name="n0")
@@ -119,7 +119,7 @@ def test_a_set_has_a_descriptor_of_exactly_the_nodes_access_mode(q35: Monitor, i
 
 
 def test_a_set_may_be_dropped_once_its_node_is_there(q35: Monitor, image: Path) -> None:
-    """The node has a duplicate. QEMU 7.2 drops a set only while the guest runs, and must be told again then."""
+    """The node has a duplicate. QEMU 7.2 removes a set only while the guest runs, and needs the command again then."""
     pass_file(q35, image, os.O_RDWR, 7)
     q35.succeed("blockdev-add", driver="file", node_name="n0", filename="/dev/fdset/7")
     q35.succeed("remove-fd", fdset_id=7)
@@ -165,7 +165,7 @@ PIVOT: dict[str, Any] = {"driver": "throttle", "node-name": "pivot", "throttle-g
 
 
 def add_pivot(monitor: Monitor, path: Path, driver: str) -> None:
-    """Plug in a device that is on a throttle filter."""
+    """Plug in a device on a throttle filter."""
     monitor.succeed("object-add", qom_type="throttle-group", id="group")
     monitor.add_file(path, "n0")
     monitor.succeed("blockdev-add", **PIVOT, file="n0")
@@ -174,7 +174,7 @@ def add_pivot(monitor: Monitor, path: Path, driver: str) -> None:
 
 @pytest.mark.parametrize("driver", list(DEVICES))
 def test_another_image_or_errors_are_put_under_the_pivot(q35: Monitor, image: Path, driver: str) -> None:
-    """The old image is closed while the device is there. The pivot's `file` shows the new one."""
+    """The old image is closed while the device exists. The pivot's `file` shows the new one."""
     add_pivot(q35, image, driver)
     assert str(image) in q35.open_files()
 
@@ -222,7 +222,7 @@ def test_the_limits_of_a_group_can_be_changed(q35: Monitor, image: Path) -> None
     assert q35.succeed("qom-get", **limits)["iops-total"] == 50
 
 
-# What a manager reads back.
+# Queries that a manager uses.
 
 
 def test_query_block_has_the_path_of_virtio_blk_and_the_id_of_others(q35: Monitor, image: Path) -> None:
@@ -241,7 +241,7 @@ def test_query_block_has_the_path_of_virtio_blk_and_the_id_of_others(q35: Monito
 
 
 def test_a_node_describes_itself_down_to_the_descriptor_set(q35: Monitor, image: Path) -> None:
-    """So a manager finds out which image the pivot is on, though 7.2 does not name a node's children."""
+    """A manager finds the pivot's image by that, because 7.2 does not name a node's children."""
     pass_file(q35, image, os.O_RDWR, 7)
     q35.succeed("object-add", qom_type="throttle-group", id="group")
     q35.succeed("blockdev-add", driver="file", node_name="n0", filename="/dev/fdset/7")
@@ -260,7 +260,7 @@ def test_devices_and_objects_are_listed_by_id(q35: Monitor, image: Path) -> None
 
 
 def test_a_medium_moves_only_while_the_tray_is_open(q35: Monitor, image: Path) -> None:
-    """The refusal is recognised by its text: QEMU's error class is the same for all reasons."""
+    """The refusal is recognised by its text, because QEMU's error class is the same for all reasons."""
     q35.add_file(image, "n0", read_only=True)
     q35.succeed("device_add", id="d0", driver="scsi-cd", bus="scsi0.0", scsi_id=0, lun=0, drive="n0")
     reply = q35.run("blockdev-remove-medium", id="d0")
@@ -282,7 +282,7 @@ def test_a_medium_moves_only_while_the_tray_is_open(q35: Monitor, image: Path) -
 
 
 def test_a_drive_that_was_plugged_in_empty_keeps_its_media(q35: Monitor, image: Path) -> None:
-    """So vmspawn plugs it in with a medium, and takes that out."""
+    """Therefore vmspawn plugs in a drive with a medium, and then removes the medium."""
     q35.succeed("device_add", id="d0", driver="scsi-cd", bus="scsi0.0", scsi_id=0, lun=0)
     q35.add_file(image, "n0", read_only=True)
     q35.succeed("blockdev-open-tray", id="d0")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What happens where there is no room: for events that nobody reads, and in the runtime directory."""
+"""Tests a lack of room: for unread events, and in the runtime directory."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ async def test_a_reader_that_lets_events_lie_is_told_that_some_are_lost(qemu: st
             assert slow.overrun
             assert not other.overrun
             assert len([event async for event in slow]) == EVENT_QUEUE_MAX
-        # So is what is shown of them later.
+        # The number of events that are shown later has the same limit.
         assert len(machine.recent_events.events) == EVENTS
         machine.monitor.publish(Event("TEST", {"text": "x" * TEXT_MAX}))
         assert len(machine.recent_events.events[-1].text) == TEXT_MAX
@@ -36,7 +36,7 @@ async def test_a_reader_that_lets_events_lie_is_told_that_some_are_lost(qemu: st
 
 @pytest.fixture
 def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A runtime directory on a file system of 1 MiB."""
+    """Mount a file system of 1 MiB as the runtime directory."""
     folder = tmp_path / "run"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M,mode=0700", "none", str(folder)], check=False)
@@ -48,7 +48,7 @@ def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path, small_root: Path) -> None:
-    """A runtime directory without room: attaching fails and says why, detaching works, and so does another manager."""
+    """Without room in the runtime directory, an attach fails with the reason; a detach and an adoption work."""
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "before")), bus="virtio-scsi"))
         before = await Snapshot.take(machine)
@@ -58,7 +58,7 @@ async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path
         assert caught.value.errno_name == "ENOSPC"
         assert await Snapshot.take(machine) == before
         await machine.detach("before")
-        # What is written down is a whole state, if an old one.
+        # The file has a complete state, although an old one.
         name = machine.name
         await machine.leave()
         started = adopt(MachineConfig(name=name, console="headless"))
@@ -72,7 +72,7 @@ async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path
 
 
 def fill(path: Path) -> None:
-    """Leave no room."""
+    """Fill the file system."""
     with open(path, "wb", buffering=0) as file:
         try:
             while file.write(b"x" * MIB):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What one client may cost at the most, in connections, bytes, descriptors, turns and commands (docs/security.md).
+"""Tests the limits of one client's connections, bytes, descriptors, turns and commands (docs/security.md).
 
-What goes up to each bound is served, what goes over it is felt by its sender alone.
+A client up to a limit is served. Exceeding a limit affects only the client itself.
 """
 
 import array
@@ -34,10 +34,10 @@ from vmspawn.qmp.share.session import Session
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-#: Seconds that anything may take.
+#: Seconds that any step may take.
 DEADLINE = 20.0
 
-#: Bytes that the console's readers take at once.
+#: Bytes that the console's readers read at once.
 RECEIVE_MAX = 65536
 
 DESCRIBE = b'{"method":"io.systemd.MachineInstance.Describe"}'
@@ -46,7 +46,7 @@ QUERY = b'{"execute":"query-name"}'
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Machine]:
-    """A machine whose control socket is served, and that keeps a transcript in `qmp.log`."""
+    """Run a machine with a control socket, and with a transcript in `qmp.log`."""
     folder = tmp_path_factory.mktemp("idle")
     async with idle_machine(qemu, folder, qmp_log=str(folder / "qmp.log")) as running:
         server = ControlServer(running.directory, build_registry(running.inner, Inside(running.inner)))
@@ -55,7 +55,7 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 async def end_of(reader: asyncio.StreamReader) -> bytes:
-    """All that comes to the end, be that an orderly one or not."""
+    """Return all bytes until the connection ends, orderly or not."""
     try:
         return await reader.read()
     except ConnectionError:
@@ -63,7 +63,7 @@ async def end_of(reader: asyncio.StreamReader) -> bytes:
 
 
 def send_all_it_takes(connected: socket.socket, data: bytes) -> int:
-    """Send this for as long as the socket takes it; how many bytes that were."""
+    """Send data as long as the socket accepts it; returns the number of bytes."""
     sent = 0
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -76,7 +76,7 @@ def send_all_it_takes(connected: socket.socket, data: bytes) -> int:
 
 @pytest.mark.parametrize(("size", "answered"), [(MESSAGE_MAX, True), (MESSAGE_MAX + 1, False)])
 async def test_a_call_is_as_large_as_it_may_be_and_no_larger(machine: Machine, size: int, answered: bool) -> None:
-    """With as many descriptors as the kernel lets one message have."""
+    """The message has as many descriptors as the kernel allows."""
     reader, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
     with writer.get_extra_info("socket").dup() as raw:
         fds = array.array("i", [0] * DESCRIPTORS_MAX)
@@ -89,7 +89,7 @@ async def test_a_call_is_as_large_as_it_may_be_and_no_larger(machine: Machine, s
 
 
 async def test_descriptors_without_end_end_the_connection(machine: Machine) -> None:
-    """Also where each message has only a few of them."""
+    """This includes messages with few descriptors each."""
     _, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
     fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 100))]
     sent = 0
@@ -107,7 +107,7 @@ async def test_descriptors_without_end_end_the_connection(machine: Machine) -> N
 
 
 async def test_one_subscriber_too_many_takes_the_place_of_the_first(machine: Machine) -> None:
-    """Who is let go sees the end of the connection; all others go on."""
+    """The disconnected client reads end of file; the others continue."""
     subscribers = []
     async with asyncio.timeout(DEADLINE):
         for _ in range(CONNECTIONS_MAX + 1):
@@ -133,7 +133,7 @@ async def test_who_finds_no_descriptor_free_is_served_once_there_is_one(machine:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
         highest = max(map(int, os.listdir("/proc/self/fd")))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
-        # Again and again, for connections of other tests may still be ending.
+        # The test repeats this, because connections of other tests may still be ending.
         for _ in range(10):
             use_up_descriptors(stack)
             await asyncio.sleep(0)
@@ -154,7 +154,7 @@ async def test_who_finds_no_descriptor_free_is_served_once_there_is_one(machine:
 
 
 def use_up_descriptors(stack: contextlib.ExitStack) -> None:
-    """Leave this process none; `stack` gives them back."""
+    """Use up this process's descriptors; `stack` releases them."""
     with contextlib.suppress(OSError):
         while True:
             stack.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
@@ -182,7 +182,7 @@ async def test_input_that_the_guest_does_not_take_waits_with_its_sender(machine:
         async with asyncio.timeout(DEADLINE):
             while send_all_it_takes(client, b"x" * 4096) or console.input_pending < INPUT_MAX:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        # No more is read once there is as much.
+        # The manager reads no more when that much is pending.
         assert console.input_pending < INPUT_MAX + RECEIVE_MAX
 
 
@@ -204,13 +204,13 @@ async def test_what_is_typed_without_end_is_dropped_and_our_own_keys_work(machin
             await type_until(pressed, master, Key.END.value)
         keyboard.close()
     assert pressed[0] is Key.END
-    # It is said once.
+    # The loss is reported once.
     assert len(dropped) == 1
 
 
 @contextlib.contextmanager
 def terminal() -> Iterator[tuple[int, int]]:
-    """A raw terminal, both ends; its master does not block."""
+    """Open a raw terminal, both ends; the master does not block."""
     master, slave = pty.openpty()
     tty.setraw(slave)
     os.set_blocking(master, False)
@@ -222,7 +222,7 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 
 async def type_until(said: list[Key] | list[None], master: int, data: bytes) -> None:
-    """Type this again and again until something is said."""
+    """Type data again and again until something is reported."""
     while not said:
         with contextlib.suppress(BlockingIOError):
             os.write(master, data)
@@ -234,7 +234,7 @@ async def type_until(said: list[Key] | list[None], master: int, data: bytes) -> 
 
 @contextlib.asynccontextmanager
 async def session(machine: Machine) -> AsyncIterator[tuple[socket.socket, Session]]:
-    """A session that has negotiated, and its client's end, which does not block."""
+    """Open a session that has negotiated; yields its client's end, which does not block, and the session."""
     multiplexer = await machine.multiplexer()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -248,7 +248,7 @@ async def session(machine: Machine) -> AsyncIterator[tuple[socket.socket, Sessio
 
 
 async def test_one_turn_of_a_session_takes_a_few_messages(machine: Machine) -> None:
-    """Junk is answered without QEMU, so nothing else would give the others their turn."""
+    """Invalid messages are answered without QEMU, so nothing else would let the other sessions run."""
     async with session(machine) as (client, _), asyncio.timeout(DEADLINE):
         client.send(b"]" * 100)
         turns: list[int] = []
@@ -259,7 +259,7 @@ async def test_one_turn_of_a_session_takes_a_few_messages(machine: Machine) -> N
 
 
 def lines_in(connected: socket.socket) -> int:
-    """How many lines are there to be read."""
+    """Return the number of lines that can be read."""
     count = 0
     with contextlib.suppress(BlockingIOError):
         while data := connected.recv(1 << 20):
@@ -268,7 +268,7 @@ def lines_in(connected: socket.socket) -> int:
 
 
 async def test_what_a_client_sends_ahead_waits_in_its_socket(machine: Machine) -> None:
-    """But for a little, and one command that QEMU has."""
+    """The session reads only a little ahead, and one command is in QEMU."""
     async with session(machine) as (client, opened):
         before = opened.bytes_in
         os.kill(machine.pid, signal.SIGSTOP)
@@ -283,7 +283,7 @@ async def test_what_a_client_sends_ahead_waits_in_its_socket(machine: Machine) -
 
 
 async def test_few_commands_are_in_qemus_hands_at_once(machine: Machine) -> None:
-    """Ten clients ask together; the transcript says what QEMU was sent and when it answered."""
+    """Ten clients send commands together; the transcript shows when QEMU got and answered them."""
     assert machine.config.qmp_log
     async with contextlib.AsyncExitStack() as stack, asyncio.timeout(DEADLINE):
         clients = [await stack.enter_async_context(machine.qmp()) for _ in range(10)]

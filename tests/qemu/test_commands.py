@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""vmspawn and vmctl as processes, on a real QEMU without a guest: every mistake gets one line and leaves nothing."""
+"""Tests vmspawn and vmctl as processes, on a real QEMU without a guest, and the one-line errors of mistakes."""
 
 import contextlib
 import json
@@ -73,7 +73,7 @@ def test_what_the_guest_discards_is_given_back_or_kept(qemu: str, tmp_path: Path
         running.wait_for("is running")
         found = json.loads(vmctl("qmp", running.name, "query-block").stdout)
         device = next(each["qdev"] for each in found if each["qdev"].startswith("/machine/peripheral/"))
-        # As the guest would: on the device's own way to the image.
+        # The discard goes to the device's own node, as the guest's would.
         command = f'command-line=qemu-io -d {device} "discard 0 1M"'
         assert vmctl("qmp", running.name, "human-monitor-command", command).returncode == 0
     assert (image.stat().st_blocks == before) is kept
@@ -327,14 +327,14 @@ def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None
 
 
 def test_sigterm_at_any_moment_of_a_start(qemu: str, image: Path) -> None:
-    """Before there is anything to undo it ends the process; from then on the machine, which is no failure."""
+    """Before there is anything to undo, the signal ends the process; later it ends the machine, which is no failure."""
     killed = ended = 0
     while ended < 15:
         command = [*VMSPAWN, "-M", "early", f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0"]
         with background(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
-            # It is the moment that is tried, and nothing that could be waited for.
+            # The moment of the signal is the parameter, so there is nothing to wait for.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=(killed + ended) * 0.02)
             process.terminate()

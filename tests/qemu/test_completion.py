@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Completion in the shells themselves, with the names of a running machine and of its disks."""
+"""Tests completion in the shells themselves, with the names of a running machine and of its disks."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests.conftest import make_raw
 
 DEADLINE = 60.0
 
-#: Names that a shell must quote, and that do harm where one does not.
+#: Names that a shell must quote, and that do harm if it does not.
 NAMES = ["data", "a disk", "$(touch harm)"]
 
 
@@ -31,7 +31,7 @@ def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spa
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment that has the command vmctl, and each script beside it."""
+    """Make an environment that has the command vmctl, and each script beside it."""
     for name, text in completion.scripts().items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -41,7 +41,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def run(command: list[str], environment: dict[str, str]) -> list[str]:
-    """The lines that a shell printed."""
+    """Return the lines that a shell printed."""
     done = subprocess.run(
         command,
         cwd=environment["HOME"],
@@ -56,7 +56,7 @@ def run(command: list[str], environment: dict[str, str]) -> list[str]:
 
 
 def in_bash(environment: dict[str, str], *words: str) -> set[str]:
-    """What bash completes the last of the words with. It has the = of an option as a word."""
+    """Return bash's completions of the last word. To bash, the = of an option is a word."""
     script = f"""
         . bash-completion/{words[0]}
         COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
@@ -67,7 +67,7 @@ def in_bash(environment: dict[str, str], *words: str) -> set[str]:
 
 
 def in_fish(environment: dict[str, str], line: str) -> set[str]:
-    """What fish completes a line with."""
+    """Return fish's completions of a line."""
     script = f"source fish/{line.split()[0]}.fish; complete --do-complete '{line}'"
     return {found.partition("\t")[0] for found in run(["fish", "--no-config", "-c", script], environment)}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The console, the keys, the signals and the streams of machines whose guest is their firmware."""
+"""Tests the console, the keys, the signals and the streams of machines whose guest is their firmware."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ from tests.terminal import END, POWER_OFF, REBOOT, Seated, seated, shell_job, te
 
 @pytest.fixture
 def machine(options: tuple[str, ...]) -> Iterator[Seated]:
-    """That machine on a terminal, up and shown."""
+    """Run a machine on a terminal, which shows its console."""
     with seated(*options) as running:
         running.expect(rb"is running[^\n]*\n")
         yield running
@@ -40,7 +40,7 @@ def test_three_escapes_typed_one_by_one_end_the_machine(machine: Seated) -> None
 
 
 def test_a_guest_that_does_not_react_can_be_forced_by_the_same_keys(options: tuple[str, ...]) -> None:
-    """Its processors were never started."""
+    """The guest's processors were never started."""
     with seated(*options, "--qemu-arg=-S") as machine:
         machine.expect(rb"is running")
         machine.wait_until_raw()
@@ -128,7 +128,7 @@ def test_a_signal_that_ends_qemu_is_said(machine: Seated) -> None:
 
 
 def test_a_guest_that_reboots_for_ever_can_be_ended(options: tuple[str, ...]) -> None:
-    """SeaBIOS resets the machine when it has found nothing to boot."""
+    """SeaBIOS resets the machine when it finds nothing to boot."""
     loop = ("--qemu-arg=-boot", "--qemu-arg=reboot-timeout=1")
     with seated(*options, *loop, "--qemu-arg=-machine", "--qemu-arg=graphics=off") as machine:
         for _ in range(3):
@@ -173,7 +173,7 @@ def test_it_stops_and_goes_on_as_a_job_of_a_shell(options: tuple[str, ...]) -> N
 
 
 def test_flags_of_shared_descriptors_stay(options: tuple[str, ...]) -> None:
-    """O_NONBLOCK would be seen by the shell, and by whoever else has the terminal."""
+    """O_NONBLOCK would affect the shell, and all other users of the terminal."""
     with seated(*options) as machine:
         before = fcntl.fcntl(machine.slave, fcntl.F_GETFL)
         machine.expect(rb"is running")
@@ -245,7 +245,7 @@ def test_what_makes_no_sense_is_said(options: tuple[str, ...], arguments: list[s
 
 @pytest.fixture
 def notifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """A service manager's socket."""
+    """Open a service manager's socket."""
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(path)
@@ -255,7 +255,7 @@ def notifications(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
 
 
 def received(manager: socket.socket) -> dict[str, str]:
-    """The next message."""
+    """Return the next message."""
     return dict(line.partition("=")[::2] for line in manager.recv(4096).decode().splitlines())
 
 
@@ -269,7 +269,7 @@ def test_a_service_manager_is_told(options: tuple[str, ...], notifications: sock
         running.signal(signal.SIGTERM)
         assert received(notifications) == {"STOPPING": "1", "STATUS": "Waiting for the guest to power off"}
         extensions = [int(received(notifications)["EXTEND_TIMEOUT_USEC"]) for _ in range(2)]
-        # The next one comes with the next press of the button, well before this one is used up.
+        # The next extension comes with the next press of the button, long before this one runs out.
         assert all(extension > 10_000_000 for extension in extensions)
         assert received(notifications)["STATUS"] == "Ending the machine"
         assert running.wait() == 0
@@ -306,7 +306,7 @@ def test_waiting_for_a_reset_and_for_the_end(options: tuple[str, ...]) -> None:
         done = vmctl("terminate", running.name, "--wait")
         assert done.returncode == 0
         assert done.stderr.endswith("vmctl: the machine was terminated\n")
-        # Its name is free by then.
+        # The machine's name is free then.
         assert is_gone(running.name)
         assert running.wait() == 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl console` on a terminal of its own, attached to a machine whose guest is its firmware."""
+"""Tests `vmctl console` on a terminal, attached to a machine whose guest is its firmware."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from tests.terminal import END, attached, shell_job, terminal
 
 @pytest.fixture(scope="module")
 def headless(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
-    """A machine that others attach to."""
+    """Run a machine to attach to."""
     with idle(qemu, tmp_path_factory.mktemp("headless")) as running:
         yield running
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`--console=gui` without a display, and on one that needs no graphics: GTK's Broadway, which browsers show."""
+"""Tests `--console=gui` without a display, and on GTK's Broadway, which needs no graphics."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def test_gui_without_a_display_says_so(options: tuple[str, ...], monkeypatch: py
 
 @pytest.fixture
 def windowed(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A QEMU whose windows are on a Broadway of ours. vmspawn hands on X's and Wayland's variables, not GTK's."""
+    """Return a QEMU that shows its windows on a Broadway of the test: vmspawn passes on no variables of GTK."""
     broadway = shutil.which("broadwayd")
     displays = subprocess.run([qemu, "-display", "help"], capture_output=True, text=True, check=False).stdout
     if broadway is None or "gtk" not in displays.split():
@@ -44,7 +44,7 @@ def test_gui_has_a_window_and_the_console_is_served_all_the_same(
 ) -> None:
     with spawned(*options, "--console=gui", f"--qemu={windowed}") as running:
         running.wait_for("is running")
-        # The socket that listens, and one to QEMU.
+        # One socket listens, and one is connected to QEMU.
         assert Path("/proc/net/unix").read_text().count(f"@{tmp_path}/broadway") == 2
         ask = [sys.executable, "-m", "vmspawn.cli.ctl", "qmp", running.name, "query-pci"]
         assert '"VGA controller"' in subprocess.run(ask, capture_output=True, text=True, check=True).stdout

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The keys through a real terminal: every sequence, split at every byte, typed at several speeds.
+"""Tests the keys through a real terminal: each sequence, split at each byte, typed at several speeds.
 
-What the matcher makes of them is in tests/unit/test_hotkeys.py; here each piece is a read of its own.
+tests/unit/test_hotkeys.py tests the matcher. Here each piece is a read of its own.
 """
 
 from collections.abc import Iterator
@@ -14,22 +14,22 @@ from tests.commands import Spawned, idle, vmctl
 from tests.conftest import make_raw
 from tests.terminal import END, POWER_OFF, REBOOT, Seated, attached, seated
 
-#: Seconds between two pieces: keys that repeat, and a slow person, who leaves a busy machine time to read.
+#: Seconds between two pieces: repeated keys, and a slow person, which leaves a busy host time to read.
 SPEEDS = (0.02, 0.25)
 
-#: How many bytes are typed at once, and the pause between.
+#: The number of bytes that are typed at once, and the pause between.
 CASES = [((3,), 0.0), *product(((1, 2), (2, 1), (1, 1, 1)), SPEEDS)]
 
 
 def split(keys: bytes, sizes: tuple[int, ...]) -> list[bytes]:
-    """The keys in pieces of these sizes."""
+    """Return the keys in pieces of these sizes."""
     ends = [sum(sizes[:count]) for count in range(1, len(sizes) + 1)]
     return [keys[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def machine(options: tuple[str, ...]) -> Iterator[Seated]:
-    """A machine that hears the keys and does nothing."""
+    """Run a machine whose guest ignores the power button."""
     with seated(*options) as running:
         running.expect(rb"is running[^\n]*\n")
         running.wait_until_raw()
@@ -38,7 +38,7 @@ def machine(options: tuple[str, ...]) -> Iterator[Seated]:
 
 @pytest.fixture(scope="module")
 def headless(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
-    """A machine to attach to."""
+    """Run a machine to attach to."""
     with idle(qemu, tmp_path_factory.mktemp("headless")) as running:
         yield running
 
@@ -51,7 +51,7 @@ def test_keys_that_ask_the_guest(machine: Seated, sizes: tuple[int, ...], pause:
 
 
 def test_keys_that_are_too_slow_are_for_the_guest(machine: Seated) -> None:
-    """Then the same in time: nothing of the slow ones is left."""
+    """Afterwards the same keys in time take effect: the slow ones have left nothing."""
     machine.type_slowly(split(END, (1, 1, 1)), 1.05)
     machine.type_slowly(split(REBOOT, (1, 2)), 1.05)
     machine.type(POWER_OFF)

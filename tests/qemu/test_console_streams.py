@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The console on streams that are no terminal, that are closed or full, and on terminals that vanish."""
+"""Tests the console on streams that are not a terminal, closed or full, and on terminals that disappear."""
 
 import os
 import select
@@ -13,16 +13,16 @@ from tests.conftest import make_raw
 from tests.machines import Machine, fresh_name, is_gone, process_is_gone
 from tests.terminal import seated, shell_job, terminal
 
-#: Has SeaBIOS speak on the serial port.
+#: Options with which SeaBIOS prints to the serial port.
 SPEAKS = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
 LAST_WORDS = "No bootable device."
 
 
-# Terminals that go.
+# Terminals that disappear.
 
 
 def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> None:
-    """Its settings go with it."""
+    """The terminal's settings disappear with it."""
     with seated(*options, "--shutdown-timeout=0.2") as machine:
         machine.expect(rb"is running")
         machine.wait_until_raw()
@@ -35,7 +35,7 @@ def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> N
 
 
 def test_a_terminal_that_is_taken_away_is_fit_for_the_next_one(options: tuple[str, ...]) -> None:
-    """The death of a session's leader hangs its terminal up; getty, say, then opens it anew."""
+    """The death of a session's leader hangs up its terminal; getty, for example, then opens the terminal again."""
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
         tty.type(" ".join([*VMSPAWN, "-M", "orphan", *options, "--shutdown-timeout=0.2", "\n"]).encode())
@@ -102,7 +102,7 @@ def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ..
 
 
 def test_a_background_job_leaves_the_terminal_alone(options: tuple[str, ...]) -> None:
-    """It shows the console and types nothing."""
+    """A background job shows the console, and reads no keys."""
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
         tty.type(" ".join([*VMSPAWN, "-M", "behind", *options, *SPEAKS, "&", "\n"]).encode())
@@ -117,7 +117,7 @@ def test_a_background_job_leaves_the_terminal_alone(options: tuple[str, ...]) ->
 
 # Files that are full.
 
-#: Bytes that the file has already, all that vmspawn may write. It is told by EFBIG, as by ENOSPC of a disk.
+#: The size limit of files, which the file has already. The error is EFBIG, where a full disk has ENOSPC.
 LIMIT = 16 << 20
 
 
@@ -138,7 +138,7 @@ def test_a_transcript_that_cannot_be_written_is_said_once(options: tuple[str, ..
 
 
 def test_a_file_that_takes_no_more_output_is_said_once(options: tuple[str, ...], tmp_path: Path) -> None:
-    """The console goes on: its transcript has all of it."""
+    """The console goes on: its transcript is complete."""
     full, log = make_raw(tmp_path / "full", LIMIT), tmp_path / "log"
     command = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN, "-M", "full", *options, *SPEAKS, f"--log={log}", "-q"]
     with (
@@ -164,5 +164,5 @@ async def test_a_transcript_is_closed_with_its_machine(qemu: str, tmp_path: Path
 
 
 def open_paths() -> list[str]:
-    """What this process has open."""
+    """Return the paths that this process has open."""
     return [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The control socket, driven by clients that are not ours, honest and otherwise."""
+"""Tests the control socket with third-party clients, valid calls and invalid ones."""
 
 import json
 import os
@@ -29,7 +29,7 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 def definitions(text: str) -> set[str]:
-    """The members of an interface definition, without comments, order and white space."""
+    """Return the members of an interface definition, without comments, order and white space."""
     bare = re.sub(r"#.*", "", text)
     parts = re.split(r"(?=\b(?:method|error|type|interface)\s)", bare)
     return {"".join(part.split()) for part in parts if part.strip()}
@@ -44,7 +44,7 @@ async def test_introspection_returns_systemds_definitions(machine: Machine, name
 
     found = definitions(await in_thread(describe))
     expected = definitions((DEFINITIONS / f"{name}.varlink").read_text())
-    # Members that later issues bring are not promised before they work.
+    # Members of later issues are not defined before they work.
     missing = {part for part in expected - found if not part.startswith("methodReplaceStorage")}
     assert (missing, found - expected) == (set(), set())
 
@@ -138,7 +138,7 @@ async def test_add_storage_takes_a_descriptor(machine: Machine, tmp_path: Path, 
     if not needs_guest:
         assert removed == {"parameters": {"pending": False}}
     elif "error" in removed:
-        # The firmware lets go of a PCI device when it is reset; the answer came in time all the same.
+        # Firmware releases a PCI device at a reset; the reply came in time nevertheless.
         assert removed["error"] == "io.vmspawn.Machine.StoragePending"
         await detach_by_reset(machine, "pool:disk")
     assert await Snapshot.take(machine) == before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The control socket, and what comes through it: in pieces, in floods, from strangers, or never read."""
+"""Tests messages on the control socket: in pieces, in floods, from other users, or never read."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 async def test_a_descriptor_comes_along_with_a_message_of_any_size(machine: Machine, tmp_path: Path) -> None:
-    """And a call without one that was sent just before does not get it."""
+    """An earlier call without a descriptor does not get the descriptor."""
     path = make_raw(tmp_path / "disk")
 
     def add() -> list[Any]:
@@ -47,7 +47,7 @@ async def test_a_descriptor_comes_along_with_a_message_of_any_size(machine: Mach
             client.socket.sendall(message[7:])
             return [client.reply().get("error"), client.reply()["error"]]
 
-    # The name is too long for a disk, which says that the descriptor was there.
+    # The error about the disk's name, which is too long, shows that the descriptor was received.
     assert await in_thread(add) == [None, f"{INSTANCE}.BadConfig"]
 
 
@@ -151,7 +151,7 @@ async def test_descriptors_that_come_with_junk_are_closed(machine: Machine, tmp_
 
 
 async def test_a_flood_without_reading_holds_nobody_up(machine: Machine) -> None:
-    """Calls are taken one by one as their replies leave, so a flood stays in its sender's socket."""
+    """Each call is taken when the reply to the last has been sent, so a flood stays in its sender's socket."""
     message = json.dumps({"method": f"{INSTANCE}.Describe"}).encode() + b"\0"
 
     def use() -> Any:
@@ -227,7 +227,7 @@ async def test_another_user_is_turned_away_even_where_the_files_let_it_in(machin
 
 
 async def test_a_subscriber_that_never_reads_is_let_go_at_its_bound(machine: Machine) -> None:
-    """Nothing it leaves unread grows without end, and a subscriber that reads is not disturbed."""
+    """The unread events are limited, and a subscriber that reads is not disturbed."""
 
     def use() -> bool:
         with caller(machine) as silent:
@@ -235,7 +235,7 @@ async def test_a_subscriber_that_never_reads_is_let_go_at_its_bound(machine: Mac
             subscribe = {"method": f"{INSTANCE}.SubscribeEvents", "more": True}
             silent.send(json.dumps(subscribe).encode() + b"\0")
             silent.reply()
-            # It must not read before it is cut off: it could keep up otherwise.
+            # The client must not read before it is disconnected, because it could keep up.
             asyncio.run_coroutine_threadsafe(publish_too_much(), loop).result(DEADLINE)
             while silent.socket.recv(1 << 20):
                 pass

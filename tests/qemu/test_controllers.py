@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Controllers that come with the first disk, and controllers that go while disks are on them."""
+"""Tests controllers that are plugged in for the first disk, and controllers that are removed while they have disks."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ from vmspawn.qmp.monitor import Command, Monitor
 
 DEADLINE = 30.0
 
-#: Ways to save the device state.
+#: The commands that save the device state.
 SAVES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("migrate", {"uri": "unix:/nonexistent"}),
     ("snapshot-save", {"job-id": "job", "tag": "tag", "vmstate": "none", "devices": []}),
@@ -36,7 +36,7 @@ SAVES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @pytest.fixture
 def namespaces(qemu: str) -> str:
-    """A QEMU that plugs namespaces in."""
+    """Return a QEMU that can plug in namespaces."""
     if not find_qemu(qemu).namespaces:
         pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
     return qemu
@@ -51,7 +51,7 @@ async def devices(machine: Machine) -> set[str]:
 
 
 async def until_gone(machine: Machine, device: str) -> None:
-    """Reset the machine until QEMU removes a device that was asked for: firmware releases none."""
+    """Reset the machine until QEMU removes a device whose removal was requested: firmware releases none."""
     async with asyncio.timeout(DEADLINE):
         with machine.events() as events:
             while device in await devices(machine):
@@ -70,7 +70,7 @@ async def until_free(machine: Machine, ports: int) -> None:
 
 
 async def save(session: Monitor, path: Path) -> str:
-    """Save the state to a socket; returns how the migration ended."""
+    """Save the state to a socket; returns the migration's final status."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
@@ -96,7 +96,7 @@ def read_all(listening: socket.socket) -> None:
 
 @asynccontextmanager
 async def left_and_adopted(machine: Machine) -> AsyncIterator[Machine]:
-    """The machine with another manager, which lets go of it in the end."""
+    """Run the machine under another manager, which releases it at the end."""
     name = machine.name
     await machine.leave()
     adopted = await Machine.adopt(name)
@@ -192,7 +192,7 @@ async def test_a_namespace_from_boot_has_its_controller_from_boot(
 
 
 async def test_a_controller_from_boot_that_nobody_wrote_down_is_adopted(namespaces: str, tmp_path: Path) -> None:
-    """Managers of older versions started every QEMU with one."""
+    """Managers of older versions started every QEMU with that controller."""
     device = {"driver": "nvme", "id": "nvme0", "serial": "vmspawn", "bus": "pcie.0", "addr": "0x4"}
     machine = idle_machine(namespaces, tmp_path, qemu_arguments=("-device", json.dumps(device)))
     async with machine:
@@ -221,7 +221,7 @@ async def test_an_adopted_controller_goes_with_the_last_namespace(namespaces: st
 
 @pytest.mark.parametrize("is_adopted", [False, True])
 async def test_namespaces_go_with_their_controller(namespaces: str, tmp_path: Path, is_adopted: bool) -> None:
-    """QEMU keeps namespaces whose controller the guest has ejected."""
+    """QEMU keeps namespaces after the guest has ejected their controller."""
     async with idle_machine(namespaces, tmp_path) as machine:
         before = await Snapshot.take(machine)
         await attach(machine, tmp_path, "one", "nvme-ns")
@@ -260,7 +260,7 @@ async def until_detached(machine: Machine, name: str) -> None:
 
 
 async def test_a_disk_on_pci_that_goes_takes_no_other_along(qemu: str, tmp_path: Path) -> None:
-    """QEMU reports the end of a virtio-blk device twice, first without the device's name."""
+    """QEMU reports the removal of a virtio-blk device twice, first without the device's name."""
     async with idle_machine(qemu, tmp_path) as machine:
         await attach(machine, tmp_path, "one", "virtio-blk")
         await attach(machine, tmp_path, "two", "virtio-blk")
@@ -272,11 +272,11 @@ async def test_a_disk_on_pci_that_goes_takes_no_other_along(qemu: str, tmp_path:
         assert {each.state for each in machine.storage} == {State.ATTACHED}
 
 
-# Saving the state.
+# Saves of the state.
 
 
 async def check_refusals(session: Monitor) -> None:
-    """A session refuses each way to save the state, and QEMU lives."""
+    """Check that a session refuses each way to save the state, and that QEMU survives."""
     for command, arguments in SAVES:
         with pytest.raises(QmpError, match=f"command {command} is refused: QEMU crashes.*nvme"):
             await session.execute(command, arguments)
@@ -297,7 +297,7 @@ async def test_a_session_refuses_it_with_a_controller_that_somebody_made(namespa
 
 
 async def test_a_session_lets_qemu_refuse_for_itself(qemu: str, tmp_path: Path) -> None:
-    """A controller with its own drive is saved, or refused in QEMU's words."""
+    """A controller with its own drive is saved, or refused by QEMU."""
     async with idle_machine(qemu, tmp_path) as machine, machine.qmp() as session:
         await attach(machine, tmp_path, "one", "nvme")
         for command, arguments in SAVES:
@@ -305,12 +305,12 @@ async def test_a_session_lets_qemu_refuse_for_itself(qemu: str, tmp_path: Path) 
             assert "is refused" not in str(found)
 
 
-# SCSI controllers that go.
+# SCSI controllers that are removed.
 
 
 @pytest.mark.parametrize("thread", [False, True], ids=["first", "threaded"])
 async def test_a_scsi_controller_that_went_is_plugged_in_again(qemu: str, tmp_path: Path, thread: bool) -> None:
-    """On pc a guest can eject the first controller as well."""
+    """On pc, a guest can eject the first controller too."""
     controller = "scsi1" if thread else "scsi0"
     async with idle_machine(qemu, tmp_path, machine_type="pc") as machine, machine.qmp() as session:
         free = machine.storage.ports_free

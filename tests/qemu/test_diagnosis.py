@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a machine tells of itself to whoever looks for a fault."""
+"""Tests the information that a machine offers for finding a fault."""
 
 import asyncio
 import json
@@ -122,7 +122,7 @@ def test_debug_shows_the_steps(qemu: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_qemu_that_died_leaves_a_report(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which names what to attach to a bug; the oldest of many reports is removed."""
+    """The report names the files to attach to a bug; the oldest of many reports is removed."""
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path / "cache"))
     folder = tmp_path / "cache" / "reports"
     folder.mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_a_qemu_that_died_leaves_a_report(qemu: str, tmp_path: Path, monkeypatch
 async def test_a_manager_that_fails_leaves_its_guest_running_and_a_report(
     qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault is in what the supervisor is given, as it would be in any of its parts."""
+    """The fault is in an object that the supervisor is given, and could be in any of its parts."""
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path / "cache"))
     name = fresh_name()
     config = idle_machine(qemu, tmp_path, name=name).config

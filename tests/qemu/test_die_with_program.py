@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A machine that must not outlive its program leaves nothing, however the program dies."""
+"""Tests that a machine with `die_with_program` leaves nothing behind, however the program dies."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ else:
 
 
 def processes_of(name: str) -> list[str]:
-    """The processes that name a machine's directory: its watcher, or that write to its log: QEMU."""
+    """Return the processes that name a machine's directory (its watcher), or that write to its log (QEMU)."""
     folder = os.path.join(os.path.realpath(runtime.runtime_root()), name)
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):

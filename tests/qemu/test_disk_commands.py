@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs of vmctl that are about disks, as people and programs use them."""
+"""Tests vmctl's verbs for disks, as people and programs use them."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spa
 
 
 def run(*arguments: str) -> str:
-    """Run a verb that must succeed; returns what it printed."""
+    """Run a verb that must succeed; returns its output."""
     done = vmctl(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -66,12 +66,12 @@ def test_what_becomes_of_errors_is_chosen_for_boot_and_for_later(qemu: str, tmp_
         machine.wait_for("is running")
         for name, options in (("other", ["--on-error=stop"]), ("usual", [])):
             run("attach-disk", machine.name, str(make_raw(tmp_path / name, MIB)), "--bus=virtio-scsi", *options)
-        # QEMU's own choice is to stop where the host is full.
+        # QEMU's default is to stop the guest if the host has no space left.
         assert policies(machine) == {"boot": "report", "other": "stop", "usual": "auto"}
 
 
 def policies(machine: Spawned) -> dict[str, str]:
-    """What QEMU does where it cannot write, by the serial of each disk."""
+    """Return QEMU's reaction to write errors, by the serial number of each disk."""
 
     def ask(command: str, path: str, *arguments: str) -> Any:
         return json.loads(run("qmp", machine.name, command, f"path=/machine/peripheral{path}", *arguments))
@@ -191,13 +191,13 @@ def test_a_bus_that_this_qemu_lacks_is_refused_with_one_that_it_has(
 
 
 def test_a_pending_removal_is_shown_and_can_be_left_or_forced(qemu: str, tmp_path: Path) -> None:
-    """On a terminal it is shown what is waited for; firmware never lets go of a disk. Its machine is its own."""
+    """On a terminal, the reason of the wait is shown. Firmware never releases a disk, so this has its own machine."""
     with idle(qemu, tmp_path) as machine:
         run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)))
         assert run("detach-disk", machine.name, "data", "--no-wait").startswith(
             "Detaching data: the guest has not released"
         )
-        # Every column is needed for the reason.
+        # The reason needs the full width.
         size = (24, 200)
         arguments = ["-m", "vmspawn.cli.ctl", "detach-disk", machine.name, "data", "--timeout=3"]
         terminal = pexpect.spawn(sys.executable, arguments, timeout=DEADLINE, encoding="utf-8", dimensions=size)
@@ -222,7 +222,7 @@ def open_files(machine: Spawned) -> list[str]:
 
 
 def test_an_attach_can_wait_for_the_guest(machine: Spawned, tmp_path: Path) -> None:
-    """A guest that stands still takes no disk; the command says so, and the disk stays."""
+    """A guest that is stopped takes no disk; the command reports that, and the disk stays."""
     image = make_raw(tmp_path / "awaited", MIB)
     run("pause", machine.name)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a disk may be given besides its image and bus, and what it reads and writes."""
+"""Tests a disk's options besides its image and bus, and its statistics."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ async def test_a_shared_image_is_written_from_two_machines(machine: Machine, qem
     async with idle_machine(qemu, tmp_path) as other:
         await machine.attach(disk)
         await other.attach(disk)
-        # Somebody who does not share it is kept out.
+        # An attach without `share` is refused.
         await other.detach("image")
         with pytest.raises(SystemFailure, match=f"machine {machine.name} uses the image of image"):
             await other.attach(disk._replace(share=False))
@@ -52,7 +52,7 @@ async def test_a_block_device_is_shared_without_the_hosts_cache(machine: Machine
 
 @contextlib.contextmanager
 def loop_device(image: Path) -> Iterator[str]:
-    """A block device on an image; skips the test where there can be none."""
+    """Make a block device on an image; skips the test if that is impossible."""
     if os.geteuid() != 0 or not shutil.which("losetup"):
         pytest.skip("loop devices are root's, and made by losetup")
     made = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False)
@@ -132,7 +132,7 @@ async def test_statistics_are_those_of_the_disk(machine: Machine, tmp_path: Path
 
 
 async def test_a_controller_that_goes_is_plugged_in_again(machine: Machine, tmp_path: Path) -> None:
-    """Whoever removes the SCSI controller with an I/O thread: its port is free, and the next disk brings another."""
+    """However the controller with an I/O thread is removed, its port is free, and the next disk plugs in another."""
     free = machine.storage.ports_free
     for name in ("one", "two"):
         await machine.attach(Disk(str(make_raw(tmp_path / name)), bus="virtio-scsi", thread=True))
@@ -140,7 +140,7 @@ async def test_a_controller_that_goes_is_plugged_in_again(machine: Machine, tmp_
         controller = next(each for each in machine.storage._context.controllers if each.name == "scsi1")
         (disk,) = (each for each in machine.storage if each.name == name)
         await machine.monitor.execute("device_del", {"id": THREADED_SCSI_CONTROLLER})
-        # The firmware releases it at a reset.
+        # The firmware releases the controller at a reset.
         gone = asyncio.create_task(controller.gone.wait())
         async with asyncio.timeout(60):
             while not gone.done():

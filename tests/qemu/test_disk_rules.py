@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One rule book: what is no disk at run time is none at boot, and the user reads the same words."""
+"""Tests that boot disks and hot-plugged disks have the same rules and the same errors."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +22,7 @@ async def running(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
         yield machine
 
 
-#: Disks that cannot be, whatever their image is.
+#: Disks that are invalid whatever their image is.
 UNTHINKABLE = [
     {"bus": "floppy"},
     {"name": "a\nb"},
@@ -83,7 +83,7 @@ def image_of_kind(folder: Path, kind: str) -> Path:
     return path
 
 
-#: Images that cannot become such a disk.
+#: Images that are invalid for the disk.
 UNFIT: list[tuple[str, dict[str, Any], type[VmspawnError]]] = [
     ("empty", {}, BadConfig),
     ("empty", {"bus": "virtio-scsi"}, BadConfig),
@@ -111,7 +111,7 @@ async def test_an_unfit_image_is_refused_in_the_same_words(
     assert booted.value.hint == plugged.value.hint
 
 
-#: Two disks of which the second cannot be beside the first.
+#: Pairs of disks of which the second is invalid beside the first.
 UNEQUAL = [
     ({"serial": "same"}, {"serial": "same"}),
     ({"serial": "other"}, {"name": "other"}),
@@ -132,7 +132,7 @@ async def test_two_disks_have_two_serial_numbers(
         await idle_machine(qemu, tmp_path, extra_disks=(one, two)).__aenter__()
     assert str(booted.value) == str(plugged.value)
     assert "serial number" in str(plugged.value)
-    # On another bus it is another path in the guest.
+    # On another bus, the disk has another path in the guest.
     await running.attach(one._replace(bus="virtio-scsi"))
     await running.attach(two._replace(bus="scsi-cd", serial="same"))
     for each in (one, two):
@@ -151,7 +151,7 @@ async def test_what_only_a_running_machine_can_do(running: Machine, qemu: str, t
 
 
 async def test_a_boot_disk_has_the_options_that_a_hotplugged_one_has(qemu: str, tmp_path: Path) -> None:
-    """They were dropped without a word."""
+    """These options were once ignored for boot disks."""
     limited = Disk(str(make_raw(tmp_path / "limited")), limits=Limits(iops=100), thread=True)
     async with idle_machine(qemu, tmp_path, extra_disks=(limited,)) as machine:
         found = await machine.monitor.execute("qom-get", {"path": "/objects/limits1", "property": "limits"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks whose nodes somebody else uses, through QMP or from outside, and disks that were displaced."""
+"""Tests disks whose nodes or images are used by others, through QMP or on the host, and displaced disks."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ DEADLINE = 30.0
 
 @contextlib.contextmanager
 def other_user(image: Path) -> Iterator[int]:
-    """Another program that has the image locked; yields its process id."""
+    """Run another program that has locked the image; yields its process id."""
     with subprocess.Popen(
         ["qemu-io", "-f", "raw", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -37,7 +37,7 @@ def other_user(image: Path) -> Iterator[int]:
         assert process.stdout is not None
         process.stdin.write("length\n")
         process.stdin.flush()
-        # It prompts, and answers once the image is open.
+        # The program prints a prompt, and answers after it has opened the image.
         while "MiB" not in process.stdout.readline():
             assert process.poll() is None
         yield process.pid
@@ -67,7 +67,7 @@ async def idle(qemu: str, tmp_path: Path) -> AsyncIterator[Machine]:
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
 async def test_nothing_is_left_of_a_failed_attach(idle: Machine, tmp_path: Path, bus: str) -> None:
-    """More tries than there are ports. QEMU 7.2 keeps the nodes of an nvme device that failed, without the image."""
+    """There are more attempts than ports. QEMU 7.2 keeps a failed nvme device's nodes, but not the image."""
     image = make_raw(tmp_path / "disk.raw", MIB)
     before = await Snapshot.take(idle)
     with other_user(image) as pid:
@@ -115,11 +115,11 @@ async def test_a_machine_that_has_the_image_itself_is_named(idle: Machine, tmp_p
         await idle.attach(Disk(str(image)))
 
 
-# Users within QEMU.
+# Users in QEMU.
 
 
 async def export(session: Monitor, node: str, folder: Path) -> None:
-    """Export a node over NBD."""
+    """Export a node by NBD."""
     address = {"type": "unix", "data": {"path": str(folder / "nbd")}}
     await session.execute("nbd-server-start", {"addr": address})
     await session.execute("block-export-add", {"type": "nbd", "id": "exported", "node-name": node})
@@ -202,7 +202,7 @@ async def test_a_pending_removal_names_who_uses_the_image(idle: Machine, tmp_pat
 
 
 async def mirror(session: Monitor, node: str, target: Path) -> None:
-    """Begin a mirror, and wait until it is ready."""
+    """Start a mirror, and wait until it is ready."""
     with session.events() as events:
         await session.execute("blockdev-add", {"driver": "file", "node-name": "target", "filename": str(target)})
         wanted = {"job-id": "job", "device": node, "target": "target", "sync": "full"}
@@ -213,11 +213,11 @@ async def mirror(session: Monitor, node: str, target: Path) -> None:
                     return
 
 
-# Disks that were displaced.
+# Displaced disks.
 
 
 async def displace(machine: Machine, how: str, folder: Path) -> Path:
-    """Put another file under a disk as somebody with a QMP session would; returns the file."""
+    """Put another file under a disk as a QMP client would; returns the file."""
     attached = machine.disk("disk")
     pivot, image = attached.identifiers.pivot, attached.images[0]
     node = {"pivot": pivot, "image": image.top_node, "file": image.file_node}[how.split()[0]]
@@ -269,7 +269,7 @@ async def check_displaced(machine: Machine, real: Path, folder: Path) -> None:
 
 
 async def test_a_job_that_runs_displaces_nothing(idle: Machine, tmp_path: Path) -> None:
-    """QEMU puts filters of its own in while a job runs."""
+    """QEMU inserts filters while a job runs."""
     image = make_raw(tmp_path / "disk.raw", MIB)
     await idle.attach(Disk(str(image), "disk", bus="virtio-scsi"))
     async with idle.qmp() as session:
@@ -289,7 +289,7 @@ async def test_a_displaced_disk_can_be_detached(idle: Machine, tmp_path: Path) -
         await idle.monitor.execute("blockdev-del", {"node-name": "drive1"})
 
 
-# Ports that somebody else uses.
+# Ports that QMP clients use.
 
 
 @pytest.mark.parametrize("machine_type", ["q35", "pc"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Environments that a user may have: a runtime directory that cannot be used, another locale, few permissions."""
+"""Tests unusual environments: an unusable runtime directory, another locale, few permissions."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from tests.commands import DEADLINE, VMCTL, VMSPAWN, idle, one_line
 from tests.conftest import make_raw
 
-#: Python neither takes UTF-8 for granted nor makes up for the locale; systemd's units and cron have such a locale.
+#: A locale in which Python neither assumes UTF-8 nor corrects the locale. systemd's units and cron have this locale.
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -38,7 +38,7 @@ def test_a_runtime_directory_that_cannot_be_read_is_not_an_empty_list(tmp_path: 
 
 
 def test_a_machine_that_cannot_be_looked_at_is_listed(tmp_path: Path) -> None:
-    """A link to itself cannot be followed; a folder of another user's could not be either. A file is no machine."""
+    """A link to itself cannot be followed, like a folder of another user. A file is not a machine."""
     (tmp_path / "other").symlink_to("other")
     (tmp_path / "file").touch()
     listed = run(*VMCTL, "list", VMSPAWN_RUNTIME_DIR=str(tmp_path))
@@ -93,7 +93,7 @@ def test_a_directory_whose_kernel_cannot_mount_it_is_reported_beforehand(qemu: s
 
 
 def test_a_kernel_of_another_architecture_is_refused(qemu: str, tmp_path: Path) -> None:
-    """QEMU would load it, and the guest would hang without a word."""
+    """QEMU would load the kernel, and the guest would hang silently."""
     header = b"MZ".ljust(60, b"\0") + (64).to_bytes(4, "little") + b"PE\0\0\x64\xaa"
     kernel = tmp_path / "kernel"
     kernel.write_bytes(header.ljust(4096, b"\0"))
@@ -103,7 +103,7 @@ def test_a_kernel_of_another_architecture_is_refused(qemu: str, tmp_path: Path) 
 
 
 def test_a_user_without_a_home_boots_an_image(qemu: str, tmp_path: Path) -> None:
-    """Nothing is cached then. HOME is not a path, so that the password database is not asked."""
+    """Nothing is cached then. HOME is not a path, so that the password database is not used."""
     image = make_raw(tmp_path / "image", 1 << 20)
     options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--time-limit=1")
     done = run(*VMSPAWN, *options, HOME="none", XDG_CACHE_HOME="", VMSPAWN_CACHE_DIR="")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A disk by force: the host gets its file back at once, or is told that its own storage hangs."""
+"""Tests forced detaches: the host gets its file back at once, or learns that its own storage hangs."""
 
 import asyncio
 import contextlib
@@ -30,9 +30,9 @@ BUSES = ("virtio-blk", "nvme", "virtio-scsi")
 async def test_force_gives_the_host_its_file_back_at_once(
     qemu: str, tmp_path: Path, machine_type: str, bus: str, image_format: str
 ) -> None:
-    """Firmware does not let go of a PCI device; yet the image is closed, and can be attached again at once.
+    """Firmware does not release a PCI device; yet the image is closed, and can be attached again at once.
 
-    The machine is its own: a firmware that was reset before resets itself once more, some time later.
+    The test has its own machine, because a firmware that was reset resets itself once more, some time later.
     """
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", 4 * MIB)
     async with idle_machine(qemu, tmp_path, machine_type=machine_type) as machine:
@@ -50,7 +50,7 @@ async def test_force_gives_the_host_its_file_back_at_once(
                 await machine.replace("disk", str(make_raw(tmp_path / "other", MIB)))
             await machine.attach(Disk(str(path), "again", "virtio-scsi", image_format))
             await machine.detach("again")
-            # Asking again changes nothing; neither does more force.
+            # A second request changes nothing; neither does `force` again.
             assert await machine.detach("disk", timeout=0.1, force=True) is False
             await machine.reboot()
         with contextlib.suppress(NoSuchStorage):
@@ -60,8 +60,10 @@ async def test_force_gives_the_host_its_file_back_at_once(
 
 @pytest.mark.soak
 async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
-    """QEMU stands still in closing the file, or in looking at it where the host has forgotten its size. That is said
-    before clients lose patience, and then goes on by itself."""
+    """QEMU hangs in closing the file, or in querying it if the host has dropped its size from the cache.
+
+    Clients get that error before their own timeouts, and the detach goes on by itself.
+    """
     async with idle_machine(qemu, tmp_path) as machine:
         with fuse_file(tmp_path) as (path, server):
             async with unchanged(machine):
@@ -79,7 +81,7 @@ async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def fuse_file(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A file that a process serves; skips the test where there is none that can."""
+    """Serve a file by a process; skips the test if no program can."""
     if not shutil.which("qemu-storage-daemon") or not os.access("/dev/fuse", os.W_OK):
         pytest.skip("needs qemu-storage-daemon and FUSE")
     image, path = make_raw(folder / "served", MIB), folder / "file"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whatever strangers send, the honest client beside them is answered right, and nothing is left of them."""
+"""Tests that the replies to a valid client are right, and that nothing is left, whatever other clients send."""
 
 import contextlib
 import itertools
@@ -27,15 +27,15 @@ from vmspawn.host import runtime
 from vmspawn.host.limits import DESCRIPTORS
 from vmspawn.qmp.limits import SESSIONS
 
-#: Messages of one connection. Few, for what is no message ends its connection, and what follows is not looked at.
+#: Messages of one connection. They are few, because an invalid message ends its connection.
 BATCH = 4
 
-#: Seconds for all that a stranger left to be gone.
+#: Seconds for the removal of all that a hostile client has left.
 DEADLINE = 20.0
 
 
 class Honest:
-    """A client that asks what it knows the answer to."""
+    """A client that asks questions with known answers."""
 
     def __init__(self, machine: Spawned) -> None:
         self.machine = machine
@@ -57,7 +57,7 @@ class Honest:
         return reply["return"]
 
     def ask(self) -> None:
-        """Ask both protocols; the answers must be right."""
+        """Check the replies of both protocols."""
         found = self.varlink.call("io.vmspawn.Machine.Describe")
         assert (found["name"], found["status"]) == (self.machine.name, "running")
         assert [disk["name"] for disk in self.disks()][:2] == ["boot", "honest"]
@@ -86,11 +86,11 @@ def honest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hone
 
 @contextlib.contextmanager
 def nothing_left(honest: Honest) -> Iterator[None]:
-    """The manager ends with as many descriptors as it began with, and with no disk of strangers."""
+    """Check that the manager has as many descriptors afterwards as before, and no disk of hostile clients."""
     pid = honest.machine.process.pid
     before = open_files(pid)
     yield
-    # Some wait for the firmware to let go of a disk, for as long as they have said. A reset makes it.
+    # Some clients wait for the firmware to release a disk, for as long as they wish. A reset releases it.
     honest.varlink.call("io.systemd.MachineInstance.Reboot")
     deadline = time.monotonic() + DEADLINE
     while open_files(pid) != before or honest.varlink.call("io.vmspawn.Machine.ListSessions")["sessions"][1:]:
@@ -111,7 +111,7 @@ def stranger(honest: Honest, protocol: str) -> socket.socket:
 
 
 def send(connected: socket.socket, data: bytes, fds: list[int]) -> None:
-    """Send what is taken; a stranger who was cut off does not mind."""
+    """Send as much as is accepted. A disconnect is no error."""
     connected.setblocking(False)
     with contextlib.suppress(OSError):
         while data:
@@ -137,7 +137,7 @@ def storm(honest: Honest, protocol: str, choices: random.Random, messages: int, 
 @pytest.mark.scaled
 @pytest.mark.parametrize("protocol", ["varlink", "qmp"])
 def test_a_storm_of_messages(honest: Honest, tmp_path: Path, protocol: str) -> None:
-    """5,000 of each protocol every day, 50,000 in `./dev soak`."""
+    """There are 5,000 messages of each protocol in a usual run, and 50,000 in `./dev soak`."""
     seed = random.randrange(1 << 32) if SCALE > 1 else 8
     fd = os.open(make_raw(tmp_path / "hostile", 1 << 20), os.O_RDONLY)
     try:
@@ -174,7 +174,7 @@ def test_any_bytes_in_any_pieces(honest: Honest) -> None:
 
 
 def test_there_is_an_end_to_sessions(honest: Honest) -> None:
-    """One more than the bound is refused, and says so; those that are there go on."""
+    """One session more than the limit is refused with the reason; the others continue."""
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What QEMU does wrong or refuses when disks come and go, and our answer to it: one line, and nothing left."""
+"""Tests vmspawn's handling of QEMU's faults and refusals in hot-plug: a one-line error, and nothing left behind."""
 
 import asyncio
 import errno
@@ -32,7 +32,7 @@ async def nothing_left(machine: Machine) -> AsyncIterator[None]:
 
 
 async def remove_all(machine: Machine) -> None:
-    """Detach all that was plugged in."""
+    """Detach all hot-plugged disks."""
     await detach_by_reset(machine, *(each.name for each in machine.storage if not each.boot))
 
 
@@ -43,11 +43,11 @@ async def remove_all(machine: Machine) -> None:
 async def test_all_places_are_used_given_back_and_used_again(
     qemu: str, tmp_path: Path, machine_type: str, ports: int
 ) -> None:
-    """On pc the last of them is slot 31: with that taken, QEMU 11.1 finds no slot by itself while others are free."""
+    """On pc, the last place is slot 31: while it is in use, QEMU 11.1 finds no slot itself although others are free."""
     async with idle_machine(qemu, tmp_path, machine_type=machine_type, hotplug_ports=ports) as machine:
         before = await Snapshot.take(machine)
         for turn in range(2):
-            # The boot disk of pc has one of the slots.
+            # The boot disk of pc uses one of the slots.
             count = machine.storage.ports_free
             assert count == (ports if machine_type == "q35" else ports - 1)
             for number in range(count):
@@ -68,7 +68,7 @@ async def test_a_port_is_taken_until_the_guest_has_let_go(qemu: str, tmp_path: P
         for bus in ("virtio-blk", "nvme"):
             with pytest.raises(NoFreePort, match="no free hot-plug port: all 1 are in use"):
                 await machine.attach(Disk(str(make_raw(tmp_path / "second", MIB)), bus=bus))
-        # The image by force, but not the port.
+        # Force releases the image, but not the port.
         await machine.detach("first", timeout=0, force=True)
         with pytest.raises(NoFreePort):
             await machine.attach(Disk(str(tmp_path / "second")))
@@ -90,7 +90,7 @@ async def test_a_machine_without_ports_says_so(qemu: str, tmp_path: Path) -> Non
 
 
 async def test_odd_images_are_taken_as_they_are(machine: Machine, tmp_path: Path) -> None:
-    """An image need not be a multiple of a sector, nor have a name any more."""
+    """An image's size need not be a multiple of a sector, and the image may have been unlinked."""
     (tmp_path / "odd").write_bytes(bytes(1000))
     await machine.attach(Disk(str(tmp_path / "odd"), bus="virtio-scsi"))
     await machine.detach("odd")
@@ -125,7 +125,7 @@ async def test_an_image_that_may_not_be_written_is_refused_or_attached_read_only
 async def test_an_image_that_another_machine_writes_is_refused_and_its_holder_named(
     machine: Machine, qemu: str, tmp_path: Path, image_format: str, read_only: bool
 ) -> None:
-    """For raw it shows at device_add, for qcow2 at blockdev-add already. A raw image may be read beside a writer."""
+    """For raw, device_add fails; for qcow2, blockdev-add does. A raw image may have readers beside a writer."""
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", MIB)
     disk = Disk(str(path), "disk", "virtio-scsi", image_format)
     async with idle_machine(qemu, tmp_path) as other:
@@ -145,7 +145,7 @@ async def test_a_process_that_holds_an_image_is_named(machine: Machine, tmp_path
     )
     assert holder.stdin is not None
     assert holder.stdout is not None
-    # It has opened the image, and its lock, when it says what it was asked.
+    # The reply shows that the process has opened and locked the image.
     holder.stdin.write(b"length\n")
     assert b"1 MiB" in await asyncio.wait_for(holder.stdout.readline(), 30)
     with pytest.raises(SystemFailure, match=rf"qemu-io \(process {holder.pid}\) uses the image of image"):
@@ -173,7 +173,7 @@ async def test_flags_of_a_descriptor_are_made_to_fit(machine: Machine, tmp_path:
 
 
 async def test_aio_that_qemu_lacks_is_refused_in_its_words(machine: Machine, tmp_path: Path) -> None:
-    """io_uring is asked of QEMU and of the host; a firm wish is never answered with something else."""
+    """io_uring needs both QEMU and the host. An explicit wish for it is never replaced by another choice."""
     disk = Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", aio="io_uring")
     refusal = ""
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Hot-plug as a mechanism that does not know what a disk is: virtio-serial ports, with a bare QEMU and no storage."""
+"""Tests hot-plug without disks: with virtio-serial ports, on a bare QEMU."""
 
 import asyncio
 import socket
@@ -18,14 +18,14 @@ from vmspawn.host import runtime
 from vmspawn.host.runtime import MachineDirectory
 from vmspawn.hotplug.attachment import State
 
-#: More points than anything has.
+#: More points than any operation has.
 POINTS_MAX = 40
 DEADLINE = 30
 
 
 @pytest.fixture
 def bare(qemu: str) -> Iterator[tuple[str, int]]:
-    """The name and the process of a QEMU whose guest is its firmware, with a controller for ports."""
+    """Start a QEMU whose guest is its firmware, with a controller for ports; yields its name and process id."""
     name = fresh_name()
     directory = MachineDirectory.create(name)
     directory.write(runtime.STATE, b"{}")
@@ -52,7 +52,7 @@ async def manager(bare: tuple[str, int]) -> AsyncIterator[Manager]:
 
 
 async def is_clean(manager: Manager) -> None:
-    """Nothing of ports is left in QEMU, and all places are free."""
+    """Check that QEMU has no remains of ports, and that all places are free."""
     assert await manager.seen() == (set(), set())
     assert not list(manager.ports)
     assert manager.ports.free == 2
@@ -79,7 +79,7 @@ async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) ->
         )
         assert name == GUEST_NAME
         assert await manager.ports.detach(port)
-        # QEMU has closed its end.
+        # QEMU has closed the other end.
         ours.settimeout(DEADLINE)
         assert ours.recv(1) == b""
     await is_clean(manager)
@@ -87,11 +87,11 @@ async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) ->
 
 
 async def test_a_port_that_cannot_be_leaves_nothing(manager: Manager) -> None:
-    # Somebody else has the name that the next character device would get.
+    # Another client has made a character device by the name that vmspawn will use next.
     await manager.monitor.execute("chardev-add", {"id": "stream0", "backend": {"type": "null", "data": {}}})
     with pytest.raises(QmpError, match="chardev-add"):
         await manager.ports.attach(GUEST_NAME)
-    # What has our name is taken for ours.
+    # vmspawn removes the object, because it has vmspawn's name.
     await until_clean(manager)
     one = await manager.ports.attach(GUEST_NAME)
     with pytest.raises(QmpError, match="A port already exists by name"):
@@ -134,7 +134,7 @@ async def test_a_manager_dies_at_each_point(bare: tuple[str, int], operation: st
                 ours.close()
         outcome = await asyncio.to_thread(order, name, operation, point)
         async with managed(name) as manager:
-            # Either whole or nothing.
+            # The port is complete, or nothing of it is left.
             for port in list(manager.ports):
                 if port.unwinding is None:
                     assert port.state is State.ATTACHED

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A QEMU or a manager that is stopped: each verb says so, obeys its timeout, and the machine can be ended."""
+"""Tests a stopped QEMU or manager: each verb reports it within its timeout, and the machine can be ended."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.survivors import Survivor, idle_survivor
 
 @pytest.fixture
 def orphan(qemu: str, tmp_path: Path) -> Iterator[Survivor]:
-    """A machine without a manager."""
+    """Start a machine without a manager."""
     with idle_survivor(qemu, tmp_path) as machine:
         machine.kill_manager()
         yield machine
@@ -24,13 +24,13 @@ def orphan(qemu: str, tmp_path: Path) -> Iterator[Survivor]:
 
 @pytest.fixture
 def stopped(orphan: Survivor) -> Survivor:
-    """A machine without a manager, whose QEMU is stopped."""
+    """Start a machine without a manager, and stop its QEMU."""
     os.kill(orphan.pid, signal.SIGSTOP)
     return orphan
 
 
 def test_a_stopped_qemu_is_not_taken_over(stopped: Survivor) -> None:
-    """Whether its sockets still take connections or not: a few attempts fill their queues."""
+    """Its sockets may accept connections or not: a few attempts fill their queues."""
     for _ in range(6):
         done = vmspawn("--adopt", "-M", stopped.name)
         assert done.returncode == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The manager's own monitor: commands sent together, their order, their descriptors, and callers that go away."""
+"""Tests the manager's monitor: commands sent together, their order, their descriptors, and cancelled callers."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ def node_gone(name: str) -> Command:
 
 
 async def test_commands_sent_together_run_in_order(machine: Machine) -> None:
-    """Each stands on the one before it."""
+    """Each command depends on the one before it."""
     raw = Command("blockdev-add", {"driver": "raw", "node-name": "above", "file": "below"})
     results = await machine.monitor.execute_all([node("below"), raw, node_gone("above"), node_gone("below")])
     assert results == [{}, {}, {}, {}]
@@ -46,7 +46,7 @@ async def test_one_that_fails_does_not_stop_the_others(machine: Machine) -> None
 
 
 async def test_each_descriptor_comes_with_its_own_command(machine: Machine, tmp_path: Path) -> None:
-    """QEMU closes what it does not need of the descriptors of one sendmsg."""
+    """QEMU closes the unneeded descriptors of one sendmsg."""
     paths = [tmp_path / name for name in ("first", "second")]
     files = []
     for path in paths:
@@ -66,7 +66,7 @@ async def test_each_descriptor_comes_with_its_own_command(machine: Machine, tmp_
 
 
 async def test_callers_get_the_replies_to_their_own_commands(machine: Machine) -> None:
-    """Some of them have gone away before the reply comes."""
+    """Some callers are cancelled before their reply."""
 
     async def ask(number: int) -> object:
         return await machine.monitor.execute("query-version" if number % 2 else "query-name")
@@ -85,7 +85,7 @@ async def test_callers_get_the_replies_to_their_own_commands(machine: Machine) -
 
 
 async def test_who_comes_after_a_client_that_died_gets_no_reply_of_its(qemu: str, tmp_path: Path) -> None:
-    """A manager may die with commands under way, and the next one takes its monitor."""
+    """A manager may die with commands in flight, and the next one connects to its monitor."""
     path = str(tmp_path / "monitor")
     async with idle_machine(qemu, tmp_path, qemu_arguments=("-qmp", f"unix:{path},server=on,wait=off")):
         for _ in range(20):

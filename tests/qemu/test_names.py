@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files with names that are no text, or that would do something to a terminal."""
+"""Tests files with names that are not text, or that contain control sequences."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SPELT = r"odd\xff\n\x1b[31m.img"
 
 @pytest.fixture(scope="module")
 def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawned]:
-    """It boots from such a file."""
+    """Run a machine that boots from a file with an unusual name."""
     image = make_raw(tmp_path_factory.mktemp("boot") / ODD, 1 << 20)
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
         running.wait_for("is running")
@@ -36,7 +36,7 @@ def test_disks_come_change_and_go(machine: Spawned, tmp_path: Path) -> None:
     table = vmctl("list-disks", name).stdout.splitlines()
     assert len(table) == 3
     assert all(line.isprintable() for line in table)
-    # Programs get the path but for what JSON cannot carry.
+    # Programs get the path, except bytes that JSON cannot represent.
     paths = [each["path"] for each in json.loads(vmctl("list-disks", name, "--json=short").stdout)]
     assert paths[1] == f"{tmp_path}/other/odd\\xff\n\x1b[31m.img"
     assert vmctl("detach-disk", name, f"1{SPELT}").returncode == 0
@@ -87,7 +87,7 @@ def test_errors_stay_on_their_line(machine: Spawned, tmp_path: Path) -> None:
 
 
 def test_kernel_arguments_and_folders_have_bytes(qemu: str, tmp_path: Path) -> None:
-    """They reach QEMU, which then ends of another option; but for the virtiofsd in Rust, which reads text alone."""
+    """The names reach QEMU, which then exits because of another option; but virtiofsd in Rust accepts only UTF-8."""
     image = make_raw(tmp_path / "image", 1 << 20)
     (tmp_path / ODD).mkdir()
     options = (f"--image={image}", f"--qemu={qemu}", "--qemu-arg=-nonsense", "--console=headless")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The package is removed under a running manager, which does everything all the same."""
+"""Tests that a manager keeps working after its package was removed."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.machines import fresh_name, is_gone
 
 @pytest.fixture
 def orphan(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spawned]:
-    """A vmspawn whose package was removed once the machine was up."""
+    """Run a vmspawn whose package is removed when the machine is up."""
     package = tmp_path / "package"
     shutil.copytree(Path(vmspawn.__file__).parent, package / "vmspawn")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

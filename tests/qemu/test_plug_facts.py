@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Asks a bare QEMU what docs/qemu.md states about ports, slots, targets, namespaces, serial ports and unplug."""
+"""Tests the facts of docs/qemu.md about ports, slots, targets, namespaces, serial ports and unplug with a bare QEMU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bus_of(monitor: Monitor, device: str) -> str:
 @pytest.mark.parametrize("driver", ["virtio-rng-pci", "pcie-root-port"])
 @pytest.mark.parametrize("bus", [{}, {"bus": "pcie.0"}])
 def test_q35_takes_no_device_on_its_root_bus(q35: Monitor, driver: str, bus: dict[str, str]) -> None:
-    """So the ports must be there from the start, and every device names its port."""
+    """Therefore ports must exist from the start, and each device names its port."""
     assert q35.fail("device_add", driver=driver, id="d0", **bus) == "Bus 'pcie.0' does not support hotplugging"
 
 
@@ -64,7 +64,7 @@ def test_two_ports_cannot_share_chassis_and_slot(qemu: str) -> None:
 
 
 def test_pc_takes_a_device_at_a_free_slot_while_slot_31_is_in_use(qemu: str) -> None:
-    """QEMU 11.1 finds no slot by itself then, though some are free."""
+    """QEMU 11.1 finds no slot by itself then, although some are free."""
     with bare(qemu, "pc") as monitor:
         monitor.succeed("device_add", driver="virtio-rng-pci", id="last", bus="pci.0", addr="0x1f")
         monitor.succeed("device_add", driver="virtio-rng-pci", id="d0", bus="pci.0", addr="0x5")
@@ -96,7 +96,7 @@ def test_a_target_that_is_in_use_is_refused(q35: Monitor, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("machine_type", ["q35", "pc"])
 def test_a_scsi_disk_goes_without_the_guest(qemu: str, tmp_path: Path, machine_type: str) -> None:
-    """One event, with `device`; the node can be removed after it."""
+    """There is one event, with `device`; the node can be removed after it."""
     with bare(qemu, machine_type) as monitor:
         monitor.add_file(make_raw(tmp_path / "image", MIB), "n0")
         monitor.succeed("device_add", driver="scsi-hd", id="d0", drive="n0", bus="scsi0.0", scsi_id=0, lun=0)
@@ -106,7 +106,7 @@ def test_a_scsi_disk_goes_without_the_guest(qemu: str, tmp_path: Path, machine_t
 
 
 def test_a_request_before_the_guest_has_run_is_stuck_until_a_reset(q35: Monitor, tmp_path: Path) -> None:
-    """The reset then removes the device. Of virtio-blk there are two events, the first without `device`."""
+    """The reset then removes the device. For virtio-blk there are two events, the first without `device`."""
     q35.add_file(make_raw(tmp_path / "image", MIB), "n0")
     q35.succeed("device_add", driver="virtio-blk-pci", id="d0", drive="n0", bus="port0", addr="0x0")
     q35.succeed("device_del", id="d0")
@@ -127,7 +127,7 @@ def test_a_device_that_is_gone_is_not_found(q35: Monitor) -> None:
 
 
 def test_namespaces_can_be_plugged_in_where_their_bus_has_a_handler(qemu: str, tmp_path: Path) -> None:
-    """The handler is how vmspawn finds out. QEMU 11.1 has it, 7.2 does not."""
+    """vmspawn detects the feature by the handler, which QEMU 11.1 has and 7.2 does not."""
     with bare(qemu, "q35", "-device", "nvme,id=nvme0,serial=x") as monitor:
         for n in range(2):
             monitor.add_file(make_raw(tmp_path / f"image{n}", MIB), f"n{n}")
@@ -149,7 +149,7 @@ def test_namespaces_can_be_plugged_in_where_their_bus_has_a_handler(qemu: str, t
 
 
 def test_a_serial_port_comes_and_goes_without_the_guest(qemu: str) -> None:
-    """Its socket is passed with getfd; chardev-add consumes the name. Its chardev is busy until the port is gone."""
+    """getfd passes the port's socket, and chardev-add consumes the name. The port keeps its chardev busy."""
     ours, theirs = socket.socketpair()
     with ours, theirs, bare(qemu, "q35", "-device", "virtio-serial-pci,id=serial,max_ports=4") as monitor:
         monitor.succeed("getfd", fdname="s", fds=[theirs.fileno()])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A program's machine for vmctl: it is served like any other, or vmctl says truly that it is not."""
+"""Tests vmctl with a program's machine: the machine is served like any other, or vmctl reports that it is not."""
 
 import asyncio
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pytest plugin, in test runs of its own: machines whose guest is their firmware, for speed."""
+"""Tests the pytest plugin in test runs of its own, with machines whose guest is their firmware, for speed."""
 
 import os
 import re
@@ -20,7 +20,7 @@ pytest_plugins = ["pytester"]
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, qemu: str) -> pytest.Pytester:
-    """A project whose machines boot nothing. pytester takes the home away, and the cache with it."""
+    """Make a project whose machines boot nothing. pytester replaces the home directory, and so the cache."""
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", CACHE)
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\nasyncio_mode = strict\n")
     pytester.makeconftest(
@@ -164,7 +164,7 @@ def test_the_report_of_a_failure_has_the_machine(project: pytest.Pytester) -> No
             "disk0 *virtio-blk *raw *8 MiB *attached *",
         ]
     )
-    # Only the test's own lines are in the traceback.
+    # The traceback has only lines of the test.
     assert "blocking.py" not in done.stdout.str()
     log = re.search(r"QMP log +(\S+)", done.stdout.str())
     assert log
@@ -314,6 +314,6 @@ def test_machines_die_with_a_run_that_is_killed(project: pytest.Pytester) -> Non
     poll.register(machine, select.POLLIN)
     assert poll.poll(60_000)
     os.close(machine)
-    # What is left of its directory does not hold the name, and goes when that is used again.
+    # The remaining directory does not reserve the name, and is removed when the name is used again.
     for name in machines() - before:
         assert not runtime.running_qemu(str(Path(runtime.runtime_root()) / name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl qmp`, `vmctl list-sessions` and `vmctl qmp-share`, as a user runs them."""
+"""Tests `vmctl qmp`, `vmctl list-sessions` and `vmctl qmp-share` as a user runs them."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_the_raw_stream_ends_when_both_sides_have_said_all(machine: Spawned) -> 
 
 
 def test_the_raw_stream_loses_nothing_of_a_large_file(machine: Spawned, tmp_path: Path) -> None:
-    """More replies than a session keeps for a client that does not read: the program sends and receives at once."""
+    """The replies exceed a session's limit for unread output, so the program must send and receive at once."""
     count = 3000
     source = tmp_path / "commands"
     source.write_bytes(b'{"execute":"qmp_capabilities"}' + b'{"execute":"query-commands"}' * count)
@@ -122,7 +122,7 @@ def test_a_program_may_write_everything_into_the_raw_stream_before_it_reads(mach
 
 
 def test_a_raw_stream_that_takes_no_more_is_an_error(machine_to_end: Spawned, tmp_path: Path) -> None:
-    """QEMU obeys `quit` and runs nothing of what follows."""
+    """QEMU obeys `quit`, and runs no later command."""
     source = tmp_path / "commands"
     source.write_bytes(b'{"execute":"qmp_capabilities"}{"execute":"quit"}' + b'{"execute":"query-version"}' * 300_000)
     with source.open("rb") as commands:
@@ -172,7 +172,7 @@ def test_the_shell_keeps_keys_that_are_pressed_while_it_waits(machine: Spawned, 
     os.kill(pid, signal.SIGSTOP)
     try:
         shell.send("query-name\r")
-        # The prompt is over when its line is.
+        # The prompt has ended when its line has.
         shell.expect("query-name.*\n")
         shell.send("query-status\r\x04")
     finally:
@@ -183,7 +183,7 @@ def test_the_shell_keeps_keys_that_are_pressed_while_it_waits(machine: Spawned, 
 
 
 def at_the_prompt(machine: Spawned, history: Path) -> Any:
-    """A shell on a terminal of its own."""
+    """Start a shell on its own terminal."""
     pytest.importorskip("prompt_toolkit")
     environment: Any = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(history)}
     shell = pexpect.spawn(
@@ -195,7 +195,7 @@ def at_the_prompt(machine: Spawned, history: Path) -> Any:
         dimensions=(40, 120),
     )
     shell.expect("Ctrl-D leaves")
-    # The prompt says that the terminal is set up; what is typed before might be lost.
+    # The prompt shows that the terminal is set up; earlier input could be lost.
     shell.expect(f"{machine.name}>")
     return shell
 
@@ -206,7 +206,7 @@ def assert_left(shell: Any) -> None:
     assert shell.exitstatus == 0
 
 
-# Sharing what somebody else started.
+# Sharing a QEMU that another program started.
 
 
 def query(path: str) -> list[Any]:
@@ -227,7 +227,7 @@ def test_a_foreign_socket_is_shared_among_many(qemu: str, tmp_path: Path) -> Non
         share.send_signal(signal.SIGINT)
         assert share.wait(timeout=DEADLINE) == 0
         assert not os.path.exists(listen)
-        # QEMU's own socket is as it was, and can be shared again.
+        # QEMU's own socket has not changed, and can be shared again.
         with sharing(str(foreign.path(0)), listen):
             assert query(listen)[2]["id"] == "x"
 
@@ -261,13 +261,13 @@ def test_what_cannot_be_shared(qemu: str, tmp_path: Path) -> None:
     assert (tmp_path / "taken").exists()
 
 
-#: KiB that a client costs at the most that does not read: of commands and of replies 1 MiB each, and what is in hand.
+#: The most KiB that a client may cost that does not read: 1 MiB each of commands and replies, and data in buffers.
 HELD = 6144
 
 
 @pytest.mark.parametrize("question", [b'{"execute":"query-qmp-schema"}', b"]" * 4096], ids=["large", "small"])
 def test_a_client_that_does_not_read_costs_little_memory(qemu: str, tmp_path: Path, question: bytes) -> None:
-    """It is held back alone, each time that it comes again, and another is served all the while."""
+    """Only this client is held back, each time that it connects; another client is served meanwhile."""
     listen = str(tmp_path / "shared.sock")
     with Machine(qemu, 1) as foreign, sharing(str(foreign.path(0)), listen) as share, closing(client(listen)) as honest:
         honest.run("query-qmp-schema")
@@ -287,10 +287,10 @@ def client(path: str) -> Client:
 
 
 def ask_until_held_back(stalled: Client, question: bytes, meanwhile: Callable[[], int]) -> int:
-    """Ask and never read, until nothing more is taken. Returns the largest that came of `meanwhile`."""
+    """Send commands without reading until no more are taken; returns the largest result of `meanwhile`."""
     stalled.socket.setblocking(False)
     largest = refused = 0
-    # What is not taken while another is served so often is not taken.
+    # The socket counts as full if it refuses data while another client is served this many times.
     while refused < 100:
         try:
             stalled.socket.send(question)
@@ -307,7 +307,7 @@ def look(honest: Client, pid: int) -> int:
 
 
 def resident(pid: int) -> int:
-    """KiB of a process that are in memory."""
+    """Return the resident memory of a process in KiB."""
     found = re.search(r"^VmRSS:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1])

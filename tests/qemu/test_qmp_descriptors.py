@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which descriptor goes with which command, and what a client leaves behind. Asked of a native monitor and of a session
-alike (monitor/fds.c, chardev/char-socket.c, monitor/qmp.c)."""
+"""Tests the command that gets each descriptor, and the remains of clients, on a native monitor and on a session alike.
+
+The sources are QEMU's monitor/fds.c, chardev/char-socket.c and monitor/qmp.c.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ ADD = b'{"execute":"add-fd","id":%d}'
 
 @pytest.fixture(autouse=True)
 def nothing_left(both: Shared) -> Iterator[None]:
-    """Neither we nor QEMU may have more open after a test than before, once the clients are gone."""
+    """Check that neither side has more descriptors open after a test than before, after the clients' disconnect."""
     machine, server = both
     with Side("session", *both) as sessions:
-        # QEMU 7.2 removes no descriptor set while the machine does not run.
+        # QEMU 7.2 removes descriptor sets only while the machine runs.
         sessions.open().run("cont")
     wait_until(lambda: not server.sessions(), "the end of the sessions before")
     before = machine.descriptors(), len(os.listdir("/proc/self/fd"))
@@ -35,7 +37,7 @@ def nothing_left(both: Shared) -> Iterator[None]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[list[int]]:
-    """Descriptors of some files that can be told from each other."""
+    """Open files that can be distinguished."""
     opened = [os.open(tmp_path / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(8)]
     yield opened
     for fd in opened:
@@ -43,13 +45,13 @@ def files(tmp_path: Path) -> Iterator[list[int]]:
 
 
 def added(client: Client, machine: Machine) -> tuple[os.stat_result, int]:
-    """Which file QEMU took for an add-fd whose reply comes next, and in which set it is."""
+    """Return the file that QEMU took for the add-fd whose reply comes next, and the number of its set."""
     result = client.message()["return"]
     return os.stat(f"/proc/{machine.process.pid}/fd/{result['fd']}"), result["fdset-id"]
 
 
 def take(client: Client, machine: Machine, fd: int) -> None:
-    """The reply to an add-fd is there, or about to come: QEMU must have taken this file. It is removed again."""
+    """Check that QEMU took this file for an add-fd, whose reply comes next, and remove the file from its set."""
     found, fdset = added(client, machine)
     assert os.path.samestat(found, os.fstat(fd))
     assert client.run("remove-fd", fdset_id=fdset) == {"return": {}}
@@ -94,7 +96,7 @@ def test_of_several_descriptors_the_first_is_taken(side: Side, files: list[int])
 
 
 def test_a_command_that_fails_leaves_the_descriptor_for_the_next(side: Side, files: list[int]) -> None:
-    """QEMU looks at the arguments before it looks for the descriptor."""
+    """QEMU checks the arguments before it looks for the descriptor."""
     client = side.open()
     assert client.run("add-fd", fds=files[:1], nope=1)["error"]["desc"] == "Parameter 'nope' is unexpected"
     client.send(ADD % 0)
@@ -106,7 +108,7 @@ def test_a_name_is_known_to_its_own_monitor_alone(side: Side, files: list[int]) 
     assert first.run("getfd", fds=files[:1], fdname="x") == {"return": {}}
     refused = {"class": "GenericError", "desc": "File descriptor named 'x' not found"}
     assert second.run("closefd", fdname="x")["error"] == refused
-    # Given again, it stands for the later file.
+    # A name that is used again stands for the later file.
     assert first.run("getfd", fds=files[1:2], fdname="x") == {"return": {}}
     assert first.run("closefd", fdname="x") == {"return": {}}
     assert first.run("closefd", fdname="x")["error"] == refused
@@ -121,11 +123,11 @@ def test_a_set_is_known_to_all(side: Side, files: list[int]) -> None:
     assert second.run("remove-fd", fdset_id=reply["fdset-id"]) == {"return": {}}
 
 
-# Clients that go.
+# Clients that disconnect.
 
 
 def test_of_what_a_client_sent_before_it_went_a_beginning_runs(side: Side) -> None:
-    """Queued requests are dropped, none is run in the place of one before it, and none is left for the next client."""
+    """QEMU drops queued requests in order, so the first ones run, and none is left for the next client."""
     client, other = side.open(), side.open()
     nodes = [f"node{number}" for number in range(40)]
     for node in nodes:
@@ -142,7 +144,7 @@ def test_of_what_a_client_sent_before_it_went_a_beginning_runs(side: Side) -> No
 
 
 def wait_for_rest(client: Client) -> set[str]:
-    """The nodes that there are when no further ones come."""
+    """Return the names of nodes, when no further nodes appear."""
     seen: set[str] = set()
     while True:
         now = {node["node-name"] for node in client.run("query-named-block-nodes")["return"]}
@@ -152,7 +154,7 @@ def wait_for_rest(client: Client) -> set[str]:
 
 
 def test_the_next_client_of_a_monitor_begins_afresh(both: Shared) -> None:
-    """Nothing of half a command, of an enabled capability or of a descriptor is left for it."""
+    """The next client gets nothing of half a command, of an enabled capability or of a descriptor."""
     machine, server = both
     with tempfile.TemporaryFile() as file:
         ways: tuple[Callable[[], Client], ...] = (lambda: machine.native(2), server.open)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What QMP's specification and QEMU's sources say of one client, asked of a native monitor and of a session alike:
-docs/interop/qmp-spec.rst, monitor/qmp.c, qapi/qmp-dispatch.c, qobject/json-*.c, tests/qtest/qmp-test.c."""
+"""Tests the facts of QMP's specification and QEMU's sources about one client, on a native monitor and on a session.
+
+The sources are docs/interop/qmp-spec.rst, monitor/qmp.c, qapi/qmp-dispatch.c, qobject/json-*.c, tests/qtest/qmp-test.c.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,18 @@ NOT_FOUND = "CommandNotFound"
 
 NAME = b'{"execute":"query-name","id":"after"}'
 
-#: Errors in the JSON text begin with their place since QEMU 9.2 or so.
+#: Since about QEMU 9.2, errors in the JSON text begin with their position.
 _PLACE = re.compile(r"^\d+:\d+: ")
 
 
 def answers(client: Client, stream: bytes) -> list[dict[str, Any]]:
-    """What comes for a stream of whole messages."""
+    """Return the replies to a stream of complete messages."""
     client.send(stream + NAME)
     return [json.loads(line) for line in client.until("after")]
 
 
 def problem(reply: dict[str, Any]) -> tuple[str, str]:
-    """The class and description of an error, without its place in the stream."""
+    """Return the class and description of an error, without its position in the stream."""
     assert set(reply["error"]) == {"class", "desc"}
     return reply["error"]["class"], _PLACE.sub("", reply["error"]["desc"])
 
@@ -84,10 +86,10 @@ def test_messages_end_where_their_brackets_balance(side: Side) -> None:
 
 
 def test_a_number_ends_with_the_byte_behind_it(side: Side) -> None:
-    """So `12`, and later `3`, are one message and not two."""
+    """Therefore `12`, and later `3`, are one message and not two."""
     client, other = side.open(), side.open()
     client.send(b"12")
-    # Whoever took the 12 for a message had the time to say so.
+    # The reply to `12`, if it were a message, would have come before this one.
     assert "return" in other.run("query-qmp-schema")
     client.send(b"3 ")
     assert [problem(reply) for reply in answers(client, b"")] == [(GENERIC, "QMP input must be a JSON object")]
@@ -98,7 +100,7 @@ def test_a_number_ends_with_the_byte_behind_it(side: Side) -> None:
 BEFORE = [
     (b'{"execute":"query-status","id":7}', NOT_FOUND, "Expecting capabilities negotiation with 'qmp_capabilities'"),
     (b'{"execute":"nope","id":7}', NOT_FOUND, "Expecting capabilities negotiation with 'qmp_capabilities'"),
-    # Errors of the shape win.
+    # Errors in the shape take precedence.
     (b'{"id":7}', GENERIC, "QMP input lacks member 'execute'"),
     (b'{"exec-oob":"query-status","id":7}', GENERIC, "QMP input member 'exec-oob' is unexpected"),
     (
@@ -115,7 +117,7 @@ BEFORE = [
 
 @pytest.mark.parametrize(("sent", "error_class", "stable"), BEFORE)
 def test_before_the_negotiation(side: Side, sent: bytes, error_class: str, stable: str) -> None:
-    """Nothing else goes, and what fails negotiates nothing."""
+    """No other command is accepted, and a failed negotiation has no effect."""
     client = side.greeted()
     client.line()
     for _ in range(2):
@@ -137,7 +139,7 @@ def test_one_negotiates_once(side: Side, arguments: bytes) -> None:
         NOT_FOUND,
         "Capabilities negotiation is already complete, command ignored",
     )
-    # Without `oob` it stays a member that nobody knows.
+    # Without `oob`, the member is unknown.
     assert problem(client.execute(b'{"exec-oob":"query-yank"}')) == (
         GENERIC,
         "QMP input member 'exec-oob' is unexpected",
@@ -181,7 +183,7 @@ IDS = [
 
 @pytest.mark.parametrize(("sent", "echoed"), IDS)
 def test_the_id_is_echoed_as_qemu_writes_the_value(side: Side, sent: bytes, echoed: bytes) -> None:
-    """In errors of every kind too: of the shape, of the dispatcher, of the command."""
+    """This includes errors of every kind: in the shape, from the dispatcher, from the command."""
     client = side.open()
     client.send(b'{"execute":"query-name","id":%b}' % sent)
     assert client.line() == b'{"return": {}, "id": %b}\r\n' % echoed
@@ -276,7 +278,7 @@ def test_with_oob_a_command_has_one_name_and_must_be_fit_for_it(side: Side) -> N
     assert client.execute(b'{"exec-oob":"query-yank"}').keys() == {"return"}
 
 
-# Input that is no JSON, and recovery. The texts differ between versions, except those of the lexer.
+# Input that is not JSON, and recovery. The texts differ between versions, except those of the lexer.
 
 MALFORMED = [
     (b"{]", ["JSON parse error, "]),
@@ -323,7 +325,7 @@ def test_malformed_input_is_an_error_in_its_turn_and_the_next_command_runs(
 @pytest.mark.parametrize("recovery", [b"\xff", b"\x01"])
 @pytest.mark.parametrize("half", [b"{", b'{"execute":"qu', b'{"execute":"query-name","arguments":[[{"a":'])
 def test_a_byte_that_is_nowhere_allowed_ends_half_a_message(side: Side, half: bytes, recovery: bytes) -> None:
-    """The idiom of tests/qtest/qmp-test.c, and of every client that found itself out of step."""
+    """tests/qtest/qmp-test.c does this, and so does a client that has lost the framing."""
     (reply,) = answers(side.open(), half + recovery)
     assert problem(reply)[0] == GENERIC
     assert "JSON parse error" in problem(reply)[1]
@@ -334,16 +336,16 @@ def test_a_byte_that_is_nowhere_allowed_ends_half_a_message(side: Side, half: by
 
 def test_brackets_nest_1024_deep(side: Side) -> None:
     client = side.open()
-    # The message itself is the first.
+    # The message itself is the first level.
     client.send(b'{"execute":"query-name","id":%b}' % (b"[" * 1023 + b"]" * 1023))
     assert client.line() == b'{"return": {}, "id": %b}\r\n' % (b"[" * 1023 + b"]" * 1023)
     client.send(b'{"execute":"query-name","id":%b}\xff' % (b"[" * 1024 + b"]" * 1024))
-    # An older QEMU goes on to complain of the brackets that are left.
+    # An older QEMU then reports errors about the remaining brackets.
     first, *_ = answers(client, b"")
     assert problem(first) == (GENERIC, "JSON nesting depth limit exceeded")
 
 
-# Of a QEMU that is not ready.
+# A QEMU that is not ready.
 
 
 @pytest.mark.parametrize("who", ["native", "session"])

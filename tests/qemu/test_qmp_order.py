@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What comes before what: replies, out of band or not, and events. Asked of a native monitor and of a session alike
-(docs/interop/qmp-spec.rst, monitor/qmp.c)."""
+"""Tests the order of replies, in band and out of band, and of events, on a native monitor and on a session alike.
+
+The sources are QEMU's docs/interop/qmp-spec.rst and monitor/qmp.c.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,14 @@ Shared = tuple[Machine, Server]
 
 
 def test_replies_come_in_the_order_of_the_commands(side: Side) -> None:
-    """Those that QEMU never runs, too."""
+    """This includes the replies to commands that QEMU never runs."""
     client = side.open()
     kinds = (b'"execute":"query-qmp-schema"', b'"execute":1', b'"execute":"query-name"', b'"execute":"nope"', b'"x":1')
     client.send(b"".join(b'{%b,"id":%d}' % (kinds[number % len(kinds)], number) for number in range(100)))
     assert [client.message()["id"] for _ in range(100)] == [*range(100)]
 
 
-#: Members of commands that QEMU runs, that it does not, and that are not even commands.
+#: Members of commands that QEMU runs, of commands that it refuses, and of messages that are not commands.
 IN_BAND = (
     b'"execute":"query-name"',
     b'"execute":"query-qmp-schema"',
@@ -42,7 +44,7 @@ IN_BAND = (
     b'"nothing":1',
 )
 
-#: The same out of band. What does not support that is refused out of band.
+#: The same out of band. QEMU refuses commands that do not support that.
 OUT_OF_BAND = (
     b'"exec-oob":"query-yank"',
     b'"exec-oob":"migrate-pause"',
@@ -52,13 +54,13 @@ OUT_OF_BAND = (
     b'"exec-oob":"query-yank","extra":1',
 )
 
-#: Less than a monitor's queue of eight, with which it stops reading and nothing overtakes any more.
+#: Fewer than the eight commands in a monitor's queue at which it stops reading, so that nothing overtakes any more.
 QUEUED = 6
 
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> list[tuple[bytes, bool]]:
-    """Commands, and whether each goes out of band."""
+    """Return commands, and for each whether it is sent out of band."""
     chosen = draw(st.lists(st.booleans(), min_size=2, max_size=14))
     kept = [oob for place, oob in enumerate(chosen) if oob or chosen[:place].count(False) < QUEUED]
     return [(draw(st.sampled_from(OUT_OF_BAND if oob else IN_BAND)), oob) for oob in kept]
@@ -86,14 +88,14 @@ def test_out_of_band_replies_overtake_and_are_not_overtaken(both: Shared, who: s
 
 
 def test_an_out_of_band_command_behind_a_full_queue_is_stuck(side: Side) -> None:
-    """As the specification warns: at most eight wait, and the monitor reads nothing more meanwhile."""
+    """The specification warns of this: at most eight commands wait, and the monitor reads no more meanwhile."""
     client = side.open(oob=True)
     sent = 3 * limits.OOB_QUEUE
     slow = b"".join(b'{"execute":"query-qmp-schema","id":%d}' % number for number in range(sent))
     client.send(slow + b'{"exec-oob":"query-yank","id":"now"}')
     order = [client.message()["id"] for _ in range(sent + 1)]
     assert [each for each in order if each != "now"] == [*range(sent)]
-    # One runs, eight wait; those before them are answered.
+    # One runs and eight wait; the commands before them have replies.
     assert order.index("now") >= sent - limits.OOB_QUEUE - 1
 
 
@@ -101,7 +103,7 @@ def test_an_out_of_band_command_behind_a_full_queue_is_stuck(side: Side) -> None
 
 
 def events(lines: list[bytes]) -> list[dict[str, Any]]:
-    """Lines that are all events, each with the time at which it happened."""
+    """Return decoded events, each with its timestamp."""
     found = [json.loads(line) for line in lines]
     for event in found:
         assert set(event) <= {"timestamp", "event", "data"}
@@ -132,7 +134,7 @@ def test_the_last_words_are_the_event_the_reply_and_the_end(qemu: str, kind: Kin
 
 
 def test_every_client_sees_the_same_events(both: Shared) -> None:
-    """Native or not, byte for byte: the time at which it happened is in it."""
+    """Native monitors and sessions send the same bytes, including the timestamp."""
     with Side("native", *both) as native, Side("session", *both) as sessions:
         clients = [native.open(), *(sessions.open() for _ in range(10))]
         for number in range(5):
@@ -145,7 +147,7 @@ def test_every_client_sees_the_same_events(both: Shared) -> None:
 
 @pytest.fixture
 def quorum(both: Shared) -> Iterator[Client]:
-    """A client of a QEMU with a quorum node `q`, one of whose three children fails to read."""
+    """Yield a client of a QEMU with a quorum node `q`, one of whose three children fails to read."""
     _, server = both
     client = server.open().negotiate()
     good = {"driver": "null-co", "read-zeroes": True}
@@ -159,7 +161,7 @@ def quorum(both: Shared) -> Iterator[Client]:
 
 
 def test_events_that_are_throttled_are_throttled_for_all_alike(side: Side, quorum: Client) -> None:
-    """QUORUM_REPORT_BAD: at most one a second, of which the last of that second wins."""
+    """QUORUM_REPORT_BAD is sent at most once a second, and the last event of that second wins."""
     watcher = side.open()
     reads = 20
     for number in range(reads):
@@ -171,16 +173,16 @@ def test_events_that_are_throttled_are_throttled_for_all_alike(side: Side, quoru
         sectors.append(event["data"]["sector-num"])
     assert sectors[0] == 0
     assert sectors == sorted(sectors)
-    # Reads that all went through within milliseconds are not an event each.
+    # The reads came within milliseconds, so most of them have no event.
     assert len(sectors) < reads
 
 
 @pytest.mark.parametrize("large", [False, True])
 def test_events_come_before_the_reply_of_a_large_command_too(side: Side, large: bool) -> None:
-    """Which in a session takes another way through QEMU than the events, and those are behind much else on theirs."""
+    """In a session, a large command goes to the bulk monitor, and its events come on the other monitor."""
     client, watcher = side.open(), side.open()
     with tempfile.TemporaryDirectory() as folder, closing(side.server.open().negotiate()) as busy:
-        # The name is too long for a file, which is for the job to find: it was created and has run by then.
+        # The name is too long for a file. Only the job finds that, after it was created and has run.
         name = f"{folder}/" + "x" * (limits.BULK_SIZE if large else 300)
         for number in range(5):
             busy.send(b'{"execute":"query-qmp-schema"}' * 20)
@@ -201,7 +203,7 @@ def create_file(client: Client, job: str, name: str, id: int) -> None:
 
 
 def statuses_until_null(client: Client) -> list[str]:
-    """What a job went through, up to its end."""
+    """Return the states of a job up to its end."""
     statuses: list[str] = []
     while "null" not in statuses:
         message = client.message()

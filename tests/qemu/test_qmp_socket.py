@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl qmp-socket`: QMP sessions on a path, for programs that know no other way."""
+"""Tests `vmctl qmp-socket`, which serves QMP sessions at a path, for programs that only accept a path."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def machine(qemu: str, tmp_path: Path) -> Iterator[Spawned]:
 
 @contextmanager
 def serving(machine: str, listen: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A running `vmctl qmp-socket`."""
+    """Run `vmctl qmp-socket`."""
     command = [*VMCTL, "qmp-socket", machine, str(listen), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

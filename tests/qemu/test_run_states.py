@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Each verb in each run state that a QEMU without an operating system can be brought into.
+"""Tests each verb in each run state that a QEMU without an operating system can enter.
 
-`io-error` is entered in guest/test_failing_disks. `internal-error` needs KVM; QEMU answers nobody in `save-vm`.
+guest/test_failing_disks tests `io-error`. `internal-error` needs KVM, and in `save-vm` QEMU answers no monitor.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from tests.machines import Machine, idle_machine
 from vmspawn.errors import NotSupported
 from vmspawn.machine.run_states import RULES
 
-#: What QEMU is started with, and what its guest writes to a port, for the states that it enters by itself.
+#: QEMU's options, and the guest's write to a port, for the states that the guest enters by itself.
 _BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
     "prelaunch": (("-S",), None),
     "inmigrate": (("-incoming", "defer"), None),
@@ -37,7 +37,7 @@ _BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
 
 @contextlib.asynccontextmanager
 async def machine_in(state: str, qemu: str, folder: Path) -> AsyncIterator[Machine]:
-    """A machine in a run state."""
+    """Run a machine in a run state."""
     arguments, write = _BY_ITSELF[state]
     image = make_boot_sector(folder / "boot", *write) if write else make_raw(folder / "boot", 1 << 20)
     async with contextlib.AsyncExitStack() as closing:
@@ -72,13 +72,13 @@ async def qemu_state(machine: Machine) -> str:
 
 
 async def until(machine: Machine, *states: str) -> None:
-    """Wait until QEMU is in one of the states: a change has no event where it is a migration's."""
+    """Wait until QEMU is in one of the states. A change by a migration has no event."""
     async with asyncio.timeout(15):
         while await qemu_state(machine) not in states:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.02)
 
 
-#: By state and verb: the state that follows, or None if the verb is refused.
+#: By state and verb: the next state, or None if the verb is refused.
 _EXPECTED: dict[str, dict[str, str | None]] = {
     "running": {"pause": "paused", "resume": "running", "reboot": "running", "poweroff": "running"},
     "paused": {"pause": "paused", "resume": "running", "reboot": "prelaunch", "poweroff": "paused"},
@@ -97,7 +97,7 @@ _EXPECTED: dict[str, dict[str, str | None]] = {
     "finish-migrate": {"pause": "finish-migrate", "resume": None, "reboot": None, "poweroff": None},
 }
 
-#: States of a guest that stopped by itself: a reset makes it run, and do the same again.
+#: States of a guest that has stopped by itself. A reset makes it run, and stop again in the same way.
 _RUN_AGAIN = ("guest-panicked", "watchdog", "shutdown", "suspended")
 
 _CASES = [(state, verb) for state, verbs in _EXPECTED.items() for verb in verbs]
@@ -121,7 +121,7 @@ async def test_a_verb_does_what_the_table_says(state: str, verb: str, qemu: str,
                 return
             await verbs[verb]()
             if verb == "reboot" and state in _RUN_AGAIN:
-                # It ran, and its guest did the same again.
+                # The guest has run, and stopped again in the same way.
                 await _event(events, "RESET")
                 await _event(events, "RESUME")
             await until(machine, expected)

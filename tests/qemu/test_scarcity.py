@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the host does not give: descriptors, room, somebody who reads. One line each, and nothing left."""
+"""Tests a lack of descriptors, of disk space and of readers: each error is one line, and nothing is left behind."""
 
 import fcntl
 import json
@@ -14,14 +14,14 @@ from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone, links_of, process_is_gone
 from tests.survivors import idle_survivor
 
-#: With fewer descriptors Python itself finds no modules.
+#: With fewer descriptors, Python itself finds no modules.
 FEWEST = 6
-#: Nobody needs as many to start QEMU.
+#: More descriptors than a start of QEMU needs.
 MOST = 64
 
 
 def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
-    """One more each time, until it is QEMU that is started, and ends of an option that it does not know."""
+    """The limit grows by one each time, until QEMU starts, and exits because of an option that it does not support."""
     image = make_raw(tmp_path / "image", 1 << 20)
     options = [f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--qemu-arg=-nonsense"]
     said = []
@@ -43,7 +43,7 @@ def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> No
 
 
 def test_a_takeover_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
-    """QEMU runs on each time, and its disks are there when somebody has enough to take it over."""
+    """QEMU runs on each time, and its disks are still there when an adoption has enough descriptors."""
     with idle_survivor(qemu, tmp_path) as machine:
         machine.attach(make_raw(tmp_path / "disk", 1 << 20), "--bus=virtio-scsi")
         before = machine.disks()
@@ -68,7 +68,7 @@ def test_a_takeover_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) ->
 
 
 def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:
-    """Whatever it is that it cannot open, it lives, its client hears why, and the next one is served."""
+    """The manager survives without any of its descriptors; its client gets the reason, and the next one is served."""
     disk = make_raw(tmp_path / "disk", 1 << 20)
     with idle(qemu, tmp_path) as machine:
         pid, name = machine.process.pid, machine.name
@@ -76,7 +76,7 @@ def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:
         numbers = {int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()}
         lowest = min(set(range(MOST)) - numbers)
         failed = 0
-        # The client's connection is one, and its image another.
+        # The client's connection is one descriptor, and its image another.
         for more in range(1, 6):
             limit(pid, lowest + more)
             for arguments in (("attach-disk", name, str(disk), "--bus=virtio-scsi"), ("qmp", name, "query-name")):
@@ -97,7 +97,7 @@ def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limits", ["20:4096", "64:64"], ids=["soft", "hard"])
 def test_a_limit_below_a_descriptor_that_the_caller_left_open(qemu: str, tmp_path: Path, limits: str) -> None:
-    """As a shell leaves one by `exec 200<file`: it cannot be closed in QEMU, so it is not inherited."""
+    """A shell leaves that descriptor by `exec 200<file`: QEMU could not close it, so QEMU does not inherit it."""
     image = make_raw(tmp_path / "image", 1 << 20)
     name = fresh_name()
     options = ["-M", name, f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--time-limit=2"]
@@ -118,7 +118,7 @@ def test_a_limit_below_a_descriptor_that_the_caller_left_open(qemu: str, tmp_pat
 
 
 def limit(pid: int, descriptors: int) -> None:
-    """Let a process open nothing whose number would be this or larger; what it has open stays."""
+    """Keep a process from opening descriptors with this number or a larger one; its open ones stay open."""
     subprocess.run(["prlimit", f"--pid={pid}", f"--nofile={descriptors}:4096"], check=True)
 
 
@@ -144,7 +144,7 @@ def test_a_reader_that_has_seen_enough(command: list[str]) -> None:
 
 
 def test_standard_streams_that_are_closed() -> None:
-    """What is for one of them does not end up in another."""
+    """Output for one stream does not end up in another."""
     listed = closing(">&-", "list")
     assert (listed.returncode, listed.stdout, listed.stderr) == (0, "", "")
     unknown = closing("2>&-", "status", "nobody")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What QEMU is allowed and given, and who may talk to the manager (docs/security.md)."""
+"""Tests QEMU's sandbox and environment, and the access to the manager (docs/security.md)."""
 
 import os
 import stat
@@ -28,7 +28,7 @@ async def machine(qemu: str, tmp_path: Path) -> AsyncIterator[Machine]:
 
 
 def statuses(pid: int) -> list[dict[str, str]]:
-    """The status of each thread of a process (proc(5))."""
+    """Return the status of each thread of a process (proc(5))."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     lines = [(task / "status").read_text().splitlines() for task in tasks]
     return [dict(line.split(":\t", 1) for line in found if ":\t" in line) for found in lines]
@@ -51,13 +51,13 @@ def command_line(pid: int) -> list[str]:
 
 
 async def test_qemu_starts_no_program(machine: Machine, tmp_path: Path) -> None:
-    """One that is told to by its own monitor dies or is refused, and nothing is run."""
+    """QEMU dies or refuses if a monitor requests a program, and no program runs."""
     witness = tmp_path / "was-run"
     try:
         await machine.monitor.execute("migrate", {"uri": f"exec:touch {witness}"})
         with machine.events() as events:
             async for _ in events:
-                pass  # until it has died
+                pass  # until QEMU has died
     except (NotConnected, QmpError):
         pass
     assert not witness.exists()
@@ -76,7 +76,7 @@ async def test_qemu_gets_no_secrets_of_the_environment(
     async with idle_machine(qemu, tmp_path) as machine:
         environment = environment_of(machine.pid)
     assert "secret" not in environment.values()
-    # Where QEMU is behind a shell script, the shell adds its own.
+    # A shell script that starts QEMU adds the shell's own variables.
     assert set(environment) - {"PWD", "OLDPWD", "SHLVL", "_", "LD_LIBRARY_PATH"} <= {
         *spawn.ENVIRONMENT,
         *spawn.OVERRIDES,
@@ -100,7 +100,7 @@ async def test_qemu_opens_no_image_by_its_path(machine: Machine, tmp_path: Path)
 
 
 async def test_qemu_inherits_no_descriptor_of_ours(qemu: str, tmp_path: Path) -> None:
-    """Not even one that whoever started us left open for children."""
+    """This includes descriptors that vmspawn's parent left open for children."""
     ours = str(make_raw(tmp_path / "ours", 4096))
     fd = os.open(ours, os.O_RDONLY)
     os.set_inheritable(fd, True)
@@ -121,7 +121,7 @@ def test_sockets_and_files_are_for_their_owner_alone(qemu: str, tmp_path: Path) 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_another_user_is_not_served(qemu: str, tmp_path: Path) -> None:
-    """Not even one that can reach the socket."""
+    """This includes a user who can reach the socket."""
     with idle(qemu, tmp_path) as running:
         folder = Path(runtime.runtime_root()) / running.name
         for path in (folder.parent, folder):
@@ -144,7 +144,7 @@ def test_another_user_gets_no_session_of_a_shared_monitor(qemu: str) -> None:
             assert hears(listen).startswith(b'{"QMP":')
 
 
-#: Connects, as another user if there is a second argument, and prints what it hears first.
+#: Connects, as another user if there is a second argument, and prints the first data.
 HEAR = """
 import os, socket, sys
 for number in map(int, sys.argv[2:]):
@@ -163,13 +163,13 @@ except ConnectionError:
 
 
 def hears(path: Path, *user: str) -> bytes:
-    """What a process, of another user if one is given, gets to hear on a socket."""
+    """Return the data that a process, of another user if one is given, reads from a socket."""
     command = [sys.executable, "-I", "-c", HEAR, str(path), *user]
     return subprocess.run(command, timeout=60, check=True, stdout=subprocess.PIPE).stdout
 
 
 def stranger_hears(path: Path) -> bytes:
-    """What nobody gets to hear."""
+    """Return the data that the user `nobody` reads from a socket."""
     return hears(path, "65534")
 
 

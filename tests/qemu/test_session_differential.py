@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The same bytes to a monitor of QEMU's and to a session of the same QEMU: the answers are the same, byte for byte but
-for infinity."""
+"""Tests that a native monitor and a session of the same QEMU answer the same bytes identically, except for infinity."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from vmspawn.qmp.syntax.scanner import Scanner
 
 Shared = tuple[Machine, Server]
 
-#: How two clients have negotiated that are compared.
+#: The negotiation of the two clients that are compared.
 MODES = ("before", "in-band", "oob")
 
 COMMANDS: tuple[tuple[str, dict[str, object]], ...] = (
@@ -46,7 +45,7 @@ COMMANDS: tuple[tuple[str, dict[str, object]], ...] = (
     ("migrate-pause", {}),
 )
 
-#: What may stand between and in messages without being one.
+#: Fragments that may come between and inside messages, and are not messages.
 FRAGMENTS = (
     b"{", b"}", b"[", b"]", b":", b",", b'"', b"'", b"\\", b"\n", b"\r\n", b" ", b"\t", b"\x00", b"\x01",
     b"\x7f", b"\xff",
@@ -68,7 +67,7 @@ IDS = st.recursive(
 
 @st.composite
 def rendered(draw: st.DrawFn, value: object) -> bytes:
-    """JSON in QEMU's dialect: white space, both kinds of quotes, escapes or none."""
+    """Return JSON in QEMU's dialect, with white space, both kinds of quotes, and escapes."""
     text = json.dumps(
         value, ensure_ascii=draw(st.booleans()), separators=draw(st.sampled_from([(",", ":"), (", ", " : ")]))
     )
@@ -79,7 +78,7 @@ def rendered(draw: st.DrawFn, value: object) -> bytes:
 
 @st.composite
 def messages(draw: st.DrawFn) -> bytes:
-    """A command, or something like one."""
+    """Return a command, or a similar message."""
     name, arguments = draw(st.sampled_from(COMMANDS))
     members: dict[str, object] = {"execute": name}
     if draw(st.booleans()) or arguments:
@@ -98,7 +97,7 @@ def messages(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A message with a fragment in it that does not belong there."""
+    """Return a message with a fragment inserted."""
     message = draw(messages())
     start = draw(st.integers(0, len(message)))
     end = start + draw(st.integers(0, 3))
@@ -109,19 +108,19 @@ PIECES = messages() | damaged() | st.sampled_from(FRAGMENTS) | st.binary(max_siz
 STREAMS = st.lists(PIECES | st.just(b"\n"), min_size=1, max_size=6).map(b"".join)
 
 
-#: QEMU writes a number that is too large as what is no JSON; a session repeats the number as it came.
+#: QEMU writes a number that is too large in a form that is not JSON; a session repeats the client's text.
 _INFINITY = re.compile(rb"(?<=[ \[-])inf\b")
 
 
 def _spares_qemu(stream: bytes) -> bool:
-    """Whether a monitor with oob survives it. One whose queue is full aborts when a byte ends two messages: `1}`."""
+    """Return whether QEMU survives a stream with oob: it aborts with a full queue if a byte ends two messages: `1}`."""
     scanner = Scanner(PULL)
     scanner.feed(stream)
     return sum(1 for _ in iter(scanner.next, None)) < OOB_QUEUE - 2 and not scanner.is_busy
 
 
 def _comparable(line: bytes) -> object:
-    """A line as it must be, byte for byte; only where it holds infinity, by its value."""
+    """Return a line in the form to compare: its bytes, or its value if it has infinity."""
     if not _INFINITY.search(line) and b"e" not in line.lower():
         return line
     try:
@@ -132,7 +131,7 @@ def _comparable(line: bytes) -> object:
 
 
 class Pair:
-    """Two clients, a native one and one of a session, that are sent the same."""
+    """Two clients, one native and one of a session, that get the same input."""
 
     _numbers = itertools.count()
 
@@ -146,7 +145,7 @@ class Pair:
                 assert client.execute(NEGOTIATE_OOB if mode == "oob" else NEGOTIATE) == {"return": {}}
 
     def answers(self, stream: bytes) -> tuple[list[bytes], list[bytes]]:
-        """What they answer to a stream, which a byte ends that belongs to no message."""
+        """Return the replies of both to a stream. A byte that belongs to no message ends the stream."""
         end = f"end {next(self._numbers)}"
         whole = stream + b'\xff\n{"execute":"nope","id":"%b"}\n' % end.encode()
         native, session = (self._answer(client, whole, end) for client in self.clients)
@@ -155,7 +154,7 @@ class Pair:
     def _answer(self, client: Client, whole: bytes, end: str) -> list[bytes]:
         client.send(whole)
         lines = client.until(end)
-        # Which of two commands is first when one of them overtakes is a matter of time.
+        # Out of band, the order of two replies depends on time.
         return sorted(lines) if self.mode == "oob" else lines
 
     def close(self) -> None:
@@ -175,7 +174,7 @@ def test_a_session_answers_any_stream_as_a_monitor_does(both: Shared, mode: str)
     pairs: list[Pair] = []
 
     @given(STREAMS.filter(_spares_qemu) if mode == "oob" else STREAMS)
-    # The same examples in every ordinary run, so that a change is judged by them; others in a scaled one.
+    # The examples are the same in each usual run, so that it tests a change; a scaled run has others.
     @settings(max_examples=scaled(400), derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
     def check(stream: bytes) -> None:
         pair = pairs.pop() if pairs else Pair(both, mode)

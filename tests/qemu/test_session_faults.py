@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Clients that lie, stall, flood and die: each is felt by itself alone, and leaves nothing in QEMU."""
+"""Tests clients that send invalid input, stall, flood and die: none affects others, or leaves anything in QEMU."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ QUERY = b'{"execute":"query-status","id":"x"}'
 @pytest.fixture(scope="module")
 def both(qemu: str, kind: Kind) -> Iterator[Shared]:
     with shared(qemu, kind=kind) as made:
-        # QEMU 7.2 removes no descriptor set while the machine does not run.
+        # QEMU 7.2 removes descriptor sets only while the machine runs.
         with_session(made[1], lambda client: client.execute(b'{"execute":"cont"}'))
         yield made
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(both: Shared) -> Iterator[None]:
-    """No test may leave a session, a descriptor of ours or of QEMU's, or a descriptor set in QEMU."""
+    """Check that a test leaves no session, no descriptor in either process, and no descriptor set in QEMU."""
     machine, server = both
     wait_until(lambda: not server.sessions(), "the end of the sessions before")
     before = open_descriptors(machine)
@@ -42,7 +42,7 @@ def nothing_left(both: Shared) -> Iterator[None]:
 
 
 def open_descriptors(machine: Machine) -> tuple[int, int]:
-    """How many we have open, and QEMU."""
+    """Return the numbers of open descriptors of this process and of QEMU."""
     return len(os.listdir("/proc/self/fd")), machine.descriptors()
 
 
@@ -53,12 +53,12 @@ def with_session(server: Server, use: Any) -> None:
 
 
 def a_file() -> int:
-    """A descriptor of a file without a name; the caller owns it."""
+    """Open a file without a name; the caller owns the descriptor."""
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
 
-#: What clients say that die while they say it. The large command goes its own way through QEMU.
+#: Commands of clients that die while they send them. The large one goes to another monitor.
 LAST_WORDS = b"".join(
     (
         NEGOTIATE,
@@ -73,14 +73,14 @@ LAST_WORDS = b"".join(
 
 
 def a_chance() -> random.Random:
-    """Always the same in an ordinary run, so that a change is judged by it."""
+    """Return a generator with the same seed in each usual run, so that the run tests a change."""
     seed = 1 if SCALE == 1 else random.randrange(1 << 32)
     print(f"seed {seed}")
     return random.Random(seed)
 
 
 def a_dying_client(server: Server, chance: random.Random, fd: int) -> Client:
-    """A client that has said some of what it wanted to. It is the caller's to close."""
+    """Open a client that has sent a part of its commands. The caller closes it."""
     client = server.open()
     # Half of the cuts come before the large command, which is nearly all of the stream.
     cut = chance.randrange(chance.choice((400, len(LAST_WORDS))))
@@ -92,7 +92,7 @@ def a_dying_client(server: Server, chance: random.Random, fd: int) -> Client:
 
 @pytest.mark.scaled
 def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
-    """The commands of the others are answered all the while, each to whom it belongs."""
+    """Meanwhile the commands of the other clients get their own replies."""
     _, server = both
     honest = server.open().negotiate()
     chance = a_chance()
@@ -105,7 +105,7 @@ def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
 
 
 def test_a_client_that_does_not_read_is_held_back_alone(both: Shared) -> None:
-    """No more of its commands are taken, while another is served; when it reads, it gets all that it asked for."""
+    """The session takes no more of its commands, while another is served. When it reads, it gets all its replies."""
     _, server = both
     stalled = server.open().negotiate()
     honest = server.open().negotiate()
@@ -128,7 +128,7 @@ def test_a_client_that_does_not_read_is_held_back_alone(both: Shared) -> None:
 @pytest.mark.parametrize("who", ["native", "session"])
 @pytest.mark.parametrize("command", [b'{"execute":"query-qmp-schema"}', b'{"execute":"query-version","id":"xyz"}'])
 def test_a_client_may_write_everything_before_it_reads(both: Shared, who: str, command: bytes) -> None:
-    """More than the socket holds, and replies for more than the session keeps: all is answered, as by QEMU itself."""
+    """The commands exceed the socket's buffer, and the replies exceed the session's limit; QEMU answers all too."""
     machine, server = both
     client = machine.native(2) if who == "native" else server.open()
     client.negotiate()
@@ -143,7 +143,7 @@ def test_a_client_may_write_everything_before_it_reads(both: Shared, who: str, c
 def test_a_client_that_has_sent_its_last_may_read_as_late_as_it_likes(
     both: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deadline is for those whom QEMU has left, not for a client that pauses."""
+    """The deadline is for clients after QEMU's exit, not for a client that pauses."""
     monkeypatch.setattr(limits, "DRAIN_TIMEOUT", 0.0)
     _, server = both
     client = server.open().negotiate()
@@ -158,8 +158,8 @@ def test_a_client_that_has_sent_its_last_may_read_as_late_as_it_likes(
 
 
 def test_a_client_that_reads_no_events_is_cut_off_alone(both: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its bound, while another is served; what was kept for it is let go."""
-    # With the usual bound it would take QEMU a minute to make so many events.
+    """The client is disconnected at its limit, while another is served; its queue is freed."""
+    # With the usual limit, QEMU would need a minute for that many events.
     monkeypatch.setattr(limits, "OUTPUT_SIZE", 1 << 18)
     _, server = both
     stalled = server.open().negotiate()
@@ -169,7 +169,7 @@ def test_a_client_that_reads_no_events_is_cut_off_alone(both: Shared, monkeypatc
     options = {"driver": "file", "filename": "/nonexistent/image", "size": 1}
     while session in server.sessions():
         assert session.unread <= limits.OUTPUT_SIZE + (1 << 16)
-        # Each event of a job carries its name.
+        # Each event of a job has the job's name.
         honest.run("blockdev-create", job_id=name, options=options)
         while honest.run("job-dismiss", id=name) != {"return": {}}:
             pass
@@ -193,7 +193,7 @@ def test_a_flood_does_not_keep_others_from_their_turn(both: Shared) -> None:
             answered += data.count(b"\n")
     except BlockingIOError:
         pass
-    # In turns: while the other had twenty answers, the flood had about as many, and far from all.
+    # The sessions take turns: for twenty replies to one client, the flood got about as many, and far from all.
     assert answered < 1000
     flood.close()
     honest.close()
@@ -268,7 +268,7 @@ def test_an_unused_descriptor_set_goes_with_its_client(both: Shared) -> None:
 
 @pytest.mark.parametrize("who", ["native", "session"])
 def test_descriptors_wait_for_the_command_that_takes_one(both: Shared, who: str) -> None:
-    """As in docs/qemu.md, "Passed descriptors"."""
+    """docs/qemu.md, "Passed descriptors", has the facts."""
     machine, server = both
     fd = a_file()
     client = (machine.native(2) if who == "native" else server.open()).negotiate()
@@ -310,7 +310,7 @@ def test_the_end_of_qemu_is_an_end_for_each_and_said_once(qemu: str) -> None:
 
 @pytest.mark.scaled
 def test_clients_and_qemu_may_die_together(qemu: str) -> None:
-    """Whatever was under way between them: who is left gets the end of the stream, and nothing is left of the rest."""
+    """In any state, the survivors read end of file, and nothing of the others is left."""
     chance = a_chance()
     fd = a_file()
     before = len(os.listdir("/proc/self/fd"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Read-only sessions: which commands of a QEMU they may run, and that they cannot be talked into others."""
+"""Tests the commands that read-only sessions may run, and that no spelling of a message runs others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.qemu.qmp_fixtures import Client, Machine, Server
 
 Shared = tuple[Machine, Server]
 
-#: What looks and is no query by its name.
+#: Commands that only read, and whose names do not show that.
 LOOKS = {
     *("qom-get", "qom-list", "qom-list-get", "qom-list-types", "qom-list-properties", "device-list-properties"),
     *("trace-event-get-state", "x-accel-stats", "x-debug-query-block-graph", "xen-event-list", "qmp_capabilities"),
 }
 
-#: What is a query by its name and does more.
+#: Commands whose names are queries, and that change something.
 MORE_THAN_QUERIES = {"query-rx-filter", "x-query-profile"}
 
 
@@ -40,7 +40,7 @@ def is_refused(reply: dict[str, Any]) -> bool:
 
 
 def test_each_command_of_this_qemu_is_allowed_or_refused_by_the_rule(reader: Client) -> None:
-    """An argument that no command knows keeps QEMU from running those that get that far."""
+    """An argument that no command has keeps QEMU from running the allowed commands."""
     names = [entry["name"] for entry in schema(reader) if entry["meta-type"] == "command"]
     allowed = {name for name in names if not is_refused(reader.run(name, no_such_argument=1))}
     queries = {name for name in names if name.startswith(("query-", "x-query-")) and name not in MORE_THAN_QUERIES}
@@ -50,7 +50,7 @@ def test_each_command_of_this_qemu_is_allowed_or_refused_by_the_rule(reader: Cli
 
 
 def test_what_is_allowed_returns_something(reader: Client) -> None:
-    """A command that returns nothing cannot be one that is only good for looking."""
+    """A command without a result would have an effect."""
     entries = {entry["name"]: entry for entry in schema(reader)}
     for name in LOOKS & entries.keys() - {"qmp_capabilities"}:
         result = entries[entries[name]["ret-type"]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands for which QEMU's sandbox punishes QEMU: a session refuses them, and an end by the sandbox is named."""
+"""Tests that sessions refuse commands for which the sandbox kills QEMU, and that such a death is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def human(line: str) -> Words:
     return "human-monitor-command", {"command-line": line}
 
 
-#: What makes QEMU start a program at once.
+#: Commands with which QEMU starts a program at once.
 AT_ONCE: tuple[Words, ...] = (
     ("migrate", {"uri": "exec:true"}),
     ("migrate", {"channels": [{"channel-type": "main", "addr": {"transport": "exec", "args": ["/bin/true"]}}]}),
@@ -39,7 +39,7 @@ AT_ONCE: tuple[Words, ...] = (
     human("netdev_add tap,id=n,helper=/bin/true"),
 )
 
-#: What makes it start one when the guest connects, or when the device is removed.
+#: Commands with which QEMU starts a program when the guest connects, or when the device is removed.
 LATER: tuple[Words, ...] = (
     ("netdev_add", {"type": "user", "id": "n", "guestfwd": [{"str": "tcp:10.0.2.100:80-cmd:true"}]}),
     ("netdev_add", {"type": "user", "id": "n", "smb": "/tmp"}),
@@ -47,7 +47,7 @@ LATER: tuple[Words, ...] = (
     human("netdev_add user,id=n,guestfwd=tcp:10.0.2.100:80-cmd:true"),
 )
 
-#: Their neighbours, which start nothing, whatever QEMU says of them.
+#: Similar commands that start no program, whatever QEMU's reply is.
 HARMLESS: tuple[Words, ...] = (
     ("netdev_add", {"type": "user", "id": "u"}),
     ("netdev_del", {"id": "u"}),
@@ -68,13 +68,13 @@ def name_of(command: Words) -> str:
 
 @pytest.mark.parametrize("command", AT_ONCE, ids=name_of)
 def test_qemu_itself_never_runs_it(qemu: str, command: Words) -> None:
-    """What a session refuses could not succeed: QEMU dies, or refuses as well."""
+    """A command that a session refuses could not succeed: QEMU dies, or refuses it too."""
     with qmp_fixtures.Machine(qemu, 1, SANDBOX) as machine:
         client = machine.native().negotiate()
         client.send(json.dumps({"execute": command[0], "arguments": command[1]}).encode())
         while b'"event"' in (line := client.line()):
             pass
-        # QEMU's monitor for people returns its errors as text.
+        # QEMU's human monitor returns its errors as text.
         assert line == b"" or b'"error"' in line or b"Error" in line
         client.close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtiofsd beside a machine: started for each directory, gone with the machine, and the machine's end if it dies."""
+"""Tests virtiofsd: one is started for each directory, ends with the machine, and ends the machine if it dies."""
 
 import os
 import signal
@@ -23,14 +23,14 @@ if not PROGRAM.rust and os.geteuid() != 0:
 
 
 def servers(machine: Spawned) -> list[int]:
-    """The virtiofsd processes that the manager started; each may have children for its sandbox."""
+    """Return the virtiofsd processes that the manager started; each may have children for its sandbox."""
     children = Path(f"/proc/{machine.process.pid}/task/{machine.process.pid}/children").read_text().split()
     return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "virtiofsd"]
 
 
 @pytest.fixture
 def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
-    """A machine whose guest is its firmware, with two directories."""
+    """Return options for a machine whose guest is its firmware, with two directories."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     image = make_raw(tmp_path / "image", 1 << 20)
@@ -51,7 +51,7 @@ def test_each_directory_has_a_virtiofsd_that_goes_with_the_machine(options: tupl
 
 
 def test_the_hosts_own_root_is_served(qemu: str, tmp_path: Path) -> None:
-    """A virtiofsd in C cannot make it its root, for it is that already."""
+    """virtiofsd in C cannot change its root to a directory that is its root already."""
     image = make_raw(tmp_path / "image", 1 << 20)
     done = vmspawn(
         *(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless"),

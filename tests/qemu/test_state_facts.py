@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Asks a bare QEMU what docs/qemu.md states about saving and loading the machine's state, and about its end."""
+"""Tests the facts of docs/qemu.md about saved states, and about QEMU's end, with a bare QEMU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import MIB, make_raw
 from tests.qemu.bare_qemu import Monitor, bare
 from tests.qemu.qmp_fixtures import DEADLINE
 
-#: A disk on a throttle filter, there from the start.
+#: A disk on a throttle filter, attached from boot.
 DISK = (
     *("-object", "throttle-group,id=group", "-blockdev", "file,node-name=n0,filename={image}"),
     *("-blockdev", "throttle,node-name=pivot,throttle-group=group,file=n0"),
@@ -35,7 +35,7 @@ def machine(qemu: str, tmp_path: Path) -> Iterator[Monitor]:
 
 
 def pass_state(monitor: Monitor, fd: int) -> str:
-    """Pass a descriptor of the state, by the way that this QEMU takes; returns its URI.
+    """Pass a descriptor for the state, in the form that this QEMU supports; returns its URI.
 
     QEMU 7.2 uses a descriptor that getfd has named, 11.1 a descriptor set.
     """
@@ -73,7 +73,7 @@ def wait_for_status(monitor: Monitor, status: str) -> None:
 
 
 def test_the_state_is_saved_to_a_descriptor(machine: Monitor, tmp_path: Path) -> None:
-    """A disk on a pivot does not stand in the way. The image is inactive from then on."""
+    """A disk on a pivot is no obstacle. The image is inactive afterwards."""
     machine.succeed("cont")
     machine.succeed("stop")
     assert save(machine, tmp_path / "state") == "completed"
@@ -110,7 +110,7 @@ def test_after_a_save_only_cont_and_stop_bring_paused_back(machine: Monitor, tmp
 
 
 def test_a_controller_with_its_own_drive_is_saved_or_refused_beforehand(qemu: str, tmp_path: Path) -> None:
-    """QEMU 7.2 saves no nvme device. QEMU 11.1 saves this one, and crashes where the controller has no drive."""
+    """QEMU 7.2 saves no nvme device. QEMU 11.1 saves this one, and crashes if the controller has no drive."""
     image = make_raw(tmp_path / "image", MIB)
     device = ("-blockdev", f"file,node-name=n0,filename={image}", "-device", "nvme,id=d0,serial=x,drive=n0,bus=port0")
     with bare(qemu, "q35", *device) as monitor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attaching and detaching on a real QEMU, without a guest: what is refused, and that nothing is left behind."""
+"""Tests attaching and detaching on a real QEMU, without a guest: refusals, and that nothing is left behind."""
 
 import asyncio
 import os
@@ -43,7 +43,7 @@ async def machine(
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(machine: Machine) -> AsyncIterator[None]:
-    """Every test must leave the machine as it found it."""
+    """Check that each test leaves the machine as it found it."""
     async with unchanged(machine):
         yield
 
@@ -157,7 +157,7 @@ async def test_a_writable_descriptor_makes_no_optical_disk(machine: Machine, tmp
 
 
 async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path) -> None:
-    """The place of a device that failed to come is free again, and the last failure says what to do."""
+    """The place of a device that failed is free again, and the last failure has a hint."""
     free = machine.storage.ports_free
     taken = [machine.storage._context.layout.pci.take() for _ in range(free)]
     with pytest.raises(NoFreePort, match="are in use") as caught:
@@ -168,12 +168,12 @@ async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path
 
 
 async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Machine, tmp_path: Path) -> None:
-    """Somebody took the port through QMP: device_add fails, what was made is taken back, and another port is tried."""
+    """A QMP client has used the port: device_add fails, the attach is undone, and another port is tried."""
     stranger = make_raw(tmp_path / "stranger")
     await machine.monitor.execute("blockdev-add", {"driver": "file", "node-name": "foreign", "filename": str(stranger)})
     free = machine.storage._context.layout.pci.take()
     machine.storage._context.layout.pci.release(free)
-    # Places are used in turn: of all that are free, occupy the one that comes next.
+    # Places are used in turn: occupy the next place.
     upcoming = machine.storage._context.layout.pci._free[0]
     device = {"driver": "virtio-blk-pci", "id": "foreign", "drive": "foreign", **upcoming.properties()}
     await machine.monitor.execute("device_add", device)
@@ -182,7 +182,7 @@ async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Ma
     with pytest.raises(StoragePending):
         await machine.detach(attached.name, timeout=0.1)
     await machine.monitor.execute("device_del", {"id": "foreign"})
-    # The firmware does not let a device go; a reset does.
+    # The firmware does not release a device; a reset does.
     await machine.reboot()
     await machine.detach(attached.name)
     async with asyncio.timeout(30):
@@ -214,9 +214,9 @@ async def test_a_boot_disk_stays(machine: Machine) -> None:
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme"])
 async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str, tmp_path: Path, bus: str) -> None:
-    """Firmware ignores the request. The caller hears so in time, may ask again, and a reset completes the removal.
+    """Firmware ignores the request. The caller gets that error in time, may try again, and a reset ends the removal.
 
-    The machine is its own: a firmware that was reset before resets itself once more, some time later.
+    The test has its own machine, because a firmware that was reset resets itself once more, some time later.
     """
     async with idle_machine(qemu, tmp_path) as machine:
         before = await Snapshot.take(machine)

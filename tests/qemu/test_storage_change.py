@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can be changed of a disk that is attached, and what is refused: one line, and the disk is as it was."""
+"""Tests the changes of attached disks, and refused changes: a one-line error, and the disk stays as it was."""
 
 import asyncio
 import errno
@@ -48,7 +48,7 @@ async def test_an_image_is_replaced_by_one_of_any_format(machine: Machine, tmp_p
     await asyncio.sleep(0)
     assert await machine.replace("disk", str(second), format=new) == 6 * MIB
     assert await changed == {"name": "disk"}
-    # The host has its file back, and QEMU holds the new one once.
+    # QEMU has closed the old image, and has the new one open once.
     assert set(open_images(machine.pid, tmp_path)) == {"second"}
     assert (await machine.sizes())["disk"] == 6 * MIB
     await machine.detach("disk")
@@ -166,7 +166,7 @@ async def test_a_boot_disk_can_be_neither_replaced_nor_forced_out(machine: Machi
 
 
 async def throttling(machine: Machine) -> list[dict[str, int]]:
-    """What QEMU says that it limits, whatever node that is on."""
+    """Return the limits of QEMU's throttle groups, whatever node uses them."""
     groups = await machine.monitor.execute("qom-list", {"path": "/objects"})
     names = [each["name"] for each in groups if each["type"] == "child<throttle-group>"]
     found = [
@@ -246,7 +246,7 @@ async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, 
     assert await machine.resize("disk") == sectors(size)
     assert (await machine.sizes())["disk"] == sectors(size)
     assert path.stat().st_size == size
-    # Another file under the same path says nothing.
+    # Another file under the same path is ignored.
     path.unlink()
     make_raw(path, 9 * MIB)
     assert await machine.resize("disk") == sectors(size)
@@ -272,7 +272,7 @@ async def test_a_qcow2_image_does_not_tell_its_size_from_outside(machine: Machin
 
 
 def sectors(size: int) -> int:
-    """The disk that QEMU makes of a file of that size."""
+    """Return the size of QEMU's disk for a file of that size."""
     return -(-size // 512) * 512
 
 
@@ -295,7 +295,7 @@ async def test_a_file_that_ends_within_a_sector_keeps_its_length(
 async def test_a_file_that_has_grown_from_outside_is_not_cut(
     machine: Machine, tmp_path: Path, size: int, known: bool
 ) -> None:
-    """Neither to the size that the disk has, nor to another."""
+    """The file is cut neither to the disk's size nor to another."""
     path = make_raw(tmp_path / "image", MIB)
     backing = backings.open_disk(str(path), read_only=False)
     await machine.attach_backing(Disk(str(path) if known else "", "disk", "virtio-scsi"), backing)
@@ -338,7 +338,7 @@ async def test_a_size_that_is_too_large_is_refused_in_our_words(
 
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[Loop]:
-    """A loop device of 4 MiB."""
+    """Make a loop device of 4 MiB."""
     device = Loop(tmp_path / "device", 4 * MIB)
     yield device
     device.close()
@@ -364,7 +364,7 @@ async def test_a_block_device_cannot_be_given_another_size(
     await machine.attach(Disk(loop.path, "disk", "virtio-scsi"))
     loop.resize(outside)
     for shrink in (False, True):
-        with pytest.raises(ConfigNotSupported, match=f"a block device {size} bytes: it has {outside}") as caught:
+        with pytest.raises(ConfigNotSupported, match=f"block device to {size} bytes: it has {outside} bytes") as caught:
             await machine.resize("disk", size, shrink=shrink)
         assert "without a size" in caught.value.hint
     assert (await machine.sizes())["disk"] == 4 * MIB
@@ -416,7 +416,7 @@ async def test_an_optical_drive_may_be_empty_and_gets_media(machine: Machine, tm
 
 
 async def test_limits_of_an_optical_drive_stay_with_another_medium(machine: Machine, tmp_path: Path) -> None:
-    """Also those that came while it was empty."""
+    """This includes limits that were set while the drive was empty."""
     await machine.attach(Disk("", "cd", "scsi-cd"))
     await machine.limit("cd", Limits(iops_read=9))
     for name in ("first", "second"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""As many disks on one machine as its buses have room for, and one more."""
+"""Tests as many disks on one machine as its buses can have, and one more."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from vmspawn.boot.qemu import find_qemu
 from vmspawn.errors import NoFreePort
 from vmspawn.hotplug.places import NamespacePlace, Place, ScsiPlace
 
-#: A virtio-scsi target id is one byte, and so is the number of an NVMe controller's namespaces (QEMU's own bound).
+#: A virtio-scsi target id is one byte. QEMU limits the namespaces of an NVMe controller to the same number.
 PLACES = 256
 
 
@@ -28,7 +28,7 @@ async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path
     names = [f"disk{number}" for number in range(PLACES)]
     for name in (*names, "one-more"):
         make_raw(tmp_path / name, MIB)
-    # Firmware does not release the controller of namespaces, which goes with the last: so one is there from boot.
+    # Firmware does not release the controller of namespaces, so a namespace at boot keeps the controller.
     at_boot = [Disk(str(tmp_path / names.pop()), bus=bus)] if bus == "nvme-ns" else []
     async with idle_machine(qemu, tmp_path, extra_disks=tuple(at_boot)) as machine:
         before = await Snapshot.take(machine)
@@ -44,12 +44,12 @@ async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path
 
 
 async def attach_all(machine: Machine, folder: Path, names: list[str], bus: str) -> None:
-    """Attach all at once, as so many clients would."""
+    """Attach all disks at once, as many clients would."""
     await asyncio.gather(*(machine.attach(Disk(str(folder / name), bus=bus)) for name in names))
 
 
 async def use_places_again(machine: Machine, folder: Path, names: list[str], bus: str) -> None:
-    """What was detached in the middle leaves places that the next ones take."""
+    """Detach disks in the middle; the next disks get their places."""
     leaving = names[10:250:24]
     freed = {place(machine, name) for name in leaving}
     for name in leaving:
@@ -60,12 +60,12 @@ async def use_places_again(machine: Machine, folder: Path, names: list[str], bus
 
 
 def place(machine: Machine, name: str) -> Place:
-    """Where a disk is."""
+    """Return a disk's place."""
     return next(each.place for each in machine.storage if each.name == name)
 
 
 def addresses(machine: Machine) -> set[int]:
-    """The targets or namespaces of all disks but the boot disk."""
+    """Return the targets or namespaces of all disks except the boot disk."""
     return {_address(each.place) for each in machine.storage if not each.boot}
 
 
@@ -81,7 +81,7 @@ def _address(found: Place) -> int:
 @pytest.mark.slow
 @pytest.mark.scaled
 async def test_many_machines_in_one_process_do_not_meet(qemu: str, tmp_path: Path) -> None:
-    """Disks of the same names come and go on all of them at once, and each machine ends as it began."""
+    """Disks with the same names are attached and detached on all machines at once; each machine ends as it began."""
     async with contextlib.AsyncExitStack() as stack:
         starting = (stack.enter_async_context(idle_machine(qemu, tmp_path)) for _ in range(min(20, scaled(4))))
         machines = await asyncio.gather(*starting)
@@ -91,7 +91,7 @@ async def test_many_machines_in_one_process_do_not_meet(qemu: str, tmp_path: Pat
 
 
 class Seen(NamedTuple):
-    """What of a snapshot belongs to one machine alone."""
+    """The part of a snapshot that belongs to one machine."""
 
     nodes: frozenset[str]
     fdsets: tuple[int, ...]
@@ -99,13 +99,13 @@ class Seen(NamedTuple):
 
     @classmethod
     async def take(cls, machine: Machine) -> "Seen":
-        """Look."""
+        """Take a snapshot."""
         found = await Snapshot.take(machine)
         return cls(found.nodes, found.fdsets, found.qemu_files)
 
 
 async def come_and_go(machine: Machine, folder: Path) -> None:
-    """Eight disks, twice."""
+    """Attach and detach eight disks, twice."""
     names = [f"disk{number}" for number in range(8)]
     for name in names:
         make_raw(folder / f"{machine.name}-{name}", MIB)

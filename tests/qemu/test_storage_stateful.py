@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whatever is done to disks, in whatever order: after each step the machine is what a model of it says."""
+"""Tests random operations on disks: after each step, the machine equals its model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.qemu.storage_model import ExpectedDisk
 from tests.qemu.storage_run import UNATTACHABLE, UNUSABLE, Run
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
-#: Steps of one run, and runs at scale 1. At the scale of `./dev soak`, 10, that makes 2000 steps.
+#: Steps of one run, and runs at scale 1. At 10, the scale of `./dev soak`, there are 2000 steps.
 STEPS = 40
 RUNS = 5
 
@@ -36,7 +36,7 @@ OPTIONS = st.fixed_dictionaries(
         "read_only": st.booleans(),
     },
 )
-#: Which of the disks that there are.
+#: Selects one of the disks.
 WHICH = st.integers(0, 9)
 
 
@@ -49,14 +49,14 @@ class StorageMachine(RuleBasedStateMachine):
         self.run = Run(qemu, folder)
 
     def disk(self, which: int) -> ExpectedDisk:
-        """One of the disks. (Whether there is one may depend on the firmware, so it decides on no draw.)"""
+        """Return a disk. The firmware decides whether there is one, so no draw depends on that."""
         if not self.run.model.disks:
             self.run.attach("a", "virtio-scsi")
         disks = self.run.disks()
         return disks[which % len(disks)]
 
     def optical_disk(self, which: int) -> ExpectedDisk:
-        """One of the disks with media; if there is none, one without."""
+        """Return an optical drive if there is one, else another disk."""
         disks = self.run.disks("scsi-cd")
         return disks[which % len(disks)] if disks else self.disk(which)
 
@@ -151,7 +151,7 @@ def test_whatever_is_done_to_disks_the_machine_is_what_the_model_says(
             max_examples=scaled(RUNS),
             stateful_step_count=STEPS,
             deadline=None,
-            # The same steps every day; others, and each time others, in a soak.
+            # The steps are the same every day, and random in a soak.
             derandomize=SCALE == 1,
             suppress_health_check=list(HealthCheck),
         ),

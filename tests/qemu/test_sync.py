@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The library in blocking calls, with machines: in a program, in threads, when it is interrupted and when it exits."""
+"""Tests the blocking library with machines: in a program, in threads, at interruptions and at exit."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ DEADLINE = 60.0
 
 
 def made(qemu: str, folder: Path) -> vmspawn.sync.Machine:
-    """A machine whose guest is its firmware."""
+    """Return a machine whose guest is its firmware."""
     image = make_raw(folder / f"boot-{fresh_name()}", MIB)
     return vmspawn.sync.Machine(image=image, qemu=qemu, name=fresh_name(), ram="64M", console="headless")
 
@@ -110,7 +110,7 @@ def program(qemu: str, folder: Path, name: str, more: str) -> subprocess.Popen[s
 
 
 def test_a_program_that_exits_ends_its_machines(qemu: str, tmp_path: Path) -> None:
-    """As an interactive interpreter that was left."""
+    """An interactive interpreter that is left does the same."""
     name = fresh_name()
     output, errors = program(qemu, tmp_path, name, "").communicate(timeout=DEADLINE)
     assert errors == ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""--time-limit=: a machine that lasts too long is ended, whoever manages it by then."""
+"""Tests --time-limit=: a machine that exceeds its limit is ended, by any manager."""
 
 import signal
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image that BIOS cannot boot: nothing is printed, so vmspawn explains why."""
+"""Tests the explanation for an image that BIOS cannot boot, whose guest prints nothing."""
 
 from pathlib import Path
 

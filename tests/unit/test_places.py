@@ -105,7 +105,7 @@ def test_a_name_gets_the_same_namespace_each_time() -> None:
     place = found.take_for("data")
     found.release(place)
     assert found.take_for("data") == place
-    # If the place is in use, the name gets another.
+    # The name gets another place while this one is in use.
     assert found.take_for("data") != place
     assert found.free == places.NAMESPACES - 2
 
