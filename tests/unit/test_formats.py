@@ -136,7 +136,7 @@ def test_an_image_whose_format_nobody_named_is_refused_by_its_name(tmp_path: Pat
     with backing_of(CONTAINERS[content](tmp_path)) as backing:
         with pytest.raises(BadConfig, match=f"image looks like {image_format}, but no format was specified") as caught:
             choose_format(backing, None, what="image")
-        # `vmspawn` replaces the beginning of the hint by its option.
+        # The hint names both formats that the user may mean.
         assert caught.value.hint.startswith("specify format ")
         assert "raw" in caught.value.hint
         assert choose_format(backing, "raw", what="image") == "raw"

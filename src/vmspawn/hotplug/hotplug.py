@@ -58,7 +58,7 @@ class Hotplug:
         more: Callable[[], Mapping[str, object]] = dict,
         on_refused: Callable[[_A, VmspawnError], Awaitable[str]] | None = None,
     ) -> Register[_A]:
-        """Make the register of a kind of attachment; the other arguments are the same as of `Register`.
+        """Make the register of a kind of attachment. `Register` explains the first four arguments.
 
         `on_refused` is called when QEMU has refused to undo a step. It may undo the steps in another way, and returns
         the reason why the attachment still exists.
@@ -90,8 +90,8 @@ class Hotplug:
             raise
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        # An adoption takes an attach as successful if the device exists. So the journal must be written now only if
-        # there was more to do than plugging in the device.
+        # An adoption treats an attach as successful if the device exists. So the journal need not be written, unless
+        # more was to be done than plugging in the device.
         if finish is None or attachment.is_whole:
             register.changed(attachment)
         else:
@@ -112,8 +112,8 @@ class Hotplug:
             raise
         results = await self.monitor.execute_all(commands, behind=[each.removal for each in spent])
         if isinstance(results[-1], QmpError):
-            # The last command is the device's, so the device need not be unplugged. It depends on all other steps. If
-            # it exists although a command failed, then a QMP client made an object by the name of vmspawn's.
+            # The last command is the device's, and it failed, so there is no device to unplug. (It depends on all other
+            # steps. It exists in spite of a failure only if a QMP client made an object by the name of vmspawn's.)
             attachment.done.remove(DEVICE)
         for result in results:
             if isinstance(result, QmpError):
@@ -123,7 +123,7 @@ class Hotplug:
         self.removed(*spent)
 
     async def _give_up(self, attachment: Attachment, error: BaseException) -> None:
-        """Undo a failed or cancelled attach. Raises nothing, so that the caller can raise `error`."""
+        """Undo a failed or cancelled attach, before the caller raises `error`."""
         attachment.has_failed = True
         task = self.unwind(attachment)
         attachment.settled.set()
@@ -225,7 +225,7 @@ class Hotplug:
         self.begun(attachment)
 
     async def undo_steps(self, attachment: Attachment, names: Iterable[str]) -> None:
-        """Undo those of the named steps that were done, and remove them from the journal. The device is none of them.
+        """Undo the named steps that were done, except the device, and remove them from the journal.
 
         Raises what `remove_objects` raises; then this can be called again.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes a machine's state.json, from which another manager can adopt the machine, before each change of the machine.
+"""Writes a machine's state.json before each change, so that another manager can adopt the machine.
 
 The file is one JSON object. Members that stay the same while the machine runs are encoded once. The other members are
 sections; each section has an owner, which returns the section's present value when the file is written.

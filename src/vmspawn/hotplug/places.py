@@ -126,12 +126,12 @@ class Pool:
         return f"all {len(self.places)} are in use" if self.places else "this machine has none"
 
     def claim(self, place: Place) -> None:
-        """Reserve a certain place, which is in use. Reserving it twice is harmless."""
+        """Reserve a certain place, which a device already uses. Reserving it twice is harmless."""
         if place in self._free:
             self._free.remove(place)
 
     def note_occupied(self, occupied: Collection[Place]) -> None:
-        """Update the pool to the places that are occupied in QEMU: a free but occupied place has a client's device."""
+        """Update the pool from the places that QEMU's devices occupy. A free place that is occupied is a client's."""
         for place in self._foreign.difference(occupied):
             self._foreign.remove(place)
             self.release(place)
@@ -189,7 +189,7 @@ NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each disk, or QEMU 11
 
 
 class Layout(NamedTuple):
-    """The places of a machine: for boot devices, and for hot-plugged devices. `bus` has the fixed places."""
+    """The places of a machine, for boot devices and for hot-plugged devices. `bus` has the fixed places."""
 
     bus: str
     boot: Pool

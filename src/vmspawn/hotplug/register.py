@@ -33,7 +33,7 @@ class Register(Generic[_A]):
         self._journal = journal
         self._more = more
         self._next_number = int(saved.get("next", 0))
-        # The JSON of each attachment, because most writes follow a change of one attachment among many.
+        # The JSON of each attachment is cached, because most writes follow a change of only one.
         self._records: dict[_A, str] = {}
         self._attachments: dict[str, _A] = {}
         for record in saved.get("attachments", ()):
@@ -78,7 +78,7 @@ class Register(Generic[_A]):
             self._records.pop(attachment, None)
 
     def save(self, attachment: _A | None = None) -> None:
-        """Write the journal after a change of an attachment, or with None of any. Raises SystemFailure."""
+        """Write the journal after a change of one attachment, or with None of all. Raises SystemFailure."""
         self.changed(attachment)
         self._journal.write()
 
@@ -92,7 +92,7 @@ class Register(Generic[_A]):
 
 
 def _restored(attachment: _A) -> _A:
-    """Return a loaded attachment after the manager's part of its done steps has been done again."""
+    """Repeat the manager's part of a loaded attachment's done steps; returns the attachment."""
     done = attachment.done
     steps = [step for step in attachment.steps() if step.name in done]
     attachment.done = [step.name for step in steps]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-#: Reads up to `length` bytes at `offset`; returns fewer beyond the end of the image.
+#: A function that reads `length` bytes at `offset`, or fewer at the end of the image.
 Read = Callable[[int, int], bytes]
 
 _SECTOR = 512

@@ -11,7 +11,7 @@ from ..user_directories import user_directory
 
 _SYSTEM = ("/etc/machines", "/run/machines", "/var/lib/machines", "/usr/local/lib/machines", "/usr/lib/machines")
 
-#: The directory that hints suggest.
+#: The directory that the hint suggests for an image.
 _DEFAULT = "/var/lib/machines"
 
 

@@ -101,7 +101,7 @@ class Reader:
 
 
 def write_empty(fd: int, size: int) -> None:
-    """Write an overlay of `size` bytes without data to an empty file. Reads of an overlay go to its backing image.
+    """Write an empty overlay for a disk of `size` bytes to an empty file. All reads go to the backing image.
 
     The overlay names no backing file: QEMU's command line names the backing node. Cluster 0 is the header, 1 the
     refcount table, 2 its first block; the L1 table follows.

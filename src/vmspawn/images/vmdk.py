@@ -37,8 +37,7 @@ _EXTENT = re.compile(
 def parent_and_extents(read: Read) -> tuple[str | None, list[str]]:
     """Return the parent's name, or None without a parent, and the names of the extents that are in other files.
 
-    A name is empty if the image does not give it. Raises ValueError for an extent without a descriptor, which is in
-    another file.
+    A name is empty if the image does not give it. Raises ValueError for an extent whose descriptor is in another file.
     """
     header = read(0, _HEADER.size)
     if header.startswith(_ESX_MAGICS):

@@ -9,8 +9,8 @@ from typing import Any
 from .events import Event
 from .monitor import COMMAND_TIMEOUT, Monitor
 
-# For each event, the member and its value with which the next STOP enters the given state (QEMU's qapi/run-state.json,
-# RunState).
+# The state that a STOP enters after one of these events, if the event's member has this value (QEMU's
+# qapi/run-state.json, RunState).
 _REASONS = {
     "BLOCK_IO_ERROR": ("action", "stop", "io-error"),
     "GUEST_PANICKED": ("action", "pause", "guest-panicked"),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Applies the rules for disks, to disks of boot and to hot-plugged disks alike.
+"""Admits disks by one set of rules, for boot disks and hot-plugged disks alike.
 
 A disk is admitted in four steps:
 
-1. `check_disk` checks the user's wish by itself.
+1. `check_disk` checks the options that the user asked for.
 2. `check_name_is_free` and `check_not_attached` compare the disk with the machine's other disks.
 3. `make_image` inspects the image.
 4. `take_place` reserves a place.
@@ -55,7 +55,7 @@ _Neighbour = TypeVar("_Neighbour", bound=Neighbour)
 
 
 class Admitted(NamedTuple):
-    """A disk that keeps the rules, and its reserved place. `image` is None for an empty optical drive."""
+    """An admitted disk with its reserved place. `image` is None for an empty optical drive."""
 
     disk: Disk
     serial: str
@@ -64,7 +64,7 @@ class Admitted(NamedTuple):
 
 
 def check_disk(disk: Disk) -> Disk:
-    """Return the disk if the user's wish is valid, whatever the image is. Raises BadConfig if it is not."""
+    """Return the disk if its options are valid, whatever its image is. Raises BadConfig if they are not."""
     disks.check_name(disk.name)
     if disk.bus != AUTO_BUS:
         disks.check_bus(disk.bus)
@@ -90,7 +90,7 @@ def admit(
     """Admit a disk beside its neighbours, and reserve a place for it.
 
     `backing` is the open image, or None for an optical drive without a medium; the caller owns it if this fails.
-    `number` is the image's. PCI devices get a place from `pci`, SCSI devices from `scsi`. `what` names the image in
+    `number` is the new image's. PCI devices get a place from `pci`, SCSI devices from `scsi`. `what` names the image in
     error messages. Raises BadConfig, ConfigNotSupported, StorageExists or NoFreePort.
     """
     disk = check_disk(_resolve_bus(disk, pci))
@@ -136,7 +136,7 @@ def find_name(neighbours: Iterable[_Neighbour], name: str) -> _Neighbour | None:
 def find_file(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool = False) -> _Neighbour | None:
     """Return the disk that uses the same file in a way that excludes another use, or None.
 
-    QEMU's image lock does not notice that a machine opens one file twice by the same open file description.
+    QEMU's image lock does not detect a descriptor that is passed twice.
     """
     for each in neighbours:
         for image in each.images:
@@ -183,7 +183,7 @@ def _check_boot_index_is_free(neighbours: Iterable[_Neighbour], disk: Disk) -> N
 
 
 def _check_serial_of_controller(disk: Disk, serial: str, layout: Layout) -> None:
-    """Raise BadConfig for the serial number of the namespaces' controller: a guest rejects a second one with it."""
+    """Raise BadConfig for an NVMe disk with the serial number of the namespaces' controller: guests reject it."""
     if disk.bus == "nvme" and serial == buses.NAMESPACE_SERIAL and layout.namespaces.places:
         raise BadConfig(
             f"the serial number {serial} belongs to the controller of NVMe namespaces",
@@ -210,7 +210,7 @@ def _check_serial_is_free(neighbours: Iterable[_Neighbour], disk: Disk, serial: 
 
 
 def make_image(number: int, disk: Disk, backing: Backing, image_format: str | None, what: str) -> Image:
-    """Return the image that a disk makes of an open file. The caller owns `backing` if this fails.
+    """Return a disk's image after an inspection of the open file. The caller owns `backing` if this fails.
 
     `what` names the image in error messages. Raises BadConfig or ConfigNotSupported.
     """

@@ -162,14 +162,14 @@ class Storage:
         self._context.register.add(attached)
 
     async def release_boot_descriptors(self) -> None:
-        """Remove the boot disks' descriptor sets, which QEMU needs no longer once it has opened the nodes."""
+        """Remove the boot disks' descriptor sets, which QEMU does not need after it has opened the nodes."""
         for attached in self:
             for image in attached.images if attached.boot else ():
                 await images.release(self._hotplug, image)
         self._context.register.changed()
 
     async def reconcile(self, foreign_fdsets: Sequence[int]) -> list[str]:
-        """Settle the disks of another manager's journal with those in QEMU; returns messages for the log.
+        """Reconcile the disks of another manager's journal with QEMU; returns messages for the log.
 
         `foreign_fdsets` are descriptor sets that the user gave to QEMU. Raises Timeout or NotConnected.
         """
@@ -232,7 +232,7 @@ class Storage:
         return attached
 
     async def look_at_places(self) -> None:
-        """Note which ports and slots QMP clients have put devices on, or taken devices from.
+        """Update the record of ports and slots that QMP clients have occupied or freed.
 
         Does nothing if QEMU does not answer.
         """
@@ -306,7 +306,7 @@ class Storage:
 
     async def _take_away(self, attached: AttachedDisk) -> None:
         if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].asks:
-            # QEMU removes the device in a moment. It would keep a node that is changed during that.
+            # QEMU is about to remove the device, and would keep a node that is changed meanwhile.
             return
         # The guest is asked to release the disk after the image is closed.
         self._hotplug.begin_removal(attached)
@@ -328,8 +328,7 @@ class Storage:
     # Looking.
 
     async def look(self) -> dict[str, Look]:
-        """Return the size, file and faults that QEMU reports of each disk, by name. Raises what `Monitor.execute`
-        raises."""
+        """Return the size, file and faults of each disk by name. Raises what `Monitor.execute` raises."""
         return looks.look(await BlockGraph.take(self._hotplug.monitor), self)
 
     async def statistics(self) -> dict[str, Statistics]:

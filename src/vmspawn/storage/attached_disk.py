@@ -109,7 +109,7 @@ class AttachedDisk(Attachment):
 
     @property
     def is_whole(self) -> bool:
-        """True if a disk whose device exists is complete, which is unknown of an empty optical drive."""
+        """True if the disk is complete when its device exists. That is not known for an empty optical drive."""
         return bool(self.images)
 
     @property

@@ -66,7 +66,7 @@ def open_disk(path: str, *, read_only: bool) -> Backing:
         raise
 
 
-#: Hints for a file that can be read only: because of its permissions, or of a read-only file system or device.
+#: Hints for a file that can be read but not written: by its permissions, or by its file system or device.
 _READ_ONLY_HINTS = ("attach it read-only, or change its permissions", "attach it read-only, or attach a copy")
 
 
@@ -130,7 +130,7 @@ def whole_sectors(size: int) -> int:
 def size_now(path: str, identity: tuple[int, ...], *, block: bool) -> int | None:
     """Return the present size in bytes of an image whose descriptor only QEMU has, or None if it cannot be found.
 
-    `identity` is the Backing's. The size is that of the file, even if the path has become another file's.
+    `identity` is the Backing's. If the path now names another file, the original file's size is returned.
     """
     if block:
         return _size_of_device(identity[0])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads QEMU's graph of block nodes: the nodes below a device, and a node's other users (docs/qemu.md, "The pivot").
 
-QMP clients can change the graph at any time, by jobs, snapshots and exports, so it is read anew for each question.
+QMP clients can change the graph at any time, by jobs, snapshots and exports, so each question reads it again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BlockGraph:
     def __init__(
         self, found: dict[str, Any], nodes: Iterable[dict[str, Any]], exports: Iterable[dict[str, Any]]
     ) -> None:
-        """Build the graph of x-debug-query-block-graph's, query-named-block-nodes' and query-block-exports' results."""
+        """Build the graph from the results of the three queries in `take`."""
         vertices = {each["id"]: _Vertex(each["type"], each["name"]) for each in found["nodes"]}
         self._edges = [(vertices[each["parent"]], each["name"], vertices[each["child"]]) for each in found["edges"]]
         self._nodes = {each["node-name"]: each for each in nodes}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describes the buses: the QEMU device for a disk on each, and the disk's name from the guest's udev."""
+"""Describes each bus: QEMU's device for a disk, and the disk's name that the guest's udev makes."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -19,7 +19,7 @@ from .explain import STORAGE_HINT, explain
 from .image import Image
 from .limits import Limits, check_limits
 
-#: Seconds that a change of a disk, or a forced detach, is waited for. The change itself goes on after that.
+#: Seconds after which a change of a disk, or a forced detach, raises Timeout. The change itself goes on.
 CHANGE_TIMEOUT = 40.0
 
 #: The name of vmspawn's event in the streams of QEMU's events.

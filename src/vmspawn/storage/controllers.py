@@ -226,7 +226,7 @@ class Controllers:
     # Adoption.
 
     async def settle(self, devices: frozenset[str], note: Callable[[str], None]) -> None:
-        """Settle the controllers of another manager's journal with those in QEMU. Raises Timeout or NotConnected."""
+        """Reconcile the controllers of another manager's journal with QEMU. Raises Timeout or NotConnected."""
         for name in _NAMES:
             if self._register.get(name) is None and name in devices:
                 await self._find(name)

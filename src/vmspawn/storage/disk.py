@@ -28,7 +28,7 @@ ON_ERROR_CHOICES = ("report", "stop", "enospc")
 SERIAL_MAX = 20
 _SERIAL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
-#: A disk's name is free text, because systemd's names are PROVIDER:VOLUME. It must fit a line.
+#: A disk's name is free text, because systemd names volumes PROVIDER:VOLUME. The limit keeps it on one line.
 DISK_NAME_MAX = 255
 
 

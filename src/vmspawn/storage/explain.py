@@ -16,7 +16,7 @@ _Error = TypeVar("_Error", bound=BaseException)
 
 
 def explain(error: _Error, name: str, image: Image | None, machine: str) -> _Error | SystemFailure | BadConfig:
-    """Return the error for the user: a clearer one if QEMU's is known, else `error`.
+    """Return a clearer error for a known error of QEMU, else `error`.
 
     `image` is the image that QEMU was to open for the disk `name` of `machine`.
     """

@@ -42,7 +42,7 @@ STOPPED = {
 
 
 def attachment_of(event: Event, attachments: Iterable[AttachedDisk]) -> AttachedDisk | None:
-    """Return the disk of QEMU's event, which names the top node: the pivot. Returns None for another node."""
+    """Return the disk whose pivot QEMU's event names, or None."""
     data = event.data or {}
     node = data.get("node-name")
     return next((each for each in attachments if each.identifiers.pivot == node), None)

@@ -39,11 +39,11 @@ class Image:
         size: int = 0,
         long: bool = False,
     ) -> None:
-        """`size` is in bytes, and for an image without a file only; `long` names are explained at `Identifiers`."""
+        """`size`, in bytes, is for an image without a file; `long` names are explained at `Identifiers`."""
         self.number = number
         self.backing = backing
         self.format = format
-        #: The path for messages and for JSON, and so valid UTF-8.
+        #: The path in valid UTF-8, for messages and for JSON.
         self.path = utf8(path)
         self.size = size
         self.long = long

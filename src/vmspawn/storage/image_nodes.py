@@ -48,7 +48,7 @@ def commands(disk: Disk, image: Image) -> list[Command]:
 
 
 def spent(image: Image) -> list[QemuObject]:
-    """Return the parts that only the making needs: the file's node keeps a duplicate of the descriptor."""
+    """Return the parts that are not needed after the image is made: the file's node duplicates the descriptor."""
     return [_object(image, FDSET)] if FDSET in image.done else []
 
 

@@ -62,7 +62,7 @@ class Tray:
                     return
 
     async def _ask(self) -> bool:
-        """Request an open tray; returns whether it is open. It stays closed while the guest has it locked."""
+        """Request that the tray open; returns whether it is open. A tray that the guest has locked stays closed."""
         for _ in range(_ATTEMPTS):
             await self._monitor.execute("blockdev-open-tray", {"id": self._device, "force": self._force})
             tray = await self._query()
@@ -117,9 +117,9 @@ class Tray:
 
 
 async def empty(context: Context, attachment: AttachedDisk) -> None:
-    """Remove the medium that a drive without a medium was plugged in with; the tray ends closed.
+    """Remove the blank medium with which an empty drive was plugged in; the tray ends closed.
 
-    A drive that QEMU plugs in without a medium never releases the media that are inserted later.
+    If QEMU plugs in a drive without a medium, it never releases the media that are inserted later.
     """
     tray = Tray(context, attachment, force=True)
     await _take_out(context, attachment, tray, None)
@@ -172,5 +172,5 @@ async def _take_out(context: Context, attachment: AttachedDisk, tray: Tray, medi
 
 
 async def forget(context: Context, attachment: AttachedDisk) -> None:
-    """Close the image of an ejected medium: a manager died after it had ejected it."""
+    """Close the image of a medium that a manager ejected before it died."""
     await context.hotplug.undo_steps(attachment, [IMAGE, PIVOT])

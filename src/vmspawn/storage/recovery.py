@@ -68,7 +68,7 @@ class Adoption:
         self._context.register.save()
 
     def _settle_controllers(self, found: Inventory, disks: Iterable[AttachedDisk]) -> None:
-        """Unplug namespaces whose controller is removed, which QEMU keeps; and a controller without namespaces."""
+        """Unplug namespaces without a controller, which QEMU keeps, and a controller without namespaces."""
         for each in disks:
             if each.state is State.ATTACHED and controller_of(each.place) not in (None, *found.devices):
                 self.notes.append(f"the controller of {each.name} was removed meanwhile; the disk is removed as well")
@@ -157,7 +157,7 @@ class Adoption:
             self.notes.append(f"could not remove the leftover {what}: {error}")
 
     async def _remove_leftovers(self, leftovers: Sequence[QemuObject]) -> None:
-        """Remove nodes and objects. Passes over unused ones that QEMU refuses to remove (`refusals.py`)."""
+        """Remove nodes and objects. Ignores a refusal for unused ones, which QEMU 7.2 may keep (`refusals.py`)."""
         refused: list[tuple[QemuObject, VmspawnError]] = []
         for each in leftovers:
             try:

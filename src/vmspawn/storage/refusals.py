@@ -18,7 +18,7 @@ from .block_graph import BlockGraph, nodes_of
 from .context import Context
 from .steps import IMAGE, LIMITS, PIVOT
 
-#: Refusals after which QEMU is assumed to keep a device that it had plugged in, or that an earlier manager attached.
+#: Refusals after which QEMU is assumed to keep a device that was plugged in, or that an earlier manager attached.
 _PATIENCE = 5
 
 
@@ -35,7 +35,7 @@ async def on_refused(context: Context, attached: AttachedDisk, error: VmspawnErr
 
 
 def _may_be_kept(attached: AttachedDisk) -> bool:
-    """Return whether QEMU may keep the device. It may only need a moment for a device that it had plugged in."""
+    """Return whether QEMU may keep the device forever. A device that was plugged in may only need a moment."""
     refusals = attached.removal.refusals if attached.removal else 0
     return attached.has_failed or refusals >= _PATIENCE
 

@@ -25,7 +25,7 @@ SIZE_MAX = (1 << 63) - (1 << 30)
 
 
 async def resize(context: Context, attachment: AttachedDisk, size: int | None, *, shrink: bool) -> int:
-    """Resize a disk and its image to `size` bytes, or with None, the disk to the present size of the image.
+    """Resize a disk and its image to `size` bytes; with None, resize the disk to the present size of the image.
 
     Returns the new size. Shortens a file only if `shrink` is true and a size is given. Raises BadConfig for an invalid
     size, ConfigNotSupported if the disk cannot be resized, and QmpError for QEMU's other errors.

@@ -53,7 +53,7 @@ class BuildImage(Step):
 
 
 class AddPivot(Step):
-    """Puts the pivot on the image; the device uses the pivot."""
+    """Adds the pivot above the image. The device uses the pivot."""
 
     __slots__ = ("_disk", "_identifiers", "_images")
 

@@ -21,14 +21,14 @@ from .resize import follow_image
 #: host's storage takes (docs/qemu.md, "The pivot"), and handles no other command meanwhile.
 REOPEN_TIMEOUT = 3600.0
 
-#: The size in bytes of the image that fails every request, if the disk's size is not known.
+#: The size in bytes of the image that fails every request, if the disk's size is unknown.
 _FAULT_SIZE = 16 << 20
 
 
 async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, shrink: bool) -> int:
     """Replace the disk's image, and resize the disk to the new image's size. Returns that size in bytes.
 
-    The old image is closed at once, or when its users release it if QMP clients use it. Raises BadConfig or
+    The old image is closed at once; if QMP clients use it, it is closed when their use ends. Raises BadConfig or
     ConfigNotSupported if the guest could not use the new size, QmpError if QEMU cannot use the image. The descriptor of
     `fresh` is closed in any case.
     """

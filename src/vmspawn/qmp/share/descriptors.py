@@ -3,7 +3,7 @@
 
 - QEMU keeps the names of `getfd` by monitor, and all sessions share one monitor: a name that one session holds is
   refused to the others. Names in the arguments of other commands (`netdev_add` with `fd=`) are not tracked. A command
-  that uses a descriptor ends its name in QEMU; here the session keeps the name until it closes the name or ends.
+  that uses a descriptor ends its name in QEMU, but here the session keeps the name until it closes the name or ends.
 - QEMU shares the sets of `add-fd` among all monitors. When a session ends, its unused descriptors are removed from the
   sets.
 """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Refuses commands that make QEMU start a program, if QEMU's sandbox forbids that.
 
-With `-sandbox spawn=deny`, the kernel kills QEMU 7.2 with SIGSYS for starting a program, and refuses QEMU 11.1. QEMU's
-sources show the commands that start programs: migration over `exec:` (migration/exec.c), helpers and scripts of TAP
-devices and bridges (net/tap.c), and programs that user networking connects the guest with (net/slirp.c).
+With `-sandbox spawn=deny`, the kernel kills QEMU 7.2 with SIGSYS when it starts a program; for QEMU 11.1, the kernel
+refuses the start. QEMU's sources show the commands that start programs: migration over `exec:` (migration/exec.c),
+helpers and scripts of TAP devices and bridges (net/tap.c), and programs that user networking connects the guest with
+(net/slirp.c).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Refuses to save the device state while QEMU would crash on it.
+"""Refuses commands that save the device state while QEMU would crash on them.
 
 QEMU 11.1 gets SIGSEGV when it saves an NVMe controller without a drive of its own. With namespaces it crashes until the
 guest's firmware has enabled the controller, and reports an error after that (docs/qemu.md, "Faults"). QEMU 7.2 refuses

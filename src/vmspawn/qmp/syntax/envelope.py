@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Turns a message into a command for QEMU, or into the error that QEMU would reply.
+"""Turns a message into a command for QEMU, or into the error with which QEMU would reply.
 
 The checks and their messages are those of QEMU's dispatcher (qapi/qmp-dispatch.c). QEMU itself checks the rest of a
 command.

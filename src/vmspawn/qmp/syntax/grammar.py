@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds the first error of a message that is not JSON, as QEMU's parser reports it (qobject/json-parser.c).
 
-Only invalid messages come here. The parser is fed tokens, so it needs no recursion and can stop and resume anywhere.
+Usual messages do not come here. The parser is fed tokens, so it needs no recursion and can stop and resume anywhere.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Object:
 
 
 class SyntaxProblem(ValueError):
-    """A token that is not JSON there. The error's text is QEMU's."""
+    """A token that is not valid at its place. The error's text is QEMU's."""
 
 
 class Grammar:

@@ -60,7 +60,7 @@ def _scalar(token: bytes) -> bytes:
 
 
 def _number(token: bytes) -> bytes:
-    """Return a number as QNum writes it, which reads it as int64, else uint64, else double (qobject/qnum.c)."""
+    """Return a number as QNum writes it, after reading it as int64, else uint64, else double (qobject/qnum.c)."""
     if token.lstrip(b"-").isdigit() and len(token) <= 20:
         value = int(token)
         if -(1 << 63) <= value < 1 << 64:

@@ -9,7 +9,7 @@ import re
 WHITESPACE = re.compile(rb"[ \t\r\n]*+")
 
 #: Tokens that need no inspection, then the next bracket if one follows. The match stops before other tokens: single
-#: quotes, `\'` (an escape that only QEMU accepts), numbers that are two tokens for QEMU (`0e5`), and a number or
+#: quotes, `\'` (an escape that only QEMU accepts), numbers that are several tokens for QEMU (`0e5`), and a number or
 #: keyword that the end of the data may have cut. The last alternative never matches. It works around CPython issue
 #: 106052: before Python 3.11.5, a possessive repeat continues at the end of its last, failed attempt.
 RUN = re.compile(

@@ -20,7 +20,8 @@ _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 #: A brace, or a string and the colon after it if the string is a key.
 _KEYS = re.compile(rb'[{}]|("[^"]*+")(:)?')
 
-#: The size in bytes of messages in which duplicate keys are searched for. In larger messages, QEMU may find them.
+#: Bytes of a message up to which nested objects are searched for duplicate keys. In a larger message, QEMU may find
+#: them.
 SEARCHED = 2048
 
 

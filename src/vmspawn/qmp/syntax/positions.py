@@ -5,7 +5,7 @@ from __future__ import annotations
 
 
 class Positions:
-    """Counts the lines and columns of a buffer whose beginning is dropped now and then."""
+    """Counts the lines and columns of a buffer whose beginning is removed from time to time."""
 
     __slots__ = ("_column", "_line")
 

@@ -50,7 +50,7 @@ class Reader:
         self._positions = Positions()
         # The start of the token at which QEMU's lexer resumed, and which it read twice, or -1.
         self._resumed = -1
-        # True if the message has a number that is two tokens for QEMU and one for msgspec.
+        # True if the message has a number that is several tokens for QEMU and one for msgspec.
         self._split = False
         # Strings to rewrite for msgspec: start, end and replacement.
         self._edits: list[tuple[int, int, bytes]] = []
@@ -73,7 +73,7 @@ class Reader:
         self._edits.append((start, end, requote(bytes(self._buffer[start:end]))))
 
     def splits(self) -> None:
-        """Note a number that is two tokens for QEMU."""
+        """Note a number that is several tokens for QEMU."""
         self._split = True
 
     def resumed(self, at: int) -> None:

@@ -8,10 +8,8 @@ reading resumes at the next bracket, comma, colon or control character.
 
 There are three speeds:
 
-1. A chunk that is exactly one message of plain JSON, as nearly every client sends it, is recognised by msgspec in half
-   a
-   microsecond.
-2. In other input, one regular expression matches from bracket to bracket.
+1. msgspec recognises a chunk that is exactly one message of plain JSON, as nearly every client sends it, in 0.5 µs.
+2. One regular expression matches other input from bracket to bracket.
 3. Where that expression stops, at a single quote, an error or the end of the data, the scanner inspects one token.
 """
 
