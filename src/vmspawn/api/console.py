@@ -129,11 +129,12 @@ class Console:
         self._held = text[len(kept) :]
         self._append(_LINE_END.sub("\n", kept))
 
-    def finish(self) -> None:
-        """Note the end of the output."""
+    def finish(self) -> bool:
+        """Note the end of the output. Returns True."""
         self._append(self._held + self._decoder.decode(b"", final=True))
         self._held, self._ended = "", True
         self._notify()
+        return True
 
     @property
     def is_full(self) -> bool:

@@ -58,13 +58,15 @@ class ConsoleClient:
         if self.is_full and self._stall is None:
             self._watch(self._writer.written)
 
-    def finish(self) -> None:
-        """Close the connection after sending everything."""
+    def finish(self) -> bool:
+        """Close the connection if everything has been sent, and return whether; if not, send the rest first."""
         self._finishing = True
         if not self._writer.pending:
             self.close()
-        elif self._stall is None:
+            return True
+        if self._stall is None:
             self._watch(self._writer.written)
+        return False
 
     def close(self) -> None:
         """Disconnect at once. May be called again."""

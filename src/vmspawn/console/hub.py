@@ -47,8 +47,11 @@ class Viewer(Protocol):
     def show(self, data: bytes) -> None:
         """Show output."""
 
-    def finish(self) -> None:
-        """Show the remaining output, then detach. Called once, after the last `show`."""
+    def finish(self) -> bool:
+        """Return whether all output has been shown; if not, show the rest and detach then.
+
+        Called after the last `show`.
+        """
 
 
 class Console:
@@ -90,7 +93,7 @@ class Console:
         if self._replay:
             viewer.show(bytes(self._replay[-self._replay_max :]))
         if self._source is None:
-            viewer.finish()
+            self._finish_viewer(viewer)
 
     def detach(self, viewer: Viewer) -> None:
         """Stop showing the console to a viewer. Does nothing if it is not attached."""
@@ -169,9 +172,13 @@ class Console:
         """Close the console after QEMU has ended. The viewers show the rest of the output."""
         self._close_sockets()
         for viewer in tuple(self._viewers):
-            viewer.finish()
+            self._finish_viewer(viewer)
         if not self._viewers:
             self.ended.set()
+
+    def _finish_viewer(self, viewer: Viewer) -> None:
+        if viewer.finish():
+            self.detach(viewer)
 
     # Clients.
 

@@ -60,5 +60,6 @@ class OutputWatch:
         for message in self._finder.feed(data):
             self._on_panic(message)
 
-    def finish(self) -> None:
-        """Do nothing: this viewer buffers no output."""
+    def finish(self) -> bool:
+        """Return True: this viewer buffers no output."""
+        return True

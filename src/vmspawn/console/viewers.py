@@ -45,11 +45,10 @@ class OutputViewer:
             self._screen.show(data)
         self._writer.write(data)
 
-    def finish(self) -> None:
-        """Detach after writing everything."""
+    def finish(self) -> bool:
+        """Return whether everything has been written; if not, write the rest and detach then."""
         self._finishing = True
-        if not self._writer.pending:
-            self._console.detach(self)
+        return not self._writer.pending
 
     def write_last(self, data: bytes) -> None:
         """Write these last bytes, if that does not block."""
@@ -104,11 +103,12 @@ class Transcript:
             self._close()
             self._on_failed(error)
 
-    def finish(self) -> None:
-        """Close the file. May be called again."""
+    def finish(self) -> bool:
+        """Close the file. May be called again. Returns True."""
         # A network file system may report a failed write only on close(2).
         if error := self._close():
             self._on_failed(error)
+        return True
 
     def _close(self) -> OSError | None:
         fd, self._fd = self._fd, -1

@@ -49,8 +49,9 @@ class Tail:
         if _PANIC in self._kept[-len(data) - len(_PANIC) :]:
             self.panicked.set()
 
-    def finish(self) -> None:
-        """The console has ended."""
+    def finish(self) -> bool:
+        """Return True: this viewer buffers no output."""
+        return True
 
     def lines(self) -> list[str]:
         """The last lines."""

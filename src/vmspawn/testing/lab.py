@@ -200,8 +200,8 @@ class _Viewer:
         while data:
             data = data[os.write(self._fd, data) :]
 
-    def finish(self) -> None:
-        pass
+    def finish(self) -> bool:
+        return True
 
 
 def _fail(error: BaseException) -> NoReturn:
