@@ -10,7 +10,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..aio.waiting import first_of
 from ..machine.ending import End
@@ -19,16 +19,13 @@ from ..machine.running import Running
 #: The exit status of a command whose end is not known.
 EXIT_FAILURE = 125
 
-#: What a kernel prints as it panics.
-_PANIC = b"Kernel panic - not syncing"
+#: Seconds that a guest that failed has before the machine is ended: the kernel prints more, and QEMU may report it.
+_FAILURE_TIMEOUT = 2.0
 
-#: Seconds after that: a device of QEMU's may report the panic, and what the kernel prints next is of interest.
-_PANIC_TIMEOUT = 2.0
-
-#: Seconds that the process has to end after the machine.
+#: Seconds that the process has to end after the machine, or after it was asked to.
 _EXIT_TIMEOUT = 10.0
 
-#: What is kept of the console, and the lines of it that are shown if the machine fails.
+#: Bytes of the console that are kept, and its last lines that are shown if the machine fails.
 _KEPT = 64 * 1024
 _LINES = 50
 
@@ -40,14 +37,10 @@ class Tail:
 
     def __init__(self) -> None:
         self._kept = b""
-        #: Set when the guest's kernel has panicked.
-        self.panicked = asyncio.Event()
 
     def show(self, data: bytes) -> None:
-        """Take note of output."""
+        """Keep output."""
         self._kept = (self._kept + data)[-_KEPT:]
-        if _PANIC in self._kept[-len(data) - len(_PANIC) :]:
-            self.panicked.set()
 
     def finish(self) -> bool:
         """Return True: this viewer buffers no output."""
@@ -73,40 +66,46 @@ class Job:
         machine.console.attach(self._tail)
         self._process = subprocess.Popen([*self._command])
 
-    async def until_done(self, machine: Running, report: Callable[[str], None]) -> None:
-        """Wait until the command has ended, and end the machine then; or until the machine has to end."""
+    async def until_done(self, machine: Running) -> None:
+        """Wait until the command has ended or the guest has failed, then end the machine."""
         assert self._process is not None
         exited = asyncio.Event()
         pidfd = os.pidfd_open(self._process.pid)
         loop = asyncio.get_running_loop()
         loop.add_reader(pidfd, exited.set)
         try:
-            await first_of(exited, self._tail.panicked)
-            if exited.is_set():
-                self.status = self._process.wait()
-            else:
-                await first_of(exited, timeout=_PANIC_TIMEOUT)
-                report("the guest's kernel panicked")
+            await first_of(exited, machine.guest_failed)
+            await first_of(exited, timeout=_FAILURE_TIMEOUT)
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
-        self._end_process()
+        if exited.is_set():
+            self.status = self._process.wait()
+        await self._end_process()
         await machine.terminate()
 
     async def finish(self, end: End) -> None:
-        """The machine has ended. Wait for the process, which learns so by itself, and show the console if that is of
-        interest."""
+        """Wait for the process after the machine's end, and show the console's last lines if the machine failed.
+
+        The process notices the end of the machine by itself.
+        """
         if self._process is not None and self._process.poll() is None:
             try:
                 self.status = await asyncio.to_thread(self._process.wait, _EXIT_TIMEOUT)
             except subprocess.TimeoutExpired:
-                self._end_process()
-        if not end.clean or self._tail.panicked.is_set():
+                await self._end_process()
+        if not end.clean:
             for line in self._tail.lines():
                 print(line.rstrip("\r"), file=sys.stderr)
 
-    def _end_process(self) -> None:
+    async def _end_process(self) -> None:
+        """End the process if it runs; kill it if it does not end when it is asked to."""
         assert self._process is not None
-        if self._process.poll() is None:
-            self._process.terminate()
+        if self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            await asyncio.to_thread(self._process.wait, _EXIT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
             self._process.wait()

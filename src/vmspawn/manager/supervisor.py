@@ -141,7 +141,7 @@ class _Supervision:
         if job is None:
             return await self._until_end(server)
         job.start(machine)
-        task = asyncio.create_task(job.until_done(machine, messages.report))
+        task = asyncio.create_task(job.until_done(machine))
         try:
             end = await self._until_end(server)
         finally:
