@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shows the console of a machine that another process manages on this terminal, for `vmctl console`.
+"""Shows a machine's console in another process than its manager, for `vmctl console`.
 
-The loop uses poll(2) because a command imports asyncio too slowly.
+The loop uses poll(2), because importing asyncio would slow the command down.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .keyboard import TYPED_MAX
 from .streams import READ_SIZE
 from .terminal import Screen, Terminal
 
-#: Bytes from a pipe that wait for the machine before no more are read.
+#: Bytes of piped input queued for the machine at which reading pauses.
 _PIPED_MAX = 65536
 
 #: Signals that end the command, after the terminal has been restored.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ..aio.sockets import has_hung_up
 from ..aio.writer import Writer
 
-#: Bytes queued for a client, beyond its socket's buffer, from which on the console waits for the client.
+#: Bytes queued for a client, beyond its socket's buffer, at which the console waits for the client.
 UNREAD_MAX = 256 * 1024
 
 #: Seconds after which a client that reads nothing is disconnected, because the guest waits for it. A slow client that

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Shares the guest's console: shows its output to any number of viewers, and passes their input to the guest.
 
-A viewer first gets the last 64 KiB of output. After an adoption that is all output that the guest printed while it had
-no manager. A slow viewer slows the console down for everybody, as a slow terminal does. Each viewer has its own rule
-for a reader that stops reading. So memory is bounded, and no output is dropped.
+A viewer first gets the last 64 KiB of output, or after an adoption all output that the guest printed without a manager.
+A slow viewer slows the console down for everybody, as a slow terminal does, and each viewer decides how long to wait
+for its reader. So memory is bounded, and no output is dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .unread import Log
 #: Bytes of past output that a new viewer gets first.
 REPLAY_MAX = 64 * 1024
 
-#: Bytes of input queued for the guest, from which on senders that can wait are paused.
+#: Bytes of input queued for the guest at which senders that can wait are paused.
 INPUT_MAX = 64 * 1024
 
 #: The maximum number of clients. Each costs a write for every piece of output.
@@ -55,7 +55,7 @@ class Viewer(Protocol):
 
 
 class Console:
-    """One machine's console. Owns the descriptors that it is made of.
+    """One machine's console. Owns `typed`, `source`, `listener` and `log`.
 
     Input is written to the non-blocking pipe `typed`, output is read from the non-blocking pipe `source`, and clients
     connect to `listener`. `log` is QEMU's log, which is emptied after each read. `unread` is the output that the guest

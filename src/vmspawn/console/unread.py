@@ -8,10 +8,10 @@ import os
 from typing import Protocol
 
 #: Marks the place where output is missing.
-MISSING = b"\r\n[vmspawn: what the guest printed next, while it had no manager, is missing]\r\n"
+MISSING = b"\r\n[vmspawn: output is missing here: the guest printed more than is kept without a manager]\r\n"
 
 #: Marks the place where all output is missing.
-NOT_KEPT = b"\r\n[vmspawn: what the guest printed here, while it had no manager, was not kept]\r\n"
+NOT_KEPT = b"\r\n[vmspawn: output is missing here: it is not kept without a manager]\r\n"
 
 _RECEIVE_SIZE = 65536
 

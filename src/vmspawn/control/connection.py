@@ -69,7 +69,7 @@ class _Descriptors(FileDescriptorArray):
 
 
 class Connection:
-    """A client's connection. Owns the socket; `on_closed` is called once when it is gone."""
+    """A client's connection. Owns the socket. `on_closed` is called once, when the connection is closed."""
 
     def __init__(
         self,
