@@ -105,7 +105,7 @@ class ConnectedMachine(Guest):
         finally:
             backing.close()
 
-    # Its properties.
+    # Properties.
 
     @property
     def name(self) -> str:
@@ -121,7 +121,7 @@ class ConnectedMachine(Guest):
         """Return QEMU's run state, such as `running` or `paused`."""
         return str((await self._call(f"{_INSTANCE}.Describe"))["status"])
 
-    # Its life.
+    # Life cycle.
 
     async def _change(self, verb: Verb, method: str) -> None:
         try:
@@ -204,7 +204,7 @@ class ConnectedMachine(Guest):
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Connected.start(self._name, wanted, timeout)
 
-    # Its disks.
+    # Disks.
 
     async def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""

@@ -195,15 +195,15 @@ class Execution:
             pass
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the command's terminal. Raises NotConnected if it has ended."""
+        """Set the size of the command's terminal. Raises NotConnected if the command has ended."""
         await self._remote.resize(rows, columns)
 
     async def send_signal(self, number: int) -> None:
-        """Send a signal to the command's process group. Raises NotConnected if it has ended."""
+        """Send a signal to the command's process group. Raises NotConnected if the command has ended."""
         await self._remote.signal(number)
 
     async def terminate(self) -> None:
-        """Send SIGTERM to the command's process group. Raises NotConnected if it has ended."""
+        """Send SIGTERM to the command's process group. Raises NotConnected if the command has ended."""
         await self._remote.signal(signal.SIGTERM)
 
     async def kill(self) -> None:

@@ -112,7 +112,7 @@ class Machine(Guest):
     def _running(self) -> Running:
         return self._up.running
 
-    # Its properties.
+    # Properties.
 
     @property
     def config(self) -> MachineConfig:
@@ -139,7 +139,7 @@ class Machine(Guest):
         await self._running.ask_status()
         return self._running.status
 
-    # Its life.
+    # Life cycle.
 
     async def power_off(self) -> None:
         """Press the power button (ACPI). `wait` returns after the guest has powered off.
@@ -187,7 +187,7 @@ class Machine(Guest):
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Local.start(self._inside.commands, wanted, timeout)
 
-    # Its disks. Your program opens the images, with its permissions.
+    # Disks. Your program opens the images, with its permissions.
 
     async def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""

@@ -44,7 +44,7 @@ class Stage:
 
 
 class Console:
-    """The guest's console: shows the guest's own messages and types commands."""
+    """Shows the guest's messages, and types commands on its console."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage

@@ -37,7 +37,7 @@ class File(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """The folders to install into. `fish` and `units` are absolute or below `share`."""
+    """The folders to install into. `fish` and `units` are absolute, or relative to `share`."""
 
     share: str
     fish: str
@@ -180,7 +180,10 @@ def remove(record_path: str) -> tuple[list[str], list[str]]:
 
 
 def _read_record(path: str) -> dict[str, Any]:
-    """Return the installed files with their possible hashes, and the folders. Raises ExtrasError or SystemFailure."""
+    """Return the installed files with the hashes that they may have, and the folders.
+
+    Raises ExtrasError or SystemFailure.
+    """
     try:
         with open(path, "rb") as file:
             record = json.load(file)

@@ -206,7 +206,7 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Formats help as wide as the terminal, with options spelled as in systemd's tools."""
+    """Formats help to fit the terminal, with options spelled as in systemd's tools."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         """Make a formatter, as argparse does."""

@@ -29,8 +29,8 @@ class Client(varlink.Client):
 def connect(machine: str, name: str) -> socket.socket:
     """Connect to the socket `name` in a machine's runtime directory. The caller owns the connected socket.
 
-    The address goes through a descriptor of the directory, because a path may be too long for a socket address. Raises
-    NotConnected if the machine does not run, and SystemFailure if the directory cannot be read.
+    The socket is addressed through a descriptor of the directory, because a path may be too long for a socket address.
+    Raises NotConnected if the machine does not run, and SystemFailure if the directory cannot be read.
     """
     runtime.check_name(machine)
     try:

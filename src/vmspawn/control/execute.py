@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs commands in the guest for Varlink clients, and passes the command's streams to the client.
 
-Varlink's names are part of the protocol, hence their case here.
+Names are in Varlink's case because they are part of the protocol.
 """
 
 import base64

@@ -421,7 +421,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """Run a command in the guest, or the user's login shell, and pass its streams to the client.
 
         With `rows` and `columns`, the command has a terminal. `environment` is a list of NAME=VALUE. If `base64` is
-        true, all strings are encoded. The end of the connection ends the command.
+        true, all strings are base64-encoded. The end of the connection ends the command.
         """
         from . import execute
 

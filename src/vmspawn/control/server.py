@@ -51,7 +51,7 @@ class ControlServer:
         *,
         on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`on_failed` is told of each call that is answered with an error of ours."""
+        """Start to listen. `on_failed` is called with a description of each call that fails."""
         self._on_failed = on_failed
         self._registry = registry
         self._connections: set[Connection] = set()

@@ -10,7 +10,7 @@ import os
 
 from .. import cache
 
-#: The version of the build. Increase it if the same files below `rootfs` would make another guest.
+#: The version of the build. Increase it if a build makes another guest of the same files below `rootfs`.
 FORMAT = 2
 
 #: Files that are copied to the initramfs, with the same paths below `rootfs` as in the guest.

@@ -128,8 +128,9 @@ class _Output:
         self._target = target
         self._changed = changed
         self._screen = screen
-        #: The number of written bytes, and True when no more will be written.
+        #: The number of written bytes.
         self.total = 0
+        #: True when no more bytes will be written.
         self.is_done = False
         #: True while the thread waits for the guest; False while it waits for the reader of vmctl's output.
         self.is_waiting = True

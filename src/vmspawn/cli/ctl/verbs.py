@@ -55,7 +55,10 @@ class Verbs:
 
 
 def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
-    """Add the options that may stand before and behind the verb. `default` keeps the value that was set before it."""
+    """Add the options that may stand before and behind the verb.
+
+    Behind the verb, `default` is argparse.SUPPRESS, so that a value from before the verb is kept.
+    """
     no_json: dict[str, Any] = default or {"default": "off"}
     parser.add_argument(
         "-j", dest="json", action="store_const", const="pretty", help="same as --json=pretty", **no_json
