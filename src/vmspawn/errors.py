@@ -64,7 +64,7 @@ _LITERALS = {"": None, "True": True, "False": False}
 class VmspawnError(Exception):
     """The root of all errors that this package raises on purpose. Only its subclasses are raised.
 
-    `str(error)` says what failed and why. `hint` says what to do, or is empty; tracebacks show it as a note.
+    `str(error)` is the failure and its reason. `hint` is advice, or empty; tracebacks show it as a note.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:

@@ -119,7 +119,7 @@ class ConsoleAttachment:
         return bool(data)
 
     def _read(self) -> bool:
-        """Read input from the user; returns False when the user detaches, or the terminal is gone."""
+        """Read input from the user. Returns False when the user detaches, or the terminal has hung up."""
         try:
             data = os.read(self._source, READ_SIZE)
         except OSError:

@@ -13,7 +13,7 @@ from .streams import Input
 if TYPE_CHECKING:
     from .hub import Console
 
-#: Bytes typed on a terminal that may wait for the guest. Input beyond this is dropped: reading must go on, because
+#: Bytes typed on a terminal that may wait for the guest. Input beyond this is dropped: reading must continue, because
 #: vmspawn's key sequences come from the same terminal.
 TYPED_MAX = 1024 * 1024
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class OutputViewer:
     """Shows the console on a terminal, a pipe, a socket or a file, at the reader's pace.
 
-    The caller keeps the descriptor. The viewer detaches if the reader is gone, or a write to a file fails.
+    The caller keeps the descriptor. The viewer detaches if the reader has ended, or a write to a file fails.
     """
 
     def __init__(
