@@ -243,7 +243,7 @@ async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, tr
 
 
 @pytest.mark.soak
-async def test_what_does_not_fit_is_said_to_be_missing(qemu: str, tmp_path: Path) -> None:
+async def test_lost_output_is_reported(qemu: str, tmp_path: Path) -> None:
     """The guest prints more than is kept without a manager, repeatedly, and is not blocked."""
     mark = make_raw(tmp_path / "mark", MIB)
     options = ("--guest=builtin", "--console=headless", f"--extra-drive={mark}")

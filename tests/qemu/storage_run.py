@@ -56,7 +56,7 @@ SHORT = 0.05
 #: Ports of the machine: few, so that they run out.
 PORTS = 3
 
-#: The arguments of `attach_what_cannot_be` and `replace_by_what_cannot_be`.
+#: The arguments of `attach_invalid` and `replace_by_invalid`.
 UNATTACHABLE = ("wrong format", "unsaid format", "broken", "no file", "empty", "no medium", "boot disk")
 UNUSABLE = ("itself", "broken", "wrong format", "read-only")
 
@@ -239,7 +239,7 @@ class Run:
         if self.expect(self.machine.attach(wanted), error):
             self.model.disks["again"] = ExpectedDisk("again", "virtio-scsi", read_only, file, file.size)
 
-    def attach_what_cannot_be(self, what: str) -> None:
+    def attach_invalid(self, what: str) -> None:
         """Attempt an attach that is refused and leaves nothing behind."""
         raw = self.path(self.file("raw", 1 << 20, reuse=True))
         qcow2 = self.path(self.file("qcow2", 1 << 20, reuse=True))
@@ -330,7 +330,7 @@ class Run:
         if self.expect(work, disk.replace_error(file, shrink=shrink), disk):
             disk.image, disk.size = file, file.size
 
-    def replace_by_what_cannot_be(self, disk: ExpectedDisk, what: str) -> None:
+    def replace_by_invalid(self, disk: ExpectedDisk, what: str) -> None:
         """Attempt a replacement that is refused and leaves the disk as it was."""
         if disk.detaching or disk.bus == "scsi-cd" or self.may_vanish(disk):
             return

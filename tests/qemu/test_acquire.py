@@ -217,7 +217,7 @@ async def test_the_upgrade_call_may_be_split_at_every_byte(machine: Machine) -> 
         assert negotiated == {"return": {}}
 
 
-async def test_a_method_that_cannot_be_upgraded_says_so_and_the_connection_goes_on(machine: Machine) -> None:
+async def test_a_method_without_upgrade_is_refused_and_the_connection_goes_on(machine: Machine) -> None:
     def use() -> tuple[Any, Any]:
         with call(machine, "io.systemd.MachineInstance.Describe", upgrade=True) as connection:
             refused = connection.recv(4096)

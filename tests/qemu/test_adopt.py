@@ -75,7 +75,7 @@ WATCHERS = (
 )
 
 
-def test_who_watches_is_told_that_the_machine_runs_on(machine: Survivor) -> None:
+def test_watching_verbs_report_that_the_machine_runs_on(machine: Survivor) -> None:
     """Each verb reports that it has lost the manager, and hints at the next command."""
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
@@ -118,7 +118,7 @@ def test_a_living_manager_keeps_its_machine(machine: Survivor) -> None:
         (("--adopt", "--adopt-or-start", "-M", "nobody"), 2, "not allowed with argument"),
     ],
 )
-def test_what_cannot_be_adopted(arguments: tuple[str, ...], status: int, message: str) -> None:
+def test_machines_that_cannot_be_adopted(arguments: tuple[str, ...], status: int, message: str) -> None:
     done = vmspawn(*arguments)
     assert done.returncode == status
     assert message in done.stderr
@@ -142,7 +142,7 @@ def test_a_disk_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_pat
     assert {disk["name"] for disk in machine.disks()} == {"boot", "kept", "gone"}
 
 
-def test_qemu_killed_while_nobody_manages_it(machine: Survivor) -> None:
+def test_qemu_killed_without_a_manager(machine: Survivor) -> None:
     machine.kill_manager()
     machine.kill_qemu()
     done = vmspawn("--adopt", "-M", machine.name)
@@ -211,19 +211,19 @@ def reset_until(machine: Survivor, condition: Callable[[], bool]) -> None:
             monitor.execute("query-status")
 
 
-def test_a_monitor_that_somebody_else_holds(machine: Survivor) -> None:
+def test_a_monitor_in_use_is_reported(machine: Survivor) -> None:
     machine.kill_manager()
     with machine.monitor():
         done = vmspawn("--adopt", "-M", machine.name)
     assert done.returncode == 1
     assert "gave no greeting" in done.stderr
     assert "another program may be connected to it" in done.stderr
-    assert "adopted" not in done.stderr
+    assert "took over" not in done.stderr
     assert not process_is_gone(machine.pid)
     machine.adopt()
 
 
-def test_what_sessions_left_is_closed(machine: Survivor, tmp_path: Path) -> None:
+def test_the_descriptors_of_former_sessions_are_closed(machine: Survivor, tmp_path: Path) -> None:
     """The remains are a name of getfd, which QEMU cannot list, and a descriptor set that nothing uses."""
     session = acquire(machine)
     run(session, "qmp_capabilities")

@@ -34,7 +34,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (sys.executable, "-c", start)
 
 
-def test_it_is_taken_over_with_its_disks(qemu: str, tmp_path: Path, older: tuple[str, ...]) -> None:
+def test_it_is_adopted_with_its_disks(qemu: str, tmp_path: Path, older: tuple[str, ...]) -> None:
     name = fresh_name()
     boot = make_raw(tmp_path / "boot", 1 << 20)
     arguments = (f"--qemu={qemu}", f"--image={boot}", "--ram=64M", "--console=headless", "--hotplug-ports=4")

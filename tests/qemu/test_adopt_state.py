@@ -129,7 +129,7 @@ def test_an_older_state_is_read(qemu: str, tmp_path: Path, version: int) -> None
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 2}', b'{"version": "x"}'])
-def test_a_damaged_state_is_said(machine: Survivor, damage: bytes) -> None:
+def test_a_damaged_state_is_reported(machine: Survivor, damage: bytes) -> None:
     machine.kill_manager()
     path = Path(machine.folder) / runtime.STATE
     whole = path.read_bytes()

@@ -101,7 +101,7 @@ async def test_its_life_and_its_end(machine: Machine) -> None:
         assert names[-1] == MACHINE_ENDED
 
 
-async def test_there_is_no_such_machine() -> None:
+async def test_a_machine_that_does_not_exist() -> None:
     with pytest.raises(vmspawn.NotConnected, match="there is no machine named nobody"):
         async with vmspawn.connect("nobody"):
             pass
@@ -220,7 +220,7 @@ async def test_machines_start_side_by_side(qemu: str, tmp_path: Path) -> None:
     assert os.umask(mask) == mask
 
 
-async def test_a_machine_that_does_not_run_says_so(qemu: str, tmp_path: Path) -> None:
+async def test_a_machine_that_does_not_run_refuses_calls(qemu: str, tmp_path: Path) -> None:
     machine = vmspawn.Machine(image=str(make_raw(tmp_path / "boot", MIB)), name="asleep", qemu=qemu)
     assert machine.name == "asleep"
     with pytest.raises(vmspawn.NotConnected, match="machine asleep does not run"):

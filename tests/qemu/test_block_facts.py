@@ -82,7 +82,7 @@ def test_a_node_that_is_not_there_is_not_found(q35: Monitor) -> None:
 
 
 @pytest.mark.parametrize("driver", ["virtio-blk-pci", "scsi-hd"])
-def test_a_device_that_fails_lets_go_of_its_node(q35: Monitor, image: Path, driver: str) -> None:
+def test_a_device_that_fails_releases_its_node(q35: Monitor, image: Path, driver: str) -> None:
     """QEMU 7.2 keeps the node of an nvme device forever."""
     q35.add_file(image, "n0", read_only=False)
     q35.fail("device_add", id="d0", driver=driver, **DEVICES[driver], physical_block_size=3)
@@ -118,7 +118,7 @@ def test_a_set_has_a_descriptor_of_exactly_the_nodes_access_mode(q35: Monitor, i
     q35.succeed("blockdev-add", **node)
 
 
-def test_a_set_may_be_dropped_once_its_node_is_there(q35: Monitor, image: Path) -> None:
+def test_a_set_may_be_removed_when_its_node_exists(q35: Monitor, image: Path) -> None:
     """The node has a duplicate. QEMU 7.2 removes a set only while the guest runs, and needs the command again then."""
     pass_file(q35, image, os.O_RDWR, 7)
     q35.succeed("blockdev-add", driver="file", node_name="n0", filename="/dev/fdset/7")
@@ -132,7 +132,7 @@ def test_a_set_may_be_dropped_once_its_node_is_there(q35: Monitor, image: Path) 
     assert q35.nodes()["n0"]["image"]["virtual-size"] == MIB
 
 
-def test_a_set_that_is_not_there_cannot_be_dropped(q35: Monitor) -> None:
+def test_an_unknown_set_cannot_be_removed(q35: Monitor) -> None:
     assert q35.fail("remove-fd", fdset_id=7) == "File descriptor named 'fdset-id:7' not found"
 
 

@@ -19,7 +19,7 @@ from vmspawn.qmp.events import EVENT_QUEUE_MAX
 from vmspawn.storage import backing as backings
 
 
-async def test_a_reader_that_lets_events_lie_is_told_that_some_are_lost(qemu: str, tmp_path: Path) -> None:
+async def test_a_slow_reader_learns_that_events_are_lost(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         with machine.events() as slow, machine.events() as other:
             for number in range(EVENT_QUEUE_MAX + 1):
@@ -47,7 +47,7 @@ def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-async def test_what_cannot_be_written_down_is_not_done(qemu: str, tmp_path: Path, small_root: Path) -> None:
+async def test_a_change_that_cannot_be_journaled_is_not_made(qemu: str, tmp_path: Path, small_root: Path) -> None:
     """Without room in the runtime directory, an attach fails with the reason; a detach and an adoption work."""
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "before")), bus="virtio-scsi"))

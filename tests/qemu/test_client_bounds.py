@@ -163,7 +163,7 @@ def use_up_descriptors(stack: contextlib.ExitStack) -> None:
 # The console.
 
 
-async def test_one_viewer_too_many_is_let_go(machine: Machine) -> None:
+async def test_one_viewer_too_many_is_disconnected(machine: Machine) -> None:
     path = machine.directory.file(runtime.CONSOLE)
     viewers = [await asyncio.open_unix_connection(path) for _ in range(CLIENTS_MAX + 1)]
     async with asyncio.timeout(DEADLINE):
@@ -186,7 +186,7 @@ async def test_input_that_the_guest_does_not_take_waits_with_its_sender(machine:
         assert console.input_pending < INPUT_MAX + RECEIVE_MAX
 
 
-async def test_what_is_typed_without_end_is_dropped_and_our_own_keys_work(machine: Machine) -> None:
+async def test_endless_input_is_dropped_and_the_keys_work(machine: Machine) -> None:
     pressed: list[Key] = []
     dropped: list[None] = []
     with terminal() as (master, slave):
@@ -267,7 +267,7 @@ def lines_in(connected: socket.socket) -> int:
     return count
 
 
-async def test_what_a_client_sends_ahead_waits_in_its_socket(machine: Machine) -> None:
+async def test_input_sent_ahead_waits_in_the_socket(machine: Machine) -> None:
     """The session reads only a little ahead, and one command is in QEMU."""
     async with session(machine) as (client, opened):
         before = opened.bytes_in

@@ -42,7 +42,7 @@ def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spa
         yield running
 
 
-def test_a_machine_is_there_when_it_says_so_and_gone_when_it_was_terminated(qemu: str, image: Path) -> None:
+def test_a_machine_runs_when_it_is_ready_and_is_removed_when_terminated(qemu: str, image: Path) -> None:
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
         running.wait_for("is running")
         pid = qemu_pid(running.name)
@@ -53,7 +53,7 @@ def test_a_machine_is_there_when_it_says_so_and_gone_when_it_was_terminated(qemu
     assert process_is_gone(pid)
 
 
-def test_qemu_prints_no_warning_and_verbose_says_what_is_gone_without(qemu: str, image: Path) -> None:
+def test_qemu_prints_no_warning_and_verbose_reports_disabled_features(qemu: str, image: Path) -> None:
     options = ("--verbose", "--tpm=auto", "--console=headless")
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", *options) as running:
         running.wait_for("is running")
@@ -64,7 +64,7 @@ def test_qemu_prints_no_warning_and_verbose_says_what_is_gone_without(qemu: str,
 
 
 @pytest.mark.parametrize(("choice", "kept"), [("yes", False), ("no", True)])
-def test_what_the_guest_discards_is_given_back_or_kept(qemu: str, tmp_path: Path, choice: str, kept: bool) -> None:
+def test_discarded_data_is_freed_or_kept(qemu: str, tmp_path: Path, choice: str, kept: bool) -> None:
     image = tmp_path / "image"
     image.write_bytes(b"x" * MIB)
     before = image.stat().st_blocks
@@ -79,7 +79,7 @@ def test_what_the_guest_discards_is_given_back_or_kept(qemu: str, tmp_path: Path
     assert (image.stat().st_blocks == before) is kept
 
 
-def test_quiet_says_nothing(qemu: str, image: Path) -> None:
+def test_quiet_prints_nothing(qemu: str, image: Path) -> None:
     with spawned("-q", f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
         while vmctl("status", running.name).returncode != 0:
             assert running.process.poll() is None
@@ -119,7 +119,7 @@ def test_a_signal_while_it_starts_leaves_nothing(qemu: str, image: Path) -> None
     assert is_gone(running.name)
 
 
-def test_qemu_killed_under_us_is_said_and_cleaned_up(qemu: str, image: Path) -> None:
+def test_qemus_death_is_reported_and_cleaned_up(qemu: str, image: Path) -> None:
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
         running.wait_for("is running")
         os.kill(qemu_pid(running.name), signal.SIGKILL)
@@ -181,7 +181,7 @@ def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, im
         (["--image={image}", "--qemu-arg=-device", "--qemu-arg=nonsense"], 1, "QEMU could not start"),
     ],
 )
-def test_what_cannot_start_says_why_in_one_line(
+def test_a_failed_start_is_reported_in_one_line(
     qemu: str, image: Path, tmp_path: Path, arguments: list[str], status: int, message: str
 ) -> None:
     names = {
@@ -276,7 +276,7 @@ def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> 
         ([], 2, "VERB"),
     ],
 )
-def test_what_vmctl_cannot_do_it_says_in_one_line(
+def test_a_failed_verb_is_reported_in_one_line(
     machine: Spawned, image: Path, arguments: list[str], status: int, message: str
 ) -> None:
     boot = json.loads(vmctl("list-disks", machine.name, "--json=short").stdout)[0]["path"]

@@ -47,7 +47,7 @@ def test_an_attachment_stops_and_goes_on_as_a_job_of_a_shell(headless: Spawned) 
 
 
 @pytest.mark.parametrize("victim", ["QEMU", "manager"])
-def test_an_attachment_ends_with_what_it_is_attached_to(qemu: str, tmp_path: Path, victim: str) -> None:
+def test_an_attachment_ends_with_its_machine_or_manager(qemu: str, tmp_path: Path, victim: str) -> None:
     with idle(qemu, tmp_path) as running:
         pid = qemu_pid(running.name)
         with attached(running.name) as tty, os.fdopen(os.pidfd_open(pid)) as pidfd:

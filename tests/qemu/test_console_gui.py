@@ -14,7 +14,7 @@ from tests.commands import background, make_script, spawned, vmctl, vmspawn
 from tests.terminal import END, attached
 
 
-def test_gui_without_a_display_says_so(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gui_without_a_display_is_refused(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(variable, raising=False)
     done = vmspawn(*options, "-M", "blind", "--console=gui")

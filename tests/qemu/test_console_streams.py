@@ -121,7 +121,7 @@ def test_a_background_job_leaves_the_terminal_alone(options: tuple[str, ...]) ->
 LIMIT = 16 << 20
 
 
-def test_a_transcript_that_cannot_be_written_is_said_once(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_transcript_that_cannot_be_written_is_reported_once(options: tuple[str, ...], tmp_path: Path) -> None:
     log = make_raw(tmp_path / "log", LIMIT)
     limited = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN]
     running = Spawned(fresh_name(), (*options, *SPEAKS, f"--log={log}", "--quiet"), program=limited)
@@ -137,7 +137,7 @@ def test_a_transcript_that_cannot_be_written_is_said_once(options: tuple[str, ..
     assert log.stat().st_size == LIMIT
 
 
-def test_a_file_that_takes_no_more_output_is_said_once(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_full_output_file_is_reported_once(options: tuple[str, ...], tmp_path: Path) -> None:
     """The console goes on: its transcript is complete."""
     full, log = make_raw(tmp_path / "full", LIMIT), tmp_path / "log"
     command = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN, "-M", "full", *options, *SPEAKS, f"--log={log}", "-q"]

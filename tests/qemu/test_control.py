@@ -79,7 +79,7 @@ async def test_the_reference_client_gets_typed_errors(machine: Machine) -> None:
     assert await in_thread(use) == f"{INSTANCE}.NoSuchStorage"
 
 
-async def test_pause_and_resume_change_what_describe_says(machine: Machine) -> None:
+async def test_pause_and_resume_change_the_reply_of_describe(machine: Machine) -> None:
     def use() -> list[tuple[str, bool]]:
         seen = []
         with caller(machine) as client:

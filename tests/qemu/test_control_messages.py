@@ -150,7 +150,7 @@ async def test_descriptors_that_come_with_junk_are_closed(machine: Machine, tmp_
     assert open_files(os.getpid()) == before
 
 
-async def test_a_flood_without_reading_holds_nobody_up(machine: Machine) -> None:
+async def test_a_flood_without_reading_delays_no_other_client(machine: Machine) -> None:
     """Each call is taken when the reply to the last has been sent, so a flood stays in its sender's socket."""
     message = json.dumps({"method": f"{INSTANCE}.Describe"}).encode() + b"\0"
 
@@ -226,7 +226,7 @@ async def test_another_user_is_turned_away_even_where_the_files_let_it_in(machin
         os.chmod(path, 0o600)
 
 
-async def test_a_subscriber_that_never_reads_is_let_go_at_its_bound(machine: Machine) -> None:
+async def test_a_subscriber_that_never_reads_is_disconnected_at_its_limit(machine: Machine) -> None:
     """The unread events are limited, and a subscriber that reads is not disturbed."""
 
     def use() -> bool:

@@ -139,7 +139,7 @@ async def test_a_refused_namespace_brings_no_controller(namespaces: str, tmp_pat
         assert "nvme0" not in await devices(machine)
 
 
-async def test_a_namespace_that_fails_takes_the_controller_along(namespaces: str, tmp_path: Path) -> None:
+async def test_a_failed_namespace_unplugs_the_controller(namespaces: str, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "used", 1 << 20)
     with bare(namespaces, "pc", "-blockdev", f"file,node-name=n,filename={image}", "-device", "scsi-hd,drive=n"):
         async with idle_machine(namespaces, tmp_path) as machine:
@@ -191,7 +191,7 @@ async def test_a_namespace_from_boot_has_its_controller_from_boot(
         await (await Machine.adopt(machine.name)).close()
 
 
-async def test_a_controller_from_boot_that_nobody_wrote_down_is_adopted(namespaces: str, tmp_path: Path) -> None:
+async def test_a_controller_from_boot_without_a_record_is_adopted(namespaces: str, tmp_path: Path) -> None:
     """Managers of older versions started every QEMU with that controller."""
     device = {"driver": "nvme", "id": "nvme0", "serial": "vmspawn", "bus": "pcie.0", "addr": "0x4"}
     machine = idle_machine(namespaces, tmp_path, qemu_arguments=("-device", json.dumps(device)))
@@ -259,7 +259,7 @@ async def until_detached(machine: Machine, name: str) -> None:
             await machine.monitor.execute("query-status")
 
 
-async def test_a_disk_on_pci_that_goes_takes_no_other_along(qemu: str, tmp_path: Path) -> None:
+async def test_unplugging_a_pci_disk_keeps_the_others(qemu: str, tmp_path: Path) -> None:
     """QEMU reports the removal of a virtio-blk device twice, first without the device's name."""
     async with idle_machine(qemu, tmp_path) as machine:
         await attach(machine, tmp_path, "one", "virtio-blk")
@@ -283,20 +283,20 @@ async def check_refusals(session: Monitor) -> None:
     assert (await session.execute("query-status"))["status"]
 
 
-async def test_a_session_refuses_what_would_crash_qemu(namespaces: str, tmp_path: Path) -> None:
+async def test_a_session_refuses_saves_that_would_crash_qemu(namespaces: str, tmp_path: Path) -> None:
     async with idle_machine(namespaces, tmp_path) as machine, machine.qmp() as session:
         await attach(machine, tmp_path, "one", "nvme-ns")
         await check_refusals(session)
         await session.execute("human-monitor-command", {"command-line": "info version"})
 
 
-async def test_a_session_refuses_it_with_a_controller_that_somebody_made(namespaces: str, tmp_path: Path) -> None:
+async def test_a_session_refuses_saves_with_a_clients_controller(namespaces: str, tmp_path: Path) -> None:
     async with idle_machine(namespaces, tmp_path) as machine, machine.qmp() as session:
         await session.execute("device_add", {"driver": "nvme", "serial": "other", "bus": "port3", "addr": "0x0"})
         await check_refusals(session)
 
 
-async def test_a_session_lets_qemu_refuse_for_itself(qemu: str, tmp_path: Path) -> None:
+async def test_a_session_passes_other_saves_to_qemu(qemu: str, tmp_path: Path) -> None:
     """A controller with its own drive is saved, or refused by QEMU."""
     async with idle_machine(qemu, tmp_path) as machine, machine.qmp() as session:
         await attach(machine, tmp_path, "one", "nvme")
@@ -309,7 +309,7 @@ async def test_a_session_lets_qemu_refuse_for_itself(qemu: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("thread", [False, True], ids=["first", "threaded"])
-async def test_a_scsi_controller_that_went_is_plugged_in_again(qemu: str, tmp_path: Path, thread: bool) -> None:
+async def test_a_removed_scsi_controller_is_plugged_in_again(qemu: str, tmp_path: Path, thread: bool) -> None:
     """On pc, a guest can eject the first controller too."""
     controller = "scsi1" if thread else "scsi0"
     async with idle_machine(qemu, tmp_path, machine_type="pc") as machine, machine.qmp() as session:
@@ -324,7 +324,7 @@ async def test_a_scsi_controller_that_went_is_plugged_in_again(qemu: str, tmp_pa
         assert machine.storage.ports_free == free - thread
 
 
-async def test_the_first_controller_went_while_there_was_no_manager(qemu: str, tmp_path: Path) -> None:
+async def test_the_first_controller_is_removed_without_a_manager(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, machine_type="pc") as machine:
         async with machine.qmp() as session:
             await session.execute("device_del", {"id": "scsi0"})

@@ -30,7 +30,7 @@ def arguments(qemu: str, folder: Path) -> tuple[str, ...]:
     return (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless")
 
 
-def test_a_transcript_has_all_that_is_said_but_secrets(qemu: str, tmp_path: Path) -> None:
+def test_a_transcript_has_all_messages_without_secrets(qemu: str, tmp_path: Path) -> None:
     path = tmp_path / "qmp.log"
     with spawned(*arguments(qemu, tmp_path), f"--qmp-log={path}") as machine:
         machine.wait_for("is running")
@@ -68,11 +68,11 @@ def test_a_transcript_has_all_that_is_said_but_secrets(qemu: str, tmp_path: Path
         (b'{"return": "", "id": 1}', b'{"return": "", "id": 1}'),
     ],
 )
-def test_what_is_left_out_of_a_transcript(message: bytes, expected: bytes) -> None:
+def test_secrets_are_left_out_of_a_transcript(message: bytes, expected: bytes) -> None:
     assert without_secrets(message) == expected
 
 
-def test_a_transcript_begins_anew_at_its_bound(tmp_path: Path) -> None:
+def test_a_transcript_is_rotated_at_its_limit(tmp_path: Path) -> None:
     path, old = tmp_path / "qmp.log", tmp_path / "qmp.log.old"
     transcript = Transcript(str(path))
     for _ in range(SIZE_MAX >> 20):
@@ -85,7 +85,7 @@ def test_a_transcript_begins_anew_at_its_bound(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_transcript_that_cannot_be_written_is_said_and_nothing_is_left(qemu: str, tmp_path: Path) -> None:
+def test_a_transcript_that_cannot_be_written_is_reported_and_nothing_is_left(qemu: str, tmp_path: Path) -> None:
     with spawned(*arguments(qemu, tmp_path), "--qmp-log=/nowhere/qmp.log") as machine:
         assert machine.wait() == 2
         assert "cannot write --qmp-log=/nowhere/qmp.log: No such file" in machine.output["stderr"]
@@ -173,7 +173,7 @@ async def test_a_manager_that_fails_leaves_its_guest_running_and_a_report(
     wait_until_dead(pid)
 
 
-def test_nobody_need_read_what_a_manager_says(qemu: str, tmp_path: Path) -> None:
+def test_a_manager_works_without_a_reader_of_its_output(qemu: str, tmp_path: Path) -> None:
     with survivor(fresh_name(), *arguments(qemu, tmp_path)) as machine:
         machine.manager.hang_up("stderr")
         assert vmctl("terminate", machine.name).returncode == 0

@@ -58,7 +58,7 @@ def test_a_disk_is_attached_changed_and_detached(machine: Spawned, tmp_path: Pat
     assert run("detach-disk", name, "data") == "Detached data\n"
 
 
-def test_what_becomes_of_errors_is_chosen_for_boot_and_for_later(qemu: str, tmp_path: Path) -> None:
+def test_the_reaction_to_errors_is_an_option_of_boot_and_hotplugged_disks(qemu: str, tmp_path: Path) -> None:
     boot = make_raw(tmp_path / "boot", MIB)
     with spawned(
         f"--qemu={qemu}", f"--image={boot}", "--ram=64M", "--console=headless", "--on-error=report"
@@ -144,7 +144,7 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
         (["detach-disk", "{machine}", "boot", "--force"], 1, "cannot be detached while the machine runs"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(
+def test_an_impossible_change_is_reported_in_one_line(
     machine: Spawned, tmp_path: Path, arguments: list[str], status: int, message: str
 ) -> None:
     image = make_raw(tmp_path / "image", MIB)
@@ -164,7 +164,7 @@ def test_a_hint_spells_the_field_as_its_reader_does(machine: Spawned) -> None:
     assert caught.value.hint == "allow the loss with shrink=True"
 
 
-def test_a_usage_error_keeps_its_exit_status_behind_what_failed(machine: Spawned) -> None:
+def test_a_usage_error_keeps_its_exit_status_after_its_prefix(machine: Spawned) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
     command = [*VMCTL, "bind-volume", machine.name, "fs:a", "--user"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE, check=False)

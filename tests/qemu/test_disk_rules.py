@@ -49,9 +49,7 @@ UNTHINKABLE = [
 
 @pytest.mark.parametrize("options", UNTHINKABLE, ids=str)
 @pytest.mark.asyncio(loop_scope="module")
-async def test_what_cannot_be_is_refused_in_the_same_words(
-    running: Machine, tmp_path: Path, options: dict[str, Any]
-) -> None:
+async def test_invalid_disks_get_the_same_errors(running: Machine, tmp_path: Path, options: dict[str, Any]) -> None:
     disk = Disk(str(make_raw(tmp_path / "disk")), **options)
     with pytest.raises(BadConfig) as plugged:
         await running.attach(disk)
@@ -98,7 +96,7 @@ UNFIT: list[tuple[str, dict[str, Any], type[VmspawnError]]] = [
 
 @pytest.mark.parametrize(("kind", "options", "error"), UNFIT, ids=str)
 @pytest.mark.asyncio(loop_scope="module")
-async def test_an_unfit_image_is_refused_in_the_same_words(
+async def test_unsuitable_images_get_the_same_errors(
     running: Machine, qemu: str, tmp_path: Path, kind: str, options: dict[str, Any], error: type[VmspawnError]
 ) -> None:
     path = str(image_of_kind(tmp_path, kind))
@@ -140,7 +138,7 @@ async def test_two_disks_have_two_serial_numbers(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_what_only_a_running_machine_can_do(running: Machine, qemu: str, tmp_path: Path) -> None:
+async def test_options_that_only_hotplugged_disks_can_have(running: Machine, qemu: str, tmp_path: Path) -> None:
     threaded = Disk(str(make_raw(tmp_path / "threaded")), bus="virtio-scsi", thread=True)
     await running.attach(threaded)
     await running.detach("threaded")

@@ -93,7 +93,7 @@ async def test_an_odd_size_without_the_page_cache(idle: Machine, tmp_path: Path,
     assert idle.storage.ports_free == free
 
 
-async def test_what_is_left_of_a_failed_attach_bothers_no_adoption(idle: Machine, tmp_path: Path) -> None:
+async def test_the_remains_of_a_failed_attach_do_not_disturb_an_adoption(idle: Machine, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "disk.raw", MIB)
     with other_user(image), pytest.raises(SystemFailure):
         await idle.attach(Disk(str(image), bus="nvme"))
@@ -125,7 +125,7 @@ async def export(session: Monitor, node: str, folder: Path) -> None:
     await session.execute("block-export-add", {"type": "nbd", "id": "exported", "node-name": node})
 
 
-async def test_an_image_that_is_exported_is_replaced_all_the_same(idle: Machine, tmp_path: Path) -> None:
+async def test_an_exported_image_can_be_replaced(idle: Machine, tmp_path: Path) -> None:
     old, new = make_qcow2(tmp_path / "old", MIB), make_qcow2(tmp_path / "new", MIB)
     attached = await idle.attach(Disk(str(old), "disk", format="qcow2", bus="virtio-scsi"))
     async with idle.qmp() as session:
@@ -182,7 +182,7 @@ async def test_force_succeeds_only_if_the_image_is_closed(idle: Machine, tmp_pat
         assert not any(each.has_open_image for each in idle.storage if each.name == "disk")
 
 
-async def test_a_pending_removal_names_who_uses_the_image(idle: Machine, tmp_path: Path) -> None:
+async def test_a_pending_removal_names_the_users_of_the_image(idle: Machine, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "disk.raw", MIB)
     make_raw(tmp_path / "target.raw", MIB)
     await idle.attach(Disk(str(image), "disk", bus="virtio-scsi"))
@@ -293,7 +293,7 @@ async def test_a_displaced_disk_can_be_detached(idle: Machine, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("machine_type", ["q35", "pc"])
-async def test_a_port_that_somebody_else_uses_is_passed_over(qemu: str, tmp_path: Path, machine_type: str) -> None:
+async def test_a_port_that_a_client_uses_is_skipped(qemu: str, tmp_path: Path, machine_type: str) -> None:
     async with (
         idle_machine(qemu, tmp_path, machine_type=machine_type, hotplug_ports=4) as machine,
         machine.qmp() as session,
@@ -309,7 +309,7 @@ async def test_a_port_that_somebody_else_uses_is_passed_over(qemu: str, tmp_path
             await machine.attach(Disk(str(make_raw(tmp_path / "three", MIB))))
 
 
-async def test_the_first_attach_beside_somebody_elses_device_succeeds(idle: Machine, tmp_path: Path) -> None:
+async def test_the_first_attach_beside_a_clients_device_succeeds(idle: Machine, tmp_path: Path) -> None:
     first = idle.storage._context.layout.pci.places[0]
     free = idle.storage.ports_free
     async with idle.qmp() as session:

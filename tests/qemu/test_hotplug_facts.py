@@ -60,7 +60,7 @@ async def test_all_places_are_used_given_back_and_used_again(
         assert await Snapshot.take(machine) == before
 
 
-async def test_a_port_is_taken_until_the_guest_has_let_go(qemu: str, tmp_path: Path) -> None:
+async def test_a_port_is_in_use_until_the_guest_releases_it(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, hotplug_ports=1) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB))))
         with pytest.raises(StoragePending):
@@ -76,7 +76,7 @@ async def test_a_port_is_taken_until_the_guest_has_let_go(qemu: str, tmp_path: P
         await machine.attach(Disk(str(tmp_path / "second")))
 
 
-async def test_a_machine_without_ports_says_so(qemu: str, tmp_path: Path) -> None:
+async def test_a_machine_without_ports_reports_it(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, hotplug_ports=0) as machine:
         path = str(make_raw(tmp_path / "disk", MIB))
         with pytest.raises(NoFreePort, match="no free hot-plug port: this machine has none") as caught:
@@ -89,7 +89,7 @@ async def test_a_machine_without_ports_says_so(qemu: str, tmp_path: Path) -> Non
 # Images.
 
 
-async def test_odd_images_are_taken_as_they_are(machine: Machine, tmp_path: Path) -> None:
+async def test_unusual_images_are_accepted(machine: Machine, tmp_path: Path) -> None:
     """An image's size need not be a multiple of a sector, and the image may have been unlinked."""
     (tmp_path / "odd").write_bytes(bytes(1000))
     await machine.attach(Disk(str(tmp_path / "odd"), bus="virtio-scsi"))
@@ -102,7 +102,7 @@ async def test_odd_images_are_taken_as_they_are(machine: Machine, tmp_path: Path
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
-async def test_a_character_device_is_no_image(machine: Machine, path: str) -> None:
+async def test_a_character_device_is_not_an_image(machine: Machine, path: str) -> None:
     with pytest.raises(BadConfig, match=f"{path} is a character device, not an image"):
         await machine.attach(Disk(path, bus="virtio-scsi"))
 

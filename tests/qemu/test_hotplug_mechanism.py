@@ -86,7 +86,7 @@ async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) ->
     assert len(links_of(bare[1])) == before
 
 
-async def test_a_port_that_cannot_be_leaves_nothing(manager: Manager) -> None:
+async def test_a_refused_port_leaves_nothing(manager: Manager) -> None:
     # Another client has made a character device by the name that vmspawn will use next.
     await manager.monitor.execute("chardev-add", {"id": "stream0", "backend": {"type": "null", "data": {}}})
     with pytest.raises(QmpError, match="chardev-add"):
@@ -105,7 +105,7 @@ async def test_a_port_that_cannot_be_leaves_nothing(manager: Manager) -> None:
     await is_clean(manager)
 
 
-async def test_a_port_that_somebody_removes_is_taken_apart(manager: Manager) -> None:
+async def test_a_port_that_a_client_removes_is_undone(manager: Manager) -> None:
     port, ours = await manager.ports.attach(GUEST_NAME)
     with closing(ours):
         await manager.monitor.execute("device_del", {"id": port.device})

@@ -99,7 +99,7 @@ def test_kernel_arguments_and_folders_have_bytes(qemu: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("program", [VMCTL, VMSPAWN], ids=["vmctl", "vmspawn"])
-def test_an_encoding_that_lacks_what_help_has(program: list[str], encoding: str) -> None:
+def test_an_encoding_that_lacks_characters_of_the_help(program: list[str], encoding: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([*program, "--help"], capture_output=True, env=environment, timeout=DEADLINE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

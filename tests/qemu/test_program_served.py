@@ -31,7 +31,7 @@ async def test_vmctl_controls_a_machine_of_a_program(qemu: str, tmp_path: Path) 
     assert is_gone(machine.name)
 
 
-async def test_vmctl_says_that_a_machine_is_not_served(qemu: str, tmp_path: Path) -> None:
+async def test_vmctl_reports_that_a_machine_is_not_served(qemu: str, tmp_path: Path) -> None:
     async with served(qemu, tmp_path, control=False) as machine:
         for verb in ("status", "terminate", "pause"):
             refused = await ctl(verb, machine.name)

@@ -171,7 +171,7 @@ def test_the_report_of_a_failure_has_the_machine(project: pytest.Pytester) -> No
     assert "query-named-block-nodes" in Path(log[1]).read_text()
 
 
-def test_what_a_test_leaves_in_qemu_fails_it(project: pytest.Pytester) -> None:
+def test_a_test_that_leaves_objects_in_qemu_fails(project: pytest.Pytester) -> None:
     project.makepyfile(
         """
         def test_it(vm):
@@ -184,7 +184,7 @@ def test_what_a_test_leaves_in_qemu_fails_it(project: pytest.Pytester) -> None:
     done.stdout.fnmatch_lines(["the test left behind: block node mine"])
 
 
-def test_mistakes_are_told_without_a_traceback(project: pytest.Pytester) -> None:
+def test_mistakes_are_reported_without_a_traceback(project: pytest.Pytester) -> None:
     project.makepyfile(
         """
         import pytest

@@ -126,8 +126,8 @@ def test_a_set_is_known_to_all(side: Side, files: list[int]) -> None:
 # Clients that disconnect.
 
 
-def test_of_what_a_client_sent_before_it_went_a_beginning_runs(side: Side) -> None:
-    """QEMU drops queued requests in order, so the first ones run, and none is left for the next client."""
+def test_the_first_commands_of_a_disconnected_client_run(side: Side) -> None:
+    """QEMU runs the first ones, drops the queued ones at the disconnect, and leaves none for the next client."""
     client, other = side.open(), side.open()
     nodes = [f"node{number}" for number in range(40)]
     for node in nodes:
@@ -172,7 +172,7 @@ def test_the_next_client_of_a_monitor_begins_afresh(both: Shared) -> None:
             second.close()
 
 
-def test_who_says_no_more_is_still_answered(side: Side) -> None:
+def test_a_client_that_has_ended_its_input_is_still_answered(side: Side) -> None:
     client = side.open()
     client.send(b"".join(b'{"execute":"query-name","id":%d}' % number for number in range(20)))
     client.socket.shutdown(socket.SHUT_WR)

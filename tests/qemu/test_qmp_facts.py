@@ -39,7 +39,7 @@ def problem(reply: dict[str, Any]) -> tuple[str, str]:
 # Framing and greeting.
 
 
-def test_the_greeting_tells_the_version_and_the_capabilities(side: Side, qemu: str) -> None:
+def test_the_greeting_has_the_version_and_the_capabilities(side: Side, qemu: str) -> None:
     printed = subprocess.run([qemu, "--version"], check=True, capture_output=True, text=True).stdout
     version = re.search(r"version (\d+)\.(\d+)\.(\d+) \((.*)\)", printed)
     assert version is not None
@@ -192,7 +192,7 @@ def test_the_id_is_echoed_as_qemu_writes_the_value(side: Side, sent: bytes, echo
         assert client.line().startswith(b'{"id": %b, "error": {"class": ' % echoed)
 
 
-def test_what_has_no_id_is_answered_without(side: Side) -> None:
+def test_a_message_without_an_id_is_answered_without(side: Side) -> None:
     client = side.open()
     for members in (b'"execute":"query-name"', b'"execute":1', b'"execute":"nope"', b'"execute":"query-balloon"'):
         assert "id" not in client.execute(b"{%b}" % members)
@@ -207,7 +207,7 @@ def test_what_has_no_id_is_answered_without(side: Side) -> None:
         (b'{"id":1,"execute":"query-name","arguments":{"a":{"b":1,"b":1}}}', "JSON parse error, duplicate key"),
     ],
 )
-def test_what_is_no_json_is_answered_without_an_id(side: Side, sent: bytes, stable: str) -> None:
+def test_invalid_json_is_answered_without_an_id(side: Side, sent: bytes, stable: str) -> None:
     (reply,) = answers(side.open(), sent)
     assert "id" not in reply
     assert problem(reply) == (GENERIC, stable)
@@ -349,7 +349,7 @@ def test_brackets_nest_1024_deep(side: Side) -> None:
 
 
 @pytest.mark.parametrize("who", ["native", "session"])
-def test_what_must_wait_for_the_machine_is_refused_in_qemus_words(qemu: str, who: str) -> None:
+def test_commands_that_need_the_machine_are_refused_by_qemu(qemu: str, who: str) -> None:
     with shared(qemu, arguments=["--preconfig"]) as both, Side(who, *both) as side:
         client = side.open()
         error_class, description = problem(client.run("query-balloon"))

@@ -121,7 +121,7 @@ def test_events_come_before_the_reply_of_the_command_that_caused_them(side: Side
 
 
 @pytest.mark.parametrize("who", ["native", "session"])
-def test_the_last_words_are_the_event_the_reply_and_the_end(qemu: str, kind: Kind, who: str) -> None:
+def test_the_last_messages_are_the_event_the_reply_and_the_end(qemu: str, kind: Kind, who: str) -> None:
     with shared(qemu, kind=kind) as made, Side(who, *made) as side, Side("session", *made) as others:
         client, watcher = side.open(), others.open()
         client.send(b'{"execute":"quit","id":1}')
@@ -160,7 +160,7 @@ def quorum(both: Shared) -> Iterator[Client]:
     client.close()
 
 
-def test_events_that_are_throttled_are_throttled_for_all_alike(side: Side, quorum: Client) -> None:
+def test_throttled_events_are_throttled_for_all_clients(side: Side, quorum: Client) -> None:
     """QUORUM_REPORT_BAD is sent at most once a second, and the last event of that second wins."""
     watcher = side.open()
     reads = 20

@@ -93,7 +93,7 @@ def test_it_ends_with_the_machine(machine: Spawned, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_what_cannot_be_served_or_shared_is_told(machine: Spawned, tmp_path: Path) -> None:
+def test_a_socket_that_cannot_be_served_is_reported(machine: Spawned, tmp_path: Path) -> None:
     done = vmctl("qmp-socket", "nobody", str(tmp_path / "sock"))
     assert (done.returncode, "there is no machine named nobody" in done.stderr) == (1, True)
     (tmp_path / "taken").touch()

@@ -104,7 +104,7 @@ _CASES = [(state, verb) for state, verbs in _EXPECTED.items() for verb in verbs]
 
 
 @pytest.mark.parametrize(("state", "verb"), _CASES, ids=lambda value: value)
-async def test_a_verb_does_what_the_table_says(state: str, verb: str, qemu: str, tmp_path: Path) -> None:
+async def test_a_verb_has_the_effect_in_the_table(state: str, verb: str, qemu: str, tmp_path: Path) -> None:
     async with machine_in(state, qemu, tmp_path) as machine:
         verbs: dict[str, Callable[[], typing.Any]] = {
             "pause": machine.pause,
@@ -167,14 +167,14 @@ async def test_the_table_knows_every_state_of_this_qemu(qemu: str, tmp_path: Pat
         assert states <= set(rules), verb
 
 
-async def test_the_state_that_a_reset_by_somebody_else_leaves_is_shown(qemu: str, tmp_path: Path) -> None:
+async def test_the_state_after_a_clients_reset_is_shown(qemu: str, tmp_path: Path) -> None:
     async with machine_in("paused", qemu, tmp_path) as machine:
         await machine.monitor.execute("system_reset")
         await until(machine, "prelaunch")
         assert machine.run_state == "prelaunch"
 
 
-def test_vmctl_reports_what_a_verb_does_in_a_state(qemu: str, tmp_path: Path) -> None:
+def test_vmctl_reports_the_effect_of_a_verb_in_a_state(qemu: str, tmp_path: Path) -> None:
     image = make_boot_sector(tmp_path / "boot", ACPI_CONTROL, SUSPEND_TO_RAM)
     options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--qemu-arg=-S")
     with spawned(*options) as running:

@@ -99,7 +99,7 @@ async def test_qemu_opens_no_image_by_its_path(machine: Machine, tmp_path: Path)
         assert path not in str(nodes)
 
 
-async def test_qemu_inherits_no_descriptor_of_ours(qemu: str, tmp_path: Path) -> None:
+async def test_qemu_inherits_no_descriptor_of_the_manager(qemu: str, tmp_path: Path) -> None:
     """This includes descriptors that vmspawn's parent left open for children."""
     ours = str(make_raw(tmp_path / "ours", 4096))
     fd = os.open(ours, os.O_RDONLY)

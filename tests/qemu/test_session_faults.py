@@ -199,7 +199,7 @@ def test_a_flood_does_not_keep_others_from_their_turn(both: Shared) -> None:
     honest.close()
 
 
-def test_half_a_command_holds_nobody_up(both: Shared) -> None:
+def test_half_a_command_delays_no_other_client(both: Shared) -> None:
     _, server = both
     half = server.open().negotiate()
     half.send(b'{"execute":"query-sta')
@@ -296,7 +296,7 @@ def test_a_descriptor_never_reaches_another_client(both: Shared) -> None:
     second.close()
 
 
-def test_the_end_of_qemu_is_an_end_for_each_and_said_once(qemu: str) -> None:
+def test_qemus_exit_ends_each_session_and_is_reported_once(qemu: str) -> None:
     with shared(qemu) as (machine, server):
         clients = [server.open().negotiate() for _ in range(50)]
         machine.kill()
@@ -334,7 +334,7 @@ def test_clients_and_qemu_may_die_together(qemu: str) -> None:
     os.close(fd)
 
 
-def test_a_monitor_that_somebody_holds_is_not_waited_for_without_end(qemu: str) -> None:
+def test_waiting_for_a_monitor_in_use_times_out(qemu: str) -> None:
     from vmspawn.errors import Timeout
 
     with Machine(qemu, 1) as machine:

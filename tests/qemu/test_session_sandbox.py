@@ -79,7 +79,7 @@ def test_qemu_itself_never_runs_it(qemu: str, command: Words) -> None:
         client.close()
 
 
-async def test_a_session_refuses_what_would_start_a_program(qemu: str, tmp_path: Path) -> None:
+async def test_a_session_refuses_commands_that_start_a_program(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine, machine.qmp() as session:
         for name, arguments in (*AT_ONCE, *LATER):
             with pytest.raises(QmpError, match=f"command {name} is refused.*-sandbox spawn=deny") as caught:

@@ -73,7 +73,7 @@ def test_a_virtiofsd_that_dies_is_named_and_ends_the_machine(options: tuple[str,
     assert is_gone(machine.name)
 
 
-def test_a_qemu_that_dies_takes_its_virtiofsd_along(options: tuple[str, ...]) -> None:
+def test_virtiofsd_ends_with_a_qemu_that_dies(options: tuple[str, ...]) -> None:
     with spawned(*options) as machine:
         machine.wait_for("is running")
         pids = servers(machine)
@@ -84,7 +84,7 @@ def test_a_qemu_that_dies_takes_its_virtiofsd_along(options: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize("option", ["--directory=", "--bind="])
-def test_what_is_no_directory_is_named(tmp_path: Path, qemu: str, option: str) -> None:
+def test_a_file_that_is_not_a_directory_is_named(tmp_path: Path, qemu: str, option: str) -> None:
     (tmp_path / "file").touch()
     boot = () if option == "--directory=" else (f"--image={make_raw(tmp_path / 'image')}",)
     for path, reason in (("file", "Not a directory"), ("none", "No such file or directory")):

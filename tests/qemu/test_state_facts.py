@@ -123,7 +123,7 @@ def test_a_controller_with_its_own_drive_is_saved_or_refused_beforehand(qemu: st
 
 
 @pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "host-signal"), (0, "host-qmp-quit")])
-def test_qemu_says_why_it_ends_and_exits_with_0(machine: Monitor, number: int, reason: str) -> None:
+def test_qemu_reports_the_reason_of_its_end_and_exits_with_0(machine: Monitor, number: int, reason: str) -> None:
     if number:
         machine.machine.process.send_signal(number)
     else:

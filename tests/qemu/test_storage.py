@@ -98,7 +98,7 @@ async def test_a_file_is_attached_once_however_it_is_opened(machine: Machine, tm
     await machine.detach("disk")
 
 
-async def test_a_file_may_be_attached_twice_if_nobody_writes(machine: Machine, tmp_path: Path) -> None:
+async def test_a_file_may_be_attached_twice_read_only(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "disk"))
     for name in ("one", "two"):
         await machine.attach(Disk(path, name, "virtio-scsi", read_only=True))
@@ -130,7 +130,7 @@ async def test_an_image_that_another_machine_uses_is_refused(machine: Machine, q
         (Disk("disk", serial="x" * 21), BadConfig, "invalid serial"),
     ],
 )
-async def test_what_cannot_be_attached(
+async def test_images_that_cannot_be_attached(
     machine: Machine, tmp_path: Path, disk: Disk, error: type[Exception], message: str
 ) -> None:
     make_raw(tmp_path / "disk")
@@ -213,7 +213,9 @@ async def test_a_boot_disk_stays(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme"])
-async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str, tmp_path: Path, bus: str) -> None:
+async def test_a_guest_that_does_not_release_a_disk_makes_the_removal_pending(
+    qemu: str, tmp_path: Path, bus: str
+) -> None:
     """Firmware ignores the request. The caller gets that error in time, may try again, and a reset ends the removal.
 
     The test has its own machine, because a firmware that was reset resets itself once more, some time later.
@@ -236,7 +238,7 @@ async def test_a_guest_that_does_not_let_go_makes_the_removal_pending(qemu: str,
         assert await Snapshot.take(machine) == before
 
 
-async def test_a_device_removed_by_raw_qmp_takes_its_disk_along(machine: Machine, tmp_path: Path) -> None:
+async def test_a_device_removed_by_raw_qmp_detaches_its_disk(machine: Machine, tmp_path: Path) -> None:
     await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
     detached = asyncio.create_task(event_named(machine, DETACHED_EVENT))
     await asyncio.sleep(0)

@@ -107,7 +107,7 @@ async def test_a_read_only_disk_stays_read_only(machine: Machine, tmp_path: Path
         ("first", {}, StorageExists, "attached already, as disk"),
     ],
 )
-async def test_a_replacement_that_cannot_be_leaves_all_as_it_was(
+async def test_a_refused_replacement_changes_nothing(
     machine: Machine, tmp_path: Path, path: str, options: dict[str, Any], error: type[VmspawnError], message: str
 ) -> None:
     make_raw(tmp_path / "empty", 0)
@@ -141,7 +141,7 @@ async def test_a_replacement_that_another_machine_writes_to_names_it(
 
 
 @pytest.mark.parametrize("what", ["replace", "resize", "limit", "insert", "eject"])
-async def test_a_disk_that_is_not_there_cannot_be_changed(machine: Machine, tmp_path: Path, what: str) -> None:
+async def test_an_unknown_disk_cannot_be_changed(machine: Machine, tmp_path: Path, what: str) -> None:
     path = str(make_raw(tmp_path / "disk", MIB))
     changes: dict[str, Callable[[], Awaitable[object]]] = {
         "replace": lambda: machine.replace("nobody", path),
@@ -253,7 +253,7 @@ async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, 
     await machine.detach("disk")
 
 
-async def test_an_image_that_is_empty_by_now_changes_no_disk(machine: Machine, tmp_path: Path) -> None:
+async def test_an_image_that_became_empty_changes_no_disk(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "image", MIB)
     await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
     os.truncate(path, 0)
@@ -264,7 +264,7 @@ async def test_an_image_that_is_empty_by_now_changes_no_disk(machine: Machine, t
     await machine.detach("disk")
 
 
-async def test_a_qcow2_image_does_not_tell_its_size_from_outside(machine: Machine, tmp_path: Path) -> None:
+async def test_a_qcow2_image_needs_a_specified_size(machine: Machine, tmp_path: Path) -> None:
     await machine.attach(Disk(str(make_qcow2(tmp_path / "image", MIB)), "disk", "virtio-scsi", "qcow2"))
     with pytest.raises(BadConfig, match="cannot find the image's size"):
         await machine.resize("disk")
@@ -321,7 +321,7 @@ async def test_a_replacement_keeps_its_length(machine: Machine, tmp_path: Path, 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("size", [1 << 62, (1 << 63) - 512, 1 << 63, 1 << 80])
-async def test_a_size_that_is_too_large_is_refused_in_our_words(
+async def test_a_size_that_is_too_large_is_refused_clearly(
     machine: Machine, tmp_path: Path, image_format: str, size: int
 ) -> None:
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", MIB)
@@ -379,7 +379,7 @@ async def test_a_qcow2_image_on_a_block_device_has_a_size_of_its_own(machine: Ma
     await machine.detach("disk")
 
 
-async def test_what_cannot_be_resized(machine: Machine, tmp_path: Path) -> None:
+async def test_disks_that_cannot_be_resized(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "image", MIB))
     await machine.attach(Disk(path, "disk", "virtio-scsi", read_only=True))
     with pytest.raises(ConfigNotSupported, match="disk is read-only"):

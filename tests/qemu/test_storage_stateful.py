@@ -73,8 +73,8 @@ class StorageMachine(RuleBasedStateMachine):
         self.run.attach_again(self.disk(which), read_only=read_only)
 
     @rule(what=st.sampled_from(UNATTACHABLE))
-    def attach_what_cannot_be(self, what: str) -> None:
-        self.run.attach_what_cannot_be(what)
+    def attach_invalid(self, what: str) -> None:
+        self.run.attach_invalid(what)
 
     @rule(name=NAMES, flags=st.sampled_from((os.O_RDONLY, os.O_RDWR, os.O_WRONLY, os.O_PATH, os.O_RDWR | os.O_SYNC)))
     def attach_a_descriptor(self, name: str, flags: int) -> None:
@@ -93,8 +93,8 @@ class StorageMachine(RuleBasedStateMachine):
         self.run.replace(self.disk(which), image_format=image_format, size=size, reuse=reuse, shrink=shrink)
 
     @rule(which=WHICH, what=st.sampled_from(UNUSABLE))
-    def replace_by_what_cannot_be(self, which: int, what: str) -> None:
-        self.run.replace_by_what_cannot_be(self.disk(which), what)
+    def replace_by_invalid(self, which: int, what: str) -> None:
+        self.run.replace_by_invalid(self.disk(which), what)
 
     @rule(which=WHICH, size=SIZES, shrink=st.booleans())
     def resize(self, which: int, size: int, shrink: bool) -> None:
@@ -138,9 +138,7 @@ class StorageMachine(RuleBasedStateMachine):
 
 @pytest.mark.scaled
 @pytest.mark.slow
-def test_whatever_is_done_to_disks_the_machine_is_what_the_model_says(
-    qemu: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_after_any_operations_the_machine_equals_the_model(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     class Machine(StorageMachine):
         def __init__(self) -> None:
             super().__init__(qemu, tmp_path_factory.mktemp("images"))
@@ -192,7 +190,7 @@ REPLACE: dict[str, Any] = {"which": 0, "image_format": "qcow2", "size": MIB, "re
         ),
     ],
 )
-def test_what_failed_once(qemu: str, tmp_path: Path, steps: tuple[tuple[str, dict[str, Any]], ...]) -> None:
+def test_former_failures(qemu: str, tmp_path: Path, steps: tuple[tuple[str, dict[str, Any]], ...]) -> None:
     machine = StorageMachine(qemu, tmp_path)
     try:
         for name, arguments in steps:

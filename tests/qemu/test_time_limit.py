@@ -47,7 +47,7 @@ async def test_a_program_learns_it_as_the_reason(qemu: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "1e3"])
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_invalid_times_are_refused(text: str) -> None:
     done = vmspawn("--guest=builtin", f"--time-limit={text}")
     assert done.returncode == 2
     assert "--time-limit=" in done.stderr

@@ -47,7 +47,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [("false", "exit status 1"), ("/missing/cc", "No such file")])
-def test_without_a_compiler_that_works_the_error_says_why(
+def test_without_a_working_compiler_the_error_has_the_reason(
     compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", compiler)

@@ -22,7 +22,7 @@ def test_the_agent_comes_compressed_and_is_the_same_each_time() -> None:
     assert delivered[install.WANTED_CREDENTIAL] == b"[Unit]\nWants=vmspawn-agent.service\n"
 
 
-def test_the_unit_imports_what_is_delivered() -> None:
+def test_the_unit_imports_the_delivered_credentials() -> None:
     unit = install.delivery(AGENT)["systemd.extra-unit.vmspawn-agent.service"].decode()
     assert f"ImportCredential={install.AGENT_CREDENTIAL}\n" in unit
     assert "[Install]" not in unit

@@ -48,7 +48,7 @@ def words(message: bytes) -> list[bytes]:
     size=st.none() | st.tuples(st.integers(0, 65535), st.integers(0, 65535)),
     stdin=st.booleans(),
 )
-def test_a_command_arrives_as_it_was_meant(
+def test_a_command_arrives_unchanged(
     arguments: list[bytes],
     environment: dict[bytes, bytes],
     directory: bytes | None,
@@ -104,7 +104,7 @@ def test_a_command_has_the_ports_that_it_needs() -> None:
         Run("c", "s", [b"a"] * 32768),
     ],
 )
-def test_what_cannot_be_passed_on_is_refused(command: Run) -> None:
+def test_commands_that_cannot_be_sent_are_refused(command: Run) -> None:
     with pytest.raises(UsageError):
         protocol.run(command)
 
@@ -142,7 +142,7 @@ STATUS = {
 }
 
 
-def test_what_the_agent_sends_is_understood() -> None:
+def test_the_agents_messages_are_parsed() -> None:
     assert protocol.control_reader().feed(b"".join(CONTROL)) == list(CONTROL.values())
     assert protocol.status_reader().feed(b"".join(STATUS)) == list(STATUS.values())
 
@@ -169,7 +169,7 @@ def test_what_the_agent_sends_is_understood() -> None:
         b"\0",
     ],
 )
-def test_what_is_no_message_is_malformed(line: bytes) -> None:
+def test_invalid_messages_are_malformed(line: bytes) -> None:
     assert protocol.status_reader().feed(line + b"\nstarted 1 ;\n") == [Malformed(line), Started(1)]
 
 

@@ -68,7 +68,7 @@ def test_the_fields_of_a_configuration_are_taken_as_they_are() -> None:
     assert vmspawn.Machine(**options).config == config
 
 
-def test_keyword_arguments_take_what_the_command_line_and_python_have() -> None:
+def test_keyword_arguments_accept_the_forms_of_python_and_of_the_command_line() -> None:
     machine = vmspawn.Machine(
         image=Path("/images/disk.raw"),
         ram="512M",
@@ -106,7 +106,7 @@ def test_a_wrong_value_is_refused_by_its_field() -> None:
         vmspawn.Machine(guest="builtin", machine_type="i440fx")  # type: ignore[arg-type]
 
 
-def test_what_pytest_shows_of_a_value_is_short() -> None:
+def test_values_have_a_short_repr() -> None:
     assert repr(vmspawn.Disk("a.raw", bus="nvme")) == "Disk(path='a.raw', bus='nvme')"
     assert repr(vmspawn.Limits(iops=5)) == "Limits(iops=5)"
     assert repr(vmspawn.MachineConfig(guest="builtin", ram=1)) == "MachineConfig(guest='builtin', ram=1)"

@@ -19,7 +19,7 @@ def console(*shown: bytes) -> Console:
     return made
 
 
-async def test_it_finds_what_was_shown_before_the_call_and_passes_over_it() -> None:
+async def test_it_finds_earlier_output_and_consumes_it() -> None:
     shown = console(b"Booting\r\nbox login: ")
     found = await shown.expect(r"(\w+) login: ")
     assert (found[1], shown.before) == ("box", "Booting\n")
@@ -29,7 +29,7 @@ async def test_it_finds_what_was_shown_before_the_call_and_passes_over_it() -> N
     assert shown.text == "Booting\nbox login: root\nbox login: "
 
 
-async def test_it_waits_for_what_comes_in_pieces() -> None:
+async def test_it_waits_for_output_in_pieces() -> None:
     shown = console()
     waiting = asyncio.create_task(shown.expect(re.compile("^done$", re.MULTILINE)))
     for piece in (b"do", b"ne", b"\r", b"\n"):
@@ -59,7 +59,7 @@ async def test_the_end_is_an_error_of_its_own() -> None:
     assert (await shown.expect("panic"))[0] == "panic"
 
 
-async def test_what_is_kept_is_bounded() -> None:
+async def test_the_kept_output_is_bounded() -> None:
     shown = console(b"begin\n")
     await shown.expect("begin\n")
     for _ in range(TEXT_MAX // 65536 + 1):

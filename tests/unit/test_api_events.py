@@ -22,7 +22,7 @@ def record_of(*names: str) -> tuple[Record, Events[MachineEvents]]:
     return record, Events(record, stream)
 
 
-async def test_only_what_comes_later_counts_unless_asked() -> None:
+async def test_only_later_events_count_by_default() -> None:
     record, events = record_of("STOP", "RESUME")
     waiting = asyncio.create_task(events.wait("STOP"))
     await asyncio.sleep(0)
@@ -63,7 +63,7 @@ async def test_a_timeout_and_the_end_show_the_last_events() -> None:
     assert (await events.wait("MachineEnded", since=0)).data == End.terminated()._asdict()
 
 
-async def test_an_event_that_is_forgotten_is_missed_aloud() -> None:
+async def test_a_discarded_event_raises_an_error() -> None:
     record, events = record_of()
     for _ in range(REMEMBERED_MAX + 1):
         record.put(Event("A", None))

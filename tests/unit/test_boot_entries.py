@@ -49,7 +49,7 @@ def test_distributions_kernels_are_found_without_an_entry(tmp_path: Path) -> Non
     assert find(str(tmp_path)) == Entry(kernel, (initrd,))
 
 
-def test_a_directory_without_a_kernel_is_told_what_it_lacks(tmp_path: Path) -> None:
+def test_a_directory_without_a_kernel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="has no kernel") as caught:
         find(str(tmp_path))
     assert "name a kernel with linux=" in caught.value.hint

@@ -54,7 +54,7 @@ def test_it_knows_every_option(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if "vmspawn" in path])
-def test_it_leaves_out_what_the_help_leaves_out(path: str) -> None:
+def test_it_omits_the_options_that_the_help_omits(path: str) -> None:
     known = set(re.findall(r"(?:--|-l )([a-z][a-z0-9-]*)", SCRIPTS[path]))
     assert not {name.removeprefix("--") for name in hidden_options(vmspawn_command.build_parser())} & known
 

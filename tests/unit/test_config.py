@@ -56,7 +56,7 @@ def test_sizes(text: str, size: int) -> None:
         "9" * 9999,
     ],
 )
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(UsageError, match=r"--ram=.* is not a size"):
         parse_size(text, option="--ram=")
 
@@ -72,7 +72,7 @@ def test_what_is_no_size(text: str) -> None:
         ({"guest": "builtin", "name": "mine"}, "mine"),
     ],
 )
-def test_a_machine_is_named_after_what_boots(options: dict[str, Any], name: str) -> None:
+def test_a_machine_is_named_after_its_boot_source(options: dict[str, Any], name: str) -> None:
     assert check(MachineConfig(**options)).name == name
 
 

@@ -50,7 +50,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["novalue", ":x", "a/b:x", "..:x", "ü:x", "n" * 256 + ":x", r"a:\q", "a:\\"])
-def test_what_is_no_credential(text: str) -> None:
+def test_invalid_credentials(text: str) -> None:
     with refused("--set-credential="):
         parse_set(text)
 
@@ -120,7 +120,7 @@ def owned() -> Iterator[Owned]:
         yield Owned(ExitStack(), lent)
 
 
-def test_what_has_no_room_in_the_table_goes_by_fw_cfg(owned: Owned) -> None:
+def test_credentials_without_room_in_the_table_go_by_fw_cfg(owned: Owned) -> None:
     extras = smbios.extras((), (("small", b"x"), ("large", bytes(smbios.TOTAL_MAX))), owned)
     by_fw_cfg = [each for each in extras.arguments if each.startswith("name=")]
     assert [each.partition(",")[0] for each in by_fw_cfg] == ["name=opt/io.systemd.credentials/large"]
@@ -134,7 +134,7 @@ def test_strings_that_would_be_lost_are_refused(owned: Owned) -> None:
         smbios.extras([bytes(smbios.TOTAL_MAX + 1)], (), owned)
 
 
-def test_what_others_could_read_is_not_on_the_command_line(owned: Owned) -> None:
+def test_secrets_are_not_on_the_command_line(owned: Owned) -> None:
     extras = smbios.extras([b"secret"], (), owned)
     assert not any("secret" in each for each in extras.arguments)
     fd = extras.descriptors[0]

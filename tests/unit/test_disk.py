@@ -49,7 +49,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         backings.open_disk(str(tmp_path / "none"), read_only=False)
 
 
-def test_a_directory_is_no_disk(tmp_path: Path) -> None:
+def test_a_directory_is_not_a_disk(tmp_path: Path) -> None:
     for read_only in (True, False):
         with pytest.raises(BadConfig, match="is a directory"):
             backings.open_disk(str(tmp_path), read_only=read_only)
@@ -91,7 +91,7 @@ def test_a_pipe_and_a_socket_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("flags", "writable"), [(os.O_RDONLY, False), (os.O_RDWR, True)])
-def test_the_descriptor_says_whether_the_disk_is_writable(tmp_path: Path, flags: int, writable: bool) -> None:
+def test_the_descriptor_decides_whether_the_disk_is_writable(tmp_path: Path, flags: int, writable: bool) -> None:
     backing = backings.inspect(os.open(make_raw(tmp_path / "disk", 12345), flags))
     assert (backing.writable, backing.size, backing.block) == (writable, 12345, False)
     backing.close()
@@ -128,7 +128,7 @@ def test_no_format_means_raw_but_never_for_an_image_that_looks_like_qcow2(tmp_pa
     qcow2.close()
 
 
-def test_what_is_said_to_be_qcow2_must_be(tmp_path: Path) -> None:
+def test_a_specified_format_must_be_the_images(tmp_path: Path) -> None:
     raw = backings.open_disk(str(make_raw(tmp_path / "raw")), read_only=True)
     with pytest.raises(BadConfig, match="is not in qcow2 format"):
         formats.choose_format(raw, "qcow2", what="raw")

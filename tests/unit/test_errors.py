@@ -50,12 +50,12 @@ def test_text_of_others_is_never_a_template(text: str) -> None:
         assert UsageError.with_fields("{text}", text=each).spelled(VMSPAWN) == (each, "")
 
 
-def test_a_value_that_was_not_passed_is_a_mistake_of_ours() -> None:
+def test_a_template_without_its_value_is_a_programming_error() -> None:
     with pytest.raises(KeyError, match="text"):
         UsageError.with_fields("{text}")
 
 
-def test_what_failed_stands_before_why_and_the_class_stays() -> None:
+def test_a_prefix_names_the_failed_operation_and_keeps_the_class() -> None:
     error: VmspawnError
     for error in (UsageError("bad"), SystemFailure("bad", EIO), QmpError("x", "GenericError", "bad")):
         before = str(error)

@@ -53,7 +53,7 @@ def wanted(sources: str, destination: Destination) -> list[File]:
     return extras.wanted_files(sources, destination, "/opt/bin/vmspawn")
 
 
-def test_installed_files_are_where_the_programs_look_and_removal_leaves_what_was_there(
+def test_files_are_installed_where_programs_look_and_removal_leaves_other_files(
     sources: str, destination: Destination, share: Path
 ) -> None:
     before = contents(share)
@@ -90,7 +90,7 @@ def test_it_can_be_installed_again_with_other_files_in_the_place_of_the_old(
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "folder"])
-def test_a_file_of_somebody_else_is_not_overwritten_and_nothing_is_installed(
+def test_another_users_file_is_not_overwritten_and_nothing_is_installed(
     sources: str, destination: Destination, share: Path, kind: str
 ) -> None:
     place = share / "man/man1/vmctl.1"
@@ -131,7 +131,7 @@ def test_a_folder_that_others_use_since_stays(sources: str, destination: Destina
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_what_the_system_refuses_leaves_all_as_it_was(
+def test_an_error_of_the_system_leaves_all_as_it_was(
     sources: str, destination: Destination, share: Path, again: bool
 ) -> None:
     if again:

@@ -84,7 +84,7 @@ def test_features_are_required_and_excluded(folders: tuple[Path, Path]) -> None:
     assert selected(FirmwareWish(include=("intel-tdx",))) is None
 
 
-def test_what_is_no_uefi_or_for_another_machine_is_passed_over(folders: tuple[Path, Path]) -> None:
+def test_descriptors_without_uefi_or_for_other_machines_are_skipped(folders: tuple[Path, Path]) -> None:
     _, system = folders
     descriptor(system / "10-bios.json", interface="bios")
     descriptor(system / "20-arm.json", targets=[{"architecture": "aarch64", "machines": ["virt-*"]}])
@@ -188,7 +188,7 @@ def test_a_kernel_that_qemu_can_start_goes_through_uefi_only_by_a_wish(
     assert uefi.choose(parse(["--image=/x"])[0], "x86_64", print) is not None
 
 
-def test_what_only_uefi_passes_to_a_guest_is_a_wish_for_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_options_that_need_uefi_choose_uefi(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """A machine of type virt has SMBIOS with UEFI only."""
     targets = [{"architecture": "aarch64", "machines": ["virt-*"]}]
     descriptor(folders[1] / "50-a.json", targets=targets)

@@ -33,7 +33,7 @@ def named_by(path: Path, image_format: str) -> list[OtherFile]:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_format_is_taken_when_it_is_said_and_never_guessed(tmp_path: Path, image_format: str) -> None:
+def test_a_format_is_specified_and_never_guessed(tmp_path: Path, image_format: str) -> None:
     with backing_of(make(tmp_path / "image", image_format)) as backing:
         assert choose_format(backing, image_format, what="image") == image_format
         if image_format == "raw":
@@ -97,20 +97,22 @@ def test_every_format_is_checked_for_other_files() -> None:
         ("vhdx", ("-o", "subformat=fixed")),
     ],
 )
-def test_images_that_stand_alone_are_taken(tmp_path: Path, image_format: str, options: tuple[str, ...]) -> None:
+def test_images_that_name_no_other_file_are_accepted(
+    tmp_path: Path, image_format: str, options: tuple[str, ...]
+) -> None:
     path = make(tmp_path / "image", image_format, *options)
     assert named_by(path, image_format) == []
     with backing_of(path) as backing:
         assert choose_format(backing, image_format, what="image") == image_format
 
 
-def test_a_renamed_image_stands_alone(tmp_path: Path) -> None:
+def test_a_renamed_image_names_no_other_file(tmp_path: Path) -> None:
     """A VMDK names its extent, which is itself, by its first name."""
     assert named_by(make(tmp_path / "image", "vmdk").rename(tmp_path / "other"), "vmdk") == []
 
 
 @pytest.mark.parametrize("maker", UNCHECKABLE)
-def test_what_cannot_be_checked_is_refused(tmp_path: Path, maker: Callable[[Path], Path]) -> None:
+def test_an_image_that_cannot_be_checked_is_refused(tmp_path: Path, maker: Callable[[Path], Path]) -> None:
     with (
         backing_of(maker(tmp_path)) as backing,
         pytest.raises(BadConfig, match="cannot tell whether image needs other files: it") as caught,
@@ -131,7 +133,7 @@ def test_a_name_in_an_image_does_nothing_to_a_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", CONTAINERS)
-def test_an_image_whose_format_nobody_named_is_refused_by_its_name(tmp_path: Path, content: str) -> None:
+def test_an_image_without_a_specified_format_is_refused(tmp_path: Path, content: str) -> None:
     image_format = content.partition(" ")[0]
     with backing_of(CONTAINERS[content](tmp_path)) as backing:
         with pytest.raises(BadConfig, match=f"image looks like {image_format}, but no format was specified") as caught:

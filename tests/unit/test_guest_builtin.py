@@ -88,7 +88,7 @@ def test_a_changed_script_is_another_guest(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("ingredients")
-def test_what_was_built_is_found(cache: Path) -> None:
+def test_a_built_guest_is_found(cache: Path) -> None:
     phrases: list[str] = []
     guest = build.build(progress=phrases.append)
     assert guest == builtin.find()
@@ -155,7 +155,7 @@ def test_an_unknown_architecture_is_refused() -> None:
     assert caught.value.hint == "there is one for x86_64 and aarch64"
 
 
-def test_a_cache_that_cannot_be_written_is_said_so(cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(cache: Path) -> None:
     cache.parent.write_text("a file in its place")
     with pytest.raises(GuestError, match=r"cannot build the guest in .*: Not a directory") as caught:
         build.build()
@@ -177,7 +177,7 @@ def test_finds_a_kernel_where_distributions_install_it(tmp_path: Path, base: str
     assert kernel.kernel_at(root, "1.0", "x86_64").image == root / base / "1.0/vmlinuz"
 
 
-def test_says_why_a_kernel_will_not_do(tmp_path: Path) -> None:
+def test_reports_the_reason_why_a_kernel_is_unusable(tmp_path: Path) -> None:
     root = make_root(tmp_path, builtin_modules=())
     with pytest.raises(GuestError, match=r"the kernel 1\.0 lacks nvme$"):
         kernel.kernel_at(root, "1.0", "x86_64")

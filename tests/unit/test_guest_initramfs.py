@@ -61,7 +61,7 @@ def test_writes_all_kinds_of_files() -> None:
     ]
 
 
-def test_a_directory_comes_once_and_before_what_is_in_it() -> None:
+def test_a_directory_comes_once_and_before_its_files() -> None:
     def write(archive: Initramfs) -> None:
         archive.add_file("lib/modules/one", b"")
         archive.add_directory("lib")

@@ -34,29 +34,29 @@ def make_modules(directory: Path, depends: dict[str, str], builtin: tuple[str, .
     return Modules(directory)
 
 
-def test_reads_what_a_module_says_of_itself() -> None:
+def test_reads_a_modules_information() -> None:
     content = elf_module("license=GPL", "alias=pci:a", "alias=pci:b", "depends=", "no equals sign")
     assert modinfo(content) == {"license": ["GPL"], "alias": ["pci:a", "pci:b"], "depends": [""]}
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF\x01\x01" + bytes(100), b"#!/bin/sh\n"])
-def test_refuses_what_is_no_module(content: bytes) -> None:
+def test_refuses_files_that_are_not_modules(content: bytes) -> None:
     with pytest.raises(GuestError, match="not a 64-bit"):
         modinfo(content)
 
 
-def test_loads_what_a_module_needs_before_it(tmp_path: Path) -> None:
+def test_loads_a_modules_dependencies_before_it(tmp_path: Path) -> None:
     modules = make_modules(tmp_path, {"top": "left,right", "left": "base", "right": "base", "base": "", "other": ""})
     assert list(modules.load(["top"])) == ["base", "left", "right", "top"]
 
 
-def test_does_not_load_what_is_built_in_or_missing(tmp_path: Path) -> None:
+def test_does_not_load_built_in_or_missing_modules(tmp_path: Path) -> None:
     modules = make_modules(tmp_path, {"virtio-blk": "virtio"}, builtin=("virtio", "nvme-core"))
     assert list(modules.load(["nvme_core", "nonesuch", "virtio_blk"])) == ["virtio_blk"]
     assert modules.missing(["nvme_core", "nonesuch", "virtio_blk"]) == ["nonesuch"]
 
 
-def test_modules_dep_lists_what_to_load_first_at_the_end(tmp_path: Path) -> None:
+def test_modules_dep_lists_the_first_dependency_last(tmp_path: Path) -> None:
     modules = make_modules(tmp_path, {"top": "middle", "middle": "base", "base": ""}).load(["top"])
     assert modules_dep(modules) == "base.ko:\nmiddle.ko: base.ko\ntop.ko: middle.ko base.ko\n"
 
@@ -85,7 +85,7 @@ def test_decompresses_modules(tmp_path: Path, suffix: str, compress: Callable[[b
     assert Modules(tmp_path).load(["small"])["small"].content == content
 
 
-def test_says_what_to_install_where_zstd_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hints_at_the_package_if_zstd_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kernel").mkdir()
     (tmp_path / "kernel/small.ko.zst").write_bytes(b"")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -69,7 +69,7 @@ def test_the_second_is_counted_back_from_the_last_key() -> None:
 
 
 @pytest.mark.parametrize("typed", [E, E + b"x", E + E + b"x", E + b"p", E + b"r", b"p", E + E, E + E + b"P", E + b"xp"])
-def test_what_is_no_sequence_reaches_the_guest_unchanged(typed: bytes) -> None:
+def test_other_input_reaches_the_guest_unchanged(typed: bytes) -> None:
     hotkeys = Hotkeys()
     assert joined([*hotkeys.feed(typed, 0.0), hotkeys.expire(WINDOW)]) == [typed]
 

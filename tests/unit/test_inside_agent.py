@@ -112,7 +112,7 @@ async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
     assert await waiting
 
 
-async def test_what_is_no_message_changes_nothing(far: Far) -> None:
+async def test_invalid_messages_change_nothing(far: Far) -> None:
     await far.session()
     await far.send("x" * 100_000 + "\npong nobody ;\nready\n\0\xff\nlost a-1 ;\n")
     async with asyncio.timeout(20):

@@ -133,7 +133,7 @@ _MECHANISM = {"hotplug", "qmp", "host", "aio", "log", "errors", "text"}
 
 
 @pytest.mark.parametrize("pattern", ["hotplug/*.py", "inside/ports.py"])
-def test_hotplug_does_not_know_what_a_disk_is(pattern: str) -> None:
+def test_hotplug_is_independent_of_disks(pattern: str) -> None:
     files = sorted(PACKAGE.glob(pattern))
     assert files
     for path in files:
@@ -170,7 +170,7 @@ def late_imports(path: Path, modules: set[str]) -> set[str]:
     return {found for function in functions for found in imported_in(function, name, modules)}
 
 
-def test_what_is_imported_late_is_loaded_before_a_machine_is_ready() -> None:
+def test_late_imports_are_loaded_before_a_machine_is_ready() -> None:
     """The package may be uninstalled while a machine runs."""
     modules = set(modules_of(PACKAGE))
     late = {
@@ -184,7 +184,7 @@ def test_what_is_imported_late_is_loaded_before_a_machine_is_ready() -> None:
 
 
 @pytest.mark.parametrize("module", ["vmspawn.cli.spawn.main", "vmspawn.cli.ctl.main"])
-def test_the_commands_load_nothing_that_they_can_do_without(module: str) -> None:
+def test_the_commands_load_no_unneeded_module(module: str) -> None:
     script = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     loaded = set(done.stdout.split())

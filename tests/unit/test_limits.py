@@ -11,7 +11,7 @@ from vmspawn.storage.limits import LIMIT_MAX, NO_LIMITS, Limits, check_limits
 RATES = st.integers(0, LIMIT_MAX)
 
 
-def test_no_limits_are_none_and_reset_all_that_there_were() -> None:
+def test_no_limits_reset_all_former_limits() -> None:
     assert not NO_LIMITS.any
     assert set(NO_LIMITS.to_qemu().values()) == {0}
     # There are six rates and their bursts (qapi/block-core.json, ThrottleLimits).
@@ -40,7 +40,7 @@ def test_a_total_excludes_its_parts(total: int, read: int, write: int) -> None:
     "limits",
     [Limits(bps=-1), Limits(iops_read=LIMIT_MAX + 1), Limits(burst=0), Limits(burst=1e4), Limits(burst=float("nan"))],
 )
-def test_what_is_out_of_range_is_refused(limits: Limits) -> None:
+def test_limits_out_of_range_are_refused(limits: Limits) -> None:
     with pytest.raises(BadConfig, match="out of range"):
         check_limits(limits)
 

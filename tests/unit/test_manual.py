@@ -41,7 +41,7 @@ def test_every_verb_is_in_the_man_page() -> None:
     assert all(f".B {verb} " in text or f".B {verb}\n" in text for verb in man._subparsers(vmctl.build_parser()))
 
 
-def test_nothing_is_said_of_an_option_that_is_not_there() -> None:
+def test_no_missing_option_is_documented() -> None:
     assert set(man.details()) <= visible_options(vmspawn_command.build_parser())
 
 
@@ -58,7 +58,7 @@ def test_groff_has_no_complaint(name: str) -> None:
     assert done.stderr == ""
 
 
-def test_the_table_has_each_option_of_ours_that_is_systemd_vmspawns() -> None:
+def test_the_table_has_each_option_shared_with_systemd_vmspawn() -> None:
     rows = re.findall(
         r"^\| `(?:-\w, )?(--[\w-]+)[^|]*\| (same|differs|not yet|accepted)\b.*\| (.+) \|$",
         COMPATIBILITY.read_text(),

@@ -18,7 +18,7 @@ from vmspawn.host.notify import Notifier
         (None, None, 0.0),
     ],
 )
-def test_a_watchdog_is_heeded_if_it_is_us_who_are_watched(
+def test_a_watchdog_counts_only_for_the_watched_process(
     monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: str | None, seconds: float
 ) -> None:
     for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", pid)):

@@ -157,7 +157,7 @@ def test_help_for_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("usage: vmctl attach-disk MACHINE [PATH] [OPTION…]")
 
 
-def test_help_leaves_out_what_is_not_supported() -> None:
+def test_help_omits_unsupported_options() -> None:
     text = vmspawn_command.build_parser().format_help()
     assert "--tpm" not in text
     assert "vmspawn(1) lists the options" in text

@@ -90,7 +90,7 @@ def test_mbr(tmp_path: Path) -> None:
 
 @needs_sfdisk
 @pytest.mark.parametrize("lines", [[f"type={ESP}"], [f"type={LINUX}", f"type={LINUX}"]])
-def test_where_no_partition_can_only_be_the_root_the_user_must_say_it(tmp_path: Path, lines: list[str]) -> None:
+def test_without_exactly_one_possible_root_the_user_must_name_it(tmp_path: Path, lines: list[str]) -> None:
     with pytest.raises(StartError, match="cannot choose the root") as caught:
         root_of(partitioned(tmp_path / "image", *lines))
     assert "root=" in caught.value.hint
@@ -113,7 +113,7 @@ def test_qcow2(tmp_path: Path, options: list[str]) -> None:
     assert root_of(image, qcow2_image=True) == f"root=PARTUUID={UUIDS[0]}"
 
 
-def test_an_empty_image_is_what_qemu_img_takes_it_for(tmp_path: Path) -> None:
+def test_qemu_img_reads_an_empty_overlay_as_zeroes(tmp_path: Path) -> None:
     overlay, empty = tmp_path / "overlay", tmp_path / "empty"
     fd = os.open(overlay, os.O_RDWR | os.O_CREAT)
     qcow2.write_empty(fd, 5 << 30)

@@ -20,7 +20,7 @@ def test_a_pool_hands_out_each_place_once() -> None:
     assert {pool.take() for _ in range(3)} == set(pool.places)
 
 
-def test_an_empty_pool_says_how_many_there_are_and_what_to_do() -> None:
+def test_the_error_of_an_empty_pool_has_the_number_of_places_and_a_hint() -> None:
     pool = pool_of(1)
     pool.take()
     with pytest.raises(NoFreePort, match="all 1 are in use") as caught:
@@ -110,7 +110,7 @@ def test_a_name_gets_the_same_namespace_each_time() -> None:
     assert found.free == places.NAMESPACES - 2
 
 
-def test_a_machine_without_namespaces_says_so() -> None:
+def test_a_machine_without_namespaces_reports_it() -> None:
     with pytest.raises(NoFreePort, match="no free NVMe namespace: this machine has none"):
         layout("q35", None).namespaces.take_for("data")
 

@@ -25,7 +25,7 @@ def test_the_users_kernel_arguments_are_the_last() -> None:
     assert by_smbios == ("console=ttyS0", "root=root", "rw", "quiet", "ro")
 
 
-def test_a_kernel_is_not_let_check_the_timer_under_emulation() -> None:
+def test_the_kernels_timer_check_is_disabled_under_emulation() -> None:
     """The check fails on a busy host, and the kernel panics. The user's own arguments follow, and have precedence."""
     config = MachineConfig(linux="/dev/null", kernel_arguments=("quiet",))
     emulated = chosen(config, Kernel("/dev/null", None, ()))

@@ -51,7 +51,7 @@ def error(description: str) -> dict[str, str]:
 # Commands.
 
 
-def test_a_command_is_taken_apart() -> None:
+def test_a_command_is_parsed() -> None:
     taken = command(b'{ "id" : 7, "arguments" : { "a" : [ 1, "x y" ] }, "execute" : "query-status" }')
     assert taken == Command(
         b'{"execute":"query-status","arguments":{"a":[1,"x y"]}', b"query-status", b'{"a":[1,"x y"]}', b"7"
@@ -62,7 +62,7 @@ def test_arguments_without_members_are_not_sent() -> None:
     assert command(b'{"execute":"stop","arguments":{ }}').body == b'{"execute":"stop"'
 
 
-def test_what_is_sent_is_json_once_it_is_closed() -> None:
+def test_a_commands_body_is_json_when_closed() -> None:
     body = command(b"{'execute': 'x', 'arguments': {'it\\'s': '\"'}, 'id': null}").body
     assert json.loads(body + b"}") == {"execute": "x", "arguments": {"it's": '"'}}
 
@@ -94,7 +94,7 @@ def test_a_member_is_known_however_it_is_spelt(key: bytes) -> None:
     assert command(b'{"%b":"stop"}' % key).name == b"stop"
 
 
-def test_only_who_has_enabled_it_may_overtake() -> None:
+def test_only_a_client_with_oob_may_overtake() -> None:
     text = b'{"exec-oob":"migrate-pause","id":1}'
     assert command(text, oob=True) == Command(b'{"exec-oob":"migrate-pause"', b"migrate-pause", b"", b"1", True)
     assert refusal(text) == {"error": error("QMP input member 'exec-oob' is unexpected"), "id": 1}
@@ -110,7 +110,7 @@ def test_only_who_has_enabled_it_may_overtake() -> None:
         (b'{"execute":"x","arguments":{"pad":"%b"}}' % (b"x" * 5000), False),
     ],
 )
-def test_what_qemu_may_find_to_be_no_json_is_marked(text: bytes, doubtful: bool) -> None:
+def test_messages_that_qemu_may_refuse_as_json_are_marked(text: bytes, doubtful: bool) -> None:
     assert command(text).doubtful is doubtful
 
 
@@ -136,7 +136,7 @@ def test_what_qemu_may_find_to_be_no_json_is_marked(text: bytes, doubtful: bool)
         (b'{"id":7,"execute":"stop","exec-oob":"stop"}', "QMP input member 'exec-oob' is unexpected"),
     ],
 )
-def test_what_has_the_wrong_shape_is_refused_with_its_id(text: bytes, description: str) -> None:
+def test_a_message_of_the_wrong_shape_is_refused_with_its_id(text: bytes, description: str) -> None:
     assert refusal(text) == {"error": error(description), "id": 7}
 
 
@@ -156,13 +156,13 @@ def test_a_command_is_an_object(text: bytes) -> None:
 
 
 @pytest.mark.parametrize("where", ["execute", "id"])
-def test_a_string_that_is_no_text_is_a_parse_error_without_id(where: str) -> None:
+def test_an_invalid_string_is_a_parse_error_without_id(where: str) -> None:
     members = {"execute": '"x"', "id": "1", where: '"\\ud83d"'}
     text = "{" + ",".join(f'"{key}":{value}' for key, value in members.items()) + "}"
     assert refusal(text.encode()) == {"error": error("JSON parse error, \\ud83d is not a valid Unicode character")}
 
 
-def test_what_is_no_json_keeps_the_words_of_the_scanner() -> None:
+def test_invalid_json_keeps_the_error_of_the_scanner() -> None:
     item = read(Malformed("JSON parse error, expecting value"), oob=True)
     assert isinstance(item, Refusal)
     assert not item.oob
@@ -182,7 +182,7 @@ def test_what_is_no_json_keeps_the_words_of_the_scanner() -> None:
         b' { "execute": "x-query-irq", "id": 0 }\n',
     ],
 )
-def test_what_programs_write_takes_the_short_way(text: bytes) -> None:
+def test_usual_commands_take_the_fast_path(text: bytes) -> None:
     """The programs are qemu.qmp, libvirt and json.dumps. This ensures that the property below is not vacuous."""
     assert USUAL.fullmatch(text)
 
@@ -204,7 +204,7 @@ def test_what_programs_write_takes_the_short_way(text: bytes) -> None:
         b'{"exec-oob":"stop"}',
     ],
 )
-def test_what_needs_a_closer_look_does_not_take_the_short_way(text: bytes) -> None:
+def test_unusual_commands_do_not_take_the_fast_path(text: bytes) -> None:
     assert not USUAL.fullmatch(text)
 
 
@@ -220,7 +220,7 @@ def nearly_usual(draw: st.DrawFn) -> bytes:
 @given(nearly_usual())
 @example(b'{"execute":"x","id":"%"}')
 @example(b'{"execute":"x","id":999999999999999999}')
-def test_the_short_way_leads_to_the_same_command(text: bytes) -> None:
+def test_the_fast_path_leads_to_the_same_command(text: bytes) -> None:
     match = USUAL.fullmatch(text)
     if match is None:
         return

@@ -29,22 +29,22 @@ def registration(*arguments: str) -> Registration:
 
 
 @pytest.mark.parametrize("text", ["yes", "1", "true", "on", "Y", "TRUE"])
-def test_what_systemd_takes_for_yes(text: str) -> None:
+def test_systemds_spellings_of_yes(text: str) -> None:
     assert boolean("--register=", text) == "yes"
 
 
 @pytest.mark.parametrize("text", ["no", "0", "false", "off", "n"])
-def test_what_systemd_takes_for_no(text: str) -> None:
+def test_systemds_spellings_of_no(text: str) -> None:
     assert boolean("--register=", text) == "no"
 
 
 @pytest.mark.parametrize("text", ["", "maybe", "auto", "2"])
-def test_what_is_no_boolean(text: str) -> None:
+def test_invalid_booleans(text: str) -> None:
     with pytest.raises(UsageError, match="neither yes nor no"):
         boolean("--keep=", text)
 
 
-def test_a_machine_is_registered_if_it_can_be_unless_it_is_said() -> None:
+def test_a_machine_is_registered_by_default_if_possible() -> None:
     assert registration() == Registration()
     assert registration().mode == "auto"
     assert registration("--register=off").mode == "no"

@@ -64,7 +64,7 @@ def test_a_qemu_that_outlived_its_manager_keeps_the_name(name: str) -> None:
     MachineDirectory.create(name).remove()
 
 
-def test_a_symbolic_link_is_no_machine(name: str, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_not_a_machine(name: str, tmp_path: Path) -> None:
     os.makedirs(runtime.runtime_root(), exist_ok=True)
     link = os.path.join(runtime.runtime_root(), name)
     os.symlink(tmp_path, link)

@@ -23,7 +23,7 @@ def test_nothing_shown_needs_no_reset() -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [(b"a\r\n", True), (b"a", False), (b"a\r", False)])
-def test_where_a_line_of_ours_can_begin(text: bytes, expected: bool) -> None:
+def test_positions_for_lines_of_vmspawn(text: bytes, expected: bool) -> None:
     assert shown(text).at_line_start is expected
 
 

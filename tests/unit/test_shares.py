@@ -24,7 +24,7 @@ def test_source_and_target(text: str, share: Share) -> None:
 
 
 @pytest.mark.parametrize("text", ["", ":", "/a:", ":/b", "/a:/b:/c", "/a:b", "/a\\"])
-def test_what_is_no_bind(text: str) -> None:
+def test_invalid_binds(text: str) -> None:
     with pytest.raises(UsageError, match="--bind="):
         parse_share("--bind=", text, read_only=False)
 
@@ -50,7 +50,7 @@ def test_contradictions(arguments: list[str], message: str) -> None:
     assert caught.value.hint
 
 
-def test_each_virtiofsd_is_told_in_its_own_way() -> None:
+def test_each_virtiofsd_gets_its_own_options() -> None:
     old = Virtiofsd("/v", rust=False, read_only=False)
     assert old.command("/a,b", 7, read_only=True) == ["/v", "-f", "--fd=7", "-o", "source=/a,,b,xattr"]
     new = Virtiofsd("/v", rust=True, read_only=True)

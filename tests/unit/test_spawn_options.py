@@ -29,7 +29,7 @@ def test_ram(text: str, size: int, growth: Growth | None, argument: str) -> None
 
 
 @pytest.mark.parametrize("text", ["2G:1G", "1G:1G", "1G:2G:0", "1G:2G:257", "1G:2G:x", "1G:2G:1:1", ":1G", "1G:"])
-def test_what_is_no_ram(text: str) -> None:
+def test_invalid_ram(text: str) -> None:
     with refused("--ram="):
         parse(["--guest=builtin", f"--ram={text}"])
 
@@ -42,12 +42,12 @@ def wishes(*arguments: str) -> list[str]:
     "argument",
     ["--tpm=no", "--vsock=off", "--tpm-state=auto", "--coco=no", "--pass-ssh-key=no", "--notify-ready=0", "--no-pager"],
 )
-def test_going_without_is_accepted(argument: str) -> None:
+def test_values_that_disable_a_feature_are_accepted(argument: str) -> None:
     assert wishes(argument) == []
 
 
 @pytest.mark.parametrize("argument", ["--tpm=auto", "--vsock=auto"])
-def test_auto_goes_without_and_can_say_so(argument: str) -> None:
+def test_auto_disables_a_feature_and_can_report_it(argument: str) -> None:
     (line,) = wishes(argument)
     assert line.startswith(argument)
 
@@ -62,20 +62,20 @@ def test_auto_goes_without_and_can_say_so(argument: str) -> None:
         *("--forward-journal-max-file-size=1M", "--forward-journal-max-files=3", "--ssh-key-type=rsa"),
     ],
 )
-def test_a_firm_wish_is_refused_in_one_line_with_what_to_do(argument: str) -> None:
+def test_an_explicit_wish_is_refused_in_one_line_with_a_hint(argument: str) -> None:
     with pytest.raises(UsageError, match="is not supported yet") as caught:
         wishes(argument)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
 
 
-def test_extra_disks_are_on_the_images_bus_unless_they_say_another() -> None:
+def test_extra_disks_use_the_images_bus_by_default() -> None:
     disks = ("--extra-drive=/a", "--extra-drive=qcow2:/b", "--extra-drive=virtio-blk:/c")
     config, _ = parse(["--image=/x", *disks, "--image-disk-type=nvme"])
     assert [each.bus for each in config.extra_disks] == ["nvme", "nvme", "virtio-blk"]
 
 
-def test_what_an_optical_image_leaves_nothing_to_do_for_is_said() -> None:
+def test_options_without_effect_on_an_optical_image_are_reported() -> None:
     wishes = ("--ephemeral", "--grow-image=1G", "--discard-disk=no")
     optical, _ = parse(["--image=/x", *wishes, "--image-disk-type=scsi-cd"])
     assert [line.split()[0] for line in without_effect(optical)] == ["--ephemeral", "--grow-image=", "--discard-disk="]
@@ -117,7 +117,7 @@ def test_an_empty_path_is_none() -> None:
         (["--bind-ro=/"], "--bind-ro=/ would hide the guest's root"),
     ],
 )
-def test_what_cannot_be_meant(arguments: list[str], message: str) -> None:
+def test_invalid_combinations(arguments: list[str], message: str) -> None:
     with refused(message) as caught:
         parse(["--image=/x", *arguments])
     assert caught.value.hint
@@ -133,7 +133,7 @@ def test_what_cannot_be_meant(arguments: list[str], message: str) -> None:
         (["--image"], "expected one argument"),
     ],
 )
-def test_what_is_no_option_gets_a_hint(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_options_get_a_hint(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse(arguments)
     said = capsys.readouterr().err
@@ -182,7 +182,7 @@ ODD_VALUES = (
     "option",
     [each.option_strings[-1] for each in build_parser()._actions if each.option_strings and each.nargs != 0],
 )
-def test_every_option_takes_a_value_or_says_what_is_wrong(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_accepts_a_value_or_reports_the_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = () if option in ("--image", "--guest", "--directory", "--linux") else ("--guest=builtin",)
     for value in ODD_VALUES:
         said = refusal([*base, f"{option}={value}"], capsys)

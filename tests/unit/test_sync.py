@@ -17,7 +17,7 @@ from vmspawn.api import blocking
 from vmspawn.api.blocking import Blocking, BlockingContext, call, finish
 
 
-def test_it_is_what_the_script_makes() -> None:
+def test_the_module_is_up_to_date() -> None:
     assert make_sync.TARGET.read_text() == make_sync.make(), "run: python tools/make_sync.py"
 
 

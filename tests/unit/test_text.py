@@ -22,7 +22,7 @@ from vmspawn.text import printable, utf8
         (b"half \xe2\x82", r"half \xe2\x82"),
     ],
 )
-def test_what_cannot_be_shown_is_spelt(name: bytes, line: str) -> None:
+def test_unprintable_characters_are_escaped(name: bytes, line: str) -> None:
     assert printable(os.fsdecode(name)) == line
 
 

@@ -72,7 +72,7 @@ def test_qemus_log_ends_at_its_bound_and_begins_again() -> None:
         log.close()
 
 
-def test_the_limit_is_for_what_is_started_meanwhile() -> None:
+def test_the_limit_applies_to_processes_started_meanwhile() -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with bounded():
         assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == (1 << 63) - (1 << 20)
@@ -89,7 +89,7 @@ def test_nothing_is_kept_where_qemu_could_not_be_bounded() -> None:
 
 
 @pytest.mark.usefixtures("as_in_qemu")
-def test_what_does_not_fit_is_said_to_be_missing() -> None:
+def test_lost_output_is_reported() -> None:
     log = ConsoleLog.make()
     assert log is not None
     source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_said_to_be_missing() -> None:
         log.close()
 
 
-def test_that_nothing_was_kept_is_said() -> None:
+def test_a_missing_log_is_reported() -> None:
     source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.write(sink, LINES)
@@ -122,7 +122,7 @@ def test_that_nothing_was_kept_is_said() -> None:
         os.close(sink)
 
 
-def test_a_pipe_that_keeps_what_it_can() -> None:
+def test_a_pipe_keeps_as_much_as_fits() -> None:
     source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.write(sink, LINES)

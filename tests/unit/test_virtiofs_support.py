@@ -56,7 +56,7 @@ WITH = archive("init", "lib/modules/6/fs/fuse/virtiofs.ko.xz", "etc/passwd")
         ("# CONFIG_VIRTIO_FS is not set", "built without"),
     ],
 )
-def test_the_configuration_beside_the_kernel_tells(tmp_path: Path, state: str, said: str) -> None:
+def test_the_configuration_beside_the_kernel_decides(tmp_path: Path, state: str, said: str) -> None:
     linux = make_kernel(tmp_path / "boot")
     (tmp_path / "boot" / f"config-{VERSION}").write_text(f"CONFIG_FUSE_FS=y\n{state}\n")
     found = why_not(str(tmp_path), str(linux), [])
@@ -64,7 +64,7 @@ def test_the_configuration_beside_the_kernel_tells(tmp_path: Path, state: str, s
     assert bool(said) == bool(found)
 
 
-def test_the_configuration_of_a_build_tree_tells(tmp_path: Path) -> None:
+def test_the_configuration_of_a_build_tree_decides(tmp_path: Path) -> None:
     linux = make_kernel(tmp_path / "arch/x86/boot")
     (tmp_path / ".config").write_text("CONFIG_FUSE_FS=y\n")
     assert "built without virtiofs" in why_not("/", str(linux), [])

@@ -21,7 +21,7 @@ from vmspawn.errors import UsageError
         ("fs:a:virtio-scsi:read-only=auto,create-size=1K", "virtio-scsi", {"createSizeBytes": 1024}),
     ],
 )
-def test_what_is_understood(text: str, config: str, parameters: dict[str, Any]) -> None:
+def test_valid_volumes(text: str, config: str, parameters: dict[str, Any]) -> None:
     volume = parse("--bind-volume=", text)
     assert (volume.disk_name, volume.config, volume.parameters) == ("fs:a", config, parameters)
 
@@ -42,7 +42,7 @@ def test_what_is_understood(text: str, config: str, parameters: dict[str, Any]) 
         ("fs:a:ro=perhaps", "neither yes nor no"),
     ],
 )
-def test_what_is_not(text: str, message: str) -> None:
+def test_invalid_volumes(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         parse("--bind-volume=", text)
     assert caught.value.hint
