@@ -34,7 +34,7 @@ COMMAND = "printf 'be''gin>'; head -c {} /dev/zero | od -v -tx1 | head -c {}; pr
 class Console:
     """A program that shows the guest's console on two pipes.
 
-    The program has a session of its own, as vmspawn gives one to QEMU: the kernel shares the processors among sessions.
+    The program runs in its own session, like QEMU under vmspawn, because the kernel divides processor time by sessions.
     """
 
     def __init__(self, command: list[str]) -> None:

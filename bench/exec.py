@@ -36,7 +36,7 @@ def show(what: str, times: list[float]) -> float:
 
 
 async def one(machine: vmspawn.Machine, *, pause: float) -> list[float]:
-    """Return the times of `true`."""
+    """Return the durations of `true` in the guest."""
     times = []
     for _ in range(ROUNDS):
         await asyncio.sleep(pause)

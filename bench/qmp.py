@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
-#: The number of round trips of each of the two, and the number of each turn.
+#: The number of round trips that are measured on each side, and the number before the other side's turn.
 ROUNDS = 1500
 BLOCK = 50
 #: The number of commands in one measurement of throughput.

@@ -131,7 +131,7 @@ class Pool:
             self._free.remove(place)
 
     def note_occupied(self, occupied: Collection[Place]) -> None:
-        """Update the pool from the places that QEMU's devices occupy. A free place that is occupied is a client's."""
+        """Update the pool from QEMU's devices: an occupied place that is free in the pool has a client's device."""
         for place in self._foreign.difference(occupied):
             self._foreign.remove(place)
             self.release(place)

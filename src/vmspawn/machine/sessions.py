@@ -92,7 +92,7 @@ class Sessions:
         self._journal.write()
 
     async def close_what_was_left(self) -> None:
-        """Close the descriptors that sessions of another manager passed to QEMU and nothing adopted."""
+        """Close the descriptors that sessions of another manager passed to QEMU and nothing took over."""
         if not self._before.served:
             return
         multiplexer = await self.multiplexer()

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 from ..errors import BadConfig
 from ..text import short_repr
 
-#: QEMU's own bound (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
+#: QEMU's limit (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
 LIMIT_MAX = 10**15
 
 #: The largest `burst`; a larger factor would be no limit in practice.
