@@ -51,12 +51,12 @@ class Machine:
         self.process = subprocess.Popen(command)
 
     def qemu_spawned(self) -> float:
-        """Return the time at which the manager has a child."""
+        """Return the seconds until the manager has a child."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return poll(lambda: bool(children.read_text())) - self.start
 
     def answered(self) -> float:
-        """Return the time at which the control socket has answered a call."""
+        """Return the seconds until the control socket has answered a call."""
         return poll(self._describe) - self.start
 
     def _describe(self) -> bool:

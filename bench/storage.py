@@ -177,7 +177,7 @@ def monitor(folder: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def side(folder: Path, name: str) -> Iterator[tuple[Raw, Console]]:
-    """Return the raw client and the console of a machine whose guest is up."""
+    """Yield the raw client and the console of a machine whose guest is up."""
     console = Console(name)
     with console.socket:
         console.wait_for(READY)

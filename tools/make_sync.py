@@ -71,7 +71,7 @@ class Kind:
 
     @property
     def blocking(self) -> str:
-        """Return the annotation of the wrapper's method."""
+        """The annotation of the wrapper's method."""
         name = f"Iterator[{self.inner}]" if self.is_iterator else self.inner
         return f"AbstractContextManager[{name}]" if self.is_context else name
 

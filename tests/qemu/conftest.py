@@ -28,7 +28,7 @@ def both(qemu: str, kind: Kind) -> Iterator[tuple[Machine, Server]]:
 
 @pytest.fixture(params=["native", "session"])
 def side(request: pytest.FixtureRequest, both: tuple[Machine, Server]) -> Iterator[Side]:
-    """Return a side to test: QEMU itself, or a session of the same QEMU. A fact must hold for both."""
+    """Yield a side to test: QEMU itself, or a session of the same QEMU. A fact must hold for both."""
     with Side(request.param, *both) as opened:
         yield opened
 

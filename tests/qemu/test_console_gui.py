@@ -24,7 +24,7 @@ def test_gui_without_a_display_is_refused(options: tuple[str, ...], monkeypatch:
 
 @pytest.fixture
 def windowed(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Return a QEMU that shows its windows on a Broadway of the test: vmspawn passes on no variables of GTK."""
+    """Yield a QEMU that shows its windows on a Broadway of the test: vmspawn passes on no variables of GTK."""
     broadway = shutil.which("broadwayd")
     displays = subprocess.run([qemu, "-display", "help"], capture_output=True, text=True, check=False).stdout
     if broadway is None or "gtk" not in displays.split():

@@ -103,7 +103,7 @@ async def test_an_io_thread_comes_and_goes_with_its_disk(machine: Machine, tmp_p
         (Disk("image", boot_index=-2), "boot index of -2"),
     ],
 )
-async def test_options_that_cannot_be(machine: Machine, tmp_path: Path, disk: Disk, message: str) -> None:
+async def test_invalid_options(machine: Machine, tmp_path: Path, disk: Disk, message: str) -> None:
     make_raw(tmp_path / "image", MIB)
     with pytest.raises(BadConfig, match=message):
         await machine.attach(disk._replace(path=str(tmp_path / disk.path)))
@@ -131,7 +131,7 @@ async def test_statistics_are_those_of_the_disk(machine: Machine, tmp_path: Path
         await machine.detach(bus)
 
 
-async def test_a_controller_that_goes_is_plugged_in_again(machine: Machine, tmp_path: Path) -> None:
+async def test_a_removed_threaded_controller_is_plugged_in_again(machine: Machine, tmp_path: Path) -> None:
     """However the controller with an I/O thread is removed, its port is free, and the next disk plugs in another."""
     free = machine.storage.ports_free
     for name in ("one", "two"):

@@ -24,7 +24,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> str:
-    """Extras as in the wheel, one of each kind."""
+    """Make extras as in the wheel, one of each kind."""
     folder = tmp_path / "sources"
     for name in ("man/vmctl.1", "bash-completion/vmctl", "zsh/_vmctl", "fish/vmctl.fish"):
         (folder / name).parent.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_it_can_be_installed_again_with_other_files_in_the_place_of_the_old(
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "folder"])
-def test_another_users_file_is_not_overwritten_and_nothing_is_installed(
+def test_a_foreign_file_is_not_overwritten_and_nothing_is_installed(
     sources: str, destination: Destination, share: Path, kind: str
 ) -> None:
     place = share / "man/man1/vmctl.1"

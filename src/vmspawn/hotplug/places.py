@@ -145,7 +145,7 @@ class Pool:
         return place in self._foreign
 
     def release(self, place: Place) -> None:
-        """Return a place to the pool. Returning it twice is harmless."""
+        """Give a place back to the pool. Giving it back twice is harmless."""
         if place in self.places and place not in self._free:
             self._free.append(place)
             if self.on_unused is not None and self.is_unused:
