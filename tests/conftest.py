@@ -51,6 +51,20 @@ def runtime_directory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def snapshot_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for snapshots that belongs to this test run."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    folder.chmod(0o700)
+    before = os.environ.get("VMSPAWN_SNAPSHOT_DIR")
+    os.environ["VMSPAWN_SNAPSHOT_DIR"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["VMSPAWN_SNAPSHOT_DIR"]
+    else:
+        os.environ["VMSPAWN_SNAPSHOT_DIR"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_uefi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Hide the host's UEFI firmware with empty descriptors, because UEFI takes long to give up on an empty disk."""
     home = tmp_path_factory.mktemp("config")

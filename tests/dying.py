@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from tests.machines import Machine
 from vmspawn import Disk
 from vmspawn.host.runtime import MachineDirectory
+from vmspawn.qmp.monitor import Monitor
 from vmspawn.storage.limits import Limits
 
 
@@ -56,14 +58,23 @@ async def eject(machine: Machine) -> None:
     await machine.eject_media("disk")
 
 
+async def snapshot(machine: Machine, name: str) -> None:
+    await machine.snapshot(name)
+
+
 OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
     function.__name__: function
-    for function in (attach, attach_empty, attach_threaded, detach, force, replace, limit, insert, eject)
+    for function in (
+        *(attach, attach_empty, attach_threaded, detach, force, replace, limit, insert, eject),
+        snapshot,
+    )
 }
 
 
 def die_at(count: int, when: str) -> None:
-    """Die at the write with that number from now on, before or after it."""
+    """Die at the write with that number from now on, before or after it; or after that many commands."""
+    if when == "command":
+        return die_behind(count)
     write = MachineDirectory.write
     left = count
 
@@ -77,6 +88,23 @@ def die_at(count: int, when: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     MachineDirectory.write = counted  # type: ignore[method-assign]
+    return None
+
+
+def die_behind(count: int) -> None:
+    """Die once QEMU has answered that many messages of commands."""
+    execute_all = Monitor.execute_all
+    left = count
+
+    async def counted(self: Monitor, *arguments: Any, **options: Any) -> list[Any]:
+        nonlocal left
+        replies = await execute_all(self, *arguments, **options)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replies
+
+    Monitor.execute_all = counted  # type: ignore[method-assign]
 
 
 async def manage(name: str, operation: str, count: int, when: str, arguments: list[str]) -> None:

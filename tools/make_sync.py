@@ -35,6 +35,7 @@ own. Any thread may call; a call that Ctrl-C interrupts is cancelled and cleans 
 #: The wrapped classes: the module in vmspawn.api, the class, and the base of the wrapper.
 CLASSES = [
     ("machine", "Machine", "BlockingMachine"),
+    ("machine", "Snapshot", "Blocking"),
     ("connect", "ConnectedMachine", "Blocking"),
     ("console", "Console", "Blocking"),
     ("events", "Events", "Blocking"),
@@ -50,6 +51,7 @@ HIDDEN = {
 }
 
 WRAPPED = {name for _, name, _ in CLASSES}
+MACHINES = {name for _, name, base in CLASSES if base == "BlockingMachine"}
 
 _CONTEXT = re.compile(r"AbstractAsyncContextManager\[(.*)\]")
 _ITERATOR = re.compile(r"AsyncIterator\[(.*)\]")
@@ -78,6 +80,9 @@ class Kind:
     def wrap(self, value: str) -> str:
         """Return the expression that converts an asynchronous value to a blocking one."""
         convert = "blocking_iterator" if self.is_iterator else self.wrapper
+        if self.wrapper in MACHINES:
+            # The constructor makes a machine of its own.
+            convert = f"{self.wrapper}._around"
         if self.is_context:
             return f"BlockingContext({value}, {convert})"
         return f"{convert}({value})" if convert else value

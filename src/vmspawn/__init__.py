@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .api.execution import Completed as Completed
     from .api.execution import Execution as Execution
     from .api.machine import Machine as Machine
+    from .api.machine import Snapshot as Snapshot
     from .boot.config import MachineConfig as MachineConfig
     from .errors import BadConfig as BadConfig
     from .errors import CommandFailed as CommandFailed
@@ -38,10 +39,14 @@ if TYPE_CHECKING:
     from .errors import GuestError as GuestError
     from .errors import MachineEnded as MachineEnded
     from .errors import NoFreePort as NoFreePort
+    from .errors import NoSuchSnapshot as NoSuchSnapshot
     from .errors import NoSuchStorage as NoSuchStorage
     from .errors import NotConnected as NotConnected
     from .errors import NotSupported as NotSupported
     from .errors import QmpError as QmpError
+    from .errors import SnapshotBlocked as SnapshotBlocked
+    from .errors import SnapshotExists as SnapshotExists
+    from .errors import SnapshotInUse as SnapshotInUse
     from .errors import StartError as StartError
     from .errors import StorageExists as StorageExists
     from .errors import StorageImmutable as StorageImmutable
@@ -62,7 +67,7 @@ _MODULES = {
     "api.control": ("Qmp",),
     "api.events": ("Events",),
     "api.execution": ("Completed", "Execution"),
-    "api.machine": ("Machine",),
+    "api.machine": ("Machine", "Snapshot"),
     "boot.config": ("MachineConfig",),
     "errors": (
         "BadConfig",
@@ -72,10 +77,14 @@ _MODULES = {
         "GuestError",
         "MachineEnded",
         "NoFreePort",
+        "NoSuchSnapshot",
         "NoSuchStorage",
         "NotConnected",
         "NotSupported",
         "QmpError",
+        "SnapshotBlocked",
+        "SnapshotExists",
+        "SnapshotInUse",
         "StartError",
         "StorageExists",
         "StorageImmutable",

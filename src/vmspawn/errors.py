@@ -217,6 +217,22 @@ class NoFreePort(VmspawnError):
     """All ports that the device fits into are in use."""
 
 
+class NoSuchSnapshot(VmspawnError):
+    """There is no snapshot of that name."""
+
+
+class SnapshotExists(VmspawnError):
+    """A snapshot of that name exists already."""
+
+
+class SnapshotInUse(VmspawnError):
+    """Something stands on the snapshot, or the file is a part of it."""
+
+
+class SnapshotBlocked(VmspawnError):
+    """The machine has something that cannot be saved."""
+
+
 class SystemFailure(VmspawnError):
     """A system call failed. `errno` is its error number, as in errno(3)."""
 

@@ -39,7 +39,7 @@ from .storage.disk import Disk
 from .storage.limits import Limits
 from .timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 
-__all__ = ["ConnectedMachine", "Console", "Events", "Machine", "Qmp", "connect"]
+__all__ = ["ConnectedMachine", "Console", "Events", "Machine", "Qmp", "Snapshot", "connect"]
 
 #: pytest leaves our calls out of its tracebacks.
 __tracebackhide__ = True
@@ -135,6 +135,14 @@ class Machine(BlockingMachine[_machine.Machine]):
     def qmp(self, *, read_only: bool = False) -> AbstractContextManager[Qmp]:
         """Open a QMP connection: `with machine.qmp() as qmp: qmp.execute("query-block")`."""
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
+
+    def snapshot(self, name: str = "") -> Snapshot:
+        """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
+
+        What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
+        SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
+        """
+        return Snapshot(self._call(lambda inner: inner.snapshot(name)))
 
     def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""
@@ -258,6 +266,41 @@ class Machine(BlockingMachine[_machine.Machine]):
         return found
 
 
+class Snapshot(Blocking[_machine.Snapshot]):
+    """A snapshot of a machine.
+
+    snapshot = machine.snapshot()
+    with snapshot.fork() as copy:
+        copy.run("reboot -f")
+    """
+
+    @property
+    def name(self) -> str:
+        """The name as MACHINE@NAME."""
+        return self._read(lambda inner: inner.name)
+
+    @property
+    def pause(self) -> float:
+        """How long the guest stood still, in seconds."""
+        return self._read(lambda inner: inner.pause)
+
+    @property
+    def size(self) -> int:
+        """The bytes of the saved state."""
+        return self._read(lambda inner: inner.size)
+
+    def fork(self, name: str | None = None, *, keep_disks: bool = False) -> Machine:
+        """Return a copy, which runs at once when it is entered, and ends on the way out.
+
+        Its disks end with it unless they are to be kept. Raises NoSuchSnapshot or StartError when it is entered.
+        """
+        return Machine._around(self._read(lambda inner: inner.fork(name, keep_disks=keep_disks)))
+
+    def remove(self) -> None:
+        """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""
+        return self._read(lambda inner: inner.remove())
+
+
 class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     """A machine that another process manages. `connect` makes one.
 
@@ -325,6 +368,10 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     def qmp(self, *, read_only: bool = False) -> AbstractContextManager[Qmp]:
         """Open a QMP connection: `with machine.qmp() as qmp: qmp.execute("query-block")`."""
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
+
+    def snapshot(self, name: str = "") -> Snapshot:
+        """Save the machine while it runs: RAM, devices and disks. Raises what `Machine.snapshot` raises."""
+        return Snapshot(self._call(lambda inner: inner.snapshot(name)))
 
     def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""

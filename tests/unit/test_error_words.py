@@ -25,7 +25,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 BELOW = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in ("cli", "pytest_plugin.py")]
 
 #: Files that start programs, and have the programs' options.
-STARTERS = {"agent/build.py", "helpers/virtiofsd.py", "host/scope.py", "guest/packages.py", "boot/qemu.py"}
+STARTERS = {
+    *("agent/build.py", "helpers/virtiofsd.py", "host/scope.py", "guest/packages.py"),
+    *("boot/qemu.py", "snapshots/background.py"),
+}
 
 COMMAND = re.compile(r"\b(vmctl|vmspawn|qemu-img) [^;,)]*")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")

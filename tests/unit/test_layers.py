@@ -23,6 +23,7 @@ LAYERS = [
     "api",
     "manager",
     "control",
+    "snapshots",
     "inside",
     "machine",
     "boot",

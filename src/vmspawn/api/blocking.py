@@ -16,7 +16,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from ..errors import NotConnected, UsageError, VmspawnError
 
@@ -178,6 +178,13 @@ class Blocking(Generic[_Inner]):
 
 class BlockingMachine(Blocking[_Inner]):
     """A machine that ends with the `with` statement, or when the process exits."""
+
+    @classmethod
+    def _around(cls, inner: _Inner) -> Self:
+        """Wrap a machine that exists."""
+        machine = object.__new__(cls)
+        Blocking.__init__(machine, inner)
+        return machine
 
     def _enter(self, enter: Callable[[_Inner], Coroutine[Any, Any, object]]) -> None:
         machines = background().open

@@ -33,6 +33,7 @@ from .control import Qmp
 from .events import Events, Record
 from .execution import Remote
 from .images import open_image
+from .machine import Snapshot
 from .options import DiskOptions, Size, StrPath, to_disk, to_size
 from .remotes import Connected
 
@@ -203,6 +204,15 @@ class ConnectedMachine(Guest):
 
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Connected.start(self._name, wanted, timeout)
+
+    async def snapshot(self, name: str = "") -> Snapshot:
+        """Save the machine while it runs: RAM, devices and disks. Raises what `Machine.snapshot` raises."""
+        async with calls.opened(self._name) as connection:
+            await connection.send({"method": f"{_MACHINE}.Snapshot", "parameters": {"name": name}, "more": True})
+            found: dict[str, Any] = {}
+            while "snapshot" not in found:
+                found = (await connection.receive()).parameters
+        return Snapshot(found["snapshot"], found["pauseUSec"] / _MICROSECONDS, found["sizeBytes"])
 
     # Disks.
 

@@ -41,6 +41,28 @@ class Qmp(Protocol):
         """Iterate over the events from now on."""
 
 
+class Saved(Protocol):
+    """A snapshot."""
+
+    @property
+    def name(self) -> str:
+        """The name as MACHINE@NAME."""
+
+    @property
+    def pause(self) -> float:
+        """How long the guest stood still, in seconds."""
+
+    @property
+    def size(self) -> int:
+        """The bytes of the saved state."""
+
+    def fork(self, name: str | None = None, *, keep_disks: bool = False) -> AbstractAsyncContextManager[Control]:
+        """A copy, which runs at once when it is entered, and ends on the way out."""
+
+    def remove(self) -> None:
+        """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse."""
+
+
 class Control(Protocol):
     """The methods of a machine. Each raises NotConnected if the machine does not run."""
 
@@ -151,6 +173,13 @@ class Control(Protocol):
 
         With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
         `timeout` seconds, and the errors of `execute`.
+        """
+
+    async def snapshot(self, name: str = "") -> Saved:
+        """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
+
+        What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
+        SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
         """
 
     async def disks(self) -> list[DiskStatus]:

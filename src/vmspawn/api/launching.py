@@ -8,6 +8,8 @@ after it is cancelled, and leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from ..aio.programs import CANCELLER, Canceller, check_cancelled
@@ -15,6 +17,7 @@ from ..boot.config import MachineConfig
 from ..boot.launch import launch
 from ..boot.started import Started
 from ..machine.running import Running, run
+from ..snapshots.fork import fork
 
 _T = TypeVar("_T")
 
@@ -24,12 +27,18 @@ async def start(config: MachineConfig) -> Running:
 
     Raises the errors of `launch` and `run`. Leaves nothing behind after an error, or when it is cancelled.
     """
-    return await run(await _launch(config))
+    return await run(await _in_thread(partial(_launch_in_thread, config)))
 
 
-async def _launch(config: MachineConfig) -> Started:
+async def start_copy(config: MachineConfig, snapshot: str, *, keep_disks: bool) -> Running:
+    """Start a copy from a snapshot, and wait until it is up. Raises what `fork` and `run` raise, and leaves nothing
+    behind then, nor when it is cancelled."""
+    return await run(await _in_thread(partial(_fork_in_thread, config, snapshot, keep_disks)))
+
+
+async def _in_thread(launch_it: Callable[[Canceller], Started]) -> Started:
     canceller = Canceller()
-    work = asyncio.create_task(asyncio.to_thread(_launch_in_thread, config, canceller))
+    work = asyncio.create_task(asyncio.to_thread(launch_it, canceller))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -44,6 +53,11 @@ def _launch_in_thread(config: MachineConfig, canceller: Canceller) -> Started:
     CANCELLER.set(canceller)
     # `notice` is called before each step, so the work can be cancelled between two steps.
     return launch(config, notice=lambda _: check_cancelled(), on_begin=check_cancelled)
+
+
+def _fork_in_thread(config: MachineConfig, snapshot: str, keep_disks: bool, canceller: Canceller) -> Started:
+    CANCELLER.set(canceller)
+    return fork(config, snapshot, keep_disks=keep_disks, begin=check_cancelled)
 
 
 async def _until_done(work: asyncio.Task[_T]) -> None:

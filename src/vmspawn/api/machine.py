@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from ..boot.config import MachineConfig, check
 from ..errors import NotConnected, NotSupported
+from ..host.runtime import check_name
 from ..inside.commands import Wanted
 from ..inside.inside import Inside
 from ..machine.ending import End, MachineEvents
 from ..machine.running import Running
+from ..snapshots import directory
+from ..snapshots.fork import free_name
+from ..snapshots.save import save
 from ..storage import disk as disks
 from ..storage.disk import Disk
 from ..storage.limits import Limits
@@ -27,7 +33,7 @@ from .control import Qmp
 from .events import Events, Record
 from .execution import Remote
 from .images import open_image
-from .launching import start
+from .launching import start, start_copy
 from .options import DiskOptions, MachineOptions, Size, StrPath, to_config, to_disk, to_size
 from .remotes import Local
 
@@ -57,15 +63,29 @@ class Machine(Guest):
         self._server: ControlServer | None = None
         self._current: _Current | None = None
         self._inside_of_current: Inside | None = None
+        self._start: Callable[[], Coroutine[Any, Any, Running]] = partial(start, self._config)
+        self._is_copy = False
+
+    @classmethod
+    def _of(cls, config: MachineConfig, start: Callable[[], Coroutine[Any, Any, Running]]) -> Machine:
+        machine = object.__new__(cls)
+        machine._config, machine._current = config, None
+        machine._control, machine._server, machine._inside_of_current = True, None, None
+        machine._start, machine._is_copy = start, True
+        return machine
 
     def __repr__(self) -> str:
         state = "not started" if self._current is None else f"QEMU is process {self.pid}"
         return f"<Machine {self.name!r}, {state}>"
 
     async def __aenter__(self) -> Self:
-        running = await start(self._config)
+        running = await self._start()
         try:
             self._current = _Current(running)
+            if self._is_copy:
+                self._config = running.config
+                # Commands that ran in the guest end in the copy.
+                await self._inside.settle()
             if self._control:
                 self._serve(running)
         except BaseException:
@@ -187,6 +207,16 @@ class Machine(Guest):
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Local.start(self._inside.commands, wanted, timeout)
 
+    async def snapshot(self, name: str = "") -> Snapshot:
+        """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
+
+        What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
+        SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
+        """
+        saved = await asyncio.create_task(save(self._running, name))
+        state = saved.manifest.state
+        return Snapshot(saved.manifest.full_name, saved.pause, state.size if state is not None else 0)
+
     # Disks. Your program opens the images, with its permissions.
 
     async def disks(self) -> list[DiskStatus]:
@@ -274,6 +304,49 @@ class Machine(Guest):
     async def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Eject the medium of an optical drive. Raises the errors of `insert_media`."""
         await self._running.storage.changes.eject_media(name, force=force, timeout=timeout)
+
+
+class Snapshot:
+    """A snapshot of a machine.
+
+    snapshot = await machine.snapshot()
+    async with snapshot.fork() as copy:
+        await copy.run("reboot -f")
+    """
+
+    def __init__(self, name: str, pause: float, size: int) -> None:
+        self._name, self._pause, self._size = name, pause, size
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self._name!r}>"
+
+    @property
+    def name(self) -> str:
+        """The name as MACHINE@NAME."""
+        return self._name
+
+    @property
+    def pause(self) -> float:
+        """How long the guest stood still, in seconds."""
+        return self._pause
+
+    @property
+    def size(self) -> int:
+        """The bytes of the saved state."""
+        return self._size
+
+    def fork(self, name: str | None = None, *, keep_disks: bool = False) -> Machine:
+        """Return a copy, which runs at once when it is entered, and ends on the way out.
+
+        Its disks end with it unless they are to be kept. Raises NoSuchSnapshot or StartError when it is entered.
+        """
+        machine = self.name.partition("@")[0]
+        config = MachineConfig(name=check_name(name) if name else free_name(machine))
+        return Machine._of(config, partial(start_copy, config, self.name, keep_disks=keep_disks))
+
+    def remove(self) -> None:
+        """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""
+        directory.remove(self.name)
 
 
 class _Current:

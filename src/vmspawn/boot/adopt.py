@@ -69,6 +69,7 @@ def _connect(state: State, pid: int, given: MachineConfig, directory: MachineDir
         shared,
         transcript,
         helpers,
+        state.fork,
     )
 
 

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..hotplug import places
 from ..storage import buses, nodes
@@ -32,12 +32,15 @@ class BootDisk(NamedTuple):
     disk: Disk
     identifiers: Identifiers
     place: places.Place
-    image: Image
+    #: None for an empty optical drive of a copy.
+    image: Image | None
     serial: str
     #: The image below the overlay that `image` is.
     below: Below | None = None
     #: Whether it is the machine's image, and not an extra disk.
     is_image: bool = False
+    #: Whether it stays while the machine runs.
+    boot: bool = True
 
     @property
     def name(self) -> str:
@@ -47,7 +50,7 @@ class BootDisk(NamedTuple):
     @property
     def images(self) -> tuple[Image, ...]:
         """The image, as the only one."""
-        return (self.image,)
+        return (self.image,) if self.image is not None else ()
 
     @property
     def by_id(self) -> str:
@@ -62,12 +65,13 @@ class BootDisk(NamedTuple):
     @property
     def descriptors(self) -> list[int]:
         """The descriptors that QEMU inherits."""
-        own = [self.image.backing.fd] if self.image.backing is not None else []
+        own = [each.backing.fd for top in self.images for each in top.chain if each.backing is not None]
         return own if self.below is None else [*own, self.below.fd]
 
     def close(self) -> None:
         """Close the descriptors; QEMU has its own by then. May be called again."""
-        self.image.close_backing()
+        for image in self.images:
+            image.close_backing()
         if self.below is not None:
             self.below.close()
 
@@ -91,10 +95,14 @@ class BootDisk(NamedTuple):
 
     def nodes(self) -> list[dict[str, object]]:
         """Return the block nodes' options, from the bottom up."""
-        found = [nodes.file_node(self.image, self.disk)]
-        if self.image.format != "raw":
-            overlaid = {"backing": self.below.node["node-name"]} if self.below else {}
-            found.append({**nodes.format_node(self.image, self.disk), **overlaid})
+        if self.image is None:
+            return [nodes.blank_node(self.identifiers)]
+        found = []
+        for image in reversed(self.image.chain):
+            found.append(nodes.file_node(image, self.disk))
+            if image.format != "raw":
+                overlaid = {"backing": self.below.node["node-name"]} if self.below and image.base is None else {}
+                found.append({**nodes.format_node(image, self.disk), **overlaid})
         found.append(nodes.pivot_node(self.identifiers, self.image, self.disk, read_only=self.disk.read_only))
         return found
 
@@ -112,6 +120,13 @@ class Choices(NamedTuple):
     kernel: Kernel | None
 
 
+class Fork(NamedTuple):
+    """What a copy is one of: the snapshot, and whether its disks are kept when it ends."""
+
+    snapshot: str
+    keep_disks: bool = False
+
+
 class Plan(NamedTuple):
     """Everything that QEMU's command line is written from."""
 
@@ -124,6 +139,9 @@ class Plan(NamedTuple):
     extras: Extras
     #: Whether BIOS boots the image.
     by_bios: bool = False
+    #: Sections of another machine's journal, of which this machine is a copy.
+    attachments: Mapping[str, Mapping[str, Any]] = {}
+    fork: Fork | None = None
 
 
 class Inherited(NamedTuple):
@@ -136,6 +154,16 @@ class Inherited(NamedTuple):
     log: int
 
 
+def disk_arguments(disks: Sequence[BootDisk]) -> list[str]:
+    """QEMU's arguments for disks."""
+    return [*_disks(disks)]
+
+
+def monitor_arguments(binary: QemuBinary, sockets: Mapping[str, int]) -> list[str]:
+    """QEMU's arguments for its monitors, whose sockets it inherits."""
+    return [*_monitors(binary, sockets)]
+
+
 def command_line(plan: Plan, inherited: Inherited) -> list[str]:
     """Write QEMU's whole command line."""
     config = plan.config
@@ -144,6 +172,7 @@ def command_line(plan: Plan, inherited: Inherited) -> list[str]:
         *_identity(config),
         *sandbox(plan.binary, config),
         *_hardware(config, plan.accelerator, plan.extras),
+        *_generation(config),
         *_monitors(plan.binary, inherited.monitors),
         *_controllers(plan.layout, plan.disks),
         *plan.extras.arguments,
@@ -177,6 +206,12 @@ def _hardware(config: MachineConfig, accelerator: str, extras: Extras) -> list[s
     ]
 
 
+def _generation(config: MachineConfig) -> list[str]:
+    """The device by which a guest finds out that it is a copy, and seeds its random numbers anew."""
+    # aarch64's virt has no such device before QEMU 9.1.
+    return [] if config.machine_type == "virt" else ["-device", "vmgenid,id=vmgenid0,guid=auto"]
+
+
 def _monitors(binary: QemuBinary, sockets: Mapping[str, int]) -> Iterable[str]:
     for name, fd in sockets.items():
         yield from ("-chardev", f"socket,id={name},fd={fd},server=on,wait=off")
@@ -198,8 +233,9 @@ def _controllers(layout: places.Layout, disks: Sequence[BootDisk]) -> Iterable[s
 
 def _disks(disks: Sequence[BootDisk]) -> Iterable[str]:
     for each in disks:
-        assert each.image.backing is not None
-        yield from ("-add-fd", f"fd={each.image.backing.fd},set={each.image.fdset}")
+        for image in (image for top in each.images for image in top.chain):
+            assert image.backing is not None
+            yield from ("-add-fd", f"fd={image.backing.fd},set={image.fdset}")
         if each.below is not None:
             yield from ("-add-fd", f"fd={each.below.fd},set={BASE_FDSET}", "-blockdev", json.dumps(each.below.node))
         for made in each.objects():

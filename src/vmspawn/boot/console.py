@@ -67,7 +67,7 @@ def devices(config: MachineConfig, size_socket: int, agent_socket: int, log: int
     these ports, or -1, and `log` what QEMU logs the console to, or -1.
     """
     if is_shared(config):
-        yield from ("-chardev", f"stdio,id={CHARDEV},signal=off{_logged(log)}")
+        yield from shared_end(log)
     else:
         yield from ("-chardev", f"stdio,id={CHARDEV},mux=on,signal=off")
         yield from ("-mon", f"chardev={CHARDEV},mode=readline")
@@ -92,7 +92,7 @@ def devices(config: MachineConfig, size_socket: int, agent_socket: int, log: int
 
 def _socket_port(chardev: str, listener: int, device: str, name: str, number: int) -> Iterable[str]:
     """A port of the guest that ends at a listening socket."""
-    yield from ("-chardev", f"socket,id={chardev},fd={listener},server=on,wait=off")
+    yield from socket_end(chardev, listener)
     yield from _json_device(
         {"driver": "virtserialport", "id": device, "name": name, "chardev": chardev, **_port(number)}
     )
@@ -100,6 +100,16 @@ def _socket_port(chardev: str, listener: int, device: str, name: str, number: in
 
 def _port(number: int) -> dict[str, object]:
     return {"bus": f"{CONTROLLER}.0", "nr": number}
+
+
+def shared_end(log: int) -> tuple[str, str]:
+    """The host's end of a console that is shared; `log` is what QEMU logs it to, or -1."""
+    return ("-chardev", f"stdio,id={CHARDEV},signal=off{_logged(log)}")
+
+
+def socket_end(chardev: str, listener: int) -> tuple[str, str]:
+    """The host's end of a port, which is a listening socket."""
+    return ("-chardev", f"socket,id={chardev},fd={listener},server=on,wait=off")
 
 
 def _logged(log: int) -> str:

@@ -37,7 +37,9 @@ def _holder(machine: str, disk: BootDisk) -> str:
 
 
 def _mentions(log: str, each: BootDisk) -> bool:
-    names = (each.image.file_node, each.image.format_node, each.identifiers.pivot, f"fdset/{each.image.fdset}")
+    names = [each.identifiers.pivot]
+    for image in (image for top in each.images for image in top.chain):
+        names += [image.file_node, image.format_node, f"fdset/{image.fdset}"]
     return any(re.search(rf"\b{re.escape(name)}\b", log) for name in names)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from .config import MachineConfig
 from .disks import open_boot_disks
 from .extras import Owned
 from .plan import Reporter, choose, make_plan
-from .started import Launched, SharedConsole, Started, connect, connect_monitors, share_console
+from .started import Incoming, Launched, SharedConsole, Started, connect, connect_monitors, share_console
 from .state import SavedQemu, SavedSessions, boot_storage, open_journal
 
 #: Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
@@ -72,20 +73,20 @@ def launch(
         transcript = open_transcript(config.console_log, undo)
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)
-        watcher_pid = _start_watcher(config, directory, undo)
+        watcher_pid = start_watcher(config, directory, undo)
         disks = open_boot_disks(chosen.config, chosen.layout, directory.path)
         for each in disks:
             owned.lent.callback(each.close)
         if chosen.why_emulated:
             notice(f"no KVM ({chosen.why_emulated}), so the guest is emulated and slow")
         plan = make_plan(chosen, disks, directory, report, owned)
-        started = _start(plan, directory, transcript, owned)._replace(watcher=watcher_pid)
+        started = start(plan, directory, transcript, owned)._replace(watcher=watcher_pid)
         owned.lent.close()
         undo.pop_all()
     return started
 
 
-def _start_watcher(config: MachineConfig, directory: MachineDirectory, undo: ExitStack) -> int:
+def start_watcher(config: MachineConfig, directory: MachineDirectory, undo: ExitStack) -> int:
     """Start the process that ends the machine if this program or its parent dies; 0 if nobody wants one."""
     if not (config.die_with_program or config.die_with_parent):
         return 0
@@ -122,7 +123,23 @@ def open_transcript(path: str | None, undo: ExitStack) -> Descriptor | None:
     return file
 
 
-def _start(plan: Plan, directory: MachineDirectory, transcript: Descriptor | None, owned: Owned) -> Started:
+#: Writes QEMU's command line.
+Line = Callable[[Plan, Inherited], list[str]]
+
+
+def start(
+    plan: Plan,
+    directory: MachineDirectory,
+    transcript: Descriptor | None,
+    owned: Owned,
+    *,
+    line: Line = command_line,
+    incoming: Incoming | None = None,
+) -> Started:
+    """Start QEMU. `line` writes its command line; `incoming` is where it loads its state from, if it does not boot.
+
+    Raises StartError, OSError.
+    """
     config = plan.config
     # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
     names = [*runtime.MONITORS]
@@ -136,10 +153,10 @@ def _start(plan: Plan, directory: MachineDirectory, transcript: Descriptor | Non
         owned.undo.callback(log.close)
     # Written before QEMU is started as well, so that a QEMU whose manager dies in between can be found.
     _write_state(plan, directory, 0)
-    pid, shared = _spawn(plan, directory, listeners, log, owned)
+    pid, shared = _spawn(plan, directory, listeners, log, owned, line)
     _write_state(plan, directory, pid)
     return Started(
-        Launched(plan.disks, plan.by_bios),
+        Launched(plan.disks, plan.by_bios, incoming, plan.attachments),
         config,
         plan.binary,
         plan.accelerator,
@@ -152,18 +169,24 @@ def _start(plan: Plan, directory: MachineDirectory, transcript: Descriptor | Non
         shared,
         transcript,
         plan.extras.helpers,
+        plan.fork,
     )
 
 
 def _spawn(
-    plan: Plan, directory: MachineDirectory, listeners: dict[str, int], log: ConsoleLog | None, owned: Owned
+    plan: Plan,
+    directory: MachineDirectory,
+    listeners: dict[str, int],
+    log: ConsoleLog | None,
+    owned: Owned,
+    line: Line,
 ) -> tuple[int, SharedConsole | None]:
     """Start QEMU. Returns its process id, and our end of the console if that is shared."""
     config = plan.config
     monitors = {name: listeners[name] for name in runtime.MONITORS}
     size, agent = (listeners.get(name, -1) for name in (runtime.QEMU_SIZE, runtime.QEMU_AGENT))
     inherited = Inherited(monitors, size, agent, log.fd if log is not None else -1)
-    arguments = [*scope.prefix(config.registration, config.name or ""), *command_line(plan, inherited)]
+    arguments = [*scope.prefix(config.registration, config.name or ""), *line(plan, inherited)]
     debug(f"runs {' '.join(arguments)}")
     keep = [*listeners.values(), *(fd for each in plan.disks for fd in each.descriptors), *plan.extras.descriptors]
     errors = owned.lend(directory.create_log())
@@ -180,7 +203,10 @@ def _spawn(
 
 def _write_state(plan: Plan, directory: MachineDirectory, pid: int) -> None:
     qemu = SavedQemu(pid, runtime.start_time(pid), plan.accelerator)
-    journal = open_journal(directory, plan.config, plan.binary, qemu, plan.extras.helpers)
+    journal = open_journal(directory, plan.config, plan.binary, qemu, plan.extras.helpers, plan.fork)
     journal.add_section("sessions", SavedSessions().to_json)
-    journal.add_section("storage", lambda: boot_storage(plan.disks))
+    for name, section in plan.attachments.items():
+        journal.add_section(name, lambda section=section: json.dumps(section))  # type: ignore[misc]
+    least = int(plan.attachments.get("storage", {}).get("next", 0))
+    journal.add_section("storage", lambda: boot_storage(plan.disks, least))
     journal.write()

@@ -2,8 +2,9 @@
 """Holds a running QEMU with all that its manager needs, as `launch` and `adopt` return it."""
 
 import socket
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..aio.sockets import listen
 from ..helpers.helper import Helper
@@ -13,7 +14,7 @@ from ..host.descriptor import Descriptor
 from ..host.runtime import MachineDirectory
 from ..host.spawn import kill_child
 from ..hotplug.places import Layout
-from .commandline import BootDisk
+from .commandline import BootDisk, Fork
 from .config import MachineConfig
 from .qemu import QemuBinary
 from .state import State
@@ -22,12 +23,23 @@ from .state import State
 _CLIENTS_BACKLOG = 64
 
 
+class Incoming(NamedTuple):
+    """A saved state: its URI in QEMU, and whether the guest ran."""
+
+    uri: str
+    was_running: bool
+
+
 class Launched(NamedTuple):
     """The origin of a QEMU that this process launched, which is our child."""
 
     disks: tuple[BootDisk, ...]
     #: Whether BIOS boots the image, and not UEFI or QEMU a kernel.
     by_bios: bool = False
+    #: Where QEMU loads its state from; None if it boots.
+    incoming: Incoming | None = None
+    #: Sections of the journal of the machine that this is a copy of.
+    attachments: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Adopted(NamedTuple):
@@ -79,6 +91,8 @@ class Started(NamedTuple):
     console: SharedConsole | None
     transcript: Descriptor | None
     helpers: tuple[Helper, ...]
+    #: What the machine is a copy of.
+    fork: Fork | None = None
     watcher: int = 0
 
     def leave(self) -> None:

@@ -15,7 +15,7 @@ from ..host.machined import Registration
 from ..host.runtime import MachineDirectory
 from ..hotplug.journal import Journal
 from ..storage.saved import save_disk
-from .commandline import BootDisk
+from .commandline import BootDisk, Fork
 from .config import MachineConfig
 from .qemu import QemuBinary, find_qemu
 
@@ -65,6 +65,13 @@ class SavedSessions(NamedTuple):
         return json.dumps(self._asdict())
 
 
+class SavedSaving(NamedTuple):
+    """A save of the machine that was under way: the snapshot's unfinished folder, and whether the guest ran."""
+
+    folder: str
+    was_running: bool
+
+
 class SavedHelper(NamedTuple):
     """A process beside QEMU, as `Helper` describes it."""
 
@@ -83,6 +90,9 @@ class State(NamedTuple):
     sessions: SavedSessions
     helpers: tuple[SavedHelper, ...]
     attachments: dict[str, dict[str, Any]]
+    #: The folder of a snapshot that was being made, and whether the guest ran before it.
+    saving: SavedSaving | None = None
+    fork: Fork | None = None
 
 
 def open_journal(
@@ -91,6 +101,7 @@ def open_journal(
     binary: QemuBinary,
     qemu: SavedQemu,
     helpers: Sequence[Helper],
+    fork: Fork | None = None,
 ) -> Journal:
     """The writer of a machine's state.json, without sections yet."""
     return Journal(
@@ -101,13 +112,14 @@ def open_journal(
             "qemu": {**qemu._asdict(), **binary._asdict()},
             "machine": {field: getattr(config, field) for field in CONFIG_FIELDS},
             "registration": config.registration._asdict(),
+            "fork": fork and fork._asdict(),
             "helpers": [SavedHelper(each.name, each.what, each.pid, runtime.start_time(each.pid)) for each in helpers],
         },
     )
 
 
-def boot_storage(disks: Sequence[BootDisk]) -> str:
-    """The register of disks of a machine that is being started, in JSON."""
+def boot_storage(disks: Sequence[BootDisk], least: int = 0) -> str:
+    """The register of disks of a machine that is being started, in JSON; its next number is `least` or more."""
     saved = [
         save_disk(
             each.disk,
@@ -116,12 +128,14 @@ def boot_storage(disks: Sequence[BootDisk]) -> str:
             each.serial,
             each.images,
             limits=each.disk.limits,
-            boot=True,
+            boot=each.boot,
         )
         for each in disks
     ]
-    following = max((each.identifiers.number + 1 for each in disks), default=0)
-    return json.dumps({"next": following, "attachments": saved})
+    numbers = [each.identifiers.number for each in disks]
+    numbers += [image.number for each in disks for top in each.images for image in top.chain]
+    following = max(numbers, default=-1) + 1
+    return json.dumps({"next": max(following, least), "attachments": saved})
 
 
 def read(directory: MachineDirectory) -> State:
@@ -177,6 +191,8 @@ def _load(name: str, found: dict[str, Any]) -> State:
         tuple(SavedHelper(*each) for each in found["helpers"]),
         # Storage is always there; other kinds are newer.
         {"storage": dict(found["storage"])} | {key: value for key, value in found.items() if _is_section(value)},
+        SavedSaving(**found["saving"]) if found.get("saving") else None,
+        Fork(**found["fork"]) if found.get("fork") else None,
     )
 
 

@@ -91,6 +91,10 @@ _SOURCES: tuple[type[errors.VmspawnError], ...] = (
     errors.QmpError,
     errors.Timeout,
     errors.EventsLost,
+    errors.NoSuchSnapshot,
+    errors.SnapshotExists,
+    errors.SnapshotInUse,
+    errors.SnapshotBlocked,
 )
 VMSPAWN_ERRORS = tuple(_explained(source.__name__, source.__doc__ or "") for source in _SOURCES)
 

@@ -23,7 +23,7 @@ from ..storage.backing import Backing
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk
 from ..storage.looks import Look
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, TRAY_TIMEOUT
-from . import errors, qmp
+from . import errors, qmp, snapshots
 from .progress import Progress
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
 from .upgrade import Taker, upgradable
@@ -389,6 +389,31 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """Eject the medium of an optical drive and leave the tray open. `timeoutUSec` is as in InsertMedia."""
         timeout = _tray_timeout(timeoutUSec)
         await self._machine.storage.changes.eject_media(name, force=bool(force), timeout=timeout)
+
+    @varlinkmethod(allow_foreign=True)
+    async def Snapshot(
+        self, *, name: str | None = None, temporary: bool | None = None, detachBlocking: bool | None = None
+    ) -> AsyncIterator[snapshots.Progress]:
+        """Save the machine: RAM, devices and disks. Each reply is a progress, and the last one has the snapshot."""
+        async for progress in snapshots.make(
+            self._machine, name or "", temporary=bool(temporary), detach_blocking=bool(detachBlocking)
+        ):
+            yield progress
+
+    @varlinkmethod(return_parameter="machines")
+    async def Fork(self, *, snapshot: str | None = None, names: list[str] | None = None) -> list[str]:
+        """Start copies of the machine from a snapshot, the only one if none is named; returns their names."""
+        return await snapshots.fork(self._machine, snapshot or "", names or [])
+
+    @varlinkmethod(return_parameter="snapshots")
+    def ListSnapshots(self) -> list[snapshots.Snapshot]:
+        """The machine's snapshots, the oldest first."""
+        return snapshots.list_all(self._machine)
+
+    @varlinkmethod
+    def RemoveSnapshot(self, *, name: str) -> None:
+        """Remove a snapshot of the machine."""
+        snapshots.remove(self._machine, name)
 
     async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:
         return await qmp.take_over(self._machine, read_only=bool(readOnly))

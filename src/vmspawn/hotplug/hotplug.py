@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from .. import log
+from ..aio.gate import Gate
 from ..aio.tasks import Tasks
 from ..errors import QmpError, SystemFailure, Timeout, VmspawnError
 from ..qmp.events import Event
@@ -44,6 +45,8 @@ class Hotplug:
         self.run_state: Final = run_state
         self.journal: Final = journal
         self.tasks: Final = Tasks()
+        #: Passed by all that changes attachments, but not while the guest is waited for.
+        self.gate: Final = Gate()
         self._registers: dict[str, Register[Any]] = {}
         self._on_refused: dict[str, Callable[[Any, VmspawnError], Awaitable[str]]] = {}
         #: Objects whose removal QEMU 7.2 delays until the guest runs again.
@@ -80,9 +83,10 @@ class Hotplug:
         register = self._registers[attachment.kind]
         register.add(attachment)
         try:
-            await self._do_all(attachment)
-            if finish is not None:
-                await finish()
+            async with self.gate.together():
+                await self._do_all(attachment)
+                if finish is not None:
+                    await finish()
             if attachment.gone.is_set():
                 raise attachment.vanished()
         except BaseException as error:
@@ -175,7 +179,7 @@ class Hotplug:
         while attachment.done:
             try:
                 await self._unplug(attachment, removal)
-                async with attachment.lock:
+                async with self.gate.together(), attachment.lock:
                     await self.undo_steps(attachment, tuple(attachment.done))
             except (QmpError, Timeout, SystemFailure) as error:
                 removal.refusals += 1

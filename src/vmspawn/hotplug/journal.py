@@ -38,6 +38,16 @@ class Journal:
         """Add a section, or change its owner. Each write calls `text`, which returns the section's value in JSON."""
         self._sections[name] = text
 
+    def section(self, name: str) -> str | None:
+        """A section's value in JSON as it is now, or None if there is no such section."""
+        text = self._sections.get(name)
+        return text() if text is not None else None
+
+    @property
+    def section_names(self) -> tuple[str, ...]:
+        """The names of all sections."""
+        return tuple(self._sections)
+
     def write(self) -> None:
         """Write all sections to the disk. Raises SystemFailure.
 

@@ -10,10 +10,12 @@ from ..boot.commandline import BootDisk
 from ..boot.started import Launched, SharedConsole, Started
 from ..boot.state import SavedSessions, State
 from ..console.unread import take
+from ..images import snapshot_files
 from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.monitor import Monitor
 from ..storage.attach import Storage
 from ..timeouts import ADOPT_GREETING_TIMEOUT
+from .loading import end_saving, load
 from .sessions import Sessions
 
 
@@ -63,16 +65,28 @@ class _Fresh:
 
     def __init__(self, origin: Launched) -> None:
         self.boot_disks = origin.disks
-        self.attachments: Mapping[str, Mapping[str, Any]] = {}
+        self.attachments = _without_disks(origin.attachments)
+        self._incoming = origin.incoming
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
         return b""
 
     async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
+        if self._incoming is not None:
+            await storage.empty_drives()
+            await load(monitor, self._incoming)
         await storage.release_boot_descriptors()
         found = await monitor.execute("query-fdsets")
         sessions.keep_fdsets(each["fdset-id"] for each in found if each["fds"])
         return []
+
+
+def _without_disks(attachments: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """The sections without the disks: a copy was started with them."""
+    found = dict(attachments)
+    if storage := found.get("storage"):
+        found["storage"] = {**storage, "attachments": []}
+    return found
 
 
 class _TakenOver:
@@ -86,10 +100,17 @@ class _TakenOver:
     def __init__(self, state: State) -> None:
         self.sessions = state.sessions
         self.attachments = state.attachments
+        self._saving = state.saving
+        self._name = state.config.name or ""
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
         return take(console.shown.fd, console.log, kept_in_pipe=kept_in_pipe)
 
     async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
         await sessions.close_what_was_left()
-        return await storage.reconcile(sessions.foreign_fdsets)
+        notes = [await end_saving(monitor, self._saving)] if self._saving is not None else []
+        notes += await storage.reconcile(sessions.foreign_fdsets)
+        if self._saving is not None:
+            snapshot_files.settle_current(self._name, {each.path for disk in storage for each in disk.images})
+            snapshot_files.discard(self._saving.folder)
+        return notes

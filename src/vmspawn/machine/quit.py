@@ -33,7 +33,7 @@ class Quit:
             self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, self._kill)
         # It may go before its reply does, or be about to be killed.
         with contextlib.suppress(NotConnected, Timeout):
-            await self._monitor.execute("quit", timeout=QUIT_TIMEOUT)
+            await self._monitor.execute("quit", timeout=QUIT_TIMEOUT, urgent=True)
 
     def _kill(self) -> None:
         if not self._process.ended.is_set():

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..aio.tasks import Tasks
 from ..aio.waiting import first_of
+from ..boot.commandline import Fork
 from ..boot.config import MachineConfig
 from ..boot.diagnose import explain_failure, no_answer
+from ..boot.qemu import QemuBinary
 from ..boot.started import Launched, Started
 from ..boot.state import SavedQemu, damaged, open_journal
 from ..console.hub import Console
@@ -22,6 +24,7 @@ from ..helpers.watch import Watch
 from ..host import runtime
 from ..host.process import Process
 from ..hotplug.hotplug import Hotplug
+from ..hotplug.journal import Journal
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
 from ..qmp.transcript import Transcript
@@ -103,7 +106,9 @@ class Running:
             #: Pauses, resumes, resets and powers off the machine.
             self.power = Power(self.monitor, self._run_state)
             qemu = SavedQemu(started.pid, self._process.started, started.accelerator)
-            self._journal = open_journal(self.directory, self.config, started.binary, qemu, started.helpers)
+            self._journal = open_journal(
+                self.directory, self.config, started.binary, qemu, started.helpers, started.fork
+            )
             self._sessions = Sessions(
                 started.monitors, self._origin.sessions, self._journal, self._transcript, pid=started.pid
             )
@@ -353,6 +358,36 @@ class Running:
             yield client
         finally:
             client.close()
+
+    @contextlib.asynccontextmanager
+    async def held(self, *, timeout: float) -> AsyncIterator[None]:
+        """Let only the calling task's commands reach QEMU: those of sessions and all others wait.
+
+        Raises Timeout if what is under way does not end in that many seconds.
+        """
+        async with self.hotplug.gate.alone(timeout=timeout), self._sessions.held():
+            with self.monitor.held():
+                yield
+
+    @property
+    def journal(self) -> Journal:
+        """The writer of state.json."""
+        return self._journal
+
+    @property
+    def run_state(self) -> RunState:
+        """QEMU's run state."""
+        return self._run_state
+
+    @property
+    def fork(self) -> Fork | None:
+        """What the machine is a copy of."""
+        return self._started.fork
+
+    @property
+    def binary(self) -> QemuBinary:
+        """The QEMU that runs."""
+        return self._started.binary
 
     def failed(self, what: str) -> None:
         """Remember that a request failed, for those who look at the machine."""

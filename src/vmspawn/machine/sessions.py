@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import contextlib
+from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from ..boot.sandbox import may_start_programs
@@ -41,6 +42,8 @@ class Sessions:
         self._before = before
         self._multiplexer: Multiplexer | None = None
         self._starting: asyncio.Task[Multiplexer] | None = None
+        self._released = asyncio.Event()
+        self._released.set()
         #: Descriptor sets that were there from boot, and are neither ours nor a session's.
         self.foreign_fdsets: tuple[int, ...] = self._before.foreign_fdsets
         journal.add_section("sessions", lambda: self.saved.to_json())
@@ -66,11 +69,25 @@ class Sessions:
         Raises Timeout if QEMU does not greet, NotConnected if it is gone. A start that failed is final, for its
         connections to QEMU are gone: all who ask later are told the same.
         """
+        await self._released.wait()
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
             self._journal.write()
         # Who gives up does not end it for the others.
         return await asyncio.shield(self._starting)
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Let no command of a session reach QEMU; those that come wait. Raises Timeout, NotConnected."""
+        self._released.clear()
+        try:
+            if self._starting is None:
+                yield
+            else:
+                async with (await asyncio.shield(self._starting)).held():
+                    yield
+        finally:
+            self._released.set()
 
     async def _start(self) -> Multiplexer:
         from ..qmp.share.multiplexer import Multiplexer

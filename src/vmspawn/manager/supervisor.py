@@ -17,6 +17,7 @@ from ..host.notify import Notifier
 from ..inside.inside import Inside
 from ..machine.ending import End
 from ..machine.running import Running, run
+from ..snapshots import directory
 from ..timeouts import FAREWELL_TIMEOUT
 from .front import Front
 from .heartbeat import Heartbeat
@@ -120,6 +121,9 @@ class _Supervision:
         await inside.settle()
         heartbeat = Heartbeat(self._notifier)
         closing.callback(heartbeat.end)
+        if machine.fork is not None:
+            # After the machine's end, for its QEMU holds a lock on the snapshot.
+            closing.callback(directory.remove_temporary)
         server = ControlServer(machine.directory, build_registry(machine, inside), on_failed=machine.failed)
         # After the machine's end: a client that waits for the end of its connection finds nothing left of the machine.
         closing.callback(server.close)

@@ -7,9 +7,10 @@ The protocol is QEMU's docs/interop/qmp-spec.rst. The manager uses this connecti
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -115,6 +116,9 @@ class Monitor:
         self._listeners: list[Callable[[Event], None]] = []
         self._witnesses: list[Callable[[Event], None]] = []
         self._lost: str | None = None
+        # The task whose commands alone go to QEMU, and the event that the other tasks wait for.
+        self._holder: asyncio.Task[object] | None = None
+        self._released = asyncio.Event()
         #: Set when the connection is closed.
         self.closed = asyncio.Event()
         self._loop.add_reader(connected, self._readable)
@@ -144,19 +148,26 @@ class Monitor:
         *,
         fds: Sequence[int] = (),
         timeout: float = COMMAND_TIMEOUT,
+        urgent: bool = False,
     ) -> Any:
         """Run a command and return QEMU's result. Waits for the negotiation first.
 
-        `fds` are passed by SCM_RIGHTS and stay the caller's; QEMU has duplicates when this returns. Raises QmpError
-        with QEMU's error, Timeout if no reply comes in time, NotConnected if QEMU disconnects.
+        `fds` are passed by SCM_RIGHTS and stay the caller's; QEMU has duplicates when this returns. An `urgent` command
+        does not wait for a task that holds the monitor. Raises QmpError with QEMU's error, Timeout if no reply comes in
+        time, NotConnected if QEMU disconnects.
         """
-        (result,) = await self.execute_all([Command(command, arguments, fds)], timeout=timeout)
+        (result,) = await self.execute_all([Command(command, arguments, fds)], timeout=timeout, urgent=urgent)
         if isinstance(result, QmpError):
             raise result
         return result
 
     async def execute_all(
-        self, commands: Sequence[Command], *, behind: Sequence[Command] = (), timeout: float = COMMAND_TIMEOUT
+        self,
+        commands: Sequence[Command],
+        *,
+        behind: Sequence[Command] = (),
+        timeout: float = COMMAND_TIMEOUT,
+        urgent: bool = False,
     ) -> list[Any]:
         """Send commands together; returns a result for each, which is a QmpError if QEMU refused the command.
 
@@ -164,6 +175,8 @@ class Monitor:
         too, and QEMU runs them before any later commands, but this does not wait for their replies. Raises Timeout or
         NotConnected like `execute`.
         """
+        while self._holder not in (None, asyncio.current_task()) and not urgent:
+            await self._released.wait()
         try:
             async with asyncio.timeout(timeout):
                 await self._negotiated.wait()
@@ -171,6 +184,17 @@ class Monitor:
         except TimeoutError:
             names = ", ".join(dict.fromkeys(command.name for command in commands))
             raise Timeout(f"QEMU did not answer {names} within {timeout:g} s") from None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let only the calling task's commands, and urgent ones, go to QEMU; those of others wait."""
+        self._holder = asyncio.current_task()
+        self._released.clear()
+        try:
+            yield
+        finally:
+            self._holder = None
+            self._released.set()
 
     def events(self) -> EventStream:
         """Open a stream of the events from now on. The caller closes the stream, or uses it in `with`."""
@@ -211,6 +235,8 @@ class Monitor:
                 future.set_exception(error)
                 future.exception()  # without a waiting task, asyncio would log the exception
         self._pending.clear()
+        self._released.set()
+        self._holder = None
         self._negotiated.set()  # waiting tasks then raise NotConnected
         for stream in tuple(self._streams):
             stream.close()

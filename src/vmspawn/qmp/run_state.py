@@ -80,6 +80,8 @@ class RunState:
         elif event.name == "RESET":
             if self.status not in _KEPT_BY_RESET:
                 self._enter("prelaunch")
+        elif event.name == "MIGRATION" and data.get("status") == "completed" and self.status == "inmigrate":
+            self._enter("paused")
         elif event.name in _STATES:
             if event.name == "SHUTDOWN":
                 self.shutdown_reason = str(data.get("reason", ""))

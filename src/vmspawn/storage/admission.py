@@ -139,7 +139,7 @@ def find_file(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool
     QEMU's image lock does not detect a descriptor that is passed twice.
     """
     for each in neighbours:
-        for image in each.images:
+        for image in (image for top in each.images for image in top.chain):
             if image.backing is None or image.backing.identity != backing.identity:
                 continue
             if (image.backing.writable or backing.writable) and not (share and each.disk.share):

@@ -38,6 +38,7 @@ from .context import Context
 from .controllers import Controllers
 from .disk import Disk
 from .explain import STORAGE_HINT, explain
+from .freeze import Freeze
 from .image import Image
 from .looks import Look
 from .nodes import Identifiers
@@ -79,6 +80,10 @@ class BootDisk(Protocol):
     @property
     def images(self) -> Sequence[Image]:
         """The disk's image, or an empty sequence for an empty drive."""
+
+    @property
+    def boot(self) -> bool:
+        """Whether it stays while the machine runs."""
 
 
 class Storage:
@@ -150,21 +155,27 @@ class Storage:
             each.serial,
             [*each.images],
             limits=each.disk.limits,
-            boot=True,
+            boot=each.boot,
             state=State.ATTACHED,
         )
         attached.done = [step.name for step in attached.plan()]
-        for image in attached.images:
+        for image in (each for top in attached.images for each in top.chain):
             image.done = image_nodes.plan(image)
             self._context.register.numbers_used_up_to(image.number)
         self._context.register.numbers_used_up_to(attached.identifiers.number)
         attached.settled.set()
         self._context.register.add(attached)
 
+    async def empty_drives(self) -> None:
+        """Remove the placeholders from a copy's empty optical drives, before it loads its state."""
+        for attached in self:
+            if not attached.images and attached.disk.bus == "scsi-cd":
+                await media.empty(self._context, attached)
+
     async def release_boot_descriptors(self) -> None:
         """Remove the boot disks' descriptor sets, which QEMU does not need after it has opened the nodes."""
         for attached in self:
-            for image in attached.images if attached.boot else ():
+            for image in attached.images:
                 await images.release(self._hotplug, image)
         self._context.register.changed()
 
@@ -312,7 +323,7 @@ class Storage:
         self._hotplug.begin_removal(attached)
 
         async def work() -> None:
-            async with attached.lock:
+            async with self._hotplug.gate.together(), attached.lock:
                 await displaced.check(self._context, attached)
                 await swap.take_away(self._context, attached)
 
@@ -324,6 +335,15 @@ class Storage:
             # The image stays, but the guest is asked to release the disk.
             self._hotplug.unwind(attached)
             raise explain(error, attached.name, None, self._hotplug.journal.machine) from None
+
+    def freeze(self) -> Freeze:
+        """Begin to put overlays on the images of all writable disks."""
+        return Freeze(self._context)
+
+    @property
+    def numbers_used(self) -> int:
+        """The number that the next disk or image is named by."""
+        return self._context.register.next_number
 
     # Looking.
 

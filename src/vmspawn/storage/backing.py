@@ -10,7 +10,8 @@ import os
 import stat
 from typing import NamedTuple
 
-from ..errors import BadConfig, SystemFailure
+from ..errors import BadConfig, SnapshotInUse, SystemFailure
+from ..images import snapshot_files
 
 _O_PATH = getattr(os, "O_PATH", 0o10000000)
 
@@ -92,6 +93,11 @@ def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = N
     if not block and not stat.S_ISREG(found.st_mode):
         kind = _kind(found.st_mode)
         raise BadConfig(f"{what} is a {kind}, not an image or a block device", hint=_DIRECTORY_HINT)
+    if access == os.O_RDWR and not read_only and (owner := snapshot_files.owner_of(found.st_dev, found.st_ino)):
+        raise SnapshotInUse(
+            f"{what} is part of snapshot {owner} and must not change",
+            hint=f"open it read-only, or start a copy with: vmspawn --fork={owner}",
+        )
     # QEMU opens /dev/fdset/N by comparing flags, and does not support O_SYNC (docs/qemu.md, "Descriptor sets").
     if flags & os.O_SYNC & ~os.O_DSYNC or flags & os.O_DSYNC:
         raise BadConfig(f"{what} is open with O_SYNC, which QEMU cannot use", hint="open it without O_SYNC")

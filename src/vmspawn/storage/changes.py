@@ -141,7 +141,7 @@ class Changes:
         """
 
         async def alone() -> _T:
-            async with attachment.lock:
+            async with self._context.hotplug.gate.together(), attachment.lock:
                 if attachment.state is not State.ATTACHED:
                     if image is not None:
                         image.close_backing()

@@ -23,10 +23,11 @@ class Image:
     """An image with the journal of its parts. `number` is fresh for every image.
 
     `backing.fd` is the manager's until QEMU has it, and -1 from then on. `backing` is None for an image that fails
-    every request. `done` is the journal: the names of the parts that may exist, from the bottom up.
+    every request. `done` is the journal: the names of the parts that may exist, from the bottom up. `base` is the
+    image below an overlay, which is not written to.
     """
 
-    __slots__ = ("backing", "done", "format", "long", "number", "path", "size")
+    __slots__ = ("backing", "base", "done", "format", "long", "number", "path", "size")
 
     # This is on the start path, where importing dataclasses would take too long.
     def __init__(
@@ -38,6 +39,7 @@ class Image:
         *,
         size: int = 0,
         long: bool = False,
+        base: Image | None = None,
     ) -> None:
         """`size`, in bytes, is for an image without a file; `long` names are explained at `Identifiers`."""
         self.number = number
@@ -47,6 +49,7 @@ class Image:
         self.path = utf8(path)
         self.size = size
         self.long = long
+        self.base = base
         self.done: list[str] = []
 
     @property
@@ -74,8 +77,15 @@ class Image:
         """True if the image is open for writing."""
         return self.backing is not None and self.backing.writable
 
+    @property
+    def chain(self) -> list[Image]:
+        """The image and those below it, from the top down."""
+        return [self, *self.base.chain] if self.base is not None else [self]
+
     def close_backing(self) -> None:
-        """Close the manager's descriptor of the image, if it is open."""
+        """Close the manager's descriptors of the image and of those below it, if they are open."""
+        if self.base is not None:
+            self.base.close_backing()
         if self.backing is not None and self.backing.fd >= 0:
             self.backing.close()
             self.backing = self.backing._replace(fd=-1)
@@ -90,6 +100,7 @@ class Image:
             "size": self.size,
             "done": list(self.done),
             **({"long-names": True} if self.long else {}),
+            **({"base": self.base.to_state()} if self.base is not None else {}),
             "backing": backing
             and {"block": backing.block, "writable": backing.writable, "identity": list(backing.identity)},
         }

@@ -60,8 +60,8 @@ def made(image: Image) -> None:
 
 
 def objects(image: Image) -> list[QemuObject]:
-    """Return the image's parts in the journal, from the top down."""
-    return [_object(image, name) for name in reversed(image.done)]
+    """Return the parts of the image and of those below it in the journal, from the top down."""
+    return [_object(each, name) for each in image.chain for name in reversed(each.done)]
 
 
 def _object(image: Image, name: str) -> QemuObject:

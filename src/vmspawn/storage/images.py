@@ -27,9 +27,10 @@ async def build(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:
 
 async def release(hotplug: Hotplug, image: Image) -> None:
     """Remove the descriptor set of an image that QEMU was started with, or that another manager has opened."""
-    if spent := image_nodes.spent(image):
-        await hotplug.remove(*spent)
-        image_nodes.made(image)
+    for each in image.chain:
+        if spent := image_nodes.spent(each):
+            await hotplug.remove(*spent)
+            image_nodes.made(each)
 
 
 #: Seconds between two attempts to remove an image that QEMU refuses to remove.
@@ -65,7 +66,8 @@ async def dismantle(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> N
     """Remove an image's nodes, and the image from the disk. After a failure, it can be called again."""
     image.close_backing()
     await hotplug.remove(*image_nodes.objects(image))
-    image.done = []
+    for each in image.chain:
+        each.done = []
     if image in attached.images:
         attached.images.remove(image)
     hotplug.undone(attached)

@@ -56,7 +56,8 @@ class Inventory(NamedTuple):
         number is the image's. An image that fails every request has no descriptor set, and is known by its driver.
         """
         text = self.nodes.get(attachment.identifiers.pivot, "")
-        for image in attachment.images:
+        # What stands on an overlay stands on its base, too.
+        for image in sorted(attachment.images, key=lambda image: image.base is None):
             if uses_fdset(text, image.fdset):
                 return image
         faults = [image for image in attachment.images if image.format == FAULT]

@@ -89,8 +89,8 @@ def format_node(image: Image, disk: Disk) -> dict[str, object]:
         **_unless_default(disk, read_only=not image.backing.writable),
     }
     if image.format in ("qcow2", "vmdk"):
-        # QEMU opens no backing file, even if the header names one.
-        options["backing"] = None
+        # QEMU opens no backing file that the header names.
+        options["backing"] = image.base.top_node if image.base is not None else None
     return options
 
 

@@ -105,6 +105,12 @@ class Adoption:
         self.notes.append(f"{attachment.name} was getting another image; it uses {image.path or 'one of the two'}")
         attachment.images.remove(image)
         attachment.images.insert(0, image)
+        for other in attachment.images[1:]:
+            # An overlay was going on the image, or is there.
+            if image.base is not None and image.base.number == other.number:
+                attachment.images.remove(other)
+            elif other.base is not None and other.base.number == image.number:
+                other.base = None
         self._context.register.save()
         for other in attachment.images[1:]:
             await images.close_when_unused(self._hotplug, attachment, other)
@@ -172,9 +178,13 @@ class Adoption:
 
     async def _drop_fdsets(self, found: Inventory, attachments: Iterable[AttachedDisk], foreign: Sequence[int]) -> None:
         """Remove descriptor sets, except foreign ones, those of pending removals, and those that clients use."""
-        kept = {image.fdset for each in attachments for image in each.images if image_nodes.FDSET in image.done} | {
-            *foreign
-        }
+        kept = {
+            image.fdset
+            for each in attachments
+            for top in each.images
+            for image in top.chain
+            if image_nodes.FDSET in image.done
+        } | {*foreign}
         for number in sorted(found.fdsets - kept):
             if number < FDSET_BASE and any(uses_fdset(text, number) for text in found.nodes.values()):
                 continue
@@ -193,5 +203,5 @@ def names_of(attachment: AttachedDisk) -> Iterable[str]:
     """Yield the names of a disk's nodes and objects in QEMU."""
     identifiers = attachment.identifiers
     yield from (identifiers.pivot, identifiers.limits, identifiers.thread)
-    for image in attachment.images:
+    for image in (each for top in attachment.images for each in top.chain):
         yield from (image.file_node, image.format_node)

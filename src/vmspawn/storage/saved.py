@@ -109,6 +109,7 @@ def load_image(saved: Mapping[str, Any]) -> Image:
         str(saved["path"]),
         size=int(saved["size"]),
         long=bool(saved.get("long-names")),
+        base=load_image(saved["base"]) if saved.get("base") else None,
     )
     image.done = [str(name) for name in saved["done"]]
     return image

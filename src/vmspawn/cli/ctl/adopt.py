@@ -10,14 +10,12 @@ import sys
 
 from ...errors import NotConnected, StartError, Timeout
 from ...host import runtime
+from ...snapshots.background import failure
 from .replies import say
 from .verbs import Verbs
 
 #: Seconds that the new manager has to adopt the machine.
 _ADOPT_TIMEOUT = 45.0
-
-#: The prefix of vmspawn's errors on standard error.
-_PREFIX = "vmspawn: "
 
 
 def add(verbs: Verbs) -> None:
@@ -48,7 +46,7 @@ def _adopt(options: argparse.Namespace) -> None:
             raise Timeout(f"the new manager (process {pid}) has not adopted machine {name} within {timeout:g} s")
         if not os.read(waiting, 1):
             os.waitpid(pid, 0)
-            raise _failure(os.pread(log, 1 << 16, start).decode(errors="replace"))
+            raise failure(os.pread(log, 1 << 16, start).decode(errors="replace"))
     finally:
         for fd in (log, waiting, telling):
             if fd >= 0:
@@ -68,13 +66,3 @@ def _start(name: str, log: int, telling: int) -> int:
     arguments = ["--adopt", f"--machine={name}", "--console=headless", f"--ready-fd={telling}"]
     command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
     return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True)
-
-
-def _failure(said: str) -> StartError:
-    """Return the error that a manager printed before it gave up."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    for number, line in enumerate(lines):
-        if line.startswith(_PREFIX):
-            hint = lines[number + 1].strip() if number + 1 < len(lines) else ""
-            return StartError(line.removeprefix(_PREFIX), hint=hint)
-    return StartError(lines[-1] if lines else "the manager ended without an error message")

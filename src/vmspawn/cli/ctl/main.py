@@ -25,6 +25,7 @@ from . import (
     media,
     names,
     qmp,
+    snapshots,
     volumes,
 )
 from .verbs import PROGRAM, Verbs, add_common_options
@@ -46,6 +47,7 @@ def build_parser() -> Parser:
         ("Guest", (exec, agent)),
         ("Console", (console,)),
         ("Disks", (disk_list, disks, media, volumes)),
+        ("Snapshots", (snapshots,)),
         ("QMP", (qmp,)),
         ("Installation", (install_extras, names)),
     ):

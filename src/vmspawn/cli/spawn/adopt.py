@@ -34,20 +34,30 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 #: Options that --adopt goes with; all others were settled when the machine was started.
-_BESIDE_ADOPT = ("adopt", "machine", "console", "log", "qmp_log", "shutdown_timeout", "time_limit", "quiet", "verbose")
+_BESIDE_ADOPT = (
+    *("adopt", "snapshot_dir", "machine", "console", "log", "qmp_log"),
+    *("shutdown_timeout", "time_limit", "quiet", "verbose"),
+)
 
 
-def refuse_others(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Raise UsageError if `--adopt` is given with an option that is for starting a machine."""
+def refuse_others(
+    options: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    *,
+    beside: tuple[str, ...] = _BESIDE_ADOPT,
+    refusal: str = "--adopt cannot change a running machine, and {name} configures its start",
+    hint: str = "leave out {name}, or use --adopt-or-start",
+) -> None:
+    """Raise UsageError if `--adopt` is given with an option that is for starting a machine.
+
+    Other options that settle everything else name what may stand `beside` them.
+    """
     for action in (action for action in parser._actions if action.help != argparse.SUPPRESS):
         value = getattr(options, action.dest, action.default)
-        if action.dest in _BESIDE_ADOPT or value == action.default or (action.nargs == 0 and value != action.const):
+        if action.dest in beside or value == action.default or (action.nargs == 0 and value != action.const):
             continue
         name = action.option_strings[-1] + ("" if action.nargs == 0 else "=")
-        raise UsageError(
-            f"--adopt cannot change a running machine, and {name} configures its start",
-            hint=f"leave out {name}, or use --adopt-or-start",
-        )
+        raise UsageError(refusal.format(name=name), hint=hint.format(name=name))
 
 
 def read(options: argparse.Namespace) -> MachineConfig:
@@ -86,7 +96,19 @@ def begin(
     detail: Callable[[str], None],
     hold_signals: Callable[[], None],
 ) -> Started:
-    """Start or adopt the machine. Raises the errors of `launch` and `adopt`."""
+    """Start the machine or a copy, or adopt it. Raises the errors of `launch`, `fork` and `adopt`."""
+    if options.fork:
+        from ...snapshots import directory
+        from ...snapshots.fork import fork
+
+        full_name = directory.find(*directory.parse_name(options.fork))
+        return fork(
+            config,
+            full_name,
+            keep_disks=options.keep,
+            force_version=options.force_version,
+            begin=hold_signals,
+        )
     if is_wanted(options, config):
         from ...boot.adopt import adopt
 

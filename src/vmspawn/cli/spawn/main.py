@@ -31,6 +31,7 @@ from . import (
     directories,
     disks,
     firmware,
+    fork,
     former_names,
     general,
     guest,
@@ -46,7 +47,7 @@ _STDIN = 0
 
 #: The groups of options, in the order of the help.
 _GROUPS = (
-    *(general, boot_source, machine, console, disks, directories, guest, run_command, firmware, host, adopt),
+    *(general, boot_source, machine, console, disks, directories, guest, run_command, firmware, host, fork, adopt),
     *(unsupported_options, former_names),
 )
 
@@ -82,6 +83,10 @@ def configure(options: argparse.Namespace) -> MachineConfig:
     if options.adopt:
         adopt.refuse_others(options, build_parser())
         return adopt.read(options)
+    if options.fork:
+        refusal = "--fork= cannot change the machine that it copies, and {name} configures a start"
+        adopt.refuse_others(options, build_parser(), beside=fork.BESIDE, refusal=refusal, hint="leave out {name}")
+        return fork.read(options)
     config = MachineConfig(
         **general.read(options),
         **boot_source.read(options),

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 
 from ...errors import NotConnected, SystemFailure, Timeout
@@ -147,6 +148,28 @@ class Multiplexer:
                 await self._settled.wait()
         except TimeoutError:
             raise Timeout(f"QEMU did not close the descriptors of former sessions within {DRAIN_TIMEOUT:g} s") from None
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Let no command of a session reach QEMU; those that come wait. Begins once QEMU has answered all that it has.
+
+        Raises Timeout if it does not.
+        """
+        drained = asyncio.Event()
+        self._schedule.hold(drained.set)
+        try:
+            try:
+                async with asyncio.timeout(DRAIN_TIMEOUT):
+                    await drained.wait()
+            except TimeoutError:
+                raise Timeout(
+                    f"QEMU has not answered a command of a QMP session within {DRAIN_TIMEOUT:g} s",
+                    hint="try again when that is done",
+                ) from None
+            yield
+        finally:
+            if not self._end:
+                self._schedule.release()
 
     async def close(self) -> None:
         """Close the sessions, undo their remains in QEMU within DRAIN_TIMEOUT, and close the monitors."""

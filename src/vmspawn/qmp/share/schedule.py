@@ -31,7 +31,17 @@ _Answered = Callable[[Call, Reply], None]
 class Schedule:
     """The commands that wait for QEMU. Only one command with a descriptor is in flight at a time."""
 
-    __slots__ = ("_bulk", "_bulk_turns", "_consuming", "_main", "_oob", "_turns")
+    __slots__ = (
+        "_bulk",
+        "_bulk_turns",
+        "_consuming",
+        "_held",
+        "_main",
+        "_on_drained",
+        "_oob",
+        "_turns",
+        "_urgent_turns",
+    )
 
     def __init__(self, main: Upstream, bulk: Upstream | None, *, oob: bool) -> None:
         """`oob` is true if the sessions' monitor supports out-of-band execution."""
@@ -39,15 +49,44 @@ class Schedule:
         self._bulk = bulk
         self._turns: deque[Call] = deque()
         self._bulk_turns: deque[Call] = deque()
+        # Commands of vmspawn, which are sent before all others, and while others are held.
+        self._urgent_turns: deque[Call] = deque()
+        self._held = False
+        self._on_drained: Callable[[], None] = lambda: None
         # True while a command with a descriptor is in flight. QEMU keeps one descriptor, and gives it to the next
         # command that uses one.
         self._consuming = False
         self._oob = oob
-        main.on_idle = self._next
+        main.on_idle = self._idle
+        if bulk is not None:
+            bulk.on_idle = self._idle
+
+    def hold(self, on_drained: Callable[[], None]) -> None:
+        """Send nothing from now on; `on_drained` is called once QEMU has answered all that was sent."""
+        self._held = True
+        self._on_drained = on_drained
+        self._check_drained()
+
+    def release(self) -> None:
+        """Go on."""
+        self._held = False
+        self._on_drained = lambda: None
+        self._next()
+        if self._bulk is not None:
+            self._next_bulk(self._bulk)
+
+    def _idle(self) -> None:
+        self._next()
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        busy = self._urgent_turns or not self._main.is_idle or (self._bulk is not None and not self._bulk.is_idle)
+        if self._held and not busy:
+            self._on_drained()
 
     def submit(self, call: Call) -> None:
         """Send a command when its turn comes."""
-        if self._turns or call.consumes or not self._main.can_take(call.command):
+        if self._held or self._turns or call.consumes or not self._main.can_take(call.command):
             self._wait(call)
         else:
             self._main.send(call)
@@ -77,6 +116,7 @@ class Schedule:
     def clear(self) -> None:
         """Drop all waiting commands, after QEMU's exit."""
         self._turns.clear()
+        self._urgent_turns.clear()
         self._bulk_turns.clear()
 
     def _may_go(self, call: Call) -> bool:
@@ -90,8 +130,10 @@ class Schedule:
 
     def _next(self) -> None:
         """Send the commands that may go. A command that must wait for another does not delay those after it."""
+        while self._urgent_turns and self._may_go(self._urgent_turns[0]):
+            self._go(self._urgent_turns.popleft())
         turns = self._turns
-        while turns:
+        while turns and not self._held and not self._urgent_turns:
             if self._may_go(turns[0]):
                 self._go(turns.popleft())
                 continue
@@ -103,7 +145,7 @@ class Schedule:
 
     def _urgent(self, command: Command, answered: _Answered) -> None:
         """Send a command of vmspawn before all waiting commands."""
-        self._turns.appendleft(Call(command, answered))
+        self._urgent_turns.append(Call(command, answered))
         self._next()
 
     # A failed command may have left its descriptor in QEMU. The next session's command must not get that descriptor.
@@ -125,7 +167,7 @@ class Schedule:
     # Large commands.
 
     def _next_bulk(self, bulk: Upstream) -> None:
-        if self._bulk_turns and not bulk.in_flight:
+        if self._bulk_turns and not bulk.in_flight and not self._held:
             call = self._bulk_turns.popleft()
             call.on_reply = partial(self._fence, bulk, call.on_reply)
             bulk.send(call)

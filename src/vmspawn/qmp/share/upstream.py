@@ -104,6 +104,11 @@ class Upstream:
         """True if an in-band command that is not doubtful may be sent now."""
         return self.in_flight < IN_FLIGHT
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether QEMU has answered all commands."""
+        return self._unnamed is None and not self._named
+
     def can_take(self, command: Command) -> bool:
         """Return whether a command may be sent now."""
         return (self.in_flight < IN_FLIGHT or command.oob) and (self._unnamed is None or not command.doubtful)

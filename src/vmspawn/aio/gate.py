@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A gate that any number of tasks pass together, or one task alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from ..errors import Timeout
+
+
+class Gate:
+    """A readers-writer lock. Who waits to be alone goes first: later ones wait until that is over."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._is_open = asyncio.Event()
+        self._is_open.set()
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+
+    @asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        """Wait while somebody is alone, or waits to be."""
+        await self._is_open.wait()
+        self._inside += 1
+        self._is_empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._is_empty.set()
+
+    @asynccontextmanager
+    async def alone(self, *, timeout: float) -> AsyncIterator[None]:
+        """Keep all others out, and wait for those inside. Raises Timeout if they do not leave in that many seconds."""
+        while not self._is_open.is_set():
+            await self._is_open.wait()
+        self._is_open.clear()
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._is_empty.wait()
+            except TimeoutError:
+                raise Timeout(
+                    f"the machine is busy with a disk, which has taken {timeout:g} s", hint="try again when it is done"
+                ) from None
+            yield
+        finally:
+            self._is_open.set()

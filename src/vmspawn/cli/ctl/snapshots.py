@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Verbs for snapshots of running machines, and for copies that start from them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+from ...control.client import Client
+from ...errors import UsageError
+from ...host import runtime
+from ...images import snapshot_files
+from ..parser import Parser
+from ..tables import format_duration, format_size
+from .replies import MACHINE, answer, say, show
+from .verbs import Verbs
+
+#: Seconds without any progress of a save after which vmctl gives up.
+_PROGRESS_TIMEOUT = 120.0
+
+#: Seconds that a copy has to run.
+_FORK_TIMEOUT = 60.0
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs."""
+    snapshot = verbs.add_for_machine(
+        "snapshot", _snapshot, "save a running machine: its memory, devices and disks", "[NAME]"
+    )
+    snapshot.add_argument("name", metavar="NAME", nargs="?", help="name of the snapshot (default: a number)")
+    snapshot.add_argument(
+        "--detach-what-blocks",
+        action="store_true",
+        help="detach disks that cannot be saved, and attach them again afterwards",
+    )
+    fork = verbs.add("fork", _fork, "start copies of a machine, which run at once", "MACHINE[@NAME] [NEW…]")
+    _add_snapshot(fork)
+    fork.add_argument("names", metavar="NEW", nargs="*", help="names of the copies (default: one, MACHINE-forkN)")
+    fork.add_argument("--keep", action="store_true", help="keep the disks of the copies when they end")
+    fork.add_argument("--log", metavar="FILE", help="append the console's output to a file")
+    fork.add_argument(
+        "--force-version", action="store_true", help="let another QEMU load the snapshot than the one that saved it"
+    )
+    listing = verbs.add("list-snapshots", _list, "list snapshots", "[MACHINE]")
+    listing.add_argument("machine", metavar="MACHINE", nargs="?", help="only those of a machine")
+    listing.add_argument("-l", "--long", action="store_true", help="show disks and copies, too")
+    for verb in (fork, listing):
+        _add_directory(verb)
+    remove = verbs.add("remove-snapshot", _remove, "remove a snapshot", "MACHINE@NAME")
+    _add_snapshot(remove)
+    _add_directory(remove)
+
+
+def _add_snapshot(parser: Parser) -> None:
+    parser.add_argument("snapshot", metavar="MACHINE[@NAME]", help="the snapshot; see: vmctl list-snapshots")
+
+
+def _add_directory(parser: Parser) -> None:
+    parser.add_argument(
+        "--snapshot-dir", metavar="DIR", type=_snapshot_directory, help="folder of the snapshots that vmspawn was given"
+    )
+
+
+def _snapshot_directory(path: str) -> str:
+    """Use a folder for snapshots from now on: here, and in managers that are started."""
+    os.environ[snapshot_files.VARIABLE] = os.path.abspath(path)
+    return os.path.abspath(path)
+
+
+def _snapshot(options: argparse.Namespace) -> None:
+    found = save(options, options.machine, options.name or "", detach=options.detach_what_blocks)
+    name, pause = found["snapshot"], found["pauseUSec"] / 1e6
+    answer(options, found, f"Saved {name} ({format_size(found['sizeBytes'])}); the guest stood still for {pause:.2f} s")
+    for disk in found["disks"]:
+        say(options, f"{disk['name']}: the guest writes to {disk['overlay']}; {disk['base']} stays as it is")
+
+
+def save(
+    options: argparse.Namespace, machine: str, name: str, *, temporary: bool = False, detach: bool = False
+) -> dict[str, Any]:
+    """Save a machine, with the progress on a terminal; returns the last reply."""
+    parameters = {"name": name or None, "temporary": temporary, "detachBlocking": detach}
+    timeout = _PROGRESS_TIMEOUT if options.timeout is None else options.timeout
+    is_shown = not options.quiet and options.json == "off" and sys.stderr.isatty()
+    found: dict[str, Any] = {}
+    with Client(machine, timeout=timeout) as client:
+        for found in client.stream(f"{MACHINE}.Snapshot", parameters, forever=False):
+            if is_shown and found.get("totalBytes"):
+                done, total = found["doneBytes"], found["totalBytes"]
+                text = f"{format_size(done)} of {format_size(total)}"
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        if is_shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return found
+
+
+def _fork(options: argparse.Namespace) -> None:
+    from ...snapshots import directory
+    from ...snapshots.background import start_copies
+    from ...snapshots.fork import free_name
+
+    machine, name = directory.parse_name(options.snapshot)
+    names = [runtime.check_name(each) for each in options.names] or [free_name(machine)]
+    if len(set(names)) < len(names):
+        raise UsageError("two copies cannot have one name", hint="give each copy a name of its own")
+    full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
+    arguments = ["--keep"] if options.keep else []
+    arguments += [f"--log={options.log}"] if options.log else []
+    arguments += ["--force-version"] if options.force_version else []
+    timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
+    start_copies(full_name, names, arguments=arguments, timeout=timeout)
+    answer(options, {"snapshot": full_name, "machines": names}, f"Started {', '.join(names)} from {full_name}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from ...snapshots.listing import listed
+
+    found = [each._asdict() for each in listed() if options.machine in (None, each.machine)]
+    columns = ("SNAPSHOT", "SIZE", "AGE", "PARENT", *(("DISKS", "FORKS") if options.long else ()))
+
+    def row(each: dict[str, Any]) -> tuple[str, ...]:
+        age = format_duration(max(0.0, time.time() - each["created"]))
+        cells = (each["name"], format_size(each["size"]), age, each["parent"] or "-")
+        return (*cells, ", ".join(each["disks"]) or "-", ", ".join(each["forks"]) or "-") if options.long else cells
+
+    show(options, found, "snapshots", columns, row, right=("SIZE", "AGE"))
+
+
+def _remove(options: argparse.Namespace) -> None:
+    from ...snapshots import directory
+
+    machine, name = directory.parse_name(options.snapshot)
+    if not name:
+        raise UsageError("no name of a snapshot", hint=f"write {machine}@NAME; see: vmctl list-snapshots")
+    directory.remove(f"{machine}@{name}")
+    say(options, f"Removed {machine}@{name}")

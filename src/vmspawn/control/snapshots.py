@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Snapshots as `io.vmspawn.Machine` makes and shows them.
+
+Varlink's names are part of the protocol, hence their case here.
+"""
+
+import asyncio
+import contextlib
+import typing
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from ..machine.running import Running
+from ..snapshots import background, directory, listing, save
+from ..snapshots.fork import free_name
+
+# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+
+#: Seconds that copies have to run.
+_FORK_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenDisk:
+    """A disk of a snapshot: the image that stays as it is, and the overlay that the guest writes to from now on."""
+
+    name: str
+    base: str
+    overlay: str
+
+
+class Progress(typing.TypedDict):
+    """The progress of a save, in bytes of RAM; the last reply has the snapshot and how long the guest stood still."""
+
+    doneBytes: int
+    totalBytes: int
+    snapshot: typing.NotRequired[str | None]
+    sizeBytes: typing.NotRequired[int | None]
+    pauseUSec: typing.NotRequired[int | None]
+    disks: typing.NotRequired[list[FrozenDisk] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot. `sizeBytes` is what its own files take; `forks` are the machines that run on it."""
+
+    name: str
+    createdUSec: int
+    parent: str | None
+    sizeBytes: int
+    disks: list[str]
+    forks: list[str]
+
+
+async def make(machine: Running, name: str, *, temporary: bool, detach_blocking: bool) -> AsyncIterator[Progress]:
+    """Save a machine, and report the progress. When the caller goes away, the save is taken back."""
+    news: asyncio.Queue[Progress | None] = asyncio.Queue()
+
+    def progress(done: int, total: int) -> None:
+        news.put_nowait({"doneBytes": done, "totalBytes": total})
+
+    work = save.save(machine, name, is_temporary=temporary, detach_blocking=detach_blocking, progress=progress)
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda _: news.put_nowait(None))
+    try:
+        while (found := await news.get()) is not None:
+            yield found
+        yield _last(await task)
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def _last(saved: save.Saved) -> Progress:
+    state = saved.manifest.state
+    size = state.size if state is not None else 0
+    disks = [FrozenDisk(*each) for each in saved.disks]
+    return {
+        "doneBytes": size,
+        "totalBytes": size,
+        "snapshot": saved.manifest.full_name,
+        "sizeBytes": size,
+        "pauseUSec": int(saved.pause * 1e6),
+        "disks": disks,
+    }
+
+
+async def fork(machine: Running, snapshot: str, names: list[str]) -> list[str]:
+    """Start copies of a machine's snapshot; returns their names. Raises UsageError, StartError, Timeout."""
+    chosen = names or [free_name(machine.name)]
+    full_name = directory.find(machine.name, snapshot)
+    await asyncio.to_thread(background.start_copies, full_name, chosen, timeout=_FORK_TIMEOUT)
+    return chosen
+
+
+def list_all(machine: Running) -> list[Snapshot]:
+    """The snapshots of a machine, the oldest first."""
+    return [
+        Snapshot(each.name, int(each.created * 1e6), each.parent or None, each.size, each.disks, each.forks)
+        for each in listing.listed()
+        if each.machine == machine.name
+    ]
+
+
+def remove(machine: Running, name: str) -> None:
+    """Remove a snapshot of a machine. Raises NoSuchSnapshot, SnapshotInUse."""
+    directory.remove(f"{machine.name}@{directory.check_name(name)}")

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Find the snapshots, and the snapshot that a file is part of.
+
+Each snapshot is a folder `MACHINE@NAME` with a manifest. On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ..user_directories import user_directory
+
+MANIFEST = "manifest.json"
+
+#: The environment variable that names the folder of all snapshots.
+VARIABLE = "VMSPAWN_SNAPSHOT_DIR"
+
+#: A folder with this prefix is a snapshot that is being made, or was when its manager died.
+UNFINISHED = ".new-"
+
+
+def root() -> str:
+    """The folder of all snapshots: `$VMSPAWN_SNAPSHOT_DIR`, or the one of this user."""
+    if explicit := os.environ.get(VARIABLE):
+        return os.path.abspath(explicit)
+    if os.geteuid() == 0:
+        return "/var/lib/vmspawn/snapshots"
+    base = user_directory("XDG_STATE_HOME", ".local/state")
+    return os.path.join(base, "vmspawn", "snapshots") if base else "/nonexistent"
+
+
+def names() -> list[str]:
+    """The names of all snapshots, as `MACHINE@NAME`, sorted."""
+    try:
+        found = sorted(each for each in os.listdir(root()) if "@" in each and not each.startswith("."))
+    except OSError:
+        return []
+    return [each for each in found if os.path.exists(os.path.join(root(), each, MANIFEST))]
+
+
+def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each snapshot's name and manifest; manifests that cannot be read are left out."""
+    for name in names():
+        with contextlib.suppress(OSError, ValueError):
+            found = _load(os.path.join(root(), name, MANIFEST))
+            if isinstance(found, dict):
+                yield name, found
+
+
+def _load(path: str) -> Any:
+    import json
+
+    with open(path, "rb") as file:
+        return json.load(file)
+
+
+def current_folder(machine: str) -> str:
+    """The folder of a machine's newest disks."""
+    return os.path.join(root(), f"{machine}@current")
+
+
+def discard(folder: str) -> None:
+    """Remove the folder of a snapshot that was never finished."""
+    import shutil
+
+    if os.path.dirname(folder) == root() and os.path.basename(folder).startswith(UNFINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def settle_current(machine: str, used: set[str]) -> None:
+    """Finish what a manager that died was writing about a machine's newest disks: it holds if QEMU uses the overlays.
+
+    `used` are the paths of the images that the disks stand on.
+    """
+    path = os.path.join(current_folder(machine), MANIFEST)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        if used & set(_load(path + ".new")["images"].values()):
+            os.rename(path + ".new", path)
+    tidy_current(machine, used)
+
+
+def tidy_current(machine: str, used: set[str]) -> None:
+    """Remove what a save that failed has left among a machine's newest disks."""
+    folder = current_folder(machine)
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    listed = {path for _, found in manifests() for path in found.get("images", {}).values()} | used
+    for name in names:
+        path = os.path.join(folder, name)
+        is_overlay = name.endswith(".qcow2")
+        if (is_overlay and path not in listed) or (not is_overlay and MANIFEST not in names):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(folder, MANIFEST + ".new"))
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def owner_of(device: int, inode: int) -> str:
+    """The snapshot that a file is part of, or an empty string."""
+    for name, manifest in manifests():
+        for each in manifest.get("files", ()):
+            if _is_file(each, device, inode):
+                return name
+    return ""
+
+
+def _is_file(entry: dict[str, Any], device: int, inode: int) -> bool:
+    """Whether an entry describes that file, by its path of today or by its numbers when the snapshot was made."""
+    try:
+        found = os.stat(entry["path"])
+        if (found.st_dev, found.st_ino) == (device, inode):
+            return True
+    except (OSError, KeyError):
+        pass
+    return (entry.get("device"), entry.get("inode")) == (device, inode)

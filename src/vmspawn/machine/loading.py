@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Let a QEMU load the state that another one saved, and let one go on that was being saved."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..boot.started import Incoming
+from ..boot.state import SavedSaving
+from ..errors import NotConnected, SystemFailure, Timeout
+from ..qmp.events import EventStream
+from ..qmp.monitor import Command, Monitor
+
+#: Seconds that QEMU may take to load a state.
+_TIMEOUT = 600.0
+
+#: Seconds that QEMU may take to end a save that was cancelled.
+_CANCEL_TIMEOUT = 30.0
+
+#: States of a migration that has begun and not ended, and those of its end.
+_UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling")
+_ENDS = ("completed", "failed", "cancelled")
+
+
+async def load(monitor: Monitor, incoming: Incoming) -> None:
+    """Load the state, and let the guest go on if it ran.
+
+    Raises NotConnected if QEMU ends, as it does where the state does not fit; SystemFailure, QmpError.
+    """
+    capabilities = [{"capability": "events", "state": True}]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    with monitor.events() as events:
+        await monitor.execute("migrate-incoming", {"uri": incoming.uri})
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                status = await _until_ended(events)
+        except TimeoutError:
+            raise Timeout(f"QEMU has not loaded its state within {_TIMEOUT:g} s") from None
+    if status != "completed":
+        raise SystemFailure("QEMU could not load its state", 5)
+    if incoming.was_running:
+        await monitor.execute("cont")
+
+
+async def end_saving(monitor: Monitor, saving: SavedSaving) -> str:
+    """End a save whose manager died, and let the guest go on if it ran; returns in words what was done."""
+    await cancel(monitor)
+    status = (await monitor.execute("query-status"))["status"]
+    if saving.was_running and status != "running":
+        await monitor.execute("cont")
+    elif status == "postmigrate":
+        await monitor.execute_all([Command("cont"), Command("stop")])
+    return "a snapshot was being made, and was taken back; the machine goes on"
+
+
+async def cancel(monitor: Monitor) -> None:
+    """Cancel a save, and wait for its end; returns at once if none is under way."""
+    with monitor.events() as events:
+        if (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+            await monitor.execute("migrate_cancel")
+            async with asyncio.timeout(_CANCEL_TIMEOUT):
+                await _until_ended(events)
+
+
+async def _until_ended(events: EventStream) -> str:
+    async for event in events:
+        if event.name == "MIGRATION" and (status := str((event.data or {}).get("status"))) in _ENDS:
+            return status
+    raise NotConnected("QEMU ended while it loaded its state")

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Find what keeps a machine from being saved, before anything is paused.
+
+QEMU lists some of it (`query-migrate`, blocked-reasons). What it does not list, and what a copy would lack, is found by
+comparing its devices and objects with those that vmspawn makes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+from ..boot import incoming
+from ..boot.incoming import Option
+from ..hotplug.attachment import State
+from ..hotplug.places import NAMESPACE_CONTROLLER
+from ..hotplug.qemu_objects import children
+from ..machine.running import Running
+
+#: The ids of devices that vmspawn makes.
+_DEVICES = re.compile(r"scsi[01]|rng0|port\d+|nvme0|serial|console-size|network0|drive\d+|vmgenid0|agent\d*|stream\d+")
+
+#: Devices of ours without an id, by their drivers.
+_ANONYMOUS = ("pvpanic-pci", "virtconsole", "virtio-keyboard-pci", "virtio-vga", "virtio-gpu-pci")
+
+#: The names of objects that vmspawn or QEMU makes.
+_OBJECTS = re.compile(
+    r"type|limits\d+|drive\d+-(limits|thread)|scsi-thread|qmp-[a-z]+-monitor|compat_monitor\d+|mem|ram|[a-z-]+\.ram"
+)
+
+#: The run states that QEMU can be brought back to.
+_STATES = ("running", "paused")
+_STATE_HINT = "let it run or pause it first: vmctl resume {machine}"
+
+_DETACH = "detach it first: vmctl detach-disk {machine} {name}"
+
+
+class Blocker(NamedTuple):
+    """Something that cannot be saved: what and why, the way out, and the disk if it is one."""
+
+    reason: str
+    hint: str = ""
+    disk: str = ""
+
+
+async def find(machine: Running, options: tuple[Option, ...]) -> list[Blocker]:
+    """Find all blockers. `options` are those of QEMU's command line. Raises what `Monitor.execute` raises."""
+    found = [*_of_the_start(machine, options)]
+    async for each in _in_qemu(machine, options):
+        found.append(each)
+    return found
+
+
+def _of_the_start(machine: Running, options: tuple[Option, ...]) -> list[Blocker]:
+    found = []
+    if machine.config.console == "native":
+        found.append(Blocker("its console is QEMU's own", "start it with another console than native"))
+    for device in incoming.devices(options):
+        if "vhost-user" in str(device.get("driver")):
+            found.append(Blocker("it shares a directory of the host", "attach a disk in its place"))
+            break
+    return found
+
+
+async def _in_qemu(machine: Running, options: tuple[Option, ...]) -> AsyncIterator[Blocker]:
+    monitor = machine.monitor
+    if machine.status not in _STATES:
+        yield Blocker(f"its guest is in state {machine.status}", _STATE_HINT.format(machine=machine.name))
+    for disk in machine.storage:
+        if disk.state is not State.ATTACHED:
+            hint = f"wait for it: vmctl detach-disk {machine.name} {disk.name}"
+            yield Blocker(f"disk {disk.name} is {disk.state}", hint if disk.removal else "", disk.name)
+    for each in _disks_on_namespaces(machine):
+        yield each
+    devices = await children(monitor, "/machine/peripheral") - {"type"}
+    if NAMESPACE_CONTROLLER in devices and not any(d.disk.bus == "nvme-ns" for d in machine.storage):
+        yield Blocker("QEMU cannot save its NVMe controller, which has no namespace", "start the machine again")
+    for reason in (await monitor.execute("query-migrate")).get("blocked-reasons", ()):
+        for blocker in _explained(machine, str(reason)):
+            yield blocker
+    for name in sorted(devices):
+        if not _DEVICES.fullmatch(name):
+            yield Blocker(f"device {name} is not one of vmspawn's", "remove it, or start the machine without it")
+    anonymous = len(await children(monitor, "/machine/peripheral-anon") - {"type"})
+    ours = sum("id" not in each and each.get("driver") in _ANONYMOUS for each in incoming.devices(options))
+    if anonymous > ours:
+        yield Blocker("it has a device without an id that is not vmspawn's", "start the machine without it")
+    for name in sorted(await children(monitor, "/objects")):
+        if not _OBJECTS.fullmatch(name):
+            yield Blocker(f"object {name} is not one of vmspawn's", f"remove it: object-del {name}")
+    for query, what, key in (("query-jobs", "job", "id"), ("query-block-exports", "block export", "id")):
+        running: list[dict[str, Any]] = await monitor.execute(query)
+        for job in running:
+            yield Blocker(f"{what} {job[key]} is under way", "wait for its end, or cancel it through QMP")
+
+
+def _disks_on_namespaces(machine: Running) -> list[Blocker]:
+    return [
+        Blocker(
+            f"disk {each.name} is on bus nvme-ns, which QEMU cannot save",
+            _DETACH.format(machine=machine.name, name=each.name),
+            each.name,
+        )
+        for each in machine.storage
+        if each.disk.bus == "nvme-ns"
+    ]
+
+
+def _explained(machine: Running, reason: str) -> list[Blocker]:
+    """A reason of QEMU's, with the disks that it is about."""
+    if reason.rstrip("'").endswith("/nvme"):
+        disks = [each.name for each in machine.storage if each.disk.bus == "nvme"]
+        if disks:
+            return [
+                Blocker(
+                    f"disk {name} is on bus nvme, which this QEMU cannot save",
+                    _DETACH.format(machine=machine.name, name=name),
+                    name,
+                )
+                for name in disks
+            ]
+    return [Blocker(reason)]

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The folders of snapshots: made whole or not at all, read, and removed.
+
+A snapshot is made in a folder with another name, which is renamed in the end. Whoever uses a snapshot holds a shared
+flock(2) on its manifest: the QEMU of each fork inherits the descriptor, so the lock ends with QEMU, not with a manager.
+
+On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+
+from ..errors import NoSuchSnapshot, SnapshotExists, SnapshotInUse, StartError, SystemFailure, UsageError, VmspawnError
+from ..host import runtime
+from ..images import snapshot_files
+from ..images.snapshot_files import MANIFEST, UNFINISHED, root
+from . import manifest as manifests
+from .manifest import Manifest
+
+#: The name of a machine's newest disks.
+CURRENT = "current"
+
+
+def parse_name(text: str) -> tuple[str, str]:
+    """Split `MACHINE@NAME`; the name is empty if there is none. Raises UsageError."""
+    machine, at, name = text.partition("@")
+    runtime.check_name(machine)
+    if at:
+        check_name(name)
+    return machine, name
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a snapshot may be called that. Raises UsageError."""
+    try:
+        return runtime.check_name(name)
+    except UsageError:
+        raise UsageError(
+            f"invalid snapshot name {name!r}",
+            hint="use letters, digits, dots, dashes and underscores; begin with a letter or digit",
+        ) from None
+
+
+def path_of(full_name: str) -> str:
+    """The folder of a snapshot."""
+    return os.path.join(root(), full_name)
+
+
+class NewFolder:
+    """The folder of a snapshot that is being made."""
+
+    def __init__(self, full_name: str) -> None:
+        self.full_name = full_name
+        self.path = os.path.join(root(), f"{UNFINISHED}{full_name}-{os.getpid()}")
+
+    def make(self) -> None:
+        """Make the folder; `finish` or `discard` must follow. Raises SnapshotExists, StartError, SystemFailure."""
+        full_name = self.full_name
+        try:
+            os.makedirs(root(), mode=0o700, exist_ok=True)
+            check_ours(root())
+            _clean_up()
+            if os.path.lexists(path_of(full_name)):
+                raise _exists(full_name)
+            os.mkdir(self.path, 0o700)
+        except OSError as error:
+            raise SystemFailure(f"cannot make the folder {self.path}", error.errno or errno.EIO) from None
+
+    def create(self, name: str) -> int:
+        """Create a file for reading and writing; the caller owns the descriptor. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return os.open(os.path.join(self.path, name), flags, 0o600)
+
+    def final(self, name: str) -> str:
+        """The path that a file has once the snapshot is finished."""
+        return os.path.join(path_of(self.full_name), name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file. Raises OSError."""
+        with open(self.create(name), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Give the folder its name. Raises SnapshotExists, OSError."""
+        try:
+            os.rename(self.path, path_of(self.full_name))
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise _exists(self.full_name) from None
+            raise
+        self.path = path_of(self.full_name)
+        _sync(root())
+
+    def discard(self) -> None:
+        """Remove it, by whichever name."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _clean_up() -> None:
+    """Remove the folders of processes that died as they made or removed a snapshot."""
+    for name in os.listdir(root()):
+        pid = name.rpartition("-")[2]
+        if name.startswith(UNFINISHED) and pid.isdigit() and not runtime.start_time(int(pid)):
+            snapshot_files.discard(os.path.join(root(), name))
+
+
+def _exists(full_name: str) -> SnapshotExists:
+    return SnapshotExists(
+        f"there is a snapshot {full_name} already",
+        hint=f"choose another name, or remove it with: vmctl remove-snapshot {full_name}",
+    )
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_ours(path: str) -> None:
+    """Raise StartError for a folder that somebody else could have filled: what is in it runs as this user."""
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise StartError(f"{path} is not a folder")
+    if found.st_uid not in (0, os.geteuid()):
+        raise StartError(f"{path} belongs to another user", hint="only snapshots of yours and of root's are loaded")
+    if stat.S_IMODE(found.st_mode) & 0o022:
+        raise StartError(f"others may write to {path}", hint=f"chmod go-w {path}")
+
+
+class OpenSnapshot:
+    """A snapshot that is kept from being removed while it is open. Owns the manifest's descriptor."""
+
+    def __init__(self, full_name: str) -> None:
+        """Open a snapshot. Raises NoSuchSnapshot, StartError."""
+        self.path = path_of(full_name)
+        try:
+            check_ours(root())
+            check_ours(self.path)
+            self.fd = os.open(os.path.join(self.path, MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise NoSuchSnapshot(f"there is no snapshot {full_name}", hint="see: vmctl list-snapshots") from None
+        except OSError as error:
+            raise StartError(f"cannot open snapshot {full_name}: {error.strerror}") from None
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_SH)
+            self.manifest: Manifest = manifests.load(_read(self.fd), full_name)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of it. May be called again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _read(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def find(machine: str, name: str) -> str:
+    """The full name of a snapshot; without a name, of the machine's only one. Raises NoSuchSnapshot, UsageError."""
+    if name:
+        return f"{machine}@{name}"
+    found = [each for each in snapshot_files.names() if each.startswith(f"{machine}@")]
+    if not found:
+        raise NoSuchSnapshot(f"machine {machine} has no snapshot", hint=f"make one with: vmctl snapshot {machine}")
+    if len(found) > 1:
+        raise UsageError(f"machine {machine} has {len(found)} snapshots", hint=f"name one of: {', '.join(found)}")
+    return found[0]
+
+
+def remove(full_name: str) -> None:
+    """Remove a snapshot. Raises NoSuchSnapshot, SnapshotInUse, StartError."""
+    snapshot = OpenSnapshot(full_name)
+    try:
+        _check_unused(full_name, snapshot)
+        # The manifest goes first: a folder without one is no snapshot.
+        hidden = os.path.join(root(), f"{UNFINISHED}{full_name}-removed-{os.getpid()}")
+        os.rename(snapshot.path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    finally:
+        snapshot.close()
+
+
+def _check_unused(full_name: str, snapshot: OpenSnapshot) -> None:
+    for other, found in snapshot_files.manifests():
+        if other != full_name and any(os.path.dirname(each["path"]) == snapshot.path for each in found["files"]):
+            raise SnapshotInUse(
+                f"{other} stands on {full_name}", hint=f"remove it first: vmctl remove-snapshot {other}"
+            )
+    try:
+        # Converting our own shared lock fails while another process has one.
+        fcntl.flock(snapshot.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SnapshotInUse(f"a machine runs on {full_name}", hint="end it first; see: vmctl list") from None
+    for name in os.listdir(snapshot.path):
+        if is_locked(os.path.join(snapshot.path, name)):
+            raise SnapshotInUse(f"a machine uses {name} of {full_name}", hint="end it first; see: vmctl list")
+
+
+def remove_temporary() -> None:
+    """Remove the snapshots that were made for copies, where no copy is left."""
+    for name, found in snapshot_files.manifests():
+        if found.get("is_temporary") and name.partition("@")[2] != CURRENT:
+            with contextlib.suppress(VmspawnError, OSError):
+                remove(name)
+
+
+#: struct flock: type, whence, start, length, process; QEMU locks bytes from 100 on (its block/file-posix.c).
+_QEMU_LOCKS = (100, 200)
+
+
+def is_locked(path: str) -> bool:
+    """Whether a QEMU has an image open, by its locks."""
+    import struct
+
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        start, length = _QEMU_LOCKS
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+        return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(fd)

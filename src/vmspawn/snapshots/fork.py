@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Start a copy of a machine from its snapshot.
+
+The copy has the source's command line (`boot/incoming.py`). Disks that were hot-plugged are on it, under the same names
+and at the same places, and each writable disk has an overlay of its own over the snapshot's images.
+
+On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from ..boot import console, incoming
+from ..boot.commandline import BootDisk, Fork, Inherited, Plan, disk_arguments, monitor_arguments
+from ..boot.config import MachineConfig
+from ..boot.extras import Extras, Owned, fdset
+from ..boot.incoming import BOOT_FILES, Option
+from ..boot.launch import open_transcript, start, start_watcher, system_failures
+from ..boot.overlay import BASE_NODE, Below
+from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
+from ..boot.started import Incoming, Started
+from ..errors import StartError
+from ..host import runtime
+from ..host.runtime import MachineDirectory
+from ..hotplug import places
+from ..images import qcow2, snapshot_files
+from ..storage import backing as backings
+from ..storage import saved as records
+from ..storage.disk import Disk
+from ..storage.image import Image
+from ..timeouts import SHUTDOWN_TIMEOUT
+from .directory import CURRENT, OpenSnapshot, path_of
+from .manifest import Manifest, SnapshotFile
+from .open_files import copy_content
+
+
+@system_failures("start the copy")
+def fork(
+    given: MachineConfig,
+    full_name: str,
+    *,
+    keep_disks: bool = False,
+    force_version: bool = False,
+    begin: Callable[[], None] = lambda: None,
+) -> Started:
+    """Start a copy. `given` is its name, and what else may differ: console, logs and timeouts.
+
+    `keep_disks` keeps the copy's disks when it ends. `force_version` lets another QEMU try. `begin` is called before
+    anything that would have to be undone. Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
+    """
+    with ExitStack() as undo:
+        owned = Owned(undo, undo.enter_context(ExitStack()))
+        snapshot = OpenSnapshot(full_name)
+        owned.lent.callback(snapshot.close)
+        manifest = snapshot.manifest
+        config = _config(manifest, given)
+        binary = _binary(manifest, force_version=force_version)
+        if manifest.accelerator == "kvm":
+            choose_accelerator("yes", binary.architecture)
+        begin()
+        transcript = open_transcript(config.console_log, undo)
+        directory = MachineDirectory.create(config.name or "")
+        undo.callback(directory.remove)
+        watcher = start_watcher(config, directory, undo)
+        copy = _Copy(snapshot, config, binary, owned, keep_disks=keep_disks)
+        state = copy.open_state()
+        plan = copy.plan()
+        started = start(plan, directory, transcript, owned, line=copy.command_line, incoming=state)
+        started = started._replace(watcher=watcher)
+        owned.lent.close()
+        undo.pop_all()
+    return started
+
+
+def _config(manifest: Manifest, given: MachineConfig) -> MachineConfig:
+    saved = MachineConfig(**manifest.config)
+    timeout = saved.shutdown_timeout if given.shutdown_timeout == SHUTDOWN_TIMEOUT else given.shutdown_timeout
+    return saved._replace(
+        name=given.name or free_name(manifest.machine),
+        console=given.console,
+        terminal=given.terminal,
+        console_log=given.console_log,
+        registration=given.registration,
+        agent=any(option.name == incoming.AGENT for option in manifest.options),
+        shutdown_timeout=timeout,
+        die_with_program=given.die_with_program,
+        die_with_parent=given.die_with_parent,
+        qmp_log=given.qmp_log,
+    )
+
+
+def free_name(machine: str) -> str:
+    """A name for a copy that no machine has."""
+    taken = set(runtime.machine_names())
+    stem = machine[: runtime.NAME_MAX - 8]
+    return next(name for n in range(1, len(taken) + 2) if (name := f"{stem}-fork{n}") not in taken)
+
+
+def _binary(manifest: Manifest, *, force_version: bool) -> QemuBinary:
+    """The QEMU that saved the state. Raises StartError if it is another one by now."""
+    source = manifest.qemu
+    machine_type = manifest.config["machine_type"]
+    found = find_qemu(source.path, machine_type)
+    file = os.stat(found.path)
+    if force_version or (file.st_size, file.st_mtime_ns) == (source.size, source.mtime_ns):
+        return found
+    version = ".".join(map(str, found.version))
+    raise StartError(
+        f"snapshot {manifest.full_name} was saved by QEMU {source.version}, and {source.path} is another file by now "
+        f"(QEMU {version})",
+        hint="only the same QEMU is sure to load it; to try all the same, force the version",
+    )
+
+
+class _Copy:
+    """One copy that is being started."""
+
+    def __init__(
+        self, snapshot: OpenSnapshot, config: MachineConfig, binary: QemuBinary, owned: Owned, *, keep_disks: bool
+    ) -> None:
+        self._fork = Fork(snapshot.manifest.full_name, keep_disks)
+        self._snapshot = snapshot
+        self._manifest = snapshot.manifest
+        self._config = config
+        self._binary = binary
+        self._owned = owned
+        self._files = {each.path: each for each in self._manifest.files}
+        #: Our descriptor for each one of the source.
+        self._descriptors: dict[int, int] = {}
+        self._state = Extras()
+        #: Files of the copy's own that are kept, by the source's descriptor.
+        self._own_files: dict[int, str] = {}
+        #: What an overlay of the source stood on from its start: its node, and our descriptor.
+        self._below: tuple[dict[str, object], int] | None = None
+        self._options: list[incoming.Option] = []
+
+    def plan(self) -> Plan:
+        """All that the command line is written from. Raises StartError."""
+        written = incoming.writable_descriptors(self._manifest.options)
+        for number, path in self._manifest.descriptors.items():
+            fd = self._owned.lend(self._open(path))
+            self._descriptors[number] = self._owned.lend(self._own(number, fd, path)) if number in written else fd
+        self._options, below, number = incoming.take_node(self._manifest.options, BASE_NODE)
+        self._options = [self._with_path(option) for option in self._options]
+        self._below = (below, self._descriptors[number]) if below else None
+        layout = places.layout(
+            self._config.machine_type, self._config.hotplug_ports, namespaces=self._binary.namespaces
+        )
+        incoming.claim_places(self._manifest.options, layout.pci.claim)
+        disks = []
+        for disk in self._disks():
+            self._owned.lent.callback(disk.close)
+            layout.pci.claim(disk.place)
+            disks.append(disk)
+        if self._fork.keep_disks:
+            self._write_current(disks)
+        inherited = (*self._state.descriptors, *self._descriptors.values(), self._snapshot.fd)
+        return Plan(
+            self._config,
+            self._binary,
+            self._manifest.accelerator,
+            layout,
+            None,
+            tuple(disks),
+            Extras(arguments=self._state.arguments, descriptors=inherited),
+            attachments=self._manifest.attachments,
+            fork=self._fork,
+        )
+
+    def _with_path(self, option: Option) -> Option:
+        """The option with the path of a file that is in the snapshot's folder."""
+        if option.name in BOOT_FILES and option.value and not option.value.startswith("/"):
+            return Option(option.name, os.path.join(self._snapshot.path, option.value))
+        return option
+
+    def open_state(self) -> Incoming | None:
+        """Open the saved state; None if there is none, and the machine boots. Raises StartError."""
+        state = self._manifest.state
+        if state is None:
+            return None
+        fd = self._owned.lend(self._open(state.file))
+        if os.fstat(fd).st_size != state.size:
+            raise StartError(f"the state of snapshot {self._manifest.full_name} is not whole")
+        was_running = self._manifest.was_running
+        if state.scheme == "fd":
+            self._state = Extras(descriptors=(fd,))
+            return Incoming(f"fd:{fd}", was_running)
+        self._state = fdset(incoming.STATE_FDSET, fd)
+        return Incoming(f"file:/dev/fdset/{incoming.STATE_FDSET}", was_running)
+
+    def command_line(self, plan: Plan, inherited: Inherited) -> list[str]:
+        """QEMU's command line."""
+        arguments = {
+            incoming.MONITORS: monitor_arguments(plan.binary, inherited.monitors),
+            incoming.CONSOLE: console.shared_end(inherited.log),
+            incoming.SIZE: console.socket_end("size", inherited.size),
+            incoming.AGENT: console.socket_end("agent", inherited.agent),
+            incoming.DISKS: [
+                *_controllers(self._manifest),
+                *disk_arguments(plan.disks),
+                *_ports(self._manifest),
+            ],
+        }
+        defer = ["-incoming", "defer"] if self._manifest.state is not None else []
+        return [
+            plan.binary.path,
+            *("-name", f"{self._config.name},process=vmspawn-qemu"),
+            *plan.extras.arguments,
+            *incoming.rebuild(self._options, arguments, self._descriptors),
+            *defer,
+        ]
+
+    def _open(self, path: str) -> int:
+        """Open a file of the snapshot for reading; one of others must be as it was. Raises StartError."""
+        name = self._manifest.full_name
+        try:
+            fd = os.open(os.path.join(self._snapshot.path, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise StartError(f"snapshot {name} is not whole: cannot open {path}: {error.strerror}") from None
+        if (was := self._files.get(path)) is not None and not was.is_unchanged(fd):
+            os.close(fd)
+            raise StartError(f"{path} was changed since snapshot {name} was made of it")
+        return fd
+
+    # Disks.
+
+    def _disks(self) -> Iterator[BootDisk]:
+        storage = self._manifest.attachments["storage"]
+        number = int(storage["next"])
+        for record in storage["attachments"]:
+            disk = records.load_disk(record)
+            image = self._image(record, disk, number)
+            number += 1
+            yield BootDisk(
+                disk,
+                records.load_identifiers(record),
+                records.load_place(disk.bus, record["place"]),
+                image,
+                str(record["serial"]),
+                self._below_of(record),
+                boot=bool(record["boot"]),
+            )
+
+    def _below_of(self, record: dict[str, Any]) -> Below | None:
+        """What the lowest image of a disk stands on. Only the first disk, the machine's image, stands on something."""
+        if self._below is None or record["number"] != 0:
+            return None
+        node, fd = self._below
+        return Below(os.dup(fd), node)
+
+    def _image(self, record: dict[str, Any], disk: Disk, number: int) -> Image | None:
+        if not record["images"]:
+            return None
+        image = records.load_image(record["images"][0])
+        is_writable = image.writable
+        try:
+            for each in image.chain:
+                self._open_image(each, disk)
+            return self._overlay(disk, image, record, number) if is_writable else image
+        except BaseException:
+            image.close_backing()
+            raise
+
+    def _open_image(self, image: Image, disk: Disk) -> None:
+        path = self._manifest.images[image.number]
+        fd = self._open(path)
+        try:
+            image.backing = backings.inspect(fd, what=path)
+        except BaseException:
+            os.close(fd)
+            raise
+        backings.set_direct(image.backing, disk.cache == "none", what=path)
+        image.path = path
+
+    def _overlay(self, disk: Disk, base: Image, record: dict[str, Any], number: int) -> Image:
+        """An overlay of the copy's own, which ends with it unless it is to be kept."""
+        identifiers = records.load_identifiers(record)
+        size = self._manifest.sizes[identifiers.pivot]
+        path, fd = self._create(f"{identifiers.device}-{number}.qcow2")
+        try:
+            qcow2.write_empty(fd, size)
+            backing = backings.inspect(fd, what="the overlay")
+            backings.set_direct(backing, disk.cache == "none", what="the overlay")
+        except BaseException:
+            os.close(fd)
+            raise
+        return Image(number, backing, "qcow2", path, base=base)
+
+    def _write_current(self, disks: list[BootDisk]) -> None:
+        """Write down where the newest state of the disks is: it lasts when the machine ends. Raises OSError."""
+        manifest = self._manifest
+        overlays = {each.name: each.image for each in disks if each.image is not None and each.image.writable}
+        attachments = {name: dict(section) for name, section in manifest.attachments.items()}
+        attachments["storage"]["attachments"] = [
+            {**each, "images": [overlays[each["name"]].to_state()]} if each["name"] in overlays else each
+            for each in attachments["storage"]["attachments"]
+        ]
+        numbers = [each.number for each in overlays.values()]
+        attachments["storage"]["next"] = max([int(attachments["storage"]["next"]), *(each + 1 for each in numbers)])
+        folder = path_of(f"{self._config.name}@{CURRENT}")
+        os.makedirs(folder, 0o700, exist_ok=True)
+        names = {number: os.path.join(self._snapshot.path, path) for number, path in manifest.descriptors.items()}
+        names |= {number: os.path.join(folder, path) for number, path in self._own_files.items()}
+        # The snapshot stays as long as these are needed.
+        boot_files = [self._with_path(option).value or "" for option in manifest.options if option.name in BOOT_FILES]
+        shared = [path for path in (*names.values(), *boot_files) if os.path.dirname(path) == self._snapshot.path]
+        current = manifest._replace(
+            machine=self._config.name or "",
+            name=CURRENT,
+            created=time.time(),
+            parent=manifest.full_name,
+            is_temporary=False,
+            descriptors=names,
+            options=tuple(self._with_path(option) for option in manifest.options),
+            attachments=attachments,
+            images=manifest.images | {each.number: each.path for each in overlays.values()},
+            files=(*manifest.files, *map(SnapshotFile.growing, [*(each.path for each in overlays.values()), *shared])),
+            state=None,
+        )
+        path = os.path.join(folder, snapshot_files.MANIFEST)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._owned.undo.callback(os.unlink, path)
+        with open(fd, "wb") as file:
+            file.write(current.to_json())
+
+    def _own(self, number: int, fd: int, name: str) -> int:
+        """A copy of a small file, which ends with the machine unless its disks are to be kept."""
+        path, copy = self._create(os.path.basename(name))
+        if path:
+            self._own_files[number] = os.path.basename(path)
+        copy_content(fd, copy)
+        return copy
+
+    def _create(self, name: str) -> tuple[str, int]:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if not self._fork.keep_disks:
+            return "", os.open(snapshot_files.root(), flags | os.O_TMPFILE, 0o600)
+        folder = path_of(f"{self._config.name}@{CURRENT}")
+        os.makedirs(folder, 0o700, exist_ok=True)
+        path = os.path.join(folder, name)
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        self._owned.undo.callback(os.unlink, path)
+        return path, fd
+
+
+def _controllers(manifest: Manifest) -> list[str]:
+    """QEMU's arguments for controllers of disks that were hot-plugged, in the order of their sections."""
+    import json
+
+    arguments = []
+    for section in manifest.attachments.get("controllers", {}).get("attachments", ()):
+        if section.get("name", places.THREADED_SCSI_CONTROLLER) != places.THREADED_SCSI_CONTROLLER:
+            continue  # the one from boot is among the options
+        place = records.load_pci_place(section["place"])
+        thread = {"qom-type": "iothread", "id": "scsi-thread"}
+        device = {"driver": "virtio-scsi-pci", "id": places.THREADED_SCSI_CONTROLLER, "iothread": "scsi-thread"}
+        arguments += ["-object", json.dumps(thread), "-device", json.dumps({**device, **place.properties()})]
+    return arguments
+
+
+def _ports(manifest: Manifest) -> list[str]:
+    """QEMU's arguments for the ports of commands that ran in the guest: nobody is at their other ends in a copy."""
+    import json
+
+    arguments = []
+    for section in manifest.attachments.get("ports", {}).get("attachments", ()):
+        name, (bus, number) = f"stream{section['number']}", section["place"]
+        device = {"driver": "virtserialport", "id": name, "chardev": name, "name": section["name"]}
+        arguments += ["-chardev", f"null,id={name}", "-device", json.dumps({**device, "bus": bus, "nr": number})]
+    return arguments

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a snapshot consists of, as manifest.json describes it.
+
+On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, NamedTuple
+
+from ..boot.incoming import Option
+from ..errors import StartError
+
+#: The form of the manifest. Newer ones are refused.
+VERSION = 1
+
+
+class SnapshotFile(NamedTuple):
+    """A file that a snapshot consists of, as it was when the snapshot was made.
+
+    A `size` of -1 is that of an overlay which a machine writes to.
+    """
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str, fd: int) -> SnapshotFile:
+        """Describe an open file."""
+        found = os.fstat(fd)
+        return cls(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    @classmethod
+    def growing(cls, path: str) -> SnapshotFile:
+        """Describe an overlay that a machine writes to. Raises OSError."""
+        found = os.stat(path)
+        return cls(path, found.st_dev, found.st_ino, -1, 0)
+
+    def is_unchanged(self, fd: int) -> bool:
+        """Whether an open file has the content that the snapshot needs, as far as its size and times tell."""
+        if self.size < 0:
+            return True
+        found = os.fstat(fd)
+        return (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+class Source(NamedTuple):
+    """The QEMU that saved a snapshot; the same must load it."""
+
+    path: str
+    #: What `--version` prints in its first line, without the part before the number.
+    version: str
+    #: The size and time of the binary.
+    size: int
+    mtime_ns: int
+    #: The fields of QemuBinary.
+    binary: dict[str, Any]
+
+
+class State(NamedTuple):
+    """The saved state of RAM and devices."""
+
+    file: str
+    size: int
+    #: The URI scheme by which QEMU saved it, `fd` or `file`.
+    scheme: str
+
+
+class Manifest(NamedTuple):
+    """A snapshot. `state` is None where only the disks are left, of a machine that has ended."""
+
+    machine: str
+    name: str
+    created: float
+    parent: str
+    #: Whether it was made for a fork, and goes with the last one.
+    is_temporary: bool
+    #: Whether the guest ran.
+    was_running: bool
+    qemu: Source
+    machine_type: str
+    accelerator: str
+    #: The fields of MachineConfig that outlive the start.
+    config: dict[str, Any]
+    options: tuple[Option, ...]
+    #: By number in the source: the path of a file of others, or the name of one in the snapshot's folder.
+    descriptors: dict[int, str]
+    #: The sections of the journal, by the kind of attachment.
+    attachments: dict[str, Any]
+    #: The size of each disk in bytes, by its pivot node.
+    sizes: dict[str, int]
+    #: The path of each image's file, by the image's number.
+    images: dict[int, str]
+    #: All files that must stay as they are, the snapshot's own excepted.
+    files: tuple[SnapshotFile, ...]
+    state: State | None
+
+    @property
+    def full_name(self) -> str:
+        """The name with the machine's."""
+        return f"{self.machine}@{self.name}"
+
+    def to_json(self) -> bytes:
+        """The content of manifest.json."""
+        fields = self._asdict()
+        fields["qemu"] = self.qemu._asdict()
+        fields["options"] = [list(each) for each in self.options]
+        fields["files"] = [each._asdict() for each in self.files]
+        fields["state"] = self.state and self.state._asdict()
+        return json.dumps({"version": VERSION, **fields}, indent=1).encode()
+
+
+def load(content: bytes, what: str) -> Manifest:
+    """Read the content of a manifest. Raises StartError."""
+    try:
+        found = json.loads(content)
+        if (version := int(found.pop("version"))) > VERSION:
+            raise StartError(f"snapshot {what} was made by a newer vmspawn (its manifest has version {version})")
+        return Manifest(
+            **{
+                **found,
+                "qemu": Source(**found["qemu"]),
+                "options": tuple(Option(*each) for each in found["options"]),
+                "descriptors": {int(number): str(path) for number, path in found["descriptors"].items()},
+                "images": {int(number): str(path) for number, path in found["images"].items()},
+                "files": tuple(SnapshotFile(**each) for each in found["files"]),
+                "state": State(**found["state"]) if found["state"] else None,
+            }
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StartError(f"the manifest of snapshot {what} is damaged: {error!r}") from None

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Open the files that a running QEMU has open, whatever became of their names."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+_DELETED = " (deleted)"
+
+_COPY_SIZE = 1 << 20
+
+#: How often a file is looked for that seems to have been closed.
+_ATTEMPTS = 10
+
+
+class OpenFiles:
+    """The open files of a process. It may close some at any moment, and give their numbers to others."""
+
+    def __init__(self, pid: int) -> None:
+        self._folder = f"/proc/{pid}/fd"
+
+    def open(self, identity: tuple[int, ...], *, read_only: bool = True) -> int:
+        """Open a file again; the caller owns the descriptor. Raises OSError."""
+        for _ in range(_ATTEMPTS):
+            for number in self._numbers(identity):
+                try:
+                    fd = self.open_number(number, read_only=read_only)
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ENXIO):
+                        continue  # it was closed meanwhile
+                    raise
+                if _identity(os.fstat(fd)) == identity:
+                    return fd
+                os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "QEMU does not have it open")
+
+    def _numbers(self, identity: tuple[int, ...]) -> Iterator[int]:
+        for name in os.listdir(self._folder):
+            with contextlib.suppress(OSError):
+                if _identity(os.stat(os.path.join(self._folder, name))) == identity:
+                    yield int(name)
+
+    def open_number(self, number: int, *, read_only: bool = True) -> int:
+        """Open again what a descriptor of the process is open on. Raises OSError."""
+        mode = os.O_RDONLY if read_only else os.O_RDWR
+        return os.open(os.path.join(self._folder, str(number)), mode | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def path_of(fd: int) -> str:
+    """The path of an open file, or an empty string if it has none any more."""
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    if path.endswith(_DELETED) or not path.startswith("/"):
+        return ""
+    try:
+        return path if os.path.samestat(os.stat(path), os.fstat(fd)) else ""
+    except OSError:
+        return ""
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
+
+
+def keep(fd: int, path: str) -> None:
+    """Give a file without a name a path, or copy its content there if it cannot have one. Raises OSError."""
+    if not give_name(fd, path):
+        copy(fd, path)
+
+
+def give_name(fd: int, path: str) -> bool:
+    """Give a file without a name a path; False if it is on another file system, or was never to have one."""
+    folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Python follows the link only if it is relative to a folder.
+        os.link(str(fd), path, src_dir_fd=folder, follow_symlinks=True)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(folder)
+
+
+def copy(fd: int, path: str) -> None:
+    """Copy an open file's content to a new file. Raises OSError."""
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        copy_content(fd, target)
+        os.fsync(target)
+    finally:
+        os.close(target)
+
+
+def copy_content(fd: int, target: int) -> None:
+    """Copy an open file's content to another one that is empty, holes excepted. Raises OSError."""
+    size = os.fstat(fd).st_size
+    os.ftruncate(target, size)
+    offset = 0
+    while offset < size:
+        try:
+            begin = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError:
+            return  # the rest is a hole
+        offset = os.lseek(fd, begin, os.SEEK_HOLE)
+        while begin < offset:
+            data = os.pread(fd, min(_COPY_SIZE, offset - begin), begin)
+            if not data:
+                return
+            begin += os.pwrite(target, data, begin)

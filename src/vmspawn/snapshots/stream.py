@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Let QEMU write its whole state into an open file, or read it from one.
+
+QEMU 8.2 brought `file:` and refuses regular files behind `fd:` since. `file:` takes a descriptor set, whose descriptor
+must have exactly the access mode; `fd:` takes a descriptor of `getfd`, or an inherited one by its number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from ..boot.incoming import STATE_FDSET
+from ..errors import NotConnected, QmpError, SystemFailure
+from ..machine.loading import cancel
+from ..qmp.events import EventStream
+from ..qmp.monitor import Monitor
+
+#: Bytes per second, which QEMU limits by default.
+_BANDWIDTH = 1 << 50
+
+_NAME = "vmspawn-state"
+
+#: Seconds between looks at the progress, for people.
+_INTERVAL = 0.2
+
+
+async def save(monitor: Monitor, fd: int, progress: Callable[[int, int], None]) -> str:
+    """Save the state of a stopped QEMU to a descriptor that is open for writing alone; returns the URI's scheme.
+
+    `progress` is told the bytes that are done and those in all. Raises QmpError, SystemFailure if QEMU fails;
+    `cancel` must follow if this is interrupted.
+    """
+    capabilities = [{"capability": "events", "state": True}]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await monitor.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+    scheme, events = await _begin(monitor, fd)
+    with events:
+        ended = asyncio.create_task(_until_ended(events))
+        try:
+            while not ended.done():
+                await asyncio.wait({ended}, timeout=_INTERVAL)
+                if not ended.done():
+                    await _report(monitor, progress)
+        finally:
+            ended.cancel()
+        status = await ended
+    if status != "completed":
+        raise SystemFailure(await _why(monitor, status), 5)
+    return scheme
+
+
+async def _begin(monitor: Monitor, fd: int) -> tuple[str, EventStream]:
+    """Begin; returns the URI's scheme, and the events from then on."""
+    await monitor.execute("add-fd", {"fdset-id": STATE_FDSET}, fds=(fd,))
+    try:
+        return "file", await _migrate(monitor, f"file:/dev/fdset/{STATE_FDSET}")
+    except QmpError:
+        # This QEMU has no `file:`.
+        await monitor.execute("remove-fd", {"fdset-id": STATE_FDSET})
+    await monitor.execute("getfd", {"fdname": _NAME}, fds=(fd,))
+    return "fd", await _migrate(monitor, f"fd:{_NAME}")
+
+
+async def _migrate(monitor: Monitor, uri: str) -> EventStream:
+    events = monitor.events()
+    try:
+        await monitor.execute("migrate", {"uri": uri})
+    except BaseException:
+        events.close()
+        raise
+    return events
+
+
+async def _until_ended(events: EventStream) -> str:
+    async for event in events:
+        if event.name == "MIGRATION" and (status := str((event.data or {}).get("status"))) in _ENDS:
+            return status
+    raise NotConnected("QEMU ended while it was saved")
+
+
+_ENDS = ("completed", "failed", "cancelled")
+
+
+async def _report(monitor: Monitor, progress: Callable[[int, int], None]) -> None:
+    ram = (await monitor.execute("query-migrate")).get("ram")
+    if ram:
+        progress(int(ram["total"]) - int(ram["remaining"]), int(ram["total"]))
+
+
+async def _why(monitor: Monitor, status: str) -> str:
+    reason = (await monitor.execute("query-migrate")).get("error-desc")
+    return f"QEMU could not save its state ({reason or status})"
+
+
+async def forget(monitor: Monitor) -> None:
+    """Cancel what is under way, and drop the descriptor. Raises NotConnected, Timeout."""
+    await cancel(monitor)
+    with contextlib.suppress(QmpError):
+        await monitor.execute("remove-fd", {"fdset-id": STATE_FDSET})
+    with contextlib.suppress(QmpError):
+        await monitor.execute("closefd", {"fdname": _NAME})

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Snapshots and copies in tests."""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from tests.shell import Shell
+from vmspawn import Snapshot
+from vmspawn.api import machine as api
+from vmspawn.host.runtime import CONSOLE
+from vmspawn.images import snapshot_files
+from vmspawn.machine.running import Running
+
+
+def inner(machine: api.Machine) -> Running:
+    """The running machine below the library's."""
+    return machine._running
+
+
+@contextlib.asynccontextmanager
+async def forked(
+    snapshot: Snapshot, name: str | None = None, *, keep_disks: bool = False
+) -> AsyncIterator[tuple[api.Machine, Shell]]:
+    """A copy of a machine whose shell was at its prompt, and its console."""
+    async with snapshot.fork(name, keep_disks=keep_disks) as copy:
+        path = inner(copy).directory.file(CONSOLE)
+        import asyncio
+
+        reader, writer = await asyncio.open_unix_connection(path)
+        shell = Shell(reader, writer)
+        try:
+            yield copy, shell
+        finally:
+            shell.close()
+
+
+def everything_below(folder: str) -> set[str]:
+    """The paths of all files of a folder, hidden ones included."""
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
+
+
+def left() -> set[str]:
+    """What there is in the folder of snapshots."""
+    return everything_below(snapshot_files.root())
+
+
+def locked(path: Path) -> bool:
+    """Whether a file can be changed by none of our commands."""
+    found = os.stat(path)
+    return bool(snapshot_files.owner_of(found.st_dev, found.st_ino))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Copies of a running guest, seen from inside: they begin where the source stood, and go ways of their own."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import MIB, make_qcow2, make_raw
+from tests.copies import forked, inner, left, locked
+from tests.machines import fresh_name
+from tests.shell import Booted, Shell, booted
+from vmspawn import Disk, Snapshot
+from vmspawn.errors import ConfigNotSupported, NoFreePort, SnapshotBlocked, SnapshotInUse
+from vmspawn.snapshots.save import save
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
+async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
+    async with booted(qemu, machine_type=request.param) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def saved(guest: Booted, name: str = "") -> AsyncIterator[Snapshot]:
+    """A snapshot, which is removed in the end."""
+    snapshot = await guest.machine.snapshot(name)
+    try:
+        yield snapshot
+    finally:
+        snapshot.remove()
+
+
+async def test_a_copy_begins_where_the_source_stood_and_neither_sees_the_other(guest: Booted) -> None:
+    await guest.shell.run("echo before >/tmp/mark")
+    async with saved(guest) as snapshot:
+        await guest.shell.run("echo source >/tmp/mark")
+        async with forked(snapshot) as (copy, shell):
+            assert await copy.status() == "running"
+            assert await shell.run("cat /tmp/mark") == "before"
+            await shell.run("echo copy >/tmp/mark")
+        assert await guest.shell.run("cat /tmp/mark") == "source"
+
+
+@pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_a_hot_plugged_disk_is_shared_below_and_each_writes_for_itself(
+    guest: Booted, tmp_path: Path, bus: str, image_format: str
+) -> None:
+    name = fresh_name()
+    path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / name, 64 * MIB)
+    attached = await guest.machine.attach(Disk(str(path), bus=bus, format=image_format))
+    await guest.shell.wait_for(rf"vmspawn-guest: block \S+ came: \d+ bytes, serial {name}")
+    await write(guest.shell, attached.by_id, "shared", 0)
+    async with saved(guest) as snapshot:
+        before = path.read_bytes()
+        await write(guest.shell, attached.by_id, "source", 1)
+        async with forked(snapshot) as (copy, shell), forked(snapshot) as (_, other):
+            assert await read(shell, attached.by_id, 0) == "shared"
+            assert await read(shell, attached.by_id, 1) == ""
+            await write(shell, attached.by_id, "copy", 1)
+            assert await read(shell, attached.by_id, 1) == "copy"
+            assert await read(other, attached.by_id, 1) == ""
+            assert locked(path)
+            await copy.detach(attached.name)
+            await shell.wait_for("vmspawn-guest: block .* went")
+        assert await read(guest.shell, attached.by_id, 1) == "source"
+        assert path.read_bytes() == before
+    await guest.machine.detach(attached.name)
+
+
+async def write(shell: Shell, by_id: str, text: str, block: int) -> None:
+    await shell.run(f"echo {text} | dd of={by_id} bs=4096 seek={block} conv=fsync,notrunc,sync 2>/dev/null")
+
+
+async def read(shell: Shell, by_id: str, block: int) -> str:
+    # What the guest has in its cache says nothing about the disk.
+    command = f"dd if={by_id} bs=4096 skip={block} count=1 2>/dev/null | tr -d '\\0'"
+    return await shell.run(f"echo 3 >/proc/sys/vm/drop_caches; {command}")
+
+
+async def test_copies_attach_resize_limit_and_replace(guest: Booted, tmp_path: Path) -> None:
+    name = fresh_name()
+    path = make_raw(tmp_path / name, 64 * MIB)
+    await guest.machine.attach(Disk(str(path)))
+    async with saved(guest) as snapshot:
+        async with forked(snapshot) as (copy, shell):
+            assert await copy.resize(name, 128 * MIB) == 128 * MIB
+            device = (await shell.run(f"readlink -f /dev/disk/by-id/virtio-{name}")).removeprefix("/dev/")
+            assert int(await shell.run(f"cat /sys/class/block/{device}/size")) * 512 == 128 * MIB
+            more = make_raw(tmp_path / fresh_name())
+            await copy.attach(Disk(str(more), bus="virtio-scsi"))
+            assert await copy.replace(name, str(make_raw(tmp_path / fresh_name(), 128 * MIB))) == 128 * MIB
+            async with copy.qmp() as qmp:
+                assert await qmp.execute("query-status")
+            await copy.detach(more.name)
+        assert next(each.size for each in await guest.machine.disks() if each.disk.name == name) == 64 * MIB
+    await guest.machine.detach(name)
+
+
+async def test_a_copy_of_a_copy(guest: Booted, tmp_path: Path) -> None:
+    name = fresh_name()
+    attached = await guest.machine.attach(Disk(str(make_raw(tmp_path / name))))
+    await guest.shell.wait_for(rf"serial {name}")
+    async with saved(guest) as first:
+        async with forked(first) as (copy, shell):
+            await write(shell, attached.by_id, "second", 3)
+            second = await copy.snapshot()
+            await write(shell, attached.by_id, "later", 3)
+            with pytest.raises(SnapshotInUse):
+                first.remove()
+        async with forked(second) as (_, shell):
+            assert await read(shell, attached.by_id, 3) == "second"
+        second.remove()
+    await guest.machine.detach(name)
+
+
+async def test_a_paused_guest_is_paused_again_and_its_copy_is_paused(guest: Booted) -> None:
+    await guest.machine.pause()
+    async with saved(guest) as snapshot:
+        assert await guest.machine.status() == "paused"
+        async with snapshot.fork() as copy:
+            assert await copy.status() == "paused"
+            await copy.resume()
+            assert await copy.status() == "running"
+    await guest.machine.resume()
+    await guest.shell.run("true")
+
+
+async def test_commands_of_sessions_and_changes_of_disks_wait(guest: Booted, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / fresh_name())
+    async with guest.machine.qmp() as qmp:
+        saving = asyncio.create_task(guest.machine.snapshot())
+        statuses = []
+        while not saving.done():
+            statuses.append(await qmp.execute("query-status"))
+        snapshot = await saving
+        assert {each["status"] for each in statuses} <= {"running"}
+    saving = asyncio.create_task(guest.machine.snapshot())
+    attached = await guest.machine.attach(Disk(str(path), bus="virtio-scsi"))
+    await guest.machine.detach(attached.name)
+    (await saving).remove()
+    snapshot.remove()
+
+
+async def test_what_cannot_be_saved_is_named_before_anything_is_paused(guest: Booted, tmp_path: Path) -> None:
+    machine, before = guest.machine, left()
+    path = make_raw(tmp_path / fresh_name())
+    await machine.attach(Disk(str(path)))
+    async with machine.qmp() as qmp:
+        await qmp.execute("object-add", {"qom-type": "secret", "id": "theirs", "data": "x"})
+        with machine.events() as events:
+            with pytest.raises(SnapshotBlocked, match="theirs"):
+                await machine.snapshot()
+            await qmp.execute("object-del", {"id": "theirs"})
+            await machine.pause()
+            # The first thing that QEMU did is to pause for us.
+            assert (await anext(aiter(events))).name == "STOP"
+    await machine.resume()
+    assert left() == before
+    await machine.detach(path.name)
+
+
+async def test_twenty_copies_at_once(guest: Booted) -> None:
+    await guest.shell.run("echo twenty >/tmp/mark")
+    async with saved(guest) as snapshot:
+
+        async def one() -> str:
+            async with forked(snapshot, fresh_name()) as (_, shell):
+                return await shell.run("cat /tmp/mark")
+
+        assert await asyncio.gather(*(one() for _ in range(20))) == ["twenty"] * 20
+    assert inner(guest.machine).is_running
+
+
+async def test_copies_have_random_numbers_of_their_own(guest: Booted) -> None:
+    await guest.shell.run("head -c 16 /dev/urandom >/dev/null")
+    async with saved(guest) as snapshot, forked(snapshot) as (_, first), forked(snapshot) as (_, second):
+        command = "head -c 16 /dev/urandom | od -An -tx1"
+        numbers = [await shell.run(command) for shell in (first, second, guest.shell)]
+    assert len(set(numbers)) == 3
+
+
+async def test_disks_that_block_are_detached_if_wanted(guest: Booted, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / fresh_name())
+    try:
+        await guest.machine.attach(Disk(str(path), bus="nvme-ns"))
+    except (ConfigNotSupported, NoFreePort) as error:
+        pytest.skip(f"this QEMU plugs in no namespaces: {error}")
+    await guest.shell.wait_for("vmspawn-guest: block .* came")
+    made = await asyncio.create_task(save(inner(guest.machine), detach_blocking=True))
+    await guest.shell.wait_for("vmspawn-guest: block .* came")
+    assert [each.disk.name for each in await guest.machine.disks()] == [path.name]
+    snapshot = Snapshot(made.manifest.full_name, made.pause, 0)
+    async with snapshot.fork() as copy:
+        assert await copy.disks() == []
+    snapshot.remove()
+    await guest.machine.detach(path.name)

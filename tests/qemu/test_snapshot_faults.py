@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A save that fails, or whose manager or QEMU dies: a snapshot is whole or not there, and the machine has its disks."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_raw
+from tests.copies import inner, left
+from tests.dying import Dying
+from tests.machines import Machine, fresh_name, idle_machine
+from tests.survivors import wait_until_dead
+from vmspawn import Disk
+from vmspawn.errors import NotConnected, SystemFailure
+from vmspawn.host.runtime import CONTROL
+from vmspawn.images import snapshot_files
+from vmspawn.snapshots import directory
+
+#: More steps than a save has.
+STEPS_MAX = 60
+
+
+@pytest.fixture(scope="module")
+def doomed() -> Iterator[Dying]:
+    process = Dying()
+    yield process
+    process.close()
+
+
+@asynccontextmanager
+async def adopted(name: str) -> AsyncIterator[Machine]:
+    """A manager that takes the machine over, and lets go of it in the end."""
+    machine = await Machine.adopt(name)
+    try:
+        yield machine
+    finally:
+        await machine.leave()
+
+
+@pytest.mark.parametrize("when", ["before", "after", "command"])
+async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dying, when: str) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        name = machine.name
+        await machine.leave()
+        try:
+            for step in range(1, STEPS_MAX):
+                path = make_raw(tmp_path / f"disk{step}")
+                async with adopted(name) as first:
+                    await first.attach(Disk(str(path), "disk", "virtio-scsi"))
+                outcome = await asyncio.to_thread(doomed.order, name, "snapshot", step, when, f"s{step}")
+                assert outcome in ("died", "finished")
+                await survived(name, step)
+                if outcome == "finished":
+                    return
+            raise AssertionError("the save never came to its end")
+        finally:
+            async with adopted(name) as last:
+                await last.terminate()
+                await last.wait()
+            clean_up(name)
+
+
+async def survived(name: str, step: int) -> None:
+    """The machine runs with its disk, and the snapshot is whole or not there."""
+    async with adopted(name) as machine:
+        assert await machine.status() == "running", f"step {step}: {machine.adoption_notes}"
+        (disk,) = (each for each in machine.storage if not each.boot)
+        assert len(disk.images) == 1, f"step {step}"
+        assert disk.images[0].writable
+        nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+        writable = {each["node-name"] for each in nodes if not each["ro"]}
+        assert disk.images[0].top_node in writable, f"step {step}: {machine.adoption_notes}"
+        known = {each for image in disk.images[0].chain for each in (image.file_node, image.top_node)}
+        assert known <= {each["node-name"] for each in nodes}
+        assert not [each for each in left() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
+        for snapshot in names_of(name):
+            assert is_whole(snapshot)
+        await machine.detach("disk")
+
+
+def is_whole(snapshot: str) -> bool:
+    """Whether all files of a snapshot are there."""
+    opened = directory.OpenSnapshot(snapshot)
+    opened.close()
+    return all(os.path.exists(os.path.join(opened.path, each.path)) for each in opened.manifest.files)
+
+
+def names_of(machine: str) -> list[str]:
+    return [each for each in snapshot_files.names() if each.startswith(f"{machine}@")]
+
+
+def clean_up(machine: str) -> None:
+    """Remove a machine's snapshots; the overlays that they stand on are the last."""
+    for name in sorted(names_of(machine), key=lambda each: each.endswith(f"@{directory.CURRENT}")):
+        directory.remove(name)
+
+
+async def test_qemu_dies_while_it_is_saved(qemu: str, tmp_path: Path) -> None:
+    before = left()
+    async with idle_machine(qemu, tmp_path) as machine:
+        saving = asyncio.create_task(machine.snapshot())
+        with machine.events() as events:
+            async for event in events:
+                if event.name == "STOP":
+                    os.kill(machine.pid, signal.SIGKILL)
+                    break
+        with pytest.raises(NotConnected):
+            await saving
+        wait_until_dead(machine.pid)
+        await machine.wait()
+    assert left() == before
+
+
+async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        before = left()
+        saving = asyncio.create_task(machine.snapshot())
+        with machine.events() as events:
+            async for event in events:
+                if event.name == "STOP":
+                    saving.cancel()
+                    break
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        assert left() == before
+        assert await machine.status() == "running"
+        assert all(len(each.images) == 1 and each.images[0].base is None for each in machine.storage)
+        snapshot = await machine.snapshot()
+    snapshot.remove()
+    clean_up(machine.name)
+
+
+async def test_a_client_that_goes_away_takes_its_save_back(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path, control=True) as machine:
+        before = left()
+        _, writer = await asyncio.open_unix_connection(machine.directory.file(CONTROL))
+        with machine.events() as events:
+            writer.write(b'{"method":"io.vmspawn.Machine.Snapshot","more":true}\0')
+            async for event in events:
+                if event.name == "STOP":
+                    writer.close()
+                    break
+            async for event in events:
+                if event.name == "RESUME":
+                    break
+        # Whoever is alone has let go by the time that another is.
+        async with machine.inner.held(timeout=20):
+            assert left() == before
+        assert await machine.status() == "running"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system")
+async def test_a_full_disk_is_found_before_anything_is_paused(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if not await ran("mount", "-t", "tmpfs", "-o", "size=8M,mode=0700", "none", str(small)):
+        pytest.skip("mount(8) is refused")
+    monkeypatch.setenv("VMSPAWN_SNAPSHOT_DIR", str(small))
+    try:
+        async with idle_machine(qemu, tmp_path) as machine:
+            with machine.events() as events:
+                with pytest.raises(SystemFailure, match="No space left"):
+                    await machine.snapshot()
+                await machine.pause()
+                # The first thing that QEMU did is to pause for us.
+                assert (await anext(aiter(events))).name == "STOP"
+            assert inner(machine).status == "paused"
+            assert not left()
+    finally:
+        assert await ran("umount", str(small))
+
+
+async def ran(*command: str) -> bool:
+    """Run a program of the host; whether it succeeded."""
+    done = await asyncio.to_thread(subprocess.run, command, check=False)
+    return done.returncode == 0
+
+
+async def test_a_machine_that_has_ended_starts_from_its_newest_disks(qemu: str, tmp_path: Path) -> None:
+    name = fresh_name()
+    async with idle_machine(qemu, tmp_path, name=name) as machine:
+        snapshot = await machine.snapshot("s")
+    newest = snapshot._replace(name=f"{name}@{directory.CURRENT}")
+    async with newest.fork() as copy:
+        assert await copy.status() == "running"
+    snapshot.remove()
+    clean_up(name)

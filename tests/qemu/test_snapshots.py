@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Snapshots and copies of machines with disks of all kinds, judged by QEMU: what is there, and what stands on what."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import vmctl
+from tests.conftest import make_qcow2, make_raw
+from tests.copies import inner, left, locked
+from tests.machines import Machine, fresh_name, idle_machine, links_of
+from tests.qemu.qmp_fixtures import wait_until
+from vmspawn import Disk, Snapshot
+from vmspawn.api import machine as api
+from vmspawn.errors import (
+    ConfigNotSupported,
+    NoFreePort,
+    QmpError,
+    SnapshotBlocked,
+    SnapshotExists,
+    SnapshotInUse,
+    StartError,
+    UsageError,
+)
+from vmspawn.images import snapshot_files
+from vmspawn.snapshots import directory
+from vmspawn.storage.limits import Limits
+
+
+@contextlib.asynccontextmanager
+async def saved(machine: api.Machine) -> AsyncIterator[Snapshot]:
+    """A snapshot; nothing of the machine's snapshots is left in the end."""
+    try:
+        yield await machine.snapshot()
+    finally:
+        clean_up(machine)
+
+
+def clean_up(machine: api.Machine) -> None:
+    """Remove a machine's snapshots, as far as nothing stands on them."""
+    own = [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    for name in sorted(own, key=lambda each: each.endswith(f"@{directory.CURRENT}")):
+        with contextlib.suppress(SnapshotInUse):
+            directory.remove(name)
+
+
+async def devices(machine: api.Machine) -> set[str]:
+    found = await inner(machine).monitor.execute("qom-list", {"path": "/machine/peripheral"})
+    return {each["name"] for each in found}
+
+
+async def nodes(machine: api.Machine) -> dict[str, Any]:
+    found = await inner(machine).monitor.execute("query-named-block-nodes", {"flat": True})
+    return {each["node-name"]: each for each in found}
+
+
+DISKS = [
+    {"bus": "virtio-blk"},
+    {"bus": "virtio-blk", "thread": True},
+    {"bus": "virtio-blk", "cache": "none"},
+    {"bus": "virtio-scsi"},
+    {"bus": "virtio-scsi", "thread": True},
+    {"bus": "virtio-scsi", "read_only": True},
+    {"bus": "virtio-blk", "limits": Limits(iops=100)},
+    {"bus": "scsi-cd"},
+]
+
+
+@pytest.mark.parametrize("options", DISKS, ids=lambda options: "-".join([options["bus"], *list(options)[1:]]))
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("machine_type", ["q35", "pc"])
+async def test_a_copy_has_the_disk_at_its_place_and_lets_it_go(
+    qemu: str, tmp_path: Path, machine_type: str, image_format: str, options: dict[str, Any]
+) -> None:
+    path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path, machine_type=machine_type) as machine:
+        attached = await machine.attach(Disk(str(path), format=image_format, **options))
+        async with saved(machine) as snapshot:
+            writable = not attached.read_only
+            assert (await nodes(machine))[machine.disk("disk").images[0].chain[-1].top_node]["ro"]
+            async with snapshot.fork() as copy:
+                assert await devices(copy) == await devices(machine)
+                found = next(each for each in await copy.disks() if each.disk.name == "disk")
+                assert found.disk._replace(format=image_format) == attached
+                assert found.limits == options.get("limits", Limits())
+                assert found.disk.format == ("qcow2" if writable else image_format)
+                # On PCI the guest, which is a firmware, would have to release it.
+                if options["bus"] != "virtio-blk":
+                    await copy.detach("disk")
+                    assert not await mentions(copy, path)
+            assert await mentions(machine, path)
+            assert locked(path)
+        assert [each.disk.name for each in await machine.disks()][-1] == "disk"
+
+
+async def mentions(machine: api.Machine, path: Path) -> bool:
+    """Whether QEMU has a file open."""
+    return str(path) in links_of(machine.pid)
+
+
+async def test_an_empty_drive_is_empty_in_the_copy(qemu: str, tmp_path: Path) -> None:
+    medium = make_raw(tmp_path / "medium")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk("", "drive", "scsi-cd"))
+        async with saved(machine) as snapshot, snapshot.fork() as copy:
+            assert next(each.size for each in await copy.disks() if each.disk.name == "drive") == 0
+            await copy.insert_media("drive", str(medium))
+            assert next(each.size for each in await copy.disks() if each.disk.name == "drive") == 64 << 20
+            await copy.eject_media("drive")
+            assert not await mentions(copy, medium)
+
+
+async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_stand_on_them(qemu: str, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        async with saved(machine) as first:
+            before = left()
+            async with first.fork() as copy:
+                assert left() == before
+                second = await copy.snapshot()
+                assert not [each for each in snapshot_files.names() if each == f"{copy.name}@{directory.CURRENT}"]
+                async with second.fork() as third:
+                    chain = inner(third).storage
+                    disk = next(each for each in chain if each.name == "disk")
+                    assert [image.path for image in disk.images[0].chain][-1] == str(path)
+                    assert len(disk.images[0].chain) == 3
+            second.remove()
+            assert left() == before
+
+
+async def test_kept_disks_are_the_copys_newest_and_start_again(qemu: str, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        async with saved(machine) as snapshot:
+            name = fresh_name()
+            async with snapshot.fork(name, keep_disks=True) as copy:
+                assert any(each.path and each.path.endswith(".qcow2") for each in await copy.disks())
+            current = snapshot._replace(name=f"{name}@{directory.CURRENT}")
+            async with current.fork() as again:
+                assert "disk" in [each.disk.name for each in await again.disks()]
+            directory.remove(current.name)
+
+
+async def test_an_image_that_stays_as_it_is_does_so_in_copies(qemu: str, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "image", 1 << 20)
+    source = idle_machine(qemu, tmp_path, image=str(image), ephemeral=True)
+    async with source as machine, saved(machine) as snapshot, snapshot.fork() as copy:
+        found = await nodes(copy)
+        assert found["image-below"]["ro"]
+        assert await mentions(copy, image)
+        async with saved(copy) as second, second.fork() as third:
+            assert "image-below" in await nodes(third)
+
+
+async def test_a_machine_that_was_adopted(qemu: str, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        await machine.leave()
+        adopted = await Machine.adopt(machine.name)
+        async with saved(adopted) as snapshot:
+            async with snapshot.fork() as copy:
+                assert await devices(copy) == await devices(adopted)
+            await adopted.detach("disk")
+        await adopted.terminate()
+        await adopted.wait()
+        await adopted.close()
+
+
+async def test_a_copy_can_be_adopted(qemu: str, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        async with saved(machine) as snapshot, snapshot.fork() as copy:
+            await inner(copy).leave()
+            adopted = await Machine.adopt(copy.name)
+            assert adopted.inner.fork is not None
+            assert adopted.inner.fork.snapshot == snapshot.name
+            with pytest.raises(SnapshotInUse, match="a machine runs"):
+                snapshot.remove()
+            await adopted.detach("disk")
+            await adopted.terminate()
+            await adopted.wait()
+            await adopted.close()
+
+
+async def test_changed_files_and_other_binaries_are_refused(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        async with saved(machine) as snapshot:
+            content = change_binary(snapshot)
+            with pytest.raises(StartError, match="another file by now"):
+                await snapshot.fork().__aenter__()
+            manifest_of(snapshot).write_text(content)
+            path.touch()
+            with pytest.raises(StartError, match="changed since"):
+                await snapshot.fork().__aenter__()
+
+
+def manifest_of(snapshot: Snapshot) -> Path:
+    return Path(directory.path_of(snapshot.name), snapshot_files.MANIFEST)
+
+
+def change_binary(snapshot: Snapshot) -> str:
+    """Let the snapshot be of another QEMU. Returns the manifest as it was."""
+    content = manifest_of(snapshot).read_text()
+    other = json.loads(content)
+    other["qemu"]["mtime_ns"] += 1
+    manifest_of(snapshot).write_text(json.dumps(other))
+    return content
+
+
+async def test_names_are_taken_once(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine, saved(machine) as snapshot:
+        name = snapshot.name.partition("@")[2]
+        assert name == "1"
+        for taken in (name, directory.CURRENT):
+            with pytest.raises(SnapshotExists):
+                await machine.snapshot(taken)
+        with pytest.raises(UsageError):
+            await machine.snapshot("a/b")
+        assert (await machine.snapshot()).name == f"{machine.name}@2"
+
+
+async def test_what_sessions_made_blocks(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        before = left()
+        async with machine.qmp() as qmp:
+            await qmp.execute("device_add", {"driver": "virtio-rng-pci", "id": "theirs", "bus": "port3"})
+            with pytest.raises(SnapshotBlocked, match="device theirs"):
+                await machine.snapshot()
+            await qmp.execute("object-add", {"qom-type": "iothread", "id": "mine"})
+            with pytest.raises(SnapshotBlocked, match="object mine"):
+                await machine.snapshot()
+        assert left() == before
+
+
+async def test_disks_that_block_are_named(qemu: str, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        try:
+            await machine.attach(Disk(str(path), bus="nvme-ns"))
+        except (ConfigNotSupported, NoFreePort) as error:
+            pytest.skip(f"this QEMU plugs in no namespaces: {error}")
+        with pytest.raises(SnapshotBlocked, match="disk disk is on bus nvme-ns"):
+            await machine.snapshot()
+
+
+async def test_the_guest_is_what_it_was_and_qemu_resizes_afterwards(qemu: str, tmp_path: Path) -> None:
+    """Between a save and `cont`, QEMU 7.2 aborts where a disk is resized."""
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        for paused in (False, True):
+            if paused:
+                await machine.pause()
+            saving = asyncio.create_task(machine.snapshot())
+            sizes = [await machine.resize("disk", size << 20) for size in range(65, 75)]
+            assert sizes[-1] == 74 << 20
+            await saving
+            assert await machine.status() == ("paused" if paused else "running")
+            await machine.resize("disk", 64 << 20, shrink=True)
+        async with saved(machine) as snapshot, snapshot.fork() as copy:
+            assert await copy.status() == "paused"
+
+
+async def test_a_session_never_sees_the_save(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine, machine.qmp() as qmp, saved(machine):
+        saving = asyncio.create_task(machine.snapshot())
+        states = set()
+        while not saving.done():
+            states.add((await qmp.execute("query-status"))["status"])
+            with pytest.raises(QmpError):
+                await qmp.execute("blockdev-del", {"node-name": "nonesuch"})
+        await saving
+        assert states <= {"running"}
+
+
+async def test_the_commands(qemu: str, tmp_path: Path) -> None:
+    """vmctl, with a manager of its own for each copy."""
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path, control=True) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        names = [fresh_name() for _ in range(3)]
+        done = await run("snapshot", machine.name, "s")
+        assert done.startswith(f"Saved {machine.name}@s")
+        assert f"{path} stays as it is" in done
+        assert await run("fork", f"{machine.name}@s", *names)
+        listed = json.loads(await run("list-snapshots", "--json=short", machine.name))
+        forks = {each["name"]: each["forks"] for each in listed}
+        assert sorted(forks[f"{machine.name}@s"]) == sorted(names)
+        refused = await asyncio.to_thread(vmctl, "remove-snapshot", f"{machine.name}@s")
+        assert (refused.returncode, "a machine runs" in refused.stderr) == (1, True)
+        for name in names:
+            assert json.loads(await run("status", name, "--json=short"))["status"] == "running"
+            await run("terminate", name, "--wait")
+        await run("remove-snapshot", f"{machine.name}@s")
+        # A snapshot that was made for a copy goes with it.
+        started = json.loads(await run("fork", machine.name, "--json=short"))
+        assert started["snapshot"] in snapshot_files.names()
+        await run("terminate", started["machines"][0], "--wait")
+        gone = lambda: started["snapshot"] not in snapshot_files.names()  # noqa: E731
+        await asyncio.to_thread(wait_until, gone, "the snapshot's end")
+    directory.remove(f"{machine.name}@{directory.CURRENT}")
+
+
+async def run(*arguments: str) -> str:
+    done = await asyncio.to_thread(vmctl, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def test_commands_in_the_guest_end_in_the_copy(qemu: str, tmp_path: Path) -> None:
+    """Their ports are there, for the guest has them, and go at once."""
+    async with idle_machine(qemu, tmp_path) as machine:
+        port, stream = await machine._inside.commands._ports.attach("io.vmspawn.test")
+        async with saved(machine) as snapshot, snapshot.fork() as copy:
+            assert port.device in await devices(machine)
+            assert port.device not in await devices(copy)
+            async with saved(copy) as second, second.fork() as third:
+                assert port.device not in await devices(third)
+        stream.close()

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Snapshots on the disk: which file is part of which, who may write it, and what is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from vmspawn.errors import NoSuchSnapshot, SnapshotExists, SnapshotInUse, StartError, UsageError
+from vmspawn.images import snapshot_files
+from vmspawn.snapshots import directory, manifest, open_files
+from vmspawn.snapshots.directory import NewFolder
+from vmspawn.snapshots.manifest import Manifest, SnapshotFile, Source, State
+from vmspawn.storage import backing
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VMSPAWN_SNAPSHOT_DIR", str(tmp_path / "snapshots"))
+    return tmp_path / "snapshots"
+
+
+def described(full_name: str, *paths: Path) -> Manifest:
+    machine, name = directory.parse_name(full_name)
+    files = []
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        files.append(SnapshotFile.of(str(path), fd))
+        os.close(fd)
+    source = Source("/usr/bin/qemu", "7.2.0", 1, 2, {})
+    state = State("state", 0, "fd")
+    return Manifest(
+        machine, name, 1.0, "", False, True, source, "q", "tcg", {}, (), {5: "x"}, {}, {}, {7: "y"}, tuple(files), state
+    )
+
+
+def made(full_name: str, *paths: Path) -> Manifest:
+    found = described(full_name, *paths)
+    new = NewFolder(full_name)
+    new.make()
+    new.write(snapshot_files.MANIFEST, found.to_json())
+    new.finish()
+    return found
+
+
+def test_a_manifest_is_read_as_it_was_written() -> None:
+    found = described("web@clean")
+    assert manifest.load(found.to_json(), "web@clean") == found
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"version": 1}', b'{"version": 99}', b"\xff"])
+def test_a_manifest_that_cannot_be_read_is_refused(content: bytes) -> None:
+    with pytest.raises(StartError, match="web@clean"):
+        manifest.load(content, "web@clean")
+
+
+def test_a_file_of_a_snapshot_is_opened_for_reading_only(tmp_path: Path) -> None:
+    path = tmp_path / "data.raw"
+    path.write_bytes(bytes(512))
+    made("web@clean", path)
+    with pytest.raises(SnapshotInUse, match="part of snapshot web@clean"):
+        backing.open_disk(str(path), read_only=False)
+    linked = tmp_path / "linked"
+    linked.hardlink_to(path)
+    path.unlink()
+    with pytest.raises(SnapshotInUse):
+        backing.open_disk(str(linked), read_only=False)
+    backing.open_disk(str(linked), read_only=True).close()
+    directory.remove("web@clean")
+    backing.open_disk(str(linked), read_only=False).close()
+
+
+def test_a_snapshot_is_there_whole_or_not_at_all(folder: Path) -> None:
+    new = NewFolder("web@clean")
+    new.make()
+    assert snapshot_files.names() == []
+    new.discard()
+    assert list(folder.iterdir()) == []
+    made("web@clean")
+    with pytest.raises(SnapshotExists):
+        NewFolder("web@clean").make()
+
+
+def test_what_a_dead_process_left_is_removed(folder: Path) -> None:
+    left = folder / f"{snapshot_files.UNFINISHED}web@old-999999999"
+    left.mkdir(parents=True, mode=0o700)
+    folder.chmod(0o700)
+    made("web@clean")
+    assert not left.exists()
+
+
+def test_a_snapshot_in_use_stays(tmp_path: Path, folder: Path) -> None:
+    made("web@clean")
+    inside = folder / "web@clean" / "image1"
+    inside.touch()
+    made("web@next", inside)
+    with pytest.raises(SnapshotInUse, match="web@next stands on web@clean"):
+        directory.remove("web@clean")
+    directory.remove("web@next")
+    opened = directory.OpenSnapshot("web@clean")
+    with pytest.raises(SnapshotInUse, match="a machine runs"):
+        directory.remove("web@clean")
+    opened.close()
+    directory.remove("web@clean")
+    with pytest.raises(NoSuchSnapshot):
+        directory.remove("web@clean")
+
+
+def test_folders_that_others_may_fill_are_refused(folder: Path) -> None:
+    made("web@clean")
+    (folder / "web@clean").chmod(0o777)
+    with pytest.raises(StartError, match="others may write"):
+        directory.OpenSnapshot("web@clean")
+
+
+def test_modes_keep_others_out(folder: Path) -> None:
+    made("web@clean")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "web@clean" / "manifest.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "@x", "web@", "web@a/b", "web@.x", "a b@c"])
+def test_names_that_cannot_be(text: str) -> None:
+    with pytest.raises(UsageError):
+        directory.parse_name(text)
+
+
+def test_the_only_snapshot_needs_no_name() -> None:
+    with pytest.raises(NoSuchSnapshot):
+        directory.find("web", "")
+    made("web@a")
+    assert directory.find("web", "") == "web@a"
+    made("web@b")
+    with pytest.raises(UsageError):
+        directory.find("web", "")
+
+
+def test_a_file_without_a_name_gets_one_and_others_are_copied(tmp_path: Path) -> None:
+    unnamed = os.open(tmp_path, os.O_TMPFILE | os.O_RDWR, 0o600)
+    memory = os.memfd_create("x")
+    for number, fd in enumerate((unnamed, memory)):
+        os.pwrite(fd, b"data", 1 << 20)
+        open_files.keep(fd, str(tmp_path / f"kept{number}"))
+        assert (tmp_path / f"kept{number}").read_bytes() == bytes(1 << 20) + b"data"
+    assert os.fstat(unnamed).st_ino == (tmp_path / "kept0").stat().st_ino
+    os.close(unnamed)
+    os.close(memory)
+
+
+def test_what_is_damaged_is_left_out(folder: Path) -> None:
+    made("web@clean")
+    (folder / "web@clean" / "manifest.json").write_text(json.dumps([1]))
+    assert list(snapshot_files.manifests()) == []
