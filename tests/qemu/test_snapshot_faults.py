@@ -16,7 +16,7 @@ from tests.copies import inner, left
 from tests.dying import Dying
 from tests.machines import Machine, fresh_name, idle_machine
 from tests.survivors import wait_until_dead
-from vmspawn import Disk
+from vmspawn import Disk, Snapshot
 from vmspawn.errors import NotConnected, SystemFailure
 from vmspawn.host.runtime import CONTROL
 from vmspawn.images import snapshot_files
@@ -188,7 +188,7 @@ async def test_a_machine_that_has_ended_starts_from_its_newest_disks(qemu: str, 
     name = fresh_name()
     async with idle_machine(qemu, tmp_path, name=name) as machine:
         snapshot = await machine.snapshot("s")
-    newest = snapshot._replace(name=f"{name}@{directory.CURRENT}")
+    newest = Snapshot(f"{name}@{directory.CURRENT}", 0.0, 0)
     async with newest.fork() as copy:
         assert await copy.status() == "running"
     snapshot.remove()

@@ -142,7 +142,7 @@ async def test_kept_disks_are_the_copys_newest_and_start_again(qemu: str, tmp_pa
             name = fresh_name()
             async with snapshot.fork(name, keep_disks=True) as copy:
                 assert any(each.path and each.path.endswith(".qcow2") for each in await copy.disks())
-            current = snapshot._replace(name=f"{name}@{directory.CURRENT}")
+            current = Snapshot(f"{name}@{directory.CURRENT}", 0.0, 0)
             async with current.fork() as again:
                 assert "disk" in [each.disk.name for each in await again.disks()]
             directory.remove(current.name)

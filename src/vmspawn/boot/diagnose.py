@@ -32,7 +32,7 @@ def _holder(machine: str, disk: BootDisk) -> str:
     # Loaded where it is needed: most starts succeed.
     from ..storage.holders import holder_of
 
-    backing = disk.image.backing
+    backing = disk.image.backing if disk.image is not None else None
     return (holder_of(backing.identity, ours=machine) if backing is not None else "") or "another process"
 
 
