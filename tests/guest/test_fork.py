@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -88,6 +89,7 @@ async def test_copies_attach_resize_limit_and_replace(guest: Booted, tmp_path: P
     name = fresh_name()
     path = make_raw(tmp_path / name, 64 * MIB)
     await guest.machine.attach(Disk(str(path)))
+    await guest.shell.wait_for(rf"serial {name}")
     async with saved(guest) as snapshot:
         async with forked(snapshot) as (copy, shell):
             assert await copy.resize(name, 128 * MIB) == 128 * MIB
@@ -178,12 +180,18 @@ async def test_twenty_copies_at_once(guest: Booted) -> None:
     assert inner(guest.machine).is_running
 
 
-async def test_copies_have_random_numbers_of_their_own(guest: Booted) -> None:
+async def test_copies_have_random_numbers_and_a_clock_of_their_own(guest: Booted) -> None:
+    """The agent in the guest sees to it."""
     await guest.shell.run("head -c 16 /dev/urandom >/dev/null")
-    async with saved(guest) as snapshot, forked(snapshot) as (_, first), forked(snapshot) as (_, second):
+    await guest.shell.run("date -s @1000000000")
+    async with saved(guest) as snapshot, forked(snapshot) as (first, one), forked(snapshot) as (second, two):
         command = "head -c 16 /dev/urandom | od -An -tx1"
-        numbers = [await shell.run(command) for shell in (first, second, guest.shell)]
-    assert len(set(numbers)) == 3
+        numbers = [await shell.run(command) for shell in (one, two, guest.shell)]
+        assert len(set(numbers)) == 3
+        for copy in (first, second):
+            assert copy._inside.clock_is_set
+        assert abs(int(await one.run("date +%s")) - time.time()) < 60
+        assert int(await guest.shell.run("date +%s")) < 1100000000
 
 
 async def test_disks_that_block_are_detached_if_wanted(guest: Booted, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from vmspawn.agent import protocol
 from vmspawn.agent.protocol import (
     Exited,
     Failed,
+    Forked,
     InputClosed,
     Lost,
     Malformed,
@@ -76,6 +77,7 @@ def test_messages_are_lines_of_words() -> None:
     assert protocol.resize("c", 24, 80) == b"resize c 24 80 ;\n"
     assert protocol.signal("c", 15) == b"signal c 15 ;\n"
     assert protocol.hang_up("c") == b"hangup c ;\n"
+    assert protocol.fork("0a", 12_000_000_034) == b"fork 0a 12 34 ;\n"
     assert protocol.run(Run("c", "s", [b"echo", b"", b"a b;%\n"])) == b"run c s stdin -- echo % a%20b%3b%25%0a ;\n"
 
 
@@ -132,6 +134,7 @@ CONTROL = {
     b"refused - 74 message ;\n": Refused(None, 74, "message"),
     b"refused c1 17 id ;\n": Refused("c1", 17, "id"),
     b"lost c1 ;\n": Lost("c1"),
+    b"forked 0a ;\n": Forked("0a"),
 }
 STATUS = {
     b"started 5 ;\n": Started(5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -46,11 +47,11 @@ class Far:
     async def send(self, text: str) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sockets[-1], text.encode())
 
-    async def session(self) -> None:
+    async def session(self, capabilities: str = "run") -> None:
         """Begin a session."""
         waiting = asyncio.ensure_future(self.agent.ready())
         [[_, nonce]] = await self.read()
-        await self.send(f"ready {nonce} 1 7 run ;\n")
+        await self.send(f"ready {nonce} 1 7 {capabilities} ;\n")
         await waiting
 
 
@@ -138,3 +139,29 @@ async def test_a_port_that_is_not_there(far: Far) -> None:
     agent = Agent(refuse, on_message=lambda _: None, on_restart=lambda: None)
     with pytest.raises(NotConnected, match="refused"):
         await agent.ready()
+
+
+async def test_a_copy_gets_a_seed_and_the_time(far: Far) -> None:
+    await far.session("run,fork")
+    begun = time.time()
+    waking = asyncio.ensure_future(far.agent.wake_copy())
+    [[word, seed, seconds, nanoseconds]] = await far.read()
+    assert (word, len(bytes.fromhex(seed))) == ("fork", 32)
+    assert begun <= int(seconds) + int(nanoseconds) / 1e9 <= time.time()
+    await far.send(f"forked 00 ;\nforked {seed} ;\nforked {seed} ;\n")
+    await waking
+
+
+async def test_a_guest_may_refuse_to_set_its_clock(far: Far) -> None:
+    await far.session("run,fork")
+    waking = asyncio.ensure_future(far.agent.wake_copy())
+    [[_, seed, *_]] = await far.read()
+    await far.send(f"refused {seed} 1 clock ;\n")
+    with pytest.raises(NotSupported, match="refuses to set its clock: Operation not permitted"):
+        await waking
+
+
+async def test_an_older_agent_cannot_set_the_clock(far: Far) -> None:
+    await far.session()
+    with pytest.raises(NotSupported, match="too old"):
+        await far.agent.wake_copy()

@@ -13,7 +13,7 @@
 #include "kernel.h"
 
 #define VERSION "1"
-#define CAPABILITIES "tty,resize,signal,hangup,shell"
+#define CAPABILITIES "tty,resize,signal,hangup,shell,fork"
 
 #define CONTROL_PORT "io.vmspawn.agent"
 #define COMMAND_PORT "io.vmspawn.exec."
@@ -1393,6 +1393,38 @@ static void handle_sync(const char *nonce) {
         answer_ready(nonce);
 }
 
+/* Has the kernel mix a text into its random numbers, and draw new keys from them at once. */
+static int reseed(const char *text) {
+        struct {
+                struct rand_pool_info information;
+                char data[NAME_MAX];
+        } entropy = { .information = { .buf_size = (int) strlen(text) } };
+        int fd, r;
+
+        /* Each character of a hexadecimal number counts for half a byte. */
+        entropy.information.entropy_count = entropy.information.buf_size * 4;
+        memcpy(entropy.data, text, strlen(text));
+        if ((fd = sys_open("/dev/random", O_WRONLY)) < 0)
+                return fd;
+        r = sys_ioctl_pointer(fd, RNDADDENTROPY, &entropy);
+        if (r >= 0)
+                r = sys_ioctl(fd, RNDRESEEDCRNG, 0);
+        sys_close(fd);
+        return r;
+}
+
+/* This machine is a copy of another one: its random numbers must differ, and its clock stands at the source's save. */
+static void handle_fork(const char *seed, unsigned seconds, unsigned nanoseconds) {
+        int r;
+
+        if ((r = reseed(seed)) < 0)
+                answer_refused(seed, -r, "seed");
+        else if ((r = sys_set_clock((long) seconds, (long) nanoseconds)) < 0)
+                answer_refused(seed, -r, "clock");
+        else
+                answer_word("forked", seed);
+}
+
 /* Whether the line is one of ours: a word, a name, a number of words between the bounds. */
 static bool is_message(char **word, size_t count, const char *kind, size_t least, size_t most) {
         return count >= least && count <= most && equal(word[0], kind) && is_name(word[1]);
@@ -1416,6 +1448,9 @@ static void handle_words(char **word, size_t count) {
         else if (is_message(word, count, "resize", 4, 4) && parse_number(word[2], UINT16_MAX, &first) &&
                  parse_number(word[3], UINT16_MAX, &second))
                 send_order(word[1], (struct order) { .kind = RESIZE, .first = first, .second = second });
+        else if (is_message(word, count, "fork", 4, 4) && parse_number(word[2], UINT32_MAX, &first) &&
+                 parse_number(word[3], 999999999, &second))
+                handle_fork(word[1], first, second);
         else
                 answer_refused("-", EBADMSG, "message");
 }

@@ -22,6 +22,7 @@
 #include <linux/fcntl.h>
 #include <linux/netlink.h>
 #include <linux/prctl.h>
+#include <linux/random.h>
 #include <linux/sched.h>
 #include <linux/time_types.h>
 #include <linux/wait.h>
@@ -29,6 +30,7 @@
 /* Not in the headers of the kernel, but part of its interface. */
 #define AF_NETLINK 16
 #define SOCK_RAW 3
+#define CLOCK_REALTIME 0
 #define CLOCK_MONOTONIC 1
 #define SIGNAL_BYTES 8
 #define SIGNALS 64
@@ -256,6 +258,12 @@ static inline long now(void) {
 
         call(__NR_clock_gettime, CLOCK_MONOTONIC, &time, 0, 0, 0);
         return (long) (time.tv_sec * 1000 + time.tv_nsec / 1000000);
+}
+
+static inline int sys_set_clock(long seconds, long nanoseconds) {
+        struct __kernel_timespec time = { .tv_sec = seconds, .tv_nsec = nanoseconds };
+
+        return (int) call(__NR_clock_settime, CLOCK_REALTIME, &time, 0, 0, 0);
 }
 
 /* Processes */

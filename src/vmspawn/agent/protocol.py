@@ -123,6 +123,15 @@ def hang_up(id: str) -> bytes:
     return _message("hangup", _name(id))
 
 
+def fork(seed: str, nanoseconds: int) -> bytes:
+    """Tell that the machine is a copy of one that ran; answered by `Forked` with the seed.
+
+    The agent mixes the seed, a hexadecimal number, into the kernel's random numbers, and sets the clock to a time in
+    nanoseconds since 1970.
+    """
+    return _message("fork", _name(seed), *map(str, divmod(nanoseconds, 1_000_000_000)))
+
+
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError(f"{text!r} is not an identifier: up to 64 of a-z, 0-9 and -, which cannot be the first")
@@ -233,6 +242,13 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Forked:
+    """The guest has random numbers and a clock of its own."""
+
+    seed: str
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The command runs. Before this, the end of its stdin must not be sent."""
 
@@ -278,7 +294,7 @@ class Malformed:
     line: bytes
 
 
-ControlMessage = Ready | Pong | Ports | Refused | Lost
+ControlMessage = Ready | Pong | Ports | Refused | Lost | Forked
 StatusMessage = Started | InputClosed | Exited | Signalled | Failed
 
 _Message = TypeVar("_Message")
@@ -346,6 +362,8 @@ def _parse_control(words: list[str]) -> ControlMessage:
             return Refused(_name_or_none(id), _number(errno, _ERRNO_MAX), _word(what))
         case ["lost", id]:
             return Lost(_name(id))
+        case ["forked", seed]:
+            return Forked(_name(seed))
     raise ValueError
 
 

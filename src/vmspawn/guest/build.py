@@ -36,6 +36,7 @@ BOOT_MODULES = (
     "atkbd",
     "virtio_input",
     "pvpanic_pci",
+    "vmgenid",
 )
 
 #: Modules that are loaded when a user mounts a file system.

@@ -11,7 +11,7 @@ import os
 from .. import cache
 
 #: The version of the build. Increase it if a build makes another guest of the same files below `rootfs`.
-FORMAT = 2
+FORMAT = 3
 
 #: Files that are copied to the initramfs, with the same paths below `rootfs` as in the guest.
 ROOTFS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rootfs")

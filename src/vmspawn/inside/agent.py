@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable
 
 from .. import log
 from ..agent import protocol
-from ..agent.protocol import ControlMessage, Lost, Malformed, Ports, Ready, Refused
+from ..agent.protocol import ControlMessage, Forked, Lost, Malformed, Ports, Ready, Refused
 from ..aio.writer import Writer
 from ..errors import NotConnected, NotSupported
 
@@ -55,6 +56,10 @@ class Agent:
         self._counts: dict[str, asyncio.Future[int]] = {}
         self._in_session = asyncio.Event()
         self._version = protocol.VERSION
+        self._capabilities: frozenset[str] = frozenset()
+        #: The seed of a copy that the agent was told of, and its answer.
+        self._seed = ""
+        self._forked: asyncio.Future[None] = self._loop.create_future()
         #: The nonce of the session, which each command names.
         self.session = ""
 
@@ -76,6 +81,19 @@ class Agent:
         """Send a message. Without a connection it is dropped."""
         if self._writer is not None:
             self._writer.write(message)
+
+    async def wake_copy(self) -> None:
+        """Give the guest of a copy a clock and random numbers of its own; waits for as long as the agent takes.
+
+        Raises NotSupported if the agent cannot do that, and what `ready` raises.
+        """
+        await self.ready()
+        if "fork" not in self._capabilities:
+            raise NotSupported("the agent in the guest is too old to set the clock of a copy")
+        self._seed = os.urandom(32).hex()
+        self._forked = self._loop.create_future()
+        self.send(protocol.fork(self._seed, time.time_ns()))
+        await self._forked
 
     async def knows_ports(self, id: str, count: int, timeout: float) -> bool:
         """Wait until the guest knows so many ports of a command; False if it does not in time."""
@@ -158,11 +176,17 @@ class Agent:
                 self._announced()
             case Ready(nonce=self.session):
                 self._version = message.version
+                self._capabilities = message.capabilities
                 self._in_session.set()
             case Ports():
                 counted = self._counts.get(message.id)
                 if counted is not None and not counted.done():
                     counted.set_result(message.count)
+            case Forked(seed=self._seed) if not self._forked.done():
+                self._forked.set_result(None)
+            case Refused(id=self._seed) if not self._forked.done():
+                why = os.strerror(message.errno)
+                self._forked.set_exception(NotSupported(f"the guest refuses to set its {message.what}: {why}"))
             case Refused() | Lost():
                 self._on_message(message)
             case Malformed():

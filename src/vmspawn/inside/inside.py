@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
+from ..boot.console import AGENT_PORT_ID
+from ..errors import NotSupported
 from ..machine.running import Running
 
 if TYPE_CHECKING:
     from .commands import Commands
+
+#: Seconds that the agent of a copy has to set its clock. It runs already; the host may be busy with twenty copies.
+_WAKE_TIMEOUT = 5.0
 
 #: The section of the journal with the ports of commands.
 _PORTS = "ports"
@@ -20,6 +26,8 @@ class Inside:
     def __init__(self, machine: Running) -> None:
         self._machine = machine
         self._commands: Commands | None = None
+        #: Whether the guest's clock was set, if the machine is a copy.
+        self.clock_is_set = True
 
     @property
     def commands(self) -> Commands:
@@ -31,9 +39,30 @@ class Inside:
         return self._commands
 
     async def settle(self) -> None:
-        """End the commands of a manager that died. Raises Timeout or NotConnected."""
+        """End the commands of a manager that died. The guest of a copy that was just started gets a clock and random
+        numbers of its own. Raises Timeout or NotConnected."""
         if self._machine.attachments.get(_PORTS, {}).get("attachments"):
             await self.commands.settle()
+        if self._machine.is_new_copy:
+            self.clock_is_set = await self._wake_copy()
+
+    async def _wake_copy(self) -> bool:
+        """Let the agent wake the guest; returns False if it does not."""
+        if not await self._has_agent():
+            return False
+        try:
+            async with asyncio.timeout(_WAKE_TIMEOUT):
+                await self.commands.agent.wake_copy()
+        except (TimeoutError, NotSupported):
+            return False
+        return True
+
+    async def _has_agent(self) -> bool:
+        """Whether an agent in the guest has opened its port, and runs."""
+        if not self._machine.is_running:
+            return False
+        found = await self._machine.monitor.execute("query-chardev")
+        return any(each["label"] == AGENT_PORT_ID and each["frontend-open"] for each in found)
 
     def close(self) -> None:
         """Let go of the agent and all commands. May be called again."""

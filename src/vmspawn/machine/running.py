@@ -385,6 +385,12 @@ class Running:
         return self._started.fork
 
     @property
+    def is_new_copy(self) -> bool:
+        """Whether this process has started the machine from another one's saved state."""
+        origin = self._started.origin
+        return isinstance(origin, Launched) and origin.incoming is not None
+
+    @property
     def binary(self) -> QemuBinary:
         """The QEMU that runs."""
         return self._started.binary

@@ -37,12 +37,13 @@ _FLUSH_TIMEOUT = 5.0
 
 
 async def supervise(
-    started: Started, messages: Messages, *, ready: Callable[[], None] = lambda: None, job: Job | None = None
+    started: Started, messages: Messages, *, ready: Callable[[bool], None] = lambda _: None, job: Job | None = None
 ) -> End:
     """Run a machine that was just launched or adopted to its end, and report how it ended. Owns `started`.
 
-    `ready` is called once the machine is up. If there is a `job`, the machine ends with it. Raises StartError if QEMU
-    does not come up, ManagerFailed after a fault of ours; the guest runs on then, and another manager can take it over.
+    `ready` is called once the machine is up, with whether its clock is right: that of a copy may stand as it was saved.
+    If there is a `job`, the machine ends with it. Raises StartError if QEMU does not come up, ManagerFailed after a
+    fault of ours; the guest runs on then, and another manager can take it over.
     """
     preloading = asyncio.create_task(preload())
     machine = await _start(started, messages)
@@ -113,7 +114,7 @@ class _Supervision:
         self._shutdown = Shutdown(machine, messages.notice, self._notifier)
         self._front = Front(machine, self._shutdown, messages)
 
-    async def run(self, ready: Callable[[], None], job: Job | None) -> End:
+    async def run(self, ready: Callable[[bool], None], job: Job | None) -> End:
         """Serve the machine until it has ended. Raises StartError, OSError."""
         machine, messages, closing = self._machine, self._messages, self._closing
         Signals(self._shutdown, self._front).listen()
@@ -136,8 +137,10 @@ class _Supervision:
         # What READY promises: from then on the package may be upgraded, moved or removed.
         await self._preloading
         await self._register(registered)
-        ready()
+        ready(inside.clock_is_set)
         messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
+        if not inside.clock_is_set:
+            messages.notice("clock: as saved")
         self._front.open()
         status = f"Machine {machine.name} is running"
         self._notifier.send(READY=1, STATUS=status, X_VMSPAWN_LEADER_PID=machine.pid)

@@ -18,23 +18,26 @@ from ..errors import StartError, Timeout
 _PREFIX = "vmspawn: "
 
 
-def start_copies(full_name: str, names: Sequence[str], *, arguments: Sequence[str] = (), timeout: float) -> None:
+def start_copies(full_name: str, names: Sequence[str], *, arguments: Sequence[str] = (), timeout: float) -> list[str]:
     """Start copies of a snapshot at once, and wait until all of them run; those that fail do not end the others.
 
-    `arguments` are further options of vmspawn. Raises StartError, Timeout.
+    `arguments` are further options of vmspawn. Returns the names of the copies whose clock stands as it was saved: no
+    agent in the guest has set it. Raises StartError, Timeout.
     """
     started = [_Manager(name, [f"--fork={full_name}", f"--machine={name}", *arguments]) for name in names]
     deadline = time.monotonic() + timeout
     failures = [error for each in started if (error := each.wait(deadline)) is not None]
     if failures:
         raise failures[0]
+    return [each.name for each in started if not each.clock_is_set]
 
 
 class _Manager:
     """A manager that is being started. It outlives this process."""
 
     def __init__(self, name: str, arguments: list[str]) -> None:
-        self._name = name
+        self.name = name
+        self.clock_is_set = False
         #: What it says until it is up.
         self._log = os.memfd_create("vmspawn-manager", os.MFD_CLOEXEC)
         self._waiting, telling = os.pipe()
@@ -56,8 +59,9 @@ class _Manager:
         """Wait until it is up; returns why it is not."""
         try:
             if not select.select([self._waiting], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                return Timeout(f"the manager of {self._name} (process {self._pid}) has not started it in time")
-            if os.read(self._waiting, 1):
+                return Timeout(f"the manager of {self.name} (process {self._pid}) has not started it in time")
+            if told := os.read(self._waiting, 1):
+                self.clock_is_set = told == b"1"
                 return None
             os.waitpid(self._pid, 0)
             return failure(os.pread(self._log, 1 << 16, 0).decode(errors="replace"))

@@ -68,7 +68,8 @@ async def _in_qemu(machine: Running, options: tuple[Option, ...]) -> AsyncIterat
     if machine.status not in _STATES:
         yield Blocker(f"its guest is in state {machine.status}", _STATE_HINT.format(machine=machine.name))
     for disk in machine.storage:
-        if disk.state is not State.ATTACHED:
+        # An attach that waits for the end of the save has done nothing yet.
+        if disk.state not in (State.ATTACHED, State.ATTACHING):
             hint = f"wait for it: vmctl detach-disk {machine.name} {disk.name}"
             yield Blocker(f"disk {disk.name} is {disk.state}", hint if disk.removal else "", disk.name)
     for each in _disks_on_namespaces(machine):

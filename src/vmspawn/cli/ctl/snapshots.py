@@ -111,8 +111,11 @@ def _fork(options: argparse.Namespace) -> None:
     arguments += [f"--log={options.log}"] if options.log else []
     arguments += ["--force-version"] if options.force_version else []
     timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
-    start_copies(full_name, names, arguments=arguments, timeout=timeout)
-    answer(options, {"snapshot": full_name, "machines": names}, f"Started {', '.join(names)} from {full_name}")
+    stale = start_copies(full_name, names, arguments=arguments, timeout=timeout)
+    found = {"snapshot": full_name, "machines": names, "clock": "as saved" if stale else "set"}
+    answer(options, found, f"Started {', '.join(names)} from {full_name}")
+    if stale:
+        say(options, f"clock: as saved (no agent runs in {', '.join(stale)})")
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="adopt the machine if it runs without a manager, else start it",
     )
-    # A program that starts vmspawn in the background gets a byte there once the machine is up.
+    # A program that starts vmspawn in the background gets a byte there once the machine is up: 1 if its clock is right.
     group.add_argument("--ready-fd", metavar="FD", type=whole_number, help=argparse.SUPPRESS)
 
 
@@ -117,12 +117,12 @@ def begin(
     return launch(config, notice=notice, detail=detail, on_begin=hold_signals)
 
 
-def ready(options: argparse.Namespace) -> Callable[[], None]:
+def ready(options: argparse.Namespace) -> Callable[[bool], None]:
     """Return the function to call once the machine is up."""
 
-    def tell() -> None:
+    def tell(clock_is_set: bool) -> None:
         if options.ready_fd is not None:
-            os.write(options.ready_fd, b"\n")
+            os.write(options.ready_fd, b"1" if clock_is_set else b"0")
             os.close(options.ready_fd)
 
     return tell
