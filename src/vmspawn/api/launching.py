@@ -17,6 +17,7 @@ from ..boot.config import MachineConfig
 from ..boot.launch import launch
 from ..boot.started import Started
 from ..machine.running import Running, run
+from ..snapshots import warm
 from ..snapshots.fork import fork
 
 _T = TypeVar("_T")
@@ -52,7 +53,8 @@ async def _in_thread(launch_it: Callable[[Canceller], Started]) -> Started:
 def _launch_in_thread(config: MachineConfig, canceller: Canceller) -> Started:
     CANCELLER.set(canceller)
     # `notice` is called before each step, so the work can be cancelled between two steps.
-    return launch(config, notice=lambda _: check_cancelled(), on_begin=check_cancelled)
+    begin = warm.start if config.warm else launch
+    return begin(config, notice=lambda _: check_cancelled(), on_begin=check_cancelled)
 
 
 def _fork_in_thread(config: MachineConfig, snapshot: str, keep_disks: bool, canceller: Canceller) -> Started:

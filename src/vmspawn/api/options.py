@@ -71,6 +71,7 @@ class MachineOptions(TypedDict, total=False):
     agent: bool
     die_with_program: bool
     die_with_parent: bool
+    warm: bool
 
 
 class DiskOptions(TypedDict, total=False):

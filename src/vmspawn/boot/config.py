@@ -95,6 +95,7 @@ class MachineConfig(NamedTuple):
     agent: bool = True
     die_with_program: bool = False
     die_with_parent: bool = False
+    warm: bool = False
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -144,6 +145,8 @@ def check(config: MachineConfig) -> MachineConfig:
         raise UsageError.with_fields(
             "{time_limit={seconds}} leaves no time to run", hint="use seconds, more than 0", seconds=config.time_limit
         )
+    if config.warm:
+        _check_warm(config)
     if config.uuid is not None:
         _check_uuid(config.uuid)
     machined.check(config.registration)
@@ -186,6 +189,21 @@ def _check_boot(config: MachineConfig) -> None:
 
 
 _LEAVE_ONE_OUT = "leave out one of them"
+
+#: Fields with which the built-in guest does not start from a booted copy: the copy would lack these, or not be saved.
+_NOT_WARM = ("image", "extra_disks", "volumes", "qemu_arguments")
+
+
+def _check_warm(config: MachineConfig) -> None:
+    if not config.guest:
+        raise UsageError.with_fields("{warm=True} needs {guest=builtin}", hint="use a snapshot for other guests")
+    for field in _NOT_WARM:
+        if getattr(config, field):
+            template = "{warm=True} does not work with {" + field + "=}"
+            raise UsageError.with_fields(template, hint="attach disks once the machine runs, or leave out {warm=True}")
+    if config.console in ("native", "gui"):
+        template = "{warm=True} does not work with {console={console}}"
+        raise UsageError.with_fields(template, hint=_LEAVE_ONE_OUT, console=config.console)
 
 
 def _check_disks(config: MachineConfig) -> None:

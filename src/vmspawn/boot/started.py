@@ -24,10 +24,11 @@ _CLIENTS_BACKLOG = 64
 
 
 class Incoming(NamedTuple):
-    """A saved state: its URI in QEMU, and whether the guest ran."""
+    """A saved state: its URI in QEMU, whether the guest ran, and what the console shows of the time before."""
 
     uri: str
     was_running: bool
+    shown: bytes = b""
 
 
 class Launched(NamedTuple):

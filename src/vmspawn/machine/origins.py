@@ -69,7 +69,7 @@ class _Fresh:
         self._incoming = origin.incoming
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
-        return b""
+        return self._incoming.shown if self._incoming is not None else b""
 
     async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
         if self._incoming is not None:

@@ -23,6 +23,9 @@ from ..images.snapshot_files import MANIFEST, UNFINISHED, root
 from . import manifest as manifests
 from .manifest import Manifest
 
+#: The file of a warm copy with what the console showed when it was made.
+CONSOLE = "console"
+
 #: The name of a machine's newest disks.
 CURRENT = "current"
 
@@ -47,26 +50,28 @@ def check_name(name: str) -> str:
         ) from None
 
 
-def path_of(full_name: str) -> str:
-    """The folder of a snapshot."""
-    return os.path.join(root(), full_name)
+def path_of(full_name: str, parent: str = "") -> str:
+    """The folder of a snapshot. `parent` is that of all snapshots by default."""
+    return os.path.join(parent or root(), full_name)
 
 
 class NewFolder:
     """The folder of a snapshot that is being made."""
 
-    def __init__(self, full_name: str) -> None:
+    def __init__(self, full_name: str, parent: str = "") -> None:
+        """`parent` is the folder of all snapshots by default."""
         self.full_name = full_name
-        self.path = os.path.join(root(), f"{UNFINISHED}{full_name}-{os.getpid()}")
+        self._parent = parent or root()
+        self.path = os.path.join(self._parent, f"{UNFINISHED}{full_name}-{os.getpid()}")
 
     def make(self) -> None:
         """Make the folder; `finish` or `discard` must follow. Raises SnapshotExists, StartError, SystemFailure."""
         full_name = self.full_name
         try:
-            os.makedirs(root(), mode=0o700, exist_ok=True)
-            check_ours(root())
-            _clean_up()
-            if os.path.lexists(path_of(full_name)):
+            os.makedirs(self._parent, mode=0o700, exist_ok=True)
+            check_ours(self._parent)
+            _clean_up(self._parent)
+            if os.path.lexists(path_of(full_name, self._parent)):
                 raise _exists(full_name)
             os.mkdir(self.path, 0o700)
         except OSError as error:
@@ -79,7 +84,7 @@ class NewFolder:
 
     def final(self, name: str) -> str:
         """The path that a file has once the snapshot is finished."""
-        return os.path.join(path_of(self.full_name), name)
+        return os.path.join(path_of(self.full_name, self._parent), name)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file. Raises OSError."""
@@ -91,25 +96,25 @@ class NewFolder:
     def finish(self) -> None:
         """Give the folder its name. Raises SnapshotExists, OSError."""
         try:
-            os.rename(self.path, path_of(self.full_name))
+            os.rename(self.path, path_of(self.full_name, self._parent))
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise _exists(self.full_name) from None
             raise
-        self.path = path_of(self.full_name)
-        _sync(root())
+        self.path = path_of(self.full_name, self._parent)
+        _sync(self._parent)
 
     def discard(self) -> None:
         """Remove it, by whichever name."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _clean_up() -> None:
+def _clean_up(parent: str) -> None:
     """Remove the folders of processes that died as they made or removed a snapshot."""
-    for name in os.listdir(root()):
+    for name in os.listdir(parent):
         pid = name.rpartition("-")[2]
         if name.startswith(UNFINISHED) and pid.isdigit() and not runtime.start_time(int(pid)):
-            snapshot_files.discard(os.path.join(root(), name))
+            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
 
 
 def _exists(full_name: str) -> SnapshotExists:
@@ -141,11 +146,11 @@ def check_ours(path: str) -> None:
 class OpenSnapshot:
     """A snapshot that is kept from being removed while it is open. Owns the manifest's descriptor."""
 
-    def __init__(self, full_name: str) -> None:
-        """Open a snapshot. Raises NoSuchSnapshot, StartError."""
-        self.path = path_of(full_name)
+    def __init__(self, full_name: str, parent: str = "") -> None:
+        """Open a snapshot in a folder, that of all snapshots by default. Raises NoSuchSnapshot, StartError."""
+        self.path = path_of(full_name, parent)
         try:
-            check_ours(root())
+            check_ours(os.path.dirname(self.path))
             check_ours(self.path)
             self.fd = os.open(os.path.join(self.path, MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:

@@ -9,6 +9,7 @@ On the start path: imports next to nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -53,12 +54,28 @@ def fork(
     `keep_disks` keeps the copy's disks when it ends. `force_version` lets another QEMU try. `begin` is called before
     anything that would have to be undone. Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
     """
+    with contextlib.closing(OpenSnapshot(full_name)) as snapshot:
+        config = _config(snapshot.manifest, given)
+        what = Fork(full_name, keep_disks)
+        return start_copy(snapshot, config, what, force_version=force_version, begin=begin)
+
+
+def start_copy(
+    snapshot: OpenSnapshot,
+    config: MachineConfig,
+    fork: Fork | None,
+    *,
+    force_version: bool = False,
+    begin: Callable[[], None] = lambda: None,
+    shown: bytes = b"",
+) -> Started:
+    """Start a copy from an open snapshot, which stays the caller's. `shown` is what its console has shown before.
+
+    `fork` is None for a machine that is none of its source's copies to its user. Raises what `fork` raises.
+    """
     with ExitStack() as undo:
         owned = Owned(undo, undo.enter_context(ExitStack()))
-        snapshot = OpenSnapshot(full_name)
-        owned.lent.callback(snapshot.close)
         manifest = snapshot.manifest
-        config = _config(manifest, given)
         binary = _binary(manifest, force_version=force_version)
         if manifest.accelerator == "kvm":
             choose_accelerator("yes", binary.architecture)
@@ -67,8 +84,8 @@ def fork(
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)
         watcher = start_watcher(config, directory, undo)
-        copy = _Copy(snapshot, config, binary, owned, keep_disks=keep_disks)
-        state = copy.open_state()
+        copy = _Copy(snapshot, config, binary, owned, fork)
+        state = copy.open_state(shown)
         plan = copy.plan()
         started = start(plan, directory, transcript, owned, line=copy.command_line, incoming=state)
         started = started._replace(watcher=watcher)
@@ -121,9 +138,10 @@ class _Copy:
     """One copy that is being started."""
 
     def __init__(
-        self, snapshot: OpenSnapshot, config: MachineConfig, binary: QemuBinary, owned: Owned, *, keep_disks: bool
+        self, snapshot: OpenSnapshot, config: MachineConfig, binary: QemuBinary, owned: Owned, fork: Fork | None
     ) -> None:
-        self._fork = Fork(snapshot.manifest.full_name, keep_disks)
+        self._fork = fork
+        self._keep_disks = fork is not None and fork.keep_disks
         self._snapshot = snapshot
         self._manifest = snapshot.manifest
         self._config = config
@@ -157,7 +175,7 @@ class _Copy:
             self._owned.lent.callback(disk.close)
             layout.pci.claim(disk.place)
             disks.append(disk)
-        if self._fork.keep_disks:
+        if self._keep_disks:
             self._write_current(disks)
         inherited = (*self._state.descriptors, *self._descriptors.values(), self._snapshot.fd)
         return Plan(
@@ -178,7 +196,7 @@ class _Copy:
             return Option(option.name, os.path.join(self._snapshot.path, option.value))
         return option
 
-    def open_state(self) -> Incoming | None:
+    def open_state(self, shown: bytes) -> Incoming | None:
         """Open the saved state; None if there is none, and the machine boots. Raises StartError."""
         state = self._manifest.state
         if state is None:
@@ -189,9 +207,9 @@ class _Copy:
         was_running = self._manifest.was_running
         if state.scheme == "fd":
             self._state = Extras(descriptors=(fd,))
-            return Incoming(f"fd:{fd}", was_running)
+            return Incoming(f"fd:{fd}", was_running, shown)
         self._state = fdset(incoming.STATE_FDSET, fd)
-        return Incoming(f"file:/dev/fdset/{incoming.STATE_FDSET}", was_running)
+        return Incoming(f"file:/dev/fdset/{incoming.STATE_FDSET}", was_running, shown)
 
     def command_line(self, plan: Plan, inherited: Inherited) -> list[str]:
         """QEMU's command line."""
@@ -338,8 +356,8 @@ class _Copy:
 
     def _create(self, name: str) -> tuple[str, int]:
         flags = os.O_RDWR | os.O_CLOEXEC
-        if not self._fork.keep_disks:
-            return "", os.open(snapshot_files.root(), flags | os.O_TMPFILE, 0o600)
+        if not self._keep_disks:
+            return "", os.open(os.path.dirname(self._snapshot.path), flags | os.O_TMPFILE, 0o600)
         folder = path_of(f"{self._config.name}@{CURRENT}")
         os.makedirs(folder, 0o700, exist_ok=True)
         path = os.path.join(folder, name)

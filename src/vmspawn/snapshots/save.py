@@ -67,11 +67,13 @@ async def save(
     *,
     is_temporary: bool = False,
     detach_blocking: bool = False,
+    parent: str = "",
     progress: Progress = lambda _done, _total: None,
 ) -> Saved:
     """Save a machine. `progress` is told the bytes of RAM that are written, and those in all.
 
-    `detach_blocking` detaches disks that cannot be saved, and attaches them again afterwards.
+    `detach_blocking` detaches disks that cannot be saved, and attaches them again afterwards. `parent` is the folder of
+    all snapshots by default.
 
     Raises SnapshotBlocked, SnapshotExists, UsageError, SystemFailure, QmpError, Timeout or NotConnected; the machine
     runs on then, and nothing of the snapshot is left.
@@ -83,7 +85,7 @@ async def save(
         if detach_blocking:
             await _detach_blocking(machine, afterwards)
         async with machine.held(timeout=_HOLD_TIMEOUT):
-            return await _Save(machine, name, is_temporary, progress).run()
+            return await _Save(machine, name, is_temporary, progress, parent).run()
 
 
 async def _detach_blocking(machine: Running, afterwards: contextlib.AsyncExitStack) -> None:
@@ -134,7 +136,7 @@ def _free_name(machine: str) -> str:
 class _Save:
     """One save."""
 
-    def __init__(self, machine: Running, name: str, is_temporary: bool, progress: Progress) -> None:
+    def __init__(self, machine: Running, name: str, is_temporary: bool, progress: Progress, parent: str) -> None:
         self._machine = machine
         self._name = name
         self._is_temporary = is_temporary
@@ -154,13 +156,14 @@ class _Save:
         self._closing = contextlib.ExitStack()
         #: The ids of QEMU's devices.
         self._devices: frozenset[str] = frozenset()
+        self._parent = parent
         self._folder_path = ""
 
     async def run(self) -> Saved:
         recorded = await _record(self._machine)
         await self._check(recorded)
         self._devices = await device_ids(self._machine.monitor)
-        folder = NewFolder(f"{self._machine.name}@{self._name}")
+        folder = NewFolder(f"{self._machine.name}@{self._name}", self._parent)
         freeze = self._machine.storage.freeze()
         with self._closing:
             try:
@@ -245,7 +248,7 @@ class _Save:
                 self._list(image, folder)
         keep_overlays = self._has_lasting_disks()
         current = path_of(f"{self._machine.name}@{CURRENT}")
-        if keep_overlays:
+        if keep_overlays and freeze.candidates:
             os.makedirs(current, 0o700, exist_ok=True)
 
         def make(disk: AttachedDisk, number: int, size: int) -> Image:

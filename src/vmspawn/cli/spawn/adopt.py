@@ -114,6 +114,10 @@ def begin(
 
         hold_signals()
         return adopt(config)
+    if config.warm:
+        from ...snapshots import warm
+
+        return warm.start(config, notice=notice, detail=detail, on_begin=hold_signals)
     return launch(config, notice=notice, detail=detail, on_begin=hold_signals)
 
 

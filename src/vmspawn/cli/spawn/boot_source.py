@@ -14,6 +14,7 @@ class BootSource(TypedDict):
     """Fields of MachineConfig."""
 
     guest: str | None
+    warm: bool
     image: str | None
     image_format: str | None
     image_disk_type: str
@@ -29,6 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Boot")
     group.add_argument("--guest", choices=("builtin",), help="boot the small guest that vmspawn builds")
+    group.add_argument("--warm", action="store_true", help="start the built-in guest from a copy that has booted")
     group.add_argument("-i", "--image", metavar="PATH", help="boot a disk image or block device")
     group.add_argument("--image-format", choices=FORMATS, help="format of the image (default: raw)")
     group.add_argument(
@@ -58,6 +60,7 @@ def read(options: argparse.Namespace) -> BootSource:
         "ephemeral": options.ephemeral,
         "grow_image": None if grow_image is None else parse_size(grow_image, option="--grow-image="),
         "linux": _absolute(options.linux),
+        "warm": options.warm,
         "initrd": initrds[0] if initrds else None,
         "more_initrds": tuple(initrds[1:]),
         "kernel_arguments": tuple(options.kernel_arguments),

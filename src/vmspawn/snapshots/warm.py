@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Start the built-in guest from a copy that has booted (`warm=True`).
+
+The copy is made at the first use, once, whoever comes at the same time (`warm_maker.py`). It is kept in the cache under a
+key of everything that it depends on: QEMU's binary, the accelerator and processor, the guest's kernel and initramfs,
+this package, and the machine's configuration but for what may differ between copies.
+
+On the start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+
+from ..aio.programs import check_cancelled
+from ..boot.commandline import Choices
+from ..boot.config import MachineConfig
+from ..boot.launch import system_failures
+from ..boot.plan import Reporter, choose
+from ..boot.started import Started
+from ..cache import cache_directory
+from ..errors import NoSuchSnapshot, StartError
+from ..host import runtime
+from ..images.snapshot_files import MANIFEST
+from ..version import VERSION
+from .directory import CONSOLE, OpenSnapshot
+from .fork import start_copy
+
+#: Copies that are kept in the cache. Each takes about as much as its guest has touched of its memory, 100 MB.
+_KEPT = 8
+
+#: Fields that may differ between a copy and its source.
+_OWN = (
+    *("name", "console", "console_log", "qmp_log", "qemu", "kvm", "shutdown_timeout", "time_limit", "registration"),
+    *("die_with_program", "die_with_parent", "warm"),
+)
+
+#: What of /proc/cpuinfo differs between processors of one host, or from time to time.
+_VARYING = ("processor", "cpu MHz", "bogomips", "core id", "physical id", "apicid", "initial apicid", "siblings")
+
+_PRIME = 2**64 - 59
+
+#: Seconds between looks whether another process has made the copy.
+_LOCK_INTERVAL = 0.05
+
+
+@system_failures("start the machine")
+def start(
+    config: MachineConfig,
+    *,
+    notice: Callable[[str], None] = lambda _: None,
+    detail: Callable[[str], None] = lambda _: None,
+    on_begin: Callable[[], None] = lambda: None,
+) -> Started:
+    """Start a machine from its warm copy; the arguments are those of `launch`. Raises what `launch` and `fork` raise."""
+    runtime.prepare_root()
+    chosen = choose(config, Reporter(notice, detail))
+    if chosen.why_emulated:
+        detail(f"no KVM ({chosen.why_emulated}), so the guest is emulated and slow")
+    path = os.path.join(directory(), key(chosen))
+    with contextlib.closing(_opened(path, chosen.config, notice)) as snapshot:
+        with open(os.path.join(path, CONSOLE), "rb") as file:
+            shown = file.read()
+        return start_copy(snapshot, chosen.config, None, begin=on_begin, shown=shown)
+
+
+def directory() -> str:
+    """The directory of all warm copies."""
+    return os.path.join(cache_directory(), "warm")
+
+
+# The key.
+
+
+def key(chosen: Choices) -> str:
+    """A name for everything that a warm copy depends on."""
+    assert chosen.kernel is not None
+    files = (os.path.realpath(chosen.binary.path), chosen.kernel.path, chosen.kernel.initrd or "")
+    parts = [VERSION, *_package(), repr(shape(chosen.config)), chosen.accelerator, repr(chosen.binary)]
+    parts += [_identity(path) for path in files if path]
+    if chosen.accelerator == "kvm":
+        parts += [os.uname().release, _processor()]
+    return f"{int.from_bytes(chr(0).join(parts).encode(), 'big') % _PRIME:016x}"
+
+
+def shape(config: MachineConfig) -> MachineConfig:
+    """The configuration without what may differ between a copy and its source."""
+    default = MachineConfig()
+    own = {name: getattr(default, name) for name in _OWN}
+    terminal = config.terminal._replace(rows=0, columns=0) if config.terminal is not None else None
+    return config._replace(**own, terminal=terminal, ram=config.ram_bytes)
+
+
+def _package() -> list[str]:
+    """The identities of this package's files: another version of it may write another command line."""
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return [
+        _identity(os.path.join(folder, name))
+        for folder, _, names in sorted(os.walk(home))
+        for name in sorted(names)
+        if name.endswith(".py")
+    ]
+
+
+def _identity(path: str) -> str:
+    found = os.stat(path)
+    return f"{path} {found.st_size} {found.st_mtime_ns}"
+
+
+def _processor() -> str:
+    """What /proc/cpuinfo has on the first processor."""
+    with open("/proc/cpuinfo") as file:
+        lines = file.read().partition("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.partition("\t")[0].strip() not in _VARYING)
+
+
+# The copy.
+
+
+def _opened(path: str, config: MachineConfig, notice: Callable[[str], None]) -> OpenSnapshot:
+    """Open a warm copy; make it if there is none. Raises StartError."""
+    found = _open(path, notice)
+    if found is None:
+        os.makedirs(directory(), mode=0o700, exist_ok=True)
+        with _locked(path + ".lock"):
+            # Another process may have made it meanwhile.
+            found = _open(path, notice)
+            if found is None:
+                _make(path, config, notice)
+                found = OpenSnapshot(os.path.basename(path), directory())
+    # The oldest ones are removed first.
+    os.utime(path)
+    return found
+
+
+def _open(path: str, notice: Callable[[str], None]) -> OpenSnapshot | None:
+    try:
+        return OpenSnapshot(os.path.basename(path), directory())
+    except NoSuchSnapshot:
+        return None
+    except StartError as error:
+        notice(f"cannot use the booted guest in the cache, makes another one: {error}")
+        return None
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Hold a lock file. Raises Cancelled if the work of this thread is cancelled."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                check_cancelled()
+                time.sleep(_LOCK_INTERVAL)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _make(path: str, config: MachineConfig, notice: Callable[[str], None]) -> None:
+    """Make a warm copy at a path. Raises StartError."""
+    from .warm_maker import run_maker
+
+    notice("boots the built-in guest once, for this and later warm starts")
+    _remove_oldest()
+    shutil.rmtree(path, ignore_errors=True)
+    run_maker(path, shape(config)._replace(qemu=config.qemu, kvm=config.kvm))
+
+
+def _remove_oldest() -> None:
+    """Make room for another copy."""
+    found = []
+    for entry in os.scandir(directory()):
+        if os.path.exists(os.path.join(entry.path, MANIFEST)):
+            found.append((entry.stat().st_mtime, entry.path))
+    for _, path in sorted(found, reverse=True)[_KEPT - 1 :]:
+        with contextlib.suppress(OSError):
+            fd = os.open(os.path.join(path, MANIFEST), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                # Each QEMU that runs on it has a shared lock.
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+                os.unlink(path + ".lock")
+            finally:
+                os.close(fd)
