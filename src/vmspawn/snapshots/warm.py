@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Start the built-in guest from a copy that has booted (`warm=True`).
 
-The copy is made at the first use, once, whoever comes at the same time (`warm_maker.py`). It is kept in the cache under a
-key of everything that it depends on: QEMU's binary, the accelerator and processor, the guest's kernel and initramfs,
-this package, and the machine's configuration but for what may differ between copies.
+The first start makes the copy (`warm_maker.py`); others that start at the same time wait for it. The cache keeps it
+under a key of everything that it depends on: QEMU's binary, the accelerator and processor, the guest's kernel and
+initramfs, this package, and the machine's configuration without the fields that may differ between copies.
 
 On the start path: imports next to nothing.
 """
@@ -57,7 +57,7 @@ def start(
     detail: Callable[[str], None] = lambda _: None,
     on_begin: Callable[[], None] = lambda: None,
 ) -> Started:
-    """Start a machine from its warm copy; the arguments are those of `launch`. Raises what `launch` and `fork` raise."""
+    """Start a machine from its warm copy, with the arguments of `launch`. Raises what `launch` and `fork` raise."""
     runtime.prepare_root()
     chosen = choose(config, Reporter(notice, detail))
     if chosen.why_emulated:

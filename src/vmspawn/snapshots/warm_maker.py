@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import msgspec
 
@@ -37,6 +38,9 @@ _TIMEOUT = 180.0
 #: What the guest prints once it has booted: of itself, and its shell's prompt.
 _READY = b"vmspawn-guest: ready"
 _PROMPT = b"# "
+
+#: What the shell's line editor asks the terminal after the prompt: the position of the cursor.
+_CURSOR_QUERY = b"\x1b[6n"
 
 
 def run_maker(path: str, config: MachineConfig) -> None:
@@ -63,8 +67,7 @@ async def make(path: str, config: MachineConfig) -> None:
         inside.close()
         saved = await save(machine, "warm", parent=folder)
         made = os.path.join(folder, saved.manifest.full_name)
-        with open(os.path.join(made, CONSOLE), "wb") as file:
-            file.write(shown)
+        await asyncio.to_thread(Path(made, CONSOLE).write_bytes, shown)
         os.rename(made, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +102,7 @@ class _Collector:
     @property
     def is_booted(self) -> bool:
         """Whether the prompt is the last that was shown."""
-        return _READY in self.shown and self.shown.endswith(_PROMPT)
+        return _READY in self.shown and self.shown.removesuffix(_CURSOR_QUERY).endswith(_PROMPT)
 
     def show(self, data: bytes) -> None:
         """Take output."""
@@ -107,9 +110,10 @@ class _Collector:
         if self.is_booted:
             self.booted.set()
 
-    def finish(self) -> None:
-        """Stop waiting."""
+    def finish(self) -> bool:
+        """Stop waiting. Returns True."""
         self.booted.set()
+        return True
 
 
 def main() -> None:
