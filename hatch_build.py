@@ -45,14 +45,15 @@ def agents(root: Path, folder: Path) -> dict[str, Path]:
     """
     sys.path.insert(0, str(root / "src"))
     try:
-        from vmspawn.agent import build
+        from vmspawn.agent.build import build
+        from vmspawn.agent.compiler import MACHINES
         from vmspawn.errors import StartError
     finally:
         sys.path.remove(str(root / "src"))
     found = {}
-    for architecture in build.MACHINES:
+    for architecture in MACHINES:
         try:
-            found[architecture] = build.build(architecture, folder / "agent")
+            found[architecture] = Path(build(architecture, str(folder / "agent")))
         except StartError as error:
             print(f"no agent for {architecture}: {error}", file=sys.stderr)
     return found

@@ -230,7 +230,7 @@ class AgentMachine:
         self, qemu: str, folder: Path, stack: ExitStack, *, architecture: str = "x86_64", agent: Path | None = None
     ) -> None:
         guest = builtin.find(architecture) or build.build(architecture)
-        program = (agent or build_agent(architecture)).read_bytes()
+        program = Path(agent or build_agent(architecture)).read_bytes()
         self.console = folder / "console"
         self.free = list(range(FIRST_NUMBER, PORTS))
         self._ids = itertools.count()

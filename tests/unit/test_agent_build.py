@@ -8,33 +8,34 @@ from pathlib import Path
 
 import pytest
 
-from vmspawn.agent import build, install
+from vmspawn.agent import compiler, install
+from vmspawn.agent.build import build
 from vmspawn.errors import StartError
 
 
 def needs_a_compiler(architecture: str) -> None:
-    if not list(build.compilers(architecture)):
+    if not list(compiler.compilers(architecture)):
         pytest.skip(f"there is no compiler for {architecture}")
 
 
-@pytest.mark.parametrize("architecture", sorted(build.MACHINES))
+@pytest.mark.parametrize("architecture", sorted(compiler.MACHINES))
 def test_it_is_compiled_once(architecture: str, tmp_path: Path) -> None:
     needs_a_compiler(architecture)
-    path = build.build(architecture, tmp_path)
-    assert build.unfit(path, architecture) == ""
+    path = Path(build(architecture, str(tmp_path)))
+    assert compiler.unfit(path, architecture) == ""
     assert path.stat().st_mode & 0o777 == 0o755
     before = path.stat().st_mtime_ns
-    assert build.build(architecture, tmp_path) == path
+    assert build(architecture, str(tmp_path)) == str(path)
     assert path.stat().st_mtime_ns == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_it_needs_no_library(tmp_path: Path) -> None:
-    architecture = next((each for each in build.MACHINES if build.is_native(each)), None)
+    architecture = next((each for each in compiler.MACHINES if compiler.is_native(each)), None)
     if architecture is None:
         pytest.skip("there is no agent for this host's architecture")
     needs_a_compiler(architecture)
-    content = build.build(architecture, tmp_path).read_bytes()
+    content = Path(build(architecture, str(tmp_path))).read_bytes()
     assert b"ld-linux" not in content
     # The program is in base64 twice, beside other credentials, in tables of 64 KiB.
     assert sum(map(len, install.delivery(content).values())) < 20_000
@@ -42,19 +43,19 @@ def test_it_needs_no_library(tmp_path: Path) -> None:
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="no agent for riscv64") as raised:
-        build.build("riscv64", tmp_path)
+        build("riscv64", str(tmp_path))
     assert "x86_64" in raised.value.hint
 
 
-@pytest.mark.parametrize(("compiler", "reason"), [("false", "exit status 1"), ("/missing/cc", "No such file")])
+@pytest.mark.parametrize(("command", "reason"), [("false", "exit status 1"), ("/missing/cc", "No such file")])
 def test_without_a_working_compiler_the_error_has_the_reason(
-    compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CC", compiler)
-    monkeypatch.setenv("PATH", str(tmp_path / "empty") if compiler != "false" else str(_only(tmp_path, "false")))
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setenv("CC", command)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty") if command != "false" else str(_only(tmp_path, "false")))
+    monkeypatch.setattr(compiler, "find_spec", lambda name: None)
     with pytest.raises(StartError, match=reason) as raised:
-        build.build("x86_64", tmp_path / "out")
+        build("x86_64", str(tmp_path / "out"))
     assert "CC=" in raised.value.hint
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -69,4 +70,4 @@ def _only(folder: Path, name: str) -> Path:
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StartError, match="file"):
-        build.build("x86_64", tmp_path / "file" / "below")
+        build("x86_64", str(tmp_path / "file" / "below"))

@@ -8,14 +8,15 @@ import subprocess
 from pathlib import Path
 
 from tests.commands import VMCTL, one_line, vmctl
-from vmspawn.agent import build, install
+from vmspawn.agent import install
+from vmspawn.agent.build import build
 
 UNIT = "usr/lib/systemd/system/vmspawn-agent.service"
 
 
 def test_it_prints_the_program() -> None:
     done = subprocess.run([*VMCTL, "agent"], capture_output=True, check=True)
-    assert done.stdout == build.build("x86_64").read_bytes()
+    assert done.stdout == Path(build("x86_64")).read_bytes()
 
 
 def test_it_prints_the_unit() -> None:

@@ -26,7 +26,7 @@ BELOW = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in ("c
 
 #: Files that start programs, and have the programs' options.
 STARTERS = {
-    *("agent/build.py", "helpers/virtiofsd.py", "host/scope.py", "guest/packages.py"),
+    *("agent/compiler.py", "helpers/virtiofsd.py", "host/scope.py", "guest/packages.py"),
     *("boot/qemu.py", "snapshots/background.py"),
 }
 

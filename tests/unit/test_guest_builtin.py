@@ -65,7 +65,7 @@ def test_finding_loads_no_module_that_the_package_has_not_loaded() -> None:
     script = "import sys, vmspawn; old = {*sys.modules}; import vmspawn.guest.builtin; print(*{*sys.modules} - old)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert set(done.stdout.split()) == {
-        *("vmspawn.cache", "vmspawn.user_directories", "vmspawn.guest", "vmspawn.guest.builtin")
+        *("vmspawn.cache", "vmspawn.fingerprint", "vmspawn.user_directories", "vmspawn.guest", "vmspawn.guest.builtin")
     }
 
 

@@ -37,6 +37,7 @@ LAYERS = [
     "agent",
     "images",
     "aio",
+    "fingerprint",
     "cache",
     "timeouts",
     "log",
@@ -142,7 +143,7 @@ def test_hotplug_is_independent_of_disks(pattern: str) -> None:
 
 
 #: Modules that are imported inside functions, but only before a machine is ready.
-_OF_THE_START = {"storage.recovery", "console.interactive", "manager.keys"}
+_OF_THE_START = {"agent.compiler", "storage.recovery", "console.interactive", "manager.keys"}
 
 #: Layers whose functions run while a machine runs.
 _AT_WORK = (

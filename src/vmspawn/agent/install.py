@@ -7,7 +7,7 @@ systemd creates units from credentials since version 256.
 
 from __future__ import annotations
 
-import gzip
+import zlib
 
 UNIT = "vmspawn-agent.service"
 
@@ -54,6 +54,9 @@ _COPY = (
     "ExecStart={path}"
 )
 
+#: zlib's number for its largest window in gzip's format.
+_GZIP = 16 + zlib.MAX_WBITS
+
 _INSTALL = "\n[Install]\nWantedBy=sysinit.target\n"
 
 
@@ -69,7 +72,7 @@ def delivery(agent: bytes) -> dict[str, bytes]:
     """
     start = _COPY.format(credential=AGENT_CREDENTIAL, path=_RUN_PATH)
     return {
-        AGENT_CREDENTIAL: gzip.compress(agent, mtime=0),
+        AGENT_CREDENTIAL: zlib.compress(agent, zlib.Z_BEST_COMPRESSION, wbits=_GZIP),
         UNIT_CREDENTIAL: _UNIT.format(start=start).encode(),
         WANTED_CREDENTIAL: f"[Unit]\nWants={UNIT}\n".encode(),
     }

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from contextvars import ContextVar
-from pathlib import Path
 
 
 class Cancelled(Exception):
@@ -58,7 +58,7 @@ def run(
     *,
     timeout: float,
     feed: bytes = b"",
-    directory: Path | None = None,
+    directory: str | os.PathLike[str] | None = None,
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program with `feed` on its standard input, and return its output and exit status.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Bring the agent to an image that has none, as credentials for its systemd; the built-in guest has it.
 
-On the start path: what compiles and compresses it is loaded only for such an image.
+On the start path: the modules that find and compress it are imported only for such an image.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ def credentials(
     from ..agent import build, install
 
     try:
-        agent = build.build(architecture).read_bytes()
+        path = build.build(architecture)
     except StartError as error:
         detail(f"the guest does not get the agent: {error}. {error.hint}")
         return []
+    with open(path, "rb") as file:
+        agent = file.read()
     given = {each.name for each in config.credentials}
     return [(name, value) for name, value in install.delivery(agent).items() if name not in given]

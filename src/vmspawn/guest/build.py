@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..agent import build as agents
+from ..agent.build import build as build_agent
 from ..errors import GuestError, StartError
 from . import builtin
 from .builtin import BuiltinGuest
@@ -96,7 +96,7 @@ def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> B
 def _agent(architecture: str, progress: Callable[[str], None]) -> bytes | None:
     """Return the compiled agent, or None if it cannot be compiled. A guest without it cannot run commands."""
     try:
-        return agents.build(architecture).read_bytes()
+        return Path(build_agent(architecture)).read_bytes()
     except StartError as error:
         progress(f"The guest has no agent, so no commands can be run in it: {error}. {error.hint}")
         return None

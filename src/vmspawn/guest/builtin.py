@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from .. import cache
+from ..fingerprint import fingerprint_files
 
 #: The version of the build. Increase it if a build makes another guest of the same files below `rootfs`.
 FORMAT = 3
@@ -40,8 +41,6 @@ ARGUMENTS = {
     "x86_64": ("quiet", "panic=-1", "cryptomgr.notests", "noreplace-smp", "no_timer_check"),
     "aarch64": ("quiet", "panic=-1", "cryptomgr.notests", "kpti=off"),
 }
-
-_PRIME = 2**64 - 59
 
 
 class BuiltinGuest(tuple[str, str, tuple[str, ...]]):
@@ -92,13 +91,6 @@ def cache_directory() -> str:
 
 
 def fingerprint() -> str:
-    """Return a short hash of the files in `rootfs`, so that no other version of this package finds this guest.
-
-    The remainder of a division by a prime is good enough, and importing hashlib would take longer than this module.
-    """
-    value = FORMAT
+    """Return a short hash of the files in `rootfs`, so that no other version of this package finds this guest."""
     paths = [os.path.join(ROOTFS, name) for name in FILES] + [os.path.join(_AGENT, name) for name in _AGENT_FILES]
-    for path in paths:
-        with open(path, "rb") as file:
-            value = int.from_bytes(b"%x %b" % (value, file.read()), "big") % _PRIME
-    return f"{value:016x}"
+    return fingerprint_files(paths, FORMAT)

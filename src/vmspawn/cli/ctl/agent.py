@@ -36,7 +36,8 @@ def _agent(options: argparse.Namespace) -> None:
         return
     if options.root is None and sys.stdout.isatty():
         raise UsageError("cannot print the agent, a program, on a terminal", hint="use --root=DIR, or > FILE")
-    agent = build.build(options.architecture).read_bytes()
+    with open(build.build(options.architecture), "rb") as file:
+        agent = file.read()
     if options.root is None:
         sys.stdout.buffer.write(agent)
         return
