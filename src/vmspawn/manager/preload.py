@@ -25,8 +25,6 @@ MODULES = (
     "images.vhdx",
     "host.varlink",
     "storage.refusals",
-    "inside.commands",
-    "control.execute",
 )
 
 

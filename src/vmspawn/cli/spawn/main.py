@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ... import log
+from ...aio.without_ssl import import_asyncio
 from ...boot import config as configuration
 from ...boot.config import MachineConfig
 from ...console.messages import Messages
@@ -145,6 +146,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
     allow_descriptors()
     started = adopt.begin(options, config, messages.notice, detail, _hold_signals)
     try:
+        import_asyncio()
         import asyncio
 
         from ...machine.ending import TIME_LIMIT
