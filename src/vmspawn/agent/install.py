@@ -72,7 +72,7 @@ def delivery(agent: bytes) -> dict[str, bytes]:
     """
     start = _COPY.format(credential=AGENT_CREDENTIAL, path=_RUN_PATH)
     return {
-        AGENT_CREDENTIAL: zlib.compress(agent, zlib.Z_BEST_COMPRESSION, wbits=_GZIP),
+        AGENT_CREDENTIAL: zlib.compress(agent, wbits=_GZIP),
         UNIT_CREDENTIAL: _UNIT.format(start=start).encode(),
         WANTED_CREDENTIAL: f"[Unit]\nWants={UNIT}\n".encode(),
     }
