@@ -88,7 +88,7 @@ def _check_command(command: Command, message: Message | Malformed) -> None:
     assert message.members is not None
     assert msgspec.json.decode(command.body + b"}", type=dict[str, msgspec.Raw])
     assert (command.id is None) == ("id" not in message.members)
-    name = message.members.get("exec-oob" if command.oob else "execute")
+    name = message.members.get("exec-oob" if command.is_oob else "execute")
     assert name is not None
     assert msgspec.json.decode(name) == command.name.decode()
 

@@ -18,7 +18,7 @@ try:
 except StartError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-if not PROGRAM.rust and os.geteuid() != 0:
+if not PROGRAM.is_rust and os.geteuid() != 0:
     pytest.skip("this virtiofsd needs root", allow_module_level=True)
 
 

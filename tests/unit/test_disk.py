@@ -93,13 +93,13 @@ def test_a_pipe_and_a_socket_are_refused() -> None:
 @pytest.mark.parametrize(("flags", "writable"), [(os.O_RDONLY, False), (os.O_RDWR, True)])
 def test_the_descriptor_decides_whether_the_disk_is_writable(tmp_path: Path, flags: int, writable: bool) -> None:
     backing = backings.inspect(os.open(make_raw(tmp_path / "disk", 12345), flags))
-    assert (backing.writable, backing.size, backing.block) == (writable, 12345, False)
+    assert (backing.is_writable, backing.size, backing.is_block_device) == (writable, 12345, False)
     backing.close()
 
 
 def test_a_writable_descriptor_can_become_a_read_only_disk(tmp_path: Path) -> None:
     backing = backings.inspect(os.open(make_raw(tmp_path / "disk"), os.O_RDWR), read_only=True)
-    assert not backing.writable
+    assert not backing.is_writable
     assert fcntl.fcntl(backing.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     assert not os.get_inheritable(backing.fd)
     backing.close()

@@ -94,7 +94,7 @@ def test_descriptors_without_uefi_or_for_other_machines_are_skipped(folders: tup
     assert selected() is None
     found = firmware.select(FirmwareWish(include=("intel-tdx",)), "x86_64", "q35")
     assert found is not None
-    assert (found.executable, found.template, found.memory) == (Blob("/m.fd", "raw"), None, True)
+    assert (found.executable, found.template, found.is_in_memory) == (Blob("/m.fd", "raw"), None, True)
 
 
 def test_a_descriptor_that_the_user_names_must_fit(folders: tuple[Path, Path]) -> None:

@@ -12,7 +12,7 @@ RATES = st.integers(0, LIMIT_MAX)
 
 
 def test_no_limits_reset_all_former_limits() -> None:
-    assert not NO_LIMITS.any
+    assert not NO_LIMITS.has_any
     assert set(NO_LIMITS.to_qemu().values()) == {0}
     # There are six rates and their bursts (qapi/block-core.json, ThrottleLimits).
     assert len(NO_LIMITS.to_qemu()) == 12

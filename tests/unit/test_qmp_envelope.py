@@ -98,7 +98,7 @@ def test_only_a_client_with_oob_may_overtake() -> None:
     text = b'{"exec-oob":"migrate-pause","id":1}'
     assert command(text, oob=True) == Command(b'{"exec-oob":"migrate-pause"', b"migrate-pause", b"", b"1", True)
     assert refusal(text) == {"error": error("QMP input member 'exec-oob' is unexpected"), "id": 1}
-    assert not command(b'{"execute":"migrate-pause"}', oob=True).oob
+    assert not command(b'{"execute":"migrate-pause"}', oob=True).is_oob
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_only_a_client_with_oob_may_overtake() -> None:
     ],
 )
 def test_messages_that_qemu_may_refuse_as_json_are_marked(text: bytes, doubtful: bool) -> None:
-    assert command(text).doubtful is doubtful
+    assert command(text).is_doubtful is doubtful
 
 
 # Refusals.
@@ -165,7 +165,7 @@ def test_an_invalid_string_is_a_parse_error_without_id(where: str) -> None:
 def test_invalid_json_keeps_the_error_of_the_scanner() -> None:
     item = read(Malformed("JSON parse error, expecting value"), oob=True)
     assert isinstance(item, Refusal)
-    assert not item.oob
+    assert not item.is_oob
     assert json.loads(item.line) == {"error": error("JSON parse error, expecting value")}
 
 

@@ -51,8 +51,8 @@ def test_contradictions(arguments: list[str], message: str) -> None:
 
 
 def test_each_virtiofsd_gets_its_own_options() -> None:
-    old = Virtiofsd("/v", rust=False, read_only=False)
+    old = Virtiofsd("/v", is_rust=False, can_refuse_writes=False)
     assert old.command("/a,b", 7, read_only=True) == ["/v", "-f", "--fd=7", "-o", "source=/a,,b,xattr"]
-    new = Virtiofsd("/v", rust=True, read_only=True)
+    new = Virtiofsd("/v", is_rust=True, can_refuse_writes=True)
     assert new.command("/a", 7, read_only=False)[1:3] == ["--fd=7", "--shared-dir=/a"]
     assert new.command("/a", 7, read_only=True)[-1] == "--readonly"

@@ -373,7 +373,7 @@ _LIMITS = ("iops", "iopsRead", "iopsWrite", "bps", "bpsRead", "bpsWrite")
 
 
 def _limits(limits: Limits) -> dict[str, int] | None:
-    if not limits.any:
+    if not limits.has_any:
         return None
     return {**dict(zip(_LIMITS, limits[:6], strict=True)), "burstPercent": round(limits.burst * 100)}
 

@@ -88,7 +88,7 @@ class BootDisk(NamedTuple):
 
     def objects(self) -> list[dict[str, object]]:
         """Return the objects that the nodes and the device need."""
-        limits = {"limits": self.disk.limits.to_qemu()} if self.disk.limits.any else {}
+        limits = {"limits": self.disk.limits.to_qemu()} if self.disk.limits.has_any else {}
         group: dict[str, object] = {"qom-type": "throttle-group", "id": self.identifiers.limits, **limits}
         thread: dict[str, object] = {"qom-type": "iothread", "id": self.identifiers.thread}
         return [group, thread] if self.disk.thread else [group]

@@ -65,7 +65,7 @@ def _wanted(config: MachineConfig) -> Iterator[_Wanted]:
         wanted.insert(0, _Wanted(image, "image", image.path, is_image=True))
     for each in wanted:
         # NVMe disks always report errors to the guest.
-        on_error = each.disk.on_error or (config.on_error if buses.TABLE[each.disk.bus].stops else "")
+        on_error = each.disk.on_error or (config.on_error if buses.TABLE[each.disk.bus].can_stop_guest else "")
         yield each._replace(disk=each.disk._replace(discard=discard, on_error=on_error))
     for volume in config.volumes:
         disk = Disk("", volume.disk_name, volume.config or DEFAULT_BUS, "raw", discard=discard)
@@ -162,7 +162,7 @@ def _boot_disk(
     except BaseException:
         backing.close()
         raise
-    disk = disk._replace(read_only=not backing.writable)
+    disk = disk._replace(read_only=not backing.is_writable)
     return BootDisk(disk, Identifiers(number), place, image, serial, below, is_image=wanted.is_image)
 
 

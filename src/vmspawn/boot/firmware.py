@@ -72,13 +72,13 @@ class Blob(NamedTuple):
 
 
 class Firmware(NamedTuple):
-    """The firmware of one descriptor. `memory` is true if it is loaded into memory and has no flash."""
+    """The firmware of one descriptor. `is_in_memory` is true if it is loaded into memory and has no flash."""
 
     descriptor: str
     executable: Blob
     template: Blob | None
     features: frozenset[str]
-    memory: bool
+    is_in_memory: bool
 
 
 def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
@@ -143,7 +143,7 @@ def select(wish: FirmwareWish, architecture: str, machine_type: str) -> Firmware
     excluded = set(wish.exclude) - set(wish.include)
     for path, content in _readable():
         offered = _offer(path, content, architecture, machine_type)
-        if offered and offered.memory and not _CONFIDENTIAL & set(wish.include):
+        if offered and offered.is_in_memory and not _CONFIDENTIAL & set(wish.include):
             continue
         if offered and set(wish.include) <= offered.features and not excluded & offered.features:
             return offered

@@ -45,7 +45,7 @@ def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to
     The caller owns both results, the second of which holds the descriptor of `base`; `base` stays the caller's on
     failure. Raises StartError, UsageError.
     """
-    file = {"driver": "host_device" if base.block else "file", "filename": f"/dev/fdset/{BASE_FDSET}"}
+    file = {"driver": "host_device" if base.is_block_device else "file", "filename": f"/dev/fdset/{BASE_FDSET}"}
     node = {"driver": image_format, "node-name": BASE_NODE, "read-only": True, "file": {**file, "read-only": True}}
     if image_format == "qcow2":
         node["backing"] = None
@@ -98,7 +98,7 @@ def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backin
             path=path,
             size=size,
         )
-    if backing.block and backing.size < size:
+    if backing.is_block_device and backing.size < size:
         raise UsageError.with_fields(
             "{grow_image=} does not grow a block device, unless with {ephemeral=True}: {path} has {size} bytes",
             hint="grow the device first",
@@ -106,7 +106,7 @@ def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backin
             size=backing.size,
         )
     size = _round_up(size)
-    if backing.block or backing.size >= size or not backing.writable:
+    if backing.is_block_device or backing.size >= size or not backing.is_writable:
         return backing
     try:
         os.ftruncate(backing.fd, size)

@@ -77,7 +77,7 @@ def start(
     program = virtiofsd.find()
     parts = [Extras(kernel_arguments=ROOT_ARGUMENTS if directory is not None else ())]
     for tag, share in wanted.items():
-        if share.read_only and not program.read_only:
+        if share.read_only and not program.can_refuse_writes:
             notice(f"{program.path} cannot forbid writing: {share.source} is read-only only as the guest mounts it")
         connected, helper = _serve(program, share, tag, runtime, owned)
         parts.append(_device(tag, connected, take_place(layout))._replace(helpers=(helper,)))

@@ -80,7 +80,7 @@ def _not_found(config: MachineConfig) -> str:
 
 def extras(found: Firmware, config: MachineConfig, owned: Owned) -> Extras:
     """Return QEMU's arguments for the firmware and its variables. Raises StartError."""
-    if found.memory:
+    if found.is_in_memory:
         return Extras(arguments=("-bios", found.executable.path))
     code = owned.lend(_open(found.executable))
     parts = [_flash(0, "firmware-code", code, found.executable.format, read_only=True)]

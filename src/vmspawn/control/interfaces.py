@@ -123,7 +123,7 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
             async for event in events:
                 if not wanted or event.name in wanted:
                     yield {"event": event.name, "data": event.data}
-        if events.overrun:
+        if events.is_overrun:
             raise EventsLost("events were lost, because the client read too slowly", hint="subscribe again")
         raise NotConnected("the machine ended")
 
@@ -132,7 +132,7 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
         """Attach a raw image or block device on the bus `config`. The disk is read-only if the descriptor is."""
         bus = disks.check_bus(config or DEFAULT_BUS)
         backing = _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
-        await self._machine.storage.attach(Disk("", name, bus, "raw", not backing.writable), backing)
+        await self._machine.storage.attach(Disk("", name, bus, "raw", not backing.is_writable), backing)
 
     @varlinkmethod
     async def RemoveStorage(self, *, name: str) -> None:

@@ -105,7 +105,7 @@ def to_limits(found: StorageLimits | None) -> Limits:
 
 
 def _from_limits(limits: Limits) -> StorageLimits | None:
-    return StorageLimits(*limits[:6], round(limits.burst * 100)) if limits.any else None
+    return StorageLimits(*limits[:6], round(limits.burst * 100)) if limits.has_any else None
 
 
 def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statistics | None) -> Storage:
@@ -123,7 +123,7 @@ def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statist
         state=attachment.state.value,
         path=look.path or None,
         limits=_from_limits(attachment.limits),
-        onError=attachment.disk.on_error or ("enospc" if TABLE[attachment.disk.bus].stops else "report"),
+        onError=attachment.disk.on_error or ("enospc" if TABLE[attachment.disk.bus].can_stop_guest else "report"),
         failures=attachment.failures,
         lastFailure=attachment.last_failure or None,
         removal=_removal(attachment, why),

@@ -24,11 +24,11 @@ _HINT = "install it (Debian and Fedora: virtiofsd; Debian 12: it comes with qemu
 
 
 class Virtiofsd(NamedTuple):
-    """An installed virtiofsd. `rust` is true for the program in Rust, `read_only` if it can refuse writes."""
+    """An installed virtiofsd. `is_rust` is true for the program in Rust."""
 
     path: str
-    rust: bool
-    read_only: bool
+    is_rust: bool
+    can_refuse_writes: bool
 
     def command(self, directory: str, listener: int, *, read_only: bool) -> list[str]:
         """Return the command that serves a directory on the listening socket `listener`.
@@ -36,7 +36,7 @@ class Virtiofsd(NamedTuple):
         Mount points below the root of the share are not announced, because QEMU does not support that. Raises
         StartError for a name that the program does not accept.
         """
-        if not self.rust:
+        if not self.is_rust:
             # A comma would end the value; two commas stand for one.
             source = directory.replace(",", ",,")
             # The default sandbox uses pivot_root(2), which fails if the directory is the root already.
@@ -47,7 +47,7 @@ class Virtiofsd(NamedTuple):
                 f"cannot share {directory}: {self.path} supports UTF-8 names only", hint="rename the directory"
             )
         options = ["--xattr", "--no-announce-submounts"]
-        if read_only and self.read_only:
+        if read_only and self.can_refuse_writes:
             options.append("--readonly")
         return [self.path, f"--fd={listener}", f"--shared-dir={directory}", *options]
 

@@ -95,9 +95,9 @@ class MachineEvents:
         self._end: Callable[[], Awaitable[End]] | None = end
 
     @property
-    def overrun(self) -> bool:
+    def is_overrun(self) -> bool:
         """Whether the reader was so slow that events were dropped; the stream ended there."""
-        return self._events.overrun
+        return self._events.is_overrun
 
     def close(self) -> None:
         """End the stream; what is queued can still be read."""
@@ -112,7 +112,7 @@ class MachineEvents:
             return await anext(self._events)
         except StopAsyncIteration:
             end, self._end = self._end, None
-            if end is None or self.overrun:
+            if end is None or self.is_overrun:
                 raise
         return (await end()).event()
 

@@ -22,13 +22,13 @@ class Quit:
         self._monitor = monitor
         self._killer: asyncio.TimerHandle | None = None
         #: Whether it had to be killed.
-        self.killed = False
+        self.has_killed = False
         #: Whether it was told to quit.
-        self.asked = False
+        self.has_asked = False
 
     async def ask(self) -> None:
         """Tell it to quit; returns once it has agreed. One that does not go is killed."""
-        self.asked = True
+        self.has_asked = True
         if self._killer is None:
             self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, self._kill)
         # It may go before its reply does, or be about to be killed.
@@ -37,7 +37,7 @@ class Quit:
 
     def _kill(self) -> None:
         if not self._process.ended.is_set():
-            self.killed = True
+            self.has_killed = True
             self._process.kill()
 
     def close(self) -> None:

@@ -248,12 +248,12 @@ class Running:
         # QEMU's last messages may still lie in the socket.
         await first_of(self.monitor.closed, timeout=_EXIT_TIMEOUT)
         cause, log = self._run_state.shutdown_reason, self.directory.read_log()
-        if not cause and self._quit.asked and self._process.status == 0:
+        if not cause and self._quit.has_asked and self._process.status == 0:
             # What QEMU has to say last is lost if it cannot write it at once.
             cause = "host-qmp-quit"
         if self._console is not None and cause != "guest-shutdown":
             await first_of(self._console.drained, timeout=_DRAIN_TIMEOUT)
-        end = End.of(self._process, cause, killed=self._quit.killed, log=log)
+        end = End.of(self._process, cause, killed=self._quit.has_killed, log=log)
         limit = self._time_limit
         return end.after(panic=self._guest_failure.panic, limit=limit.seconds if limit.is_over else None)
 

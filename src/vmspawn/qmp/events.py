@@ -33,14 +33,14 @@ class EventStream:
         self._wake: asyncio.Future[None] | None = None
         self._ended = False
         #: True if the stream has ended because the reader was too slow, and events were lost.
-        self.overrun = False
+        self.is_overrun = False
 
     def put(self, event: Event) -> None:
         """Append an event. If EVENT_QUEUE_MAX events are unread, the stream ends instead."""
         if self._ended:
             return
         if len(self._queue) >= EVENT_QUEUE_MAX:
-            self.overrun = True
+            self.is_overrun = True
             self.close()
             return
         self._queue.append(event)

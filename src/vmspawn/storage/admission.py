@@ -102,7 +102,7 @@ def admit(
         check_not_attached(neighbours, backing, share=disk.share)
     elif disk.bus != "scsi-cd":
         raise BadConfig(f"{disk.name} has no image", hint="name an image; only a scsi-cd can be empty")
-    is_written = buses.TABLE[disk.bus].writable and (backing is None or backing.writable)
+    is_written = buses.TABLE[disk.bus].is_writable and (backing is None or backing.is_writable)
     disk = disk._replace(read_only=disk.read_only or not is_written)
     serial = _choose_serial(disk)
     _check_serial_is_free(neighbours, disk, serial)
@@ -142,7 +142,7 @@ def find_file(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool
         for image in (image for top in each.images for image in top.chain):
             if image.backing is None or image.backing.identity != backing.identity:
                 continue
-            if (image.backing.writable or backing.writable) and not (share and each.disk.share):
+            if (image.backing.is_writable or backing.is_writable) and not (share and each.disk.share):
                 return each
     return None
 
@@ -215,9 +215,9 @@ def make_image(number: int, disk: Disk, backing: Backing, image_format: str | No
     `what` names the image in error messages. Raises BadConfig or ConfigNotSupported.
     """
     chosen = formats.choose_format(backing, image_format, what=what)
-    if not buses.TABLE[disk.bus].writable and backing.writable:
+    if not buses.TABLE[disk.bus].is_writable and backing.is_writable:
         raise ConfigNotSupported(f"bus {disk.bus} is read-only", hint="open the image read-only")
-    if not backing.size and buses.TABLE[disk.bus].writable:
+    if not backing.size and buses.TABLE[disk.bus].is_writable:
         raise BadConfig(f"{what} is empty", hint="make an image with: qemu-img create IMAGE SIZE")
     if disk.share and chosen != "raw":
         raise BadConfig(f"an image in {chosen} format cannot be shared", hint="share raw images only")

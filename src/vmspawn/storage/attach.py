@@ -316,7 +316,7 @@ class Storage:
         return f"QEMU still has the image of {attached.name} open{used}"
 
     async def _take_away(self, attached: AttachedDisk) -> None:
-        if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].asks:
+        if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].is_guest_asked:
             # QEMU is about to remove the device, and would keep a node that is changed meanwhile.
             return
         # The guest is asked to release the disk after the image is closed.

@@ -89,7 +89,7 @@ class AttachedDisk(Attachment):
     def _limits(self) -> Step:
         """Return the step that makes the throttle group, which a disk without limits has as well."""
         name = self.identifiers.limits
-        limits = {"limits": self.limits.to_qemu()} if self.limits.any else {}
+        limits = {"limits": self.limits.to_qemu()} if self.limits.has_any else {}
         command = Command("object-add", {"qom-type": "throttle-group", "id": name, **limits})
         return Make(LIMITS, command, QemuObject(OBJECT, name))
 

@@ -28,8 +28,8 @@ class Backing(NamedTuple):
     """
 
     fd: int
-    block: bool
-    writable: bool
+    is_block_device: bool
+    is_writable: bool
     identity: tuple[int, ...]
     size: int
 
@@ -133,12 +133,12 @@ def whole_sectors(size: int) -> int:
     return -(-size // SECTOR) * SECTOR
 
 
-def size_now(path: str, identity: tuple[int, ...], *, block: bool) -> int | None:
+def size_now(path: str, identity: tuple[int, ...], *, is_block_device: bool) -> int | None:
     """Return the present size in bytes of an image whose descriptor only QEMU has, or None if it cannot be found.
 
     `identity` is the Backing's. If the path now names another file, the original file's size is returned.
     """
-    if block:
+    if is_block_device:
         return _size_of_device(identity[0])
     try:
         found = os.stat(path) if path else None

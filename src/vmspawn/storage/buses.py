@@ -14,13 +14,13 @@ class Bus(NamedTuple):
     driver: str
     pool: str
     by_id: str
-    writable: bool = True
+    is_writable: bool = True
     #: True if the guest notices a new size of an attached disk (docs/qemu.md, "Block nodes and locks").
-    resizable: bool = True
+    is_resizable: bool = True
     #: True if QEMU asks the guest to release the device before it removes the device.
-    asks: bool = True
+    is_guest_asked: bool = True
     #: True if QEMU can stop the guest when a request fails.
-    stops: bool = True
+    can_stop_guest: bool = True
 
 
 #: The serial number of the controller of namespaces. Namespaces have no serial numbers of their own.
@@ -31,10 +31,24 @@ NAMESPACE_SERIAL = "vmspawn"
 #: disk's serial number into a vendor specific designator (type 0).
 TABLE = {
     "virtio-blk": Bus("virtio-blk-pci", "pci", "virtio-{serial}"),
-    "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False, stops=False),
-    "nvme-ns": Bus("nvme-ns", "namespaces", "nvme-QEMU_NVMe_Ctrl_{serial}", resizable=False, asks=False, stops=False),
-    "virtio-scsi": Bus("scsi-hd", "scsi", "scsi-0QEMU_QEMU_HARDDISK_{serial}", asks=False),
-    "scsi-cd": Bus("scsi-cd", "scsi", "scsi-0QEMU_QEMU_CD-ROM_{serial}", writable=False, resizable=False, asks=False),
+    "nvme": Bus("nvme", "pci", "nvme-QEMU_NVMe_Ctrl_{serial}", is_resizable=False, can_stop_guest=False),
+    "nvme-ns": Bus(
+        "nvme-ns",
+        "namespaces",
+        "nvme-QEMU_NVMe_Ctrl_{serial}",
+        is_resizable=False,
+        is_guest_asked=False,
+        can_stop_guest=False,
+    ),
+    "virtio-scsi": Bus("scsi-hd", "scsi", "scsi-0QEMU_QEMU_HARDDISK_{serial}", is_guest_asked=False),
+    "scsi-cd": Bus(
+        "scsi-cd",
+        "scsi",
+        "scsi-0QEMU_QEMU_CD-ROM_{serial}",
+        is_writable=False,
+        is_resizable=False,
+        is_guest_asked=False,
+    ),
 }
 
 
@@ -97,7 +111,7 @@ def device(
         properties["serial"] = serial
     if thread is not None and disk.bus == "virtio-blk":
         properties["iothread"] = thread
-    if TABLE[disk.bus].stops:
+    if TABLE[disk.bus].can_stop_guest:
         properties |= _ON_ERROR[disk.on_error]
     if disk.share:
         properties["share-rw"] = True

@@ -172,5 +172,5 @@ def check_not_boot(attachment: AttachedDisk, what: str) -> None:
 
 
 def _check_writable(attachment: AttachedDisk, backing: Backing) -> None:
-    if not attachment.read_only and not backing.writable:
+    if not attachment.read_only and not backing.is_writable:
         raise SystemFailure(f"{attachment.name} is writable and the new image is not", errno.EROFS)

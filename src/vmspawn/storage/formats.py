@@ -67,7 +67,7 @@ def choose_format(backing: Backing, image_format: str | None, *, what: str) -> s
         but = f", but looks like {looks_like}" if looks_like else ""
         raise BadConfig(f"{what} is not in {image_format} format{but}", hint=_format_hint(looks_like))
     _check_stands_alone(read, image_format, what)
-    if image_format in READ_ONLY_FORMATS and backing.writable:
+    if image_format in READ_ONLY_FORMATS and backing.is_writable:
         raise ConfigNotSupported(
             f"images in {image_format} format are read-only", hint=f"attach it read-only, or {_convert(image_format)}"
         )

@@ -114,7 +114,7 @@ class Freeze:
         for each in self.frozen:
             each.disk.images[:] = [each.overlay]
             if each.base.backing is not None:
-                each.base.backing = each.base.backing._replace(writable=False)
+                each.base.backing = each.base.backing._replace(is_writable=False)
         with contextlib.suppress(SystemFailure):
             # The journal has both images already.
             self._context.register.save()

@@ -25,7 +25,7 @@ _INTERVAL_MAX = 0.5
 
 def check_can_tell(disk: Disk) -> None:
     """Raise ConfigNotSupported for an optical drive, which a guest reads only when it uses the medium."""
-    if disk.bus in buses.TABLE and not buses.TABLE[disk.bus].writable:
+    if disk.bus in buses.TABLE and not buses.TABLE[disk.bus].is_writable:
         raise ConfigNotSupported(
             f"QEMU cannot tell whether the guest has taken {disk.name}: a guest reads from bus {disk.bus} only when "
             "it uses the medium",

@@ -75,7 +75,7 @@ class Image:
     @property
     def writable(self) -> bool:
         """True if the image is open for writing."""
-        return self.backing is not None and self.backing.writable
+        return self.backing is not None and self.backing.is_writable
 
     @property
     def chain(self) -> list[Image]:
@@ -102,5 +102,5 @@ class Image:
             **({"long-names": True} if self.long else {}),
             **({"base": self.base.to_state()} if self.base is not None else {}),
             "backing": backing
-            and {"block": backing.block, "writable": backing.writable, "identity": list(backing.identity)},
+            and {"block": backing.is_block_device, "writable": backing.is_writable, "identity": list(backing.identity)},
         }

@@ -34,7 +34,7 @@ class Limits(NamedTuple):
         return short_repr(self)
 
     @property
-    def any(self) -> bool:
+    def has_any(self) -> bool:
         """True if any limit is set."""
         return any(self[:6])
 

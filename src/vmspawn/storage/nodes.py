@@ -55,10 +55,10 @@ def file_node(image: Image, disk: Disk) -> dict[str, object]:
         # With read-zeroes, a read never returns QEMU's memory.
         return {"driver": "null-co", "node-name": image.file_node, "size": image.size, "read-zeroes": True}
     options: dict[str, object] = {
-        "driver": "host_device" if image.backing.block else "file",
+        "driver": "host_device" if image.backing.is_block_device else "file",
         "node-name": image.file_node,
         "filename": f"/dev/fdset/{image.fdset}",
-        **_unless_default(disk, read_only=not image.backing.writable),
+        **_unless_default(disk, read_only=not image.backing.is_writable),
     }
     if disk.cache == "none":
         options["cache"] = {"direct": True}
@@ -86,7 +86,7 @@ def format_node(image: Image, disk: Disk) -> dict[str, object]:
         "driver": image.format,
         "node-name": image.format_node,
         "file": image.file_node,
-        **_unless_default(disk, read_only=not image.backing.writable),
+        **_unless_default(disk, read_only=not image.backing.is_writable),
     }
     if image.format in ("qcow2", "vmdk"):
         # QEMU opens no backing file that the header names.

@@ -114,7 +114,7 @@ class Adoption:
         self._context.register.save()
         for other in attachment.images[1:]:
             await images.close_when_unused(self._hotplug, attachment, other)
-        if buses.TABLE[attachment.disk.bus].resizable and not attachment.read_only:
+        if buses.TABLE[attachment.disk.bus].is_resizable and not attachment.read_only:
             await follow_image(self._context, attachment)
 
     async def _notice_displacement(self, attachment: AttachedDisk) -> None:

@@ -58,7 +58,7 @@ async def follow_image(context: Context, attachment: AttachedDisk) -> None:
 
 def _check_resizable(attachment: AttachedDisk) -> None:
     bus = attachment.disk.bus
-    if not buses.TABLE[bus].resizable:
+    if not buses.TABLE[bus].is_resizable:
         reason = "an optical disk" if bus == "scsi-cd" else f"a disk on bus {bus}"
         raise ConfigNotSupported(
             f"{reason} cannot change its size while it is attached (QEMU's device does not allow it)",
@@ -72,7 +72,7 @@ def _size_outside(image: Image) -> int | None:
     """Return the present size in bytes of a raw image, or None if the host does not show it."""
     if image.backing is None or image.format != "raw":
         return None
-    return backings.size_now(image.path, image.backing.identity, block=image.backing.block)
+    return backings.size_now(image.path, image.backing.identity, is_block_device=image.backing.is_block_device)
 
 
 def _wanted_from_outside(image: Image, actual: int | None, current: int) -> int:
@@ -116,7 +116,7 @@ def _check_size(image: Image, size: int, *, actual: int | None, current: int, sh
 
 def _is_device(image: Image) -> bool:
     """Return whether the disk's size is a block device's. An image in another format on a device can have any size."""
-    return image.backing is not None and image.backing.block and image.format == "raw"
+    return image.backing is not None and image.backing.is_block_device and image.format == "raw"
 
 
 async def _block_resize(context: Context, attachment: AttachedDisk, size: int) -> None:

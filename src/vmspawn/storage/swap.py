@@ -56,7 +56,7 @@ async def replace(context: Context, attachment: AttachedDisk, fresh: Image, *, s
 def _check_size(attachment: AttachedDisk, size: int, new_size: int, *, shrink: bool) -> None:
     if new_size == size:
         return
-    if attachment.read_only or not buses.TABLE[attachment.disk.bus].resizable:
+    if attachment.read_only or not buses.TABLE[attachment.disk.bus].is_resizable:
         which = "a read-only disk" if attachment.read_only else f"a disk on bus {attachment.disk.bus}"
         raise ConfigNotSupported(
             f"the new image has {new_size} bytes and the disk {size}, and {which} cannot change its size",

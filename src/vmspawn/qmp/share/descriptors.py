@@ -90,14 +90,14 @@ class Descriptors:
         match command.name:
             case b"getfd" if arguments.fdname in self._claims:
                 self._claims.discard(arguments.fdname)
-                if reply.failed:
+                if reply.is_error:
                     self.release(arguments.fdname)
-            case b"closefd" if arguments.fdname is not None and not reply.failed:
+            case b"closefd" if arguments.fdname is not None and not reply.is_error:
                 self.release(arguments.fdname)
-            case b"add-fd" if not reply.failed:
+            case b"add-fd" if not reply.is_error:
                 added = msgspec.json.decode(reply.line, type=_AddedReply).added
                 self._members[added.fdset_id, added.fd] = holder
-            case b"remove-fd" if not reply.failed:
+            case b"remove-fd" if not reply.is_error:
                 for member in [member for member in self._members if member[0] == arguments.fdset_id]:
                     if arguments.fd in (None, member[1]):
                         del self._members[member]

@@ -53,7 +53,7 @@ class Multiplexer:
             self._bulk = Upstream(
                 bulk, on_event=lambda line: None, on_lost=self._on_monitor_lost, transcript=transcript, name="bulk"
             )
-        self._schedule = Schedule(self._main, self._bulk, oob=main.greeting.oob)
+        self._schedule = Schedule(self._main, self._bulk, oob=main.greeting.has_oob)
         self._descriptors = Descriptors(on_change=on_names)
         # The sessions, in the order of opening. A closed session stays while a command of it is in flight.
         self._sessions: dict[Session, None] = {}

@@ -26,7 +26,7 @@ class Greeting:
     #: The greeting as QEMU sent it.
     line: bytes
     #: True if the monitor offers out-of-band execution.
-    oob: bool
+    has_oob: bool
     dialect: Dialect
 
 
@@ -89,7 +89,7 @@ async def _negotiate(lines: _Lines, greeting: bytes) -> Greeting:
     problem = replies.read(await lines.ask(PROBE))
     enable = b',"arguments":{"enable":["oob"]}' if oob else b""
     answer = replies.read(await lines.ask(b'{"execute":"qmp_capabilities"' + enable + b"}"))
-    if problem is None or answer is None or not problem.failed or answer.failed:
+    if problem is None or answer is None or not problem.is_error or answer.is_error:
         raise NotConnected("the monitor refused the negotiation")
     return Greeting(greeting, oob, dialect_of(replies.failure_of(problem).description))
 

@@ -20,7 +20,7 @@ from .upstream import Call, Upstream
 
 #: A command without an effect: QEMU replies with an error, out of band if it supports that.
 _FENCE = Command(b'{"execute":""')
-_OOB_FENCE = Command(b'{"exec-oob":""', oob=True)
+_OOB_FENCE = Command(b'{"exec-oob":""', is_oob=True)
 
 _CLAIM_SPARE = Command(descriptors.CLAIM_SPARE)
 _CLOSE_SPARE = Command(descriptors.CLOSE_SPARE)
@@ -86,13 +86,13 @@ class Schedule:
 
     def submit(self, call: Call) -> None:
         """Send a command when its turn comes."""
-        if self._held or self._turns or call.consumes or not self._main.can_take(call.command):
+        if self._held or self._turns or call.is_taking_descriptor or not self._main.can_take(call.command):
             self._wait(call)
         else:
             self._main.send(call)
 
     def _wait(self, call: Call) -> None:
-        if call.command.oob:
+        if call.command.is_oob:
             self._turns.appendleft(call)
         else:
             self._turns.append(call)
@@ -120,10 +120,10 @@ class Schedule:
         self._bulk_turns.clear()
 
     def _may_go(self, call: Call) -> bool:
-        return self._main.can_take(call.command) and not (call.consumes and self._consuming)
+        return self._main.can_take(call.command) and not (call.is_taking_descriptor and self._consuming)
 
     def _go(self, call: Call) -> None:
-        if call.consumes:
+        if call.is_taking_descriptor:
             self._consuming = True
             call.on_reply = partial(self._consumed, call.on_reply)
         self._main.send(call)
@@ -151,15 +151,15 @@ class Schedule:
     # A failed command may have left its descriptor in QEMU. The next session's command must not get that descriptor.
 
     def _consumed(self, answered: _Answered, call: Call, reply: Reply) -> None:
-        if call.fd >= 0 and reply.failed:
+        if call.fd >= 0 and reply.is_error:
             # Claim the descriptor under a spare name.
             return self._urgent(_CLAIM_SPARE, partial(self._reclaimed, answered, call, reply))
         self._consuming = False
         answered(call, reply)
 
     def _reclaimed(self, answered: _Answered, call: Call, reply: Reply, _: Call, claim: Reply) -> None:
-        call.unused = not claim.failed
-        if call.unused:
+        call.is_descriptor_left = not claim.is_error
+        if call.is_descriptor_left:
             self._urgent(_CLOSE_SPARE, lambda _call, _reply: None)
         self._consuming = False
         answered(call, reply)

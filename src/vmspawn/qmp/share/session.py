@@ -257,7 +257,7 @@ class Session:
         return None if message is None else read(message, oob=self._oob)
 
     def _take(self, item: Command | Refusal) -> None:
-        if (self._running is None and not self._queue) or item.oob:
+        if (self._running is None and not self._queue) or item.is_oob:
             self._do(item)
         else:
             self._queue.append(item)
@@ -278,7 +278,7 @@ class Session:
             problem = sandbox.refusal(command)
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
-        if command.name in unsavable.SAVERS and not command.oob and unsavable.saves(command):
+        if command.name in unsavable.SAVERS and not command.is_oob and unsavable.saves(command):
             return self._inquire(command, unsavable.questions(command), None)
         self._submit(command)
 
@@ -289,9 +289,9 @@ class Session:
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
             if command.name in CONSUMING:
-                call.consumes = True
+                call.is_taking_descriptor = True
                 call.fd, self._fd = self._fd, -1
-        if command.oob:
+        if command.is_oob:
             self._overtaking = call
         else:
             self._running = call
@@ -322,20 +322,20 @@ class Session:
 
     def _is_movable(self, call: Call) -> bool:
         """Return whether a large command may go to another monitor, which lacks this monitor's descriptors."""
-        return not (call.consumes or call.command.oob or self._descriptors.holds_names(self))
+        return not (call.is_taking_descriptor or call.command.is_oob or self._descriptors.holds_names(self))
 
     def _on_reply(self, call: Call, reply: Reply) -> None:
         command = call.command
         if _is_watched(command):
             self._settle(call, command, reply)
-        if command.oob:
+        if command.is_oob:
             self._overtaking = None
         else:
             self._running = None
         if self.state is State.CLOSED:
             return self._check_left()
         # QEMU could not read the id of a command that it could not parse.
-        unparsed = command.doubtful and reply.id < 0
+        unparsed = command.is_doubtful and reply.id < 0
         self._connection.write(reply.labelled(None if unparsed else command.id))
         if self._queue or self._ended or self._scanner.pending:
             self._next()
@@ -347,7 +347,7 @@ class Session:
 
     def _settle(self, call: Call, command: Command, reply: Reply) -> None:
         self._descriptors.settle(self, command, reply)
-        if call.unused and self._fd < 0 and self.state is not State.CLOSED:
+        if call.is_descriptor_left and self._fd < 0 and self.state is not State.CLOSED:
             # As in QEMU, the descriptor waits for the next command.
             self._fd = call.fd
         else:
@@ -379,11 +379,11 @@ class Session:
         if replies.failure_of(reply).error_class == COMMAND_NOT_FOUND:
             self._accept(command, oob=b'"oob"' in command.arguments)
         else:
-            self._connection.write(reply.labelled(None if command.doubtful and reply.id < 0 else command.id))
+            self._connection.write(reply.labelled(None if command.is_doubtful and reply.id < 0 else command.id))
         self._advance()
 
     def _accept(self, command: Command, *, oob: bool) -> None:
-        if oob and not self._greeting.oob:
+        if oob and not self._greeting.has_oob:
             return self._connection.write(replies.failure("Capability oob not available", id=command.id))
         self._oob = oob
         self.state = State.READY
@@ -419,7 +419,7 @@ class Session:
 
 def _is_watched(command: Command) -> bool:
     # QEMU runs none of these commands out of band, and then does not use a descriptor either.
-    return command.name in WATCHED and not command.oob
+    return command.name in WATCHED and not command.is_oob
 
 
 def _close(fd: int) -> None:

@@ -29,11 +29,11 @@ class Call(msgspec.Struct, eq=False):
     #: Called with the reply, whose id is -1 if QEMU could not parse a doubtful command.
     on_reply: Callable[[Call, Reply], None]
     #: True if the command uses a descriptor.
-    consumes: bool = False
+    is_taking_descriptor: bool = False
     #: The descriptor to send with the command, or -1. Its owner keeps it open until the reply, and closes it.
     fd: int = -1
     #: True if QEMU failed before it used the descriptor.
-    unused: bool = False
+    is_descriptor_left: bool = False
     #: The command's id while it is in flight, or -1.
     number: int = -1
 
@@ -111,16 +111,16 @@ class Upstream:
 
     def can_take(self, command: Command) -> bool:
         """Return whether a command may be sent now."""
-        return (self.in_flight < IN_FLIGHT or command.oob) and (self._unnamed is None or not command.doubtful)
+        return (self.in_flight < IN_FLIGHT or command.is_oob) and (self._unnamed is None or not command.is_doubtful)
 
     def send(self, call: Call) -> None:
         """Send a command for which `can_take` is true."""
         command = call.command
-        if not command.oob:
+        if not command.is_oob:
             self.in_flight += 1
         if self._unnamed is None:
             self._unnamed = call
-            if not command.doubtful:
+            if not command.is_doubtful:
                 return self._write_command(command.body + b"}", call.fd)
         if self._free:
             number = self._free.pop()
@@ -183,7 +183,7 @@ class Upstream:
         if call.number >= 0:
             del self._named[call.number]
             self._free.append(call.number)
-        if not call.command.oob:
+        if not call.command.is_oob:
             self.in_flight -= 1
         call.on_reply(call, reply)
 

@@ -45,9 +45,9 @@ class Command(msgspec.Struct, frozen=True, gc=False):
     #: The id of the reply as JSON text, or None.
     id: bytes | None = None
     #: True if the command may overtake earlier commands.
-    oob: bool = False
+    is_oob: bool = False
     #: True if QEMU may find that the command is not JSON. QEMU's error has no id then.
-    doubtful: bool = False
+    is_doubtful: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True, gc=False):
@@ -55,7 +55,7 @@ class Refusal(msgspec.Struct, frozen=True, gc=False):
 
     line: bytes
     #: True if the reply overtakes the replies to earlier commands.
-    oob: bool = False
+    is_oob: bool = False
 
 
 def usual(captured: Sequence[bytes | None]) -> Command:
@@ -87,7 +87,7 @@ def _command(message: Message, members: Mapping[str, msgspec.Raw], id: bytes | N
     arguments = bytes(members.get(_ARGUMENTS, b""))
     known = (name != b"") + (arguments != b"") + (id is not None)
     if name[:1] != b'"' or arguments[:1] not in (b"", b"{") or known != len(members):
-        return Refusal(failure(_problem(members, oob), id=id), oob=key is _EXEC_OOB)
+        return Refusal(failure(_problem(members, oob), id=id), is_oob=key is _EXEC_OOB)
     plain = name[1:-1] if name.isascii() and b"\\" not in name else value_of(name).encode()
     body = b'{"' + key.encode() + b'":' + name
     # An empty object has the same effect as no arguments, and QEMU takes 66 µs to read it.

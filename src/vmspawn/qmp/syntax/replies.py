@@ -35,7 +35,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
 
     #: The line without its id.
     line: bytes
-    failed: bool
+    is_error: bool
     #: The reply's id, or -1.
     id: int = -1
 
@@ -43,7 +43,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         """Return the line with `id`, a JSON text, or without an id."""
         if id is None:
             return self.line
-        if self.failed:
+        if self.is_error:
             return b"".join((b'{"id": ', id, b", ", self.line[1:]))
         return b"".join((memoryview(self.line)[: -len(_END)], b', "id": ', id, _END))
 
