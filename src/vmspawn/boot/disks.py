@@ -10,7 +10,7 @@ from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, S
 from ..host import storageprovider
 from ..host.storageprovider import Volume
 from ..hotplug import places
-from ..storage import admission, buses
+from ..storage import admission, buses, formats
 from ..storage import backing as backings
 from ..storage import disk as disks
 from ..storage.backing import Backing
@@ -143,9 +143,11 @@ def _boot_disk(
             raise StorageExists.with_fields(wanted.spelled + " is the same file as another disk", value=wanted.value)
         with _blaming(wanted):
             _check_thread(wanted.disk)
+            image_format = formats.choose_format(backing, wanted.disk.format, what="the image")
             disk, serial, image, place = admission.admit(
                 wanted.disk,
                 backing,
+                image_format,
                 others,
                 number=number,
                 layout=layout,

@@ -5,7 +5,7 @@ A disk is admitted in four steps:
 
 1. `check_disk` checks the options that the user asked for.
 2. `check_name_is_free` and `check_not_attached` compare the disk with the machine's other disks.
-3. `make_image` inspects the image.
+3. `make_image` checks the image. It reads nothing, which could block: the caller has called `formats.choose_format`.
 4. `take_place` reserves a place.
 
 Only the last step acquires something, so that a refusal in an earlier step leaves nothing to undo.
@@ -79,6 +79,7 @@ def check_disk(disk: Disk) -> Disk:
 def admit(
     disk: Disk,
     backing: Backing | None,
+    image_format: str,
     neighbours: Iterable[_Neighbour],
     *,
     number: int,
@@ -90,15 +91,16 @@ def admit(
     """Admit a disk beside its neighbours, and reserve a place for it.
 
     `backing` is the open image, or None for an optical drive without a medium; the caller owns it if this fails.
-    `number` is the new image's. PCI devices get a place from `pci`, SCSI devices from `scsi`. `what` names the image in
-    error messages. Raises BadConfig, ConfigNotSupported, StorageExists or NoFreePort.
+    `image_format` is what `formats.choose_format` returned, and `number` the new image's. PCI devices get a place from
+    `pci`, SCSI devices from `scsi`. `what` names the image in error messages. Raises BadConfig, ConfigNotSupported,
+    StorageExists or NoFreePort.
     """
     disk = check_disk(_resolve_bus(disk, pci))
     neighbours = tuple(neighbours)
     check_name_is_free(neighbours, disk.name)
     image = None
     if backing is not None:
-        image = make_image(number, disk, backing, disk.format, what)
+        image = make_image(number, disk, backing, image_format, what)
         check_not_attached(neighbours, backing, share=disk.share)
     elif disk.bus != "scsi-cd":
         raise BadConfig(f"{disk.name} has no image", hint="name an image; only a scsi-cd can be empty")
@@ -206,23 +208,22 @@ def _check_serial_is_free(neighbours: Iterable[_Neighbour], disk: Disk, serial: 
             )
 
 
-# The inspection of the image.
+# The checks of the image.
 
 
-def make_image(number: int, disk: Disk, backing: Backing, image_format: str | None, what: str) -> Image:
-    """Return a disk's image after an inspection of the open file. The caller owns `backing` if this fails.
+def make_image(number: int, disk: Disk, backing: Backing, image_format: str, what: str) -> Image:
+    """Return a disk's image if the open file can be one. The caller owns `backing` if this fails.
 
     `what` names the image in error messages. Raises BadConfig or ConfigNotSupported.
     """
-    chosen = formats.choose_format(backing, image_format, what=what)
     if not buses.TABLE[disk.bus].is_writable and backing.is_writable:
         raise ConfigNotSupported(f"bus {disk.bus} is read-only", hint="open the image read-only")
     if not backing.size and buses.TABLE[disk.bus].is_writable:
         raise BadConfig(f"{what} is empty", hint="make an image with: qemu-img create IMAGE SIZE")
-    if disk.share and chosen != "raw":
-        raise BadConfig(f"an image in {chosen} format cannot be shared", hint="share raw images only")
+    if disk.share and image_format != "raw":
+        raise BadConfig(f"an image in {image_format} format cannot be shared", hint="share raw images only")
     backings.set_direct(backing, disk.cache == "none", what=what)
-    return Image(number, backing, chosen, disk.path)
+    return Image(number, backing, image_format, disk.path)
 
 
 # The reservation of a place.

@@ -22,6 +22,7 @@ from . import (
     buses,
     displaced,
     failures,
+    formats,
     guest_driver,
     image_nodes,
     images,
@@ -255,15 +256,20 @@ class Storage:
     async def _admit(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
         context, layout, controllers = self._context, self._context.layout, self._context.controllers
         is_threaded = disk.thread and disk.bus == "virtio-scsi"
+        what = disk.path or disk.name
+        image_format = formats.DEFAULT_FORMAT
+        if backing is not None:
+            image_format = await images.choose_format(backing, disk.format, what=what)
         disk, serial, image, place = admission.admit(
             disk,
             backing,
+            image_format,
             context.register,
             number=context.register.fresh_number(),
             layout=layout,
             pci=layout.pci,
             scsi=controllers.targets if is_threaded else layout.scsi,
-            what=disk.path or disk.name,
+            what=what,
         )
         pool = controllers.pool_of(disk.bus, place)
         try:

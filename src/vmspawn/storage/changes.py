@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, SystemFailure, VmspawnError
 from ..hotplug.attachment import State
 from ..timeouts import TRAY_TIMEOUT
-from . import admission, displaced, media, swap
+from . import admission, displaced, images, media, swap
 from . import resize as resizing
 from .attached_disk import AttachedDisk
 from .backing import Backing
@@ -49,11 +49,7 @@ class Changes:
             if attachment.disk.bus == "scsi-cd":
                 raise ConfigNotSupported(f"{name} is an optical drive", hint="insert another medium")
             _check_writable(attachment, backing)
-            admission.check_not_attached(self._context.register, backing, share=attachment.disk.share)
-            disk = attachment.disk._replace(path=path)
-            image = admission.make_image(
-                self._context.register.fresh_number(), disk, backing, format, path or "the new image"
-            )
+            image = await self._make_image(attachment, backing, format, path, path or "the new image")
         except BaseException:
             backing.close()
             raise
@@ -104,11 +100,7 @@ class Changes:
         try:
             attachment = self._context.find(name)
             media.check_optical(attachment)
-            admission.check_not_attached(self._context.register, backing, share=False)
-            disk = attachment.disk._replace(path=path)
-            image = admission.make_image(
-                self._context.register.fresh_number(), disk, backing, format, path or "the medium"
-            )
+            image = await self._make_image(attachment, backing, format, path, path or "the medium")
         except BaseException:
             backing.close()
             raise
@@ -127,6 +119,15 @@ class Changes:
             await media.eject(self._context, attachment, force=force, timeout=timeout)
 
         await self._change(attachment, work, "ejecting the medium of")
+
+    async def _make_image(
+        self, attachment: AttachedDisk, backing: Backing, format: str | None, path: str, what: str
+    ) -> Image:
+        """Make a new image for a disk. `backing` stays the caller's on failure; messages call it `what`."""
+        image_format = await images.choose_format(backing, format, what=what)
+        admission.check_not_attached(self._context.register, backing, share=attachment.disk.share)
+        disk = attachment.disk._replace(path=path)
+        return admission.make_image(self._context.register.fresh_number(), disk, backing, image_format, what)
 
     async def _change(
         self,

@@ -3,14 +3,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 from ..aio.waiting import first_of
 from ..errors import QmpError, Timeout
 from ..hotplug.hotplug import Hotplug
-from . import image_nodes
+from . import formats, image_nodes
 from .attached_disk import AttachedDisk
+from .backing import Backing
 from .image import Image
+
+
+async def choose_format(backing: Backing, image_format: str | None, *, what: str) -> str:
+    """Return the format to use, as `formats.choose_format` does; the image is read in a worker thread."""
+    # A thread that reads cannot be stopped, and has its own descriptor.
+    own = backing.copy()
+
+    def choose() -> str:
+        try:
+            return formats.choose_format(own, image_format, what=what)
+        finally:
+            own.close()
+
+    return await asyncio.to_thread(choose)
 
 
 async def build(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:

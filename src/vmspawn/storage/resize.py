@@ -8,6 +8,7 @@ the device.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 
@@ -33,7 +34,7 @@ async def resize(context: Context, attachment: AttachedDisk, size: int | None, *
     _check_resizable(attachment)
     image = attachment.images[0]
     current = await context.virtual_size(attachment.identifiers.pivot)
-    actual = _size_outside(image)
+    actual = await _size_outside(image)
     if size is None:
         wanted = _wanted_from_outside(image, actual, current)
     else:
@@ -47,7 +48,7 @@ async def resize(context: Context, attachment: AttachedDisk, size: int | None, *
 async def follow_image(context: Context, attachment: AttachedDisk) -> None:
     """Resize a disk to the size of its new image. Raises QmpError."""
     image = attachment.images[0]
-    size = _size_outside(image)
+    size = await _size_outside(image)
     if size is None:
         size = await context.virtual_size(image.top_node)
     if whole_sectors(size) != await context.virtual_size(attachment.identifiers.pivot):
@@ -68,11 +69,13 @@ def _check_resizable(attachment: AttachedDisk) -> None:
         raise ConfigNotSupported(f"{attachment.name} is read-only", hint="attach it writable")
 
 
-def _size_outside(image: Image) -> int | None:
+async def _size_outside(image: Image) -> int | None:
     """Return the present size in bytes of a raw image, or None if the host does not show it."""
     if image.backing is None or image.format != "raw":
         return None
-    return backings.size_now(image.path, image.backing.identity, is_block_device=image.backing.is_block_device)
+    identity, is_block_device = image.backing.identity, image.backing.is_block_device
+    # Storage that hangs blocks stat(2) too.
+    return await asyncio.to_thread(backings.size_now, image.path, identity, is_block_device=is_block_device)
 
 
 def _wanted_from_outside(image: Image, actual: int | None, current: int) -> int:
