@@ -45,8 +45,8 @@ from vmspawn.errors import (
     SystemFailure,
     VmspawnError,
 )
-from vmspawn.storage import backing as backings
 from vmspawn.storage.attached_disk import DETACHED_EVENT, DETACHING_EVENT, AttachedDisk
+from vmspawn.storage.backing import inspect_descriptor, open_disk
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
 #: Seconds that any operation may take on a busy host.
@@ -262,7 +262,7 @@ class Run:
         file = self.file("raw", 1 << 20, reuse=True)
         fd = os.open(self.path(file), flags | os.O_CLOEXEC)
         try:
-            backing = backings.inspect(fd)
+            backing = inspect_descriptor(fd)
         except BadConfig:
             os.close(fd)
             assert flags in (os.O_PATH, os.O_WRONLY, os.O_RDWR | os.O_SYNC)
@@ -342,7 +342,7 @@ class Run:
             path = self.path(self.file("raw", disk.size, reuse=True))
             self.expect(self.machine.replace(disk.name, path, format="qcow2"), BadConfig)
         elif what == "read-only" and not disk.read_only:
-            backing = backings.open_disk(self.path(self.file("raw", disk.size, reuse=False)), read_only=True)
+            backing = open_disk(self.path(self.file("raw", disk.size, reuse=False)), read_only=True)
             self.expect(self.machine.replace_backing(disk.name, backing), SystemFailure)
 
     def _broken(self) -> str:

@@ -16,7 +16,7 @@ from vmspawn.errors import SystemFailure
 from vmspawn.machine.recent_events import EVENTS, TEXT_MAX
 from vmspawn.machine.running import run
 from vmspawn.qmp.events import EVENT_QUEUE_MAX
-from vmspawn.storage import backing as backings
+from vmspawn.storage.backing import open_disk
 
 
 async def test_a_slow_reader_learns_that_events_are_lost(qemu: str, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ async def test_a_change_that_cannot_be_journaled_is_not_made(qemu: str, tmp_path
         notes: list[str] = []
         again = await run(started, notice=notes.append)
         assert notes == ["before has no device in QEMU; its remains are removed"]
-        backing = backings.open_disk(str(tmp_path / "disk"), read_only=False)
+        backing = open_disk(str(tmp_path / "disk"), read_only=False)
         await again.storage.attach(Disk("", "disk", "virtio-scsi"), backing)
         await again.end()
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import idle_machine
 from vmspawn import Disk, Machine, MachineConfig
-from vmspawn.boot.config import check
+from vmspawn.boot.config import check_config
 from vmspawn.errors import BadConfig, ConfigNotSupported, StartError, StorageExists, UsageError, VmspawnError
 from vmspawn.storage.limits import Limits
 
@@ -54,7 +54,7 @@ async def test_invalid_disks_get_the_same_errors(running: Machine, tmp_path: Pat
     with pytest.raises(BadConfig) as plugged:
         await running.attach(disk)
     with pytest.raises(UsageError) as booted:
-        check(MachineConfig(guest="builtin", extra_disks=(disk,)))
+        check_config(MachineConfig(guest="builtin", extra_disks=(disk,)))
     assert str(booted.value) == str(plugged.value)
     assert booted.value.hint == plugged.value.hint
 
@@ -64,7 +64,7 @@ async def test_invalid_disks_get_the_same_errors(running: Machine, tmp_path: Pat
 )
 def test_the_image_is_a_disk_as_the_others(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=f"unknown .*{named}"):
-        check(MachineConfig(image="/x.raw", **options))
+        check_config(MachineConfig(image="/x.raw", **options))
 
 
 def image_of_kind(folder: Path, kind: str) -> Path:
@@ -145,7 +145,7 @@ async def test_options_that_only_hotplugged_disks_can_have(running: Machine, qem
     with pytest.raises(StartError, match="cannot have an I/O thread from boot"):
         await idle_machine(qemu, tmp_path, extra_disks=(threaded,)).__aenter__()
     with pytest.raises(UsageError, match="unknown bus 'auto'"):
-        check(MachineConfig(guest="builtin", extra_disks=(Disk("/x", bus="auto"),)))
+        check_config(MachineConfig(guest="builtin", extra_disks=(Disk("/x", bus="auto"),)))
 
 
 async def test_a_boot_disk_has_the_options_that_a_hotplugged_one_has(qemu: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.conftest import MIB, make_qcow2, make_raw
 from tests.machines import Machine, Snapshot, detach_by_reset, idle_machine, unchanged
 from vmspawn import Disk
 from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
-from vmspawn.storage import backing as backings
+from vmspawn.storage.backing import inspect_descriptor, open_disk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -94,7 +94,7 @@ async def test_unusual_images_are_accepted(machine: Machine, tmp_path: Path) -> 
     (tmp_path / "odd").write_bytes(bytes(1000))
     await machine.attach(Disk(str(tmp_path / "odd"), bus="virtio-scsi"))
     await machine.detach("odd")
-    backing = backings.open_disk(str(make_raw(tmp_path / "nameless", MIB)), read_only=False)
+    backing = open_disk(str(make_raw(tmp_path / "nameless", MIB)), read_only=False)
     (tmp_path / "nameless").unlink()
     await machine.attach_backing(Disk("", "nameless", "virtio-scsi", "raw"), backing)
     assert (await machine.sizes())["nameless"] == MIB
@@ -166,7 +166,7 @@ async def test_flags_of_a_descriptor_are_made_to_fit(machine: Machine, tmp_path:
     except OSError:
         pytest.skip("this file system has no O_DIRECT")
     for cache in ("writeback", "none"):
-        backing = backings.inspect(os.dup(fd))
+        backing = inspect_descriptor(os.dup(fd))
         await machine.attach_backing(Disk("", "disk", "virtio-scsi", "raw", cache=cache), backing)
         await machine.detach("disk")
     os.close(fd)

@@ -26,8 +26,8 @@ from vmspawn.errors import (
     SystemFailure,
 )
 from vmspawn.hotplug.qemu_objects import device_ids
-from vmspawn.storage import backing as backings
 from vmspawn.storage.attached_disk import DETACHED_EVENT
+from vmspawn.storage.backing import open_disk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -74,7 +74,7 @@ async def test_no_descriptor_set_is_left_once_a_disk_is_attached(machine: Machin
 
 async def test_a_disk_works_after_its_file_was_unlinked(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
-    backing = backings.open_disk(str(path), read_only=False)
+    backing = open_disk(str(path), read_only=False)
     path.unlink()
     await machine.attach_backing(Disk("", "disk", "virtio-scsi"), backing)
     await machine.detach("disk")
@@ -151,7 +151,7 @@ async def test_a_broken_qcow2_image_is_refused_in_qemus_words(machine: Machine, 
 
 
 async def test_a_writable_descriptor_makes_no_optical_disk(machine: Machine, tmp_path: Path) -> None:
-    backing = backings.open_disk(str(make_raw(tmp_path / "disk")), read_only=False)
+    backing = open_disk(str(make_raw(tmp_path / "disk")), read_only=False)
     with pytest.raises(ConfigNotSupported, match="scsi-cd is read-only"):
         await machine.attach_backing(Disk("", "cd", "scsi-cd"), backing)
 

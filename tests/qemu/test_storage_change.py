@@ -25,7 +25,7 @@ from vmspawn.errors import (
     SystemFailure,
     VmspawnError,
 )
-from vmspawn.storage import backing as backings
+from vmspawn.storage.backing import open_disk
 from vmspawn.storage.changes import CHANGED_EVENT
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
@@ -76,7 +76,7 @@ async def test_an_nvme_disk_takes_only_an_image_of_its_size(machine: Machine, tm
 
 async def test_a_writable_disk_takes_no_read_only_image(machine: Machine, tmp_path: Path) -> None:
     await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
-    backing = backings.open_disk(str(make_raw(tmp_path / "second", MIB)), read_only=True)
+    backing = open_disk(str(make_raw(tmp_path / "second", MIB)), read_only=True)
     with pytest.raises(SystemFailure, match="is writable and the new image is not") as caught:
         await machine.replace_backing("disk", backing)
     assert caught.value.errno == errno.EROFS
@@ -297,7 +297,7 @@ async def test_a_file_that_has_grown_from_outside_is_not_cut(
 ) -> None:
     """The file is cut neither to the disk's size nor to another."""
     path = make_raw(tmp_path / "image", MIB)
-    backing = backings.open_disk(str(path), read_only=False)
+    backing = open_disk(str(path), read_only=False)
     await machine.attach_backing(Disk(str(path) if known else "", "disk", "virtio-scsi"), backing)
     os.truncate(path, 3 * MIB)
     with pytest.raises(BadConfig, match=f"has {3 * MIB} bytes, and the data beyond {size} would be lost") as caught:

@@ -13,7 +13,7 @@ import vmspawn
 from tests.conftest import MIB
 from vmspawn.api.control import Control
 from vmspawn.api.options import DiskOptions, MachineOptions
-from vmspawn.boot.config import check
+from vmspawn.boot.config import check_config
 
 
 def test_the_names_are_those_that_are_exported() -> None:
@@ -63,7 +63,9 @@ def test_the_keyword_arguments_are_the_fields_of_a_configuration_and_of_a_disk()
 
 
 def test_the_fields_of_a_configuration_are_taken_as_they_are() -> None:
-    config = check(vmspawn.MachineConfig(guest="builtin", ram=64 * MIB, extra_disks=(vmspawn.Disk("/a/b", "c"),)))
+    config = check_config(
+        vmspawn.MachineConfig(guest="builtin", ram=64 * MIB, extra_disks=(vmspawn.Disk("/a/b", "c"),))
+    )
     options: dict[str, Any] = config._asdict()
     assert vmspawn.Machine(**options).config == config
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmspawn.boot.config import MachineConfig, check
+from vmspawn.boot.config import MachineConfig, check_config
 from vmspawn.cli.values import parse_size
 from vmspawn.errors import UsageError
 from vmspawn.host.runtime import NAME_MAX, check_name
@@ -73,7 +73,7 @@ def test_invalid_sizes(text: str) -> None:
     ],
 )
 def test_a_machine_is_named_after_its_boot_source(options: dict[str, Any], name: str) -> None:
-    assert check(MachineConfig(**options)).name == name
+    assert check_config(MachineConfig(**options)).name == name
 
 
 @given(st.text(max_size=80))
@@ -110,7 +110,7 @@ def test_a_name_has_an_end() -> None:
 )
 def test_contradictions_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        check(MachineConfig(**options))
+        check_config(MachineConfig(**options))
     assert "\n" not in str(caught.value)
     assert caught.value.hint
     assert "--" not in f"{caught.value} {caught.value.hint}"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmspawn.storage.disk import check_name, default_name
+from vmspawn.storage.disk import check_disk_name, default_name
 from vmspawn.text import printable, utf8
 
 
@@ -36,4 +36,4 @@ def test_every_name_is_text_and_one_line(name: bytes) -> None:
 
 @given(st.binary(min_size=1, max_size=60).filter(lambda name: b"/" not in name))
 def test_every_file_has_a_name_for_its_disk(name: bytes) -> None:
-    assert check_name(default_name(f"/folder/{os.fsdecode(name)}"))
+    assert check_disk_name(default_name(f"/folder/{os.fsdecode(name)}"))

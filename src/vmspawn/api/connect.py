@@ -21,8 +21,7 @@ from ..machine.ending import MACHINE_ENDED, End
 from ..machine.run_states import Verb
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
-from ..storage import disk as disks
-from ..storage.disk import Disk
+from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import NO_LIMITS, Limits
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus
@@ -241,7 +240,7 @@ class ConnectedMachine(Guest):
         leaves nothing behind.
         """
         disk = to_disk(disk, options)
-        named = disks.with_defaults(disk)
+        named = with_defaults(disk)
         wanted = {
             "name": named.name,
             "bus": named.bus,
@@ -259,7 +258,7 @@ class ConnectedMachine(Guest):
             "limits": _limits(named.limits),
             "waitGuestUSec": int(timeout * _MICROSECONDS) if wait_guest else None,
         }
-        read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
+        read_only = is_only_read(disk.bus, disk.format, read_only=disk.read_only)
         path = named.path or None
         return _attached(
             await self._call(

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from ..boot.config import MachineConfig, check
+from ..boot.config import MachineConfig, check_config
 from ..errors import NotConnected, NotSupported
 from ..host.runtime import check_name
 from ..inside.commands import Wanted
@@ -21,8 +21,7 @@ from ..machine.running import Running
 from ..snapshots import directory
 from ..snapshots.fork import free_name
 from ..snapshots.save import save
-from ..storage import disk as disks
-from ..storage.disk import Disk
+from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import Limits
 from ..storage.looks import Look
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, FAREWELL_TIMEOUT, TRAY_TIMEOUT
@@ -58,7 +57,7 @@ class Machine(Guest):
     def __init__(
         self, config: MachineConfig | None = None, *, control: bool = True, **options: Unpack[MachineOptions]
     ) -> None:
-        self._config = check(to_config(config, options))
+        self._config = check_config(to_config(config, options))
         self._control = control
         self._server: ControlServer | None = None
         self._current: _Current | None = None
@@ -246,10 +245,10 @@ class Machine(Guest):
         """
         storage = self._running.storage
         disk = to_disk(disk, options)
-        named = disks.with_defaults(disk)
+        named = with_defaults(disk)
         backing = None
         if disk.path:
-            read_only = disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
+            read_only = is_only_read(disk.bus, disk.format, read_only=disk.read_only)
             backing = await open_image(disk.path, read_only=read_only)
         return describe(await storage.attach(named, backing, guest_timeout=timeout if wait_guest else None))
 

@@ -118,7 +118,7 @@ class MachineConfig(NamedTuple):
         return Disk(self.image, name, self.image_disk_type, self.image_format, boot_index=boot_index)
 
 
-def check(config: MachineConfig) -> MachineConfig:
+def check_config(config: MachineConfig) -> MachineConfig:
     """Return the configuration with its name filled in. Raises UsageError for a contradiction."""
     _check_choice("machine_type", config.machine_type, MACHINE_TYPES)
     _check_choice("kvm", config.kvm, KVM_CHOICES)

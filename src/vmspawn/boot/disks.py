@@ -11,10 +11,8 @@ from ..host import storageprovider
 from ..host.storageprovider import Volume
 from ..hotplug import places
 from ..storage import admission, buses, formats
-from ..storage import backing as backings
-from ..storage import disk as disks
-from ..storage.backing import Backing
-from ..storage.disk import DEFAULT_BUS, Disk
+from ..storage.backing import Backing, inspect_descriptor, open_disk
+from ..storage.disk import DEFAULT_BUS, Disk, is_only_read
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
 from .commandline import BootDisk
@@ -100,7 +98,7 @@ def _acquire(config: MachineConfig, wanted: _Wanted, volume: Volume) -> Backing:
     try:
         fd = storageprovider.acquire(volume, user=config.registration.user, read_only=read_only)
         try:
-            return backings.inspect(fd, what=volume.disk_name, read_only=read_only or None)
+            return inspect_descriptor(fd, what=volume.disk_name, read_only=read_only or None)
         except BaseException:
             os.close(fd)
             raise
@@ -118,8 +116,8 @@ def _open(config: MachineConfig, wanted: _Wanted) -> Backing:
     with _blaming(wanted):
         if not disk.path:
             raise BadConfig("it has no image", hint="attach an empty optical drive once the machine runs")
-        read_only = is_overlaid or disks.is_only_read(disk.bus, disk.format, read_only=disk.read_only)
-        return backings.open_disk(disk.path, read_only=read_only)
+        read_only = is_overlaid or is_only_read(disk.bus, disk.format, read_only=disk.read_only)
+        return open_disk(disk.path, read_only=read_only)
 
 
 def _check_disk_name(others: Iterable[BootDisk], disk: Disk) -> None:

@@ -10,7 +10,7 @@ import errno
 import os
 
 from ..errors import StartError, UsageError
-from ..storage.backing import Backing, inspect, whole_sectors
+from ..storage.backing import Backing, inspect_descriptor, whole_sectors
 from ..storage.image import FDSET_BASE
 
 #: The node of the image below its overlay.
@@ -63,7 +63,7 @@ def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to
     fd = _open_unnamed(folder)
     try:
         qcow2.write_empty(fd, max(size, _round_up(grow_to or 0)))
-        return inspect(fd, what="the overlay"), Below(base.fd, node)
+        return inspect_descriptor(fd, what="the overlay"), Below(base.fd, node)
     except BaseException as error:
         os.close(fd)
         if not isinstance(error, OSError):

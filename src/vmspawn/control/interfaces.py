@@ -17,10 +17,8 @@ from ..errors import BadConfig, EventsLost, NotConnected
 from ..inside.inside import Inside
 from ..machine.recent_events import Entry
 from ..machine.running import Running
-from ..storage import backing as backings
-from ..storage import disk as disks
-from ..storage.backing import Backing
-from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk
+from ..storage.backing import Backing, inspect_descriptor
+from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk, check_bus, is_only_read
 from ..storage.looks import Look
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, TRAY_TIMEOUT
 from . import errors, qmp, snapshots
@@ -57,7 +55,7 @@ def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
     """Return the Backing of a received descriptor. The caller owns the Backing; on failure the descriptor is closed."""
     fd = _take(descriptor)
     try:
-        return backings.inspect(fd, read_only=read_only)
+        return inspect_descriptor(fd, read_only=read_only)
     except BaseException:
         os.close(fd)
         raise
@@ -130,7 +128,7 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
     @varlinkmethod
     async def AddStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str, config: str | None = None) -> None:
         """Attach a raw image or block device on the bus `config`. The disk is read-only if the descriptor is."""
-        bus = disks.check_bus(config or DEFAULT_BUS)
+        bus = check_bus(config or DEFAULT_BUS)
         backing = _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
         await self._machine.storage.attach(Disk("", name, bus, "raw", not backing.is_writable), backing)
 
@@ -297,7 +295,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         guest_timeout = None if waitGuestUSec is None else waitGuestUSec / _MICROSECONDS
         chosen = bus or DEFAULT_BUS
         if chosen != AUTO_BUS:
-            disks.check_bus(chosen)
+            check_bus(chosen)
         wanted = with_options(
             Disk(path or "", name, chosen, format, bool(readOnly), serial or "", limits=to_limits(limits)),
             discard=discard,
@@ -311,7 +309,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         )
         backing = None
         if fileDescriptorIndex is not None:
-            read_only = disks.is_only_read(chosen, format, read_only=bool(readOnly))
+            read_only = is_only_read(chosen, format, read_only=bool(readOnly))
             backing = _backing(fileDescriptorIndex, read_only=read_only or None)
         attached = await self._machine.storage.attach(wanted, backing, guest_timeout=guest_timeout)
         return {

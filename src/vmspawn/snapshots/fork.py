@@ -30,7 +30,7 @@ from ..host import runtime
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import qcow2, snapshot_files
-from ..storage import backing as backings
+from ..storage.backing import inspect_descriptor, set_direct
 from ..storage import saved as records
 from ..storage.disk import Disk
 from ..storage.image import Image
@@ -288,11 +288,11 @@ class _Copy:
         path = self._manifest.images[image.number]
         fd = self._open(path)
         try:
-            image.backing = backings.inspect(fd, what=path)
+            image.backing = inspect_descriptor(fd, what=path)
         except BaseException:
             os.close(fd)
             raise
-        backings.set_direct(image.backing, disk.cache == "none", what=path)
+        set_direct(image.backing, disk.cache == "none", what=path)
         image.path = path
 
     def _overlay(self, disk: Disk, base: Image, record: dict[str, Any], number: int) -> Image:
@@ -302,8 +302,8 @@ class _Copy:
         path, fd = self._create(f"{identifiers.device}-{number}.qcow2")
         try:
             qcow2.write_empty(fd, size)
-            backing = backings.inspect(fd, what="the overlay")
-            backings.set_direct(backing, disk.cache == "none", what="the overlay")
+            backing = inspect_descriptor(fd, what="the overlay")
+            set_direct(backing, disk.cache == "none", what="the overlay")
         except BaseException:
             os.close(fd)
             raise

@@ -26,7 +26,7 @@ from ..hotplug.qemu_objects import device_ids
 from ..images import qcow2, snapshot_files
 from ..machine.running import Running
 from ..qmp.monitor import Command
-from ..storage import backing as backings
+from ..storage.backing import inspect_descriptor, set_direct
 from ..storage.attached_disk import AttachedDisk
 from ..storage.backing import Backing
 from ..storage.disk import Disk
@@ -99,7 +99,7 @@ async def _detach_blocking(machine: Running, afterwards: contextlib.AsyncExitSta
             continue
         fd = files.open(image.backing.identity, read_only=not image.writable)
         try:
-            backing = backings.inspect(fd, what=disk.name)
+            backing = inspect_descriptor(fd, what=disk.name)
         except BaseException:
             os.close(fd)
             raise
@@ -258,7 +258,7 @@ class _Save:
         def open_read_only(disk: AttachedDisk, image: Image) -> int:
             fd = self._open(image)
             if image.backing is not None and disk.disk.cache == "none":
-                backings.set_direct(image.backing._replace(fd=fd), True, what=image.path)
+                set_direct(image.backing._replace(fd=fd), True, what=image.path)
             return fd
 
         await freeze.prepare(make, open_read_only)
@@ -529,8 +529,8 @@ def _overlay(disk: AttachedDisk, number: int, size: int, path: str, folder: str)
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         qcow2.write_empty(fd, size)
-        backing = backings.inspect(fd, what="the overlay")
-        backings.set_direct(backing, disk.disk.cache == "none", what="the overlay")
+        backing = inspect_descriptor(fd, what="the overlay")
+        set_direct(backing, disk.disk.cache == "none", what="the overlay")
     except BaseException:
         os.close(fd)
         if path:

@@ -18,11 +18,9 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from ..errors import BadConfig, ConfigNotSupported, StorageExists
 from ..hotplug.places import NO_NAMESPACES, NO_NAMESPACES_HINT, Layout, Place, Pool
-from . import backing as backings
 from . import buses, formats
-from . import disk as disks
-from .backing import Backing
-from .disk import AUTO_BUS, Disk
+from .backing import Backing, set_direct
+from .disk import AUTO_BUS, Disk, check_bus, check_disk_name, check_disk_options, check_serial, serial_for
 from .image import Image
 from .limits import check_limits
 
@@ -65,10 +63,10 @@ class Admitted(NamedTuple):
 
 def check_disk(disk: Disk) -> Disk:
     """Return the disk if its options are valid, whatever its image is. Raises BadConfig if they are not."""
-    disks.check_name(disk.name)
+    check_disk_name(disk.name)
     if disk.bus != AUTO_BUS:
-        disks.check_bus(disk.bus)
-    disks.check_options(disk)
+        check_bus(disk.bus)
+    check_disk_options(disk)
     check_limits(disk.limits)
     if disk.format is not None:
         formats.check_format(disk.format)
@@ -124,7 +122,7 @@ def _choose_serial(disk: Disk) -> str:
         if disk.serial:
             raise BadConfig("an NVMe namespace has no serial number of its own", hint="leave the serial out")
         return buses.NAMESPACE_SERIAL
-    return disks.check_serial(disk.serial) if disk.serial else disks.serial_for(disk.name)
+    return check_serial(disk.serial) if disk.serial else serial_for(disk.name)
 
 
 # The comparison with other disks.
@@ -222,7 +220,7 @@ def make_image(number: int, disk: Disk, backing: Backing, image_format: str, wha
         raise BadConfig(f"{what} is empty", hint="make an image with: qemu-img create IMAGE SIZE")
     if disk.share and image_format != "raw":
         raise BadConfig(f"an image in {image_format} format cannot be shared", hint="share raw images only")
-    backings.set_direct(backing, disk.cache == "none", what=what)
+    set_direct(backing, disk.cache == "none", what=what)
     return Image(number, backing, image_format, disk.path)
 
 

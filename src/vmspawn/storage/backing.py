@@ -61,7 +61,7 @@ def open_disk(path: str, *, read_only: bool) -> Backing:
         hint = _READ_ONLY_HINTS[error.errno == errno.EROFS] if _readable_only(path, error) else ""
         raise SystemFailure(f"cannot open {path}", error.errno or errno.EIO, hint=hint) from None
     try:
-        return inspect(fd, what=path)
+        return inspect_descriptor(fd, what=path)
     except BaseException:
         os.close(fd)
         raise
@@ -75,7 +75,7 @@ def _readable_only(path: str, error: OSError) -> bool:
     return error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and os.access(path, os.R_OK)
 
 
-def inspect(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
+def inspect_descriptor(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
     """Return the Backing that describes a descriptor.
 
     The disk is read-only if the descriptor is. With `read_only` True, a writable descriptor is replaced by a read-only

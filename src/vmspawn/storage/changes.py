@@ -11,13 +11,13 @@ from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, Syste
 from ..hotplug.attachment import State
 from ..timeouts import TRAY_TIMEOUT
 from . import admission, displaced, images, media, swap
-from . import resize as resizing
 from .attached_disk import AttachedDisk
 from .backing import Backing
 from .context import Context
 from .explain import STORAGE_HINT, explain
 from .image import Image
 from .limits import Limits, check_limits
+from .resize import resize_disk
 
 #: Seconds after which a change of a disk, or a forced detach, raises Timeout. The change itself goes on.
 CHANGE_TIMEOUT = 40.0
@@ -68,7 +68,7 @@ class Changes:
         attachment = self._context.find(name)
 
         async def work() -> int:
-            return await resizing.resize(self._context, attachment, size, shrink=shrink)
+            return await resize_disk(self._context, attachment, size, shrink=shrink)
 
         return await self._change(attachment, work, "resizing")
 

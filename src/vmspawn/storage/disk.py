@@ -86,7 +86,7 @@ def default_name(path: str) -> str:
     return printable(os.path.basename(path))
 
 
-def check_name(name: str) -> str:
+def check_disk_name(name: str) -> str:
     """Return `name` if it is valid for a disk. Raises BadConfig if it is not."""
     if not name or len(name) > DISK_NAME_MAX or not name.isprintable():
         raise BadConfig(f"invalid disk name {name!r}", hint=f"use 1 to {DISK_NAME_MAX} printable characters")
@@ -105,7 +105,7 @@ def check_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_options(disk: Disk) -> None:
+def check_disk_options(disk: Disk) -> None:
     """Raise BadConfig for an option that does not exist, or that the disk's bus does not support."""
     check_choice("discard mode", disk.discard, DISCARD_CHOICES)
     check_choice("zero detection", disk.detect_zeroes, DETECT_ZEROES_CHOICES)

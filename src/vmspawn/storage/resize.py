@@ -13,10 +13,9 @@ import errno
 import os
 
 from ..errors import BadConfig, ConfigNotSupported, QmpError
-from . import backing as backings
 from . import buses
 from .attached_disk import AttachedDisk
-from .backing import SECTOR, whole_sectors
+from .backing import SECTOR, size_now, whole_sectors
 from .block_graph import blaming_users
 from .context import Context
 from .image import Image
@@ -25,7 +24,7 @@ from .image import Image
 SIZE_MAX = (1 << 63) - (1 << 30)
 
 
-async def resize(context: Context, attachment: AttachedDisk, size: int | None, *, shrink: bool) -> int:
+async def resize_disk(context: Context, attachment: AttachedDisk, size: int | None, *, shrink: bool) -> int:
     """Resize a disk and its image to `size` bytes; with None, resize the disk to the present size of the image.
 
     Returns the new size. Shortens a file only if `shrink` is true and a size is given. Raises BadConfig for an invalid
@@ -75,7 +74,7 @@ async def _size_outside(image: Image) -> int | None:
         return None
     identity, is_block_device = image.backing.identity, image.backing.is_block_device
     # Storage that hangs blocks stat(2) too.
-    return await asyncio.to_thread(backings.size_now, image.path, identity, is_block_device=is_block_device)
+    return await asyncio.to_thread(size_now, image.path, identity, is_block_device=is_block_device)
 
 
 def _wanted_from_outside(image: Image, actual: int | None, current: int) -> int:

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from ...control.client import Client
-from ...storage import backing as backings
+from ...storage.backing import open_disk
 from ...storage.formats import FORMATS
 from ...text import utf8
 from .replies import MACHINE
@@ -28,7 +28,7 @@ def call_with_image(
     client: Client, method: str, path: str, parameters: dict[str, Any], *, read_only: bool
 ) -> dict[str, Any]:
     """Open an image, and call a method with its descriptor."""
-    backing = backings.open_disk(path, read_only=read_only)
+    backing = open_disk(path, read_only=read_only)
     image = {"fileDescriptorIndex": 0, "path": utf8(os.path.abspath(path))}
     try:
         return client.call(f"{MACHINE}.{method}", {**image, **parameters}, fds=(backing.fd,))

@@ -15,8 +15,7 @@ from typing import NoReturn
 
 from ... import log
 from ...aio.without_ssl import import_asyncio
-from ...boot import config as configuration
-from ...boot.config import MachineConfig
+from ...boot.config import MachineConfig, check_config
 from ...console.messages import Messages
 from ...console.terminal import Terminal
 from ...host.limits import allow_descriptors
@@ -104,7 +103,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         from ...images import named_images
 
         config = config._replace(**named_images.find(check_name(config.name)))
-    return configuration.check(config)
+    return check_config(config)
 
 
 def run(arguments: list[str]) -> int:
