@@ -90,7 +90,7 @@ def test_a_changed_script_is_another_guest(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("ingredients")
 def test_a_built_guest_is_found(cache: Path) -> None:
     phrases: list[str] = []
-    guest = build.build(progress=phrases.append)
+    guest = build.build(on_progress=phrases.append)
     assert guest == builtin.find()
     assert Path(guest.kernel).read_bytes() == b"kernel"
     assert Path(guest.kernel).parent.parent == cache

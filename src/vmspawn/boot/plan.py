@@ -96,7 +96,7 @@ def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> "Builtin
         return guest
     from ..guest.build import build
 
-    return build(architecture, progress=notice)
+    return build(architecture, on_progress=notice)
 
 
 def _check_readable(field: str, path: str) -> None:

@@ -21,7 +21,7 @@ _RECEIVE_SIZE = 65536
 _FDS_MAX = 16
 
 
-async def serve_sessions(machine: str, listen: str, *, read_only: bool, ready: Callable[[], None]) -> None:
+async def serve_sessions(machine: str, listen: str, *, read_only: bool, on_ready: Callable[[], None]) -> None:
     """Create the socket `listen`, and give each client a QMP session.
 
     Returns when the machine ends, or on SIGINT or SIGTERM, and removes `listen`. Raises NotConnected if the machine
@@ -41,7 +41,7 @@ async def serve_sessions(machine: str, listen: str, *, read_only: bool, ready: C
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, ended.set)
             loop.add_reader(listener, _accept, listener, tasks, machine, read_only)
-            ready()
+            on_ready()
             await _until(ended, connection)
             loop.remove_reader(listener)
     tasks.cancel()

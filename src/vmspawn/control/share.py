@@ -18,12 +18,14 @@ from ..qmp.share.peer import Peer
 _BACKLOG = 128
 
 
-async def share(source: str, listen: str, *, ready: Callable[[], None], timeout: float = GREETING_TIMEOUT) -> None:
+async def share_socket(
+    source: str, listen: str, *, on_ready: Callable[[], None], timeout: float = GREETING_TIMEOUT
+) -> None:
     """Connect to QEMU's monitor at the socket `source`, and serve sessions on a new socket `listen`.
 
-    Returns on SIGINT or SIGTERM, and removes `listen`. `ready` is called when clients can connect. Raises NotConnected
-    if QEMU does not run or ends, Timeout if the monitor does not greet within `timeout` seconds because another program
-    uses it, and StartError if `listen` cannot be created.
+    Returns on SIGINT or SIGTERM, and removes `listen`. `on_ready` is called when clients can connect. Raises
+    NotConnected if QEMU does not run or ends, Timeout if the monitor does not greet within `timeout` seconds because
+    another program uses it, and StartError if `listen` cannot be created.
     """
     loop = asyncio.get_running_loop()
     lost: list[str] = []
@@ -41,7 +43,7 @@ async def share(source: str, listen: str, *, ready: Callable[[], None], timeout:
         multiplexer = await Multiplexer.connect(connected, on_lost=on_lost, timeout=timeout)
         with listening(listen) as listener:
             loop.add_reader(listener, _accept, listener, multiplexer)
-            ready()
+            on_ready()
             await ended.wait()
             loop.remove_reader(listener)
         if lost:

@@ -49,10 +49,10 @@ _STALE_SECONDS = 3600
 _SCRATCH_PREFIX = ".new-"
 
 
-def build(architecture: str = "x86_64", progress: Callable[[str], None] = lambda phrase: None) -> BuiltinGuest:
+def build(architecture: str = "x86_64", on_progress: Callable[[str], None] = lambda phrase: None) -> BuiltinGuest:
     """Build the guest in the cache, unless it is there already, and return it.
 
-    `progress` is called with a short phrase for users at each step. Builds may run in parallel: each publishes its
+    `on_progress` is called with a short phrase for users at each step. Builds may run in parallel: each publishes its
     guest atomically, and the first guest stays. A failed build leaves nothing behind.
     """
     if architecture not in builtin.ARGUMENTS:
@@ -62,7 +62,7 @@ def build(architecture: str = "x86_64", progress: Callable[[str], None] = lambda
         )
     cache = Path(builtin.cache_directory())
     try:
-        return builtin.find(architecture) or _build(architecture, cache, progress)
+        return builtin.find(architecture) or _build(architecture, cache, on_progress)
     except OSError as error:
         raise GuestError(
             f"cannot build the guest in {cache}: {error.strerror}",
@@ -70,19 +70,19 @@ def build(architecture: str = "x86_64", progress: Callable[[str], None] = lambda
         ) from error
 
 
-def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> BuiltinGuest:
+def _build(architecture: str, cache: Path, on_progress: Callable[[str], None]) -> BuiltinGuest:
     cache.mkdir(parents=True, exist_ok=True)
-    agent = _agent(architecture, progress)
+    agent = _agent(architecture, on_progress)
     name = builtin.name(architecture, agent=agent is not None)
     if agent is None and (guest := builtin.guest_in(str(cache / name), architecture)):
         return guest
     with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=cache) as scratch:
-        fetcher = Fetcher(architecture, Path(scratch), progress)
-        kernel = find_kernel(architecture, fetcher, progress)
+        fetcher = Fetcher(architecture, Path(scratch), on_progress)
+        kernel = find_kernel(architecture, fetcher, on_progress)
         busybox = find_busybox(architecture, fetcher)
         new = Path(scratch, "guest")
         new.mkdir()
-        progress("Writing the initramfs")
+        on_progress("Writing the initramfs")
         shutil.copyfile(kernel.image, new / "kernel")
         with open(new / "initrd", "wb") as file:
             write_initramfs(Initramfs(file), kernel, busybox, agent)
@@ -93,12 +93,12 @@ def _build(architecture: str, cache: Path, progress: Callable[[str], None]) -> B
     return guest
 
 
-def _agent(architecture: str, progress: Callable[[str], None]) -> bytes | None:
+def _agent(architecture: str, on_progress: Callable[[str], None]) -> bytes | None:
     """Return the compiled agent, or None if it cannot be compiled. A guest without it cannot run commands."""
     try:
         return Path(build_agent(architecture)).read_bytes()
     except StartError as error:
-        progress(f"The guest has no agent, so no commands can be run in it: {error}. {error.hint}")
+        on_progress(f"The guest has no agent, so no commands can be run in it: {error}. {error.hint}")
         return None
 
 

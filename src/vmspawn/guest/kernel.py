@@ -38,12 +38,12 @@ class Kernel:
         self.modules = modules
 
 
-def find_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
+def find_kernel(architecture: str, fetcher: Fetcher, on_progress: Callable[[str], None]) -> Kernel:
     """Return the distribution's kernel if it can be fetched, else the host's. Raises GuestError."""
     errors: list[GuestError] = []
     for source in (_distribution_kernel, _running_kernel):
         try:
-            return source(architecture, fetcher, progress)
+            return source(architecture, fetcher, on_progress)
         except GuestError as error:
             errors.append(error)
     raise GuestError.with_fields(
@@ -55,7 +55,7 @@ def find_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], N
     )
 
 
-def _distribution_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
+def _distribution_kernel(architecture: str, fetcher: Fetcher, on_progress: Callable[[str], None]) -> Kernel:
     if not available():
         raise GuestError("apt-get is not installed, so no kernel can be downloaded")
     tree = fetcher.fetch_kernel(METAPACKAGES[architecture])
@@ -63,11 +63,11 @@ def _distribution_kernel(architecture: str, fetcher: Fetcher, progress: Callable
     return kernel_at(tree, release, architecture)
 
 
-def _running_kernel(architecture: str, fetcher: Fetcher, progress: Callable[[str], None]) -> Kernel:
+def _running_kernel(architecture: str, fetcher: Fetcher, on_progress: Callable[[str], None]) -> Kernel:
     if os.uname().machine != architecture:
         raise GuestError(f"this host's kernel is not for {architecture}")
     kernel = kernel_at(Path("/"), os.uname().release, architecture)
-    progress(f"Using this host's kernel, {kernel.modules.version}")
+    on_progress(f"Using this host's kernel, {kernel.modules.version}")
     return kernel
 
 

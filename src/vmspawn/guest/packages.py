@@ -104,10 +104,10 @@ def available() -> bool:
 class Fetcher:
     """Downloads packages of one architecture and unpacks them below a scratch directory, which the caller removes."""
 
-    def __init__(self, architecture: str, scratch: Path, progress: Callable[[str], None]) -> None:
+    def __init__(self, architecture: str, scratch: Path, on_progress: Callable[[str], None]) -> None:
         self._architecture = DEBIAN_NAMES[architecture]
         self._scratch = scratch
-        self._progress = progress
+        self._on_progress = on_progress
         self._private: Apt | None = None
 
     def fetch(self, package: str) -> Path:
@@ -136,7 +136,7 @@ class Fetcher:
         if self._architecture == _run(["dpkg", "--print-architecture"], seconds=_LOCAL_SECONDS).strip():
             yield Apt()
         if self._private is None:
-            self._progress("Downloading package lists")
+            self._on_progress("Downloading package lists")
             self._private = Apt.private(self._scratch / "apt", self._architecture)
         yield self._private
 
@@ -145,7 +145,7 @@ class Fetcher:
         for directory in (archives, tree):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir()
-        self._progress(f"Downloading {', '.join(packages)}")
+        self._on_progress(f"Downloading {', '.join(packages)}")
         apt.download(packages, archives)
         for archive in archives.iterdir():
             _run(["dpkg-deb", "-x", str(archive), str(tree)], seconds=_LOCAL_SECONDS)

@@ -11,10 +11,10 @@ from ..console.hub import Console
 from .origins import Origin
 
 
-def open_console(started: Started, origin: Origin, log_failed: Callable[[OSError], None]) -> Console | None:
+def open_console(started: Started, origin: Origin, on_log_failed: Callable[[OSError], None]) -> Console | None:
     """The console, if it is not QEMU's own. Takes over its descriptors.
 
-    `log_failed` is called if the file of `--log=` cannot be written any more.
+    `on_log_failed` is called if the file of `--log=` cannot be written any more.
     """
     shared = started.console
     if shared is None:
@@ -22,5 +22,5 @@ def open_console(started: Started, origin: Origin, log_failed: Callable[[OSError
     unread = origin.unread(shared, kept_in_pipe=started.config.console_transport == "virtio")
     console = Console(shared.typed.take(), shared.shown.take(), shared.listener, shared.log, unread)
     if started.transcript is not None:
-        console.attach(viewers.Transcript(console, started.transcript.take(), log_failed))
+        console.attach(viewers.Transcript(console, started.transcript.take(), on_log_failed))
     return console

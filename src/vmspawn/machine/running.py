@@ -120,7 +120,7 @@ class Running:
             undo.callback(self._watch.leave)
             #: The window of the guest's console.
             self.window = Window(self.monitor, started.size_port, ask_qemu=self.config.console_transport == "virtio")
-            self._console = open_console(started, self._origin, self._log_failed)
+            self._console = open_console(started, self._origin, self._on_log_failed)
             if self._console is not None:
                 undo.callback(self._console.close)
             self._guest_failure = GuestFailure(self.monitor, self._report)
@@ -182,7 +182,7 @@ class Running:
         disks = origin.disks if isinstance(origin, Launched) else ()
         return explain_failure(self.name, disks, self._process.describe_end(), self.directory.read_log())
 
-    def _log_failed(self, error: OSError) -> None:
+    def _on_log_failed(self, error: OSError) -> None:
         line = f"cannot write {self.config.console_log}: {error.strerror}; the machine continues without it"
         self._report(line)
 

@@ -37,11 +37,11 @@ _FLUSH_TIMEOUT = 5.0
 
 
 async def supervise(
-    started: Started, messages: Messages, *, ready: Callable[[bool], None] = lambda _: None, job: Job | None = None
+    started: Started, messages: Messages, *, on_ready: Callable[[bool], None] = lambda _: None, job: Job | None = None
 ) -> End:
     """Run a machine that was just launched or adopted to its end, and report how it ended. Owns `started`.
 
-    `ready` is called once the machine is up, with whether its clock is right: that of a copy may stand as it was saved.
+    `on_ready` is called once the machine is up, with whether its clock is right: a copy's may be that of the snapshot.
     If there is a `job`, the machine ends with it. Raises StartError if QEMU does not come up, ManagerFailed after a
     fault of ours; the guest runs on then, and another manager can take it over.
     """
@@ -51,7 +51,7 @@ async def supervise(
         return End.terminated()
     async with AsyncExitStack() as closing:
         try:
-            return await _Supervision(machine, messages, closing, preloading).run(ready, job)
+            return await _Supervision(machine, messages, closing, preloading).run(on_ready, job)
         except VmspawnError:
             await machine.leave()
             raise
@@ -114,7 +114,7 @@ class _Supervision:
         self._shutdown = Shutdown(machine, messages.notice, self._notifier)
         self._front = Front(machine, self._shutdown, messages)
 
-    async def run(self, ready: Callable[[bool], None], job: Job | None) -> End:
+    async def run(self, on_ready: Callable[[bool], None], job: Job | None) -> End:
         """Serve the machine until it has ended. Raises StartError, OSError."""
         machine, messages, closing = self._machine, self._messages, self._closing
         Signals(self._shutdown, self._front).listen()
@@ -137,7 +137,7 @@ class _Supervision:
         # What READY promises: from then on the package may be upgraded, moved or removed.
         await self._preloading
         await self._register(registered)
-        ready(inside.clock_is_set)
+        on_ready(inside.clock_is_set)
         messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
         if not inside.clock_is_set:
             messages.notice("clock: as saved")

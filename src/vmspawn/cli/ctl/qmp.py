@@ -105,7 +105,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     from ...control.qmp_socket import serve_sessions
 
-    def ready() -> None:
+    def on_ready() -> None:
         if not options.quiet:
             what = "read-only sessions" if options.read_only else "sessions"
             print(
@@ -114,7 +114,7 @@ def _serve(options: argparse.Namespace) -> None:
                 flush=True,
             )
 
-    asyncio.run(serve_sessions(options.machine, options.listen, read_only=options.read_only, ready=ready))
+    asyncio.run(serve_sessions(options.machine, options.listen, read_only=options.read_only, on_ready=on_ready))
 
 
 def _refuse_our_own(path: str) -> None:
@@ -132,13 +132,13 @@ def _share(options: argparse.Namespace) -> None:
     """Share a socket until QEMU ends. Raises VmspawnError if it cannot be shared, or when QEMU ends."""
     import asyncio
 
-    from ...control.share import share as serve
+    from ...control.share import share_socket
     from ...qmp.limits import GREETING_TIMEOUT
 
-    def ready() -> None:
+    def on_ready() -> None:
         if not options.quiet:
             print(f"sharing {options.socket} on {options.listen}; Ctrl-C ends it", file=sys.stderr, flush=True)
 
     _refuse_our_own(options.socket)
     timeout = GREETING_TIMEOUT if options.timeout is None else options.timeout
-    asyncio.run(serve(options.socket, options.listen, ready=ready, timeout=timeout))
+    asyncio.run(share_socket(options.socket, options.listen, on_ready=on_ready, timeout=timeout))

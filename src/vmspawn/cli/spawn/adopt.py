@@ -121,7 +121,7 @@ def begin(
     return launch(config, notice=notice, detail=detail, on_begin=hold_signals)
 
 
-def ready(options: argparse.Namespace) -> Callable[[bool], None]:
+def on_ready(options: argparse.Namespace) -> Callable[[bool], None]:
     """Return the function to call once the machine is up."""
 
     def tell(clock_is_set: bool) -> None:

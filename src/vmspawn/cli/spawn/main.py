@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
         started.give_up()
         raise
     with runner:
-        end = runner.run(supervise(started, messages, ready=adopt.ready(options), job=job))
+        end = runner.run(supervise(started, messages, on_ready=adopt.on_ready(options), job=job))
     (messages.notice if end.clean else messages.report)(end.message)
     if end.reason == TIME_LIMIT:
         return EXIT_TIMED_OUT
