@@ -19,7 +19,7 @@ from ..inside.inside import Inside
 from ..machine.ending import End, MachineEvents
 from ..machine.running import Running
 from ..snapshots import directory
-from ..snapshots.fork import free_name
+from ..snapshots.names import free_name
 from ..snapshots.save import save
 from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import Limits

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..machine.running import Running
 from ..snapshots import background, directory, listing, save
-from ..snapshots.fork import free_name
+from ..snapshots.names import free_name
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
 

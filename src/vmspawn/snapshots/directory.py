@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 
 from ..errors import NoSuchSnapshot, SnapshotExists, SnapshotInUse, StartError, SystemFailure, UsageError, VmspawnError
@@ -106,7 +105,7 @@ class NewFolder:
 
     def discard(self) -> None:
         """Remove it, by whichever name."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
 
 
 def _clean_up(parent: str) -> None:
@@ -114,7 +113,7 @@ def _clean_up(parent: str) -> None:
     for name in os.listdir(parent):
         pid = name.rpartition("-")[2]
         if name.startswith(UNFINISHED) and pid.isdigit() and not runtime.start_time(int(pid)):
-            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+            _remove(os.path.join(parent, name))
 
 
 def _exists(full_name: str) -> SnapshotExists:
@@ -195,7 +194,7 @@ def remove(full_name: str) -> None:
         # The manifest goes first: a folder without one is no snapshot.
         hidden = os.path.join(root(), f"{UNFINISHED}{full_name}-removed-{os.getpid()}")
         os.rename(snapshot.path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(hidden)
     finally:
         snapshot.close()
 
@@ -243,3 +242,11 @@ def is_locked(path: str) -> bool:
         return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
     finally:
         os.close(fd)
+
+
+def _remove(path: str) -> None:
+    """Remove a directory as far as possible."""
+    # A manager that removes none does not load this large module.
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

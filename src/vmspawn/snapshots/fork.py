@@ -26,17 +26,17 @@ from ..boot.overlay import BASE_NODE, Below
 from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
 from ..boot.started import Incoming, Started
 from ..errors import StartError
-from ..host import runtime
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import qcow2, snapshot_files
-from ..storage.backing import inspect_descriptor, set_direct
 from ..storage import saved as records
+from ..storage.backing import inspect_descriptor, set_direct
 from ..storage.disk import Disk
 from ..storage.image import Image
 from ..timeouts import SHUTDOWN_TIMEOUT
 from .directory import CURRENT, OpenSnapshot, path_of
 from .manifest import Manifest, SnapshotFile
+from .names import free_name
 from .open_files import copy_content
 
 
@@ -109,13 +109,6 @@ def _config(manifest: Manifest, given: MachineConfig) -> MachineConfig:
         die_with_parent=given.die_with_parent,
         qmp_log=given.qmp_log,
     )
-
-
-def free_name(machine: str) -> str:
-    """A name for a copy that no machine has."""
-    taken = set(runtime.machine_names())
-    stem = machine[: runtime.NAME_MAX - 8]
-    return next(name for n in range(1, len(taken) + 2) if (name := f"{stem}-fork{n}") not in taken)
 
 
 def _binary(manifest: Manifest, *, force_version: bool) -> QemuBinary:

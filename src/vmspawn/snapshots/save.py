@@ -26,9 +26,8 @@ from ..hotplug.qemu_objects import device_ids
 from ..images import qcow2, snapshot_files
 from ..machine.running import Running
 from ..qmp.monitor import Command
-from ..storage.backing import inspect_descriptor, set_direct
 from ..storage.attached_disk import AttachedDisk
-from ..storage.backing import Backing
+from ..storage.backing import Backing, inspect_descriptor, set_direct
 from ..storage.disk import Disk
 from ..storage.freeze import Freeze
 from ..storage.image import Image

@@ -100,7 +100,7 @@ def save(
 def _fork(options: argparse.Namespace) -> None:
     from ...snapshots import directory
     from ...snapshots.background import start_copies
-    from ...snapshots.fork import free_name
+    from ...snapshots.names import free_name
 
     machine, name = directory.parse_name(options.snapshot)
     names = [runtime.check_name(each) for each in options.names] or [free_name(machine)]
