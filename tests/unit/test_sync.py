@@ -2,6 +2,7 @@
 """Tests that the blocking library equals the asynchronous one, also in threads, after forks and at interruptions."""
 
 import asyncio
+import concurrent.futures
 import inspect
 import os
 import signal
@@ -14,7 +15,7 @@ import vmspawn
 import vmspawn.sync
 from tools import make_sync
 from vmspawn.api import blocking
-from vmspawn.api.blocking import Blocking, BlockingContext, call, finish
+from vmspawn.api.blocking import Blocking, BlockingContext, Call, call, finish
 
 
 def test_the_module_is_up_to_date() -> None:
@@ -79,6 +80,31 @@ def test_an_interrupted_call_is_cancelled_and_cleans_up_first() -> None:
         call(work())
     assert done == ["clean"]
     thread.join()
+
+
+def test_a_cancelled_call_wakes_those_who_wait_for_its_end() -> None:
+    started = threading.Event()
+
+    async def work() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    running = Call(work()).start()
+    started.wait()
+    running.cancel()
+    assert concurrent.futures.wait([running.future], timeout=0).done == {running.future}
+
+
+def test_a_call_that_is_cancelled_before_its_start_never_starts() -> None:
+    started: list[int] = []
+
+    async def work() -> None:
+        started.append(1)
+
+    running = Call(work())
+    running.cancel()
+    assert concurrent.futures.wait([running.start().future], timeout=0).done
+    assert not started
 
 
 def test_an_interruption_waits_for_the_end_of_a_machine() -> None:

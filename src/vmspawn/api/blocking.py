@@ -78,7 +78,10 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 
 
 class Call(Generic[_T]):
-    """A coroutine that runs in the background."""
+    """A coroutine that runs in the background from `start` on.
+
+    To make one starts nothing, so that an interruption (Ctrl-C) on the way to `start` loses no coroutine that runs.
+    """
 
     def __init__(self, work: Coroutine[Any, Any, _T]) -> None:
         self._owner = background()
@@ -88,34 +91,51 @@ class Call(Generic[_T]):
                 "a blocking call in the thread of vmspawn's event loop would block it for ever",
                 hint="do not call vmspawn in functions that are passed to wait()",
             )
+        self._work = work
         self._task: asyncio.Task[_T] | None = None
-        self._cancelled = False
         self.future: concurrent.futures.Future[_T] = concurrent.futures.Future()
-        self._owner.loop.call_soon_threadsafe(self._begin, work)
 
-    def _begin(self, work: Coroutine[Any, Any, _T]) -> None:
-        self._task = self._owner.loop.create_task(work)
-        self._task.add_done_callback(self._done)
+    def start(self) -> Self:
+        """Start the coroutine, unless it is started already."""
+        self._owner.loop.call_soon_threadsafe(self._begin)
+        return self
+
+    def _begin(self) -> None:
+        if self._task is None and not self.future.done():
+            self._task = self._owner.loop.create_task(self._work)
+            self._task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[_T]) -> None:
         if task.cancelled():
-            self.future.cancel()
+            self._give_up()
         elif error := task.exception():
             self.future.set_exception(error)
         else:
             self.future.set_result(task.result())
 
+    def _give_up(self) -> None:
+        self.future.cancel()
+        # Only this wakes those who wait for it in concurrent.futures.wait().
+        self.future.set_running_or_notify_cancel()
+
     def cancel(self) -> None:
         """Cancel the coroutine, and give it time to clean up."""
-        self._owner.loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
+        self._owner.loop.call_soon_threadsafe(self._cancel)
         concurrent.futures.wait([self.future], timeout=_CANCEL_TIMEOUT)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        elif not self.future.done():
+            self._work.close()
+            self._give_up()
 
 
 def call(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine in the background and return its result. It is cancelled if this call is interrupted."""
     running = Call(work)
     try:
-        return running.future.result()
+        return running.start().future.result()
     except VmspawnError as error:
         # The other thread's frames do not help the caller.
         error.__traceback__ = None
@@ -129,11 +149,10 @@ def finish(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine until it ends. A first interruption is raised at the end, a second one at once."""
     running = Call(work)
     try:
-        return running.future.result()
+        return running.start().future.result()
     except BaseException:
-        if running.future.done():
-            raise
-        running.future.exception()
+        if not running.future.done():
+            running.start().future.exception()
         raise
 
 
@@ -249,7 +268,7 @@ def _end_open() -> None:
         return
     for machine in tuple(_background.open):
         with suppress(Exception):
-            running = Call(machine._inner.__aexit__(None, None, None))
+            running = Call(machine._inner.__aexit__(None, None, None)).start()
             running.future.result(timeout=_EXIT_TIMEOUT)
 
 

@@ -80,7 +80,7 @@ def _bridged(value: Any) -> Any:
 
 async def _awaited(work: Coroutine[Any, Any, _T]) -> _T:
     """Await a coroutine that runs on the other loop. Cancelling this call cancels the coroutine."""
-    running = blocking.Call(work)
+    running = blocking.Call(work).start()
     try:
         return await asyncio.wrap_future(running.future)
     except asyncio.CancelledError:
