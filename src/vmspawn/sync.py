@@ -304,7 +304,10 @@ class Snapshot(Blocking[_machine.Snapshot]):
 class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     """A machine that another process manages. `connect` makes one.
 
-    Images are opened by your program, with its permissions.
+        with vmspawn.sync.connect("demo") as machine:
+            machine.attach("data.raw")
+
+    Sizes are in bytes, times in seconds. Images are opened by your program, with its permissions.
     """
 
     @property
@@ -592,7 +595,13 @@ class Events(Blocking[_events.Events[Any]]):
 
 
 class Qmp(Blocking[_control.Qmp]):
-    """A QMP session."""
+    """A QMP session.
+
+        with machine.qmp() as qmp:
+            print(qmp.execute("query-block"))
+
+    The end of the block closes it.
+    """
 
     def execute(
         self,

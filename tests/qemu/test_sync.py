@@ -44,6 +44,7 @@ def test_a_machine_of_ones_own(machine: vmspawn.sync.Machine, tmp_path: Path) ->
     machine.resume()
     assert machine.events.wait("RESUME", since=mark).name == "RESUME"
     with machine.qmp(read_only=True) as qmp:
+        assert repr(qmp) == "<QMP connection, open>"
         assert qmp.execute("query-kvm")
         with pytest.raises(vmspawn.QmpError):
             qmp.execute("nonsense")

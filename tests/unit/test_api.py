@@ -2,6 +2,7 @@
 """Tests the library's public names: their list, their types, their documentation, and the errors for wrong names."""
 
 import inspect
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,8 @@ def test_values_have_a_short_repr() -> None:
     assert repr(vmspawn.MachineConfig(guest="builtin", ram=1)) == "MachineConfig(guest='builtin', ram=1)"
     assert repr(vmspawn.Machine(guest="builtin", name="x")) == "<Machine 'x', not started>"
     assert repr(vmspawn.ConnectedMachine("x")) == "<ConnectedMachine 'x'>"
+    assert repr(vmspawn.Completed(0, "hi\n", "")) == "Completed(status=0, stdout='hi\\n', stderr='')"
+    assert len(repr(vmspawn.Completed(0, b"x" * 10_000, b"y" * 10_000))) < 500
 
 
 @pytest.mark.parametrize("name", sorted(vmspawn.__all__))
@@ -126,6 +129,13 @@ def test_every_name_is_documented(name: str) -> None:
     for what, function in callables(thing):
         if not what.endswith(("__init__", "__aenter__")):
             assert inspect.getdoc(function), what
+
+
+@pytest.mark.parametrize("name", sorted(vmspawn.__all__))
+def test_every_class_shows_how_it_is_used(name: str) -> None:
+    thing = getattr(vmspawn, name)
+    if inspect.isclass(thing) and not issubclass(thing, Exception):
+        assert re.search(r"\n\n {8}\S", thing.__doc__ or ""), f"the docstring of {name} has no example"
 
 
 def test_a_wrong_keyword_is_an_error_of_the_type_checker_too() -> None:

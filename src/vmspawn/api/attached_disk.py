@@ -13,6 +13,9 @@ from ..storage.looks import Look
 class AttachedDisk(NamedTuple):
     """An attached disk.
 
+        attached = await machine.attach("data.raw")
+        await machine.run(["mkfs.ext4", attached.by_id])
+
     `by_id` is the disk's stable path in the guest. `place` is its port, slot, SCSI address or namespace.
     """
 
@@ -27,6 +30,9 @@ class AttachedDisk(NamedTuple):
 
 class DiskStatus(NamedTuple):
     """The status of a disk.
+
+        for status in await machine.disks():
+            print(status.disk.name, status.size, status.state)
 
     `size` is in bytes, or 0 for an optical drive without a medium. `state` is attaching, attached or detaching. `path`
     is the path of the file that the guest uses, if it is known. `failures` counts failed requests of the guest.

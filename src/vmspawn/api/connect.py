@@ -67,7 +67,10 @@ async def connect(name: str) -> AsyncIterator[ConnectedMachine]:
 class ConnectedMachine(Guest):
     """A machine that another process manages. `connect` makes one.
 
-    Images are opened by your program, with its permissions.
+        async with vmspawn.connect("demo") as machine:
+            await machine.attach("data.raw")
+
+    Sizes are in bytes, times in seconds. Images are opened by your program, with its permissions.
     """
 
     def __init__(self, name: str) -> None:

@@ -22,7 +22,13 @@ from .options import DiskOptions, Size, StrPath
 
 
 class Qmp(Protocol):
-    """A QMP session."""
+    """A QMP session.
+
+        async with machine.qmp() as qmp:
+            print(await qmp.execute("query-block"))
+
+    The end of the block closes it.
+    """
 
     async def execute(
         self,

@@ -24,10 +24,16 @@ _OUTPUT_TIMEOUT = 10.0
 #: Bytes of unread output at which the command in the guest has to wait.
 _BUFFER_SIZE = 1 << 20
 
+#: Characters of either end of long output that a repr shows.
+_SHOWN = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Completed(Generic[_AnyText]):
     """A command that has ended.
+
+        done = await machine.run("ls /dev")
+        print(done.status, done.stdout.splitlines())
 
     `status` is a shell's: 128 + N if signal N ended the command, 126 or 127 if it could not be started.
     """
@@ -35,6 +41,16 @@ class Completed(Generic[_AnyText]):
     status: int
     stdout: _AnyText
     stderr: _AnyText
+
+    def __repr__(self) -> str:
+        return f"Completed(status={self.status}, stdout={_shortened(self.stdout)}, stderr={_shortened(self.stderr)})"
+
+
+def _shortened(output: str | bytes) -> str:
+    """Output for a repr: its ends are enough to recognize it."""
+    if len(output) <= 2 * _SHOWN:
+        return repr(output)
+    return f"{output[:_SHOWN]!r}…{output[-_SHOWN:]!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +134,9 @@ class _Output(asyncio.StreamReaderProtocol):
 class Execution:
     """A command in the guest, with streams like asyncio's subprocesses.
 
+        async with await machine.execute(["tail", "-f", "/var/log/messages"]) as command:
+            print(await command.stdout.readline())
+
     Use it in `async with`, whose end ends the command if it still runs. `stdin` is None without an input. With a
     terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
     """
@@ -132,6 +151,9 @@ class Execution:
         #: The exit status, as a shell reports it, after the command has ended.
         self.status: int | None = None
         self._waiting: asyncio.Task[int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Execution, {'running' if self.status is None else f'ended with status {self.status}'}>"
 
     async def open(self) -> Self:
         """Open the streams. Called once."""

@@ -50,6 +50,9 @@ class ConsoleTerminal(NamedTuple):
 class MachineConfig(NamedTuple):
     """A machine as the user wants it.
 
+        config = MachineConfig(image="debian.qcow2", image_format="qcow2", ram=2 << 30)
+        async with vmspawn.Machine(config, cpus=4) as machine: ...
+
     It boots one of: `guest` "builtin"; `linux` with an optional `initrd`; `image` by its own boot loader. Sizes are in
     bytes, times in seconds. None stands for a default that depends on other fields.
     """

@@ -38,6 +38,10 @@ TIME_LIMIT = "time-limit"
 class End(NamedTuple):
     """How a machine ended.
 
+        end = await machine.wait()
+        if not end.clean:
+            print(end.message)
+
     `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, `time-limit`, or `unknown`
     for a QEMU that another manager started and that said nothing; `message` says it for people, and `clean` whether it
     is what the guest or the user wanted.

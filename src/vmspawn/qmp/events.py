@@ -15,6 +15,9 @@ EVENT_QUEUE_MAX = 4096
 class Event(NamedTuple):
     """An event of QEMU or of vmspawn. `data` is None if the event has none.
 
+        event = await machine.events.wait("DEVICE_DELETED")
+        print(event.name, event.data)
+
     `timestamp` has QEMU's `seconds` and `microseconds`, and is None for vmspawn's events.
     """
 

@@ -125,6 +125,9 @@ class Monitor:
         if received:
             self._loop.call_soon(self._received, received)
 
+    def __repr__(self) -> str:
+        return f"<QMP connection, {'open' if self._lost is None else f'closed: {self._lost}'}>"
+
     async def greeting(self, *, timeout: float = GREETING_TIMEOUT) -> dict[str, Any]:
         """Wait for QEMU's greeting and the negotiation; returns the greeting.
 

@@ -19,6 +19,8 @@ class Limits(NamedTuple):
 
         await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
 
+        await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
+
     `burst` is a factor: after an idle time, the guest may exceed the limits by that factor for a second.
     """
 
