@@ -93,19 +93,25 @@ def test_media_come_and_go(machine: Spawned, tmp_path: Path) -> None:
     assert disk(machine, "cd")["path"] == str(medium)
     assert run("eject-media", machine.name, "cd") == "Ejected the medium of cd\n"
     assert disk(machine, "cd")["sizeBytes"] == 0
+    assert disk(machine, "cd")["node"] is None
     run("detach-disk", machine.name, "cd")
 
 
 def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) -> None:
     run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)), "--bus=virtio-scsi", "--bps=1M")
     header, *lines = run("list-disks", machine.name, "--long").splitlines()
-    columns = ["DISK", "BUS", "SIZE", "STATE", "BY-ID", "MODE", "FORMAT", "PLACE", "SERIAL", "LIMITS", "FILE"]
-    columns.append("NOTICE")
+    columns = ["DISK", "BUS", "SIZE", "STATE", "BY-ID", "MODE", "FORMAT", "PLACE", "SERIAL"]
+    columns += ["DEVICE", "NODE", "LIMITS", "FILE", "NOTICE"]
     assert header.split() == columns
     data = next(line for line in lines if line.startswith("data "))
     assert data.split()[1:4] == ["virtio-scsi", "1M", "attached"]
     assert data.split()[4:7] == ["scsi-0QEMU_QEMU_HARDDISK_data", "rw", "raw"]
     assert data.split()[8] == "data"
+    device, node = data.split()[9:11]
+    blocks = json.loads(run("qmp", machine.name, "query-block"))
+    nodes = json.loads(run("qmp", machine.name, "query-named-block-nodes", "flat=true"))
+    assert any(each["qdev"] == device and each["inserted"]["node-name"] == device for each in blocks)
+    assert next(each for each in nodes if each["node-name"] == node)["image"]["virtual-size"] == MIB
     assert data.split()[-3:] == ["bps=1048576", str(tmp_path / "data"), "-"]
     header, *short = run("list-disks", machine.name).splitlines()
     assert header.split() == columns[:5]

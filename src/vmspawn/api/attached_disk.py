@@ -36,7 +36,8 @@ class DiskStatus(NamedTuple):
 
     `size` is in bytes, or 0 for an optical drive without a medium. `state` is attaching, attached or detaching. `path`
     is the path of the file that the guest uses, if it is known. `failures` counts failed requests of the guest.
-    `notice` reports an irregularity, such as another file that a QMP client put in place of the image.
+    `notice` reports an irregularity, such as another file that a QMP client put in place of the image. `device` is the
+    id of the device in QEMU, `node` the block node of the image; `replace` changes the node.
     """
 
     disk: AttachedDisk
@@ -48,6 +49,8 @@ class DiskStatus(NamedTuple):
     failures: int
     last_failure: str | None
     notice: str | None
+    device: str
+    node: str | None
 
 
 def describe(attached: attached_disk.AttachedDisk) -> AttachedDisk:
@@ -75,4 +78,6 @@ def describe_status(attached: attached_disk.AttachedDisk, look: Look) -> DiskSta
         attached.failures,
         attached.last_failure or None,
         look.notice or None,
+        attached.device,
+        attached.node or None,
     )

@@ -368,6 +368,8 @@ def _disk_status(found: Mapping[str, Any]) -> DiskStatus:
         found["failures"],
         found["lastFailure"],
         found["notice"],
+        found["device"],
+        found["node"],
     )
 
 

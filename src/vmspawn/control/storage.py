@@ -65,8 +65,9 @@ class StorageRemoval:
 class Storage:
     """A disk. `state` is attaching, attached or detaching; `place` is its port, slot, SCSI address or namespace.
 
-    An optical drive without a medium has a size of 0. `failures` counts failed requests of the guest. `notice` reports
-    another file that a QMP client put in place of the image, or a replaced image that is still open.
+    An optical drive without a medium has a size of 0 and no node. `device` is the id of the device in QEMU, `node` the
+    block node of the image; `ReplaceStorage` changes the node. `failures` counts failed requests of the guest. `notice`
+    reports another file that a QMP client put in place of the image, or a replaced image that is still open.
     """
 
     name: str
@@ -77,6 +78,8 @@ class Storage:
     serial: str
     byId: str
     place: str
+    device: str
+    node: str | None
     boot: bool
     state: str
     path: str | None
@@ -119,6 +122,8 @@ def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statist
         serial=attachment.serial,
         byId=attachment.by_id,
         place=str(attachment.place),
+        device=attachment.device,
+        node=attachment.node or None,
         boot=attachment.boot,
         state=attachment.state.value,
         path=look.path or None,

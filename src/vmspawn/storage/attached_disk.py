@@ -130,6 +130,11 @@ class AttachedDisk(Attachment):
         return self.images[0] if self.images else None
 
     @property
+    def node(self) -> str:
+        """The block node of the image, or an empty string."""
+        return self.image.top_node if self.image else ""
+
+    @property
     def format(self) -> str:
         """The image's format. An empty optical drive keeps the format of its last attach."""
         return self.image.format if self.image else self.disk.format or "raw"

@@ -63,6 +63,8 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "FORMAT": lambda disk: disk["format"] if disk["sizeBytes"] else "-",
     "PLACE": lambda disk: disk["place"],
     "SERIAL": lambda disk: disk["serial"],
+    "DEVICE": lambda disk: disk["device"],
+    "NODE": lambda disk: disk["node"] or "-",
     "LIMITS": lambda disk: _limits_text(disk["limits"]),
     "FILE": lambda disk: disk["path"] or "-",
     "NOTICE": lambda disk: disk["notice"] or "-",
