@@ -7,6 +7,7 @@ pytest loads this module in every environment that has vmspawn, so it imports on
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _MARKER)
     if config.getoption("vm_console") and getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("--vm-console does not work with -n: the machines run in other processes")
+    if testinfra := sys.modules.get("testinfra.backend"):
+        # testinfra imports the backend when somebody asks for vmspawn://NAME.
+        testinfra.BACKENDS.setdefault("vmspawn", "vmspawn.testing.testinfra_backend.VmspawnBackend")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
