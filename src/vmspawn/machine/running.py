@@ -275,6 +275,11 @@ class Running:
         return self._process.pid
 
     @property
+    def helper_pids(self) -> list[int]:
+        """The process ids of the helpers, as long as they run."""
+        return [helper.pid for helper in self._started.helpers if helper.pid]
+
+    @property
     def attachments(self) -> Mapping[str, Mapping[str, Any]]:
         """The sections of another manager's journal, by the kind of attachment."""
         return self._origin.attachments

@@ -6,18 +6,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Coroutine
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from ..api import blocking
 from ..api.console import Console
 from ..api.events import Events
+from ..api.execution import Execution
 from ..api.machine import Machine
 from ..qmp.monitor import Monitor
 
-_T = TypeVar("_T")
-
 #: Classes whose objects may be used only in the thread of their own loop.
-_BOUND = (Machine, Console, Events, Monitor)
+_BOUND = (Machine, Console, Events, Monitor, Execution, asyncio.StreamReader, asyncio.StreamWriter)
 
 
 def elsewhere(machine: Machine) -> Machine:
@@ -42,7 +41,7 @@ class _Elsewhere:
         return _function(self._inner)(*arguments, **named)
 
     async def __aenter__(self) -> Any:
-        return _bridged(await _awaited(self._inner.__aenter__()))
+        return await _awaited(self._inner.__aenter__())
 
     async def __aexit__(self, *_: object) -> None:
         await _awaited(self._inner.__aexit__(None, None, None))
@@ -60,7 +59,7 @@ class _Elsewhere:
         found = await _awaited(step())
         if not found:
             raise StopAsyncIteration
-        return found[0]
+        return _bridged(found[0])
 
 
 def _function(method: Any) -> Any:
@@ -78,11 +77,11 @@ def _bridged(value: Any) -> Any:
     return value
 
 
-async def _awaited(work: Coroutine[Any, Any, _T]) -> _T:
+async def _awaited(work: Coroutine[Any, Any, Any]) -> Any:
     """Await a coroutine that runs on the other loop. Cancelling this call cancels the coroutine."""
     running = blocking.Call(work).start()
     try:
-        return await asyncio.wrap_future(running.future)
+        return _bridged(await asyncio.wrap_future(running.future))
     except asyncio.CancelledError:
         await asyncio.to_thread(running.cancel)
         raise

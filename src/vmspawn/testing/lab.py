@@ -8,16 +8,18 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import pytest
 
 from .. import sync
-from ..api.blocking import background
+from ..api import machine as api
+from ..api.blocking import Blocking, background
 from ..boot.qemu import find_qemu
-from ..errors import GuestError, StartError, VmspawnError
+from ..errors import CommandFailed, GuestError, StartError, VmspawnError
 from ..sizes import bytes_of
 from ..storage.disk import Disk
 from . import leaks, report
@@ -57,15 +59,46 @@ class Lab:
 
     def report(self, item: pytest.Item, to: pytest.TestReport) -> None:
         """Add sections about a test's machines to the test's report."""
-        used = [getattr(each, "_inner", None) for each in getattr(item, "funcargs", {}).values()]
+        used = {id(each) for each in _machines_in(getattr(item, "funcargs", {}).values())}
         for machine in self.machines:
-            if machine.test == item.nodeid or any(machine._inner is each for each in used):
+            if machine.test == item.nodeid or id(machine._inner) in used:
                 machine.has_failed = True
-                to.sections += machine.last_words or report.sections(machine.label, machine)
+                to.sections += machine.last_words or report.sections(machine.label, machine, machine.commands)
                 if self.keep and (machine.is_up or machine.is_kept):
                     item.user_properties.append(("vm-kept", machine.name))
                     to.user_properties.append(("vm-kept", machine.name))
         self.machines = [each for each in self.machines if each.is_up]
+
+
+def _machines_in(values: Iterable[object]) -> Iterator[object]:
+    """The machines among the values of fixtures, in collections too."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _machines_in(value)
+        elif isinstance(value, dict):
+            yield from _machines_in(value.values())
+        else:
+            yield getattr(value, "_inner", None)
+
+
+class RecordedMachine(api.Machine):
+    """A machine that remembers the last commands which a test has run in its guest."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands: deque[report.Command] = deque(maxlen=report.COMMANDS_MAX)
+
+    async def run(self, command: Any, **options: Any) -> Any:
+        try:
+            done = await super().run(command, **options)
+        except CommandFailed as error:
+            self.commands.append(report.Command(command, str(error.status), error.stderr))
+            raise
+        except VmspawnError as error:
+            self.commands.append(report.Command(command, "-", str(error)))
+            raise
+        self.commands.append(report.Command(command, str(done.status), done.stderr))
+        return done
 
 
 class LabMachine(sync.Machine):
@@ -81,7 +114,8 @@ class LabMachine(sync.Machine):
         options.setdefault("qmp_log", lab.folder / f"{options['name']}.qmp.log")
         # Machines end with the test run, even if it is killed.
         options.setdefault("die_with_program", not lab.keep)
-        super().__init__(**options)
+        self._recorded = RecordedMachine(**options)
+        Blocking.__init__(self, self._recorded)
         self._lab = lab
         self.label = label
         #: True if a test that used the machine has failed.
@@ -92,6 +126,11 @@ class LabMachine(sync.Machine):
         self._before: leaks.Inside | None = None
         #: The machine's sections of the report, made when it ended.
         self.last_words: report.Sections = []
+
+    @property
+    def commands(self) -> deque[report.Command]:
+        """The last commands that a test has run in its guest."""
+        return self._recorded.commands
 
     def __enter__(self) -> Self:
         self._find_qemu()
@@ -165,12 +204,12 @@ class LabMachine(sync.Machine):
         """End the machine. Fails a test that has passed so far if the machine leaves something behind."""
         before = self._before
         found = self._call(lambda inner: leaks.Inside.of(inner._running)).since(before) if before else []
-        directory, pid = self.directory, self.pid
+        directory, pids = self.directory, [self.pid, *self._inner._running.helper_pids]
         if self.has_failed or found:
-            self.last_words = report.sections(self.label, self)
+            self.last_words = report.sections(self.label, self, self.commands)
         self.is_up = False
         super().__exit__()
-        found += leaks.outside(directory, [pid])
+        found += leaks.outside(directory, pids)
         if found and not self.has_failed:
             pytest.fail(f"the test left behind: {', '.join(found)}", pytrace=False)
         if not self.has_failed:
@@ -178,7 +217,7 @@ class LabMachine(sync.Machine):
 
     def _leave(self) -> None:
         """Leave the machine running, and start a manager that adopts it."""
-        self.last_words = report.sections(self.label, self)
+        self.last_words = report.sections(self.label, self, self.commands)
         self.is_up, self.is_kept = False, True
         background().open.discard(self)
         self._call(lambda inner: inner._running.leave())

@@ -3,23 +3,46 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 from .. import sync
 from ..api.events import describe
 from ..errors import VmspawnError
 from ..machine.ending import MACHINE_ENDED
+from ..qmp.events import Event
 from ..text import printable
 
 #: The maximum number of console lines, of log lines and of events.
 _LINES = 100
 _EVENTS = 20
 
+#: Commands that are remembered, and characters and lines of each that are shown.
+COMMANDS_MAX = 20
+_COMMAND_WIDTH = 100
+_ERROR_LINES = 5
+
+#: Events of devices that vmspawn itself plugs in: the agent's ports, and those of commands in the guest.
+_OWN_DEVICE = re.compile(r"agent|console-size|stream\d+")
+
 Sections = list[tuple[str, str]]
 
 
-def sections(label: str, machine: sync.Machine) -> Sections:
+class Command(NamedTuple):
+    """A command that a test ran in the guest. `status` is "-" for a command that did not end."""
+
+    command: str | Sequence[str | bytes]
+    status: str
+    stderr: str | bytes
+
+
+def sections(label: str, machine: sync.Machine, commands: Iterable[Command]) -> Sections:
     """Return sections about a machine, each a title and a text. Sections without content are left out."""
-    found = [("", _summary(machine)), ("console", _console(machine)), ("events", _events(machine))]
-    found += [("disks", _disks(machine)), ("QEMU's standard error", _log(machine))]
+    found = [("", _summary(machine)), ("commands", _commands(commands)), ("console", _console(machine))]
+    found += [("events", _events(machine)), ("disks", _disks(machine)), ("QEMU's standard error", _log(machine))]
     title = f"vm {label}"
     return [(f"{title}: {name}" if name else title, text) for name, text in found if text]
 
@@ -45,11 +68,41 @@ def _console(machine: sync.Machine) -> str:
         lines = machine.console._inner.last_lines(_LINES)
     except VmspawnError:
         return ""
-    return "\n".join(lines) or "(nothing)"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).lstrip("\n")) or "(nothing)"
+
+
+def _commands(commands: Iterable[Command]) -> str:
+    lines = []
+    for each in commands:
+        words = each.command if isinstance(each.command, str) else shlex.join(map(_text, each.command))
+        shown = words if len(words) <= _COMMAND_WIDTH else f"{words[:_COMMAND_WIDTH]}…"
+        lines.append(f"{each.status:>3}  {printable(shown)}")
+        if each.status != "0":
+            lines += [f"     {printable(line)}" for line in _text(each.stderr).splitlines()[-_ERROR_LINES:]]
+    return "\n".join(lines)
+
+
+def _text(data: str | bytes) -> str:
+    return data if isinstance(data, str) else data.decode(errors="replace")
 
 
 def _events(machine: sync.Machine) -> str:
-    return "\n".join(printable(describe(event)) for event in machine.events.recent[-_EVENTS:])
+    shown = [event for event in machine.events.recent if not _is_own(event)]
+    return "\n".join(f"{_time(event)}  {printable(describe(event))}" for event in shown[-_EVENTS:])
+
+
+def _is_own(event: Event) -> bool:
+    data = event.data or {}
+    device = {"VSERPORT_CHANGE": "id", "DEVICE_DELETED": "device"}.get(event.name, "")
+    return bool(_OWN_DEVICE.fullmatch(str(data.get(device, ""))))
+
+
+def _time(event: Event) -> str:
+    """The time of day of an event. Events of vmspawn's own have none."""
+    if event.timestamp is None:
+        return " " * len("00:00:00.000")
+    seconds, microseconds = event.timestamp["seconds"], event.timestamp["microseconds"]
+    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{microseconds // 1000:03}"
 
 
 def _disks(machine: sync.Machine) -> str:
