@@ -14,9 +14,10 @@ import pytest
 
 import vmspawn
 from tests.commands import VMCTL, spawned
-from tests.conftest import MIB, make_raw
+from tests.conftest import MIB
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 DEADLINE = 110
 
 
@@ -67,7 +68,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
     script = folder / "vmctl"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m vmspawn.cli.ctl "$@"\n')
     script.chmod(0o755)
-    image = make_raw(folder / "boot.raw", MIB)
+    image = folder / "boot.raw"
+    image.write_bytes(bytes(range(256)) * (MIB >> 8))
     with spawned(f"--image={image}", "--ram=64M", "--console=headless", name="demo") as machine:
         machine.wait_for("is running")
         environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "GOCACHE": str(folder / "go")}
@@ -84,6 +86,18 @@ def serving(machine: str, path: Path) -> Iterator[None]:
             yield
         finally:
             process.terminate()
+
+
+def node_modules() -> str:
+    """The folder with npm's qemu-qmp, which is installed into the cache of this work tree."""
+    folder = ROOT / ".cache" / "npm"
+    if not (folder / "node_modules" / "qemu-qmp").exists():
+        command = ["npm", "install", "--silent", "--prefix", str(folder), "qemu-qmp"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"npm cannot install qemu-qmp: {error}")
+    return str(folder / "node_modules")
 
 
 PROGRAMS = {"python": ("py", [sys.executable]), "node": ("js", ["node"]), "go": ("go", ["go", "run"])}
@@ -104,6 +118,10 @@ def test_programs_that_speak_qmp(demo: tuple[Path, dict[str, str]], language: st
     suffix, command = PROGRAMS[language]
     if not shutil.which(command[0]):
         pytest.skip(f"{command[0]} is not installed")
+    if language == "node":
+        environment = {**environment, "NODE_PATH": node_modules()}
     text = dict(blocks("qmp.md", "run"))[language]
     (folder / f"{language}.{suffix}").write_text(text)
     assert OUTPUT[language] in run([*command, f"{language}.{suffix}"], folder, environment)
+    if language == "backup":
+        assert (folder / "copy.raw").read_bytes() == (folder / "boot.raw").read_bytes()

@@ -54,15 +54,18 @@ asyncio.run(main())
 """
 
 
+def expected_errors() -> dict[int, list[str]]:
+    """The codes that mypy may have for each wrong line, by its number."""
+    marks = {number: re.search(r"# error: (\S+)$", line) for number, line in enumerate(PROGRAM.splitlines(), 1)}
+    return {number: mark[1].split("|") for number, mark in marks.items() if mark}
+
+
 def test_right_uses_pass_and_wrong_ones_are_found(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={ROOT / '.cache' / 'mypy-user'}", str(program)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
     found = {int(line): code for line, code in re.findall(r"program\.py:(\d+): error: .*\[([a-z-]+)\]", done.stdout)}
-    expected = {}
-    for number, line in enumerate(PROGRAM.splitlines(), 1):
-        if mark := re.search(r"# error: (\S+)$", line):
-            expected[number] = mark[1].split("|")
+    expected = expected_errors()
     assert set(found) == set(expected), done.stdout
     assert all(found[number] in codes for number, codes in expected.items()), done.stdout
