@@ -35,6 +35,12 @@ def qemu(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def vm_qemu(qemu: str) -> str:
+    """The fixtures of vmspawn's own plugin test with the same."""
+    return qemu
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runtime_directory() -> Iterator[Path]:
     """Make a runtime directory for this test run, in a memory file system, like the real one."""

@@ -1,30 +1,44 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The library types on the console of a booted guest, and reads it."""
+"""The library types on the console of a booted guest, reads it, and runs commands in the guest."""
 
-import asyncio
+import threading
 
 import pytest
 
 import vmspawn
-from tests.machines import Machine, fresh_name
+import vmspawn.sync
 
 DEADLINE = 60.0
 
 
-async def test_both_kinds_of_machines_type_on_the_console_and_read_it(qemu: str) -> None:
-    async with Machine(guest="builtin", name=fresh_name(), qemu=qemu, control=True) as machine:
-        ours: vmspawn.Console = vmspawn.Machine.console.fget(machine)  # type: ignore[attr-defined]
-        await ours.expect("vmspawn-guest: ready", timeout=DEADLINE)
-        async with vmspawn.connect(machine.name) as connected:
-            theirs = connected.console
-            await theirs.expect("vmspawn-guest: ready", timeout=DEADLINE)
-            assert theirs.before[-500:] == ours.before[-500:]
-            await theirs.send_line("echo $((6 * 7)) is the answer")
-            for console in (ours, theirs):
-                found = await console.expect(r"\n(\d+) is the answer\n", timeout=DEADLINE)
-                assert found[1] == "42"
-            waiting = asyncio.create_task(theirs.expect("login: ", timeout=DEADLINE))
-            await machine.power_off()
-            with pytest.raises(vmspawn.MachineEnded) as caught:
-                await waiting
-            assert "42 is the answer" in caught.value.__notes__[-1]
+def test_both_kinds_of_machines_type_on_the_console_and_read_it(vm: vmspawn.sync.Machine) -> None:
+    ours = vm.console
+    with vmspawn.sync.connect(vm.name) as connected:
+        theirs = connected.console
+        theirs.expect("vmspawn-guest: ready", timeout=DEADLINE)
+        assert theirs.before[-500:] == ours.before[-500:]
+        theirs.send_line("echo $((6 * 7)) is the answer")
+        for console in (ours, theirs):
+            found = console.expect(r"\n(\d+) is the answer\n", timeout=DEADLINE)
+            assert found[1] == "42"
+        for machine in (vm, connected):
+            assert machine.run("cat; echo $A >&2; exit 3", input="hi", env={"A": "b"}) == vmspawn.Completed(
+                3, "hi", "b\n"
+            )
+        ending = threading.Timer(0.1, vm.power_off)
+        ending.start()
+        with pytest.raises(vmspawn.MachineEnded) as caught:
+            theirs.expect("login: ", timeout=DEADLINE)
+        ending.join()
+        assert "42 is the answer" in caught.value.__notes__[-1]
+
+
+async def test_commands_have_streams_on_the_loop_of_the_test(async_vm: vmspawn.Machine) -> None:
+    async with await async_vm.execute(["cat"]) as command:
+        assert repr(command) == "<Execution, running>"
+        assert command.stdin is not None
+        assert command.stdout is not None
+        command.stdin.write(b"one\n")
+        assert await command.stdout.readline() == b"one\n"
+        assert await command.communicate(b"two") == (b"two", b"")
+        assert await command.wait() == 0
