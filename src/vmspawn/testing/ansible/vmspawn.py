@@ -9,7 +9,8 @@ from pathlib import Path
 from ansible.errors import AnsibleConnectionFailure, AnsibleFileNotFound
 from ansible.plugins.connection import ConnectionBase
 
-from vmspawn import VmspawnError, sync
+from vmspawn import sync
+from vmspawn.errors import VmspawnError
 
 DOCUMENTATION = """
 name: vmspawn
