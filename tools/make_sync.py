@@ -43,12 +43,11 @@ CLASSES = [
 ]
 FUNCTIONS = [("connect", "connect")]
 
-#: Parts that programs do not need: the console's input, and the streams of a running command, which are asyncio's.
-HIDDEN = {
-    "Console": {"show", "finish", "is_full"},
-    "Machine": {"execute"},
-    "ConnectedMachine": {"execute"},
-}
+#: Wrappers that are written by hand, since they wrap asyncio's streams too: the class, and its module.
+WRITTEN = {"Execution": ".api.blocking_execution"}
+
+#: Parts that programs do not need: the console's input.
+HIDDEN = {"Console": {"show", "finish", "is_full"}}
 
 WRAPPED = {name for _, name, _ in CLASSES}
 MACHINES = {name for _, name, base in CLASSES if base == "BlockingMachine"}
@@ -68,7 +67,8 @@ class Kind:
             self.is_context, inner = True, found[1]
         if found := _ITERATOR.fullmatch(inner):
             self.is_iterator, inner = True, found[1]
-        self.wrapper = inner.partition("[")[0] if inner.partition("[")[0] in WRAPPED else ""
+        name = inner.partition("[")[0]
+        self.wrapper = name if name in WRAPPED or name in WRITTEN else ""
         self.inner = self.wrapper or inner
 
     @property
@@ -214,6 +214,7 @@ _STANDARD = {
     "BlockingContext": ".api.blocking",
     "blocking_iterator": ".api.blocking",
     "Event": ".qmp.events",
+    **WRITTEN,
 }
 
 
@@ -253,7 +254,7 @@ def make() -> str:
     modules = {name: importlib.import_module(f"vmspawn.api.{name}") for name in dict.fromkeys(m for m, *_ in CLASSES)}
     parts = [wrapper(modules[module], name, base) for module, name, base in CLASSES]
     parts += [function(modules[module], name) for module, name in FUNCTIONS]
-    names = sorted([*WRAPPED, *(name for _, name in FUNCTIONS)])
+    names = sorted([*WRAPPED, *WRITTEN, *(name for _, name in FUNCTIONS)])
     parts.append("def __dir__() -> list[str]:\n    return list(__all__)\n")
     body = "\n\n".join(parts)
     text = "\n".join(

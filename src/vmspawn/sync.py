@@ -27,6 +27,7 @@ from .api import events as _events
 from .api import machine as _machine
 from .api.attached_disk import AttachedDisk, DiskStatus
 from .api.blocking import Blocking, BlockingContext, BlockingMachine, blocking_iterator
+from .api.blocking_execution import Execution
 from .api.console import EXPECT_TIMEOUT
 from .api.events import EVENT_TIMEOUT, Where
 from .api.execution import Completed
@@ -37,9 +38,9 @@ from .qmp.events import Event
 from .qmp.monitor import COMMAND_TIMEOUT
 from .storage.disk import Disk
 from .storage.limits import Limits
-from .timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
+from .timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
 
-__all__ = ["ConnectedMachine", "Console", "Events", "Machine", "Qmp", "Snapshot", "connect"]
+__all__ = ["ConnectedMachine", "Console", "Events", "Execution", "Machine", "Qmp", "Snapshot", "connect"]
 
 #: pytest leaves our calls out of its tracebacks.
 __tracebackhide__ = True
@@ -212,6 +213,33 @@ class Machine(BlockingMachine[_machine.Machine]):
     def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Eject the medium of an optical drive. Raises the errors of `insert_media`."""
         return self._call(lambda inner: inner.eject_media(name, force=force, timeout=timeout))
+
+    def execute(
+        self,
+        command: Sequence[str | bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        size: tuple[int, int] | None = None,
+        stdin: bool = True,
+        start_timeout: float = COMMAND_START_TIMEOUT,
+    ) -> Execution:
+        """Start a command in the guest: `with machine.execute(["cat"]) as command:`.
+
+        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
+        terminal. A terminal without a command runs the login shell.
+
+        Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
+        `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
+        """
+        return Execution(
+            self._call(
+                lambda inner: inner.execute(
+                    command, env=env, cwd=cwd, user=user, size=size, stdin=stdin, start_timeout=start_timeout
+                )
+            )
+        )
 
     @overload
     def run(
@@ -444,6 +472,33 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     def eject_media(self, name: str, *, force: bool = False, timeout: float = TRAY_TIMEOUT) -> None:
         """Eject the medium of an optical drive. Raises the errors of `insert_media`."""
         return self._call(lambda inner: inner.eject_media(name, force=force, timeout=timeout))
+
+    def execute(
+        self,
+        command: Sequence[str | bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        size: tuple[int, int] | None = None,
+        stdin: bool = True,
+        start_timeout: float = COMMAND_START_TIMEOUT,
+    ) -> Execution:
+        """Start a command in the guest: `with machine.execute(["cat"]) as command:`.
+
+        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
+        terminal. A terminal without a command runs the login shell.
+
+        Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
+        `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
+        """
+        return Execution(
+            self._call(
+                lambda inner: inner.execute(
+                    command, env=env, cwd=cwd, user=user, size=size, stdin=stdin, start_timeout=start_timeout
+                )
+            )
+        )
 
     @overload
     def run(

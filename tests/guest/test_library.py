@@ -22,6 +22,15 @@ def test_both_kinds_of_machines_type_on_the_console_and_read_it(vm: vmspawn.sync
             found = console.expect(r"\n(\d+) is the answer\n", timeout=DEADLINE)
             assert found[1] == "42"
         for machine in (vm, connected):
+            with machine.execute(["sh", "-c", "cat; sleep 100"]) as command:
+                assert command.stdin
+                assert command.stdout
+                command.stdin.write(b"one\ntwo\n")
+                assert [line for line, _ in zip(command.stdout, range(2), strict=False)] == [b"one\n", b"two\n"]
+                assert repr(command) == "<Execution, running>"
+                command.stdin.close()
+                command.terminate()
+                assert command.wait() == command.status == 128 + 15
             assert machine.run("cat; echo $A >&2; exit 3", input="hi", env={"A": "b"}) == vmspawn.Completed(
                 3, "hi", "b\n"
             )

@@ -33,6 +33,16 @@ def test_it_has_all_that_the_asynchronous_class_has(name: str) -> None:
             assert list(inspect.signature(found).parameters) == list(inspect.signature(expected).parameters)
 
 
+def test_a_command_has_all_that_the_asynchronous_one_has() -> None:
+    theirs = {name for name in dir(vmspawn.Execution) if not name.startswith("_")} - {"open"}
+    ours = {name for name in dir(vmspawn.sync.Execution) if not name.startswith("_")}
+    assert ours == theirs | {"stdin", "stdout", "stderr", "status"}
+    for name in theirs:
+        found, expected = getattr(vmspawn.sync.Execution, name), getattr(vmspawn.Execution, name)
+        assert list(inspect.signature(found).parameters) == list(inspect.signature(expected).parameters)
+        assert inspect.getdoc(found) == inspect.getdoc(expected)
+
+
 def test_calls_of_many_threads_share_one_loop() -> None:
     loops = []
 
