@@ -137,11 +137,14 @@ def vmspawn_factory(_vm_lab: Lab, vm_qemu: str | None, vm_machine_type: str) -> 
                 yield machine
 
     The keyword arguments are the fields of `vmspawn.Machine`, and `disks` and `ready` as in the marker `vm`. Without
-    `image`, `linux` or `directory`, the machine boots the built-in guest. The result is a `vmspawn.sync.Machine`.
+    `image`, `linux` or `directory`, the machine has the built-in guest. With `snapshot`, a `Snapshot` or the name of
+    one, it is a copy. The result is a `vmspawn.sync.Machine`.
     """
 
     def make(**options: Any) -> LabMachine:
-        return _vm_lab.machine("vm", {"qemu": vm_qemu, "machine_type": vm_machine_type, **options})
+        if not options.get("snapshot"):
+            options = {"qemu": vm_qemu, "machine_type": vm_machine_type, **options}
+        return _vm_lab.machine("vm", options)
 
     return make
 

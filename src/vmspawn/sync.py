@@ -297,9 +297,11 @@ class Machine(BlockingMachine[_machine.Machine]):
 class Snapshot(Blocking[_machine.Snapshot]):
     """A snapshot of a machine.
 
-    snapshot = machine.snapshot()
-    with snapshot.fork() as copy:
-        copy.run("reboot -f")
+        snapshot = machine.snapshot()
+        with snapshot.fork() as copy:
+            copy.run("reboot -f")
+
+    The machine runs on, and the snapshot stays until it is removed.
     """
 
     @property

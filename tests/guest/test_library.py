@@ -2,6 +2,7 @@
 """The library types on the console of a booted guest, reads it, and runs commands in the guest."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -51,3 +52,21 @@ async def test_commands_have_streams_on_the_loop_of_the_test(async_vm: vmspawn.M
         assert await command.stdout.readline() == b"one\n"
         assert await command.communicate(b"two") == (b"two", b"")
         assert await command.wait() == 0
+
+
+def test_a_factory_s_machine_can_be_a_copy_of_a_snapshot(
+    vm: vmspawn.sync.Machine, vmspawn_factory: Callable[..., vmspawn.sync.Machine]
+) -> None:
+    assert vm.config.warm
+    vm.run("echo kept > /note", check=True)
+    snapshot = vm.snapshot()
+    try:
+        with vmspawn_factory(snapshot=snapshot) as copy:
+            assert copy.run("cat /note").stdout == "kept\n"
+            copy.run("rm /note", check=True)
+        with vmspawn_factory(snapshot=snapshot.name, console="headless") as copy:
+            assert copy.run("cat /note").stdout == "kept\n"
+    finally:
+        snapshot.remove()
+    with pytest.raises(pytest.fail.Exception, match="unexpected keyword argument 'ram'"):
+        vmspawn_factory(snapshot=snapshot, ram="1G")

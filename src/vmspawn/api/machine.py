@@ -308,9 +308,11 @@ class Machine(Guest):
 class Snapshot:
     """A snapshot of a machine.
 
-    snapshot = await machine.snapshot()
-    async with snapshot.fork() as copy:
-        await copy.run("reboot -f")
+        snapshot = await machine.snapshot()
+        async with snapshot.fork() as copy:
+            await copy.run("reboot -f")
+
+    The machine runs on, and the snapshot stays until it is removed.
     """
 
     def __init__(self, name: str, pause: float, size: int) -> None:

@@ -10,6 +10,8 @@ import sys
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -18,8 +20,10 @@ import pytest
 from .. import sync
 from ..api import machine as api
 from ..api.blocking import Blocking, background
+from ..api.launching import start_copy
+from ..api.options import check_names, to_config
 from ..boot.qemu import find_qemu
-from ..errors import CommandFailed, GuestError, StartError, VmspawnError
+from ..errors import CommandFailed, GuestError, StartError, UsageError, VmspawnError
 from ..sizes import bytes_of
 from ..storage.disk import Disk
 from . import leaks, report
@@ -32,6 +36,12 @@ _READY_TIMEOUT = 120.0
 
 #: Seconds that a manager has to adopt a machine that --vm-keep keeps.
 _ADOPT_TIMEOUT = 60.0
+
+#: What a copy of a snapshot may have of its own.
+_OPTIONS_OF_COPIES = (
+    *("name", "console", "console_log", "qmp_log", "shutdown_timeout"),
+    *("die_with_program", "die_with_parent"),
+)
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_]+")
 
@@ -84,9 +94,31 @@ def _machines_in(values: Iterable[object]) -> Iterator[object]:
 class RecordedMachine(api.Machine):
     """A machine that remembers the last commands which a test has run in its guest."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.commands: deque[report.Command] = deque(maxlen=report.COMMANDS_MAX)
+    commands: deque[report.Command]
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> RecordedMachine:
+        """Make a machine. The built-in guest starts from a booted copy if the options allow that."""
+        machine = cls._of_options(options)
+        machine.commands = deque(maxlen=report.COMMANDS_MAX)
+        return machine
+
+    @classmethod
+    def _of_options(cls, options: dict[str, Any]) -> RecordedMachine:
+        if snapshot := options.pop("snapshot", None):
+            return cls._of_snapshot(getattr(snapshot, "name", snapshot), options)
+        if options.get("guest") and "warm" not in options:
+            with suppress(UsageError):
+                return cls(**options, warm=True)
+        return cls(**options)
+
+    @classmethod
+    def _of_snapshot(cls, snapshot: str, options: dict[str, Any]) -> RecordedMachine:
+        check_names("vmspawn_factory", options, _OPTIONS_OF_COPIES)
+        config = to_config(None, options)
+        machine = cls._of(config, partial(start_copy, config, snapshot, keep_disks=False))
+        assert isinstance(machine, cls)
+        return machine
 
     async def run(self, command: Any, **options: Any) -> Any:
         try:
@@ -107,14 +139,15 @@ class LabMachine(sync.Machine):
     def __init__(self, lab: Lab, label: str, options: dict[str, Any]) -> None:
         self._disks: Iterable[Disk | str | os.PathLike[str]] = options.pop("disks", ())
         self._ready: str | None = options.pop("ready", None)
-        if not any(options.get(each) for each in ("guest", "image", "linux", "directory")):
+        self._is_copy = bool(options.get("snapshot"))
+        if not any(options.get(each) for each in ("guest", "image", "linux", "directory", "snapshot")):
             options["guest"] = "builtin"
         if options.get("guest") and self._ready is None:
             self._ready = _BUILTIN_READY
         options.setdefault("qmp_log", lab.folder / f"{options['name']}.qmp.log")
         # Machines end with the test run, even if it is killed.
         options.setdefault("die_with_program", not lab.keep)
-        self._recorded = RecordedMachine(**options)
+        self._recorded = RecordedMachine.of(options)
         Blocking.__init__(self, self._recorded)
         self._lab = lab
         self.label = label
@@ -154,6 +187,9 @@ class LabMachine(sync.Machine):
 
     def _find_qemu(self) -> None:
         config = self.config
+        if self._is_copy:
+            # The snapshot names its QEMU.
+            return
         try:
             find_qemu(config.qemu, config.machine_type)
         except StartError as error:
