@@ -304,7 +304,7 @@ def rows(native: Path, shared: Path) -> Iterator[Row]:
 
 def ratio(name: str, session: float, native: float, target: str) -> Row:
     """Return two medians as a line."""
-    return Row(f"{name} (p50 {session * 1e6:.0f} ÷ {native * 1e6:.0f} us)", f"{session / native:.2f}", target)
+    return Row(f"{name} (p50 {session * 1e6:.0f} ÷ {native * 1e6:.0f} µs)", f"{session / native:.2f}", target)
 
 
 def main() -> None:

@@ -215,7 +215,7 @@ class Times(NamedTuple):
 
 
 def one_disk(machine: Side, bus: str, path: str) -> Times:
-    """Attach and detach one disk through both in turn; each of the two begins half of the rounds."""
+    """Attach and detach one disk through vmspawn and the raw client in turn. Each begins half of the rounds."""
     attaches: dict[bool, list[float]] = {True: [], False: []}
     detaches: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * ROUNDS):
@@ -231,7 +231,7 @@ def one_disk(machine: Side, bus: str, path: str) -> Times:
 
 
 def many_disks(machine: Side, folder: Path) -> tuple[float, float]:
-    """Attach MANY SCSI disks one after the other, through both in turn; returns the seconds until the last reply."""
+    """Attach MANY SCSI disks through vmspawn and the raw client in turn; returns the seconds until the last reply."""
     paths = [image(folder, f"disk{number}") for number in range(MANY)]
     found: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * MANY_ROUNDS):
@@ -301,7 +301,7 @@ def rows(folder: Path) -> Iterator[Row]:
         yield ratio(f"attach {MANY} SCSI disks", *many_disks(opened, folder), "≤ 1.20")
     for count in (1, MANY):
         yield Row(
-            f"an entry in a journal of {count} disks; an attach makes one", f"{journal_entry(count) * 1e6:.0f} us"
+            f"an entry in a journal of {count} disks; an attach makes one", f"{journal_entry(count) * 1e6:.0f} µs"
         )
     yield from boots()
 
@@ -322,7 +322,7 @@ def ratio(name: str, ours: float, raw: float, target: str) -> Row:
 
 def main() -> None:
     """Measure and print all figures."""
-    print(f"{'disks, ours ÷ raw':<66}{'measured':>10}  target", flush=True)
+    print(f"{'disks, vmspawn ÷ raw client':<66}{'measured':>10}  target", flush=True)
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="vmspawn-bench-", dir=base) as name:
         # As in normal use, the runtime directory is on a file system in memory.

@@ -325,7 +325,7 @@ async def test_fifty_sessions_see_the_end_of_qemu(qemu: str, tmp_path_factory: p
         assert (await machine.wait()).message == "QEMU died of SIGKILL"
 
 
-async def test_who_gives_up_does_not_end_the_start_of_sessions(
+async def test_a_cancelled_caller_does_not_end_the_start_of_sessions(
     qemu: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     async with idle_machine(qemu, tmp_path_factory.mktemp("idle")) as machine:

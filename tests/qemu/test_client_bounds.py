@@ -123,7 +123,7 @@ async def test_one_subscriber_too_many_takes_the_place_of_the_first(machine: Mac
         writer.close()
 
 
-async def test_who_finds_no_descriptor_free_is_served_once_there_is_one(machine: Machine) -> None:
+async def test_a_client_is_served_when_a_descriptor_becomes_free(machine: Machine) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before[1] < DESCRIPTORS:
         pytest.skip("this user may not have so many descriptors")

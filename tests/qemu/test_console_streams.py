@@ -51,7 +51,7 @@ def test_a_terminal_that_is_taken_away_is_fit_for_the_next_one(options: tuple[st
         assert tty.settings() == tty.settings_before
 
 
-def test_where_sighup_is_ignored_the_machine_outlives_its_terminal(options: tuple[str, ...]) -> None:
+def test_a_machine_that_ignores_sighup_outlives_its_terminal(options: tuple[str, ...]) -> None:
     with terminal() as tty:
         process = tty.start(["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *VMSPAWN, "-M", "hardy", *options])
         tty.expect(rb"is running")

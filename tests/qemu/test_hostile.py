@@ -173,7 +173,7 @@ def test_any_bytes_in_any_pieces(honest: Honest) -> None:
         run()
 
 
-def test_there_is_an_end_to_sessions(honest: Honest) -> None:
+def test_the_number_of_sessions_is_limited(honest: Honest) -> None:
     """One session more than the limit is refused with the reason; the others continue."""
     import resource
 

@@ -84,7 +84,7 @@ async def test_callers_get_the_replies_to_their_own_commands(machine: Machine) -
             assert ("qemu" in result) == bool(number % 2)
 
 
-async def test_who_comes_after_a_client_that_died_gets_no_reply_of_its(qemu: str, tmp_path: Path) -> None:
+async def test_the_next_client_gets_no_reply_of_a_client_that_died(qemu: str, tmp_path: Path) -> None:
     """A manager may die with commands in flight, and the next one connects to its monitor."""
     path = str(tmp_path / "monitor")
     async with idle_machine(qemu, tmp_path, qemu_arguments=("-qmp", f"unix:{path},server=on,wait=off")):

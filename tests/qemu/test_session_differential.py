@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that a native monitor and a session of the same QEMU answer the same bytes identically, except for infinity."""
+"""Tests that a native monitor and a session of the same QEMU give the same replies to the same bytes.
+
+The exception is infinity, which QEMU writes in a form that is not JSON.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +177,7 @@ def test_a_session_answers_any_stream_as_a_monitor_does(both: Shared, mode: str)
     pairs: list[Pair] = []
 
     @given(STREAMS.filter(_spares_qemu) if mode == "oob" else STREAMS)
-    # The examples are the same in each usual run, so that it tests a change; a scaled run has others.
+    # The examples are the same in each usual run, so that a failure is due to a change; a scaled run has others.
     @settings(max_examples=scaled(400), derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
     def check(stream: bytes) -> None:
         pair = pairs.pop() if pairs else Pair(both, mode)

@@ -73,7 +73,7 @@ LAST_WORDS = b"".join(
 
 
 def a_chance() -> random.Random:
-    """Return a generator with the same seed in each usual run, so that the run tests a change."""
+    """Return a random generator. Its seed is the same in each usual run, so that a failure is due to a change."""
     seed = 1 if SCALE == 1 else random.randrange(1 << 32)
     print(f"seed {seed}")
     return random.Random(seed)
@@ -128,7 +128,7 @@ def test_a_client_that_does_not_read_is_held_back_alone(both: Shared) -> None:
 @pytest.mark.parametrize("who", ["native", "session"])
 @pytest.mark.parametrize("command", [b'{"execute":"query-qmp-schema"}', b'{"execute":"query-version","id":"xyz"}'])
 def test_a_client_may_write_everything_before_it_reads(both: Shared, who: str, command: bytes) -> None:
-    """The commands exceed the socket's buffer, and the replies exceed the session's limit; QEMU answers all too."""
+    """The commands exceed the socket's buffer, and the replies the session's limit; all are answered, as by QEMU."""
     machine, server = both
     client = machine.native(2) if who == "native" else server.open()
     client.negotiate()
@@ -310,7 +310,7 @@ def test_qemus_exit_ends_each_session_and_is_reported_once(qemu: str) -> None:
 
 @pytest.mark.scaled
 def test_clients_and_qemu_may_die_together(qemu: str) -> None:
-    """In any state, the survivors read end of file, and nothing of the others is left."""
+    """The survivors read end of file, whatever was in flight, and nothing of the others is left."""
     chance = a_chance()
     fd = a_file()
     before = len(os.listdir("/proc/self/fd"))

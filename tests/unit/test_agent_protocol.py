@@ -189,7 +189,7 @@ def test_a_long_line_is_malformed_once() -> None:
     ),
     cuts=st.lists(st.integers(0, 2000), max_size=6),
 )
-def test_how_a_stream_is_cut_does_not_matter(stream: list[bytes], cuts: list[int]) -> None:
+def test_a_stream_may_be_split_anywhere(stream: list[bytes], cuts: list[int]) -> None:
     data = b"".join(stream)
     reader, found, start = protocol.control_reader(), [], 0
     for end in [*sorted(cuts), len(data)]:

@@ -40,7 +40,7 @@ async def test_a_mark_is_a_place_between_events() -> None:
     assert [event.name for event in events.recent] == ["STOP", "STOP"]
 
 
-async def test_where_is_a_part_of_the_data_or_a_function() -> None:
+async def test_the_argument_where_is_a_part_of_the_data_or_a_function() -> None:
     record, events = record_of("A")
     record.put(Event("A", {"device": {"id": "x", "bus": "y"}}))
     record.put(Event("A", None))

@@ -96,7 +96,7 @@ def test_the_timer_changes_nothing_but_the_moment(keys: list[tuple[bytes, float]
 
 
 @given(st.lists(st.sampled_from([E, E, b"p", b"r", b"x"])).map(b"".join), st.data())
-def test_how_bytes_that_come_at_once_are_split_changes_nothing(typed: bytes, data: st.DataObject) -> None:
+def test_splitting_bytes_that_come_at_once_changes_nothing(typed: bytes, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(0, len(typed)))) | {0, len(typed)})
     whole, split = Hotkeys(), Hotkeys()
     pieces = [piece for start, end in pairwise(cuts) for piece in split.feed(typed[start:end], 0.0)]

@@ -40,7 +40,7 @@ def test_the_kernels_own_messages_are_found(printed: bytes, expected: list[str])
 
 
 @given(st.lists(st.integers(0, len(WHOLE)), max_size=8), st.binary(max_size=3000))
-def test_however_it_comes_in_pieces_it_is_found_once(cuts: list[int], before: bytes) -> None:
+def test_a_message_in_pieces_is_found_once(cuts: list[int], before: bytes) -> None:
     if b"Kernel panic" in before:
         return
     finder = PanicFinder()

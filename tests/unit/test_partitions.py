@@ -154,7 +154,7 @@ def add_boot_code(path: Path) -> Path:
         ("dos", ["type=83, bootable"], True, ""),
     ],
 )
-def test_whether_bios_can_boot_an_image(
+def test_predicting_whether_bios_can_boot_an_image(
     tmp_path: Path, label: str, lines: list[str], code: bool, expected: str
 ) -> None:
     path = partitioned(tmp_path / "disk", *lines, label=label)

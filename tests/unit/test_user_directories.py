@@ -26,7 +26,9 @@ HOME = pwd.getpwuid(os.geteuid()).pw_dir
         ({"HOME": "relative"}, None),
     ],
 )
-def test_where_they_are(environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paths_of_the_directories(
+    environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("XDG_STATE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
