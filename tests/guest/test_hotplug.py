@@ -130,7 +130,7 @@ async def test_a_paused_guest_lets_go_once_it_runs_again(guest: Booted, tmp_path
     await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB))))
     await seen_by_the_guest(shell, "disk")
     await machine.pause()
-    with pytest.raises(StoragePending, match=r"cannot release disk while it is paused"):
+    with pytest.raises(StoragePending, match="the guest is paused and cannot release disk"):
         await machine.detach("disk", timeout=0.2)
     late = asyncio.create_task(event_named(machine, DETACHED_EVENT))
     await asyncio.sleep(0)

@@ -14,7 +14,7 @@ def why(attachment: Attachment, run_state: RunState) -> str:
         answer = f": {removal.answer}" if removal and removal.answer else ""
         return f"{attachment.still_closing}{answer}"
     if not run_state.has_run.is_set():
-        return f"the guest cannot release {attachment.name} before it runs: it has not been started yet"
+        return f"the guest has not been started yet and cannot release {attachment.name}"
     if not run_state.is_running:
-        return f"the guest cannot release {attachment.name} while it is {run_state.status}"
+        return f"the guest is {run_state.status} and cannot release {attachment.name}"
     return attachment.not_released

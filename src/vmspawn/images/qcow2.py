@@ -22,7 +22,7 @@ _OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 _SIZE_MAX = (1 << 63) - 1
 _COMPRESSED = 1 << 62
 _READS_AS_ZERO = 1
-#: Incompatible features: the data is in another file, it is not compressed by deflate, L2 entries have 16 bytes.
+#: Incompatible features: the data is in another file; the compression is not deflate; L2 entries have 16 bytes.
 _EXTERNAL_DATA, _COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 2, 1 << 3, 1 << 4
 
 
