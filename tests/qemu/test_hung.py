@@ -36,10 +36,10 @@ def test_a_stopped_qemu_is_not_adopted(stopped: Survivor) -> None:
         assert done.returncode == 1
         assert f"QEMU does not answer: process {stopped.pid} is stopped" in done.stderr
         assert f"vmctl terminate {stopped.name}" in done.stderr
-        assert "took over" not in done.stderr
+        assert "adopted" not in done.stderr
     os.kill(stopped.pid, signal.SIGCONT)
     stopped.adopt()
-    assert "took over" in stopped.manager.output["stderr"]
+    assert "adopted" in stopped.manager.output["stderr"]
 
 
 def test_a_stopped_qemu_without_a_manager_is_ended(stopped: Survivor) -> None:
@@ -67,7 +67,7 @@ def test_status_shows_the_last_known_state_of_a_stopped_qemu(machine: Spawned) -
     try:
         shown = vmctl("status", machine.name, timeout=15)
         assert shown.returncode == 0
-        assert "running (last known state; QEMU does not answer and is stopped)" in shown.stdout
+        assert "running (last known state): QEMU does not answer and is stopped (as by SIGSTOP)" in shown.stdout
         assert "boot" in shown.stdout
         found = json.loads(vmctl("status", machine.name, "--json=short").stdout)
         assert (found["status"], found["responding"]) == ("running", False)

@@ -109,7 +109,7 @@ class Sessions:
         self._journal.write()
 
     async def close_what_was_left(self) -> None:
-        """Close the descriptors that sessions of another manager passed to QEMU and nothing took over."""
+        """Close the descriptors that sessions of another manager left in QEMU."""
         if not self._before.served:
             return
         multiplexer = await self.multiplexer()

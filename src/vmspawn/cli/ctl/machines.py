@@ -126,7 +126,7 @@ def _state(found: dict[str, Any]) -> str:
     if found.get("responding", True):
         return str(found["status"])
     trouble = process_trouble(found["processId"])
-    return f"{found['status']} (last known state; QEMU does not answer" + (f" and {trouble})" if trouble else ")")
+    return f"{found['status']} (last known state): QEMU does not answer" + (f" and {trouble}" if trouble else "")
 
 
 def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[str, str]]:
