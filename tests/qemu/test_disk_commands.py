@@ -101,7 +101,7 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
     run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)), "--bus=virtio-scsi", "--bps=1M")
     header, *lines = run("list-disks", machine.name, "--long").splitlines()
     columns = ["DISK", "BUS", "SIZE", "STATE", "BY-ID", "MODE", "FORMAT", "PLACE", "SERIAL"]
-    columns += ["DEVICE", "NODE", "LIMITS", "FILE", "NOTICE"]
+    columns += ["DEVICE", "NODE", "LIMITS", "FILE", "BACKING", "NOTICE"]
     assert header.split() == columns
     data = next(line for line in lines if line.startswith("data "))
     assert data.split()[1:4] == ["virtio-scsi", "1M", "attached"]
@@ -112,7 +112,7 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
     nodes = json.loads(run("qmp", machine.name, "query-named-block-nodes", "flat=true"))
     assert any(each["qdev"] == device and each["inserted"]["node-name"] == device for each in blocks)
     assert next(each for each in nodes if each["node-name"] == node)["image"]["virtual-size"] == MIB
-    assert data.split()[-3:] == ["bps=1048576", str(tmp_path / "data"), "-"]
+    assert data.split()[-4:] == ["bps=1048576", str(tmp_path / "data"), "-", "-"]
     header, *short = run("list-disks", machine.name).splitlines()
     assert header.split() == columns[:5]
     assert [line.split() for line in short] == [line.split()[:5] for line in lines]

@@ -275,7 +275,7 @@ async def test_a_job_that_runs_displaces_nothing(idle: Machine, tmp_path: Path) 
     async with idle.qmp() as session:
         await mirror(session, idle.disk("disk").identifiers.pivot, make_raw(tmp_path / "target.raw", MIB))
     found = (await idle.storage.look())["disk"]
-    assert found == (MIB, str(image), "")
+    assert (found.size, found.path, found.notice) == (MIB, str(image), "")
     await idle.limit("disk", Limits(iops=10))
 
 

@@ -295,6 +295,12 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
         done = await run("snapshot", machine.name, "s")
         assert done.startswith(f"Saved {machine.name}@s")
         assert f"{path} stays as it is" in done
+        disks = json.loads(await run("list-disks", machine.name, "--json=short"))
+        (disk,) = (each for each in disks if each["name"] == "disk")
+        assert disk["path"].startswith(directory.path_of(f"{machine.name}@{directory.CURRENT}"))
+        assert disk["backingFiles"] == [str(path)]
+        refused = await asyncio.to_thread(vmctl, "attach-disk", machine.name, str(path), "--name=again")
+        assert "is part of snapshot" in refused.stderr
         assert await run("fork", f"{machine.name}@s", *names)
         listed = json.loads(await run("list-snapshots", "--json=short", machine.name))
         forks = {each["name"]: each["forks"] for each in listed}

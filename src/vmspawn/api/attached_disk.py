@@ -37,7 +37,8 @@ class DiskStatus(NamedTuple):
     `size` is in bytes, or 0 for an optical drive without a medium. `state` is attaching, attached or detaching. `path`
     is the path of the file that the guest uses, if it is known. `failures` counts failed requests of the guest.
     `notice` reports an irregularity, such as another file that a QMP client put in place of the image. `device` is the
-    id of the device in QEMU, `node` the block node of the image; `replace` changes the node.
+    id of the device in QEMU, `node` the block node of the image; `replace` changes the node. `backing_files` are the
+    images of snapshots below `path`, from the top down.
     """
 
     disk: AttachedDisk
@@ -51,6 +52,7 @@ class DiskStatus(NamedTuple):
     notice: str | None
     device: str
     node: str | None
+    backing_files: tuple[str, ...] = ()
 
 
 def describe(attached: attached_disk.AttachedDisk) -> AttachedDisk:
@@ -80,4 +82,5 @@ def describe_status(attached: attached_disk.AttachedDisk, look: Look) -> DiskSta
         look.notice or None,
         attached.device,
         attached.node or None,
+        look.backing_files,
     )

@@ -370,6 +370,7 @@ def _disk_status(found: Mapping[str, Any]) -> DiskStatus:
         found["notice"],
         found["device"],
         found["node"],
+        tuple(found.get("backingFiles", ())),
     )
 
 

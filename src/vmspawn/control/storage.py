@@ -68,6 +68,7 @@ class Storage:
     An optical drive without a medium has a size of 0 and no node. `device` is the id of the device in QEMU, `node` the
     block node of the image; `ReplaceStorage` changes the node. `failures` counts failed requests of the guest. `notice`
     reports another file that a QMP client put in place of the image, or a replaced image that is still open.
+    `backingFiles` are the images of snapshots below `path`, from the top down.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Storage:
     removal: StorageRemoval | None
     statistics: StorageStatistics | None
     notice: str | None
+    backingFiles: list[str]
 
 
 def to_limits(found: StorageLimits | None) -> Limits:
@@ -134,6 +136,7 @@ def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statist
         removal=_removal(attachment, why),
         statistics=_statistics(statistics) if statistics else None,
         notice=look.notice or None,
+        backingFiles=list(look.backing_files),
     )
 
 

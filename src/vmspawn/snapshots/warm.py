@@ -144,7 +144,7 @@ def _open(path: str, notice: Callable[[str], None]) -> OpenSnapshot | None:
     except NoSuchSnapshot:
         return None
     except StartError as error:
-        notice(f"cannot use the booted guest in the cache, makes another one: {error}")
+        notice(f"cannot use the booted guest in the cache, booting it again: {error}")
         return None
 
 
@@ -167,11 +167,14 @@ def _locked(path: str) -> Iterator[None]:
 
 def _make(path: str, config: MachineConfig, notice: Callable[[str], None]) -> None:
     """Make a warm copy at a path. Raises StartError."""
-    from .warm_maker import run_maker
+    from .warm_maker import run_maker, scratch_prefix
 
-    notice("boots the built-in guest once, for this and later warm starts")
+    notice("booting the built-in guest once, for this warm start and later ones")
     _remove_oldest()
-    shutil.rmtree(path, ignore_errors=True)
+    for name in os.listdir(directory()):
+        # What could not be used, and what processes left that were killed; the lock is held.
+        if name == os.path.basename(path) or name.startswith(scratch_prefix(path)):
+            shutil.rmtree(os.path.join(directory(), name), ignore_errors=True)
     run_maker(path, shape(config)._replace(qemu=config.qemu, kvm=config.kvm))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,9 +21,9 @@ from ..aio import programs
 from ..boot.config import MachineConfig
 from ..boot.launch import launch
 from ..console.hub import Console
-from ..errors import NotConnected, StartError, VmspawnError
+from ..errors import NotConnected, NotSupported, StartError, VmspawnError
 from ..inside.inside import Inside
-from ..machine.running import run
+from ..machine.running import Running, run
 from .background import failure
 from .directory import CONSOLE
 from .save import save
@@ -35,12 +35,8 @@ _AGENT_TIMEOUT = 5.0
 #: Seconds for all of it.
 _TIMEOUT = 180.0
 
-#: What the guest prints once it has booted: of itself, and its shell's prompt.
-_READY = b"vmspawn-guest: ready"
-_PROMPT = b"# "
-
-#: What the shell's line editor asks the terminal after the prompt: the position of the cursor.
-_CURSOR_QUERY = b"\x1b[6n"
+#: The guest's last message of its boot, and the prompt of its shell, which may ask for the cursor's position then.
+_BOOTED = re.compile(rb"vmspawn-guest: ready.*# (\x1b\[6n)?\Z", re.DOTALL)
 
 
 def run_maker(path: str, config: MachineConfig) -> None:
@@ -56,22 +52,36 @@ def run_maker(path: str, config: MachineConfig) -> None:
 
 async def make(path: str, config: MachineConfig) -> None:
     """Boot the guest, and save it at a path. Raises VmspawnError, OSError; nothing is left behind then."""
-    machine = await run(launch(config))
-    folder = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}-", dir=os.path.dirname(path))
+    with tempfile.TemporaryDirectory(prefix=scratch_prefix(path), dir=os.path.dirname(path)) as folder:
+        machine = await run(launch(config))
+        try:
+            shown = await _until_booted(machine.console)
+            await _until_agent_answers(machine)
+            saved = await save(machine, "warm", parent=folder)
+        finally:
+            await machine.end()
+        _publish(os.path.join(folder, saved.manifest.full_name), path, shown)
+
+
+def scratch_prefix(path: str) -> str:
+    """Return how the names of directories begin in which a copy for a path is made."""
+    return f".{os.path.basename(path)}-"
+
+
+async def _until_agent_answers(machine: Running) -> None:
+    """Wait for the agent, which a guest that was built without a compiler does not have."""
+    inside = Inside(machine)
     try:
-        shown = await _until_booted(machine.console)
-        inside = Inside(machine)
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, NotSupported):
             async with asyncio.timeout(_AGENT_TIMEOUT):
                 await inside.commands.agent.ready()
-        inside.close()
-        saved = await save(machine, "warm", parent=folder)
-        made = os.path.join(folder, saved.manifest.full_name)
-        await asyncio.to_thread(Path(made, CONSOLE).write_bytes, shown)
-        os.rename(made, path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        await machine.end()
+        inside.close()
+
+
+def _publish(made: str, path: str, shown: bytes) -> None:
+    Path(made, CONSOLE).write_bytes(shown)
+    os.rename(made, path)
 
 
 async def _until_booted(console: Console) -> bytes:
@@ -101,8 +111,8 @@ class _Collector:
 
     @property
     def is_booted(self) -> bool:
-        """Whether the prompt is the last that was shown."""
-        return _READY in self.shown and self.shown.removesuffix(_CURSOR_QUERY).endswith(_PROMPT)
+        """Whether the prompt is at the end of the output."""
+        return _BOOTED.search(self.shown) is not None
 
     def show(self, data: bytes) -> None:
         """Take output."""

@@ -15,12 +15,14 @@ class Look(NamedTuple):
     """The state of a disk in QEMU.
 
     `size` is in bytes, as the guest sees it, and 0 for an optical drive without a medium. `path` is the file that the
-    guest uses, if it is known. `notice` describes a fault, and is empty without one.
+    guest uses, if it is known. `notice` describes a fault, and is empty without one. `backing_files` are the images of
+    snapshots below that file, from the top down.
     """
 
     size: int = 0
     path: str = ""
     notice: str = ""
+    backing_files: tuple[str, ...] = ()
 
 
 def look(graph: BlockGraph, disks: Iterable[AttachedDisk]) -> dict[str, Look]:
@@ -33,8 +35,8 @@ def _look_at(graph: BlockGraph, disk: AttachedDisk) -> Look:
     if node is not None:
         root = graph.under_device(disk.device) or node
         return Look(graph.size(root), graph.file(node), displaced.describe(graph, disk, node))
-    path = disk.image.path if disk.image else ""
-    return Look(graph.size(disk.identifiers.pivot), path, _still_open(graph, disk))
+    path, *below = [image.path for image in disk.image.chain] if disk.image else [""]
+    return Look(graph.size(disk.identifiers.pivot), path, _still_open(graph, disk), tuple(below))
 
 
 def _still_open(graph: BlockGraph, disk: AttachedDisk) -> str:

@@ -67,6 +67,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "NODE": lambda disk: disk["node"] or "-",
     "LIMITS": lambda disk: _limits_text(disk["limits"]),
     "FILE": lambda disk: disk["path"] or "-",
+    "BACKING": lambda disk: " on ".join(disk.get("backingFiles", ())) or "-",
     "NOTICE": lambda disk: disk["notice"] or "-",
 }
 

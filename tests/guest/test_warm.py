@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The built-in guest, started from a copy that has booted."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import vmspawn
+from tests.conftest import make_raw
+from tests.copies import everything_below
+from tests.machines import fresh_name
+from vmspawn import Machine
+from vmspawn.cache import cache_directory
+from vmspawn.guest.build import build
+from vmspawn.host import runtime
+from vmspawn.images.snapshot_files import MANIFEST
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache with the built-in guest and without warm copies. Returns the directory of warm copies."""
+    build()
+    folder = tmp_path_factory.mktemp("cache")
+    for name in ("guest", "agent"):
+        os.symlink(os.path.join(cache_directory(), name), folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMSPAWN_CACHE_DIR", str(folder))
+        yield folder / "warm"
+
+
+def warm(qemu: str) -> Machine:
+    return Machine(guest="builtin", warm=True, qemu=qemu, name=fresh_name(), console="headless")
+
+
+def copies(folder: Path) -> list[Path]:
+    return [each.parent for each in folder.glob(f"*/{MANIFEST}")]
+
+
+async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies: Path, tmp_path: Path) -> None:
+    async def use(machine: Machine) -> str:
+        async with machine:
+            await machine.console.expect("vmspawn-guest: ready", timeout=10)
+            disk = await machine.attach(make_raw(tmp_path / machine.name), wait_guest=True)
+            done = await machine.run(f"test -b {disk.by_id} && cat /proc/sys/kernel/random/uuid", check=True)
+            assert abs(int((await machine.run("date +%s")).stdout) - time.time()) < 60
+            return done.stdout
+
+    found = await asyncio.gather(*(use(warm(qemu)) for _ in range(3)))
+    assert len(set(found)) == 3
+    (copy,) = copies(warm_copies)
+    assert not [each for each in everything_below(str(warm_copies)) if each.startswith(".")]
+    assert not [each for each in runtime.machine_names() if each.startswith("warm-")]
+
+    # One that cannot be used is made again.
+    (copy / MANIFEST).write_text("{}")
+    async with warm(qemu) as machine:
+        await machine.run("true", check=True)
+        snapshot = await machine.snapshot()
+        async with snapshot.fork() as fork:
+            await fork.run("true", check=True)
+        snapshot.remove()
+    assert copies(warm_copies) == [copy]
+
+    # The command does the same.
+    options = ("--guest=builtin", "--warm", f"--qemu={qemu}", f"--machine={fresh_name()}")
+    done = await asyncio.to_thread(vmspawn, *options, "--run=exit 7")
+    assert (done.returncode, done.stderr) == (7, "")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The key of a warm copy changes with everything that the copy depends on, and with nothing else."""
+
+from typing import Any
+
+import pytest
+
+from vmspawn import MachineConfig, UsageError
+from vmspawn.boot.commandline import Choices, Kernel
+from vmspawn.boot.config import ConsoleTerminal, check
+from vmspawn.boot.qemu import QemuBinary
+from vmspawn.hotplug import places
+from vmspawn.snapshots import warm
+
+BINARY = QemuBinary("/bin/true", (7, 2, 0), "x86_64", False, False, True)
+
+
+def choices(accelerator: str = "tcg", binary: QemuBinary = BINARY, **options: Any) -> Choices:
+    config = check(MachineConfig(guest="builtin", warm=True)._replace(**options))
+    kernel = Kernel("/bin/sh", "/bin/cat", ())
+    return Choices(config, binary, accelerator, "", places.layout("q35", None, namespaces=False), kernel)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "other"},
+        {"console": "headless", "console_log": "/tmp/log"},
+        {"shutdown_timeout": 3.0, "time_limit": 5.0},
+        {"die_with_program": True},
+        {"ram": 256 << 20},
+        {"qemu": "/usr/bin/qemu-system-x86_64"},
+    ],
+)
+def test_what_copies_may_differ_in_has_no_part_in_the_key(options: dict[str, Any]) -> None:
+    assert warm.key(choices(**options)) == warm.key(choices())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ram": 512 << 20},
+        {"cpus": 2},
+        {"machine_type": "pc"},
+        {"hotplug_ports": 3},
+        {"kernel_arguments": ("debug",)},
+        {"network_user": True},
+        {"agent": False},
+        {"console_transport": "virtio"},
+        {"uuid": "6ba7b810-9dad-11d1-80b4-00c04fd430c8"},
+        {"vendor_strings": ("x",)},
+        {"terminal": ConsoleTerminal("xterm", 24, 80)},
+        {"accelerator": "kvm"},
+        {"binary": BINARY._replace(version=(7, 2, 1))},
+        {"binary": BINARY._replace(path="/bin/false")},
+    ],
+)
+def test_everything_else_has(options: dict[str, Any]) -> None:
+    assert warm.key(choices(**options)) != warm.key(choices())
+
+
+def test_the_size_of_a_window_has_no_part_in_the_key() -> None:
+    small, large = ConsoleTerminal("xterm", 24, 80), ConsoleTerminal("xterm", 50, 200)
+    assert warm.key(choices(terminal=small)) == warm.key(choices(terminal=large))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guest": None, "image": "a.raw"}, "warm=True needs guest='builtin'"),
+        ({"image": "a.raw"}, "warm=True does not work with image="),
+        ({"qemu_arguments": ("-device", "x")}, "warm=True does not work with qemu_arguments="),
+        ({"console": "native"}, "warm=True does not work with console='native'"),
+    ],
+)
+def test_what_a_copy_cannot_have_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check(MachineConfig(guest="builtin", warm=True)._replace(**options))
