@@ -29,6 +29,7 @@ _FILES = frozenset({"PATH", "FILE", "SOCKET", "LISTEN"})
 _NAMES = {
     "MACHINE": {"bash": "_vmctl_machines", "zsh": "_vmctl_machines", "fish": "(__vmctl_machines)"},
     "DISK": {"bash": "_vmctl_disks", "zsh": "_vmctl_disks", "fish": "(__vmctl_disks)"},
+    "MACHINE[@NAME]": {"bash": "_vmctl_snapshots", "zsh": "_vmctl_snapshots", "fish": "(__vmctl_snapshots)"},
 }
 
 _BOOLEAN = ("yes", "no")

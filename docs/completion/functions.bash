@@ -13,6 +13,10 @@ _vmctl_machines() {
     _vmctl_names "$1" machines
 }
 
+_vmctl_snapshots() {
+    _vmctl_names "$1" snapshots
+}
+
 _vmctl_disks() {
     _vmctl_names "$1" disks "${_vmspawn_plain[1]-}"
 }

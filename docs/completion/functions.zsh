@@ -5,6 +5,12 @@ _vmctl_machines() {
   compadd -a names
 }
 
+_vmctl_snapshots() {
+  local -a names
+  names=(${(f)"$(vmctl __complete snapshots 2>/dev/null)"})
+  compadd -a names
+}
+
 # Without options, the words are the verb and the machine.
 _vmctl_disks() {
   local -a names plain

@@ -319,12 +319,16 @@ class Snapshot(Blocking[_machine.Snapshot]):
         """The bytes of the saved state."""
         return self._read(lambda inner: inner.size)
 
-    def fork(self, name: str | None = None, *, keep_disks: bool = False) -> Machine:
-        """Return a copy, which runs at once when it is entered, and ends on the way out.
+    def fork(
+        self, name: str | None = None, *, keep_disks: bool = False, identity: Literal["same", "new"] = "same"
+    ) -> Machine:
+        """Return a copy, which starts when it is entered, and ends at the end of the `with` block.
 
-        Its disks end with it unless they are to be kept. Raises NoSuchSnapshot or StartError when it is entered.
+        `keep_disks` keeps its disks as NAME@current. With a new identity, the agent gives the guest a host name, a
+        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. Raises
+        NoSuchSnapshot or StartError when it is entered.
         """
-        return Machine._around(self._read(lambda inner: inner.fork(name, keep_disks=keep_disks)))
+        return Machine._around(self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity)))
 
     def remove(self) -> None:
         """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""

@@ -15,7 +15,7 @@ from tests.copies import forked, inner, left, locked
 from tests.machines import fresh_name
 from tests.shell import Booted, Shell, booted
 from vmspawn import Disk, Snapshot
-from vmspawn.errors import ConfigNotSupported, NoFreePort, SnapshotBlocked, SnapshotInUse
+from vmspawn.errors import ConfigNotSupported, NoFreePort, SnapshotBlocked, SnapshotInUse, StartError
 from vmspawn.snapshots.save import save
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -192,6 +192,23 @@ async def test_copies_have_random_numbers_and_a_clock_of_their_own(guest: Booted
             assert copy._inside.clock_is_set
         assert abs(int(await one.run("date +%s")) - time.time()) < 60
         assert int(await guest.shell.run("date +%s")) < 1100000000
+
+
+async def test_a_copy_with_a_new_identity_has_a_name_and_runs_its_hooks(guest: Booted) -> None:
+    hooks = "/etc/vmspawn/fork.d"
+    hook = f"mkdir -p {hooks}; printf '#!/bin/sh\\necho $1 >/tmp/hook\\n' >{hooks}/10-name; chmod +x {hooks}/10-name"
+    await guest.shell.run(f"{hook}; echo old >/etc/machine-id; echo old >/etc/hostname")
+    async with saved(guest) as snapshot:
+        async with snapshot.fork("new_name", identity="new") as copy:
+            found = await copy.run("hostname; cat /etc/hostname /tmp/hook /etc/machine-id", check=True)
+            *names, machine_id = found.stdout.split()
+            assert names == ["new-name"] * 3
+            assert len(bytes.fromhex(machine_id)) == 16
+        await guest.shell.run(f"echo exit 3 >>{hooks}/10-name")
+        async with saved(guest) as second:
+            with pytest.raises(StartError, match=r"a hook in /etc/vmspawn/fork.d failed"):
+                await second.fork(identity="new").__aenter__()
+    await guest.shell.run("rm -r /etc/vmspawn /etc/machine-id; [ $(hostname) = vmspawn ]; ! rm /tmp/hook")
 
 
 async def test_disks_that_block_are_detached_if_wanted(guest: Booted, tmp_path: Path) -> None:

@@ -62,8 +62,10 @@ class Saved(Protocol):
     def size(self) -> int:
         """The bytes of the saved state."""
 
-    def fork(self, name: str | None = None, *, keep_disks: bool = False) -> AbstractAsyncContextManager[Control]:
-        """A copy, which runs at once when it is entered, and ends on the way out."""
+    def fork(
+        self, name: str | None = None, *, keep_disks: bool = False, identity: Literal["same", "new"] = "same"
+    ) -> AbstractAsyncContextManager[Control]:
+        """Return a copy, which starts when it is entered, and ends at the end of the `async with` block."""
 
     def remove(self) -> None:
         """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse."""

@@ -31,10 +31,10 @@ async def start(config: MachineConfig) -> Running:
     return await run(await _in_thread(partial(_launch_in_thread, config)))
 
 
-async def start_copy(config: MachineConfig, snapshot: str, *, keep_disks: bool) -> Running:
+async def start_copy(config: MachineConfig, snapshot: str, *, keep_disks: bool, new_identity: bool) -> Running:
     """Start a copy from a snapshot, and wait until it is up. Raises what `fork` and `run` raise, and leaves nothing
     behind then, nor when it is cancelled."""
-    return await run(await _in_thread(partial(_fork_in_thread, config, snapshot, keep_disks)))
+    return await run(await _in_thread(partial(_fork_in_thread, config, snapshot, keep_disks, new_identity)))
 
 
 async def _in_thread(launch_it: Callable[[Canceller], Started]) -> Started:
@@ -57,9 +57,11 @@ def _launch_in_thread(config: MachineConfig, canceller: Canceller) -> Started:
     return begin(config, notice=lambda _: check_cancelled(), on_begin=check_cancelled)
 
 
-def _fork_in_thread(config: MachineConfig, snapshot: str, keep_disks: bool, canceller: Canceller) -> Started:
+def _fork_in_thread(
+    config: MachineConfig, snapshot: str, keep_disks: bool, new_identity: bool, canceller: Canceller
+) -> Started:
     CANCELLER.set(canceller)
-    return fork(config, snapshot, keep_disks=keep_disks, begin=check_cancelled)
+    return fork(config, snapshot, keep_disks=keep_disks, new_identity=new_identity, begin=check_cancelled)
 
 
 async def _until_done(work: asyncio.Task[_T]) -> None:

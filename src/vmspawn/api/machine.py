@@ -9,10 +9,10 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from ..boot.config import MachineConfig, check_config
-from ..errors import NotConnected, NotSupported
+from ..errors import NotConnected, NotSupported, UsageError
 from ..host.runtime import check_name
 from ..inside.commands import Wanted
 from ..inside.inside import Inside
@@ -336,14 +336,25 @@ class Snapshot:
         """The bytes of the saved state."""
         return self._size
 
-    def fork(self, name: str | None = None, *, keep_disks: bool = False) -> Machine:
-        """Return a copy, which runs at once when it is entered, and ends on the way out.
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+    ) -> Machine:
+        """Return a copy, which starts when it is entered, and ends at the end of the `async with` block.
 
-        Its disks end with it unless they are to be kept. Raises NoSuchSnapshot or StartError when it is entered.
+        `keep_disks` keeps its disks as NAME@current. With a new identity, the agent gives the guest a host name, a
+        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. Raises
+        NoSuchSnapshot or StartError when it is entered.
         """
+        new_identity = _is_new(identity)
         machine = self.name.partition("@")[0]
         config = MachineConfig(name=check_name(name) if name else free_name(machine))
-        return Machine._of(config, partial(start_copy, config, self.name, keep_disks=keep_disks))
+        return Machine._of(
+            config, partial(start_copy, config, self.name, keep_disks=keep_disks, new_identity=new_identity)
+        )
 
     def remove(self) -> None:
         """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""
@@ -375,6 +386,12 @@ class _Current:
             self.record.put((await self.running.wait()).event())
         except NotConnected:
             self.record.end()
+
+
+def _is_new(identity: str) -> bool:
+    if identity not in ("same", "new"):
+        raise UsageError.with_fields("{identity={text}} is not known", hint="there are: same, new", text=identity)
+    return identity == "new"
 
 
 def _absolute(path: StrPath) -> str:

@@ -24,11 +24,15 @@ _CLIENTS_BACKLOG = 64
 
 
 class Incoming(NamedTuple):
-    """A saved state: its URI in QEMU, whether the guest ran, and what the console shows of the time before."""
+    """A saved state: its URI in QEMU, whether the guest ran, and what the console shows of the time before.
+
+    `new_identity` is whether the guest gets a host name, a machine ID and MAC addresses of its own.
+    """
 
     uri: str
     was_running: bool
     shown: bytes = b""
+    new_identity: bool = False
 
 
 class Launched(NamedTuple):

@@ -7,7 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ..boot.console import AGENT_PORT_ID
-from ..errors import NotSupported
+from ..errors import NotSupported, StartError
 from ..machine.running import Running
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ class Inside:
 
     async def settle(self) -> None:
         """End the commands of a manager that died. The guest of a copy that was just started gets a clock and random
-        numbers of its own. Raises Timeout or NotConnected."""
+        numbers of its own. Raises Timeout, NotConnected or StartError."""
         if self._machine.attachments.get(_PORTS, {}).get("attachments"):
             await self.commands.settle()
-        if self._machine.is_new_copy:
+        if (incoming := self._machine.incoming) is not None:
             self.clock_is_set = await self._wake_copy()
+            if incoming.new_identity:
+                await self._renew_identity()
 
     async def _wake_copy(self) -> bool:
         """Let the agent wake the guest; returns False if it does not."""
@@ -56,6 +58,16 @@ class Inside:
         except (TimeoutError, NotSupported):
             return False
         return True
+
+    async def _renew_identity(self) -> None:
+        if not self.clock_is_set:
+            raise StartError(
+                f"cannot give the copy {self._machine.name} an identity of its own: no agent answers in the guest",
+                hint="leave out the identity, or see: vmctl help agent",
+            )
+        from .identity import renew
+
+        await renew(self.commands, self._machine.name)
 
     async def _has_agent(self) -> bool:
         """Whether an agent in the guest has opened its port, and runs."""

@@ -16,7 +16,7 @@ from ..boot.commandline import Fork
 from ..boot.config import MachineConfig
 from ..boot.diagnose import explain_failure, no_answer
 from ..boot.qemu import QemuBinary
-from ..boot.started import Launched, Started
+from ..boot.started import Incoming, Launched, Started
 from ..boot.state import SavedQemu, damaged, open_journal
 from ..console.hub import Console
 from ..errors import NotConnected, NotSupported, StartError, Timeout, VmspawnError
@@ -390,10 +390,10 @@ class Running:
         return self._started.fork
 
     @property
-    def is_new_copy(self) -> bool:
-        """Whether this process has started the machine from another one's saved state."""
+    def incoming(self) -> Incoming | None:
+        """The saved state that this process has started the machine from."""
         origin = self._started.origin
-        return isinstance(origin, Launched) and origin.incoming is not None
+        return origin.incoming if isinstance(origin, Launched) else None
 
     @property
     def binary(self) -> QemuBinary:

@@ -119,7 +119,11 @@ class _Supervision:
         machine, messages, closing = self._machine, self._messages, self._closing
         Signals(self._shutdown, self._front).listen()
         inside = Inside(machine)
-        await inside.settle()
+        try:
+            await inside.settle()
+        except VmspawnError:
+            await machine.give_up()
+            raise
         heartbeat = Heartbeat(self._notifier)
         closing.callback(heartbeat.end)
         if machine.fork is not None:

@@ -47,17 +47,19 @@ def fork(
     *,
     keep_disks: bool = False,
     force_version: bool = False,
+    new_identity: bool = False,
     begin: Callable[[], None] = lambda: None,
 ) -> Started:
     """Start a copy. `given` is its name, and what else may differ: console, logs and timeouts.
 
-    `keep_disks` keeps the copy's disks when it ends. `force_version` lets another QEMU try. `begin` is called before
-    anything that would have to be undone. Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
+    `keep_disks` keeps the copy's disks when it ends. `force_version` lets another QEMU try. `new_identity` gives the
+    guest a host name, a machine ID and MAC addresses of its own. `begin` is called before the first step that has to be
+    undone. Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
     """
     with contextlib.closing(OpenSnapshot(full_name)) as snapshot:
         config = _config(snapshot.manifest, given)
         what = Fork(full_name, keep_disks)
-        return start_copy(snapshot, config, what, force_version=force_version, begin=begin)
+        return start_copy(snapshot, config, what, force_version=force_version, new_identity=new_identity, begin=begin)
 
 
 def start_copy(
@@ -66,6 +68,7 @@ def start_copy(
     fork: Fork | None,
     *,
     force_version: bool = False,
+    new_identity: bool = False,
     begin: Callable[[], None] = lambda: None,
     shown: bytes = b"",
 ) -> Started:
@@ -86,6 +89,8 @@ def start_copy(
         watcher = start_watcher(config, directory, undo)
         copy = _Copy(snapshot, config, binary, owned, fork)
         state = copy.open_state(shown)
+        if state is not None:
+            state = state._replace(new_identity=new_identity)
         plan = copy.plan()
         started = start(plan, directory, transcript, owned, line=copy.command_line, incoming=state)
         started = started._replace(watcher=watcher)

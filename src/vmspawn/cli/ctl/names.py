@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Implements the hidden verb `__complete`, which prints names of machines and disks for the completion scripts."""
+"""Implements the hidden verb `__complete`, which prints names for the completion scripts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ...control.client import Client
 from ...errors import VmspawnError
 from ...host import machined
 from ...host.runtime import machine_names
+from ...images import snapshot_files
 from .replies import MACHINE
 from .verbs import Verbs
 
@@ -19,15 +20,21 @@ _TIMEOUT = 2.0
 def add(verbs: Verbs) -> None:
     """Add the verb."""
     parser = verbs.add_hidden("__complete", _print_names)
-    parser.add_argument("what", choices=("machines", "disks"), help=argparse.SUPPRESS)
+    parser.add_argument("what", choices=("machines", "disks", "snapshots"), help=argparse.SUPPRESS)
     parser.add_argument("machine", nargs="?", default="", help=argparse.SUPPRESS)
 
 
 def _print_names(options: argparse.Namespace) -> None:
     """Print one name per line. Prints nothing if the machine does not answer, because completion cannot show errors."""
-    for name in sorted(_disks(options.machine) if options.what == "disks" else _machines()):
+    for name in sorted(_names(options.what, options.machine)):
         if "\n" not in name:
             print(name)
+
+
+def _names(what: str, machine: str) -> set[str]:
+    if what == "snapshots":
+        return {*machine_names(), *snapshot_files.names()}
+    return _disks(machine) if what == "disks" else _machines()
 
 
 def _machines() -> set[str]:

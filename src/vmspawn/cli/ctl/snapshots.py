@@ -40,6 +40,12 @@ def add(verbs: Verbs) -> None:
     _add_snapshot(fork)
     fork.add_argument("names", metavar="NEW", nargs="*", help="names of the copies (default: one, MACHINE-forkN)")
     fork.add_argument("--keep", action="store_true", help="keep the disks of the copies when they end")
+    fork.add_argument(
+        "--identity",
+        choices=("same", "new"),
+        default="same",
+        help="give the guests host names, machine IDs and MAC addresses of their own (default: %(default)s)",
+    )
     fork.add_argument("--log", metavar="FILE", help="append the console's output to a file")
     fork.add_argument(
         "--force-version", action="store_true", help="let another QEMU load the snapshot than the one that saved it"
@@ -108,6 +114,7 @@ def _fork(options: argparse.Namespace) -> None:
         raise UsageError("two copies cannot have one name", hint="give each copy a name of its own")
     full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
     arguments = ["--keep"] if options.keep else []
+    arguments += [f"--identity={options.identity}"]
     arguments += [f"--log={options.log}"] if options.log else []
     arguments += ["--force-version"] if options.force_version else []
     timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout

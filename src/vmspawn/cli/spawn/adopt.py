@@ -107,6 +107,7 @@ def begin(
             full_name,
             keep_disks=options.keep,
             force_version=options.force_version,
+            new_identity=options.identity == "new",
             begin=hold_signals,
         )
     if is_wanted(options, config):

@@ -14,7 +14,7 @@ from . import console, general
 
 #: Options that --fork= goes with; all others are as the snapshot has them.
 BESIDE = (
-    *("fork", "keep", "force_version", "snapshot_dir", "machine", "console", "log", "qmp_log"),
+    *("fork", "keep", "identity", "force_version", "snapshot_dir", "machine", "console", "log", "qmp_log"),
     *("shutdown_timeout", "die_with_parent", "quiet", "verbose"),
 )
 
@@ -25,6 +25,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fork", metavar="MACHINE[@NAME]", help="start a copy of a machine from its snapshot")
     group.add_argument("--snapshot-dir", metavar="DIR", type=snapshot_directory, help="keep snapshots in a folder")
     group.add_argument("--keep", action="store_true", help="keep the disks of the copy when it ends")
+    group.add_argument(
+        "--identity",
+        choices=("same", "new"),
+        default="same",
+        help="give the guest a host name, machine ID and MAC addresses of its own (default: %(default)s)",
+    )
     group.add_argument(
         "--force-version", action="store_true", help="let another QEMU load the snapshot than the one that saved it"
     )
