@@ -143,7 +143,7 @@ def test_hotplug_is_independent_of_disks(pattern: str) -> None:
 
 
 #: Modules that are imported inside functions, but only before a machine is ready.
-_OF_THE_START = {"agent.compiler", "storage.recovery", "console.interactive", "manager.keys"}
+_OF_THE_START = {"agent.compiler", "storage.recovery", "console.interactive", "manager.keys", "inside.identity"}
 
 #: Layers whose functions run while a machine runs.
 _AT_WORK = (
@@ -213,7 +213,7 @@ def test_no_annotations_are_compiled_before_qemu_is_started() -> None:
 
 
 #: Files that name the guest's shell, which runs commands in the guest.
-GUESTS_SHELL = {PACKAGE / "api/execution.py", PACKAGE / "cli/spawn/run_command.py"}
+GUESTS_SHELL = {PACKAGE / "api/execution.py", PACKAGE / "cli/spawn/run_command.py", PACKAGE / "inside/identity.py"}
 
 
 def called(tree: ast.AST) -> set[str]:

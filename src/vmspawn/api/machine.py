@@ -390,7 +390,7 @@ class _Current:
 
 def _is_new(identity: str) -> bool:
     if identity not in ("same", "new"):
-        raise UsageError.with_fields("{identity={text}} is not known", hint="there are: same, new", text=identity)
+        raise UsageError(f"identity={identity!r} is not known", hint="there are: same, new")
     return identity == "new"
 
 
