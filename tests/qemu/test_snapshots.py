@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import json
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from vmspawn.errors import (
 )
 from vmspawn.images import snapshot_files
 from vmspawn.snapshots import directory
+from vmspawn.snapshots.save import save
 from vmspawn.storage.limits import Limits
 
 
@@ -317,7 +319,37 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
         await run("terminate", started["machines"][0], "--wait")
         gone = lambda: started["snapshot"] not in snapshot_files.names()  # noqa: E731
         await asyncio.to_thread(wait_until, gone, "the snapshot's end")
-    directory.remove(f"{machine.name}@{directory.CURRENT}")
+    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    assert not locked(path)
+
+
+async def test_the_disks_are_one_file_each_again_after_the_last_copy(qemu: str, tmp_path: Path) -> None:
+    raw, qcow2 = make_raw(tmp_path / "raw"), make_qcow2(tmp_path / "qcow2")
+    async with idle_machine(qemu, tmp_path) as machine:
+        for path in (raw, qcow2):
+            await machine.attach(Disk(str(path), bus="virtio-scsi", format=path.name))
+        for number in range(2):
+            made = await save(inner(machine), is_temporary=True)
+            for path in (raw, qcow2):
+                await write(machine, machine.disk(path.name).device, number)
+            async with Snapshot(made.manifest.full_name, made.pause, 0).fork() as copy:
+                assert await copy.status() == "running"
+            assert made.manifest.full_name not in snapshot_files.names()
+            assert raw.read_bytes()[:4096] == bytes(4096)
+        assert f"{machine.name}@{directory.CURRENT}" in snapshot_files.names()
+    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    for path in (raw, qcow2):
+        for number in range(2):
+            command = ["qemu-io", "-f", path.name, "-c", f"read -P {number + 1} {number << 16} 4k", str(path)]
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+            assert "Pattern verification failed" not in done.stdout, done.stdout
+
+
+async def write(machine: api.Machine, device: str, number: int) -> None:
+    """Write a block of a disk, as a guest would."""
+    command = f'qemu-io -d {device} "write -P {number + 1} {number << 16} 4k"'
+    said = await inner(machine).monitor.execute("human-monitor-command", {"command-line": command})
+    assert not said.strip(), said
 
 
 async def run(*arguments: str) -> str:

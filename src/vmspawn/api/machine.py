@@ -19,6 +19,7 @@ from ..inside.inside import Inside
 from ..machine.ending import End, MachineEvents
 from ..machine.running import Running
 from ..snapshots import directory
+from ..snapshots.merge import after_end
 from ..snapshots.names import free_name
 from ..snapshots.save import save
 from ..storage.disk import Disk, is_only_read, with_defaults
@@ -98,6 +99,7 @@ class Machine(Guest):
             await self._up.recorded
             if self._server is not None:
                 await self._server.finish(timeout=FAREWELL_TIMEOUT)
+            await asyncio.to_thread(after_end, self.name)
         finally:
             self._stop_serving()
 
@@ -359,6 +361,7 @@ class Snapshot:
     def remove(self) -> None:
         """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""
         directory.remove(self.name)
+        after_end(self.name.partition("@")[0])
 
 
 class _Current:

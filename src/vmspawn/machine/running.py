@@ -265,6 +265,11 @@ class Running:
         return self.config.name or ""
 
     @property
+    def has_ended(self) -> bool:
+        """Whether QEMU has ended."""
+        return self._process.ended.is_set()
+
+    @property
     def directory(self) -> runtime.MachineDirectory:
         """The machine's runtime directory."""
         return self._started.directory

@@ -14,10 +14,11 @@ from ..console.messages import Messages
 from ..control.server import ControlServer, build_registry
 from ..errors import ManagerFailed, StartError, VmspawnError
 from ..host.notify import Notifier
+from ..images import snapshot_files
 from ..inside.inside import Inside
 from ..machine.ending import End
 from ..machine.running import Running, run
-from ..snapshots import directory
+from ..snapshots import directory, merge
 from ..timeouts import FAREWELL_TIMEOUT
 from .front import Front
 from .heartbeat import Heartbeat
@@ -126,9 +127,8 @@ class _Supervision:
             raise
         heartbeat = Heartbeat(self._notifier)
         closing.callback(heartbeat.end)
-        if machine.fork is not None:
-            # After the machine's end, for its QEMU holds a lock on the snapshot.
-            closing.callback(directory.remove_temporary)
+        # After the machine's end, because its QEMU locks the snapshot and the images.
+        closing.callback(self._tidy_disks)
         server = ControlServer(machine.directory, build_registry(machine, inside), on_failed=machine.failed)
         # After the machine's end: a client that waits for the end of its connection finds nothing left of the machine.
         closing.callback(server.close)
@@ -159,6 +159,14 @@ class _Supervision:
             task.cancel()
         await job.finish(end)
         return end
+
+    def _tidy_disks(self) -> None:
+        if not self._machine.has_ended:
+            return
+        merge.after_end(self._machine.name)
+        current = f"{self._machine.name}@{directory.CURRENT}"
+        if current in snapshot_files.names():
+            self._messages.notice(f"snapshots need its disks; their newest state starts with: vmspawn --fork={current}")
 
     async def _register(self, registered: Registered) -> None:
         try:

@@ -215,12 +215,15 @@ def _check_unused(full_name: str, snapshot: OpenSnapshot) -> None:
             raise SnapshotInUse(f"a machine uses {name} of {full_name}", hint="end it first; see: vmctl list")
 
 
-def remove_temporary() -> None:
-    """Remove the snapshots that were made for copies, where no copy is left."""
+def remove_temporary() -> list[str]:
+    """Remove the snapshots that were made for copies and have no copy left. Returns the names of their machines."""
+    removed = []
     for name, found in snapshot_files.manifests():
         if found.get("is_temporary") and name.partition("@")[2] != CURRENT:
             with contextlib.suppress(VmspawnError, OSError):
                 remove(name)
+                removed.append(str(found["machine"]))
+    return removed
 
 
 #: struct flock: type, whence, start, length, process; QEMU locks bytes from 100 on (its block/file-posix.c).

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import closing
 from typing import Any
 
 from ...control.client import Client
@@ -118,7 +119,9 @@ def _fork(options: argparse.Namespace) -> None:
     arguments += [f"--log={options.log}"] if options.log else []
     arguments += ["--force-version"] if options.force_version else []
     timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
-    stale = start_copies(full_name, names, arguments=arguments, timeout=timeout)
+    # Nobody removes it until a copy runs.
+    with closing(directory.OpenSnapshot(full_name)):
+        stale = start_copies(full_name, names, arguments=arguments, timeout=timeout)
     found = {"snapshot": full_name, "machines": names, "clock": "as saved" if stale else "set"}
     answer(options, found, f"Started {', '.join(names)} from {full_name}")
     if stale:
@@ -141,9 +144,11 @@ def _list(options: argparse.Namespace) -> None:
 
 def _remove(options: argparse.Namespace) -> None:
     from ...snapshots import directory
+    from ...snapshots.merge import after_end
 
     machine, name = directory.parse_name(options.snapshot)
     if not name:
         raise UsageError("no name of a snapshot", hint=f"write {machine}@NAME; see: vmctl list-snapshots")
     directory.remove(f"{machine}@{name}")
+    after_end(machine)
     say(options, f"Removed {machine}@{name}")

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Make the disks of a machine that has ended one file each again, once no snapshot needs the images below.
+
+MACHINE@current lists overlays that stand on images of snapshots. When the last snapshot is gone, a QEMU without a guest
+writes each overlay's content to the image below (`block-commit`), and MACHINE@current is removed. If that is
+interrupted, the overlays are as they were, and prevail over what the images have by then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .. import log
+from ..errors import QmpError, SystemFailure, Timeout, VmspawnError
+from ..images import snapshot_files
+from ..storage.image import Image
+from ..storage.saved import load_image
+from . import directory
+from .directory import CURRENT, OpenSnapshot, is_locked
+from .manifest import Manifest, SnapshotFile
+
+#: Seconds that a QEMU without a guest may take for one step, the copying of all overlays included.
+_TIMEOUT = 600.0
+
+
+def after_end(machine: str) -> None:
+    """Remove what nobody needs any more, after a machine or a copy has ended: snapshots that were made for copies, and
+    overlays of machines without a snapshot."""
+    sources = directory.remove_temporary()
+    for name in {machine, *sources}:
+        try:
+            merge(name)
+        except (VmspawnError, OSError, subprocess.SubprocessError) as error:
+            # Nothing is lost: MACHINE@current is as it was.
+            log.debug(f"the disks of {name} stay on overlays: {error}")
+
+
+def merge(machine: str) -> bool:
+    """Make the disks of a machine one file each again. Returns False if that must wait, or there is nothing to do.
+
+    Raises VmspawnError, OSError, SubprocessError.
+    """
+    full_name = f"{machine}@{CURRENT}"
+    if full_name not in snapshot_files.names():
+        return False
+    snapshot = OpenSnapshot(full_name)
+    try:
+        chains = [image.chain for image in _tops(snapshot.manifest) if image.base is not None]
+        _set_paths(chains, snapshot.manifest)
+        if not chains or not _are_free(full_name, chains):
+            return False
+        _expect_changes(snapshot, chains)
+        _commit(snapshot.manifest.qemu.path, chains)
+    finally:
+        snapshot.close()
+    directory.remove(full_name)
+    return True
+
+
+def _tops(manifest: Manifest) -> Iterable[Image]:
+    for record in manifest.attachments["storage"]["attachments"]:
+        yield from map(load_image, record["images"][:1])
+
+
+def _set_paths(chains: Iterable[list[Image]], manifest: Manifest) -> None:
+    for image in (image for chain in chains for image in chain):
+        image.path = manifest.images[image.number]
+
+
+def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
+    """Whether no other snapshot consists of the images, and no QEMU uses one."""
+    paths = {image.path for chain in chains for image in chain}
+    needed = {
+        entry["path"] for name, found in snapshot_files.manifests() if name != full_name for entry in found["files"]
+    }
+    return not paths & needed and not any(map(is_locked, paths))
+
+
+def _expect_changes(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> None:
+    """Let the images below change: the overlays prevail over them."""
+    paths = {image.path for chain in chains for image in chain}
+    manifest = snapshot.manifest
+    kept = [each for each in manifest.files if each.path not in paths]
+    changed = manifest._replace(files=(*kept, *map(SnapshotFile.growing, sorted(paths))))
+    path = os.path.join(snapshot.path, snapshot_files.MANIFEST)
+    with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(changed.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(path + ".new", path)
+
+
+def _commit(qemu: str, chains: list[list[Image]]) -> None:
+    """Write the content of all overlays to the images at the bottom. Raises QmpError, SystemFailure, Timeout."""
+    nodes = [node for number, chain in enumerate(chains) for node in _nodes(number, chain)]
+    options = [word for node in nodes for word in ("-blockdev", json.dumps(node))]
+    command = [
+        qemu,
+        "-machine",
+        "none",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-qmp",
+        "stdio",
+        *options,
+    ]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as process:
+        try:
+            talk = _Talk(process)
+            talk.execute("qmp_capabilities")
+            for number, chain in enumerate(chains):
+                job, bottom = f"merge{number}", f"disk{number}-{len(chain) - 1}"
+                talk.execute("block-commit", {"job-id": job, "device": f"disk{number}-0", "base-node": bottom})
+                talk.event("BLOCK_JOB_READY", job)
+                talk.execute("block-job-complete", {"device": job})
+                if error := talk.event("BLOCK_JOB_COMPLETED", job).get("error"):
+                    raise SystemFailure(f"cannot write to {chain[-1].path} ({error})", 5)
+            talk.execute("quit")
+            process.wait(_TIMEOUT)
+        finally:
+            process.kill()
+
+
+def _nodes(number: int, chain: list[Image]) -> list[dict[str, object]]:
+    """The block nodes of a disk, from the bottom up."""
+    found: list[dict[str, object]] = []
+    for level, image in reversed(list(enumerate(chain))):
+        is_block = image.backing is not None and image.backing.block
+        file = {"driver": "host_device" if is_block else "file", "filename": image.path}
+        node: dict[str, object] = {"driver": image.format, "node-name": f"disk{number}-{level}", "file": file}
+        if level < len(chain) - 1:
+            node["backing"] = f"disk{number}-{level + 1}"
+        elif image.format == "qcow2":
+            node["backing"] = None
+        found.append({**node, "read-only": level > 0})
+    return found
+
+
+class _Talk:
+    """QMP with a QEMU that is a child, one command at a time."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._input, self._output = process.stdin, process.stdout
+        self._buffer = b""
+        self._events: list[Mapping[str, Any]] = []
+        self._message()
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
+        """Run a command. Raises QmpError, SystemFailure, Timeout."""
+        self._input.write(json.dumps({"execute": command, "arguments": arguments or {}}).encode())
+        while "event" in (message := self._message()):
+            self._events.append(message)
+        if error := message.get("error"):
+            raise QmpError(command, error["class"], error["desc"])
+
+    def event(self, name: str, job: str) -> Mapping[str, Any]:
+        """Wait for an event of a job, and return its data. Raises SystemFailure, Timeout."""
+        while True:
+            for event in self._events:
+                if event["event"] == name and event["data"].get("device") == job:
+                    return dict(event["data"])
+                if event["event"] == "BLOCK_JOB_COMPLETED" and event["data"].get("device") == job:
+                    raise SystemFailure(f"QEMU ended the commit early ({event['data'].get('error')})", 5)
+            self._events = [self._message()]
+
+    def _message(self) -> Mapping[str, Any]:
+        deadline = time.monotonic() + _TIMEOUT
+        while b"\n" not in self._buffer:
+            if not select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise Timeout(f"QEMU has not answered for {_TIMEOUT:g} s")
+            data = os.read(self._output.fileno(), 65536)
+            if not data:
+                self._process.kill()
+                said = self._process.stderr.read().decode(errors="replace") if self._process.stderr else ""
+                raise SystemFailure(f"QEMU cannot open the images ({said.strip()})", 5)
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return dict(json.loads(line))
