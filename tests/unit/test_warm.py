@@ -7,7 +7,7 @@ import pytest
 
 from vmspawn import MachineConfig, UsageError
 from vmspawn.boot.commandline import Choices, Kernel
-from vmspawn.boot.config import ConsoleTerminal, check
+from vmspawn.boot.config import ConsoleTerminal, check_config
 from vmspawn.boot.qemu import QemuBinary
 from vmspawn.hotplug import places
 from vmspawn.snapshots import warm
@@ -16,7 +16,7 @@ BINARY = QemuBinary("/bin/true", (7, 2, 0), "x86_64", False, False, True)
 
 
 def choices(accelerator: str = "tcg", binary: QemuBinary = BINARY, **options: Any) -> Choices:
-    config = check(MachineConfig(guest="builtin", warm=True)._replace(**options))
+    config = check_config(MachineConfig(guest="builtin", warm=True)._replace(**options))
     kernel = Kernel("/bin/sh", "/bin/cat", ())
     return Choices(config, binary, accelerator, "", places.layout("q35", None, namespaces=False), kernel)
 
@@ -75,4 +75,4 @@ def test_the_size_of_a_window_has_no_part_in_the_key() -> None:
 )
 def test_what_a_copy_cannot_have_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check(MachineConfig(guest="builtin", warm=True)._replace(**options))
+        check_config(MachineConfig(guest="builtin", warm=True)._replace(**options))

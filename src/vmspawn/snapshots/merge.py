@@ -134,7 +134,7 @@ def _nodes(number: int, chain: list[Image]) -> list[dict[str, object]]:
     """The block nodes of a disk, from the bottom up."""
     found: list[dict[str, object]] = []
     for level, image in reversed(list(enumerate(chain))):
-        is_block = image.backing is not None and image.backing.block
+        is_block = image.backing is not None and image.backing.is_block_device
         file = {"driver": "host_device" if is_block else "file", "filename": image.path}
         node: dict[str, object] = {"driver": image.format, "node-name": f"disk{number}-{level}", "file": file}
         if level < len(chain) - 1:
