@@ -163,6 +163,15 @@ class OpenSnapshot:
             self.close()
             raise
 
+    def lock_alone(self) -> bool:
+        """Keep others from using the snapshot. Returns False if a machine runs on it, or another process uses it."""
+        try:
+            # Converting our own shared lock fails while another process has one.
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def close(self) -> None:
         """Let go of it. May be called again."""
         if self.fd >= 0:
@@ -205,11 +214,8 @@ def _check_unused(full_name: str, snapshot: OpenSnapshot) -> None:
             raise SnapshotInUse(
                 f"{other} stands on {full_name}", hint=f"remove it first: vmctl remove-snapshot {other}"
             )
-    try:
-        # Converting our own shared lock fails while another process has one.
-        fcntl.flock(snapshot.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SnapshotInUse(f"a machine runs on {full_name}", hint="end it first; see: vmctl list") from None
+    if not snapshot.lock_alone():
+        raise SnapshotInUse(f"a machine runs on {full_name}", hint="end it first; see: vmctl list")
     for name in os.listdir(snapshot.path):
         if is_locked(os.path.join(snapshot.path, name)):
             raise SnapshotInUse(f"a machine uses {name} of {full_name}", hint="end it first; see: vmctl list")

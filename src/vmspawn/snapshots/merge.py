@@ -51,6 +51,8 @@ def merge(machine: str) -> bool:
         return False
     snapshot = OpenSnapshot(full_name)
     try:
+        if not snapshot.lock_alone():
+            return False
         chains = [image.chain for image in _tops(snapshot.manifest) if image.base is not None]
         _set_paths(chains, snapshot.manifest)
         if not chains or not _are_free(full_name, chains):
