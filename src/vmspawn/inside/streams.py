@@ -92,15 +92,21 @@ class Streams:
 
     async def _plug(self, streams: Sequence[str]) -> StreamSet:
         plugged = StreamSet(f"{self._prefix}-{next(self._numbers)}", [], {})
-        async with self._pace:
-            names = [port_name(plugged.id, stream) for stream in streams]
-            results = await asyncio.gather(*map(self._ports.attach, names), return_exceptions=True)
-            await self._agent.knows_ports(plugged.id, len(names), _PACE_TIMEOUT)
+        ports: dict[str, AttachedPort] = {}
+
+        async def attach(stream: str) -> None:
+            ports[stream], plugged.sockets[stream] = await self._ports.attach(port_name(plugged.id, stream))
+
+        try:
+            async with self._pace:
+                results = await asyncio.gather(*map(attach, streams), return_exceptions=True)
+                await self._agent.knows_ports(plugged.id, len(streams), _PACE_TIMEOUT)
+        except BaseException:
+            # The machine has ended meanwhile.
+            plugged.close()
+            raise
+        plugged.ports += [ports[stream] for stream in streams if stream in ports]
         failures = [each for each in results if isinstance(each, BaseException)]
-        for stream, result in zip(streams, results, strict=True):
-            if not isinstance(result, BaseException):
-                port, plugged.sockets[stream] = result
-                plugged.ports.append(port)
         if failures:
             self.give_back(plugged)
             raise failures[0]
