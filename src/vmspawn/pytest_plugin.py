@@ -142,19 +142,22 @@ def vmspawn_factory(_vm_lab: Lab, vm_qemu: str | None, vm_machine_type: str) -> 
     """
 
     def make(**options: Any) -> LabMachine:
-        if not options.get("snapshot"):
-            options = {"qemu": vm_qemu, "machine_type": vm_machine_type, **options}
-        return _vm_lab.machine("vm", options)
+        return _vm_lab.machine("vm", _with_defaults(options, vm_qemu, vm_machine_type))
 
     return make
 
 
+def _with_defaults(options: dict[str, Any], qemu: str | None, machine_type: str) -> dict[str, Any]:
+    """Return a machine's options with those of the command line. A copy of a snapshot has its source's."""
+    return options if options.get("snapshot") else {"qemu": qemu, "machine_type": machine_type, **options}
+
+
 @pytest.fixture
 def _vm_of_test(request: pytest.FixtureRequest, _vm_lab: Lab, vm_qemu: str | None, vm_machine_type: str) -> LabMachine:
-    options: dict[str, Any] = {"qemu": vm_qemu, "machine_type": vm_machine_type}
+    options: dict[str, Any] = {}
     for mark in reversed(list(request.node.iter_markers("vm"))):
         options |= mark.kwargs
-    return _vm_lab.machine(request.node.name, options)
+    return _vm_lab.machine(request.node.name, _with_defaults(options, vm_qemu, vm_machine_type))
 
 
 @pytest.fixture
