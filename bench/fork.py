@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How quick a copy of a running machine is there, beside a boot of the same machine.
+"""Measures the time to start a copy of a running machine, beside a boot of the same machine.
 
-Everything is measured in turn in one run, with the built-in guest: boot and copy until the first command in the guest
-has answered, the pause of a save beside cp(1) of its state, copies until QEMU runs beside a bare QEMU, twenty copies.
+All figures are taken in turn in one run, with the built-in guest: a boot and a copy, each until a command in the guest
+has ended; the pause of a save, beside cp(1) of its state; a copy until QEMU runs, beside a bare QEMU; twenty copies.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
 
 async def booted() -> float:
-    """Seconds from the start until a command in the guest has answered."""
+    """Return the seconds from the start until a command in the guest has ended."""
     begun = time.perf_counter()
     async with Machine(guest="builtin", qemu=QEMU, name="bench-boot", console="headless") as machine:
         await machine.run("true", check=True)
@@ -30,7 +30,7 @@ async def booted() -> float:
 
 
 async def copied(snapshot: Snapshot, name: str = "bench-copy") -> tuple[float, float, float]:
-    """Seconds until the copy runs and until a command in it has answered; its proportional memory in MB."""
+    """Return the seconds until a copy runs, and until a command in it has ended, and its proportional memory in MB."""
     begun = time.perf_counter()
     async with snapshot.fork(name) as copy:
         runs = time.perf_counter() - begun
@@ -39,7 +39,7 @@ async def copied(snapshot: Snapshot, name: str = "bench-copy") -> tuple[float, f
 
 
 def proportional(pid: int) -> float:
-    """The memory of a process in MB, pages that it shares divided among all."""
+    """Return the memory of a process in MB, in which each process has its share of shared pages."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
@@ -47,7 +47,7 @@ def proportional(pid: int) -> float:
 
 
 def bare() -> float:
-    """Seconds that a bare QEMU takes to start, answer and end."""
+    """Return the seconds that a bare QEMU needs to start, answer and exit."""
     begun = time.perf_counter()
     command = [QEMU, "-nodefaults", "-display", "none", "-S", "-machine", "q35", "-m", "256", "-qmp", "stdio"]
     subprocess.run(
@@ -57,14 +57,14 @@ def bare() -> float:
 
 
 def state_copied(snapshot: Snapshot, folder: Path) -> float:
-    """Seconds for cp(1) of the state that was saved."""
+    """Return the seconds of cp(1) of the saved state."""
     begun = time.perf_counter()
     subprocess.run(["cp", "--reflink=never", str(folder / snapshot.name / "state"), str(folder / "copy")], check=True)
     return time.perf_counter() - begun
 
 
 async def measure(folder: Path) -> None:
-    """Measure all, and print medians and ratios."""
+    """Measure all figures, and print medians and ratios."""
     boots, pauses, copying, starts, runs, answers = ([] for _ in range(6))
     async with Machine(guest="builtin", qemu=QEMU, name="bench-source", console="headless") as source:
         await source.run("true", check=True)
@@ -92,7 +92,7 @@ async def measure(folder: Path) -> None:
 
 
 def show(what: str, seconds: float, beside: float | None = None) -> None:
-    """Print a figure, and its ratio to the one before."""
+    """Print a figure, and its ratio to the figure `beside`."""
     print(f"{what:45} {seconds:6.2f} s", "" if beside is None else f"{seconds / beside:6.3f} of it")
 
 

@@ -81,7 +81,7 @@ class Kind:
         """Return the expression that converts an asynchronous value to a blocking one."""
         convert = "blocking_iterator" if self.is_iterator else self.wrapper
         if self.wrapper in MACHINES:
-            # The constructor makes a machine of its own.
+            # The wrapper's constructor would make another machine.
             convert = f"{self.wrapper}._around"
         if self.is_context:
             return f"BlockingContext({value}, {convert})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A save that fails, or whose manager or QEMU dies: a snapshot is whole or not there, and the machine has its disks."""
+"""Tests saves that fail, or whose manager or QEMU dies: snapshots are complete or absent, and disks are kept."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ def doomed() -> Iterator[Dying]:
 
 @asynccontextmanager
 async def adopted(name: str) -> AsyncIterator[Machine]:
-    """A manager that takes the machine over, and lets go of it in the end."""
+    """Adopt a machine, and release it at the end."""
     machine = await Machine.adopt(name)
     try:
         yield machine
@@ -67,7 +67,7 @@ async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dy
 
 
 async def survived(name: str, step: int) -> None:
-    """The machine runs with its disk, and the snapshot is whole or not there."""
+    """Check that the machine runs with its disk, and that the snapshot is complete or absent."""
     async with adopted(name) as machine:
         assert await machine.status() == "running", f"step {step}: {machine.adoption_notes}"
         (disk,) = (each for each in machine.storage if not each.boot)
@@ -85,7 +85,7 @@ async def survived(name: str, step: int) -> None:
 
 
 def is_whole(snapshot: str) -> bool:
-    """Whether all files of a snapshot are there."""
+    """Return whether all files of a snapshot exist."""
     opened = directory.OpenSnapshot(snapshot)
     opened.close()
     return all(os.path.exists(os.path.join(opened.path, each.path)) for each in opened.manifest.files)
@@ -96,7 +96,7 @@ def names_of(machine: str) -> list[str]:
 
 
 def clean_up(machine: str) -> None:
-    """Remove a machine's snapshots; the overlays that they stand on are the last."""
+    """Remove a machine's snapshots; the overlays that they depend on come last."""
     for name in sorted(names_of(machine), key=lambda each: each.endswith(f"@{directory.CURRENT}")):
         directory.remove(name)
 
@@ -136,7 +136,7 @@ async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path
     clean_up(machine.name)
 
 
-async def test_a_client_that_goes_away_takes_its_save_back(qemu: str, tmp_path: Path) -> None:
+async def test_a_disconnect_undoes_the_clients_save(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, control=True) as machine:
         before = left()
         _, writer = await asyncio.open_unix_connection(machine.directory.file(CONTROL))
@@ -149,7 +149,7 @@ async def test_a_client_that_goes_away_takes_its_save_back(qemu: str, tmp_path: 
             async for event in events:
                 if event.name == "RESUME":
                     break
-        # Whoever is alone has let go by the time that another is.
+        # Holding the machine succeeds only when the save has released it.
         async with machine.inner.held(timeout=20):
             assert left() == before
         assert await machine.status() == "running"
@@ -170,7 +170,7 @@ async def test_a_full_disk_is_found_before_anything_is_paused(
                 with pytest.raises(SystemFailure, match="No space left"):
                     await machine.snapshot()
                 await machine.pause()
-                # The first thing that QEMU did is to pause for us.
+                # The first event is the pause by the save.
                 assert (await anext(aiter(events))).name == "STOP"
             assert inner(machine).status == "paused"
             assert not left()
@@ -179,7 +179,7 @@ async def test_a_full_disk_is_found_before_anything_is_paused(
 
 
 async def ran(*command: str) -> bool:
-    """Run a program of the host; whether it succeeded."""
+    """Run a program of the host; returns whether it succeeded."""
     done = await asyncio.to_thread(subprocess.run, command, check=False)
     return done.returncode == 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Snapshots and copies of machines with disks of all kinds, judged by QEMU: what is there, and what stands on what."""
+"""Tests snapshots and copies of machines with disks of all kinds, by QEMU's devices and block nodes."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ from vmspawn.storage.limits import Limits
 
 @contextlib.asynccontextmanager
 async def saved(machine: api.Machine) -> AsyncIterator[Snapshot]:
-    """A snapshot; nothing of the machine's snapshots is left in the end."""
+    """Take a snapshot; at the end, remove all snapshots of the machine."""
     try:
         yield await machine.snapshot()
     finally:
@@ -44,7 +44,7 @@ async def saved(machine: api.Machine) -> AsyncIterator[Snapshot]:
 
 
 def clean_up(machine: api.Machine) -> None:
-    """Remove a machine's snapshots, as far as nothing stands on them."""
+    """Remove a machine's snapshots, except those that others depend on."""
     own = [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
     for name in sorted(own, key=lambda each: each.endswith(f"@{directory.CURRENT}")):
         with contextlib.suppress(SnapshotInUse):
@@ -76,7 +76,7 @@ DISKS = [
 @pytest.mark.parametrize("options", DISKS, ids=lambda options: "-".join([options["bus"], *list(options)[1:]]))
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("machine_type", ["q35", "pc"])
-async def test_a_copy_has_the_disk_at_its_place_and_lets_it_go(
+async def test_a_copy_has_the_disk_at_its_place_and_can_detach_it(
     qemu: str, tmp_path: Path, machine_type: str, image_format: str, options: dict[str, Any]
 ) -> None:
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "disk")
@@ -91,7 +91,7 @@ async def test_a_copy_has_the_disk_at_its_place_and_lets_it_go(
                 assert found.disk._replace(format=image_format) == attached
                 assert found.limits == options.get("limits", Limits())
                 assert found.disk.format == ("qcow2" if writable else image_format)
-                # On PCI the guest, which is a firmware, would have to release it.
+                # The guest would have to release a PCI device, and is only a firmware.
                 if options["bus"] != "virtio-blk":
                     await copy.detach("disk")
                     assert not await mentions(copy, path)
@@ -101,7 +101,7 @@ async def test_a_copy_has_the_disk_at_its_place_and_lets_it_go(
 
 
 async def mentions(machine: api.Machine, path: Path) -> bool:
-    """Whether QEMU has a file open."""
+    """Return whether QEMU has a file open."""
     return str(path) in links_of(machine.pid)
 
 
@@ -117,7 +117,7 @@ async def test_an_empty_drive_is_empty_in_the_copy(qemu: str, tmp_path: Path) ->
             assert not await mentions(copy, medium)
 
 
-async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_stand_on_them(qemu: str, tmp_path: Path) -> None:
+async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_use_them(qemu: str, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
@@ -150,7 +150,7 @@ async def test_kept_disks_are_the_copys_newest_and_start_again(qemu: str, tmp_pa
             directory.remove(current.name)
 
 
-async def test_an_image_that_stays_as_it_is_does_so_in_copies(qemu: str, tmp_path: Path) -> None:
+async def test_an_ephemeral_image_stays_unchanged_in_copies(qemu: str, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "image", 1 << 20)
     source = idle_machine(qemu, tmp_path, image=str(image), ephemeral=True)
     async with source as machine, saved(machine) as snapshot, snapshot.fork() as copy:
@@ -214,7 +214,7 @@ def manifest_of(snapshot: Snapshot) -> Path:
 
 
 def change_binary(snapshot: Snapshot) -> str:
-    """Let the snapshot be of another QEMU. Returns the manifest as it was."""
+    """Change the manifest to another QEMU's; returns the former manifest."""
     content = manifest_of(snapshot).read_text()
     other = json.loads(content)
     other["qemu"]["mtime_ns"] += 1
@@ -234,7 +234,7 @@ async def test_names_are_taken_once(qemu: str, tmp_path: Path) -> None:
         assert (await machine.snapshot()).name == f"{machine.name}@2"
 
 
-async def test_what_sessions_made_blocks(qemu: str, tmp_path: Path) -> None:
+async def test_objects_of_sessions_block_a_save(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         before = left()
         async with machine.qmp() as qmp:
@@ -258,8 +258,8 @@ async def test_disks_that_block_are_named(qemu: str, tmp_path: Path) -> None:
             await machine.snapshot()
 
 
-async def test_the_guest_is_what_it_was_and_qemu_resizes_afterwards(qemu: str, tmp_path: Path) -> None:
-    """Between a save and `cont`, QEMU 7.2 aborts where a disk is resized."""
+async def test_the_guest_is_unchanged_and_qemu_resizes_afterwards(qemu: str, tmp_path: Path) -> None:
+    """QEMU 7.2 aborts if a disk is resized between a save and `cont`."""
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
@@ -289,7 +289,7 @@ async def test_a_session_never_sees_the_save(qemu: str, tmp_path: Path) -> None:
 
 
 async def test_the_commands(qemu: str, tmp_path: Path) -> None:
-    """vmctl, with a manager of its own for each copy."""
+    """vmctl starts another manager for each copy."""
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path, control=True) as machine:
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
@@ -313,7 +313,7 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
             assert json.loads(await run("status", name, "--json=short"))["status"] == "running"
             await run("terminate", name, "--wait")
         await run("remove-snapshot", f"{machine.name}@s")
-        # A snapshot that was made for a copy goes with it.
+        # A snapshot that was made for one copy is removed with the copy.
         started = json.loads(await run("fork", machine.name, "--json=short"))
         assert started["snapshot"] in snapshot_files.names()
         await run("terminate", started["machines"][0], "--wait")
@@ -359,7 +359,7 @@ async def run(*arguments: str) -> str:
 
 
 async def test_commands_in_the_guest_end_in_the_copy(qemu: str, tmp_path: Path) -> None:
-    """Their ports are there, for the guest has them, and go at once."""
+    """The commands' ports exist in the copy, because its guest has them, and are removed at once."""
     async with idle_machine(qemu, tmp_path) as machine:
         port, stream = await machine._inside.commands._ports.attach("io.vmspawn.test")
         async with saved(machine) as snapshot, snapshot.fork() as copy:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Many pass a gate together, or one alone."""
+"""Tests the gate, which many tasks pass together, or one task alone."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from vmspawn.aio.gate import Gate
 from vmspawn.errors import Timeout
 
 
-async def test_those_inside_are_waited_for_and_later_ones_wait() -> None:
+async def test_a_lone_task_waits_for_those_inside_and_later_ones_wait() -> None:
     gate, order, leave = Gate(), [], asyncio.Event()
 
     async def inside() -> None:
@@ -35,7 +35,7 @@ async def test_those_inside_are_waited_for_and_later_ones_wait() -> None:
     assert order == ["inside", "left", "alone", "later"]
 
 
-async def test_who_cannot_be_alone_lets_the_others_go_on() -> None:
+async def test_a_task_that_gives_up_waiting_lets_the_others_go_on() -> None:
     gate = Gate()
     async with gate.together():
         with pytest.raises(Timeout):

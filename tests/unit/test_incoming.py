@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A running QEMU's command line, rewritten for a copy: what belongs to the host's side goes, the devices stay."""
+"""Tests rewriting a running QEMU's command line for a copy: options for the host are removed, devices are kept."""
 
 import json
 
@@ -39,7 +39,7 @@ LINE = [
 RECORDED = incoming.record(LINE, "pc-q35-7.2")
 
 
-def test_what_is_the_hosts_goes_and_the_devices_stay() -> None:
+def test_options_for_the_host_are_removed_and_devices_stay() -> None:
     names = [option.name for option in RECORDED.options]
     assert names.count(incoming.MONITORS) == names.count(incoming.CONSOLE) == names.count(incoming.SIZE) == 1
     assert "-incoming" not in names
@@ -65,7 +65,7 @@ def test_a_copy_has_descriptors_of_its_own() -> None:
     assert line[-1] == incoming.DISKS
 
 
-def test_what_an_overlay_stands_on_is_taken_out() -> None:
+def test_the_node_below_an_overlay_is_taken_out() -> None:
     rest, node, number = incoming.take_node(RECORDED.options, "image-below")
     assert (node, number) == (BELOW, 11)
     assert len(rest) == len(RECORDED.options) - 2
@@ -81,7 +81,7 @@ def test_all_places_are_claimed() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(["-a", "-b", "-device"]), st.text(max_size=8).filter(lambda t: t[:1] != "-")))
 )
-def test_options_that_are_nobodys_come_back_as_they_were(pairs: list[tuple[str, str]]) -> None:
+def test_other_options_are_kept_unchanged(pairs: list[tuple[str, str]]) -> None:
     line = [word for pair in pairs for word in pair]
     recorded = incoming.record(["qemu", *line], "q")
     same = {number: number for number in recorded.descriptors}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Snapshots on the disk: which file is part of which, who may write it, and what is refused."""
+"""Tests snapshots on the disk: the snapshot that a file is part of, the protection of files, and refusals."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_a_file_of_a_snapshot_is_opened_for_reading_only(tmp_path: Path) -> None
     backing.open_disk(str(linked), read_only=False).close()
 
 
-def test_a_snapshot_is_there_whole_or_not_at_all(folder: Path) -> None:
+def test_a_snapshot_is_complete_or_absent(folder: Path) -> None:
     new = NewFolder("web@clean")
     new.make()
     assert snapshot_files.names() == []
@@ -82,7 +82,7 @@ def test_a_snapshot_is_there_whole_or_not_at_all(folder: Path) -> None:
         NewFolder("web@clean").make()
 
 
-def test_what_a_dead_process_left_is_removed(folder: Path) -> None:
+def test_the_remains_of_a_dead_process_are_removed(folder: Path) -> None:
     left = folder / f"{snapshot_files.UNFINISHED}web@old-999999999"
     left.mkdir(parents=True, mode=0o700)
     folder.chmod(0o700)
@@ -121,7 +121,7 @@ def test_modes_keep_others_out(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "@x", "web@", "web@a/b", "web@.x", "a b@c"])
-def test_names_that_cannot_be(text: str) -> None:
+def test_invalid_snapshot_names(text: str) -> None:
     with pytest.raises(UsageError):
         directory.parse_name(text)
 
@@ -148,7 +148,7 @@ def test_a_file_without_a_name_gets_one_and_others_are_copied(tmp_path: Path) ->
     os.close(memory)
 
 
-def test_what_is_damaged_is_left_out(folder: Path) -> None:
+def test_damaged_manifests_are_skipped(folder: Path) -> None:
     made("web@clean")
     (folder / "web@clean" / "manifest.json").write_text(json.dumps([1]))
     assert list(snapshot_files.manifests()) == []

@@ -45,7 +45,7 @@ class Hotplug:
         self.run_state: Final = run_state
         self.journal: Final = journal
         self.tasks: Final = Tasks()
-        #: Passed by all that changes attachments, but not while the guest is waited for.
+        #: Entered by each change of an attachment, except while it waits for the guest. A save closes the gate.
         self.gate: Final = Gate()
         self._registers: dict[str, Register[Any]] = {}
         self._on_refused: dict[str, Callable[[Any, VmspawnError], Awaitable[str]]] = {}

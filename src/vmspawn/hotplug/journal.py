@@ -39,7 +39,7 @@ class Journal:
         self._sections[name] = text
 
     def section(self, name: str) -> str | None:
-        """A section's value in JSON as it is now, or None if there is no such section."""
+        """Return a section's present value in JSON, or None if the section does not exist."""
         text = self._sections.get(name)
         return text() if text is not None else None
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find the snapshots, and the snapshot that a file is part of.
+"""Finds snapshots, and the snapshot that a file is part of.
 
-Each snapshot is a folder `MACHINE@NAME` with a manifest. On the start path: imports next to nothing.
+Each snapshot is a folder `MACHINE@NAME` with a manifest. This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MANIFEST = "manifest.json"
 #: The environment variable that names the folder of all snapshots.
 VARIABLE = "VMSPAWN_SNAPSHOT_DIR"
 
-#: A folder with this prefix is a snapshot that is being made, or was when its manager died.
+#: The prefix of the folder of a snapshot that is being made, or whose manager died while it was made.
 UNFINISHED = ".new-"
 
 
 def root() -> str:
-    """The folder of all snapshots: `$VMSPAWN_SNAPSHOT_DIR`, or the one of this user."""
+    """Return the folder of all snapshots: `$VMSPAWN_SNAPSHOT_DIR`, or the default of the user."""
     if explicit := os.environ.get(VARIABLE):
         return os.path.abspath(explicit)
     if os.geteuid() == 0:
@@ -33,7 +33,7 @@ def root() -> str:
 
 
 def names() -> list[str]:
-    """The names of all snapshots, as `MACHINE@NAME`, sorted."""
+    """Return the names of all snapshots, as `MACHINE@NAME`, sorted."""
     try:
         found = sorted(each for each in os.listdir(root()) if "@" in each and not each.startswith("."))
     except OSError:
@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 
 def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each snapshot's name and manifest; manifests that cannot be read are left out."""
+    """Yield each snapshot's name and manifest. Skips manifests that cannot be read."""
     for name in names():
         with contextlib.suppress(OSError, ValueError):
             found = _load(os.path.join(root(), name, MANIFEST))
@@ -58,12 +58,12 @@ def _load(path: str) -> Any:
 
 
 def current_folder(machine: str) -> str:
-    """The folder of a machine's newest disks."""
+    """Return the folder of a machine's newest overlays."""
     return os.path.join(root(), f"{machine}@current")
 
 
 def discard(folder: str) -> None:
-    """Remove the folder of a snapshot that was never finished."""
+    """Remove the folder of an unfinished snapshot."""
     import shutil
 
     if os.path.dirname(folder) == root() and os.path.basename(folder).startswith(UNFINISHED):
@@ -71,9 +71,9 @@ def discard(folder: str) -> None:
 
 
 def settle_current(machine: str, used: set[str]) -> None:
-    """Finish what a manager that died was writing about a machine's newest disks: it holds if QEMU uses the overlays.
+    """Settle the manifest of a machine's newest overlays that a manager was writing when it died.
 
-    `used` are the paths of the images that the disks stand on.
+    The manifest is kept if QEMU uses the overlays. `used` are the paths of the images of the machine's disks.
     """
     path = os.path.join(current_folder(machine), MANIFEST)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -83,7 +83,7 @@ def settle_current(machine: str, used: set[str]) -> None:
 
 
 def tidy_current(machine: str, used: set[str]) -> None:
-    """Remove what a save that failed has left among a machine's newest disks."""
+    """Remove the remains of a failed save from the folder of a machine's newest overlays."""
     folder = current_folder(machine)
     try:
         names = os.listdir(folder)
@@ -103,7 +103,7 @@ def tidy_current(machine: str, used: set[str]) -> None:
 
 
 def owner_of(device: int, inode: int) -> str:
-    """The snapshot that a file is part of, or an empty string."""
+    """Return the name of the snapshot that a file is part of, or an empty string."""
     for name, manifest in manifests():
         for each in manifest.get("files", ()):
             if _is_file(each, device, inode):
@@ -112,7 +112,7 @@ def owner_of(device: int, inode: int) -> str:
 
 
 def _is_file(entry: dict[str, Any], device: int, inode: int) -> bool:
-    """Whether an entry describes that file, by its path of today or by its numbers when the snapshot was made."""
+    """Return whether an entry describes that file: by its path now, or by its numbers when the snapshot was made."""
     try:
         found = os.stat(entry["path"])
         if (found.st_dev, found.st_ino) == (device, inode):

@@ -116,7 +116,7 @@ class Monitor:
         self._listeners: list[Callable[[Event], None]] = []
         self._witnesses: list[Callable[[Event], None]] = []
         self._lost: str | None = None
-        # The task whose commands alone go to QEMU, and the event that the other tasks wait for.
+        # The task that holds the monitor, and the event that other tasks wait for.
         self._holder: asyncio.Task[object] | None = None
         self._released = asyncio.Event()
         #: Set when the connection is closed.
@@ -190,7 +190,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let only the calling task's commands, and urgent ones, go to QEMU; those of others wait."""
+        """Hold the monitor: until the end of the context, only the calling task's and urgent commands go to QEMU."""
         self._holder = asyncio.current_task()
         self._released.clear()
         try:

@@ -84,7 +84,7 @@ class BootDisk(Protocol):
 
     @property
     def boot(self) -> bool:
-        """Whether it stays while the machine runs."""
+        """True if the disk stays while the machine runs."""
 
 
 class Storage:
@@ -343,12 +343,12 @@ class Storage:
             raise explain(error, attached.name, None, self._hotplug.journal.machine) from None
 
     def freeze(self) -> Freeze:
-        """Begin to put overlays on the images of all writable disks."""
+        """Return a freeze of the machine's writable disks, which puts overlays on their images."""
         return Freeze(self._context)
 
     @property
     def numbers_used(self) -> int:
-        """The number that the next disk or image is named by."""
+        """The number in the names of the next disk or image."""
         return self._context.register.next_number
 
     # Looking.

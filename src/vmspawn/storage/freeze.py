@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Put an overlay on the image of each writable disk, so that the image stays as it is from then on.
+"""Puts an overlay on the image of each writable disk, so that the image does not change any more.
 
-1. `prepare` opens the overlays beside the disks, while the guest runs, and gives QEMU a read-only descriptor of each
-   image in the set that the image was opened from. 2. `switch` puts all overlays in at once, while the guest does not
-   run; QEMU reopens the images with the read-only descriptors. 3. `finish` drops the descriptors, or `undo` the
-   overlays. A manager that dies in between leaves both images in the journal: `recovery.py` keeps the one in use.
+1. `prepare` opens the overlays, which the disks do not use yet, while the guest runs. It adds a read-only descriptor of
+   each image to the set that QEMU opened the image from.
+2. `switch` puts all overlays on their images at once, while the guest is stopped. QEMU reopens the images with the
+   read-only descriptors.
+3. `finish` removes these descriptors from the sets. `undo` removes the overlays instead, before the switch.
+
+If a manager dies meanwhile, its journal has both images of each disk, and `recovery.py` keeps the one in use.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _SWITCH_TIMEOUT = 60.0
 
 
 class Frozen(NamedTuple):
-    """A disk with the image that it stands on, and the overlay that goes on it."""
+    """A disk with its image, and with the overlay for that image."""
 
     disk: AttachedDisk
     base: Image
@@ -36,7 +39,7 @@ class Frozen(NamedTuple):
 
 
 class Freeze:
-    """One freeze of a machine's disks. The caller keeps all others from changing disks meanwhile."""
+    """One freeze of a machine's disks. The caller keeps others from changing disks meanwhile."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -54,10 +57,11 @@ class Freeze:
         make: Callable[[AttachedDisk, int, int], Image],
         open_read_only: Callable[[AttachedDisk, Image], int],
     ) -> None:
-        """Open the overlays. `make` makes the image of a disk's overlay, given its number and the disk's size in bytes;
-        `open_read_only` opens an image for reading.
+        """Open the overlays.
 
-        Raises what these raise, and what `Monitor.execute` raises; `undo` must follow then.
+        `make` returns the image of a disk's overlay, given the image's number and the disk's size in bytes.
+        `open_read_only` returns a read-only descriptor of an image, which is closed here. Raises what these raise, or
+        what `Monitor.execute` raises; then `undo` must follow.
         """
         disks = self.candidates
         sizes = await self._sizes()
@@ -81,7 +85,7 @@ class Freeze:
         return {each["node-name"]: int(each["image"]["virtual-size"]) for each in found}
 
     async def _lend(self, open_read_only: Callable[[AttachedDisk, Image], int]) -> None:
-        """Give QEMU the read-only descriptors. They are a part of the journal's images: an adoption drops them."""
+        """Pass the read-only descriptors to QEMU. Their sets are in the journal, so an adoption removes them."""
         with contextlib.ExitStack() as closing:
             commands = []
             for each in self.frozen:
@@ -97,9 +101,9 @@ class Freeze:
                 raise result
 
     async def switch(self) -> None:
-        """Put all overlays in, or none. Raises what `Monitor.execute` raises, SystemFailure if an image stays writable.
+        """Put all overlays on their images, or none, while the guest is stopped.
 
-        The guest must not run.
+        Raises what `Monitor.execute` raises, or SystemFailure if QEMU keeps an image open for writing.
         """
         if not self.frozen:
             return
@@ -116,7 +120,7 @@ class Freeze:
             if each.base.backing is not None:
                 each.base.backing = each.base.backing._replace(is_writable=False)
         with contextlib.suppress(SystemFailure):
-            # The journal has both images already.
+            # The journal names both images already.
             self._context.register.save()
         await self._check_read_only()
 
@@ -128,14 +132,14 @@ class Freeze:
                 raise SystemFailure(f"QEMU keeps the image of {each.disk.name} open for writing", 5)
 
     async def finish(self) -> None:
-        """Drop the read-only descriptors, of which QEMU has its own."""
-        # On 7.2 the hot-plug mechanism drops them once the guest runs.
+        """Remove the read-only descriptors from the sets; QEMU's nodes have duplicates."""
+        # QEMU 7.2 delays that until the guest runs; `Hotplug` then repeats it.
         with contextlib.suppress(VmspawnError):
             await self._hotplug.remove(*self._read_only)
         self._context.register.save()
 
     async def undo(self) -> None:
-        """Take the overlays away again that were not put in; those that were stay."""
+        """Remove the overlays that no disk uses yet; the others stay."""
         with contextlib.suppress(VmspawnError):
             await self._hotplug.remove(*self._read_only)
         for each in self.frozen:
@@ -152,12 +156,12 @@ class Freeze:
 
 
 def needs_overlay(disk: AttachedDisk) -> bool:
-    """Whether the guest may write to the disk's image."""
+    """Return whether the guest may write to the disk's image."""
     return disk.state is State.ATTACHED and bool(disk.images) and disk.images[0].writable
 
 
 def _commands(each: Frozen) -> list[Command]:
-    """What opens the overlay. It gets its base from `blockdev-snapshot`."""
+    """Return the commands that open an overlay. `blockdev-snapshot` sets its base later."""
     base, each.overlay.base = each.overlay.base, None
     try:
         return image_nodes.commands(each.disk.disk, each.overlay)

@@ -24,7 +24,7 @@ class Image:
 
     `backing.fd` is the manager's until QEMU has it, and -1 from then on. `backing` is None for an image that fails
     every request. `done` is the journal: the names of the parts that may exist, from the bottom up. `base` is the
-    image below an overlay, which is not written to.
+    image below an overlay; it is never written.
     """
 
     __slots__ = ("backing", "base", "done", "format", "long", "number", "path", "size")
@@ -79,11 +79,11 @@ class Image:
 
     @property
     def chain(self) -> list[Image]:
-        """The image and those below it, from the top down."""
+        """The image and all images below it, from the top down."""
         return [self, *self.base.chain] if self.base is not None else [self]
 
     def close_backing(self) -> None:
-        """Close the manager's descriptors of the image and of those below it, if they are open."""
+        """Close the manager's open descriptors of the image and of all images below it."""
         if self.base is not None:
             self.base.close_backing()
         if self.backing is not None and self.backing.fd >= 0:

@@ -60,7 +60,7 @@ def made(image: Image) -> None:
 
 
 def objects(image: Image) -> list[QemuObject]:
-    """Return the parts of the image and of those below it in the journal, from the top down."""
+    """Return the parts in the journal of the image and of all images below it, from the top down."""
     return [_object(each, name) for each in image.chain for name in reversed(each.done)]
 
 

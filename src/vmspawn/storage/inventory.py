@@ -56,7 +56,7 @@ class Inventory(NamedTuple):
         number is the image's. An image that fails every request has no descriptor set, and is known by its driver.
         """
         text = self.nodes.get(attachment.identifiers.pivot, "")
-        # What stands on an overlay stands on its base, too.
+        # The description of an overlay includes its base's descriptor set, so overlays are checked first.
         for image in sorted(attachment.images, key=lambda image: image.base is None):
             if uses_fdset(text, image.fdset):
                 return image

@@ -89,7 +89,7 @@ def format_node(image: Image, disk: Disk) -> dict[str, object]:
         **_unless_default(disk, read_only=not image.backing.is_writable),
     }
     if image.format in ("qcow2", "vmdk"):
-        # QEMU opens no backing file that the header names.
+        # This keeps QEMU from opening a backing file that the header names.
         options["backing"] = image.base.top_node if image.base is not None else None
     return options
 

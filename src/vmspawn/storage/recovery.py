@@ -106,7 +106,7 @@ class Adoption:
         attachment.images.remove(image)
         attachment.images.insert(0, image)
         for other in attachment.images[1:]:
-            # An overlay was going on the image, or is there.
+            # One of the two is an overlay of the other: the image in use keeps its base, and loses an unused overlay.
             if image.base is not None and image.base.number == other.number:
                 attachment.images.remove(other)
             elif other.base is not None and other.base.number == image.number:

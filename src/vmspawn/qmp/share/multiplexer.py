@@ -151,9 +151,9 @@ class Multiplexer:
 
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """Let no command of a session reach QEMU; those that come wait. Begins once QEMU has answered all that it has.
+        """Hold the sessions' commands. Enters the context when QEMU has answered all commands that it was sent.
 
-        Raises Timeout if it does not.
+        Raises Timeout if QEMU does not answer within DRAIN_TIMEOUT.
         """
         drained = asyncio.Event()
         self._schedule.hold(drained.set)

@@ -49,7 +49,7 @@ class Schedule:
         self._bulk = bulk
         self._turns: deque[Call] = deque()
         self._bulk_turns: deque[Call] = deque()
-        # Commands of vmspawn, which are sent before all others, and while others are held.
+        # Commands of vmspawn, which are sent before all others, and also while others are held.
         self._urgent_turns: deque[Call] = deque()
         self._held = False
         self._on_drained: Callable[[], None] = lambda: None
@@ -62,13 +62,13 @@ class Schedule:
             bulk.on_idle = self._idle
 
     def hold(self, on_drained: Callable[[], None]) -> None:
-        """Send nothing from now on; `on_drained` is called once QEMU has answered all that was sent."""
+        """Hold all commands; `on_drained` is called when QEMU has answered the commands that were sent."""
         self._held = True
         self._on_drained = on_drained
         self._check_drained()
 
     def release(self) -> None:
-        """Go on."""
+        """Send the held commands."""
         self._held = False
         self._on_drained = lambda: None
         self._next()

@@ -106,7 +106,7 @@ class Upstream:
 
     @property
     def is_idle(self) -> bool:
-        """Whether QEMU has answered all commands."""
+        """True if QEMU has answered all commands."""
         return self._unnamed is None and not self._named
 
     def can_take(self, command: Command) -> bool:
