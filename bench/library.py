@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the library costs a test: its fixture beside a plain boot, and its commands in the guest beside `vmctl exec`.
+"""Measures the library's cost in a test: its fixture beside a plain boot, and its commands beside `vmctl exec`.
 
-The built-in guest. All are measured in turn, so that what else the host does touches each alike. ssh is not compared:
-the built-in guest has no SSH server.
+All figures are taken in turn, with the built-in guest, so that other load on the host affects each alike. ssh is not
+compared, because the built-in guest has no SSH server.
 """
 
 import os
@@ -26,7 +26,7 @@ BOOT_TIMEOUT = 120.0
 
 
 def rounds(count: int, pause: float, **works: Callable[[], object]) -> dict[str, float]:
-    """The median of each work, after one round that is not counted."""
+    """Return the median of each function, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(count + 1):
         time.sleep(pause)
@@ -39,7 +39,7 @@ def rounds(count: int, pause: float, **works: Callable[[], object]) -> dict[str,
 
 
 def compare_starts(lab: Lab) -> None:
-    """A boot to its shell, and the fixture `vm`: set-up alone, and with its end and leak check."""
+    """Compare a boot to its shell with the fixture `vm`: set-up alone, and set-up with its end and leak check."""
     setup: list[float] = []
 
     def boot() -> None:

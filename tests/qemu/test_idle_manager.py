@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A manager is small: it does not load what only other programs, or rare options, need."""
+"""Tests that a manager does not load modules that only other programs, or rare options, need."""
 
 import sys
 from pathlib import Path

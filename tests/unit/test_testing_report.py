@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The parts of a failed test's report that need no machine."""
+"""Tests the parts of a failed test's report that need no machine."""
 
 from vmspawn.qmp.events import Event
 from vmspawn.testing import report

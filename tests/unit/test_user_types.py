@@ -55,7 +55,7 @@ asyncio.run(main())
 
 
 def expected_errors() -> dict[int, list[str]]:
-    """The codes that mypy may have for each wrong line, by its number."""
+    """Return the codes that mypy may have for each wrong line, by the line's number."""
     marks = {number: re.search(r"# error: (\S+)$", line) for number, line in enumerate(PROGRAM.splitlines(), 1)}
     return {number: mark[1].split("|") for number, mark in marks.items() if mark}
 
