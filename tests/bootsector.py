@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes guests of a few bytes: boot sectors that write to one I/O port and halt."""
+"""Makes guests of a few bytes: boot sectors that do one thing and halt."""
 
 from pathlib import Path
 
@@ -17,6 +17,9 @@ IB700 = 0x443
 AT_ONCE = 0x0F
 
 
+_HALT = b"\xfb\xf4\xeb\xfd"  # sti; hlt; jmp to hlt
+
+
 def make_boot_sector(path: Path, port: int, value: int) -> Path:
     """Make a raw image that boots, writes 16 bits to an I/O port, and halts."""
     code = b"".join(
@@ -24,10 +27,27 @@ def make_boot_sector(path: Path, port: int, value: int) -> Path:
             b"\xba" + port.to_bytes(2, "little"),  # mov dx, port
             b"\xb8" + value.to_bytes(2, "little"),  # mov ax, value
             b"\xef" if value > 0xFF else b"\xee",  # out dx, ax; out dx, al
-            b"\xfb\xf4\xeb\xfd",  # sti; hlt; jmp to hlt
         )
     )
+    return _make_image(path, code)
+
+
+def make_reading_boot_sector(path: Path) -> Path:
+    """Make a raw image that boots, reads the first sector of the second disk, and halts."""
+    code = b"".join(
+        (
+            b"\xb8\x01\x02",  # mov ax, 0x0201: read one sector
+            b"\xbb\x00\x80",  # mov bx, 0x8000: to here
+            b"\xb9\x01\x00",  # mov cx, 1: cylinder 0, sector 1
+            b"\xba\x81\x00",  # mov dx, 0x81: head 0, second disk
+            b"\xcd\x13",  # int 0x13
+        )
+    )
+    return _make_image(path, code)
+
+
+def _make_image(path: Path, code: bytes) -> Path:
     with open(path, "wb") as file:
-        file.write(code.ljust(510, b"\0") + b"\x55\xaa")
+        file.write((code + _HALT).ljust(510, b"\0") + b"\x55\xaa")
         file.truncate(1 << 20)
     return path

@@ -1,82 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests each verb in each run state that a QEMU without an operating system can enter.
 
-guest/test_failing_disks tests `io-error`. `internal-error` needs KVM, and in `save-vm` QEMU answers no monitor.
+`internal-error` needs KVM, and in `save-vm` QEMU answers no monitor.
 """
 
 import asyncio
-import contextlib
 import json
 import typing
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.bootsector import ACPI_CONTROL, AT_ONCE, IB700, PANICKED, PVPANIC, SOFT_OFF, SUSPEND_TO_RAM, make_boot_sector
+from tests.bootsector import ACPI_CONTROL, SUSPEND_TO_RAM, make_boot_sector
 from tests.commands import one_line, spawned, vmctl
-from tests.conftest import make_raw
-from tests.machines import Machine, idle_machine
+from tests.machines import idle_machine
+from tests.qemu.run_states import machine_in, qemu_state, until
 from vmspawn.errors import NotSupported
 from vmspawn.machine.run_states import RULES
-
-#: QEMU's options, and the guest's write to a port, for the states that the guest enters by itself.
-_BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
-    "prelaunch": (("-S",), None),
-    "inmigrate": (("-incoming", "defer"), None),
-    "guest-panicked": (("-device", "pvpanic", "-action", "panic=pause"), (PVPANIC, PANICKED)),
-    "watchdog": (("-device", "ib700", "-action", "watchdog=pause"), (IB700, AT_ONCE)),
-    "shutdown": (("-no-shutdown",), (ACPI_CONTROL, SOFT_OFF)),
-    "suspended": ((), (ACPI_CONTROL, SUSPEND_TO_RAM)),
-    "running": ((), None),
-    "paused": ((), None),
-    "postmigrate": ((), None),
-    "finish-migrate": ((), None),
-}
-
-
-@contextlib.asynccontextmanager
-async def machine_in(state: str, qemu: str, folder: Path) -> AsyncIterator[Machine]:
-    """Run a machine in a run state."""
-    arguments, write = _BY_ITSELF[state]
-    image = make_boot_sector(folder / "boot", *write) if write else make_raw(folder / "boot", 1 << 20)
-    async with contextlib.AsyncExitStack() as closing:
-        machine = await closing.enter_async_context(
-            idle_machine(qemu, folder, image=str(image), qemu_arguments=arguments)
-        )
-        if state == "paused":
-            await machine.pause()
-        elif state in ("postmigrate", "finish-migrate"):
-            if state == "postmigrate" and machine.inner._started.binary.namespaces:
-                pytest.skip("this QEMU crashes as it saves the empty NVMe controller that namespaces need")
-            await _migrate(machine, folder, closing, hold=state == "finish-migrate")
-        await until(machine, state)
-        yield machine
-
-
-async def _migrate(machine: Machine, folder: Path, closing: contextlib.AsyncExitStack, *, hold: bool) -> None:
-    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(1 << 16):
-            pass
-        writer.close()
-
-    server = await asyncio.start_unix_server(swallow, folder / "there")
-    closing.callback(server.close)
-    capability = {"capability": "pause-before-switchover", "state": hold}
-    await machine.monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
-    await machine.monitor.execute("migrate", {"uri": f"unix:{folder / 'there'}"})
-
-
-async def qemu_state(machine: Machine) -> str:
-    return str((await machine.monitor.execute("query-status"))["status"])
-
-
-async def until(machine: Machine, *states: str) -> None:
-    """Wait until QEMU is in one of the states. A change by a migration has no event."""
-    async with asyncio.timeout(15):
-        while await qemu_state(machine) not in states:  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.02)
-
 
 #: By state and verb: the next state, or None if the verb is refused.
 _EXPECTED: dict[str, dict[str, str | None]] = {
@@ -90,6 +31,7 @@ _EXPECTED: dict[str, dict[str, str | None]] = {
         "reboot": "guest-panicked",
         "poweroff": None,
     },
+    "io-error": {"pause": "io-error", "resume": "io-error", "reboot": "io-error", "poweroff": "io-error"},
     "watchdog": {"pause": "watchdog", "resume": "running", "reboot": "watchdog", "poweroff": "watchdog"},
     "shutdown": {"pause": "shutdown", "resume": None, "reboot": "shutdown", "poweroff": None},
     "suspended": {"resume": "running", "reboot": "suspended", "poweroff": "running"},
@@ -98,7 +40,7 @@ _EXPECTED: dict[str, dict[str, str | None]] = {
 }
 
 #: States of a guest that has stopped by itself. A reset makes it run, and stop again in the same way.
-_RUN_AGAIN = ("guest-panicked", "watchdog", "shutdown", "suspended")
+_RUN_AGAIN = ("guest-panicked", "io-error", "watchdog", "shutdown", "suspended")
 
 _CASES = [(state, verb) for state, verbs in _EXPECTED.items() for verb in verbs]
 
@@ -123,6 +65,9 @@ async def test_a_verb_has_the_effect_in_the_table(state: str, verb: str, qemu: s
             if verb == "reboot" and state in _RUN_AGAIN:
                 # The guest has run, and stopped again in the same way.
                 await _event(events, "RESET")
+                await _event(events, "RESUME")
+            elif verb == "resume" and expected == state == "io-error":
+                # It repeated the request.
                 await _event(events, "RESUME")
             await until(machine, expected)
         assert await machine.status() == expected

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigNotSupported, StorageImmutable, StoragePending, SystemFailure, VmspawnError
 from ..hotplug.attachment import State
 from ..timeouts import TRAY_TIMEOUT
-from . import admission, displaced, images, media, swap
+from . import admission, displaced, images, inactive_images, media, swap
 from .attached_disk import AttachedDisk
 from .backing import Backing
 from .context import Context
@@ -57,7 +57,7 @@ class Changes:
         async def work() -> int:
             return await swap.replace(self._context, attachment, image, shrink=shrink)
 
-        return await self._change(attachment, work, "replacing", image)
+        return await self._change(attachment, work, "replacing", image, needs_active=True)
 
     async def resize(self, name: str, size: int | None = None, *, shrink: bool = False) -> int:
         """Resize a disk and its image while the guest uses the disk; returns the new size in bytes.
@@ -70,7 +70,7 @@ class Changes:
         async def work() -> int:
             return await resize_disk(self._context, attachment, size, shrink=shrink)
 
-        return await self._change(attachment, work, "resizing")
+        return await self._change(attachment, work, "resizing", needs_active=True)
 
     async def limit(self, name: str, limits: Limits) -> None:
         """Change a disk's I/O limits; the default Limits remove them. Raises NoSuchStorage, BadConfig or QmpError."""
@@ -135,10 +135,13 @@ class Changes:
         work: Callable[[], Coroutine[Any, Any, _T]],
         doing: str,
         image: Image | None = None,
+        *,
+        needs_active: bool = False,
     ) -> _T:
         """Run a change of an attached disk exclusively, and to its end even if the caller is cancelled.
 
         `image` is the disk's new image, if any; its descriptor is closed if the change does not begin.
+        `needs_active` is true for a change that QEMU cannot make to inactive images.
         """
 
         async def alone() -> _T:
@@ -148,6 +151,8 @@ class Changes:
                         image.close_backing()
                     raise StoragePending(f"{attachment.name} is {attachment.state}", hint="try again when that is done")
                 try:
+                    if needs_active:
+                        await inactive_images.check(self._context)
                     await displaced.check(self._context, attachment)
                 except VmspawnError:
                     if image is not None:

@@ -16,7 +16,7 @@ from ..hotplug import recovery
 from ..hotplug.attachment import State
 from ..hotplug.places import controller_of
 from ..hotplug.qemu_objects import FDSET, OBJECT, QemuObject
-from . import buses, displaced, failures, image_nodes, images, media, swap
+from . import buses, displaced, failures, image_nodes, images, inactive_images, media, swap
 from .attached_disk import AttachedDisk
 from .block_graph import BlockGraph
 from .context import Context
@@ -114,7 +114,11 @@ class Adoption:
         self._context.register.save()
         for other in attachment.images[1:]:
             await images.close_when_unused(self._hotplug, attachment, other)
-        if buses.TABLE[attachment.disk.bus].is_resizable and not attachment.read_only:
+        if not buses.TABLE[attachment.disk.bus].is_resizable or attachment.read_only:
+            return
+        if await inactive_images.are_inactive(self._context):
+            self.notes.append(f"{attachment.name} may have another size than its image; resize it once the guest runs")
+        else:
             await follow_image(self._context, attachment)
 
     async def _notice_displacement(self, attachment: AttachedDisk) -> None:

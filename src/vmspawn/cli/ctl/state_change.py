@@ -7,17 +7,23 @@ import argparse
 import sys
 
 from ...control.client import Client, VarlinkError
+from ...errors import NotConnected
 from ...machine import run_states
 from .replies import INSTANCE
 
 
 def change(options: argparse.Namespace, client: Client) -> None:
-    """Perform a verb of `run_states`. Raises NotSupported with the reason if the run state does not allow it."""
+    """Perform a verb of `run_states`.
+
+    Raises NotSupported with the reason if the run state does not allow it, NotConnected if QEMU has ended.
+    """
     status = client.call(f"{INSTANCE}.Describe")["status"]
     try:
         client.call(f"{INSTANCE}.{options.method}")
     except VarlinkError as error:
         # Errors of systemd's interface have no reason.
+        if error.name == f"{INSTANCE}.NotConnected":
+            raise NotConnected("QEMU closed its monitor", hint="see: vmctl list") from None
         if error.name != f"{INSTANCE}.NotSupported":
             raise
         raise run_states.refusal(options.verb, status) from None

@@ -23,7 +23,7 @@ from ..syntax import replies
 from ..syntax.envelope import USUAL, Command, Refusal, read, usual
 from ..syntax.replies import COMMAND_NOT_FOUND, Reply
 from ..syntax.scanner import Scanner
-from . import read_only, sandbox, unsavable
+from . import crashes, read_only, sandbox
 from .connection import Connection
 from .descriptors import CONSUMING, WATCHED, Descriptors
 from .negotiation import Greeting
@@ -278,8 +278,8 @@ class Session:
             problem = sandbox.refusal(command)
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
-        if command.name in unsavable.SAVERS and not command.is_oob and unsavable.saves(command):
-            return self._inquire(command, unsavable.questions(command), None)
+        if command.name in crashes.RULES and not command.is_oob:
+            return self._inquire(command, crashes.questions(command), None)
         self._submit(command)
 
     def _submit(self, command: Command) -> None:
@@ -300,7 +300,7 @@ class Session:
         else:
             self._schedule.submit(call)
 
-    def _inquire(self, command: Command, questions: unsavable.Questions, answer: object) -> None:
+    def _inquire(self, command: Command, questions: crashes.Questions, answer: object) -> None:
         """Send QEMU the next question about a waiting command; after the last answer, run or refuse the command."""
         try:
             body = questions.send(answer)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tells whether QEMU's images are inactive, so that another QEMU may use them.
+
+They are so before an incoming state has come, and from the end of a save until `cont`, across resets. QEMU 7.2 does not
+report it for a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Run states in which images may be inactive, with the reason.
+MIGRATION_STATES = {
+    "inmigrate": "its state has not come yet",
+    "postmigrate": "its state was migrated or saved",
+    "prelaunch": "its state was migrated or saved, and it was reset since",
+}
+
+
+def is_inactive(status: str, migration: Mapping[str, Any]) -> bool:
+    """Whether images are inactive, by what query-status and query-migrate return.
+
+    True as well for a guest that ran after a save, and was stopped and reset.
+    """
+    if status == "prelaunch":
+        return migration.get("status") == "completed"
+    return status in MIGRATION_STATES

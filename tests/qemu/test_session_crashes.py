@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands that crash QEMU: a session refuses them where this QEMU has the fault, and vmspawn does not send them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import make_raw
+from tests.machines import Machine, idle_machine
+from tests.qemu.bare_qemu import bare
+from tests.qemu.run_states import machine_in, migrate, until
+from vmspawn import Disk
+from vmspawn.errors import NotSupported, QmpError
+from vmspawn.qmp.monitor import Command, Monitor
+
+Words = tuple[str, dict[str, Any]]
+
+DEVICE = ("-blockdev", "null-co,node-name=n", "-device", "virtio-blk-pci,id=d,drive=n")
+BACKEND = "/machine/peripheral/d/virtio-backend"
+
+STATUS: tuple[Words, ...] = (
+    ("x-query-virtio-status", {"path": BACKEND}),
+    ("human-monitor-command", {"command-line": f"info virtio-status {BACKEND}"}),
+)
+SAME_NODE: tuple[Words, ...] = (
+    ("qom-set", {"path": "/machine/peripheral/d", "property": "drive", "value": "n"}),
+    ("qom-set", {"path": BACKEND, "property": "drive", "value": "n"}),
+    ("human-monitor-command", {"command-line": 'qom-set /machine/peripheral/d "drive" n'}),
+)
+
+
+def name_of(command: Words) -> str:
+    return str(command[1].get("command-line", "-".join((command[0], *map(str, command[1].values())))))
+
+
+def kills(qemu: str, command: Words) -> bool:
+    """Whether a QEMU ends when a monitor of its own is sent the command."""
+    with bare(qemu, "q35", *DEVICE) as client:
+        client.send(json.dumps({"execute": command[0], "arguments": command[1]}).encode())
+        while b'"event"' in (line := client.line()):
+            pass
+        # QEMU may answer before it fails.
+        with contextlib.suppress(BrokenPipeError):
+            client.send(b'{"execute":"query-status"}')
+        return not line or not client.line()
+
+
+async def is_refused(session: Monitor, command: Words) -> bool:
+    """Whether a session refuses the command. QEMU answers afterwards."""
+    (found,) = await session.execute_all([Command(*command)])
+    assert (await session.execute("query-status"))["status"]
+    return f"command {command[0]} is refused: " in str(found)
+
+
+@pytest.mark.parametrize("command", [*STATUS, *SAME_NODE], ids=name_of)
+async def test_a_session_refuses_exactly_what_would_end_this_qemu(qemu: str, tmp_path: Path, command: Words) -> None:
+    fatal = kills(qemu, command)
+    async with idle_machine(qemu, tmp_path, qemu_arguments=DEVICE) as machine, machine.qmp() as session:
+        assert await is_refused(session, command) is fatal
+
+
+async def test_the_neighbours_of_such_a_command_reach_qemu(qemu: str, tmp_path: Path) -> None:
+    neighbours: tuple[Words, ...] = (
+        ("qom-set", {"path": "/machine/peripheral/d", "property": "drive", "value": "nonexistent"}),
+        ("qom-set", {"path": "/machine/peripheral/d", "property": "drive", "value": ""}),
+        ("qom-set", {"path": "/machine/peripheral/d", "property": "write-cache", "value": "n"}),
+        ("qom-set", {"path": 7, "property": "drive", "value": ["n"]}),
+        ("human-monitor-command", {"command-line": "qom-set /machine/peripheral/d"}),
+        ("human-monitor-command", {"command-line": "info version"}),
+        ("x-query-virtio", {}),
+        ("block_resize", {"node-name": "n", "size": 1 << 20}),
+        ("block_resize", {"size": "large"}),
+    )
+    async with idle_machine(qemu, tmp_path, qemu_arguments=DEVICE) as machine, machine.qmp() as session:
+        for command in neighbours:
+            assert not await is_refused(session, command)
+
+
+@contextlib.asynccontextmanager
+async def with_inactive_images(state: str, qemu: str, folder: Path) -> AsyncIterator[tuple[Machine, str]]:
+    """A machine whose images are inactive, with a disk; its node comes with it."""
+    async with contextlib.AsyncExitStack() as closing:
+        if state == "inmigrate":
+            machine = await closing.enter_async_context(machine_in(state, qemu, folder))
+        else:
+            machine = await closing.enter_async_context(idle_machine(qemu, folder))
+            await machine.attach(Disk(str(make_raw(folder / "disk.raw", 1 << 20)), name="disk"))
+            await migrate(machine, folder, closing)
+            await until(machine, "postmigrate")
+        if state == "prelaunch":
+            await machine.reboot()
+            await until(machine, "prelaunch")
+        name = "disk" if state != "inmigrate" else next(each.name for each in machine.storage)
+        yield machine, machine.disk(name).identifiers.pivot
+
+
+@pytest.mark.parametrize("state", ["postmigrate", "prelaunch", "inmigrate"])
+async def test_a_session_resizes_no_inactive_image(qemu: str, tmp_path: Path, state: str) -> None:
+    async with with_inactive_images(state, qemu, tmp_path) as (machine, node), machine.qmp() as session:
+        with pytest.raises(QmpError, match=r"is inactive|inactive node"):
+            await session.execute("block_resize", {"node-name": node, "size": 2 << 20})
+        assert (await session.execute("query-status"))["status"] == state
+
+
+@pytest.mark.parametrize("state", ["postmigrate", "prelaunch"])
+async def test_an_inactive_image_is_changed_once_the_guest_runs_again(qemu: str, tmp_path: Path, state: str) -> None:
+    larger = make_raw(tmp_path / "larger.raw", 4 << 20)
+    async with with_inactive_images(state, qemu, tmp_path) as (machine, _):
+        for change in (machine.resize("disk", 2 << 20), machine.replace("disk", str(larger))):
+            with pytest.raises(NotSupported, match=f"cannot change images while the guest is {state}") as caught:
+                await change
+            assert "resume" in caught.value.hint
+        assert await machine.status() == state
+        assert str(larger) not in str(await machine.monitor.execute("query-fdsets"))
+        await machine.resume()
+        assert await machine.resize("disk", 2 << 20) == 2 << 20
+        assert await machine.replace("disk", str(larger)) == 4 << 20
