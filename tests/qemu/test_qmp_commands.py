@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -137,6 +138,46 @@ def test_a_raw_stream_that_takes_no_more_is_an_error(machine_to_end: Spawned, tm
     assert done.returncode == 1
     assert done.stderr.startswith("vmctl: lost the session before it took all commands")
     assert done.stdout.count("return") == 2
+
+
+@pytest.mark.parametrize("victim", ["QEMU", "manager"])
+def test_a_raw_stream_that_is_cut_off_after_its_input_ended_is_an_error(machine_to_end: Spawned, victim: str) -> None:
+    qemu = qemu_pid(machine_to_end.name)
+    with subprocess.Popen(
+        [*VMCTL, "qmp", machine_to_end.name, "--stdio"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as session:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        assert session.stderr is not None
+        session.stdin.write('{"execute":"qmp_capabilities"}')
+        session.stdin.flush()
+        assert "QMP" in session.stdout.readline()
+        assert "return" in session.stdout.readline()
+        # It answers nothing from now on.
+        os.kill(qemu, signal.SIGSTOP)
+        session.stdin.write('{"execute":"query-name"} {"execute":"query-status"}')
+        session.stdin.close()
+        deadline = time.monotonic() + DEADLINE
+        while not session_of(machine_to_end, session.pid)["queued"]:
+            assert time.monotonic() < deadline, "the session took no command"
+        os.kill(qemu if victim == "QEMU" else machine_to_end.process.pid, signal.SIGKILL)
+        assert session.wait(DEADLINE) == 1
+        message = session.stderr.read()
+    if victim == "QEMU":
+        assert message == "vmctl: lost the session before it answered 2 commands\n"
+    else:
+        assert "the manager of machine" in message
+        os.kill(qemu, signal.SIGKILL)
+
+
+def session_of(machine: Spawned, pid: int) -> dict[str, Any]:
+    """What the manager knows of a client's session."""
+    found = json.loads(vmctl("list-sessions", machine.name, "--json=short").stdout)
+    return next(entry for entry in found if entry["processId"] == pid)
 
 
 def test_sessions_are_listed_with_their_clients(machine: Spawned) -> None:

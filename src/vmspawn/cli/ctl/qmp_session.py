@@ -12,6 +12,7 @@ from typing import Any
 
 from ...console.streams import Output
 from ...errors import NotConnected, QmpError, Timeout, UsageError
+from .qmp_tally import Tally
 
 _STDIN, _STDOUT = 0, 1
 
@@ -92,7 +93,8 @@ class Session:
 def relay(connected: socket.socket, received: bytes) -> bool:
     """Copy standard input to the socket, and the socket to standard output, until the socket ends.
 
-    Returns whether it ended before standard input. Raises NotConnected if it ended before it took all input.
+    Returns whether it ended before standard input. Raises NotConnected if it ended before it took all input, or
+    answered all commands.
     """
     connected.setblocking(False)
     output = Output(_STDOUT)
@@ -111,6 +113,8 @@ class _Relay:
         self._to_socket = b""
         self._to_output = received
         self._is_input_open = True
+        self._tally = Tally()
+        self._tally.receive(received)
         #: The reason why sending failed, or an empty string.
         self._lost = ""
 
@@ -126,6 +130,9 @@ class _Relay:
                 self._write_output()
         if self._lost or self._to_socket:
             raise NotConnected(f"lost the session before it took all commands{self._lost}")
+        if not self._is_input_open and (unanswered := self._tally.unanswered):
+            commands = "1 command" if unanswered == 1 else f"{unanswered} commands"
+            raise NotConnected(f"lost the session before it answered {commands}")
         return self._is_input_open
 
     def _wait(self, is_open: bool) -> set[int]:
@@ -160,11 +167,13 @@ class _Relay:
             return True
         except OSError as error:
             self._lost = f": {error.strerror}"
+        self._tally.receive(self._to_output)
         return bool(self._to_output)
 
     def _read_input(self) -> None:
         data = os.read(_STDIN, _RECEIVE_SIZE)
         self._to_socket += data
+        self._tally.send(data)
         if not data:
             self._is_input_open = False
             self._shut_down_after_last()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Counts the commands of a QMP stream that were not answered, to tell a stream that was cut off from one that ended."""
+
+from __future__ import annotations
+
+import re
+
+#: Bytes that open and close messages and strings; QEMU accepts strings in single quotes as well.
+_MARK = re.compile(rb'["\'\\{}\[\]]')
+
+_OPENING = b"{["
+_LINE_OF_NO_REPLY = (b'{"timestamp"', b'{"QMP"')
+_LINE_BEGINNING = max(map(len, _LINE_OF_NO_REPLY))
+
+
+class Tally:
+    """Counts messages and replies. Input that is not JSON gets as many errors as it has messages, or more."""
+
+    def __init__(self) -> None:
+        self._sent = self._answered = 0
+        self._depth = 0
+        self._quote = b""
+        # Whether the next byte is escaped.
+        self._is_escaped = False
+        self._line = b""
+
+    @property
+    def unanswered(self) -> int:
+        """The complete messages that have no reply."""
+        return max(0, self._sent - self._answered)
+
+    def send(self, data: bytes) -> None:
+        """Count the messages that end in a piece of what is sent."""
+        escaped = 0 if self._is_escaped else -1
+        for mark in _MARK.finditer(data):
+            if mark.start() == escaped:
+                continue
+            if self._quote:
+                escaped = self._in_string(mark, escaped)
+            elif mark[0] in b"\"'":
+                self._quote = mark[0]
+            elif mark[0] in _OPENING:
+                self._depth += 1
+            elif mark[0] != b"\\" and self._depth:
+                self._depth -= 1
+                self._sent += not self._depth
+        self._is_escaped = bool(data) and escaped == len(data)
+
+    def _in_string(self, mark: re.Match[bytes], escaped: int) -> int:
+        """Take a mark inside a string; returns the offset of the byte that is escaped."""
+        if mark[0] == b"\\":
+            return mark.end()
+        if mark[0] == self._quote:
+            self._quote = b""
+        return escaped
+
+    def receive(self, data: bytes) -> None:
+        """Count the replies that end in a piece of what is received."""
+        *ended, last = data.split(b"\n")
+        for rest in ended:
+            line = self._line + rest[:_LINE_BEGINNING]
+            self._answered += not line.startswith(_LINE_OF_NO_REPLY)
+            self._line = b""
+        self._line = (self._line + last)[:_LINE_BEGINNING]
