@@ -14,9 +14,10 @@ from tests.conftest import make_raw
 class Loop:
     """A loop device that can be resized while it is in use."""
 
-    def __init__(self, file: Path, size: int) -> None:
+    def __init__(self, file: Path, size: int, *options: str) -> None:
+        """`options` are losetup's. Skips the test where there can be no loop device."""
         self._file = make_raw(file, size)
-        done = _losetup("--find", "--show", str(file))
+        done = _losetup("--find", "--show", *options, str(file))
         if done.returncode:
             pytest.skip(f"there are no loop devices here: {done.stderr.strip()}")
         self.path = done.stdout.strip()
@@ -25,6 +26,12 @@ class Loop:
         """Resize the device."""
         os.truncate(self._file, size)
         assert _losetup("--set-capacity", self.path).returncode == 0
+
+    def __enter__(self) -> "Loop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Remove the device."""

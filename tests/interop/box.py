@@ -96,11 +96,11 @@ def is_made() -> bool:
 
 def make() -> None:
     """Build the tree by debootstrap, from the mirror that this host's apt is set to. Raises BoxError."""
+    if TREE.exists():
+        raise BoxError(f"there is a box already, in {TREE}; to make another, first: rm -r {TREE}")
     debootstrap = shutil.which("debootstrap")
     if debootstrap is None:
         raise BoxError("debootstrap is not installed")
-    if TREE.exists():
-        raise BoxError(f"there is a box already, in {TREE}; to make another, first: rm -r {TREE}")
     partial = TREE.with_name(TREE.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     scripts = Path("/usr/share/debootstrap/scripts")

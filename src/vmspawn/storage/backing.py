@@ -4,6 +4,7 @@
 QEMU opens none of the user's paths; vmspawn opens them as the user, and passes the descriptors to QEMU.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -67,6 +68,9 @@ def open_disk(path: str, *, read_only: bool) -> Backing:
         raise
 
 
+#: The ioctl that returns whether a block device is read-only, as an int (linux/fs.h).
+_BLKROGET = 0x125E
+
 #: Hints for a file that can be read but not written: by its permissions, or by its file system or device.
 _READ_ONLY_HINTS = ("attach it read-only, or change its permissions", "attach it read-only, or attach a copy")
 
@@ -104,12 +108,21 @@ def inspect_descriptor(fd: int, *, what: str = "the descriptor", read_only: bool
     if read_only and access == os.O_RDWR:
         fd = _reopen_read_only(fd, what)
         access = os.O_RDONLY
+    if block and access == os.O_RDWR and _is_read_only_device(fd):
+        raise SystemFailure(f"cannot write to {what}", errno.EROFS, hint=_READ_ONLY_HINTS[True])
     identity = (found.st_rdev,) if block else (found.st_dev, found.st_ino)
     size = os.lseek(fd, 0, os.SEEK_END) if block else found.st_size
     backing = Backing(fd, block, access == os.O_RDWR, identity, size)
     # The user's cache mode decides whether the disk bypasses the page cache; reading the header must not bypass it.
     set_direct(backing, False, what=what)
     return backing
+
+
+def _is_read_only_device(fd: int) -> bool:
+    """Whether a block device takes no writes, though root can open it for writing."""
+    with contextlib.suppress(OSError):
+        return bool.from_bytes(fcntl.ioctl(fd, _BLKROGET, bytes(4)))
+    return False
 
 
 def _kind(mode: int) -> str:
