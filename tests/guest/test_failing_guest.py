@@ -3,10 +3,11 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 
-from tests.commands import spawned, vmctl
+from tests.commands import qemu_pid, spawned, vmctl
 from vmspawn.guest import builtin
 from vmspawn.manager.shutdown import FAILED_GUEST_TIMEOUT
 
@@ -43,3 +44,13 @@ def test_a_loop_of_panics_and_reboots_is_reported(kernel: tuple[str, ...]) -> No
         machine.wait_for(f"the guest has reset itself 3 times in a row and may never come up; {PANIC}")
         assert machine.terminate()
         assert machine.wait() == 1
+
+
+def test_a_users_kernel_gets_the_argument_that_emulation_needs(kernel: tuple[str, ...]) -> None:
+    """QEMU has it on its command line, ahead of the user's own, and -v tells so."""
+    with spawned(*kernel, "-v", "--kvm=no", "--qemu-arg=-S", "quiet") as machine:
+        machine.wait_for("is running")
+        command = Path(f"/proc/{qemu_pid(machine.name)}/cmdline").read_text().split("\0")
+        assert command[command.index("-append") + 1].split()[-2:] == ["no_timer_check", "quiet"]
+        (line,) = (line for line in machine.output["stderr"].splitlines() if "no_timer_check" in line)
+        assert line.startswith("vmspawn: ")
