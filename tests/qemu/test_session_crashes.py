@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -121,3 +122,40 @@ async def test_an_inactive_image_is_changed_once_the_guest_runs_again(qemu: str,
         await machine.resume()
         assert await machine.resize("disk", 2 << 20) == 2 << 20
         assert await machine.replace("disk", str(larger)) == 4 << 20
+
+
+async def test_a_save_and_a_controller_that_cannot_be_saved_exclude_each_other(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        saving = machine.inner.hotplug.saving
+        async with machine.qmp() as session:
+            async with saving.device_comes():
+                for command in (
+                    ("migrate", {"uri": "unix:/nonexistent"}),
+                    ("human-monitor-command", {"command-line": "savevm tag"}),
+                ):
+                    assert await is_refused(session, command)
+            # Commands that were run, refused by QEMU, and sent by a client that is gone, hold nothing up any more.
+            assert not await is_refused(session, ("migrate", {"uri": "unix:/nonexistent"}))
+            assert not await is_refused(
+                session, ("qom-set", {"path": "/nonexistent", "property": "drive", "value": "n"})
+            )
+            leaving = asyncio.create_task(session.execute("x-query-virtio-status", {"path": BACKEND}))
+            await asyncio.sleep(0)
+        await asyncio.gather(leaving, return_exceptions=True)
+        async with asyncio.timeout(10), saving.device_comes():
+            pass
+
+
+async def test_a_controller_waits_until_a_save_has_begun(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        if not machine.inner._started.binary.namespaces:
+            pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
+        machine.inner.hotplug.saving.begin()
+        disk = Disk(str(make_raw(tmp_path / "disk.raw", 1 << 20)), name="disk", bus="nvme-ns")
+        attaching = asyncio.create_task(machine.attach(disk))
+        # Another disk comes meanwhile.
+        await machine.attach(Disk(str(make_raw(tmp_path / "other.raw", 1 << 20)), name="other"))
+        devices = await machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})
+        assert "nvme0" not in {each["name"] for each in devices}
+        machine.inner.hotplug.saving.end()
+        await attaching

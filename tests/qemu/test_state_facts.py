@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,3 +133,28 @@ def test_qemu_reports_the_reason_of_its_end_and_exits_with_0(machine: Monitor, n
     assert machine.event("SHUTDOWN") == {"guest": False, "reason": reason}
     assert machine.at_end()
     assert machine.machine.process.wait(DEADLINE) == 0
+
+
+def test_no_device_comes_while_a_migration_runs(qemu: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as there, bare(qemu, "q35") as monitor:
+        there.bind(str(tmp_path / "there"))
+        there.listen()
+        there.settimeout(DEADLINE)
+        capability = {"capability": "pause-before-switchover", "state": True}
+        monitor.succeed("migrate-set-capabilities", capabilities=[capability])
+        monitor.succeed("migrate", uri=f"unix:{tmp_path / 'there'}")
+        connected, _ = there.accept()
+        with connected:
+            reader = threading.Thread(target=read_all, args=(connected,))
+            reader.start()
+            # It ends with QEMU.
+            refusal = monitor.fail("device_add", driver="virtio-rng-pci", bus="port0", addr="0x0")
+            assert refusal == "device_add not allowed while migrating"
+            monitor.machine.kill()
+            reader.join(DEADLINE)
+
+
+def read_all(connected: socket.socket) -> None:
+    """Read a socket until its other end is closed."""
+    while connected.recv(1 << 16):
+        pass

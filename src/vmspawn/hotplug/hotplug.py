@@ -20,6 +20,7 @@ from ..errors import QmpError, SystemFailure, Timeout, VmspawnError
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
+from ..qmp.saving import Saving
 from . import pending
 from .attachment import Attachment, Removal, State
 from .journal import Journal
@@ -40,13 +41,15 @@ _UNWIND_TIMEOUT = 10.0
 class Hotplug:
     """The attachments of a running machine."""
 
-    def __init__(self, monitor: Monitor, run_state: RunState, journal: Journal) -> None:
+    def __init__(self, monitor: Monitor, run_state: RunState, journal: Journal, saving: Saving | None = None) -> None:
         self.monitor: Final = monitor
         self.run_state: Final = run_state
         self.journal: Final = journal
         self.tasks: Final = Tasks()
         #: Entered by each change of an attachment, except while it waits for the guest. A save closes the gate.
         self.gate: Final = Gate()
+        #: Kept from beginning while a device comes that QEMU cannot save, and the other way round.
+        self.saving: Final = saving or Saving()
         self._registers: dict[str, Register[Any]] = {}
         self._on_refused: dict[str, Callable[[Any, VmspawnError], Awaitable[str]]] = {}
         #: Objects whose removal QEMU 7.2 delays until the guest runs again.

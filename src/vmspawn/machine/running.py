@@ -27,6 +27,7 @@ from ..hotplug.hotplug import Hotplug
 from ..hotplug.journal import Journal
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
+from ..qmp.saving import Saving
 from ..qmp.transcript import Transcript
 from ..storage.attach import Storage
 from .console_size import Window
@@ -109,11 +110,12 @@ class Running:
             self._journal = open_journal(
                 self.directory, self.config, started.binary, qemu, started.helpers, started.fork
             )
+            saving = Saving()
             self._sessions = Sessions(
-                started.monitors, self._origin.sessions, self._journal, self._transcript, pid=started.pid
+                started.monitors, self._origin.sessions, self._journal, self._transcript, pid=started.pid, saving=saving
             )
             #: What is plugged into the machine.
-            self.hotplug = Hotplug(self.monitor, self._run_state, self._journal)
+            self.hotplug = Hotplug(self.monitor, self._run_state, self._journal, saving)
             #: The machine's disks.
             self.storage = self._open_storage()
             self._watch = Watch(started.helpers)

@@ -12,6 +12,7 @@ from ..boot.sandbox import may_start_programs
 from ..boot.started import Monitors
 from ..boot.state import SavedSessions
 from ..hotplug.journal import Journal
+from ..qmp.saving import Saving
 
 if TYPE_CHECKING:
     from ..qmp.share.multiplexer import Multiplexer
@@ -34,8 +35,10 @@ class Sessions:
         transcript: Transcript | None = None,
         *,
         pid: int,
+        saving: Saving,
     ) -> None:
         self._pid = pid
+        self._saving = saving
         self._transcript = transcript
         self._monitors = monitors
         self._journal = journal
@@ -100,6 +103,7 @@ class Sessions:
             on_names=self._journal.write,
             transcript=self._transcript,
             may_spawn=may_start_programs(self._pid),
+            saving=self._saving,
         )
         return self._multiplexer
 

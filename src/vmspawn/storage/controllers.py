@@ -13,6 +13,7 @@ A controller is an attachment like a disk, of a kind that users do not see. Ther
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,11 @@ class Controllers:
             return
         async with self._plugging[name]:
             await self._wait_gone(name)
-            if self._register.get(name) is None:
+            if self._register.get(name) is not None:
+                return
+            # QEMU 11.1 crashes when it saves the state of the controller of namespaces.
+            can_be_saved = name != NAMESPACE_CONTROLLER
+            async with contextlib.nullcontext() if can_be_saved else self._hotplug.saving.device_comes():
                 await self._hotplug.attach(Controller(name, self._take_place(disk, name), self._layout.pci))
 
     async def _wait_gone(self, name: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from ..inactive import MIGRATION_STATES, is_inactive
+from ..saving import Saving
 from ..syntax.envelope import Command
 
 #: A generator of questions to QEMU. It yields the body of a command, and is sent QEMU's result, or None for an error.
@@ -37,20 +38,22 @@ _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _SINCE_ABORT = "unknown-dev-features2"
 
 
-def questions(command: Command) -> Questions:
-    """Find out whether QEMU would crash on a command of RULES."""
+def questions(command: Command, saving: Saving) -> Questions:
+    """Find out whether QEMU would crash on a command of RULES. The caller has called `saving.begin`."""
     try:
         arguments = msgspec.json.decode(command.arguments or b"{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None  # QEMU will report the error
-    problem = yield from RULES[command.name](arguments)
+    problem = yield from RULES[command.name](arguments, saving)
     return problem and f"The command {command.name.decode()} is refused: {problem}"
 
 
-def _saving(arguments: Mapping[str, Any]) -> Questions:
+def _saving(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     migration = yield b'{"execute":"query-migrate"'
     if migration and migration.get("blocked-reasons"):
         return None  # QEMU refuses the command
+    if saving.is_device_coming:
+        return "a disk on bus nvme-ns is being attached, and QEMU crashes when it saves its controller; try again"
     for folder in _FOLDERS:
         children = yield _ask("qom-list", path=folder)
         for name in [each["name"] for each in children or () if each.get("type") == "child<nvme>"]:
@@ -63,7 +66,7 @@ def _saving(arguments: Mapping[str, Any]) -> Questions:
     return None
 
 
-def _resizing(arguments: Mapping[str, Any]) -> Questions:
+def _resizing(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     status = yield b'{"execute":"query-status"'
     if not status or status["status"] not in MIGRATION_STATES:
         return None
@@ -76,7 +79,7 @@ def _resizing(arguments: Mapping[str, Any]) -> Questions:
     )
 
 
-def _virtio_status(arguments: Mapping[str, Any]) -> Questions:
+def _virtio_status(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     schema = yield b'{"execute":"query-qmp-schema"'
     members = (member["name"] for entry in schema or () for member in entry.get("members", ()) if "name" in member)
     if _SINCE_ABORT not in members:
@@ -84,7 +87,7 @@ def _virtio_status(arguments: Mapping[str, Any]) -> Questions:
     return "this QEMU aborts on it; see the guest's own /sys/bus/virtio for the state of its drivers"
 
 
-def _setting(arguments: Mapping[str, Any]) -> Questions:
+def _setting(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     path, value = arguments.get("path"), arguments.get("value")
     if arguments.get("property") != "drive" or not isinstance(path, str) or not isinstance(value, str):
         return None
@@ -94,21 +97,21 @@ def _setting(arguments: Mapping[str, Any]) -> Questions:
     return f"QEMU aborts when it sets drive to {value}, the node that the device has"
 
 
-def _human(arguments: Mapping[str, Any]) -> Questions:
+def _human(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     """Apply the rules to a command of QEMU's monitor for people."""
     line = str(arguments.get("command-line", ""))
     if _HUMAN_SAVE.match(line):
-        return (yield from _saving({}))
+        return (yield from _saving({}, saving))
     if _HUMAN_STATUS.match(line):
-        return (yield from _virtio_status({}))
+        return (yield from _virtio_status({}, saving))
     if _HUMAN_SET.match(line):
         words = [word.strip("\"'") for word in line.split()]
-        return (yield from _setting(dict(zip(("path", "property", "value"), words[1:], strict=False))))
+        return (yield from _setting(dict(zip(("path", "property", "value"), words[1:], strict=False)), saving))
     return None
 
 
 #: By command, the rule that decides on it.
-RULES: dict[bytes, Callable[[Mapping[str, Any]], Questions]] = {
+RULES: dict[bytes, Callable[[Mapping[str, Any], Saving], Questions]] = {
     b"migrate": _saving,
     b"snapshot-save": _saving,
     b"xen-save-devices-state": _saving,

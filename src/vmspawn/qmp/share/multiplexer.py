@@ -12,6 +12,7 @@ from functools import partial
 
 from ...errors import NotConnected, SystemFailure, Timeout
 from ..limits import DRAIN_TIMEOUT, GREETING_TIMEOUT, SESSIONS
+from ..saving import Saving
 from ..syntax.envelope import Command
 from ..syntax.replies import Reply
 from ..transcript import Transcript
@@ -41,9 +42,11 @@ class Multiplexer:
         on_names: Callable[[], None] = lambda: None,
         transcript: Transcript | None = None,
         may_spawn: bool = True,
+        saving: Saving | None = None,
     ) -> None:
         self._on_lost = on_lost
         self._may_spawn = may_spawn
+        self._saving = saving or Saving()
         self._greeting = main.greeting
         self._main = Upstream(
             main, on_event=self._on_event, on_lost=self._on_monitor_lost, transcript=transcript, name="sessions"
@@ -73,6 +76,7 @@ class Multiplexer:
         on_names: Callable[[], None] = lambda: None,
         transcript: Transcript | None = None,
         may_spawn: bool = True,
+        saving: Saving | None = None,
         timeout: float = GREETING_TIMEOUT,
     ) -> Multiplexer:
         """Wait for QEMU's greeting, negotiate, and return a multiplexer.
@@ -89,7 +93,9 @@ class Multiplexer:
             for each in filter(None, (connected, bulk)):
                 each.close()
             raise
-        return cls(main, second, on_lost=on_lost, on_names=on_names, transcript=transcript, may_spawn=may_spawn)
+        return cls(
+            main, second, on_lost=on_lost, on_names=on_names, transcript=transcript, may_spawn=may_spawn, saving=saving
+        )
 
     def open(
         self,
@@ -119,6 +125,7 @@ class Multiplexer:
             on_left=self._on_left,
             read_only=read_only,
             may_spawn=self._may_spawn,
+            saving=self._saving,
             peer=peer,
             initial=initial,
         )

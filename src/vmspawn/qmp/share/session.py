@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from .. import limits
+from ..saving import Saving
 from ..syntax import replies
 from ..syntax.envelope import USUAL, Command, Refusal, read, usual
 from ..syntax.replies import COMMAND_NOT_FOUND, Reply
@@ -57,8 +58,9 @@ class Session:
     """
 
     __slots__ = (
-        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_loop",
-        "_may_spawn", "_on_left", "_oob", "_overtaking", "_queue", "_running", "_scanner", "_schedule", "_scheduled",
+        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_inquires",
+        "_loop", "_may_spawn", "_on_left", "_oob", "_overtaking", "_queue", "_running", "_saving", "_scanner",
+        "_schedule", "_scheduled",
         "bytes_in", "commands", "events", "peer", "read_only", "state",
     )  # fmt: skip
 
@@ -72,6 +74,7 @@ class Session:
         on_left: Callable[[Session], None],
         read_only: bool,
         may_spawn: bool,
+        saving: Saving,
         peer: Peer | None,
         initial: bytes,
     ) -> None:
@@ -90,6 +93,9 @@ class Session:
         self._greeting = greeting
         self._schedule = schedule
         self._descriptors = descriptors
+        self._saving = saving
+        # Whether a command runs that QEMU is or was asked questions about.
+        self._inquires = False
         self._on_left = on_left
         self._loop = asyncio.get_running_loop()
         self._scanner = Scanner(greeting.dialect)
@@ -279,11 +285,13 @@ class Session:
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
         if command.name in crashes.RULES and not command.is_oob:
-            return self._inquire(command, crashes.questions(command), None)
+            self._saving.begin()
+            self._inquires = True
+            return self._inquire(command, crashes.questions(command, self._saving), None)
         self._submit(command)
 
     def _submit(self, command: Command) -> None:
-        call = Call(command, self._on_reply)
+        call = Call(command, self._on_last_reply if self._inquires else self._on_reply)
         if _is_watched(command):
             problem = self._descriptors.claim(self, command)
             if problem is not None:
@@ -308,17 +316,29 @@ class Session:
             self._running = None
             if end.value is None:
                 return self._submit(command)
+            self._end_inquiry()
             self._connection.write(replies.failure(end.value, id=command.id))
             return self._next()
 
         def on_answer(_: Call, reply: Reply) -> None:
             if self.state is State.CLOSED:
                 self._running = None
+                self._end_inquiry()
                 return self._check_left()
             self._inquire(command, questions, replies.returned(reply))
 
         self._running = Call(Command(body), on_answer)
         self._schedule.submit(self._running)
+
+    def _end_inquiry(self) -> None:
+        if self._inquires:
+            self._inquires = False
+            self._saving.end()
+
+    def _on_last_reply(self, call: Call, reply: Reply) -> None:
+        """Take the reply to a command that QEMU was asked questions about."""
+        self._end_inquiry()
+        self._on_reply(call, reply)
 
     def _is_movable(self, call: Call) -> bool:
         """Return whether a large command may go to another monitor, which lacks this monitor's descriptors."""
@@ -399,6 +419,7 @@ class Session:
         if self._running is not None and self._schedule.withdraw(self._running):
             _close(self._running.fd)
             self._running = None
+            self._end_inquiry()
         self._queue.clear()
         _close(self._fd)
         _close(self._arriving)
@@ -414,6 +435,7 @@ class Session:
         if self._running is not None:
             _close(self._running.fd)
         self._running = self._overtaking = None
+        self._end_inquiry()
         self._queue.clear()
 
 

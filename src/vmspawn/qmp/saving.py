@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keeps a device that QEMU cannot save from coming between a session's check and its save.
+
+Once a migration has begun, QEMU itself refuses `device_add` (docs/qemu.md, "Saving and loading state").
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from ..errors import Timeout
+
+#: Seconds that a device waits for commands of sessions that save the state.
+_TIMEOUT = 10.0
+
+
+class Saving:
+    """Sessions that are about to save the state, and devices that are about to come. One side excludes the other."""
+
+    def __init__(self) -> None:
+        self._savers = 0
+        self._coming = 0
+        self._is_free = asyncio.Event()
+        self._is_free.set()
+
+    @property
+    def is_device_coming(self) -> bool:
+        """Whether a device is being plugged in that QEMU cannot save."""
+        return bool(self._coming)
+
+    def begin(self) -> None:
+        """Begin to check, and then save, the state; `end` must follow."""
+        self._savers += 1
+        self._is_free.clear()
+
+    def end(self) -> None:
+        """End what `begin` has begun."""
+        self._savers -= 1
+        if not self._savers:
+            self._is_free.set()
+
+    @asynccontextmanager
+    async def device_comes(self) -> AsyncIterator[None]:
+        """Wait until no session is about to save. Raises Timeout."""
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                while self._savers:
+                    await self._is_free.wait()
+        except TimeoutError:
+            raise Timeout(
+                f"a QMP session saves the machine's state, and has not begun within {_TIMEOUT:g} s", hint="try again"
+            ) from None
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
