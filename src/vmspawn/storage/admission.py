@@ -158,6 +158,12 @@ def check_name_is_free(neighbours: Iterable[_Neighbour], name: str) -> None:
 def check_not_attached(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool) -> None:
     """Raise StorageExists if a disk of this machine uses the file, unless both uses are read-only or shared."""
     if other := find_file(neighbours, backing, share=share):
+        current = [image.backing for image in other.images[0].chain]
+        if not any(each is not None and each.identity == backing.identity for each in current):
+            raise StorageExists(
+                f"QEMU has this file still open, as a former image of {other.name}",
+                hint="it is closed when no QMP client uses it any more",
+            )
         raise StorageExists(
             f"this file is attached already, as {other.name}",
             hint="attach it read-only in both places, or attach a copy",
