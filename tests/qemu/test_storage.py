@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from tests.commands import DEADLINE
 from tests.conftest import make_qcow2, make_raw
 from tests.imagefiles import make
-from tests.machines import Machine, Snapshot, event_named, idle_machine, unchanged
+from tests.machines import Machine, Snapshot, event_named, idle_machine, links_of, unchanged
 from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Disk
 from vmspawn.errors import (
@@ -260,6 +261,10 @@ async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path
         for each in machine.storage:
             if each.unwinding is not None:
                 await asyncio.wait({each.unwinding})
+    # A thread that reads the image closes its descriptor late.
+    async with asyncio.timeout(DEADLINE):
+        while path in links_of(os.getpid()):
+            await asyncio.sleep(0.01)
 
 
 async def test_many_at_once_in_any_order(machine: Machine, tmp_path: Path) -> None:

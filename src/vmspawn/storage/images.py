@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
+from ..aio.threads import run_and_close
 from ..aio.waiting import first_of
 from ..errors import QmpError, Timeout
 from ..hotplug.hotplug import Hotplug
@@ -17,16 +17,9 @@ from .image import Image
 
 async def choose_format(backing: Backing, image_format: str | None, *, what: str) -> str:
     """Return the format to use, as `formats.choose_format` does; the image is read in a worker thread."""
-    # A thread that reads cannot be stopped, and has its own descriptor.
+    # The caller may close its own descriptor while the thread still reads.
     own = backing.copy()
-
-    def choose() -> str:
-        try:
-            return formats.choose_format(own, image_format, what=what)
-        finally:
-            own.close()
-
-    return await asyncio.to_thread(choose)
+    return await run_and_close(lambda: formats.choose_format(own, image_format, what=what), own.close)
 
 
 async def build(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:

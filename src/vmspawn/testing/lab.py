@@ -116,7 +116,7 @@ class RecordedMachine(api.Machine):
     def _of_snapshot(cls, snapshot: str, options: dict[str, Any]) -> RecordedMachine:
         check_names("vmspawn_factory", options, _OPTIONS_OF_COPIES)
         config = to_config(None, options)
-        machine = cls._of(config, partial(start_copy, config, snapshot, keep_disks=False))
+        machine = cls._of(config, partial(start_copy, config, snapshot, keep_disks=False, new_identity=False))
         assert isinstance(machine, cls)
         return machine
 
