@@ -263,7 +263,7 @@ async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path
                 await asyncio.wait({each.unwinding})
     # A thread that reads the image closes its descriptor late.
     async with asyncio.timeout(DEADLINE):
-        while path in links_of(os.getpid()):
+        while path in links_of(os.getpid()):  # noqa: ASYNC110 (nothing reports it)
             await asyncio.sleep(0.01)
 
 
