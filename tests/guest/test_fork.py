@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.copies import forked, inner, left, locked
+from tests.guest.writing import RECORD, records_written, start_writer, stop_writer, verify
 from tests.machines import fresh_name
+from tests.qemu.qmp_fixtures import scaled
 from tests.shell import Booted, Shell, booted
 from vmspawn import Disk, Snapshot
+from vmspawn.api import machine as api
 from vmspawn.errors import ConfigNotSupported, NoFreePort, SnapshotBlocked, SnapshotInUse, StartError
 from vmspawn.snapshots.save import save
 
@@ -209,6 +213,36 @@ async def test_a_copy_with_a_new_identity_has_a_name_and_runs_its_hooks(guest: B
             with pytest.raises(StartError, match=r"a hook in /etc/vmspawn/fork.d failed"):
                 await second.fork(identity="new").__aenter__()
     await guest.shell.run("rm -r /etc/vmspawn /etc/machine-id; [ $(hostname) = vmspawn ]; ! rm /tmp/hook")
+
+
+@pytest.mark.scaled
+@pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
+async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus: str) -> None:
+    """The guest writes while it is saved, at moments that nobody chooses."""
+    path = make_raw(tmp_path / fresh_name(), 64 * MIB)
+    attached = await guest.machine.attach(Disk(str(path), bus=bus))
+    await start_writer(guest.shell, attached.by_id)
+    for number in range(scaled(2)):
+        wanted = await records_written(guest.shell) + random.randint(0, 20)
+        await guest.shell.run(f"until [ $(cat /tmp/count) -ge {wanted} ]; do usleep 1000; done")
+        async with saved(guest) as snapshot, snapshot.fork() as copy:
+            if number == 0:
+                # The image ends where the guest stood still.
+                verify(path, wanted)
+            assert await check_log(copy, attached.by_id, tmp_path) >= wanted
+    written = await stop_writer(guest.shell)
+    assert await check_log(guest.machine, attached.by_id, tmp_path) == written
+    await guest.machine.detach(attached.name)
+
+
+async def check_log(machine: api.Machine, device: str, folder: Path) -> int:
+    """Stop the writer of a guest, and verify what is on its disk. Returns the number of records."""
+    stop = ": >/tmp/stop; until [ -e /tmp/stopped ] || [ -e /tmp/failed ]; do usleep 10000; done; [ ! -e /tmp/failed ]"
+    read = f"echo 3 >/proc/sys/vm/drop_caches; head -c $(($(cat /tmp/count) * {RECORD})) {device}"
+    done = await machine.run(f"{stop} && {read}", text=False, check=True, timeout=60)
+    log = folder / "log"
+    await asyncio.to_thread(log.write_bytes, done.stdout)
+    return verify(log, len(done.stdout) // RECORD)
 
 
 async def test_disks_that_block_are_detached_if_wanted(guest: Booted, tmp_path: Path) -> None:

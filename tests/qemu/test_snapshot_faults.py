@@ -2,12 +2,14 @@
 """Tests saves that fail, or whose manager or QEMU dies: snapshots are complete or absent, and disks are kept."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,10 @@ from tests.conftest import make_raw
 from tests.copies import inner, left
 from tests.dying import Dying
 from tests.machines import Machine, fresh_name, idle_machine
+from tests.qemu.qmp_fixtures import scaled
 from tests.survivors import wait_until_dead
 from vmspawn import Disk, Snapshot
-from vmspawn.errors import NotConnected, SystemFailure
+from vmspawn.errors import NotConnected, QmpError, SystemFailure
 from vmspawn.host.runtime import CONTROL
 from vmspawn.images import snapshot_files
 from vmspawn.snapshots import directory
@@ -115,6 +118,47 @@ async def test_qemu_dies_while_it_is_saved(qemu: str, tmp_path: Path) -> None:
         wait_until_dead(machine.pid)
         await machine.wait()
     assert left() == before
+
+
+@pytest.mark.scaled
+async def test_qemu_dies_after_each_command_of_a_save(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of them in the soak.
+    for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 2):
+        path = make_raw(tmp_path / f"disk{step}")
+        async with idle_machine(qemu, tmp_path) as machine:
+            await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
+            steps = count_commands(machine, monkeypatch, lambda: os.kill(machine.pid, signal.SIGKILL), step)
+            with contextlib.suppress(NotConnected, SystemFailure, QmpError):
+                await machine.snapshot("s")
+            monkeypatch.undo()
+            await machine.terminate()
+            await machine.wait()
+        assert not [each for each in left() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
+        assert all(is_whole(each) for each in names_of(machine.name)), f"step {step}"
+        clean_up(machine.name)
+        if len(steps) < step:
+            return
+    raise AssertionError("the save never came to its end")
+
+
+def count_commands(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], step: int
+) -> list[object]:
+    """Act after QEMU has answered that many messages of commands. Returns a list that has an item for each."""
+    execute_all = machine.monitor.execute_all
+    steps: list[object] = []
+
+    async def counted(*arguments: Any, **options: Any) -> list[Any]:
+        replies = await execute_all(*arguments, **options)
+        steps.append(arguments)
+        if len(steps) == step:
+            act()
+        return replies
+
+    monkeypatch.setattr(machine.monitor, "execute_all", counted)
+    return steps
 
 
 async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path) -> None:

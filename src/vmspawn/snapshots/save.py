@@ -167,10 +167,10 @@ class _Save:
         with self._closing:
             try:
                 return await self._run(recorded, folder, freeze)
-            except OSError as error:
-                raise SystemFailure("cannot write the snapshot", error.errno or errno.EIO) from None
-            except BaseException:
+            except BaseException as error:
                 folder.discard()
+                if isinstance(error, OSError):
+                    raise SystemFailure("cannot write the snapshot", error.errno or errno.EIO) from None
                 raise
             finally:
                 self._journal(None)
