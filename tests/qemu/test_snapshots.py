@@ -16,8 +16,10 @@ from tests.conftest import make_qcow2, make_raw
 from tests.copies import inner, left, locked
 from tests.machines import Machine, fresh_name, idle_machine, links_of
 from tests.qemu.qmp_fixtures import wait_until
-from vmspawn import Disk, Snapshot
+from vmspawn import Disk, Snapshot, connect
 from vmspawn.api import machine as api
+from vmspawn.cli.ctl.replies import MACHINE
+from vmspawn.control import calls
 from vmspawn.errors import (
     ConfigNotSupported,
     NoFreePort,
@@ -321,6 +323,26 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
         await asyncio.to_thread(wait_until, gone, "the snapshot's end")
     assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
     assert not locked(path)
+
+
+async def test_the_methods_of_the_control_socket(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path, control=True) as machine, connect(machine.name) as connected:
+        await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+        snapshot = await connected.snapshot("v")
+        assert (snapshot.name, snapshot.size > 0) == (f"{machine.name}@v", True)
+        name = fresh_name()
+        reply = await calls.call(machine.name, f"{MACHINE}.Fork", {"names": [name], "keepDisks": True}, timeout=60)
+        assert reply.parameters == {"machines": [name]}
+        listed = (await calls.call(machine.name, f"{MACHINE}.ListSnapshots")).parameters["snapshots"]
+        forks = {each["name"]: each["forks"] for each in listed}
+        assert forks == {f"{machine.name}@v": [name], f"{machine.name}@{directory.CURRENT}": []}
+        with pytest.raises(SnapshotInUse, match=f"{name}@{directory.CURRENT} stands on"):
+            await calls.call(machine.name, f"{MACHINE}.RemoveSnapshot", {"name": "v"})
+        await run("terminate", name, "--wait")
+        # The copy's disks stand on the snapshot's, and were kept.
+        assert f"{name}@{directory.CURRENT}" in snapshot_files.names()
+        directory.remove(f"{name}@{directory.CURRENT}")
+        await calls.call(machine.name, f"{MACHINE}.RemoveSnapshot", {"name": "v"})
 
 
 async def test_the_disks_are_one_file_each_again_after_the_last_copy(qemu: str, tmp_path: Path) -> None:

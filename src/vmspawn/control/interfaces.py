@@ -399,9 +399,22 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
             yield progress
 
     @varlinkmethod(return_parameter="machines")
-    async def Fork(self, *, snapshot: str | None = None, names: list[str] | None = None) -> list[str]:
-        """Start copies of the machine from a snapshot, the only one if none is named; returns their names."""
-        return await snapshots.fork(self._machine, snapshot or "", names or [])
+    async def Fork(
+        self,
+        *,
+        snapshot: str | None = None,
+        names: list[str] | None = None,
+        keepDisks: bool | None = None,
+        newIdentity: bool | None = None,
+    ) -> list[str]:
+        """Start copies of the machine from a snapshot, the only one if none is named; returns their names.
+
+        `keepDisks` keeps their disks when they end. `newIdentity` gives their guests host names, machine IDs and MAC
+        addresses of their own.
+        """
+        return await snapshots.fork(
+            self._machine, snapshot or "", names or [], keep_disks=bool(keepDisks), new_identity=bool(newIdentity)
+        )
 
     @varlinkmethod(return_parameter="snapshots")
     def ListSnapshots(self) -> list[snapshots.Snapshot]:

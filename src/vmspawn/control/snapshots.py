@@ -9,6 +9,7 @@ import contextlib
 import typing
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 from ..machine.running import Running
 from ..snapshots import background, directory, listing, save
@@ -87,11 +88,13 @@ def _last(saved: save.Saved) -> Progress:
     }
 
 
-async def fork(machine: Running, snapshot: str, names: list[str]) -> list[str]:
+async def fork(machine: Running, snapshot: str, names: list[str], *, keep_disks: bool, new_identity: bool) -> list[str]:
     """Start copies of a machine's snapshot; returns their names. Raises UsageError, StartError, Timeout."""
     chosen = names or [free_name(machine.name)]
     full_name = directory.find(machine.name, snapshot)
-    await asyncio.to_thread(background.start_copies, full_name, chosen, timeout=_FORK_TIMEOUT)
+    arguments = [*(["--keep"] if keep_disks else []), *(["--identity=new"] if new_identity else [])]
+    work = partial(background.start_copies, full_name, chosen, arguments=arguments, timeout=_FORK_TIMEOUT)
+    await asyncio.to_thread(work)
     return chosen
 
 

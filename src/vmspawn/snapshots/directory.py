@@ -187,7 +187,9 @@ def find(machine: str, name: str) -> str:
     """The full name of a snapshot; without a name, of the machine's only one. Raises NoSuchSnapshot, UsageError."""
     if name:
         return f"{machine}@{name}"
-    found = [each for each in snapshot_files.names() if each.startswith(f"{machine}@")]
+    current = f"{machine}@{CURRENT}"
+    every = [each for each in snapshot_files.names() if each.startswith(f"{machine}@")]
+    found = [each for each in every if each != current] or every
     if not found:
         raise NoSuchSnapshot(f"machine {machine} has no snapshot", hint=f"make one with: vmctl snapshot {machine}")
     if len(found) > 1:
