@@ -92,9 +92,8 @@ async def fork(machine: Running, snapshot: str, names: list[str], *, keep_disks:
     """Start copies of a machine's snapshot; returns their names. Raises UsageError, StartError, Timeout."""
     chosen = names or [free_name(machine.name)]
     full_name = directory.find(machine.name, snapshot)
-    arguments = [*(["--keep"] if keep_disks else []), *(["--identity=new"] if new_identity else [])]
-    work = partial(background.start_copies, full_name, chosen, arguments=arguments, timeout=_FORK_TIMEOUT)
-    await asyncio.to_thread(work)
+    start = partial(background.start_copies, keep_disks=keep_disks, new_identity=new_identity, timeout=_FORK_TIMEOUT)
+    await asyncio.to_thread(start, full_name, chosen)
     return chosen
 
 

@@ -18,13 +18,24 @@ from ..errors import StartError, Timeout
 _PREFIX = "vmspawn: "
 
 
-def start_copies(full_name: str, names: Sequence[str], *, arguments: Sequence[str] = (), timeout: float) -> list[str]:
+def start_copies(
+    full_name: str,
+    names: Sequence[str],
+    *,
+    keep_disks: bool = False,
+    new_identity: bool = False,
+    arguments: Sequence[str] = (),
+    timeout: float,
+) -> list[str]:
     """Start copies of a snapshot at once, and wait until all of them run; those that fail do not end the others.
 
     `arguments` are further options of vmspawn. Returns the names of the copies whose clock stands as it was saved: no
     agent in the guest has set it. Raises StartError, Timeout.
     """
-    started = [_Manager(name, [f"--fork={full_name}", f"--machine={name}", *arguments]) for name in names]
+    shared = [f"--fork={full_name}", *arguments]
+    shared += ["--keep"] if keep_disks else []
+    shared += ["--identity=new"] if new_identity else []
+    started = [_Manager(name, [f"--machine={name}", *shared]) for name in names]
     deadline = time.monotonic() + timeout
     failures = [error for each in started if (error := each.wait(deadline)) is not None]
     if failures:

@@ -114,14 +114,19 @@ def _fork(options: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise UsageError("two copies cannot have one name", hint="give each copy a name of its own")
     full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
-    arguments = ["--keep"] if options.keep else []
-    arguments += [f"--identity={options.identity}"]
-    arguments += [f"--log={options.log}"] if options.log else []
+    arguments = [f"--log={options.log}"] if options.log else []
     arguments += ["--force-version"] if options.force_version else []
     timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
     # Nobody removes it until a copy runs.
     with closing(directory.OpenSnapshot(full_name)):
-        stale = start_copies(full_name, names, arguments=arguments, timeout=timeout)
+        stale = start_copies(
+            full_name,
+            names,
+            keep_disks=options.keep,
+            new_identity=options.identity == "new",
+            arguments=arguments,
+            timeout=timeout,
+        )
     found = {"snapshot": full_name, "machines": names, "clock": "as saved" if stale else "set"}
     answer(options, found, f"Started {', '.join(names)} from {full_name}")
     if stale:
