@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Spawned, idle, one_line, qemu_pid, vmctl, vmspawn
+from tests.conftest import make_raw
 from tests.machines import is_gone, process_is_gone
 from tests.survivors import Survivor, idle_survivor
 
@@ -99,5 +100,42 @@ def test_a_verb_obeys_its_timeout_if_the_manager_is_stopped(machine: Spawned, ar
         assert done.returncode == 1
         assert "did not answer" in one_line(done, "vmctl")
         assert f"process {machine.process.pid}, which serves it, is stopped" in done.stderr
+    finally:
+        machine.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pause",),
+        ("list-disks",),
+        ("attach-disk", "{image}"),
+        ("qmp", "query-status"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_verb_names_the_state_of_a_stopped_qemu(machine: Spawned, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    image = make_raw(tmp_path / "disk.raw", 1 << 20)
+    pid = qemu_pid(machine.name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        verb, *rest = (each.format(image=image) for each in arguments)
+        done = vmctl(verb, "--timeout=1", machine.name, *rest, timeout=30)
+        assert done.returncode == 1
+        assert "did not answer" in one_line(done, "vmctl")
+        assert f"QEMU (process {pid}) is stopped" in done.stderr
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arguments", [("detach-disk", "x"), ("eject-media", "x")], ids=lambda arguments: arguments[0])
+def test_a_verb_that_waits_for_the_guest_obeys_its_timeout(machine: Spawned, arguments: tuple[str, str]) -> None:
+    verb, disk = arguments
+    machine.signal(signal.SIGSTOP)
+    try:
+        done = vmctl(verb, "--timeout=0.5", machine.name, disk, timeout=30)
+        assert done.returncode == 1
+        assert "did not answer" in one_line(done, "vmctl")
     finally:
         machine.signal(signal.SIGCONT)

@@ -7,7 +7,7 @@ import os
 import socket
 from errno import EIO
 
-from ..errors import NotConnected, SystemFailure
+from ..errors import NotConnected, SystemFailure, Timeout
 from ..host import machined, runtime, varlink
 from ..host.varlink import VarlinkError
 
@@ -24,6 +24,14 @@ class Client(varlink.Client):
         """Connect to a machine. Raises the errors of `connect`."""
         super().__init__(connect(machine, runtime.CONTROL), f"machine {machine}", timeout=timeout)
         self.machine = machine
+
+    def _late(self, method: str) -> Timeout:
+        error = super()._late(method)
+        if not error.hint:
+            pid = runtime.running_qemu(os.path.join(runtime.runtime_root(), self.machine))
+            if trouble := runtime.process_trouble(pid):
+                error.hint = f"QEMU (process {pid}) {trouble}"
+        return error
 
 
 def connect(machine: str, name: str) -> socket.socket:

@@ -27,11 +27,8 @@ from ..parser import Parser
 from ..tables import format_size, print_json, terminal_width
 from ..values import number, parse_size, whole_number
 from .images import add_format, add_path, call_with_image
-from .replies import MACHINE, answer, client_for, failing_to, say
+from .replies import MACHINE, answer, client_for, client_waiting_for_guest, failing_to, say
 from .verbs import Verbs, add_disk, disk_name
-
-#: Seconds that the manager has to reply after the guest's timeout.
-_GRACE = 10.0
 
 
 def add(verbs: Verbs) -> None:
@@ -172,8 +169,7 @@ def _attaching_client(options: argparse.Namespace) -> Client:
     """Connect to the machine, with a timeout that includes the wait for the guest."""
     if not options.wait_guest:
         return client_for(options)
-    timeout = DRIVER_TIMEOUT if options.timeout is None else options.timeout
-    return Client(options.machine, timeout=REPLY_TIMEOUT + timeout)
+    return client_waiting_for_guest(options, DRIVER_TIMEOUT)
 
 
 def _say_attached(options: argparse.Namespace, attached: dict[str, Any]) -> None:
@@ -209,12 +205,19 @@ def _detach(options: argparse.Namespace) -> None:
     return None
 
 
+def _detaching_client(options: argparse.Namespace, timeout: float) -> Client:
+    """Connect to the machine. By force, the guest's time begins when the storage has answered all requests."""
+    if options.force:
+        return Client(options.machine, timeout=REPLY_TIMEOUT + timeout)
+    return client_waiting_for_guest(options, timeout)
+
+
 def _wait_for_detach(options: argparse.Namespace, parameters: dict[str, Any], timeout: float) -> bool:
     """Call DetachStorage and wait, with progress on a terminal. Returns whether the removal is still pending."""
     if options.quiet or timeout == 0 or not sys.stderr.isatty():
-        with Client(options.machine, timeout=max(REPLY_TIMEOUT, timeout + _GRACE)) as client:
+        with _detaching_client(options, timeout) as client:
             return bool(client.call(f"{MACHINE}.DetachStorage", parameters)["pending"])
-    with Client(options.machine, timeout=max(REPLY_TIMEOUT, timeout + _GRACE)) as client:
+    with _detaching_client(options, timeout) as client:
         client.begin(f"{MACHINE}.DetachStorage", parameters)
         with Client(options.machine) as observer:
             shown = False

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import argparse
 
-from ...control.client import REPLY_TIMEOUT, Client
+from ...timeouts import TRAY_TIMEOUT
 from .images import add_format, add_path, call_with_image
-from .replies import MACHINE, failing_to, say
+from .replies import MACHINE, client_waiting_for_guest, failing_to, say
 from .verbs import Verbs, add_disk
 
 _FORCE = "act even if the guest has locked the tray"
@@ -25,17 +25,12 @@ def add(verbs: Verbs) -> None:
     eject.add_argument("--force", action="store_true", help=_FORCE)
 
 
-def _client(options: argparse.Namespace) -> Client:
-    # --timeout= is the guest's timeout, which the manager reports, so the reply may come later.
-    return Client(options.machine, timeout=REPLY_TIMEOUT + (options.timeout or 0.0))
-
-
 def _timeout(options: argparse.Namespace) -> dict[str, int]:
     return {} if options.timeout is None else {"timeoutUSec": int(options.timeout * 1e6)}
 
 
 def _insert(options: argparse.Namespace) -> None:
-    with _client(options) as client, failing_to("insert", options.path):
+    with client_waiting_for_guest(options, TRAY_TIMEOUT) as client, failing_to("insert", options.path):
         wanted = {
             "name": options.disk,
             "format": options.format,
@@ -47,6 +42,9 @@ def _insert(options: argparse.Namespace) -> None:
 
 
 def _eject(options: argparse.Namespace) -> None:
-    with _client(options) as client, failing_to("eject", f"the medium of {options.disk}"):
+    with (
+        client_waiting_for_guest(options, TRAY_TIMEOUT) as client,
+        failing_to("eject", f"the medium of {options.disk}"),
+    ):
         client.call(f"{MACHINE}.EjectMedia", {"name": options.disk, "force": options.force, **_timeout(options)})
     say(options, f"Ejected the medium of {options.disk}")

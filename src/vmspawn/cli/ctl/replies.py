@@ -15,10 +15,24 @@ from ..tables import print_json, print_table
 INSTANCE = "io.systemd.MachineInstance"
 MACHINE = "io.vmspawn.Machine"
 
+#: Seconds that the manager has to reply after the guest's time.
+_GRACE = 10.0
+
 
 def client_for(options: argparse.Namespace) -> Client:
     """Connect to the machine that the options name."""
     return Client(options.machine, timeout=REPLY_TIMEOUT if options.timeout is None else options.timeout)
+
+
+def client_waiting_for_guest(options: argparse.Namespace, usual: float) -> Client:
+    """Connect to the machine for a method that waits for the guest.
+
+    --timeout= is the guest's time, `usual` seconds by default. The manager reports that it has passed, or, if that does
+    not come soon after, the client that the manager did not answer.
+    """
+    if options.timeout is None:
+        return Client(options.machine, timeout=REPLY_TIMEOUT + usual)
+    return Client(options.machine, timeout=options.timeout + _GRACE)
 
 
 class failing_to:
