@@ -47,12 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, object, object]:
+# Old pytests, such as Debian 12's, know no other wrappers. They load this module in every test run.
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
     """Duplicate standard error before pytest captures it, to show consoles there."""
     if getattr(early_config.known_args_namespace, "vm_console", False):
         early_config.stash[_CONSOLE] = os.dup(2)
-    return (yield)
+    yield
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,14 +75,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, values, indirect=True, scope="session")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     """Add sections about a failed test's machines to its report."""
-    report = yield
+    report: pytest.TestReport = (yield).get_result()
     lab = item.config.stash.get(_LAB, None)
     if lab is not None and report.failed:
         lab.report(item, report)
-    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -199,6 +199,16 @@ def test_type_checkers_pass_right_uses_and_find_wrong_ones(environment: Environm
         assert found == set(expected_errors()), done.stdout + done.stderr
 
 
+def test_the_pytest_of_debian_12_loads_the_plugin(environment: Environment, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    old = Environment(folder, environment.runtime)
+    (wheel,) = environment.folder.glob("*.whl")
+    subprocess.run(old.command("pip", "install", "-q", str(wheel), "pytest==7.2.1", "pluggy==1.0.0"), check=True)
+    (tmp_path / "test_it.py").write_text(MANY.format(count=1))
+    assert "1 passed" in old.pytest(tmp_path)
+
+
 MANY = """
 import pytest
 
