@@ -20,6 +20,7 @@ import pytest
 from .. import sync
 from ..api import machine as api
 from ..api.blocking import Blocking, background
+from ..api.launching import start_copy
 from ..api.options import check_names, to_config
 from ..boot.qemu import find_qemu
 from ..errors import CommandFailed, GuestError, StartError, UsageError, VmspawnError
@@ -115,11 +116,7 @@ class RecordedMachine(api.Machine):
     def _of_snapshot(cls, snapshot: str, options: dict[str, Any]) -> RecordedMachine:
         check_names("vmspawn_factory", options, _OPTIONS_OF_COPIES)
         config = to_config(None, options)
-        copy = api.Snapshot(snapshot, 0.0, 0).fork(config.name)
-        # It starts as that one does, with a configuration of its own.
-        start = copy._start
-        assert isinstance(start, partial)
-        machine = cls._of(config, partial(start.func, config, *start.args[1:], **start.keywords))
+        machine = cls._of(config, partial(start_copy, config, snapshot, keep_disks=False, new_identity=False))
         assert isinstance(machine, cls)
         return machine
 
