@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs for snapshots of running machines, and for copies that start from them."""
+"""Implements the verbs for snapshots of running machines, and for copies that start from snapshots."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..tables import format_duration, format_size
 from .replies import MACHINE, answer, say, show
 from .verbs import Verbs
 
-#: Seconds without any progress of a save after which vmctl gives up.
+#: Seconds without progress after which vmctl gives up a save.
 _PROGRESS_TIMEOUT = 120.0
 
-#: Seconds that a copy has to run.
+#: Seconds that a copy has to start.
 _FORK_TIMEOUT = 60.0
 
 
@@ -49,11 +49,11 @@ def add(verbs: Verbs) -> None:
     )
     fork.add_argument("--log", metavar="FILE", help="append the console's output to a file")
     fork.add_argument(
-        "--force-version", action="store_true", help="let another QEMU load the snapshot than the one that saved it"
+        "--force-version", action="store_true", help="allow another QEMU than the one that saved the snapshot"
     )
     listing = verbs.add("list-snapshots", _list, "list snapshots", "[MACHINE]")
-    listing.add_argument("machine", metavar="MACHINE", nargs="?", help="only those of a machine")
-    listing.add_argument("-l", "--long", action="store_true", help="show disks and copies, too")
+    listing.add_argument("machine", metavar="MACHINE", nargs="?", help="list only the snapshots of this machine")
+    listing.add_argument("-l", "--long", action="store_true", help="also show disks and copies")
     for verb in (fork, listing):
         _add_directory(verb)
     remove = verbs.add("remove-snapshot", _remove, "remove a snapshot", "MACHINE@NAME")
@@ -62,17 +62,20 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_snapshot(parser: Parser) -> None:
-    parser.add_argument("snapshot", metavar="MACHINE[@NAME]", help="the snapshot; see: vmctl list-snapshots")
+    parser.add_argument("snapshot", metavar="MACHINE[@NAME]", help="name of the snapshot; see: vmctl list-snapshots")
 
 
 def _add_directory(parser: Parser) -> None:
     parser.add_argument(
-        "--snapshot-dir", metavar="DIR", type=_snapshot_directory, help="folder of the snapshots that vmspawn was given"
+        "--snapshot-dir",
+        metavar="DIR",
+        type=_snapshot_directory,
+        help="folder of the snapshots, as in vmspawn --snapshot-dir=",
     )
 
 
 def _snapshot_directory(path: str) -> str:
-    """Use a folder for snapshots from now on: here, and in managers that are started."""
+    """Set the folder for snapshots, in this process and in managers that it starts. Returns its absolute path."""
     os.environ[snapshot_files.VARIABLE] = os.path.abspath(path)
     return os.path.abspath(path)
 
@@ -88,7 +91,7 @@ def _snapshot(options: argparse.Namespace) -> None:
 def save(
     options: argparse.Namespace, machine: str, name: str, *, temporary: bool = False, detach: bool = False
 ) -> dict[str, Any]:
-    """Save a machine, with the progress on a terminal; returns the last reply."""
+    """Save a machine, with progress on a terminal, and return the last reply."""
     parameters = {"name": name or None, "temporary": temporary, "detachBlocking": detach}
     timeout = _PROGRESS_TIMEOUT if options.timeout is None else options.timeout
     is_shown = not options.quiet and options.json == "off" and sys.stderr.isatty()
@@ -112,7 +115,7 @@ def _fork(options: argparse.Namespace) -> None:
     machine, name = directory.parse_name(options.snapshot)
     names = [runtime.check_name(each) for each in options.names] or [free_name(machine)]
     if len(set(names)) < len(names):
-        raise UsageError("two copies cannot have one name", hint="give each copy a name of its own")
+        raise UsageError("two copies have the same name", hint="give each copy another name")
     full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
     arguments = [f"--log={options.log}"] if options.log else []
     arguments += ["--force-version"] if options.force_version else []
@@ -153,7 +156,7 @@ def _remove(options: argparse.Namespace) -> None:
 
     machine, name = directory.parse_name(options.snapshot)
     if not name:
-        raise UsageError("no name of a snapshot", hint=f"write {machine}@NAME; see: vmctl list-snapshots")
+        raise UsageError("the name of the snapshot is missing", hint=f"write {machine}@NAME; see: vmctl list-snapshots")
     directory.remove(f"{machine}@{name}")
     after_end(machine)
     say(options, f"Removed {machine}@{name}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for starting a copy of a machine from a snapshot."""
+"""Defines the options that start a copy of a machine from a snapshot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...host import runtime
 from ...images import snapshot_files
 from . import console, general
 
-#: Options that --fork= goes with; all others are as the snapshot has them.
+#: Options that are allowed with --fork=. The snapshot determines all others.
 BESIDE = (
     *("fork", "keep", "identity", "force_version", "snapshot_dir", "machine", "console", "log", "qmp_log"),
     *("shutdown_timeout", "die_with_parent", "quiet", "verbose"),
@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Copies")
     group.add_argument("--fork", metavar="MACHINE[@NAME]", help="start a copy of a machine from its snapshot")
-    group.add_argument("--snapshot-dir", metavar="DIR", type=snapshot_directory, help="keep snapshots in a folder")
+    group.add_argument("--snapshot-dir", metavar="DIR", type=snapshot_directory, help="folder of the snapshots")
     group.add_argument("--keep", action="store_true", help="keep the disks of the copy when it ends")
     group.add_argument(
         "--identity",
@@ -32,22 +32,23 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="give the guest a host name, machine ID and MAC addresses of its own (default: %(default)s)",
     )
     group.add_argument(
-        "--force-version", action="store_true", help="let another QEMU load the snapshot than the one that saved it"
+        "--force-version", action="store_true", help="allow another QEMU than the one that saved the snapshot"
     )
 
 
 def snapshot_directory(path: str) -> str:
-    """Use a folder for snapshots from now on. Returns its absolute path."""
-    # Managers that are started in the background use it as well.
+    """Set the folder for snapshots, and return its absolute path."""
+    # Managers that this process starts in the background use the folder too.
     os.environ[snapshot_files.VARIABLE] = os.path.abspath(path)
     return os.path.abspath(path)
 
 
 def read(options: argparse.Namespace) -> MachineConfig:
-    """Read what of the copy differs from the source. Raises UsageError."""
+    """Read the settings in which the copy differs from the source. Raises UsageError."""
     if options.kernel_arguments:
         raise UsageError(
-            f"--fork= starts no kernel that could be told {options.kernel_arguments[0]}", hint="leave that out"
+            f"--fork= starts no kernel, so it takes no kernel argument: {options.kernel_arguments[0]}",
+            hint="leave out the argument",
         )
     wanted, shown = general.read(options), console.read(options)
     if shown["console"] == "native":
