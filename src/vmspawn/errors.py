@@ -17,11 +17,15 @@ A message names a field in the caller's spelling: `machine_type='x'` for Python,
 A value may be another error. It becomes the error's message in a message, and the error's hint in a hint.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Callable, Mapping
 from errno import errorcode
-from typing import NamedTuple, Self
+from typing import Self
+
+from .record import Record
 
 #: Spells a field with its value, or by its name alone if the value is None.
 Spelling = Callable[[str, object], str]
@@ -35,7 +39,7 @@ def as_keyword(field: str, value: object = None) -> str:
     return f"{field}=" if value is None else f"{field}={value!r}"
 
 
-class Template(NamedTuple):
+class Template(Record):
     """The message and hint of an error, with placeholders, and the values for them."""
 
     message: str

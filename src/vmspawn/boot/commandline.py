@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Writes QEMU's command line, concern by concern, each option and its value on one line."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..hotplug import places
+from ..record import Record
 from ..storage import buses, nodes
 from ..storage.disk import Disk
 from ..storage.image import Image
@@ -18,7 +21,7 @@ from .qemu import QemuBinary
 from .sandbox import sandbox
 
 
-class Kernel(NamedTuple):
+class Kernel(Record):
     """The kernel that QEMU loads."""
 
     path: str
@@ -26,7 +29,7 @@ class Kernel(NamedTuple):
     arguments: tuple[str, ...]
 
 
-class BootDisk(NamedTuple):
+class BootDisk(Record):
     """A disk that QEMU starts with. It has the same nodes and device as a disk that is plugged in later."""
 
     disk: Disk
@@ -107,7 +110,7 @@ class BootDisk(NamedTuple):
         return found
 
 
-class Choices(NamedTuple):
+class Choices(Record):
     """The choices that are made for a machine before anything of it exists."""
 
     config: MachineConfig
@@ -120,14 +123,14 @@ class Choices(NamedTuple):
     kernel: Kernel | None
 
 
-class Fork(NamedTuple):
+class Fork(Record):
     """What a copy is one of: the snapshot, and whether its disks are kept when it ends."""
 
     snapshot: str
     keep_disks: bool = False
 
 
-class Plan(NamedTuple):
+class Plan(Record):
     """Everything that QEMU's command line is written from."""
 
     config: MachineConfig
@@ -144,7 +147,7 @@ class Plan(NamedTuple):
     fork: Fork | None = None
 
 
-class Inherited(NamedTuple):
+class Inherited(Record):
     """The numbers of QEMU's own descriptors: the monitors' listening sockets by name; the console's size port, or -1;
     the agent's port, or -1; the console's log, or -1."""
 

@@ -4,14 +4,16 @@
 On the start path: imports next to nothing.
 """
 
+from __future__ import annotations
+
 import os
-from typing import NamedTuple
 
 from ..errors import BadConfig, UsageError
 from ..host import machined
 from ..host.machined import Registration
 from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
+from ..record import Record
 from ..storage.admission import check_disk
 from ..storage.disk import DEFAULT_BUS, Disk, check_bus, default_name, with_defaults
 from ..text import short_repr
@@ -36,7 +38,7 @@ _RAM_MIN = 32 * _MIB
 _CPUS_MAX = 255
 
 
-class ConsoleTerminal(NamedTuple):
+class ConsoleTerminal(Record):
     """The terminal that shows the guest's console: its name in terminfo, and its window in characters.
 
     For an empty name, or 0, the guest's own default holds.
@@ -47,7 +49,7 @@ class ConsoleTerminal(NamedTuple):
     columns: int
 
 
-class MachineConfig(NamedTuple):
+class MachineConfig(Record):
     """A machine as the user wants it.
 
         config = MachineConfig(image="debian.qcow2", image_format="qcow2", ram=2 << 30)

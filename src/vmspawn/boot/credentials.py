@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Loads credentials for the guest, which systemd in it passes on to services (systemd.exec(5), CREDENTIALS)."""
 
+from __future__ import annotations
+
 import os
 import socket
 import stat
-from typing import NamedTuple
 
 from ..errors import StartError, UsageError
+from ..record import Record
 
 #: systemd's CREDENTIALS_TOTAL_SIZE_MAX.
 TOTAL_MAX = 1 << 20
@@ -15,7 +17,7 @@ TOTAL_MAX = 1 << 20
 _SOCKET_TIMEOUT = 30.0
 
 
-class Credential(NamedTuple):
+class Credential(Record):
     """A credential by its value, or by the path that it is loaded from when the machine starts."""
 
     name: str

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Open, check and place the disks that QEMU starts with; grow the image or put an overlay on it."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
 from ..host import storageprovider
 from ..host.storageprovider import Volume
 from ..hotplug import places
+from ..record import Record
 from ..storage import admission, buses, formats
 from ..storage.backing import Backing, inspect_descriptor, open_disk
 from ..storage.disk import DEFAULT_BUS, Disk, is_only_read
@@ -20,7 +22,7 @@ from .config import MachineConfig
 from .overlay import Below, grow, overlay
 
 
-class _Wanted(NamedTuple):
+class _Wanted(Record):
     """A disk of the configuration, from that value of that field."""
 
     disk: Disk

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Collects what firmware, network, shares and SMBIOS strings add to a machine, as values that are joined."""
 
+from __future__ import annotations
+
 import os
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from ..helpers.helper import Helper
 from ..hotplug.places import Layout, Place
+from ..record import Record
 from .overlay import BASE_FDSET
 
 #: The descriptor sets of the firmware's flash. Those of disks have larger numbers.
 FLASH_FDSETS = (BASE_FDSET - 1, BASE_FDSET - 2)
 
 
-class Extras(NamedTuple):
+class Extras(Record):
     """The additions of one concern to a machine."""
 
     #: Properties of `-machine`, such as `smm=on`.
@@ -42,7 +44,7 @@ def join(*parts: Extras) -> Extras:
     )
 
 
-class Owned(NamedTuple):
+class Owned(Record):
     """Closes what the steps of a start open."""
 
     #: Unwound if the start fails.

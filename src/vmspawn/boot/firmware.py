@@ -6,11 +6,14 @@ directories are tried in the order of their names. A file hides the files of its
 file hides them without offering a firmware.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import StartError, UsageError
+from ..record import Record
 from ..user_directories import user_directory
 
 KINDS = ("auto", "uefi", "bios", "none")
@@ -34,7 +37,7 @@ _DESCRIPTOR_MAX = 1 << 20
 _LIST = "see: vmspawn --firmware=list"
 
 
-class FirmwareWish(NamedTuple):
+class FirmwareWish(Record):
     """The firmware that the user wants.
 
     `kind` is one of KINDS or the path of a descriptor. `include` and `exclude` are features; a feature in both is
@@ -64,14 +67,14 @@ class FirmwareWish(NamedTuple):
         return "" if self.nvram_state in ("auto", "off") else "{firmware.nvram_state=}"
 
 
-class Blob(NamedTuple):
+class Blob(Record):
     """A file with firmware, or with the initial contents of its variables."""
 
     path: str
     format: str
 
 
-class Firmware(NamedTuple):
+class Firmware(Record):
     """The firmware of one descriptor. `is_in_memory` is true if it is loaded into memory and has no flash."""
 
     descriptor: str

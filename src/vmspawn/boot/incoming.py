@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from ..host import runtime
 from ..hotplug.places import PciPlace
+from ..record import Record
 from ..storage.image import FDSET_BASE
 from . import console
 
@@ -41,14 +41,14 @@ _DESCRIPTOR_PATH = re.compile(r"/proc/self/fd/(\d+)")
 _DESCRIPTOR_SET = re.compile(r"fd=(\d+),set=(\d+)")
 
 
-class Option(NamedTuple):
+class Option(Record):
     """An option with its value; `value` is None for an option that takes none."""
 
     name: str
     value: str | None = None
 
 
-class Recorded(NamedTuple):
+class Recorded(Record):
     """A command line without what differs in a copy, and the numbers of the descriptors that it needs."""
 
     options: tuple[Option, ...]

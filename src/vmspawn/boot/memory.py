@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks the size and growth of the guest's memory, and writes QEMU's arguments for it."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
 from ..errors import UsageError
+from ..record import Record
 from .extras import Extras
 
 #: The slots for memory that is plugged in later, if a maximum is given and no number; as systemd-vmspawn.
@@ -11,7 +12,7 @@ SLOTS_DEFAULT = 1
 _SLOTS_MAX = 256
 
 
-class Growth(NamedTuple):
+class Growth(Record):
     """How far the guest's memory may grow while it runs: to `maximum` bytes in all, by `slots` modules."""
 
     maximum: int

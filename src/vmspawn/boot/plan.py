@@ -5,14 +5,17 @@
 built-in guest, and leaves nothing to undo. `make_plan` opens files and starts processes that QEMU inherits.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..errors import StartError
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import kernel_image
+from ..record import Record
 from . import agent, console, credentials, memory, network, shares, smbios, uefi
 from .commandline import BootDisk, Choices, Kernel, Plan
 from .config import MachineConfig
@@ -33,7 +36,7 @@ _UNDER_TCG = {"x86_64": ("no_timer_check",)}
 _ROOT = ("root=", "mount.usr=")
 
 
-class Reporter(NamedTuple):
+class Reporter(Record):
     """Prints lines about the start: `notice` for every user, `detail` for a user who wants more."""
 
     notice: Callable[[str], None]
@@ -89,7 +92,7 @@ def _check_virtiofs(config: MachineConfig, notice: Callable[[str], None]) -> Non
         notice(f"the guest may not find its root: {why}")
 
 
-def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> "BuiltinGuest":
+def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> BuiltinGuest:
     from ..guest import builtin
 
     if guest := builtin.find(architecture):

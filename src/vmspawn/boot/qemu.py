@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds a QEMU binary, probes its features, and chooses the accelerator."""
 
+from __future__ import annotations
+
 import errno
 import os
-from typing import NamedTuple
 
 from ..cache import cache_directory
 from ..errors import StartError, UsageError
 from ..host.programs import find_program
+from ..record import Record
 
 #: The oldest QEMU that is tested.
 VERSION_MIN = (7, 2)
@@ -30,7 +32,7 @@ _NAME_ONE = "name a QEMU system emulator by {qemu=}"
 _CACHE_FILE = "qemu-probes.json"
 
 
-class QemuBinary(NamedTuple):
+class QemuBinary(Record):
     """A QEMU binary, and the features that its command line depends on."""
 
     path: str

@@ -5,11 +5,13 @@ Each directory is served by a virtiofsd of its own, which QEMU is connected to f
 mounts the shares: it gets lines for its fstab as a credential.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..aio.sockets import listen
 from ..errors import StartError
@@ -17,6 +19,7 @@ from ..helpers.helper import Helper
 from ..host.runtime import MachineDirectory
 from ..host.spawn import spawn
 from ..hotplug.places import Layout, Place
+from ..record import Record
 from .extras import Extras, Owned, join, take_place
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ FSTAB_CREDENTIAL = "fstab.extra"
 _QUEUE_SIZE = 1024
 
 
-class Share(NamedTuple):
+class Share(Record):
     """A directory of the host, and its mount point in the guest. Both are absolute."""
 
     source: str
@@ -103,7 +106,7 @@ def check(field: str, path: str) -> None:
         raise StartError.with_fields(template, path=path, reason=error.strerror) from None
 
 
-def _serve(program: "Virtiofsd", share: Share, tag: str, runtime: MachineDirectory, owned: Owned) -> tuple[int, Helper]:
+def _serve(program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory, owned: Owned) -> tuple[int, Helper]:
     """Start a virtiofsd that listens. Returns our connection to it, which is for QEMU, and the process."""
     name = f"virtiofs-{tag}"
     address = runtime.socket_address(name)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Holds a running QEMU with all that its manager needs, as `launch` and `adopt` return it."""
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..aio.sockets import listen
 from ..helpers.helper import Helper
@@ -14,6 +16,7 @@ from ..host.descriptor import Descriptor
 from ..host.runtime import MachineDirectory
 from ..host.spawn import kill_child
 from ..hotplug.places import Layout
+from ..record import Record
 from .commandline import BootDisk, Fork
 from .config import MachineConfig
 from .qemu import QemuBinary
@@ -23,7 +26,7 @@ from .state import State
 _CLIENTS_BACKLOG = 64
 
 
-class Incoming(NamedTuple):
+class Incoming(Record):
     """A saved state: its URI in QEMU, whether the guest ran, and what the console shows of the time before.
 
     `new_identity` is whether the guest gets a host name, a machine ID and MAC addresses of its own.
@@ -35,7 +38,7 @@ class Incoming(NamedTuple):
     new_identity: bool = False
 
 
-class Launched(NamedTuple):
+class Launched(Record):
     """The origin of a QEMU that this process launched, which is our child."""
 
     disks: tuple[BootDisk, ...]
@@ -47,13 +50,13 @@ class Launched(NamedTuple):
     attachments: Mapping[str, Mapping[str, Any]] = {}
 
 
-class Adopted(NamedTuple):
+class Adopted(Record):
     """The origin of a QEMU that another manager launched, with the state that this manager wrote last."""
 
     state: State
 
 
-class Monitors(NamedTuple):
+class Monitors(Record):
     """Our connections to QEMU's monitors."""
 
     manager: socket.socket
@@ -61,7 +64,7 @@ class Monitors(NamedTuple):
     bulk: socket.socket
 
 
-class SharedConsole(NamedTuple):
+class SharedConsole(Record):
     """Our end of the console: its pipes, the socket that viewers connect to, and QEMU's log of it."""
 
     typed: Descriptor
@@ -77,7 +80,7 @@ class SharedConsole(NamedTuple):
             self.log.close()
 
 
-class Started(NamedTuple):
+class Started(Record):
     """A running QEMU. Owns everything below; an object that takes over a part of it closes that part.
 
     `console` is None if the console is QEMU's own (`native`). `transcript` is the file that the console is appended to.

@@ -4,9 +4,11 @@
 On the start path, for it is written before QEMU is started: imports next to nothing.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import StartError
 from ..helpers.helper import Helper
@@ -14,6 +16,7 @@ from ..host import runtime
 from ..host.machined import Registration
 from ..host.runtime import MachineDirectory
 from ..hotplug.journal import Journal
+from ..record import Record
 from ..storage.saved import save_disk
 from .commandline import BootDisk, Fork
 from .config import MachineConfig
@@ -42,7 +45,7 @@ CONFIG_FIELDS = (
 )
 
 
-class SavedQemu(NamedTuple):
+class SavedQemu(Record):
     """The QEMU process. `pid` 0 is one that was about to be started; `started` is its start time as in proc(5)."""
 
     pid: int
@@ -50,7 +53,7 @@ class SavedQemu(NamedTuple):
     accelerator: str
 
 
-class SavedSessions(NamedTuple):
+class SavedSessions(Record):
     """What QMP sessions may have left in QEMU."""
 
     #: Whether there ever was one.
@@ -65,14 +68,14 @@ class SavedSessions(NamedTuple):
         return json.dumps(self._asdict())
 
 
-class SavedSaving(NamedTuple):
+class SavedSaving(Record):
     """A save of the machine that was under way: the snapshot's unfinished folder, and whether the guest ran."""
 
     folder: str
     was_running: bool
 
 
-class SavedHelper(NamedTuple):
+class SavedHelper(Record):
     """A process beside QEMU, as `Helper` describes it."""
 
     name: str
@@ -81,7 +84,7 @@ class SavedHelper(NamedTuple):
     started: int
 
 
-class State(NamedTuple):
+class State(Record):
     """A machine as its last manager left it. `attachments` are the sections of the kinds of attachments."""
 
     config: MachineConfig

@@ -5,15 +5,17 @@ QEMU writes a serial port's output a byte at a time. A socket keeps each byte ap
 pipe puts them together and takes 64 kB. They have names, so that another manager can open them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import os
-from typing import NamedTuple
 
+from ..record import Record
 from .runtime import QEMU_INPUT, QEMU_OUTPUT, MachineDirectory
 
 
-class ConsolePipes(NamedTuple):
+class ConsolePipes(Record):
     """The descriptors of both pipes. The holder owns all four."""
 
     #: Our ends, which do not block: for input that is typed, and for output that is shown.

@@ -4,12 +4,15 @@
 All of this is optional: a machine works without it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import NotConnected, StartError, Timeout, UsageError, VmspawnError
+from ..record import Record
 from ..timeouts import LIST_TIMEOUT
 
 MODES = ("auto", "yes", "no")
@@ -23,7 +26,7 @@ _INTERFACE = "io.systemd.Machine"
 UNREGISTER_TIMEOUT = 5.0
 
 
-class Registration(NamedTuple):
+class Registration(Record):
     """The registration that the user wants, and the unit that QEMU runs in.
 
     `mode` is one of MODES. `scope` is `system` or `user`; empty stands for `system` if we are root, else for `user`.
@@ -85,7 +88,7 @@ def scope_name(name: str) -> str:
     return f"machine-{escaped}.scope"
 
 
-class Candidate(NamedTuple):
+class Candidate(Record):
     """A machine to register: QEMU's process id, the path of the control socket, and the guest's root if it is a
     directory of the host."""
 

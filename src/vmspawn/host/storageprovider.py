@@ -4,10 +4,13 @@
 A provider is a Varlink service that hands out descriptors of files and block devices by name.
 """
 
+from __future__ import annotations
+
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import NotConnected, UsageError, VolumeError
+from ..record import Record
 
 _INTERFACE = "io.systemd.StorageProvider"
 
@@ -25,7 +28,7 @@ _EXPLAINED = {
 }
 
 
-class Volume(NamedTuple):
+class Volume(Record):
     """A volume that the user wants. `config` is the bus, empty for the default; `parameters` are those of Acquire."""
 
     provider: str

@@ -5,14 +5,16 @@ QEMU's own choice of a place is not reliable: 7.2 puts a second device on an occ
 slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So vmspawn chooses every place itself.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
 
 from ..errors import NoFreePort, UsageError
+from ..record import Record
 
 
-class PciPlace(NamedTuple):
+class PciPlace(Record):
     """A PCI address: `addr` is the slot on `bus`. Behind a root port, the only slot is 0x0."""
 
     bus: str
@@ -26,7 +28,7 @@ class PciPlace(NamedTuple):
         return self.bus if self.addr == "0x0" else f"{self.bus}:{self.addr}"
 
 
-class ScsiPlace(NamedTuple):
+class ScsiPlace(Record):
     """A target and LUN on a SCSI controller."""
 
     bus: str
@@ -41,7 +43,7 @@ class ScsiPlace(NamedTuple):
         return f"{self.bus.removesuffix('.0')}:{self.target}:{self.lun}"
 
 
-class NamespacePlace(NamedTuple):
+class NamespacePlace(Record):
     """A namespace of an NVMe controller."""
 
     bus: str
@@ -55,7 +57,7 @@ class NamespacePlace(NamedTuple):
         return f"{self.bus}:{self.nsid}"
 
 
-class SerialPlace(NamedTuple):
+class SerialPlace(Record):
     """A port of a virtio-serial controller."""
 
     bus: str
@@ -188,7 +190,7 @@ NO_NAMESPACES = "this QEMU cannot plug in NVMe namespaces while the machine runs
 NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each disk, or QEMU 11.1"
 
 
-class Layout(NamedTuple):
+class Layout(Record):
     """The places of a machine, for boot devices and for hot-plugged devices. `bus` has the fixed places."""
 
     bus: str

@@ -13,11 +13,14 @@ Only the last step acquires something, so that a refusal in an earlier step leav
 This module is on the start path and imports next to nothing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ..errors import BadConfig, ConfigNotSupported, StorageExists
 from ..hotplug.places import NO_NAMESPACES, NO_NAMESPACES_HINT, Layout, Place, Pool
+from ..record import Record
 from . import buses, formats
 from .backing import Backing, set_direct
 from .disk import AUTO_BUS, Disk, check_bus, check_disk_name, check_disk_options, check_serial, serial_for
@@ -52,7 +55,7 @@ class Neighbour(Protocol):
 _Neighbour = TypeVar("_Neighbour", bound=Neighbour)
 
 
-class Admitted(NamedTuple):
+class Admitted(Record):
     """An admitted disk with its reserved place. `image` is None for an empty optical drive."""
 
     disk: Disk

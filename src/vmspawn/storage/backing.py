@@ -4,15 +4,17 @@
 QEMU opens none of the user's paths; vmspawn opens them as the user, and passes the descriptors to QEMU.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
 import os
 import stat
-from typing import NamedTuple
 
 from ..errors import BadConfig, SnapshotInUse, SystemFailure
 from ..images import snapshot_files
+from ..record import Record
 
 _O_PATH = getattr(os, "O_PATH", 0o10000000)
 
@@ -22,7 +24,7 @@ SECTOR = 512
 _DIRECTORY_HINT = "name a disk image or a block device"
 
 
-class Backing(NamedTuple):
+class Backing(Record):
     """An open file or block device behind a disk. The holder of a Backing owns and closes `fd`; -1 is a closed one.
 
     `identity` is (st_dev, st_ino) of a file and (st_rdev,) of a block device. `size` is in bytes.
@@ -34,7 +36,7 @@ class Backing(NamedTuple):
     identity: tuple[int, ...]
     size: int
 
-    def copy(self) -> "Backing":
+    def copy(self) -> Backing:
         """Duplicate the descriptor; the caller owns the copy. Raises SystemFailure."""
         try:
             return self._replace(fd=fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0))

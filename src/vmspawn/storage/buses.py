@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Describes each bus: QEMU's device for a disk, and the disk's name that the guest's udev makes."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from ..hotplug.places import NAMESPACE_CONTROLLER, SCSI_CONTROLLER, NamespacePlace, Place
+from ..record import Record
 from .disk import Disk
 
 
-class Bus(NamedTuple):
+class Bus(Record):
     """The properties of one bus. `by_id` is the name of a disk below /dev/disk/by-id, from udev's rules."""
 
     driver: str

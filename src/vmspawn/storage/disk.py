@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Defines a disk as the user asks for it, and checks its options."""
 
+from __future__ import annotations
+
 import os
-from typing import NamedTuple
 
 from ..errors import BadConfig, UsageError
+from ..record import Record
 from ..text import printable, short_repr
 from .formats import FORMATS, READ_ONLY_FORMATS
 from .limits import NO_LIMITS, Limits
@@ -32,7 +34,7 @@ _SERIAL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV
 DISK_NAME_MAX = 255
 
 
-class Disk(NamedTuple):
+class Disk(Record):
     """A disk as the user asks for it.
 
         Disk("data.qcow2", format="qcow2", bus="virtio-scsi", limits=Limits(iops=500))

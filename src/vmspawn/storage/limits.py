@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Defines a disk's I/O limits, which QEMU's throttle groups enforce (QEMU's docs/throttle.txt)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import Self
 
 from ..errors import BadConfig
+from ..record import Record
 from ..text import short_repr
 
 #: QEMU's limit (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
@@ -14,7 +17,7 @@ LIMIT_MAX = 10**15
 BURST_MAX = 1000
 
 
-class Limits(NamedTuple):
+class Limits(Record):
     """Limits of requests and bytes a second; 0 is no limit.
 
         await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))

@@ -11,13 +11,14 @@ device's `drive` property would need no filter, but QEMU refuses it with an I/O 
 present one.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
+from ..record import Record
 from .disk import Disk
 from .image import Image
 
 
-class Identifiers(NamedTuple):
+class Identifiers(Record):
     """The names of one disk's parts in QEMU.
 
     `number` is fresh for every attach, so no name is used twice: QEMU may still have a device that it was asked to

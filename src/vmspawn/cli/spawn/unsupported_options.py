@@ -5,16 +5,18 @@ Values that disable the feature are accepted. Values that require it are refused
 missing. The help omits these options; vmspawn(1) lists them.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ...errors import UsageError
+from ...record import Record
 from ..parser import Parser
 from ..values import boolean
 
 
-class _Unsupported(NamedTuple):
+class _Unsupported(Record):
     """An option, a placeholder for its value, the feature, and the values that disable the feature."""
 
     name: str
