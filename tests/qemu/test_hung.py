@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Spawned, idle, one_line, qemu_pid, vmctl, vmspawn
+from tests.commands import DEADLINE, Spawned, idle, one_line, qemu_pid, vmctl, vmspawn
 from tests.conftest import make_raw
 from tests.machines import is_gone, process_is_gone
 from tests.survivors import Survivor, idle_survivor
@@ -139,3 +139,16 @@ def test_a_verb_that_waits_for_the_guest_obeys_its_timeout(machine: Spawned, arg
         assert "did not answer" in one_line(done, "vmctl")
     finally:
         machine.signal(signal.SIGCONT)
+
+
+@pytest.mark.soak
+def test_sessions_work_again_once_a_stopped_qemu_goes_on(machine: Spawned) -> None:
+    pid = qemu_pid(machine.name)
+    os.kill(pid, signal.SIGSTOP)
+    for _ in range(2):
+        refused = vmctl("qmp", machine.name, "query-status", timeout=DEADLINE)
+        assert refused.returncode == 1
+        assert "did not answer" in refused.stderr or "gave no greeting" in refused.stderr
+    os.kill(pid, signal.SIGCONT)
+    done = vmctl("qmp", machine.name, "query-status")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -112,7 +112,13 @@ class Running:
             )
             saving = Saving()
             self._sessions = Sessions(
-                started.monitors, self._origin.sessions, self._journal, self._transcript, pid=started.pid, saving=saving
+                started.monitors,
+                self._origin.sessions,
+                self._journal,
+                self._transcript,
+                directory=self.directory,
+                pid=started.pid,
+                saving=saving,
             )
             #: What is plugged into the machine.
             self.hotplug = Hotplug(self.monitor, self._run_state, self._journal, saving)
@@ -346,8 +352,7 @@ class Running:
     async def multiplexer(self) -> Multiplexer:
         """The multiplexer that shares QEMU among QMP clients; started when it is first asked for.
 
-        Raises Timeout if QEMU does not greet, NotConnected if QEMU is gone or this manager has let go of it. A start
-        that failed is final: its connections to QEMU are gone, and later callers get the same error.
+        Raises Timeout if QEMU does not greet, NotConnected if QEMU is gone or this manager has let go of it.
         """
         if self._done:
             raise NotConnected(f"machine {self.name} does not run")

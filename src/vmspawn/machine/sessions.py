@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from ..boot.sandbox import may_start_programs
-from ..boot.started import Monitors
+from ..boot.started import Monitors, connect
 from ..boot.state import SavedSessions
+from ..errors import NotConnected, Timeout
+from ..host import runtime
 from ..hotplug.journal import Journal
 from ..qmp.saving import Saving
 
@@ -34,9 +36,11 @@ class Sessions:
         journal: Journal,
         transcript: Transcript | None = None,
         *,
+        directory: runtime.MachineDirectory,
         pid: int,
         saving: Saving,
     ) -> None:
+        self._directory = directory
         self._pid = pid
         self._saving = saving
         self._transcript = transcript
@@ -45,6 +49,8 @@ class Sessions:
         self._before = before
         self._multiplexer: Multiplexer | None = None
         self._starting: asyncio.Task[Multiplexer] | None = None
+        # Whether the connections to QEMU were closed by a start that failed.
+        self._is_disconnected = False
         self._released = asyncio.Event()
         self._released.set()
         #: Descriptor sets that were there from boot, and are neither ours nor a session's.
@@ -69,10 +75,10 @@ class Sessions:
     async def multiplexer(self) -> Multiplexer:
         """What shares QEMU; started when it is first asked for.
 
-        Raises Timeout if QEMU does not greet, NotConnected if it is gone. A start that failed is final, for its
-        connections to QEMU are gone: all who ask later are told the same.
+        Raises Timeout if QEMU does not greet, NotConnected if it is gone.
         """
         await self._released.wait()
+        self._forget_failed_start()
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
             self._journal.write()
@@ -83,6 +89,7 @@ class Sessions:
     async def held(self) -> AsyncIterator[None]:
         """Let no command of a session reach QEMU; those that come wait. Raises Timeout, NotConnected."""
         self._released.clear()
+        self._forget_failed_start()
         try:
             if self._starting is None:
                 yield
@@ -92,9 +99,32 @@ class Sessions:
         finally:
             self._released.set()
 
+    def _forget_failed_start(self) -> None:
+        """Let the next client connect to QEMU anew, if QEMU did not answer in time."""
+        task = self._starting
+        if task is not None and task.done() and not task.cancelled() and isinstance(task.exception(), Timeout):
+            self._starting = None
+            self._is_disconnected = True
+
+    def _reconnect(self) -> None:
+        """Connect to the sessions' monitors again. Raises NotConnected, or Timeout if their queues are full."""
+        _, *names = runtime.MONITORS
+        try:
+            with contextlib.ExitStack() as undo:
+                sessions, bulk = (connect(self._directory, name, undo) for name in names)
+                undo.pop_all()
+        except BlockingIOError:
+            raise Timeout("QEMU has not accepted earlier connections to its monitors", hint="try again") from None
+        except OSError as error:
+            raise NotConnected(f"cannot connect to QEMU's monitors: {error.strerror}") from None
+        self._monitors = self._monitors._replace(sessions=sessions, bulk=bulk)
+        self._is_disconnected = False
+
     async def _start(self) -> Multiplexer:
         from ..qmp.share.multiplexer import Multiplexer
 
+        if self._is_disconnected:
+            self._reconnect()
         # The manager's own monitor reports QEMU's exit.
         self._multiplexer = await Multiplexer.connect(
             self._monitors.sessions,
