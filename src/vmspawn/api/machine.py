@@ -84,7 +84,8 @@ class Machine(Guest):
             self._current = _Current(running)
             if self._is_copy:
                 self._config = running.config
-                # Commands that ran in the guest end in the copy.
+            if running.incoming is not None:
+                # Commands that ran in the guest end in the copy, and its clock is set.
                 await self._inside.settle()
             if self._control:
                 self._serve(running)
