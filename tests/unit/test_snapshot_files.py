@@ -9,8 +9,8 @@ import pytest
 
 from vmspawn.errors import NoSuchSnapshot, SnapshotExists, SnapshotInUse, StartError, UsageError
 from vmspawn.images import snapshot_files
-from vmspawn.snapshots import directory, manifest, open_files
-from vmspawn.snapshots.directory import NewFolder
+from vmspawn.snapshots import directory, manifest, merge, open_files
+from vmspawn.snapshots.directory import NewFolder, OpenSnapshot
 from vmspawn.snapshots.manifest import Manifest, SnapshotFile, Source, State
 from vmspawn.storage import backing
 
@@ -134,6 +134,29 @@ def test_the_only_snapshot_needs_no_name() -> None:
     made("web@b")
     with pytest.raises(UsageError):
         directory.find("web", "")
+
+
+def test_the_newest_disks_are_found_without_a_name_if_there_is_no_snapshot() -> None:
+    made("web@current")
+    assert directory.find("web", "") == "web@current"
+    made("web@clean")
+    assert directory.find("web", "") == "web@clean"
+
+
+def test_only_one_process_has_a_snapshot_alone() -> None:
+    made("web@current")
+    first, second = OpenSnapshot("web@current"), OpenSnapshot("web@current")
+    assert not first.lock_alone()
+    second.close()
+    assert first.lock_alone()
+    first.close()
+
+
+def test_disks_that_a_snapshot_needs_are_not_merged() -> None:
+    assert not merge.merge("web")
+    made("web@current")
+    # There are no disks.
+    assert not merge.merge("web")
 
 
 def test_a_file_without_a_name_gets_one_and_others_are_copied(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def merge(machine: str) -> bool:
 
 
 def _tops(manifest: Manifest) -> Iterable[Image]:
-    for record in manifest.attachments["storage"]["attachments"]:
+    for record in manifest.attachments.get("storage", {}).get("attachments", ()):
         yield from map(load_image, record["images"][:1])
 
 
