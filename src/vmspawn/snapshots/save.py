@@ -345,9 +345,10 @@ class _Save:
         monitor = self._machine.monitor
         with contextlib.suppress(VmspawnError):
             await stream.forget(monitor)
-        commands = [Command("cont")] if self._was_running else [Command("cont"), Command("stop")]
-        for result in await monitor.execute_all(commands):
-            if isinstance(result, QmpError):
+        # QEMU 7.2 closes removed descriptors only while the guest runs.
+        commands = [Command("cont"), stream.REMOVE_FDSET] + ([] if self._was_running else [Command("stop")])
+        for command, result in zip(commands, await monitor.execute_all(commands), strict=True):
+            if isinstance(result, QmpError) and command is not stream.REMOVE_FDSET:
                 raise result
 
     # What is written.

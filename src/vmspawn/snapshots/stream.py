@@ -15,12 +15,15 @@ from ..boot.incoming import STATE_FDSET
 from ..errors import NotConnected, QmpError, SystemFailure
 from ..machine.loading import cancel
 from ..qmp.events import EventStream
-from ..qmp.monitor import Monitor
+from ..qmp.monitor import Command, Monitor
 
 #: Bytes per second, which QEMU limits by default.
 _BANDWIDTH = 1 << 50
 
 _NAME = "vmspawn-state"
+
+#: Removes the descriptor set that `save` makes.
+REMOVE_FDSET = Command("remove-fd", {"fdset-id": STATE_FDSET})
 
 #: Seconds between looks at the progress, for people.
 _INTERVAL = 0.2
@@ -58,7 +61,7 @@ async def _begin(monitor: Monitor, fd: int) -> tuple[str, EventStream]:
         return "file", await _migrate(monitor, f"file:/dev/fdset/{STATE_FDSET}")
     except QmpError:
         # This QEMU has no `file:`.
-        await monitor.execute("remove-fd", {"fdset-id": STATE_FDSET})
+        await monitor.execute(REMOVE_FDSET.name, REMOVE_FDSET.arguments)
     await monitor.execute("getfd", {"fdname": _NAME}, fds=(fd,))
     return "fd", await _migrate(monitor, f"fd:{_NAME}")
 
@@ -98,6 +101,6 @@ async def forget(monitor: Monitor) -> None:
     """Cancel what is under way, and drop the descriptor. Raises NotConnected, Timeout."""
     await cancel(monitor)
     with contextlib.suppress(QmpError):
-        await monitor.execute("remove-fd", {"fdset-id": STATE_FDSET})
+        await monitor.execute(REMOVE_FDSET.name, REMOVE_FDSET.arguments)
     with contextlib.suppress(QmpError):
         await monitor.execute("closefd", {"fdname": _NAME})
