@@ -214,7 +214,11 @@ class Storage:
         return attached
 
     async def _attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
-        """Attach a disk; tries another place if a QMP client has put a device on the first. Leaves `backing` open."""
+        """Attach a disk. Leaves `backing` open.
+
+        Tries again if a QMP client has put a device on the first place, or has removed its controller meanwhile: QEMU
+        reports that some milliseconds after the controller's bus is gone.
+        """
         while True:
             # An attach that fails closes its descriptor; the next attempt needs another.
             copy = backing and backing.copy()
@@ -228,7 +232,8 @@ class Storage:
                 return await self._plug_in(attached)
             except QmpError:
                 await self.look_at_places()
-                if not attached.pool.is_foreign(attached.place):
+                is_foreign = attached.pool.is_foreign(attached.place)
+                if not is_foreign and self._context.controllers.is_there(attached.place):
                     raise
 
     async def _plug_in(self, attached: AttachedDisk) -> AttachedDisk:
