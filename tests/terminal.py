@@ -81,13 +81,26 @@ class Tty:
                 data = data[os.write(self.master, data[:512]) :]
 
     def type_slowly(self, pieces: list[bytes], pause: float) -> None:
-        """Type pieces with pauses between them, and read the output meanwhile."""
+        """Type pieces with pauses between them, and read the output meanwhile.
+
+        A pause begins when the program has read the piece before, so that it is no shorter for a program that is slow.
+        """
         for number, piece in enumerate(pieces):
+            if number:
+                self._wait_until_read()
             next_at = time.monotonic() + (pause if number else 0.0)
             while (left := next_at - time.monotonic()) > 0:
                 if select.select([self.master], [], [], left)[0]:
                     self._read()
             self.type(piece)
+
+    def _wait_until_read(self) -> None:
+        """Wait until the program has read everything that was typed."""
+        deadline = time.monotonic() + DEADLINE
+        while struct.unpack("i", fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)))[0]:
+            assert time.monotonic() < deadline, "the program does not read what is typed"
+            if select.select([self.master], [], [], 0.005)[0]:
+                self._read()
 
     def expect(self, pattern: bytes, *, timeout: float = DEADLINE) -> re.Match[bytes]:
         """Wait until the output matches, and consume it up to the end of the match. `before` is the text before it."""
