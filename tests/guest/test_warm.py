@@ -45,7 +45,9 @@ async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies
         async with machine:
             await machine.console.expect("vmspawn-guest: ready", timeout=10)
             disk = await machine.attach(make_raw(tmp_path / machine.name), wait_guest=True)
-            done = await machine.run(f"test -b {disk.by_id} && cat /proc/sys/kernel/random/uuid", check=True)
+            done = await machine.run(
+                f"until [ -b {disk.by_id} ]; do usleep 10000; done; cat /proc/sys/kernel/random/uuid", check=True
+            )
             assert abs(int((await machine.run("date +%s")).stdout) - time.time()) < 60
             return done.stdout
 
