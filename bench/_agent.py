@@ -23,7 +23,8 @@ MIB = 1 << 20
 
 def one(machine: AgentMachine, number: int, pause: float) -> dict[str, float]:
     """Run `true` once. During the pause the guest finishes its work with the ports, before the message comes."""
-    run = Run(id=f"b{number}-{int(pause * 1000)}", session=machine.session, arguments=TRUE)
+    id = f"b{number}-{int(pause * 1000)}"
+    run = Run(id, machine.session, id, TRUE)
     start = time.perf_counter()
     command = Command(machine, run)
     plugged = time.perf_counter()
@@ -57,7 +58,7 @@ def at_once(machine: AgentMachine) -> None:
     """Print the median time of commands whose message is sent before the ports exist."""
     times = []
     for number in range(ROUNDS):
-        run = Run(id=f"a{number}", session=machine.session, arguments=TRUE)
+        run = Run(f"a{number}", machine.session, f"a{number}", TRUE)
         start = time.perf_counter()
         machine.send(protocol.run(run))
         command = Command(machine, run)

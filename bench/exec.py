@@ -6,6 +6,7 @@ stream is compared with a raw virtio-serial port, `vmctl exec` with `vmctl statu
 """
 
 import asyncio
+import json
 import os
 import statistics
 import subprocess
@@ -22,8 +23,11 @@ MIB = 1 << 20
 #: Bytes of output.
 SIZE = int(os.environ.get("SIZE", str(100 * 1000 * 1000)))
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
+#: Boots with the controller and without.
+PAIRS = int(os.environ.get("PAIRS", "8"))
+VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
-#: Seconds between commands, in which the ports of the last command are unplugged.
+#: Seconds between commands, in which the ports of the last command become free.
 PAUSE = 0.3
 
 
@@ -124,7 +128,7 @@ async def main() -> None:
 def main_of_commands() -> None:
     """Measure `vmctl exec`, which needs a manager of its own."""
     name = f"bench-{os.getpid()}"
-    command = [sys.executable, "-m", "vmspawn.cli.spawn", "--guest=builtin", f"--qemu={QEMU}", "-M", name, "-q"]
+    command = [*VMSPAWN, "--guest=builtin", f"--qemu={QEMU}", "-M", name, "-q"]
     process = subprocess.Popen([*command, "--console=headless"], stdin=subprocess.DEVNULL)
     try:
         while subprocess.run([*VMCTL, "exec", name, "true"], capture_output=True).returncode:
@@ -136,6 +140,39 @@ def main_of_commands() -> None:
         process.wait()
 
 
+def boot(agent: str) -> tuple[float, float]:
+    """Seconds until the guest's shell asks for a command, by the clock and of QEMU's processor time."""
+    name = f"bench-{os.getpid()}"
+    command = [*VMSPAWN, "-M", name, "--guest=builtin", f"--qemu={QEMU}", "-q", f"--agent={agent}"]
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [*command, "--console=read-only"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        output = b""
+        while b"vmspawn# " not in output:
+            data = os.read(process.stdout.fileno(), 65536)
+            assert data, output
+            output += data
+        elapsed = time.perf_counter() - start
+        described = subprocess.run([*VMCTL, "status", name, "--json=short"], capture_output=True, check=True).stdout
+        fields = Path(f"/proc/{json.loads(described)['processId']}/stat").read_text().rpartition(")")[2].split()
+        subprocess.run([*VMCTL, "terminate", name], check=True)
+    return elapsed, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def boots() -> None:
+    """Boots with and without the controller for commands, in turn."""
+    found: dict[str, list[tuple[float, float]]] = {"yes": [], "no": []}
+    for number in range(PAIRS):
+        for agent in ("yes", "no") if number % 2 else ("no", "yes"):
+            found[agent].append(boot(agent))
+    for index, what in enumerate(("by the clock", "processor time of QEMU")):
+        with_it, without = (statistics.median(each[index] for each in found[agent]) for agent in ("yes", "no"))
+        print(f"boot with the controller ÷ without, {what}: {with_it / without:.3f}, {PAIRS} pairs")
+
+
 if __name__ == "__main__":
     asyncio.run(main())
     main_of_commands()
+    boots()

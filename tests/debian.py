@@ -45,14 +45,14 @@ def _locked(name: str) -> Iterator[None]:
         yield
 
 
-def tree() -> Path:
+def tree(suite: str = SUITE) -> Path:
     """Return the tree. Booting it writes to it, so tests must not depend on its exact content."""
-    final = cache() / f"debian-{SUITE}"
+    final = cache() / f"debian-{suite}"
     with _locked(final.name):
         if not final.exists():
             partial = final.with_name(final.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            _run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(partial), mirror())
+            _run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", suite, str(partial), mirror())
             for each in Path("/etc/apt/apt.conf.d").glob("*proxy*"):
                 shutil.copy(each, partial / "etc/apt/apt.conf.d")
             _run("chroot", str(partial), "apt-get", "update")
@@ -61,10 +61,18 @@ def tree() -> Path:
     return final
 
 
-def kernel() -> tuple[Path, Path]:
+def kernel(suite: str = SUITE) -> tuple[Path, Path]:
     """Return the tree's kernel and initrd."""
-    boot = tree() / "boot"
+    boot = tree(suite) / "boot"
     return next(boot.glob("vmlinuz-*")), next(boot.glob("initrd.img-*"))
+
+
+def root(path: Path, source: Path) -> Path:
+    """Make a file system of a tree."""
+    with path.open("wb") as file:
+        file.truncate(1536 * MIB)
+    _run("mkfs.ext4", "-q", "-L", LABEL, "-d", str(source), str(path))
+    return path
 
 
 def disk() -> Path:
@@ -79,10 +87,6 @@ def disk() -> Path:
 
 
 def _make_disk(source: Path, folder: Path, final: Path) -> None:
-    root = folder / "root"
-    with root.open("wb") as file:
-        file.truncate(1536 * MIB)
-    _run("mkfs.ext4", "-q", "-L", LABEL, "-d", str(source), str(root))
     linux, initrd = kernel()
     # With UEFI, vmspawn passes the console's arguments; with BIOS, the disk must have them.
     made = disks.make_disk(
@@ -92,7 +96,7 @@ def _make_disk(source: Path, folder: Path, final: Path) -> None:
         (f"root=LABEL={LABEL}", "rw"),
         bios_arguments=("console=ttyS0",),
         boot_loader=source / "usr/lib/systemd/boot/efi/systemd-bootx64.efi",
-        root=root,
+        root=root(folder / "root", source),
     )
     made.rename(final)
 

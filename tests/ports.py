@@ -109,6 +109,8 @@ async def main(name: str, operation: str, count: int) -> None:
         die_at(count)
         if operation == "attach":
             await manager.ports.attach(GUEST_NAME)
+        elif operation == "connect":
+            await manager.ports.connect(list(manager.ports))
         else:
             for port in manager.ports:
                 await manager.ports.detach(port)

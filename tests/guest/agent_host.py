@@ -36,6 +36,8 @@ MACHINES = {
     "aarch64": ("-machine", "virt,gic-version=3", "-cpu", "cortex-a57"),
 }
 
+_TERMINAL = (protocol.STATUS, protocol.STDIN)
+
 _Found = TypeVar("_Found")
 
 
@@ -126,8 +128,9 @@ class Command:
         self.status: list[StatusMessage | Malformed] = []
         self._reader = protocol.status_reader()
         self._unread: dict[str, bytes] = {}
-        for stream in protocol.ports(run):
-            self.sockets[stream], self.numbers[stream] = machine.plug(self._id(stream), run.id, stream)
+        for stream in protocol.PORTS:
+            if (stream != protocol.STDIN or run.stdin) and (stream in _TERMINAL or run.size is None):
+                self.sockets[stream], self.numbers[stream] = machine.plug(self._id(stream), run.ports, stream)
         for _ in self.sockets:
             machine.plugged()
 
@@ -164,7 +167,7 @@ class Command:
             self.read_status()
         self.sockets[protocol.STDIN].shutdown(socket.SHUT_WR)
 
-    def read_until(self, what: bytes, stream: str = protocol.TTY) -> bytes:
+    def read_until(self, what: bytes, stream: str = protocol.STDIN) -> bytes:
         """Read until some text has come. The rest is for the next call."""
         found, port = self._unread.pop(stream, b""), self.sockets[stream]
         while what not in found:
@@ -352,7 +355,8 @@ class AgentMachine:
     def start(self, *arguments: bytes | str, **fields: Any) -> Command:
         """Start a command."""
         words = [each.encode() if isinstance(each, str) else each for each in arguments]
-        run = Run(id=f"c{next(self._ids)}", session=self.session, arguments=words, **fields)
+        id = f"c{next(self._ids)}"
+        run = Run(id, self.session, f"p-{id}", words, **fields)
         command = Command(self, run)
         self.send(protocol.run(run))
         return command

@@ -12,9 +12,14 @@ from typing import Any
 import pytest
 
 from tests import debian, ovmf
+from tests.commands import vmctl
 from tests.machines import Machine, fresh_name
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+
+#: Its systemd does not take units from credentials.
+OLDER = "bookworm"
+ROOT = (f"root=LABEL={debian.LABEL}", "rw")
 
 #: Seconds under emulation on a busy host.
 BOOT_TIMEOUT = 500.0
@@ -81,4 +86,14 @@ async def test_booted_by_uefi(qemu: str, tmp_path: Path, monkeypatch: pytest.Mon
 async def test_booted_by_its_kernel(qemu: str) -> None:
     linux, initrd = debian.kernel()
     async with booted(qemu, linux=str(linux), initrd=str(initrd), kernel_arguments=("rw",)) as machine:
+        await use(machine)
+
+
+@pytest.mark.asyncio
+async def test_an_older_systemd_with_the_agent_installed(qemu: str, tmp_path: Path) -> None:
+    tree = debian.tree(OLDER)
+    assert vmctl("agent", f"--root={tree}").returncode == 0
+    linux, initrd = debian.kernel(OLDER)
+    image = debian.root(tmp_path / "root", tree)
+    async with booted(qemu, image=str(image), linux=str(linux), initrd=str(initrd), kernel_arguments=ROOT) as machine:
         await use(machine)

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
 
 import pytest
 import pytest_asyncio
@@ -70,18 +69,47 @@ async def until_clean(manager: Manager) -> None:
 
 async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) -> None:
     before = len(links_of(bare[1]))
-    port, ours = await manager.ports.attach(GUEST_NAME)
-    with closing(ours):
-        assert port.state is State.ATTACHED
-        assert await manager.seen() == ({port.device}, {port.device})
-        name = await manager.monitor.execute(
-            "qom-get", {"path": f"/machine/peripheral/{port.device}", "property": "name"}
-        )
-        assert name == GUEST_NAME
+    port = await manager.ports.attach(GUEST_NAME)
+    assert port.state is State.ATTACHED
+    assert await manager.seen() == ({port.device}, {port.device})
+    name = await manager.monitor.execute("qom-get", {"path": f"/machine/peripheral/{port.device}", "property": "name"})
+    assert name == GUEST_NAME
+    assert await manager.ports.detach(port)
+    await is_clean(manager)
+    assert len(links_of(bare[1])) == before
+
+
+@pytest.mark.parametrize("way", ["disconnect", "detach"])
+async def test_streams_come_and_go(manager: Manager, bare: tuple[str, int], way: str) -> None:
+    before = len(links_of(bare[1]))
+    ports = [await manager.ports.attach(name) for name in (GUEST_NAME, "another")]
+    for _ in range(3):
+        streams = await manager.ports.connect(ports)
+        assert len(links_of(bare[1])) == before + 2
+        if way == "detach":
+            for port in ports:
+                assert await manager.ports.detach(port)
+            ports = [await manager.ports.attach(name) for name in (GUEST_NAME, "another")]
+        else:
+            await manager.ports.disconnect(ports)
+        for stream in streams:
+            stream.theirs.close()
+            # QEMU has closed its end.
+            stream.ours.settimeout(DEADLINE)
+            assert stream.ours.recv(1) == b""
+            stream.close()
+        assert len(links_of(bare[1])) == before
+    for port in ports:
         assert await manager.ports.detach(port)
-        # QEMU has closed the other end.
-        ours.settimeout(DEADLINE)
-        assert ours.recv(1) == b""
+    await is_clean(manager)
+
+
+async def test_a_port_that_is_not_there_cannot_be_connected(manager: Manager, bare: tuple[str, int]) -> None:
+    before = len(links_of(bare[1]))
+    port = await manager.ports.attach(GUEST_NAME)
+    assert await manager.ports.detach(port)
+    with pytest.raises(QmpError):
+        await manager.ports.connect([port])
     await is_clean(manager)
     assert len(links_of(bare[1])) == before
 
@@ -99,18 +127,16 @@ async def test_a_refused_port_leaves_nothing(manager: Manager) -> None:
     both = [one, await manager.ports.attach("another")]
     with pytest.raises(NoFreePort, match="no free virtio-serial port"):
         await manager.ports.attach(GUEST_NAME)
-    for port, ours in both:
-        ours.close()
+    for port in both:
         assert await manager.ports.detach(port)
     await is_clean(manager)
 
 
 async def test_a_port_that_a_client_removes_is_undone(manager: Manager) -> None:
-    port, ours = await manager.ports.attach(GUEST_NAME)
-    with closing(ours):
-        await manager.monitor.execute("device_del", {"id": port.device})
-        async with asyncio.timeout(DEADLINE):
-            await port.gone.wait()
+    port = await manager.ports.attach(GUEST_NAME)
+    await manager.monitor.execute("device_del", {"id": port.device})
+    async with asyncio.timeout(DEADLINE):
+        await port.gone.wait()
     await until_clean(manager)
 
 
@@ -123,15 +149,14 @@ async def test_a_cancelled_attach_leaves_nothing(manager: Manager) -> None:
     await until_clean(manager)
 
 
-@pytest.mark.parametrize("operation", ["attach", "detach"])
+@pytest.mark.parametrize("operation", ["attach", "connect", "detach"])
 async def test_a_manager_dies_at_each_point(bare: tuple[str, int], operation: str) -> None:
     name, _ = bare
     outcomes = set()
     for point in range(1, POINTS_MAX):
-        if operation == "detach":
+        if operation != "attach":
             async with managed(name) as manager:
-                _, ours = await manager.ports.attach(GUEST_NAME)
-                ours.close()
+                await manager.ports.attach(GUEST_NAME)
         outcome = await asyncio.to_thread(order, name, operation, point)
         async with managed(name) as manager:
             # The port is complete, or nothing of it is left.
@@ -145,7 +170,7 @@ async def test_a_manager_dies_at_each_point(bare: tuple[str, int], operation: st
                     outcomes.add("undone")
             await until_clean(manager)
         if outcome == "finished":
-            assert outcomes == {"whole", "undone"}
+            assert outcomes == ({"whole"} if operation == "connect" else {"whole", "undone"})
             return
         assert outcome == "died"
     raise AssertionError(f"{operation} never came to its end")

@@ -164,3 +164,31 @@ def test_a_serial_port_comes_and_goes_without_the_guest(qemu: str) -> None:
         monitor.succeed("device_del", id="d0")
         assert monitor.event("DEVICE_DELETED")["device"] == "d0"
         monitor.succeed("chardev-remove", id="backend0")
+
+
+def test_a_serial_port_gets_one_socket_after_the_other(qemu: str) -> None:
+    """The one before is closed. The type null closes it without another."""
+    null: dict[str, Any] = {"type": "null", "data": {}}
+    with bare(qemu, "q35", "-device", "virtio-serial-pci,id=serial,max_ports=4") as monitor:
+        monitor.succeed("chardev-add", id="backend0", backend=null)
+        monitor.succeed("device_add", id="d0", driver="virtserialport", chardev="backend0", bus="serial.0", nr=1)
+        before: socket.socket | None = None
+        for close in (False, False, True, False):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                monitor.succeed("getfd", fdname="s", fds=[theirs.fileno()])
+            backend = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": "s"}}, "server": False}}
+            monitor.succeed("chardev-change", id="backend0", backend=backend)
+            assert monitor.fail("closefd", fdname="s") == "File descriptor named 's' not found"
+            if close:
+                monitor.succeed("chardev-change", id="backend0", backend=null)
+                assert ours.recv(1) == b""
+            if before is not None:
+                with before:
+                    before.settimeout(20)
+                    assert before.recv(1) == b""
+            before = ours
+        ours.close()
+        monitor.succeed("device_del", id="d0")
+        assert monitor.event("DEVICE_DELETED")["device"] == "d0"
+        monitor.succeed("chardev-remove", id="backend0")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vmspawn.agent import protocol
 from vmspawn.agent.protocol import (
+    Done,
     Exited,
     Failed,
     Forked,
@@ -57,10 +58,10 @@ def test_a_command_arrives_unchanged(
     size: tuple[int, int] | None,
     stdin: bool,
 ) -> None:
-    command = Run("c1", "s1", arguments, environment, directory, user, size, stdin)
-    head, options = words(protocol.run(command))[:3], words(protocol.run(command))[3:]
+    command = Run("c1", "s1", "p1", arguments, environment, directory, user, size, stdin)
+    head, options = words(protocol.run(command))[:4], words(protocol.run(command))[4:]
     end = options.index(b"--")
-    assert head == [b"run", b"c1", b"s1"]
+    assert head == [b"run", b"c1", b"s1", b"p1"]
     assert options[end + 1 :] == arguments
     found = dict(option.partition(b"=")[::2] for option in options[:end] if not option.startswith(b"env="))
     assert found.get(b"cwd") == directory
@@ -78,32 +79,34 @@ def test_messages_are_lines_of_words() -> None:
     assert protocol.signal("c", 15) == b"signal c 15 ;\n"
     assert protocol.hang_up("c") == b"hangup c ;\n"
     assert protocol.fork("0a", 12_000_000_034) == b"fork 0a 12 34 ;\n"
-    assert protocol.run(Run("c", "s", [b"echo", b"", b"a b;%\n"])) == b"run c s stdin -- echo % a%20b%3b%25%0a ;\n"
+    assert protocol.close("c", "stdin") == b"close c stdin ;\n"
+    assert protocol.count_ports("p") == b"ports p ;\n"
+    assert (
+        protocol.run(Run("c", "s", "p", [b"echo", b"", b"a b;%\n"])) == b"run c s p stdin -- echo % a%20b%3b%25%0a ;\n"
+    )
 
 
-def test_a_command_has_the_ports_that_it_needs() -> None:
-    assert protocol.ports(Run("c", "s")) == ("stdin", "stdout", "stderr", "status")
-    assert protocol.ports(Run("c", "s", stdin=False)) == ("stdout", "stderr", "status")
-    assert protocol.ports(Run("c", "s", size=(24, 80))) == ("tty", "status")
-    assert protocol.port_name("c", "stdin") == "io.vmspawn.exec.c.stdin"
+def test_a_port_is_named_after_its_set() -> None:
+    assert protocol.port_name("p-1", "stdin") == "io.vmspawn.exec.p-1.stdin"
+    assert [protocol.ports_of(protocol.port_name("p-1", stream)) for stream in protocol.PORTS] == ["p-1"] * 4
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        Run("c", "s", [b"a\0b"]),
-        Run("c", "s", [b""]),
-        Run("c", "s", [b"a"], {b"A": b"\0"}),
-        Run("c", "s", [b"a"], {b"A=B": b""}),
-        Run("c", "s", [b"a"], {b"": b""}),
-        Run("c", "s", [b"a"], {b"%d" % number: b"" for number in range(1025)}),
-        Run("c", "s", [b"a"], user=b""),
-        Run("c", "s", [b"a"], directory=b""),
-        Run("c", "s", [b"a"], size=(-1, 80)),
-        Run("c", "s", [b"a"], size=(24, 65536)),
-        Run("c", "s", [b"a" * (128 * 1024)]),
-        Run("c", "s", [b"\n" * 120_000] * 2),
-        Run("c", "s", [b"a"] * 32768),
+        Run("c", "s", "p", [b"a\0b"]),
+        Run("c", "s", "p", [b""]),
+        Run("c", "s", "p", [b"a"], {b"A": b"\0"}),
+        Run("c", "s", "p", [b"a"], {b"A=B": b""}),
+        Run("c", "s", "p", [b"a"], {b"": b""}),
+        Run("c", "s", "p", [b"a"], {b"%d" % number: b"" for number in range(1025)}),
+        Run("c", "s", "p", [b"a"], user=b""),
+        Run("c", "s", "p", [b"a"], directory=b""),
+        Run("c", "s", "p", [b"a"], size=(-1, 80)),
+        Run("c", "s", "p", [b"a"], size=(24, 65536)),
+        Run("c", "s", "p", [b"a" * (128 * 1024)]),
+        Run("c", "s", "p", [b"\n" * 120_000] * 2),
+        Run("c", "s", "p", [b"a"] * 32768),
     ],
 )
 def test_commands_that_cannot_be_sent_are_refused(command: Run) -> None:
@@ -112,7 +115,7 @@ def test_commands_that_cannot_be_sent_are_refused(command: Run) -> None:
 
 
 def test_a_hundred_kilobytes_of_anything_fit() -> None:
-    assert len(words(protocol.run(Run("c", "s", [b"\n" * 100_000])))[-1]) == 100_000
+    assert len(words(protocol.run(Run("c", "s", "p", [b"\n" * 100_000])))[-1]) == 100_000
 
 
 @pytest.mark.parametrize("name", ["", "-", "-a", "A", "a b", "a" * 65, "ä", "a\n"])
@@ -133,6 +136,7 @@ CONTROL = {
     b"pong x ;\n": Pong("x"),
     b"refused - 74 message ;\n": Refused(None, 74, "message"),
     b"refused c1 17 id ;\n": Refused("c1", 17, "id"),
+    b"done c1 ;\n": Done("c1"),
     b"lost c1 ;\n": Lost("c1"),
     b"forked 0a ;\n": Forked("0a"),
 }

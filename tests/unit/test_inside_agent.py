@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from vmspawn.agent.protocol import Lost, Refused
+from vmspawn.agent.protocol import Done, Lost, Refused
 from vmspawn.errors import NotConnected, NotSupported
 from vmspawn.inside.agent import Agent
 
@@ -23,7 +23,7 @@ class Far:
 
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
-        self.messages: list[Refused | Lost] = []
+        self.messages: list[Refused | Done | Lost] = []
         self.restarts = 0
         self.agent = Agent(self._connect, on_message=self.messages.append, on_restart=self._restarted)
 
@@ -111,6 +111,17 @@ async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
         assert await far.read() == [["ports", "a-1"]]
         await far.send(f"ports a-1 {count} ;\n")
     assert await waiting
+
+
+async def test_an_agent_is_asked_until_it_answers(far: Far) -> None:
+    await far.session()
+    waiting = asyncio.ensure_future(far.agent.answers())
+    assert await far.read() == [["ping", "answer"]]
+    # Again after a moment.
+    assert await far.read() == [["ping", "answer"]]
+    assert not waiting.done()
+    await far.send("pong answer ;\n")
+    await waiting
 
 
 async def test_invalid_messages_change_nothing(far: Far) -> None:

@@ -26,23 +26,34 @@
 #define NAME_MAX 64
 
 /* How long the ports of a command may take to appear, and processes to die. In milliseconds. */
-#define PORTS_TIMEOUT 10000
+#define PORTS_TIMEOUT 3000
 #define KILL_TIMEOUT 5000
+
+/* How long the host may take to make room for an answer. */
+#define ANSWER_TIMEOUT 1000
+
+/* The exit status of a supervisor whose command was not started. */
+#define WITHOUT_PORTS 1
 
 /* A virtio-serial port takes no more than this in one write. */
 #define BUFFER_SIZE (32 * 1024)
+
+/* What a pipe of output holds: the command writes that much before the supervisor has its turn. */
+#define PIPE_SIZE (256 * 1024)
 
 #define PATH_SIZE 4096
 #define GROUPS_MAX 64
 #define DEFAULT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-enum { STDIN, STDOUT, STDERR, STATUS, TTY, PORTS };
+/* The ports of a set. A terminal has that of stdin, in both directions. */
+enum { STDIN, STDOUT, STDERR, STATUS, PORTS };
 
-static const char *const port_names[PORTS] = { "stdin", "stdout", "stderr", "status", "tty" };
+static const char *const port_names[PORTS] = { "stdin", "stdout", "stderr", "status" };
 
 /* What the host asks for. All text is in the buffer of the message. */
 struct request {
         const char *id;
+        const char *ports; /* The set of ports that it gets */
         const char *user;
         const char *directory;
         bool terminal;
@@ -61,7 +72,7 @@ struct run {
 
 /* From the agent to a supervisor; small enough for a pipe to keep whole. */
 struct order {
-        enum { RESIZE, SIGNAL, HANG_UP } kind;
+        enum { RESIZE, SIGNAL, CLOSE, HANG_UP } kind;
         unsigned first, second;
 };
 
@@ -398,9 +409,9 @@ static int open_device(const char *entry) {
         return sys_open(path, O_RDWR | O_NONBLOCK | O_NOCTTY);
 }
 
-/* Ports to look for: those of one command, or the control port. */
+/* Ports to look for: those of a set, or the control port. */
 struct search {
-        const char *id; /* NULL for the control port */
+        const char *set; /* NULL for the control port */
         int fds[PORTS]; /* -1 until opened; the control port is the first */
 };
 
@@ -412,12 +423,12 @@ static void search_entry(const char *entry, void *data) {
         if (after(entry, "vport") == NULL || !join(path, "/sys/class/virtio-ports/", entry, "/name") ||
             !read_line(path, name, sizeof name))
                 return;
-        if (search->id == NULL) {
+        if (search->set == NULL) {
                 if (search->fds[0] < 0 && equal(name, CONTROL_PORT))
                         search->fds[0] = open_device(entry);
                 return;
         }
-        if ((rest = after(name, COMMAND_PORT)) == NULL || (rest = after(rest, search->id)) == NULL || *rest++ != '.')
+        if ((rest = after(name, COMMAND_PORT)) == NULL || (rest = after(rest, search->set)) == NULL || *rest++ != '.')
                 return;
         for (size_t i = 0; i < PORTS; i++)
                 if (search->fds[i] < 0 && equal(rest, port_names[i]))
@@ -435,20 +446,28 @@ static void wait_for_uevent(int uevents, long milliseconds) {
                 ;
 }
 
+static void close_fd(int *fd) {
+        if (*fd >= 0)
+                sys_close(*fd);
+        *fd = -1;
+}
+
 static short poll_now(int fd, short events) {
         struct pollfd poll = { .fd = fd, .events = events };
 
         return sys_poll(&poll, 1, 0) < 0 ? POLLERR : poll.revents;
 }
 
-/* Whether all ports of a command are open and connected. One that is not connected yet would look like one at its end. */
+/*
+ * Whether the ports that a command needs are open and connected. One that is not connected yet would look like one at its
+ * end.
+ */
 static bool ports_ready(const struct request *request, const int fds[PORTS]) {
         const bool wanted[PORTS] = {
-                [STDIN] = !request->terminal && request->input,
+                [STDIN] = request->terminal || request->input,
                 [STDOUT] = !request->terminal,
                 [STDERR] = !request->terminal,
                 [STATUS] = true,
-                [TTY] = request->terminal,
         };
 
         for (size_t i = 0; i < PORTS; i++)
@@ -458,25 +477,28 @@ static bool ports_ready(const struct request *request, const int fds[PORTS]) {
 }
 
 static bool open_ports(const struct request *request, int fds[PORTS]) {
-        struct search search = { .id = request->id, .fds = { -1, -1, -1, -1, -1 } };
-        int uevents = sys_uevents();
+        struct search search = { .set = request->ports, .fds = { -1, -1, -1, -1 } };
+        int uevents = -1;
         long deadline = now() + PORTS_TIMEOUT;
-        bool ready = false;
+        bool ready;
 
         for (;;) {
                 each_entry("/sys/class/virtio-ports", search_entry, &search);
                 ready = ports_ready(request, search.fds);
                 if (ready || now() > deadline)
                         break;
-                wait_for_uevent(uevents, 20);
+                if (uevents < 0)
+                        uevents = sys_uevents();
+                else
+                        wait_for_uevent(uevents, 20);
         }
-        sys_close(uevents);
+        close_fd(&uevents);
         memcpy(fds, search.fds, sizeof search.fds);
         return ready;
 }
 
 static int open_control(void) {
-        struct search search = { .id = NULL, .fds = { -1 } };
+        struct search search = { .set = NULL, .fds = { -1 } };
         int uevents = sys_uevents();
 
         /* The moment is a second: another agent may hold the port, and nothing announces that it lets go. */
@@ -621,9 +643,14 @@ static void reset_signals(void) {
 
 /* ---- The supervisor ---- */
 
-/* Moves bytes from one descriptor to another. Both may be -1: no longer there. */
+/*
+ * Moves bytes between a port and a pipe or terminal of the command. Both descriptors are -1 when it is closed. The port
+ * stays open: until the host has closed its end, no other command may get it.
+ */
 struct pump {
         int from, to;
+        bool input; /* From the port */
+        bool last;  /* Nothing more comes from the host */
         size_t start, end;
         uint64_t total;
         uint64_t limit; /* Bytes still to take */
@@ -636,7 +663,7 @@ struct supervisor {
         const struct request *request;
         int pid;
         int command;           /* The process; 0 after its end */
-        int status;            /* Port */
+        int ports[PORTS];      /* -1 for those that it does not have */
         int terminal;          /* Our side, or -1 */
         int terminal_far_side; /* The command's side, kept open until the command ends, or -1 */
         int failure;           /* Pipe, until the command runs, or -1 */
@@ -646,21 +673,16 @@ struct supervisor {
         char cgroup[PATH_SIZE]; /* Empty if there is none */
 };
 
-static void close_fd(int *fd) {
-        if (*fd >= 0)
-                sys_close(*fd);
-        *fd = -1;
-}
-
-static void pump_open(struct pump *pump, int from, int to) {
+static void pump_open(struct pump *pump, int from, int to, bool input) {
         pump->from = from;
         pump->to = to;
+        pump->input = input;
         pump->limit = UINT64_MAX;
 }
 
 static void pump_close(struct pump *pump) {
-        close_fd(&pump->from);
-        close_fd(&pump->to);
+        close_fd(pump->input ? &pump->to : &pump->from);
+        pump->from = pump->to = -1;
         pump->start = pump->end = 0;
 }
 
@@ -683,7 +705,7 @@ static void pump_read(struct pump *pump) {
         size_t size = pump->limit < sizeof pump->data ? (size_t) pump->limit : sizeof pump->data;
         long n = size == 0 ? 0 : sys_read(pump->from, pump->data, size);
 
-        if (n == -EAGAIN || n == -EINTR)
+        if (n == -EINTR || (n == -EAGAIN && !pump->last))
                 return;
         if (n <= 0) {
                 /* The end, or an error that means it: a terminal whose other side is closed has EIO. */
@@ -711,6 +733,27 @@ static bool pump_write(struct pump *pump) {
         return true;
 }
 
+/*
+ * Moves bytes until reading or writing has to wait, and no more than a pipe holds: other streams have their turn. False if
+ * nobody takes the bytes any more.
+ *
+ * Not by splice(2): the kernel hands empty buffers of a pipe on to QEMU, which stops the whole controller then. A write(2)
+ * that fails leaves one.
+ */
+static bool pump_move(struct pump *pump) {
+        for (size_t moved = 0; moved < PIPE_SIZE; moved += sizeof pump->data) {
+                if (pump_is_empty(pump))
+                        pump_read(pump);
+                if (pump_is_empty(pump))
+                        return true;
+                if (!pump_write(pump))
+                        return false;
+                if (!pump_is_empty(pump))
+                        return true;
+        }
+        return true;
+}
+
 /* Sends a line to the status port. The host reads that port at all times, so there is always room, or no host. */
 static void report(int port, struct text *line) {
         add_end(line);
@@ -732,7 +775,7 @@ static void report_start(const struct supervisor *supervisor) {
 
         add_word(&line, "started");
         add_number(&line, (uint64_t) supervisor->command);
-        report(supervisor->status, &line);
+        report(supervisor->ports[STATUS], &line);
 }
 
 /* Tells the end and how many bytes were written, which the host may not all have read by now. */
@@ -744,7 +787,7 @@ static void report_end(const struct supervisor *supervisor) {
         add_number(&line, (uint64_t) (signal != 0 ? signal : status >> 8 & 0xff));
         add_number(&line, pumps[STDOUT].total);
         add_number(&line, pumps[STDERR].total);
-        report(supervisor->status, &line);
+        report(supervisor->ports[STATUS], &line);
 }
 
 /* Tells that the command reads no more of its input. */
@@ -753,7 +796,7 @@ static void report_closed(const struct supervisor *supervisor) {
 
         add_word(&line, "closed");
         add_word(&line, "stdin");
-        report(supervisor->status, &line);
+        report(supervisor->ports[STATUS], &line);
 }
 
 /* Kills a process if its parent is this one. */
@@ -878,10 +921,31 @@ static void remove_cgroup(const struct supervisor *supervisor) {
                 sys_rmdir(supervisor->cgroup);
 }
 
+static bool is_hung_up(int port) {
+        return port < 0 || (poll_now(port, 0) & (POLLHUP | POLLERR)) != 0;
+}
+
+/*
+ * Ends this process once the host has closed its end of all ports. Whoever opened one of them before that would take the
+ * end of this command for its own.
+ */
+static _Noreturn void leave(struct supervisor *supervisor) {
+        for (size_t i = 0; i < 3; i++)
+                pump_close(&pumps[i]);
+        close_fd(&supervisor->terminal);
+        for (size_t i = 0; i < PORTS; i++)
+                while (!is_hung_up(supervisor->ports[i])) {
+                        struct pollfd poll = { .fd = supervisor->ports[i] };
+
+                        sys_poll(&poll, 1, -1);
+                }
+        sys_exit(0);
+}
+
 static _Noreturn void hang_up(struct supervisor *supervisor) {
         kill_all(supervisor);
         remove_cgroup(supervisor);
-        sys_exit(0);
+        leave(supervisor);
 }
 
 static int set_size(int terminal, unsigned rows, unsigned columns) {
@@ -909,6 +973,12 @@ static void handle_order(struct supervisor *supervisor) {
                 if (supervisor->command > 0)
                         sys_kill(-supervisor->command, (int) order.first);
                 break;
+        case CLOSE:
+                if (order.first == STDIN)
+                        pumps[STDIN].last = true;
+                else
+                        pump_close(&pumps[order.first]);
+                break;
         case HANG_UP:
                 hang_up(supervisor);
         }
@@ -926,7 +996,7 @@ static void handle_failure(struct supervisor *supervisor) {
                 report_start(supervisor);
                 return;
         }
-        report_failure(supervisor->status, failure);
+        report_failure(supervisor->ports[STATUS], failure);
         hang_up(supervisor);
 }
 
@@ -980,10 +1050,8 @@ static void handle_pumps(struct supervisor *supervisor, const struct pollfd *pol
                 if ((writable & (POLLHUP | POLLERR)) != 0) {
                         pump_close(&pumps[i]);
                         taken = false;
-                } else if (writable != 0)
-                        taken = pump_write(&pumps[i]);
-                else if (readable != 0)
-                        pump_read(&pumps[i]);
+                } else if (writable != 0 || readable != 0 || (pumps[i].last && pumps[i].from >= 0))
+                        taken = pump_move(&pumps[i]);
                 if (i == STDIN && !taken && supervisor->terminal < 0 && supervisor->command > 0)
                         report_closed(supervisor);
         }
@@ -1026,7 +1094,7 @@ static void serve(struct supervisor *supervisor) {
                 polls[7] = (struct pollfd) { .fd = supervisor->orders, .events = POLLIN };
                 polls[8] = (struct pollfd) { .fd = supervisor->failure, .events = POLLIN };
                 /* Only whether it is hung up: the host has unplugged it, or is gone itself. */
-                polls[9] = (struct pollfd) { .fd = supervisor->status };
+                polls[9] = (struct pollfd) { .fd = supervisor->ports[STATUS] };
                 if (sys_poll(polls, 10, -1) < 0)
                         continue;
                 if (polls[9].revents != 0)
@@ -1068,17 +1136,19 @@ static int open_pipes(const struct request *request, const int ports[PORTS], con
         } else {
                 if ((r = open_pipe(&ours, &streams[0], true, user)) < 0)
                         return r;
-                pump_open(&pumps[STDIN], ports[STDIN], ours);
+                pump_open(&pumps[STDIN], ports[STDIN], ours, true);
         }
         for (int i = STDOUT; i <= STDERR; i++) {
                 if ((r = open_pipe(&ours, &streams[i], false, user)) < 0)
                         return r;
-                pump_open(&pumps[i], ours, ports[i]);
+                pump_open(&pumps[i], ours, ports[i], false);
+                /* Fails for a user who has many pipes, which is no harm. */
+                sys_fcntl(ours, F_SETPIPE_SZ, PIPE_SIZE);
         }
         return 0;
 }
 
-/* A terminal for the command, whose streams are all its far side. Each pump has descriptors of its own to close. */
+/* A terminal for the command, whose streams are all its far side. Each pump has a descriptor of its own to close. */
 static int open_terminal(struct supervisor *supervisor, int port, const struct user *user, int streams[3]) {
         const struct request *request = supervisor->request;
         int terminal, far, r, unlock = 0;
@@ -1095,9 +1165,9 @@ static int open_terminal(struct supervisor *supervisor, int port, const struct u
         supervisor->terminal = terminal;
         supervisor->terminal_far_side = far;
         streams[0] = streams[1] = streams[2] = far;
-        pump_open(&pumps[STDIN], port, sys_fcntl(terminal, F_DUPFD_CLOEXEC, 0));
-        pump_open(&pumps[STDOUT], sys_fcntl(terminal, F_DUPFD_CLOEXEC, 0), sys_fcntl(port, F_DUPFD_CLOEXEC, 0));
-        if (pumps[STDIN].to < 0 || pumps[STDOUT].from < 0 || pumps[STDOUT].to < 0)
+        pump_open(&pumps[STDIN], port, sys_fcntl(terminal, F_DUPFD_CLOEXEC, 0), true);
+        pump_open(&pumps[STDOUT], sys_fcntl(terminal, F_DUPFD_CLOEXEC, 0), port, false);
+        if (pumps[STDIN].to < 0 || pumps[STDOUT].from < 0)
                 return -EMFILE;
         return 0;
 }
@@ -1126,7 +1196,7 @@ static struct failure start_command(struct supervisor *supervisor, const struct 
 }
 
 /* All that comes before the command runs. A code of 0 is success. */
-static struct failure prepare(struct supervisor *supervisor, const int ports[PORTS]) {
+static struct failure prepare(struct supervisor *supervisor) {
         const struct request *request = supervisor->request;
         static struct user user;
         int streams[3], r;
@@ -1137,19 +1207,18 @@ static struct failure prepare(struct supervisor *supervisor, const int ports[POR
         if (!user_find(&user, request->user))
                 return failed(125, ENOENT, "user");
         if (request->terminal) {
-                if ((r = open_terminal(supervisor, ports[TTY], &user, streams)) < 0)
+                if ((r = open_terminal(supervisor, supervisor->ports[STDIN], &user, streams)) < 0)
                         return failed(125, r, "terminal");
-        } else if ((r = open_pipes(request, ports, &user, streams)) < 0)
+        } else if ((r = open_pipes(request, supervisor->ports, &user, streams)) < 0)
                 return failed(125, r, "streams");
         make_cgroup(supervisor);
         return start_command(supervisor, &user, streams);
 }
 
-/* Runs a command to its end in this process, which is its own. It has failed if nothing could be reported. */
+/* Runs a command to its end in this process, which is its own. Exits with WITHOUT_PORTS if these did not come. */
 static _Noreturn void supervise(const struct request *request, int orders, int signals) {
         static struct supervisor supervisor;
         struct failure failure;
-        int ports[PORTS];
 
         supervisor = (struct supervisor) {
                 .request = request,
@@ -1162,22 +1231,17 @@ static _Noreturn void supervise(const struct request *request, int orders, int s
         };
         for (size_t i = 0; i < 3; i++)
                 pumps[i].from = pumps[i].to = -1;
-        if (!open_ports(request, ports)) {
-                if (ports[STATUS] < 0)
-                        sys_exit(1);
-                report_failure(ports[STATUS], failed(125, ETIMEDOUT, "ports"));
-                sys_exit(0);
-        }
-        supervisor.status = ports[STATUS];
-        failure = prepare(&supervisor, ports);
+        if (!open_ports(request, supervisor.ports))
+                sys_exit(WITHOUT_PORTS);
+        failure = prepare(&supervisor);
         if (failure.code != 0) {
-                report_failure(supervisor.status, failure);
+                report_failure(supervisor.ports[STATUS], failure);
                 hang_up(&supervisor);
         }
         serve(&supervisor);
         report_end(&supervisor);
         remove_cgroup(&supervisor);
-        sys_exit(0);
+        leave(&supervisor);
 }
 
 /* ---- The agent ---- */
@@ -1196,10 +1260,17 @@ static struct {
 
 static char *words[WORDS_MAX + 1];
 
-/* If the host does not read, the line is dropped: the host will ask again, or has gone. */
+/*
+ * Sends a line. The port is full for a moment after many lines, so there is a wait for room; a host that takes nothing for
+ * longer, or has gone, misses the line.
+ */
 static void answer(struct text *line) {
+        struct pollfd poll = { .fd = agent.control, .events = POLLOUT };
+
         add_end(line);
-        sys_write(agent.control, line->data, line->length);
+        while (sys_write(agent.control, line->data, line->length) == -EAGAIN)
+                if (sys_poll(&poll, 1, ANSWER_TIMEOUT) <= 0 || (poll.revents & POLLOUT) == 0)
+                        return;
 }
 
 /* Names in answers come from the host and are checked, so they need no encoding. */
@@ -1320,7 +1391,7 @@ static bool parse_option(struct request *request, char *option) {
         return false;
 }
 
-/* Parses the words after the identifier: a nonce, options, "--", and the command's arguments. */
+/* Parses the words after the set of ports: options, "--", and the command's arguments. */
 static bool parse_request(struct request *request, char **word, size_t count) {
         size_t i;
 
@@ -1336,7 +1407,7 @@ static bool parse_request(struct request *request, char **word, size_t count) {
 }
 
 static void handle_run(char **word, size_t count) {
-        struct request request = { .id = word[1], .user = "root" };
+        struct request request = { .id = word[1], .ports = word[3], .user = "root" };
         struct run *run = free_run();
         int r;
 
@@ -1346,7 +1417,7 @@ static void handle_run(char **word, size_t count) {
                 answer_refused(word[1], EEXIST, "id");
         else if (run == NULL)
                 answer_refused(word[1], EAGAIN, "commands");
-        else if (!parse_request(&request, word + 3, count - 3))
+        else if (!is_name(word[3]) || !parse_request(&request, word + 4, count - 4))
                 answer_refused(word[1], EINVAL, "options");
         else if ((r = start_run(run, &request)) < 0)
                 answer_refused(word[1], -r, "fork");
@@ -1361,7 +1432,7 @@ static void send_order(const char *id, struct order order) {
 }
 
 struct port_count {
-        const char *id;
+        const char *set;
         unsigned number;
 };
 
@@ -1372,23 +1443,28 @@ static void count_entry(const char *entry, void *data) {
 
         if (after(entry, "vport") != NULL && join(path, "/sys/class/virtio-ports/", entry, "/name") &&
             read_line(path, name, sizeof name) && (rest = after(name, COMMAND_PORT)) != NULL &&
-            (rest = after(rest, count->id)) != NULL && *rest == '.')
+            (rest = after(rest, count->set)) != NULL && *rest == '.')
                 count->number++;
 }
 
-/* Tells how many ports of a command the kernel knows by now. */
-static void handle_ports(const char *id) {
-        struct port_count count = { .id = id };
+/* Tells how many ports of a set the kernel knows by now. */
+static void handle_ports(const char *set) {
+        struct port_count count = { .set = set };
         struct text line = { .length = 0 };
 
         each_entry("/sys/class/virtio-ports", count_entry, &count);
         add_word(&line, "ports");
-        add_word(&line, id);
+        add_word(&line, set);
         add_number(&line, count.number);
         answer(&line);
 }
 
+/* Another session is another host's: nobody is left who reads what the commands of an earlier one write. */
 static void handle_sync(const char *nonce) {
+        if (!equal(nonce, agent.session))
+                for (size_t i = 0; i < RUNS_MAX; i++)
+                        if (agent.runs[i].supervisor != 0)
+                                send_order(agent.runs[i].id, (struct order) { .kind = HANG_UP });
         copy(agent.session, sizeof agent.session, nonce);
         answer_ready(nonce);
 }
@@ -1425,6 +1501,13 @@ static void handle_fork(const char *seed, unsigned seconds, unsigned nanoseconds
                 answer_word("forked", seed);
 }
 
+static bool parse_stream(const char *name, unsigned *stream) {
+        for (*stream = STDIN; *stream <= STDERR; ++*stream)
+                if (equal(name, port_names[*stream]))
+                        return true;
+        return false;
+}
+
 /* Whether the line is one of ours: a word, a name, a number of words between the bounds. */
 static bool is_message(char **word, size_t count, const char *kind, size_t least, size_t most) {
         return count >= least && count <= most && equal(word[0], kind) && is_name(word[1]);
@@ -1439,10 +1522,12 @@ static void handle_words(char **word, size_t count) {
                 answer_word("pong", word[1]);
         else if (is_message(word, count, "ports", 2, 2))
                 handle_ports(word[1]);
-        else if (is_message(word, count, "run", 4, WORDS_MAX))
+        else if (is_message(word, count, "run", 5, WORDS_MAX))
                 handle_run(word, count);
         else if (is_message(word, count, "hangup", 2, 2))
                 send_order(word[1], (struct order) { .kind = HANG_UP });
+        else if (is_message(word, count, "close", 3, 3) && parse_stream(word[2], &first))
+                send_order(word[1], (struct order) { .kind = CLOSE, .first = first });
         else if (is_message(word, count, "signal", 3, 3) && parse_number(word[2], SIGNALS, &first) && first > 0)
                 send_order(word[1], (struct order) { .kind = SIGNAL, .first = first });
         else if (is_message(word, count, "resize", 4, 4) && parse_number(word[2], UINT16_MAX, &first) &&
@@ -1544,7 +1629,17 @@ static void handle_control(unsigned events) {
         }
 }
 
-/* Forgets supervisors that have ended, and tells of those that could not report their command's end. */
+/* Tells how a supervisor ended. Its ports are closed in any case. */
+static void answer_end(const char *id, int status) {
+        if (status == 0)
+                answer_word("done", id);
+        else if (status == WITHOUT_PORTS << 8)
+                answer_refused(id, ETIMEDOUT, "ports");
+        else
+                answer_word("lost", id);
+}
+
+/* Forgets supervisors that have ended. */
 static void handle_children(void) {
         char information[1024];
         int pid, status;
@@ -1556,8 +1651,7 @@ static void handle_children(void) {
                         if (agent.runs[i].supervisor == pid) {
                                 agent.runs[i].supervisor = 0;
                                 close_fd(&agent.runs[i].orders);
-                                if (status != 0)
-                                        answer_word("lost", agent.runs[i].id);
+                                answer_end(agent.runs[i].id, status);
                         }
 }
 

@@ -16,12 +16,16 @@ from ..errors import UsageError
 #: The version that the agent reports in `Ready`.
 VERSION = 1
 
-#: The virtio-serial port for messages; the ports of commands begin with the other.
+#: The virtio-serial port for messages, and how the names of all other ports begin.
 CONTROL_PORT = "io.vmspawn.agent"
 _COMMAND_PORT = "io.vmspawn.exec."
 
-#: The streams of a command, each a port: these four, or TTY and STATUS.
-STDIN, STDOUT, STDERR, STATUS, TTY = "stdin", "stdout", "stderr", "status", "tty"
+#: The ports of a set. A command with a terminal has STATUS, and STDIN in both directions.
+STDIN, STDOUT, STDERR, STATUS = "stdin", "stdout", "stderr", "status"
+PORTS = (STATUS, STDIN, STDOUT, STDERR)
+
+#: A terminal among the streams of a command.
+TTY = "tty"
 
 #: The agent's bounds: bytes and words of a message to it, and entries of a command's environment.
 MESSAGE_MAX = 512 * 1024
@@ -46,13 +50,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 class Run:
     """A command to run.
 
-    `id` names the command and its ports. `session` is the nonce of the last `sync`: what an earlier manager sent is
-    refused. Without arguments it is the user's login shell. `size` is the terminal's, in rows and columns; without it
-    the command has pipes. `stdin` is whether there is a port for it.
+    `session` is the nonce of the last `sync`: what an earlier manager sent is refused. `ports` is the set of ports that
+    the command gets. Without arguments it is the user's login shell. `size` is the terminal's, in rows and columns;
+    without it the command has pipes. `stdin` is whether it has an input.
     """
 
     id: str
     session: str
+    ports: str
     arguments: Sequence[bytes] = ()
     environment: Mapping[bytes, bytes] = field(default_factory=dict)
     directory: bytes | None = None
@@ -61,20 +66,19 @@ class Run:
     stdin: bool = True
 
 
-def port_name(id: str, stream: str) -> str:
-    """The name of the port that a stream of a command has."""
-    return f"{_COMMAND_PORT}{_name(id)}.{stream}"
+def port_name(ports: str, stream: str) -> str:
+    """Return the name of a port of a set."""
+    return f"{_COMMAND_PORT}{_name(ports)}.{stream}"
 
 
-def ports(run: Run) -> tuple[str, ...]:
-    """The streams that need a port."""
-    if run.size is not None:
-        return (TTY, STATUS)
-    return (STDIN, STDOUT, STDERR, STATUS) if run.stdin else (STDOUT, STDERR, STATUS)
+def ports_of(port_name: str) -> str:
+    """Return the set that a port belongs to."""
+    return port_name.removeprefix(_COMMAND_PORT).partition(".")[0]
 
 
 def sync(nonce: str) -> bytes:
-    """Begin a session. The agent answers `Ready` with the nonce; what came before that belongs to an earlier one.
+    """Begin a session. The agent answers `Ready` with the nonce; what came before that belongs to an earlier one, whose
+    commands it ends.
 
     The line end before it completes whatever part of a message an earlier manager left.
     """
@@ -86,14 +90,14 @@ def ping(nonce: str) -> bytes:
     return _message("ping", _name(nonce))
 
 
-def count_ports(id: str) -> bytes:
-    """Ask how many ports of a command the guest knows by now; answered by `Ports`."""
-    return _message("ports", _name(id))
+def count_ports(ports: str) -> bytes:
+    """Ask how many ports of a set the guest knows by now; answered by `Ports`."""
+    return _message("ports", _name(ports))
 
 
 def run(command: Run) -> bytes:
     """Start a command. Its ports may come before or after. Raises UsageError for what cannot be passed on."""
-    words: list[str | bytes] = ["run", _name(command.id), _name(command.session)]
+    words: list[str | bytes] = ["run", _name(command.id), _name(command.session), _name(command.ports)]
     if command.stdin and command.size is None:
         words.append("stdin")
     if command.size is not None:
@@ -111,6 +115,11 @@ def resize(id: str, rows: int, columns: int) -> bytes:
     return _message("resize", _name(id), *_size((rows, columns)).split(","))
 
 
+def close(id: str, stream: str) -> bytes:
+    """Report that the host has closed its end of a stream: no more input follows what was sent, or nobody reads."""
+    return _message("close", _name(id), stream)
+
+
 def signal(id: str, number: int) -> bytes:
     """Send a signal to the process group of a command."""
     if not 0 < number <= _SIGNAL_MAX:
@@ -119,7 +128,7 @@ def signal(id: str, number: int) -> bytes:
 
 
 def hang_up(id: str) -> bytes:
-    """Kill a command and everything it started. So does unplugging its ports."""
+    """Kill a command and everything it started. So does closing its status port, or unplugging it."""
     return _message("hangup", _name(id))
 
 
@@ -219,7 +228,7 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """How many ports of a command the guest knows."""
+    """How many ports of a set the guest knows."""
 
     id: str
     count: int
@@ -235,8 +244,15 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Done:
+    """The command is over and its ports are closed: another may have them."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
-    """The supervisor of a command ended without a report: its ports never came, or it was killed."""
+    """The supervisor of a command was killed. Its ports are closed."""
 
     id: str
 
@@ -262,7 +278,7 @@ class InputClosed:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The command exited. So many bytes of its output were written in all; unplug the ports once they are read."""
+    """The command exited. So many bytes of its output were written in all; close the ports once they are read."""
 
     status: int
     stdout: int
@@ -294,7 +310,7 @@ class Malformed:
     line: bytes
 
 
-ControlMessage = Ready | Pong | Ports | Refused | Lost | Forked
+ControlMessage = Ready | Pong | Ports | Refused | Done | Lost | Forked
 StatusMessage = Started | InputClosed | Exited | Signalled | Failed
 
 _Message = TypeVar("_Message")
@@ -360,6 +376,8 @@ def _parse_control(words: list[str]) -> ControlMessage:
             return Ports(_name(id), _number(count, _PORTS_MAX))
         case ["refused", id, errno, what]:
             return Refused(_name_or_none(id), _number(errno, _ERRNO_MAX), _word(what))
+        case ["done", id]:
+            return Done(_name(id))
         case ["lost", id]:
             return Lost(_name(id))
         case ["forked", seed]:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 from .. import log
 from ..agent import protocol
-from ..agent.protocol import ControlMessage, Forked, Lost, Malformed, Ports, Ready, Refused
+from ..agent.protocol import ControlMessage, Done, Forked, Lost, Malformed, Ports, Ready, Refused
+from ..aio.waiting import first_of
 from ..aio.writer import Writer
 from ..errors import NotConnected, NotSupported
 
@@ -26,6 +27,9 @@ _RECEIVE_SIZE = 4096
 
 #: Seconds between two questions for the number of ports.
 _COUNT_INTERVAL = 0.005
+
+#: Seconds between two pings of an agent that does not answer.
+_PING_INTERVAL = 0.5
 
 #: Seconds without reading after as much as `_RECEIVE_SIZE`. An honest agent sends a few lines for each command.
 _FLOOD_PAUSE = 0.05
@@ -38,7 +42,7 @@ class Agent:
         self,
         connect: Callable[[], socket.socket],
         *,
-        on_message: Callable[[Refused | Lost], None],
+        on_message: Callable[[Refused | Done | Lost], None],
         on_restart: Callable[[], None],
     ) -> None:
         """`connect` returns a connection to the port. Raises OSError.
@@ -55,6 +59,9 @@ class Agent:
         self._reader = protocol.control_reader()
         self._counts: dict[str, asyncio.Future[int]] = {}
         self._in_session = asyncio.Event()
+        #: Messages that have come.
+        self.heard = 0
+        self._next_message = asyncio.Event()
         self._version = protocol.VERSION
         self._capabilities: frozenset[str] = frozenset()
         #: The seed of a copy that the agent was told of, and its answer.
@@ -95,24 +102,31 @@ class Agent:
         self.send(protocol.fork(self._seed, time.time_ns()))
         await self._forked
 
-    async def knows_ports(self, id: str, count: int, timeout: float) -> bool:
-        """Wait until the guest knows so many ports of a command; False if it does not in time."""
+    async def knows_ports(self, ports: str, count: int, timeout: float) -> bool:
+        """Wait until the guest knows so many ports of a set; False if it does not in time."""
         try:
             async with asyncio.timeout(timeout):
-                while await self._count_ports(id) != count:  # noqa: ASYNC110 - the guest tells only when asked
+                while await self._count_ports(ports) != count:  # noqa: ASYNC110 - the guest tells only when asked
                     await asyncio.sleep(_COUNT_INTERVAL)
         except TimeoutError:
             return False
         return True
 
-    async def _count_ports(self, id: str) -> int:
+    async def answers(self) -> None:
+        """Wait until the agent answers, for as long as it takes: it may have been killed, and be started again."""
+        before = self.heard
+        while self.heard == before:
+            self.send(protocol.ping("answer"))
+            await first_of(self._next_message, timeout=_PING_INTERVAL)
+
+    async def _count_ports(self, ports: str) -> int:
         counted: asyncio.Future[int] = self._loop.create_future()
-        self._counts[id] = counted
-        self.send(protocol.count_ports(id))
+        self._counts[ports] = counted
+        self.send(protocol.count_ports(ports))
         try:
             return await counted
         finally:
-            del self._counts[id]
+            del self._counts[ports]
 
     def restart(self) -> None:
         """Forget the connection: the guest was reset. The next session begins on a new one."""
@@ -171,6 +185,9 @@ class Agent:
         self._loop.call_later(_FLOOD_PAUSE, resume)
 
     def _handle(self, message: ControlMessage | Malformed) -> None:
+        self.heard += 1
+        self._next_message.set()
+        self._next_message = asyncio.Event()
         match message:
             case Ready(nonce=None):
                 self._announced()
@@ -187,7 +204,7 @@ class Agent:
             case Refused(id=self._seed) if not self._forked.done():
                 why = os.strerror(message.errno)
                 self._forked.set_exception(NotSupported(f"the guest refuses to set its {message.what}: {why}"))
-            case Refused() | Lost():
+            case Refused() | Done() | Lost():
                 self._on_message(message)
             case Malformed():
                 log.debug(f"the agent sent what is no message: {message.line!r}")

@@ -7,17 +7,22 @@ The streams are the client's: this process sees the status port only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from errno import ESTALE
+from errno import ESTALE, ETIMEDOUT
 from typing import Any
 
 from ..agent import protocol
 from ..agent.protocol import (
+    PORTS,
     STATUS,
     STDIN,
+    TTY,
+    Done,
     Exited,
     Failed,
     InputClosed,
@@ -36,8 +41,9 @@ from ..machine.running import Running
 from ..qmp.events import Event
 from ..timeouts import COMMAND_START_TIMEOUT
 from .agent import Agent
-from .ports import AttachedPort, Ports
-from .streams import PIPES, TERMINAL, Streams, StreamSet
+from .hang_ups import HangUps, unread
+from .ports import Ports
+from .streams import PortSet, Streams
 
 #: Commands of one machine at once.
 COMMANDS_MAX = 32
@@ -46,6 +52,12 @@ _RECEIVE_SIZE = 4096
 
 #: Seconds after the end of a status port in which the machine's own end is noticed.
 _END_TIMEOUT = 5.0
+
+#: Seconds after which it is looked again whether QEMU has read all of an input that has ended.
+_INPUT_INTERVAL = 0.02
+
+#: How often a command is given other ports, if the guest did not open the first.
+_ATTEMPTS = 3
 
 #: How a command ended.
 Ended = Exited | Signalled | Failed
@@ -74,13 +86,18 @@ class Wanted:
 class Execution:
     """A command that was sent to the agent. `close` must follow: it ends the command if that still runs."""
 
-    def __init__(self, commands: Commands, plugged: StreamSet, wanted: Wanted) -> None:
+    def __init__(self, commands: Commands, id: str, ports: PortSet, wanted: Wanted) -> None:
         self._commands = commands
-        #: Its ports.
-        self.plugged = plugged
+        #: The command's name in the agent's protocol.
+        self.id = id
+        self.ports = ports
         self.wanted = wanted
-        #: Whether the agent was told of it twice.
-        self.is_resent = False
+        #: Whether the agent was told of it, and whether twice.
+        self.is_sent = self.is_resent = False
+        #: Whether the guest did not open its ports, so that it was not started.
+        self.lacks_ports = False
+        #: Whether it counts among the commands that run.
+        self.is_counted = False
         self._reader = protocol.status_reader()
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[int] = self._loop.create_future()
@@ -89,17 +106,31 @@ class Execution:
             # Nobody may wait for it.
             each.add_done_callback(lambda future: future.cancelled() or future.exception())
         #: The client's ends of the streams by their names. The client closes them; so does `close`.
-        self.streams = {name: each for name, each in plugged.sockets.items() if name != STATUS}
-        if not wanted.stdin and wanted.size is None:
-            del self.streams[STDIN]
-        self._status = plugged.sockets[STATUS]
+        self.streams = {name: ports.streams[port].ours for name, port in _streams(wanted).items()}
+        self._status = ports.streams[STATUS].ours
         self._status.setblocking(False)
         self._loop.add_reader(self._status, self._readable)
+        for stream in _streams(wanted).values():
+            self._watch(stream)
 
-    @property
-    def id(self) -> str:
-        """The command's name in the agent's protocol."""
-        return self.plugged.id
+    def _watch(self, stream: str) -> None:
+        """Report the client's end of a stream to the agent, which may miss the message that the kernel gets of it."""
+        theirs = self.ports.streams[stream].theirs
+
+        def on_hang_up() -> None:
+            if stream == STDIN and unread(theirs):
+                self._commands.tasks.start(self._report_end_of_input(theirs))
+            else:
+                self._commands.agent.send(protocol.close(self.id, stream))
+
+        self._commands.hang_ups.watch(theirs, on_hang_up)
+
+    async def _report_end_of_input(self, theirs: socket.socket) -> None:
+        """Wait until QEMU has read the input, which the guest has ahead of our message then."""
+        while theirs.fileno() >= 0 and unread(theirs):  # noqa: ASYNC110 - nothing reports that QEMU has read
+            await asyncio.sleep(_INPUT_INTERVAL)
+        if not self._ended.done():
+            self._commands.agent.send(protocol.close(self.id, STDIN))
 
     async def started(self) -> int | None:
         """Wait until the command runs. Returns its process id in the guest, or None if it could not be started: `ended`
@@ -127,6 +158,8 @@ class Execution:
         """The command has ended, or nobody will learn how."""
         if not self._ended.done():
             self._ended.set_exception(error)
+        self._stop_reading()
+        self._close_far_ends()
 
     @property
     def is_starting(self) -> bool:
@@ -156,7 +189,9 @@ class Execution:
             case Started() if not self._started.done():
                 self._started.set_result(message.pid)
             case InputClosed():
-                pass
+                # The client's next write fails.
+                with contextlib.suppress(OSError):
+                    self.ports.streams[STDIN].theirs.shutdown(socket.SHUT_RDWR)
             case Exited() | Signalled() | Failed():
                 self._ended.set_result(message)
                 # What a guest sends after the end is not read.
@@ -169,11 +204,24 @@ class Execution:
         if self._status.fileno() >= 0:
             self._loop.remove_reader(self._status)
 
+    def _close_far_ends(self) -> None:
+        """Close our copies of QEMU's ends, or the client would not see that QEMU has closed them."""
+        for stream in self.ports.streams.values():
+            self._commands.hang_ups.forget(stream.theirs)
+            stream.theirs.close()
+
     def close(self) -> None:
-        """Close the streams and unplug the ports, which kills the command if it still runs. May be called again."""
-        self._stop_reading()
+        """Close the streams, which kills the command if it still runs. May be called again."""
+        is_over = self._ended.done() and self._ended.exception() is None
         self.fail(NotConnected("the command was ended"))
-        self._commands.closed(self, self.plugged)
+        self._commands.closed(self, is_over=is_over)
+
+
+def _streams(wanted: Wanted) -> Mapping[str, str]:
+    """The ports of a command's streams, without that of its status."""
+    if wanted.size is not None:
+        return {TTY: STDIN}
+    return {name: name for name in PORTS if name != STATUS and (wanted.stdin or name != STDIN)}
 
 
 class Commands:
@@ -190,14 +238,18 @@ class Commands:
                 name=machine.name,
             )
         self._hotplug = machine.hotplug
-        ports = Ports(self._hotplug, CONTROLLER, COMMAND_NUMBERS, machine.attachments)
-        self._ports = ports
+        self.tasks = self._hotplug.tasks
+        self.hang_ups = HangUps()
         self.agent = Agent(self._connect, on_message=self._on_message, on_restart=self._on_restart)
-        self._streams = Streams(ports, self.agent, self._hotplug.tasks)
+        self._ports = Ports(self._hotplug, CONTROLLER, COMMAND_NUMBERS, machine.attachments)
+        self._streams = Streams(self._ports, self.agent, self.tasks, len(COMMAND_NUMBERS) // len(PORTS))
         self._running: dict[str, Execution] = {}
         self._is_closed = False
+        #: The ports of commands that the agent has not reported as over.
+        self._unreleased: dict[str, PortSet] = {}
         #: Commands that run or are being started.
         self._count = 0
+        self._numbers = itertools.count()
         machine.monitor.listen(self._on_event)
         self._end_reason = "the machine ended"
         self._end = self._hotplug.tasks.start(self._until_end())
@@ -215,8 +267,7 @@ class Commands:
     async def settle(self) -> None:
         """Unplug the ports of another manager's commands, whose clients are gone. Raises Timeout or NotConnected."""
         await self._ports.settle()
-        left: list[AttachedPort] = list(self._ports)
-        await asyncio.gather(*map(self._ports.detach, left))
+        await self._streams.clear(self._ports)
 
     async def start(self, wanted: Wanted, *, timeout: float = COMMAND_START_TIMEOUT) -> Execution:
         """Start a command. The caller closes what is returned.
@@ -229,30 +280,42 @@ class Commands:
                 f"{COMMANDS_MAX} commands run in machine {self._machine.name} already", hint="wait until one has ended"
             )
         # What cannot be passed on is refused before anything is plugged in.
-        protocol.run(_message(wanted, "check", "check"))
+        protocol.run(_message(wanted, "check", "check", "check"))
         self._count += 1
         try:
             async with asyncio.timeout(timeout):
-                return await self._start(wanted)
-        except TimeoutError:
-            raise self._too_late(timeout) from None
+                execution = await self._start(wanted)
+        except BaseException as error:
+            self._count -= 1
+            if isinstance(error, TimeoutError):
+                raise self._too_late(timeout) from None
+            raise
+        execution.is_counted = True
+        return execution
 
     async def _start(self, wanted: Wanted) -> Execution:
-        try:
-            await self._agent_ready()
-            plugged = await self._streams.take(PIPES if wanted.size is None else TERMINAL)
-        except BaseException:
-            self._count -= 1
-            raise
-        execution = Execution(self, plugged, wanted)
+        attempts = _ATTEMPTS
+        while True:
+            execution = await self._prepare(wanted)
+            try:
+                await self._agent_ready()
+                self._send(execution)
+                await execution.started()
+                return execution
+            except NotConnected:
+                execution.close()
+                attempts -= 1
+                if not (execution.lacks_ports and attempts):
+                    raise
+            except BaseException:
+                execution.close()
+                raise
+
+    async def _prepare(self, wanted: Wanted) -> Execution:
+        await self._agent_ready()
+        ports = await self._streams.take()
+        execution = Execution(self, f"{ports.id}-{next(self._numbers)}", ports, wanted)
         self._running[execution.id] = execution
-        try:
-            await self._agent_ready()
-            self._send(execution)
-            await execution.started()
-        except BaseException:
-            execution.close()
-            raise
         return execution
 
     async def _agent_ready(self) -> None:
@@ -276,22 +339,26 @@ class Commands:
         )
 
     def _send(self, execution: Execution) -> None:
-        self.agent.send(protocol.run(_message(execution.wanted, execution.id, self.agent.session)))
+        message = _message(execution.wanted, execution.id, self.agent.session, execution.ports.id)
+        self._unreleased[execution.id] = execution.ports
+        execution.is_sent = True
+        self.agent.send(protocol.run(message))
 
     # What happens to commands.
 
-    def closed(self, execution: Execution, plugged: StreamSet) -> None:
-        """An execution is over."""
+    def closed(self, execution: Execution, *, is_over: bool) -> None:
+        """An execution is closed. `is_over` tells whether the agent has reported its end."""
         if self._running.pop(execution.id, None) is None:
             return
-        self._count -= 1
+        self._count -= execution.is_counted
         if self._is_closed:
             # QEMU ends with its ports, or another manager removes them.
-            plugged.close()
-        else:
-            # In this order, for the next command may be waiting.
-            self._streams.replenish()
-            self._streams.give_back(plugged)
+            execution.ports.close()
+            return
+        if execution.is_sent and not is_over:
+            self.agent.send(protocol.hang_up(execution.id))
+        self._streams.replenish()
+        self._streams.give_back(execution.ports, was_run=execution.is_sent)
 
     def resize(self, id: str, rows: int, columns: int) -> None:
         """Set the size of a command's terminal. Raises NotConnected if there is no such command."""
@@ -306,22 +373,37 @@ class Commands:
             raise NotConnected(f"no command {id} runs")
         return execution
 
-    def _on_message(self, message: Refused | Lost) -> None:
-        execution = self._running.get(message.id or "")
-        if execution is None:
-            return
-        if isinstance(message, Lost):
-            if execution.is_resent and not execution.is_starting:
+    def _on_message(self, message: Refused | Done | Lost) -> None:
+        id = message.id or ""
+        execution = self._running.get(id)
+        is_starting = execution is not None and execution.is_starting
+        if isinstance(message, Refused):
+            if execution is None or not is_starting or message.errno == ESTALE:
+                return
+            self._refused(execution, message)
+        elif isinstance(message, Lost) and execution is not None:
+            if execution.is_resent and not is_starting:
                 # The second supervisor found the ports taken by the first.
                 return
-            execution.fail(NotConnected("the agent lost the command: it was killed, or its ports did not come"))
-        elif execution.is_starting and message.errno != ESTALE:
+            execution.fail(NotConnected("the agent lost the command: its supervisor was killed"))
+        if (ports := self._unreleased.pop(id, None)) is not None:
+            ports.released.set()
+
+    @staticmethod
+    def _refused(execution: Execution, message: Refused) -> None:
+        execution.lacks_ports = message.errno == ETIMEDOUT
+        if execution.lacks_ports:
+            execution.ports.is_spent = True
+            execution.fail(NotConnected("the guest did not open the ports of the command"))
+        else:
             why = os.strerror(message.errno)
             execution.fail(NotSupported(f"the agent in the guest refused the command: {message.what}: {why}"))
 
     def _on_restart(self) -> None:
         """The agent may have been told of commands that are to start, or not. They are sent again: a command runs once
         at most, for only one supervisor can open its ports."""
+        self._streams.spend()
+        self._unreleased.clear()
         self._hotplug.tasks.start(self._send_again([each for each in self._running.values() if each.is_starting]))
 
     async def _send_again(self, executions: Sequence[Execution]) -> None:
@@ -336,7 +418,8 @@ class Commands:
             self._fail_all(reason)
             if event.name == "RESET":
                 self.agent.restart()
-                self._streams.unplug_at_once([each.plugged for each in self._running.values()])
+                self._unreleased.clear()
+                self._streams.unplug_all()
 
     async def _until_end(self) -> None:
         try:
@@ -361,13 +444,15 @@ class Commands:
         for execution in tuple(self._running.values()):
             execution.close()
         self._streams.close()
+        self.hang_ups.close()
         self.agent.close()
 
 
-def _message(wanted: Wanted, id: str, session: str) -> Run:
+def _message(wanted: Wanted, id: str, session: str, ports: str) -> Run:
     return Run(
         id,
         session,
+        ports,
         arguments=wanted.arguments,
         environment=wanted.environment,
         directory=wanted.directory,

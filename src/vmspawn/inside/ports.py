@@ -1,35 +1,54 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attach byte streams to the guest as virtio-serial ports, and detach them.
+"""Attach virtio-serial ports to the guest, connect streams to them, and detach them.
 
-A port appears in the guest as /dev/virtio-ports/NAME. Its host end is one of a socket pair: `shutdown(SHUT_WR)` on the
-other end is the end of file in the guest, and detaching the port is the hang-up.
+A port appears in the guest as /dev/virtio-ports/NAME. It is attached without a host end; QEMU swaps the character
+device for a socket when a stream is connected, and back. `shutdown(SHUT_WR)` on our end of a stream is the end of file
+in the guest.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import NotConnected, VmspawnError
+from ..errors import NotConnected, QmpError, Timeout, VmspawnError
 from ..hotplug import recovery
 from ..hotplug.attachment import Attachment, State
 from ..hotplug.hotplug import Hotplug
 from ..hotplug.places import Pool, SerialPlace, serial_pool
-from ..hotplug.qemu_objects import CHARDEV, DESCRIPTOR, QemuObject, device_ids
-from ..hotplug.step import Make, PlugIn, Reserve, Step
+from ..hotplug.qemu_objects import CHARDEV, DESCRIPTOR, QemuObject, device_ids, remove_objects
+from ..hotplug.step import PlugIn, Reserve, Step
 from ..qmp.monitor import Command
 
 #: Seconds that QEMU has to remove a port: it does not ask the guest.
 DETACH_TIMEOUT = 20.0
 
+_NULL: Mapping[str, object] = {"type": "null", "data": {}}
+
+
+class _Backend(Step):
+    """Make the character device. A manager that dies while it connects a stream leaves a descriptor as well."""
+
+    __slots__ = ("_id",)
+
+    def __init__(self, id: str) -> None:
+        super().__init__("chardev")
+        self._id = id
+
+    def begin(self) -> Sequence[Command]:
+        return (Command("chardev-add", {"id": self._id, "backend": _NULL}),)
+
+    def objects(self) -> Sequence[QemuObject]:
+        return (QemuObject(CHARDEV, self._id), QemuObject(DESCRIPTOR, self._id))
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class AttachedPort(Attachment):
-    """A port. `number` is fresh for every port; `fd` is our copy of QEMU's end, until QEMU has its own."""
+    """A port. `number` is fresh for every port."""
 
     kind: ClassVar[str] = "ports"
 
@@ -37,7 +56,6 @@ class AttachedPort(Attachment):
     guest_name: str
     place: SerialPlace
     pool: Pool
-    fd: int = -1
 
     @property
     def name(self) -> str:
@@ -50,18 +68,10 @@ class AttachedPort(Attachment):
         return f"stream{self.number}"
 
     def steps(self) -> Sequence[Step]:
-        """Place, descriptor, character device, device."""
+        """Place, character device, device."""
         name = self.device
-        address = {"type": "fd", "data": {"str": name}}
-        backend = {"type": "socket", "data": {"addr": address, "server": False}}
         port = {"driver": "virtserialport", "id": name, "chardev": name, "name": self.guest_name}
-        getfd = Command("getfd", {"fdname": name}, (self.fd,) if self.fd >= 0 else ())
-        return (
-            Reserve(self.place, self.pool),
-            Make("descriptor", getfd, QemuObject(DESCRIPTOR, name)),
-            Make("chardev", Command("chardev-add", {"id": name, "backend": backend}), QemuObject(CHARDEV, name)),
-            PlugIn({**port, **self.place.properties()}),
-        )
+        return (Reserve(self.place, self.pool), _Backend(name), PlugIn({**port, **self.place.properties()}))
 
     def to_state(self) -> dict[str, Any]:
         """What another process needs to take the port over, as JSON values."""
@@ -72,11 +82,18 @@ class AttachedPort(Attachment):
         """The error of an attach whose port was removed meanwhile."""
         return NotConnected(f"the port {self.guest_name} was removed through QMP while it was being attached")
 
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream to the guest: our end, and a copy of QEMU's, which shows that our end was closed or shut down."""
+
+    ours: socket.socket
+    theirs: socket.socket
+
     def close(self) -> None:
-        """Close our copy of QEMU's end. May be called again."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Close both. May be called again."""
+        self.ours.close()
+        self.theirs.close()
 
 
 class Ports:
@@ -106,23 +123,48 @@ class Ports:
         """How many ports can still be attached."""
         return self._pool.free
 
-    async def attach(self, guest_name: str) -> tuple[AttachedPort, socket.socket]:
-        """Attach a port; returns it with our end of the stream, which the caller owns.
-
-        Raises NoFreePort or what `Hotplug.attach` raises; then nothing is left behind.
-        """
+    async def attach(self, guest_name: str) -> AttachedPort:
+        """Attach a port. Raises NoFreePort or what `Hotplug.attach` raises; then nothing is left behind."""
         place = self._pool.take()
         assert isinstance(place, SerialPlace)
-        ours, theirs = socket.socketpair()
-        port = AttachedPort(self._register.fresh_number(), guest_name, place, self._pool, theirs.detach())
+        port = AttachedPort(self._register.fresh_number(), guest_name, place, self._pool)
+        await self._hotplug.attach(port)
+        return port
+
+    async def connect(self, ports: Sequence[AttachedPort]) -> list[Stream]:
+        """Connect a stream to each of the ports, which have none. The caller closes the streams.
+
+        Raises what `Monitor.execute` raises; then no stream is open.
+        """
+        streams = [Stream(*socket.socketpair()) for _ in ports]
         try:
-            await self._hotplug.attach(port)
+            await self._change(
+                [
+                    command
+                    for port, stream in zip(ports, streams, strict=True)
+                    for command in _connect(port.device, stream.theirs)
+                ]
+            )
         except BaseException:
-            ours.close()
+            for stream in streams:
+                stream.close()
+            # QEMU keeps a descriptor that it has not used.
+            with contextlib.suppress(NotConnected, Timeout):
+                await remove_objects(self._hotplug.monitor, [QemuObject(DESCRIPTOR, port.device) for port in ports])
             raise
-        finally:
-            port.close()
-        return port, ours
+        return streams
+
+    async def disconnect(self, ports: Sequence[AttachedPort]) -> None:
+        """Close QEMU's end of the ports' streams, and drop what the guest has not read or we have not.
+
+        Raises what `Monitor.execute` raises.
+        """
+        await self._change([Command("chardev-change", {"id": port.device, "backend": _NULL}) for port in ports])
+
+    async def _change(self, commands: Sequence[Command]) -> None:
+        for result in await self._hotplug.monitor.execute_all(commands):
+            if isinstance(result, QmpError):
+                raise result
 
     async def detach(self, port: AttachedPort) -> bool:
         """Detach a port; True once nothing of it is left. Raises NotConnected."""
@@ -133,3 +175,12 @@ class Ports:
         devices = await device_ids(self._hotplug.monitor)
         await recovery.settle(self._hotplug, tuple(self._register), devices, lambda _: None)
         self._register.save()
+
+
+def _connect(id: str, theirs: socket.socket) -> tuple[Command, Command]:
+    address = {"type": "fd", "data": {"str": id}}
+    backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    return (
+        Command("getfd", {"fdname": id}, (theirs.fileno(),)),
+        Command("chardev-change", {"id": id, "backend": backend}),
+    )

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Plug in and unplug the ports of commands, at a pace that the guest can follow.
+"""Keep sets of ports for commands, at a pace that the guest can follow.
 
-QEMU's queue for news about ports has 32 entries and drops what finds no room; a port that comes takes three, one that
-goes takes one (docs/agent.md). So ports come and go a set at a time, and the agent tells when the guest has caught up.
+QEMU's queue for messages about ports has 32 entries, and QEMU drops messages that find no room (docs/agent.md). So
+nothing here relies on a message:
+
+1. A new set is plugged in. The agent is asked until the guest knows all ports of it. If it does not in time, the set is
+   unplugged, and another is plugged in.
+2. A set that is idle has its streams connected ahead, so that a command needs no command of QEMU's.
+3. When a command is over, QEMU closes its ends. The agent reports when the guest has closed its ends, too; then the set
+   serves the next command. Without that report it is unplugged.
+4. When the guest is reset, all sets are unplugged, and none is plugged in before the agent is up again.
+
+No more than two sets change at a time: a port that comes takes three messages, one that goes or is connected takes one.
 """
 
 from __future__ import annotations
@@ -10,131 +19,259 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from ..agent.protocol import STATUS, STDERR, STDIN, STDOUT, TTY, port_name
+from .. import log
+from ..agent import protocol
 from ..aio.tasks import Tasks
+from ..aio.waiting import first_of
+from ..errors import NotConnected, QmpError, Timeout
 from .agent import Agent
-from .ports import AttachedPort, Ports
+from .ports import AttachedPort, Ports, Stream
 
-#: The streams of a command with pipes, and of one with a terminal. The status port goes first when they are unplugged:
-#: its end kills the command before that sees the end of its input.
-PIPES = (STATUS, STDIN, STDOUT, STDERR)
-TERMINAL = (STATUS, TTY)
+#: Idle sets that are kept for later commands.
+KEPT = 3
 
-#: Seconds that a set of ports waits for the guest to notice the one before. A guest that hangs notices nothing.
-_PACE_TIMEOUT = 2.0
+#: Sets that change at a time.
+_CHANGES_MAX = 2
+
+#: Seconds that the guest has to notice a change.
+_GUEST_TIMEOUT = 2.0
+
+#: How often a set is plugged in until the guest knows all of it.
+_ATTEMPTS = 5
 
 
 @dataclass(slots=True, eq=False)
-class StreamSet:
-    """The ports of one command, and our ends of them by the name of the stream."""
+class PortSet:
+    """The ports of one command at a time, by their streams."""
 
     id: str
-    ports: list[AttachedPort]
-    sockets: dict[str, socket.socket]
+    ports: dict[str, AttachedPort] = field(default_factory=dict)
+    #: What is connected to them.
+    streams: dict[str, Stream] = field(default_factory=dict)
+    #: Set when the guest has closed its ends.
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Whether no other command may get it.
+    is_spent: bool = False
+    #: The task that unplugs it, once there is one.
+    removal: asyncio.Task[None] | None = None
 
     def close(self) -> None:
-        """Close our ends. May be called again."""
-        for each in self.sockets.values():
-            each.close()
+        """Close the streams. May be called again."""
+        for stream in self.streams.values():
+            stream.close()
 
 
 class Streams:
-    """Makes and removes sets of ports, and keeps one plugged in ahead: plugging takes longer than a short command."""
+    """The sets of one machine."""
 
-    def __init__(self, ports: Ports, agent: Agent, tasks: Tasks) -> None:
-        """`tasks` run what outlives its caller."""
+    def __init__(self, ports: Ports, agent: Agent, tasks: Tasks, most: int) -> None:
+        """`tasks` run what outlives its caller. There is room for `most` sets."""
         self._ports = ports
         self._agent = agent
         self._tasks = tasks
-        self._pace = asyncio.Lock()
-        self._spare: StreamSet | None = None
-        self._replenishing: asyncio.Task[None] | None = None
+        self._room = most
+        self._pace = asyncio.Semaphore(_CHANGES_MAX)
+        self._idle: list[PortSet] = []
+        #: Sets that commands have, or had a moment ago.
+        self._used: set[PortSet] = set()
+        self._waiting: deque[asyncio.Future[PortSet]] = deque()
+        self._plugging = 0
+        self._is_closed = False
         self._prefix = os.urandom(3).hex()
         self._numbers = itertools.count()
 
-    async def take(self, streams: Sequence[str]) -> StreamSet:
-        """Return a set of ports that is plugged in. Raises what `Ports.attach` raises."""
-        if streams == PIPES and (spare := await self._take_spare()) is not None:
-            return spare
-        task = self._tasks.start(self._plug(streams))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._abandoned)
-            raise
+    async def take(self) -> PortSet:
+        """Return a set that is connected. Raises Timeout, NotConnected, QmpError."""
+        if self._idle:
+            taken = self._idle.pop(0)
+        else:
+            waiting: asyncio.Future[PortSet] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            self._plug_for_those_who_wait()
+            try:
+                taken = await waiting
+            except asyncio.CancelledError:
+                if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                    self._offer(waiting.result())
+                raise
+        taken.released.clear()
+        self._used.add(taken)
+        return taken
 
-    async def _take_spare(self) -> StreamSet | None:
-        """The set that is plugged in ahead, or about to be."""
-        if self._spare is None and self._replenishing is not None:
-            await asyncio.wait({self._replenishing})
-        spare, self._spare = self._spare, None
-        return spare
+    def _next_waiting(self) -> asyncio.Future[PortSet] | None:
+        while self._waiting:
+            if not (waiting := self._waiting.popleft()).done():
+                return waiting
+        return None
 
-    def _abandoned(self, task: asyncio.Task[StreamSet]) -> None:
-        """Nobody waits for these ports any more."""
-        if not task.cancelled() and task.exception() is None:
-            self.give_back(task.result())
+    def _offer(self, connected: PortSet) -> None:
+        """Give a set to the first who waits for one, or keep it."""
+        if self._is_closed:
+            connected.close()
+        elif (waiting := self._next_waiting()) is not None:
+            waiting.set_result(connected)
+        elif len(self._idle) < KEPT:
+            self._idle.append(connected)
+        else:
+            connected.close()
+            self._remove(connected)
+
+    # Plugging in.
 
     def replenish(self) -> None:
-        """Plug in the spare set, unless it is there."""
-        if self._spare is None and self._replenishing is None:
-            self._replenishing = self._tasks.start(self._replenish())
+        """Plug a set in ahead, unless one is there or about to be."""
+        if not self._idle and not self._plugging and self._room:
+            self._begin_plugging()
 
-    async def _replenish(self) -> None:
-        try:
-            self._spare = await self._plug(PIPES)
-        finally:
-            self._replenishing = None
+    def _plug_for_those_who_wait(self) -> None:
+        while self._room and self._plugging < len(self._waiting):
+            self._begin_plugging()
 
-    async def _plug(self, streams: Sequence[str]) -> StreamSet:
-        plugged = StreamSet(f"{self._prefix}-{next(self._numbers)}", [], {})
-        ports: dict[str, AttachedPort] = {}
+    def _begin_plugging(self) -> None:
+        self._room -= 1
+        self._plugging += 1
+        self._tasks.start(self._plug()).add_done_callback(self._on_plugged)
 
-        async def attach(stream: str) -> None:
-            ports[stream], plugged.sockets[stream] = await self._ports.attach(port_name(plugged.id, stream))
+    def _on_plugged(self, task: asyncio.Task[PortSet]) -> None:
+        self._plugging -= 1
+        error = NotConnected("the machine ended") if task.cancelled() else task.exception()
+        if error is None:
+            self._offer(task.result())
+            return
+        self._room += 1
+        if (waiting := self._next_waiting()) is not None:
+            waiting.set_exception(error)
 
+    async def _plug(self) -> PortSet:
+        """Plug in a set that the guest knows, and connect it."""
+        attempts = _ATTEMPTS
+        while attempts:
+            await self._agent.ready()
+            await self._agent.answers()
+            plugged = PortSet(f"{self._prefix}-{next(self._numbers)}")
+            before = self._agent.heard
+            if await self._try_to_plug(plugged):
+                return plugged
+            log.debug(f"the guest does not know all ports of {plugged.id}")
+            # Without an agent that answers, nothing is known of the guest.
+            attempts -= self._agent.heard > before
+            await self._unplug(plugged)
+        raise Timeout(
+            "the guest did not notice the ports of the command", hint="see what the guest's kernel reports of them"
+        )
+
+    async def _try_to_plug(self, plugged: PortSet) -> bool:
         try:
             async with self._pace:
-                results = await asyncio.gather(*map(attach, streams), return_exceptions=True)
-                await self._agent.knows_ports(plugged.id, len(streams), _PACE_TIMEOUT)
+                await self._attach(plugged)
+                is_known = await self._agent.knows_ports(plugged.id, len(protocol.PORTS), _GUEST_TIMEOUT)
+                if is_known:
+                    await self._connect(plugged)
+                return is_known
         except BaseException:
-            # The machine has ended meanwhile.
-            plugged.close()
+            plugged.removal = self._tasks.start(self._unplug(plugged))
             raise
-        plugged.ports += [ports[stream] for stream in streams if stream in ports]
-        failures = [each for each in results if isinstance(each, BaseException)]
-        if failures:
-            self.give_back(plugged)
-            raise failures[0]
-        return plugged
 
-    def give_back(self, plugged: StreamSet) -> None:
-        """Unplug a set of ports in the background, which kills the command that uses them."""
-        plugged.close()
-        self._tasks.start(self._unplug(plugged))
+    async def _attach(self, plugged: PortSet) -> None:
+        """Attach all ports of a set; those that could be are in it, even if one fails."""
 
-    async def _unplug(self, plugged: StreamSet) -> None:
-        async with self._pace:
-            await asyncio.gather(*map(self._ports.detach, plugged.ports))
-            await self._agent.knows_ports(plugged.id, 0, _PACE_TIMEOUT)
+        async def attach(stream: str) -> None:
+            plugged.ports[stream] = await self._ports.attach(protocol.port_name(plugged.id, stream))
 
-    def unplug_at_once(self, others: Sequence[StreamSet]) -> None:
-        """Unplug the spare set and others without waiting for the guest, which was reset.
+        results = await asyncio.gather(*map(attach, protocol.PORTS), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
-        A guest that boots hears of all ports at once, and misses some if there are many.
-        """
-        spare, self._spare = self._spare, None
-        for plugged in (*others, *([spare] if spare is not None else ())):
-            for port in plugged.ports:
-                self._tasks.start(self._ports.detach(port))
-        if spare is not None:
-            spare.close()
+    async def _connect(self, plugged: PortSet) -> None:
+        streams = await self._ports.connect(list(plugged.ports.values()))
+        plugged.streams = dict(zip(plugged.ports, streams, strict=True))
+        if self._is_closed:
+            plugged.close()
+            raise NotConnected("the machine ended")
+
+    # After a command.
+
+    def give_back(self, used: PortSet, *, was_run: bool) -> None:
+        """Take a set back from a command. `was_run` tells whether the agent was told of it."""
+        used.close()
+        self._tasks.start(self._recycle(used, was_run=was_run))
+
+    async def _recycle(self, used: PortSet, *, was_run: bool) -> None:
+        is_connected = False
+        try:
+            async with self._pace:
+                is_connected = used.removal is None and await self._try_to_recycle(used, was_run=was_run)
+        except (QmpError, NotConnected, Timeout) as error:
+            log.debug(f"the ports of {used.id} cannot be used again: {error}")
+        self._used.discard(used)
+        if is_connected and used.removal is None:
+            self._offer(used)
+        else:
+            used.close()
+            self._remove(used)
+
+    async def _try_to_recycle(self, used: PortSet, *, was_run: bool) -> bool:
+        await self._ports.disconnect(list(used.ports.values()))
+        if was_run:
+            await first_of(used.released, timeout=_GUEST_TIMEOUT)
+            if not used.released.is_set():
+                return False
+        if used.is_spent or (len(self._idle) >= KEPT and not self._waiting):
+            return False
+        await self._connect(used)
+        return True
+
+    def spend(self) -> None:
+        """Let no other command have the sets in use: the agent that would report their release was killed."""
+        for each in self._used:
+            each.is_spent = True
+
+    # Unplugging.
+
+    def _remove(self, plugged: PortSet) -> None:
+        """Unplug a set in the background, unless that is under way."""
+        if plugged.removal is None:
+            plugged.removal = self._tasks.start(self._unplug(plugged))
+            plugged.removal.add_done_callback(self._on_removed)
+
+    def _on_removed(self, _: asyncio.Task[None]) -> None:
+        self._room += 1
+        self._plug_for_those_who_wait()
+
+    async def _unplug(self, plugged: PortSet) -> None:
+        await asyncio.gather(*map(self._ports.detach, plugged.ports.values()))
+        await self._agent.knows_ports(plugged.id, 0, _GUEST_TIMEOUT)
+
+    def unplug_all(self) -> None:
+        """Unplug all sets at once: the guest was reset, and would hear of too many ports at a time when it boots."""
+        idle, self._idle = self._idle, []
+        for each in idle:
+            each.close()
+        # Those in use are closed by whoever has them.
+        for each in (*idle, *self._used):
+            self._remove(each)
+
+    async def clear(self, left: Iterable[AttachedPort]) -> None:
+        """Unplug ports that another manager has left, one set after the other."""
+        waiting = asyncio.ensure_future(self._agent.ready())
+        await asyncio.wait({waiting}, timeout=_GUEST_TIMEOUT)
+        is_up = waiting.done() and waiting.exception() is None
+        waiting.cancel()
+        sets: dict[str, list[AttachedPort]] = {}
+        for port in left:
+            sets.setdefault(protocol.ports_of(port.guest_name), []).append(port)
+        for id, ports in sets.items():
+            await asyncio.gather(*map(self._ports.detach, ports))
+            # A guest that does not answer is not asked again.
+            is_up = is_up and await self._agent.knows_ports(id, 0, _GUEST_TIMEOUT)
 
     def close(self) -> None:
-        """Close our ends of the spare set."""
-        if self._spare is not None:
-            self._spare.close()
+        """Close our ends of all streams, also of those that are being connected."""
+        self._is_closed = True
+        for each in self._idle:
+            each.close()
