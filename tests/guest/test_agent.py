@@ -434,6 +434,7 @@ def test_commands_outlive_the_agent(machine: AgentMachine) -> None:
     assert command.communicate(b"alive").stdout == b"alive"
 
 
+@pytest.mark.soak
 def test_ports_that_never_come_are_not_waited_for_for_ever(machine: AgentMachine) -> None:
     machine.send(protocol.run(Run("portless", machine.session, "none", [b"true"])))
     assert machine.receive(Refused) == Refused("portless", errno.ETIMEDOUT, "ports")

@@ -383,10 +383,9 @@ async def run(*arguments: str) -> str:
 async def test_commands_in_the_guest_end_in_the_copy(qemu: str, tmp_path: Path) -> None:
     """The commands' ports exist in the copy, because its guest has them, and are removed at once."""
     async with idle_machine(qemu, tmp_path) as machine:
-        port, stream = await machine._inside.commands._ports.attach("io.vmspawn.test")
+        port = await machine._inside.commands._ports.attach("io.vmspawn.test")
         async with saved(machine) as snapshot, snapshot.fork() as copy:
             assert port.device in await devices(machine)
             assert port.device not in await devices(copy)
             async with saved(copy) as second, second.fork() as third:
                 assert port.device not in await devices(third)
-        stream.close()

@@ -26,7 +26,7 @@
 #define NAME_MAX 64
 
 /* How long the ports of a command may take to appear, and processes to die. In milliseconds. */
-#define PORTS_TIMEOUT 3000
+#define PORTS_TIMEOUT 10000
 #define KILL_TIMEOUT 5000
 
 /* How long the host may take to make room for an answer. */
@@ -1231,6 +1231,8 @@ static _Noreturn void supervise(const struct request *request, int orders, int s
         };
         for (size_t i = 0; i < 3; i++)
                 pumps[i].from = pumps[i].to = -1;
+        /* A command that writes fills its pipe first, and does not lose the processor to this process at each write. */
+        sys_schedule(SCHED_BATCH | SCHED_RESET_ON_FORK);
         if (!open_ports(request, supervisor.ports))
                 sys_exit(WITHOUT_PORTS);
         failure = prepare(&supervisor);

@@ -316,6 +316,12 @@ static inline int sys_prctl(int option, unsigned long argument) {
         return (int) call(__NR_prctl, option, argument, 0, 0, 0);
 }
 
+static inline int sys_schedule(int policy) {
+        int priority = 0;
+
+        return (int) call(__NR_sched_setscheduler, 0, policy, &priority, 0, 0);
+}
+
 static inline void sys_umask(unsigned mask) {
         call(__NR_umask, mask, 0, 0, 0, 0);
 }

@@ -144,7 +144,7 @@ class Execution:
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
         self._outputs: list[tuple[_Output, asyncio.Transport, bool]] = []
-        self._transports: list[asyncio.BaseTransport] = []
+        self._transports: list[asyncio.WriteTransport] = []
         self.stdin: asyncio.StreamWriter | None = None
         self.stdout: asyncio.StreamReader | None = None
         self.stderr: asyncio.StreamReader | None = None
@@ -246,7 +246,8 @@ class Execution:
             self._waiting.cancel()
             await asyncio.wait({self._waiting})
         for each in self._transports:
-            each.close()
+            # Not `close`, which would wait until unsent input is written: the sockets are closed below.
+            each.abort()
         await self._remote.close()
 
 

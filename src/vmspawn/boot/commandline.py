@@ -200,10 +200,14 @@ def _dashed(uuid: str) -> str:
 _MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
 
 
+# A guest that finds ERMS copies by `rep movsb`, which TCG emulates byte by byte; without it, by words.
+_EMULATED_CPUS = {"q35": "max,erms=off", "pc": "max,erms=off", "virt": "max"}
+
+
 def _hardware(config: MachineConfig, accelerator: str, extras: Extras) -> list[str]:
     return [
         *("-machine", ",".join((_MACHINES[config.machine_type], f"accel={accelerator}", *extras.machine))),
-        *("-cpu", "host" if accelerator == "kvm" else "max"),
+        *("-cpu", "host" if accelerator == "kvm" else _EMULATED_CPUS[config.machine_type]),
         *("-smp", str(config.cpus)),
         *("-m", memory.size_argument(config.ram_bytes, config.ram_growth)),
     ]

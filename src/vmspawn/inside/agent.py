@@ -25,8 +25,9 @@ from ..errors import NotConnected, NotSupported
 
 _RECEIVE_SIZE = 4096
 
-#: Seconds between two questions for the number of ports.
+#: Seconds between two questions for the number of ports, at first and at most: a guest that is busy is not kept busier.
 _COUNT_INTERVAL = 0.005
+_COUNT_INTERVAL_MAX = 0.2
 
 #: Seconds between two pings of an agent that does not answer.
 _PING_INTERVAL = 0.5
@@ -104,10 +105,12 @@ class Agent:
 
     async def knows_ports(self, ports: str, count: int, timeout: float) -> bool:
         """Wait until the guest knows so many ports of a set; False if it does not in time."""
+        interval = _COUNT_INTERVAL
         try:
             async with asyncio.timeout(timeout):
-                while await self._count_ports(ports) != count:  # noqa: ASYNC110 - the guest tells only when asked
-                    await asyncio.sleep(_COUNT_INTERVAL)
+                while await self._count_ports(ports) != count:
+                    await asyncio.sleep(interval)
+                    interval = min(interval * 1.5, _COUNT_INTERVAL_MAX)
         except TimeoutError:
             return False
         return True
@@ -116,8 +119,16 @@ class Agent:
         """Wait until the agent answers, for as long as it takes: it may have been killed, and be started again."""
         before = self.heard
         while self.heard == before:
+            # The guest may be reset meanwhile, which closes the connection.
+            await self.ready()
             self.send(protocol.ping("answer"))
             await first_of(self._next_message, timeout=_PING_INTERVAL)
+
+    def _ask_again(self) -> None:
+        """Questions to an agent that was killed have no answer."""
+        for counted in self._counts.values():
+            if not counted.done():
+                counted.set_result(-1)
 
     async def _count_ports(self, ports: str) -> int:
         counted: asyncio.Future[int] = self._loop.create_future()
@@ -195,6 +206,7 @@ class Agent:
                 self._version = message.version
                 self._capabilities = message.capabilities
                 self._in_session.set()
+                self._ask_again()
             case Ports():
                 counted = self._counts.get(message.id)
                 if counted is not None and not counted.done():

@@ -37,11 +37,11 @@ KEPT = 3
 #: Sets that change at a time.
 _CHANGES_MAX = 2
 
-#: Seconds that the guest has to notice a change.
-_GUEST_TIMEOUT = 2.0
+#: Seconds that the guest has to notice a change. A guest that boots may need most of it.
+_GUEST_TIMEOUT = 5.0
 
-#: How often a set is plugged in until the guest knows all of it.
-_ATTEMPTS = 5
+#: How often a set is plugged in that the guest does not notice, and that nobody waits for.
+_ATTEMPTS = 3
 
 
 @dataclass(slots=True, eq=False)
@@ -148,17 +148,14 @@ class Streams:
 
     async def _plug(self) -> PortSet:
         """Plug in a set that the guest knows, and connect it."""
-        attempts = _ATTEMPTS
-        while attempts:
-            await self._agent.ready()
+        attempts = 0
+        while attempts < _ATTEMPTS or self._waiting:
             await self._agent.answers()
             plugged = PortSet(f"{self._prefix}-{next(self._numbers)}")
-            before = self._agent.heard
             if await self._try_to_plug(plugged):
                 return plugged
             log.debug(f"the guest does not know all ports of {plugged.id}")
-            # Without an agent that answers, nothing is known of the guest.
-            attempts -= self._agent.heard > before
+            attempts += 1
             await self._unplug(plugged)
         raise Timeout(
             "the guest did not notice the ports of the command", hint="see what the guest's kernel reports of them"
