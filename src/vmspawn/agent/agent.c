@@ -38,7 +38,7 @@
 /* A virtio-serial port takes no more than this in one write. */
 #define BUFFER_SIZE (32 * 1024)
 
-/* What a pipe of output holds: the command writes that much before the supervisor has its turn. */
+/* The size of a pipe for output: a command writes that much before the supervisor runs. */
 #define PIPE_SIZE (256 * 1024)
 
 #define PATH_SIZE 4096
@@ -459,8 +459,8 @@ static short poll_now(int fd, short events) {
 }
 
 /*
- * Whether the ports that a command needs are open and connected. One that is not connected yet would look like one at its
- * end.
+ * Whether the ports that a command needs are open and connected. A port that is not connected yet would look like a port
+ * at its end.
  */
 static bool ports_ready(const struct request *request, const int fds[PORTS]) {
         const bool wanted[PORTS] = {
@@ -737,8 +737,8 @@ static bool pump_write(struct pump *pump) {
  * Moves bytes until reading or writing has to wait, and no more than a pipe holds: other streams have their turn. False if
  * nobody takes the bytes any more.
  *
- * Not by splice(2): the kernel hands empty buffers of a pipe on to QEMU, which stops the whole controller then. A write(2)
- * that fails leaves one.
+ * splice(2) would copy less, but it passes empty buffers of a pipe to QEMU, which then stops the controller. A write(2)
+ * that fails leaves such a buffer.
  */
 static bool pump_move(struct pump *pump) {
         for (size_t moved = 0; moved < PIPE_SIZE; moved += sizeof pump->data) {
@@ -926,8 +926,8 @@ static bool is_hung_up(int port) {
 }
 
 /*
- * Ends this process once the host has closed its end of all ports. Whoever opened one of them before that would take the
- * end of this command for its own.
+ * Ends this process when the host has closed its end of all ports. A command that got the ports earlier would take the end
+ * of this command for its own.
  */
 static _Noreturn void leave(struct supervisor *supervisor) {
         for (size_t i = 0; i < 3; i++)
@@ -1142,7 +1142,7 @@ static int open_pipes(const struct request *request, const int ports[PORTS], con
                 if ((r = open_pipe(&ours, &streams[i], false, user)) < 0)
                         return r;
                 pump_open(&pumps[i], ours, ports[i], false);
-                /* Fails for a user who has many pipes, which is no harm. */
+                /* The pipe keeps its size if this fails. */
                 sys_fcntl(ours, F_SETPIPE_SZ, PIPE_SIZE);
         }
         return 0;
@@ -1231,7 +1231,7 @@ static _Noreturn void supervise(const struct request *request, int orders, int s
         };
         for (size_t i = 0; i < 3; i++)
                 pumps[i].from = pumps[i].to = -1;
-        /* A command that writes fills its pipe first, and does not lose the processor to this process at each write. */
+        /* A command that writes keeps the processor until its pipe is full: a switch to this process is expensive. */
         sys_schedule(SCHED_BATCH | SCHED_RESET_ON_FORK);
         if (!open_ports(request, supervisor.ports))
                 sys_exit(WITHOUT_PORTS);
@@ -1263,8 +1263,8 @@ static struct {
 static char *words[WORDS_MAX + 1];
 
 /*
- * Sends a line. The port is full for a moment after many lines, so there is a wait for room; a host that takes nothing for
- * longer, or has gone, misses the line.
+ * Sends a line. Many lines fill the port for a moment, so this waits for room. The line is lost if the host takes nothing
+ * for longer, or is gone.
  */
 static void answer(struct text *line) {
         struct pollfd poll = { .fd = agent.control, .events = POLLOUT };
@@ -1461,7 +1461,7 @@ static void handle_ports(const char *set) {
         answer(&line);
 }
 
-/* Another session is another host's: nobody is left who reads what the commands of an earlier one write. */
+/* Begins a session. The host of the last session is gone, so its commands are killed. */
 static void handle_sync(const char *nonce) {
         if (!equal(nonce, agent.session))
                 for (size_t i = 0; i < RUNS_MAX; i++)

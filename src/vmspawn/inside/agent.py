@@ -125,7 +125,7 @@ class Agent:
             await first_of(self._next_message, timeout=_PING_INTERVAL)
 
     def _ask_again(self) -> None:
-        """Questions to an agent that was killed have no answer."""
+        """Send open questions again: the agent that was asked may have been killed."""
         for counted in self._counts.values():
             if not counted.done():
                 counted.set_result(-1)

@@ -53,10 +53,10 @@ _RECEIVE_SIZE = 4096
 #: Seconds after the end of a status port in which the machine's own end is noticed.
 _END_TIMEOUT = 5.0
 
-#: Seconds after which it is looked again whether QEMU has read all of an input that has ended.
+#: Seconds between two checks whether QEMU has read all of an input that has ended.
 _INPUT_INTERVAL = 0.02
 
-#: How often a command is given other ports, if the guest did not open the first.
+#: How often a command is sent, each time with other ports, if the guest does not open its ports.
 _ATTEMPTS = 3
 
 #: How a command ended.
@@ -114,7 +114,7 @@ class Execution:
             self._watch(stream)
 
     def _watch(self, stream: str) -> None:
-        """Report the client's end of a stream to the agent, which may miss the message that the kernel gets of it."""
+        """Tell the agent when the client closes its end of a stream. The guest's kernel may miss QEMU's message."""
         theirs = self.ports.streams[stream].theirs
 
         def on_hang_up() -> None:
@@ -126,7 +126,7 @@ class Execution:
         self._commands.hang_ups.watch(theirs, on_hang_up)
 
     async def _report_end_of_input(self, theirs: socket.socket) -> None:
-        """Wait until QEMU has read the input, which the guest has ahead of our message then."""
+        """Wait until QEMU has read all input, so that the guest gets it before our message."""
         while theirs.fileno() >= 0 and unread(theirs):  # noqa: ASYNC110 - nothing reports that QEMU has read
             await asyncio.sleep(_INPUT_INTERVAL)
         if not self._ended.done():
@@ -205,7 +205,7 @@ class Execution:
             self._loop.remove_reader(self._status)
 
     def _close_far_ends(self) -> None:
-        """Close our copies of QEMU's ends, or the client would not see that QEMU has closed them."""
+        """Close our copies of QEMU's ends: while one is open, the client does not notice that QEMU closes its own."""
         for stream in self.ports.streams.values():
             self._commands.hang_ups.forget(stream.theirs)
             stream.theirs.close()
@@ -218,7 +218,7 @@ class Execution:
 
 
 def _streams(wanted: Wanted) -> Mapping[str, str]:
-    """The ports of a command's streams, without that of its status."""
+    """Return the port of each stream of a command, without the status port."""
     if wanted.size is not None:
         return {TTY: STDIN}
     return {name: name for name in PORTS if name != STATUS and (wanted.stdin or name != STDIN)}

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keep sets of ports for commands, at a pace that the guest can follow.
 
-QEMU's queue for messages about ports has 32 entries, and QEMU drops messages that find no room (docs/agent.md). So
-nothing here relies on a message:
+QEMU's queue for messages about ports has 32 entries, and QEMU drops messages when the queue is full (docs/agent.md). So
+nothing here depends on a message:
 
-1. A new set is plugged in. The agent is asked until the guest knows all ports of it. If it does not in time, the set is
-   unplugged, and another is plugged in.
-2. A set that is idle has its streams connected ahead, so that a command needs no command of QEMU's.
-3. When a command is over, QEMU closes its ends. The agent reports when the guest has closed its ends, too; then the set
-   serves the next command. Without that report it is unplugged.
-4. When the guest is reset, all sets are unplugged, and none is plugged in before the agent is up again.
+1. A new set is plugged in. The agent is asked until the guest knows all its ports. If that takes too long, the set is
+   unplugged, and another set is plugged in.
+2. An idle set is connected in advance, so starting a command needs no QMP command.
+3. When a command is over, QEMU closes its ends. When the guest has closed its ends, too, the agent reports it, and the
+   set serves the next command. Without the report the set is unplugged.
+4. When the guest is reset, all sets are unplugged. New sets are plugged in when the agent answers again.
 
-No more than two sets change at a time: a port that comes takes three messages, one that goes or is connected takes one.
+Two sets change at a time: a new port takes three messages, all other changes of a port take one.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ _CHANGES_MAX = 2
 #: Seconds that the guest has to notice a change. A guest that boots may need most of it.
 _GUEST_TIMEOUT = 5.0
 
-#: How often a set is plugged in that the guest does not notice, and that nobody waits for.
+#: How often plugging in is tried if no command waits for a set.
 _ATTEMPTS = 3
 
 
 @dataclass(slots=True, eq=False)
 class PortSet:
-    """The ports of one command at a time, by their streams."""
+    """A set of ports by the names of their streams. One command at a time has the set."""
 
     id: str
     ports: dict[str, AttachedPort] = field(default_factory=dict)
-    #: What is connected to them.
+    #: The streams that are connected to the ports.
     streams: dict[str, Stream] = field(default_factory=dict)
     #: Set when the guest has closed its ends.
     released: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Whether no other command may get it.
+    #: Whether the set must not serve another command.
     is_spent: bool = False
     #: The task that unplugs it, once there is one.
     removal: asyncio.Task[None] | None = None
@@ -69,14 +69,14 @@ class Streams:
     """The sets of one machine."""
 
     def __init__(self, ports: Ports, agent: Agent, tasks: Tasks, most: int) -> None:
-        """`tasks` run what outlives its caller. There is room for `most` sets."""
+        """`tasks` run work that outlives its caller. The controller has room for `most` sets."""
         self._ports = ports
         self._agent = agent
         self._tasks = tasks
         self._room = most
         self._pace = asyncio.Semaphore(_CHANGES_MAX)
         self._idle: list[PortSet] = []
-        #: Sets that commands have, or had a moment ago.
+        #: Sets of commands that run, and of commands that have just ended.
         self._used: set[PortSet] = set()
         self._waiting: deque[asyncio.Future[PortSet]] = deque()
         self._plugging = 0
@@ -249,7 +249,7 @@ class Streams:
         idle, self._idle = self._idle, []
         for each in idle:
             each.close()
-        # Those in use are closed by whoever has them.
+        # The commands close the streams of the other sets.
         for each in (*idle, *self._used):
             self._remove(each)
 
