@@ -43,8 +43,10 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[Machine]:
         "console": "headless",
     }
     async with Machine(**{**settings, **options}) as machine:
-        async with await machine.execute(["true"], start_timeout=BOOT_TIMEOUT) as command:
-            assert await command.wait() == 0
+        # The agent is up long before the guest has booted; until then the guest takes many seconds for new ports.
+        wait = ["systemctl", "is-system-running", "--wait"]
+        async with await machine.execute(wait, start_timeout=BOOT_TIMEOUT) as command:
+            await command.communicate()
         yield machine
 
 
