@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vmspawn.agent import protocol
 from vmspawn.agent.protocol import (
+    Connected,
     Done,
     Exited,
     Failed,
@@ -81,6 +82,7 @@ def test_messages_are_lines_of_words() -> None:
     assert protocol.fork("0a", 12_000_000_034) == b"fork 0a 12 34 ;\n"
     assert protocol.close("c", "stdin") == b"close c stdin ;\n"
     assert protocol.count_ports("p") == b"ports p ;\n"
+    assert protocol.count_connected("p") == b"connected p ;\n"
     assert (
         protocol.run(Run("c", "s", "p", [b"echo", b"", b"a b;%\n"])) == b"run c s p stdin -- echo % a%20b%3b%25%0a ;\n"
     )
@@ -136,6 +138,7 @@ CONTROL = {
     b"pong x ;\n": Pong("x"),
     b"refused - 74 message ;\n": Refused(None, 74, "message"),
     b"refused c1 17 id ;\n": Refused("c1", 17, "id"),
+    b"connected p1 4 ;\n": Connected("p1", 4),
     b"done c1 ;\n": Done("c1"),
     b"lost c1 ;\n": Lost("c1"),
     b"forked 0a ;\n": Forked("0a"),

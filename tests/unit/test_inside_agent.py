@@ -113,6 +113,17 @@ async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
     assert await waiting
 
 
+async def test_who_waits_when_the_guest_is_reset_waits_for_the_next_session(far: Far) -> None:
+    waiting = asyncio.ensure_future(far.agent.ready())
+    [[_, first]] = await far.read()
+    far.agent.restart()
+    [[_, second]] = await far.read()
+    assert first != second
+    await far.send(f"ready {second} 1 7 run ;\n")
+    async with asyncio.timeout(20):
+        await waiting
+
+
 async def test_an_agent_is_asked_until_it_answers(far: Far) -> None:
     await far.session()
     waiting = asyncio.ensure_future(far.agent.answers())

@@ -1449,16 +1449,35 @@ static void count_entry(const char *entry, void *data) {
                 count->number++;
 }
 
+static void answer_count(const char *kind, const char *set, unsigned number) {
+        struct text line = { .length = 0 };
+
+        add_word(&line, kind);
+        add_word(&line, set);
+        add_number(&line, number);
+        answer(&line);
+}
+
 /* Tells how many ports of a set the kernel knows by now. */
 static void handle_ports(const char *set) {
         struct port_count count = { .set = set };
-        struct text line = { .length = 0 };
 
         each_entry("/sys/class/virtio-ports", count_entry, &count);
-        add_word(&line, "ports");
-        add_word(&line, set);
-        add_number(&line, count.number);
-        answer(&line);
+        answer_count("ports", set, count.number);
+}
+
+/* Tells how many ports of a set are connected to the host by now, of those that no command has. */
+static void handle_connected(const char *set) {
+        struct search search = { .set = set, .fds = { -1, -1, -1, -1 } };
+        unsigned number = 0;
+
+        each_entry("/sys/class/virtio-ports", search_entry, &search);
+        for (size_t i = 0; i < PORTS; i++) {
+                if (search.fds[i] >= 0 && (poll_now(search.fds[i], POLLOUT) & POLLHUP) == 0)
+                        number++;
+                close_fd(&search.fds[i]);
+        }
+        answer_count("connected", set, number);
 }
 
 /* Begins a session. The host of the last session is gone, so its commands are killed. */
@@ -1524,6 +1543,8 @@ static void handle_words(char **word, size_t count) {
                 answer_word("pong", word[1]);
         else if (is_message(word, count, "ports", 2, 2))
                 handle_ports(word[1]);
+        else if (is_message(word, count, "connected", 2, 2))
+                handle_connected(word[1]);
         else if (is_message(word, count, "run", 5, WORDS_MAX))
                 handle_run(word, count);
         else if (is_message(word, count, "hangup", 2, 2))

@@ -95,6 +95,11 @@ def count_ports(ports: str) -> bytes:
     return _message("ports", _name(ports))
 
 
+def count_connected(ports: str) -> bytes:
+    """Ask how many ports of a set are connected by now, of those that no command has; answered by `Connected`."""
+    return _message("connected", _name(ports))
+
+
 def run(command: Run) -> bytes:
     """Start a command. Its ports may come before or after. Raises UsageError for what cannot be passed on."""
     words: list[str | bytes] = ["run", _name(command.id), _name(command.session), _name(command.ports)]
@@ -235,6 +240,14 @@ class Ports:
 
 
 @dataclass(frozen=True, slots=True)
+class Connected:
+    """How many ports of a set are connected."""
+
+    id: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """The agent did not do what a message asked for. The id is None if it did not understand the message."""
 
@@ -310,7 +323,7 @@ class Malformed:
     line: bytes
 
 
-ControlMessage = Ready | Pong | Ports | Refused | Done | Lost | Forked
+ControlMessage = Ready | Pong | Ports | Connected | Refused | Done | Lost | Forked
 StatusMessage = Started | InputClosed | Exited | Signalled | Failed
 
 _Message = TypeVar("_Message")
@@ -374,6 +387,8 @@ def _parse_control(words: list[str]) -> ControlMessage:
             return Pong(_name(nonce))
         case ["ports", id, count]:
             return Ports(_name(id), _number(count, _PORTS_MAX))
+        case ["connected", id, count]:
+            return Connected(_name(id), _number(count, _PORTS_MAX))
         case ["refused", id, errno, what]:
             return Refused(_name_or_none(id), _number(errno, _ERRNO_MAX), _word(what))
         case ["done", id]:

@@ -11,6 +11,7 @@ There are three cases for how a session begins:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -18,7 +19,7 @@ from collections.abc import Callable
 
 from .. import log
 from ..agent import protocol
-from ..agent.protocol import ControlMessage, Done, Forked, Lost, Malformed, Ports, Ready, Refused
+from ..agent.protocol import Connected, ControlMessage, Done, Forked, Lost, Malformed, Ports, Ready, Refused
 from ..aio.waiting import first_of
 from ..aio.writer import Writer
 from ..errors import NotConnected, NotSupported
@@ -105,10 +106,17 @@ class Agent:
 
     async def knows_ports(self, ports: str, count: int, timeout: float) -> bool:
         """Wait until the guest knows so many ports of a set; False if it does not in time."""
+        return await self._until(ports, protocol.count_ports(ports), count, timeout)
+
+    async def has_connected(self, ports: str, count: int, timeout: float) -> bool:
+        """Wait until so many ports of a set, which no command has, are connected; False if they are not in time."""
+        return await self._until(ports, protocol.count_connected(ports), count, timeout)
+
+    async def _until(self, ports: str, question: bytes, count: int, timeout: float) -> bool:
         interval = _COUNT_INTERVAL
         try:
             async with asyncio.timeout(timeout):
-                while await self._count_ports(ports) != count:
+                while await self._count(ports, question) != count:
                     await asyncio.sleep(interval)
                     interval = min(interval * 1.5, _COUNT_INTERVAL_MAX)
         except TimeoutError:
@@ -130,19 +138,23 @@ class Agent:
             if not counted.done():
                 counted.set_result(-1)
 
-    async def _count_ports(self, ports: str) -> int:
+    async def _count(self, ports: str, question: bytes) -> int:
         counted: asyncio.Future[int] = self._loop.create_future()
         self._counts[ports] = counted
-        self.send(protocol.count_ports(ports))
+        self.send(question)
         try:
             return await counted
         finally:
             del self._counts[ports]
 
     def restart(self) -> None:
-        """Forget the connection: the guest was reset. The next session begins on a new one."""
+        """Begin a session on a new connection: the guest was reset. Callers of `ready` wait for it."""
+        was_open = self._socket is not None
         self.close()
         self._reader = protocol.control_reader()
+        if was_open:
+            with contextlib.suppress(NotConnected):
+                self._open()
 
     def close(self) -> None:
         """Close the connection. May be called again."""
@@ -207,7 +219,7 @@ class Agent:
                 self._capabilities = message.capabilities
                 self._in_session.set()
                 self._ask_again()
-            case Ports():
+            case Ports() | Connected():
                 counted = self._counts.get(message.id)
                 if counted is not None and not counted.done():
                     counted.set_result(message.count)

@@ -40,6 +40,9 @@ _CHANGES_MAX = 2
 #: Seconds that the guest has to notice a change. A guest that boots may need most of it.
 _GUEST_TIMEOUT = 5.0
 
+#: Seconds that the guest has to close its ends. Many sets may wait for their turn.
+_RELEASE_TIMEOUT = 1.0
+
 #: How often plugging in is tried if no command waits for a set.
 _ATTEMPTS = 3
 
@@ -123,8 +126,8 @@ class Streams:
     # Plugging in.
 
     def replenish(self) -> None:
-        """Plug a set in ahead, unless one is there or about to be."""
-        if not self._idle and not self._plugging and self._room:
+        """Plug a set in ahead, unless one is there or about to be. More sets in use than one will be idle soon."""
+        if not self._idle and not self._plugging and self._room and len(self._used) <= 1:
             self._begin_plugging()
 
     def _plug_for_those_who_wait(self) -> None:
@@ -166,9 +169,7 @@ class Streams:
             async with self._pace:
                 await self._attach(plugged)
                 is_known = await self._agent.knows_ports(plugged.id, len(protocol.PORTS), _GUEST_TIMEOUT)
-                if is_known:
-                    await self._connect(plugged)
-                return is_known
+                return is_known and await self._connect(plugged)
         except BaseException:
             plugged.removal = self._tasks.start(self._unplug(plugged))
             raise
@@ -184,12 +185,14 @@ class Streams:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _connect(self, plugged: PortSet) -> None:
+    async def _connect(self, plugged: PortSet) -> bool:
+        """Connect a set; returns False if the guest does not notice."""
         streams = await self._ports.connect(list(plugged.ports.values()))
         plugged.streams = dict(zip(plugged.ports, streams, strict=True))
         if self._is_closed:
             plugged.close()
             raise NotConnected("the machine ended")
+        return await self._agent.has_connected(plugged.id, len(protocol.PORTS), _GUEST_TIMEOUT)
 
     # After a command.
 
@@ -215,13 +218,12 @@ class Streams:
     async def _try_to_recycle(self, used: PortSet, *, was_run: bool) -> bool:
         await self._ports.disconnect(list(used.ports.values()))
         if was_run:
-            await first_of(used.released, timeout=_GUEST_TIMEOUT)
+            await first_of(used.released, timeout=_RELEASE_TIMEOUT)
             if not used.released.is_set():
                 return False
         if used.is_spent or (len(self._idle) >= KEPT and not self._waiting):
             return False
-        await self._connect(used)
-        return True
+        return await self._connect(used)
 
     def spend(self) -> None:
         """Let no other command have the sets in use: the agent that would report their release was killed."""
