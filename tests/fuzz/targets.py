@@ -274,7 +274,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
     "agent": (
         agent,
         (
-            b"\x04ready - 1 7 tty,resize ;\nrefused c1 17 id ;\nlost c1 ;\ndone c2 ;\n",
+            b"\x04ready - 1 7 tty,resize ;\nrefused c1 17 id ;\nlost c1 ;\ndone c2 ;\nconnected p 4 ;\n",
             b"\x05started 5 ;\nclosed stdin ;\nexit 0 1 2 ;\n",
             b"\x06error 127 2 exec ;\nsignal 9 0 0 ;\n",
         ),
