@@ -18,7 +18,6 @@ from tests.machines import Machine, fresh_name
 from vmspawn.agent.protocol import PORTS
 from vmspawn.errors import CommandFailed, NoFreePort, NotConnected, NotSupported, Timeout, UsageError
 from vmspawn.inside.commands import COMMANDS_MAX
-from vmspawn.inside.streams import KEPT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -83,8 +82,11 @@ async def until_runs(machine: Machine, command: str) -> None:
 async def until_idle(machine: Machine) -> None:
     """Wait until no ports of commands are plugged in, except those that are kept for later commands."""
 
+    streams = machine._inside.commands._streams
+
     async def is_idle() -> bool:
-        return len([name for name in (await objects(machine))[1] if name.startswith("stream")]) <= KEPT * len(PORTS)
+        ports = [name for name in (await objects(machine))[1] if name.startswith("stream")]
+        return not streams._used and not streams._plugging and len(ports) == len(streams._idle) * len(PORTS)
 
     await until(is_idle, "ports of commands are left")
 
@@ -200,8 +202,9 @@ async def test_a_terminal(machine: Machine) -> None:
         command.stdin.write(b"stty size; tty; echo do'ne'\n")
         assert b"30 100" in await command.stdout.readuntil(b"done")
         await command.resize(40, 120)
-        command.stdin.write(b"stty size; echo do'ne'\n")
-        assert b"40 120" in await command.stdout.readuntil(b"done\r\n")
+        # The size and the keys take different ways.
+        command.stdin.write(b"until stty size | grep '40 120'; do usleep 10000; done; echo do'ne'\n")
+        assert b"\n40 120" in await command.stdout.readuntil(b"done\r\n")
         command.stdin.write(b"sleep 1000\n")
         await command.stdout.readuntil(b"1000\r\n")
         await until_runs(machine, "sleep 1000")

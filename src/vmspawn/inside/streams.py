@@ -38,7 +38,7 @@ KEPT = 3
 _CHANGES_MAX = 2
 
 #: Seconds that the guest has to notice a change. A guest that boots may need most of it.
-_GUEST_TIMEOUT = 5.0
+_GUEST_TIMEOUT = 10.0
 
 #: Seconds that the guest has to close its ends. Many sets may wait for their turn.
 _RELEASE_TIMEOUT = 1.0
