@@ -50,7 +50,7 @@ async def machine(qemu: str) -> AsyncIterator[Machine]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mortal(qemu: str) -> AsyncIterator[Machine]:
-    """One machine for tests that reset it, in their order; the last ends it."""
+    """Yield one machine for tests that reset it. The last test suspends it, after which it cannot be powered off."""
     async with booted(qemu) as machine:
         yield machine
 
@@ -365,13 +365,14 @@ async def test_the_guest_is_suspended_in_the_middle(mortal: Machine) -> None:
     assert (await mortal.run("echo awake")).stdout == "awake\n"
 
 
-async def test_the_machine_ends_in_the_middle(mortal: Machine) -> None:
-    command = await mortal.execute(["sh", "-c", "poweroff -f; sleep 1000"])
-    with pytest.raises(NotConnected, match="powered off"):
-        await command.wait()
-    await command.close()
-    with pytest.raises(NotConnected):
-        await mortal.run("true")
+async def test_the_machine_ends_in_the_middle(qemu: str) -> None:
+    async with booted(qemu) as machine:
+        command = await machine.execute(["sh", "-c", "poweroff -f; sleep 1000"])
+        with pytest.raises(NotConnected, match="powered off"):
+            await command.wait()
+        await command.close()
+        with pytest.raises(NotConnected):
+            await machine.run("true")
 
 
 async def test_without_an_agent(qemu: str) -> None:
