@@ -200,8 +200,10 @@ def _dashed(uuid: str) -> str:
 _MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
 
 
-# A guest that finds ERMS copies by `rep movsb`, which TCG emulates byte by byte; without it, by words.
-_EMULATED_CPUS = {"q35": "max,erms=off", "pc": "max,erms=off", "virt": "max"}
+# A guest that finds ERMS or FSRM copies by `rep movsb`, which TCG emulates byte by byte. A guest that finds FSRM without
+# ERMS does not boot.
+_EMULATED_X86 = "max,erms=off,fsrm=off"
+_EMULATED_CPUS = {"q35": _EMULATED_X86, "pc": _EMULATED_X86, "virt": "max"}
 
 
 def _hardware(config: MachineConfig, accelerator: str, extras: Extras) -> list[str]:
