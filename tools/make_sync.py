@@ -47,7 +47,7 @@ FUNCTIONS = [("connect", "connect")]
 WRITTEN = {"Execution": ".api.blocking_execution"}
 
 #: Parts that programs do not need: the console's input.
-HIDDEN = {"Console": {"show", "finish", "is_full"}}
+HIDDEN = {"Console": {"show", "shows", "finish", "is_full"}}
 
 WRAPPED = {name for _, name, _ in CLASSES}
 MACHINES = {name for _, name, base in CLASSES if base == "BlockingMachine"}

@@ -35,14 +35,17 @@ if TYPE_CHECKING:
     from .errors import BadConfig as BadConfig
     from .errors import CommandFailed as CommandFailed
     from .errors import ConfigNotSupported as ConfigNotSupported
+    from .errors import CopyFailed as CopyFailed
     from .errors import EventsLost as EventsLost
     from .errors import GuestError as GuestError
     from .errors import MachineEnded as MachineEnded
     from .errors import NoFreePort as NoFreePort
+    from .errors import NoSuchForward as NoSuchForward
     from .errors import NoSuchSnapshot as NoSuchSnapshot
     from .errors import NoSuchStorage as NoSuchStorage
     from .errors import NotConnected as NotConnected
     from .errors import NotSupported as NotSupported
+    from .errors import PortInUse as PortInUse
     from .errors import QmpError as QmpError
     from .errors import SnapshotBlocked as SnapshotBlocked
     from .errors import SnapshotExists as SnapshotExists
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from .errors import UsageError as UsageError
     from .errors import VmspawnError as VmspawnError
     from .machine.ending import End as End
+    from .network.forward import Forward as Forward
     from .qmp.events import Event as Event
     from .storage.disk import Disk as Disk
     from .storage.limits import Limits as Limits
@@ -73,14 +77,17 @@ _MODULES = {
         "BadConfig",
         "CommandFailed",
         "ConfigNotSupported",
+        "CopyFailed",
         "EventsLost",
         "GuestError",
         "MachineEnded",
         "NoFreePort",
+        "NoSuchForward",
         "NoSuchSnapshot",
         "NoSuchStorage",
         "NotConnected",
         "NotSupported",
+        "PortInUse",
         "QmpError",
         "SnapshotBlocked",
         "SnapshotExists",
@@ -95,6 +102,7 @@ _MODULES = {
         "VmspawnError",
     ),
     "machine.ending": ("End",),
+    "network.forward": ("Forward",),
     "qmp.events": ("Event",),
     "storage.disk": ("Disk",),
     "storage.limits": ("Limits",),

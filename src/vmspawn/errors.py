@@ -168,6 +168,10 @@ class CommandFailed(VmspawnError):
         return cls(f"the command {how}{last}", status=status, stdout=stdout, stderr=stderr)
 
 
+class CopyFailed(VmspawnError):
+    """Files could not be copied to or from the guest. Nothing half is left under a final name."""
+
+
 class EventsLost(VmspawnError):
     """Events were dropped because their reader was too slow. The stream ends there."""
 
@@ -215,6 +219,14 @@ class BadConfig(VmspawnError):
 
 class ConfigNotSupported(VmspawnError):
     """A disk's configuration is valid, but this machine does not support it."""
+
+
+class PortInUse(VmspawnError):
+    """Another process has the port of the host."""
+
+
+class NoSuchForward(VmspawnError):
+    """No port of the host is forwarded to the guest under that address and number."""
 
 
 class NoFreePort(VmspawnError):

@@ -15,7 +15,7 @@ own. Any thread may call; a call that Ctrl-C interrupts is cancelled and cleans 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, cast, overload
@@ -32,8 +32,10 @@ from .api.console import EXPECT_TIMEOUT
 from .api.events import EVENT_TIMEOUT, Where
 from .api.execution import Completed
 from .api.options import DiskOptions, MachineOptions, Size, StrPath
+from .api.waiting import WAIT_TIMEOUT
 from .boot.config import MachineConfig
 from .machine.ending import End
+from .network.forward import Forward
 from .qmp.events import Event
 from .qmp.monitor import COMMAND_TIMEOUT
 from .storage.disk import Disk
@@ -123,6 +125,18 @@ class Machine(BlockingMachine[_machine.Machine]):
         """Wait until the machine has ended, and return the reason."""
         return self._call(lambda inner: inner.wait())
 
+    def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+        return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
+
     @property
     def events(self) -> Events:
         """The machine's events: `machine.events.wait("RESET")`."""
@@ -136,6 +150,22 @@ class Machine(BlockingMachine[_machine.Machine]):
     def qmp(self, *, read_only: bool = False) -> AbstractContextManager[Qmp]:
         """Open a QMP connection: `with machine.qmp() as qmp: qmp.execute("query-block")`."""
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
+
+    def forward(self, forward: Forward | str | int) -> Forward:
+        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+
+        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
+        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        """
+        return self._call(lambda inner: inner.forward(forward))
+
+    def remove_forward(self, forward: Forward | str) -> Forward:
+        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        return self._call(lambda inner: inner.remove_forward(forward))
+
+    def forwards(self) -> list[Forward]:
+        """The ports of the host that are forwarded to the guest."""
+        return self._call(lambda inner: inner.forwards())
 
     def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
@@ -293,6 +323,38 @@ class Machine(BlockingMachine[_machine.Machine]):
         )
         return found
 
+    def copy_to(
+        self,
+        sources: StrPath | Sequence[StrPath],
+        target: str,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of this host to a path in the guest; into it, if it is a folder.
+
+        Modes, times, links and holes are kept, owners are not. `skip_special` leaves out devices, sockets and pipes;
+        returns lines about them. `progress` is called with the bytes that are done and those in all. Raises
+        CopyFailed, and nothing half is left under a final name then; SystemFailure, UsageError, or what `execute`
+        raises.
+        """
+        return self._call(lambda inner: inner.copy_to(sources, target, skip_special=skip_special, progress=progress))
+
+    def copy_from(
+        self,
+        sources: str | Sequence[str],
+        target: StrPath,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of the guest to a path of this host; into it, if it is a folder.
+
+        It trusts nothing that the guest sends: devices, and links that lead out of what is copied, are refused, or left
+        out with `skip_special`. Else it is as `copy_to`.
+        """
+        return self._call(lambda inner: inner.copy_from(sources, target, skip_special=skip_special, progress=progress))
+
 
 class Snapshot(Blocking[_machine.Snapshot]):
     """A snapshot of a machine.
@@ -388,6 +450,18 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         """
         return self._call(lambda inner: inner.wait())
 
+    def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+        return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
+
     @property
     def events(self) -> Events:
         """The machine's events since `connect`: `machine.events.wait("RESET")`."""
@@ -405,6 +479,22 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     def qmp(self, *, read_only: bool = False) -> AbstractContextManager[Qmp]:
         """Open a QMP connection: `with machine.qmp() as qmp: qmp.execute("query-block")`."""
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
+
+    def forward(self, forward: Forward | str | int) -> Forward:
+        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+
+        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
+        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        """
+        return self._call(lambda inner: inner.forward(forward))
+
+    def remove_forward(self, forward: Forward | str) -> Forward:
+        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        return self._call(lambda inner: inner.remove_forward(forward))
+
+    def forwards(self) -> list[Forward]:
+        """The ports of the host that are forwarded to the guest."""
+        return self._call(lambda inner: inner.forwards())
 
     def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Raises what `Machine.snapshot` raises."""
@@ -557,6 +647,38 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
             )
         )
         return found
+
+    def copy_to(
+        self,
+        sources: StrPath | Sequence[StrPath],
+        target: str,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of this host to a path in the guest; into it, if it is a folder.
+
+        Modes, times, links and holes are kept, owners are not. `skip_special` leaves out devices, sockets and pipes;
+        returns lines about them. `progress` is called with the bytes that are done and those in all. Raises
+        CopyFailed, and nothing half is left under a final name then; SystemFailure, UsageError, or what `execute`
+        raises.
+        """
+        return self._call(lambda inner: inner.copy_to(sources, target, skip_special=skip_special, progress=progress))
+
+    def copy_from(
+        self,
+        sources: str | Sequence[str],
+        target: StrPath,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of the guest to a path of this host; into it, if it is a folder.
+
+        It trusts nothing that the guest sends: devices, and links that lead out of what is copied, are refused, or left
+        out with `skip_special`. Else it is as `copy_to`.
+        """
+        return self._call(lambda inner: inner.copy_from(sources, target, skip_special=skip_special, progress=progress))
 
 
 class Console(Blocking[_console.Console]):

@@ -14,7 +14,7 @@ from pathlib import Path
 _FOLDER = Path(".cache/fuzz")
 
 #: The targets; those who make them are loaded later.
-NAMES = ("scanner", "envelopes", "images", "partitions", "varlink", "agent")
+NAMES = ("scanner", "envelopes", "images", "partitions", "varlink", "agent", "archive")
 
 #: Inputs are no longer than this: what matters happens within a few tokens.
 _LENGTH_MAX = 1024
@@ -25,7 +25,7 @@ def fuzz(name: str, seconds: int) -> None:
     import atheris
 
     # What is fuzzed is followed, and nothing else: the whole of what is loaded takes a minute to prepare.
-    followed = ["vmspawn.qmp", "vmspawn.control", "vmspawn.images", "vmspawn.agent", "asyncvarlink"]
+    followed = ["vmspawn.qmp", "vmspawn.control", "vmspawn.images", "vmspawn.agent", "vmspawn.archive", "asyncvarlink"]
     with atheris.instrument_imports(include=followed):
         from tests.fuzz.targets import TARGETS
     target, seeds = TARGETS[name]

@@ -5,9 +5,13 @@
 calls each with a few by itself. A target raises AssertionError, or anything else that its subject should not.
 """
 
+import io
 import json
 import os
+import stat
 import struct
+import tarfile
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable
@@ -17,9 +21,11 @@ import msgspec
 from asyncvarlink import VarlinkErrorReply
 
 from vmspawn.agent import protocol
+from vmspawn.archive.place import place
+from vmspawn.archive.unpack import unpack
 from vmspawn.control import connection
 from vmspawn.control.server import build_registry
-from vmspawn.errors import StartError
+from vmspawn.errors import StartError, VmspawnError
 from vmspawn.images import qcow2
 from vmspawn.images.detection import container_format
 from vmspawn.images.other_files import READERS, other_files
@@ -233,7 +239,46 @@ def agent(data: bytes) -> None:
 # No method is called, so that there need not be a machine.
 _REGISTRY = build_registry(cast(Running, None), Inside(cast(Running, None)))
 
+
 #: By name, each with inputs to begin with.
+def archive(data: bytes) -> None:
+    """Whatever members an archive has, nothing is written outside of the work folder, and what is moved out is whole.
+
+    A line is a member: its type, the permissions, name, target and content.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outside, work, target = (os.path.join(folder, name) for name in ("outside", "work", "target"))
+        for path in (outside, work, target):
+            os.mkdir(path)
+        try:
+            found = unpack(io.BytesIO(_archive(data)), work, root="top", skip_special=data[:1] == b"s")
+            if os.path.lexists(os.path.join(work, "top")):
+                place(work, "top", os.path.join(target, "top"), found)
+        except VmspawnError:
+            pass
+        assert sorted(os.listdir(folder)) == ["outside", "target", "work"]
+        assert not os.listdir(outside)
+        for path, folders, files in os.walk(target):
+            for each in (os.path.join(path, name) for name in folders + files):
+                kind = stat.S_IFMT(os.lstat(each).st_mode)
+                assert kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
+                real = os.path.realpath(each)
+                assert kind != stat.S_IFLNK or real == f"{target}/top" or real.startswith(f"{target}/top/")
+
+
+def _archive(data: bytes) -> bytes:
+    made = bytearray()
+    for line in data.split(b"\n"):
+        kind, mode, name, link, content = (line.split(b"|", 4) + [b""] * 5)[:5]
+        header = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+        header.type = kind[-1:] or tarfile.DIRTYPE
+        header.mode = int.from_bytes(mode[:2], "big")
+        header.linkname = link.decode("utf-8", "surrogateescape")
+        header.size = len(content)
+        made += header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + content + bytes(-len(content) % 512)
+    return bytes(made + bytes(1024))
+
+
 TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
     "scanner": (
         scanner,
@@ -277,6 +322,14 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b"\x04ready - 1 7 tty,resize ;\nrefused c1 17 id ;\nlost c1 ;\ndone c2 ;\nconnected p 4 ;\n",
             b"\x05started 5 ;\nclosed stdin ;\nexit 0 1 2 ;\n",
             b"\x06error 127 2 exec ;\nsignal 9 0 0 ;\n",
+        ),
+    ),
+    "archive": (
+        archive,
+        (
+            b"5|\1\xed|top\n0|\1\xa4|top/file||content\n2||top/link|file\n1||top/hard|top/file",
+            b"s5||top\n2||top/link|../..\n0||top/link/x||y\n3||top/null\n5||top/d\n2||top/d/up|../d",
+            b"0|\x0f\xff|top||" + bytes(300) + b"\nL||x||top/" + b"a" * 120 + b"\nS||top/sparse",
         ),
     ),
     "partitions": (

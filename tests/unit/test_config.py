@@ -97,7 +97,7 @@ def test_a_name_has_an_end() -> None:
     ("options", "message"),
     [
         ({}, "nothing to boot"),
-        ({"guest": "builtin", "linux": "/k"}, "brings its own kernel"),
+        ({"guest": "builtin", "initrd": "/i"}, "brings its own initrd"),
         ({"initrd": "/i", "image": "/x"}, "initrd= needs linux="),
         ({"guest": "builtin", "cpus": 0}, "cpus=0 is out of range"),
         ({"guest": "builtin", "ram": 1 << 20}, "ram= is too small"),

@@ -27,6 +27,7 @@ LAYERS = [
     "inside",
     "machine",
     "boot",
+    "network",
     "storage",
     "hotplug",
     "qmp",
@@ -36,6 +37,7 @@ LAYERS = [
     "guest",
     "agent",
     "images",
+    "archive",
     "aio",
     "fingerprint",
     "cache",
@@ -49,7 +51,7 @@ LAYERS = [
     "version",
 ]
 #: Layers that must not import from each other.
-APART = {"qmp", "console", "host", "guest", "images"}
+APART = {"qmp", "console", "host", "guest", "images", "archive"}
 
 #: Modules that take long to load, and that neither command needs at its start.
 SLOW = {"asyncio", "asyncvarlink", "msgspec", "dataclasses", "subprocess", "hashlib", "pathlib", "inspect"}
@@ -217,7 +219,13 @@ def test_no_class_takes_long_to_create_before_qemu_is_started() -> None:
 
 
 #: Files that name the guest's shell, which runs commands in the guest.
-GUESTS_SHELL = {PACKAGE / "api/execution.py", PACKAGE / "cli/spawn/run_command.py", PACKAGE / "inside/identity.py"}
+GUESTS_SHELL = {
+    PACKAGE / path
+    for path in (
+        *("api/execution.py", "cli/spawn/run_command.py", "inside/copying.py", "inside/identity.py"),
+        *("inside/waiting.py",),
+    )
+}
 
 
 def called(tree: ast.AST) -> set[str]:

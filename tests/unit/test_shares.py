@@ -39,7 +39,6 @@ def test_binds_keep_their_order_and_their_mode() -> None:
     ("arguments", "message"),
     [
         (["--image=/x", "--directory=/y"], "directory= and image= both"),
-        (["--guest=builtin", "--directory=/y"], "directory= and guest= both"),
         (["--guest=builtin", "--bind=/y"], "needs systemd in the guest"),
         (["--image=/x", "--bind=/a:/t", "--bind-ro=/b:/t"], "/t is bound already"),
     ],

@@ -127,7 +127,7 @@ def test_invalid_combinations(arguments: list[str], message: str) -> None:
     ("arguments", "message"),
     [
         (["--imgae=/x"], "did you mean --image?"),
-        (["--dir=/x"], "did you mean --directory?"),
+        (["--dirctory=/x"], "did you mean --directory?"),
         (["--nonsense"], "see: vmspawn --help"),
         (["--quiet", "--verbose"], "not allowed with argument"),
         (["--image"], "expected one argument"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, overload
 
 from ..inside.commands import Wanted
 from ..timeouts import COMMAND_START_TIMEOUT
+from . import copying
 from .execution import Completed, Execution, Remote, arguments_of, environment_of, run_to_end, shell_or
+from .options import StrPath
 
 
 class Guest(ABC):
@@ -102,3 +104,42 @@ class Guest(ABC):
         if text:
             return Completed(done.status, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
         return done
+
+    async def copy_to(
+        self,
+        sources: StrPath | Sequence[StrPath],
+        target: str,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of this host to a path in the guest; into it, if it is a folder.
+
+        Modes, times, links and holes are kept, owners are not. `skip_special` leaves out devices, sockets and pipes;
+        returns lines about them. `progress` is called with the bytes that are done and those in all. Raises
+        CopyFailed, and nothing half is left under a final name then; SystemFailure, UsageError, or what `execute`
+        raises.
+        """
+        return await copying.copy(
+            self._start_for_copy, sources, target, to_guest=True, skip_special=skip_special, progress=progress
+        )
+
+    async def copy_from(
+        self,
+        sources: str | Sequence[str],
+        target: StrPath,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of the guest to a path of this host; into it, if it is a folder.
+
+        It trusts nothing that the guest sends: devices, and links that lead out of what is copied, are refused, or left
+        out with `skip_special`. Else it is as `copy_to`.
+        """
+        return await copying.copy(
+            self._start_for_copy, sources, target, to_guest=False, skip_special=skip_special, progress=progress
+        )
+
+    async def _start_for_copy(self, wanted: Wanted) -> Remote:
+        return await self._start_command(wanted, COMMAND_START_TIMEOUT)

@@ -16,14 +16,17 @@ from ..control.client import REPLY_TIMEOUT
 from ..errors import NotConnected, NotSupported, VmspawnError
 from ..host import runtime
 from ..inside.commands import Wanted
+from ..inside.conditions import Condition, Missing
 from ..machine import run_states
 from ..machine.ending import MACHINE_ENDED, End
 from ..machine.run_states import Verb
+from ..network.forward import Forward
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import NO_LIMITS, Limits
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
+from . import waiting
 from .attached_disk import AttachedDisk, DiskStatus
 from .commands import Guest
 from .connected_console import ConnectedConsole
@@ -33,8 +36,9 @@ from .events import Events, Record
 from .execution import Remote
 from .images import open_image
 from .machine import Snapshot
-from .options import DiskOptions, Size, StrPath, to_disk, to_size
+from .options import DiskOptions, Size, StrPath, to_disk, to_forward, to_size
 from .remotes import Connected
+from .waiting import WAIT_TIMEOUT
 
 _INSTANCE = "io.systemd.MachineInstance"
 _MACHINE = "io.vmspawn.Machine"
@@ -167,6 +171,30 @@ class ConnectedMachine(Guest):
                 return End(str(data["reason"]), str(data["message"]), bool(data["clean"]))
         raise NotConnected(f"the manager of machine {self._name} has ended")
 
+    async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+        await waiting.wait_for(
+            self._name,
+            conditions,
+            timeout,
+            of_manager=self._wait_by_manager,
+            console=lambda: self.console,
+            end=self.wait,
+        )
+
+    async def _wait_by_manager(self, conditions: Sequence[Condition], timeout: float) -> list[Missing]:
+        wanted = {"conditions": list(map(str, conditions)), "timeoutUSec": int(timeout * _MICROSECONDS)}
+        reply = await self._call(f"{_MACHINE}.Wait", wanted, timeout=timeout + _GRACE)
+        return [Missing(each["condition"], each["why"]) for each in reply["missing"]]
+
     @property
     def events(self) -> Events[AbstractAsyncContextManager[AsyncIterator[Event]]]:
         """The machine's events since `connect`: `await machine.events.wait("RESET")`."""
@@ -206,6 +234,25 @@ class ConnectedMachine(Guest):
 
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Connected.start(self._name, wanted, timeout)
+
+    # Its network.
+
+    async def forward(self, forward: Forward | str | int) -> Forward:
+        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+
+        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
+        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        """
+        return _forward((await self._call(f"{_MACHINE}.AddForward", _parameters(to_forward(forward))))["forward"])
+
+    async def remove_forward(self, forward: Forward | str) -> Forward:
+        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        wanted = _parameters(to_forward(forward))
+        return _forward((await self._call(f"{_MACHINE}.RemoveForward", wanted))["forward"])
+
+    async def forwards(self) -> list[Forward]:
+        """The ports of the host that are forwarded to the guest."""
+        return [_forward(each) for each in (await self._call(f"{_MACHINE}.ListForwards"))["forwards"]]
 
     async def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Raises what `Machine.snapshot` raises."""
@@ -342,6 +389,19 @@ def _absolute(path: StrPath) -> str:
 
 
 # The names in Varlink's case are part of the protocol.
+
+
+def _parameters(forward: Forward) -> dict[str, object]:
+    return {
+        "address": forward.address,
+        "port": forward.port,
+        "guestPort": forward.guest_port,
+        "protocol": forward.protocol,
+    }
+
+
+def _forward(found: Mapping[str, Any]) -> Forward:
+    return Forward(found["guestPort"], found["port"], found["address"], found["protocol"])
 
 
 def _attached(found: Mapping[str, Any]) -> AttachedDisk:

@@ -110,6 +110,18 @@ class Console:
                 raise self._noted(MachineEnded(what))
             await self._changed.wait()
 
+    async def shows(self, pattern: str) -> bool:
+        """Wait until the console has shown text that a regular expression matches; False if it was closed before.
+
+        All text that is kept counts, whatever `expect` has consumed.
+        """
+        compiled = re.compile(pattern, re.DOTALL)
+        while not compiled.search(self.text):
+            if self._ended:
+                return False
+            await self._changed.wait()
+        return True
+
     def _noted(self, error: Timeout | MachineEnded) -> Timeout | MachineEnded:
         lines = self.last_lines(_SHOWN) or ["nothing"]
         error.add_note("\n".join(("the console's last lines:", *(f"    {line}" for line in lines))))

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Literal, Protocol, Unpack, overload
 
 from ..machine.ending import End
+from ..network.forward import Forward
 from ..qmp.events import Event
 from ..qmp.monitor import COMMAND_TIMEOUT
 from ..storage.disk import Disk
@@ -19,6 +20,7 @@ from .console import Console
 from .events import Events
 from .execution import Completed, Execution
 from .options import DiskOptions, Size, StrPath
+from .waiting import WAIT_TIMEOUT
 
 
 class Qmp(Protocol):
@@ -106,6 +108,17 @@ class Control(Protocol):
     async def wait(self) -> End:
         """Wait until the machine has ended, and return the reason."""
 
+    async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+
     @property
     def events(self) -> Events[AbstractAsyncContextManager[AsyncIterator[Event]]]:
         """The machine's events: `await machine.events.wait("RESET")`."""
@@ -189,6 +202,49 @@ class Control(Protocol):
         What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
         SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
         """
+
+    async def copy_to(
+        self,
+        sources: StrPath | Sequence[StrPath],
+        target: str,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of this host to a path in the guest; into it, if it is a folder.
+
+        Modes, times, links and holes are kept, owners are not. `skip_special` leaves out devices, sockets and pipes;
+        returns lines about them. `progress` is called with the bytes that are done and those in all. Raises
+        CopyFailed, and nothing half is left under a final name then; SystemFailure, UsageError, or what `execute`
+        raises.
+        """
+
+    async def copy_from(
+        self,
+        sources: str | Sequence[str],
+        target: StrPath,
+        *,
+        skip_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Copy files and folders of the guest to a path of this host; into it, if it is a folder.
+
+        It trusts nothing that the guest sends: devices, and links that lead out of what is copied, are refused, or left
+        out with `skip_special`. Else it is as `copy_to`.
+        """
+
+    async def forward(self, forward: Forward | str | int) -> Forward:
+        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+
+        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
+        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        """
+
+    async def remove_forward(self, forward: Forward | str) -> Forward:
+        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+
+    async def forwards(self) -> list[Forward]:
+        """The ports of the host that are forwarded to the guest."""
 
     async def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,12 @@ from ..boot.config import MachineConfig, check_config
 from ..errors import NotConnected, NotSupported, UsageError
 from ..host.runtime import check_name
 from ..inside.commands import Wanted
+from ..inside.conditions import Condition, Missing
 from ..inside.inside import Inside
+from ..inside.waiting import wait_for as inside_wait
 from ..machine.ending import End, MachineEvents
 from ..machine.running import Running
+from ..network.forward import Forward
 from ..snapshots import directory
 from ..snapshots.merge import after_end
 from ..snapshots.names import free_name
@@ -26,6 +29,7 @@ from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import Limits
 from ..storage.looks import Look
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, FAREWELL_TIMEOUT, TRAY_TIMEOUT
+from . import waiting
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .commands import Guest
 from .console import Console
@@ -34,8 +38,9 @@ from .events import Events, Record
 from .execution import Remote
 from .images import open_image
 from .launching import start, start_copy
-from .options import DiskOptions, MachineOptions, Size, StrPath, to_config, to_disk, to_size
+from .options import DiskOptions, MachineOptions, Size, StrPath, to_config, to_disk, to_forward, to_size
 from .remotes import Local
+from .waiting import WAIT_TIMEOUT
 
 if TYPE_CHECKING:
     from ..control.server import ControlServer
@@ -190,6 +195,28 @@ class Machine(Guest):
         """Wait until the machine has ended, and return the reason."""
         return await self._running.wait()
 
+    async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+        await waiting.wait_for(
+            self.name,
+            conditions,
+            timeout,
+            of_manager=self._wait_inside,
+            console=lambda: self.console,
+            end=self.wait,
+        )
+
+    async def _wait_inside(self, conditions: Sequence[Condition], timeout: float) -> list[Missing]:
+        return await inside_wait(self._running, self._inside, conditions, timeout)
+
     @property
     def events(self) -> Events[MachineEvents]:
         """The machine's events: `await machine.events.wait("RESET")`."""
@@ -208,6 +235,24 @@ class Machine(Guest):
 
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Local.start(self._inside.commands, wanted, timeout)
+
+    # Its network.
+
+    async def forward(self, forward: Forward | str | int) -> Forward:
+        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+
+        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
+        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        """
+        return await self._running.forwards.add(to_forward(forward))
+
+    async def remove_forward(self, forward: Forward | str) -> Forward:
+        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        return await self._running.forwards.remove(to_forward(forward))
+
+    async def forwards(self) -> list[Forward]:
+        """The ports of the host that are forwarded to the guest."""
+        return await self._running.forwards.list()
 
     async def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.

@@ -15,6 +15,8 @@ from ..boot.shares import Share
 from ..errors import UsageError
 from ..host.machined import Registration
 from ..host.storageprovider import Volume
+from ..network import forward as forwarding
+from ..network.forward import Forward
 from ..sizes import SIZE_HINT, bytes_of
 from ..storage.disk import Disk, parse_extra_drive
 from ..storage.limits import Limits
@@ -61,9 +63,12 @@ class MachineOptions(TypedDict, total=False):
     more_initrds: Sequence[StrPath]
     ram_growth: Growth | None
     network_user: bool
+    forwards: Sequence[Forward | str | int]
     vendor_strings: Sequence[str]
     credentials: Sequence[Credential]
     directory: StrPath | None
+    directory_rw: bool
+    modules: StrPath | None
     binds: Sequence[Share]
     volumes: Sequence[Volume]
     ephemeral: bool
@@ -163,6 +168,20 @@ def _paths(name: str, value: Iterable[StrPath]) -> tuple[str, ...]:
     return tuple(map(os.fspath, _several(name, value)))
 
 
+def to_forward(value: Forward | str | int) -> Forward:
+    """Return a forward: of the port of the guest that a number names, or as the command line takes it.
+
+    Raises UsageError.
+    """
+    if isinstance(value, str):
+        return forwarding.parse(value)
+    return (value if isinstance(value, Forward) else Forward(value)).check()
+
+
+def _forwards(name: str, value: Iterable[Forward | str | int]) -> tuple[Forward, ...]:
+    return tuple(map(to_forward, _several(name, value)))
+
+
 def _disks(name: str, value: Iterable[Disk | StrPath]) -> tuple[Disk, ...]:
     """Return disks. A text is as on the command line: [FORMAT:][DISKTYPE:]PATH."""
     return tuple(
@@ -172,12 +191,13 @@ def _disks(name: str, value: Iterable[Disk | StrPath]) -> tuple[Disk, ...]:
 
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("ram", "grow_image"), to_size),
-    **dict.fromkeys(("image", "linux", "initrd", "qmp_log", "console_log", "qemu", "directory"), _path),
+    **dict.fromkeys(("image", "linux", "initrd", "qmp_log", "console_log", "qemu", "directory", "modules"), _path),
     **dict.fromkeys(
         ("kernel_arguments", "qemu_arguments", "vendor_strings", "credentials", "binds", "volumes"), _several
     ),
     "kvm": _yes_or_no,
     "extra_disks": _disks,
     "firmware": _firmware,
+    "forwards": _forwards,
     "more_initrds": _paths,
 }

@@ -200,8 +200,8 @@ def _dashed(uuid: str) -> str:
 _MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
 
 
-# A guest that finds ERMS or FSRM copies by `rep movsb`, which TCG emulates byte by byte. A guest that finds FSRM but not
-# ERMS does not boot.
+# A guest that finds ERMS or FSRM copies by `rep movsb`, which TCG emulates byte by byte. FSRM goes together with ERMS,
+# for a guest that finds FSRM alone does not boot.
 _EMULATED_X86 = "max,erms=off,fsrm=off"
 _EMULATED_CPUS = {"q35": _EMULATED_X86, "pc": _EMULATED_X86, "virt": "max"}
 

@@ -13,6 +13,7 @@ from ..host import machined
 from ..host.machined import Registration
 from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
+from ..network.forward import Forward
 from ..record import Record
 from ..storage.admission import check_disk
 from ..storage.disk import DEFAULT_BUS, Disk, check_bus, default_name, with_defaults
@@ -90,9 +91,12 @@ class MachineConfig(Record):
     more_initrds: tuple[str, ...] = ()
     ram_growth: Growth | None = None
     network_user: bool = False
+    forwards: tuple[Forward, ...] = ()
     vendor_strings: tuple[str, ...] = ()
     credentials: tuple[Credential, ...] = ()
     directory: str | None = None
+    directory_rw: bool = False
+    modules: str | None = None
     binds: tuple[Share, ...] = ()
     volumes: tuple[Volume, ...] = ()
     ephemeral: bool = False
@@ -110,7 +114,17 @@ class MachineConfig(Record):
         """The guest's memory."""
         if self.ram is not None:
             return self.ram
-        return RAM_BUILTIN if self.guest else RAM_DEFAULT
+        return RAM_BUILTIN if self.guest and not self.directory else RAM_DEFAULT
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the machine has a network card from boot."""
+        return self.network_user or bool(self.forwards)
+
+    @property
+    def is_userland(self) -> bool:
+        """Whether commands run in a directory of the host, by way of the built-in guest."""
+        return bool(self.guest and self.directory)
 
     @property
     def image_disk(self) -> Disk | None:
@@ -154,6 +168,8 @@ def check_config(config: MachineConfig) -> MachineConfig:
         _check_warm(config)
     if config.uuid is not None:
         _check_uuid(config.uuid)
+    for forward in config.forwards:
+        forward.check()
     machined.check(config.registration)
     firmware.check(config.firmware, direct_boot=bool(config.linux or config.guest))
     memory.check(config.ram_bytes, config.ram_growth)
@@ -168,13 +184,19 @@ def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_boot(config: MachineConfig) -> None:
-    if config.guest and (config.linux or config.initrd):
+    if config.guest and config.initrd:
+        raise UsageError.with_fields("{guest=builtin} brings its own initrd", hint="leave out {initrd=}, or {guest=}")
+    if config.directory and config.image:
+        raise UsageError.with_fields("{directory=} and {image=} both name the guest's root", hint=_LEAVE_ONE_OUT)
+    if config.directory_rw and not config.is_userland:
         raise UsageError.with_fields(
-            "{guest=builtin} brings its own kernel", hint="leave out {linux=} and {initrd=}, or {guest=}"
+            "{directory_rw=True} needs {guest=builtin} and {directory=}",
+            hint="without a guest, the directory is writable",
         )
-    if config.directory and (config.image or config.guest):
-        other = "{image=}" if config.image else "{guest=}"
-        raise UsageError.with_fields("{directory=} and " + other + " both name the guest's root", hint=_LEAVE_ONE_OUT)
+    if config.modules and not (config.guest and config.linux):
+        raise UsageError.with_fields(
+            "{modules=} needs {guest=builtin} and {linux=}", hint="name the kernel that the modules belong to"
+        )
     if config.ephemeral and not config.image:
         raise UsageError.with_fields("{ephemeral=True} works only with {image=}", hint=_LEAVE_ONE_OUT)
     if config.ephemeral and config.extra_disks:
@@ -196,7 +218,7 @@ def _check_boot(config: MachineConfig) -> None:
 _LEAVE_ONE_OUT = "leave out one of them"
 
 #: Fields with which the built-in guest does not start from a booted copy: the copy would lack these, or not be saved.
-_NOT_WARM = ("image", "extra_disks", "volumes", "qemu_arguments")
+_NOT_WARM = ("image", "extra_disks", "volumes", "qemu_arguments", "linux", "directory", "forwards")
 
 
 def _check_warm(config: MachineConfig) -> None:
@@ -205,7 +227,9 @@ def _check_warm(config: MachineConfig) -> None:
     for field in _NOT_WARM:
         if getattr(config, field):
             template = "{warm=True} does not work with {" + field + "=}"
-            raise UsageError.with_fields(template, hint="attach disks once the machine runs, or leave out {warm=True}")
+            raise UsageError.with_fields(
+                template, hint="attach disks and forward ports once the machine runs, or leave out {warm=True}"
+            )
     if config.console in ("native", "gui"):
         template = "{warm=True} does not work with {console={console}}"
         raise UsageError.with_fields(template, hint=_LEAVE_ONE_OUT, console=config.console)

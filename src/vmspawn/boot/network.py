@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 from ..hotplug.places import Place
+from ..network.forward import NETDEV
 from .extras import Extras
 
 
@@ -15,8 +16,8 @@ def user_card(place: Place) -> Extras:
     device = {
         "driver": "virtio-net-pci",
         "id": "network0",
-        "netdev": "network0-user",
+        "netdev": NETDEV,
         **place.properties(),
         "romfile": "",
     }
-    return Extras(arguments=("-netdev", "user,id=network0-user", "-device", json.dumps(device)))
+    return Extras(arguments=("-netdev", f"user,id={NETDEV}", "-device", json.dumps(device)))

@@ -59,7 +59,7 @@ def choose(config: MachineConfig, report: Reporter) -> Choices:
 
 def _with_own_kernel(config: MachineConfig) -> MachineConfig:
     """Fill in the kernel that the directory contains, if the user names none. Raises StartError."""
-    if config.directory is None or config.linux is not None:
+    if config.directory is None or config.linux is not None or config.guest:
         return config
     from ..images import boot_entries
 
@@ -71,7 +71,10 @@ def _with_own_kernel(config: MachineConfig) -> MachineConfig:
 def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[str], None]) -> Kernel | None:
     if config.guest:
         guest = _builtin_guest(architecture, notice)
-        return Kernel(guest.kernel, guest.initrd, tuple(guest.arguments))
+        if config.linux is not None:
+            _check_readable("linux", config.linux)
+            _check_architecture(config, config.linux, architecture)
+        return Kernel(config.linux or guest.kernel, guest.initrd, tuple(guest.arguments))
     if config.linux is None:
         return None
     _check_readable("linux", config.linux)
@@ -83,7 +86,7 @@ def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[s
 
 def _check_virtiofs(config: MachineConfig, notice: Callable[[str], None]) -> None:
     """Tell the user beforehand if a directory's kernel cannot mount it; it would drop into a shell without a word."""
-    if config.directory is None or config.linux is None:
+    if config.directory is None or config.linux is None or config.guest:
         return
     from ..images import virtiofs_support
 
@@ -142,7 +145,7 @@ def make_plan(
     if found is None and smbios.needs_uefi(config, chosen.binary.architecture):
         _refuse_strings(config)
     firmware = uefi.extras(found, config, owned) if found is not None else NO_EXTRAS
-    card = network.user_card(take_place(chosen.layout)) if config.network_user else NO_EXTRAS
+    card = network.user_card(take_place(chosen.layout)) if config.has_network else NO_EXTRAS
     shared = _shares(chosen, directory, report, owned)
     arguments = _kernel_arguments(chosen, shared.kernel_arguments)
     for each in _of_emulation(chosen):
@@ -167,6 +170,8 @@ def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owne
     if not (config.directory or config.binds):
         return NO_EXTRAS
     served = shares.start(config.directory, config.binds, directory, chosen.layout, report.notice, owned)
+    if config.is_userland:
+        served = served._replace(kernel_arguments=(f"vmspawn.userland={'rw' if config.directory_rw else 'ro'}",))
     return join(memory.shared(config.ram_bytes), served)
 
 
@@ -256,6 +261,10 @@ def _load(chosen: Choices, arguments: tuple[str, ...], owned: Owned) -> tuple[Ke
     if kernel is None:
         return None, NO_EXTRAS
     initrd, file = kernel.initrd, NO_EXTRAS
+    if config.guest and (config.linux is not None or config.is_userland):
+        from . import own_kernel
+
+        initrd, file = content("initrd", own_kernel.initrd(config, kernel), owned)
     if config.initrd is not None and config.more_initrds:
         initrd, file = content("initrd", _merged((config.initrd, *config.more_initrds)), owned)
     return Kernel(kernel.path, initrd, () if _passed_by_smbios(chosen) else arguments), file

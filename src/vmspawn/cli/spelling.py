@@ -14,6 +14,7 @@ _OF_VMSPAWN = {
     "qemu_arguments": "qemu-arg",
     "vendor_strings": "smbios11",
     "network_user": "network-user-mode",
+    "forwards": "forward",
     "binds": "bind",
     "volumes": "bind-volume",
     "credentials": "set-credential",
@@ -29,6 +30,9 @@ _OF_VMSPAWN = {
 _OF_VMCTL = {
     "thread": "iothread",
     "size": "SIZE",
+    "network_user": "network-user-mode",
+    "forwards": "FORWARD",
+    "skip_special": "skip-special",
 }
 #: Fields whose values are separate options: --system, --user.
 _NAMED_BY_VALUE = {"registration.scope"}

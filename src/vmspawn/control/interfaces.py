@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
-from ..errors import BadConfig, EventsLost, NotConnected
+from ..errors import BadConfig, EventsLost, NotConnected, UsageError
+from ..inside.conditions import OF_CLIENT, parse
 from ..inside.inside import Inside
 from ..machine.recent_events import Entry
 from ..machine.running import Running
@@ -22,6 +23,7 @@ from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk, check_bus, is_only_read
 from ..storage.looks import Look
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, TRAY_TIMEOUT
 from . import errors, qmp, snapshots
+from .forwards import PortForward, to_forward
 from .progress import Progress
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
 from .upgrade import Taker, upgradable
@@ -189,6 +191,14 @@ class Happening:
 
 def _happening(entry: Entry) -> Happening:
     return Happening(int(entry.when * _MICROSECONDS), entry.text)
+
+
+@dataclass(frozen=True, slots=True)
+class MissingCondition:
+    """A condition that does not hold, and why, as far as it is known."""
+
+    condition: str
+    why: str
 
 
 class _MachineDescription(typing.TypedDict):
@@ -439,6 +449,40 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     def ListSessions(self) -> list[qmp.Session]:
         """Return the connected QMP clients, the oldest first."""
         return [qmp.describe(each) for each in self._machine.sessions]
+
+    @varlinkmethod(return_parameter="forward")
+    async def AddForward(
+        self, *, guestPort: int, port: int | None = None, address: str | None = None, protocol: str | None = None
+    ) -> PortForward:
+        """Forward a port of the host, or any free one, to a port of the guest; by TCP on 127.0.0.1 by default."""
+        return PortForward.of(await self._machine.forwards.add(to_forward(guestPort, port, address, protocol)))
+
+    @varlinkmethod(return_parameter="forward")
+    async def RemoveForward(
+        self, *, port: int, guestPort: int | None = None, address: str | None = None, protocol: str | None = None
+    ) -> PortForward:
+        """Remove a forward. Connections that are open stay."""
+        wanted = to_forward(guestPort or 1, port, address, protocol)._replace(guest_port=guestPort or 0)
+        return PortForward.of(await self._machine.forwards.remove(wanted))
+
+    @varlinkmethod(return_parameter="forwards")
+    async def ListForwards(self) -> list[PortForward]:
+        """The ports of the host that are forwarded to the guest."""
+        return [PortForward.of(each) for each in await self._machine.forwards.list()]
+
+    @varlinkmethod(return_parameter="missing")
+    async def Wait(self, *, conditions: list[str], timeoutUSec: int) -> list[MissingCondition]:
+        """Wait until all conditions hold: agent, booted, disk=NAME, port=N, ssh. Returns those that do not in time."""
+        from ..inside.waiting import wait_for
+
+        try:
+            wanted = [parse(each) for each in conditions]
+        except UsageError:
+            raise InvalidParameter(parameter="conditions") from None
+        if any(each.kind in OF_CLIENT for each in wanted):
+            raise InvalidParameter(parameter="conditions")
+        missing = await wait_for(self._machine, self._inside, wanted, timeoutUSec / _MICROSECONDS)
+        return [MissingCondition(each.condition, each.why) for each in missing]
 
     @varlinkmethod(delay_generator=False)
     async def Execute(

@@ -39,8 +39,8 @@ BOOT_MODULES = (
     "vmgenid",
 )
 
-#: Modules that are loaded when a user mounts a file system.
-EXTRA_MODULES = ("crc32c_generic", "ext4", "isofs")
+#: Modules that are loaded when they are needed: for file systems that a user may mount, and for a network card.
+EXTRA_MODULES = ("crc32c_generic", "ext4", "isofs", "virtio_net", "af_packet", "virtiofs", "overlay")
 
 _DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "dev", "mnt", "proc", "root", "run", "sys", "tmp")
 

@@ -27,6 +27,7 @@ FILES = (
     "lib/vmspawn/block",
     "lib/vmspawn/button",
     "lib/vmspawn/console",
+    "lib/vmspawn/dhcp",
     "lib/vmspawn/functions",
     "lib/vmspawn/window",
 )

@@ -12,7 +12,7 @@ import lzma
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import GuestError
@@ -23,9 +23,10 @@ _ZSTD_SECONDS = 30
 class Modules:
     """The modules below a directory such as `/lib/modules/6.1.0-amd64`. Names have underscores only, as in lsmod."""
 
-    def __init__(self, directory: Path) -> None:
-        self.version = directory.name
-        self._paths = {_name(path.name): path for path in directory.joinpath("kernel").rglob("*.ko*")}
+    def __init__(self, directory: Path, *, version: str = "") -> None:
+        """`directory` may be a kernel's build tree too, whose name does not tell the version."""
+        self.version = version or directory.name
+        self._paths = {_name(path.name): path for path in _files(directory)}
         builtin = directory / "modules.builtin"
         lines = builtin.read_text().splitlines() if builtin.exists() else []
         self._builtin = {_name(line.rpartition("/")[2]) for line in lines}
@@ -48,6 +49,18 @@ class Modules:
         for other in module.depends:
             self._load(other, loaded)
         loaded[name] = module
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Yield the modules' files: in a build tree they are beside their sources, and modules.order lists them."""
+    installed = directory / "kernel"
+    order = directory / "modules.order"
+    if directory.joinpath("Kconfig").exists() and order.exists():
+        # Older kernels list .ko files, newer ones .o files.
+        for line in order.read_text().splitlines():
+            yield directory.joinpath(line).with_suffix(".ko")
+    else:
+        yield from installed.rglob("*.ko*")
 
 
 class Module:

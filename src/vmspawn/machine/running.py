@@ -25,6 +25,7 @@ from ..host import runtime
 from ..host.process import Process
 from ..hotplug.hotplug import Hotplug
 from ..hotplug.journal import Journal
+from ..network.forwards import Forwards
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
 from ..qmp.saving import Saving
@@ -124,6 +125,8 @@ class Running:
             self.hotplug = Hotplug(self.monitor, self._run_state, self._journal, saving)
             #: The machine's disks.
             self.storage = self._open_storage()
+            #: The ports of the host that are forwarded to the guest.
+            self.forwards = Forwards(self.monitor, self.name)
             self._watch = Watch(started.helpers)
             undo.callback(self._watch.leave)
             #: The window of the guest's console.
@@ -163,7 +166,12 @@ class Running:
         except Timeout as error:
             raise self._silent(error) from None
         await self._run_state.known()
-        return await self._origin.settle(self.monitor, self.storage, self._sessions)
+        notes = await self._origin.settle(self.monitor, self.storage, self._sessions)
+        # A machine that was adopted has its forwards.
+        for each in self.config.forwards:
+            made = await self.forwards.add(each)
+            notes.append(f"{made.host}{made.suffix} is forwarded to port {made.guest_port} of the guest")
+        return notes
 
     def _silent(self, error: Timeout) -> VmspawnError:
         """Return the error of a QEMU that does not greet: what is known of its process comes before guesses."""

@@ -25,6 +25,9 @@ _FAILURE_TIMEOUT = 2.0
 #: Seconds that the process has to end after the machine, or after it was asked to.
 _EXIT_TIMEOUT = 10.0
 
+#: How the built-in guest begins to tell why it cannot go on.
+_LACKS = "vmspawn-guest: the kernel lacks "
+
 #: Bytes of the console that are kept, and its last lines that are shown if the machine fails.
 _KEPT = 64 * 1024
 _LINES = 50
@@ -94,8 +97,8 @@ class Job:
                 self.status = await asyncio.to_thread(self._process.wait, _EXIT_TIMEOUT)
             except subprocess.TimeoutExpired:
                 await self._end_process()
-        if not end.clean:
-            for line in self._tail.lines():
+        for line in self._tail.lines():
+            if not end.clean or line.startswith(_LACKS):
                 print(line.rstrip("\r"), file=sys.stderr)
 
     async def _end_process(self) -> None:

@@ -16,6 +16,7 @@ from .. import log
 MODULES = (
     "control.execute",
     "inside.commands",
+    "inside.waiting",
     "manager.report",
     "qmp.share.peer",
     "qmp.share.multiplexer",

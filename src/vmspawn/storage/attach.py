@@ -213,6 +213,12 @@ class Storage:
             await guest_driver.wait_taken(self._context, attached, guest_timeout)
         return attached
 
+    async def wait_taken(self, name: str, timeout: float) -> None:
+        """Wait until the guest has taken a disk. Raises NoSuchStorage, ConfigNotSupported, Timeout or NotConnected."""
+        attached = self._context.find(name)
+        guest_driver.check_can_tell(attached.disk)
+        await guest_driver.wait_taken(self._context, attached, timeout)
+
     async def _attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
         """Attach a disk. Leaves `backing` open.
 

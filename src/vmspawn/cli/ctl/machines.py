@@ -14,6 +14,7 @@ from ...host.runtime import check_name, lock_holder, machine_names, process_trou
 from ...timeouts import LIST_TIMEOUT
 from ..tables import format_duration, print_fields, print_json
 from . import wait
+from .forwards import forward_text
 from .replies import INSTANCE, MACHINE, client_for, failing_to, show
 from .state_change import change
 from .verbs import Verbs
@@ -107,10 +108,11 @@ def _status(options: argparse.Namespace) -> None:
     with client_for(options) as client:
         found = _describe(client, options.machine)
         disks = _disks(client, found)
+        forwards = _forwards(client, found)
     if options.json != "off":
-        print_json({**found, "storage": disks}, options.json)
+        print_json({**found, "storage": disks, "forwards": forwards}, options.json)
         return
-    print_fields([("Machine", found["name"]), ("State", _state(found)), *_details(found, disks)])
+    print_fields([("Machine", found["name"]), ("State", _state(found)), *_details(found, disks, forwards)])
 
 
 def _disks(client: Client, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -122,6 +124,19 @@ def _disks(client: Client, found: dict[str, Any]) -> list[dict[str, Any]]:
     return disks
 
 
+def _forwards(client: Client, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a machine's forwards, which QEMU and a manager that is new enough know."""
+    if "ports" not in found or not found.get("responding", True):
+        return []
+    try:
+        forwards: list[dict[str, Any]] = client.call(f"{MACHINE}.ListForwards")["forwards"]
+    except VarlinkError as error:
+        if error.leaf != "MethodNotFound":
+            raise
+        return []
+    return forwards
+
+
 def _state(found: dict[str, Any]) -> str:
     if found.get("responding", True):
         return str(found["status"])
@@ -129,7 +144,9 @@ def _state(found: dict[str, Any]) -> str:
     return f"{found['status']} (last known state): QEMU does not answer" + (f" and {trouble}" if trouble else "")
 
 
-def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _details(
+    found: dict[str, Any], disks: list[dict[str, Any]], forwards: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
     """Return the fields that only a machine of vmspawn reports."""
     if "ports" not in found:
         return []
@@ -139,6 +156,7 @@ def _details(found: dict[str, Any], disks: list[dict[str, Any]]) -> list[tuple[s
         ("QEMU", qemu),
         ("Ports", f"{found['portsFree']} of {found['ports']} free"),
         ("Disks", ", ".join(map(_disk_text, disks)) or "none"),
+        *([("Forwards", "\n".join(map(forward_text, forwards)))] if forwards else ()),
         ("Sessions", str(found["sessions"])),
         ("Last error", _happening(found["lastError"]) if found["lastError"] else "none"),
         ("Events", "\n".join(map(_happening, found["recentEvents"][-_EVENTS_SHOWN:])) or "none"),

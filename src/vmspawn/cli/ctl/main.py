@@ -16,10 +16,12 @@ from . import (
     adopt,
     agent,
     console,
+    copy,
     disk_list,
     disks,
     events,
     exec,
+    forwards,
     install_extras,
     machines,
     media,
@@ -27,6 +29,7 @@ from . import (
     qmp,
     snapshots,
     volumes,
+    wait_for,
 )
 from .verbs import PROGRAM, Verbs, add_common_options
 
@@ -44,7 +47,8 @@ def build_parser() -> Parser:
     parser.end_options_here()
     for title, groups in (
         ("Machines", (machines, adopt, events)),
-        ("Guest", (exec, agent)),
+        ("Guest", (exec, copy, wait_for, agent)),
+        ("Network", (forwards,)),
         ("Console", (console,)),
         ("Disks", (disk_list, disks, media, volumes)),
         ("Snapshots", (snapshots,)),

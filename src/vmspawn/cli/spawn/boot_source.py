@@ -21,6 +21,7 @@ class BootSource(TypedDict):
     ephemeral: bool
     grow_image: int | None
     linux: str | None
+    modules: str | None
     initrd: str | None
     more_initrds: tuple[str, ...]
     kernel_arguments: tuple[str, ...]
@@ -43,6 +44,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-G", "--grow-image", metavar="BYTES", help="enlarge the image to this size before boot")
     group.add_argument("--linux", metavar="PATH", help="boot a kernel directly")
     group.add_argument(
+        "--modules",
+        metavar="PATH",
+        help="modules of the kernel of --linux=, for the built-in guest (default: /lib/modules/VERSION)",
+    )
+    group.add_argument(
         "--initrd", metavar="PATH", action="append", default=[], help="initrd for --linux=; repeatable, joined in order"
     )
 
@@ -60,6 +66,7 @@ def read(options: argparse.Namespace) -> BootSource:
         "ephemeral": options.ephemeral,
         "grow_image": None if grow_image is None else parse_size(grow_image, option="--grow-image="),
         "linux": _absolute(options.linux),
+        "modules": _absolute(options.modules),
         "warm": options.warm,
         "initrd": initrds[0] if initrds else None,
         "more_initrds": tuple(initrds[1:]),

@@ -14,6 +14,7 @@ class Directories(TypedDict):
     """Fields of MachineConfig."""
 
     directory: str | None
+    directory_rw: bool
     binds: tuple[Share, ...]
 
 
@@ -28,6 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Directories")
     group.add_argument("-D", "--directory", metavar="PATH", help="boot a directory of the host as the guest's root")
+    group.add_argument(
+        "--directory-rw", action="store_true", help="with --guest=builtin, let the guest write to that directory"
+    )
     for name, text in (("--bind", "share a directory of the host"), ("--bind-ro", "share a directory read-only")):
         group.add_argument(
             name, metavar="SOURCE[:TARGET]", action=_Bind, dest="binds", default=[], help=f"{text}; repeatable"
@@ -43,7 +47,7 @@ def read(options: argparse.Namespace) -> Directories:
             raise UsageError(f"{option}={text}: {share.target} is bound already", hint="choose another target")
         binds.append(share)
     directory = os.path.abspath(options.directory) if options.directory else None
-    return {"directory": directory, "binds": tuple(binds)}
+    return {"directory": directory, "directory_rw": options.directory_rw, "binds": tuple(binds)}
 
 
 def parse_share(option: str, text: str, *, read_only: bool) -> Share:

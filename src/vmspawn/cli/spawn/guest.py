@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the options that configure the guest: credentials, SMBIOS strings, a network."""
+"""Defines the options that configure the guest: credentials, SMBIOS strings."""
 
 import argparse
 from typing import TypedDict
@@ -14,7 +14,6 @@ class Guest(TypedDict):
 
     credentials: tuple[Credential, ...]
     vendor_strings: tuple[str, ...]
-    network_user: bool
     agent: bool
 
 
@@ -43,7 +42,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="pass an SMBIOS type 11 string; repeatable",
     )
-    group.add_argument("--network-user-mode", action="store_true", help="add a network card behind QEMU's own NAT")
 
 
 def read(options: argparse.Namespace) -> Guest:
@@ -52,6 +50,5 @@ def read(options: argparse.Namespace) -> Guest:
     return {
         "credentials": (*given, *map(credentials.parse_load, options.load_credential)),
         "vendor_strings": tuple(options.smbios11),
-        "network_user": options.network_user_mode,
         "agent": options.agent is None or boolean("--agent=", options.agent) == "yes",
     }

@@ -37,6 +37,7 @@ from . import (
     guest,
     host,
     machine,
+    network,
     run_command,
     unsupported_options,
 )
@@ -47,7 +48,8 @@ _STDIN = 0
 
 #: The groups of options, in the order of the help.
 _GROUPS = (
-    *(general, boot_source, machine, console, disks, directories, guest, run_command, firmware, host, fork, adopt),
+    *(general, boot_source, machine, console, disks, directories, network, guest, run_command, firmware, host),
+    *(fork, adopt),
     *(unsupported_options, former_names),
 )
 
@@ -94,6 +96,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         **console.read(options),
         **disks.read(options),
         **directories.read(options),
+        **network.read(options),
         **guest.read(options),
         **firmware.read(options),
         **host.read(options),

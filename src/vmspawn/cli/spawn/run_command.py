@@ -53,5 +53,14 @@ def job(options: argparse.Namespace, config: MachineConfig) -> Job | None:
         return None
     from ...manager.job import Job
 
-    exec_verb = (sys.executable, "-m", "vmspawn.cli.ctl", "exec", f"--timeout={_FOREVER}", config.name or "")
-    return Job([*exec_verb, "--", "sh", "-c", os.fsdecode(options.run)])
+    exec_verb = (sys.executable, "-m", "vmspawn.cli.ctl", "exec", f"--timeout={_FOREVER}", *_directory(config))
+    return Job([*exec_verb, config.name or "", "--", "sh", "-c", os.fsdecode(options.run)])
+
+
+def _directory(config: MachineConfig) -> list[str]:
+    """The option for the current directory, if commands run in a directory of the host that contains it."""
+    if not config.is_userland:
+        return []
+    here, root = os.getcwd(), os.path.realpath(config.directory or "/")
+    inside = os.path.relpath(here, root)
+    return ["-C", "/" if inside == "." or inside.startswith("..") else f"/{inside}"]

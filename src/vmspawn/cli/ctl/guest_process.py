@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A command in the guest with sockets for its streams, for verbs that use commands themselves."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import socket
+from collections.abc import Sequence
+
+from ...control.client import Client
+from ...errors import CommandFailed, NotConnected, Timeout
+from ...inside.copying import Ended, hang_up
+from ..disconnect import watching
+from .replies import MACHINE
+
+#: Seconds that the manager's answer may take beyond the deadline for the agent's.
+_GRACE = 15.0
+
+#: Seconds in which a command ends: as long as it takes.
+_FOREVER = 1e6
+
+
+class GuestProcess:
+    """A command that runs in the guest. `close` must follow, which ends it."""
+
+    def __init__(self, machine: str, arguments: Sequence[bytes], *, stdin: bool, timeout: float) -> None:
+        """Start a command. Raises CommandFailed if it cannot be started, Timeout if no agent answers in time, or what
+        the machine's manager raises."""
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            self._client = undo.enter_context(Client(machine, timeout=timeout + _GRACE))
+            self._parting = undo.enter_context(watching(machine, self._client.connection))
+            parameters = {
+                "arguments": [base64.b64encode(each).decode() for each in arguments],
+                "stdin": stdin,
+                "base64": True,
+                "timeoutUSec": int(timeout * 1_000_000),
+            }
+            self._client.subscribe(f"{MACHINE}.Execute", parameters)
+            started = self._client.first_reply()
+            if started["state"] != "started":
+                message = f"cannot run the command: {started['message']}"
+                raise CommandFailed(message, status=int(started["status"]))
+            # Each is taken out of a list, so the last comes first.
+            names = [name for name in ("stdin", "stdout", "stderr") if started.get(name) is not None]
+            streams = {
+                name: undo.enter_context(socket.socket(fileno=self._client.take_descriptor(started[name])))
+                for name in sorted(names, key=lambda name: -int(started[name]))
+            }
+            self.stdin = streams.get("stdin")
+            self.stdout, self.stderr = streams["stdout"], streams["stderr"]
+            self._closing = undo.pop_all()
+
+    def wait(self) -> Ended:
+        """Wait for its end. Raises NotConnected."""
+        try:
+            end = self._client.next_reply(_FOREVER)
+        except NotConnected:
+            self._parting.check()
+            raise
+        if end is None:
+            raise Timeout("the command did not end")
+        status = 128 + int(end["signal"]) if end["state"] == "killed" else int(end["status"])
+        return Ended(status, int(end["stdoutBytes"] or 0), int(end["stderrBytes"] or 0))
+
+    def close(self) -> None:
+        """End it, and close its streams. May be called again."""
+        hang_up(self)
+        self._closing.close()

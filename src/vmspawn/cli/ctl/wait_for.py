@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verb `wait`: wait until conditions of a machine hold."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from ...errors import NotConnected, UsageError
+from ...host.runtime import check_name
+from ...inside import conditions
+from ...inside.conditions import KINDS
+from .verbs import Verbs
+
+#: Seconds for all conditions, if the user names no other time.
+_TIMEOUT = 120.0
+
+#: Seconds before it is looked again for a machine that is not there yet.
+_LOOK_INTERVAL = 0.1
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb."""
+    parser = verbs.add_for_machine("wait", _wait, "wait until a machine is ready", "--for=CONDITION…")
+    known = ", ".join(f"{name}={value}" if value else name for name, value in KINDS.items())
+    parser.add_argument(
+        "--for",
+        dest="conditions",
+        metavar="CONDITION",
+        action="append",
+        default=[],
+        help=f"{known}; repeatable: all must hold",
+    )
+
+
+def _wait(options: argparse.Namespace) -> None:
+    """Wait. Raises Timeout, which names what is missing, or MachineEnded."""
+    if not options.conditions:
+        raise UsageError("nothing to wait for", hint="write for example --for=booted")
+    check_name(options.machine)
+    wanted = [conditions.parse(each) for each in options.conditions]
+    timeout = _TIMEOUT if options.timeout is None else options.timeout
+    # No other verb needs these modules.
+    import asyncio
+
+    with asyncio.Runner() as runner:
+        runner.run(_wait_for(options.machine, list(map(str, wanted)), timeout))
+
+
+async def _wait_for(name: str, wanted: list[str], timeout: float) -> None:
+    import asyncio
+
+    from ...api.connect import connect
+
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            async with connect(name) as machine:
+                return await machine.wait_for(*wanted, timeout=max(0.0, deadline - time.monotonic()))
+        except NotConnected:
+            if wanted == ["off"]:
+                return None
+            # It may be about to start.
+            if time.monotonic() + _LOOK_INTERVAL >= deadline:
+                raise
+        await asyncio.sleep(_LOOK_INTERVAL)

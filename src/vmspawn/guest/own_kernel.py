@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs the built-in guest on a kernel of the user's: adds that kernel's modules, and tells what the kernel lacks.
+
+The kernel unpacks several initrds one after the other. So the built-in guest's stays as it is, and a second one brings
+the modules and the list of those to load.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import GuestError, StartError
+from .build import BOOT_MODULES, EXTRA_MODULES
+from .initramfs import Initramfs
+from .modules import Modules, modules_alias, modules_dep
+
+#: Modules for a directory of the host as the root that commands see.
+USERLAND_MODULES = ("virtiofs", "overlay")
+
+#: Options without which the built-in guest does not start; none of them can be a module.
+_NEEDED = (
+    *("CONFIG_BLK_DEV_INITRD", "CONFIG_BINFMT_ELF", "CONFIG_BINFMT_SCRIPT", "CONFIG_PROC_FS", "CONFIG_SYSFS"),
+    *("CONFIG_DEVTMPFS", "CONFIG_TMPFS", "CONFIG_PCI"),
+)
+
+#: Options without which no commands can be run, with their modules.
+_FOR_COMMANDS = {"CONFIG_VIRTIO_PCI": "virtio_pci", "CONFIG_VIRTIO_CONSOLE": "virtio_console"}
+
+_FOR_USERLAND = {"CONFIG_FUSE_FS": "fuse", "CONFIG_VIRTIO_FS": "virtiofs"}
+_FOR_OVERLAY = {"CONFIG_OVERLAY_FS": "overlay"}
+
+
+def find_modules(directory: str | None, version: str) -> Modules | None:
+    """Return the modules of a kernel: those in the directory that the user names, else those that are installed.
+
+    The directory is that of one kernel (`/lib/modules/6.1.0`), what `make modules_install` was told to install below
+    (INSTALL_MOD_PATH), or the kernel's build tree. Raises StartError if it has no modules.
+    """
+    if directory is None:
+        installed = Path("/lib/modules", version)
+        return Modules(installed) if version and installed.is_dir() else None
+    if not os.path.isdir(directory):
+        raise StartError.with_fields("{modules={path}} is not a directory", path=directory)
+    candidates = [Path(directory), Path(directory, "lib/modules", version)]
+    for each in candidates if version else candidates[:1]:
+        if each.joinpath("kernel").is_dir() or each.joinpath("modules.order").exists():
+            return Modules(each, version=version or each.name)
+    raise StartError.with_fields(
+        "{modules={path}} has no modules of the kernel {version}",
+        hint="name a directory with modules.order: of make modules_install, or the kernel's build tree",
+        path=directory,
+        version=version or "(its version is not known)",
+    )
+
+
+def initrd(modules: Modules | None) -> bytes:
+    """Return the initrd with the modules. Raises GuestError if one cannot be read."""
+    file = io.BytesIO()
+    archive = Initramfs(file)
+    names = (*BOOT_MODULES, *EXTRA_MODULES, *USERLAND_MODULES)
+    found = modules.load(names) if modules is not None else {}
+    if modules is not None:
+        directory = f"lib/modules/{modules.version}"
+        for module in found.values():
+            archive.add_file(f"{directory}/{module.name}.ko", module.content)
+        archive.add_file(f"{directory}/modules.dep", modules_dep(found).encode())
+        archive.add_file(f"{directory}/modules.alias", modules_alias(found).encode())
+    archive.add_file("etc/modules", "".join(f"{name}\n" for name in BOOT_MODULES if name in found).encode())
+    archive.close()
+    return file.getvalue()
+
+
+def check(linux: str, options: Mapping[str, str], modules: Modules | None, *, commands: bool, userland: str) -> None:
+    """Raise StartError with the names of the options that the kernel lacks. `userland` is "", "ro" or "rw".
+
+    Without options, nothing is known of the kernel.
+    """
+    if not options:
+        return
+    loadable = {**(_FOR_COMMANDS if commands else {}), **(_FOR_USERLAND if userland else {})}
+    loadable |= _FOR_OVERLAY if userland == "ro" else {}
+    missing = [name for name in _NEEDED if options.get(name) != "y"]
+    missing += [name for name in loadable if options.get(name) not in ("y", "m")]
+    if missing:
+        raise StartError(
+            f"the kernel {linux} lacks {', '.join(missing)}", hint="set them in the kernel's configuration"
+        )
+    as_modules = {module for name, module in loadable.items() if options[name] == "m"}
+    absent = modules.missing(sorted(as_modules)) if modules is not None else sorted(as_modules)
+    if absent:
+        raise GuestError.with_fields(
+            "the kernel {linux} has {names} as modules, which were not found",
+            hint="name the directory with the kernel's modules by {modules=}",
+            linux=linux,
+            names=", ".join(name for name, module in loadable.items() if module in absent),
+        )

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reads a kernel's configuration: from a file beside the kernel or in its build tree, or out of the kernel itself.
+
+A kernel with CONFIG_IKCONFIG has its configuration by gzip between two marks. Most kernels are compressed as a whole,
+so that takes a second or two.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import zlib
+from collections.abc import Callable, Iterator
+
+from . import kernel_image
+
+#: The marks around the configuration (the kernel's kernel/configs.c).
+_START, _END = b"IKCFG_ST", b"IKCFG_ED"
+
+#: A kernel is not larger than that when it is unpacked.
+_SIZE_MAX = 256 << 20
+
+_ZSTD_SECONDS = 30
+
+_SETTING = re.compile(rb"^(CONFIG_\w+)=(.*)$", re.MULTILINE)
+
+
+def read(linux: str, modules: str | None = None) -> dict[str, str]:
+    """Return the options that are set, by their names, with their values; empty if the configuration is not known.
+
+    `modules` is the folder of the kernel's modules. Raises OSError if the kernel cannot be read.
+    """
+    for path in _places(linux, modules):
+        try:
+            with open(path, "rb") as file:
+                data = file.read(_SIZE_MAX)
+        except OSError:
+            continue
+        if found := _parse(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data):
+            return found
+    with open(linux, "rb") as file:
+        return _parse(_embedded(file.read(_SIZE_MAX)))
+
+
+def _places(linux: str, modules: str | None) -> Iterator[str]:
+    folder, name = os.path.split(os.path.realpath(linux))
+    version = kernel_image.version_of(linux)
+    # Of an installed kernel, and of arch/x86/boot/bzImage and vmlinux in a build tree.
+    if name.startswith("vmlinuz-") and version:
+        yield os.path.join(folder, f"config-{version}")
+    if name in ("bzImage", "Image", "Image.gz"):
+        yield os.path.normpath(os.path.join(folder, "../../../.config"))
+    if name == "vmlinux":
+        yield os.path.join(folder, ".config")
+    if modules is not None:
+        yield os.path.join(modules, "config")
+        yield os.path.join(modules, "build/.config")
+
+
+def _parse(data: bytes) -> dict[str, str]:
+    return {name.decode(): value.decode(errors="replace") for name, value in _SETTING.findall(data)}
+
+
+def _embedded(image: bytes) -> bytes:
+    """Return the configuration that is in a kernel, or nothing."""
+    for content in _unpacked(image):
+        start = content.find(_START)
+        end = content.find(_END, start)
+        if 0 <= start < end:
+            try:
+                return gzip.decompress(content[start + len(_START) : end])
+            except (OSError, EOFError, zlib.error):
+                return b""
+    return b""
+
+
+def _gzip(data: bytes) -> bytes:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, _SIZE_MAX)
+
+
+def _xz(data: bytes) -> bytes:
+    return lzma.LZMADecompressor().decompress(data, _SIZE_MAX)
+
+
+def _bzip2(data: bytes) -> bytes:
+    return bz2.BZ2Decompressor().decompress(data, _SIZE_MAX)
+
+
+def _zstd(data: bytes) -> bytes:
+    if not shutil.which("zstd"):
+        return b""
+    # What follows the compressed part makes zstd fail at the end.
+    done = subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, timeout=_ZSTD_SECONDS, check=False)
+    return done.stdout
+
+
+_FORMATS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
+    (b"\x1f\x8b\x08", _gzip),
+    (b"\xfd7zXZ\0", _xz),
+    (b"BZh", _bzip2),
+    (b"\x28\xb5\x2f\xfd", _zstd),
+)
+
+
+def _unpacked(image: bytes) -> Iterator[bytes]:
+    """Yield the image as it is, and what is compressed in it."""
+    yield image
+    for magic, unpack in _FORMATS:
+        at = image.find(magic)
+        while at >= 0:
+            try:
+                content = unpack(image[at:])
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, subprocess.SubprocessError):
+                content = b""
+            if len(content) > len(_START):
+                yield content
+            # A part of the code may look like one.
+            at = image.find(magic, at + 1) if len(content) < 1 << 20 else -1

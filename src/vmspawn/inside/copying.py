@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Copies files to and from a guest, as tar archives through commands in it.
+
+The work is done in blocking calls, with a thread for each stream. How a command is started is the caller's.
+
+A copy is made in a folder beside its target, and moved to its place when it is whole. In the guest the folder is called
+.vmspawn-copy-XXXX, and remains if the guest or the command is ended in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+
+from ..archive import pack, place, unpack
+from ..archive.pack import UNIT, Packer, SparseFile
+from ..archive.reader import Truncated
+from ..errors import CopyFailed, SystemFailure, UsageError, VmspawnError
+
+_T = TypeVar("_T")
+
+#: Bytes of a command's messages that are kept.
+_MESSAGES_MAX = 64 * 1024
+
+#: Seconds without a byte after which output that the guest has announced is not waited for.
+_OUTPUT_TIMEOUT = 10.0
+
+#: Seconds after which a copy that waits for a command's end notices that it was cancelled.
+_CANCEL_INTERVAL = 0.1
+
+#: Seconds that the guest has to remove the work folder of a copy that failed.
+_CLEANUP_TIMEOUT = 10.0
+
+_BUFFER_SIZE = 1 << 20
+
+#: Pieces of a sparse file for one command: each is a word of its arguments.
+_PIECES_MAX = 2000
+
+#: Folders whose time is set by one command: their names are arguments, which may have 512 KiB.
+_TIMES_MAX = 100
+
+#: The folder that the copy goes into, and the work folder in it. Arguments: target, its parent, its name or an empty
+#: string if the target has to be a folder, a token.
+_PLACES = """
+if [ -d "$1" ]; then folder=$1
+elif [ -n "$3" ]; then folder=$2
+else echo "$1 is not a folder" >&2; exit 1
+fi
+[ -d "$folder" ] || { echo "there is no folder $folder" >&2; exit 1; }
+work=$folder/.vmspawn-copy-$4
+"""
+
+_UNPACK = f"""{_PLACES}
+mkdir -m 700 "$work" || exit 1
+tar -x -p -f - -C "$work" || {{ status=$?; rm -rf "$work"; exit $status; }}
+"""
+
+#: More arguments: the file in the work folder, its size and time; then for each piece its offset and length in units.
+_FILL = f"""{_PLACES}
+file=$work/$5 size=$6 time=$7
+shift 7
+for piece; do
+    dd of="$file" bs={UNIT} seek="${{piece%:*}}" count="${{piece#*:}}" iflag=fullblock conv=notrunc status=none || exit
+done
+truncate -s "$size" "$file" && touch -d "@$time" "$file"
+"""
+
+#: More arguments: times, each with a file in the work folder.
+_TIMES = f"""{_PLACES}
+shift 4
+while [ $# -gt 0 ]; do
+    touch -d "@$1" "$work/$2" || exit
+    shift 2
+done
+"""
+
+#: More arguments: the name in the archive, or an empty string for several.
+_PLACE = f"""{_PLACES}
+place() {{
+    if [ -d "$1" ] && [ ! -L "$1" ] && [ -d "$2" ] && [ ! -L "$2" ]; then
+        for each in "$1"/* "$1"/.[!.]* "$1"/..?*; do
+            if [ -e "$each" ] || [ -L "$each" ]; then place "$each" "$2/${{each##*/}}" || return 1; fi
+        done
+    else
+        mv -f -T "$1" "$2"
+    fi
+}}
+if [ -d "$1" ] || [ -z "$5" ]; then place "$work" "$folder"
+else place "$work/$5" "$2/$3"
+fi
+status=$?
+rm -rf "$work"
+exit $status
+"""
+
+_REMOVE = f"""{_PLACES}
+rm -rf "$work"
+"""
+
+#: Arguments: the folder, the name in it, whether to count. The first line has the size in KiB. GNU tar exits with 1 if
+#: a file has changed meanwhile, as a log does.
+_PACK = """
+cd "$1" || exit 1
+[ -e "./$2" ] || [ -L "./$2" ] || { echo "$1/$2: No such file or directory" >&2; exit 1; }
+size=
+[ -z "$3" ] || read -r size rest <<END
+$(du -sk "./$2" 2>/dev/null)
+END
+echo "${size:-0}"
+if tar --version 2>/dev/null | grep -q 'GNU tar'; then
+    tar -c --format=gnu -S -f - "./$2"
+    status=$?
+    [ $status = 1 ] && exit 0
+    exit $status
+fi
+exec tar -c -f - "./$2"
+"""
+
+
+class Ended(NamedTuple):
+    """The end of a command, and how many bytes it has written in all."""
+
+    status: int
+    stdout: int
+    stderr: int
+
+
+class GuestCommand(Protocol):
+    """A command that runs in the guest, with blocking sockets for its streams, which it owns."""
+
+    @property
+    def stdin(self) -> socket.socket | None:
+        """Its input."""
+
+    @property
+    def stdout(self) -> socket.socket:
+        """Its output."""
+
+    @property
+    def stderr(self) -> socket.socket:
+        """Its messages."""
+
+    def wait(self) -> Ended:
+        """Wait for its end. Raises NotConnected. Called by another thread than the others."""
+
+    def close(self) -> None:
+        """End it, and close its streams."""
+
+
+#: Starts a command with these arguments; it has an input if the second argument is true. Raises VmspawnError.
+Start = Callable[[Sequence[bytes], bool], GuestCommand]
+
+#: Is told how many bytes were copied, and how many there are in all, or 0 if that is not known.
+Progress = Callable[[int, int], None]
+
+
+def hang_up(command: GuestCommand) -> None:
+    """End a command's streams on our side: a thread that waits for one goes on."""
+    for each in (command.stdin, command.stdout, command.stderr):
+        if each is not None:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+class _Counted(io.RawIOBase):
+    """A socket as a stream that counts what it has read."""
+
+    def __init__(self, source: socket.socket, changed: threading.Condition) -> None:
+        self._source = source
+        self._changed = changed
+        self.total = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = self._source.recv_into(buffer)
+        with self._changed:
+            self.total += count
+            self._changed.notify_all()
+        return count
+
+
+class Copying:
+    """Copies to and from one guest. `cancel`, in another thread, ends what is under way."""
+
+    def __init__(self, start: Start, *, skip_special: bool = False, progress: Progress | None = None) -> None:
+        self._start = start
+        self._skip_special = skip_special
+        self._progress = progress
+        self._command: GuestCommand | None = None
+        self._is_cancelled = False
+        self._lock = threading.Lock()
+        #: Lines about files that were left out.
+        self.skipped: list[str] = []
+
+    def cancel(self) -> None:
+        """End the copy; its caller gets CopyFailed."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._command is not None:
+                hang_up(self._command)
+
+    # To the guest.
+
+    def to_guest(self, sources: Sequence[str], target: str) -> None:
+        """Copy files and folders to the path `target` in the guest; into it, if it is a folder.
+
+        Raises CopyFailed, SystemFailure, UsageError, or what `start` raises.
+        """
+        packer = Packer(sources, skip_special=self._skip_special)
+        self.skipped += packer.skipped
+        places = _places(target, several=len(sources) > 1)
+        what = ", ".join(map(repr, sources))
+        try:
+            self._run([_UNPACK, *places], what, feed=self._counted(packer.blocks(), packer.total))
+            for file in packer.sparse:
+                self._fill(file, places, what)
+            late = sorted(set(packer.late))
+            for start in range(0, len(late), _TIMES_MAX):
+                words = [word for name, time in late[start : start + _TIMES_MAX] for word in (str(time), name)]
+                self._run([_TIMES, *places, *words], what)
+            name = packer.names[0] if len(sources) == 1 else ""
+            self._run([_PLACE, *places, name], what)
+        except BaseException:
+            self._clean_up(places, what)
+            raise
+
+    def _clean_up(self, places: Sequence[str], what: str) -> None:
+        """Remove the work folder in the guest, if the guest is still there and answers."""
+        self._is_cancelled = False
+        timer = threading.Timer(_CLEANUP_TIMEOUT, self.cancel)
+        timer.start()
+        try:
+            with contextlib.suppress(VmspawnError):
+                self._run([_REMOVE, *places], what)
+        finally:
+            timer.cancel()
+
+    def _fill(self, file: SparseFile, places: Sequence[str], what: str) -> None:
+        batches = range(0, len(file.pieces), _PIECES_MAX) or (0,)
+        for start in batches:
+            pieces = file.pieces[start : start + _PIECES_MAX]
+            words = [f"{offset // UNIT}:{length // UNIT}" for offset, length in pieces]
+            arguments = [_FILL, *places, file.name, str(file.size), str(file.time), *words]
+            self._run(arguments, what, feed=self._counted(pack.data_of(file, pieces), 0))
+
+    def _counted(self, blocks: Iterator[bytes], total: int) -> Iterator[bytes]:
+        done = 0
+        for block in blocks:
+            yield block
+            done += len(block)
+            if self._progress is not None and total:
+                self._progress(min(done, total), total)
+
+    # From the guest.
+
+    def from_guest(self, sources: Sequence[str], target: str) -> None:
+        """Copy files and folders of the guest to the path `target` of the host; into it, if it is a folder.
+
+        Raises CopyFailed, SystemFailure, UsageError, or what `start` raises.
+        """
+        is_folder = os.path.isdir(target)
+        if not is_folder and (len(sources) > 1 or target.endswith("/")):
+            raise UsageError(f"{target} is not a folder", hint="make it first, or copy one file to a new name")
+        for source in sources:
+            name = pack.name_of(source)
+            final = os.path.join(target, name) if is_folder else target
+            self._from_guest(source, name, final)
+
+    def _from_guest(self, source: str, name: str, final: str) -> None:
+        try:
+            work = tempfile.mkdtemp(prefix=".vmspawn-copy-", dir=os.path.dirname(final) or ".")
+        except OSError as error:
+            raise SystemFailure(f"cannot write {final}", error.errno or 0) from None
+        try:
+            folder = os.path.dirname(source.rstrip("/")) or ("/" if source.startswith("/") else ".")
+            arguments = [_PACK, folder, name, "count" if self._progress is not None else ""]
+
+            def receive(stream: BinaryIO) -> unpack.Unpacked:
+                return self._receive(stream, work, name)
+
+            unpacked = self._run(arguments, f"{source!r}", consume=receive)
+            self.skipped += unpacked.skipped
+            if os.path.lexists(os.path.join(work, name)):
+                place.place(work, name, final, unpacked)
+        finally:
+            _remove(work)
+
+    def _receive(self, stream: BinaryIO, work: str, name: str) -> unpack.Unpacked:
+        line = stream.readline(64)
+        if not line.strip().isdigit():
+            raise Truncated
+        total, done = int(line) << 10, 0
+
+        def on_progress(count: int) -> None:
+            nonlocal done
+            done += count
+            if self._progress is not None:
+                self._progress(done, max(total, done))
+
+        return unpack.unpack(stream, work, root=name, skip_special=self._skip_special, on_progress=on_progress)
+
+    # Commands.
+
+    def _run(
+        self,
+        arguments: Sequence[str],
+        what: str,
+        *,
+        feed: Iterator[bytes] | None = None,
+        consume: Callable[[BinaryIO], _T] | None = None,
+    ) -> _T:
+        """Run a script in the guest, which is sent data or whose output is read. Raises CopyFailed if it fails."""
+        script, *words = arguments
+        command = self._start([b"sh", b"-c", script.encode(), b"sh", *map(os.fsencode, words)], feed is not None)
+        try:
+            with self._lock:
+                self._command = command
+                if self._is_cancelled:
+                    hang_up(command)
+            return _Streams(command, what, lambda: self._is_cancelled).run(feed, consume)
+        finally:
+            with self._lock:
+                self._command = None
+            command.close()
+
+
+class _Streams:
+    """The streams of one command, and its end."""
+
+    def __init__(self, command: GuestCommand, what: str, is_cancelled: Callable[[], bool]) -> None:
+        self._command = command
+        self._what = what
+        self._is_cancelled = is_cancelled
+        self._changed = threading.Condition()
+        self._output = _Counted(command.stdout, self._changed)
+        self._messages = b""
+        self._message_bytes = 0
+        self._end: Ended | None = None
+        self._error: VmspawnError | None = None
+
+    def run(self, feed: Iterator[bytes] | None, consume: Callable[[BinaryIO], _T] | None) -> _T:
+        reader = threading.Thread(target=self._read_messages, daemon=True)
+        waiter = threading.Thread(target=self._wait, args=(reader,), daemon=True)
+        reader.start()
+        waiter.start()
+        stream = io.BufferedReader(self._output, _BUFFER_SIZE)
+        truncated: Truncated | None = None
+        try:
+            if feed is not None:
+                self._send(feed)
+            result = consume(stream) if consume is not None else None
+            # The command must not wait for us to read.
+            while stream.read(_BUFFER_SIZE):
+                pass
+        except Truncated as error:
+            truncated = error
+        except OSError as error:
+            truncated = Truncated()
+            truncated.__cause__ = error
+        while waiter.is_alive() and not self._is_cancelled():
+            waiter.join(_CANCEL_INTERVAL)
+        if self._is_cancelled():
+            raise CopyFailed("the copy was cancelled")
+        self._check()
+        if truncated is not None:
+            raise truncated from None
+        return result  # type: ignore[return-value]
+
+    def _send(self, feed: Iterator[bytes]) -> None:
+        target = self._command.stdin
+        assert target is not None
+        for block in feed:
+            try:
+                target.sendall(block)
+            except OSError:
+                # The command reads no more; its status says why.
+                return
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def _read_messages(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._command.stderr.recv(4096):
+                with self._changed:
+                    self._messages = (self._messages + data)[-_MESSAGES_MAX:]
+                    self._message_bytes += len(data)
+                    self._changed.notify_all()
+
+    def _wait(self, reader: threading.Thread) -> None:
+        """Wait for the command's end and its last output, and end the streams: they have no end of their own."""
+        try:
+            self._end = self._command.wait()
+        except VmspawnError as error:
+            self._error = error
+        with self._changed:
+            while self._end is not None and not self._has_all(self._end):
+                before = self._output.total + self._message_bytes
+                if not self._changed.wait(_OUTPUT_TIMEOUT) and self._output.total + self._message_bytes == before:
+                    break
+        hang_up(self._command)
+        reader.join()
+
+    def _has_all(self, end: Ended) -> bool:
+        return self._output.total >= end.stdout and self._message_bytes >= end.stderr
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        assert self._end is not None
+        if self._end.status:
+            lines = [line for line in self._messages.decode(errors="replace").splitlines() if line.strip()]
+            why = lines[-1] if lines else f"the command in the guest ended with status {self._end.status}"
+            raise CopyFailed(f"cannot copy {self._what}: {why}")
+
+
+def _places(target: str, *, several: bool) -> tuple[str, str, str, str]:
+    """Return the arguments of the scripts: the target, its parent, its name, a token. Raises UsageError."""
+    if not target:
+        raise UsageError("the path in the guest is empty", hint="write MACHINE:PATH, or MACHINE:. for the user's home")
+    stripped = target.rstrip("/") or "/"
+    folder, slash, name = stripped.rpartition("/")
+    is_folder = several or target.endswith("/") or name in ("", ".", "..")
+    parent = folder or ("/" if slash else ".")
+    # What begins with a dash would be an option.
+    if not target.startswith("/"):
+        stripped, parent = f"./{stripped}", f"./{parent}"
+    return stripped, parent, "" if is_folder else name, os.urandom(8).hex()
+
+
+def _remove(work: str) -> None:
+    """Remove a work folder, whose folders may be without permissions."""
+    shutil.rmtree(work, ignore_errors=True)

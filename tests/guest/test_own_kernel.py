@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The built-in guest on a kernel that the user names, and commands in a directory of the host.
+
+The kernel is that of the built-in guest, under a name of its own, with its modules in a directory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.commands import DEADLINE, VMSPAWN, one_line, spawned, vmctl, vmspawn
+from tests.machines import fresh_name, is_gone
+from tests.unit.test_archive import MIB, look, make_sparse, tree
+from vmspawn.errors import StartError
+from vmspawn.guest import builtin
+from vmspawn.guest.build import build
+from vmspawn.helpers import virtiofsd
+from vmspawn.images import kernel_image
+
+__all__ = ["tree"]
+
+
+def has_virtiofsd() -> bool:
+    try:
+        return bool(virtiofsd.find())
+    except StartError:
+        return False
+
+
+needs_virtiofsd = pytest.mark.skipif(not has_virtiofsd(), reason="virtiofsd is not installed")
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A kernel, and the directory of its modules: those of the built-in guest's initrd."""
+    folder = tmp_path_factory.mktemp("kernel")
+    guest = builtin.find() or build()
+    image = shutil.copy(guest.kernel, folder / "vmlinuz")
+    with open(guest.initrd, "rb") as file:
+        subprocess.run(
+            ["busybox", "cpio", "-id", "lib/modules/*"], stdin=file, cwd=folder, check=True, capture_output=True
+        )
+    modules = folder / "lib/modules" / kernel_image.version_of(guest.kernel)
+    (modules / "kernel").mkdir()
+    for path in modules.glob("*.ko"):
+        path.rename(modules / "kernel" / path.name)
+    return str(image), str(modules)
+
+
+def run(
+    qemu: str, command: str, *options: str, folder: Path | None = None, data: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    arguments = [*VMSPAWN, "-M", fresh_name(), f"--qemu={qemu}", "--guest=builtin", f"--run={command}", *options]
+    return subprocess.run(arguments, input=data, capture_output=True, timeout=2 * DEADLINE, check=False, cwd=folder)
+
+
+def test_the_users_kernel_with_its_modules(qemu: str, kernel: tuple[str, str]) -> None:
+    linux, modules = kernel
+    command = "uname -r; cat /etc/modules; grep -c . /proc/modules"
+    done = run(qemu, command, f"--linux={linux}", f"--modules={modules}")
+    assert done.returncode == 0, done.stderr
+    release, *names, count = done.stdout.decode().split()
+    assert release == kernel_image.version_of(linux)
+    assert "virtio_blk" in names
+    assert int(count) >= len(names)
+
+
+@needs_virtiofsd
+def test_a_command_in_the_hosts_userland(qemu: str, kernel: tuple[str, str], tmp_path: Path) -> None:
+    """It sees this directory, and what it changes stays in the guest."""
+    linux, modules = kernel
+    (tmp_path / "file").write_text("of the host\n")
+    command = "pwd; cat file - ; python3 -c 'print(6 * 7)'; echo changed >file; cat file; exit 3"
+    done = run(
+        qemu, command, f"--linux={linux}", f"--modules={modules}", "--directory=/", folder=tmp_path, data=b"typed\n"
+    )
+    assert (done.returncode, done.stderr) == (3, b"")
+    assert done.stdout.decode() == f"{tmp_path}\nof the host\ntyped\n42\nchanged\n"
+    assert (tmp_path / "file").read_text() == "of the host\n"
+
+
+@needs_virtiofsd
+def test_another_tree_that_may_be_written_to(qemu: str, tmp_path: Path) -> None:
+    """On the built-in guest's own kernel. The tree has busybox, and no more."""
+    for name in ("bin", "proc", "sys", "dev", "run", "work"):
+        (tmp_path / name).mkdir()
+    shutil.copy(shutil.which("busybox") or "", tmp_path / "bin" / "busybox")
+    (tmp_path / "bin" / "sh").symlink_to("busybox")
+    options = (f"--directory={tmp_path}", "--directory-rw")
+    done = run(qemu, "pwd; echo written >result; unshare -m true", *options, folder=tmp_path / "work")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"/work\n", b"")
+    assert (tmp_path / "work" / "result").read_text() == "written\n"
+
+
+@needs_virtiofsd
+def test_files_are_copied_by_the_userlands_own_tools(qemu: str, tree: Path, tmp_path: Path) -> None:
+    """GNU's tar, mv and dd, as this host has them."""
+    os.utime(tree / "empty", (0, 0))
+    options = ("--guest=builtin", f"--qemu={qemu}", "--directory=/", "--console=headless")
+    with spawned(*options) as machine:
+        machine.wait_for("is running")
+        for source, target in (
+            (str(tree), f"{machine.name}:/mnt/there"),
+            (f"{machine.name}:/mnt/there", f"{tmp_path}/back"),
+        ):
+            done = vmctl("copy", source, target)
+            assert (done.returncode, done.stderr) == (0, "")
+        sparse = make_sparse(tmp_path / "sparse")
+        assert vmctl("copy", str(sparse), f"{machine.name}:/mnt").returncode == 0
+        assert vmctl("copy", f"{machine.name}:/mnt/sparse", str(tmp_path / "again")).returncode == 0
+    assert look(tmp_path / "back") == look(tree)
+    assert (tmp_path / "again").read_bytes() == sparse.read_bytes()
+    assert (tmp_path / "again").stat().st_blocks * 512 < 2 * MIB
+
+
+def test_a_kernel_that_lacks_something_is_not_started(qemu: str, kernel: tuple[str, str], tmp_path: Path) -> None:
+    linux, modules = kernel
+    image = tmp_path / "arch/x86/boot/bzImage"
+    image.parent.mkdir(parents=True)
+    image.symlink_to(linux)
+    shutil.copy(linux, tmp_path / "bzImage")
+    (tmp_path / "arch/x86/boot/bzImage").unlink()
+    shutil.copy(linux, image)
+    (tmp_path / ".config").write_text("CONFIG_PCI=y\nCONFIG_TMPFS=y\n")
+    name = fresh_name()
+    done = vmspawn(
+        "-M", name, f"--qemu={qemu}", "--guest=builtin", f"--linux={image}", f"--modules={modules}", "--run=true"
+    )
+    assert done.returncode == 1
+    assert "lacks CONFIG_BLK_DEV_INITRD" in one_line(done, "vmspawn")
+    assert is_gone(name)
+
+
+@needs_virtiofsd
+def test_a_kernel_without_virtiofs_says_so_when_it_gets_there(
+    qemu: str, kernel: tuple[str, str], tmp_path: Path
+) -> None:
+    """Nothing tells before: the modules that it needs are missing, and there is no configuration."""
+    linux, modules = kernel
+    copy = tmp_path / os.path.basename(modules)
+    shutil.copytree(modules, copy)
+    for name in ("virtiofs", "overlay"):
+        (copy / "kernel" / f"{name}.ko").unlink(missing_ok=True)
+    done = run(qemu, "true", f"--linux={linux}", f"--modules={copy}", "--directory=/")
+    if done.returncode == 0:
+        pytest.skip("this kernel has virtiofs and overlay built in")
+    assert done.returncode == 125
+    assert b"the kernel lacks CONFIG_" in done.stderr

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Conditions that can be waited for: how they are written, and which are refused."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmspawn.errors import UsageError
+from vmspawn.inside.conditions import KINDS, Condition, parse
+
+
+@pytest.mark.parametrize("text", ["agent", "booted", "off", "ssh", "port=80", "disk=data.raw", "console=a|b=c"])
+def test_a_condition_is_parsed_as_it_is_written(text: str) -> None:
+    assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no condition"),
+        ("ready", "no condition ready"),
+        ("agent=yes", "not understood"),
+        ("agent=", "not understood"),
+        ("disk", "not understood"),
+        ("disk=", "not understood"),
+        ("port=0", "not a port"),
+        ("port=65536", "not a port"),
+        ("port=http", "not a port"),
+        ("port=٣", "not a port"),
+        ("console=(", "not a regular expression"),
+    ],
+)
+def test_what_is_refused(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as caught:
+        parse(text)
+    assert caught.value.hint
+
+
+@given(st.sampled_from(sorted(KINDS)), st.text())
+def test_any_text_is_a_condition_or_is_refused(kind: str, value: str) -> None:
+    with contextlib.suppress(UsageError):
+        assert parse(f"{kind}={value}") == Condition(kind, value)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The built-in guest on the user's kernel: configurations, modules, and what is refused before the start."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_guest_initramfs import entries
+from tests.unit.test_guest_modules import make_modules
+from vmspawn.boot.config import MachineConfig
+from vmspawn.boot.config import check_config as check
+from vmspawn.errors import GuestError, StartError, UsageError
+from vmspawn.guest import own_kernel
+from vmspawn.images import kernel_config
+from vmspawn.network.forward import Forward
+
+CONFIG = b'CONFIG_PCI=y\nCONFIG_VIRTIO_FS=m\n# CONFIG_NET is not set\nCONFIG_NAME="x=y"\n'
+FOUND = {"CONFIG_PCI": "y", "CONFIG_VIRTIO_FS": "m", "CONFIG_NAME": '"x=y"'}
+
+WHOLE = dict.fromkeys(own_kernel._NEEDED, "y")
+WHOLE |= {"CONFIG_VIRTIO_PCI": "y", "CONFIG_VIRTIO_CONSOLE": "y"}
+
+
+def kernel(path: Path, content: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_a_build_tree_has_its_configuration(tmp_path: Path) -> None:
+    image = kernel(tmp_path / "arch/x86/boot/bzImage", b"image")
+    assert kernel_config.read(image) == {}
+    (tmp_path / ".config").write_bytes(CONFIG)
+    assert kernel_config.read(image) == FOUND
+
+
+def test_a_folder_of_modules_has_it(tmp_path: Path) -> None:
+    image = kernel(tmp_path / "vmlinuz", b"image")
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "config").write_bytes(CONFIG)
+    assert kernel_config.read(image, str(tmp_path / "modules")) == FOUND
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress], ids=["plain", "gzip", "xz"])
+def test_a_kernel_has_it_itself(tmp_path: Path, compress: object) -> None:
+    assert callable(compress)
+    inside = bytes(5000) + b"IKCFG_ST" + gzip.compress(CONFIG) + b"IKCFG_ED" + bytes(5000)
+    image = b"setup code \x1f\x8b\x08 that looks like gzip" + compress(inside) + b"what follows"
+    assert kernel_config.read(kernel(tmp_path / "vmlinuz", image)) == FOUND
+
+
+@given(st.binary(max_size=400), st.sampled_from([b"", b"IKCFG_ST", b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"BZh9"]))
+def test_any_file_is_read(data: bytes, magic: bytes) -> None:
+    list(kernel_config._unpacked(magic + data))
+    assert kernel_config._parse(kernel_config._embedded(magic + data)) == {}
+
+
+def test_a_kernel_that_lacks_something_is_refused_by_its_names() -> None:
+    own_kernel.check("k", WHOLE, None, commands=True, userland="")
+    own_kernel.check("k", {}, None, commands=True, userland="ro")
+    lacking = {**WHOLE, "CONFIG_TMPFS": "m"}
+    del lacking["CONFIG_VIRTIO_CONSOLE"]
+    with pytest.raises(StartError, match="k lacks CONFIG_TMPFS, CONFIG_VIRTIO_CONSOLE"):
+        own_kernel.check("k", lacking, None, commands=True, userland="")
+    own_kernel.check("k", {**lacking, "CONFIG_TMPFS": "y"}, None, commands=False, userland="")
+    with pytest.raises(StartError, match="lacks CONFIG_FUSE_FS, CONFIG_VIRTIO_FS, CONFIG_OVERLAY_FS"):
+        own_kernel.check("k", WHOLE, None, commands=True, userland="ro")
+    with pytest.raises(StartError, match=r"lacks CONFIG_FUSE_FS, CONFIG_VIRTIO_FS\n"):
+        own_kernel.check("k", WHOLE, None, commands=True, userland="rw")
+
+
+def test_modules_have_to_be_there(tmp_path: Path) -> None:
+    options = {**WHOLE, "CONFIG_VIRTIO_PCI": "m", "CONFIG_VIRTIO_CONSOLE": "m"}
+    with pytest.raises(GuestError, match="CONFIG_VIRTIO_PCI, CONFIG_VIRTIO_CONSOLE as modules") as caught:
+        own_kernel.check("k", options, None, commands=True, userland="")
+    assert "modules=" in caught.value.hint
+    modules = make_modules(tmp_path / "1.0", {"virtio-pci": "virtio", "virtio": "", "virtio_console": ""})
+    own_kernel.check("k", options, modules, commands=True, userland="")
+    found = {each.path for each in entries(own_kernel.initrd(modules))}
+    assert {"lib/modules/1.0/virtio_pci.ko", "lib/modules/1.0/virtio.ko", "etc/modules"} <= found
+
+
+def test_where_modules_are_found(tmp_path: Path) -> None:
+    make_modules(tmp_path / "lib/modules/6.1", {"a": ""})
+    for path in (tmp_path, tmp_path / "lib/modules/6.1"):
+        found = own_kernel.find_modules(str(path), "6.1")
+        assert found is not None
+        assert (found.version, found.missing(["a"])) == ("6.1", [])
+    tree = tmp_path / "linux"
+    (tree / "drivers").mkdir(parents=True)
+    (tree / "Kconfig").touch()
+    (tree / "modules.order").write_text("drivers/a.o\n")
+    (tmp_path / "lib/modules/6.1/kernel/drivers/a.ko").rename(tree / "drivers" / "a.ko")
+    built = own_kernel.find_modules(str(tree), "6.2-rc1")
+    assert built is not None
+    assert (built.version, built.missing(["a"])) == ("6.2-rc1", [])
+    assert own_kernel.find_modules(None, "no-such-version") is None
+    for path in (tmp_path / "none", tmp_path / "linux" / "drivers"):
+        with pytest.raises(StartError, match="modules="):
+            own_kernel.find_modules(str(path), "6.1")
+
+
+def test_nothing_to_load_is_a_list_without_names() -> None:
+    listed = {each.path: each.content for each in entries(own_kernel.initrd(None))}
+    assert listed["etc/modules"] == b""
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"guest": "builtin", "linux": "k", "initrd": "i"}, "own initrd"),
+        ({"guest": "builtin", "modules": "m"}, "modules="),
+        ({"linux": "k", "modules": "m"}, "modules="),
+        ({"directory": "/", "directory_rw": True}, "directory_rw="),
+        ({"guest": "builtin", "directory_rw": True}, "directory_rw="),
+        ({"guest": "builtin", "warm": True, "linux": "k"}, "linux="),
+        ({"guest": "builtin", "warm": True, "directory": "/"}, "directory="),
+        ({"guest": "builtin", "warm": True, "forwards": (Forward(22),)}, "forwards="),
+        ({"image": "i", "directory": "/"}, "both name the guest's root"),
+    ],
+)
+def test_contradictions(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        check(MachineConfig()._replace(**options))
+
+
+def test_what_goes_together() -> None:
+    config = check(MachineConfig(guest="builtin", linux="k", directory="/", directory_rw=True, modules="m"))
+    assert config.is_userland
+    assert not check(MachineConfig(directory="/")).is_userland
+    assert io.BytesIO(own_kernel.initrd(None)).read(6) == b"070701"
