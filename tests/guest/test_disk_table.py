@@ -35,7 +35,11 @@ def qemu_for(machine_type: str, qemu: str) -> str:
     return beside
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc", "virt"])
+# Guests of another architecture are ten times slower.
+MACHINE_TYPES = ["q35", "pc", pytest.param("virt", marks=pytest.mark.soak)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=MACHINE_TYPES)
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
     async with booted(qemu_for(request.param, qemu), machine_type=request.param, hotplug_ports=8) as running:
         yield running

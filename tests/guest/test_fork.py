@@ -25,7 +25,7 @@ from vmspawn.snapshots.save import save
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", pytest.param("pc", marks=pytest.mark.soak)])
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
     async with booted(qemu, machine_type=request.param) as running:
         yield running

@@ -142,8 +142,8 @@ def test_a_storm_of_messages(honest: Honest, tmp_path: Path, protocol: str) -> N
     fd = os.open(make_raw(tmp_path / "hostile", 1 << 20), os.O_RDONLY)
     try:
         with nothing_left(honest):
-            storm(honest, protocol, random.Random(seed), scaled(5000), fd)
-        figure(f"hostile messages, {protocol}, beside an honest client", scaled(5000))
+            storm(honest, protocol, random.Random(seed), scaled(2000), fd)
+        figure(f"hostile messages, {protocol}, beside an honest client", scaled(2000))
     finally:
         os.close(fd)
 
