@@ -97,6 +97,7 @@ def test_another_tree_that_may_be_written_to(qemu: str, tmp_path: Path) -> None:
     assert (tmp_path / "work" / "result").read_text() == "written\n"
 
 
+@pytest.mark.soak
 @needs_virtiofsd
 def test_files_are_copied_by_the_userlands_own_tools(qemu: str, tree: Path, tmp_path: Path) -> None:
     """GNU's tar, mv and dd, as this host has them."""
