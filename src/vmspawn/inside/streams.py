@@ -186,13 +186,18 @@ class Streams:
                 raise result
 
     async def _connect(self, plugged: PortSet) -> bool:
-        """Connect a set; returns False if the guest does not notice."""
+        """Connect a set; returns False if the guest does not notice. No stream is open then, or after an error."""
         streams = await self._ports.connect(list(plugged.ports.values()))
         plugged.streams = dict(zip(plugged.ports, streams, strict=True))
-        if self._is_closed:
-            plugged.close()
-            raise NotConnected("the machine ended")
-        return await self._agent.has_connected(plugged.id, len(protocol.PORTS), _GUEST_TIMEOUT)
+        is_connected = False
+        try:
+            if self._is_closed:
+                raise NotConnected("the machine ended")
+            is_connected = await self._agent.has_connected(plugged.id, len(protocol.PORTS), _GUEST_TIMEOUT)
+        finally:
+            if not is_connected:
+                plugged.close()
+        return is_connected
 
     # After a command.
 

@@ -17,6 +17,9 @@ _TIMEOUT = 600.0
 #: Seconds that QEMU may take to end a save that was cancelled.
 _CANCEL_TIMEOUT = 30.0
 
+#: Seconds between two looks at the run state.
+_STATE_INTERVAL = 0.01
+
 #: States of a migration that has begun and not ended, and those of its end.
 _UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling")
 _ENDS = ("completed", "failed", "cancelled")
@@ -54,12 +57,25 @@ async def end_saving(monitor: Monitor, saving: SavedSaving) -> str:
 
 
 async def cancel(monitor: Monitor) -> None:
-    """Cancel a save, and wait for its end; returns at once if none is under way."""
-    with monitor.events() as events:
-        if (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
-            await monitor.execute("migrate_cancel")
-            async with asyncio.timeout(_CANCEL_TIMEOUT):
-                await _until_ended(events)
+    """Cancel a save, and wait until QEMU can resume the guest; returns at once if no save is under way.
+
+    Raises what `Monitor.execute` raises, or Timeout.
+    """
+    try:
+        async with asyncio.timeout(_CANCEL_TIMEOUT):
+            with monitor.events() as events:
+                if (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+                    await monitor.execute("migrate_cancel")
+                    await _until_ended(events)
+            # QEMU refuses `cont` until it has left this state, some time after the migration's last event.
+            while await _is_finishing(monitor):  # noqa: ASYNC110 - no event reports it
+                await asyncio.sleep(_STATE_INTERVAL)
+    except TimeoutError:
+        raise Timeout(f"QEMU has not ended its migration within {_CANCEL_TIMEOUT:g} s") from None
+
+
+async def _is_finishing(monitor: Monitor) -> bool:
+    return bool((await monitor.execute("query-status"))["status"] == "finish-migrate")
 
 
 async def _until_ended(events: EventStream) -> str:
