@@ -46,10 +46,12 @@ class Machine(api.Machine):
 
     async def leave(self) -> None:
         """Stop managing the machine, which continues to run."""
+        self._stop_serving()
         await self.inner.leave()
 
     async def close(self) -> None:
         """End the machine."""
+        self._stop_serving()
         await self.inner.end()
 
     @property
