@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Loads credentials for the guest, which systemd in it passes on to services (systemd.exec(5), CREDENTIALS)."""
+"""Loads credentials, which systemd in the guest passes to its services (systemd.exec(5), CREDENTIALS)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..record import Record
 #: systemd's CREDENTIALS_TOTAL_SIZE_MAX.
 TOTAL_MAX = 1 << 20
 
-#: Seconds for a credential that is read from a socket.
+#: Seconds that the sender of a credential on a socket has.
 _SOCKET_TIMEOUT = 30.0
 
 
@@ -26,7 +26,7 @@ class Credential(Record):
 
 
 def check(credentials: tuple[Credential, ...]) -> None:
-    """Raise UsageError if two have one name."""
+    """Raise UsageError if two credentials have the same name."""
     names = [each.name for each in credentials]
     for name in names:
         if names.count(name) > 1:

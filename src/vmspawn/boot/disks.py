@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open, check and place the disks that QEMU starts with; grow the image or put an overlay on it."""
+"""Opens, checks and places the disks that QEMU starts with, and grows the image or puts an overlay on it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class _Wanted(Record):
     field: str
     value: str
     is_image: bool = False
-    #: The volume that becomes the disk, in place of a path.
+    #: The volume to use as the disk, instead of a path.
     volume: Volume | None = None
 
     @property
     def spelled(self) -> str:
-        """The field and the value, in the template of an error that has `value`."""
+        """The field and the value, for the template of an error with `value`."""
         return f"{{{self.field}={{value}}}}"
 
 
@@ -58,7 +58,7 @@ def open_boot_disks(config: MachineConfig, layout: places.Layout, folder: str) -
 
 
 def _wanted(config: MachineConfig) -> Iterator[_Wanted]:
-    """The disks of the configuration, with what the configuration sets for all of them."""
+    """Yield the disks of the configuration, with its settings for all disks."""
     discard = "unmap" if config.discard_disk else "ignore"
     wanted = [_Wanted(disk, "extra_disks", disk.path) for disk in config.extra_disks]
     if (image := config.image_disk) is not None:
@@ -74,7 +74,7 @@ def _wanted(config: MachineConfig) -> Iterator[_Wanted]:
 
 @contextlib.contextmanager
 def _blaming(wanted: _Wanted) -> Iterator[None]:
-    """Name the option in what is wrong with its disk."""
+    """Add the option to errors about its disk."""
     try:
         yield
     except (BadConfig, ConfigNotSupported, SystemFailure) as error:
@@ -136,7 +136,7 @@ def _boot_disk(
     backing: Backing,
     others: Iterable[BootDisk],
 ) -> BootDisk:
-    """Make an open image a disk beside the others. Owns `backing` from the call on."""
+    """Admit an open image as a disk. Owns `backing` from the call on."""
     below = None
     try:
         if admission.find_file(others, backing, share=wanted.disk.share):
@@ -156,7 +156,7 @@ def _boot_disk(
                 what="the image",
             )
         assert image is not None
-        # On `pc`, the slots for boot disks are those for hot-plug too.
+        # On `pc`, boot disks and hot-plugged disks share the slots.
         layout.pci.claim(place)
         if wanted.is_image and disk.bus != "scsi-cd":
             backing, image_format, below = _prepare_image(config, folder, backing, image.format, disk.path)
@@ -179,7 +179,7 @@ def _check_thread(disk: Disk) -> None:
 def _prepare_image(
     config: MachineConfig, folder: str, backing: Backing, image_format: str, path: str
 ) -> tuple[Backing, str, Below | None]:
-    """Grow the image or put an overlay on it, if configured. `backing` stays the caller's on failure."""
+    """Grow the image or put an overlay on it, if configured. On failure the caller keeps `backing`."""
     if config.ephemeral:
         fresh, below = overlay(backing, image_format, path=path, folder=folder, grow_to=config.grow_image)
         return fresh, "qcow2", below

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Collects what firmware, network, shares and SMBIOS strings add to a machine, as values that are joined."""
+"""Defines the additions of firmware, network, shares and SMBIOS strings to a machine, and joins them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..hotplug.places import Layout, Place
 from ..record import Record
 from .overlay import BASE_FDSET
 
-#: The descriptor sets of the firmware's flash. Those of disks have larger numbers.
+#: The descriptor sets of the firmware's flash. Disks have sets with larger numbers.
 FLASH_FDSETS = (BASE_FDSET - 1, BASE_FDSET - 2)
 
 
@@ -20,7 +20,7 @@ class Extras(Record):
 
     #: Properties of `-machine`, such as `smm=on`.
     machine: tuple[str, ...] = ()
-    #: More of QEMU's command line, each option followed by its value.
+    #: Arguments of QEMU, each option followed by its value.
     arguments: tuple[str, ...] = ()
     #: The descriptors that QEMU inherits under the same numbers.
     descriptors: tuple[int, ...] = ()
@@ -49,11 +49,11 @@ class Owned(Record):
 
     #: Unwound if the start fails.
     undo: ExitStack
-    #: Unwound as soon as QEMU runs and has descriptors of its own, or if the start fails.
+    #: Unwound as soon as QEMU runs and has inherited the descriptors, or if the start fails.
     lent: ExitStack
 
     def lend(self, fd: int) -> int:
-        """Return a descriptor that is closed as soon as QEMU has its own."""
+        """Return the descriptor, and close it as soon as QEMU has inherited it."""
         self.lent.callback(os.close, fd)
         return fd
 
@@ -69,7 +69,7 @@ def fdset_path(number: int) -> str:
 
 
 def content(name: str, data: bytes, owned: Owned) -> tuple[str, Extras]:
-    """Put data into a file in memory without a name. Returns the path by which QEMU opens it, and the descriptor.
+    """Write data to a memory file. Returns the path with which QEMU opens the file, and the descriptor as Extras.
 
     Unlike arguments, the content is not shown by ps(1), and its size is not limited.
     """
@@ -81,7 +81,7 @@ def content(name: str, data: bytes, owned: Owned) -> tuple[str, Extras]:
 
 
 def take_place(layout: Layout) -> Place:
-    """Reserve a slot for a device that is there from boot. Raises NoFreePort."""
+    """Reserve a slot for a boot device. Raises NoFreePort."""
     place = layout.boot.take()
     layout.pci.claim(place)
     return place

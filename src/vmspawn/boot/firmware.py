@@ -18,7 +18,7 @@ from ..user_directories import user_directory
 
 KINDS = ("auto", "uefi", "bios", "none")
 
-#: Firmware with keys enrolled boots nothing unsigned, so it must be asked for.
+#: Features of firmware that is used only on request: firmware with enrolled keys boots only signed programs.
 EXCLUDED = ("enrolled-keys",)
 
 #: The directory of descriptors, below the user's configuration directory and these, in the order of their priority.
@@ -113,7 +113,7 @@ def check(wish: FirmwareWish, *, direct_boot: bool) -> None:
 
 
 def directories() -> list[str]:
-    """Return the directories of descriptors, the one with the highest priority first."""
+    """Return the directories of descriptors, in descending priority."""
     user = user_directory("XDG_CONFIG_HOME", ".config")
     return [os.path.join(base, _SUBDIRECTORY) for base in (user, *_SYSTEM) if base]
 
@@ -182,7 +182,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def _readable() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the descriptors that can be read; a broken descriptor does not hide the others."""
+    """Yield the readable descriptors. A broken descriptor is skipped."""
     for path in descriptors():
         try:
             yield path, read(path)

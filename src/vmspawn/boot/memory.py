@@ -7,7 +7,7 @@ from ..errors import UsageError
 from ..record import Record
 from .extras import Extras
 
-#: The slots for memory that is plugged in later, if a maximum is given and no number; as systemd-vmspawn.
+#: The number of slots for hot-plugged memory if the user sets only a maximum, as in systemd-vmspawn.
 SLOTS_DEFAULT = 1
 _SLOTS_MAX = 256
 
@@ -44,6 +44,6 @@ def size_argument(size: int, growth: Growth | None) -> str:
 
 
 def shared(size: int) -> Extras:
-    """Let other processes map the guest's memory, as vhost-user devices do."""
+    """Return the arguments that let other processes map the guest's memory, as vhost-user devices do."""
     backend = f"memory-backend-memfd,id=mem,size={size}B,share=on"
     return Extras(machine=("memory-backend=mem",), arguments=("-object", backend))

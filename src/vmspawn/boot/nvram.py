@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Opens the file with a machine's UEFI variables: beside the image, where the user wants it, or in memory."""
+"""Opens the file with a machine's UEFI variables: beside the image, at a path of the user, or in memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _COPY_SIZE = 1 << 20
 
 
 def state_path(wish: FirmwareWish, image: str | None, *, ephemeral: bool) -> str | None:
-    """Return the path of the file for the variables, or None if they end with the machine.
+    """Return the path of the file for the variables, or None if they are discarded with the machine.
 
-    `image` is the image or directory that boots. The variables of a block device end with the machine by default.
+    `image` is the image or directory that boots. By default, the variables of a block device are discarded.
     """
     if wish.nvram_state == "off":
         return None
@@ -65,7 +65,7 @@ def open_state(path: str | None, template: Blob) -> int:
 
 
 def _create(path: str, template: Blob, hint: str) -> int:
-    """Complete the file before it gets its name, so that no later start uses an interrupted copy."""
+    """Create the file under its name only when it is complete, so that no later start uses a partial copy."""
     partial = f"{path}.{os.getpid()}"
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

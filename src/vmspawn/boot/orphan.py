@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""End a QEMU that has no manager."""
+"""Ends a QEMU that has no manager."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..errors import StartError
 from ..host import runtime
 from ..host.runtime import MachineDirectory
 
-#: Seconds for QEMU to end after a signal.
+#: Seconds that QEMU has to end after a signal.
 _END_TIMEOUT = 5.0
 
 
 def end_orphan(name: str) -> None:
-    """End a QEMU that has no manager, and remove what it left.
+    """End a QEMU that has no manager, and remove its files.
 
-    It is asked by SIGTERM, at which QEMU closes its images, unless it is stopped; and killed if it does not obey.
-    Raises NotConnected if there is no such machine, StartError if it has a manager or cannot be killed.
+    SIGTERM lets QEMU close its images. A QEMU that is stopped, or does not end in time, is killed.
+    Raises NotConnected if the machine does not exist, StartError if it has a manager or cannot be killed.
     """
     directory = MachineDirectory.take_over(name)
     try:
@@ -50,8 +50,8 @@ def _end_process(name: str, pid: int) -> None:
 
 
 def _ends_of(process: int, number: signal.Signals) -> bool:
-    """Whether a process ends soon after a signal."""
-    # It may have ended by itself.
+    """Send a signal, and return whether the process ends soon."""
+    # The process may have ended by itself.
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, number)
     return bool(select.select([process], [], [], _END_TIMEOUT)[0])

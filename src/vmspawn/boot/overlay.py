@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Puts an overlay on an image, which stays as it is, or grows an image before it boots.
+"""Puts an overlay on an image, so that it does not change, or grows an image before boot.
 
-The guest writes to the overlay, a file without a name, which ends with the machine.
+The guest writes to the overlay, a file without a name, which is discarded with the machine.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..storage.image import FDSET_BASE
 #: The node of the image below its overlay.
 BASE_NODE = "image-below"
 
-#: Its descriptor set. The sets of disks have larger numbers.
+#: The descriptor set of that image. Disks have sets with larger numbers.
 BASE_FDSET = FDSET_BASE - 1
 
-#: Sizes are rounded up to whole pages, as by systemd-vmspawn.
+#: Sizes are rounded up to whole pages, as in systemd-vmspawn.
 _GROW_UNIT = 4096
 
 
 class Below:
-    """The image below an overlay: its descriptor, which the guest's writes never reach, and its block node."""
+    """The image below an overlay: its read-only descriptor, and its block node."""
 
     __slots__ = ("fd", "node")
 

@@ -14,7 +14,7 @@ from ..record import Record
 #: The oldest QEMU that is tested.
 VERSION_MIN = (7, 2)
 
-# By the guest's architecture; and the packages that contain them.
+# The binaries for each architecture of the guest, and their packages.
 _BINARIES = {
     "x86_64": ("qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm"),
     "aarch64": ("qemu-system-aarch64",),
@@ -37,13 +37,13 @@ class QemuBinary(Record):
 
     path: str
     version: tuple[int, int, int]
-    #: The architecture that it emulates, by the kernel's name.
+    #: The emulated architecture, in the kernel's spelling.
     architecture: str
     #: QEMU 11.1 brought `-object monitor-qmp` and deprecated `-mon`.
     monitor_object: bool
-    #: Whether NVMe namespaces can be plugged in while the machine runs (from QEMU 11.1 on).
+    #: True if NVMe namespaces can be hot-plugged (QEMU 11.1).
     namespaces: bool
-    #: Whether it was built with seccomp.
+    #: True if the binary was built with seccomp.
     sandbox: bool
 
 
@@ -113,12 +113,12 @@ def _cached(path: str, identity: list[int]) -> QemuBinary | None:
 
 
 def _cache_file() -> str:
-    """The path of the cache. Raises UsageError for a user without a home, who needs none to boot an image."""
+    """Return the path of the cache. Raises UsageError for a user without a home directory."""
     return os.path.join(cache_directory(), _CACHE_FILE)
 
 
-# What a probed QEMU is asked. Whether namespaces can be plugged in shows in whether their bus has a handler for that.
-# An option that QEMU was built without is none that it knows.
+# The questions to a probed QEMU. Namespaces can be hot-plugged if their bus has a hot-plug handler.
+# QEMU does not list options that it was built without.
 _QUESTIONS: tuple[tuple[str, dict[str, str]], ...] = (
     ("qmp_capabilities", {}),
     ("query-version", {}),
@@ -137,14 +137,14 @@ def _probe(path: str, identity: list[int]) -> QemuBinary:
     version = _parse_version(path, _run(path, "--version"))
     if version < VERSION_MIN:
         return QemuBinary(path, version, "", False, False, False)
-    # The name tells which machine types it has; the architecture is asked for.
+    # The binary's name suggests a machine type; QEMU reports the architecture.
     machine = "virt" if "aarch64" in os.path.basename(path) else "q35"
     commands = "".join(json.dumps({"execute": name, "arguments": arguments}) for name, arguments in _QUESTIONS)
     options = ("-nodefaults", "-display", "none", "-S", "-qmp", "stdio", "-machine", machine)
     try:
         output = _run(path, *options, "-device", "nvme,id=probe,serial=probe", feed=commands)
     except StartError:
-        # Some distributions leave the NVMe device out.
+        # Some distributions build QEMU without the NVMe device.
         output = _run(path, *options, feed=commands)
     binary = _understand(path, version, output)
     _remember(binary, identity)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Confines QEMU by its seccomp filters, so that a guest that breaks out of QEMU can do little.
+"""Confines QEMU with its seccomp filters, so that a guest that takes over QEMU can do little.
 
 The filters are those of QEMU's `-sandbox` (docs/system/security.rst; qemu-options.hx): obsolete system calls, and those
 that raise privileges, start programs, or change the scheduling of processes, end QEMU. QEMU never has to start a
-program: we start the processes beside it.
+program, because vmspawn starts the helper processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sandbox(binary: QemuBinary, config: MachineConfig) -> list[str]:
 
 
 def may_start_programs(pid: int) -> bool:
-    """Whether a running QEMU's sandbox lets it start programs, by its command line."""
+    """Return whether a running QEMU's sandbox allows it to start programs, according to its command line."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().split(b"\0")

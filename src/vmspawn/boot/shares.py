@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Shares directories of the host with the guest over virtiofs: as its root, or at mount points below it.
 
-Each directory is served by a virtiofsd of its own, which QEMU is connected to from the start. systemd in the guest
+A separate virtiofsd serves each directory, and QEMU is connected to it from the start. systemd in the guest
 mounts the shares: it gets lines for its fstab as a credential.
 """
 
@@ -25,14 +25,14 @@ from .extras import Extras, Owned, join, take_place
 if TYPE_CHECKING:
     from ..helpers.virtiofsd import Virtiofsd
 
-#: The tag of the root, and the kernel arguments by which the guest mounts it; as in systemd-vmspawn.
+#: The tag of the root, and the kernel arguments with which the guest mounts it, as in systemd-vmspawn.
 ROOT_TAG = "root"
 ROOT_ARGUMENTS = ("root=root", "rootfstype=virtiofs", "rw")
 
 #: The credential that systemd in the guest adds to its /etc/fstab.
 FSTAB_CREDENTIAL = "fstab.extra"
 
-#: The default of virtiofsd; QEMU's own is smaller.
+#: virtiofsd's default; QEMU's default is smaller.
 _QUEUE_SIZE = 1024
 
 
@@ -45,7 +45,7 @@ class Share(Record):
 
 
 def fstab(shares: tuple[Share, ...]) -> bytes:
-    """Return the lines of fstab(5) by which the guest mounts the shares, in the order of their tags."""
+    """Return the lines of fstab(5) with which the guest mounts the shares, in the order of their tags."""
     lines = (
         f"{_tag(number)} {_escape(each.target)} virtiofs {'ro' if each.read_only else 'rw'},x-initrd.mount\n"
         for number, each in enumerate(shares)
@@ -98,7 +98,7 @@ def _wanted(directory: str | None, shares: tuple[Share, ...]) -> Iterator[tuple[
 
 
 def check(field: str, path: str) -> None:
-    """Raise StartError if the path of a field is not a directory that we can open."""
+    """Raise StartError if the path of a field is not a directory that vmspawn can open."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:

@@ -10,18 +10,18 @@ from ..errors import StartError
 from .config import MachineConfig
 from .extras import Extras, Owned, content, join
 
-#: A kernel's COMMAND_LINE_SIZE on x86; a longer command line is cut without an error.
+#: The kernel's COMMAND_LINE_SIZE on x86; the kernel truncates a longer command line without an error.
 KERNEL_ARGUMENTS_MAX = 2048
 
-#: Bytes of all strings together. Firmware counts the table's length in 16 bits; beyond that QEMU 7.2 cuts it and 11.1
-#: loses it at some length, both without an error. The rest is for the other strings of the table.
+#: The maximum size of all strings in bytes. Firmware stores the table's length in 16 bits; QEMU 7.2 truncates and 11.1
+#: drops a longer table without an error. The rest is for the other strings of the table.
 TOTAL_MAX = 60_000
 
 #: The longest name of a fw_cfg file (QEMU's docs/specs/fw_cfg.rst), and the directory where systemd finds credentials.
 _FW_CFG_NAME_MAX = 55
 _FW_CFG_DIRECTORY = "opt/io.systemd.credentials/"
 
-#: Guests of these architectures have SMBIOS whatever the firmware is.
+#: Guests of these architectures have SMBIOS with every firmware.
 _BY_ITSELF = ("x86_64",)
 
 _STUB = "io.systemd.stub.kernel-cmdline-extra"
@@ -29,7 +29,7 @@ _BOOT_LOADER = "io.systemd.boot.kernel-cmdline-extra"
 
 
 def wishes(config: MachineConfig) -> list[str]:
-    """Return what the user wants to pass to the guest by SMBIOS, as fields of error templates."""
+    """Return the user's settings that are passed by SMBIOS, as fields of error templates."""
     fields = {
         "{credentials=}": config.credentials,
         "{vendor_strings=}": config.vendor_strings,
@@ -39,12 +39,12 @@ def wishes(config: MachineConfig) -> list[str]:
 
 
 def needs_uefi(config: MachineConfig, architecture: str) -> bool:
-    """Return whether only UEFI would pass on to the guest what the user wants to pass by SMBIOS."""
+    """Return whether the user's settings need SMBIOS, and the architecture has SMBIOS only with UEFI."""
     return architecture not in _BY_ITSELF and bool(wishes(config))
 
 
 def is_without_uefi(architecture: str) -> bool:
-    """Whether guests of an architecture have SMBIOS without UEFI."""
+    """Return whether guests of an architecture have SMBIOS without UEFI."""
     return architecture in _BY_ITSELF
 
 
@@ -57,7 +57,7 @@ def of_kernel_arguments(arguments: Iterable[str]) -> list[bytes]:
 
 
 def check_kernel_arguments(arguments: Iterable[str]) -> None:
-    """Raise StartError if the kernel would cut the arguments."""
+    """Raise StartError if the kernel would truncate the arguments."""
     length = len(os.fsencode(" ".join(arguments)))
     if length >= KERNEL_ARGUMENTS_MAX:
         raise StartError(f"the kernel arguments are {length} bytes, and a kernel takes {KERNEL_ARGUMENTS_MAX - 1}")
@@ -89,7 +89,7 @@ def extras(strings: Sequence[bytes], credentials: Iterable[tuple[str, bytes]], o
 def with_optional(
     strings: Sequence[bytes], credentials: Sequence[tuple[str, bytes]], optional: Sequence[tuple[str, bytes]]
 ) -> list[tuple[str, bytes]]:
-    """The credentials, and the optional ones behind them if the table has room for all of those."""
+    """Return the credentials, followed by the optional ones if the table has room for all of them."""
     room = TOTAL_MAX - sum(map(len, strings))
     for name, value in credentials:
         size = len(of_credential(name, value))

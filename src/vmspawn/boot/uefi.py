@@ -21,9 +21,9 @@ _INSTALL_OR_BIOS = _INSTALL + ", or use {firmware.kind=bios}"
 def choose(config: MachineConfig, architecture: str, detail: Callable[[str], None]) -> Firmware | None:
     """Return the UEFI firmware for a machine, or None for QEMU's own.
 
-    `auto` is UEFI for an image, and QEMU's own for a kernel that QEMU can start and for the built-in guest: UEFI takes
-    several times as long. Where no UEFI is installed it is the BIOS, which `detail` is told. Raises StartError,
-    UsageError.
+    `auto` selects UEFI for an image, and QEMU's own firmware for the built-in guest and other kernels that QEMU can
+    start, because UEFI takes several times as long. If no UEFI is installed, it selects BIOS and reports that to
+    `detail`. Raises StartError or UsageError.
     """
     wish, kind = config.firmware, _kernel_kind(config)
     if wish.kind in ("bios", "none"):
