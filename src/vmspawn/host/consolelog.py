@@ -2,9 +2,9 @@
 """Keeps the guest's output while there is no manager, in QEMU's log of the console, which is bounded.
 
 QEMU drops the output while there is no manager, but logs it first, without a bound. So the log is a file in memory
-whose end is just below the limit on file sizes that QEMU is started with: QEMU appends until the log is full, and runs
-on without it. Truncating the file empties the log, and QEMU appends again. The file has no name; QEMU has it open, and
-the next manager finds it there.
+whose end is just below QEMU's limit on file sizes: QEMU appends until the log is full, and continues
+without it. Truncating the file empties the log, and QEMU appends again. The file has no name; the next manager finds it
+among QEMU's open files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 from _thread import allocate_lock
 from collections.abc import Iterator
 
-#: Bytes of output that are kept while the machine has no manager: the first ones. The rest is lost.
+#: Bytes of output that are kept while the machine has no manager. Later output is lost.
 KEPT_MAX = 1 << 20
 
 _NAME = "vmspawn-console-log"
@@ -27,7 +27,7 @@ _NAME = "vmspawn-console-log"
 _END = (1 << 63) - (1 << 20)
 _BEGIN = _END - KEPT_MAX
 
-# The limit is that of the whole process, and machines may be started in several threads.
+# The limit applies to the whole process, and several threads may start machines.
 _LIMITING = allocate_lock()
 
 
@@ -73,7 +73,7 @@ class ConsoleLog:
 
     @property
     def is_full(self) -> bool:
-        """Whether the log is full, so that output may be missing."""
+        """True if the log is full, so that output may be missing."""
         return self.size >= KEPT_MAX
 
     def read(self, size: int) -> bytes:
@@ -110,4 +110,4 @@ def _is_log(path: str) -> bool:
     try:
         return os.readlink(path).startswith(f"/memfd:{_NAME} ")
     except OSError:
-        return False  # closed meanwhile
+        return False  # the descriptor was closed meanwhile

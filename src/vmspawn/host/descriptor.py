@@ -7,7 +7,7 @@ import os
 
 
 class Descriptor:
-    """A file descriptor. Owns it until `take` hands it to another owner."""
+    """An owned file descriptor. `take` passes it to another owner."""
 
     __slots__ = ("fd",)
 
@@ -15,7 +15,7 @@ class Descriptor:
         self.fd = fd
 
     def take(self) -> int:
-        """Return the descriptor, which is the caller's from now on."""
+        """Return the descriptor, which the caller owns from now on."""
         fd, self.fd = self.fd, -1
         return fd
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Connects QEMU's console with its manager by two named pipes in the runtime directory.
+"""Connects QEMU's console with its manager through two named pipes in the runtime directory.
 
-QEMU writes a serial port's output a byte at a time. A socket keeps each byte apart and is full after a few hundred; a
-pipe puts them together and takes 64 kB. They have names, so that another manager can open them.
+QEMU writes a serial port's output byte by byte. A socket is full after a few hundred separate bytes; a
+pipe joins them and has room for 64 kB. The pipes have names, so that another manager can open them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .runtime import QEMU_INPUT, QEMU_OUTPUT, MachineDirectory
 class ConsolePipes(Record):
     """The descriptors of both pipes. The holder owns all four."""
 
-    #: Our ends, which do not block: for input that is typed, and for output that is shown.
+    #: The manager's non-blocking ends: for typed input, and for output.
     typed: int
     shown: int
     #: QEMU's standard input and output.
@@ -29,9 +29,9 @@ class ConsolePipes(Record):
 def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
     """Make and open the pipes; `capacity` is the size of the output pipe in bytes, 0 for the default. Raises OSError.
 
-    QEMU has its input open for writing as well, so it never reads an end of file, and survives us. Without a manager,
-    QEMU drops its output. With a `capacity`, for a device that drops output when the pipe is full, QEMU has its output
-    open for reading as well, so that the pipe keeps `capacity` bytes for the next manager.
+    QEMU also has its input open for writing, so it never reads an end of file, and survives its manager. Without a
+    manager, QEMU drops its output. With a `capacity`, for a device that drops output when the pipe is full, QEMU also
+    has its output open for reading, so that the pipe keeps `capacity` bytes for the next manager.
     """
     taken: list[int] = []
     flags = os.O_NONBLOCK | os.O_CLOEXEC
@@ -55,7 +55,7 @@ def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
 
 
 def open_again(directory: MachineDirectory) -> tuple[int, int]:
-    """Open our ends of the pipes of a QEMU that another manager started: for input, and for output.
+    """Open the manager's ends of the pipes of a QEMU that another manager started: for input and for output.
 
     The caller owns both. Raises OSError.
     """

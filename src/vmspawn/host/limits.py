@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Raises the limits of our process."""
+"""Raises the limits of this process."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 
-#: Descriptors for all connections and sessions that we allow (`CONNECTIONS_MAX`, `SESSIONS`), and some more.
+#: Enough descriptors for all connections and sessions (`CONNECTIONS_MAX`, `SESSIONS`).
 DESCRIPTORS = 4096
 
 
 def allow_descriptors() -> None:
-    """Raise the soft limit of descriptors to what this process and QEMU, which inherits the limit, may need.
+    """Raise the soft limit of descriptors, for this process and for QEMU, which inherits it.
 
-    The soft limit is 1024 for the sake of select(2), which neither uses, and a user may have lowered it.
+    The default of 1024 exists for select(2), which neither process uses.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)

@@ -17,19 +17,19 @@ from ..timeouts import LIST_TIMEOUT
 
 MODES = ("auto", "yes", "no")
 
-#: Our name in machinectl's SERVICE column.
+#: vmspawn's name in machinectl's column SERVICE.
 SERVICE = "vmspawn"
 
 _INTERFACE = "io.systemd.Machine"
 
-#: Seconds that a machine's end waits for machined, which notices the leader's end by itself as well.
+#: Seconds to wait for machined at a machine's end. machined also notices the end of QEMU by itself.
 UNREGISTER_TIMEOUT = 5.0
 
 
 class Registration(Record):
     """The registration that the user wants, and the unit that QEMU runs in.
 
-    `mode` is one of MODES. `scope` is `system` or `user`; empty stands for `system` if we are root, else for `user`.
+    `mode` is one of MODES. `scope` is `system` or `user`; empty means `system` for root, else `user`.
     `slice` and `properties` are settings of a scope unit that is made for QEMU.
     """
 
@@ -41,12 +41,12 @@ class Registration(Record):
 
     @property
     def user(self) -> bool:
-        """Whether the user's service manager is meant, not the system's."""
+        """True for the user's service manager, False for the system's."""
         return self.scope == "user" if self.scope else os.geteuid() != 0
 
     @property
     def own_scope(self) -> bool:
-        """Whether QEMU is started in a scope unit of its own: the one that machined makes has no settings."""
+        """True if vmspawn makes QEMU's scope unit, because machined makes one without settings."""
         return bool(self.slice or self.properties)
 
 
@@ -83,7 +83,7 @@ def socket_path(*, user: bool) -> str:
 
 def scope_name(name: str) -> str:
     """Return the name that machined gives the scope unit of a machine."""
-    # Of the characters of a machine's name, a unit's has only the dash escaped.
+    # The dash is the only character of a machine's name that a unit's name escapes.
     escaped = name.replace("-", r"\x2d")
     return f"machine-{escaped}.scope"
 
@@ -116,9 +116,9 @@ class Candidate(Record):
 
 
 async def register(registration: Registration, candidate: Candidate, notice: Callable[[str], None]) -> bool:
-    """Register a machine with machined; returns whether that succeeded.
+    """Register a machine with machined. Returns whether that succeeded.
 
-    If registration is required (`yes`), a failure raises StartError. Else a refusal is reported to `notice`, and a
+    If registration is required (`yes`), a failure raises StartError. Otherwise a refusal is reported to `notice`, and a
     machined that does not run is ignored.
     """
     from . import varlink
@@ -137,7 +137,7 @@ async def register(registration: Registration, candidate: Candidate, notice: Cal
 
 
 async def _forget_former(path: str, candidate: Candidate) -> None:
-    """Unregister this QEMU if a manager that died has registered it, which machined has as its supervisor.
+    """Unregister this QEMU if a dead manager, which is its supervisor for machined, has registered it.
 
     Raises VmspawnError if machined does not run.
     """
@@ -152,7 +152,7 @@ async def _forget_former(path: str, candidate: Candidate) -> None:
 
 
 def _in_its_scope(candidate: Candidate) -> bool:
-    """Whether QEMU is already in the scope that machined would make for it."""
+    """Return whether QEMU is already in the scope that machined would make for it."""
     try:
         with open(f"/proc/{candidate.leader}/cgroup", encoding="utf-8") as file:
             return f"/{scope_name(candidate.name)}" in file.read()
@@ -180,7 +180,7 @@ def _not_registered(registration: Registration, name: str, error: VmspawnError, 
 
 
 async def unregister(registration: Registration, name: str) -> None:
-    """Unregister a machine that we registered. Errors are ignored: machined may have unregistered it, or have ended."""
+    """Unregister a machine. Ignores errors, because machined may have unregistered it already, or have ended."""
     from . import varlink
 
     path = socket_path(user=registration.user)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reports a service's state to the service manager, by the protocol of sd_notify(3)."""
+"""Reports a service's state to the service manager, with the protocol of sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import socket
 
 
 class Notifier:
-    """Sends messages to the socket that $NOTIFY_SOCKET names; without one that listens, it does nothing.
+    """Sends messages to the socket in $NOTIFY_SOCKET. Does nothing if no service manager listens.
 
-    The variables are removed from the environment: our children must not send messages for us.
+    The variables are removed from the environment, so that child processes do not send messages.
     """
 
     def __init__(self) -> None:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
         if self._address.startswith("@"):
             self._address = "\0" + self._address[1:]
-        #: Seconds within which the service manager expects WATCHDOG=1 again, or 0 if it has no watchdog for us.
+        #: The interval in seconds at which the service manager expects WATCHDOG=1, or 0 without a watchdog.
         self.watchdog = _watchdog()
 
     def send(self, **fields: object) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Watches a process through its pidfd: our child, or one that an earlier manager started."""
+"""Watches a process through its pidfd: a child, or a process that an earlier manager started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Process:
         self.pid = pid
         self.started = start_time(pid)
         self._fd = os.pidfd_open(pid)
-        #: The exit status as in os.waitstatus_to_exitcode, or None where the process was not our child.
+        #: The exit status as in os.waitstatus_to_exitcode, or None if the process is not a child.
         self.status: int | None = None
         self.ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._fd, self._reap)
@@ -32,7 +32,7 @@ class Process:
         self.ended.set()
 
     def close(self) -> None:
-        """Stop watching; the process runs on."""
+        """Stop watching, and leave the process running."""
         if self._fd >= 0:
             asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find programs in $PATH. Like shutil.which, which would import more than the whole way to QEMU's start."""
+"""Finds programs in $PATH. shutil.which would import more modules than all of QEMU's start."""
 
 from __future__ import annotations
 

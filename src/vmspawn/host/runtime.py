@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Manages the runtime directory, with a folder for each machine that its manager locks.
+"""Manages the runtime directory, which has a folder for each machine.
 
 `$VMSPAWN_RUNTIME_DIR`, else `/run/vmspawn` for root, else `$XDG_RUNTIME_DIR/vmspawn`; below it `NAME/`, mode 0700. The
-manager holds a flock(2) on the folder for as long as it lives, so a folder without a lock is a leftover. This module is
-on the start path and imports next to nothing.
+manager holds a flock(2) on the folder as long as it lives, so an unlocked folder is a leftover. Each start imports this
+module, so it imports very little.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 from ..errors import NotConnected, StartError, SystemFailure, UsageError
 
-#: A machine's name is used as a host name, in a path and on a command line; systemd's limit for it is 64.
+#: The maximum length of a machine's name, which is used as a host name, in paths and on command lines, as in systemd.
 NAME_MAX = 64
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
-#: What a manager keeps in its folder; nothing else is ever deleted there.
+#: The files of a machine's folder. vmspawn deletes no other files there.
 CONTROL = "control"
 CONSOLE = "console"
 QEMU_INPUT = "qemu-input"
@@ -32,7 +32,7 @@ QEMU_SIZE = "qemu-console-size"
 QEMU_AGENT = "qemu-agent"
 STATE = "state.json"
 LOG = "qemu.log"
-#: What a manager in the background says.
+#: The output of a manager in the background.
 MANAGER_LOG = "manager.log"
 MONITORS = ("qmp-manager", "qmp-sessions", "qmp-bulk")
 FILES = (
@@ -51,9 +51,9 @@ FILES = (
 
 
 def runtime_root() -> str:
-    """The folder that holds one folder a machine.
+    """Return the folder that contains the machines' folders.
 
-    Raises UsageError where the environment names none.
+    Raises UsageError if the environment names none.
     """
     if explicit := os.environ.get("VMSPAWN_RUNTIME_DIR"):
         return explicit
@@ -67,9 +67,9 @@ def runtime_root() -> str:
 
 
 def prepare_root() -> str:
-    """Make the folder that holds the machines' folders, and check that it can be used; returns its path.
+    """Make the folder that contains the machines' folders, check it, and return its path.
 
-    Raises UsageError where the environment names none, StartError if it is not ours.
+    Raises UsageError if the environment names none, StartError if the folder belongs to another user.
     """
     root = runtime_root()
     try:
@@ -84,7 +84,7 @@ def prepare_root() -> str:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a machine may be called that, raise UsageError if not."""
+    """Return `name` if it is valid for a machine. Raises UsageError if it is not."""
     if not name or len(name) > NAME_MAX or name[0] in ".-" or not _NAME_CHARACTERS.issuperset(name):
         raise UsageError(
             f"invalid machine name {name!r}",
@@ -94,7 +94,7 @@ def check_name(name: str) -> str:
 
 
 class MachineDirectory:
-    """One machine's folder, created and locked. Owns the folder's descriptor; `remove` or `close` ends that."""
+    """One machine's locked folder. Owns the folder's descriptor until `remove` or `close`."""
 
     __slots__ = ("_fd", "name", "path")
 
@@ -105,9 +105,9 @@ class MachineDirectory:
 
     @classmethod
     def create(cls, name: str) -> MachineDirectory:
-        """Make and lock the folder of `name`, and clean what a dead manager left in it.
+        """Make and lock the folder of `name`, and remove the files of a dead manager.
 
-        Raises StartError if a living machine has the name, or the folder is not ours.
+        Raises StartError if a running machine has the name, or the folder belongs to another user.
         """
         path = os.path.join(prepare_root(), check_name(name))
         try:
@@ -127,9 +127,9 @@ class MachineDirectory:
 
     @classmethod
     def take_over(cls, name: str) -> MachineDirectory:
-        """Lock the folder that a dead manager left, and leave in it what it needs not to be in our way.
+        """Lock the folder of a dead manager, and keep its files.
 
-        Raises NotConnected if there is none, StartError if a living manager has it, or the folder is not ours.
+        Raises NotConnected if there is no folder, StartError if it has a living manager, or belongs to another user.
         """
         path = os.path.join(runtime_root(), check_name(name))
         try:
@@ -152,14 +152,14 @@ class MachineDirectory:
         return os.path.join(self.path, name)
 
     def socket_address(self, name: str) -> str:
-        """Return an address for bind(2) and connect(2) that fits into 108 bytes, however long the path is."""
+        """Return an address for bind(2) and connect(2) that fits into 108 bytes, for paths of any length."""
         return f"/proc/self/fd/{self._fd}/{name}"
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file's content so that a reader, or a crash, sees all of the old or all of the new."""
+        """Replace a file's content atomically, even in a crash."""
         fd = os.open(name + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
         try:
-            # A file system that is nearly full takes a part, and reports an error at the next write.
+            # A nearly full file system writes a part, and reports an error at the next write.
             rest = memoryview(content)
             while rest:
                 rest = rest[os.write(fd, rest) :]
@@ -176,19 +176,19 @@ class MachineDirectory:
             return file.read()
 
     def has_monitor(self) -> bool:
-        """Whether a QEMU serves the manager's monitor here, even if it has another client."""
+        """Return whether a QEMU serves the manager's monitor in this folder, even if it has another client."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
                 probe.connect(self.socket_address(MONITORS[0]))
             except BlockingIOError:
-                return True  # its queue of connections is full
+                return True  # the monitor's queue of connections is full
             except OSError:
                 return False
             return True
 
     def create_log(self) -> int:
-        """Open a fresh `qemu.log` for appending; the caller owns the descriptor."""
+        """Open a new `qemu.log` for appending. The caller owns the descriptor."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         return os.open(LOG, flags, 0o600, dir_fd=self._fd)
 
@@ -201,7 +201,7 @@ class MachineDirectory:
             return ""
 
     def remove(self) -> None:
-        """Delete the folder with what we put into it, and unlock it."""
+        """Delete the folder with vmspawn's files, and unlock it."""
         if self._fd < 0:
             return
         self._unlink_files()
@@ -214,14 +214,14 @@ class MachineDirectory:
             self.close()
 
     def close(self) -> None:
-        """Unlock the folder and leave it as it is."""
+        """Unlock the folder and keep it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def _clean(self) -> None:
         pid = running_qemu(self.path)
-        # A manager that died as it started QEMU has not written down its number.
+        # A manager that died while it started QEMU has not recorded QEMU's process id.
         if pid or self.has_monitor():
             process = f" (QEMU is process {pid})" if pid else ""
             raise StartError.with_fields(
@@ -239,7 +239,7 @@ class MachineDirectory:
 
 
 def _open_locked(path: str, name: str, *, create: bool = True) -> int:
-    """Create `path`, or not, and lock it; the caller owns the descriptor that is returned."""
+    """Lock the folder at `path`, and create it first if `create` is true. The caller owns the returned descriptor."""
     while True:
         if create:
             with contextlib.suppress(FileExistsError):
@@ -248,7 +248,7 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
         try:
             _check_ours(fd, path)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The machine that had the folder may have removed it between our open and our lock: look once more.
+            # The previous owner may have removed the folder between open and lock, so compare both.
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 return fd
         except BlockingIOError:
@@ -271,7 +271,7 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
 
 
 def _check_root(root: str) -> None:
-    """Raise StartError if another user may write to the folder of the machines, whose files we trust."""
+    """Raise StartError if another user may write to the folder of the machines, whose files vmspawn trusts."""
     found = os.lstat(root)
     if not stat.S_ISDIR(found.st_mode):
         raise StartError(f"the runtime directory {root} is not a directory", hint="a symbolic link will not do either")
@@ -290,21 +290,21 @@ def _check_ours(fd: int, path: str) -> None:
 
 
 def machine_names() -> list[str]:
-    """Return the names of the machines' folders, sorted; whether a manager lives behind one, its control socket tells.
+    """Return the sorted names of the machines' folders. The control socket shows whether a machine has a manager.
 
-    Raises UsageError where the environment names no runtime directory, SystemFailure if it cannot be read.
+    Raises UsageError if the environment names no runtime directory, SystemFailure if it cannot be read.
     """
     root = runtime_root()
     try:
         return sorted(name for name in os.listdir(root) if name[0] not in ".-")
     except FileNotFoundError:
-        return []  # no machine was ever started
+        return []  # no machine was started yet
     except OSError as error:
         raise SystemFailure(f"cannot read the runtime directory {root}", error.errno or errno.EIO) from None
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """The members of the state.json in a machine's folder. Raises OSError or ValueError."""
+    """Return the content of the state.json in a machine's folder. Raises OSError or ValueError."""
     import json
 
     with open(os.path.join(path, STATE), "rb") as file:
@@ -315,7 +315,7 @@ def read_state(path: str) -> dict[str, Any]:
 
 
 def running_qemu(path: str) -> int:
-    """The process id of the QEMU that a folder's state names, if that very process still runs, else 0."""
+    """Return the process id of the QEMU in a folder's state if that process still runs, else 0."""
     try:
         process = read_state(path)["qemu"]
         pid, started = int(process["pid"]), int(process["started"])
@@ -325,7 +325,7 @@ def running_qemu(path: str) -> int:
 
 
 def lock_holder(path: str) -> int:
-    """The process that holds a folder's lock: the machine's manager. 0 if there is none, or it cannot be seen."""
+    """Return the process id of the manager that holds a folder's lock, or 0 if there is none or it is not visible."""
     try:
         inode = os.stat(path).st_ino
         with open("/proc/locks", "rb") as file:
@@ -333,7 +333,7 @@ def lock_holder(path: str) -> int:
     except OSError:
         return 0
     for lock in locks:
-        # 1: FLOCK ADVISORY WRITE 1234 00:1b:5678 0 EOF; one that waits has an arrow behind its number.
+        # 1: FLOCK ADVISORY WRITE 1234 00:1b:5678 0 EOF; a waiting lock has an arrow after its number.
         if lock[1] == b"FLOCK" and lock[5].rpartition(b":")[2] == str(inode).encode():
             return max(0, int(lock[4]))
     return 0
@@ -346,11 +346,11 @@ def start_time(pid: int) -> int:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return 0
-    # A zombie has ended; only its parent has not looked yet.
+    # A zombie has ended, but its parent has not reaped it.
     return 0 if fields[0] == b"Z" else int(fields[19])
 
 
-#: States of a process in proc(5), in words; one that runs or sleeps is in order.
+#: Descriptions of the states of a process in proc(5) in which it cannot answer.
 _PROCESS_STATES = {
     "T": "is stopped (as by SIGSTOP)",
     "t": "is stopped by a debugger",
@@ -359,7 +359,7 @@ _PROCESS_STATES = {
 
 
 def process_trouble(pid: int) -> str:
-    """Why a process may not answer, in words that follow its name; empty if nothing is known against it."""
+    """Return the reason why a process may not answer, to be printed after its name, or an empty string."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return _PROCESS_STATES.get(file.read().rpartition(b")")[2].split()[0].decode(), "")
@@ -380,7 +380,7 @@ def process_of_thread(tid: int) -> int:
 
 
 def age(started: int) -> float:
-    """Return the seconds since a start time that `start_time` has returned."""
+    """Return the seconds since a result of `start_time`."""
     import time
 
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Start a process that outlives the manager: QEMU, or a helper beside it.
+"""Starts processes that outlive the manager: QEMU and its helpers.
 
-On the start path: imports next to nothing.
+Each start imports this module, so it imports very little.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from collections.abc import Iterator
 
 from ..errors import StartError
 
-#: Signals that ask for an end. The command blocks them from the first moment until its supervisor listens to them.
+#: The end signals. The command blocks them until its supervisor handles them.
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
-# The process gets these with their default actions, whatever the manager does with them.
+# The process gets these signals with their default actions.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGTSTP, signal.SIGUSR1, signal.SIGUSR2, *END_SIGNALS)
 
-#: The part of our environment that the process gets: nothing that may be secret or change what it loads.
+#: The environment variables that the process gets. None may contain secrets, or change the libraries that it loads.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DISPLAY", "XAUTHORITY", "WAYLAND_DISPLAY")
 
-#: Without a session bus QEMU's GTK would start one, and the sandbox would kill QEMU for that.
+#: Without this, QEMU's GTK would start a D-Bus session, and the sandbox would kill QEMU.
 OVERRIDES = {"DBUS_SESSION_BUS_ADDRESS": "disabled:"}
 
 
 def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int, int] | None = None) -> int:
-    """Start a program in a session of its own, with its errors in a log. Returns its process id.
+    """Start a program in a new session, with standard error in a log. Returns its process id.
 
-    `streams` become its standard input and output; by default these are /dev/null and the log. The program inherits
-    exactly `keep` beside them, under the same numbers. All descriptors stay the caller's. Raises StartError.
+    `streams` become standard input and output; the defaults are /dev/null and the log. The program inherits
+    only `keep` besides them, under the same numbers. The caller keeps all descriptors. Raises StartError.
     """
     actions: list[tuple[object, ...]] = [
         (os.POSIX_SPAWN_DUP2, streams[0], 0) if streams else (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_DUP2, streams[1] if streams else log, 1),
         (os.POSIX_SPAWN_DUP2, log, 2),
     ]
-    # Duplicating a descriptor onto itself makes it inheritable in the child alone.
+    # Duplicating a descriptor onto itself makes it inheritable in the child only.
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in keep]
     others = [fd for fd in _inheritable() if fd not in keep]
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -64,7 +64,7 @@ def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int
 
 @contextlib.contextmanager
 def _not_inherited(descriptors: list[int]) -> Iterator[None]:
-    """Keep descriptors from a child that posix_spawn(3) refuses to close: they are above a limit that was lowered."""
+    """Keep descriptors from the child that posix_spawn(3) cannot close, because they are above a lowered limit."""
     for fd in descriptors:
         os.set_inheritable(fd, False)
     try:
@@ -75,14 +75,14 @@ def _not_inherited(descriptors: list[int]) -> Iterator[None]:
 
 
 def _inheritable() -> list[int]:
-    """Return the inheritable descriptors, the standard streams excepted."""
+    """Return the inheritable descriptors, except the standard streams."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
             if (fd := int(name)) > 2 and os.get_inheritable(fd):
                 found.append(fd)
         except OSError:
-            pass  # the descriptor of the listing itself
+            pass  # the descriptor of this listing
     return found
 
 

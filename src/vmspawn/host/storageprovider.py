@@ -14,7 +14,7 @@ from ..record import Record
 
 _INTERFACE = "io.systemd.StorageProvider"
 
-#: The providers' errors for users, with a hint each.
+#: The providers' errors, each with a message and a hint.
 _EXPLAINED = {
     "NoSuchVolume": ("there is no such volume", "add create=new or create=any, or see: storagectl"),
     "VolumeExists": ("the volume exists already", "leave out create=new"),
@@ -38,14 +38,14 @@ class Volume(Record):
 
     @property
     def disk_name(self) -> str:
-        """The disk's name, for us and for machinectl."""
+        """The disk's name, as in machinectl."""
         return f"{self.provider}:{self.name}"
 
 
 def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
-    """Open a volume, or create it, and return its descriptor, which the caller owns.
+    """Open or create a volume, and return its descriptor. The caller owns the descriptor.
 
-    `read_only` asks for a read-only volume unless `parameters` specify that. Raises VmspawnError.
+    `read_only` requests a read-only volume, unless `parameters` have that key. Raises VmspawnError.
     """
     from .varlink import Client, VarlinkError
 

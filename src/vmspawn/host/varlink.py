@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Call Varlink services: machines' control sockets, and services of the host such as systemd-machined.
+"""Calls Varlink services: machines' control sockets, and services of the host such as systemd-machined.
 
-`Client` blocks, for commands and for starts; `call` is for the manager's event loop.
+`Client` makes blocking calls, for commands and starts; `call` is for the manager's event loop.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..aio.sockets import peer_process
 from ..errors import NotConnected, ProtocolError, Template, Timeout, UsageError, VmspawnError
 from . import runtime
 
-#: Seconds for the reply of a service of the host. It may have to start first, and to wait until systemd made a unit.
+#: Seconds that a service of the host has to reply. It may have to start first, or to wait for systemd.
 SERVICE_TIMEOUT = 30.0
 
-#: Bytes that one reply may have. No service of systemd sends more, and any program may listen on a socket.
+#: The maximum size of a reply in bytes. No service of systemd sends more, but any program may listen on a socket.
 _REPLY_MAX = 16 << 20
 
 _RECEIVE_SIZE = 65536
@@ -27,7 +27,7 @@ _DESCRIPTORS_MAX = 8
 
 
 class VarlinkError(VmspawnError):
-    """A service answered with an error, whose Varlink name is `name`."""
+    """A service answered with an error. `name` is its Varlink name."""
 
     def __init__(self, name: str, parameters: dict[str, Any]) -> None:
         super().__init__(parameters.get("message") or _describe(name, parameters), hint=parameters.get("hint") or "")
@@ -53,8 +53,9 @@ def _describe(name: str, parameters: dict[str, Any]) -> str:
 class Client:
     """A blocking connection to a service. Use it in `with`, or close it.
 
-    Owns the socket, and the descriptors of replies that were not taken. `service` is its name in errors. All calls
-    raise VarlinkError if the service answers with an error, NotConnected if it is gone, Timeout if it does not answer.
+    Owns the socket, and descriptors of replies that were not taken. `service` is the service's name in errors. All
+    calls raise VarlinkError if the service answers with an error, NotConnected if the service has ended, and Timeout if
+    it does not answer.
     """
 
     def __init__(self, connected: socket.socket, service: str, *, timeout: float) -> None:
@@ -69,7 +70,7 @@ class Client:
 
     @classmethod
     def of_service(cls, path: str, *, timeout: float = SERVICE_TIMEOUT) -> Client:
-        """Connect to one of the host's services. Raises NotConnected if nothing listens there, Timeout."""
+        """Connect to a service of the host. Raises NotConnected if it does not run, or Timeout."""
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connected.settimeout(timeout)
         try:
@@ -90,7 +91,7 @@ class Client:
 
     @property
     def connection(self) -> socket.socket:
-        """The socket, which stays this client's."""
+        """The socket. The client keeps it."""
         return self._socket
 
     def close(self) -> None:
@@ -100,7 +101,7 @@ class Client:
             os.close(self._descriptors.pop())
 
     def call(self, method: str, parameters: dict[str, Any] | None = None, *, fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Call a method and return its reply's parameters. `fds` are passed along and stay the caller's."""
+        """Call a method and return its reply's parameters. The caller keeps `fds`, which are passed to the service."""
         self._send({"method": method, "parameters": parameters or {}}, fds)
         return self._receive(method)[0]
 
@@ -146,9 +147,9 @@ class Client:
             return None
 
     def upgrade(self, method: str, parameters: dict[str, Any] | None = None) -> tuple[socket.socket, bytes]:
-        """Call a method that turns this connection into another protocol's.
+        """Call a method after which the connection uses another protocol.
 
-        Returns the socket, which stays this client's, and the bytes that came after the reply.
+        Returns the socket, which the client keeps, and the bytes that came after the reply.
         """
         self._send({"method": method, "parameters": parameters or {}, "upgrade": True})
         self._receive(method)
@@ -156,7 +157,7 @@ class Client:
         return self._socket, received
 
     def take_descriptor(self, index: int) -> int:
-        """Return the descriptor that the last reply calls `index`; the caller owns it. Raises VmspawnError."""
+        """Return the descriptor with the number `index` in the last reply. The caller owns it. Raises VmspawnError."""
         if not 0 <= index < len(self._descriptors):
             raise ProtocolError(f"{self.service} named descriptor {index} and sent {len(self._descriptors)}")
         return self._descriptors.pop(index)
@@ -165,7 +166,7 @@ class Client:
         data = _encode(message)
         try:
             sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
-            # sendall() of nothing is a system call too, and fails if the service has answered and gone by then.
+            # An empty sendall() makes a system call, which fails if the service has answered and disconnected.
             if sent < len(data):
                 self._socket.sendall(data[sent:])
         except TimeoutError:

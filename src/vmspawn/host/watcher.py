@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""End a machine whose program has died, and remove what it left.
+"""Ends a machine whose program has died, and removes its files.
 
-`start` runs this file as a program of its own, by its path and without the package, so that it stays small. It is in a
-session of its own, waits for the end of any of the processes that the machine must not outlive, and kills QEMU and its
-helpers then. `Started.end` ends the watcher of a machine that ends before its program.
+vmspawn runs this file by its path and without the package, so that the process stays small. It has
+its own session, waits for the end of a process that the machine must not outlive, and then kills QEMU and its
+helpers. `Started.end` ends the watcher of a machine that ends before its program.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import signal
 import sys
 import time
 
-#: Seconds for a process to end that was killed, and for a program that lives to remove the directory by itself.
+#: Seconds that a killed process has to end, and that a living program has to remove the directory.
 _END_TIMEOUT = 10.0
 
-#: Seconds for the lock of a program that has died to be free.
+#: Seconds to wait for the lock of a dead program.
 _LOCK_TIMEOUT = 2.0
 
-#: Seconds after which QEMU is looked for once more: it may just have been started as its program died.
+#: Seconds after which QEMU is looked for again, because the program may have died while it started QEMU.
 _STARTING = 0.3
 
 _LOG = "qemu.log"
@@ -40,7 +40,7 @@ def command(path: str, files: tuple[str, ...], processes: tuple[int, ...]) -> li
 def _main(path: str, files: str, *processes: str) -> None:
     os.chdir("/")
     watched = [_open(process) for process in processes]
-    # The program holds the directory's lock: its name cannot be another's yet.
+    # The program holds the directory's lock, so the directory is still this machine's.
     inode = _inode(path)
     if all(fd >= 0 for fd in watched):
         poll = select.poll()
@@ -48,12 +48,12 @@ def _main(path: str, files: str, *processes: str) -> None:
             poll.register(fd, select.POLLIN)
         poll.poll()
     if watched[0] >= 0 and not select.select([watched[0]], [], [], 0)[0]:
-        # The program lives, and cleans up once QEMU has ended.
+        # The program lives, and cleans up after QEMU's end.
         _kill_all(path)
         select.select([watched[0]], [], [], _END_TIMEOUT)
     lock = _lock(path)
     if _inode(path) != inode:
-        return  # it is gone, or is another machine's
+        return  # the directory was removed, or belongs to another machine
     _kill_all(path)
     if lock >= 0:
         time.sleep(_STARTING)
@@ -62,7 +62,7 @@ def _main(path: str, files: str, *processes: str) -> None:
 
 
 def _open(process: str) -> int:
-    """A pidfd of a process that is given with its start time, or -1 if it has ended."""
+    """Return a pidfd of a process, given by its id and its start time, or -1 if it has ended."""
     pid, started = map(int, process.split(":"))
     try:
         fd = os.pidfd_open(pid)
@@ -80,7 +80,7 @@ def _start_time(pid: int) -> int:
 
 
 def _kill_all(path: str) -> None:
-    """Kill QEMU, whose errors go into the machine's log, and the helpers that the state names."""
+    """Kill QEMU, which is found by its log file, and the helpers in the machine's state."""
     log = os.path.join(path, _LOG)
     qemus = [int(name) for name in os.listdir("/proc") if name.isdigit() and _errors_of(name) == log]
     for pid in (*qemus, *_helpers(path)):
@@ -123,9 +123,9 @@ def _inode(path: str) -> int:
 
 
 def _lock(path: str) -> int:
-    """Lock the directory, so that no other machine takes the name meanwhile. Returns its descriptor, or -1.
+    """Lock the directory, so that no other machine uses it meanwhile. Returns its descriptor, or -1.
 
-    A child that the program has forked may hold the lock for as long as it lives.
+    A forked child of the program may hold the lock as long as it lives.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -145,7 +145,7 @@ def _remove(path: str, files: list[str]) -> None:
     for name in files:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(path, name))
-    # Other files in it are not ours.
+    # Other files in the directory are not vmspawn's.
     with contextlib.suppress(OSError):
         os.rmdir(path)
 
