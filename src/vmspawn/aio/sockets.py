@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Listen on unix sockets for their owner alone, identify peers, and detect that a peer has hung up.
+"""Makes unix sockets for one user, identifies peers, and detects that a peer has hung up.
 
-This module is on the start path and imports next to nothing.
+Each start imports this module, so it imports very little.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def listen(address: str, backlog: int) -> socket.socket:
     """Make a listening unix socket of mode 0600. The caller owns it, and the file at `address`. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # The file gets the socket's mode. A chmod(2) after bind(2) would be late, a umask(2) is for all threads.
+        # The file gets the socket's mode. chmod(2) after bind(2) would be too late, and umask(2) affects all threads.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(address)
         listener.listen(backlog)
@@ -39,12 +39,12 @@ def peer_process(connected: socket.socket) -> tuple[int, int]:
 
 
 def is_allowed(connected: socket.socket) -> bool:
-    """Whether the peer belonged to root or to our own user. Nobody else is served, whatever file modes allow."""
+    """Return whether the peer belongs to root or to this user. File modes may allow others, which are refused."""
     return peer_process(connected)[1] in (0, os.geteuid())
 
 
 def has_hung_up(connected: socket.socket) -> bool:
-    """Whether the peer has closed both directions. A peer that has only stopped sending may still read."""
+    """Return whether the peer has closed both directions. A peer that only stopped sending may still read."""
     poll = select.poll()
     try:
         poll.register(connected, 0)

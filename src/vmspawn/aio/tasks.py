@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run tasks in the background that outlive their callers, and cancel them when QEMU is gone."""
+"""Runs background tasks that outlive their callers, and cancels them after QEMU's end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Tasks:
         return task
 
     async def run(self, work: Coroutine[Any, Any, _T], doing: str, *, timeout: float, hint: str) -> _T:
-        """Start a task and return its result. Raises Timeout after `timeout` seconds; the task goes on then."""
+        """Start a task and return its result. Raises Timeout after `timeout` seconds; the task continues."""
         task = self.start(work)
         await asyncio.wait({task}, timeout=timeout)
         if not task.done():
@@ -35,7 +35,7 @@ class Tasks:
 
     @staticmethod
     def result(task: asyncio.Task[_T]) -> _T:
-        """Return the result of a task that is done. Raises NotConnected if `cancel` has cancelled it."""
+        """Return the result of a completed task. Raises NotConnected if `cancel` has cancelled it."""
         if task.cancelled():
             raise NotConnected("the machine ended")
         return task.result()
@@ -47,6 +47,6 @@ class Tasks:
             task.exception()
 
     def cancel(self) -> None:
-        """Cancel all tasks: QEMU is gone, with everything that they work on."""
+        """Cancel all tasks after QEMU's end."""
         for task in tuple(self._tasks):
             task.cancel()

@@ -12,9 +12,9 @@ _T = TypeVar("_T")
 
 
 async def open_in_thread(open_it: Callable[[], _T], close: Callable[[_T], None]) -> _T:
-    """Return what `open_it` opens in a worker thread. Raises what it raises.
+    """Call `open_it` in a worker thread, and return its result. Raises its errors.
 
-    A thread that opens a file cannot be stopped. If this is cancelled, the file is closed as soon as it is open.
+    The thread cannot be stopped. If the call is cancelled, the file is closed as soon as it is open.
     """
     work = asyncio.get_running_loop().run_in_executor(None, open_it)
 

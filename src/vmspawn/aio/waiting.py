@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Wait for events with a deadline, after which the wait ends without an error."""
+"""Waits for events with a deadline, which is not an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 
 
 async def first_of(*events: asyncio.Event, timeout: float | None = None) -> None:
-    """Wait until one of the events is set, for `timeout` seconds at the most."""
+    """Wait until one of the events is set, for at most `timeout` seconds."""
     if any(event.is_set() for event in events):
         return
     waits = [asyncio.ensure_future(event.wait()) for event in events]

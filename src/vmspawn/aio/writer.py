@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Write to a non-blocking descriptor, and queue what it does not take at once.
+"""Writes to a non-blocking descriptor, and queues data that the descriptor does not accept yet.
 
-There are three cases for how data leaves:
+There are three cases for how data is written:
 
-1. Nothing waits: the data is written at once. What the descriptor does not take is queued until the event loop reports
-   room.
-2. Something waits: the data is queued behind it. Small pieces are joined, so that a byte costs a byte.
-3. The data is a message with file descriptors, or one that may be withdrawn: it stays apart from all others. Its
-   descriptors go along with its first byte.
+1. The queue is empty: the data is written at once. Data that the descriptor does not accept is queued until the event
+   loop reports that the descriptor is writable.
+2. The queue is not empty: the data is appended. Small pieces are joined, so that the queue needs little memory.
+3. The data is a message with file descriptors, or can be withdrawn: it stays separate from other data. Its
+   descriptors are sent with its first byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 
-#: Bytes up to which a queued piece grows by those that follow it.
+#: The size in bytes up to which pieces are joined.
 _JOIN_SIZE = 4096
 
 
@@ -26,7 +26,7 @@ def _ignore(*_: object) -> None:
 
 
 class Message:
-    """A message that is queued apart from others: all of it, or the part that is not written yet."""
+    """A separately queued message, or the part of it that is not written yet."""
 
     __slots__ = ("data", "fds", "is_begun", "on_begun")
 
@@ -34,16 +34,16 @@ class Message:
         self.data = data
         self.fds = fds
         self.on_begun = on_begun
-        #: Whether some of it has been written, its descriptors included.
+        #: True if a part of the message, including its descriptors, has been written.
         self.is_begun = False
 
 
 class Writer:
-    """The write queue of one descriptor, which stays the caller's and must not block.
+    """The write queue of a non-blocking descriptor. The caller keeps the descriptor.
 
-    `send` writes bytes, returns how many, and raises BlockingIOError if it would have to wait; `send_fds` does so with
-    file descriptors, which stay the caller's. `on_empty` is called when everything queued has been written, `on_lost`
-    once when the descriptor cannot be written to any more. Data that comes after that, or after `close`, is dropped.
+    `send` writes bytes, returns their number, and raises BlockingIOError if it would block; `send_fds` does the same
+    with file descriptors, which the caller keeps. `on_empty` is called when the queue has become empty, `on_lost` once
+    after a failed write. Data after that, or after `close`, is dropped.
     """
 
     __slots__ = (
@@ -69,7 +69,7 @@ class Writer:
         self._queue: deque[bytes | Message] = deque()
         self._waiting = False
         self._closed = False
-        #: Bytes that are queued, and bytes that have been written so far.
+        #: The numbers of queued and of written bytes.
         self.pending = self.written = 0
 
     @classmethod
@@ -88,7 +88,7 @@ class Writer:
         return cls(connected.fileno(), connected.send, send_fds, on_empty=on_empty, on_lost=on_lost)
 
     def write(self, data: bytes) -> None:
-        """Write, or queue what the descriptor does not take."""
+        """Write data, and queue the rest that the descriptor does not accept."""
         if self._queue or self._closed:
             return self._append(data)
         try:
@@ -113,9 +113,10 @@ class Writer:
             self._queue.append(data)
 
     def write_message(self, data: bytes, fds: Sequence[int] = (), *, on_begun: Callable[[], None] = _ignore) -> Message:
-        """Write data apart from all other data, `fds` with its first byte; `withdraw` takes it back.
+        """Write data as a separate message, and `fds` with its first byte. `withdraw` takes the message back.
 
-        `fds` must stay open until `on_begun` is called, once: they have left, or never will. That may be at once.
+        `fds` must stay open until `on_begun` is called. That happens once, when `fds` were sent or dropped, perhaps
+        before this returns.
         """
         message = Message(data, fds, on_begun)
         if self._closed:
@@ -128,7 +129,7 @@ class Writer:
         return message
 
     def withdraw(self, message: Message) -> bool:
-        """Take back a message of which nothing has been written; returns False if some of it has been."""
+        """Remove a message from the queue. Returns False if a part of it was written already."""
         if message.is_begun or message not in self._queue:
             return False
         self._queue.remove(message)
@@ -137,7 +138,7 @@ class Writer:
         return True
 
     def close(self) -> None:
-        """Drop what is queued, and write no more. May be called again."""
+        """Drop the queue, and stop writing. May be called again."""
         if self._closed:
             return
         self._stop_waiting()
@@ -153,7 +154,7 @@ class Writer:
         self._on_lost(error)
 
     def _drain(self) -> None:
-        """Write what is queued, until the descriptor takes no more."""
+        """Write queued data until the descriptor accepts no more."""
         try:
             while self._queue:
                 self._write_first(self._queue[0])
