@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Explain why BIOS does not boot an image."""
+"""Explains why BIOS does not boot an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..images import partitions, qcow2
 
 
 def why_not_bootable(path: str, image_format: str) -> str:
-    """Return why BIOS cannot boot an image; empty if it can, or if that is not known."""
+    """Return the reason why BIOS cannot boot an image, or an empty string if none is known."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Telling the guest how large its console's window is.
+"""Passes the size of the console's window to the guest.
 
-QEMU has a command for it, `chardev-window-size-changed`, that no release up to 11.1 carries yet; it is tried once. The
-built-in guest is told through a port of its own as well.
+QEMU's command for that, `chardev-window-size-changed`, is tried once; no release up to 11.1 has it. The
+built-in guest also gets the size through its own port.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..qmp.monitor import Monitor
 
 
 class Window:
-    """The window of one machine's console. Owns the socket to the guest's port, where there is one."""
+    """The window of one machine's console. Owns the socket to the guest's port, if there is one."""
 
     def __init__(self, monitor: Monitor, port: socket.socket | None, *, ask_qemu: bool) -> None:
         self._monitor = monitor
@@ -27,7 +27,7 @@ class Window:
         monitor.listen(self._event)
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Tell the guest, if it can be told. Sizes that are 0 are not known, and not told."""
+        """Pass the size to the guest, if possible. A size of 0 is unknown and is not passed."""
         if not (rows and columns):
             return
         self._size = rows, columns
@@ -36,13 +36,13 @@ class Window:
             await self._resize_device(rows, columns)
 
     def _tell_port(self) -> None:
-        # A guest that does not listen leaves its port full; it will be told the next size.
+        # If the guest does not read, its port is full, and this size is dropped.
         if self._port is not None and any(self._size):
             with contextlib.suppress(OSError):
                 self._port.send("{} {}\n".format(*self._size).encode())
 
     def _event(self, event: Event) -> None:
-        """A guest that has rebooted opens its port anew."""
+        """Send the size again after a rebooted guest has opened its port."""
         if event.name == "VSERPORT_CHANGE" and event.data == {"id": SIZE_PORT_ID, "open": True}:
             self._tell_port()
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Notice a guest that gets nowhere: its kernel panics, it resets itself again and again, or its image does not boot.
+"""Detects a guest that fails: its kernel panics, it resets in a loop, or its image does not boot.
 
 QEMU ends a machine whose guest reports a panic through pvpanic. A kernel without a driver for pvpanic prints its panic
-and stops or reboots, and for QEMU the machine runs. A program in the guest can print the same, so a printed panic does
-not end the machine: it is reported, shortens the shutdown, and counts when the machine is ended.
+and stops or reboots, and QEMU does not notice. A program in the guest can print the same text, so a printed panic does
+not end the machine: it is reported, shortens the shutdown, and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from .bios_image import why_not_bootable
 
-#: Seconds after which a printed panic is reported. pvpanic ends the machine at once, which says the same.
+#: Seconds after which a printed panic is reported. If pvpanic ends the machine before, no report is needed.
 _REPORT_DELAY = 1.0
 
-#: Resets of the guest's own in a row that are a loop, and the seconds without one after which the row is over.
+#: The number of consecutive resets by the guest that are a loop, and the seconds without one that end the sequence.
 RESETS = 3
 LOOP_GAP = 60.0
 
-#: Seconds within which two resets are one: a guest may try two ways of rebooting (docs/qemu.md, "Events").
+#: Seconds within which two resets count as one: a guest may try two ways to reboot (docs/qemu.md, "Events").
 _SAME_RESET = 0.2
 
-#: Seconds without any output after which an image that BIOS boots is looked at.
+#: Seconds without output after which an image that BIOS boots is inspected.
 SILENCE = 10.0
 
 _PANICKED = "the guest's kernel panicked"
 
 
 class GuestFailure:
-    """What is wrong with one machine's guest. `report` is called with a line for each new failure."""
+    """The failures of one machine's guest. `report` is called with a line for each new failure."""
 
     def __init__(self, monitor: Monitor, report: Callable[[str], None]) -> None:
         self._report = report
@@ -45,33 +45,33 @@ class GuestFailure:
         self._resets = 0
         self._last_reset = 0.0
         self._panic: str | None = None
-        #: Set once the guest is known to have failed; it stays set.
+        #: Set after the first failure.
         self.seen = asyncio.Event()
         monitor.listen(self._on_event)
 
     @property
     def panic(self) -> str:
-        """The last panic of the guest's kernel; empty if there was none, or the guest has come up again since."""
+        """The last panic of the guest's kernel, or an empty string if there was none, or the guest has recovered."""
         if self._panic is None:
             return ""
         return f"{_PANICKED}: {self._panic}" if self._panic else _PANICKED
 
     @property
     def reason(self) -> str:
-        """Why the guest gets nowhere, or an empty string."""
+        """The reason why the guest has failed, or an empty string."""
         if self._resets >= RESETS:
             cause = f"; {self.panic}" if self._panic is not None else ""
             return f"the guest has reset itself {self._resets} times in a row and may never come up{cause}"
         return self.panic
 
     def watch_console(self, console: Console) -> OutputWatch:
-        """Look for panics in what the guest prints."""
+        """Look for panics in the console's output."""
         watch = OutputWatch(self._on_panic)
         console.attach(watch)
         return watch
 
     def watch_image(self, output: OutputWatch, image: str, image_format: str) -> None:
-        """Explain why BIOS does not boot an image, if nothing is printed for a while."""
+        """Report why BIOS does not boot an image, if the guest prints nothing for a while."""
 
         async def look() -> None:
             why = await asyncio.to_thread(why_not_bootable, image, image_format)
@@ -85,7 +85,7 @@ class GuestFailure:
         self._call_later("silence", SILENCE, silent)
 
     def close(self) -> None:
-        """Watch no more. May be called again."""
+        """Stop watching. May be called again."""
         for timer in self._timers.values():
             timer.cancel()
         self._tasks.cancel()
@@ -104,7 +104,7 @@ class GuestFailure:
         elif event.name == "RESET" and data.get("guest"):
             self._on_guest_reset()
         elif event.name == "RESET" or (event.name == "VSERPORT_CHANGE" and data.get("open")):
-            # Somebody else reset it, or a program in the guest runs.
+            # The machine was reset from outside, or a program in the guest runs.
             self._recovered()
 
     def _on_guest_reset(self) -> None:

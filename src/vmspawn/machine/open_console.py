@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Share the console of a QEMU that runs."""
+"""Shares the console of a running QEMU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pause, resume, reset and power off a machine, whatever run state QEMU is in."""
+"""Pauses, resumes, resets and powers off a machine in any run state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..qmp.run_state import RunState
 from . import run_states
 from .run_states import Rule, Verb
 
-#: Seconds that QEMU has for a reset, once it has taken the command.
+#: Seconds that QEMU has for a reset after its reply.
 _RESET_TIMEOUT = 10.0
 
-#: QEMU notes in byte 0x0f of the RTC's memory that the guest sleeps, and a reset leaves it there: the firmware would
-#: wake the guest, and not boot (docs/qemu.md, "Run states"). These write 0 to that byte.
+#: QEMU records the guest's sleep in byte 0x0f of the RTC's memory, and a reset does not clear it: firmware would
+#: wake the guest instead of booting (docs/qemu.md, "Run states"). These writes clear the byte.
 _FORGET_SLEEP = ("o/b 0x70 0x0f", "o/b 0x71 0")
 
 
@@ -40,7 +40,7 @@ class Power:
             await self._wake()
             return
         await self._monitor.execute(rule.command)
-        # A guest that was paused in its sleep sleeps on.
+        # A guest that was paused while suspended is still suspended.
         if await self._run_state.ask() == "suspended":
             await self._wake()
 
@@ -95,6 +95,6 @@ class Power:
         try:
             await self._monitor.execute("system_wakeup")
         except QmpError:
-            # It may have woken by itself.
+            # The guest may have woken up by itself.
             if await self._run_state.ask() == "suspended":
                 raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Remember a machine's last events and its last error, for people who look at it."""
+"""Keeps a machine's last events and its last error, for `vmctl status`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..storage.failures import FAILED_EVENT
 
-#: Events that are remembered. One removal of a disk makes four.
+#: The number of events that are kept. The removal of a disk causes four.
 EVENTS = 16
 
-#: Characters of one of them.
+#: The maximum length of an event in characters.
 TEXT_MAX = 300
 
 
 class Entry(NamedTuple):
-    """Something that happened, and when, in seconds since the epoch."""
+    """An event, with its time in seconds since the epoch."""
 
     when: float
     text: str
@@ -32,7 +32,7 @@ class RecentEvents:
     def __init__(self, monitor: Monitor) -> None:
         #: The last events, the oldest first.
         self.events: deque[Entry] = deque(maxlen=EVENTS)
-        #: The last thing that failed, if anything did.
+        #: The last failure, or None.
         self.last_error: Entry | None = None
         monitor.witness(self._see)
 
@@ -47,6 +47,6 @@ class RecentEvents:
             self.failed(f"disk {text.removeprefix(event.name).strip()}")
 
     def failed(self, what: str) -> None:
-        """Remember something that failed."""
+        """Record a failure."""
         self.last_error = Entry(time.time(), what)
         log.debug(f"failed: {what}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Define what each verb does in each of QEMU's run states (qapi/run-state.json, RunState).
+"""Defines the effect of each verb in each of QEMU's run states (qapi/run-state.json, RunState).
 
-vmctl uses this table too, to report what the reply to a verb does not tell.
+vmctl uses this table too, for information that the reply to a verb does not have.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ Verb = Literal["pause", "resume", "reboot", "poweroff", "terminate"]
 
 
 class Rule(NamedTuple):
-    """What a verb does in one run state.
+    """The effect of a verb in one run state.
 
-    `command` is the QMP command, or empty if the verb is refused. `remark` is what the user has to know beside, or why
-    the verb is refused; `hint` is what to do then, and `remedy` the verb for it, if there is one.
+    `command` is the QMP command, or empty if the verb is refused. `remark` is a note for the user, or the reason why
+    the verb is refused. `hint` is advice, and `remedy` the verb that follows it, if there is one.
     """
 
     command: str = ""
     remark: str = ""
     hint: str = ""
     remedy: str = ""
-    #: Whether the command is meant to change the run state.
+    #: True if the command should change the run state.
     changes_state: bool = True
-    #: Whether the guest's sleep has to end before the command.
+    #: True if the guest must be woken up before the command.
     wakes: bool = False
-    #: Whether the guest runs after a reset: it does unless somebody stopped it on purpose.
+    #: True if the guest runs after a reset, unless a user has stopped it.
     runs_after_reset: bool = False
 
     @property
     def is_refused(self) -> bool:
-        """Whether the verb is refused."""
+        """True if the verb is refused."""
         return not self.command
 
 
@@ -67,7 +67,7 @@ _DEBUG = "a debugger stopped it"
 _RESTART = "reboot the machine, or terminate it"
 _WAIT = "wait until that is done"
 
-#: By verb and run state. A state that a newer QEMU adds gets the verb's plain command.
+#: The rules by verb and run state. For unknown states of a newer QEMU, the verb's default command is used.
 RULES: dict[Verb, dict[str, Rule]] = {
     "pause": {
         "running": Rule("stop"),
@@ -163,12 +163,12 @@ _COMMANDS = {
 
 
 def rule(verb: Verb, status: str) -> Rule:
-    """What a verb does in a run state. QEMU can be terminated in any."""
+    """Return the rule of a verb in a run state. QEMU can be terminated in any state."""
     return RULES.get(verb, {}).get(status) or Rule(_COMMANDS[verb])
 
 
 def refusal(verb: Verb, status: str) -> NotSupported:
-    """The error of a verb that is refused in a run state."""
+    """Return the error for a verb that is refused in a run state."""
     refused = rule(verb, status)
     if not refused.is_refused:
         return NotSupported(f"QEMU cannot do that while the guest is {status}", hint="resume it first")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""End a machine that lasts longer than the user wants."""
+"""Ends a machine after the user's time limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..aio.tasks import Tasks
 
 
 class TimeLimit:
-    """Ends a machine after a number of seconds, counted from QEMU's start, whichever manager started it."""
+    """Ends a machine a number of seconds after QEMU's start, also if another manager started QEMU."""
 
     def __init__(self, seconds: float | None, uptime: float, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._end = end
         self._tasks = Tasks()
-        #: Whether the time is over.
+        #: True after the time limit.
         self.is_over = False
         #: The limit, or None.
         self.seconds = seconds
