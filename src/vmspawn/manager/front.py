@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Show the machine's console on our own terminal or standard output."""
+"""Shows the machine's console on vmspawn's terminal or standard output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STDIN, _STDOUT = 0, 1
 
 
 class Front:
-    """The machine's console on our own standard streams, as `--console=` specifies."""
+    """The machine's console on vmspawn's standard streams, as `--console=` specifies."""
 
     def __init__(self, machine: Running, shutdown: Shutdown, messages: Messages) -> None:
         self._machine = machine
@@ -32,16 +32,16 @@ class Front:
         self._interactive: Interactive | None = None
         self._output: OutputViewer | None = None
         self._resizing: asyncio.Task[None] | None = None
-        #: Whether the terminal is known to be gone.
+        #: True if the terminal has hung up.
         self.hung_up = False
-        #: Whether SIGHUP is still to come for what we have seen for ourselves.
+        #: True if the hang-up was detected before its SIGHUP has come.
         self.expects_hangup = False
 
     def open(self) -> None:
         """Show the console."""
         kind = self._machine.config.console
         if kind == "interactive":
-            # Most managers have no terminal, and stay smaller without these.
+            # Most managers have no terminal, and use less memory without these modules.
             from ..console.interactive import Interactive
             from .keys import Keys
 
@@ -66,27 +66,27 @@ class Front:
             self._messages.redirect(lambda line: print(f"\r{line}\r", file=sys.stderr, flush=True))
 
     def suspend(self) -> None:
-        """SIGTSTP: stop as a job of the shell does, the terminal in order; the guest runs on without its manager."""
+        """Handle SIGTSTP: restore the terminal and stop, as a job of the shell. The guest continues."""
         if self._interactive is not None:
             self._interactive.suspend()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        # Stops us here, unless nobody is there who could continue us.
+        # The process stops here, unless no process could continue it.
         os.kill(os.getpid(), signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, handler)
         self.resume()
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Handle SIGCONT."""
         if self._interactive is not None:
             self._interactive.resume()
 
     def window_changed(self) -> None:
-        """SIGWINCH."""
+        """Handle SIGWINCH."""
         if self._interactive is not None:
             self._interactive.window_changed()
 
     def close(self) -> None:
-        """Leave the streams, and the terminal as it was. May be called again."""
+        """Stop using the streams, and restore the terminal. May be called again."""
         self._messages.redirect(None)
         if self._keys is not None:
             self._keys.close()
@@ -103,7 +103,7 @@ class Front:
         self._resizing = asyncio.create_task(self._machine.window.resize(rows, columns))
 
     def _terminal_gone(self) -> None:
-        # Under nohup(1) the machine is meant to go on.
+        # Under nohup(1) the machine must continue.
         if not self.hung_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             self.hung_up = self.expects_hangup = True
             self._shutdown.request("the terminal is gone")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tell a service manager that asks for it (WatchdogSec=) that the event loop runs."""
+"""Reports to a service manager with WatchdogSec= that the event loop runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..host.notify import Notifier
 
 
 class Heartbeat:
-    """Sends WATCHDOG=1 as often as the service manager asks for it."""
+    """Sends WATCHDOG=1 several times in each interval of the watchdog."""
 
-    #: How often in the time after which the service manager gives us up.
+    #: The number of messages in each interval of the watchdog.
     _BEATS = 3
 
     def __init__(self, notifier: Notifier) -> None:
@@ -19,12 +19,12 @@ class Heartbeat:
         self._next: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Send it now, and again and again."""
+        """Start to send messages, the first one now."""
         if self._notifier.watchdog:
             self._notifier.send(WATCHDOG=1)
             self._next = asyncio.get_running_loop().call_later(self._notifier.watchdog / self._BEATS, self.begin)
 
     def end(self) -> None:
-        """Stop."""
+        """Stop sending messages."""
         if self._next is not None:
             self._next.cancel()

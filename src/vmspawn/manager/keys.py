@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Obey the console's keys, and report when the guest does not react."""
+"""Acts on the console's key sequences, and reports a guest that does not react."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _CTRL_ALT_DELETE = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "d
 
 
 class Keys:
-    """Obeys the keys. `say` shows a line to whoever pressed them."""
+    """Acts on key sequences. `say` shows a line to the user who typed them."""
 
     def __init__(self, machine: Running, shutdown: Shutdown, say: Callable[[str], None]) -> None:
         self._machine = machine
         self._shutdown = shutdown
         self._say = say
         self._tasks: dict[Key, asyncio.Task[None]] = {}
-        # Keys whose guest did not react: pressed once more, they no longer ask.
+        # Keys that the guest did not react to. Typed again, they act without asking the guest.
         self._ignored: set[Key] = set()
 
     def pressed(self, key: Key) -> None:
-        """A key was pressed."""
+        """Act on a key sequence."""
         if key is Key.END:
             self._shutdown.force("^]^]^]")
             return
@@ -37,7 +37,7 @@ class Keys:
         self._tasks[key] = asyncio.create_task(self._obey(key))
 
     def close(self) -> None:
-        """Give up what is under way: the machine has ended."""
+        """Cancel pending work after the machine's end."""
         for task in self._tasks.values():
             task.cancel()
 
@@ -63,7 +63,7 @@ class Keys:
         await self._machine.monitor.execute("send-key", {"keys": _CTRL_ALT_DELETE})
 
     async def _ask(self, key: Key, act: Callable[[], Awaitable[None]], what: str, force: str) -> None:
-        """Do it and wait for what shows that the guest has heard: that QEMU takes a command proves nothing."""
+        """Ask the guest with `act`, and wait for its reaction: QEMU's reply does not show that the guest reacts."""
         woken = await wake(self._machine)
         self._say(f"asked the guest to {what}" + (f"; {woken}" if woken else ""))
         with self._machine.events() as events:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Register a running machine with systemd-machined."""
+"""Registers a running machine with systemd-machined."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Registered:
         self._registered = False
 
     async def begin(self) -> None:
-        """Register the machine. Raises StartError if the user insists on it and it failed."""
+        """Register the machine. Raises StartError if it fails and the user requires it."""
         config = self._machine.config
         control = self._machine.directory.file(CONTROL)
         candidate = Candidate(self._machine.name, self._machine.pid, control, config.uuid, config.directory)
         self._registered = await machined.register(config.registration, candidate, self._notice)
 
     async def end(self) -> None:
-        """Take the registration back. May be called whether there is one or not."""
+        """Unregister the machine, if it is registered."""
         if self._registered:
             self._registered = False
             await machined.unregister(self._machine.config.registration, self._machine.name)

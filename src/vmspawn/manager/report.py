@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Write a report of a fault to a file that survives the machine."""
+"""Writes a report of a fault to a file that survives the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..version import VERSION
 if TYPE_CHECKING:
     from ..machine.running import Running
 
-#: Reports that are kept; older ones are removed.
+#: The number of reports that are kept; older ones are removed.
 REPORTS_MAX = 20
 
 #: Bytes of a file that go into a report, from its end.
@@ -25,9 +25,9 @@ _LOG_SIZE = 64 << 10
 
 
 def write_report(name: str, what: str, machine: Running | None, error: BaseException | None = None) -> str:
-    """Write a report and return its path, or nothing if it cannot be written: a report must not fail what it is about.
+    """Write a report and return its path, or an empty string if it cannot be written.
 
-    It has what was going on, and names the files that it does not have: images and the guest's console are the user's.
+    The report has the machine's state. It names files that it does not include: the user's images and console output.
     """
     try:
         folder = os.path.join(cache_directory(), "reports")

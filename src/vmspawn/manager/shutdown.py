@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""End a machine on request: ask the guest, then quit QEMU."""
+"""Ends a machine on request: asks the guest to power off, then quits QEMU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..machine import run_states
 from ..machine.running import Running
 from ..timeouts import POWER_BUTTON_INTERVAL
 
-#: Seconds for which a service manager is asked to wait on, each time the button is pressed. Longer than the interval
-#: and QEMU's own end together.
+#: Seconds that the service manager is asked to wait, each time the button is pressed: longer than the interval
+#: and QEMU's end together.
 _EXTENSION = 20.0
 
-#: Seconds for a guest whose kernel panicked by what is printed, or that resets itself again and again.
+#: Seconds that a guest has to power off if its kernel printed a panic, or if it resets in a loop.
 FAILED_GUEST_TIMEOUT = 10.0
 
 
 async def wake(machine: Running) -> str:
-    """Let a guest run that cannot react because it is paused or suspended, and return what was done, in words.
+    """Resume a paused guest or wake a suspended one, so that it can react. Returns a description of the action.
 
     Raises what `Monitor.execute` raises.
     """
@@ -38,7 +38,7 @@ async def wake(machine: Running) -> str:
 
 
 class Shutdown:
-    """One machine's end on request: the power button, pressed until the guest is off; or `quit`."""
+    """Ends one machine on request: presses the power button until the guest is off, or quits QEMU."""
 
     def __init__(self, machine: Running, notice: Callable[[str], None], notifier: Notifier) -> None:
         self._machine = machine
@@ -48,7 +48,7 @@ class Shutdown:
         self._insist = asyncio.Event()
 
     def request(self, who: str) -> None:
-        """Ask the guest to power off. Called again, or when the guest has had its time, the machine is ended."""
+        """Ask the guest to power off. Ends the machine at a second call, or after the timeout."""
         if self._task is None:
             self._task = asyncio.create_task(self._shut_down(who))
         else:
@@ -62,7 +62,7 @@ class Shutdown:
             self._task = asyncio.create_task(self._terminate())
 
     def close(self) -> None:
-        """Give up what is under way: the machine has ended."""
+        """Cancel pending work after the machine's end."""
         if self._task is not None:
             self._task.cancel()
 

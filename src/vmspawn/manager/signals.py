@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Handle the signals that the manager gets. docs/console.md lists what each of them does.
+"""Handles the manager's signals, as listed in docs/console.md.
 
-The command blocks the signals that ask for an end before it launches QEMU, so that none of them can leave a QEMU
-without its manager. They are handled from `run_unless_ended` or `Signals.listen` on.
+The command blocks the end signals before it launches QEMU, so that no signal leaves QEMU without its manager.
+`run_unless_ended` and `Signals.listen` handle them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .shutdown import Shutdown
 
 
 async def run_unless_ended(started: Started, start: Coroutine[Any, Any, Running]) -> Running | None:
-    """Run the start of a machine. A signal that asks for an end ends the machine; returns None then."""
+    """Run the start of a machine. An end signal ends the machine, and None is returned."""
     came: list[signal.Signals] = []
     task = asyncio.create_task(start)
 
@@ -33,7 +33,7 @@ async def run_unless_ended(started: Started, start: Coroutine[Any, Any, Running]
     if not came:
         return task.result()
     if not task.cancelled() and task.exception() is None:
-        # The signal came when the machine was up just now.
+        # The signal came just after the machine was up.
         await task.result().end()
     started.end()
     return None
@@ -47,7 +47,7 @@ class Signals:
         self._front = front
 
     def listen(self) -> None:
-        """Take over the signals, those included that came since they were blocked."""
+        """Handle the signals, including pending ones that came while they were blocked."""
         loop = asyncio.get_running_loop()
         _handle_end_signals(self._end)
         loop.add_signal_handler(signal.SIGTSTP, self._front.suspend)
@@ -68,10 +68,10 @@ class Signals:
 
 
 def _handle_end_signals(handler: Callable[[signal.Signals], object]) -> None:
-    """Call `handler` with each signal that asks for an end, those included that came since they were blocked."""
+    """Call `handler` with each end signal, including pending ones that came while they were blocked."""
     loop = asyncio.get_running_loop()
     for number in END_SIGNALS:
-        # A parent that started us with a signal ignored, such as nohup(1) or a shell with `&`, means it.
+        # A signal that the parent ignored, such as nohup(1) or a shell with `&`, stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, handler, number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
