@@ -373,7 +373,7 @@ class Snapshot(Blocking[_machine.Snapshot]):
 
     @property
     def pause(self) -> float:
-        """How long the guest stood still, in seconds."""
+        """The number of seconds that the guest stood still."""
         return self._read(lambda inner: inner.pause)
 
     @property

@@ -14,7 +14,7 @@ from ..fingerprint import fingerprint_files
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 
-#: What a compiled agent depends on: its sources, and the compiler's options.
+#: The files that a compiled agent depends on: its sources, and the compiler's options.
 _INPUTS = ("agent.c", "kernel.h", "compiler.py")
 
 

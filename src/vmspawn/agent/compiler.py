@@ -31,7 +31,7 @@ _FLAGS = (
     # memcpy must not be compiled to a call of memcpy
     "-fno-builtin",
     "-fno-tree-loop-distribute-patterns",
-    # What a C library would be needed for, or what only adds size
+    # Features that need a C library, or only add size
     *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables"),
     *("-Wl,--build-id=none", "-Wl,-z,noseparate-code", "-Wl,-z,noexecstack", "-Wl,--gc-sections"),
 )
@@ -77,7 +77,7 @@ def _compile(architecture: str, path: Path) -> None:
 
 
 def is_native(architecture: str) -> bool:
-    """Whether this host has the architecture."""
+    """Return whether this host has the architecture."""
     return os.uname().machine == architecture
 
 

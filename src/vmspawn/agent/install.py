@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the agent gets into a guest with systemd: a unit, and credentials that bring both to an image that has neither.
+"""Writes the agent's unit, and the credentials that bring agent and unit to an image that has neither.
 
 Credentials reach a service as files below `%d`, which cannot be executed; so the unit copies the agent to /run.
 systemd creates units from credentials since version 256.
@@ -17,7 +17,7 @@ AGENT_CREDENTIAL = "vmspawn.agent"
 UNIT_CREDENTIAL = f"systemd.extra-unit.{UNIT}"
 WANTED_CREDENTIAL = "systemd.unit-dropin.sysinit.target~vmspawn-agent"
 
-#: Where whoever builds an image puts the agent.
+#: The path of the agent in an image that was built with it.
 INSTALLED_PATH = "/usr/lib/vmspawn/vmspawn-agent"
 
 _RUN_PATH = "/run/vmspawn-agent"
@@ -61,14 +61,14 @@ _INSTALL = "\n[Install]\nWantedBy=sysinit.target\n"
 
 
 def installed_unit(path: str = INSTALLED_PATH) -> bytes:
-    """The unit for an image that has the agent at a path."""
+    """Return the unit for an image that has the agent at a path."""
     return (_UNIT.format(start=f"ExecStart={path}") + _INSTALL).encode()
 
 
 def delivery(agent: bytes) -> dict[str, bytes]:
-    """The credentials that bring an agent to an image as it is, by their names.
+    """Return the credentials, by their names, that bring an agent to an image without one.
 
-    Compressed, it takes half the room in SMBIOS tables. The drop-in starts the unit whatever boots the kernel.
+    Compression halves the agent's size in SMBIOS tables. The drop-in starts the unit whatever boots the kernel.
     """
     start = _COPY.format(credential=AGENT_CREDENTIAL, path=_RUN_PATH)
     return {

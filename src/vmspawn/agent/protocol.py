@@ -233,7 +233,7 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """How many ports of a set the guest knows."""
+    """The number of ports of a set that the guest knows."""
 
     id: str
     count: int
@@ -241,7 +241,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """How many ports of a set are connected."""
+    """The number of ports of a set that are connected."""
 
     id: str
     count: int

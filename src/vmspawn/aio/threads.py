@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open and read files in threads, for both block for as long as the storage below hangs."""
+"""Opens and reads files in threads, because both calls block while the storage hangs."""
 
 from __future__ import annotations
 

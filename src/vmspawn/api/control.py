@@ -58,7 +58,7 @@ class Saved(Protocol):
 
     @property
     def pause(self) -> float:
-        """How long the guest stood still, in seconds."""
+        """The number of seconds that the guest stood still."""
 
     @property
     def size(self) -> int:

@@ -376,7 +376,7 @@ class Snapshot:
 
     @property
     def pause(self) -> float:
-        """How long the guest stood still, in seconds."""
+        """The number of seconds that the guest stood still."""
         return self._pause
 
     @property

@@ -29,7 +29,7 @@ UNIT = 64 * 1024
 
 
 class SparseFile(NamedTuple):
-    """A file with holes: its path on the host and in the archive, its size, and its data, in whole units."""
+    """A file with holes: its paths on the host and in the archive, its size, and its data in whole units."""
 
     path: str
     name: str

@@ -45,7 +45,7 @@ class _Link(NamedTuple):
 
 
 class Unpacked:
-    """What was unpacked into a work folder."""
+    """The folders that were unpacked into a work folder."""
 
     def __init__(self) -> None:
         self.folders: dict[str, _Folder] = {}
@@ -202,7 +202,7 @@ _SKIP_HINT = "leave out such files with {skip_special=True}"
 
 
 def _leads_out(path: str, target: str) -> bool:
-    """Whether a symbolic link may lead out of the top of its path."""
+    """Return whether a symbolic link may lead out of the top of its path."""
     parts = [part for part in target.split("/") if part not in ("", ".")]
     ups = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
     # The folders above the link, without the one that everything is unpacked into.

@@ -108,7 +108,7 @@ def _explain_refusal(directory: MachineDirectory, pid: int) -> Iterator[None]:
 
 
 def has_orphan(name: str) -> bool:
-    """Whether a machine of that name runs without a manager, or has left its monitor behind."""
+    """Return whether a machine of this name runs without a manager, or has left its monitor's socket behind."""
     try:
         directory = MachineDirectory.take_over(name)
     except (NotConnected, StartError):

@@ -40,9 +40,9 @@ class BootDisk(Record):
     serial: str
     #: The image below the overlay that `image` is.
     below: Below | None = None
-    #: Whether it is the machine's image, and not an extra disk.
+    #: True for the machine's image, False for an extra disk.
     is_image: bool = False
-    #: Whether it stays while the machine runs.
+    #: True if the disk cannot be detached while the machine runs.
     boot: bool = True
 
     @property
@@ -124,7 +124,7 @@ class Choices(Record):
 
 
 class Fork(Record):
-    """What a copy is one of: the snapshot, and whether its disks are kept when it ends."""
+    """The snapshot that a machine is a copy of. `keep_disks` keeps the copy's disks when the copy ends."""
 
     snapshot: str
     keep_disks: bool = False
@@ -140,7 +140,7 @@ class Plan(Record):
     kernel: Kernel | None
     disks: tuple[BootDisk, ...]
     extras: Extras
-    #: Whether BIOS boots the image.
+    #: True if BIOS boots the image.
     by_bios: bool = False
     #: Sections of another machine's journal, of which this machine is a copy.
     attachments: Mapping[str, Mapping[str, Any]] = {}

@@ -118,12 +118,12 @@ class MachineConfig(Record):
 
     @property
     def has_network(self) -> bool:
-        """Whether the machine has a network card from boot."""
+        """True if the machine has a network card from boot."""
         return self.network_user or bool(self.forwards)
 
     @property
     def is_userland(self) -> bool:
-        """Whether commands run in a directory of the host, by way of the built-in guest."""
+        """True if the built-in guest runs commands in a directory of the host."""
         return bool(self.guest and self.directory)
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What QEMU and the guest's kernel are told of the console: device and display, where the guest writes and logs in.
+"""Writes the arguments of QEMU and of the guest's kernel for the console, the display and their devices.
 
 The serial port is the default: firmware, boot loaders and every kernel speak it, and when nobody takes its output the
 guest waits. QEMU's virtio console drops what does not fit into the pipe.
@@ -38,25 +38,25 @@ _VECTORS = 2
 _SERIAL_PORTS = {"q35": "ttyS0", "pc": "ttyS0", "virt": "ttyAMA0"}
 _DISPLAYS = {"q35": "virtio-vga", "pc": "virtio-vga", "virt": "virtio-gpu-pci"}
 
-#: What of these devices there is shares the slot of the random number generator, so that no port is used up. Function 0
-#: is the generator's.
+#: These devices share the slot of the random number generator, so that they take no port for hot-plug. Function 0 is
+#: the generator.
 _FUNCTIONS = {"virtio-serial-pci": 1, "pvpanic-pci": 2, "virtio-keyboard-pci": 3, "virtio-vga": 4, "virtio-gpu-pci": 4}
 
 _WITH_KEYBOARD = frozenset({"q35", "pc"})
 
 
 def is_shared(config: MachineConfig) -> bool:
-    """Whether the console is ours to share, and not on the terminal that QEMU was given."""
+    """Return whether the manager shares the console among its viewers; otherwise QEMU has the terminal."""
     return config.console != "native"
 
 
 def has_size_port(config: MachineConfig) -> bool:
-    """Whether the guest listens for the window's size on a port of ours."""
+    """Return whether the guest reads the window's size from a virtio port."""
     return config.guest == "builtin" and is_shared(config)
 
 
 def tty(config: MachineConfig) -> str:
-    """What the guest calls its console."""
+    """Return the guest's name for its console."""
     return "hvc0" if config.console_transport == "virtio" else _SERIAL_PORTS[config.machine_type]
 
 
@@ -117,10 +117,11 @@ def _logged(log: int) -> str:
 
 
 def is_logged(config: MachineConfig) -> bool:
-    """Whether QEMU logs the console, for what it shows while there is no manager.
+    """Return whether QEMU logs the console, to keep the output that the guest writes while no manager runs.
 
-    A virtio console drops what the pipe has no room for, so the pipe itself may keep it. Nor where somebody sits at a
-    terminal: a call of the kernel for each byte makes an emulated serial port a third slower.
+    QEMU logs no virtio console: the pipe keeps its output, and the console drops the output that does not fit into the
+    pipe. QEMU logs no interactive console either: a system call for each byte makes an emulated serial port a third
+    slower.
     """
     return is_shared(config) and config.console != "interactive" and config.console_transport == "serial"
 
@@ -144,7 +145,7 @@ def _json_device(properties: dict[str, object]) -> tuple[str, ...]:
 
 
 def kernel_arguments(config: MachineConfig) -> tuple[str, ...]:
-    """What the kernel is told: where its console is, and for systemd and the built-in guest, what it is shown on."""
+    """Return the kernel's arguments for its console, and for the terminal of systemd or the built-in guest."""
     name = tty(config)
     if config.console == "gui":
         # The last one is /dev/console; the display is where the user looks.

@@ -18,7 +18,7 @@ _SOCKET_TIMEOUT = 30.0
 
 
 class Credential(Record):
-    """A credential by its value, or by the path that it is loaded from when the machine starts."""
+    """A credential with its value, or with the path that the value is loaded from when the machine starts."""
 
     name: str
     value: bytes = b""

@@ -28,7 +28,7 @@ def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str)
 
 
 def _holder(machine: str, disk: BootDisk) -> str:
-    """Who has the image of a disk that QEMU could not lock."""
+    """Return the process that holds the lock on a disk's image, which QEMU could not lock."""
     # Loaded where it is needed: most starts succeed.
     from ..storage.holders import holder_of
 

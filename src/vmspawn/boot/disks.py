@@ -23,7 +23,7 @@ from .overlay import Below, grow, overlay
 
 
 class _Wanted(Record):
-    """A disk of the configuration, from that value of that field."""
+    """A disk of the configuration, with the field and the value that describe it."""
 
     disk: Disk
     field: str

@@ -16,7 +16,7 @@ FLASH_FDSETS = (BASE_FDSET - 1, BASE_FDSET - 2)
 
 
 class Extras(Record):
-    """The additions of one concern to a machine."""
+    """The additions of one feature to a machine."""
 
     #: Properties of `-machine`, such as `smm=on`.
     machine: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ def join(*parts: Extras) -> Extras:
 
 
 class Owned(Record):
-    """Closes what the steps of a start open."""
+    """Closes the files that the steps of a start open, and ends their processes."""
 
     #: Unwound if the start fails.
     undo: ExitStack

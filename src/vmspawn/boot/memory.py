@@ -13,7 +13,7 @@ _SLOTS_MAX = 256
 
 
 class Growth(Record):
-    """How far the guest's memory may grow while it runs: to `maximum` bytes in all, by `slots` modules."""
+    """The growth of the guest's memory at run time: up to `maximum` bytes in total, by up to `slots` modules."""
 
     maximum: int
     slots: int = SLOTS_DEFAULT

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 #: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
 _INITRD_ALIGNMENT = 4
 
-#: What a kernel is told under emulation, by architecture: on a busy host its check of the timer fails, and it panics
-#: ("IO-APIC + timer doesn't work").
+#: Kernel arguments under emulation, by architecture: on a busy host the kernel's check of the timer fails, and it
+#: panics ("IO-APIC + timer doesn't work").
 _UNDER_TCG = {"x86_64": ("no_timer_check",)}
 
 #: Kernel arguments by which the user specifies the root.
@@ -227,7 +227,7 @@ def _find_root(config: MachineConfig, image: str, architecture: str) -> str:
 
 
 def _passed_by_smbios(chosen: Choices) -> bool:
-    """Whether the kernel gets its arguments from a boot loader or a UKI's stub, not from QEMU's -append."""
+    """Return whether a boot loader or a UKI's stub passes the kernel's arguments, and not QEMU's -append."""
     if chosen.kernel is None:
         return True
     linux = chosen.config.linux

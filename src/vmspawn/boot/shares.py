@@ -107,7 +107,7 @@ def check(field: str, path: str) -> None:
 
 
 def _serve(program: Virtiofsd, share: Share, tag: str, runtime: MachineDirectory, owned: Owned) -> tuple[int, Helper]:
-    """Start a virtiofsd that listens. Returns our connection to it, which is for QEMU, and the process."""
+    """Start a listening virtiofsd. Returns a connection to virtiofsd, for QEMU, and the process."""
     name = f"virtiofs-{tag}"
     address = runtime.socket_address(name)
     with listen(address, 1) as listener:

@@ -42,9 +42,9 @@ class Launched(Record):
     """The origin of a QEMU that this process launched, which is our child."""
 
     disks: tuple[BootDisk, ...]
-    #: Whether BIOS boots the image, and not UEFI or QEMU a kernel.
+    #: True if BIOS boots the image; False if UEFI does, or QEMU boots a kernel.
     by_bios: bool = False
-    #: Where QEMU loads its state from; None if it boots.
+    #: The saved state that QEMU loads; None if the machine boots.
     incoming: Incoming | None = None
     #: Sections of the journal of the machine that this is a copy of.
     attachments: Mapping[str, Mapping[str, Any]] = {}
@@ -99,7 +99,7 @@ class Started(Record):
     console: SharedConsole | None
     transcript: Descriptor | None
     helpers: tuple[Helper, ...]
-    #: What the machine is a copy of.
+    #: The snapshot, if the machine is a copy.
     fork: Fork | None = None
     watcher: int = 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What state.json says of a machine beside its attachments, and the one reader of all of it.
+"""Defines the sections of state.json other than the attachments, and reads the whole file.
 
 On the start path, for it is written before QEMU is started: imports next to nothing.
 """
@@ -27,8 +27,8 @@ from .qemu import QemuBinary, find_qemu
 #: 2: had disks with longer names in QEMU, and did not say so.
 STATE_VERSION = 3
 
-#: What of the configuration outlives the start: the fields of MachineConfig that a manager uses while the machine runs,
-#: and what booted, without which there is no configuration.
+#: The fields of MachineConfig that are saved: those that a manager uses while the machine runs, and those that specify
+#: what the machine boots, without which no configuration is valid.
 CONFIG_FIELDS = (
     "machine_type",
     "hotplug_ports",
@@ -54,11 +54,11 @@ class SavedQemu(Record):
 
 
 class SavedSessions(Record):
-    """What QMP sessions may have left in QEMU."""
+    """The objects that QMP sessions may have left in QEMU."""
 
-    #: Whether there ever was one.
+    #: True if the machine has had a session.
     served: bool = False
-    #: The names of their `getfd`, which QEMU cannot list.
+    #: The names of the sessions' `getfd` descriptors, which QEMU cannot list.
     names: tuple[str, ...] = ()
     #: Descriptor sets that were there from boot, and are neither theirs nor ours.
     foreign_fdsets: tuple[int, ...] = ()
@@ -142,7 +142,7 @@ def boot_storage(disks: Sequence[BootDisk], least: int = 0) -> str:
 
 
 def read(directory: MachineDirectory) -> State:
-    """What the last manager wrote. Raises StartError if it cannot be used."""
+    """Read the state that the last manager wrote. Raises StartError if the state cannot be used."""
     name = directory.name
     try:
         found = runtime.read_state(directory.path)
@@ -164,7 +164,7 @@ def read(directory: MachineDirectory) -> State:
 
 
 def damaged(directory: MachineDirectory, error: Exception) -> StartError:
-    """What to tell of a state that cannot be understood."""
+    """Return the error for a state that cannot be understood."""
     pid = runtime.running_qemu(directory.path)
     end = f"end its QEMU with: kill {pid}" if pid else "end its QEMU"
     return StartError(

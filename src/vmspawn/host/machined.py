@@ -27,7 +27,7 @@ UNREGISTER_TIMEOUT = 5.0
 
 
 class Registration(Record):
-    """The registration that the user wants, and the unit that QEMU runs in.
+    """The user's settings for the registration, and for QEMU's unit.
 
     `mode` is one of MODES. `scope` is `system` or `user`; empty means `system` for root, else `user`.
     `slice` and `properties` are settings of a scope unit that is made for QEMU.

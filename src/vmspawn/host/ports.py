@@ -55,7 +55,7 @@ def _inodes(protocol: str, address: str, port: int) -> Iterator[str]:
 
 
 def _overlap(found: str, address: str) -> bool:
-    """Whether an address of the kernel's table, whose bytes are reversed, is the same one, or one of both is all."""
+    """Return whether an address of the kernel's table, whose bytes are reversed, overlaps another address."""
     ours = socket.inet_aton(address)[::-1].hex().upper()
     return ours == _ANY or not found.strip("0") or found.endswith(ours)
 

@@ -29,7 +29,7 @@ _EXPLAINED = {
 
 
 class Volume(Record):
-    """A volume that the user wants. `config` is the bus, empty for the default; `parameters` are those of Acquire."""
+    """A volume to acquire. `config` is the bus, or empty for the default; `parameters` are Acquire's."""
 
     provider: str
     name: str

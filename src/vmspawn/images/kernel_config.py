@@ -94,7 +94,7 @@ def _bzip2(data: bytes) -> bytes:
 def _zstd(data: bytes) -> bytes:
     if not shutil.which("zstd"):
         return b""
-    # What follows the compressed part makes zstd fail at the end.
+    # The bytes behind the compressed part make zstd fail at the end.
     done = subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, timeout=_ZSTD_SECONDS, check=False)
     return done.stdout
 

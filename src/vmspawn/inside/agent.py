@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Talk to the agent in the guest through its control port (docs/agent.md).
+"""Talks to the agent in the guest through its control port (docs/agent.md).
 
 There are three cases for how a session begins:
 
 1. The agent is not up yet: `sync` waits in the port until the agent opens it.
 2. The agent is up: it answers `sync` with the nonce.
-3. The agent was started again, or the guest was: it reports so by a `ready` without a nonce, and gets `sync` again.
+3. The agent or the guest was restarted: the agent sends `ready` without a nonce, and gets `sync` again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FLOOD_PAUSE = 0.05
 
 
 class Agent:
-    """The connection to the agent of one machine. It is made when it is first needed."""
+    """The connection to the agent of one machine. The first use opens the connection."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class Agent:
     ) -> None:
         """`connect` returns a connection to the port. Raises OSError.
 
-        `on_message` gets what is about one command. `on_restart` is called when the agent has forgotten the commands
-        that it was told of.
+        `on_message` gets the messages about one command. `on_restart` is called when the agent has lost the commands
+        that it was sent.
         """
         self._connect = connect
         self._on_message = on_message
@@ -61,12 +61,12 @@ class Agent:
         self._reader = protocol.control_reader()
         self._counts: dict[str, asyncio.Future[int]] = {}
         self._in_session = asyncio.Event()
-        #: Messages that have come.
+        #: The number of received messages.
         self.heard = 0
         self._next_message = asyncio.Event()
         self._version = protocol.VERSION
         self._capabilities: frozenset[str] = frozenset()
-        #: The seed of a copy that the agent was told of, and its answer.
+        #: The seed that was sent to the agent of a copy, and the agent's answer.
         self._seed = ""
         self._forked: asyncio.Future[None] = self._loop.create_future()
         #: The nonce of the session, which each command names.
@@ -87,12 +87,12 @@ class Agent:
             )
 
     def send(self, message: bytes) -> None:
-        """Send a message. Without a connection it is dropped."""
+        """Send a message. Without a connection, the message is dropped."""
         if self._writer is not None:
             self._writer.write(message)
 
     async def wake_copy(self) -> None:
-        """Give the guest of a copy a clock and random numbers of its own; waits for as long as the agent takes.
+        """Set the clock and the random seed of a copy's guest; waits for as long as the agent takes.
 
         Raises NotSupported if the agent cannot do that, and what `ready` raises.
         """
@@ -105,11 +105,11 @@ class Agent:
         await self._forked
 
     async def knows_ports(self, ports: str, count: int, timeout: float) -> bool:
-        """Wait until the guest knows so many ports of a set; False if it does not in time."""
+        """Wait until the guest knows `count` ports of a set. Returns False on timeout."""
         return await self._until(ports, protocol.count_ports(ports), count, timeout)
 
     async def has_connected(self, ports: str, count: int, timeout: float) -> bool:
-        """Wait until so many ports of a set, which no command has, are connected; False if they are not in time."""
+        """Wait until `count` ports of a set that no command uses are connected. Returns False on timeout."""
         return await self._until(ports, protocol.count_connected(ports), count, timeout)
 
     async def _until(self, ports: str, question: bytes, count: int, timeout: float) -> bool:
@@ -124,7 +124,7 @@ class Agent:
         return True
 
     async def answers(self) -> None:
-        """Wait until the agent answers, for as long as it takes: it may have been killed, and be started again."""
+        """Wait until the agent answers, for as long as it takes: a killed agent is started again."""
         before = self.heard
         while self.heard == before:
             # The guest may be reset meanwhile, which closes the connection.
@@ -148,7 +148,7 @@ class Agent:
             del self._counts[ports]
 
     def restart(self) -> None:
-        """Begin a session on a new connection: the guest was reset. Callers of `ready` wait for it."""
+        """Begin a session on a new connection, after a reset of the guest. Callers of `ready` wait for the session."""
         was_open = self._socket is not None
         self.close()
         self._reader = protocol.control_reader()
@@ -234,7 +234,7 @@ class Agent:
                 log.debug(f"the agent sent what is no message: {message.line!r}")
 
     def _announced(self) -> None:
-        """The agent has been started. It may or may not have got the `sync` that waited for it."""
+        """Send `sync` to an agent that has just started, which may have missed the `sync` that waited in the port."""
         if self._in_session.is_set():
             self._begin_session()
             self._on_restart()

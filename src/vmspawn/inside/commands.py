@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run commands in the guest: each has ports for its streams, and the agent starts it on them.
+"""Runs commands in the guest. Each command has virtio-serial ports for its streams, and the agent starts it on them.
 
-The streams are the client's: this process sees the status port only.
+The client owns the streams: this process reads the status port only.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ _END_TIMEOUT = 5.0
 #: Seconds between two checks whether QEMU has read all of an input that has ended.
 _INPUT_INTERVAL = 0.02
 
-#: How often a command is sent, each time with other ports, if the guest does not open its ports.
+#: The number of attempts to start a command, each with other ports, if the guest does not open its ports.
 _ATTEMPTS = 3
 
-#: How a command ended.
+#: The end of a command.
 Ended = Exited | Signalled | Failed
 
-#: What ends all commands, for people, by QEMU's event.
+#: The events of QEMU that end all commands, and the reason to report for each.
 _INTERRUPTIONS = {
     "RESET": "the guest was rebooted",
     "SUSPEND": "the guest was suspended",
@@ -72,7 +72,7 @@ _INTERRUPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A command as a client wants it. Without arguments it is the user's login shell."""
+    """A command that a client asks for. Without arguments, it is the user's login shell."""
 
     arguments: Sequence[bytes] = ()
     environment: Mapping[bytes, bytes] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Wanted:
 
 
 class Execution:
-    """A command that was sent to the agent. `close` must follow: it ends the command if that still runs."""
+    """A command that was sent to the agent. `close` must follow, which ends the command if it still runs."""
 
     def __init__(self, commands: Commands, id: str, ports: PortSet, wanted: Wanted) -> None:
         self._commands = commands
@@ -92,11 +92,11 @@ class Execution:
         self.id = id
         self.ports = ports
         self.wanted = wanted
-        #: Whether the agent was told of it, and whether twice.
+        #: True if the command was sent to the agent, and if it was sent twice.
         self.is_sent = self.is_resent = False
-        #: Whether the guest did not open its ports, so that it was not started.
+        #: True if the command was not started because the guest did not open its ports.
         self.lacks_ports = False
-        #: Whether it counts among the commands that run.
+        #: True while the command counts towards COMMANDS_MAX.
         self.is_counted = False
         self._reader = protocol.status_reader()
         self._loop = asyncio.get_running_loop()
@@ -155,7 +155,7 @@ class Execution:
         self._commands.agent.send(protocol.signal(self.id, number))
 
     def fail(self, error: VmspawnError) -> None:
-        """The command has ended, or nobody will learn how."""
+        """Let waiters of the command fail with an error, unless its end is known, and close our ends of its streams."""
         if not self._ended.done():
             self._ended.set_exception(error)
         self._stop_reading()
@@ -163,7 +163,7 @@ class Execution:
 
     @property
     def is_starting(self) -> bool:
-        """Whether the agent has not reported yet that the command runs."""
+        """True until the agent has reported that the command runs, or has ended."""
         return not self._started.done() and not self._ended.done()
 
     def _readable(self) -> None:
@@ -194,7 +194,7 @@ class Execution:
                     self.ports.streams[STDIN].theirs.shutdown(socket.SHUT_RDWR)
             case Exited() | Signalled() | Failed():
                 self._ended.set_result(message)
-                # What a guest sends after the end is not read.
+                # Messages after the end are not read.
                 self._stop_reading()
             case _:
                 self._stop_reading()
@@ -270,16 +270,16 @@ class Commands:
         await self._streams.clear(self._ports)
 
     async def start(self, wanted: Wanted, *, timeout: float = COMMAND_START_TIMEOUT) -> Execution:
-        """Start a command. The caller closes what is returned.
+        """Start a command, and wait until it runs or fails to start. The caller closes the returned execution.
 
-        It has been started by then, or could not be. Raises Timeout if the agent does not answer in time, NoFreePort
+        Raises Timeout if the agent does not answer in time, NoFreePort
         if too many commands run, NotSupported, NotConnected, UsageError, QmpError.
         """
         if self._count >= COMMANDS_MAX:
             raise NoFreePort(
                 f"{COMMANDS_MAX} commands run in machine {self._machine.name} already", hint="wait until one has ended"
             )
-        # What cannot be passed on is refused before anything is plugged in.
+        # Raises UsageError for a command that the protocol cannot carry, before a port is plugged in.
         protocol.run(_message(wanted, "check", "check", "check"))
         self._count += 1
         try:
@@ -344,10 +344,10 @@ class Commands:
         execution.is_sent = True
         self.agent.send(protocol.run(message))
 
-    # What happens to commands.
+    # Changes of commands.
 
     def closed(self, execution: Execution, *, is_over: bool) -> None:
-        """An execution is closed. `is_over` tells whether the agent has reported its end."""
+        """Take back the ports of a closed execution. `is_over` is True if the agent has reported the command's end."""
         if self._running.pop(execution.id, None) is None:
             return
         self._count -= execution.is_counted
@@ -400,8 +400,8 @@ class Commands:
             execution.fail(NotSupported(f"the agent in the guest refused the command: {message.what}: {why}"))
 
     def _on_restart(self) -> None:
-        """The agent may have been told of commands that are to start, or not. They are sent again: a command runs once
-        at most, for only one supervisor can open its ports."""
+        """Send starting commands again, because the agent may not have got them. A command runs at most once, though:
+        only one supervisor can open its ports."""
         self._streams.spend()
         self._unreleased.clear()
         self._hotplug.tasks.start(self._send_again([each for each in self._running.values() if each.is_starting]))
@@ -439,7 +439,7 @@ class Commands:
             execution.fail(NotConnected(f"the command was ended: {reason}"))
 
     def close(self) -> None:
-        """Let go of the agent and all commands."""
+        """End all commands, and close the connection to the agent."""
         self._is_closed = True
         for execution in tuple(self._running.values()):
             execution.close()

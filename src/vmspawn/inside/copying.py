@@ -430,7 +430,7 @@ def _places(target: str, *, several: bool) -> tuple[str, str, str, str]:
     folder, slash, name = stripped.rpartition("/")
     is_folder = several or target.endswith("/") or name in ("", ".", "..")
     parent = folder or ("/" if slash else ".")
-    # What begins with a dash would be an option.
+    # A path that begins with a dash would be an option.
     if not target.startswith("/"):
         stripped, parent = f"./{stripped}", f"./{parent}"
     return stripped, parent, "" if is_folder else name, os.urandom(8).hex()

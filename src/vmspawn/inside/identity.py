@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Gives the guest of a copy a host name, a machine ID and MAC addresses of its own, and runs its hooks."""
+"""Gives the guest of a copy a new host name, machine ID and MAC addresses, and runs its hooks."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ done
 #: Seconds that the guest and its hooks may take.
 _TIMEOUT = 60.0
 
-#: What the exit statuses of the script mean.
+#: The reasons that the script reports by its exit status.
 _REASONS = {124: "a hook in /etc/vmspawn/fork.d failed", 125: "the guest refused a setting"}
 
 
 async def renew(commands: Commands, machine: str) -> None:
-    """Give the guest an identity of its own; its host name is the machine's name. Raises StartError."""
+    """Give the guest a new identity, with the machine's name as its host name. Raises StartError."""
     mac = os.urandom(2)
     words = ["sh", "-c", _SCRIPT, "sh", host_name(machine), os.urandom(16).hex(), f"{mac[0]:02x}:{mac[1]:02x}"]
     command = await commands.start(Wanted(tuple(os.fsencode(word) for word in words), stdin=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is done inside the guest of one machine. It is loaded when it is first asked for: many machines never are."""
+"""Gives access to the guest of one machine. Its modules are loaded at first use, because many machines need none."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _PORTS = "ports"
 
 
 class Inside:
-    """The inside of one machine."""
+    """The guest of one machine, as the agent in it shows it."""
 
     def __init__(self, machine: Running) -> None:
         self._machine = machine
         self._commands: Commands | None = None
-        #: Whether the guest's clock was set, if the machine is a copy.
+        #: False for a copy whose clock no agent has set.
         self.clock_is_set = True
 
     @property
@@ -39,8 +39,10 @@ class Inside:
         return self._commands
 
     async def settle(self) -> None:
-        """End the commands of a manager that died. The guest of a copy that was just started gets a clock and random
-        numbers of its own. Raises Timeout, NotConnected or StartError."""
+        """End the commands of a manager that died, and wake the guest of a copy that was just started.
+
+        Raises Timeout, NotConnected or StartError.
+        """
         if self._machine.attachments.get(_PORTS, {}).get("attachments"):
             await self.commands.settle()
         if (incoming := self._machine.incoming) is not None:
@@ -49,7 +51,7 @@ class Inside:
                 await self._renew_identity()
 
     async def _wake_copy(self) -> bool:
-        """Let the agent wake the guest; returns False if it does not."""
+        """Let the agent set the clock and the random seed of a copy. Returns False if the agent does not."""
         if not await self._has_agent():
             return False
         try:
@@ -70,13 +72,13 @@ class Inside:
         await renew(self.commands, self._machine.name)
 
     async def _has_agent(self) -> bool:
-        """Whether an agent in the guest has opened its port, and runs."""
+        """Return whether the guest runs, and its agent has opened the port."""
         if not self._machine.is_running:
             return False
         found = await self._machine.monitor.execute("query-chardev")
         return any(each["label"] == AGENT_PORT_ID and each["frontend-open"] for each in found)
 
     def close(self) -> None:
-        """Let go of the agent and all commands. May be called again."""
+        """End all commands, and close the connection to the agent. May be called again."""
         if self._commands is not None:
             self._commands.close()

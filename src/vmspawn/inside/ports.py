@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attach virtio-serial ports to the guest, connect streams to them, and detach them.
+"""Attaches virtio-serial ports to the guest, connects streams to them, and detaches them.
 
 A port appears in the guest as /dev/virtio-ports/NAME. It is attached without a host end; QEMU swaps the character
 device for a socket when a stream is connected, and back. `shutdown(SHUT_WR)` on our end of a stream is the end of file
@@ -68,18 +68,18 @@ class AttachedPort(Attachment):
         return f"stream{self.number}"
 
     def steps(self) -> Sequence[Step]:
-        """Place, character device, device."""
+        """Return the steps: place, character device, device."""
         name = self.device
         port = {"driver": "virtserialport", "id": name, "chardev": name, "name": self.guest_name}
         return (Reserve(self.place, self.pool), _Backend(name), PlugIn({**port, **self.place.properties()}))
 
     def to_state(self) -> dict[str, Any]:
-        """What another process needs to take the port over, as JSON values."""
+        """Return the record from which another process takes the port over, as JSON values."""
         place = list(self.place)
         return {"number": self.number, "name": self.guest_name, "place": place, "state": self.state, "done": self.done}
 
     def vanished(self) -> VmspawnError:
-        """The error of an attach whose port was removed meanwhile."""
+        """Return the error of an attach whose port was removed meanwhile."""
         return NotConnected(f"the port {self.guest_name} was removed through QMP while it was being attached")
 
 
@@ -120,7 +120,7 @@ class Ports:
 
     @property
     def free(self) -> int:
-        """How many ports can still be attached."""
+        """The number of ports that can still be attached."""
         return self._pool.free
 
     async def attach(self, guest_name: str) -> AttachedPort:

@@ -43,7 +43,7 @@ _GUEST_TIMEOUT = 10.0
 #: Seconds that the guest has to close its ends. Many sets may wait for their turn.
 _RELEASE_TIMEOUT = 1.0
 
-#: How often plugging in is tried if no command waits for a set.
+#: The number of attempts to plug in a set that no command waits for.
 _ATTEMPTS = 3
 
 
@@ -57,9 +57,9 @@ class PortSet:
     streams: dict[str, Stream] = field(default_factory=dict)
     #: Set when the guest has closed its ends.
     released: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Whether the set must not serve another command.
+    #: True if the set must not serve another command.
     is_spent: bool = False
-    #: The task that unplugs it, once there is one.
+    #: The task that unplugs the set, once it has begun.
     removal: asyncio.Task[None] | None = None
 
     def close(self) -> None:

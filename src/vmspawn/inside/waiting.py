@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waits until conditions of a machine hold: its agent answers, it has booted, a port is listened on.
+"""Waits until conditions of a machine hold: the agent answers, the guest has booted, a process listens on a port.
 
-What only the guest knows is asked by a command in it, which looks until the condition holds: the kernel of a guest has
-no event for a port, nor systemd one that a shell could wait for. A guest that reboots meanwhile is asked again.
+A command in the guest checks the conditions that only the guest knows, until they hold: the kernel has no event for a
+listening port, and systemd has no event that a shell could wait for. After a reboot the command is started again.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Wait:
         await self._in_guest(_PORT, f"{port:04X}")
 
     async def _until_ssh(self) -> None:
-        """Wait until the guest's SSH server says its first words: through a forward if there is one to its port."""
+        """Wait for the banner of the guest's SSH server on a forwarded port. Without a forward, wait for the port."""
         forwards = await self._machine.forwards.list()
         found = next((each for each in forwards if (each.guest_port, each.protocol) == (_SSH_PORT, "tcp")), None)
         if found is None:

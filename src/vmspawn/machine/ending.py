@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a machine ended, and the event that says so."""
+"""Describes the end of a machine, and adds it to the machine's events."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..qmp.events import Event, EventStream
 #: The last event of every machine: `reason`, `message` and `clean` of its End.
 MACHINE_ENDED = "MachineEnded"
 
-#: What SIGSYS means.
+#: The explanation of SIGSYS.
 _SANDBOXED = "its sandbox forbids what it tried, such as starting a program (-sandbox)"
 
-#: QEMU's ShutdownCause (qapi/run-state.json) in words, and whether that is what somebody wanted.
+#: A message for each of QEMU's ShutdownCause (qapi/run-state.json), and True for an end that somebody wanted.
 _CAUSES = {
     "guest-shutdown": ("the guest powered off", True),
     "guest-reset": ("the guest asked for a reboot, which this machine does not do", True),
@@ -36,15 +36,15 @@ TIME_LIMIT = "time-limit"
 
 
 class End(NamedTuple):
-    """How a machine ended.
+    """The end of a machine.
 
         end = await machine.wait()
         if not end.clean:
             print(end.message)
 
     `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, `time-limit`, or `unknown`
-    for a QEMU that another manager started and that said nothing; `message` says it for people, and `clean` whether it
-    is what the guest or the user wanted.
+    for a QEMU that another manager started and that reported no cause. `message` describes the end for people. `clean`
+    is True for an end that the guest or the user wanted.
     """
 
     reason: str
@@ -53,7 +53,7 @@ class End(NamedTuple):
 
     @classmethod
     def of(cls, process: Process, cause: str, *, killed: bool, log: str) -> End:
-        """How a QEMU ended: `cause` is what it said last, `killed` whether that was us, `log` what it printed."""
+        """Describe QEMU's end from the `cause` that it reported and its `log`. `killed` is True if we killed it."""
         if killed:
             return cls("qemu-killed", "the machine was terminated; QEMU did not obey and was killed", True)
         if process.status is None and not cause:
@@ -100,7 +100,7 @@ class MachineEvents:
 
     @property
     def is_overrun(self) -> bool:
-        """Whether the reader was so slow that events were dropped; the stream ended there."""
+        """True if the reader was so slow that events were dropped; the stream ended there."""
         return self._events.is_overrun
 
     def close(self) -> None:

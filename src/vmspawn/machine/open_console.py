@@ -12,9 +12,9 @@ from .origins import Origin
 
 
 def open_console(started: Started, origin: Origin, on_log_failed: Callable[[OSError], None]) -> Console | None:
-    """The console, if it is not QEMU's own. Takes over its descriptors.
+    """Return the console, or None if the console is QEMU's own. Takes over the console's descriptors.
 
-    `on_log_failed` is called if the file of `--log=` cannot be written any more.
+    `on_log_failed` is called if a write to the file of `--log=` fails.
     """
     shared = started.console
     if shared is None:

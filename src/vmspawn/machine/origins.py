@@ -24,7 +24,7 @@ class Origin(Protocol):
 
     @property
     def lives_on(self) -> bool:
-        """Whether QEMU runs on if this manager cannot manage it."""
+        """True if QEMU runs on when this manager fails to take the machine over."""
 
     @property
     def greeting_timeout(self) -> float:

@@ -21,9 +21,9 @@ class Quit:
         self._process = process
         self._monitor = monitor
         self._killer: asyncio.TimerHandle | None = None
-        #: Whether it had to be killed.
+        #: True if QEMU had to be killed.
         self.has_killed = False
-        #: Whether it was told to quit.
+        #: True if QEMU was told to quit.
         self.has_asked = False
 
     async def ask(self) -> None:

@@ -88,7 +88,7 @@ class Running:
     def __init__(self, started: Started, warn: Callable[[str], None]) -> None:
         self._started = started
         self._warn = warn
-        #: Whether this manager has let go of the machine, or has begun to end it: it writes no state any more.
+        #: True if this manager has left the machine, or has begun to end it: it writes no state any more.
         self._done = False
         self._origin = origin_of(started)
         with ExitStack() as undo:
@@ -102,7 +102,7 @@ class Running:
             self.monitor = Monitor(started.monitors.manager, transcript=self._transcript, name="manager")
             undo.callback(self.monitor.close, "the start failed")
             self._quit = Quit(self._process, self.monitor)
-            #: What happened to the machine of late.
+            #: The machine's last events.
             self.recent_events = RecentEvents(self.monitor)
             self._run_state = RunState(self.monitor)
             #: Pauses, resumes, resets and powers off the machine.
@@ -121,7 +121,7 @@ class Running:
                 pid=started.pid,
                 saving=saving,
             )
-            #: What is plugged into the machine.
+            #: The devices that are plugged into the machine.
             self.hotplug = Hotplug(self.monitor, self._run_state, self._journal, saving)
             #: The machine's disks.
             self.storage = self._open_storage()
@@ -212,7 +212,7 @@ class Running:
         """Let go of the machine, which runs on for another manager to adopt. May be called again, and after `end`."""
         if self._done:
             return
-        # What tasks do as they are cancelled must not be written down as if it were done.
+        # The journal must not record the steps of tasks that are being cancelled.
         self._done = True
         self._journal.close()
         self._end.cancel()
@@ -265,7 +265,7 @@ class Running:
         await first_of(self.monitor.closed, timeout=_EXIT_TIMEOUT)
         cause, log = self._run_state.shutdown_reason, self.directory.read_log()
         if not cause and self._quit.has_asked and self._process.status == 0:
-            # What QEMU has to say last is lost if it cannot write it at once.
+            # QEMU's last event is lost if QEMU cannot write it at once.
             cause = "host-qmp-quit"
         if self._console is not None and cause != "guest-shutdown":
             await first_of(self._console.drained, timeout=_DRAIN_TIMEOUT)
@@ -273,7 +273,7 @@ class Running:
         limit = self._time_limit
         return end.after(panic=self._guest_failure.panic, limit=limit.seconds if limit.is_over else None)
 
-    # What it is.
+    # Properties.
 
     @property
     def name(self) -> str:
@@ -282,7 +282,7 @@ class Running:
 
     @property
     def has_ended(self) -> bool:
-        """Whether QEMU has ended."""
+        """True if QEMU has ended."""
         return self._process.ended.is_set()
 
     @property
@@ -335,7 +335,7 @@ class Running:
 
     @property
     def is_running(self) -> bool:
-        """Whether the guest's processors run."""
+        """True if the guest's processors run."""
         return self._run_state.is_running
 
     @property
@@ -355,7 +355,7 @@ class Running:
             raise NotSupported.with_fields("the console of this machine is QEMU's own ({console=native})")
         return self._console
 
-    # What one can do to it.
+    # Actions.
 
     async def multiplexer(self) -> Multiplexer:
         """The multiplexer that shares QEMU among QMP clients; started when it is first asked for.
@@ -406,7 +406,7 @@ class Running:
 
     @property
     def fork(self) -> Fork | None:
-        """What the machine is a copy of."""
+        """The snapshot, if the machine is a copy."""
         return self._started.fork
 
     @property

@@ -49,7 +49,7 @@ class Sessions:
         self._before = before
         self._multiplexer: Multiplexer | None = None
         self._starting: asyncio.Task[Multiplexer] | None = None
-        # Whether the connections to QEMU were closed by a start that failed.
+        # True if a failed start has closed the connections to QEMU.
         self._is_disconnected = False
         self._released = asyncio.Event()
         self._released.set()
@@ -64,7 +64,7 @@ class Sessions:
 
     @property
     def saved(self) -> SavedSessions:
-        """What another manager would have to close."""
+        """The objects of sessions that another manager would have to remove."""
         names = self._multiplexer.names if self._multiplexer else ()
         return SavedSessions(
             self._starting is not None or self._before.served,
@@ -73,7 +73,7 @@ class Sessions:
         )
 
     async def multiplexer(self) -> Multiplexer:
-        """What shares QEMU; started when it is first asked for.
+        """Return the multiplexer, which shares QEMU among the sessions. The first call starts it.
 
         Raises Timeout if QEMU does not greet, NotConnected if it is gone.
         """
@@ -82,7 +82,7 @@ class Sessions:
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
             self._journal.write()
-        # Who gives up does not end it for the others.
+        # A caller that is cancelled does not cancel the start for the others.
         return await asyncio.shield(self._starting)
 
     @contextlib.asynccontextmanager

@@ -25,7 +25,7 @@ _FAILURE_TIMEOUT = 2.0
 #: Seconds that the process has to end after the machine, or after it was asked to.
 _EXIT_TIMEOUT = 10.0
 
-#: How the built-in guest begins to tell why it cannot go on.
+#: The prefix of the built-in guest's message about a kernel that it cannot run on.
 _LACKS = "vmspawn-guest: the kernel lacks "
 
 #: Bytes of the console that are kept, and its last lines that are shown if the machine fails.

@@ -138,7 +138,7 @@ class _Supervision:
         closing.push_async_callback(registered.end)
         closing.callback(self._front.close)
         closing.callback(self._shutdown.close)
-        # What READY promises: from then on the package may be upgraded, moved or removed.
+        # READY promises that from then on the package may be upgraded, moved or removed.
         await self._preloading
         await self._register(registered)
         on_ready(inside.clock_is_set)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Adds, removes and lists the forwards of a running machine.
 
-QEMU has no QMP commands for them, only those of its human monitor, whose answers are text: see
-docs/qemu.md, "User-mode network". QEMU is also where they are kept: another manager finds them there.
+QEMU has no QMP commands for forwards, only commands of its human monitor, whose answers are text (docs/qemu.md,
+"User-mode network"). QEMU keeps the forwards, so another manager finds them there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Forwards:
     def __init__(self, monitor: Monitor, machine: str) -> None:
         self._monitor = monitor
         self._machine = machine
-        # A forward that was just added is found by what was not there before.
+        # `add` compares the list before with the list after, so changes must not overlap.
         self._lock = asyncio.Lock()
 
     async def list(self) -> list[Forward]:
@@ -116,7 +116,7 @@ def _section(text: str) -> str:
 
 
 def _is_like(found: Forward, wanted: Forward) -> bool:
-    """Whether a forward is the one that was asked for, whichever port was chosen."""
+    """Return whether two forwards are equal except for the port on the host, which QEMU may have chosen."""
     return found._replace(port=wanted.port) == wanted
 
 

@@ -19,7 +19,7 @@ MIGRATION_STATES = {
 
 
 def is_inactive(status: str, migration: Mapping[str, Any]) -> bool:
-    """Whether images are inactive, by what query-status and query-migrate return.
+    """Return whether images are inactive, judged by the results of query-status and query-migrate.
 
     True as well for a guest that ran after a save, and was stopped and reset.
     """

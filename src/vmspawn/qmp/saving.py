@@ -27,7 +27,7 @@ class Saving:
 
     @property
     def is_device_coming(self) -> bool:
-        """Whether a device is being plugged in that QEMU cannot save."""
+        """True while a device is being plugged in that QEMU cannot save."""
         return bool(self._coming)
 
     def begin(self) -> None:

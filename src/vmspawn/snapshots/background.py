@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Start copies, each with a manager of its own in the background.
+"""Starts copies, each under a separate manager in the background.
 
 On vmctl's start path: imports next to nothing.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ..errors import StartError, Timeout
 
-#: How vmspawn's errors begin on standard error.
+#: The prefix of vmspawn's errors on standard error.
 _PREFIX = "vmspawn: "
 
 
@@ -30,7 +30,7 @@ def start_copies(
     """Start copies of a snapshot at once, and wait until all of them run; those that fail do not end the others.
 
     `arguments` are further options of vmspawn. Returns the names of the copies whose clock stands as it was saved: no
-    agent in the guest has set it. Raises StartError, Timeout.
+    agent in the guest has set the clock. Raises StartError, Timeout.
     """
     shared = [f"--fork={full_name}", *arguments]
     shared += ["--keep"] if keep_disks else []
@@ -44,12 +44,12 @@ def start_copies(
 
 
 class _Manager:
-    """A manager that is being started. It outlives this process."""
+    """A starting manager, which outlives this process."""
 
     def __init__(self, name: str, arguments: list[str]) -> None:
         self.name = name
         self.clock_is_set = False
-        #: What it says until it is up.
+        #: The manager's standard error.
         self._log = os.memfd_create("vmspawn-manager", os.MFD_CLOEXEC)
         self._waiting, telling = os.pipe()
         command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
@@ -67,7 +67,7 @@ class _Manager:
             os.close(telling)
 
     def wait(self, deadline: float) -> StartError | Timeout | None:
-        """Wait until it is up; returns why it is not."""
+        """Wait until the manager has started its machine. Returns the error if the manager fails."""
         try:
             if not select.select([self._waiting], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return Timeout(f"the manager of {self.name} (process {self._pid}) has not started it in time")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find what keeps a machine from being saved, before anything is paused.
+"""Finds the reasons why a machine cannot be saved, before the guest is paused.
 
-QEMU lists some of it (`query-migrate`, blocked-reasons). What it does not list, and what a copy would lack, is found by
-comparing its devices and objects with those that vmspawn makes.
+QEMU lists some reasons (`query-migrate`, blocked-reasons). The others are found by comparing QEMU's devices and objects
+with those that vmspawn makes: a copy would lack the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DETACH = "detach it first: vmctl detach-disk {machine} {name}"
 
 
 class Blocker(NamedTuple):
-    """Something that cannot be saved: what and why, the way out, and the disk if it is one."""
+    """A reason why a machine cannot be saved, a hint, and the name of the disk if a disk is the reason."""
 
     reason: str
     hint: str = ""
@@ -109,7 +109,7 @@ def _disks_on_namespaces(machine: Running) -> list[Blocker]:
 
 
 def _explained(machine: Running, reason: str) -> list[Blocker]:
-    """A reason of QEMU's, with the disks that it is about."""
+    """Return the blockers for one of QEMU's reasons, one for each disk that it is about."""
     if reason.rstrip("'").endswith("/nvme"):
         disks = [each.name for each in machine.storage if each.disk.bus == "nvme"]
         if disks:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The folders of snapshots: made whole or not at all, read, and removed.
+"""Makes, opens and removes the folders of snapshots.
 
-A snapshot is made in a folder with another name, which is renamed in the end. Whoever uses a snapshot holds a shared
-flock(2) on its manifest: the QEMU of each fork inherits the descriptor, so the lock ends with QEMU, not with a manager.
+A snapshot is made under a temporary name, and renamed when it is complete. Each user of a snapshot holds a shared
+flock(2) on the manifest. The QEMU of each copy inherits the descriptor, so the lock ends with QEMU, not with a manager.
 
 On the start path: imports next to nothing.
 """
@@ -50,7 +50,7 @@ def check_name(name: str) -> str:
 
 
 def path_of(full_name: str, parent: str = "") -> str:
-    """The folder of a snapshot. `parent` is that of all snapshots by default."""
+    """Return the folder of a snapshot. `parent` is the folder of all snapshots by default."""
     return os.path.join(parent or root(), full_name)
 
 
@@ -82,7 +82,7 @@ class NewFolder:
         return os.open(os.path.join(self.path, name), flags, 0o600)
 
     def final(self, name: str) -> str:
-        """The path that a file has once the snapshot is finished."""
+        """Return the path of a file in the finished snapshot."""
         return os.path.join(path_of(self.full_name, self._parent), name)
 
     def write(self, name: str, content: bytes) -> None:
@@ -104,7 +104,7 @@ class NewFolder:
         _sync(self._parent)
 
     def discard(self) -> None:
-        """Remove it, by whichever name."""
+        """Remove the folder, finished or not."""
         _remove(self.path)
 
 
@@ -132,7 +132,7 @@ def _sync(path: str) -> None:
 
 
 def check_ours(path: str) -> None:
-    """Raise StartError for a folder that somebody else could have filled: what is in it runs as this user."""
+    """Raise StartError for a folder that another user could have written to: its content runs as this user."""
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise StartError(f"{path} is not a folder")
@@ -173,7 +173,7 @@ class OpenSnapshot:
         return True
 
     def close(self) -> None:
-        """Let go of it. May be called again."""
+        """Close the snapshot, which releases the lock. May be called again."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -184,7 +184,10 @@ def _read(fd: int) -> bytes:
 
 
 def find(machine: str, name: str) -> str:
-    """The full name of a snapshot; without a name, of the machine's only one. Raises NoSuchSnapshot, UsageError."""
+    """Return the full name of a snapshot. Without a name, it is the machine's only snapshot.
+
+    Raises NoSuchSnapshot, UsageError.
+    """
     if name:
         return f"{machine}@{name}"
     current = f"{machine}@{CURRENT}"
@@ -239,7 +242,7 @@ _QEMU_LOCKS = (100, 200)
 
 
 def is_locked(path: str) -> bool:
-    """Whether a QEMU has an image open, by its locks."""
+    """Return whether a QEMU has an image open, judged by QEMU's locks."""
     import struct
 
     try:

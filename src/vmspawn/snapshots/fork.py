@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Start a copy of a machine from its snapshot.
+"""Starts a copy of a machine from its snapshot.
 
-The copy has the source's command line (`boot/incoming.py`). Disks that were hot-plugged are on it, under the same names
-and at the same places, and each writable disk has an overlay of its own over the snapshot's images.
+The copy has the source's command line (`boot/incoming.py`), with the hot-plugged disks under the same names and at the
+same places. Each writable disk gets a new overlay over the snapshot's images.
 
 On the start path: imports next to nothing.
 """
@@ -50,11 +50,13 @@ def fork(
     new_identity: bool = False,
     begin: Callable[[], None] = lambda: None,
 ) -> Started:
-    """Start a copy. `given` is its name, and what else may differ: console, logs and timeouts.
+    """Start a copy. `given` has the copy's name, and the options that may differ: console, logs and timeouts.
 
-    `keep_disks` keeps the copy's disks when it ends. `force_version` lets another QEMU try. `new_identity` gives the
-    guest a host name, a machine ID and MAC addresses of its own. `begin` is called before the first step that has to be
-    undone. Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
+    `keep_disks` keeps the copy's disks when it ends. `force_version` allows another QEMU than the one
+    that saved the state. `new_identity` gives the guest a new host name, machine ID and MAC addresses. `begin` is
+    called before the first step that has to be undone.
+
+    Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
     """
     with contextlib.closing(OpenSnapshot(full_name)) as snapshot:
         config = _config(snapshot.manifest, given)
@@ -74,7 +76,7 @@ def start_copy(
 ) -> Started:
     """Start a copy from an open snapshot, which stays the caller's. `shown` is what its console has shown before.
 
-    `fork` is None for a machine that is none of its source's copies to its user. Raises what `fork` raises.
+    `fork` is None for a machine that its user does not know as a copy. Raises the errors of `fork`.
     """
     with ExitStack() as undo:
         owned = Owned(undo, undo.enter_context(ExitStack()))
@@ -117,7 +119,7 @@ def _config(manifest: Manifest, given: MachineConfig) -> MachineConfig:
 
 
 def _binary(manifest: Manifest, *, force_version: bool) -> QemuBinary:
-    """The QEMU that saved the state. Raises StartError if it is another one by now."""
+    """Return the QEMU that saved the state. Raises StartError if the file has changed since."""
     source = manifest.qemu
     machine_type = manifest.config["machine_type"]
     found = find_qemu(source.path, machine_type)
@@ -133,7 +135,7 @@ def _binary(manifest: Manifest, *, force_version: bool) -> QemuBinary:
 
 
 class _Copy:
-    """One copy that is being started."""
+    """A copy that is being started."""
 
     def __init__(
         self, snapshot: OpenSnapshot, config: MachineConfig, binary: QemuBinary, owned: Owned, fork: Fork | None
@@ -151,12 +153,12 @@ class _Copy:
         self._state = Extras()
         #: Files of the copy's own that are kept, by the source's descriptor.
         self._own_files: dict[int, str] = {}
-        #: What an overlay of the source stood on from its start: its node, and our descriptor.
+        #: The image below the overlay that the source started with: its block node, and our descriptor.
         self._below: tuple[dict[str, object], int] | None = None
         self._options: list[incoming.Option] = []
 
     def plan(self) -> Plan:
-        """All that the command line is written from. Raises StartError."""
+        """Open the files, and return the plan that the command line is written from. Raises StartError."""
         written = incoming.writable_descriptors(self._manifest.options)
         for number, path in self._manifest.descriptors.items():
             fd = self._owned.lend(self._open(path))
@@ -189,13 +191,13 @@ class _Copy:
         )
 
     def _with_path(self, option: Option) -> Option:
-        """The option with the path of a file that is in the snapshot's folder."""
+        """Return the option with an absolute path, if it names a file in the snapshot's folder."""
         if option.name in BOOT_FILES and option.value and not option.value.startswith("/"):
             return Option(option.name, os.path.join(self._snapshot.path, option.value))
         return option
 
     def open_state(self, shown: bytes) -> Incoming | None:
-        """Open the saved state; None if there is none, and the machine boots. Raises StartError."""
+        """Open the saved state. Returns None for a snapshot without a state: the machine boots. Raises StartError."""
         state = self._manifest.state
         if state is None:
             return None
@@ -210,7 +212,7 @@ class _Copy:
         return Incoming(f"file:/dev/fdset/{incoming.STATE_FDSET}", was_running, shown)
 
     def command_line(self, plan: Plan, inherited: Inherited) -> list[str]:
-        """QEMU's command line."""
+        """Return QEMU's command line."""
         arguments = {
             incoming.MONITORS: monitor_arguments(plan.binary, inherited.monitors),
             incoming.CONSOLE: console.shared_end(inherited.log),
@@ -232,7 +234,7 @@ class _Copy:
         ]
 
     def _open(self, path: str) -> int:
-        """Open a file of the snapshot for reading; one of others must be as it was. Raises StartError."""
+        """Open a file of the snapshot for reading. Raises StartError if the file was changed since."""
         name = self._manifest.full_name
         try:
             fd = os.open(os.path.join(self._snapshot.path, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -263,7 +265,7 @@ class _Copy:
             )
 
     def _below_of(self, record: dict[str, Any]) -> Below | None:
-        """What the lowest image of a disk stands on. Only the first disk, the machine's image, stands on something."""
+        """Return the image below a disk's lowest overlay. Only the first disk, the machine's image, has one."""
         if self._below is None or record["number"] != 0:
             return None
         node, fd = self._below
@@ -294,7 +296,7 @@ class _Copy:
         image.path = path
 
     def _overlay(self, disk: Disk, base: Image, record: dict[str, Any], number: int) -> Image:
-        """An overlay of the copy's own, which ends with it unless it is to be kept."""
+        """Make an overlay for the copy, which is removed with the copy unless the disks are kept."""
         identifiers = records.load_identifiers(record)
         size = self._manifest.sizes[identifiers.pivot]
         path, fd = self._create(f"{identifiers.device}-{number}.qcow2")
@@ -308,7 +310,7 @@ class _Copy:
         return Image(number, backing, "qcow2", path, base=base)
 
     def _write_current(self, disks: list[BootDisk]) -> None:
-        """Write down where the newest state of the disks is: it lasts when the machine ends. Raises OSError."""
+        """Write MACHINE@current, which lists the newest images of disks that outlive the machine. Raises OSError."""
         manifest = self._manifest
         overlays = {each.name: each.image for each in disks if each.image is not None and each.image.writable}
         attachments = {name: dict(section) for name, section in manifest.attachments.items()}
@@ -345,7 +347,7 @@ class _Copy:
             file.write(current.to_json())
 
     def _own(self, number: int, fd: int, name: str) -> int:
-        """A copy of a small file, which ends with the machine unless its disks are to be kept."""
+        """Copy a small file. The copy is removed with the machine unless the disks are kept."""
         path, copy = self._create(os.path.basename(name))
         if path:
             self._own_files[number] = os.path.basename(path)
@@ -365,7 +367,7 @@ class _Copy:
 
 
 def _controllers(manifest: Manifest) -> list[str]:
-    """QEMU's arguments for controllers of disks that were hot-plugged, in the order of their sections."""
+    """Return QEMU's arguments for the controllers of hot-plugged disks, in the order of their sections."""
     import json
 
     arguments = []
@@ -380,7 +382,7 @@ def _controllers(manifest: Manifest) -> list[str]:
 
 
 def _ports(manifest: Manifest) -> list[str]:
-    """QEMU's arguments for the ports of commands that ran in the guest: nobody is at their other ends in a copy."""
+    """Return QEMU's arguments for the ports of commands in the guest, which are not connected in a copy."""
     import json
 
     arguments = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describe the snapshots, for lists.
+"""Describes snapshots for lists.
 
 On vmctl's start path: imports next to nothing.
 """
@@ -15,7 +15,7 @@ from ..images import snapshot_files
 
 
 class Listed(NamedTuple):
-    """A snapshot at a glance. `size` is what its own files take on the disk, in bytes; `forks` are machines."""
+    """A snapshot in a list. `size` is the disk usage of its folder in bytes; `forks` are names of machines."""
 
     name: str
     machine: str
@@ -28,7 +28,7 @@ class Listed(NamedTuple):
 
 
 def listed() -> list[Listed]:
-    """All snapshots of the folder, the oldest first."""
+    """List all snapshots of the folder, the oldest first."""
     forks = _forks()
     found = [_describe(name, manifest, forks.get(name, [])) for name, manifest in snapshot_files.manifests()]
     return sorted(found, key=lambda each: each.created)
@@ -59,7 +59,7 @@ def _size(folder: str) -> int:
 
 
 def _forks() -> dict[str, list[str]]:
-    """The machines that run on each snapshot, as their managers wrote down."""
+    """Return the machines that run on each snapshot, according to the machines' state files."""
     found: dict[str, list[str]] = {}
     for name in runtime.machine_names():
         folder = os.path.join(runtime.runtime_root(), name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a snapshot consists of, as manifest.json describes it.
+"""Defines the content of manifest.json, which describes a snapshot, and reads it.
 
 On the start path: imports next to nothing.
 """
@@ -42,7 +42,7 @@ class SnapshotFile(NamedTuple):
         return cls(path, found.st_dev, found.st_ino, -1, 0)
 
     def is_unchanged(self, fd: int) -> bool:
-        """Whether an open file has the content that the snapshot needs, as far as its size and times tell."""
+        """Return whether an open file has the content that the snapshot needs, judged by its size and time."""
         if self.size < 0:
             return True
         found = os.fstat(fd)
@@ -53,7 +53,7 @@ class Source(NamedTuple):
     """The QEMU that saved a snapshot; the same must load it."""
 
     path: str
-    #: What `--version` prints in its first line, without the part before the number.
+    #: The version in the first line of `--version`.
     version: str
     #: The size and time of the binary.
     size: int
@@ -78,9 +78,9 @@ class Manifest(NamedTuple):
     name: str
     created: float
     parent: str
-    #: Whether it was made for a fork, and goes with the last one.
+    #: True for a snapshot that was made for copies, and is removed with the last copy.
     is_temporary: bool
-    #: Whether the guest ran.
+    #: True if the guest ran when it was saved.
     was_running: bool
     qemu: Source
     machine_type: str
@@ -102,7 +102,7 @@ class Manifest(NamedTuple):
 
     @property
     def full_name(self) -> str:
-        """The name with the machine's."""
+        """The name as MACHINE@NAME."""
         return f"{self.machine}@{self.name}"
 
     def to_json(self) -> bytes:

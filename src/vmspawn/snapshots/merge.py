@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Make the disks of a machine that has ended one file each again, once no snapshot needs the images below.
+"""Merges the overlays of a machine that has ended into the images below, once no snapshot needs these images.
 
 MACHINE@current lists overlays that stand on images of snapshots. When the last snapshot is gone, a QEMU without a guest
 writes each overlay's content to the image below (`block-commit`), and MACHINE@current is removed. If that is
@@ -76,7 +76,7 @@ def _set_paths(chains: Iterable[list[Image]], manifest: Manifest) -> None:
 
 
 def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
-    """Whether no other snapshot consists of the images, and no QEMU uses one."""
+    """Return whether no other snapshot needs the images, and no QEMU uses one of them."""
     paths = {image.path for chain in chains for image in chain}
     needed = {
         entry["path"] for name, found in snapshot_files.manifests() if name != full_name for entry in found["files"]

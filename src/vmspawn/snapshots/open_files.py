@@ -13,7 +13,7 @@ _DELETED = " (deleted)"
 
 _COPY_SIZE = 1 << 20
 
-#: How often a file is looked for that seems to have been closed.
+#: The maximum number of searches for a file that seems to have been closed.
 _ATTEMPTS = 10
 
 

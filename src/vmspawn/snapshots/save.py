@@ -143,7 +143,7 @@ class _Save:
         self._files = OpenFiles(machine.pid)
         #: The numbers of descriptors in QEMU, by those on its command line, where they differ.
         self._numbers: dict[int, int] = {}
-        #: What is attached by now. A disk whose attach waits for the end of the save is not.
+        #: The attached disks, without those whose attach waits for the end of the save.
         self._disks = [each for each in machine.storage if each.state is AttachmentState.ATTACHED]
         self._was_running = machine.is_running
         self._status = machine.status
@@ -263,7 +263,7 @@ class _Save:
         await freeze.prepare(make, open_read_only)
 
     def _has_lasting_disks(self) -> bool:
-        """Whether the machine's disks outlive it; those of forks do not."""
+        """Return whether the machine's disks outlive the machine. The disks of a copy do only with `keep_disks`."""
         fork = self._machine.fork
         return fork is None or fork.keep_disks
 
@@ -351,7 +351,7 @@ class _Save:
             if isinstance(result, QmpError) and command is not stream.REMOVE_FDSET:
                 raise result
 
-    # What is written.
+    # The manifest.
 
     def _attachments(self, freeze: Freeze) -> dict[str, Any]:
         """The sections of the journal, with the disks as they were before they got their overlays."""

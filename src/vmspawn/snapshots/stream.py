@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Let QEMU write its whole state into an open file, or read it from one.
+"""Makes QEMU write its whole state to an open file.
 
 QEMU 8.2 brought `file:` and refuses regular files behind `fd:` since. `file:` takes a descriptor set, whose descriptor
 must have exactly the access mode; `fd:` takes a descriptor of `getfd`, or an inherited one by its number.
@@ -32,8 +32,8 @@ _INTERVAL = 0.2
 async def save(monitor: Monitor, fd: int, progress: Callable[[int, int], None]) -> str:
     """Save the state of a stopped QEMU to a descriptor that is open for writing alone; returns the URI's scheme.
 
-    `progress` is told the bytes that are done and those in all. Raises QmpError, SystemFailure if QEMU fails;
-    `cancel` must follow if this is interrupted.
+    `progress` is called with the number of bytes that are done, and with the total. Raises QmpError, SystemFailure if
+    QEMU fails; `forget` must follow if this call is interrupted.
     """
     capabilities = [{"capability": "events", "state": True}]
     await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
@@ -55,7 +55,7 @@ async def save(monitor: Monitor, fd: int, progress: Callable[[int, int], None]) 
 
 
 async def _begin(monitor: Monitor, fd: int) -> tuple[str, EventStream]:
-    """Begin; returns the URI's scheme, and the events from then on."""
+    """Begin the save. Returns the URI's scheme, and the events from then on."""
     await monitor.execute("add-fd", {"fdset-id": STATE_FDSET}, fds=(fd,))
     try:
         return "file", await _migrate(monitor, f"file:/dev/fdset/{STATE_FDSET}")
@@ -98,7 +98,7 @@ async def _why(monitor: Monitor, status: str) -> str:
 
 
 async def forget(monitor: Monitor) -> None:
-    """Cancel what is under way, and drop the descriptor. Raises NotConnected, Timeout."""
+    """Cancel a save that is under way, and remove its descriptor from QEMU. Raises NotConnected, Timeout."""
     await cancel(monitor)
     with contextlib.suppress(QmpError):
         await monitor.execute(REMOVE_FDSET.name, REMOVE_FDSET.arguments)

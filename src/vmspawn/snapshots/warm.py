@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Start the built-in guest from a copy that has booted (`warm=True`).
+"""Starts the built-in guest from a copy that has booted (`warm=True`).
 
 The first start makes the copy (`warm_maker.py`); others that start at the same time wait for it. The cache keeps it
 under a key of everything that it depends on: QEMU's binary, the accelerator and processor, the guest's kernel and
@@ -40,7 +40,7 @@ _OWN = (
     *("die_with_program", "die_with_parent", "warm"),
 )
 
-#: What of /proc/cpuinfo differs between processors of one host, or from time to time.
+#: The fields of /proc/cpuinfo that differ between the processors of one host, or change with time.
 _VARYING = ("processor", "cpu MHz", "bogomips", "core id", "physical id", "apicid", "initial apicid", "siblings")
 
 _PRIME = 2**64 - 59
@@ -70,7 +70,7 @@ def start(
 
 
 def directory() -> str:
-    """The directory of all warm copies."""
+    """Return the directory of all warm copies."""
     return os.path.join(cache_directory(), "warm")
 
 
@@ -78,7 +78,7 @@ def directory() -> str:
 
 
 def key(chosen: Choices) -> str:
-    """A name for everything that a warm copy depends on."""
+    """Return the name of the warm copy for a configuration: a fingerprint of everything that the copy depends on."""
     assert chosen.kernel is not None
     files = (os.path.realpath(chosen.binary.path), chosen.kernel.path, chosen.kernel.initrd or "")
     parts = [VERSION, *_package(), repr(shape(chosen.config)), chosen.accelerator, repr(chosen.binary)]
@@ -89,7 +89,7 @@ def key(chosen: Choices) -> str:
 
 
 def shape(config: MachineConfig) -> MachineConfig:
-    """The configuration without what may differ between a copy and its source."""
+    """Return the configuration without the fields that may differ between a copy and its source."""
     default = MachineConfig()
     own = {name: getattr(default, name) for name in _OWN}
     terminal = config.terminal._replace(rows=0, columns=0) if config.terminal is not None else None
@@ -97,7 +97,7 @@ def shape(config: MachineConfig) -> MachineConfig:
 
 
 def _package() -> list[str]:
-    """The identities of this package's files: another version of it may write another command line."""
+    """Return the identities of this package's files: another version may write another command line."""
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return [
         _identity(os.path.join(folder, name))
@@ -113,7 +113,7 @@ def _identity(path: str) -> str:
 
 
 def _processor() -> str:
-    """What /proc/cpuinfo has on the first processor."""
+    """Return the lines of /proc/cpuinfo about the first processor, without the fields that vary."""
     with open("/proc/cpuinfo") as file:
         lines = file.read().partition("\n\n")[0].splitlines()
     return "\n".join(line for line in lines if line.partition("\t")[0].strip() not in _VARYING)
@@ -123,7 +123,7 @@ def _processor() -> str:
 
 
 def _opened(path: str, config: MachineConfig, notice: Callable[[str], None]) -> OpenSnapshot:
-    """Open a warm copy; make it if there is none. Raises StartError."""
+    """Open a warm copy, which is made first if it does not exist. Raises StartError."""
     found = _open(path, notice)
     if found is None:
         os.makedirs(directory(), mode=0o700, exist_ok=True)
@@ -133,7 +133,7 @@ def _opened(path: str, config: MachineConfig, notice: Callable[[str], None]) -> 
             if found is None:
                 _make(path, config, notice)
                 found = OpenSnapshot(os.path.basename(path), directory())
-    # The oldest ones are removed first.
+    # `_remove_oldest` goes by this time.
     os.utime(path)
     return found
 
@@ -172,7 +172,7 @@ def _make(path: str, config: MachineConfig, notice: Callable[[str], None]) -> No
     notice("booting the built-in guest once, for this warm start and later ones")
     _remove_oldest()
     for name in os.listdir(directory()):
-        # What could not be used, and what processes left that were killed; the lock is held.
+        # An unusable copy, and the folders of killed makers: no other maker runs, as this process holds the lock.
         if name == os.path.basename(path) or name.startswith(scratch_prefix(path)):
             shutil.rmtree(os.path.join(directory(), name), ignore_errors=True)
     run_maker(path, shape(config)._replace(qemu=config.qemu, kvm=config.kvm))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Boot the built-in guest and save it, for `warm.py`: `python -m vmspawn.snapshots.warm_maker PATH`.
+"""Boots the built-in guest and saves it, for `warm.py`: `python -m vmspawn.snapshots.warm_maker PATH`.
 
-It is a process of its own: the one that needs the copy may be about to start, or may run an event loop already.
+The maker is a separate process, because the process that needs the copy may run an event loop already.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BOOTED = re.compile(rb"vmspawn-guest: ready.*# (\x1b\[6n)?\Z", re.DOTALL)
 
 
 def run_maker(path: str, config: MachineConfig) -> None:
-    """Make a warm copy at a path, in a process of its own. Raises StartError."""
+    """Make a warm copy at a path, in a separate process. Raises StartError."""
     command = [sys.executable, "-m", "vmspawn.snapshots.warm_maker", path]
     try:
         done = programs.run(command, timeout=_TIMEOUT, feed=msgspec.json.encode(config))
@@ -64,7 +64,7 @@ async def make(path: str, config: MachineConfig) -> None:
 
 
 def scratch_prefix(path: str) -> str:
-    """Return how the names of directories begin in which a copy for a path is made."""
+    """Return the prefix of the temporary directories in which the copy for a path is made."""
     return f".{os.path.basename(path)}-"
 
 
@@ -111,7 +111,7 @@ class _Collector:
 
     @property
     def is_booted(self) -> bool:
-        """Whether the prompt is at the end of the output."""
+        """True if the output ends with the prompt."""
         return _BOOTED.search(self.shown) is not None
 
     def show(self, data: bytes) -> None:
@@ -127,9 +127,9 @@ class _Collector:
 
 
 def main() -> None:
-    """Make what the arguments and standard input describe."""
+    """Make the copy that the argument and standard input describe."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=MachineConfig)
-    # It ends with the one that waits for it.
+    # The machine ends with the process that waits for the copy.
     own = config._replace(name=f"warm-{os.getpid()}", console="headless", die_with_program=True)
     try:
         asyncio.run(make(sys.argv[1], own))

@@ -121,7 +121,7 @@ def inspect_descriptor(fd: int, *, what: str = "the descriptor", read_only: bool
 
 
 def _is_read_only_device(fd: int) -> bool:
-    """Whether a block device takes no writes, though root can open it for writing."""
+    """Return whether a block device is read-only. Root can open it for writing nevertheless."""
     with contextlib.suppress(OSError):
         return bool.from_bytes(fcntl.ioctl(fd, _BLKROGET, bytes(4)))
     return False

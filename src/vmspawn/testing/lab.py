@@ -37,7 +37,7 @@ _READY_TIMEOUT = 120.0
 #: Seconds that a manager has to adopt a machine that --vm-keep keeps.
 _ADOPT_TIMEOUT = 60.0
 
-#: What a copy of a snapshot may have of its own.
+#: The options that may differ between a copy and its snapshot.
 _OPTIONS_OF_COPIES = (
     *("name", "console", "console_log", "qmp_log", "shutdown_timeout"),
     *("die_with_program", "die_with_parent"),
@@ -81,7 +81,7 @@ class Lab:
 
 
 def _machines_in(values: Iterable[object]) -> Iterator[object]:
-    """The machines among the values of fixtures, in collections too."""
+    """Yield the machines among the values of fixtures, those in collections included."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from _machines_in(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs that copy files to and from the guest."""
+"""Implements the verbs that copy files to and from the guest."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Verbs for ports of the host that are forwarded to the guest."""
+"""Implements the verbs for ports of the host that are forwarded to the guest."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A command in the guest with sockets for its streams, for verbs that use commands themselves."""
+"""Runs a command in the guest with sockets for its streams, for verbs that are built on commands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GuestProcess:
             if started["state"] != "started":
                 message = f"cannot run the command: {started['message']}"
                 raise CommandFailed(message, status=int(started["status"]))
-            # Each is taken out of a list, so the last comes first.
+            # Taking a descriptor shortens the list, so the last one is taken first.
             names = [name for name in ("stdin", "stdout", "stderr") if started.get(name) is not None]
             streams = {
                 name: undo.enter_context(socket.socket(fileno=self._client.take_descriptor(started[name])))
@@ -53,7 +53,7 @@ class GuestProcess:
             self._closing = undo.pop_all()
 
     def wait(self) -> Ended:
-        """Wait for its end. Raises NotConnected."""
+        """Wait for the command's end. Raises NotConnected."""
         try:
             end = self._client.next_reply(_FOREVER)
         except NotConnected:
@@ -65,6 +65,6 @@ class GuestProcess:
         return Ended(status, int(end["stdoutBytes"] or 0), int(end["stderrBytes"] or 0))
 
     def close(self) -> None:
-        """End it, and close its streams. May be called again."""
+        """End the command, and close its streams. May be called again."""
         hang_up(self)
         self._closing.close()

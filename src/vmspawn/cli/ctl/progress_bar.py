@@ -23,7 +23,7 @@ class ProgressBar:
     """A line on standard error, which is cleared in the end."""
 
     def __init__(self, *, is_wanted: bool) -> None:
-        #: Whether there is a terminal to show it on.
+        #: True if standard error is a terminal.
         self.is_shown = is_wanted and sys.stderr.isatty()
         self._start = time.monotonic()
         self._next = self._start + _DELAY

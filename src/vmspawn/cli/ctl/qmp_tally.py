@@ -20,7 +20,7 @@ class Tally:
         self._sent = self._answered = 0
         self._depth = 0
         self._quote = b""
-        # Whether the next byte is escaped.
+        # True if the next byte is escaped.
         self._is_escaped = False
         self._line = b""
 

@@ -120,7 +120,7 @@ def _fork(options: argparse.Namespace) -> None:
     arguments = [f"--log={options.log}"] if options.log else []
     arguments += ["--force-version"] if options.force_version else []
     timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
-    # Nobody removes it until a copy runs.
+    # The lock keeps the snapshot from being removed until a copy runs.
     with closing(directory.OpenSnapshot(full_name)):
         stale = start_copies(
             full_name,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb `wait`: wait until conditions of a machine hold."""
+"""Implements the verb `wait`, which waits until conditions of a machine hold."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Session:
         self._schedule = schedule
         self._descriptors = descriptors
         self._saving = saving
-        # Whether a command runs that QEMU is or was asked questions about.
+        # True while a command runs that the session has queried QEMU about.
         self._inquires = False
         self._on_left = on_left
         self._loop = asyncio.get_running_loop()
