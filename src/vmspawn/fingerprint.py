@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Names the content of files, for what the cache keeps.
+"""Computes fingerprints, by which the cache names its entries.
 
 The remainder by a prime tells contents apart well enough. hashlib takes longer to import than all of this, and it loads
 OpenSSL, which would stay in each manager's memory.
@@ -16,5 +16,14 @@ def fingerprint_files(paths: Iterable[str], value: int = 0) -> str:
     """Return 16 hexadecimal digits for a number and the content of files, in their order."""
     for path in paths:
         with open(path, "rb") as file:
-            value = int.from_bytes(b"%x %b" % (value, file.read()), "big") % _PRIME
+            value = _remainder(b"%x %b" % (value, file.read()))
     return f"{value:016x}"
+
+
+def fingerprint_strings(strings: Iterable[str]) -> str:
+    """Return 16 hexadecimal digits for strings, in their order."""
+    return f"{_remainder(chr(0).join(strings).encode()):016x}"
+
+
+def _remainder(content: bytes) -> int:
+    return int.from_bytes(content, "big") % _PRIME

@@ -25,6 +25,7 @@ from ..boot.plan import Reporter, choose
 from ..boot.started import Started
 from ..cache import cache_directory
 from ..errors import NoSuchSnapshot, StartError
+from ..fingerprint import fingerprint_strings
 from ..host import runtime
 from ..images.snapshot_files import MANIFEST
 from ..version import VERSION
@@ -42,8 +43,6 @@ _OWN = (
 
 #: The fields of /proc/cpuinfo that differ between the processors of one host, or change with time.
 _VARYING = ("processor", "cpu MHz", "bogomips", "core id", "physical id", "apicid", "initial apicid", "siblings")
-
-_PRIME = 2**64 - 59
 
 #: Seconds between looks whether another process has made the copy.
 _LOCK_INTERVAL = 0.05
@@ -85,7 +84,7 @@ def key(chosen: Choices) -> str:
     parts += [_identity(path) for path in files if path]
     if chosen.accelerator == "kvm":
         parts += [os.uname().release, _processor()]
-    return f"{int.from_bytes(chr(0).join(parts).encode(), 'big') % _PRIME:016x}"
+    return fingerprint_strings(parts)
 
 
 def shape(config: MachineConfig) -> MachineConfig:
