@@ -24,7 +24,7 @@ _CLOSE_TIMEOUT = 30.0
 
 
 class _Command:
-    """A command of the event loop's, for another thread."""
+    """A command of the event loop for another thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, remote: Remote) -> None:
         self._loop = loop
@@ -37,7 +37,7 @@ class _Command:
         self.stderr = remote.streams[STDERR]
 
     def wait(self) -> Ended:
-        """Wait for its end. Raises NotConnected."""
+        """Wait for the command's end. Raises NotConnected."""
         self._waiting = asyncio.run_coroutine_threadsafe(self._remote.ended(), self._loop)
         try:
             end = self._waiting.result()
@@ -46,7 +46,7 @@ class _Command:
         return Ended(end.status, end.stdout, end.stderr)
 
     def close(self) -> None:
-        """End it, and close its streams. Called in the thread that started it."""
+        """End the command, and close its streams. Called in the thread that started the command."""
         hang_up(self)
         if self._waiting is not None:
             self._waiting.cancel()
@@ -74,11 +74,8 @@ async def copy(
         wanted = Wanted(arguments=arguments, stdin=has_input)
         return _Command(loop, asyncio.run_coroutine_threadsafe(_awaited(start(wanted)), loop).result())
 
-    def report(done: int, total: int) -> None:
-        assert progress is not None
-        loop.call_soon_threadsafe(progress, done, total)
-
-    copying = Copying(start_in_loop, skip_special=skip_special, progress=None if progress is None else report)
+    on_progress = None if progress is None else _on_loop(loop, progress)
+    copying = Copying(start_in_loop, skip_special=skip_special, on_progress=on_progress)
     named = [sources] if isinstance(sources, str | os.PathLike) else sources
     paths = [os.fspath(each) for each in named]
     verb = copying.to_guest if to_guest else copying.from_guest
@@ -90,6 +87,15 @@ async def copy(
         await asyncio.wait({work})
         raise
     return copying.skipped
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, progress: Progress) -> Progress:
+    """Return a function for other threads that calls `progress` on the event loop."""
+
+    def report(done: int, total: int) -> None:
+        loop.call_soon_threadsafe(progress, done, total)
+
+    return report
 
 
 async def _awaited(starting: Awaitable[Remote]) -> Remote:

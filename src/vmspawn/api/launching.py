@@ -61,7 +61,7 @@ def _fork_in_thread(
     config: MachineConfig, snapshot: str, keep_disks: bool, new_identity: bool, canceller: Canceller
 ) -> Started:
     CANCELLER.set(canceller)
-    return fork(config, snapshot, keep_disks=keep_disks, new_identity=new_identity, begin=check_cancelled)
+    return fork(config, snapshot, keep_disks=keep_disks, new_identity=new_identity, on_begin=check_cancelled)
 
 
 async def _until_done(work: asyncio.Task[_T]) -> None:

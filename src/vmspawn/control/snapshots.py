@@ -60,7 +60,7 @@ async def make(machine: Running, name: str, *, temporary: bool, detach_blocking:
     def progress(done: int, total: int) -> None:
         news.put_nowait({"doneBytes": done, "totalBytes": total})
 
-    work = save.save(machine, name, is_temporary=temporary, detach_blocking=detach_blocking, progress=progress)
+    work = save.save(machine, name, is_temporary=temporary, detach_blocking=detach_blocking, on_progress=progress)
     task = asyncio.create_task(work)
     task.add_done_callback(lambda _: news.put_nowait(None))
     try:

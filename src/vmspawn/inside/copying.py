@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Copies files to and from a guest, as tar archives through commands in it.
 
-The work is done in blocking calls, with a thread for each stream. How a command is started is the caller's.
+The calls block, and use a thread for each stream. The caller passes a function that starts a command.
 
-A copy is made in a folder beside its target, and moved to its place when it is whole. In the guest the folder is called
-.vmspawn-copy-XXXX, and remains if the guest or the command is ended in between.
+A copy is made in a folder beside its target, and moved to its place when it is complete. In the guest, the folder is
+called .vmspawn-copy-XXXX, and remains if the guest or the command ends before.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ exec tar -c -f - "./$2"
 
 
 class Ended(NamedTuple):
-    """The end of a command, and how many bytes it has written in all."""
+    """The end of a command, with the number of bytes that it has written to each stream."""
 
     status: int
     stdout: int
@@ -137,32 +137,32 @@ class GuestCommand(Protocol):
 
     @property
     def stdin(self) -> socket.socket | None:
-        """Its input."""
+        """The command's standard input, if it has one."""
 
     @property
     def stdout(self) -> socket.socket:
-        """Its output."""
+        """The command's standard output."""
 
     @property
     def stderr(self) -> socket.socket:
-        """Its messages."""
+        """The command's standard error."""
 
     def wait(self) -> Ended:
-        """Wait for its end. Raises NotConnected. Called by another thread than the others."""
+        """Wait for the command's end, in another thread than the other calls. Raises NotConnected."""
 
     def close(self) -> None:
-        """End it, and close its streams."""
+        """End the command, and close its streams."""
 
 
 #: Starts a command with these arguments; it has an input if the second argument is true. Raises VmspawnError.
 Start = Callable[[Sequence[bytes], bool], GuestCommand]
 
-#: Is told how many bytes were copied, and how many there are in all, or 0 if that is not known.
+#: Is called with the number of copied bytes, and with the total, or 0 if the total is not known.
 Progress = Callable[[int, int], None]
 
 
 def hang_up(command: GuestCommand) -> None:
-    """End a command's streams on our side: a thread that waits for one goes on."""
+    """Shut down our ends of a command's streams, so that threads which wait for them go on."""
     for each in (command.stdin, command.stdout, command.stderr):
         if each is not None:
             with contextlib.suppress(OSError):
@@ -189,12 +189,12 @@ class _Counted(io.RawIOBase):
 
 
 class Copying:
-    """Copies to and from one guest. `cancel`, in another thread, ends what is under way."""
+    """Copies to and from one guest. `cancel` may be called in another thread."""
 
-    def __init__(self, start: Start, *, skip_special: bool = False, progress: Progress | None = None) -> None:
+    def __init__(self, start: Start, *, skip_special: bool = False, on_progress: Progress | None = None) -> None:
         self._start = start
         self._skip_special = skip_special
-        self._progress = progress
+        self._on_progress = on_progress
         self._command: GuestCommand | None = None
         self._is_cancelled = False
         self._lock = threading.Lock()
@@ -257,8 +257,8 @@ class Copying:
         for block in blocks:
             yield block
             done += len(block)
-            if self._progress is not None and total:
-                self._progress(min(done, total), total)
+            if self._on_progress is not None and total:
+                self._on_progress(min(done, total), total)
 
     # From the guest.
 
@@ -282,7 +282,7 @@ class Copying:
             raise SystemFailure(f"cannot write {final}", error.errno or 0) from None
         try:
             folder = os.path.dirname(source.rstrip("/")) or ("/" if source.startswith("/") else ".")
-            arguments = [_PACK, folder, name, "count" if self._progress is not None else ""]
+            arguments = [_PACK, folder, name, "count" if self._on_progress is not None else ""]
 
             def receive(stream: BinaryIO) -> unpack.Unpacked:
                 return self._receive(stream, work, name)
@@ -303,8 +303,8 @@ class Copying:
         def on_progress(count: int) -> None:
             nonlocal done
             done += count
-            if self._progress is not None:
-                self._progress(done, max(total, done))
+            if self._on_progress is not None:
+                self._on_progress(done, max(total, done))
 
         return unpack.unpack(stream, work, root=name, skip_special=self._skip_special, on_progress=on_progress)
 
@@ -318,7 +318,7 @@ class Copying:
         feed: Iterator[bytes] | None = None,
         consume: Callable[[BinaryIO], _T] | None = None,
     ) -> _T:
-        """Run a script in the guest, which is sent data or whose output is read. Raises CopyFailed if it fails."""
+        """Run a script in the guest; send it data, or read its output. Raises CopyFailed if the script fails."""
         script, *words = arguments
         command = self._start([b"sh", b"-c", script.encode(), b"sh", *map(os.fsencode, words)], feed is not None)
         try:
@@ -382,7 +382,7 @@ class _Streams:
             try:
                 target.sendall(block)
             except OSError:
-                # The command reads no more; its status says why.
+                # The command reads no more; its status tells the reason.
                 return
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
@@ -396,7 +396,7 @@ class _Streams:
                     self._changed.notify_all()
 
     def _wait(self, reader: threading.Thread) -> None:
-        """Wait for the command's end and its last output, and end the streams: they have no end of their own."""
+        """Wait for the command's end and its last output, and shut down the streams, which QEMU leaves open."""
         try:
             self._end = self._command.wait()
         except VmspawnError as error:

@@ -48,12 +48,12 @@ def fork(
     keep_disks: bool = False,
     force_version: bool = False,
     new_identity: bool = False,
-    begin: Callable[[], None] = lambda: None,
+    on_begin: Callable[[], None] = lambda: None,
 ) -> Started:
     """Start a copy. `given` has the copy's name, and the options that may differ: console, logs and timeouts.
 
     `keep_disks` keeps the copy's disks when it ends. `force_version` allows another QEMU than the one
-    that saved the state. `new_identity` gives the guest a new host name, machine ID and MAC addresses. `begin` is
+    that saved the state. `new_identity` gives the guest a new host name, machine ID and MAC addresses. `on_begin` is
     called before the first step that has to be undone.
 
     Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
@@ -61,7 +61,9 @@ def fork(
     with contextlib.closing(OpenSnapshot(full_name)) as snapshot:
         config = _config(snapshot.manifest, given)
         what = Fork(full_name, keep_disks)
-        return start_copy(snapshot, config, what, force_version=force_version, new_identity=new_identity, begin=begin)
+        return start_copy(
+            snapshot, config, what, force_version=force_version, new_identity=new_identity, on_begin=on_begin
+        )
 
 
 def start_copy(
@@ -71,7 +73,7 @@ def start_copy(
     *,
     force_version: bool = False,
     new_identity: bool = False,
-    begin: Callable[[], None] = lambda: None,
+    on_begin: Callable[[], None] = lambda: None,
     shown: bytes = b"",
 ) -> Started:
     """Start a copy from an open snapshot, which stays the caller's. `shown` is what its console has shown before.
@@ -84,7 +86,7 @@ def start_copy(
         binary = _binary(manifest, force_version=force_version)
         if manifest.accelerator == "kvm":
             choose_accelerator("yes", binary.architecture)
-        begin()
+        on_begin()
         transcript = open_transcript(config.console_log, undo)
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)

@@ -50,8 +50,8 @@ class OpenFiles:
         return os.open(os.path.join(self._folder, str(number)), mode | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
-def path_of(fd: int) -> str:
-    """The path of an open file, or an empty string if it has none any more."""
+def path_of_descriptor(fd: int) -> str:
+    """Return the path of an open file, or an empty string if the file has none any more."""
     path = os.readlink(f"/proc/self/fd/{fd}")
     if path.endswith(_DELETED) or not path.startswith("/"):
         return ""

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Save a running machine: RAM, devices and disks.
+"""Saves a running machine: RAM, devices and disks.
 
-1. What cannot be saved is found. 2. All others are kept from QEMU: disk changes, QMP sessions, the manager itself.
-3. The overlays are opened and room on the disk is reserved, while the guest runs. 4. The guest is stopped, and QEMU
-writes its state. 5. The overlays go in, all or none, and the images below become read-only. 6. The guest goes on, and
-the snapshot gets its name. A failure before 5 leaves nothing; a failure after it leaves the overlays, which work.
+1. Devices and disks that cannot be saved are found; if there are any, the save fails.
+2. Disk changes, QMP sessions and the manager itself are kept from QEMU.
+3. While the guest runs, the overlays are opened, and room on the disk is reserved.
+4. The guest is stopped, and QEMU writes its state.
+5. The overlays are put in, all or none, and the images below become read-only.
+6. The guest goes on, and the snapshot gets its name.
+
+A failure before step 5 leaves nothing behind. A failure after it leaves the overlays, which work.
 """
 
 from __future__ import annotations
@@ -36,8 +40,7 @@ from . import blockers, stream
 from .blockers import Blocker
 from .directory import CURRENT, NewFolder, check_name, path_of
 from .manifest import Manifest, SnapshotFile, Source, State
-from .open_files import OpenFiles, copy, give_name, keep
-from .open_files import path_of as path_of_open
+from .open_files import OpenFiles, copy, give_name, keep, path_of_descriptor
 
 #: Seconds that disk changes and commands of sessions which are under way have to end.
 _HOLD_TIMEOUT = 15.0
@@ -49,7 +52,7 @@ _STATE_FILE = "state"
 
 
 class Saved(NamedTuple):
-    """A snapshot that was made. `pause` is how long the guest stood still, in seconds."""
+    """A snapshot that was made. `pause` is the number of seconds that the guest stood still."""
 
     manifest: Manifest
     pause: float
@@ -67,9 +70,9 @@ async def save(
     is_temporary: bool = False,
     detach_blocking: bool = False,
     parent: str = "",
-    progress: Progress = lambda _done, _total: None,
+    on_progress: Progress = lambda _done, _total: None,
 ) -> Saved:
-    """Save a machine. `progress` is told the bytes of RAM that are written, and those in all.
+    """Save a machine. `on_progress` is called with the number of written bytes of RAM, and with the total.
 
     `detach_blocking` detaches disks that cannot be saved, and attaches them again afterwards. `parent` is the folder of
     all snapshots by default.
@@ -84,7 +87,7 @@ async def save(
         if detach_blocking:
             await _detach_blocking(machine, afterwards)
         async with machine.held(timeout=_HOLD_TIMEOUT):
-            return await _Save(machine, name, is_temporary, progress, parent).run()
+            return await _Save(machine, name, is_temporary, on_progress, parent).run()
 
 
 async def _detach_blocking(machine: Running, afterwards: contextlib.AsyncExitStack) -> None:
@@ -127,7 +130,7 @@ async def _record(machine: Running) -> Recorded:
 
 
 def _free_name(machine: str) -> str:
-    """The first number that no snapshot of the machine has."""
+    """Return the first number that no snapshot of the machine has."""
     taken = set(snapshot_files.names())
     return next(str(n) for n in range(1, len(taken) + 2) if f"{machine}@{n}" not in taken)
 
@@ -135,11 +138,11 @@ def _free_name(machine: str) -> str:
 class _Save:
     """One save."""
 
-    def __init__(self, machine: Running, name: str, is_temporary: bool, progress: Progress, parent: str) -> None:
+    def __init__(self, machine: Running, name: str, is_temporary: bool, on_progress: Progress, parent: str) -> None:
         self._machine = machine
         self._name = name
         self._is_temporary = is_temporary
-        self._progress = progress
+        self._on_progress = on_progress
         self._files = OpenFiles(machine.pid)
         #: The numbers of descriptors in QEMU, by those on its command line, where they differ.
         self._numbers: dict[int, int] = {}
@@ -280,7 +283,7 @@ class _Save:
             return
         fd = self._open(image)
         self._closing.callback(os.close, fd)
-        path = path_of_open(fd)
+        path = path_of_descriptor(fd)
         if not path:
             name = f"image{image.number}"
             path = folder.final(name)
@@ -310,7 +313,7 @@ class _Save:
                 continue
             fd = self._open_descriptor(number)
             self._closing.callback(os.close, fd)
-            path = path_of_open(fd)
+            path = path_of_descriptor(fd)
             if path:
                 self._listed[path] = fd
             else:
@@ -338,7 +341,7 @@ class _Save:
 
     async def _stop_and_save(self, fd: int) -> str:
         await self._machine.monitor.execute("stop")
-        return await stream.save(self._machine.monitor, fd, self._progress)
+        return await stream.save(self._machine.monitor, fd, self._on_progress)
 
     async def _go_on(self) -> None:
         """Bring the guest back to the state that it was in. A paused guest runs for a moment."""
@@ -471,7 +474,7 @@ class _Save:
         for number, name in manifest.descriptors.items():
             fd = self._open_descriptor(number)
             try:
-                path = path_of_open(fd)
+                path = path_of_descriptor(fd)
                 if not path:
                     kept = os.path.join(path_of(f"{manifest.machine}@{CURRENT}"), name)
                     _discard(kept)

@@ -29,11 +29,12 @@ REMOVE_FDSET = Command("remove-fd", {"fdset-id": STATE_FDSET})
 _INTERVAL = 0.2
 
 
-async def save(monitor: Monitor, fd: int, progress: Callable[[int, int], None]) -> str:
+async def save(monitor: Monitor, fd: int, on_progress: Callable[[int, int], None]) -> str:
     """Save the state of a stopped QEMU to a descriptor that is open for writing alone; returns the URI's scheme.
 
-    `progress` is called with the number of bytes that are done, and with the total. Raises QmpError, SystemFailure if
-    QEMU fails; `forget` must follow if this call is interrupted.
+    `on_progress` is called with the number of bytes that are done, and with the total.
+
+    Raises QmpError, SystemFailure if QEMU fails; `forget` must follow if this call is interrupted.
     """
     capabilities = [{"capability": "events", "state": True}]
     await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
@@ -45,7 +46,7 @@ async def save(monitor: Monitor, fd: int, progress: Callable[[int, int], None]) 
             while not ended.done():
                 await asyncio.wait({ended}, timeout=_INTERVAL)
                 if not ended.done():
-                    await _report(monitor, progress)
+                    await _report(monitor, on_progress)
         finally:
             ended.cancel()
         status = await ended
@@ -86,10 +87,10 @@ async def _until_ended(events: EventStream) -> str:
 _ENDS = ("completed", "failed", "cancelled")
 
 
-async def _report(monitor: Monitor, progress: Callable[[int, int], None]) -> None:
+async def _report(monitor: Monitor, on_progress: Callable[[int, int], None]) -> None:
     ram = (await monitor.execute("query-migrate")).get("ram")
     if ram:
-        progress(int(ram["total"]) - int(ram["remaining"]), int(ram["total"]))
+        on_progress(int(ram["total"]) - int(ram["remaining"]), int(ram["total"]))
 
 
 async def _why(monitor: Monitor, status: str) -> str:

@@ -65,7 +65,7 @@ def start(
     with contextlib.closing(_opened(path, chosen.config, notice)) as snapshot:
         with open(os.path.join(path, CONSOLE), "rb") as file:
             shown = file.read()
-        return start_copy(snapshot, chosen.config, None, begin=on_begin, shown=shown)
+        return start_copy(snapshot, chosen.config, None, on_begin=on_begin, shown=shown)
 
 
 def directory() -> str:

@@ -156,7 +156,7 @@ class LabMachine(sync.Machine):
         self.is_up = self.is_kept = False
         #: The test that started the machine.
         self.test = ""
-        self._before: leaks.Inside | None = None
+        self._before: leaks.UnownedObjects | None = None
         #: The machine's sections of the report, made when it ended.
         self.last_words: report.Sections = []
 
@@ -214,7 +214,7 @@ class LabMachine(sync.Machine):
             self.console.expect(self._ready, timeout=_READY_TIMEOUT)
         for number, disk in enumerate(self._disks):
             self._attach(number, disk)
-        self._before = self._call(lambda inner: leaks.Inside.of(inner._running))
+        self._before = self._call(lambda inner: leaks.UnownedObjects.of(inner._running))
 
     def _attach(self, number: int, disk: Disk | str | os.PathLike[str]) -> None:
         """Attach a disk. A size makes an empty image."""
@@ -239,7 +239,7 @@ class LabMachine(sync.Machine):
     def _end(self) -> None:
         """End the machine. Fails a test that has passed so far if the machine leaves something behind."""
         before = self._before
-        found = self._call(lambda inner: leaks.Inside.of(inner._running)).since(before) if before else []
+        found = self._call(lambda inner: leaks.UnownedObjects.of(inner._running)).since(before) if before else []
         directory, pids = self.directory, [self.pid, *self._inner._running.helper_pids]
         if self.has_failed or found:
             self.last_words = report.sections(self.label, self, self.commands)

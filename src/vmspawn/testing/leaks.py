@@ -12,14 +12,14 @@ from ..machine.running import Running
 from ..storage.recovery import names_of
 
 
-class Inside(NamedTuple):
+class UnownedObjects(NamedTuple):
     """The objects in QEMU that belong to no disk of the machine."""
 
     nodes: frozenset[str]
     fdsets: frozenset[int]
 
     @classmethod
-    async def of(cls, running: Running) -> Inside:
+    async def of(cls, running: Running) -> UnownedObjects:
         """Ask QEMU for the objects. A machine that does not run has none."""
         try:
             nodes: Any = await running.monitor.execute("query-named-block-nodes", {"flat": True})
@@ -32,7 +32,7 @@ class Inside(NamedTuple):
         used = {image.fdset for attached in running.storage for image in attached.images}
         return cls(names - owned, frozenset(int(each["fdset-id"]) for each in fdsets) - used)
 
-    def since(self, before: Inside) -> list[str]:
+    def since(self, before: UnownedObjects) -> list[str]:
         """Return descriptions of the objects that did not exist `before`."""
         found = [f"block node {name}" for name in sorted(self.nodes - before.nodes)]
         return found + [f"descriptor set {number}" for number in sorted(self.fdsets - before.fdsets)]

@@ -78,7 +78,7 @@ def _perform(options: argparse.Namespace, machine: str, sources: list[str], targ
         # The work folders are removed on the way out.
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with ProgressBar(is_wanted=not options.quiet) as bar:
-        copying = Copying(start, skip_special=options.skip_special, progress=bar.show if bar.is_shown else None)
+        copying = Copying(start, skip_special=options.skip_special, on_progress=bar.show if bar.is_shown else None)
         copy: Callable[[Sequence[str], str], None] = copying.to_guest if to_guest else copying.from_guest
         copy(sources, target)
     if not options.quiet:

@@ -30,7 +30,7 @@ class GuestProcess:
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             self._client = undo.enter_context(Client(machine, timeout=timeout + _GRACE))
-            self._parting = undo.enter_context(watching(machine, self._client.connection))
+            self._disconnect = undo.enter_context(watching(machine, self._client.connection))
             parameters = {
                 "arguments": [base64.b64encode(each).decode() for each in arguments],
                 "stdin": stdin,
@@ -57,7 +57,7 @@ class GuestProcess:
         try:
             end = self._client.next_reply(_FOREVER)
         except NotConnected:
-            self._parting.check()
+            self._disconnect.check()
             raise
         if end is None:
             raise Timeout("the command did not end")

@@ -108,7 +108,7 @@ def begin(
             keep_disks=options.keep,
             force_version=options.force_version,
             new_identity=options.identity == "new",
-            begin=hold_signals,
+            on_begin=hold_signals,
         )
     if is_wanted(options, config):
         from ...boot.adopt import adopt
