@@ -357,11 +357,6 @@ class Storage:
         """Return a freeze of the machine's writable disks, which puts overlays on their images."""
         return Freeze(self._context)
 
-    @property
-    def numbers_used(self) -> int:
-        """The number in the names of the next disk or image."""
-        return self._context.register.next_number
-
     # Looking.
 
     async def look(self) -> dict[str, Look]:
