@@ -10,7 +10,7 @@ import errno
 import os
 
 from ..errors import StartError, UsageError
-from ..storage.backing import Backing, inspect_descriptor, whole_sectors
+from ..storage.backing import Backing, inspect_descriptor, set_direct, whole_sectors
 from ..storage.image import FDSET_BASE
 
 #: The node of the image below its overlay.
@@ -62,13 +62,26 @@ def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to
     size = qcow2.layout_of(base.fd, path).size if image_format == "qcow2" else whole_sectors(base.size)
     fd = _open_unnamed(folder)
     try:
-        qcow2.write_empty(fd, max(size, _round_up(grow_to or 0)))
-        return inspect_descriptor(fd, what="the overlay"), Below(base.fd, node)
-    except BaseException as error:
-        os.close(fd)
-        if not isinstance(error, OSError):
-            raise
+        return empty_overlay(fd, max(size, _round_up(grow_to or 0))), Below(base.fd, node)
+    except OSError as error:
         raise StartError(f"cannot make an overlay for {path}: {error.strerror}") from None
+
+
+def empty_overlay(fd: int, size: int, *, is_direct: bool = False) -> Backing:
+    """Write an empty qcow2 overlay of `size` bytes to an open file, and return its Backing.
+
+    The Backing owns the descriptor, which is closed on failure. `is_direct` bypasses the page cache. Raises OSError.
+    """
+    from ..images import qcow2
+
+    try:
+        qcow2.write_empty(fd, size)
+        backing = inspect_descriptor(fd, what="the overlay")
+        set_direct(backing, is_direct, what="the overlay")
+    except BaseException:
+        os.close(fd)
+        raise
+    return backing
 
 
 def _open_unnamed(folder: str) -> int:

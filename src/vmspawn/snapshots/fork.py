@@ -22,13 +22,13 @@ from ..boot.config import MachineConfig
 from ..boot.extras import Extras, Owned, fdset
 from ..boot.incoming import BOOT_FILES, Option
 from ..boot.launch import open_transcript, start, start_watcher, system_failures
-from ..boot.overlay import BASE_NODE, Below
+from ..boot.overlay import BASE_NODE, Below, empty_overlay
 from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
 from ..boot.started import Incoming, Started
 from ..errors import StartError
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
-from ..images import qcow2, snapshot_files
+from ..images import snapshot_files
 from ..storage import saved as records
 from ..storage.backing import inspect_descriptor, set_direct
 from ..storage.disk import Disk
@@ -302,13 +302,7 @@ class _Copy:
         identifiers = records.load_identifiers(record)
         size = self._manifest.sizes[identifiers.pivot]
         path, fd = self._create(f"{identifiers.device}-{number}.qcow2")
-        try:
-            qcow2.write_empty(fd, size)
-            backing = inspect_descriptor(fd, what="the overlay")
-            set_direct(backing, disk.cache == "none", what="the overlay")
-        except BaseException:
-            os.close(fd)
-            raise
+        backing = empty_overlay(fd, size, is_direct=disk.cache == "none")
         return Image(number, backing, "qcow2", path, base=base)
 
     def _write_current(self, disks: list[BootDisk]) -> None:

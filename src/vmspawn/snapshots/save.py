@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 from ..boot import incoming
 from ..boot.incoming import Option, Recorded
+from ..boot.overlay import empty_overlay
 from ..boot.state import CONFIG_FIELDS
 from ..errors import QmpError, SnapshotBlocked, SnapshotExists, SystemFailure, VmspawnError
 from ..hotplug.attachment import State as AttachmentState
 from ..hotplug.qemu_objects import device_ids
-from ..images import qcow2, snapshot_files
+from ..images import snapshot_files
 from ..machine.running import Running
 from ..qmp.monitor import Command
 from ..storage.attached_disk import AttachedDisk
@@ -531,11 +532,8 @@ def _overlay(disk: AttachedDisk, number: int, size: int, path: str, folder: str)
     else:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        qcow2.write_empty(fd, size)
-        backing = inspect_descriptor(fd, what="the overlay")
-        set_direct(backing, disk.disk.cache == "none", what="the overlay")
+        backing = empty_overlay(fd, size, is_direct=disk.disk.cache == "none")
     except BaseException:
-        os.close(fd)
         if path:
             os.unlink(path)
         raise
