@@ -34,3 +34,9 @@ POWER_BUTTON_INTERVAL = 5.0
 
 #: The time that clients of the control socket have to read the machine's last event.
 FAREWELL_TIMEOUT = 1.0
+
+#: The time that a manager has to reply after a timeout that it observes itself.
+REPLY_GRACE = 15.0
+
+#: The timeout of waits without a limit. It is a number because --timeout= and the calls of managers take one.
+FOREVER = 1_000_000

@@ -25,7 +25,7 @@ from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import NO_LIMITS, Limits
-from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, TRAY_TIMEOUT
+from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, REPLY_GRACE, TRAY_TIMEOUT
 from . import waiting
 from .attached_disk import AttachedDisk, DiskStatus
 from .commands import Guest
@@ -42,9 +42,6 @@ from .waiting import WAIT_TIMEOUT
 
 _INSTANCE = "io.systemd.MachineInstance"
 _MACHINE = "io.vmspawn.Machine"
-
-#: Seconds that the manager has to reply after its own deadline.
-_GRACE = 15.0
 
 _MICROSECONDS = 1_000_000
 
@@ -192,7 +189,7 @@ class ConnectedMachine(Guest):
 
     async def _wait_by_manager(self, conditions: Sequence[Condition], timeout: float) -> list[Missing]:
         wanted = {"conditions": list(map(str, conditions)), "timeoutUSec": int(timeout * _MICROSECONDS)}
-        reply = await self._call(f"{_MACHINE}.Wait", wanted, timeout=timeout + _GRACE)
+        reply = await self._call(f"{_MACHINE}.Wait", wanted, timeout=timeout + REPLY_GRACE)
         return [Missing(each["condition"], each["why"]) for each in reply["missing"]]
 
     @property
@@ -330,7 +327,7 @@ class ConnectedMachine(Guest):
         released the device yet.
         """
         wanted = {"name": name, "timeoutUSec": int(timeout * _MICROSECONDS), "force": force}
-        reply = await self._call(f"{_MACHINE}.DetachStorage", wanted, timeout=timeout + _GRACE)
+        reply = await self._call(f"{_MACHINE}.DetachStorage", wanted, timeout=timeout + REPLY_GRACE)
         return not reply["pending"]
 
     async def replace(self, name: str, path: StrPath, *, format: str | None = None, shrink: bool = False) -> int:

@@ -15,12 +15,10 @@ from ..control import calls
 from ..errors import CommandFailed
 from ..inside.commands import Commands, Wanted
 from ..inside.commands import Execution as Command
+from ..timeouts import REPLY_GRACE
 from .execution import End
 
 _MACHINE = "io.vmspawn.Machine"
-
-#: Seconds that the manager has to reply after its own deadline.
-_GRACE = 15.0
 
 #: The names of the streams in the replies of Execute.
 _STREAMS = {"stdin": STDIN, "stdout": STDOUT, "stderr": STDERR, "terminal": TTY}
@@ -90,7 +88,7 @@ class Connected:
             connection = await closing.enter_async_context(calls.opened(machine))
             parameters = _parameters(wanted, timeout)
             await connection.send({"method": f"{_MACHINE}.Execute", "parameters": parameters, "more": True})
-            started = await calls.in_time(connection.receive(), machine, "Execute", timeout + _GRACE)
+            started = await calls.in_time(connection.receive(), machine, "Execute", timeout + REPLY_GRACE)
             if started.parameters["state"] != "started":
                 raise _not_started(int(started.parameters["status"]), str(started.parameters["message"]))
             return cls(machine, connection, closing.pop_all(), started)

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from ..agent.protocol import STDOUT, Exited
 from ..errors import MachineEnded, NotConnected, NotSupported, UsageError
 from ..machine.running import Running
+from ..timeouts import FOREVER
 from .commands import Wanted
 from .conditions import Condition, Missing
 from .inside import Inside
-
-#: Seconds for the start of a command: the condition has a deadline itself.
-_FOREVER = 1e6
 
 #: Seconds before a guest that has rebooted, or a server that closed the connection, is asked again.
 _RETRY_INTERVAL = 0.2
@@ -123,7 +121,7 @@ class _Wait:
                 await self._until_port(int(value))
             case Condition("disk", value):
                 self._why = "the guest has made no request to it"
-                await self._machine.storage.wait_taken(value, _FOREVER)
+                await self._machine.storage.wait_taken(value, FOREVER)
             case Condition("ssh"):
                 await self._until_ssh()
             case _:
@@ -159,7 +157,7 @@ class _Wait:
             await asyncio.sleep(_RETRY_INTERVAL)
 
     async def _succeeds(self, wanted: Wanted) -> bool:
-        execution = await self._inside.commands.start(wanted, timeout=_FOREVER)
+        execution = await self._inside.commands.start(wanted, timeout=FOREVER)
         try:
             output = execution.streams[STDOUT]
             output.setblocking(False)

@@ -24,6 +24,7 @@ from ...console.hotkeys import Hotkeys, Key
 from ...console.terminal import Screen, Terminal, window_size
 from ...control.client import Client
 from ...errors import NotConnected, Timeout, VmspawnError
+from ...timeouts import REPLY_GRACE
 from ..disconnect import watching
 from .replies import MACHINE
 
@@ -34,9 +35,6 @@ EXIT_TIME_LIMIT = 124
 EXIT_FAILURE = 125
 
 _PIECE = 256 * 1024
-
-#: Seconds that the manager has to reply after the agent's timeout.
-_GRACE = 15.0
 
 #: Seconds without a byte after which missing output of an ended command is given up.
 _OUTPUT_TIMEOUT = 10.0
@@ -69,11 +67,11 @@ def run(wish: Wish) -> int:
     """
     with contextlib.ExitStack() as stack:
         size = _size() if wish.terminal else None
-        client = stack.enter_context(Client(wish.machine, timeout=wish.timeout + _GRACE))
+        client = stack.enter_context(Client(wish.machine, timeout=wish.timeout + REPLY_GRACE))
         disconnect = stack.enter_context(watching(wish.machine, client.connection))
         client.subscribe(f"{MACHINE}.Execute", _parameters(wish, size))
         try:
-            reply = _next(client, wish.timeout + _GRACE)
+            reply = _next(client, wish.timeout + REPLY_GRACE)
             if reply["state"] != "started":
                 return _failed(reply)
             command = _Command(wish, client, reply)
@@ -260,7 +258,7 @@ class _Command:
         poll.register(self._client.connection, select.POLLIN)
         while True:
             if self._client.is_answered(within=0):
-                return _next(self._client, _GRACE)
+                return _next(self._client, REPLY_GRACE)
             left = None if self._deadline is None else self._deadline - time.monotonic()
             if self._left:
                 return None

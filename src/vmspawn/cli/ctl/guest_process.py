@@ -11,14 +11,9 @@ from collections.abc import Sequence
 from ...control.client import Client
 from ...errors import CommandFailed, NotConnected, Timeout
 from ...inside.copying import Ended, hang_up
+from ...timeouts import FOREVER, REPLY_GRACE
 from ..disconnect import watching
 from .replies import MACHINE
-
-#: Seconds that the manager's answer may take beyond the deadline for the agent's.
-_GRACE = 15.0
-
-#: Seconds in which a command ends: as long as it takes.
-_FOREVER = 1e6
 
 
 class GuestProcess:
@@ -29,7 +24,7 @@ class GuestProcess:
         the machine's manager raises."""
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
-            self._client = undo.enter_context(Client(machine, timeout=timeout + _GRACE))
+            self._client = undo.enter_context(Client(machine, timeout=timeout + REPLY_GRACE))
             self._disconnect = undo.enter_context(watching(machine, self._client.connection))
             parameters = {
                 "arguments": [base64.b64encode(each).decode() for each in arguments],
@@ -55,7 +50,7 @@ class GuestProcess:
     def wait(self) -> Ended:
         """Wait for the command's end. Raises NotConnected."""
         try:
-            end = self._client.next_reply(_FOREVER)
+            end = self._client.next_reply(FOREVER)
         except NotConnected:
             self._disconnect.check()
             raise

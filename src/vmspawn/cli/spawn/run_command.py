@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 from ...boot.config import MachineConfig
 from ...errors import UsageError
+from ...timeouts import FOREVER
 
 if TYPE_CHECKING:
     from ...manager.job import Job
-
-#: The timeout in seconds for a guest's boot without a time limit.
-_FOREVER = 1_000_000
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +51,7 @@ def job(options: argparse.Namespace, config: MachineConfig) -> Job | None:
         return None
     from ...manager.job import Job
 
-    exec_verb = (sys.executable, "-m", "vmspawn.cli.ctl", "exec", f"--timeout={_FOREVER}", *_directory(config))
+    exec_verb = (sys.executable, "-m", "vmspawn.cli.ctl", "exec", f"--timeout={FOREVER}", *_directory(config))
     return Job([*exec_verb, config.name or "", "--", "sh", "-c", os.fsdecode(options.run)])
 
 
