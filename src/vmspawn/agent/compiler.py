@@ -82,7 +82,7 @@ def is_native(architecture: str) -> bool:
 
 
 def compilers(architecture: str) -> Iterator[tuple[str, ...]]:
-    """The commands that may compile for the architecture."""
+    """Yield the commands that may compile for the architecture."""
     if chosen := os.environ.get("CC"):
         yield tuple(shlex.split(chosen))
     names = ("cc", "gcc", "clang") if is_native(architecture) else (f"{architecture}-linux-gnu-gcc",)

@@ -189,7 +189,7 @@ _SPECIAL = re.compile(rb"[\x01-\x20%;\x7f]")
 
 
 def _encode(word: str | bytes) -> bytes:
-    """A word with what would end it, or the message, as %xx; a lone % is the empty word."""
+    """Encode a word: %xx replaces the bytes that would end the word or the message, and a lone % is the empty word."""
     data = word.encode() if isinstance(word, str) else word
     if b"\0" in data:
         raise UsageError("arguments, variables and names cannot contain NUL bytes")
@@ -197,7 +197,7 @@ def _encode(word: str | bytes) -> bytes:
 
 
 def _message(*words: str | bytes) -> bytes:
-    """The words on one line. The last, a semicolon, tells a whole message from a part of one."""
+    """Join words to a line. The last word, a semicolon, marks a complete message."""
     line = b" ".join((*map(_encode, words), b";\n"))
     if len(words) >= WORDS_MAX or len(line) > MESSAGE_MAX:
         raise UsageError(
@@ -368,12 +368,12 @@ class Reader(Generic[_Message]):
 
 
 def control_reader() -> Reader[ControlMessage]:
-    """A reader for the control port."""
+    """Return a reader for the control port."""
     return Reader(_parse_control)
 
 
 def status_reader() -> Reader[StatusMessage]:
-    """A reader for the status port of a command."""
+    """Return a reader for the status port of a command."""
     return Reader(_parse_status)
 
 

@@ -15,7 +15,7 @@ from .config import MachineConfig
 def credentials(
     config: MachineConfig, architecture: str, detail: Callable[[str], None], *, smbios: bool
 ) -> list[tuple[str, bytes]]:
-    """The credentials by name. There are none for a guest without `smbios`, which nothing could bring them to."""
+    """Return the credentials by name. A guest without `smbios` gets none, because they could not reach it."""
     if not config.agent or config.guest:
         return []
     if not smbios:

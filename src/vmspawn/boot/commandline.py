@@ -158,12 +158,12 @@ class Inherited(Record):
 
 
 def disk_arguments(disks: Sequence[BootDisk]) -> list[str]:
-    """QEMU's arguments for disks."""
+    """Return QEMU's arguments for disks."""
     return [*_disks(disks)]
 
 
 def monitor_arguments(binary: QemuBinary, sockets: Mapping[str, int]) -> list[str]:
-    """QEMU's arguments for its monitors, whose sockets it inherits."""
+    """Return QEMU's arguments for its monitors, whose sockets it inherits."""
     return [*_monitors(binary, sockets)]
 
 
@@ -216,7 +216,7 @@ def _hardware(config: MachineConfig, accelerator: str, extras: Extras) -> list[s
 
 
 def _generation(config: MachineConfig) -> list[str]:
-    """The device by which a guest finds out that it is a copy, and seeds its random numbers anew."""
+    """Return the device that tells a guest that it is a copy, so that it seeds its random numbers again."""
     # aarch64's virt has no such device before QEMU 9.1.
     return [] if config.machine_type == "virt" else ["-device", "vmgenid,id=vmgenid0,guid=auto"]
 

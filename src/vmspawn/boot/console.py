@@ -61,7 +61,7 @@ def tty(config: MachineConfig) -> str:
 
 
 def devices(config: MachineConfig, size_socket: int, agent_socket: int, log: int) -> Iterable[str]:
-    """QEMU's arguments for the console, the display and what belongs to them.
+    """Yield QEMU's arguments for the console, the display and their devices.
 
     The console is QEMU's standard input and output. `size_socket` and `agent_socket` are the listening sockets for
     these ports, or -1, and `log` what QEMU logs the console to, or -1.
@@ -91,7 +91,7 @@ def devices(config: MachineConfig, size_socket: int, agent_socket: int, log: int
 
 
 def _socket_port(chardev: str, listener: int, device: str, name: str, number: int) -> Iterable[str]:
-    """A port of the guest that ends at a listening socket."""
+    """Yield the arguments for a port of the guest that ends at a listening socket."""
     yield from socket_end(chardev, listener)
     yield from _json_device(
         {"driver": "virtserialport", "id": device, "name": name, "chardev": chardev, **_port(number)}
@@ -103,12 +103,12 @@ def _port(number: int) -> dict[str, object]:
 
 
 def shared_end(log: int) -> tuple[str, str]:
-    """The host's end of a console that is shared; `log` is what QEMU logs it to, or -1."""
+    """Return the host's end of a shared console. `log` is the descriptor that QEMU logs the console to, or -1."""
     return ("-chardev", f"stdio,id={CHARDEV},signal=off{_logged(log)}")
 
 
 def socket_end(chardev: str, listener: int) -> tuple[str, str]:
-    """The host's end of a port, which is a listening socket."""
+    """Return the host's end of a port, which is a listening socket."""
     return ("-chardev", f"socket,id={chardev},fd={listener},server=on,wait=off")
 
 

@@ -44,7 +44,7 @@ def _mentions(log: str, each: BootDisk) -> bool:
 
 
 def no_answer(name: str, pid: int, trouble: str) -> StartError:
-    """The error of a QEMU that cannot be adopted because its process does not run."""
+    """Return the error for a QEMU that cannot be adopted because its process does not run."""
     return StartError(
         f"QEMU does not answer: process {pid} {trouble}",
         hint=f"let it go on (kill -CONT {pid}), or end it: vmctl terminate {name}",

@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str]) -> Iterator[Option]:
 
 
 def _kept(options: Iterable[Option], machine_type: str) -> Iterator[Option]:
-    """The options without what differs in a copy; places mark where that goes."""
+    """Yield the options that stay the same in a copy; placeholders stand for the others."""
     monitors = tuple(f"id={name}," for name in runtime.MONITORS)
     marked: set[str] = set()
     for option in options:
@@ -91,7 +91,7 @@ def _kept(options: Iterable[Option], machine_type: str) -> Iterator[Option]:
 
 
 def _place(option: Option, value: str, monitors: tuple[str, ...]) -> str | None:
-    """The place of an option that is written anew, "" for one that is left out, None for one that stays."""
+    """Return the placeholder of an option that a copy rewrites, "" for an option that is left out, or None."""
     match option.name:
         case "-name" | "-incoming":
             return ""
@@ -117,7 +117,7 @@ def _place(option: Option, value: str, monitors: tuple[str, ...]) -> str | None:
 
 
 def _name_of(value: str) -> str:
-    """The id or node name in an option's JSON; empty for values in another form."""
+    """Return the id or node name in an option's JSON, or an empty string for values in another form."""
     found = _json(value)
     return str(found.get("id") or found.get("node-name") or "")
 
@@ -137,8 +137,10 @@ def rebuild(
     places: Mapping[str, Sequence[str]],
     descriptors: Mapping[int, int],
 ) -> list[str]:
-    """The arguments of a copy. `places` has the options of each place; `descriptors` has the copy's descriptor for
-    each one of the source."""
+    """Return the arguments of a copy.
+
+    `places` has the options for each placeholder. `descriptors` has the copy's descriptor for each of the source's.
+    """
 
     def path(found: re.Match[str]) -> str:
         return f"/proc/self/fd/{descriptors[int(found[1])]}"
@@ -159,20 +161,20 @@ def rebuild(
 
 
 def devices(options: Iterable[Option]) -> Iterator[dict[str, object]]:
-    """The devices among the options."""
+    """Yield the devices among the options."""
     for option in options:
         if option.name == "-device" and option.value:
             yield _json(option.value)
 
 
 def descriptor_sets(options: Iterable[Option]) -> dict[int, int]:
-    """The descriptor sets by the numbers of their descriptors. QEMU has a duplicate of each, under another number."""
+    """Return the descriptor sets by the numbers of their descriptors. QEMU's duplicates have other numbers."""
     found = (_DESCRIPTOR_SET.fullmatch(option.value or "") for option in options if option.name == "-add-fd")
     return {int(each[1]): int(each[2]) for each in found if each}
 
 
 def writable_descriptors(options: Sequence[Option]) -> tuple[int, ...]:
-    """The source's descriptors of files that the machine writes to and that are no disks, such as UEFI's variables."""
+    """Return the source's descriptors of writable files other than disks, such as UEFI's variables."""
     sets = {str(file.get("filename")) for node in _nodes(options) if (file := _file_of(node))}
     found = (_DESCRIPTOR_SET.fullmatch(option.value or "") for option in options if option.name == "-add-fd")
     return tuple(int(each[1]) for each in found if each and f"/dev/fdset/{each[2]}" in sets)
@@ -183,7 +185,7 @@ def _nodes(options: Iterable[Option]) -> Iterator[dict[str, object]]:
 
 
 def _file_of(node: dict[str, object]) -> dict[str, object] | None:
-    """The file of a node that is written to."""
+    """Return the file of a node that is written to."""
     file = node.get("file")
     return file if isinstance(file, dict) and not node.get("read-only") else None
 
@@ -214,5 +216,5 @@ def claim_places(options: Iterable[Option], claim: Callable[[PciPlace], None]) -
 
 
 def value_of(options: Iterable[Option], name: str) -> str | None:
-    """The value of the first option of that name."""
+    """Return the value of the first option with a name."""
     return next((option.value for option in options if option.name == name), None)

@@ -193,7 +193,7 @@ def _kernel_arguments(chosen: Choices, of_extras: tuple[str, ...]) -> tuple[str,
 
 
 def _of_emulation(chosen: Choices) -> tuple[str, ...]:
-    """The arguments that a kernel of the user's needs under emulation; the built-in guest has its own."""
+    """Return the arguments that the user's kernel needs under emulation. The built-in guest brings its arguments."""
     if chosen.accelerator != "tcg" or not chosen.config.linux or _passed_by_smbios(chosen):
         return ()
     return _UNDER_TCG.get(chosen.binary.architecture, ())

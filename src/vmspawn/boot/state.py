@@ -64,7 +64,7 @@ class SavedSessions(Record):
     foreign_fdsets: tuple[int, ...] = ()
 
     def to_json(self) -> str:
-        """The section of state.json."""
+        """Return the section of state.json."""
         return json.dumps(self._asdict())
 
 
@@ -106,7 +106,7 @@ def open_journal(
     helpers: Sequence[Helper],
     fork: Fork | None = None,
 ) -> Journal:
-    """The writer of a machine's state.json, without sections yet."""
+    """Return the writer of a machine's state.json, without sections."""
     return Journal(
         directory,
         {
@@ -122,7 +122,7 @@ def open_journal(
 
 
 def boot_storage(disks: Sequence[BootDisk], least: int = 0) -> str:
-    """The register of disks of a machine that is being started, in JSON; its next number is `least` or more."""
+    """Return the register of a starting machine's disks as JSON. The next number is `least` or more."""
     saved = [
         save_disk(
             each.disk,
@@ -204,7 +204,7 @@ def _is_section(value: object) -> bool:
 
 
 def _migrate_1(found: dict[str, Any]) -> dict[str, Any]:
-    """A state of version 1 as one of version 2: the binary is asked again for what was not written down."""
+    """Convert a state from version 1 to version 2. QEMU's binary is probed for the fields that version 1 lacks."""
     machine_type = found["machine"]["type"]
     binary = find_qemu(found["qemu"]["path"], machine_type)
     defaults = {field: MachineConfig._field_defaults[field] for field in CONFIG_FIELDS}
@@ -220,7 +220,7 @@ def _migrate_1(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _migrate_2(found: dict[str, Any]) -> dict[str, Any]:
-    """A state of version 2 as one of version 3."""
+    """Convert a state from version 2 to version 3."""
     for attachment in found["storage"]["attachments"]:
         for named in (attachment, *attachment["images"]):
             named["long-names"] = True

@@ -69,7 +69,7 @@ class End(NamedTuple):
 
     @classmethod
     def terminated(cls) -> End:
-        """The end of a machine that somebody did not want any more before it was up."""
+        """Return the end of a machine that was terminated before it was up."""
         return cls("host-qmp-quit", *_CAUSES["host-qmp-quit"])
 
     def after(self, *, panic: str, limit: float | None) -> End:
@@ -84,7 +84,7 @@ class End(NamedTuple):
         return self
 
     def event(self) -> Event:
-        """The event of this end."""
+        """Return the event of this end."""
         return Event(MACHINE_ENDED, {"reason": self.reason, "message": self.message, "clean": self.clean})
 
 

@@ -82,7 +82,7 @@ class _Fresh:
 
 
 def _without_disks(attachments: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
-    """The sections without the disks: a copy was started with them."""
+    """Return the sections without the disks, which a copy was started with."""
     found = dict(attachments)
     if storage := found.get("storage"):
         found["storage"] = {**storage, "attachments": []}

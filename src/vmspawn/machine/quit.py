@@ -41,6 +41,6 @@ class Quit:
             self._process.kill()
 
     def close(self) -> None:
-        """It has ended, or is not ours to end any more."""
+        """Cancel the kill: QEMU has ended, or another manager ends it."""
         if self._killer is not None:
             self._killer.cancel()

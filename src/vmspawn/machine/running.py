@@ -358,7 +358,7 @@ class Running:
     # Actions.
 
     async def multiplexer(self) -> Multiplexer:
-        """The multiplexer that shares QEMU among QMP clients; started when it is first asked for.
+        """Return the multiplexer, which shares QEMU among QMP clients. The first call starts it.
 
         Raises Timeout if QEMU does not greet, NotConnected if QEMU is gone or this manager has let go of it.
         """
@@ -425,7 +425,11 @@ class Running:
         self.recent_events.failed(what)
 
     def events(self) -> MachineEvents:
-        """The events from now on, QEMU's and ours: `with running.events() as events: async for event in events:`."""
+        """Return the events of QEMU and vmspawn from now on.
+
+        with running.events() as events:
+            async for event in events:
+        """
         return MachineEvents(self.monitor.events(), self.wait)
 
     async def terminate(self) -> None:

@@ -106,7 +106,7 @@ class Manifest(NamedTuple):
         return f"{self.machine}@{self.name}"
 
     def to_json(self) -> bytes:
-        """The content of manifest.json."""
+        """Return the content of manifest.json."""
         fields = self._asdict()
         fields["qemu"] = self.qemu._asdict()
         fields["options"] = [list(each) for each in self.options]

@@ -133,7 +133,7 @@ def _commit(qemu: str, chains: list[list[Image]]) -> None:
 
 
 def _nodes(number: int, chain: list[Image]) -> list[dict[str, object]]:
-    """The block nodes of a disk, from the bottom up."""
+    """Return the block nodes of a disk, from the bottom up."""
     found: list[dict[str, object]] = []
     for level, image in reversed(list(enumerate(chain))):
         is_block = image.backing is not None and image.backing.is_block_device

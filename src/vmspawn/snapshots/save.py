@@ -305,7 +305,7 @@ class _Save:
         return self._files.open_number(self._numbers.get(number, number))
 
     def _descriptors(self, recorded: Recorded, folder: NewFolder) -> dict[int, str]:
-        """The files behind the descriptors of the command line. Those without a path are copied."""
+        """Return the files behind the descriptors of the command line. Files without a path are copied."""
         found = {}
         writable = incoming.writable_descriptors(recorded.options)
         for number in recorded.descriptors:
@@ -358,7 +358,7 @@ class _Save:
     # The manifest.
 
     def _attachments(self, freeze: Freeze) -> dict[str, Any]:
-        """The sections of the journal, with the disks as they were before they got their overlays."""
+        """Return the sections of the journal, with the disks as they were before they got their overlays."""
         bases = {each.disk.name: each.base for each in freeze.frozen}
         journal = self._machine.journal
         found = {name: json.loads(journal.section(name) or "null") for name in journal.section_names}
@@ -428,7 +428,7 @@ class _Save:
         )
 
     def _described(self) -> tuple[SnapshotFile, ...]:
-        """The files that must stay as they are."""
+        """Return the files that must stay as they are."""
         return tuple(SnapshotFile.of(path, fd) for path, fd in self._listed.items())
 
     def _write_current(self, manifest: Manifest, freeze: Freeze) -> Callable[[], None]:
@@ -470,7 +470,7 @@ class _Save:
         return lambda: os.rename(path + ".new", path)
 
     def _kept_descriptors(self, manifest: Manifest) -> dict[int, str]:
-        """The files behind the descriptors, for the machine's newest disks: what the machine writes to is its own."""
+        """Return the files behind the descriptors, for MACHINE@current. The machine keeps its writable files."""
         found = {}
         for number, name in manifest.descriptors.items():
             fd = self._open_descriptor(number)
@@ -547,13 +547,13 @@ async def _sizes(machine: Running) -> dict[str, int]:
 
 
 def _arguments(pid: int) -> list[str]:
-    """The command line of a process."""
+    """Return the command line of a process."""
     with open(f"/proc/{pid}/cmdline", "rb") as file:
         return [os.fsdecode(each) for each in file.read().split(b"\0")[:-1]]
 
 
 def _resident(pid: int) -> int:
-    """The bytes of memory that a process has touched, files that it maps included."""
+    """Return the number of bytes of memory that a process has touched, mapped files included."""
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -98,7 +98,7 @@ def _is_own(event: Event) -> bool:
 
 
 def _time(event: Event) -> str:
-    """The time of day of an event. Events of vmspawn's own have none."""
+    """Return the time of day of an event. Events that vmspawn makes have none."""
     if event.timestamp is None:
         return " " * len("00:00:00.000")
     seconds, microseconds = event.timestamp["seconds"], event.timestamp["microseconds"]
