@@ -167,11 +167,12 @@ class Agent:
 
     def _open(self) -> None:
         try:
-            self._socket = self._connect()
+            connected = self._connect()
         except OSError as error:
             raise NotConnected(f"cannot reach the agent's port: {error.strerror}") from None
-        self._writer = Writer.of_socket(self._socket, on_lost=lambda _: self.close())
-        self._loop.add_reader(self._socket, self._readable)
+        self._socket = connected
+        self._writer = Writer.of_socket(connected, on_lost=lambda _: self.close())
+        self._loop.add_reader(connected, self._on_readable, connected)
         self._begin_session()
 
     def _begin_session(self) -> None:
@@ -179,10 +180,9 @@ class Agent:
         self.session = os.urandom(8).hex()
         self.send(protocol.sync(self.session))
 
-    def _readable(self) -> None:
-        assert self._socket is not None
+    def _on_readable(self, connected: socket.socket) -> None:
         try:
-            data = self._socket.recv(_RECEIVE_SIZE)
+            data = connected.recv(_RECEIVE_SIZE)
         except BlockingIOError:
             return
         except OSError:
@@ -191,19 +191,17 @@ class Agent:
             self.close()
             return
         if len(data) == _RECEIVE_SIZE:
-            self._pause()
+            self._pause(connected)
         for message in self._reader.feed(data):
             self._handle(message)
 
-    def _pause(self) -> None:
-        """Read no more for a moment: a guest may send without end."""
-        paused = self._socket
-        assert paused is not None
-        self._loop.remove_reader(paused)
+    def _pause(self, connected: socket.socket) -> None:
+        """Read nothing for a moment: a guest may send without end."""
+        self._loop.remove_reader(connected)
 
         def resume() -> None:
-            if self._socket is paused:
-                self._loop.add_reader(paused, self._readable)
+            if self._socket is connected:
+                self._loop.add_reader(connected, self._on_readable, connected)
 
         self._loop.call_later(_FLOOD_PAUSE, resume)
 
@@ -213,7 +211,7 @@ class Agent:
         self._next_message = asyncio.Event()
         match message:
             case Ready(nonce=None):
-                self._announced()
+                self._on_announced()
             case Ready(nonce=self.session):
                 self._version = message.version
                 self._capabilities = message.capabilities
@@ -233,7 +231,7 @@ class Agent:
             case Malformed():
                 log.debug(f"the agent sent what is no message: {message.line!r}")
 
-    def _announced(self) -> None:
+    def _on_announced(self) -> None:
         """Send `sync` to an agent that has just started, which may have missed the `sync` that waited in the port."""
         if self._in_session.is_set():
             self._begin_session()

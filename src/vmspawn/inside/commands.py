@@ -109,7 +109,7 @@ class Execution:
         self.streams = {name: ports.streams[port].ours for name, port in _streams(wanted).items()}
         self._status = ports.streams[STATUS].ours
         self._status.setblocking(False)
-        self._loop.add_reader(self._status, self._readable)
+        self._loop.add_reader(self._status, self._on_readable)
         for stream in _streams(wanted).values():
             self._watch(stream)
 
@@ -166,7 +166,7 @@ class Execution:
         """True until the agent has reported that the command runs, or has ended."""
         return not self._started.done() and not self._ended.done()
 
-    def _readable(self) -> None:
+    def _on_readable(self) -> None:
         try:
             data = self._status.recv(_RECEIVE_SIZE)
         except BlockingIOError:
@@ -380,7 +380,7 @@ class Commands:
         if isinstance(message, Refused):
             if execution is None or not is_starting or message.errno == ESTALE:
                 return
-            self._refused(execution, message)
+            self._on_refused(execution, message)
         elif isinstance(message, Lost) and execution is not None:
             if execution.is_resent and not is_starting:
                 # The second supervisor found the ports taken by the first.
@@ -390,7 +390,7 @@ class Commands:
             ports.released.set()
 
     @staticmethod
-    def _refused(execution: Execution, message: Refused) -> None:
+    def _on_refused(execution: Execution, message: Refused) -> None:
         execution.lacks_ports = message.errno == ETIMEDOUT
         if execution.lacks_ports:
             execution.ports.is_spent = True
