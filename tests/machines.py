@@ -46,8 +46,8 @@ class Machine(api.Machine):
 
     async def leave(self) -> None:
         """Stop managing the machine, which continues to run."""
-        self._stop_serving()
         await self.inner.leave()
+        self._stop_serving()
 
     async def close(self) -> None:
         """End the machine."""
