@@ -86,6 +86,26 @@ async def test_an_agent_that_comes_up_late_gets_sync_again(far: Far) -> None:
     assert far.restarts == 0
 
 
+async def test_a_guest_that_does_not_read_gets_one_sync(far: Far) -> None:
+    waiting = asyncio.ensure_future(far.agent.ready())
+    [[_, nonce]] = await far.read()
+    # More than the socket takes.
+    far.agent.send(b"x" * (1 << 20))
+    for _ in range(100):
+        await far.send("ready - 1 7 run ;\n")
+        await asyncio.sleep(0)
+    await far.send("done last ;\n")
+    while not far.messages:  # noqa: ASYNC110 - the loop has to read what was sent
+        await asyncio.sleep(0)
+    received = b""
+    far.agent.send(b"\nend ;\n")
+    while b"end ;\n" not in received:
+        received += await asyncio.get_running_loop().sock_recv(far.sockets[-1], 1 << 20)
+    assert received.count(b"sync") == 1
+    await far.send(f"ready {nonce} 1 7 run ;\n")
+    await waiting
+
+
 async def test_an_agent_that_was_started_again_is_a_new_session(far: Far) -> None:
     await far.session()
     before = far.agent.session

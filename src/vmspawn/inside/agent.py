@@ -71,6 +71,8 @@ class Agent:
         self._forked: asyncio.Future[None] = self._loop.create_future()
         #: The nonce of the session, which each command names.
         self.session = ""
+        #: Bytes written to the port when the last `sync` has left the write queue.
+        self._sync_end = 0
 
     async def ready(self) -> None:
         """Wait until the agent is in a session, for as long as it takes.
@@ -129,7 +131,9 @@ class Agent:
         while self.heard == before:
             # The guest may be reset meanwhile, which closes the connection.
             await self.ready()
-            self.send(protocol.ping("answer"))
+            # A guest that does not read gets no second ping before the first.
+            if self._writer is not None and not self._writer.pending:
+                self.send(protocol.ping("answer"))
             await first_of(self._next_message, timeout=_PING_INTERVAL)
 
     def _ask_again(self) -> None:
@@ -178,7 +182,12 @@ class Agent:
     def _begin_session(self) -> None:
         self._in_session.clear()
         self.session = os.urandom(8).hex()
+        self._sync()
+
+    def _sync(self) -> None:
         self.send(protocol.sync(self.session))
+        if self._writer is not None:
+            self._sync_end = self._writer.written + self._writer.pending
 
     def _on_readable(self, connected: socket.socket) -> None:
         try:
@@ -232,9 +241,13 @@ class Agent:
                 log.debug(f"the agent sent what is no message: {message.line!r}")
 
     def _on_announced(self) -> None:
-        """Send `sync` to an agent that has just started, which may have missed the `sync` that waited in the port."""
+        """Send `sync` to an agent that has just started, which may have missed the `sync` that waited in the port.
+
+        A `sync` that is still in the write queue reaches the agent. A second one would let the queue grow without end
+        if the guest announces agents and does not read.
+        """
         if self._in_session.is_set():
             self._begin_session()
             self._on_restart()
-        else:
-            self.send(protocol.sync(self.session))
+        elif self._writer is not None and self._writer.written >= self._sync_end:
+            self._sync()
