@@ -264,13 +264,39 @@ def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         unpack(stream, str(tmp_path), root="top")
 
 
+def number(value: int) -> bytes:
+    """A number of a sparse header: in octal digits, or in base 256 if it is large."""
+    return b"%011o\0" % value if value < 8**11 else b"\x80" + value.to_bytes(11, "big")
+
+
+def test_folders_in_each_other_are_bounded(tmp_path: Path) -> None:
+    with pytest.raises(CopyFailed, match="more than 256 folders in each other"):
+        unpacked(b"".join(member("top" + "/a" * depth, tarfile.DIRTYPE) for depth in range(257)), tmp_path, "top")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_gets_its_permissions_after_those_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = member("top", tarfile.DIRTYPE, mode=0o777) + member("top/a", tarfile.DIRTYPE, mode=0o777)
+    data += member("top/a/b", tarfile.DIRTYPE, mode=0o777) + END
+    changed: list[str] = []
+    finish = Unpacked.finish
+
+    def record(self: Unpacked, path: str, final: str) -> None:
+        changed.append(path)
+        finish(self, path, final)
+
+    monkeypatch.setattr(Unpacked, "finish", record)
+    unpacked(data, tmp_path, "top")
+    assert changed == ["top/a/b", "top/a", "top"]
+
+
 def sparse_header(pieces: list[tuple[int, int]], size: int, stored: int, *, more: bool = False) -> bytes:
     """An old GNU sparse header with up to four pieces."""
     block = bytearray(member("top", tarfile.GNUTYPE_SPARSE, size=stored))
-    for number, (offset, length) in enumerate(pieces):
-        block[386 + 24 * number : 386 + 24 * number + 24] = b"%011o\0%011o\0" % (offset, length)
+    for index, (offset, length) in enumerate(pieces):
+        block[386 + 24 * index : 386 + 24 * index + 24] = number(offset) + number(length)
     block[482] = more
-    block[483:495] = b"%011o\0" % size
+    block[483:495] = number(size)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -282,6 +308,8 @@ def sparse_header(pieces: list[tuple[int, int]], size: int, stored: int, *, more
         ([(0, 512), (256, 256)], 1024, 768, "in order"),
         ([(0, 512)], 100, 512, "does not fit"),
         ([(0, 512)], 1024, 1024, "does not fit"),
+        ([], 1 << 63, 0, "file of 9223372036854775808 bytes"),
+        ([(1 << 70, 512)], 1 << 80, 512, "file of"),
     ],
 )
 def test_a_wrong_map_of_a_sparse_file(

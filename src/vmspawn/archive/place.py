@@ -26,7 +26,8 @@ def place(work: str, root: str, target: str, unpacked: Unpacked) -> None:
         new: list[tuple[str, str]] = []
         _move(source, target, root, new)
         folders = [(path, final) for path, final in new if path in unpacked.folders]
-        for path, final in sorted(_below(folders, unpacked), key=len, reverse=True):
+        # A folder comes after those in it: it may become one that cannot be entered, or that others may write to.
+        for path, final in sorted(_below(folders, unpacked), reverse=True):
             unpacked.finish(path, final)
     except OSError as error:
         raise SystemFailure(f"cannot write {error.filename!r}", error.errno or errno.EIO) from None

@@ -25,6 +25,9 @@ _NAME_MAX = 4096
 #: Pieces of data in a sparse file. An honest one has as many as its file system has extents.
 _PIECES_MAX = 100_000
 
+#: The largest file that Linux has (off_t).
+_SIZE_MAX = (1 << 63) - 1
+
 _BLOCK = 512
 _CHUNK = 256 * 1024
 
@@ -191,6 +194,8 @@ def _entries(block: bytes) -> Iterator[Piece]:
 
 def _check(pieces: tuple[Piece, ...], size: int, stored: int) -> None:
     """Raise CopyFailed unless the pieces lie in the file in order, and are what is stored."""
+    if size > _SIZE_MAX:
+        raise CopyFailed(f"the guest's archive has a file of {size} bytes")
     end = 0
     for offset, length in pieces:
         if offset < end or length < 0:

@@ -31,6 +31,9 @@ _NAMES_MAX = 64 << 20
 _HOLE = 64 * 1024
 _ZEROS = bytes(_HOLE)
 
+#: Folders in each other. `shutil.rmtree`, which removes a copy that failed, calls itself for each.
+_DEPTH_MAX = 256
+
 _PERMISSIONS = 0o777
 
 
@@ -129,6 +132,8 @@ class _Unpacker:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts or not parts or parts[0] != self._root:
             raise CopyFailed(f"the guest sent {name!r}, which is not below {self._root!r}")
+        if len(parts) > _DEPTH_MAX:
+            raise CopyFailed(f"the guest sent more than {_DEPTH_MAX} folders in each other")
         path = "/".join(parts)
         parent = path.rpartition("/")[0]
         if parent and parent not in self._found.folders:
