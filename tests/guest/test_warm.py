@@ -3,6 +3,9 @@
 
 import asyncio
 import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,3 +74,25 @@ async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies
     options = ("--guest=builtin", "--warm", f"--qemu={qemu}", f"--machine={fresh_name()}")
     done = await asyncio.to_thread(vmspawn, *options, "--run=exit 7")
     assert (done.returncode, done.stderr) == (7, "")
+
+
+def kill_while_it_boots(qemu: str) -> None:
+    """Start a machine from a warm copy that is to be made, and kill the process while the guest boots."""
+    options = ("--guest=builtin", "--warm", "--console=headless", f"--qemu={qemu}", f"--machine={fresh_name()}")
+    with subprocess.Popen([sys.executable, "-m", "vmspawn", *options], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not any(each.startswith("warm-") for each in runtime.machine_names()):
+            assert process.poll() is None, "vmspawn ended before it booted a guest for the warm copy"
+            assert time.monotonic() < deadline, "no guest boots for the warm copy"
+            time.sleep(0.01)
+        process.kill()
+
+
+async def test_a_start_waits_for_a_boot_whose_starter_was_killed(qemu: str, warm_copies: Path) -> None:
+    for each in copies(warm_copies):
+        shutil.rmtree(each)
+    await asyncio.to_thread(kill_while_it_boots, qemu)
+    async with warm(qemu) as machine:
+        await machine.run("true", check=True)
+    assert len(copies(warm_copies)) == 1
+    assert not [each for each in everything_below(str(warm_copies)) if each.startswith(".")]

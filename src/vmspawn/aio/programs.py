@@ -60,15 +60,20 @@ def run(
     feed: bytes = b"",
     directory: str | os.PathLike[str] | None = None,
     environment: dict[str, str] | None = None,
+    inherited: tuple[int, ...] = (),
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program with `feed` on its standard input, and return its output and exit status.
+
+    The program inherits the descriptors `inherited`.
 
     Raises OSError, subprocess.TimeoutExpired or Cancelled; the program has ended then.
     """
     canceller = CANCELLER.get() or Canceller()
     canceller.check()
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=directory, env=environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(
+        command, cwd=directory, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=inherited
+    ) as process:
         canceller.watch(process)
         try:
             output, errors = process.communicate(feed, timeout)

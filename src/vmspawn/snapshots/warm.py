@@ -126,11 +126,11 @@ def _opened(path: str, config: MachineConfig, notice: Callable[[str], None]) -> 
     found = _open(path, notice)
     if found is None:
         os.makedirs(directory(), mode=0o700, exist_ok=True)
-        with _locked(path + ".lock"):
+        with _locked(path + ".lock") as lock:
             # Another process may have made it meanwhile.
             found = _open(path, notice)
             if found is None:
-                _make(path, config, notice)
+                _make(path, config, notice, lock)
                 found = OpenSnapshot(os.path.basename(path), directory())
     # `_remove_oldest` goes by this time.
     os.utime(path)
@@ -148,8 +148,8 @@ def _open(path: str, notice: Callable[[str], None]) -> OpenSnapshot | None:
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Hold a lock file. Raises Cancelled if the work of this thread is cancelled."""
+def _locked(path: str) -> Iterator[int]:
+    """Hold a lock file; yields its descriptor. Raises Cancelled if the work of this thread is cancelled."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         while True:
@@ -159,12 +159,12 @@ def _locked(path: str) -> Iterator[None]:
             except BlockingIOError:
                 check_cancelled()
                 time.sleep(_LOCK_INTERVAL)
-        yield
+        yield fd
     finally:
         os.close(fd)
 
 
-def _make(path: str, config: MachineConfig, notice: Callable[[str], None]) -> None:
+def _make(path: str, config: MachineConfig, notice: Callable[[str], None], lock: int) -> None:
     """Make a warm copy at a path. Raises StartError."""
     from .warm_maker import run_maker, scratch_prefix
 
@@ -174,7 +174,7 @@ def _make(path: str, config: MachineConfig, notice: Callable[[str], None]) -> No
         # An unusable copy, and the folders of killed makers: no other maker runs, as this process holds the lock.
         if name == os.path.basename(path) or name.startswith(scratch_prefix(path)):
             shutil.rmtree(os.path.join(directory(), name), ignore_errors=True)
-    run_maker(path, shape(config)._replace(qemu=config.qemu, kvm=config.kvm))
+    run_maker(path, shape(config)._replace(qemu=config.qemu, kvm=config.kvm), lock)
 
 
 def _remove_oldest() -> None:

@@ -39,11 +39,14 @@ _TIMEOUT = 180.0
 _BOOTED = re.compile(rb"vmspawn-guest: ready.*# (\x1b\[6n)?\Z", re.DOTALL)
 
 
-def run_maker(path: str, config: MachineConfig) -> None:
-    """Make a warm copy at a path, in a separate process. Raises StartError."""
+def run_maker(path: str, config: MachineConfig, lock: int) -> None:
+    """Make a warm copy at a path, in a separate process. Raises StartError.
+
+    The process inherits the descriptor `lock`, so the path stays locked if this process is killed meanwhile.
+    """
     command = [sys.executable, "-m", "vmspawn.snapshots.warm_maker", path]
     try:
-        done = programs.run(command, timeout=_TIMEOUT, feed=msgspec.json.encode(config))
+        done = programs.run(command, timeout=_TIMEOUT, feed=msgspec.json.encode(config), inherited=(lock,))
     except subprocess.TimeoutExpired:
         raise StartError(f"the guest has not booted within {_TIMEOUT:g} s", hint="start it without warm") from None
     if done.returncode:
