@@ -152,6 +152,18 @@ def test_only_one_process_has_a_snapshot_alone() -> None:
     first.close()
 
 
+def test_the_newest_disks_are_not_discarded_while_snapshots_need_the_older_ones() -> None:
+    made("web@current")
+    made("web-2@clean")
+    directory.check_discards_nothing("web@current")
+    made("web@clean")
+    with pytest.raises(SnapshotInUse) as caught:
+        directory.check_discards_nothing("web@current")
+    assert "web@clean" in caught.value.hint
+    assert "web-2" not in caught.value.hint
+    directory.check_discards_nothing("web@clean")
+
+
 def test_disks_that_a_snapshot_needs_are_not_merged() -> None:
     assert not merge.merge("web")
     made("web@current")

@@ -406,6 +406,7 @@ class Snapshot:
 
     def remove(self) -> None:
         """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""
+        directory.check_discards_nothing(self.name)
         directory.remove(self.name)
         after_end(self.name.partition("@")[0])
 

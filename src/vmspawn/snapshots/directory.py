@@ -213,6 +213,20 @@ def remove(full_name: str) -> None:
         snapshot.close()
 
 
+def check_discards_nothing(full_name: str) -> None:
+    """Refuse to remove the newest state of a machine's disks while the machine has snapshots. Raises SnapshotInUse.
+
+    After the last of them is removed, the newest state is written to the disks.
+    """
+    machine, _, name = full_name.partition("@")
+    others = [each for each in snapshot_files.names() if each.startswith(f"{machine}@") and each != full_name]
+    if name == CURRENT and others:
+        raise SnapshotInUse(
+            f"{full_name} has everything that {machine} wrote to its disks after it was saved",
+            hint=f"to keep that, remove {', '.join(others)} instead: then it is written to the disks",
+        )
+
+
 def _check_unused(full_name: str, snapshot: OpenSnapshot) -> None:
     for other, found in snapshot_files.manifests():
         if other != full_name and any(os.path.dirname(each["path"]) == snapshot.path for each in found["files"]):

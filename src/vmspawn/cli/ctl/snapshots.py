@@ -157,6 +157,7 @@ def _remove(options: argparse.Namespace) -> None:
     machine, name = directory.parse_name(options.snapshot)
     if not name:
         raise UsageError("the name of the snapshot is missing", hint=f"write {machine}@NAME; see: vmctl list-snapshots")
+    directory.check_discards_nothing(f"{machine}@{name}")
     directory.remove(f"{machine}@{name}")
     after_end(machine)
     say(options, f"Removed {machine}@{name}")
