@@ -31,7 +31,9 @@ def escape(text: str) -> str:
 def help_of(action: argparse.Action) -> str:
     """Return an option's help as a sentence."""
     text = (action.help or "") % {"default": action.default, "prog": ""}
-    return f"{text[:1].upper()}{text[1:]}."
+    # A help that begins with a list of values keeps their spelling.
+    is_list = text.partition(" ")[0].endswith(",")
+    return f"{text if is_list else text[:1].upper() + text[1:]}."
 
 
 def details() -> dict[str, str]:

@@ -41,6 +41,12 @@ def test_every_verb_is_in_the_man_page() -> None:
     assert all(f".B {verb} " in text or f".B {verb}\n" in text for verb in man._subparsers(vmctl.build_parser()))
 
 
+def test_values_keep_their_spelling() -> None:
+    text = man.pages()["vmctl.1"]
+    assert "agent, booted, console=REGEX" in text
+    assert "Run the command in this directory" in text
+
+
 def test_no_missing_option_is_documented() -> None:
     assert set(man.details()) <= visible_options(vmspawn_command.build_parser())
 
