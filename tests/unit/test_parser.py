@@ -90,6 +90,7 @@ def test_a_verb_that_runs_a_command_ends_its_options_there() -> None:
         (["status", "a", "b"], "unexpected argument: b", "see: vmctl status --help"),
         (["sttus", "a"], "there is no verb sttus", "did you mean status?"),
         (["help", "dance"], "there is no verb dance", "see: vmctl --help"),
+        (["exec", "a"], "the following arguments are required: COMMAND", "see: vmctl exec --help"),
         (["attach-disk", "a", "--bus", "--quiet"], "argument --bus: expected one argument", "attach-disk --help"),
     ],
 )

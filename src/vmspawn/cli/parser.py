@@ -56,6 +56,12 @@ class Parser(argparse.ArgumentParser):
         #: The names of the verbs below each heading of the help.
         self.headings: dict[str, list[str]] = {}
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """Add an argument, as argparse does. One with nargs="*" is optional in messages too."""
+        if settings.get("nargs") == "*" and names and not names[0].startswith("-"):
+            settings.setdefault("default", [])
+        return super().add_argument(*names, **settings)
+
     def end_options_here(self) -> None:
         """End the options behind the positional arguments that were added so far.
 
