@@ -121,6 +121,13 @@ def test_what_a_shell_reports(machine: Spawned, arguments: tuple[str, ...], stat
     assert execute(machine, *arguments).returncode == status
 
 
+def test_why_a_command_did_not_start(machine: Spawned) -> None:
+    assert "no-such-program: No such file" in one_line(vmctl("exec", machine.name, "no-such-program"), "vmctl")
+    no_user = vmctl("exec", machine.name, "--uid=mallory", "true")
+    assert "the guest has no user mallory" in one_line(no_user, "vmctl")
+    assert "/nowhere: No such file" in one_line(vmctl("exec", machine.name, "--chdir=/nowhere", "true"), "vmctl")
+
+
 def test_a_time_limit(machine: Spawned) -> None:
     done = vmctl("exec", machine.name, "--time-limit=0.5", "sleep", "55555")
     assert done.returncode == 124

@@ -6,6 +6,7 @@ Names are in Varlink's case because they are part of the protocol.
 
 import base64
 import binascii
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..agent.protocol import STDERR, STDIN, STDOUT, TTY, Exited, Failed
 from ..inside.commands import Commands, Ended, Execution, Wanted
+from ..text import printable
 from .progress import Progress, nothing
 
 
@@ -60,7 +62,7 @@ async def execute(commands: Commands, command: Wanted, timeout: float) -> AsyncI
     try:
         if not await _could_not_start(execution):
             yield _started(execution)
-        yield _ended(execution.id, await execution.ended())
+        yield _ended(execution.id, await execution.ended(), command)
         await commands.ended()
     finally:
         execution.close()
@@ -86,11 +88,22 @@ def _descriptor(stream: socket.socket | None) -> FileDescriptor | None:
     return None if stream is None else FileDescriptor(stream.detach(), should_close=True)
 
 
-def _ended(id: str, end: Ended) -> Progress:
+def _ended(id: str, end: Ended, command: Wanted) -> Progress:
     if isinstance(end, Failed):
-        message = f"{end.what}: {os.strerror(end.errno)}"
-        return {**nothing("failed", id), "status": end.status, "message": message}
+        return {**nothing("failed", id), "status": end.status, "message": failure(end, command)}
     totals: Progress = {**nothing("exited", id), "stdoutBytes": end.stdout, "stderrBytes": end.stderr}
     if isinstance(end, Exited):
         return {**totals, "status": end.status}
     return {**totals, "state": "killed", "signal": end.signal}
+
+
+def failure(end: Failed, command: Wanted) -> str:
+    """Return the reason why a command could not be started, with the name of the program, directory or user."""
+    names = {"exec": next(iter(command.arguments), None), "chdir": command.directory, "user": command.user}
+    name = names.get(end.what)
+    if name is None:
+        return f"{end.what}: {os.strerror(end.errno)}"
+    text = printable(os.fsdecode(name))
+    if end.what == "user" and end.errno == errno.ENOENT:
+        return f"the guest has no user {text}"
+    return f"{text}: {os.strerror(end.errno)}"
