@@ -4,6 +4,7 @@
 import json
 import socket
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.commands import vmspawn as run_vmspawn
 from tests.conftest import make_raw
 from tests.machines import Machine, fresh_name, idle_machine, is_gone
 from tests.survivors import survivor
+from vmspawn.cli.spelling import as_option
 from vmspawn.errors import NoSuchForward, NotSupported, PortInUse, SystemFailure
 from vmspawn.network.forward import Forward
 
@@ -75,8 +77,9 @@ async def test_a_client_that_asks_for_nonsense(machine: Machine) -> None:
 async def test_a_machine_without_a_network(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as running:
         assert await running.forwards() == []
-        with pytest.raises(NotSupported, match="no user-mode network"):
+        with pytest.raises(NotSupported, match="no user-mode network") as refused:
             await running.forward(22)
+        assert refused.value.spelled(partial(as_option, "vmctl"))[1] == "start it with --network-user-mode"
 
 
 def test_they_survive_the_manager(qemu: str, tmp_path: Path) -> None:

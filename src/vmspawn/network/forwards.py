@@ -88,7 +88,7 @@ class Forwards:
         if "unrecognized netdev" in answer:
             return NotSupported.with_fields(
                 "machine {name} has no user-mode network",
-                hint="start it with {network_user=True} or {forwards=}",
+                hint="start it with {network_user=True}",
                 name=self._machine,
             )
         refused = f"cannot forward {wanted.host}{wanted.suffix} to the guest"
