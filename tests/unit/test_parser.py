@@ -162,3 +162,11 @@ def test_help_omits_unsupported_options() -> None:
     text = vmspawn_command.build_parser().format_help()
     assert "--tpm" not in text
     assert "vmspawn(1) lists the options" in text
+
+
+def test_help_breaks_no_option_or_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, parser in VERBS.items():
+        lines = parser.format_help().splitlines()
+        assert not [line for line in lines if line.endswith("-")], name
+        assert max(map(len, lines[1:])) <= 80, name

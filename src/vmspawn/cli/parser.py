@@ -219,6 +219,12 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         width = min(_WIDTH_MAX, terminal_width() - 2)
         super().__init__(prog, max_help_position=max(24, width // 3), width=width, **settings)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Options and values, such as --snapshot-dir=, stay in one piece.
+        from textwrap import wrap
+
+        return wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return option_names(action) if action.option_strings else super()._format_action_invocation(action)
 
