@@ -2,6 +2,8 @@
 """Tests that errors spell fields for Python and for the command line, and that hints are shown once."""
 
 import functools
+import socket
+import sys
 import traceback
 from errno import EIO
 
@@ -9,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmspawn.cli.ctl import qmp
 from vmspawn.cli.ctl.replies import failing_to
 from vmspawn.cli.spelling import as_option
-from vmspawn.errors import QmpError, StartError, SystemFailure, UsageError, VmspawnError
+from vmspawn.errors import NotInstalled, QmpError, StartError, SystemFailure, UsageError, VmspawnError
 
 VMSPAWN = functools.partial(as_option, "vmspawn")
 VMCTL = functools.partial(as_option, "vmctl")
@@ -84,3 +87,12 @@ def test_the_hint_is_shown_once_in_a_traceback(make: type[VmspawnError]) -> None
         shown = "".join(traceback.format_exception(error))
     assert shown.endswith("StartError: it failed\ntry again\n")
     assert shown.count(hint + "\n") == 1
+
+
+def test_the_qmp_shell_names_the_command_that_installs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The import system raises ModuleNotFoundError for None.
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    monkeypatch.delitem(sys.modules, "vmspawn.cli.ctl.qmp_shell", raising=False)
+    with socket.socket() as unused, pytest.raises(NotInstalled) as caught:
+        qmp._shell(unused, b"", "demo")
+    assert "pipx inject vmspawn prompt_toolkit" in caught.value.hint

@@ -80,7 +80,7 @@ def _shell(connected: socket.socket, received: bytes, machine: str) -> bool:
             raise
         raise NotInstalled(
             "the QMP shell needs prompt_toolkit, which is not installed",
-            hint="install vmspawn[shell], add a command, or use --stdio",
+            hint="install it with: pipx inject vmspawn prompt_toolkit; or add a command, or use --stdio",
         ) from None
     return run_shell(connected, received, machine)
 
