@@ -388,12 +388,11 @@ async def test_another_manager_ends_what_was_left(qemu: str) -> None:
         # Close the port, as the end of the manager's process does.
         machine._inside.commands.agent.close()
         await machine.leave()
+        await command.close()
         adopted = await Machine.adopt(machine.name)
         try:
             await adopted._inside.settle()
             assert (await adopted.run("ps -o args | grep -c '^sleep 74321' || true")).stdout == "0\n"
             await until_idle(adopted)
         finally:
-            with contextlib.suppress(NotConnected):
-                await command.close()
             await adopted.close()
