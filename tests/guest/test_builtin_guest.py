@@ -341,6 +341,7 @@ def test_powers_off_at_the_power_button(qemu: str, machine: str) -> None:
         powers_off(guest)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not shutil.which("qemu-system-aarch64"), reason="there is no qemu-system-aarch64")
 def test_powers_off_at_the_power_button_of_virt() -> None:
     with booted("qemu-system-aarch64", "virt") as guest:

@@ -216,7 +216,7 @@ async def test_a_copy_with_a_new_identity_has_a_name_and_runs_its_hooks(guest: B
 
 
 @pytest.mark.scaled
-@pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
+@pytest.mark.parametrize("bus", ["virtio-blk", pytest.param("virtio-scsi", marks=pytest.mark.soak)])
 async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus: str) -> None:
     """The guest writes while it is saved, at moments that nobody chooses."""
     path = make_raw(tmp_path / fresh_name(), 64 * MIB)

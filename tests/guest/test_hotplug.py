@@ -21,7 +21,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PATTERN = b"written in the guest\n"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", pytest.param("pc", marks=pytest.mark.soak)])
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
     async with booted(qemu, machine_type=request.param) as running:
         yield running

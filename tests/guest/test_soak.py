@@ -204,7 +204,7 @@ def run(machines: list[Spawned], folder: Path) -> tuple[State, State, Times | No
         return warm, end, judge(aged, spared[0], before[0]) if spared else None
 
 
-@pytest.mark.scaled
+@pytest.mark.soak
 async def test_the_manager_grows_neither_larger_nor_slower(qemu: str, tmp_path: Path) -> None:
     """The slowdown is relative to a fresh machine on the same busy host."""
     async with contextlib.AsyncExitStack() as stack:

@@ -4,12 +4,14 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.commands import DEADLINE, VMCTL, VMSPAWN, idle, one_line
 from tests.conftest import make_raw
+from vmspawn.boot.qemu import find_qemu
 
 #: A locale in which Python neither assumes UTF-8 nor corrects the locale. systemd's units and cron have this locale.
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -120,3 +122,11 @@ def test_a_boot_entry_names_its_files_in_any_locale(tmp_path: Path, environment:
     done = run(*VMSPAWN, f"--directory={tmp_path}", "--kvm=no", **environment)
     assert done.returncode == 1
     assert one_line(done, "vmspawn").endswith("the file is empty")
+
+
+def test_a_busy_host_gets_all_answers_of_a_probe(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU's answers are larger than a pipe, and QEMU exits without what a full pipe has not taken."""
+    monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path))
+    with ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(find_qemu, [qemu] * 8))
+    assert len(found) == 1

@@ -61,10 +61,11 @@ def run(
     directory: str | os.PathLike[str] | None = None,
     environment: dict[str, str] | None = None,
     inherited: tuple[int, ...] = (),
+    output: int = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program with `feed` on its standard input, and return its output and exit status.
 
-    The program inherits the descriptors `inherited`.
+    The program inherits the descriptors `inherited`. `output` is a descriptor that gets its output instead.
 
     Raises OSError, subprocess.TimeoutExpired or Cancelled; the program has ended then.
     """
@@ -72,15 +73,15 @@ def run(
     canceller.check()
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=directory, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=inherited
+        command, cwd=directory, env=environment, stdin=pipe, stdout=output, stderr=pipe, pass_fds=inherited
     ) as process:
         canceller.watch(process)
         try:
-            output, errors = process.communicate(feed, timeout)
+            printed, errors = process.communicate(feed, timeout)
         except BaseException:
             process.kill()
             raise
         finally:
             canceller.watch(None)
     canceller.check()
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    return subprocess.CompletedProcess(command, process.returncode, printed, errors)

@@ -175,16 +175,23 @@ def _run(path: str, *arguments: str, feed: str = "") -> str:
 
     from ..aio import programs
 
+    # QEMU exits without what a full pipe has not taken, so its output goes to a file in memory.
+    output = os.memfd_create("vmspawn-probe")
     try:
-        done = programs.run([path, *arguments], feed=feed.encode(), timeout=_PROBE_TIMEOUT)
+        done = programs.run([path, *arguments], feed=feed.encode(), timeout=_PROBE_TIMEOUT, output=output)
+        with open(output, "rb", closefd=False) as file:
+            file.seek(0)
+            answers = file.read()
     except OSError as error:
         raise StartError(f"cannot run QEMU {path}: {os.strerror(error.errno or errno.ENOEXEC)}") from None
     except subprocess.TimeoutExpired:
         raise StartError(f"QEMU {path} did not answer {arguments[0]} within {_PROBE_TIMEOUT:.0f} s") from None
+    finally:
+        os.close(output)
     if done.returncode != 0:
         words = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
         raise StartError(f"cannot run QEMU {path}: {words[-1]}")
-    return done.stdout.decode(errors="replace")
+    return answers.decode(errors="replace")
 
 
 def _parse_version(path: str, text: str) -> tuple[int, int, int]:
