@@ -295,13 +295,15 @@ def test_a_terminal_has_job_control(machine: AgentMachine) -> None:
     command = terminal(machine)
     keyboard = command.sockets["stdin"]
     command.read_until(b"# ")
-    keyboard.sendall(b"echo $0; sh -c 'echo st\"\"arted; exec sleep 1000'\n")
+    job = b"""trap "echo contin""ued" CONT; echo st""arted; while sleep 0.1; do :; done"""
+    keyboard.sendall(b"echo $0; sh -c '" + job + b"'\n")
     assert b"-sh\r\n" in command.read_until(b"started\r\n")
     keyboard.sendall(b"\x1a")
     command.read_until(b"Stopped")
     command.read_until(b"# ")
     keyboard.sendall(b"fg\n")
-    command.read_until(b"sleep 1000")
+    # The shell gives the terminal to the job before it continues the job.
+    command.read_until(b"continued\r\n")
     keyboard.sendall(b"\x03")
     command.read_until(b"# ")
     keyboard.sendall(b"exit 9\n")
