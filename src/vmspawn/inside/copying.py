@@ -401,6 +401,9 @@ class _Streams:
             self._end = self._command.wait()
         except VmspawnError as error:
             self._error = error
+        except (OSError, ValueError):
+            # `run` has failed, and the command was closed meanwhile.
+            return
         with self._changed:
             while self._end is not None and not self._has_all(self._end):
                 before = self._output.total + self._message_bytes
