@@ -30,13 +30,12 @@ async def load(monitor: Monitor, incoming: Incoming) -> None:
 
     Raises NotConnected if QEMU ends, as it does where the state does not fit; SystemFailure, QmpError.
     """
-    capabilities = [{"capability": "events", "state": True}]
-    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await enable_events(monitor)
     with monitor.events() as events:
         await monitor.execute("migrate-incoming", {"uri": incoming.uri})
         try:
             async with asyncio.timeout(_TIMEOUT):
-                status = await _until_ended(events)
+                status = await until_ended(events, "loaded its state")
         except TimeoutError:
             raise Timeout(f"QEMU has not loaded its state within {_TIMEOUT:g} s") from None
     if status != "completed":
@@ -66,7 +65,7 @@ async def cancel(monitor: Monitor) -> None:
             with monitor.events() as events:
                 if (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
                     await monitor.execute("migrate_cancel")
-                    await _until_ended(events)
+                    await until_ended(events, "was saved")
             # QEMU refuses `cont` until it has left this state, some time after the migration's last event.
             while await _is_finishing(monitor):  # noqa: ASYNC110 - no event reports it
                 await asyncio.sleep(_STATE_INTERVAL)
@@ -78,8 +77,18 @@ async def _is_finishing(monitor: Monitor) -> bool:
     return bool((await monitor.execute("query-status"))["status"] == "finish-migrate")
 
 
-async def _until_ended(events: EventStream) -> str:
+async def enable_events(monitor: Monitor) -> None:
+    """Let QEMU report the states of a migration. Raises what `Monitor.execute` raises."""
+    capabilities = [{"capability": "events", "state": True}]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+async def until_ended(events: EventStream, doing: str) -> str:
+    """Wait for the end of a migration, and return its state.
+
+    `doing` tells in an error what QEMU did. Raises NotConnected if QEMU ends.
+    """
     async for event in events:
         if event.name == "MIGRATION" and (status := str((event.data or {}).get("status"))) in _ENDS:
             return status
-    raise NotConnected("QEMU ended while it loaded its state")
+    raise NotConnected(f"QEMU ended while it {doing}")

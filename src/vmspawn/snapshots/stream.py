@@ -12,8 +12,8 @@ import contextlib
 from collections.abc import Callable
 
 from ..boot.incoming import STATE_FDSET
-from ..errors import NotConnected, QmpError, SystemFailure
-from ..machine.loading import cancel
+from ..errors import QmpError, SystemFailure
+from ..machine.loading import cancel, enable_events, until_ended
 from ..qmp.events import EventStream
 from ..qmp.monitor import Command, Monitor
 
@@ -36,12 +36,11 @@ async def save(monitor: Monitor, fd: int, on_progress: Callable[[int, int], None
 
     Raises QmpError, SystemFailure if QEMU fails; `forget` must follow if this call is interrupted.
     """
-    capabilities = [{"capability": "events", "state": True}]
-    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await enable_events(monitor)
     await monitor.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
     scheme, events = await _begin(monitor, fd)
     with events:
-        ended = asyncio.create_task(_until_ended(events))
+        ended = asyncio.create_task(until_ended(events, "was saved"))
         try:
             while not ended.done():
                 await asyncio.wait({ended}, timeout=_INTERVAL)
@@ -75,16 +74,6 @@ async def _migrate(monitor: Monitor, uri: str) -> EventStream:
         events.close()
         raise
     return events
-
-
-async def _until_ended(events: EventStream) -> str:
-    async for event in events:
-        if event.name == "MIGRATION" and (status := str((event.data or {}).get("status"))) in _ENDS:
-            return status
-    raise NotConnected("QEMU ended while it was saved")
-
-
-_ENDS = ("completed", "failed", "cancelled")
 
 
 async def _report(monitor: Monitor, on_progress: Callable[[int, int], None]) -> None:
