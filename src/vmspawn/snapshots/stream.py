@@ -88,9 +88,10 @@ async def _why(monitor: Monitor, status: str) -> str:
 
 
 async def forget(monitor: Monitor) -> None:
-    """Cancel a save that is under way, and remove its descriptor from QEMU. Raises NotConnected, Timeout."""
+    """Cancel a save that is under way, and close its descriptor in QEMU. Raises NotConnected, Timeout.
+
+    `REMOVE_FDSET` must follow when the guest runs.
+    """
     await cancel(monitor)
-    with contextlib.suppress(QmpError):
-        await monitor.execute(REMOVE_FDSET.name, REMOVE_FDSET.arguments)
     with contextlib.suppress(QmpError):
         await monitor.execute("closefd", {"fdname": _NAME})
