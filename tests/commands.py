@@ -2,6 +2,7 @@
 """Runs the commands as a user does, in separate processes; tests check their output and exit status."""
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -163,6 +164,26 @@ def make_script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+def run_example(
+    document: str, mark: str, folder: Path, replacements: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run the shell example of a document that follows a mark, with `vmctl` as a command of this checkout.
+
+    `replacements` are for whole words: the machine's name, a port.
+    """
+    text = (Path(__file__).parents[1] / "docs" / document).read_text()
+    found = re.search(rf"<!-- run: {mark} -->\n```sh\n(.*?)```", text, re.DOTALL)
+    assert found
+    script = found[1]
+    for word, replacement in replacements.items():
+        script = re.sub(rf"\b{word}\b", replacement, script)
+    make_script(folder / "vmctl", f'exec {sys.executable} -m vmspawn.cli.ctl "$@"')
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["sh", "-ec", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=DEADLINE
+    )
 
 
 @contextmanager

@@ -111,6 +111,16 @@ class Machine(api.Machine):
         return await self.storage.changes.replace(name, backing, **options)
 
 
+@contextlib.asynccontextmanager
+async def adopted(name: str) -> AsyncIterator[Machine]:
+    """Adopt a machine, and release it at the end."""
+    machine = await Machine.adopt(name)
+    try:
+        yield machine
+    finally:
+        await machine.leave()
+
+
 def fresh_name() -> str:
     """Return a unique name for a machine."""
     return f"t{uuid.uuid4().hex[:10]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import vmspawn
-from tests.commands import DEADLINE, VMCTL, Spawned, background, make_script, one_line, spawned, vmctl
+from tests.commands import DEADLINE, VMCTL, Spawned, background, one_line, run_example, spawned, vmctl
 from tests.terminal import terminal
 from tests.unit.test_archive import MIB, look, make_sparse, tree
 from vmspawn.errors import CopyFailed
@@ -225,14 +224,6 @@ async def test_a_program_that_is_cancelled_leaves_nothing(machine: Spawned, tmp_
 
 
 def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "copy.md").read_text()
-    found = re.search(r"<!-- run: copy -->\n```sh\n(.*?)```", text, re.DOTALL)
-    assert found
-    make_script(tmp_path / "vmctl", f'exec {sys.executable} -m vmspawn.cli.ctl "$@"')
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = re.sub(r"\bdemo\b", machine.name, found[1])
-    done = subprocess.run(
-        ["sh", "-ec", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE
-    )
+    done = run_example("copy.md", "copy", tmp_path, {"demo": machine.name})
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "kernel.log").read_text()

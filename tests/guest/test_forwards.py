@@ -2,11 +2,8 @@
 """Traffic through forwards to the built-in guest, which gets its address by itself."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, Spawned, make_script, spawned, vmctl
+from tests.commands import DEADLINE, Spawned, run_example, spawned, vmctl
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +66,8 @@ def test_a_datagram_reaches_the_guest(machine: Spawned) -> None:
 
 def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
     """The machine of the docs is called web."""
-    text = (Path(__file__).parents[2] / "docs" / "network.md").read_text()
-    found = re.search(r"<!-- run: forwards -->\n```sh\n(.*?)```", text, re.DOTALL)
-    assert found
-    make_script(tmp_path / "vmctl", f'exec {sys.executable} -m vmspawn.cli.ctl "$@"')
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert vmctl("exec", machine.name, "killall", "httpd").returncode == 0
-    script = re.sub(r"\bweb\b", machine.name, found[1])
-    done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    done = run_example("network.md", "forwards", tmp_path, {"web": machine.name})
     assert (done.returncode, done.stderr) == (0, "")
     address, *rest = done.stdout.splitlines()
     assert re.fullmatch(r"127\.0\.0\.1:\d+ to port 80", address)

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vmspawn
-from tests.commands import DEADLINE, VMCTL, Spawned, background, make_script, one_line, spawned, vmctl
+from tests.commands import DEADLINE, VMCTL, Spawned, background, one_line, run_example, spawned, vmctl
 from tests.conftest import make_raw
 from tests.machines import fresh_name
 from vmspawn.errors import MachineEnded, NoSuchStorage, Timeout
@@ -91,13 +89,7 @@ async def test_a_program_waits(machine: Spawned) -> None:
 
 
 def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "wait.md").read_text()
-    found = re.search(r"<!-- run: wait -->\n```sh\n(.*?)```", text, re.DOTALL)
-    assert found
-    make_script(tmp_path / "vmctl", f'exec {sys.executable} -m vmspawn.cli.ctl "$@"')
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = re.sub(r"\bdemo\b", machine.name, found[1]).replace("8000", "8003")
-    done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    done = run_example("wait.md", "wait", tmp_path, {"demo": machine.name, "8000": "8003"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

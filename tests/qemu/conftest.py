@@ -8,6 +8,7 @@ import pytest_asyncio
 
 from tests import machines
 from tests.conftest import make_raw
+from tests.dying import Dying
 from tests.machines import idle_machine, unchanged
 from tests.qemu.qmp_fixtures import PC, Kind, Machine, Server, Side, kinds, shared
 
@@ -66,3 +67,11 @@ async def nothing_left(machine: machines.Machine) -> AsyncIterator[None]:
     """Check that a test leaves the machine as it found it."""
     async with unchanged(machine):
         yield
+
+
+@pytest.fixture(scope="module")
+def doomed() -> Iterator[Dying]:
+    """Return a process that starts managers which kill themselves."""
+    process = Dying()
+    yield process
+    process.close()

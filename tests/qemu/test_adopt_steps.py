@@ -4,8 +4,6 @@
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from tests import dying
 from tests.conftest import make_qcow2, make_raw
 from tests.dying import Dying
-from tests.machines import Machine, Snapshot, idle_machine, links_of
+from tests.machines import Machine, Snapshot, adopted, idle_machine, links_of
 from vmspawn.hotplug.attachment import State
 from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
 from vmspawn.storage.attached_disk import AttachedDisk
@@ -21,23 +19,6 @@ from vmspawn.storage.limits import Limits
 
 #: More steps than any operation has.
 STEPS_MAX = 60
-
-
-@pytest.fixture(scope="module")
-def doomed() -> Iterator[Dying]:
-    process = Dying()
-    yield process
-    process.close()
-
-
-@asynccontextmanager
-async def adopted(name: str) -> AsyncIterator[Machine]:
-    """Adopt a machine, and release it at the end."""
-    machine = await Machine.adopt(name)
-    try:
-        yield machine
-    finally:
-        await machine.leave()
 
 
 # The disks before, and the operation during which the manager dies. The arguments name files below.

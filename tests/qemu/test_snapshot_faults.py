@@ -6,8 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from tests.conftest import make_raw
 from tests.copies import inner, left
 from tests.dying import Dying
-from tests.machines import Machine, fresh_name, idle_machine
+from tests.machines import Machine, adopted, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from tests.survivors import wait_until_dead
 from vmspawn import Disk, Snapshot
@@ -27,23 +26,6 @@ from vmspawn.snapshots import directory
 
 #: More steps than a save has.
 STEPS_MAX = 60
-
-
-@pytest.fixture(scope="module")
-def doomed() -> Iterator[Dying]:
-    process = Dying()
-    yield process
-    process.close()
-
-
-@asynccontextmanager
-async def adopted(name: str) -> AsyncIterator[Machine]:
-    """Adopt a machine, and release it at the end."""
-    machine = await Machine.adopt(name)
-    try:
-        yield machine
-    finally:
-        await machine.leave()
 
 
 @pytest.mark.parametrize("when", ["before", "after", "command"])
