@@ -168,7 +168,7 @@ def wrapper(module: ModuleType, name: str, base: str) -> str:
     body = [f"class {name}({base}[{inner}]):\n{document(tree, '    ')}"]
     overloaded: set[str] = set()
     for node in (*tree.body, *inherited(getattr(module, name))):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or "abstractmethod" in decorators(node):
             continue
         if base == "BlockingMachine" and node.name == "__init__":
             new = f"super().__init__({inner}({passed(node.args)}))"

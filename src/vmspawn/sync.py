@@ -125,18 +125,6 @@ class Machine(BlockingMachine[_machine.Machine]):
         """Wait until the machine has ended, and return the reason."""
         return self._call(lambda inner: inner.wait())
 
-    def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
-        """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
-
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
-
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
-        """
-        return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
-
     @property
     def events(self) -> Events:
         """The machine's events: `machine.events.wait("RESET")`."""
@@ -323,6 +311,18 @@ class Machine(BlockingMachine[_machine.Machine]):
         )
         return found
 
+    def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+        return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
+
     def copy_to(
         self,
         sources: StrPath | Sequence[StrPath],
@@ -449,18 +449,6 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         Raises NotConnected if the manager ends first; the machine may then continue without one.
         """
         return self._call(lambda inner: inner.wait())
-
-    def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
-        """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
-
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
-
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
-        """
-        return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
 
     @property
     def events(self) -> Events:
@@ -647,6 +635,18 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
             )
         )
         return found
+
+    def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+        return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
 
     def copy_to(
         self,

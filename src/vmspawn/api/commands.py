@@ -9,18 +9,40 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, overload
 
 from ..inside.commands import Wanted
+from ..inside.conditions import Condition, Missing
+from ..machine.ending import End
 from ..timeouts import COMMAND_START_TIMEOUT
-from . import copying
+from . import copying, waiting
+from .console import Console
 from .execution import Completed, Execution, Remote, arguments_of, environment_of, run_to_end, shell_or
 from .options import StrPath
+from .waiting import WAIT_TIMEOUT
 
 
 class Guest(ABC):
-    """The methods that run commands in the guest."""
+    """The methods that run commands in the guest, or wait for it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The machine's name."""
+
+    @property
+    @abstractmethod
+    def console(self) -> Console:
+        """The guest's console. Raises NotSupported if the machine shares no console."""
+
+    @abstractmethod
+    async def wait(self) -> End:
+        """Wait for the machine's end, and return how it ended."""
 
     @abstractmethod
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         """Start a command. Raises the errors of `execute`."""
+
+    @abstractmethod
+    async def _wait_by_manager(self, conditions: Sequence[Condition], timeout: float) -> Sequence[Missing]:
+        """Let the machine's manager wait until conditions hold; returns those that do not after `timeout` seconds."""
 
     async def execute(
         self,
@@ -104,6 +126,25 @@ class Guest(ABC):
         if text:
             return Completed(done.status, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
         return done
+
+    async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
+        """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
+
+        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
+        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
+        `ssh` (its SSH server answers) and `off` (the machine has ended).
+
+        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
+        never holds in this guest; UsageError, NoSuchStorage.
+        """
+        await waiting.wait_for(
+            self.name,
+            conditions,
+            timeout,
+            of_manager=self._wait_by_manager,
+            console=lambda: self.console,
+            end=self.wait,
+        )
 
     async def copy_to(
         self,

@@ -26,7 +26,6 @@ from ..qmp.monitor import Monitor
 from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import NO_LIMITS, Limits
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, REPLY_GRACE, TRAY_TIMEOUT
-from . import waiting
 from .attached_disk import AttachedDisk, DiskStatus
 from .commands import Guest
 from .connected_console import ConnectedConsole
@@ -38,7 +37,6 @@ from .images import open_image
 from .machine import Snapshot
 from .options import DiskOptions, Size, StrPath, to_disk, to_forward, to_size
 from .remotes import Connected
-from .waiting import WAIT_TIMEOUT
 
 _INSTANCE = "io.systemd.MachineInstance"
 _MACHINE = "io.vmspawn.Machine"
@@ -167,25 +165,6 @@ class ConnectedMachine(Guest):
                 data = event.data or {}
                 return End(str(data["reason"]), str(data["message"]), bool(data["clean"]))
         raise NotConnected(f"the manager of machine {self._name} has ended")
-
-    async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
-        """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
-
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
-
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
-        """
-        await waiting.wait_for(
-            self._name,
-            conditions,
-            timeout,
-            of_manager=self._wait_by_manager,
-            console=lambda: self.console,
-            end=self.wait,
-        )
 
     async def _wait_by_manager(self, conditions: Sequence[Condition], timeout: float) -> list[Missing]:
         wanted = {"conditions": list(map(str, conditions)), "timeoutUSec": int(timeout * _MICROSECONDS)}

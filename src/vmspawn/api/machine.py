@@ -29,7 +29,6 @@ from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.limits import Limits
 from ..storage.looks import Look
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, FAREWELL_TIMEOUT, TRAY_TIMEOUT
-from . import waiting
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .commands import Guest
 from .console import Console
@@ -40,7 +39,6 @@ from .images import open_image
 from .launching import start, start_copy
 from .options import DiskOptions, MachineOptions, Size, StrPath, to_config, to_disk, to_forward, to_size
 from .remotes import Local
-from .waiting import WAIT_TIMEOUT
 
 if TYPE_CHECKING:
     from ..control.server import ControlServer
@@ -195,26 +193,7 @@ class Machine(Guest):
         """Wait until the machine has ended, and return the reason."""
         return await self._running.wait()
 
-    async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
-        """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
-
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
-
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
-        """
-        await waiting.wait_for(
-            self.name,
-            conditions,
-            timeout,
-            of_manager=self._wait_inside,
-            console=lambda: self.console,
-            end=self.wait,
-        )
-
-    async def _wait_inside(self, conditions: Sequence[Condition], timeout: float) -> list[Missing]:
+    async def _wait_by_manager(self, conditions: Sequence[Condition], timeout: float) -> list[Missing]:
         return await inside_wait(self._running, self._inside, conditions, timeout)
 
     @property
