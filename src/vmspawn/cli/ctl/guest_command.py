@@ -26,6 +26,7 @@ from ...control.client import Client
 from ...errors import NotConnected, Timeout, VmspawnError
 from ...timeouts import REPLY_GRACE
 from ..disconnect import watching
+from .execute_replies import exit_status, take_streams
 from .replies import MACHINE
 
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -215,12 +216,7 @@ class _Command:
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._screen = Screen() if wish.terminal and os.isatty(STDOUT) else None
         self._terminal = Terminal(STDIN) if wish.terminal and os.isatty(STDIN) else None
-        # Taking a descriptor shortens the list, so the last one is taken first.
-        names = sorted(
-            (name for name in ("stdin", "stdout", "stderr", "terminal") if started.get(name) is not None),
-            key=lambda name: -int(started[name]),
-        )
-        self._streams = {name: socket.socket(fileno=client.take_descriptor(started[name])) for name in names}
+        self._streams = take_streams(client, started)
 
     def run(self) -> int:
         """Copy the streams until the command has ended and all its output is written."""
@@ -242,7 +238,7 @@ class _Command:
             return EXIT_TIME_LIMIT if not self._left else EXIT_FAILURE
         with changed:
             self._drain(changed, [(output, int(end[count] or 0)) for output, count in outputs])
-        return 128 + int(end["signal"]) if end["state"] == "killed" else int(end["status"])
+        return exit_status(end)
 
     def _drain(self, changed: threading.Condition, outputs: Sequence[tuple[_Output, int]]) -> None:
         """Wait until all output is written. Raises NotConnected if the guest stops sending it."""

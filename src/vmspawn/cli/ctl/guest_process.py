@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import socket
 from collections.abc import Sequence
 
 from ...control.client import Client
@@ -13,6 +12,7 @@ from ...errors import CommandFailed, NotConnected, Timeout
 from ...inside.copying import Ended, hang_up
 from ...timeouts import FOREVER, REPLY_GRACE
 from ..disconnect import watching
+from .execute_replies import exit_status, take_streams
 from .replies import MACHINE
 
 
@@ -37,12 +37,9 @@ class GuestProcess:
             if started["state"] != "started":
                 message = f"cannot run the command: {started['message']}"
                 raise CommandFailed(message, status=int(started["status"]))
-            # Taking a descriptor shortens the list, so the last one is taken first.
-            names = [name for name in ("stdin", "stdout", "stderr") if started.get(name) is not None]
-            streams = {
-                name: undo.enter_context(socket.socket(fileno=self._client.take_descriptor(started[name])))
-                for name in sorted(names, key=lambda name: -int(started[name]))
-            }
+            streams = take_streams(self._client, started)
+            for each in streams.values():
+                undo.enter_context(each)
             self.stdin = streams.get("stdin")
             self.stdout, self.stderr = streams["stdout"], streams["stderr"]
             self._closing = undo.pop_all()
@@ -56,8 +53,7 @@ class GuestProcess:
             raise
         if end is None:
             raise Timeout("the command did not end")
-        status = 128 + int(end["signal"]) if end["state"] == "killed" else int(end["status"])
-        return Ended(status, int(end["stdoutBytes"] or 0), int(end["stderrBytes"] or 0))
+        return Ended(exit_status(end), int(end["stdoutBytes"] or 0), int(end["stderrBytes"] or 0))
 
     def close(self) -> None:
         """End the command, and close its streams. May be called again."""
