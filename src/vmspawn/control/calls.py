@@ -74,6 +74,9 @@ class Connection:
         self._socket = connected
         self._buffer = bytearray()
         self._fds: list[int] = []
+        self._loop = asyncio.get_running_loop()
+        #: Set when there is something to read, and when the connection is closed.
+        self._ready = asyncio.Event()
 
     async def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         """Send a call. Raises NotConnected, UsageError."""
@@ -84,14 +87,17 @@ class Connection:
         try:
             # The socket's buffer is empty, so this does not block. It may take only a part of the data.
             sent = socket.send_fds(self._socket, [data], list(fds))
-            await asyncio.get_running_loop().sock_sendall(self._socket, data[sent:])
+            await self._loop.sock_sendall(self._socket, data[sent:])
         except OSError as error:
             raise self._lost(error) from None
 
     async def receive(self) -> Reply:
-        """Receive the next reply. Raises NotConnected, or the exception that the machine's manager raised."""
+        """Receive the next reply. Raises NotConnected, or the exception that the machine's manager raised.
+
+        Closing the connection ends this with NotConnected.
+        """
         while b"\0" not in self._buffer:
-            await _readable(self._socket)
+            await self._readable()
             try:
                 data, fds, _, _ = socket.recv_fds(
                     self._socket, _RECEIVE_SIZE, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
@@ -114,19 +120,27 @@ class Connection:
     def _lost(self, error: OSError) -> NotConnected:
         return NotConnected(f"lost the connection to machine {self._machine}: {error.strerror}")
 
+    async def _readable(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._ready.clear()
+            self._loop.add_reader(self._socket, self._ready.set)
+            try:
+                await self._ready.wait()
+            finally:
+                self._stop_watching()
+        if self._socket.fileno() < 0:
+            raise NotConnected(f"the connection to machine {self._machine} was closed")
+
+    def _stop_watching(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection. May be called again."""
+        # The event loop must not watch a closed descriptor: the next connection may get its number.
+        self._stop_watching()
+        self._ready.set()
         self._socket.close()
         for fd in self._fds:
             os.close(fd)
         self._fds = []
-
-
-async def _readable(connected: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(connected, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(connected)
