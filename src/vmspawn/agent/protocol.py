@@ -2,14 +2,18 @@
 """The messages between the host and the agent in the guest (docs/agent.md): encode ours, parse the guest's.
 
 The guest is hostile: what it sends is bounded, and every line that is not one of the messages is `Malformed`.
+
+The messages are structs of msgspec, which are created ten times as fast as dataclasses: a manager loads this at its
+start.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+import msgspec
 
 from ..errors import UsageError
 
@@ -46,8 +50,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 # To the agent
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """A command to run.
 
     `session` is the nonce of the last `sync`: what an earlier manager sent is refused. `ports` is the set of ports that
@@ -59,7 +62,7 @@ class Run:
     session: str
     ports: str
     arguments: Sequence[bytes] = ()
-    environment: Mapping[bytes, bytes] = field(default_factory=dict)
+    environment: Mapping[bytes, bytes] = msgspec.field(default_factory=dict)
     directory: bytes | None = None
     user: bytes | None = None
     size: tuple[int, int] | None = None
@@ -210,8 +213,7 @@ def _message(*words: str | bytes) -> bytes:
 # From the agent
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """The agent is there. The nonce is that of the `sync` it answers, None if it tells by itself.
 
     Another process id than before: the agent was started again. Commands run on, but cannot be resized, signalled or
@@ -224,31 +226,27 @@ class Ready:
     capabilities: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(msgspec.Struct, frozen=True):
     """The answer to a ping."""
 
     nonce: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ports:
+class Ports(msgspec.Struct, frozen=True):
     """The number of ports of a set that the guest knows."""
 
     id: str
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(msgspec.Struct, frozen=True):
     """The number of ports of a set that are connected."""
 
     id: str
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """The agent did not do what a message asked for. The id is None if it did not understand the message."""
 
     id: str | None
@@ -256,41 +254,35 @@ class Refused:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(msgspec.Struct, frozen=True):
     """The command is over and its ports are closed: another may have them."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True):
     """The supervisor of a command was killed. Its ports are closed."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Forked:
+class Forked(msgspec.Struct, frozen=True):
     """The guest has random numbers and a clock of its own."""
 
     seed: str
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True):
     """The command runs. Before this, the end of its stdin must not be sent."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class InputClosed:
+class InputClosed(msgspec.Struct, frozen=True):
     """The command reads no more of its stdin."""
 
 
-@dataclass(frozen=True, slots=True)
-class Exited:
+class Exited(msgspec.Struct, frozen=True):
     """The command exited. So many bytes of its output were written in all; close the ports once they are read."""
 
     status: int
@@ -298,8 +290,7 @@ class Exited:
     stderr: int
 
 
-@dataclass(frozen=True, slots=True)
-class Signalled:
+class Signalled(msgspec.Struct, frozen=True):
     """The command was ended by a signal; otherwise as Exited."""
 
     signal: int
@@ -307,8 +298,7 @@ class Signalled:
     stderr: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The command could not be started: exit status 126 or 127 as a shell's, 125 for what is not the command's."""
 
     status: int
@@ -316,8 +306,7 @@ class Failed:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Malformed:
+class Malformed(msgspec.Struct, frozen=True):
     """A line that is no message, shortened."""
 
     line: bytes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Import what a running machine may need later, while QEMU comes up.
+"""Import what a running machine may need later, before the manager reports that it is ready.
 
 The package may be upgraded, moved or removed while the machine runs: no module can be imported then. Modules that only
 a start or an adoption needs are left out, for they would cost a third of the manager's memory.
@@ -32,7 +32,7 @@ MODULES = (
 async def preload() -> None:
     """Import the modules, one at a time."""
     for name in MODULES:
-        # QEMU's greeting may be there.
+        # Clients are served meanwhile.
         await asyncio.sleep(0)
         try:
             import_module(f"vmspawn.{name}")

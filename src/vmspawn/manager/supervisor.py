@@ -46,13 +46,12 @@ async def supervise(
     If there is a `job`, the machine ends with it. Raises StartError if QEMU does not come up, ManagerFailed after a
     fault of ours; the guest runs on then, and another manager can take it over.
     """
-    preloading = asyncio.create_task(preload())
     machine = await _start(started, messages)
     if machine is None:
         return End.terminated()
     async with AsyncExitStack() as closing:
         try:
-            return await _Supervision(machine, messages, closing, preloading).run(on_ready, job)
+            return await _Supervision(machine, messages, closing).run(on_ready, job)
         except VmspawnError:
             await machine.leave()
             raise
@@ -104,10 +103,7 @@ def _write_report(name: str, what: str, machine: Running | None, error: BaseExce
 class _Supervision:
     """One running machine with all that serves it."""
 
-    def __init__(
-        self, machine: Running, messages: Messages, closing: AsyncExitStack, preloading: asyncio.Task[None]
-    ) -> None:
-        self._preloading = preloading
+    def __init__(self, machine: Running, messages: Messages, closing: AsyncExitStack) -> None:
         self._machine = machine
         self._messages = messages
         self._closing = closing
@@ -139,7 +135,7 @@ class _Supervision:
         closing.callback(self._front.close)
         closing.callback(self._shutdown.close)
         # READY promises that from then on the package may be upgraded, moved or removed.
-        await self._preloading
+        await preload()
         await self._register(registered)
         on_ready(inside.clock_is_set)
         messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
