@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
 
 from ..boot.config import MachineConfig, check_config
 from ..errors import NotConnected, NotSupported, UsageError
@@ -58,23 +58,25 @@ class Machine(Guest):
     Raises StartError or UsageError if the machine cannot be started.
     """
 
+    # ControlServer is imported for the type checker only, and help() evaluates annotations.
+    _server = cast("ControlServer | None", None)
+    _current: _Current | None = None
+    _inside_of_current: Inside | None = None
+    _control = True
+    _is_copy = False
+
     def __init__(
         self, config: MachineConfig | None = None, *, control: bool = True, **options: Unpack[MachineOptions]
     ) -> None:
         self._config = check_config(to_config(config, options))
-        self._control = control
-        self._server: ControlServer | None = None
-        self._current: _Current | None = None
-        self._inside_of_current: Inside | None = None
         self._start: Callable[[], Coroutine[Any, Any, Running]] = partial(start, self._config)
-        self._is_copy = False
+        self._control = control
 
     @classmethod
     def _of(cls, config: MachineConfig, start: Callable[[], Coroutine[Any, Any, Running]]) -> Machine:
+        """Return a copy of a machine. The configuration comes from a snapshot, and is not checked again."""
         machine = object.__new__(cls)
-        machine._config, machine._current = config, None
-        machine._control, machine._server, machine._inside_of_current = True, None, None
-        machine._start, machine._is_copy = start, True
+        machine._config, machine._start, machine._is_copy = config, start, True
         return machine
 
     def __repr__(self) -> str:
