@@ -10,12 +10,13 @@ def user_directory(variable: str, below_home: str) -> str | None:
     """Return the directory that an environment variable names, or its default below the user's home directory.
 
     Returns None if the user has no home directory, neither in HOME nor in the password database. Relative paths are
-    ignored.
+    ignored, and so is a home directory that does not exist: the password database has /nonexistent for many users, and
+    the directory would be made there.
     """
     if (named := os.environ.get(variable, "")).startswith("/"):
         return named
     home = os.environ.get("HOME") or _home_of_password_database()
-    return os.path.join(home, below_home) if home.startswith("/") else None
+    return os.path.join(home, below_home) if home.startswith("/") and os.path.isdir(home) else None
 
 
 def _home_of_password_database() -> str:

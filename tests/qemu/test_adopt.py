@@ -95,9 +95,9 @@ def test_watching_verbs_report_that_the_machine_runs_on(machine: Survivor) -> No
 
 def test_a_log_that_cannot_be_written_leaves_the_machine_to_others(machine: Survivor) -> None:
     machine.kill_manager()
-    done = vmspawn("--adopt", "-M", machine.name, "--console=headless", "--log=/nonexistent/log")
+    done = vmspawn("--adopt", "-M", machine.name, "--console=headless", "--log=/proc/nonexistent/log")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-    assert "cannot use --log=/nonexistent/log: No such file or directory" in done.stderr
+    assert "cannot use --log=/proc/nonexistent/log: No such file or directory" in done.stderr
     machine.adopt()
 
 

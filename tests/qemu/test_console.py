@@ -226,7 +226,7 @@ def test_headless_serves_the_console_all_the_same(options: tuple[str, ...]) -> N
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--log=/nonexistent/log"], 1, "cannot use --log=/nonexistent/log: No such file or directory"),
+        (["--log=/proc/nonexistent/log"], 1, "cannot use --log=/proc/nonexistent/log: No such file or directory"),
         (["--log=/tmp"], 1, "cannot use --log=/tmp: Is a directory"),
         (["--log=/dev/full"], 1, "cannot use --log=/dev/full: not a regular file"),
         (["--log=x", "--console=native"], 2, "--log= cannot see what QEMU shows"),
@@ -288,7 +288,7 @@ def test_a_watchdog_hears_of_us_in_time_until_the_end(
 
 
 def test_without_a_service_manager_nothing_happens(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/proc/nonexistent/notify")
     with spawned(*options, "--console=headless") as running:
         running.wait_for("is running")
         assert vmctl("terminate", running.name, "--wait").returncode == 0

@@ -26,10 +26,10 @@ DEADLINE = 30.0
 
 #: The commands that save the device state.
 SAVES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("migrate", {"uri": "unix:/nonexistent"}),
+    ("migrate", {"uri": "unix:/proc/nonexistent"}),
     ("snapshot-save", {"job-id": "job", "tag": "tag", "vmstate": "none", "devices": []}),
-    ("xen-save-devices-state", {"filename": "/nonexistent/state"}),
-    ("human-monitor-command", {"command-line": "migrate -d unix:/nonexistent"}),
+    ("xen-save-devices-state", {"filename": "/proc/nonexistent/state"}),
+    ("human-monitor-command", {"command-line": "migrate -d unix:/proc/nonexistent"}),
     ("human-monitor-command", {"command-line": " savevm tag"}),
 )
 

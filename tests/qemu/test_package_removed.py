@@ -23,7 +23,7 @@ def orphan(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Run a vmspawn whose package is removed when the machine is up."""
     package = tmp_path / "package"
     shutil.copytree(Path(vmspawn.__file__).parent, package / "vmspawn")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path / "cache"))
     run = f"import sys; sys.path.insert(0, {str(package)!r}); from vmspawn.cli.spawn.main import main; main()"
     image = make_raw(tmp_path / "boot", 1 << 20)
     options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless")
@@ -89,7 +89,7 @@ def test_qemu_dies_and_is_reported(orphan: Spawned, tmp_path: Path) -> None:
     assert orphan.wait() == 1
     assert "QEMU died of SIGKILL" in orphan.output["stderr"]
     assert "Traceback" not in orphan.output["stderr"]
-    (report,) = (tmp_path / "cache" / "vmspawn" / "reports").iterdir()
+    (report,) = (tmp_path / "cache" / "reports").iterdir()
     assert str(report) in orphan.output["stderr"]
     assert is_gone(orphan.name)
 

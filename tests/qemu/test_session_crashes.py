@@ -130,12 +130,12 @@ async def test_a_save_and_a_controller_that_cannot_be_saved_exclude_each_other(q
         async with machine.qmp() as session:
             async with saving.device_comes():
                 for command in (
-                    ("migrate", {"uri": "unix:/nonexistent"}),
+                    ("migrate", {"uri": "unix:/proc/nonexistent"}),
                     ("human-monitor-command", {"command-line": "savevm tag"}),
                 ):
                     assert await is_refused(session, command)
             # Commands that were run, refused by QEMU, and sent by a client that is gone, hold nothing up any more.
-            assert not await is_refused(session, ("migrate", {"uri": "unix:/nonexistent"}))
+            assert not await is_refused(session, ("migrate", {"uri": "unix:/proc/nonexistent"}))
             assert not await is_refused(
                 session, ("qom-set", {"path": "/nonexistent", "property": "drive", "value": "n"})
             )

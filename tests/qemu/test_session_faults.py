@@ -166,7 +166,7 @@ def test_a_client_that_reads_no_events_is_cut_off_alone(both: Shared, monkeypatc
     honest = server.open().negotiate()
     (session, _other) = server.sessions()
     name = "j" * (limits.BULK_SIZE - 200)
-    options = {"driver": "file", "filename": "/nonexistent/image", "size": 1}
+    options = {"driver": "file", "filename": "/proc/nonexistent/image", "size": 1}
     while session in server.sessions():
         assert session.unread <= limits.OUTPUT_SIZE + (1 << 16)
         # Each event of a job has the job's name.

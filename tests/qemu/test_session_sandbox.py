@@ -53,7 +53,7 @@ HARMLESS: tuple[Words, ...] = (
     ("netdev_del", {"id": "u"}),
     ("netdev_add", {"type": "tap", "id": "t", "script": "no", "downscript": ""}),
     ("netdev_add", {"type": "tap", "id": "v", "fd": "none"}),
-    ("migrate", {"uri": "unix:/nonexistent/exec:"}),
+    ("migrate", {"uri": "unix:/proc/nonexistent/exec:"}),
     ("migrate", {"uri": 7}),
     ("migrate", {"channels": ["exec"]}),
     human("info version"),

@@ -88,8 +88,8 @@ def test_a_credential_is_loaded_from_a_socket(tmp_path: Path) -> None:
 
 
 def test_a_credential_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="cannot load the credential a from /nonexistent: No such file"):
-        load(parse_load("a:/nonexistent"))
+    with pytest.raises(StartError, match="cannot load the credential a from /proc/nonexistent: No such file"):
+        load(parse_load("a:/proc/nonexistent"))
     with (tmp_path / "large").open("wb") as file:
         file.truncate(credentials.TOTAL_MAX + 1)
     with pytest.raises(StartError, match="larger than 1 MiB"):

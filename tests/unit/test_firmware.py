@@ -106,7 +106,7 @@ def test_a_descriptor_that_the_user_names_must_fit(folders: tuple[Path, Path]) -
     with pytest.raises(StartError, match="has no secure-boot"):
         selected(FirmwareWish(path, include=("secure-boot",)), "pc")
     with pytest.raises(StartError, match="cannot read the firmware descriptor"):
-        selected(FirmwareWish("/nonexistent/x.json"))
+        selected(FirmwareWish("/proc/nonexistent/x.json"))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_variables_begin_as_the_template_and_are_kept(tmp_path: Path) -> None:
 
 def test_a_template_that_cannot_be_read_leaves_no_variables(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="cannot copy the UEFI variables' template"):
-        nvram.open_state(str(tmp_path / "state"), Blob("/nonexistent", "raw"))
+        nvram.open_state(str(tmp_path / "state"), Blob("/proc/nonexistent", "raw"))
     with pytest.raises(StartError, match="cannot create the UEFI variables"):
-        nvram.open_state(str(tmp_path / "none" / "state"), Blob("/nonexistent", "raw"))
+        nvram.open_state(str(tmp_path / "none" / "state"), Blob("/proc/nonexistent", "raw"))
     assert list(tmp_path.iterdir()) == []

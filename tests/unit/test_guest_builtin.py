@@ -44,7 +44,7 @@ def names_in(directory: Path) -> set[str]:
     [
         ({"VMSPAWN_CACHE_DIR": "/c", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/c/guest"),
         ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/vmspawn/guest"),
-        ({"VMSPAWN_CACHE_DIR": "", "XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/vmspawn/guest"),
+        ({"VMSPAWN_CACHE_DIR": "", "XDG_CACHE_HOME": "", "HOME": "/tmp"}, "/tmp/.cache/vmspawn/guest"),
     ],
 )
 def test_the_cache_is_where_the_environment_says(

@@ -82,7 +82,7 @@ def test_a_slice_without_systemd_is_refused(no_path: None) -> None:
 
 
 async def test_without_machined_only_a_firm_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/nonexistent")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/nonexistent")
     said: list[str] = []
 
     async def register(mode: str) -> bool:

@@ -174,7 +174,7 @@ def test_discard(text: str, discard: bool) -> None:
 #: Values that users should not write, but that scripts do.
 ODD_VALUES = (
     *("", " ", "x", "-1", "0", "nan", "inf", "1e400", "9" * 24, "yes", "é", "\udcff", "%", "\\", "~", "--"),
-    *(":", "=", ",", "/", "a:b", "a=b", "a,b=c", "a:b:c:d", "size=1", "/nonexistent/x", "/dev/null"),
+    *(":", "=", ",", "/", "a:b", "a=b", "a,b=c", "a:b:c:d", "size=1", "/proc/nonexistent/x", "/dev/null"),
 )
 
 

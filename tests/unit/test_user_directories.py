@@ -19,11 +19,12 @@ HOME = pwd.getpwuid(os.geteuid()).pw_dir
     ("environment", "found"),
     [
         ({"XDG_STATE_HOME": "/x", "HOME": "/h"}, "/x"),
-        ({"XDG_STATE_HOME": "", "HOME": "/h"}, "/h/.local/state"),
-        ({"XDG_STATE_HOME": "relative", "HOME": "/h"}, "/h/.local/state"),
+        ({"XDG_STATE_HOME": "", "HOME": "/tmp"}, "/tmp/.local/state"),
+        ({"XDG_STATE_HOME": "relative", "HOME": "/tmp"}, "/tmp/.local/state"),
         ({"HOME": ""}, f"{HOME}/.local/state"),
         ({}, f"{HOME}/.local/state"),
         ({"HOME": "relative"}, None),
+        ({"HOME": "/proc/nonexistent"}, None),
     ],
 )
 def test_the_paths_of_the_directories(
