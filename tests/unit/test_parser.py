@@ -50,6 +50,21 @@ def test_an_option_may_stand_anywhere(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
+def test_an_option_without_its_value_takes_no_argument(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The words before the option are the verb's arguments."""
+    parser, positionals = VERBS[verb], words(VERBS[verb])
+    assert isinstance(parser, Parser)
+    if parser.options_end_after is not None:
+        del positionals[parser.options_end_after - 1 :]
+    for action in parser._actions:
+        for name in action.option_strings if action.nargs != 0 else ():
+            for arguments in ([*positionals, name], [name, "--", *positionals]):
+                with pytest.raises(SystemExit):
+                    parser.parse_args(arguments)
+                assert "expected one argument" in capsys.readouterr().err, arguments
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_behind_two_dashes_all_is_an_argument(verb: str) -> None:
     positionals = ["-odd", "--", "--odd=1 2", "-"][: len(words(VERBS[verb]))]
     found = vars(VERBS[verb].parse_args(["--", *positionals]))

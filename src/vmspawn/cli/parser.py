@@ -108,8 +108,8 @@ class Parser(argparse.ArgumentParser):
         if equals and value == "--":
             # argparse would drop this value.
             self.error(f"argument {name}: -- is not a value")
-        if self._takes_value(name) and not equals and _has_value(rest):
-            return [f"{name}={rest.pop()}"]
+        if self._takes_value(name) and not equals:
+            return [f"{name}={self._value(name, rest)}"]
         return [word]
 
     def _short(self, word: str, rest: list[str]) -> list[str]:
@@ -117,8 +117,15 @@ class Parser(argparse.ArgumentParser):
         for position, letter in enumerate(word[1:], 2):
             if self._takes_value(f"-{letter}"):
                 is_last = position == len(word)
-                return [word, rest.pop()] if is_last and _has_value(rest) else [word]
+                return [word, self._value(f"-{letter}", rest)] if is_last else [word]
         return [word]
+
+    def _value(self, name: str, rest: list[str]) -> str:
+        """Remove an option's value from the remaining words and return it. Exits if the next word cannot be a value."""
+        if not _has_value(rest):
+            # argparse would take the first positional argument, which stands before the option.
+            self.error(str(argparse.ArgumentError(self._option_string_actions[name], "expected one argument")))
+        return rest.pop()
 
     def _takes_value(self, name: str) -> bool:
         """Return whether an option takes a value. Exits for an unknown option."""

@@ -104,7 +104,8 @@ def _only_machine() -> str:
 
 
 def _status(options: argparse.Namespace) -> None:
-    options.machine = options.machine or _only_machine()
+    if options.machine is None:
+        options.machine = _only_machine()
     with client_for(options) as client:
         found = _describe(client, options.machine)
         disks = _disks(client, found)
