@@ -107,6 +107,7 @@ def test_a_verb_that_runs_a_command_ends_its_options_there() -> None:
         (["help", "dance"], "there is no verb dance", "see: vmctl --help"),
         (["exec", "a"], "the following arguments are required: COMMAND", "see: vmctl exec --help"),
         (["attach-disk", "a", "--bus", "--quiet"], "argument --bus: expected one argument", "attach-disk --help"),
+        (["attach-disk", "a", "b", "--read-only=no"], "--read-only takes no value", "see: vmctl attach-disk --help"),
     ],
 )
 def test_a_mistake_gets_a_line_and_a_hint(

@@ -108,9 +108,10 @@ class Parser(argparse.ArgumentParser):
         if equals and value == "--":
             # argparse would drop this value.
             self.error(f"argument {name}: -- is not a value")
-        if self._takes_value(name) and not equals:
-            return [f"{name}={self._value(name, rest)}"]
-        return [word]
+        takes_value = self._takes_value(name)
+        if equals and not takes_value:
+            self.error(f"{name} takes no value")
+        return [word] if equals or not takes_value else [f"{name}={self._value(name, rest)}"]
 
     def _short(self, word: str, rest: list[str]) -> list[str]:
         """Return a word of short options for argparse, and the last option's value if that is the next word."""
