@@ -32,6 +32,7 @@ def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> No
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE, check=False
         )
         said.append(one_line(done, "vmspawn"))
+        assert ("cannot start the machine" in said[-1]) == ("ulimit -Hn" in done.stderr), done.stderr
         assert done.returncode == 1
         assert is_gone(name)
         if "-nonsense" in said[-1]:

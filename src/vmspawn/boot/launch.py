@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -37,6 +38,14 @@ _BACKLOG = 4
 #: Bytes of output that a virtio console has room for, the most that a process may ask for. QEMU drops the rest.
 _VIRTIO_CAPACITY = 1 << 20
 
+_DESCRIPTOR = "^/proc/self/fd(/[0-9]+)?/?"
+
+#: Hints for limits that a start may reach. vmspawn raises soft limits by itself.
+_HINTS = {
+    errno.EMFILE: "raise the hard limit of open files (ulimit -Hn)",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f)",
+}
+
 
 @contextlib.contextmanager
 def system_failures(what: str) -> Iterator[None]:
@@ -44,8 +53,11 @@ def system_failures(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise SystemFailure(f"cannot {what}{where}", error.errno or errno.EIO) from None
+        # A machine's directory is opened once, and its files have paths below that descriptor.
+        name = re.sub(_DESCRIPTOR, "", str(error.filename or ""))
+        where = f" ({name})" if name else ""
+        number = error.errno or errno.EIO
+        raise SystemFailure(f"cannot {what}{where}", number, hint=_HINTS.get(number, "")) from None
 
 
 @system_failures("start the machine")
