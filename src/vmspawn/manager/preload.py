@@ -13,27 +13,31 @@ from importlib import import_module
 from .. import log
 
 #: Every module that is imported inside a function and may be needed while a machine runs, with all that it imports.
+#: Those that take long come last: a client that has waited for the control socket is answered before.
 MODULES = (
-    "control.execute",
-    "inside.commands",
     "inside.waiting",
     "manager.report",
-    "qmp.share.peer",
-    "qmp.share.multiplexer",
     "images.other_files",
     "images.qcow2",
     "images.vmdk",
     "images.vhdx",
     "host.varlink",
     "storage.refusals",
+    "qmp.share.peer",
+    "control.execute",
+    "inside.commands",
+    "qmp.share.multiplexer",
 )
+
+#: The event loop accepts, receives and answers a call in so many turns.
+_TURNS_OF_A_CALL = 3
 
 
 async def preload() -> None:
     """Import the modules, one at a time."""
     for name in MODULES:
-        # Clients are served meanwhile.
-        await asyncio.sleep(0)
+        for _ in range(_TURNS_OF_A_CALL):
+            await asyncio.sleep(0)
         try:
             import_module(f"vmspawn.{name}")
         except ImportError as error:
