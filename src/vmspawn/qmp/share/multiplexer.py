@@ -21,7 +21,7 @@ from .descriptors import Descriptors
 from .negotiation import Negotiated, negotiate
 from .peer import Peer
 from .schedule import Schedule
-from .session import Session, State
+from .session import Session, Shared, State
 from .upstream import Call, Upstream
 
 
@@ -45,9 +45,6 @@ class Multiplexer:
         saving: Saving | None = None,
     ) -> None:
         self._on_lost = on_lost
-        self._may_spawn = may_spawn
-        self._saving = saving or Saving()
-        self._greeting = main.greeting
         self._main = Upstream(
             main, on_event=self._on_event, on_lost=self._on_monitor_lost, transcript=transcript, name="sessions"
         )
@@ -58,6 +55,7 @@ class Multiplexer:
             )
         self._schedule = Schedule(self._main, self._bulk, oob=main.greeting.has_oob)
         self._descriptors = Descriptors(on_change=on_names)
+        self._shared = Shared(main.greeting, self._schedule, self._descriptors, saving or Saving(), may_spawn)
         # The sessions, in the order of opening. A closed session stays while a command of it is in flight.
         self._sessions: dict[Session, None] = {}
         # The number of vmspawn's commands in flight; the event is set if it is zero.
@@ -118,16 +116,7 @@ class Multiplexer:
             connected.close()
             raise SystemFailure(f"cannot open more than {SESSIONS} QMP sessions", errno.EUSERS)
         session = Session(
-            connected,
-            self._greeting,
-            self._schedule,
-            self._descriptors,
-            on_left=self._on_left,
-            read_only=read_only,
-            may_spawn=self._may_spawn,
-            saving=self._saving,
-            peer=peer,
-            initial=initial,
+            connected, self._shared, on_left=self._on_left, read_only=read_only, peer=peer, initial=initial
         )
         if session.state is not State.CLOSED:
             self._sessions[session] = None

@@ -9,12 +9,11 @@ while a command runs, so the socket is the queue. Only a client that has enabled
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -28,6 +27,7 @@ from . import crashes, read_only, sandbox
 from .connection import Connection
 from .descriptors import CONSUMING, WATCHED, Descriptors
 from .negotiation import Greeting
+from .passed import PassedDescriptors, close
 from .peer import Peer
 from .schedule import Schedule
 from .upstream import Call
@@ -51,6 +51,17 @@ class _Enable(msgspec.Struct, forbid_unknown_fields=True):
     enable: list[Literal["oob"]] = []
 
 
+class Shared(NamedTuple):
+    """The objects that all sessions of a multiplexer use."""
+
+    greeting: Greeting
+    schedule: Schedule
+    descriptors: Descriptors
+    saving: Saving
+    #: False if QEMU's sandbox keeps QEMU from starting programs.
+    may_spawn: bool
+
+
 class Session:
     """A client of the multiplexer. `Multiplexer.open` makes it.
 
@@ -58,30 +69,24 @@ class Session:
     """
 
     __slots__ = (
-        "_arriving", "_arriving_at", "_connection", "_descriptors", "_ended", "_fd", "_greeting", "_inquires",
-        "_loop", "_may_spawn", "_on_left", "_oob", "_overtaking", "_queue", "_running", "_saving", "_scanner",
-        "_schedule", "_scheduled",
+        "_connection", "_ended", "_inquires", "_loop", "_on_left", "_oob", "_overtaking", "_passed", "_queue",
+        "_running", "_scanner", "_schedule", "_scheduled", "_shared",
         "bytes_in", "commands", "events", "peer", "read_only", "state",
     )  # fmt: skip
 
     def __init__(
         self,
         connected: socket.socket,
-        greeting: Greeting,
-        schedule: Schedule,
-        descriptors: Descriptors,
+        shared: Shared,
         *,
         on_left: Callable[[Session], None],
         read_only: bool,
-        may_spawn: bool,
-        saving: Saving,
         peer: Peer | None,
         initial: bytes,
     ) -> None:
         """Greet the client, and take `initial`, which was read from the socket already.
 
         `on_left` is called once, after the client's disconnect, when no command of the session is in flight any more.
-        `may_spawn` is false if QEMU's sandbox keeps QEMU from starting programs.
         """
         self._connection = Connection(
             connected,
@@ -90,29 +95,24 @@ class Session:
             on_drained=self._advance,
             on_gone=self._on_gone,
         )
-        self._greeting = greeting
-        self._schedule = schedule
-        self._descriptors = descriptors
-        self._saving = saving
-        # True while a command runs that the session has queried QEMU about.
-        self._inquires = False
+        self._shared = shared
+        self._schedule = shared.schedule
         self._on_left = on_left
         self._loop = asyncio.get_running_loop()
-        self._scanner = Scanner(greeting.dialect)
+        self._scanner = Scanner(shared.greeting.dialect)
+        self._passed = PassedDescriptors()
+        # True if the client has enabled out-of-band commands.
         self._oob = False
         # The in-band command in flight, the commands that wait for it, and the out-of-band command in flight.
         self._running: Call | None = None
         self._queue: deque[Command | Refusal] = deque()
         self._overtaking: Call | None = None
+        # True while a command runs that the session has queried QEMU about.
+        self._inquires = False
         # True if the client has closed its sending side.
         self._ended = False
         # True if `_resume` is scheduled, after the other sessions' turn.
         self._scheduled = False
-        # The descriptor that waits for a command to use it; the descriptor that came with bytes not scanned yet, and
-        # the offset of these bytes in the stream.
-        self._fd = self._arriving = -1
-        self._arriving_at = 0
-        self._may_spawn = may_spawn
         #: The client's process, if known.
         self.peer = peer
         #: True if the session may only run commands that change nothing.
@@ -122,7 +122,7 @@ class Session:
         self.commands = self.events = 0
         #: The number of bytes that the client has sent.
         self.bytes_in = 0
-        self._connection.write(greeting.line)
+        self._connection.write(shared.greeting.line)
         self._connection.read(True)
         if initial:
             # The multiplexer must know the session before the session calls it.
@@ -171,8 +171,7 @@ class Session:
 
     def _on_received(self, data: bytes, fd: int) -> None:
         if fd >= 0:
-            self._attach()
-            self._arriving, self._arriving_at = fd, self.bytes_in
+            self._passed.receive(fd, self.bytes_in)
         self.bytes_in += len(data)
         if (
             fd < 0
@@ -205,8 +204,8 @@ class Session:
             if item is None:
                 self._starved()
                 break
-            if self._arriving >= 0 and self._scanner.offset > self._arriving_at:
-                self._attach()
+            if self._passed.arriving >= 0:
+                self._passed.scanned(self._scanner.offset)
             self._take(item)
         if self.state is State.NEGOTIATING or self.state is State.READY:
             self._connection.read(self._wants_input())
@@ -227,7 +226,7 @@ class Session:
             return True
         is_held_back = self._connection.waiting > limits.OUTPUT_HELD
         ahead = limits.INPUT_HELD if is_held_back else limits.READ_AHEAD
-        return self._scanner.pending < ahead and self._arriving < 0
+        return self._scanner.pending < ahead and self._passed.arriving < 0
 
     def _again(self) -> None:
         if not self._scheduled:
@@ -242,16 +241,10 @@ class Session:
         """Handle input without a complete message."""
         if self._scanner.is_busy:
             return self._again()
-        self._attach()
+        self._passed.settle()
         if self._ended and not self._in_flight:
             self.state = State.LEAVING
             self._connection.finish(timeout=None)
-
-    def _attach(self) -> None:
-        """Let the received descriptor wait for a command, in place of an earlier one, which is closed."""
-        if self._arriving >= 0:
-            _close(self._fd)
-            self._fd, self._arriving = self._arriving, -1
 
     # Messages.
 
@@ -280,25 +273,25 @@ class Session:
         self.commands += 1
         if self.read_only and not read_only.allows(command.name):
             return self._connection.write(replies.failure(read_only.refusal(command.name), id=command.id))
-        if not self._may_spawn and command.name in sandbox.STARTERS:
+        if not self._shared.may_spawn and command.name in sandbox.STARTERS:
             problem = sandbox.refusal(command)
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
         if command.name in crashes.RULES and not command.is_oob:
-            self._saving.begin()
+            self._shared.saving.begin()
             self._inquires = True
-            return self._inquire(command, crashes.questions(command, self._saving), None)
+            return self._inquire(command, crashes.questions(command, self._shared.saving), None)
         self._submit(command)
 
     def _submit(self, command: Command) -> None:
         call = Call(command, self._on_last_reply if self._inquires else self._on_reply)
         if _is_watched(command):
-            problem = self._descriptors.claim(self, command)
+            problem = self._shared.descriptors.claim(self, command)
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
             if command.name in CONSUMING:
                 call.is_taking_descriptor = True
-                call.fd, self._fd = self._fd, -1
+                call.fd = self._passed.take()
         if command.is_oob:
             self._overtaking = call
         else:
@@ -333,7 +326,7 @@ class Session:
     def _end_inquiry(self) -> None:
         if self._inquires:
             self._inquires = False
-            self._saving.end()
+            self._shared.saving.end()
 
     def _on_last_reply(self, call: Call, reply: Reply) -> None:
         """Take the reply to a command that QEMU was asked questions about."""
@@ -342,7 +335,7 @@ class Session:
 
     def _is_movable(self, call: Call) -> bool:
         """Return whether a large command may go to another monitor, which lacks this monitor's descriptors."""
-        return not (call.is_taking_descriptor or call.command.is_oob or self._descriptors.holds_names(self))
+        return not (call.is_taking_descriptor or call.command.is_oob or self._shared.descriptors.holds_names(self))
 
     def _on_reply(self, call: Call, reply: Reply) -> None:
         command = call.command
@@ -366,12 +359,11 @@ class Session:
         self._advance()
 
     def _settle(self, call: Call, command: Command, reply: Reply) -> None:
-        self._descriptors.settle(self, command, reply)
-        if call.is_descriptor_left and self._fd < 0 and self.state is not State.CLOSED:
-            # As in QEMU, the descriptor waits for the next command.
-            self._fd = call.fd
+        self._shared.descriptors.settle(self, command, reply)
+        if call.is_descriptor_left and self.state is not State.CLOSED:
+            self._passed.give_back(call.fd)
         else:
-            _close(call.fd)
+            close(call.fd)
         call.fd = -1
 
     # The negotiation with the client. QEMU's monitor has been negotiated already.
@@ -403,7 +395,7 @@ class Session:
         self._advance()
 
     def _accept(self, command: Command, *, oob: bool) -> None:
-        if oob and not self._greeting.has_oob:
+        if oob and not self._shared.greeting.has_oob:
             return self._connection.write(replies.failure("Capability oob not available", id=command.id))
         self._oob = oob
         self.state = State.READY
@@ -417,13 +409,11 @@ class Session:
             return
         self.state = State.CLOSED
         if self._running is not None and self._schedule.withdraw(self._running):
-            _close(self._running.fd)
+            close(self._running.fd)
             self._running = None
             self._end_inquiry()
         self._queue.clear()
-        _close(self._fd)
-        _close(self._arriving)
-        self._fd = self._arriving = -1
+        self._passed.close()
         self._check_left()
 
     def _check_left(self) -> None:
@@ -433,7 +423,7 @@ class Session:
     def _abandon(self) -> None:
         """Forget the commands in flight, which QEMU will not answer."""
         if self._running is not None:
-            _close(self._running.fd)
+            close(self._running.fd)
         self._running = self._overtaking = None
         self._end_inquiry()
         self._queue.clear()
@@ -442,8 +432,3 @@ class Session:
 def _is_watched(command: Command) -> bool:
     # QEMU runs none of these commands out of band, and then does not use a descriptor either.
     return command.name in WATCHED and not command.is_oob
-
-
-def _close(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
