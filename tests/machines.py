@@ -102,7 +102,7 @@ class Machine(api.Machine):
 
     async def sizes(self) -> dict[str, int]:
         """Return the size of each disk by name."""
-        return {name: look.size for name, look in (await self.storage.look()).items()}
+        return {name: view.size for name, view in (await self.storage.views()).items()}
 
     async def attach_backing(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
         return await self.storage.attach(disk, backing)

@@ -78,7 +78,7 @@ async def test_nothing_is_left_of_a_failed_attach(idle: Machine, tmp_path: Path,
             assert str(image) not in links_of(idle.pid)
         assert idle.storage.ports_free == before.ports_free
     await idle.attach(Disk(str(image), bus=bus))
-    assert (await idle.storage.look())["disk.raw"].size == MIB
+    assert (await idle.storage.views())["disk.raw"].size == MIB
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
@@ -131,7 +131,7 @@ async def test_an_exported_image_can_be_replaced(idle: Machine, tmp_path: Path) 
     async with idle.qmp() as session:
         await export(session, idle.disk(attached.name).images[0].format_node, tmp_path)
         assert await idle.replace("disk", str(new), format="qcow2") == MIB
-        found = (await idle.storage.look())["disk"]
+        found = (await idle.storage.views())["disk"]
         assert found.path == str(new)
         assert found.notice == f"QEMU still has {old} open, used by the nbd export exported"
         with pytest.raises(StorageExists, match="has this file still open, as a former image of disk"):
@@ -139,7 +139,7 @@ async def test_an_exported_image_can_be_replaced(idle: Machine, tmp_path: Path) 
         await idle.replace("disk", str(make_qcow2(tmp_path / "newer", MIB)), format="qcow2")
         await session.execute("block-export-del", {"id": "exported"})
         await until_closed(idle, old)
-        assert not (await idle.storage.look())["disk"].notice
+        assert not (await idle.storage.views())["disk"].notice
     await idle.attach(Disk(str(old), "again", format="qcow2", bus="virtio-scsi"))
 
 
@@ -152,7 +152,7 @@ async def test_a_replaced_image_is_closed_after_an_adoption(idle: Machine, tmp_p
     await idle.leave()
     adopted = await Machine.adopt(idle.name)
     try:
-        assert "used by the nbd export" in (await adopted.storage.look())["disk"].notice
+        assert "used by the nbd export" in (await adopted.storage.views())["disk"].notice
         async with adopted.qmp() as session:
             await session.execute("block-export-del", {"id": "exported"})
         await until_closed(adopted, old)
@@ -257,7 +257,7 @@ async def test_a_displaced_disk_is_shown_and_not_changed(idle: Machine, tmp_path
 
 
 async def check_displaced(machine: Machine, real: Path, folder: Path) -> None:
-    found = (await machine.storage.look())["disk"]
+    found = (await machine.storage.views())["disk"]
     assert found.path == str(real)
     assert found.notice == f"disk uses {real}, which a QMP client has put in the place of its image"
     other = make_raw(folder / "other", MIB)
@@ -276,7 +276,7 @@ async def test_a_job_that_runs_displaces_nothing(idle: Machine, tmp_path: Path) 
     await idle.attach(Disk(str(image), "disk", bus="virtio-scsi"))
     async with idle.qmp() as session:
         await mirror(session, idle.disk("disk").identifiers.pivot, make_raw(tmp_path / "target.raw", MIB))
-    found = (await idle.storage.look())["disk"]
+    found = (await idle.storage.views())["disk"]
     assert (found.size, found.path, found.notice) == (MIB, str(image), "")
     await idle.limit("disk", Limits(iops=10))
 

@@ -2,9 +2,8 @@
 """Tests the plan of a machine: the kernel's arguments, and the order in which parts are joined."""
 
 from vmspawn import MachineConfig
-from vmspawn.boot.commandline import Choices, Kernel
 from vmspawn.boot.extras import Extras, fdset, join
-from vmspawn.boot.plan import _kernel_arguments
+from vmspawn.boot.plan import Choices, Kernel, _kernel_arguments
 from vmspawn.boot.qemu import QemuBinary
 from vmspawn.hotplug import places
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from vmspawn import MachineConfig, UsageError
-from vmspawn.boot.commandline import Choices, Kernel
 from vmspawn.boot.config import ConsoleTerminal, check_config
+from vmspawn.boot.plan import Choices, Kernel
 from vmspawn.boot.qemu import QemuBinary
 from vmspawn.hotplug import places
 from vmspawn.snapshots import warm

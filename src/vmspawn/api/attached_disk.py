@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..storage import attached_disk
+from ..storage.disk_views import DiskView
 from ..storage.limits import Limits
-from ..storage.looks import Look
 
 
 class AttachedDisk(NamedTuple):
@@ -68,19 +68,19 @@ def describe(attached: attached_disk.AttachedDisk) -> AttachedDisk:
     )
 
 
-def describe_status(attached: attached_disk.AttachedDisk, look: Look) -> DiskStatus:
+def describe_status(attached: attached_disk.AttachedDisk, view: DiskView) -> DiskStatus:
     """Describe the status of a disk of a machine that this process manages."""
     return DiskStatus(
         describe(attached),
-        look.size,
+        view.size,
         attached.state.value,
         attached.boot,
-        look.path or None,
+        view.path or None,
         attached.limits,
         attached.failures,
         attached.last_failure or None,
-        look.notice or None,
+        view.notice or None,
         attached.device,
         attached.node or None,
-        look.backing_files,
+        view.backing_files,
     )

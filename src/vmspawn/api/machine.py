@@ -26,8 +26,8 @@ from ..snapshots.merge import after_end
 from ..snapshots.names import free_name
 from ..snapshots.save import save
 from ..storage.disk import Disk, is_only_read, with_defaults
+from ..storage.disk_views import DiskView
 from ..storage.limits import Limits
-from ..storage.looks import Look
 from ..timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT, FAREWELL_TIMEOUT, TRAY_TIMEOUT
 from .attached_disk import AttachedDisk, DiskStatus, describe, describe_status
 from .commands import Guest
@@ -250,8 +250,8 @@ class Machine(Guest):
     async def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""
         storage = self._running.storage
-        looks = await storage.look()
-        return [describe_status(each, looks.get(each.name, Look())) for each in storage]
+        views = await storage.views()
+        return [describe_status(each, views.get(each.name, DiskView())) for each in storage]
 
     async def attach(
         self,

@@ -5,146 +5,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from ..hotplug import places
 from ..record import Record
-from ..storage import buses, nodes
-from ..storage.disk import Disk
-from ..storage.image import Image
-from ..storage.nodes import Identifiers
+from ..storage import buses
 from . import console, memory
+from .boot_disk import BootDisk
 from .config import MachineConfig
 from .extras import Extras
-from .overlay import BASE_FDSET, Below
+from .overlay import BASE_FDSET
+from .plan import Kernel, Plan
 from .qemu import QemuBinary
 from .sandbox import sandbox
-
-
-class Kernel(Record):
-    """The kernel that QEMU loads."""
-
-    path: str
-    initrd: str | None
-    arguments: tuple[str, ...]
-
-
-class BootDisk(Record):
-    """A disk that QEMU starts with. It has the same nodes and device as a disk that is plugged in later."""
-
-    disk: Disk
-    identifiers: Identifiers
-    place: places.Place
-    #: None for an empty optical drive of a copy.
-    image: Image | None
-    serial: str
-    #: The image below the overlay that `image` is.
-    below: Below | None = None
-    #: True for the machine's image, False for an extra disk.
-    is_image: bool = False
-    #: True if the disk cannot be detached while the machine runs.
-    boot: bool = True
-
-    @property
-    def name(self) -> str:
-        """The disk's name."""
-        return self.disk.name
-
-    @property
-    def images(self) -> tuple[Image, ...]:
-        """The image, as the only one."""
-        return (self.image,) if self.image is not None else ()
-
-    @property
-    def by_id(self) -> str:
-        """The disk's stable path in the guest."""
-        return buses.by_id_path(self.disk.bus, self.serial, self.place)
-
-    @property
-    def is_leaving(self) -> bool:
-        """Never true: a disk that QEMU starts with stays."""
-        return False
-
-    @property
-    def descriptors(self) -> list[int]:
-        """The descriptors that QEMU inherits."""
-        own = [each.backing.fd for top in self.images for each in top.chain if each.backing is not None]
-        return own if self.below is None else [*own, self.below.fd]
-
-    def close(self) -> None:
-        """Close the descriptors; QEMU has its own by then. May be called again."""
-        for image in self.images:
-            image.close_backing()
-        if self.below is not None:
-            self.below.close()
-
-    def device(self) -> dict[str, object]:
-        """Return the device's properties."""
-        return buses.device(
-            self.disk,
-            device_id=self.identifiers.device,
-            node=self.identifiers.pivot,
-            place=self.place,
-            serial=self.serial,
-            thread=self.identifiers.thread if self.disk.thread else None,
-        )
-
-    def objects(self) -> list[dict[str, object]]:
-        """Return the objects that the nodes and the device need."""
-        limits = {"limits": self.disk.limits.to_qemu()} if self.disk.limits.has_any else {}
-        group: dict[str, object] = {"qom-type": "throttle-group", "id": self.identifiers.limits, **limits}
-        thread: dict[str, object] = {"qom-type": "iothread", "id": self.identifiers.thread}
-        return [group, thread] if self.disk.thread else [group]
-
-    def nodes(self) -> list[dict[str, object]]:
-        """Return the block nodes' options, from the bottom up."""
-        if self.image is None:
-            return [nodes.blank_node(self.identifiers)]
-        found = []
-        for image in reversed(self.image.chain):
-            found.append(nodes.file_node(image, self.disk))
-            if image.format != "raw":
-                overlaid = {"backing": self.below.node["node-name"]} if self.below and image.base is None else {}
-                found.append({**nodes.format_node(image, self.disk), **overlaid})
-        found.append(nodes.pivot_node(self.identifiers, self.image, self.disk, read_only=self.disk.read_only))
-        return found
-
-
-class Choices(Record):
-    """The choices that are made for a machine before anything of it exists."""
-
-    config: MachineConfig
-    binary: QemuBinary
-    accelerator: str
-    #: Why QEMU emulates the guest although KVM was possible, or an empty string.
-    why_emulated: str
-    layout: places.Layout
-    #: The kernel that QEMU loads, with the arguments that belong to it; None if the image's boot loader does.
-    kernel: Kernel | None
-
-
-class Fork(Record):
-    """The snapshot that a machine is a copy of. `keep_disks` keeps the copy's disks when the copy ends."""
-
-    snapshot: str
-    keep_disks: bool = False
-
-
-class Plan(Record):
-    """Everything that QEMU's command line is written from."""
-
-    config: MachineConfig
-    binary: QemuBinary
-    accelerator: str
-    layout: places.Layout
-    kernel: Kernel | None
-    disks: tuple[BootDisk, ...]
-    extras: Extras
-    #: True if BIOS boots the image.
-    by_bios: bool = False
-    #: Sections of another machine's journal, of which this machine is a copy.
-    attachments: Mapping[str, Mapping[str, Any]] = {}
-    fork: Fork | None = None
 
 
 class Inherited(Record):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from ..errors import StartError
-from .commandline import BootDisk
+from .boot_disk import BootDisk
 
 
 def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str) -> StartError:

@@ -17,7 +17,7 @@ from ..storage.backing import Backing, inspect_descriptor, open_disk
 from ..storage.disk import DEFAULT_BUS, Disk, is_only_read
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
-from .commandline import BootDisk
+from .boot_disk import BootDisk
 from .config import MachineConfig
 from .overlay import Below, grow, overlay
 

@@ -24,11 +24,11 @@ from ..host.runtime import MachineDirectory
 from ..host.spawn import kill_child, spawn
 from ..log import debug
 from . import console
-from .commandline import Inherited, Plan, command_line
+from .commandline import Inherited, command_line
 from .config import MachineConfig
 from .disks import open_boot_disks
 from .extras import Owned
-from .plan import Reporter, choose, make_plan
+from .plan import Plan, Reporter, choose, make_plan
 from .started import Incoming, Launched, SharedConsole, Started, connect, connect_monitors, share_console
 from .state import SavedQemu, SavedSessions, boot_storage, open_journal
 

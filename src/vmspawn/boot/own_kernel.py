@@ -9,21 +9,16 @@ from __future__ import annotations
 from ..errors import StartError
 from ..guest import own_kernel
 from ..images import kernel_config, kernel_image
-from .commandline import Kernel
 from .config import MachineConfig
 
-#: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
-_ALIGNMENT = 4
 
-
-def initrd(config: MachineConfig, kernel: Kernel) -> bytes:
-    """Return the initrd: the built-in guest's, and one with the modules of the user's kernel behind it.
+def initrd(config: MachineConfig, guests_initrd: str) -> bytes:
+    """Return the built-in guest's initrd, which is a file, followed by one with the modules of the user's kernel.
 
     Raises StartError if the kernel's configuration shows that it cannot run the guest, or GuestError.
     """
-    assert kernel.initrd is not None
     try:
-        with open(kernel.initrd, "rb") as file:
+        with open(guests_initrd, "rb") as file:
             base = file.read()
         if config.linux is None:
             return base
@@ -34,4 +29,4 @@ def initrd(config: MachineConfig, kernel: Kernel) -> bytes:
         raise StartError(f"cannot read {error.filename}: {error.strerror}") from None
     userland = "" if not config.is_userland else "rw" if config.directory_rw else "ro"
     own_kernel.check(config.linux, options, modules, commands=config.agent, userland=userland)
-    return base + bytes(-len(base) % _ALIGNMENT) + own_kernel.initrd(modules)
+    return base + bytes(-len(base) % kernel_image.INITRD_ALIGNMENT) + own_kernel.initrd(modules)

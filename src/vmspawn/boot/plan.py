@@ -8,8 +8,8 @@ built-in guest, and leaves nothing to undo. `make_plan` opens files and starts p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..errors import StartError
 from ..host.runtime import MachineDirectory
@@ -17,16 +17,14 @@ from ..hotplug import places
 from ..images import kernel_image
 from ..record import Record
 from . import agent, console, credentials, memory, network, shares, smbios, uefi
-from .commandline import BootDisk, Choices, Kernel, Plan
+from .boot_disk import BootDisk
 from .config import MachineConfig
 from .extras import NO_EXTRAS, Extras, Owned, content, join, take_place
-from .qemu import choose_accelerator, find_qemu
+from .qemu import QemuBinary, choose_accelerator, find_qemu
+from .state import Fork
 
 if TYPE_CHECKING:
     from ..guest.builtin import BuiltinGuest
-
-#: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
-_INITRD_ALIGNMENT = 4
 
 #: Kernel arguments under emulation, by architecture: on a busy host the kernel's check of the timer fails, and it
 #: panics ("IO-APIC + timer doesn't work").
@@ -34,6 +32,44 @@ _UNDER_TCG = {"x86_64": ("no_timer_check",)}
 
 #: Kernel arguments by which the user specifies the root.
 _ROOT = ("root=", "mount.usr=")
+
+
+class Kernel(Record):
+    """The kernel that QEMU loads."""
+
+    path: str
+    initrd: str | None
+    arguments: tuple[str, ...]
+
+
+class Choices(Record):
+    """The choices that are made for a machine before anything of it exists."""
+
+    config: MachineConfig
+    binary: QemuBinary
+    accelerator: str
+    #: Why QEMU emulates the guest although KVM was possible, or an empty string.
+    why_emulated: str
+    layout: places.Layout
+    #: The kernel that QEMU loads, with the arguments that belong to it; None if the image's boot loader does.
+    kernel: Kernel | None
+
+
+class Plan(Record):
+    """Everything that QEMU's command line is written from."""
+
+    config: MachineConfig
+    binary: QemuBinary
+    accelerator: str
+    layout: places.Layout
+    kernel: Kernel | None
+    disks: tuple[BootDisk, ...]
+    extras: Extras
+    #: True if BIOS boots the image.
+    by_bios: bool = False
+    #: Sections of another machine's journal, of which this machine is a copy.
+    attachments: Mapping[str, Mapping[str, Any]] = {}
+    fork: Fork | None = None
 
 
 class Reporter(Record):
@@ -261,10 +297,10 @@ def _load(chosen: Choices, arguments: tuple[str, ...], owned: Owned) -> tuple[Ke
     if kernel is None:
         return None, NO_EXTRAS
     initrd, file = kernel.initrd, NO_EXTRAS
-    if config.guest and (config.linux is not None or config.is_userland):
+    if initrd is not None and config.guest and (config.linux is not None or config.is_userland):
         from . import own_kernel
 
-        initrd, file = content("initrd", own_kernel.initrd(config, kernel), owned)
+        initrd, file = content("initrd", own_kernel.initrd(config, initrd), owned)
     if config.initrd is not None and config.more_initrds:
         initrd, file = content("initrd", _merged((config.initrd, *config.more_initrds)), owned)
     return Kernel(kernel.path, initrd, () if _passed_by_smbios(chosen) else arguments), file
@@ -274,7 +310,7 @@ def _merged(initrds: tuple[str, ...]) -> bytes:
     """Merge initrds into one: the kernel unpacks them one after the other."""
     merged = bytearray()
     for path in initrds:
-        merged += bytes(-len(merged) % _INITRD_ALIGNMENT)
+        merged += bytes(-len(merged) % kernel_image.INITRD_ALIGNMENT)
         try:
             with open(path, "rb") as file:
                 merged += file.read()

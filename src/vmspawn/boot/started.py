@@ -17,10 +17,10 @@ from ..host.runtime import MachineDirectory
 from ..host.spawn import kill_child
 from ..hotplug.places import Layout
 from ..record import Record
-from .commandline import BootDisk, Fork
+from .boot_disk import BootDisk
 from .config import MachineConfig
 from .qemu import QemuBinary
-from .state import State
+from .state import Fork, State
 
 #: Clients of the console that wait while we are busy.
 _CLIENTS_BACKLOG = 64

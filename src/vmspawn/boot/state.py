@@ -18,7 +18,7 @@ from ..host.runtime import MachineDirectory
 from ..hotplug.journal import Journal
 from ..record import Record
 from ..storage.saved import save_disk
-from .commandline import BootDisk, Fork
+from .boot_disk import BootDisk
 from .config import MachineConfig
 from .qemu import QemuBinary, find_qemu
 
@@ -73,6 +73,13 @@ class SavedSaving(Record):
 
     folder: str
     was_running: bool
+
+
+class Fork(Record):
+    """The snapshot that a machine is a copy of. `keep_disks` keeps the copy's disks when the copy ends."""
+
+    snapshot: str
+    keep_disks: bool = False
 
 
 class SavedHelper(Record):

@@ -20,7 +20,7 @@ from ..machine.recent_events import Entry
 from ..machine.running import Running
 from ..storage.backing import Backing, inspect_descriptor
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk, check_bus, is_only_read
-from ..storage.looks import Look
+from ..storage.disk_views import DiskView
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, TRAY_TIMEOUT
 from . import errors, qmp, snapshots
 from .forwards import PortForward, to_forward
@@ -267,9 +267,9 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         """
         storage = self._machine.storage
         counted = await storage.statistics() if statistics else {}
-        looks = {} if sizes is False else await storage.look()
+        views = {} if sizes is False else await storage.views()
         return [
-            describe(each, looks.get(each.name, Look()), storage.why_pending(each), counted.get(each.name))
+            describe(each, views.get(each.name, DiskView()), storage.why_pending(each), counted.get(each.name))
             for each in storage
         ]
 

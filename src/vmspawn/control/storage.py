@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from ..storage.attached_disk import AttachedDisk
 from ..storage.buses import TABLE
 from ..storage.disk import Disk
+from ..storage.disk_views import DiskView
 from ..storage.limits import NO_LIMITS, Limits
-from ..storage.looks import Look
 from ..storage.statistics import Statistics
 
 # asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
@@ -113,14 +113,14 @@ def _from_limits(limits: Limits) -> StorageLimits | None:
     return StorageLimits(*limits[:6], round(limits.burst * 100)) if limits.has_any else None
 
 
-def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statistics | None) -> Storage:
+def describe(attachment: AttachedDisk, view: DiskView, why: str, statistics: Statistics | None) -> Storage:
     """Describe a disk for a Varlink client."""
     return Storage(
         name=attachment.name,
         bus=attachment.disk.bus,
         format=attachment.format,
         readOnly=attachment.read_only,
-        sizeBytes=look.size,
+        sizeBytes=view.size,
         serial=attachment.serial,
         byId=attachment.by_id,
         place=str(attachment.place),
@@ -128,15 +128,15 @@ def describe(attachment: AttachedDisk, look: Look, why: str, statistics: Statist
         node=attachment.node or None,
         boot=attachment.boot,
         state=attachment.state.value,
-        path=look.path or None,
+        path=view.path or None,
         limits=_from_limits(attachment.limits),
         onError=attachment.disk.on_error or ("enospc" if TABLE[attachment.disk.bus].can_stop_guest else "report"),
         failures=attachment.failures,
         lastFailure=attachment.last_failure or None,
         removal=_removal(attachment, why),
         statistics=_statistics(statistics) if statistics else None,
-        notice=look.notice or None,
-        backingFiles=list(look.backing_files),
+        notice=view.notice or None,
+        backingFiles=list(view.backing_files),
     )
 
 

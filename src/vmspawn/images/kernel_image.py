@@ -26,6 +26,9 @@ _VERSION_FIELD, _SECTOR, _VERSION_MAX = 0x20E, 0x200, 256
 _LINUX_MAGICS = ((0x202, b"HdrS"), (56, b"ARM\x64"))
 _START_SIZE = 0x206
 
+#: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
+INITRD_ALIGNMENT = 4
+
 #: Not a PE image: only QEMU can start it.
 OTHER = "other"
 #: A kernel that QEMU and UEFI can start.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ..boot.commandline import BootDisk
+from ..boot.boot_disk import BootDisk
 from ..boot.started import Launched, SharedConsole, Started
 from ..boot.state import SavedSessions, State
 from ..console.unread import take

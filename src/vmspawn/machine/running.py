@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..aio.tasks import Tasks
 from ..aio.waiting import first_of
-from ..boot.commandline import Fork
 from ..boot.config import MachineConfig
 from ..boot.diagnose import explain_failure, no_answer
 from ..boot.qemu import QemuBinary
 from ..boot.started import Incoming, Launched, Started
-from ..boot.state import SavedQemu, damaged, open_journal
+from ..boot.state import Fork, SavedQemu, damaged, open_journal
 from ..console.hub import Console
 from ..errors import NotConnected, NotSupported, StartError, Timeout, VmspawnError
 from ..helpers.watch import Watch

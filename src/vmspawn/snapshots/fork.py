@@ -17,14 +17,17 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..boot import console, incoming
-from ..boot.commandline import BootDisk, Fork, Inherited, Plan, disk_arguments, monitor_arguments
+from ..boot.boot_disk import BootDisk
+from ..boot.commandline import Inherited, disk_arguments, monitor_arguments
 from ..boot.config import MachineConfig
 from ..boot.extras import Extras, Owned, fdset
 from ..boot.incoming import BOOT_FILES, Option
 from ..boot.launch import open_transcript, start, start_watcher, system_failures
 from ..boot.overlay import BASE_NODE, Below, empty_overlay
+from ..boot.plan import Plan
 from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
 from ..boot.started import Incoming, Started
+from ..boot.state import Fork
 from ..errors import StartError
 from ..host.runtime import MachineDirectory
 from ..hotplug import places

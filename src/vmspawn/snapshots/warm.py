@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from ..aio.programs import check_cancelled
-from ..boot.commandline import Choices
 from ..boot.config import MachineConfig
 from ..boot.launch import system_failures
-from ..boot.plan import Reporter, choose
+from ..boot.plan import Choices, Reporter, choose
 from ..boot.started import Started
 from ..cache import cache_directory
 from ..errors import NoSuchSnapshot, StartError

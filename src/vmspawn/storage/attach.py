@@ -20,13 +20,13 @@ from . import (
     admission,
     block_graph,
     buses,
+    disk_views,
     displaced,
     failures,
     formats,
     guest_driver,
     image_nodes,
     images,
-    looks,
     media,
     statistics,
     swap,
@@ -38,10 +38,10 @@ from .changes import CHANGE_TIMEOUT, Changes, check_not_boot
 from .context import Context
 from .controllers import Controllers
 from .disk import Disk
+from .disk_views import DiskView
 from .explain import STORAGE_HINT, explain
 from .freeze import Freeze
 from .image import Image
-from .looks import Look
 from .nodes import Identifiers
 from .statistics import Statistics
 
@@ -357,11 +357,11 @@ class Storage:
         """Return a freeze of the machine's writable disks, which puts overlays on their images."""
         return Freeze(self._context)
 
-    # Looking.
+    # Views.
 
-    async def look(self) -> dict[str, Look]:
+    async def views(self) -> dict[str, DiskView]:
         """Return the size, file and faults of each disk by name. Raises what `Monitor.execute` raises."""
-        return looks.look(await BlockGraph.take(self._hotplug.monitor), self)
+        return disk_views.view(await BlockGraph.take(self._hotplug.monitor), self)
 
     async def statistics(self) -> dict[str, Statistics]:
         """Return each disk's I/O statistics by name, without disks that are being attached or detached."""

@@ -11,7 +11,7 @@ from .attached_disk import AttachedDisk
 from .block_graph import BlockGraph, nodes_of
 
 
-class Look(NamedTuple):
+class DiskView(NamedTuple):
     """The state of a disk in QEMU.
 
     `size` is in bytes, as the guest sees it, and 0 for an optical drive without a medium. `path` is the file that the
@@ -25,18 +25,18 @@ class Look(NamedTuple):
     backing_files: tuple[str, ...] = ()
 
 
-def look(graph: BlockGraph, disks: Iterable[AttachedDisk]) -> dict[str, Look]:
+def view(graph: BlockGraph, disks: Iterable[AttachedDisk]) -> dict[str, DiskView]:
     """Return the state of each disk in QEMU, by the disk's name."""
-    return {disk.name: _look_at(graph, disk) for disk in disks}
+    return {disk.name: _view(graph, disk) for disk in disks}
 
 
-def _look_at(graph: BlockGraph, disk: AttachedDisk) -> Look:
+def _view(graph: BlockGraph, disk: AttachedDisk) -> DiskView:
     node = displaced.displacing(graph, disk)
     if node is not None:
         root = graph.under_device(disk.device) or node
-        return Look(graph.size(root), graph.file(node), displaced.describe(graph, disk, node))
+        return DiskView(graph.size(root), graph.file(node), displaced.describe(graph, disk, node))
     path, *below = [image.path for image in disk.image.chain] if disk.image else [""]
-    return Look(graph.size(disk.identifiers.pivot), path, _still_open(graph, disk), tuple(below))
+    return DiskView(graph.size(disk.identifiers.pivot), path, _still_open(graph, disk), tuple(below))
 
 
 def _still_open(graph: BlockGraph, disk: AttachedDisk) -> str:
