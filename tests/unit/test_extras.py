@@ -191,6 +191,14 @@ def test_a_relative_data_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> Non
     assert extras.user_destination().share == "/home/somebody/.local/share"
 
 
+def test_a_user_without_a_home_directory_gets_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setenv("HOME", "relative")
+    with pytest.raises(ExtrasError, match="no home directory") as caught:
+        extras.user_destination()
+    assert "XDG_DATA_HOME" in caught.value.hint
+
+
 def unit_text(sources: str, destination: Destination, command: str) -> str:
     files = extras.wanted_files(sources, destination, command)
     return next(file.data for file in files if file.path.endswith("vmspawn@.service")).decode()

@@ -47,6 +47,7 @@ LAYERS = [
     "text",
     "sizes",
     "user_directories",
+    "search_path",
     "record",
     "version",
 ]

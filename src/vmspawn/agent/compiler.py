@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import StartError
+from ..search_path import find_program
 
 _FOLDER = Path(__file__).parent
 
@@ -86,7 +86,7 @@ def compilers(architecture: str) -> Iterator[tuple[str, ...]]:
     if chosen := os.environ.get("CC"):
         yield tuple(shlex.split(chosen))
     names = ("cc", "gcc", "clang") if is_native(architecture) else (f"{architecture}-linux-gnu-gcc",)
-    yield from ((name,) for name in names if shutil.which(name))
+    yield from ((name,) for name in names if find_program(name))
     if find_spec("ziglang"):
         yield (sys.executable, "-m", "ziglang", "cc", "-target", f"{architecture}-linux-musl")
 

@@ -6,6 +6,7 @@ Each start imports this module, so it imports very little.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -13,6 +14,9 @@ import struct
 
 #: A `struct ucred` (unix(7), SO_PEERCRED).
 _UCRED = struct.Struct("3I")
+
+#: A `struct timeval` (socket(7), SO_SNDTIMEO).
+_TIMEVAL = struct.Struct("ll")
 
 
 def listen(address: str, backlog: int) -> socket.socket:
@@ -27,6 +31,31 @@ def listen(address: str, backlog: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def connect(address: str, *, timeout: float) -> socket.socket:
+    """Connect to a unix socket; returns a blocking socket, which the caller owns.
+
+    Waits up to `timeout` seconds while the listener's queue is full. Raises TimeoutError, OSError.
+    """
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # With Python's own timeout, the socket does not block, and connect(2) fails at once if the queue is full.
+        _set_send_timeout(connected, timeout)
+        connected.connect(address)
+        _set_send_timeout(connected, 0)
+    except BlockingIOError:
+        connected.close()
+        raise TimeoutError(errno.ETIMEDOUT, f"took no connection within {timeout:g} s") from None
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
+def _set_send_timeout(connected: socket.socket, seconds: float) -> None:
+    microseconds = round(seconds * 1_000_000)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*divmod(microseconds, 1_000_000)))
 
 
 def peer_process(connected: socket.socket) -> tuple[int, int]:

@@ -8,8 +8,8 @@ import os
 
 from ..cache import cache_directory
 from ..errors import StartError, UsageError
-from ..host.programs import find_program
 from ..record import Record
+from ..search_path import find_program
 
 #: The oldest QEMU that is tested.
 VERSION_MIN = (7, 2)

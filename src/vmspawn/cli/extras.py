@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ExtrasError, SystemFailure
+from ..user_directories import user_directory
 
 #: The extras in the installed package; hatch_build.py puts them there.
 SOURCES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "extras")
@@ -67,10 +68,12 @@ def system_destination() -> Destination:
 
 
 def user_destination() -> Destination:
-    """Return the folders below $XDG_DATA_HOME, which programs search for one user."""
-    share = os.environ.get("XDG_DATA_HOME", "")
-    if not os.path.isabs(share):
-        share = os.path.join(os.path.expanduser("~"), ".local/share")
+    """Return the folders below $XDG_DATA_HOME, which programs search for one user. Raises ExtrasError."""
+    share = user_directory("XDG_DATA_HOME", ".local/share")
+    if share is None:
+        raise ExtrasError(
+            "cannot install extras for this user, who has no home directory", hint="set XDG_DATA_HOME to a directory"
+        )
     return Destination(share, "fish/vendor_completions.d", "systemd/user", is_user=True)
 
 

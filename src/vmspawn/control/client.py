@@ -7,6 +7,7 @@ import os
 import socket
 from errno import EIO
 
+from ..aio import sockets
 from ..errors import NotConnected, SystemFailure, Timeout
 from ..host import machined, runtime, varlink
 from ..host.varlink import VarlinkError
@@ -22,7 +23,7 @@ class Client(varlink.Client):
 
     def __init__(self, machine: str, *, timeout: float = REPLY_TIMEOUT) -> None:
         """Connect to a machine. Raises the errors of `connect`."""
-        super().__init__(connect(machine, runtime.CONTROL), f"machine {machine}", timeout=timeout)
+        super().__init__(connect(machine, runtime.CONTROL, timeout=timeout), f"machine {machine}", timeout=timeout)
         self.machine = machine
 
     def _late(self, method: str) -> Timeout:
@@ -34,11 +35,12 @@ class Client(varlink.Client):
         return error
 
 
-def connect(machine: str, name: str) -> socket.socket:
+def connect(machine: str, name: str, *, timeout: float = REPLY_TIMEOUT) -> socket.socket:
     """Connect to the socket `name` in a machine's runtime directory. The caller owns the connected socket.
 
     The socket is addressed through a descriptor of the directory, because a path may be too long for a socket address.
-    Raises NotConnected if the machine does not run, and SystemFailure if the directory cannot be read.
+    Raises NotConnected if the machine does not run, Timeout if its manager accepts no connection, and SystemFailure if
+    the directory cannot be read.
     """
     runtime.check_name(machine)
     try:
@@ -46,12 +48,14 @@ def connect(machine: str, name: str) -> socket.socket:
     except (FileNotFoundError, NotADirectoryError):
         # systemd-vmspawn, and a vmspawn with another runtime directory, have their sockets elsewhere.
         if path := machined.machines().get(machine):
-            return _connect_to(path if name == runtime.CONTROL else os.path.join(os.path.dirname(path), name), machine)
+            if name != runtime.CONTROL:
+                path = os.path.join(os.path.dirname(path), name)
+            return _connect_to(path, machine, timeout)
         raise NotConnected(f"there is no machine named {machine}", hint="see: vmctl list") from None
     except OSError as error:
         raise SystemFailure(f"cannot reach machine {machine}", error.errno or EIO) from None
     try:
-        return _connect_to(f"/proc/self/fd/{folder}/{name}", machine)
+        return _connect_to(f"/proc/self/fd/{folder}/{name}", machine, timeout)
     except NotConnected:
         pid = runtime.running_qemu(f"/proc/self/fd/{folder}")
         if not pid or name != runtime.CONTROL:
@@ -69,14 +73,12 @@ def connect(machine: str, name: str) -> socket.socket:
         os.close(folder)
 
 
-def _connect_to(path: str, machine: str) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _connect_to(path: str, machine: str, timeout: float) -> socket.socket:
     try:
-        connection.connect(path)
+        return sockets.connect(path, timeout=timeout)
     except (FileNotFoundError, ConnectionRefusedError):
-        connection.close()
         raise NotConnected(f"machine {machine} does not run", hint="see: vmctl list") from None
+    except TimeoutError as error:
+        raise Timeout(f"machine {machine} {error.strerror}") from None
     except OSError as error:
-        connection.close()
         raise SystemFailure(f"cannot reach machine {machine}", error.errno or EIO) from None
-    return connection

@@ -9,10 +9,12 @@ import os
 import typing
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from asyncvarlink.serviceerrors import InvalidParameter
 
+from ..aio.threads import open_in_thread
 from ..errors import BadConfig, EventsLost, NotConnected, UsageError
 from ..inside.conditions import OF_CLIENT, parse
 from ..inside.inside import Inside
@@ -53,9 +55,12 @@ def _take(descriptor: FileDescriptor) -> int:
     return taken
 
 
-def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
+async def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
     """Return the Backing of a received descriptor. The caller owns the Backing; on failure the descriptor is closed."""
-    fd = _take(descriptor)
+    return await open_in_thread(partial(_inspect, _take(descriptor), read_only=read_only), Backing.close)
+
+
+def _inspect(fd: int, *, read_only: bool | None) -> Backing:
     try:
         return inspect_descriptor(fd, read_only=read_only)
     except BaseException:
@@ -131,7 +136,7 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
     async def AddStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str, config: str | None = None) -> None:
         """Attach a raw image or block device on the bus `config`. The disk is read-only if the descriptor is."""
         bus = check_bus(config or DEFAULT_BUS)
-        backing = _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
+        backing = await _backing(fileDescriptorIndex, read_only=bus == "scsi-cd" or None)
         await self._machine.storage.attach(Disk("", name, bus, "raw", not backing.is_writable), backing)
 
     @varlinkmethod
@@ -142,7 +147,7 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
     @varlinkmethod
     async def ReplaceStorage(self, *, fileDescriptorIndex: FileDescriptor, name: str) -> None:
         """Replace the image of a disk by a raw image or block device, while the guest uses the disk."""
-        backing = _backing(fileDescriptorIndex, read_only=_is_read_only(self._machine, name))
+        backing = await _backing(fileDescriptorIndex, read_only=_is_read_only(self._machine, name))
         await self._machine.storage.changes.replace(name, backing, format="raw")
 
 
@@ -320,7 +325,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         backing = None
         if fileDescriptorIndex is not None:
             read_only = is_only_read(chosen, format, read_only=bool(readOnly))
-            backing = _backing(fileDescriptorIndex, read_only=read_only or None)
+            backing = await _backing(fileDescriptorIndex, read_only=read_only or None)
         attached = await self._machine.storage.attach(wanted, backing, guest_timeout=guest_timeout)
         return {
             "name": attached.name,
@@ -356,7 +361,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     ) -> int:
         """Replace the image of a disk while the guest uses it."""
         read_only = _is_read_only(self._machine, name)
-        backing = _backing(fileDescriptorIndex, read_only=read_only)
+        backing = await _backing(fileDescriptorIndex, read_only=read_only)
         return await self._machine.storage.changes.replace(
             name, backing, format=format, path=path or "", shrink=bool(shrink)
         )
@@ -387,7 +392,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         A guest that has locked the tray has `timeoutUSec` (default: 10 s) to open it; then replies with StoragePending.
         """
         timeout = _tray_timeout(timeoutUSec)
-        backing = _backing(fileDescriptorIndex, read_only=True)
+        backing = await _backing(fileDescriptorIndex, read_only=True)
         await self._machine.storage.changes.insert_media(
             name, backing, format=format, path=path or "", force=bool(force), timeout=timeout
         )

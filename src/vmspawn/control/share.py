@@ -9,7 +9,8 @@ import socket
 from collections.abc import Callable, Iterator
 
 from ..aio import sockets
-from ..errors import NotConnected, StartError, VmspawnError
+from ..aio.threads import open_in_thread
+from ..errors import NotConnected, StartError, Timeout, VmspawnError
 from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.share.multiplexer import Multiplexer
 from ..qmp.share.peer import Peer
@@ -36,7 +37,7 @@ async def share_socket(
         ended.set()
 
     multiplexer: Multiplexer | None = None
-    connected = _connect(source)
+    connected = await open_in_thread(lambda: _connect(source, timeout), socket.socket.close)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
     try:
@@ -55,14 +56,13 @@ async def share_socket(
             await multiplexer.close()
 
 
-def _connect(source: str) -> socket.socket:
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _connect(source: str, timeout: float) -> socket.socket:
     try:
-        connected.connect(source)
+        return sockets.connect(source, timeout=timeout)
+    except TimeoutError as error:
+        raise Timeout(f"{source} {error.strerror}", hint="another program uses it") from None
     except OSError as error:
-        connected.close()
         raise NotConnected(f"cannot connect to {source}: {error.strerror or error}") from None
-    return connected
 
 
 @contextlib.contextmanager

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 from pathlib import Path
 
 from ..errors import GuestError
+from ..search_path import find_program
 from .packages import Fetcher, available
 
 _PROGRAMS = ("busybox", "busybox.static", "busybox-static")
@@ -24,7 +24,7 @@ _PT_INTERP = 3
 def find_busybox(architecture: str, fetcher: Fetcher) -> bytes:
     """Return the content of a busybox that runs in the guest. Raises GuestError."""
     for program in _PROGRAMS:
-        path = shutil.which(program)
+        path = find_program(program)
         content = Path(path).read_bytes() if path else b""
         if is_usable(content, architecture):
             return content

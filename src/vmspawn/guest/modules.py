@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import GuestError
+from ..search_path import find_program
 
 _ZSTD_SECONDS = 30
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> bytes:
 
 
 def _zstd(path: Path) -> bytes:
-    if not shutil.which("zstd"):
+    if not find_program("zstd"):
         raise GuestError("cannot read the kernel's modules: zstd is not installed", hint="install the package zstd")
     try:
         return subprocess.run(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..aio import programs
 from ..errors import GuestError
+from ..search_path import find_program
 
 #: Debian's names of the architectures.
 DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -98,7 +99,7 @@ class Apt:
 
 def available() -> bool:
     """Return whether this host has the programs to download and unpack Debian packages."""
-    return all(shutil.which(program) for program in ("apt-get", "apt-cache", "dpkg-deb"))
+    return all(find_program(program) for program in ("apt-get", "apt-cache", "dpkg-deb"))
 
 
 class Fetcher:

@@ -11,7 +11,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import StartError
-from ..host.programs import find_program
+from ..search_path import find_program
 from ..text import utf8
 
 #: Paths outside PATH where distributions install it. QEMU's descriptors come first.

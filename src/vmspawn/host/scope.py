@@ -8,8 +8,8 @@ moves itself into it, and becomes QEMU. Process id, descriptors and exit status 
 from __future__ import annotations
 
 from ..errors import StartError
+from ..search_path import find_program
 from .machined import Registration, scope_name
-from .programs import find_program
 
 _PROGRAM = "systemd-run"
 _HINT = "leave out {registration.slice=} and {registration.properties=} on hosts without systemd"

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from ..aio.sockets import peer_process
+from ..aio.sockets import connect, peer_process
 from ..errors import NotConnected, ProtocolError, Template, Timeout, UsageError, VmspawnError
 from . import runtime
 
@@ -71,15 +71,11 @@ class Client:
     @classmethod
     def of_service(cls, path: str, *, timeout: float = SERVICE_TIMEOUT) -> Client:
         """Connect to a service of the host. Raises NotConnected if it does not run, or Timeout."""
-        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connected.settimeout(timeout)
         try:
-            connected.connect(path)
-        except TimeoutError:
-            connected.close()
-            raise Timeout(f"{path} took no connection within {timeout:g} s") from None
+            connected = connect(path, timeout=timeout)
+        except TimeoutError as error:
+            raise Timeout(f"{path} {error.strerror}") from None
         except OSError as error:
-            connected.close()
             raise NotConnected(f"nothing listens on {path}: {error.strerror}") from None
         return Client(connected, path, timeout=timeout)
 

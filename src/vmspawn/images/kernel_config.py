@@ -12,11 +12,11 @@ import gzip
 import lzma
 import os
 import re
-import shutil
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 
+from ..search_path import find_program
 from . import kernel_image
 
 #: The marks around the configuration (the kernel's kernel/configs.c).
@@ -92,7 +92,7 @@ def _bzip2(data: bytes) -> bytes:
 
 
 def _zstd(data: bytes) -> bytes:
-    if not shutil.which("zstd"):
+    if not find_program("zstd"):
         return b""
     # The bytes behind the compressed part make zstd fail at the end.
     done = subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, timeout=_ZSTD_SECONDS, check=False)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -111,6 +112,12 @@ class _TakenOver:
         notes = [await end_saving(monitor, self._saving)] if self._saving is not None else []
         notes += await storage.reconcile(sessions.foreign_fdsets)
         if self._saving is not None:
-            snapshot_files.settle_current(self._name, {each.path for disk in storage for each in disk.images})
-            snapshot_files.discard(self._saving.folder)
+            used = {each.path for disk in storage for each in disk.images}
+            await asyncio.to_thread(_tidy_up, self._name, used, self._saving.folder)
         return notes
+
+
+def _tidy_up(machine: str, used: set[str], unfinished: str) -> None:
+    """Remove the remains of a save from the machine's folders. The saved state may be large."""
+    snapshot_files.settle_current(machine, used)
+    snapshot_files.discard(unfinished)

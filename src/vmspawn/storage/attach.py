@@ -251,7 +251,7 @@ class Storage:
         try:
             await self._hotplug.attach(attached, empty if image is None else None)
         except VmspawnError as error:
-            raise explain(error, attached.name, image, self._hotplug.journal.machine) from None
+            raise await explain(error, attached.name, image, self._hotplug.journal.machine) from None
         return attached
 
     async def look_at_places(self) -> None:
@@ -351,7 +351,7 @@ class Storage:
         except VmspawnError as error:
             # The image stays, but the guest is asked to release the disk.
             self._hotplug.unwind(attached)
-            raise explain(error, attached.name, None, self._hotplug.journal.machine) from None
+            raise await explain(error, attached.name, None, self._hotplug.journal.machine) from None
 
     def freeze(self) -> Freeze:
         """Return a freeze of the machine's writable disks, which puts overlays on their images."""

@@ -168,7 +168,7 @@ class Changes:
             )
         except VmspawnError as error:
             machine = self._context.hotplug.journal.machine
-            raise explain(error, attachment.name, image, machine) from None
+            raise await explain(error, attachment.name, image, machine) from None
 
 
 def check_not_boot(attachment: AttachedDisk, what: str) -> None:

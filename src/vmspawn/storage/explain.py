@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+from functools import partial
 from typing import TypeVar
 
 from ..errors import BadConfig, QmpError, SystemFailure, Timeout
@@ -12,10 +14,13 @@ from .image import Image
 
 STORAGE_HINT = "the image's storage may hang; the operation completes when the storage answers"
 
+#: Seconds to find the user of a file among the open files of all processes, some of which may be on storage that hangs.
+_HOLDER_TIMEOUT = 5.0
+
 _Error = TypeVar("_Error", bound=BaseException)
 
 
-def explain(error: _Error, name: str, image: Image | None, machine: str) -> _Error | SystemFailure | BadConfig:
+async def explain(error: _Error, name: str, image: Image | None, machine: str) -> _Error | SystemFailure | BadConfig:
     """Return a clearer error for a known error of QEMU, else `error`.
 
     `image` is the image that QEMU was to open for the disk `name` of `machine`.
@@ -33,9 +38,18 @@ def explain(error: _Error, name: str, image: Image | None, machine: str) -> _Err
         return error
     lock = "shared write" if "shared" in error.description else "write"
     identity = image.backing.identity if image is not None and image.backing is not None else ()
-    holder = holder_of(identity, ours=machine) if identity else ""
+    holder = await _holder(identity, machine) if identity else ""
     return SystemFailure(
         f"{holder or 'another process'} uses the image of {name} (QEMU could not get its {lock} lock)",
         errno.EBUSY,
         hint="detach it there, attach it read-only in both, or share it from both",
     )
+
+
+async def _holder(identity: tuple[int, ...], machine: str) -> str:
+    """Return the user of a file, or an empty string if it is not found in time."""
+    work = asyncio.get_running_loop().run_in_executor(None, partial(holder_of, identity, ours=machine))
+    try:
+        return await asyncio.wait_for(work, _HOLDER_TIMEOUT)
+    except TimeoutError:
+        return ""
