@@ -26,7 +26,7 @@ async def guest(qemu: str) -> AsyncIterator[Booted]:
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "nvme-ns", "virtio-scsi"])
 async def test_the_disk_is_there_at_once(guest: Booted, qemu: str, tmp_path: Path, bus: str) -> None:
     machine, shell = guest
-    if bus == "nvme-ns" and not find_qemu(qemu).namespaces:
+    if bus == "nvme-ns" and not find_qemu(qemu).has_namespaces:
         pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
     async with unchanged(machine):
         for size in (4 * MIB, 5 * MIB, 6 * MIB):

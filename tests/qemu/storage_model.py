@@ -178,7 +178,7 @@ async def look(machine: Machine, folder: Path) -> Picture:
     objects = await monitor.execute("qom-list", {"path": "/objects"})
     fdsets = await monitor.execute("query-fdsets")
     return Picture(
-        disks={each.name: (each.state.value, each.forced, sizes[each.name]) for each in machine.storage},
+        disks={each.name: (each.state.value, each.is_forced, sizes[each.name]) for each in machine.storage},
         journal=_journal(Path(machine.directory.file(STATE))),
         ports_free=machine.storage.ports_free,
         nodes=Counter(node["drv"] for node in nodes),

@@ -79,7 +79,7 @@ class Run:
         self._background = self._stack.enter_context(Background(DEADLINE))
         self.machine = self.wait(_start(qemu, folder))
         self._stack.callback(lambda: self.wait(self.machine.close()))
-        self.namespaces = find_qemu(qemu).namespaces
+        self.namespaces = find_qemu(qemu).has_namespaces
         # Older QEMUs remove a descriptor set only while the guest runs (docs/qemu.md, "Descriptor sets").
         self._sets_linger = int(self.machine.inner.qemu_version.partition(".")[0]) < 9
         self._before = self.wait(_snapshot(self.machine))
@@ -414,7 +414,7 @@ class Run:
         if self.paused:
             await self.machine.resume()
             self.paused = False
-        names = [each.name for each in self.machine.storage if not each.boot]
+        names = [each.name for each in self.machine.storage if not each.is_boot]
         for name in names:
             with contextlib.suppress(StoragePending, NoSuchStorage):
                 await self.machine.detach(name, timeout=SHORT)
@@ -432,7 +432,7 @@ async def _snapshot(machine: Machine) -> Snapshot:
 
 async def _start(qemu: str, folder: Path) -> Machine:
     # Firmware does not release the controller of namespaces, so a namespace at boot keeps the controller.
-    has_namespaces = find_qemu(qemu).namespaces
+    has_namespaces = find_qemu(qemu).has_namespaces
     at_boot = (Disk(str(make_raw(folder / "at-boot", 1 << 20)), bus="nvme-ns"),) if has_namespaces else ()
     machine = idle_machine(qemu, folder, hotplug_ports=PORTS + 1, extra_disks=at_boot)
     await machine.__aenter__()

@@ -104,7 +104,7 @@ async def die_at_each_step(
             await settle(machine)
             await agrees_with_qemu(machine, folder)
             for each in machine.storage:
-                if not each.boot:
+                if not each.is_boot:
                     await machine.detach(each.name)
             assert await snapshot(machine) == clean, f"{doing}, step {step}, {when}: {machine.adoption_notes}"
         if outcome == "finished":
@@ -144,10 +144,10 @@ async def settle(machine: Machine) -> None:
 
 async def agrees_with_qemu(machine: Machine, folder: Path) -> None:
     """Check that the register and QEMU agree about nodes, files, limits and media."""
-    disks = [each for each in machine.storage if not each.boot]
+    disks = [each for each in machine.storage if not each.is_boot]
     assert all(each.state is State.ATTACHED for each in disks)
     nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
-    boot = {name for each in machine.storage if each.boot for name in expected_nodes(each)}
+    boot = {name for each in machine.storage if each.is_boot for name in expected_nodes(each)}
     assert {node["node-name"] for node in nodes} - boot == {name for each in disks for name in expected_nodes(each)}
     files = {os.path.basename(each.image.path) for each in disks if each.image}
     assert files_of(machine.pid, folder) == files

@@ -61,7 +61,7 @@ async def test_it_changes_media(machine: Machine, tmp_path: Path) -> None:
 
 
 async def test_errors_are_those_of_a_machine_of_ones_own(machine: Machine, tmp_path: Path) -> None:
-    boot = next(each.name for each in machine.storage if each.boot)
+    boot = next(each.name for each in machine.storage if each.is_boot)
     async with vmspawn.connect(machine.name) as connected:
         for control in (machine, connected):
             with pytest.raises(vmspawn.NoSuchStorage, match="there is no disk named nobody") as caught:

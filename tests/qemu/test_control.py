@@ -133,7 +133,7 @@ async def test_add_storage_takes_a_descriptor(machine: Machine, tmp_path: Path, 
             return client.call("io.vmspawn.Machine.DetachStorage", name="pool:disk", timeoutUSec=timeout)
 
     assert await in_thread(add) == {}
-    assert [each.disk.bus for each in machine.storage if not each.boot] == [config or "virtio-blk"]
+    assert [each.disk.bus for each in machine.storage if not each.is_boot] == [config or "virtio-blk"]
     removed = await in_thread(remove)
     if not needs_guest:
         assert removed == {"parameters": {"pending": False}}

@@ -37,7 +37,7 @@ SAVES: tuple[tuple[str, dict[str, Any]], ...] = (
 @pytest.fixture
 def namespaces(qemu: str) -> str:
     """Return a QEMU that can plug in namespaces."""
-    if not find_qemu(qemu).namespaces:
+    if not find_qemu(qemu).has_namespaces:
         pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
     return qemu
 

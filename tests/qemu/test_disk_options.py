@@ -149,4 +149,4 @@ async def test_a_removed_threaded_controller_is_plugged_in_again(machine: Machin
         unwinding = {each.unwinding for each in (controller, disk) if each.unwinding is not None}
         await asyncio.wait(unwinding, timeout=30)
         assert machine.storage.ports_free == free
-        assert all(each.boot for each in machine.storage)
+        assert all(each.is_boot for each in machine.storage)

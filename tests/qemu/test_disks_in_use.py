@@ -53,7 +53,7 @@ async def until_closed(machine: Machine, image: Path) -> None:
 
 
 def names(machine: Machine) -> set[str]:
-    return {each.name for each in machine.storage if not each.boot}
+    return {each.name for each in machine.storage if not each.is_boot}
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ async def test_force_gives_the_host_its_file_back_at_once(
         await machine.detach("disk", timeout=0, force=True)
         assert "image" not in open_images(machine.pid, tmp_path)
         if bus != "virtio-scsi":
-            assert [(each.state.value, each.forced) for each in machine.storage if not each.boot] == [
+            assert [(each.state.value, each.is_forced) for each in machine.storage if not each.is_boot] == [
                 ("detaching", True)
             ]
             with pytest.raises(StoragePending, match="disk is detaching"):

@@ -33,7 +33,7 @@ async def nothing_left(machine: Machine) -> AsyncIterator[None]:
 
 async def remove_all(machine: Machine) -> None:
     """Detach all hot-plugged disks."""
-    await detach_by_reset(machine, *(each.name for each in machine.storage if not each.boot))
+    await detach_by_reset(machine, *(each.name for each in machine.storage if not each.is_boot))
 
 
 # Ports and slots.

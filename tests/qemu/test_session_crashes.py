@@ -148,7 +148,7 @@ async def test_a_save_and_a_controller_that_cannot_be_saved_exclude_each_other(q
 
 async def test_a_controller_waits_until_a_save_has_begun(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
-        if not machine.inner._started.binary.namespaces:
+        if not machine.inner._started.binary.has_namespaces:
             pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
         machine.inner.hotplug.saving.begin()
         disk = Disk(str(make_raw(tmp_path / "disk.raw", 1 << 20)), name="disk", bus="nvme-ns")

@@ -55,9 +55,9 @@ async def survived(name: str, step: int) -> None:
     """Check that the machine runs with its disk, and that the snapshot is complete or absent."""
     async with adopted(name) as machine:
         assert await machine.status() == "running", f"step {step}: {machine.adoption_notes}"
-        (disk,) = (each for each in machine.storage if not each.boot)
+        (disk,) = (each for each in machine.storage if not each.is_boot)
         assert len(disk.images) == 1, f"step {step}"
-        assert disk.images[0].writable
+        assert disk.images[0].is_writable
         nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
         writable = {each["node-name"] for each in nodes if not each["ro"]}
         assert disk.images[0].top_node in writable, f"step {step}: {machine.adoption_notes}"

@@ -63,7 +63,7 @@ async def test_a_scsi_disk_comes_and_goes_without_the_guest(
 
 
 async def boot_sizes(machine: Machine) -> dict[str, int]:
-    return {each.name: 1 << 20 for each in machine.storage if each.boot}
+    return {each.name: 1 << 20 for each in machine.storage if each.is_boot}
 
 
 async def test_no_descriptor_set_is_left_once_a_disk_is_attached(machine: Machine, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ async def test_an_unknown_disk_cannot_be_detached_and_others_are_named(machine: 
 
 
 async def test_a_boot_disk_stays(machine: Machine) -> None:
-    boot = next(each for each in machine.storage if each.boot)
+    boot = next(each for each in machine.storage if each.is_boot)
     with pytest.raises(StorageImmutable, match="is a boot disk"):
         await machine.detach(boot.name)
 
@@ -226,7 +226,7 @@ async def test_a_guest_that_does_not_release_a_disk_makes_the_removal_pending(
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus=bus))
         with pytest.raises(StoragePending, match=r"has not released disk.*waited 0\.2 s"):
             await machine.detach("disk", timeout=0.2)
-        assert [each.state.value for each in machine.storage if not each.boot] == ["detaching"]
+        assert [each.state.value for each in machine.storage if not each.is_boot] == ["detaching"]
         with pytest.raises(StorageExists, match="exists already") as caught:
             await machine.attach(Disk(str(make_raw(tmp_path / "other")), "disk", bus))
         assert "pending" in caught.value.hint
@@ -245,7 +245,7 @@ async def test_a_device_removed_by_raw_qmp_detaches_its_disk(machine: Machine, t
     await asyncio.sleep(0)
     await machine.monitor.execute("device_del", {"id": machine.disk("disk").identifiers.device})
     assert await detached == {"name": "disk"}
-    assert not [each for each in machine.storage if not each.boot]
+    assert not [each for each in machine.storage if not each.is_boot]
 
 
 async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path) -> None:

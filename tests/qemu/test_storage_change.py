@@ -155,7 +155,7 @@ async def test_an_unknown_disk_cannot_be_changed(machine: Machine, tmp_path: Pat
 
 
 async def test_a_boot_disk_can_be_neither_replaced_nor_forced_out(machine: Machine, tmp_path: Path) -> None:
-    boot = next(each for each in machine.storage if each.boot)
+    boot = next(each for each in machine.storage if each.is_boot)
     with pytest.raises(StorageImmutable, match="cannot be replaced"):
         await machine.replace(boot.name, str(make_raw(tmp_path / "other", MIB)))
     with pytest.raises(StorageImmutable, match="cannot be detached"):

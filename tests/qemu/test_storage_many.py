@@ -23,7 +23,7 @@ PLACES = 256
 @pytest.mark.slow
 @pytest.mark.parametrize("bus", ["virtio-scsi", "nvme-ns"])
 async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path, bus: str) -> None:
-    if bus == "nvme-ns" and not find_qemu(qemu).namespaces:
+    if bus == "nvme-ns" and not find_qemu(qemu).has_namespaces:
         pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
     names = [f"disk{number}" for number in range(PLACES)]
     for name in (*names, "one-more"):
@@ -66,7 +66,7 @@ def place(machine: Machine, name: str) -> Place:
 
 def addresses(machine: Machine) -> set[int]:
     """Return the targets or namespaces of all disks except the boot disk."""
-    return {_address(each.place) for each in machine.storage if not each.boot}
+    return {_address(each.place) for each in machine.storage if not each.is_boot}
 
 
 def _address(found: Place) -> int:
@@ -112,5 +112,5 @@ async def come_and_go(machine: Machine, folder: Path) -> None:
     for _ in range(2):
         disks = [Disk(str(folder / f"{machine.name}-{name}"), name, "virtio-scsi") for name in names]
         await asyncio.gather(*(machine.attach(disk) for disk in disks))
-        assert {each.name for each in machine.storage if not each.boot} == set(names)
+        assert {each.name for each in machine.storage if not each.is_boot} == set(names)
         await asyncio.gather(*(machine.detach(name) for name in names))

@@ -22,25 +22,25 @@ class Canceller:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._cancelled = False
+        self._is_cancelled = False
 
     def cancel(self) -> None:
         """Cancel the work. It may still complete."""
         with self._lock:
-            self._cancelled = True
+            self._is_cancelled = True
             if self._process is not None:
                 self._process.kill()
 
     def check(self) -> None:
         """Raise Cancelled if the work was cancelled."""
-        if self._cancelled:
+        if self._is_cancelled:
             raise Cancelled
 
     def watch(self, process: subprocess.Popen[bytes] | None) -> None:
         """Kill this program when the work is cancelled; None stops that."""
         with self._lock:
             self._process = process
-            if process is not None and self._cancelled:
+            if process is not None and self._is_cancelled:
                 process.kill()
 
 

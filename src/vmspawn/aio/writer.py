@@ -47,8 +47,8 @@ class Writer:
     """
 
     __slots__ = (
-        "_closed", "_fd", "_loop", "_on_empty", "_on_lost", "_queue", "_send", "_send_fds", "_waiting", "pending",
-        "written",
+        "_fd", "_is_closed", "_is_waiting", "_loop", "_on_empty", "_on_lost", "_queue", "_send", "_send_fds",
+        "pending", "written",
     )  # fmt: skip
 
     def __init__(
@@ -67,8 +67,8 @@ class Writer:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._queue: deque[bytes | Message] = deque()
-        self._waiting = False
-        self._closed = False
+        self._is_waiting = False
+        self._is_closed = False
         #: The numbers of queued and of written bytes.
         self.pending = self.written = 0
 
@@ -89,7 +89,7 @@ class Writer:
 
     def write(self, data: bytes) -> None:
         """Write data, and queue the rest that the descriptor does not accept."""
-        if self._queue or self._closed:
+        if self._queue or self._is_closed:
             return self._append(data)
         try:
             sent = self._send(data)
@@ -103,7 +103,7 @@ class Writer:
             self._drain()
 
     def _append(self, data: bytes) -> None:
-        if self._closed:
+        if self._is_closed:
             return
         self.pending += len(data)
         last = self._queue[-1] if self._queue else None
@@ -119,12 +119,12 @@ class Writer:
         before this returns.
         """
         message = Message(data, fds, on_begun)
-        if self._closed:
+        if self._is_closed:
             on_begun()
             return message
         self.pending += len(data)
         self._queue.append(message)
-        if not self._waiting:
+        if not self._is_waiting:
             self._drain()
         return message
 
@@ -139,10 +139,10 @@ class Writer:
 
     def close(self) -> None:
         """Drop the queue, and stop writing. May be called again."""
-        if self._closed:
+        if self._is_closed:
             return
         self._stop_waiting()
-        self._closed = True
+        self._is_closed = True
         self.pending = 0
         while self._queue:
             first = self._queue.popleft()
@@ -159,13 +159,13 @@ class Writer:
             while self._queue:
                 self._write_first(self._queue[0])
         except BlockingIOError:
-            if not self._waiting:
-                self._waiting = True
+            if not self._is_waiting:
+                self._is_waiting = True
                 self._loop.add_writer(self._fd, self._drain)
         except OSError as error:
             self._lose(error)
         else:
-            if self._waiting:
+            if self._is_waiting:
                 self._stop_waiting()
                 self._on_empty()
 
@@ -194,6 +194,6 @@ class Writer:
         return sent
 
     def _stop_waiting(self) -> None:
-        if self._waiting:
-            self._waiting = False
+        if self._is_waiting:
+            self._is_waiting = False
             self._loop.remove_writer(self._fd)

@@ -74,7 +74,7 @@ def describe_status(attached: attached_disk.AttachedDisk, view: DiskView) -> Dis
         describe(attached),
         view.size,
         attached.state.value,
-        attached.boot,
+        attached.is_boot,
         view.path or None,
         attached.limits,
         attached.failures,

@@ -61,7 +61,7 @@ def _connect(state: State, pid: int, given: MachineConfig, directory: MachineDir
         config if shared is not None else config._replace(console="native"),
         state.binary,
         state.qemu.accelerator,
-        places.layout(config.machine_type, config.hotplug_ports, namespaces=state.binary.namespaces),
+        places.layout(config.machine_type, config.hotplug_ports, namespaces=state.binary.has_namespaces),
         directory,
         pid,
         connect_monitors(directory, undo),

@@ -26,7 +26,7 @@ class BootDisk(Record):
     #: True for the machine's image, False for an extra disk.
     is_image: bool = False
     #: True if the disk cannot be detached while the machine runs.
-    boot: bool = True
+    is_boot: bool = True
 
     @property
     def name(self) -> str:

@@ -96,7 +96,7 @@ def _generation(config: MachineConfig) -> list[str]:
 def _monitors(binary: QemuBinary, sockets: Mapping[str, int]) -> Iterable[str]:
     for name, fd in sockets.items():
         yield from ("-chardev", f"socket,id={name},fd={fd},server=on,wait=off")
-        if binary.monitor_object:
+        if binary.has_monitor_object:
             yield from ("-object", f"monitor-qmp,id={name}-monitor,chardev={name}")
         else:
             yield from ("-mon", f"chardev={name},mode=control")

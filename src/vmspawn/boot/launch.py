@@ -168,7 +168,7 @@ def start(
     pid, shared = _spawn(plan, directory, listeners, log, owned, line)
     _write_state(plan, directory, pid)
     return Started(
-        Launched(plan.disks, plan.by_bios, incoming, plan.attachments),
+        Launched(plan.disks, plan.is_bios_boot, incoming, plan.attachments),
         config,
         plan.binary,
         plan.accelerator,

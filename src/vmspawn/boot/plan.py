@@ -66,7 +66,7 @@ class Plan(Record):
     disks: tuple[BootDisk, ...]
     extras: Extras
     #: True if BIOS boots the image.
-    by_bios: bool = False
+    is_bios_boot: bool = False
     #: Sections of another machine's journal, of which this machine is a copy.
     attachments: Mapping[str, Mapping[str, Any]] = {}
     fork: Fork | None = None
@@ -86,7 +86,7 @@ def choose(config: MachineConfig, report: Reporter) -> Choices:
     """Find QEMU, the accelerator and the kernel. Raises StartError, UsageError."""
     config = _with_own_kernel(config)
     binary = find_qemu(config.qemu, config.machine_type)
-    layout = places.layout(config.machine_type, config.hotplug_ports, namespaces=binary.namespaces)
+    layout = places.layout(config.machine_type, config.hotplug_ports, namespaces=binary.has_namespaces)
     accelerator, why_emulated = choose_accelerator(config.kvm, binary.architecture)
     kernel = _choose_kernel(config, binary.architecture, report.notice)
     _check_virtiofs(config, report.notice)
@@ -197,8 +197,8 @@ def make_plan(
     strings = smbios.extras(texts, smbios.with_optional(texts, list(_credentials(config)), brought), owned)
     kernel, initrd = _load(chosen, arguments, owned)
     extras = join(firmware, card, shared, strings, initrd)
-    by_bios = found is None and kernel is None
-    return Plan(config, chosen.binary, chosen.accelerator, chosen.layout, kernel, disks, extras, by_bios)
+    is_bios_boot = found is None and kernel is None
+    return Plan(config, chosen.binary, chosen.accelerator, chosen.layout, kernel, disks, extras, is_bios_boot)
 
 
 def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owned: Owned) -> Extras:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from ..cache import cache_directory
 from ..errors import StartError, UsageError
@@ -40,11 +42,29 @@ class QemuBinary(Record):
     #: The emulated architecture, in the kernel's spelling.
     architecture: str
     #: QEMU 11.1 brought `-object monitor-qmp` and deprecated `-mon`.
-    monitor_object: bool
+    has_monitor_object: bool
     #: True if NVMe namespaces can be hot-plugged (QEMU 11.1).
-    namespaces: bool
+    has_namespaces: bool
     #: True if the binary was built with seccomp.
-    sandbox: bool
+    has_sandbox: bool
+
+    def to_state(self) -> dict[str, object]:
+        """Return the binary's record for files, from which `from_state` makes it again."""
+        return {
+            "path": self.path,
+            "version": list(self.version),
+            "architecture": self.architecture,
+            "monitor_object": self.has_monitor_object,
+            "namespaces": self.has_namespaces,
+            "sandbox": self.has_sandbox,
+        }
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any]) -> QemuBinary:
+        """Return the binary of a record. Raises KeyError, TypeError or ValueError if the record is invalid."""
+        major, minor, micro = map(int, saved["version"])
+        features = (bool(saved[name]) for name in ("monitor_object", "namespaces", "sandbox"))
+        return cls(str(saved["path"]), (major, minor, micro), str(saved["architecture"]), *features)
 
 
 def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
@@ -105,9 +125,7 @@ def _cached(path: str, identity: list[int]) -> QemuBinary | None:
             entry = json.load(file)[path]
         if entry["identity"] != identity:
             return None
-        major, minor, micro = entry["version"]
-        features = (bool(entry[name]) for name in ("monitor_object", "namespaces", "sandbox"))
-        return QemuBinary(path, (major, minor, micro), str(entry["architecture"]), *features)
+        return QemuBinary.from_state({**entry, "path": path})
     except (UsageError, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -164,9 +182,9 @@ def _understand(path: str, version: tuple[int, int, int], output: str) -> QemuBi
         path,
         version,
         architecture=target["arch"],
-        monitor_object=any("monitor-qmp" in values for values in choices),
-        namespaces=bool(handler),
-        sandbox=bool(sandbox),
+        has_monitor_object=any("monitor-qmp" in values for values in choices),
+        has_namespaces=bool(handler),
+        has_sandbox=bool(sandbox),
     )
 
 
@@ -215,14 +233,7 @@ def _remember(binary: QemuBinary, identity: list[int]) -> None:
                 entries = json.load(file)
         except (OSError, ValueError):
             entries = {}
-        entries[binary.path] = {
-            "identity": identity,
-            "version": binary.version,
-            "architecture": binary.architecture,
-            "monitor_object": binary.monitor_object,
-            "namespaces": binary.namespaces,
-            "sandbox": binary.sandbox,
-        }
+        entries[binary.path] = {"identity": identity, **binary.to_state()}
         os.makedirs(os.path.dirname(path), exist_ok=True)
         fresh = f"{path}.{os.getpid()}"
         with open(fresh, "w") as file:

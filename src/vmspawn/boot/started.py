@@ -43,7 +43,7 @@ class Launched(Record):
 
     disks: tuple[BootDisk, ...]
     #: True if BIOS boots the image; False if UEFI does, or QEMU boots a kernel.
-    by_bios: bool = False
+    is_bios_boot: bool = False
     #: The saved state that QEMU loads; None if the machine boots.
     incoming: Incoming | None = None
     #: Sections of the journal of the machine that this is a copy of.

@@ -57,15 +57,19 @@ class SavedSessions(Record):
     """The objects that QMP sessions may have left in QEMU."""
 
     #: True if the machine has had a session.
-    served: bool = False
+    has_served: bool = False
     #: The names of the sessions' `getfd` descriptors, which QEMU cannot list.
     names: tuple[str, ...] = ()
     #: Descriptor sets that were there from boot, and are neither theirs nor ours.
     foreign_fdsets: tuple[int, ...] = ()
 
-    def to_json(self) -> str:
+    def to_state(self) -> dict[str, object]:
         """Return the section of state.json."""
-        return json.dumps(self._asdict())
+        return {"served": self.has_served, "names": self.names, "foreign_fdsets": self.foreign_fdsets}
+
+    def to_json(self) -> str:
+        """Return the section of state.json as text."""
+        return json.dumps(self.to_state())
 
 
 class SavedSaving(Record):
@@ -119,7 +123,7 @@ def open_journal(
         {
             "version": STATE_VERSION,
             "name": config.name,
-            "qemu": {**qemu._asdict(), **binary._asdict()},
+            "qemu": {**qemu._asdict(), **binary.to_state()},
             "machine": {field: getattr(config, field) for field in CONFIG_FIELDS},
             "registration": config.registration._asdict(),
             "fork": fork and fork._asdict(),
@@ -138,7 +142,7 @@ def boot_storage(disks: Sequence[BootDisk], least: int = 0) -> str:
             each.serial,
             each.images,
             limits=each.disk.limits,
-            boot=each.boot,
+            is_boot=each.is_boot,
         )
         for each in disks
     ]
@@ -188,10 +192,9 @@ def _load(name: str, found: dict[str, Any]) -> State:
     config = MachineConfig(name=name, registration=registration, **fields)
     qemu = found["qemu"]
     sessions = found["sessions"]
-    binary = QemuBinary(**{**{field: qemu[field] for field in QemuBinary._fields}, "version": tuple(qemu["version"])})
     return State(
         config,
-        binary,
+        QemuBinary.from_state(qemu),
         SavedQemu(int(qemu["pid"]), int(qemu["started"]), str(qemu["accelerator"])),
         SavedSessions(
             bool(sessions["served"]),
@@ -218,10 +221,10 @@ def _migrate_1(found: dict[str, Any]) -> dict[str, Any]:
     machine = {"machine_type": machine_type, "hotplug_ports": found["machine"]["hotplug-ports"], "linux": "unknown"}
     return {
         **found,
-        "qemu": {"accelerator": "unknown", **found["qemu"], **binary._asdict()},
+        "qemu": {"accelerator": "unknown", **found["qemu"], **binary.to_state()},
         "machine": {**defaults, **machine},
         "registration": Registration()._asdict(),
-        "sessions": SavedSessions(served=True)._asdict(),
+        "sessions": SavedSessions(has_served=True).to_state(),
         "helpers": [],
     }
 

@@ -48,7 +48,7 @@ class ConsoleAttachment:
         self._terminal = Terminal(source) if self._is_terminal else None
         self._screen = Screen()
         self._outgoing = bytearray()
-        self._source_open = self._is_terminal or not read_only
+        self._is_source_open = self._is_terminal or not read_only
         self._signals: list[int] = []
 
     def run(self) -> int:
@@ -95,7 +95,7 @@ class ConsoleAttachment:
         poll = select.poll()
         poll.register(wake, select.POLLIN)
         poll.register(self._console, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
-        if self._source_open and (self._is_terminal or len(self._outgoing) < _PIPED_MAX):
+        if self._is_source_open and (self._is_terminal or len(self._outgoing) < _PIPED_MAX):
             poll.register(self._source, select.POLLIN)
         deadline = self._hotkeys.deadline if self._hotkeys is not None else None
         seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -125,7 +125,7 @@ class ConsoleAttachment:
         except OSError:
             data = b""
         if not data:
-            self._source_open = False
+            self._is_source_open = False
             return not self._is_terminal
         if self._hotkeys is None:
             self._type(data)

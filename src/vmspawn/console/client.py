@@ -43,7 +43,7 @@ class ConsoleClient:
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._writer = Writer.of_socket(connected, on_empty=self._on_empty, on_lost=lambda _: self.close())
-        self._finishing = False
+        self._is_finishing = False
         self._stall: asyncio.TimerHandle | None = None
         self._loop.add_reader(connected, self._readable)
 
@@ -60,7 +60,7 @@ class ConsoleClient:
 
     def finish(self) -> bool:
         """Close the connection if everything has been sent, and return whether; if not, send the rest first."""
-        self._finishing = True
+        self._is_finishing = True
         if not self._writer.pending:
             self.close()
             return True
@@ -81,7 +81,7 @@ class ConsoleClient:
         self._on_closed(self)
 
     def _on_empty(self) -> None:
-        if self._finishing:
+        if self._is_finishing:
             self.close()
         else:
             self._on_room()
@@ -92,7 +92,7 @@ class ConsoleClient:
 
     def _stalled(self, before: int) -> None:
         self._stall = None
-        if not self.is_full and not self._finishing:
+        if not self.is_full and not self._is_finishing:
             return
         if self._writer.written == before:
             self.close()

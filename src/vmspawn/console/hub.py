@@ -77,7 +77,7 @@ class Console:
         self._replay_max = max(REPLAY_MAX, len(unread))
         self._input = Writer(typed, functools.partial(os.write, typed), on_empty=self._on_input_empty)
         self._waiting_for_room: list[Callable[[], None]] = []
-        self._reading = False
+        self._is_reading = False
         #: Set when all output of QEMU has been read.
         self.drained = asyncio.Event()
         #: Set when QEMU has closed its end, and each viewer has shown all output or detached.
@@ -135,13 +135,13 @@ class Console:
     # Output.
 
     def _resume(self) -> None:
-        if not self._reading and self._source is not None:
-            self._reading = True
+        if not self._is_reading and self._source is not None:
+            self._is_reading = True
             self._loop.add_reader(self._source, self._readable)
 
     def _pause(self) -> None:
-        if self._reading and self._source is not None:
-            self._reading = False
+        if self._is_reading and self._source is not None:
+            self._is_reading = False
             self._loop.remove_reader(self._source)
 
     def _readable(self) -> None:

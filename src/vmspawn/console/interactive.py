@@ -46,7 +46,7 @@ class Interactive:
             self._terminals.append((Terminal(source), True))
         if os.isatty(target) and not _same_terminal(source, target):
             self._terminals.append((Terminal(target), False))
-        self._suspended = True
+        self._is_suspended = True
         try:
             self.resume()
             self._viewer = OutputViewer(
@@ -69,7 +69,7 @@ class Interactive:
         """Show a message of vmspawn amid the guest's output, on a line of its own."""
         start = "" if self._screen.at_line_start else "\r\n"
         data = f"{start}{line}\r\n".encode()
-        if self._shared and not self._suspended:
+        if self._shared and not self._is_suspended:
             self._viewer.show(data)
         else:
             with contextlib.suppress(OSError):
@@ -82,12 +82,12 @@ class Interactive:
 
     def suspend(self) -> None:
         """Restore the terminal until `resume`."""
-        self._suspended = True
+        self._is_suspended = True
         self._restore()
 
     def resume(self) -> None:
         """Make the terminal raw. The kernel stops a background process here until it is in the foreground."""
-        self._suspended = False
+        self._is_suspended = False
         for terminal, typed in self._terminals:
             terminal.raw(typed=typed)
         self.window_changed()

@@ -43,15 +43,15 @@ class Keyboard:
         self._hotkeys = Hotkeys() if terminal else None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._pollable = True
-        self._overflowed = False
+        self._is_pollable = True
+        self._has_overflowed = False
         self._resume()
 
     def close(self) -> None:
         """Stop reading. May be called again."""
         if self._input.fd < 0:
             return
-        if self._pollable:
+        if self._is_pollable:
             self._loop.remove_reader(self._input.fd)
         if self._timer is not None:
             self._timer.cancel()
@@ -61,12 +61,12 @@ class Keyboard:
         if self._input.fd < 0:
             return
         try:
-            if self._pollable:
+            if self._is_pollable:
                 self._loop.add_reader(self._input.fd, self._readable)
                 return
         except PermissionError:
             # A regular file or /dev/null is always ready, and epoll(7) refuses it.
-            self._pollable = False
+            self._is_pollable = False
         self._loop.call_soon(self._readable)
 
     def _readable(self) -> None:
@@ -88,7 +88,7 @@ class Keyboard:
             self._pass(data)
 
     def _pass(self, data: bytes) -> None:
-        if self._pollable:
+        if self._is_pollable:
             self._loop.remove_reader(self._input.fd)
         self._console.type(data)
         self._console.when_input_has_room(self._resume)
@@ -99,8 +99,8 @@ class Keyboard:
                 self._on_key(piece)
             elif self._console.input_pending < TYPED_MAX:
                 self._console.type(piece)
-            elif not self._overflowed:
-                self._overflowed = True
+            elif not self._has_overflowed:
+                self._has_overflowed = True
                 self._on_overflow()
         self._set_timer()
 

@@ -27,8 +27,8 @@ class Screen:
 
     def __init__(self) -> None:
         self._tail = b""
-        self._alternate = False
-        self._shown = False
+        self._is_alternate = False
+        self._is_shown = False
 
     @property
     def at_line_start(self) -> bool:
@@ -38,20 +38,20 @@ class Screen:
     def show(self, data: bytes) -> None:
         """Track output that the terminal shows."""
         seen = self._tail + data
-        self._shown |= bool(data)
+        self._is_shown |= bool(data)
         if b"\x1b[?" in seen:
             entered = max(seen.rfind(each) for each in _ENTER_ALTERNATE)
             left = max(seen.rfind(each) for each in _LEAVE_ALTERNATE)
             if entered != left:
-                self._alternate = entered > left
+                self._is_alternate = entered > left
         self._tail = seen[-_LONGEST:]
 
     def reset(self) -> bytes:
         """Return the control sequences that reset the modes which the output may have set."""
-        if not self._shown:
+        if not self._is_shown:
             return b""
-        leave = _LEAVE_ALTERNATE[0] if self._alternate else b""
-        return leave + _RESET + (b"" if self.at_line_start and not self._alternate else b"\r\n")
+        leave = _LEAVE_ALTERNATE[0] if self._is_alternate else b""
+        return leave + _RESET + (b"" if self.at_line_start and not self._is_alternate else b"\r\n")
 
 
 class Terminal:

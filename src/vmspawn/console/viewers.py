@@ -32,7 +32,7 @@ class OutputViewer:
         self._screen = screen
         self._output = Output(fd)
         self._writer = Writer(self._output.fd, self._output.write, on_empty=self._on_empty, on_lost=self._on_lost)
-        self._finishing = False
+        self._is_finishing = False
 
     @property
     def is_full(self) -> bool:
@@ -47,7 +47,7 @@ class OutputViewer:
 
     def finish(self) -> bool:
         """Return whether everything has been written; if not, write the rest and detach then."""
-        self._finishing = True
+        self._is_finishing = True
         return not self._writer.pending
 
     def write_last(self, data: bytes) -> None:
@@ -69,7 +69,7 @@ class OutputViewer:
             self._on_failed(error)
 
     def _on_empty(self) -> None:
-        if self._finishing:
+        if self._is_finishing:
             self._console.detach(self)
         else:
             self._console.viewer_has_room()

@@ -90,11 +90,11 @@ class Connection:
         self._descriptors: list[int] = []
         self._writer = Writer.of_socket(client, on_empty=self._on_sent, on_lost=lambda _: self.close())
         self._call: asyncio.Task[None] | None = None
-        self._streaming = False
+        self._is_streaming = False
         # The function that gets the socket after everything has been sent.
         self._taker: Taker | None = None
-        self._reading = False
-        self._ended = False
+        self._is_reading = False
+        self._has_ended = False
         #: The time of the client's last message, by the monotonic clock.
         self.last_active = time.monotonic()
         self._resume_reading()
@@ -118,20 +118,20 @@ class Connection:
         self._socket.close()
         self._socket = None
         self._drop_descriptors()
-        if self._call is not None and self._streaming:
+        if self._call is not None and self._is_streaming:
             self._call.cancel()
         self._on_closed(self)
 
     # Reading.
 
     def _resume_reading(self) -> None:
-        if self._socket is not None and not self._reading and not self._ended:
-            self._reading = True
+        if self._socket is not None and not self._is_reading and not self._has_ended:
+            self._is_reading = True
             self._loop.add_reader(self._socket, self._readable)
 
     def _stop_reading(self) -> None:
-        if self._socket is not None and self._reading:
-            self._reading = False
+        if self._socket is not None and self._is_reading:
+            self._is_reading = False
             self._loop.remove_reader(self._socket)
 
     def _readable(self) -> None:
@@ -156,7 +156,7 @@ class Connection:
     def _end_of_input(self) -> None:
         """Handle the end of input. The client may still read its reply, unless it has closed both directions."""
         assert self._socket is not None
-        self._ended = True
+        self._has_ended = True
         self._stop_reading()
         if (self._call is None and not self._writer.pending) or has_hung_up(self._socket):
             raise _Closed
@@ -218,7 +218,7 @@ class Connection:
         if upgrade is not None:
             self._start(self._upgrade(upgrade, call, arguments), descriptors, owner)
         elif signature.asynchronous:
-            self._streaming = signature.more
+            self._is_streaming = signature.more
             self._start(self._run(method, signature, call, arguments), descriptors, owner)
         else:
             self._serve_at_once(method, signature, call, arguments)
@@ -295,7 +295,7 @@ class Connection:
         if self._taker is not None and self._socket is not None:
             self._stop_reading()
             self._hand_over()
-        elif self._ended:
+        elif self._has_ended:
             self.close()
         else:
             self._resume_reading()

@@ -126,7 +126,7 @@ def describe(attachment: AttachedDisk, view: DiskView, why: str, statistics: Sta
         place=str(attachment.place),
         device=attachment.device,
         node=attachment.node or None,
-        boot=attachment.boot,
+        boot=attachment.is_boot,
         state=attachment.state.value,
         path=view.path or None,
         limits=_from_limits(attachment.limits),
@@ -145,7 +145,7 @@ def _removal(attachment: AttachedDisk, why: str) -> StorageRemoval | None:
     if removal is None:
         return None
     microseconds = int(removal.seconds * 1_000_000)
-    return StorageRemoval(microseconds, removal.requests, why, attachment.forced, removal.answer or None)
+    return StorageRemoval(microseconds, removal.requests, why, attachment.is_forced, removal.answer or None)
 
 
 def _statistics(found: Statistics) -> StorageStatistics:

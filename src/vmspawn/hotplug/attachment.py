@@ -65,7 +65,7 @@ class Attachment(ABC):
     events: ClassVar[EventNames | None] = None
 
     #: True if QEMU was started with the device.
-    boot: bool = False
+    is_boot: bool = False
     #: The journal: the names of the steps that were begun and not undone, in order.
     done: list[str] = field(default_factory=list)
     state: State = State.ATTACHING

@@ -27,7 +27,7 @@ class Inside:
         self._machine = machine
         self._commands: Commands | None = None
         #: False for a copy whose clock no agent has set.
-        self.clock_is_set = True
+        self.is_clock_set = True
 
     @property
     def commands(self) -> Commands:
@@ -46,7 +46,7 @@ class Inside:
         if self._machine.attachments.get(_PORTS, {}).get("attachments"):
             await self.commands.settle()
         if (incoming := self._machine.incoming) is not None:
-            self.clock_is_set = await self._wake_copy()
+            self.is_clock_set = await self._wake_copy()
             if incoming.new_identity:
                 await self._renew_identity()
 
@@ -62,7 +62,7 @@ class Inside:
         return True
 
     async def _renew_identity(self) -> None:
-        if not self.clock_is_set:
+        if not self.is_clock_set:
             raise StartError(
                 f"cannot give the copy {self._machine.name} an identity of its own: no agent answers in the guest",
                 hint="leave out the identity, or see: vmctl help agent",

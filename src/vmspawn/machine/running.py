@@ -88,7 +88,7 @@ class Running:
         self._started = started
         self._warn = warn
         #: True if this manager has left the machine, or has begun to end it: it writes no state any more.
-        self._done = False
+        self._is_done = False
         self._origin = origin_of(started)
         with ExitStack() as undo:
             self.config: MachineConfig = started.config
@@ -154,7 +154,8 @@ class Running:
             return
         output = self._guest_failure.watch_console(self._console)
         origin, config = self._started.origin, self.config
-        if isinstance(origin, Launched) and origin.by_bios and config.image and config.image_disk_type != "scsi-cd":
+        is_bios_boot = isinstance(origin, Launched) and origin.is_bios_boot
+        if is_bios_boot and config.image and config.image_disk_type != "scsi-cd":
             self._guest_failure.watch_image(output, config.image, config.image_format or "raw")
 
     # Starting.
@@ -209,10 +210,10 @@ class Running:
 
     async def leave(self) -> None:
         """Let go of the machine, which runs on for another manager to adopt. May be called again, and after `end`."""
-        if self._done:
+        if self._is_done:
             return
         # The journal must not record the steps of tasks that are being cancelled.
-        self._done = True
+        self._is_done = True
         self._journal.close()
         self._end.cancel()
         await self._close_connections()
@@ -222,9 +223,9 @@ class Running:
 
     async def end(self) -> None:
         """End the machine if it runs, at once, and leave nothing behind. May be called again, and after `leave`."""
-        if self._done:
+        if self._is_done:
             return
-        self._done = True
+        self._is_done = True
         self._journal.close()
         if not self._process.ended.is_set():
             await self._quit.ask()
@@ -361,7 +362,7 @@ class Running:
 
         Raises Timeout if QEMU does not greet, NotConnected if QEMU is gone or this manager has let go of it.
         """
-        if self._done:
+        if self._is_done:
             raise NotConnected(f"machine {self.name} does not run")
         return await self._sessions.multiplexer()
 

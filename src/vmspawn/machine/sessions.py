@@ -67,7 +67,7 @@ class Sessions:
         """The objects of sessions that another manager would have to remove."""
         names = self._multiplexer.names if self._multiplexer else ()
         return SavedSessions(
-            self._starting is not None or self._before.served,
+            self._starting is not None or self._before.has_served,
             tuple({*names, *self._before.names}),
             self.foreign_fdsets,
         )
@@ -144,11 +144,11 @@ class Sessions:
 
     async def close_what_was_left(self) -> None:
         """Close the descriptors that sessions of another manager left in QEMU."""
-        if not self._before.served:
+        if not self._before.has_served:
             return
         multiplexer = await self.multiplexer()
         await multiplexer.close_names(self._before.names)
-        self._before = SavedSessions(served=True)
+        self._before = SavedSessions(has_served=True)
         self._journal.write()
 
     async def close(self) -> None:

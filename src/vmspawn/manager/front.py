@@ -33,7 +33,7 @@ class Front:
         self._output: OutputViewer | None = None
         self._resizing: asyncio.Task[None] | None = None
         #: True if the terminal has hung up.
-        self.hung_up = False
+        self.has_hung_up = False
         #: True if the hang-up was detected before its SIGHUP has come.
         self.expects_hangup = False
 
@@ -104,6 +104,6 @@ class Front:
 
     def _terminal_gone(self) -> None:
         # Under nohup(1) the machine must continue.
-        if not self.hung_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            self.hung_up = self.expects_hangup = True
+        if not self.has_hung_up and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self.has_hung_up = self.expects_hangup = True
             self._shutdown.request("the terminal is gone")

@@ -17,17 +17,17 @@ class Registered:
     def __init__(self, machine: Running, notice: Callable[[str], None]) -> None:
         self._machine = machine
         self._notice = notice
-        self._registered = False
+        self._is_registered = False
 
     async def begin(self) -> None:
         """Register the machine. Raises StartError if it fails and the user requires it."""
         config = self._machine.config
         control = self._machine.directory.file(CONTROL)
         candidate = Candidate(self._machine.name, self._machine.pid, control, config.uuid, config.directory)
-        self._registered = await machined.register(config.registration, candidate, self._notice)
+        self._is_registered = await machined.register(config.registration, candidate, self._notice)
 
     async def end(self) -> None:
         """Unregister the machine, if it is registered."""
-        if self._registered:
-            self._registered = False
+        if self._is_registered:
+            self._is_registered = False
             await machined.unregister(self._machine.config.registration, self._machine.name)

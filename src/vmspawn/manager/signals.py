@@ -63,7 +63,7 @@ class Signals:
         elif number == signal.SIGHUP and self._front.expects_hangup:
             self._front.expects_hangup = False
         else:
-            self._front.hung_up |= number == signal.SIGHUP
+            self._front.has_hung_up |= number == signal.SIGHUP
             self._shutdown.request(name)
 
 

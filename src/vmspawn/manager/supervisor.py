@@ -137,9 +137,9 @@ class _Supervision:
         # READY promises that from then on the package may be upgraded, moved or removed.
         await preload()
         await self._register(registered)
-        on_ready(inside.clock_is_set)
+        on_ready(inside.is_clock_set)
         messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
-        if not inside.clock_is_set:
+        if not inside.is_clock_set:
             messages.notice("clock: as saved")
         self._front.open()
         status = f"Machine {machine.name} is running"

@@ -34,13 +34,13 @@ class EventStream:
         self._on_close = on_close
         self._queue: deque[Event] = deque()
         self._wake: asyncio.Future[None] | None = None
-        self._ended = False
+        self._has_ended = False
         #: True if the stream has ended because the reader was too slow, and events were lost.
         self.is_overrun = False
 
     def put(self, event: Event) -> None:
         """Append an event. If EVENT_QUEUE_MAX events are unread, the stream ends instead."""
-        if self._ended:
+        if self._has_ended:
             return
         if len(self._queue) >= EVENT_QUEUE_MAX:
             self.is_overrun = True
@@ -51,7 +51,7 @@ class EventStream:
 
     def close(self) -> None:
         """End the stream. Queued events can still be read."""
-        self._ended = True
+        self._has_ended = True
         self._on_close(self)
         self._notify()
 
@@ -64,7 +64,7 @@ class EventStream:
 
     async def __anext__(self) -> Event:
         while not self._queue:
-            if self._ended:
+            if self._has_ended:
                 raise StopAsyncIteration
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake

@@ -40,7 +40,7 @@ def start_copies(
     failures = [error for each in started if (error := each.wait(deadline)) is not None]
     if failures:
         raise failures[0]
-    return [each.name for each in started if not each.clock_is_set]
+    return [each.name for each in started if not each.is_clock_set]
 
 
 class _Manager:
@@ -48,7 +48,7 @@ class _Manager:
 
     def __init__(self, name: str, arguments: list[str]) -> None:
         self.name = name
-        self.clock_is_set = False
+        self.is_clock_set = False
         #: The manager's standard error.
         self._log = os.memfd_create("vmspawn-manager", os.MFD_CLOEXEC)
         self._waiting, telling = os.pipe()
@@ -72,7 +72,7 @@ class _Manager:
             if not select.select([self._waiting], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return Timeout(f"the manager of {self.name} (process {self._pid}) has not started it in time")
             if told := os.read(self._waiting, 1):
-                self.clock_is_set = told == b"1"
+                self.is_clock_set = told == b"1"
                 return None
             os.waitpid(self._pid, 0)
             return failure(os.pread(self._log, 1 << 16, 0).decode(errors="replace"))

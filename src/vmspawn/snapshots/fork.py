@@ -172,7 +172,7 @@ class _Copy:
         self._options = [self._with_path(option) for option in self._options]
         self._below = (below, self._descriptors[number]) if below else None
         layout = places.layout(
-            self._config.machine_type, self._config.hotplug_ports, namespaces=self._binary.namespaces
+            self._config.machine_type, self._config.hotplug_ports, namespaces=self._binary.has_namespaces
         )
         incoming.claim_places(self._manifest.options, layout.pci.claim)
         disks = []
@@ -266,7 +266,7 @@ class _Copy:
                 image,
                 str(record["serial"]),
                 self._below_of(record),
-                boot=bool(record["boot"]),
+                is_boot=bool(record["boot"]),
             )
 
     def _below_of(self, record: dict[str, Any]) -> Below | None:
@@ -280,7 +280,7 @@ class _Copy:
         if not record["images"]:
             return None
         image = records.load_image(record["images"][0])
-        is_writable = image.writable
+        is_writable = image.is_writable
         try:
             for each in image.chain:
                 self._open_image(each, disk)
@@ -311,7 +311,7 @@ class _Copy:
     def _write_current(self, disks: list[BootDisk]) -> None:
         """Write MACHINE@current, which lists the newest images of disks that outlive the machine. Raises OSError."""
         manifest = self._manifest
-        overlays = {each.name: each.image for each in disks if each.image is not None and each.image.writable}
+        overlays = {each.name: each.image for each in disks if each.image is not None and each.image.is_writable}
         attachments = {name: dict(section) for name, section in manifest.attachments.items()}
         attachments["storage"]["attachments"] = [
             {**each, "images": [overlays[each["name"]].to_state()]} if each["name"] in overlays else each

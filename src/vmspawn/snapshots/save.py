@@ -100,7 +100,7 @@ async def _detach_blocking(machine: Running, afterwards: contextlib.AsyncExitSta
         image = disk.image
         if image is None or image.backing is None or image.base is not None:
             continue
-        fd = files.open(image.backing.identity, read_only=not image.writable)
+        fd = files.open(image.backing.identity, read_only=not image.is_writable)
         try:
             backing = inspect_descriptor(fd, what=disk.name)
         except BaseException:
@@ -374,7 +374,7 @@ class _Save:
                     each.serial,
                     images,
                     limits=each.limits,
-                    boot=each.boot,
+                    is_boot=each.is_boot,
                     done=each.done,
                 )
             )
@@ -561,5 +561,5 @@ def _resident(pid: int) -> int:
 def _source(machine: Running) -> Source:
     path = f"/proc/{machine.pid}/exe"
     found = os.stat(path)
-    binary = machine.binary._asdict()
+    binary = machine.binary.to_state()
     return Source(machine.binary.path, machine.qemu_version, found.st_size, found.st_mtime_ns, binary)

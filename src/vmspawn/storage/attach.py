@@ -83,7 +83,7 @@ class BootDisk(Protocol):
         """The disk's image, or an empty sequence for an empty drive."""
 
     @property
-    def boot(self) -> bool:
+    def is_boot(self) -> bool:
         """True if the disk stays while the machine runs."""
 
 
@@ -156,7 +156,7 @@ class Storage:
             each.serial,
             [*each.images],
             limits=each.disk.limits,
-            boot=each.boot,
+            is_boot=each.is_boot,
             state=State.ATTACHED,
         )
         attached.done = [step.name for step in attached.plan()]
@@ -383,7 +383,7 @@ class Storage:
             failure = failures.failure(event)
             attached.failures += 1
             attached.last_failure = str(failure)
-            self._hotplug.publish(failures.FAILED_EVENT, attached, **failure._asdict())
+            self._hotplug.publish(failures.FAILED_EVENT, attached, **failure.to_event())
 
     def _controller_gone(self, device: str) -> None:
         """Unplug the disks of a removed controller: QEMU keeps namespaces without one (docs/qemu.md, "NVMe")."""

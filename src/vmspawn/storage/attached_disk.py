@@ -150,7 +150,7 @@ class AttachedDisk(Attachment):
         return self.state is State.DETACHING
 
     @property
-    def forced(self) -> bool:
+    def is_forced(self) -> bool:
         """True if a forced detach has taken the image away."""
         return any(image.format == FAULT for image in self.images)
 
@@ -178,7 +178,7 @@ class AttachedDisk(Attachment):
             self.serial,
             self.images,
             limits=self.limits,
-            boot=self.boot,
+            is_boot=self.is_boot,
             state=self.state.value,
             done=self.done,
         )
@@ -196,7 +196,7 @@ class AttachedDisk(Attachment):
             str(saved["serial"]),
             [load_image(each) for each in saved["images"]],
             limits=load_limits(saved),
-            boot=bool(saved["boot"]),
+            is_boot=bool(saved["boot"]),
             done=[str(name) for name in saved["done"]],
             state=State(saved["state"]),
         )

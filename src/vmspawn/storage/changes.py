@@ -173,7 +173,7 @@ class Changes:
 
 def check_not_boot(attachment: AttachedDisk, what: str) -> None:
     """Raise StorageImmutable for a disk that QEMU was started with."""
-    if attachment.boot:
+    if attachment.is_boot:
         raise StorageImmutable(f"{attachment.name} is a boot disk and cannot be {what} while the machine runs")
 
 

@@ -26,11 +26,20 @@ class Failure(NamedTuple):
 
     operation: str
     reason: str
-    no_space: bool
+    is_out_of_space: bool
     action: str
 
+    def to_event(self) -> dict[str, object]:
+        """Return the failure as data of vmspawn's event."""
+        return {
+            "operation": self.operation,
+            "reason": self.reason,
+            "no_space": self.is_out_of_space,
+            "action": self.action,
+        }
+
     def __str__(self) -> str:
-        what = "no space left on the host" if self.no_space else self.reason
+        what = "no space left on the host" if self.is_out_of_space else self.reason
         return f"{self.operation}: {what}" + (" (the guest was stopped)" if self.action == "stop" else "")
 
 

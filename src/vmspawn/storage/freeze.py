@@ -157,7 +157,7 @@ class Freeze:
 
 def needs_overlay(disk: AttachedDisk) -> bool:
     """Return whether the guest may write to the disk's image."""
-    return disk.state is State.ATTACHED and bool(disk.images) and disk.images[0].writable
+    return disk.state is State.ATTACHED and bool(disk.images) and disk.images[0].is_writable
 
 
 def _commands(each: Frozen) -> list[Command]:

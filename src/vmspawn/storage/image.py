@@ -27,7 +27,7 @@ class Image:
     image below an overlay; it is never written.
     """
 
-    __slots__ = ("backing", "base", "done", "format", "long", "number", "path", "size")
+    __slots__ = ("backing", "base", "done", "format", "has_long_names", "number", "path", "size")
 
     # This is on the start path, where importing dataclasses would take too long.
     def __init__(
@@ -38,17 +38,17 @@ class Image:
         path: str = "",
         *,
         size: int = 0,
-        long: bool = False,
+        has_long_names: bool = False,
         base: Image | None = None,
     ) -> None:
-        """`size`, in bytes, is for an image without a file; `long` names are explained at `Identifiers`."""
+        """`size`, in bytes, is for an image without a file; `has_long_names` is explained at `Identifiers`."""
         self.number = number
         self.backing = backing
         self.format = format
         #: The path in valid UTF-8, for messages and for JSON.
         self.path = utf8(path)
         self.size = size
-        self.long = long
+        self.has_long_names = has_long_names
         self.base = base
         self.done: list[str] = []
 
@@ -60,7 +60,7 @@ class Image:
     @property
     def file_node(self) -> str:
         """The name of the node that opens the descriptor."""
-        return f"image{self.number}-file" if self.long else f"image{self.number}"
+        return f"image{self.number}-file" if self.has_long_names else f"image{self.number}"
 
     @property
     def format_node(self) -> str:
@@ -73,7 +73,7 @@ class Image:
         return self.file_node if self.format == "raw" else self.format_node
 
     @property
-    def writable(self) -> bool:
+    def is_writable(self) -> bool:
         """True if the image is open for writing."""
         return self.backing is not None and self.backing.is_writable
 
@@ -99,7 +99,7 @@ class Image:
             "path": self.path,
             "size": self.size,
             "done": list(self.done),
-            **({"long-names": True} if self.long else {}),
+            **({"long-names": True} if self.has_long_names else {}),
             **({"base": self.base.to_state()} if self.base is not None else {}),
             "backing": backing
             and {"block": backing.is_block_device, "writable": backing.is_writable, "identity": list(backing.identity)},

@@ -15,7 +15,7 @@ class Medium(NamedTuple):
     """The medium of an optical drive: its node, empty without a medium, and whether the tray is open."""
 
     node: str
-    tray_open: bool
+    is_tray_open: bool
 
 
 class Inventory(NamedTuple):

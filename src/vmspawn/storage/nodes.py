@@ -22,12 +22,12 @@ class Identifiers(Record):
     """The names of one disk's parts in QEMU.
 
     `number` is fresh for every attach, so no name is used twice: QEMU may still have a device that it was asked to
-    remove. Names are short, because QEMU takes 4.4 µs to read a byte. `long` names belong to disks that a manager with
-    version 1 or 2 of state.json attached.
+    remove. Names are short, because QEMU takes 4.4 µs to read a byte. A disk `has_long_names` if a manager with
+    version 1 or 2 of state.json attached it.
     """
 
     number: int
-    long: bool = False
+    has_long_names: bool = False
 
     @property
     def device(self) -> str:
@@ -37,12 +37,12 @@ class Identifiers(Record):
     @property
     def pivot(self) -> str:
         """The name of the node below the device."""
-        return f"drive{self.number}-pivot" if self.long else self.device
+        return f"drive{self.number}-pivot" if self.has_long_names else self.device
 
     @property
     def limits(self) -> str:
         """The name of the throttle group."""
-        return f"drive{self.number}-limits" if self.long else f"limits{self.number}"
+        return f"drive{self.number}-limits" if self.has_long_names else f"limits{self.number}"
 
     @property
     def thread(self) -> str:

@@ -135,13 +135,13 @@ class Adoption:
 
     async def _settle_medium(self, attachment: AttachedDisk, found: Inventory) -> None:
         """Settle an interrupted change of the medium: keep an inserted medium, and close the images of others."""
-        inserted, tray_open = found.medium(attachment)
+        inserted, is_tray_open = found.medium(attachment)
         if inserted != attachment.identifiers.pivot:
             await media.forget(self._context, attachment)
         elif len(attachment.images) > 1:
             for other in attachment.images[1:]:
                 await images.dismantle(self._hotplug, attachment, other)
-            if tray_open:
+            if is_tray_open:
                 await self._context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
 
     async def _finish_force(self, attachment: AttachedDisk, found: Inventory) -> None:

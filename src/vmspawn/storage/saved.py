@@ -40,7 +40,7 @@ def save_disk(
     images: Iterable[Image],
     *,
     limits: Limits = NO_LIMITS,
-    boot: bool = False,
+    is_boot: bool = False,
     state: str = "attached",
     done: Iterable[str] = (),
 ) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def save_disk(
         "options": {name: getattr(disk, field) for name, field in _OPTIONS.items()},
         "serial": serial,
         "limits": list(limits),
-        "boot": boot,
+        "boot": is_boot,
         "number": identifiers.number,
-        **({"long-names": True} if identifiers.long else {}),
+        **({"long-names": True} if identifiers.has_long_names else {}),
         "place": list(place),
         "images": [image.to_state() for image in images],
         "state": state,
@@ -108,7 +108,7 @@ def load_image(saved: Mapping[str, Any]) -> Image:
         str(saved["format"]),
         str(saved["path"]),
         size=int(saved["size"]),
-        long=bool(saved.get("long-names")),
+        has_long_names=bool(saved.get("long-names")),
         base=load_image(saved["base"]) if saved.get("base") else None,
     )
     image.done = [str(name) for name in saved["done"]]

@@ -101,9 +101,9 @@ async def take_away(context: Context, attachment: AttachedDisk) -> None:
 
     An image that QMP clients use is closed when their use ends.
     """
-    if not attachment.forced and attachment.images:
+    if not attachment.is_forced and attachment.images:
         await _put_errors_under(context, attachment)
-    if attachment.forced:
+    if attachment.is_forced:
         for image in attachment.images[1:]:
             await images.close_when_unused(context.hotplug, attachment, image)
 

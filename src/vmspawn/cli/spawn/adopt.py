@@ -125,9 +125,9 @@ def begin(
 def on_ready(options: argparse.Namespace) -> Callable[[bool], None]:
     """Return the function to call once the machine is up."""
 
-    def tell(clock_is_set: bool) -> None:
+    def tell(is_clock_set: bool) -> None:
         if options.ready_fd is not None:
-            os.write(options.ready_fd, b"1" if clock_is_set else b"0")
+            os.write(options.ready_fd, b"1" if is_clock_set else b"0")
             os.close(options.ready_fd)
 
     return tell

@@ -22,8 +22,8 @@ class Connection:
     """A client's connection. Owns a socket of type SOCK_STREAM; `close` or the client's disconnect closes it."""
 
     __slots__ = (
-        "_leaving", "_loop", "_on_drained", "_on_end", "_on_gone", "_on_received", "_reading", "_send", "_socket",
-        "_writer", "written",
+        "_is_leaving", "_is_reading", "_loop", "_on_drained", "_on_end", "_on_gone", "_on_received", "_send",
+        "_socket", "_writer", "written",
     )  # fmt: skip
 
     def __init__(
@@ -47,8 +47,8 @@ class Connection:
         self._on_end = on_end
         self._on_drained = on_drained
         self._on_gone = on_gone
-        self._reading = False
-        self._leaving = False
+        self._is_reading = False
+        self._is_leaving = False
         self._writer = Writer.of_socket(connected, on_empty=self._on_empty, on_lost=self._on_lost)
         self._send = self._writer.write
         #: The number of bytes that were written or queued for the client.
@@ -63,8 +63,8 @@ class Connection:
 
     def read(self, is_wanted: bool) -> None:
         """Start or stop receiving."""
-        if is_wanted is not self._reading and self._socket.fileno() >= 0:
-            self._reading = is_wanted
+        if is_wanted is not self._is_reading and self._socket.fileno() >= 0:
+            self._is_reading = is_wanted
             if is_wanted:
                 self._loop.add_reader(self._socket, self._readable)
             else:
@@ -95,7 +95,7 @@ class Connection:
         self._send(data)
 
     def _on_empty(self) -> None:
-        if self._leaving:
+        if self._is_leaving:
             self._lose()
         else:
             self._on_drained()
@@ -108,7 +108,7 @@ class Connection:
     def finish(self, *, timeout: float | None) -> None:
         """Close when the client has read all queued output, or after `timeout` seconds; then calls `on_gone`."""
         self.read(False)
-        self._leaving = True
+        self._is_leaving = True
         if not self._writer.pending:
             self._loop.call_soon(self._lose)
         elif timeout is not None:

@@ -34,8 +34,8 @@ class Schedule:
     __slots__ = (
         "_bulk",
         "_bulk_turns",
-        "_consuming",
-        "_held",
+        "_is_consuming",
+        "_is_held",
         "_main",
         "_on_drained",
         "_oob",
@@ -51,11 +51,11 @@ class Schedule:
         self._bulk_turns: deque[Call] = deque()
         # Commands of vmspawn, which are sent before all others, and also while others are held.
         self._urgent_turns: deque[Call] = deque()
-        self._held = False
+        self._is_held = False
         self._on_drained: Callable[[], None] = lambda: None
         # True while a command with a descriptor is in flight. QEMU keeps one descriptor, and gives it to the next
         # command that uses one.
-        self._consuming = False
+        self._is_consuming = False
         self._oob = oob
         main.on_idle = self._idle
         if bulk is not None:
@@ -63,13 +63,13 @@ class Schedule:
 
     def hold(self, on_drained: Callable[[], None]) -> None:
         """Hold all commands; `on_drained` is called when QEMU has answered the commands that were sent."""
-        self._held = True
+        self._is_held = True
         self._on_drained = on_drained
         self._check_drained()
 
     def release(self) -> None:
         """Send the held commands."""
-        self._held = False
+        self._is_held = False
         self._on_drained = lambda: None
         self._next()
         if self._bulk is not None:
@@ -81,12 +81,12 @@ class Schedule:
 
     def _check_drained(self) -> None:
         busy = self._urgent_turns or not self._main.is_idle or (self._bulk is not None and not self._bulk.is_idle)
-        if self._held and not busy:
+        if self._is_held and not busy:
             self._on_drained()
 
     def submit(self, call: Call) -> None:
         """Send a command when its turn comes."""
-        if self._held or self._turns or call.is_taking_descriptor or not self._main.can_take(call.command):
+        if self._is_held or self._turns or call.is_taking_descriptor or not self._main.can_take(call.command):
             self._wait(call)
         else:
             self._main.send(call)
@@ -120,11 +120,11 @@ class Schedule:
         self._bulk_turns.clear()
 
     def _may_go(self, call: Call) -> bool:
-        return self._main.can_take(call.command) and not (call.is_taking_descriptor and self._consuming)
+        return self._main.can_take(call.command) and not (call.is_taking_descriptor and self._is_consuming)
 
     def _go(self, call: Call) -> None:
         if call.is_taking_descriptor:
-            self._consuming = True
+            self._is_consuming = True
             call.on_reply = partial(self._consumed, call.on_reply)
         self._main.send(call)
 
@@ -133,7 +133,7 @@ class Schedule:
         while self._urgent_turns and self._may_go(self._urgent_turns[0]):
             self._go(self._urgent_turns.popleft())
         turns = self._turns
-        while turns and not self._held and not self._urgent_turns:
+        while turns and not self._is_held and not self._urgent_turns:
             if self._may_go(turns[0]):
                 self._go(turns.popleft())
                 continue
@@ -154,20 +154,20 @@ class Schedule:
         if call.fd >= 0 and reply.is_error:
             # Claim the descriptor under a spare name.
             return self._urgent(_CLAIM_SPARE, partial(self._reclaimed, answered, call, reply))
-        self._consuming = False
+        self._is_consuming = False
         answered(call, reply)
 
     def _reclaimed(self, answered: _Answered, call: Call, reply: Reply, _: Call, claim: Reply) -> None:
         call.is_descriptor_left = not claim.is_error
         if call.is_descriptor_left:
             self._urgent(_CLOSE_SPARE, lambda _call, _reply: None)
-        self._consuming = False
+        self._is_consuming = False
         answered(call, reply)
 
     # Large commands.
 
     def _next_bulk(self, bulk: Upstream) -> None:
-        if self._bulk_turns and not bulk.in_flight and not self._held:
+        if self._bulk_turns and not bulk.in_flight and not self._is_held:
             call = self._bulk_turns.popleft()
             call.on_reply = partial(self._fence, bulk, call.on_reply)
             bulk.send(call)

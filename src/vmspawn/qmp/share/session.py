@@ -69,9 +69,9 @@ class Session:
     """
 
     __slots__ = (
-        "_connection", "_ended", "_inquires", "_loop", "_on_left", "_oob", "_overtaking", "_passed", "_queue",
-        "_running", "_scanner", "_schedule", "_scheduled", "_shared",
-        "bytes_in", "commands", "events", "peer", "read_only", "state",
+        "_connection", "_has_ended", "_has_oob", "_inquires", "_is_scheduled", "_loop", "_on_left", "_overtaking",
+        "_passed", "_queue", "_running", "_scanner", "_schedule", "_shared", "bytes_in", "commands", "events", "peer",
+        "read_only", "state",
     )  # fmt: skip
 
     def __init__(
@@ -102,7 +102,7 @@ class Session:
         self._scanner = Scanner(shared.greeting.dialect)
         self._passed = PassedDescriptors()
         # True if the client has enabled out-of-band commands.
-        self._oob = False
+        self._has_oob = False
         # The in-band command in flight, the commands that wait for it, and the out-of-band command in flight.
         self._running: Call | None = None
         self._queue: deque[Command | Refusal] = deque()
@@ -110,9 +110,9 @@ class Session:
         # True while a command runs that the session has queried QEMU about.
         self._inquires = False
         # True if the client has closed its sending side.
-        self._ended = False
+        self._has_ended = False
         # True if `_resume` is scheduled, after the other sessions' turn.
-        self._scheduled = False
+        self._is_scheduled = False
         #: The client's process, if known.
         self.peer = peer
         #: True if the session may only run commands that change nothing.
@@ -134,7 +134,7 @@ class Session:
         return len(self._queue) + (self._overtaking is not None) + (self._running is not None)
 
     @property
-    def _in_flight(self) -> bool:
+    def _is_in_flight(self) -> bool:
         return self._running is not None or self._overtaking is not None
 
     @property
@@ -189,7 +189,7 @@ class Session:
         self._advance()
 
     def _on_end(self) -> None:
-        self._ended = True
+        self._has_ended = True
         self._advance()
 
     def _advance(self) -> None:
@@ -214,27 +214,27 @@ class Session:
         if self._connection.waiting > limits.OUTPUT_HELD:
             # This continues when the client has read all output.
             return False
-        if self._oob:
+        if self._has_oob:
             # QEMU runs an out-of-band command before it reads more.
             return self._overtaking is None and len(self._queue) < limits.OOB_QUEUE and self.state is State.READY
         return self._running is None and (self.state is State.READY or self.state is State.NEGOTIATING)
 
     def _wants_input(self) -> bool:
-        if self._ended:
+        if self._has_ended:
             return False
-        if self._may_take() and not self._scheduled:
+        if self._may_take() and not self._is_scheduled:
             return True
         is_held_back = self._connection.waiting > limits.OUTPUT_HELD
         ahead = limits.INPUT_HELD if is_held_back else limits.READ_AHEAD
         return self._scanner.pending < ahead and self._passed.arriving < 0
 
     def _again(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
+        if not self._is_scheduled:
+            self._is_scheduled = True
             self._loop.call_soon(self._resume)
 
     def _resume(self) -> None:
-        self._scheduled = False
+        self._is_scheduled = False
         self._advance()
 
     def _starved(self) -> None:
@@ -242,7 +242,7 @@ class Session:
         if self._scanner.is_busy:
             return self._again()
         self._passed.settle()
-        if self._ended and not self._in_flight:
+        if self._has_ended and not self._is_in_flight:
             self.state = State.LEAVING
             self._connection.finish(timeout=None)
 
@@ -253,7 +253,7 @@ class Session:
         if captured is not None:
             return usual(captured)
         message = self._scanner.next()
-        return None if message is None else read(message, oob=self._oob)
+        return None if message is None else read(message, oob=self._has_oob)
 
     def _take(self, item: Command | Refusal) -> None:
         if (self._running is None and not self._queue) or item.is_oob:
@@ -350,7 +350,7 @@ class Session:
         # QEMU could not read the id of a command that it could not parse.
         unparsed = command.is_doubtful and reply.id < 0
         self._connection.write(reply.labelled(None if unparsed else command.id))
-        if self._queue or self._ended or self._scanner.pending:
+        if self._queue or self._has_ended or self._scanner.pending:
             self._next()
 
     def _next(self) -> None:
@@ -397,7 +397,7 @@ class Session:
     def _accept(self, command: Command, *, oob: bool) -> None:
         if oob and not self._shared.greeting.has_oob:
             return self._connection.write(replies.failure("Capability oob not available", id=command.id))
-        self._oob = oob
+        self._has_oob = oob
         self.state = State.READY
         self._connection.write(replies.success(command.id))
 
@@ -417,7 +417,7 @@ class Session:
         self._check_left()
 
     def _check_left(self) -> None:
-        if not self._in_flight:
+        if not self._is_in_flight:
             self._on_left(self)
 
     def _abandon(self) -> None:

@@ -23,7 +23,7 @@ class Dialect:
     """The wording of errors, and when they are reported."""
 
     #: True if errors are reported at once, with a position: `LINE:COLUMN: JSON parse error, …`.
-    eager: bool
+    is_eager: bool
     key: str
     colon: str
     object_separator: str
@@ -32,7 +32,7 @@ class Dialect:
 
 #: QEMU 7.2.
 PULL = Dialect(
-    eager=False,
+    is_eager=False,
     key="key is not a string in object",
     colon="missing : in object pair",
     object_separator="expected separator in dict",
@@ -41,7 +41,7 @@ PULL = Dialect(
 
 #: QEMU 11.1.
 PUSH = Dialect(
-    eager=True,
+    is_eager=True,
     key="expecting key",
     colon="expecting ':'",
     object_separator="expected ',' or '}'",

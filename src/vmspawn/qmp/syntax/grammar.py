@@ -112,7 +112,7 @@ class Grammar:
         if token[:1] in (b'"', b"'"):
             innermost.key = _string(token)
             self._expect = _Expect.COLON
-        elif self._dialect.eager:
+        elif self._dialect.is_eager:
             raise SyntaxProblem(self._dialect.key)
         else:
             # The older parser reads a value, and only then notices that it is not a string.

@@ -42,7 +42,7 @@ class Reader:
     All positions are offsets in that buffer.
     """
 
-    __slots__ = ("_buffer", "_dialect", "_edits", "_examined", "_grammar", "_positions", "_resumed", "_split")
+    __slots__ = ("_buffer", "_dialect", "_edits", "_examined", "_grammar", "_is_split", "_positions", "_resumed")
 
     def __init__(self, dialect: Dialect, buffer: bytearray) -> None:
         self._dialect = dialect
@@ -51,7 +51,7 @@ class Reader:
         # The start of the token at which QEMU's lexer resumed, and which it read twice, or -1.
         self._resumed = -1
         # True if the message has a number that is several tokens for QEMU and one for msgspec.
-        self._split = False
+        self._is_split = False
         # Strings to rewrite for msgspec: start, end and replacement.
         self._edits: list[tuple[int, int, bytes]] = []
         # The grammar, and the end of the tokens that it has checked. In the eager dialect, it checks incomplete
@@ -63,7 +63,7 @@ class Reader:
 
     def begin(self) -> None:
         """Begin a message."""
-        self._split = False
+        self._is_split = False
         self._grammar = None
         if self._edits:
             self._edits = []
@@ -74,7 +74,7 @@ class Reader:
 
     def splits(self) -> None:
         """Note a number that is several tokens for QEMU."""
-        self._split = True
+        self._is_split = True
 
     def resumed(self, at: int) -> None:
         """Note a byte that QEMU's lexer reads twice."""
@@ -87,12 +87,12 @@ class Reader:
     def passed(self, chunk: bytes) -> None:
         """Note a message that was read without the buffer, which is empty."""
         self._resumed = -1
-        if self._dialect.eager:
+        if self._dialect.is_eager:
             self._positions.drop(chunk, len(chunk))
 
     def drop(self, size: int) -> None:
         """Note that `size` bytes are about to be removed from the buffer."""
-        if self._dialect.eager:
+        if self._dialect.is_eager:
             self._positions.drop(self._buffer, size)
         self._resumed = max(self._resumed - size, -1)
         self._examined -= size
@@ -116,7 +116,7 @@ class Reader:
 
     def error_so_far(self, start: int, end: int) -> str | None:
         """Return the error of an incomplete message if QEMU reports it already, else None."""
-        return self._problem(start, end, _EXAMINED) if self._dialect.eager else None
+        return self._problem(start, end, _EXAMINED) if self._dialect.is_eager else None
 
     def stray(self, start: int, end: int) -> str:
         """Return the error of bytes that are not a token."""
@@ -124,7 +124,7 @@ class Reader:
 
     def _parsed(self, start: int, end: int) -> Message | None:
         """Read the message with msgspec; returns None if msgspec or QEMU refuses it."""
-        if self._split:
+        if self._is_split:
             return None
         text = self._edited(start, end)
         try:
@@ -157,7 +157,7 @@ class Reader:
         return None
 
     def _prefix(self, offset: int) -> str:
-        if not self._dialect.eager:
+        if not self._dialect.is_eager:
             return ""
         # The lexer reads the byte after a number or keyword, and the byte at which it resumes, twice.
         is_late = offset == self._resumed or self._buffer[max(0, offset - 1) : offset].isalnum()

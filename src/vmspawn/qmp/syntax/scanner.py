@@ -45,8 +45,8 @@ class Scanner:
     """Cuts the bytes that one client sends into messages."""
 
     __slots__ = (
-        "_braces", "_brackets", "_buffer", "_chunk", "_dialect", "_found", "_mode", "_muted", "_origin", "_position",
-        "_quote", "_reader", "_start", "_token", "is_busy",
+        "_braces", "_brackets", "_buffer", "_chunk", "_dialect", "_found", "_is_muted", "_mode", "_origin",
+        "_position", "_quote", "_reader", "_start", "_token", "is_busy",
     )  # fmt: skip
 
     def __init__(self, dialect: Dialect) -> None:
@@ -66,7 +66,7 @@ class Scanner:
         # zero or one is negative.
         self._braces = self._brackets = 0
         # True if the rest of the message is skipped, because its error was reported.
-        self._muted = False
+        self._is_muted = False
         self._found: Message | Malformed | None = None
         #: True if `next` stopped to give others a turn, and must be called again without more data.
         self.is_busy = False
@@ -233,7 +233,7 @@ class Scanner:
         if buffer[end] != self._quote:
             return self._error(self._token, after + 1)
         self._mode = _Mode.TOKEN
-        if not self._muted and (self._quote == _APOSTROPHE or b"\\'" in buffer[self._token : end]):
+        if not self._is_muted and (self._quote == _APOSTROPHE or b"\\'" in buffer[self._token : end]):
             self._reader.requoted(self._token, end + 1)
         return self._token_ended(end + 1)
 
@@ -272,14 +272,14 @@ class Scanner:
 
     def _complete(self) -> bool:
         """End a message that is complete."""
-        if not self._muted:
+        if not self._is_muted:
             self._found = self._reader.message(self._start, self._position)
         self._reset(self._position)
         return self._found is None
 
     def _error(self, start: int, end: int, description: str = "") -> bool:
         """End a message at a lexical error, whatever brackets are open."""
-        if not self._muted:
+        if not self._is_muted:
             problem = self._reader.error_so_far(self._start, start)
             self._found = Malformed(problem or description or self._reader.stray(start, end))
         self._reset(end)
@@ -287,11 +287,11 @@ class Scanner:
         return self._found is None
 
     def _too_deep(self) -> bool:
-        if self._muted:
+        if self._is_muted:
             return True
         problem = self._reader.error_so_far(self._start, self._position - 1)
         self._found = Malformed(problem or _TOO_DEEP)
-        if self._dialect.eager:
+        if self._dialect.is_eager:
             self._mute()
         else:
             self._reset(self._position)
@@ -299,7 +299,7 @@ class Scanner:
 
     def _wait(self) -> None:
         """Look for an error in an incomplete message."""
-        if self._muted:
+        if self._is_muted:
             self._mute()
         elif len(self._buffer) - self._start > limits.COMMAND_SIZE:
             self._found = Malformed(_TOO_LARGE)
@@ -313,7 +313,7 @@ class Scanner:
 
     def _mute(self) -> None:
         """Skip the rest of the message."""
-        self._muted = True
+        self._is_muted = True
         self._start = self._position
         self._reader.mute()
 
@@ -321,7 +321,7 @@ class Scanner:
         """Begin a message at `position`."""
         self._start = self._position = position
         self._braces = self._brackets = 0
-        self._muted = False
+        self._is_muted = False
         self._reader.begin()
 
     def _forget(self) -> None:
