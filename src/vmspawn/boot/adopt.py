@@ -6,12 +6,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from errno import EAGAIN, ECONNREFUSED
 
+from ..aio import sockets
 from ..errors import NotConnected, StartError
 from ..helpers.helper import Helper
 from ..host import fifos, runtime
@@ -138,24 +138,33 @@ def _find_started(directory: MachineDirectory) -> int:
     """
     if not directory.has_monitor():
         return 0
-    deadline = time.monotonic() + ADOPT_GREETING_TIMEOUT
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
-        connected.settimeout(ADOPT_GREETING_TIMEOUT)
-        try:
-            connected.connect(directory.socket_address(runtime.MONITORS[0]))
-            connected.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-cpus-fast","id":1}')
-            with connected.makefile("rb") as lines:
-                for line in lines:
-                    message = json.loads(line)
-                    if message.get("id") == 1:
-                        return runtime.process_of_thread(int(message["return"][0]["thread-id"]))
-                    if time.monotonic() > deadline:
-                        break
-        except TimeoutError:
-            pass
-        except OSError:
-            return 0  # it has ended meanwhile
+    try:
+        thread = _ask_for_thread(directory.socket_address(runtime.MONITORS[0]))
+    except TimeoutError:
+        thread = 0
+    except OSError:
+        return 0  # it has ended meanwhile
+    if thread:
+        return runtime.process_of_thread(thread)
     raise StartError(
         f"the QEMU of machine {directory.name} runs, and its monitor does not answer in {ADOPT_GREETING_TIMEOUT:g} s",
         hint="another program may hold it",
     )
+
+
+def _ask_for_thread(monitor: str) -> int:
+    """Return the id of a processor's thread from QEMU's monitor, or 0 if QEMU disconnects or only sends other lines.
+
+    Raises TimeoutError, OSError.
+    """
+    deadline = time.monotonic() + ADOPT_GREETING_TIMEOUT
+    with sockets.connect(monitor, timeout=ADOPT_GREETING_TIMEOUT) as connected, connected.makefile("rb") as lines:
+        connected.settimeout(ADOPT_GREETING_TIMEOUT)
+        connected.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-cpus-fast","id":1}')
+        for line in lines:
+            message = json.loads(line)
+            if message.get("id") == 1:
+                return int(message["return"][0]["thread-id"])
+            if time.monotonic() > deadline:
+                break
+    return 0

@@ -369,13 +369,8 @@ def process_trouble(pid: int) -> str:
 
 def process_of_thread(tid: int) -> int:
     """Return the process id of a thread (proc(5), Tgid of status), or 0 if it does not exist."""
-    try:
-        with open(f"/proc/{tid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Tgid:"):
-                    return int(line.split()[1])
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(f"/proc/{tid}/status", "rb") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith(b"Tgid:")), 0)
     return 0
 
 

@@ -210,24 +210,33 @@ async def call(
     """Call one method of the service at `path`. Raises VarlinkError, NotConnected or Timeout."""
     import asyncio
 
+    message = _encode({"method": method, "parameters": parameters})
+    try:
+        async with asyncio.timeout(timeout):
+            reply = await _exchange(path, message)
+    except TimeoutError:
+        raise Timeout(f"{path} did not answer {method} within {timeout:g} s") from None
+    except OSError as error:
+        raise NotConnected(f"nothing listens on {path}: {error.strerror}") from None
+    return _decode(reply.rstrip(b"\0"), path, method)[0]
+
+
+async def _exchange(path: str, message: bytes) -> bytearray:
+    """Send a message to the service at `path`, and return its reply. Raises NotConnected, OSError."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
-    buffer = bytearray()
+    reply = bytearray()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.setblocking(False)
-        try:
-            async with asyncio.timeout(timeout):
-                await loop.sock_connect(connection, path)
-                await loop.sock_sendall(connection, _encode({"method": method, "parameters": parameters}))
-                while not buffer.endswith(b"\0") and len(buffer) <= _REPLY_MAX:
-                    data = await loop.sock_recv(connection, _RECEIVE_SIZE)
-                    if not data:
-                        raise NotConnected(f"{path} closed the connection")
-                    buffer += data
-        except TimeoutError:
-            raise Timeout(f"{path} did not answer {method} within {timeout:g} s") from None
-        except OSError as error:
-            raise NotConnected(f"nothing listens on {path}: {error.strerror}") from None
-    return _decode(buffer.rstrip(b"\0"), path, method)[0]
+        await loop.sock_connect(connection, path)
+        await loop.sock_sendall(connection, message)
+        while not reply.endswith(b"\0") and len(reply) <= _REPLY_MAX:
+            data = await loop.sock_recv(connection, _RECEIVE_SIZE)
+            if not data:
+                raise NotConnected(f"{path} closed the connection")
+            reply += data
+    return reply
 
 
 def _encode(message: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from ..errors import QmpError, Timeout
+from ..qmp.events import first_event
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
 from . import run_states
@@ -85,9 +86,7 @@ class Power:
             await self._monitor.execute("system_reset")
             try:
                 async with asyncio.timeout(_RESET_TIMEOUT):
-                    async for event in events:
-                        if event.name in ("RESET", "SHUTDOWN"):
-                            return
+                    await first_event(events, "RESET", "SHUTDOWN")
             except TimeoutError:
                 raise Timeout(f"QEMU did not reset the machine within {_RESET_TIMEOUT:g} s") from None
 

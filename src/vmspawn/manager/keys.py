@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from ..console.hotkeys import Key
 from ..errors import NotConnected, NotSupported, QmpError, Timeout
 from ..machine.running import Running
+from ..qmp.events import first_event
 from ..timeouts import REACTION_TIMEOUT
 from .shutdown import Shutdown, wake
 
@@ -66,6 +67,7 @@ class Keys:
         """Ask the guest with `act`, and wait for its reaction: QEMU's reply does not show that the guest reacts."""
         woken = await wake(self._machine)
         self._say(f"asked the guest to {what}" + (f"; {woken}" if woken else ""))
+        reaction = None
         with self._machine.events() as events:
             try:
                 await act()
@@ -75,10 +77,8 @@ class Keys:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REACTION_TIMEOUT):
-                    async for event in events:
-                        if event.name in ("RESET", "SHUTDOWN"):
-                            return
-        if self._machine.monitor.closed.is_set():
+                    reaction = await first_event(events, "RESET", "SHUTDOWN")
+        if reaction is not None or self._machine.monitor.closed.is_set():
             return
         self._ignored.add(key)
         self._say(f"the guest has not reacted within {REACTION_TIMEOUT:g} s; {_again(key)} {force}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 from typing import NamedTuple
 
 #: The most events that are queued for a reader. QEMU sends a few a second.
@@ -75,3 +75,11 @@ class EventStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+async def first_event(events: AsyncIterable[Event], *names: str) -> Event | None:
+    """Return the next event with one of the names, or None if the events end before."""
+    async for event in events:
+        if event.name in names:
+            return event
+    return None

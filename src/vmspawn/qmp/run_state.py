@@ -20,8 +20,6 @@ _REASONS = {
 #: The states that a reset keeps. From any other, the machine enters `prelaunch` and waits to be started.
 _KEPT_BY_RESET = ("running", "inmigrate", "finish-migrate")
 
-_STATES = {"RESUME": "running", "WAKEUP": "running", "SUSPEND": "suspended", "SHUTDOWN": "shutdown"}
-
 
 class RunState:
     """QEMU's RunState. A new object queries the state once, and follows the monitor's events from then on."""
@@ -69,20 +67,26 @@ class RunState:
 
     def _on_event(self, event: Event) -> None:
         data = event.data or {}
-        if event.name in _REASONS:
-            member, value, reason = _REASONS[event.name]
-            self._stop_reason = reason if data.get(member) == value else ""
-        elif event.name == "STOP":
-            # With -no-shutdown, STOP follows SHUTDOWN and the state stays.
-            if self.status != "shutdown":
-                self._enter(self._stop_reason or "paused")
-            self._stop_reason = ""
-        elif event.name == "RESET":
-            if self.status not in _KEPT_BY_RESET:
+        match event.name:
+            case name if name in _REASONS:
+                member, value, reason = _REASONS[name]
+                self._stop_reason = reason if data.get(member) == value else ""
+            case "STOP":
+                self._on_stop()
+            case "RESET" if self.status not in _KEPT_BY_RESET:
                 self._enter("prelaunch")
-        elif event.name == "MIGRATION" and data.get("status") == "completed" and self.status == "inmigrate":
-            self._enter("paused")
-        elif event.name in _STATES:
-            if event.name == "SHUTDOWN":
+            case "MIGRATION" if data.get("status") == "completed" and self.status == "inmigrate":
+                self._enter("paused")
+            case "SHUTDOWN":
                 self.shutdown_reason = str(data.get("reason", ""))
-            self._enter(_STATES[event.name])
+                self._enter("shutdown")
+            case "RESUME" | "WAKEUP":
+                self._enter("running")
+            case "SUSPEND":
+                self._enter("suspended")
+
+    def _on_stop(self) -> None:
+        # With -no-shutdown, STOP follows SHUTDOWN and the state stays.
+        if self.status != "shutdown":
+            self._enter(self._stop_reason or "paused")
+        self._stop_reason = ""

@@ -50,6 +50,7 @@ async def _holder(identity: tuple[int, ...], machine: str) -> str:
     """Return the user of a file, or an empty string if it is not found in time."""
     work = asyncio.get_running_loop().run_in_executor(None, partial(holder_of, identity, ours=machine))
     try:
-        return await asyncio.wait_for(work, _HOLDER_TIMEOUT)
+        async with asyncio.timeout(_HOLDER_TIMEOUT):
+            return await work
     except TimeoutError:
         return ""

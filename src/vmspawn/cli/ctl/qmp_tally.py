@@ -8,7 +8,6 @@ import re
 #: Bytes that open and close messages and strings; QEMU accepts strings in single quotes as well.
 _MARK = re.compile(rb'["\'\\{}\[\]]')
 
-_OPENING = b"{["
 _LINE_OF_NO_REPLY = (b'{"timestamp"', b'{"QMP"')
 _LINE_BEGINNING = max(map(len, _LINE_OF_NO_REPLY))
 
@@ -33,25 +32,26 @@ class Tally:
         """Count the messages that end in a piece of what is sent."""
         escaped = 0 if self._is_escaped else -1
         for mark in _MARK.finditer(data):
-            if mark.start() == escaped:
-                continue
-            if self._quote:
-                escaped = self._in_string(mark, escaped)
-            elif mark[0] in b"\"'":
-                self._quote = mark[0]
-            elif mark[0] in _OPENING:
-                self._depth += 1
-            elif mark[0] != b"\\" and self._depth:
-                self._depth -= 1
-                self._sent += not self._depth
+            if mark.start() != escaped:
+                escaped = self._take(mark, escaped)
         self._is_escaped = bool(data) and escaped == len(data)
 
-    def _in_string(self, mark: re.Match[bytes], escaped: int) -> int:
-        """Take a mark inside a string; returns the offset of the byte that is escaped."""
-        if mark[0] == b"\\":
-            return mark.end()
-        if mark[0] == self._quote:
-            self._quote = b""
+    def _take(self, mark: re.Match[bytes], escaped: int) -> int:
+        """Take a mark; returns the offset of the byte that is escaped."""
+        match mark[0]:
+            case b"\\" if self._quote:
+                return mark.end()
+            case quote if quote == self._quote:
+                self._quote = b""
+            case _ if self._quote:
+                pass
+            case b'"' | b"'" as quote:
+                self._quote = quote
+            case b"{" | b"[":
+                self._depth += 1
+            case b"}" | b"]" if self._depth:
+                self._depth -= 1
+                self._sent += not self._depth
         return escaped
 
     def receive(self, data: bytes) -> None:
