@@ -37,7 +37,7 @@ class ConsoleClient:
         the client has read everything, and `on_closed` once when the connection is closed.
         """
         connected.setblocking(False)
-        self._socket: socket.socket | None = connected
+        self._socket = connected
         self._on_input = on_input
         self._on_room = on_room
         self._on_closed = on_closed
@@ -70,14 +70,13 @@ class ConsoleClient:
 
     def close(self) -> None:
         """Disconnect at once. May be called again."""
-        if self._socket is None:
+        if self._socket.fileno() < 0:
             return
         if self._stall is not None:
             self._stall.cancel()
         self._writer.close()
         self._loop.remove_reader(self._socket)
         self._socket.close()
-        self._socket = None
         self._on_closed(self)
 
     def _on_empty(self) -> None:
@@ -100,7 +99,6 @@ class ConsoleClient:
             self._watch(self._writer.written)
 
     def _readable(self) -> None:
-        assert self._socket is not None
         try:
             data = self._socket.recv(_RECEIVE_SIZE)
         except BlockingIOError:
@@ -115,5 +113,5 @@ class ConsoleClient:
             self.close()
 
     def _go_on(self) -> None:
-        if self._socket is not None:
+        if self._socket.fileno() >= 0:
             self._loop.add_reader(self._socket, self._readable)

@@ -67,8 +67,9 @@ class Console:
     ) -> None:
         listener.setblocking(False)
         self._typed = typed
-        self._source: int | None = source
-        self._listener: socket.socket | None = listener
+        # QEMU's output, or -1 after QEMU has closed it.
+        self._source = source
+        self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._viewers: list[Viewer] = []
         self._clients: set[ConsoleClient] = set()
@@ -92,20 +93,20 @@ class Console:
         self._viewers.append(viewer)
         if self._replay:
             viewer.show(bytes(self._replay[-self._replay_max :]))
-        if self._source is None:
+        if self._source < 0:
             self._finish_viewer(viewer)
 
     def detach(self, viewer: Viewer) -> None:
         """Stop showing the console to a viewer. Does nothing if it is not attached."""
         if viewer in self._viewers:
             self._viewers.remove(viewer)
-        if self._source is None and not self._viewers:
+        if self._source < 0 and not self._viewers:
             self.ended.set()
         self.viewer_has_room()
 
     def viewer_has_room(self) -> None:
         """Continue to read, now that a full viewer has room again."""
-        if self._source is not None and not any(viewer.is_full for viewer in self._viewers):
+        if self._source >= 0 and not any(viewer.is_full for viewer in self._viewers):
             self._resume()
 
     # Input.
@@ -117,7 +118,7 @@ class Console:
 
     def type(self, data: bytes) -> None:
         """Send input to the guest. It is queued until the guest takes it."""
-        if self._source is not None:
+        if self._source >= 0:
             self._input.write(data)
 
     def when_input_has_room(self, callback: Callable[[], None]) -> None:
@@ -135,17 +136,16 @@ class Console:
     # Output.
 
     def _resume(self) -> None:
-        if not self._is_reading and self._source is not None:
+        if not self._is_reading and self._source >= 0:
             self._is_reading = True
             self._loop.add_reader(self._source, self._readable)
 
     def _pause(self) -> None:
-        if self._is_reading and self._source is not None:
+        if self._is_reading and self._source >= 0:
             self._is_reading = False
             self._loop.remove_reader(self._source)
 
     def _readable(self) -> None:
-        assert self._source is not None
         try:
             data = os.read(self._source, _RECEIVE_SIZE)
         except BlockingIOError:
@@ -183,7 +183,6 @@ class Console:
     # Clients.
 
     def _accept(self) -> None:
-        assert self._listener is not None
         try:
             connected, _ = self._listener.accept()
         except OSError:
@@ -220,13 +219,12 @@ class Console:
         self.drained.set()
         self._input.close()
         self._waiting_for_room.clear()
-        if self._listener is not None:
+        if self._listener.fileno() >= 0:
             self._loop.remove_reader(self._listener)
             self._listener.close()
-            self._listener = None
-        if self._source is not None:
+        if self._source >= 0:
             os.close(self._source)
             os.close(self._typed)
-            self._source = None
+            self._source = -1
             if self._log is not None:
                 self._log.close()

@@ -83,7 +83,7 @@ class Keyboard:
             if self._hotkeys is not None:
                 self._on_gone()
         elif self._hotkeys is not None:
-            self._type(self._hotkeys.feed(data, self._loop.time()))
+            self._type(self._hotkeys, self._hotkeys.feed(data, self._loop.time()))
         else:
             self._pass(data)
 
@@ -93,7 +93,7 @@ class Keyboard:
         self._console.type(data)
         self._console.when_input_has_room(self._resume)
 
-    def _type(self, pieces: list[bytes | Key]) -> None:
+    def _type(self, hotkeys: Hotkeys, pieces: list[bytes | Key]) -> None:
         for piece in pieces:
             if isinstance(piece, Key):
                 self._on_key(piece)
@@ -102,18 +102,15 @@ class Keyboard:
             elif not self._has_overflowed:
                 self._has_overflowed = True
                 self._on_overflow()
-        self._set_timer()
+        self._set_timer(hotkeys)
 
-    def _set_timer(self) -> None:
-        assert self._hotkeys is not None
+    def _set_timer(self, hotkeys: Hotkeys) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._hotkeys.deadline is not None and self._input.fd >= 0:
-            self._timer = self._loop.call_at(self._hotkeys.deadline, self._expire)
+        if hotkeys.deadline is not None and self._input.fd >= 0:
+            self._timer = self._loop.call_at(hotkeys.deadline, self._expire, hotkeys, hotkeys.deadline)
 
-    def _expire(self) -> None:
-        assert self._hotkeys is not None
+    def _expire(self, hotkeys: Hotkeys, deadline: float) -> None:
         # The event loop may call early by its clock's resolution.
-        deadline = self._hotkeys.deadline or 0.0
-        self._type([self._hotkeys.expire(max(self._loop.time(), deadline))])
+        self._type(hotkeys, [hotkeys.expire(max(self._loop.time(), deadline))])

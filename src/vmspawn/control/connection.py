@@ -82,7 +82,9 @@ class Connection:
         """Start to serve. `on_failed` is called with a description of each call that fails."""
         self._on_failed = on_failed
         client.setblocking(False)
-        self._socket: socket.socket | None = client
+        self._socket = client
+        # False after the connection was closed, or another protocol has got the socket.
+        self._is_open = True
         self._registry = registry
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
@@ -111,12 +113,12 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection at once. A call that is being served completes; a stream of replies is cancelled."""
-        if self._socket is None:
+        if not self._is_open:
             return
         self._stop_reading()
+        self._is_open = False
         self._writer.close()
         self._socket.close()
-        self._socket = None
         self._drop_descriptors()
         if self._call is not None and self._is_streaming:
             self._call.cancel()
@@ -125,12 +127,12 @@ class Connection:
     # Reading.
 
     def _resume_reading(self) -> None:
-        if self._socket is not None and not self._is_reading and not self._has_ended:
+        if self._is_open and not self._is_reading and not self._has_ended:
             self._is_reading = True
             self._loop.add_reader(self._socket, self._readable)
 
     def _stop_reading(self) -> None:
-        if self._socket is not None and self._is_reading:
+        if self._is_open and self._is_reading:
             self._is_reading = False
             self._loop.remove_reader(self._socket)
 
@@ -146,7 +148,6 @@ class Connection:
 
     def _readable_while_busy(self) -> None:
         """Handle a client that sends more before its reply, or disconnects."""
-        assert self._socket is not None
         with contextlib.suppress(BlockingIOError):
             if self._socket.recv(1, socket.MSG_PEEK):
                 self._stop_reading()
@@ -155,7 +156,6 @@ class Connection:
 
     def _end_of_input(self) -> None:
         """Handle the end of input. The client may still read its reply, unless it has closed both directions."""
-        assert self._socket is not None
         self._has_ended = True
         self._stop_reading()
         if (self._call is None and not self._writer.pending) or has_hung_up(self._socket):
@@ -163,7 +163,6 @@ class Connection:
 
     def _receive(self) -> bytes | None:
         """Return the next complete message, or None before it has arrived. Its descriptors are in `_descriptors`."""
-        assert self._socket is not None
         try:
             peeked = self._socket.recv(_PEEK_SIZE, socket.MSG_PEEK)
         except BlockingIOError:
@@ -239,7 +238,6 @@ class Connection:
             self._reply(call, signature, result)
 
     def _start(self, work: Coroutine[Any, Any, None], descriptors: FileDescriptorArray, owner: object) -> None:
-        assert self._socket is not None
         token = CALLER.set(self._socket)
         self._call = asyncio.create_task(work)
         CALLER.reset(token)
@@ -274,13 +272,11 @@ class Connection:
         self._taker = taker
         self._send({"parameters": {}})
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, taker: Taker) -> None:
         """Hand the socket over after the reply to an upgrade. Bytes behind the call are still in the socket."""
-        connected, self._socket = self._socket, None
-        assert connected is not None
-        assert self._taker is not None
+        self._is_open = False
         self._on_closed(self)
-        self._taker(connected)
+        taker(self._socket)
 
     def _call_done(self, task: asyncio.Task[None]) -> None:
         self._call = None
@@ -292,9 +288,9 @@ class Connection:
 
     def _go_on(self) -> None:
         """Read the next call, or close the connection, after a reply has been sent."""
-        if self._taker is not None and self._socket is not None:
+        if self._taker is not None and self._is_open:
             self._stop_reading()
-            self._hand_over()
+            self._hand_over(self._taker)
         elif self._has_ended:
             self.close()
         else:
@@ -329,7 +325,7 @@ class Connection:
     def _send(self, reply: object, fds: tuple[int, ...] = ()) -> None:
         """Queue a reply and its descriptors, which are closed once sent. Disconnects clients that read too slowly."""
         data = msgspec.json.encode(reply) + b"\0"
-        if self._socket is None:
+        if not self._is_open:
             _close_all(fds)
             return
         self._writer.write_message(data, fds, on_begun=lambda: _close_all(fds))

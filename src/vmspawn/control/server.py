@@ -56,7 +56,7 @@ class ControlServer:
         self._registry = registry
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
-        self._listener: socket.socket | None = listen(directory.socket_address(CONTROL), _BACKLOG)
+        self._listener = listen(directory.socket_address(CONTROL), _BACKLOG)
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener, self._accept)
 
@@ -68,10 +68,9 @@ class ControlServer:
             await asyncio.wait(calls, timeout=timeout)
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
+        if self._listener.fileno() >= 0:
             self._loop.remove_reader(self._listener)
             self._listener.close()
-            self._listener = None
 
     def close(self) -> None:
         """Stop listening and end every connection."""
@@ -80,7 +79,6 @@ class ControlServer:
             connection.close()
 
     def _accept(self) -> None:
-        assert self._listener is not None
         for _turn in range(_ACCEPT_BATCH):
             try:
                 client, _ = self._listener.accept()
@@ -104,10 +102,9 @@ class ControlServer:
 
     def _pause(self) -> None:
         """Pause accepting while the process is out of descriptors. New clients wait in the backlog."""
-        assert self._listener is not None
         self._loop.remove_reader(self._listener)
         self._loop.call_later(_ACCEPT_PAUSE, self._resume)
 
     def _resume(self) -> None:
-        if self._listener is not None:
+        if self._listener.fileno() >= 0:
             self._loop.add_reader(self._listener, self._accept)

@@ -100,7 +100,7 @@ class Monitor:
     ) -> None:
         """`received` was read from the socket already. Messages go into `transcript` under `name`."""
         connected.setblocking(False)
-        self._socket: socket.socket | None = connected
+        self._socket = connected
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._transcript = transcript
@@ -225,12 +225,11 @@ class Monitor:
 
     def close(self, why: str = "the monitor was closed") -> None:
         """Close the connection. Commands in flight raise NotConnected with the reason `why`."""
-        if self._socket is None:
+        if self._socket.fileno() < 0:
             return
         self._loop.remove_reader(self._socket)
         self._writer.close()
         self._socket.close()
-        self._socket = None
         self._lost = why
         error = NotConnected(why)
         for future in [each.replies.all for each in self._pending]:
@@ -298,7 +297,6 @@ class Monitor:
     # Receiving.
 
     def _readable(self) -> None:
-        assert self._socket is not None
         try:
             data = self._socket.recv(_RECEIVE_SIZE)
         except BlockingIOError:
