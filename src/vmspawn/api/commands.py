@@ -14,7 +14,7 @@ from ..machine.ending import End
 from ..timeouts import COMMAND_START_TIMEOUT
 from . import copying, waiting
 from .console import Console
-from .execution import Completed, Execution, Remote, arguments_of, environment_of, run_to_end, shell_or
+from .execution import Completed, Execution, Remote, arguments_of, attend, environment_of, run_to_end, shell_or
 from .options import StrPath
 from .waiting import WAIT_TIMEOUT
 
@@ -71,7 +71,7 @@ class Guest(ABC):
             size=size,
             stdin=stdin,
         )
-        return await Execution(await self._start_command(wanted, start_timeout)).open()
+        return await attend(await self._start_command(wanted, start_timeout))
 
     @overload
     async def run(

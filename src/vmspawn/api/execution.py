@@ -131,6 +131,56 @@ class _Output(asyncio.StreamReaderProtocol):
             self.reader.feed_eof()
 
 
+class _Streams:
+    """The streams of a command, on the event loop. The command owns the sockets."""
+
+    def __init__(self) -> None:
+        self.stdin: asyncio.StreamWriter | None = None
+        self.stdout: asyncio.StreamReader | None = None
+        self.stderr: asyncio.StreamReader | None = None
+        #: The outputs, each with its transport, and whether it is standard error.
+        self.outputs: list[tuple[_Output, asyncio.Transport, bool]] = []
+        self._transports: list[asyncio.WriteTransport] = []
+
+    async def add(self, name: str, connected: socket.socket) -> None:
+        """Open the stream with this name."""
+        connected.setblocking(False)
+        if name == STDIN:
+            _, self.stdin = await asyncio.open_unix_connection(sock=connected)
+            self._transports.append(self.stdin.transport)
+            return
+        loop = asyncio.get_running_loop()
+        transport, output = await loop.create_unix_connection(_Output, sock=connected)
+        self._transports.append(transport)
+        self.outputs.append((output, transport, name == STDERR))
+        if name == STDERR:
+            self.stderr = output.reader
+        else:
+            self.stdout = output.reader
+        if name == TTY:
+            self.stdin = asyncio.StreamWriter(transport, output, output.reader, loop)
+
+    def close(self) -> None:
+        """Close the streams without waiting until unsent input is written. May be called again."""
+        for each in self._transports:
+            each.abort()
+
+
+async def attend(remote: Remote) -> Execution:
+    """Open the streams of a command that has started. Owns `remote` and its sockets from the call on."""
+    streams = _Streams()
+    try:
+        for name, connected in remote.streams.items():
+            await streams.add(name, connected)
+    except BaseException:
+        streams.close()
+        await remote.close()
+        for connected in remote.streams.values():
+            connected.close()
+        raise
+    return Execution(remote, streams)
+
+
 class Execution:
     """A command in the guest, with streams like asyncio's subprocesses.
 
@@ -141,60 +191,37 @@ class Execution:
     terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
     """
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote, streams: _Streams) -> None:
         self._remote = remote
-        self._outputs: list[tuple[_Output, asyncio.Transport, bool]] = []
-        self._transports: list[asyncio.WriteTransport] = []
-        self.stdin: asyncio.StreamWriter | None = None
-        self.stdout: asyncio.StreamReader | None = None
-        self.stderr: asyncio.StreamReader | None = None
+        self._streams = streams
+        self.stdin = streams.stdin
+        self.stdout = streams.stdout
+        self.stderr = streams.stderr
         #: The exit status, as a shell reports it, after the command has ended.
         self.status: int | None = None
-        self._waiting: asyncio.Task[int] | None = None
+        self._waiting = asyncio.create_task(self._wait())
+        self._waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def __repr__(self) -> str:
         return f"<Execution, {'running' if self.status is None else f'ended with status {self.status}'}>"
-
-    async def open(self) -> Self:
-        """Open the streams. Called once."""
-        loop = asyncio.get_running_loop()
-        for name, connected in self._remote.streams.items():
-            connected.setblocking(False)
-            if name == STDIN:
-                _, self.stdin = await asyncio.open_unix_connection(sock=connected)
-                self._transports.append(self.stdin.transport)
-                continue
-            transport, output = await loop.create_unix_connection(_Output, sock=connected)
-            self._transports.append(transport)
-            self._outputs.append((output, transport, name == STDERR))
-            if name == STDERR:
-                self.stderr = output.reader
-            else:
-                self.stdout = output.reader
-            if name == TTY:
-                self.stdin = asyncio.StreamWriter(transport, output, output.reader, loop)
-        self._waiting = asyncio.create_task(self._wait())
-        self._waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self
 
     async def wait(self) -> int:
         """Wait for the command's end, and return its status. Unread output may keep the command from ending.
 
         Raises NotConnected if the machine ends first.
         """
-        assert self._waiting is not None
         return await asyncio.shield(self._waiting)
 
     async def _wait(self) -> int:
         try:
             end = await self._remote.ended()
-            for output, _, is_stderr in self._outputs:
+            for output, _, is_stderr in self._streams.outputs:
                 output.expect(end.stderr if is_stderr else end.stdout)
-            for output, transport, _ in self._outputs:
+            for output, transport, _ in self._streams.outputs:
                 await _drain(output, transport)
         finally:
             # Stop waiting for the rest.
-            for output, _, _ in self._outputs:
+            for output, _, _ in self._streams.outputs:
                 output.expect(0)
         self.status = end.status
         return end.status
@@ -242,12 +269,9 @@ class Execution:
 
     async def close(self) -> None:
         """End the command if it still runs, and close the streams. May be called again."""
-        if self._waiting is not None:
-            self._waiting.cancel()
-            await asyncio.wait({self._waiting})
-        for each in self._transports:
-            # Not `close`, which would wait until unsent input is written: the sockets are closed below.
-            each.abort()
+        self._waiting.cancel()
+        await asyncio.wait({self._waiting})
+        self._streams.close()
         await self._remote.close()
 
 
