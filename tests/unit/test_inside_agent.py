@@ -133,6 +133,44 @@ async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
     assert await waiting
 
 
+async def test_a_set_that_is_connected_and_unplugged_at_once(far: Far) -> None:
+    """Both questions are answered, each by its own kind of answer, though they name the same set."""
+    await far.session()
+    connecting = asyncio.ensure_future(far.agent.has_connected("a-1", 4, 10))
+    assert await far.read() == [["connected", "a-1"]]
+    unplugging = asyncio.ensure_future(far.agent.knows_ports("a-1", 0, 10))
+    assert await far.read() == [["ports", "a-1"]]
+    await far.send("ports a-1 0 ;\n")
+    assert await unplugging
+    assert not connecting.done()
+    await far.send("connected a-1 4 ;\n")
+    assert await connecting
+
+
+async def test_a_new_connection_is_made_for_who_waits_when_one_is_lost(far: Far) -> None:
+    waiting = asyncio.ensure_future(far.agent.ready())
+    [[_, first]] = await far.read()
+    far.sockets[-1].close()
+    async with asyncio.timeout(10):
+        while len(far.sockets) == 1:  # noqa: ASYNC110 - the event loop notices the end, and connects
+            await asyncio.sleep(0)
+    [[word, second]] = await far.read()
+    assert (word, first != second) == ("sync", True)
+    await far.send(f"ready {second} 1 7 run ;\n")
+    await waiting
+
+
+async def test_who_waits_at_the_end_is_woken(far: Far) -> None:
+    waiting = asyncio.ensure_future(far.agent.ready())
+    await far.read()
+    far.agent.close()
+    with pytest.raises(NotConnected, match="closed"):
+        await asyncio.wait_for(waiting, 10)
+    with pytest.raises(NotConnected, match="closed"):
+        await far.agent.ready()
+    assert len(far.sockets) == 1
+
+
 async def test_who_waits_when_the_guest_is_reset_waits_for_the_next_session(far: Far) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     [[_, first]] = await far.read()

@@ -59,8 +59,12 @@ class Agent:
         self._socket: socket.socket | None = None
         self._writer: Writer | None = None
         self._reader = protocol.control_reader()
-        self._counts: dict[str, asyncio.Future[int]] = {}
+        #: Open questions for the number of a set's ports: the kind of answer, the set, and the number.
+        self._questions: list[tuple[type[Ports | Connected], str, asyncio.Future[int]]] = []
         self._in_session = asyncio.Event()
+        #: Set when the connection is lost or closed.
+        self._disconnected = asyncio.Event()
+        self._is_closed = False
         #: The number of received messages.
         self.heard = 0
         self._next_message = asyncio.Event()
@@ -77,11 +81,13 @@ class Agent:
     async def ready(self) -> None:
         """Wait until the agent is in a session, for as long as it takes.
 
-        Raises NotConnected if its port cannot be reached, NotSupported if the agent is of another version.
+        Raises NotConnected if its port cannot be reached or after `close`, NotSupported if the agent is of another
+        version.
         """
-        if self._socket is None:
-            self._open()
-        await self._in_session.wait()
+        while not self._in_session.is_set():
+            if self._socket is None:
+                self._open()
+            await first_of(self._in_session, self._disconnected)
         if self._version != protocol.VERSION:
             raise NotSupported(
                 f"the agent in the guest speaks version {self._version} of its protocol, not {protocol.VERSION}",
@@ -108,17 +114,19 @@ class Agent:
 
     async def knows_ports(self, ports: str, count: int, timeout: float) -> bool:
         """Wait until the guest knows `count` ports of a set. Returns False on timeout."""
-        return await self._until(ports, protocol.count_ports(ports), count, timeout)
+        return await self._until(Ports, ports, protocol.count_ports(ports), count, timeout)
 
     async def has_connected(self, ports: str, count: int, timeout: float) -> bool:
         """Wait until `count` ports of a set that no command uses are connected. Returns False on timeout."""
-        return await self._until(ports, protocol.count_connected(ports), count, timeout)
+        return await self._until(Connected, ports, protocol.count_connected(ports), count, timeout)
 
-    async def _until(self, ports: str, question: bytes, count: int, timeout: float) -> bool:
+    async def _until(
+        self, kind: type[Ports | Connected], ports: str, question: bytes, count: int, timeout: float
+    ) -> bool:
         interval = _COUNT_INTERVAL
         try:
             async with asyncio.timeout(timeout):
-                while await self._count(ports, question) != count:
+                while await self._count(kind, ports, question) != count:
                     await asyncio.sleep(interval)
                     interval = min(interval * 1.5, _COUNT_INTERVAL_MAX)
         except TimeoutError:
@@ -138,31 +146,43 @@ class Agent:
 
     def _ask_again(self) -> None:
         """Send open questions again: the agent that was asked may have been killed."""
-        for counted in self._counts.values():
+        for _, _, counted in self._questions:
             if not counted.done():
                 counted.set_result(-1)
 
-    async def _count(self, ports: str, question: bytes) -> int:
+    async def _count(self, kind: type[Ports | Connected], ports: str, question: bytes) -> int:
+        # There may be two questions for the same set: a reset unplugs a set that is being connected.
         counted: asyncio.Future[int] = self._loop.create_future()
-        self._counts[ports] = counted
+        asked = (kind, ports, counted)
+        self._questions.append(asked)
         self.send(question)
         try:
             return await counted
         finally:
-            del self._counts[ports]
+            self._questions.remove(asked)
+
+    def _on_count(self, message: Ports | Connected) -> None:
+        for kind, ports, counted in self._questions:
+            if isinstance(message, kind) and message.id == ports and not counted.done():
+                counted.set_result(message.count)
 
     def restart(self) -> None:
         """Begin a session on a new connection, after a reset of the guest. Callers of `ready` wait for the session."""
         was_open = self._socket is not None
-        self.close()
+        self._disconnect()
         self._reader = protocol.control_reader()
         if was_open:
             with contextlib.suppress(NotConnected):
                 self._open()
 
     def close(self) -> None:
-        """Close the connection. May be called again."""
+        """Close the connection for good: callers of `ready` get NotConnected. May be called again."""
+        self._is_closed = True
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         self._in_session.clear()
+        self._disconnected.set()
         if self._socket is not None and self._writer is not None:
             self._writer.close()
             self._loop.remove_reader(self._socket)
@@ -170,12 +190,15 @@ class Agent:
             self._socket = self._writer = None
 
     def _open(self) -> None:
+        if self._is_closed:
+            raise NotConnected("the connection to the agent was closed")
         try:
             connected = self._connect()
         except OSError as error:
             raise NotConnected(f"cannot reach the agent's port: {error.strerror}") from None
         self._socket = connected
-        self._writer = Writer.of_socket(connected, on_lost=lambda _: self.close())
+        self._disconnected.clear()
+        self._writer = Writer.of_socket(connected, on_lost=lambda _: self._disconnect())
         self._loop.add_reader(connected, self._on_readable, connected)
         self._begin_session()
 
@@ -197,7 +220,7 @@ class Agent:
         except OSError:
             data = b""
         if not data:
-            self.close()
+            self._disconnect()
             return
         if len(data) == _RECEIVE_SIZE:
             self._pause(connected)
@@ -227,9 +250,7 @@ class Agent:
                 self._in_session.set()
                 self._ask_again()
             case Ports() | Connected():
-                counted = self._counts.get(message.id)
-                if counted is not None and not counted.done():
-                    counted.set_result(message.count)
+                self._on_count(message)
             case Forked(seed=self._seed) if not self._forked.done():
                 self._forked.set_result(None)
             case Refused(id=self._seed) if not self._forked.done():

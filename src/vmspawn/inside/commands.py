@@ -91,6 +91,8 @@ class Execution:
         #: The command's name in the agent's protocol.
         self.id = id
         self.ports = ports
+        #: All streams of this command. The set gets other streams for its next command.
+        self._connected = dict(ports.streams)
         self.wanted = wanted
         #: True if the command was sent to the agent, and if it was sent twice.
         self.is_sent = self.is_resent = False
@@ -106,8 +108,8 @@ class Execution:
             # Nobody may wait for it.
             each.add_done_callback(lambda future: future.cancelled() or future.exception())
         #: The client's ends of the streams by their names. The client closes them; so does `close`.
-        self.streams = {name: ports.streams[port].ours for name, port in _streams(wanted).items()}
-        self._status = ports.streams[STATUS].ours
+        self.streams = {name: self._connected[port].ours for name, port in _streams(wanted).items()}
+        self._status = self._connected[STATUS].ours
         self._status.setblocking(False)
         self._loop.add_reader(self._status, self._on_readable)
         for stream in _streams(wanted).values():
@@ -115,7 +117,7 @@ class Execution:
 
     def _watch(self, stream: str) -> None:
         """Tell the agent when the client closes its end of a stream. The guest's kernel may miss QEMU's message."""
-        theirs = self.ports.streams[stream].theirs
+        theirs = self._connected[stream].theirs
 
         def on_hang_up() -> None:
             if stream == STDIN and unread(theirs):
@@ -191,7 +193,7 @@ class Execution:
             case InputClosed():
                 # The client's next write fails.
                 with contextlib.suppress(OSError):
-                    self.ports.streams[STDIN].theirs.shutdown(socket.SHUT_RDWR)
+                    self._connected[STDIN].theirs.shutdown(socket.SHUT_RDWR)
             case Exited() | Signalled() | Failed():
                 self._ended.set_result(message)
                 # Messages after the end are not read.
@@ -206,7 +208,7 @@ class Execution:
 
     def _close_far_ends(self) -> None:
         """Close our copies of QEMU's ends: while one is open, the client does not notice that QEMU closes its own."""
-        for stream in self.ports.streams.values():
+        for stream in self._connected.values():
             self._commands.hang_ups.forget(stream.theirs)
             stream.theirs.close()
 
@@ -314,6 +316,9 @@ class Commands:
     async def _prepare(self, wanted: Wanted) -> Execution:
         await self._agent_ready()
         ports = await self._streams.take()
+        if self._is_closed:
+            ports.close()
+            raise NotConnected(f"the command was not started: {self._end_reason}")
         execution = Execution(self, f"{ports.id}-{next(self._numbers)}", ports, wanted)
         self._running[execution.id] = execution
         return execution

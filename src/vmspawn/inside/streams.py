@@ -98,12 +98,18 @@ class Streams:
             try:
                 taken = await waiting
             except asyncio.CancelledError:
-                if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                    self._offer(waiting.result())
+                self._stop_waiting(waiting)
                 raise
         taken.released.clear()
         self._used.add(taken)
         return taken
+
+    def _stop_waiting(self, waiting: asyncio.Future[PortSet]) -> None:
+        """Forget a caller of `take` that was cancelled, and keep the set that it was given just before."""
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
+        elif not waiting.cancelled() and waiting.exception() is None:
+            self._offer(waiting.result())
 
     def _next_waiting(self) -> asyncio.Future[PortSet] | None:
         while self._waiting:
@@ -171,7 +177,9 @@ class Streams:
                 is_known = await self._agent.knows_ports(plugged.id, len(protocol.PORTS), _GUEST_TIMEOUT)
                 return is_known and await self._connect(plugged)
         except BaseException:
-            plugged.removal = self._tasks.start(self._unplug(plugged))
+            # There is no room until the ports are gone.
+            self._room -= 1
+            self._remove(plugged)
             raise
 
     async def _attach(self, plugged: PortSet) -> None:
@@ -211,7 +219,7 @@ class Streams:
         try:
             async with self._pace:
                 is_connected = used.removal is None and await self._try_to_recycle(used, was_run=was_run)
-        except (QmpError, NotConnected, Timeout) as error:
+        except (QmpError, NotConnected, Timeout, OSError) as error:
             log.debug(f"the ports of {used.id} cannot be used again: {error}")
         self._used.discard(used)
         if is_connected and used.removal is None:
@@ -275,7 +283,9 @@ class Streams:
             is_up = is_up and await self._agent.knows_ports(id, 0, _GUEST_TIMEOUT)
 
     def close(self) -> None:
-        """Close our ends of all streams, also of those that are being connected."""
+        """Close our ends of all streams, also of those that are being connected. Callers of `take` get NotConnected."""
         self._is_closed = True
         for each in self._idle:
             each.close()
+        while (waiting := self._next_waiting()) is not None:
+            waiting.set_exception(NotConnected("the machine ended"))
