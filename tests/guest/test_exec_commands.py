@@ -150,6 +150,16 @@ def test_what_is_not_the_commands_is_125(arguments: tuple[str, ...], message: st
     assert message in one_line(done, "vmctl")
 
 
+def test_status_has_no_events_of_commands(machine: Spawned) -> None:
+    """Ports for commands are opened and closed all the time. The events of the machine itself stay."""
+    assert execute(machine, "true").returncode == 0
+    for verb in ("pause", "resume"):
+        assert vmctl(verb, machine.name).returncode == 0
+    events = [each["text"] for each in json.loads(vmctl("status", machine.name, "--json=short").stdout)["recentEvents"]]
+    assert not [each for each in events if "stream" in each]
+    assert {"STOP", "RESUME"} <= {*events}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_who_goes_ends_the_command(machine: Spawned, number: signal.Signals) -> None:
     sleep = f"sleep {70000 + number}"

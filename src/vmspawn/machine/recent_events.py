@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from typing import NamedTuple
@@ -18,6 +19,12 @@ EVENTS = 16
 #: The maximum length of an event in characters.
 TEXT_MAX = 300
 
+#: Ids of the ports that are plugged in for commands in the guest.
+_COMMAND_PORT = re.compile(r"stream\d+")
+
+#: The events that have the id of a device, with the name of that field.
+_DEVICE_FIELDS = {"VSERPORT_CHANGE": "id", "DEVICE_DELETED": "device"}
+
 
 class Entry(NamedTuple):
     """An event, with its time in seconds since the epoch."""
@@ -26,8 +33,22 @@ class Entry(NamedTuple):
     text: str
 
 
+def device_of(event: Event) -> str:
+    """Return the id of the device that an event is about, or an empty string."""
+    field = _DEVICE_FIELDS.get(event.name, "")
+    return str((event.data or {}).get(field, ""))
+
+
+def is_of_command(event: Event) -> bool:
+    """Return whether an event is about a port that vmspawn plugged in for commands in the guest."""
+    return bool(_COMMAND_PORT.fullmatch(device_of(event)))
+
+
 class RecentEvents:
-    """The last events of a machine, QEMU's and ours, as its monitor reports them."""
+    """The last events of a machine, QEMU's and ours, as its monitor reports them.
+
+    Events of ports for commands are left out: each command causes several.
+    """
 
     def __init__(self, monitor: Monitor) -> None:
         #: The last events, the oldest first.
@@ -37,6 +58,8 @@ class RecentEvents:
         monitor.witness(self._see)
 
     def _see(self, event: Event) -> None:
+        if is_of_command(event):
+            return
         words = [
             f"{name}={value}" for name, value in (event.data or {}).items() if isinstance(value, str | int) and value
         ]

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from .. import sync
 from ..api.events import describe
+from ..boot.console import AGENT_PORT_ID, SIZE_PORT_ID
 from ..errors import VmspawnError
 from ..machine.ending import MACHINE_ENDED
+from ..machine.recent_events import device_of, is_of_command
 from ..qmp.events import Event
 from ..text import printable
 
@@ -25,8 +27,8 @@ COMMANDS_MAX = 20
 _COMMAND_WIDTH = 100
 _ERROR_LINES = 5
 
-#: Events of devices that vmspawn itself plugs in: the agent's ports, and those of commands in the guest.
-_OWN_DEVICE = re.compile(r"agent|console-size|stream\d+")
+#: Ports that every machine has.
+_OWN_PORTS = (AGENT_PORT_ID, SIZE_PORT_ID)
 
 Sections = list[tuple[str, str]]
 
@@ -92,9 +94,7 @@ def _events(machine: sync.Machine) -> str:
 
 
 def _is_own(event: Event) -> bool:
-    data = event.data or {}
-    device = {"VSERPORT_CHANGE": "id", "DEVICE_DELETED": "device"}.get(event.name, "")
-    return bool(_OWN_DEVICE.fullmatch(str(data.get(device, ""))))
+    return is_of_command(event) or device_of(event) in _OWN_PORTS
 
 
 def _time(event: Event) -> str:
