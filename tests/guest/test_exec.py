@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.commands import one_line, vmctl
 from tests.machines import Machine, fresh_name
 from vmspawn.agent.protocol import PORTS
 from vmspawn.errors import CommandFailed, NoFreePort, NotConnected, NotSupported, Timeout, UsageError
@@ -270,12 +271,21 @@ async def test_thirty_two_commands_at_once(machine: Machine) -> None:
     assert [each.stdout for each in done] == [str(number) * 1000 for number in numbers]
 
 
-async def test_one_more_is_refused(machine: Machine) -> None:
+async def test_a_disk_is_detached_while_thirty_two_commands_run(machine: Machine, tmp_path: Path) -> None:
+    from tests.conftest import make_raw
+    from vmspawn import Disk
+
+    disk = await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB)), "data", "virtio-scsi"))
     async with contextlib.AsyncExitStack() as stack:
-        for _ in range(COMMANDS_MAX):
-            await stack.enter_async_context(await machine.execute(["cat"]))
+        commands = [await stack.enter_async_context(await machine.execute(["cat"])) for _ in range(COMMANDS_MAX)]
         with pytest.raises(NoFreePort, match="32 commands run"):
             await machine.execute(["cat"])
+        inputs = [str(number).encode() * 1000 for number in range(COMMANDS_MAX)]
+        talks = [command.communicate(data) for command, data in zip(commands, inputs, strict=True)]
+        is_detached, *outputs = await asyncio.gather(machine.detach(disk.name), *talks)
+        assert is_detached
+        assert outputs == [(data, b"") for data in inputs]
+        assert [command.status for command in commands] == [0] * COMMANDS_MAX
     assert (await machine.run("true")).status == 0
 
 
@@ -331,18 +341,6 @@ async def test_a_full_guest(machine: Machine) -> None:
     assert (await machine.run("echo fine")).stdout == "fine\n"
 
 
-async def test_a_disk_is_detached_meanwhile(machine: Machine, tmp_path: Path) -> None:
-    from tests.conftest import make_raw
-    from vmspawn import Disk
-
-    disk = await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB)), "data", "virtio-scsi"))
-    commands = [machine.run(["cat"], input="x" * 10000) for _ in range(8)]
-    detaching = asyncio.create_task(machine.detach(disk.name))
-    done = await asyncio.gather(*commands)
-    assert await detaching
-    assert all(len(each.stdout) == 10000 for each in done)
-
-
 @pytest.mark.parametrize("by_guest", [False, True])
 async def test_the_machine_is_reset_in_the_middle(mortal: Machine, by_guest: bool) -> None:
     command = await mortal.execute(["sh", "-c", "reboot -f" if by_guest else "sleep 1000"])
@@ -380,6 +378,10 @@ async def test_without_an_agent(qemu: str) -> None:
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless", agent=False) as machine:
         with pytest.raises(NotSupported, match="without a port for the agent"):
             await machine.run("true")
+        done = await asyncio.to_thread(vmctl, "exec", machine.name, "true")
+        assert done.returncode == 125
+        assert one_line(done, "vmctl").endswith("without a port for the agent: with --agent=no, or by an older vmspawn")
+        assert "restart the machine to run commands in it" in done.stderr
 
 
 async def test_another_manager_ends_what_was_left(qemu: str) -> None:

@@ -65,6 +65,9 @@ def test_it_is_adopted_with_its_disks(qemu: str, tmp_path: Path, older: tuple[st
         assert vmctl("detach-disk", name, "raw").returncode == 0
         assert vmctl("attach-disk", name, str(tmp_path / "raw"), "--bus=virtio-scsi").returncode == 0
         assert vmctl("qmp", name, "query-status").returncode == 0
+        refused = vmctl("exec", name, "true")
+        assert refused.returncode == 125
+        assert "restart the machine to run commands in it" in refused.stderr
         assert vmctl("terminate", name).returncode == 0
         assert adopted.wait() == 0
     finally:
