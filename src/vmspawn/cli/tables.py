@@ -45,13 +45,16 @@ def print_table(
 ) -> None:
     """Print rows below the names of their columns; the columns in `right` are aligned to the right.
 
-    `fit` leaves out the last columns on a terminal that is too narrow for them.
+    On a terminal that is too narrow, `fit` leaves out the last columns. Without it, each row is printed as fields.
     """
     is_terminal = sys.stdout.isatty()
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    if fit and is_terminal:
-        widths = fitting(widths, terminal_width())
+    shown = fitting(widths, terminal_width()) if is_terminal else widths
+    if len(shown) < len(widths) and not fit:
+        print_records(columns, rows)
+        return
+    widths = shown
     for row in (columns, *rows):
         cells = [
             cell.rjust(width) if name in right else cell.ljust(width)
@@ -59,6 +62,14 @@ def print_table(
         ]
         line = " ".join(cells).rstrip()
         print(f"\033[4m{line}\033[0m" if row is columns and is_terminal else line)
+
+
+def print_records(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row as names and values, with an empty line between two rows."""
+    for number, row in enumerate(rows):
+        if number:
+            print()
+        print_fields(list(zip(columns, row, strict=True)))
 
 
 def fitting(widths: Sequence[int], limit: int) -> list[int]:

@@ -17,8 +17,8 @@ ESCAPE = b"\x1d"
 #: Seconds that a sequence may take from its first key to its last, as in systemd-nspawn.
 WINDOW = 1.0
 
-#: The line that explains the keys, as systemd-nspawn prints it.
-HELP = "press ^] three times within 1s to end the machine, ^]^]p to power it off, ^]^]r to reboot it"
+#: The line that explains the keys. It fits a terminal of 80 columns.
+HELP = "keys: ^]^]^] ends the machine, ^]^]p powers it off, ^]^]r reboots it"
 
 
 class Key(Enum):

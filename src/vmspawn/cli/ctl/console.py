@@ -47,7 +47,7 @@ def _console(options: argparse.Namespace) -> None:
             with contextlib.suppress(VmspawnError), Client(options.machine, timeout=_RESIZE_TIMEOUT) as client:
                 client.call("io.vmspawn.Machine.ResizeConsole", {"rows": rows, "columns": columns})
 
-    keys = "; press ^] three times within 1s to detach" if os.isatty(_STDIN) else ""
+    keys = "; ^]^]^] detaches" if os.isatty(_STDIN) else ""
     _say(options, f"attached to machine {options.machine}{keys}")
     with console, watching(options.machine, console) as disconnect:
         attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, on_resize=resized)
