@@ -275,6 +275,7 @@ def test_a_machine_that_fails(qemu: str, command: str, options: tuple[str, ...],
     done = run(qemu, command, *options)
     assert done.returncode == status, done
     assert message in done.stderr
+    assert b"vmctl" not in done.stderr
     assert b"Traceback" not in done.stderr
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import vmspawn.cli.ctl.main as vmctl
 import vmspawn.cli.spawn.main as vmspawn_command
-from vmspawn.cli.parser import Parser, _verbs
+from vmspawn.cli.parser import Parser, _options, _verbs
 
 #: The verbs without the hidden ones, which completion scripts call.
 VERBS = {name: verb for name, verb in _verbs(vmctl.build_parser()).items() if not name.startswith("_")}
@@ -131,7 +131,7 @@ def test_an_unknown_option_is_never_a_kernel_argument(argument: str, capsys: pyt
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_option_can_be_abbreviated(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {name for action in VERBS[verb]._actions for name in action.option_strings}
+    names = set(_options(VERBS[verb]))
     for name in names:
         if name[:-1] in names or not name.startswith("--"):
             continue

@@ -27,12 +27,15 @@ def add(verbs: Verbs) -> None:
     execute.add_argument("-n", "--no-stdin", action="store_true", help="run the command without standard input")
     execute.add_argument("-t", "--tty", action="store_true", help="run the command on a terminal")
     execute.add_argument("-u", "--uid", metavar="USER", help="run the command as this user of the guest")
+    # The name that begins error messages: vmspawn's option --run= runs this verb.
+    execute.add_argument("--program", default=PROGRAM, help=argparse.SUPPRESS)
     _add_options(execute)
     shell = verbs.add("shell", _shell, "open a shell, or run a command, on a terminal in the guest",
                       "[USER@]MACHINE [COMMAND [ARGUMENT…]]")  # fmt: skip
     shell.add_argument("machine", metavar="[USER@]MACHINE", help="name of the machine; see: vmctl list")
     shell.add_argument("arguments", metavar="COMMAND", nargs="*", help="program and its arguments (default: the shell)")
     shell.end_options_here()
+    shell.set_defaults(program=PROGRAM)
     _add_options(shell)
 
 
@@ -64,6 +67,7 @@ def _run(options: argparse.Namespace, arguments: list[str], user: str | None, *,
 
     try:
         wish = guest_command.Wish(
+            program=options.program,
             machine=options.machine,
             arguments=arguments,
             environment=_environment(options.setenv, terminal=terminal),
@@ -76,7 +80,7 @@ def _run(options: argparse.Namespace, arguments: list[str], user: str | None, *,
         )
         status = guest_command.run(wish)
     except VmspawnError as error:
-        complain(PROGRAM, error)
+        complain(options.program, error)
         status = _EXIT_FAILURE
     sys.exit(status)
 

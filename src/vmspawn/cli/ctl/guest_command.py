@@ -49,6 +49,8 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 class Wish(NamedTuple):
     """A command to run. Without arguments, it is the user's login shell."""
 
+    #: The name that begins messages: vmctl or vmspawn.
+    program: str
     machine: str
     arguments: Sequence[str]
     environment: Mapping[str, str]
@@ -74,7 +76,7 @@ def run(wish: Wish) -> int:
         try:
             reply = _next(client, wish.timeout + REPLY_GRACE)
             if reply["state"] != "started":
-                return _failed(reply)
+                return _failed(wish.program, reply)
             command = _Command(wish, client, reply)
             with command.lent_terminal(), command.signals():
                 return command.run()
@@ -113,9 +115,9 @@ def _next(client: Client, seconds: float) -> dict[str, Any]:
     return reply
 
 
-def _failed(reply: Mapping[str, Any]) -> int:
-    """Report that a command could not be started."""
-    print(f"vmctl: cannot run the command: {reply['message']}", file=sys.stderr)
+def _failed(program: str, reply: Mapping[str, Any]) -> int:
+    """Report that a command could not be started, and return its exit status."""
+    print(f"{program}: cannot run the command: {reply['message']}", file=sys.stderr)
     return int(reply["status"])
 
 
@@ -259,7 +261,8 @@ class _Command:
             if self._left:
                 return None
             if left is not None and left <= 0:
-                print(f"vmctl: the command was ended after {self._wish.time_limit:g} s", file=sys.stderr)
+                seconds = self._wish.time_limit
+                print(f"{self._wish.program}: the command was ended after {seconds:g} s", file=sys.stderr)
                 return None
             ready = dict(poll.poll(None if left is None else int(left * 1000) + 1))
             if self._wake in ready:

@@ -33,7 +33,7 @@ def check(options: argparse.Namespace) -> None:
     if options.run is not None and options.adopt:
         raise UsageError("--run= starts a machine, and --adopt does not", hint="use: vmctl exec")
     if options.run is not None and options.console not in (None, "headless"):
-        raise UsageError("--run= uses the standard streams", hint="leave out --console=; see the console by --log=")
+        raise UsageError("--run= uses the standard streams", hint="leave out --console=; keep its output with --log=")
 
 
 def apply(options: argparse.Namespace, config: MachineConfig) -> MachineConfig:
@@ -51,12 +51,12 @@ def job(options: argparse.Namespace, config: MachineConfig) -> Job | None:
         return None
     from ...manager.job import Job
 
-    exec_verb = (sys.executable, "-m", "vmspawn.cli.ctl", "exec", f"--timeout={FOREVER}", *_directory(config))
-    return Job([*exec_verb, config.name or "", "--", "sh", "-c", os.fsdecode(options.run)])
+    exec_verb = (sys.executable, "-m", "vmspawn.cli.ctl", "exec", "--program=vmspawn", f"--timeout={FOREVER}")
+    return Job([*exec_verb, *_directory(config), config.name or "", "--", "sh", "-c", os.fsdecode(options.run)])
 
 
 def _directory(config: MachineConfig) -> list[str]:
-    """The option for the current directory, if commands run in a directory of the host that contains it."""
+    """Return the option for the current directory, if commands run in a directory of the host that contains it."""
     if not config.is_userland:
         return []
     here, root = os.getcwd(), os.path.realpath(config.directory or "/")
