@@ -393,8 +393,13 @@ class Snapshot(Blocking[_machine.Snapshot]):
         return Machine._around(self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity)))
 
     def remove(self) -> None:
-        """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""
-        return self._read(lambda inner: inner.remove())
+        """Remove the snapshot. If the machine has ended and this was its last snapshot, this writes the overlays to
+        the images, which may take minutes.
+
+        Raises NoSuchSnapshot or SnapshotInUse. Raises SystemFailure if the overlays cannot be written: they are kept,
+        and the snapshot is removed.
+        """
+        return self._call(lambda inner: inner.remove())
 
 
 class ConnectedMachine(Blocking[_connect.ConnectedMachine]):

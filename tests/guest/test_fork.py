@@ -38,7 +38,7 @@ async def saved(guest: Booted, name: str = "") -> AsyncIterator[Snapshot]:
     try:
         yield snapshot
     finally:
-        snapshot.remove()
+        await snapshot.remove()
 
 
 async def test_a_copy_begins_where_the_source_stood_and_neither_sees_the_other(guest: Booted) -> None:
@@ -119,10 +119,10 @@ async def test_a_copy_of_a_copy(guest: Booted, tmp_path: Path) -> None:
             second = await copy.snapshot()
             await write(shell, attached.by_id, "later", 3)
             with pytest.raises(SnapshotInUse):
-                first.remove()
+                await first.remove()
         async with forked(second) as (_, shell):
             assert await read(shell, attached.by_id, 3) == "second"
-        second.remove()
+        await second.remove()
     await guest.machine.detach(name)
 
 
@@ -150,8 +150,8 @@ async def test_commands_of_sessions_and_changes_of_disks_wait(guest: Booted, tmp
     saving = asyncio.create_task(guest.machine.snapshot())
     attached = await guest.machine.attach(Disk(str(path), bus="virtio-scsi"))
     await guest.machine.detach(attached.name)
-    (await saving).remove()
-    snapshot.remove()
+    await (await saving).remove()
+    await snapshot.remove()
 
 
 async def test_what_cannot_be_saved_is_named_before_anything_is_paused(guest: Booted, tmp_path: Path) -> None:
@@ -258,5 +258,5 @@ async def test_disks_that_block_are_detached_if_wanted(guest: Booted, tmp_path: 
     snapshot = Snapshot(made.manifest.full_name, made.pause, 0)
     async with snapshot.fork() as copy:
         assert await copy.disks() == []
-    snapshot.remove()
+    await snapshot.remove()
     await guest.machine.detach(path.name)

@@ -67,7 +67,7 @@ async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies
         snapshot = await machine.snapshot()
         async with snapshot.fork() as fork:
             await fork.run("true", check=True)
-        snapshot.remove()
+        await snapshot.remove()
     assert copies(warm_copies) == [copy]
 
     # The command does the same.

@@ -158,7 +158,7 @@ async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path
         assert await machine.status() == "running"
         assert all(len(each.images) == 1 and each.images[0].base is None for each in machine.storage)
         snapshot = await machine.snapshot()
-    snapshot.remove()
+    await snapshot.remove()
     clean_up(machine.name)
 
 
@@ -217,5 +217,5 @@ async def test_a_machine_that_has_ended_starts_from_its_newest_disks(qemu: str, 
     newest = Snapshot(f"{name}@{directory.CURRENT}", 0.0, 0)
     async with newest.fork() as copy:
         assert await copy.status() == "running"
-    snapshot.remove()
+    await snapshot.remove()
     clean_up(name)

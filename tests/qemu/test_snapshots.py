@@ -28,6 +28,7 @@ from vmspawn.errors import (
     SnapshotExists,
     SnapshotInUse,
     StartError,
+    SystemFailure,
     UsageError,
 )
 from vmspawn.images import snapshot_files
@@ -134,7 +135,7 @@ async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_use_them(qe
                     disk = next(each for each in chain if each.name == "disk")
                     assert [image.path for image in disk.images[0].chain][-1] == str(path)
                     assert len(disk.images[0].chain) == 3
-            second.remove()
+            await second.remove()
             assert left() == before
 
 
@@ -188,7 +189,7 @@ async def test_a_copy_can_be_adopted(qemu: str, tmp_path: Path) -> None:
             assert adopted.inner.fork is not None
             assert adopted.inner.fork.snapshot == snapshot.name
             with pytest.raises(SnapshotInUse, match="a machine runs"):
-                snapshot.remove()
+                await snapshot.remove()
             await adopted.detach("disk")
             await adopted.terminate()
             await adopted.wait()
@@ -365,6 +366,26 @@ async def test_the_disks_are_one_file_each_again_after_the_last_copy(qemu: str, 
             command = ["qemu-io", "-f", path.name, "-c", f"read -P {number + 1} {number << 16} 4k", str(path)]
             done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
             assert "Pattern verification failed" not in done.stdout, done.stdout
+
+
+async def test_overlays_that_cannot_be_written_are_reported_and_written_later(qemu: str, tmp_path: Path) -> None:
+    path, moved = make_raw(tmp_path / "disk"), tmp_path / "moved"
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        snapshot = await machine.snapshot("s")
+        await write(machine, machine.disk("disk").device, 0)
+    path.rename(moved)
+    with pytest.raises(SystemFailure, match=f"removed {machine.name}@s, but the disks of") as caught:
+        await snapshot.remove()
+    current = Snapshot(f"{machine.name}@{directory.CURRENT}", 0.0, 0)
+    assert f"vmctl remove-snapshot {current.name}" in caught.value.hint
+    done = await asyncio.to_thread(vmctl, "remove-snapshot", current.name)
+    assert (done.returncode, f"the disks of {machine.name} stay on overlays" in done.stderr) == (1, True)
+    moved.rename(path)
+    assert locked(path)
+    await current.remove()
+    assert path.read_bytes()[:4096] == bytes([1]) * 4096
+    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
 
 
 async def write(machine: api.Machine, device: str, number: int) -> None:

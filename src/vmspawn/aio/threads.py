@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Opens and reads files in threads, because both calls block while the storage hangs."""
+"""Runs calls that block in worker threads, such as opening and reading files while the storage hangs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from typing import TypeVar
+
+from .programs import CANCELLER, Canceller
 
 _T = TypeVar("_T")
 
@@ -53,3 +55,35 @@ async def run_and_close(call: Callable[[], _T], close: Callable[[], None]) -> _T
         # Nobody is left to see its exception.
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         raise
+
+
+async def run_cancellable(call: Callable[[], _T], *, undo: Callable[[_T], None] | None = None) -> _T:
+    """Return what `call` returns in a worker thread. Raises what it raises.
+
+    If this is cancelled, `check_cancelled` raises in the thread, and the program that the thread waits for is killed.
+    This waits for the thread's end. If the work succeeded all the same, `undo` is called with its result, in a thread.
+    """
+    canceller = Canceller()
+
+    def run() -> _T:
+        CANCELLER.set(canceller)
+        return call()
+
+    work = asyncio.create_task(asyncio.to_thread(run))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        canceller.cancel()
+        await _until_done(work)
+        if work.exception() is None and undo is not None:
+            await asyncio.to_thread(undo, work.result())
+        raise
+
+
+async def _until_done(work: asyncio.Task[_T]) -> None:
+    """Wait for work that is about to end, even if this call is cancelled several times."""
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            continue

@@ -69,8 +69,8 @@ class Saved(Protocol):
     ) -> AbstractAsyncContextManager[Control]:
         """Return a copy, which starts when it is entered, and ends at the end of the `async with` block."""
 
-    def remove(self) -> None:
-        """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse."""
+    async def remove(self) -> None:
+        """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse, SystemFailure."""
 
 
 class Control(Protocol):

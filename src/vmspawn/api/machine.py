@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
 
+from ..aio.threads import run_cancellable
 from ..boot.config import MachineConfig, check_config
 from ..errors import NotConnected, NotSupported, UsageError
 from ..host.runtime import check_name
@@ -21,9 +23,9 @@ from ..inside.waiting import wait_for as inside_wait
 from ..machine.ending import End, MachineEvents
 from ..machine.running import Running
 from ..network.forward import Forward
-from ..snapshots import directory
 from ..snapshots.merge import after_end
 from ..snapshots.names import free_name
+from ..snapshots.removal import remove as remove_snapshot
 from ..snapshots.save import save
 from ..storage.disk import Disk, is_only_read, with_defaults
 from ..storage.disk_views import DiskView
@@ -105,9 +107,15 @@ class Machine(Guest):
             await self._up.recorded
             if self._server is not None:
                 await self._server.finish(timeout=FAREWELL_TIMEOUT)
-            await asyncio.to_thread(after_end, self.name)
+            await self._tidy_disks()
         finally:
             self._stop_serving()
+
+    async def _tidy_disks(self) -> None:
+        copied = self._running.fork
+        machines = {self.name, copied.snapshot.partition("@")[0]} if copied is not None else {self.name}
+        for error in await run_cancellable(partial(after_end, *machines)):
+            warnings.warn(f"{error}; {error.hint}", RuntimeWarning, stacklevel=2)
 
     def _serve(self, running: Running) -> None:
         # Only machines with a control socket need Varlink.
@@ -385,11 +393,14 @@ class Snapshot:
             config, partial(start_copy, config, self.name, keep_disks=keep_disks, new_identity=new_identity)
         )
 
-    def remove(self) -> None:
-        """Remove the snapshot. Raises NoSuchSnapshot or SnapshotInUse."""
-        directory.check_discards_nothing(self.name)
-        directory.remove(self.name)
-        after_end(self.name.partition("@")[0])
+    async def remove(self) -> None:
+        """Remove the snapshot. If the machine has ended and this was its last snapshot, this writes the overlays to
+        the images, which may take minutes.
+
+        Raises NoSuchSnapshot or SnapshotInUse. Raises SystemFailure if the overlays cannot be written: they are kept,
+        and the snapshot is removed.
+        """
+        await run_cancellable(partial(remove_snapshot, self.name))
 
 
 class _Current:

@@ -432,14 +432,14 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         )
 
     @varlinkmethod(return_parameter="snapshots")
-    def ListSnapshots(self) -> list[snapshots.Snapshot]:
+    async def ListSnapshots(self) -> list[snapshots.Snapshot]:
         """The machine's snapshots, the oldest first."""
-        return snapshots.list_all(self._machine)
+        return await snapshots.list_all(self._machine)
 
     @varlinkmethod
-    def RemoveSnapshot(self, *, name: str) -> None:
+    async def RemoveSnapshot(self, *, name: str) -> None:
         """Remove a snapshot of the machine."""
-        snapshots.remove(self._machine, name)
+        await snapshots.remove(self._machine, name)
 
     async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:
         return await qmp.take_over(self._machine, read_only=bool(readOnly))

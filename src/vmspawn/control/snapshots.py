@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 
+from ..aio.threads import run_cancellable
 from ..machine.running import Running
-from ..snapshots import background, directory, listing, save
+from ..snapshots import background, directory, listing, removal, save
 from ..snapshots.names import free_name
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
@@ -91,21 +92,22 @@ def _last(saved: save.Saved) -> Progress:
 async def fork(machine: Running, snapshot: str, names: list[str], *, keep_disks: bool, new_identity: bool) -> list[str]:
     """Start copies of a machine's snapshot; returns their names. Raises UsageError, StartError, Timeout."""
     chosen = names or [free_name(machine.name)]
-    full_name = directory.find(machine.name, snapshot)
+    full_name = await asyncio.to_thread(directory.find, machine.name, snapshot)
     start = partial(background.start_copies, keep_disks=keep_disks, new_identity=new_identity, timeout=_FORK_TIMEOUT)
     await asyncio.to_thread(start, full_name, chosen)
     return chosen
 
 
-def list_all(machine: Running) -> list[Snapshot]:
+async def list_all(machine: Running) -> list[Snapshot]:
     """The snapshots of a machine, the oldest first."""
     return [
         Snapshot(each.name, int(each.created * 1e6), each.parent or None, each.size, each.disks, each.forks)
-        for each in listing.listed()
+        for each in await asyncio.to_thread(listing.listed)
         if each.machine == machine.name
     ]
 
 
-def remove(machine: Running, name: str) -> None:
-    """Remove a snapshot of a machine. Raises NoSuchSnapshot, SnapshotInUse."""
-    directory.remove(f"{machine.name}@{directory.check_name(name)}")
+async def remove(machine: Running, name: str) -> None:
+    """Remove a snapshot of a machine. Raises NoSuchSnapshot, SnapshotInUse, SystemFailure."""
+    full_name = f"{machine.name}@{directory.check_name(name)}"
+    await run_cancellable(partial(removal.remove, full_name))

@@ -159,9 +159,14 @@ class _Supervision:
     def _tidy_disks(self) -> None:
         if not self._machine.has_ended:
             return
-        merge.after_end(self._machine.name)
+        copied = self._machine.fork
+        source = copied.snapshot.partition("@")[0] if copied is not None else self._machine.name
+        failures = merge.after_end(self._machine.name, source)
+        for error in failures:
+            self._messages.report(str(error))
+            self._messages.report(error.hint)
         current = f"{self._machine.name}@{directory.CURRENT}"
-        if current in snapshot_files.names():
+        if current in snapshot_files.names() and not failures:
             self._messages.notice(f"snapshots need its disks; their newest state starts with: vmspawn --fork={current}")
 
     async def _register(self, registered: Registered) -> None:

@@ -3,11 +3,13 @@
 
 MACHINE@current lists overlays that stand on images of snapshots. When the last snapshot is gone, a QEMU without a guest
 writes each overlay's content to the image below (`block-commit`), and MACHINE@current is removed. If that is
-interrupted, the overlays are as they were, and prevail over what the images have by then.
+interrupted, the overlays are as they were, and prevail over the content that the images have by then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import select
@@ -16,36 +18,63 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .. import log
+from ..aio.programs import CANCELLER, check_cancelled
 from ..errors import QmpError, SystemFailure, Timeout, VmspawnError
 from ..images import snapshot_files
 from ..storage.image import Image
 from ..storage.saved import load_image
 from . import directory
 from .directory import CURRENT, OpenSnapshot, is_locked
-from .manifest import Manifest, SnapshotFile
+from .manifest import Manifest
 
 #: Seconds that a QEMU without a guest may take for one step, the copying of all overlays included.
 _TIMEOUT = 600.0
 
 
-def after_end(machine: str) -> None:
-    """Remove what nobody needs any more, after a machine or a copy has ended: snapshots that were made for copies, and
-    overlays of machines without a snapshot."""
+def after_end(*machines: str) -> list[SystemFailure]:
+    """Remove everything that nobody needs any more, after a machine or a copy has ended: snapshots that were made for
+    copies, and overlays of machines without a snapshot.
+
+    Returns an error for each machine whose disks stay on overlays because of a failure.
+    """
     sources = directory.remove_temporary()
-    for name in {machine, *sources}:
+    found = []
+    for name in sorted({*machines, *sources}):
         try:
             merge(name)
-        except (VmspawnError, OSError, subprocess.SubprocessError) as error:
-            # Nothing is lost: MACHINE@current is as it was.
-            log.debug(f"the disks of {name} stay on overlays: {error}")
+        except SystemFailure as error:
+            found.append(error)
+    return found
 
 
 def merge(machine: str) -> bool:
     """Make the disks of a machine one file each again. Returns False if that must wait, or there is nothing to do.
 
-    Raises VmspawnError, OSError, SubprocessError.
+    Raises SystemFailure. Nothing is lost then, and `merge` can be called again. Raises Cancelled if the work of this
+    thread is cancelled.
     """
+    try:
+        return _merge(machine)
+    except (VmspawnError, OSError, subprocess.SubprocessError) as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = str(error).removesuffix(f": {os.strerror(number)}")
+        raise SystemFailure(
+            f"the disks of {machine} stay on overlays, because these cannot be written to the images: {reason}",
+            number,
+            hint=f"nothing is lost; the disks start with: vmspawn --fork={machine}@{CURRENT}{_retry_hint(machine)}",
+        ) from None
+
+
+def _retry_hint(machine: str) -> str:
+    """Return how to repeat a merge that has failed, or an empty string if it has not begun."""
+    full_name = f"{machine}@{CURRENT}"
+    with contextlib.suppress(VmspawnError), contextlib.closing(OpenSnapshot(full_name)) as snapshot:
+        if has_begun(snapshot.manifest):
+            return f"; to write them again: vmctl remove-snapshot {full_name}"
+    return ""
+
+
+def _merge(machine: str) -> bool:
     full_name = f"{machine}@{CURRENT}"
     if full_name not in snapshot_files.names():
         return False
@@ -63,6 +92,13 @@ def merge(machine: str) -> bool:
         snapshot.close()
     directory.remove(full_name)
     return True
+
+
+def has_begun(manifest: Manifest) -> bool:
+    """Return whether a merge has begun: the images below may have changed, and are useless without the overlays."""
+    growing = {each.path for each in manifest.files if each.size < 0}
+    below = [image for top in _tops(manifest) for image in top.chain[1:]]
+    return any(manifest.images[image.number] in growing for image in below)
 
 
 def _tops(manifest: Manifest) -> Iterable[Image]:
@@ -88,8 +124,9 @@ def _expect_changes(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> No
     """Let the images below change: the overlays prevail over them."""
     paths = {image.path for chain in chains for image in chain}
     manifest = snapshot.manifest
-    kept = [each for each in manifest.files if each.path not in paths]
-    changed = manifest._replace(files=(*kept, *map(SnapshotFile.growing, sorted(paths))))
+    changed = manifest._replace(
+        files=tuple(each._replace(size=-1) if each.path in paths else each for each in manifest.files)
+    )
     path = os.path.join(snapshot.path, snapshot_files.MANIFEST)
     with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(changed.to_json())
@@ -115,8 +152,12 @@ def _commit(qemu: str, chains: list[list[Image]]) -> None:
         *options,
     ]
     pipe = subprocess.PIPE
+    canceller = CANCELLER.get()
+    check_cancelled()
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as process:
         try:
+            if canceller is not None:
+                canceller.watch(process)
             talk = _Talk(process)
             talk.execute("qmp_capabilities")
             for number, chain in enumerate(chains):
@@ -130,6 +171,9 @@ def _commit(qemu: str, chains: list[list[Image]]) -> None:
             process.wait(_TIMEOUT)
         finally:
             process.kill()
+            if canceller is not None:
+                canceller.watch(None)
+                canceller.check()
 
 
 def _nodes(number: int, chain: list[Image]) -> list[dict[str, object]]:

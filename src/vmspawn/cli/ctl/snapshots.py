@@ -151,13 +151,10 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _remove(options: argparse.Namespace) -> None:
-    from ...snapshots import directory
-    from ...snapshots.merge import after_end
+    from ...snapshots import directory, removal
 
     machine, name = directory.parse_name(options.snapshot)
     if not name:
         raise UsageError("the name of the snapshot is missing", hint=f"write {machine}@NAME; see: vmctl list-snapshots")
-    directory.check_discards_nothing(f"{machine}@{name}")
-    directory.remove(f"{machine}@{name}")
-    after_end(machine)
+    removal.remove(f"{machine}@{name}")
     say(options, f"Removed {machine}@{name}")

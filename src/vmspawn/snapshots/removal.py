@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Removes snapshots for users, and with the last one the overlays that the machine's disks stand on.
+
+On vmctl's start path: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from ..errors import SnapshotInUse
+from . import directory
+from .directory import CURRENT, OpenSnapshot
+
+
+def remove(full_name: str) -> None:
+    """Remove a snapshot, and write overlays that no snapshot needs any more to the images below.
+
+    That may take minutes. Raises NoSuchSnapshot, SnapshotInUse, StartError; SystemFailure if the snapshot was removed
+    and overlays cannot be written, or Cancelled if the work of this thread is cancelled meanwhile.
+    """
+    from . import merge
+
+    machine, _, name = full_name.partition("@")
+    directory.check_discards_nothing(full_name)
+    with closing(OpenSnapshot(full_name)) as snapshot:
+        is_unfinished = name == CURRENT and merge.has_begun(snapshot.manifest)
+    if is_unfinished:
+        # The images have changed already, and need the rest of the overlays.
+        if not merge.merge(machine):
+            raise SnapshotInUse(
+                f"{full_name} is in use, and cannot be written to the disks now",
+                hint="end the machines that use it, and remove the snapshots that need its images",
+            )
+        return
+    directory.remove(full_name)
+    failures = merge.after_end(machine)
+    if failures:
+        failures[0].prefix(f"removed {full_name}, but ")
+        raise failures[0]
