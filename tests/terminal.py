@@ -216,7 +216,7 @@ def attached(machine: str) -> Iterator[Tty]:
     """Start `vmctl console` on a new terminal, as its session leader."""
     with terminal() as tty:
         tty.start([*VMCTL, "console", machine])
-        tty.expect(rb"press \^\] three times")
+        tty.expect(rb"\^\]\^\]\^\] detaches")
         tty.wait_until_raw()
         yield tty
 

@@ -217,7 +217,7 @@ def test_headless_serves_the_console_all_the_same(options: tuple[str, ...]) -> N
         running.wait_for("is running")
         with terminal() as tty:
             process = tty.start([*VMCTL, "console", running.name])
-            tty.expect(rb"press \^\]")
+            tty.expect(rb"\^\]\^\]\^\] detaches")
             tty.type(END)
             assert tty.wait(process) == 0
         assert running.output["stdout"] == ""

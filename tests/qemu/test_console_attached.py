@@ -33,7 +33,7 @@ def test_an_attachment_stops_and_goes_on_as_a_job_of_a_shell(headless: Spawned) 
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
         tty.type(" ".join([*VMCTL, "console", headless.name, "\n"]).encode())
-        tty.expect(rb"press \^\]")
+        tty.expect(rb"\^\]\^\]\^\] detaches")
         tty.wait_until_raw()
         os.kill(shell_job(shell.pid), signal.SIGTSTP)
         tty.expect(rb"Stopped")
