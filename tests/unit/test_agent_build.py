@@ -56,7 +56,7 @@ def test_without_a_working_compiler_the_error_has_the_reason(
     monkeypatch.setattr(compiler, "find_spec", lambda name: None)
     with pytest.raises(StartError, match=reason) as raised:
         build("x86_64", str(tmp_path / "out"))
-    assert "CC=" in raised.value.hint
+    assert "set CC" in raised.value.hint
     assert list((tmp_path / "out").iterdir()) == []
 
 

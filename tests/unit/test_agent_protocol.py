@@ -116,6 +116,15 @@ def test_commands_that_cannot_be_sent_are_refused(command: Run) -> None:
         protocol.run(command)
 
 
+def test_what_is_too_long_is_named() -> None:
+    for command, name in (
+        (Run("c", "s", "p", [b"x" * protocol.ARGUMENT_MAX]), "an argument"),
+        (Run("c", "s", "p", environment={b"A": b"x" * protocol.ARGUMENT_MAX}), "an environment variable"),
+    ):
+        with pytest.raises(UsageError, match=f"^{name} is longer than 131071 bytes$"):
+            protocol.run(command)
+
+
 def test_a_hundred_kilobytes_of_anything_fit() -> None:
     assert len(words(protocol.run(Run("c", "s", "p", [b"\n" * 100_000])))[-1]) == 100_000
 

@@ -180,10 +180,10 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> bytes:
         (TOP + member("top/../../x"), "not below"),
         (member("../top"), "not below"),
         (member("other"), "not below"),
-        (TOP + member("top/a/b"), "without the folder"),
+        (TOP + member("top/a/b"), "without its directory"),
         (TOP + link("top/l", "/etc") + member("top/l/passwd"), "leads out"),
         (TOP + link("top/l", "..") + member("top/l/x"), "leads out"),
-        (TOP + link("top/l", "a") + member("top/l/x"), "without the folder"),
+        (TOP + link("top/l", "a") + member("top/l/x"), "without its directory"),
         (TOP + member("top/d", tarfile.DIRTYPE) + link("top/d/l", "../../x"), "leads out"),
         (TOP + member("top/d", tarfile.DIRTYPE) + link("top/up", "d/../.."), "leads out"),
         (TOP + link("top/l", ""), "leads out"),
@@ -270,7 +270,7 @@ def number(value: int) -> bytes:
 
 
 def test_folders_in_each_other_are_bounded(tmp_path: Path) -> None:
-    with pytest.raises(CopyFailed, match="more than 256 folders in each other"):
+    with pytest.raises(CopyFailed, match="more than 256 directories in each other"):
         unpacked(b"".join(member("top" + "/a" * depth, tarfile.DIRTYPE) for depth in range(257)), tmp_path, "top")
     assert os.listdir(tmp_path) == []
 
@@ -433,7 +433,7 @@ def test_a_folder_that_is_there_gets_the_new_files(tmp_path: Path) -> None:
 def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "top" / "x").mkdir(parents=True)
     (tmp_path / "top" / "a").write_bytes(b"old")
-    with pytest.raises(CopyFailed, match="one of them is a folder"):
+    with pytest.raises(CopyFailed, match="one of them is a directory"):
         unpacked(TOP + member("top/a", content=b"new") + member("top/x") + END, tmp_path, "top")
     assert (tmp_path / "top" / "a").read_bytes() == b"old"
 

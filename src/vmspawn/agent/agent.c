@@ -2,10 +2,10 @@
 /*
  * vmspawn's agent: runs commands in the guest for the host (docs/agent.md has the protocol).
  *
- * The host plugs virtio-serial ports into the machine. One, the control port, carries messages; each command has ports of
- * its own for its streams and its status. The agent reads messages and forks a supervisor for each command. The
+ * The host plugs virtio-serial ports into the machine. The control port carries messages; each command has its own
+ * ports for its streams and its status. The agent reads messages and forks a supervisor for each command. The
  * supervisor runs the command on pipes or a terminal, moves bytes between these and the ports, and reports the end. A
- * supervisor depends on nothing but its ports, so commands outlive an agent that is killed and started again.
+ * supervisor depends only on its ports, so commands outlive an agent that is killed and started again.
  *
  * The host is trusted, commands are not. No memory is allocated: every message, table and buffer has a bound.
  */
@@ -18,42 +18,42 @@
 #define CONTROL_PORT "io.vmspawn.agent"
 #define COMMAND_PORT "io.vmspawn.exec."
 
-/* The same bounds stand in protocol.py. */
+/* The bounds are the same in protocol.py. */
 #define LINE_MAX (512 * 1024)
 #define WORDS_MAX (32 * 1024)
 #define ENVIRONMENT_MAX 1024
 #define RUNS_MAX 64
 #define NAME_MAX 64
 
-/* How long the ports of a command may take to appear, and processes to die. In milliseconds. */
+/* Milliseconds that the ports of a command have to appear, and that killed processes have to die. */
 #define PORTS_TIMEOUT 10000
 #define KILL_TIMEOUT 5000
 
-/* How long the host may take to make room for an answer. */
+/* Milliseconds that the host has to make room for an answer. */
 #define ANSWER_TIMEOUT 1000
 
 /* The exit status of a supervisor whose command was not started. */
 #define WITHOUT_PORTS 1
 
-/* A virtio-serial port takes no more than this in one write. */
+/* The maximum size of one write to a virtio-serial port. */
 #define BUFFER_SIZE (32 * 1024)
 
-/* The size of a pipe for output: a command writes that much before the supervisor runs. */
+/* The size of a pipe for output. A command can write that much before the supervisor has to run. */
 #define PIPE_SIZE (256 * 1024)
 
 #define PATH_SIZE 4096
 #define GROUPS_MAX 64
 #define DEFAULT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-/* The ports of a set. A terminal has that of stdin, in both directions. */
+/* The ports of a set. A terminal uses the port of stdin in both directions. */
 enum { STDIN, STDOUT, STDERR, STATUS, PORTS };
 
 static const char *const port_names[PORTS] = { "stdin", "stdout", "stderr", "status" };
 
-/* What the host asks for. All text is in the buffer of the message. */
+/* A command that the host requests. All text is in the buffer of the message. */
 struct request {
         const char *id;
-        const char *ports; /* The set of ports that it gets */
+        const char *ports; /* The set of ports of the command */
         const char *user;
         const char *directory;
         bool terminal;
@@ -63,14 +63,14 @@ struct request {
         size_t argument_count;
 };
 
-/* A command that runs, as the agent knows it. */
+/* A running command. */
 struct run {
         char id[NAME_MAX + 1];
         int supervisor; /* 0 if this entry is free */
         int orders;
 };
 
-/* From the agent to a supervisor; small enough for a pipe to keep whole. */
+/* An order from the agent to a supervisor. It is so small that a write to a pipe is atomic. */
 struct order {
         enum { RESIZE, SIGNAL, CLOSE, HANG_UP } kind;
         unsigned first, second;
@@ -78,7 +78,7 @@ struct order {
 
 /* ---- Text ---- */
 
-/* One line for the host, cut off where it would grow too long. */
+/* One line for the host. It is truncated if it is too long. */
 struct text {
         char data[512];
         size_t length;
@@ -111,7 +111,7 @@ static void add_end(struct text *text) {
         add_byte(text, '\n');
 }
 
-/* Reads digits to the end of the text; false if there is anything else, or a number above the bound. */
+/* Parses a text of digits. Returns false for any other text, and for a number above the bound. */
 static bool parse_number(const char *text, unsigned bound, unsigned *number) {
         uint64_t value = 0;
 
@@ -160,7 +160,7 @@ static bool decode(char *word) {
         return true;
 }
 
-/* Appends to a path, which stays terminated; false if it does not fit. */
+/* Appends to a path, which stays terminated. Returns false if it does not fit. */
 static bool append(char path[PATH_SIZE], size_t *length, const char *text, size_t size) {
         if (size >= PATH_SIZE - *length)
                 return false;
@@ -193,12 +193,12 @@ static bool lines_open(struct lines *lines, const char *path) {
         return lines->fd >= 0;
 }
 
-/* Makes room and reads on; false at the end of the file. */
+/* Makes room and reads more. Returns false at the end of the file. */
 static bool lines_fill(struct lines *lines) {
         long n;
 
         if (lines->start == 0 && lines->end == sizeof lines->data) {
-                /* Longer than any line that is of use: forget it up to its end. */
+                /* The line is longer than any useful line: skip it. */
                 lines->skip = true;
                 lines->end = 0;
         }
@@ -207,7 +207,7 @@ static bool lines_fill(struct lines *lines) {
         lines->start = 0;
         n = sys_read(lines->fd, lines->data + lines->end, sizeof lines->data - lines->end);
         if (n == 0 && lines->end > 0) {
-                /* The last line has no end. */
+                /* The last line has no line feed. */
                 lines->data[lines->end++] = '\n';
                 return true;
         }
@@ -217,7 +217,7 @@ static bool lines_fill(struct lines *lines) {
         return true;
 }
 
-/* The next line without its end, valid until the next call; NULL after the last. */
+/* Returns the next line without its line feed, valid until the next call, or NULL after the last line. */
 static char *lines_next(struct lines *lines) {
         do {
                 for (size_t i = lines->start; i < lines->end; i++) {
@@ -239,7 +239,7 @@ static void lines_close(struct lines *lines) {
         sys_close(lines->fd);
 }
 
-/* Cuts the text at a separator and moves on to what follows; NULL after the last field. */
+/* Returns the next field, and moves the text behind its separator. Returns NULL after the last field. */
 static char *next_field(char **text, char separator) {
         char *field = *text, *end = field;
 
@@ -270,7 +270,7 @@ static void copy(char *to, size_t size, const char *from) {
         to[length] = '\0';
 }
 
-/* Takes a line of /etc/passwd if it is that of the user wanted. */
+/* Parses a line of /etc/passwd if it is the line of the requested user. */
 static bool user_from_line(struct user *user, char *line, const char *wanted) {
         char *fields[7];
         unsigned id, group;
@@ -364,7 +364,7 @@ struct directory_entry {
         char name[];
 };
 
-/* Calls the function with each entry of a directory; false if there is no such directory. */
+/* Calls the function with each entry of a directory. Returns false if the directory does not exist. */
 static bool each_entry(const char *path, void (*function)(const char *entry, void *data), void *data) {
         _Alignas(struct directory_entry) char entries[2048];
         int fd = sys_open(path, O_RDONLY | O_DIRECTORY);
@@ -383,7 +383,7 @@ static bool each_entry(const char *path, void (*function)(const char *entry, voi
         return true;
 }
 
-/* Reads a small file as one line; false if it is missing or longer than that. */
+/* Reads a small file as one line. Returns false if it is missing or too long. */
 static bool read_line(const char *path, char *line, size_t size) {
         int fd = sys_open(path, O_RDONLY);
         long n;
@@ -409,7 +409,7 @@ static int open_device(const char *entry) {
         return sys_open(path, O_RDWR | O_NONBLOCK | O_NOCTTY);
 }
 
-/* Ports to look for: those of a set, or the control port. */
+/* A search for the ports of a set, or for the control port. */
 struct search {
         const char *set; /* NULL for the control port */
         int fds[PORTS]; /* -1 until opened; the control port is the first */
@@ -435,7 +435,7 @@ static void search_entry(const char *entry, void *data) {
                         search->fds[i] = open_device(entry);
 }
 
-/* Waits for the kernel to announce something, or a moment: devices get their nodes and names one after the other. */
+/* Waits until the kernel announces a device, but not long: devices get their nodes and names one after the other. */
 static void wait_for_uevent(int uevents, long milliseconds) {
         struct pollfd poll = { .fd = uevents, .events = POLLIN };
         char message[2048];
@@ -459,8 +459,8 @@ static short poll_now(int fd, short events) {
 }
 
 /*
- * Whether the ports that a command needs are open and connected. A port that is not connected yet would look like a port
- * at its end.
+ * Returns whether the ports that a command needs are open and connected. A port that is not connected yet looks like
+ * one at its end of file.
  */
 static bool ports_ready(const struct request *request, const int fds[PORTS]) {
         const bool wanted[PORTS] = {
@@ -501,7 +501,7 @@ static int open_control(void) {
         struct search search = { .set = NULL, .fds = { -1 } };
         int uevents = sys_uevents();
 
-        /* The moment is a second: another agent may hold the port, and nothing announces that it lets go. */
+        /* Wait at most a second: the kernel does not announce that another agent has closed the port. */
         while (each_entry("/sys/class/virtio-ports", search_entry, &search), search.fds[0] < 0)
                 wait_for_uevent(uevents, 1000);
         sys_close(uevents);
@@ -510,7 +510,7 @@ static int open_control(void) {
 
 /* ---- The command ---- */
 
-/* Why a command could not be started. Sent through a pipe that closes when it could. */
+/* The reason why a command could not be started, sent through a pipe. The pipe closes when the command runs. */
 struct failure {
         unsigned code;
         int error;
@@ -536,7 +536,7 @@ static const char *environment_get(const char *name) {
         return NULL;
 }
 
-/* Adds NAME=VALUE, for which there is storage, unless the host has set it. */
+/* Adds NAME=VALUE to the environment, in this storage, unless the host has set the variable. */
 static void environment_default(char *storage, size_t size, const char *name, const char *value) {
         size_t length = strlen(name);
 
@@ -563,7 +563,7 @@ static void environment_complete(const struct user *user, bool terminal) {
         environment[environment_count] = NULL;
 }
 
-/* A file that is executable but has no format the kernel knows is a shell script, as it is for a shell. */
+/* Executes a file. A file in a format that the kernel does not know is a shell script, as in a shell. */
 static int execute_file(const char *path, char **arguments, size_t count) {
         static char *script[WORDS_MAX + 3];
         int r;
@@ -578,7 +578,7 @@ static int execute_file(const char *path, char **arguments, size_t count) {
         return sys_exec("/bin/sh", script, environment);
 }
 
-/* Tries one directory after the other. "Permission denied" is reported only if no other has the program. */
+/* Tries one directory after the other. Reports "Permission denied" only if no other directory has the program. */
 static int execute_from_path(char **arguments, size_t count) {
         const char *at = environment_get("PATH");
         int denied = 0;
@@ -612,7 +612,7 @@ static int execute(char **arguments, size_t count) {
         return execute_from_path(arguments, count);
 }
 
-/* A login shell: its name begins with a dash. */
+/* Executes a login shell: its name begins with a dash. */
 static int execute_shell(const struct user *user) {
         static char name[sizeof user->shell + 1];
         char *arguments[] = { name, NULL };
@@ -626,14 +626,14 @@ static int execute_shell(const struct user *user) {
         return execute_file(user->shell, arguments, 1);
 }
 
-/* The home directory may be missing; one that was asked for may not. */
+/* Changes to the requested directory, which must exist, or to the home directory, which may be missing. */
 static int change_directory(const struct request *request, const struct user *user) {
         if (request->directory != NULL)
                 return sys_chdir(request->directory);
         return sys_chdir(user->home) < 0 ? sys_chdir("/") : 0;
 }
 
-/* What the agent's parent ignores or blocks is nothing to the command. */
+/* Resets the signals that the agent's parent ignores or blocks. */
 static void reset_signals(void) {
         for (int signal = 1; signal <= SIGNALS; signal++)
                 if (signal != SIGKILL && signal != SIGSTOP)
@@ -644,16 +644,16 @@ static void reset_signals(void) {
 /* ---- The supervisor ---- */
 
 /*
- * Moves bytes between a port and a pipe or terminal of the command. Both descriptors are -1 when it is closed. The port
- * stays open: until the host has closed its end, no other command may get it.
+ * Moves bytes between a port and a pipe or terminal of the command. Both descriptors are -1 in a closed pump. The port
+ * stays open: until the host has closed its end, no other command may use it.
  */
 struct pump {
         int from, to;
         bool input; /* From the port */
-        bool last;  /* Nothing more comes from the host */
+        bool last;  /* The host sends no more */
         size_t start, end;
         uint64_t total;
-        uint64_t limit; /* Bytes still to take */
+        uint64_t limit; /* Bytes that are still to be read */
         unsigned char data[BUFFER_SIZE];
 };
 
@@ -663,7 +663,7 @@ struct supervisor {
         const struct request *request;
         int pid;
         int command;           /* The process; 0 after its end */
-        int ports[PORTS];      /* -1 for those that it does not have */
+        int ports[PORTS];      /* -1 for a missing port */
         int terminal;          /* Our side, or -1 */
         int terminal_far_side; /* The command's side, kept open until the command ends, or -1 */
         int failure;           /* Pipe, until the command runs, or -1 */
@@ -691,8 +691,8 @@ static bool pump_is_empty(const struct pump *pump) {
 }
 
 /*
- * What is waited for: bytes, or room for them. That nobody takes bytes any more is of interest at all times. The source is
- * left out while there are bytes to be written, or its POLLHUP would never rest.
+ * Polls for bytes, or for room to write them. A reader that has closed its end is noticed in both cases. The source is
+ * not polled while bytes wait to be written, because its POLLHUP would end every poll at once.
  */
 static void pump_wait(const struct pump *pump, struct pollfd poll[2]) {
         bool empty = pump_is_empty(pump);
@@ -708,7 +708,7 @@ static void pump_read(struct pump *pump) {
         if (n == -EINTR || (n == -EAGAIN && !pump->last))
                 return;
         if (n <= 0) {
-                /* The end, or an error that means it: a terminal whose other side is closed has EIO. */
+                /* End of file, or an error that means the same: a terminal whose other side is closed has EIO. */
                 pump_close(pump);
                 return;
         }
@@ -718,7 +718,7 @@ static void pump_read(struct pump *pump) {
                 pump->limit -= (uint64_t) n;
 }
 
-/* False if nobody takes the bytes any more. */
+/* Returns false if the reader has closed its end. */
 static bool pump_write(struct pump *pump) {
         long n = sys_write(pump->to, pump->data + pump->start, pump->end - pump->start);
 
@@ -734,8 +734,8 @@ static bool pump_write(struct pump *pump) {
 }
 
 /*
- * Moves bytes until reading or writing has to wait, and no more than a pipe holds: other streams have their turn. False if
- * nobody takes the bytes any more.
+ * Moves bytes until reading or writing has to wait, and at most the content of a pipe, so that other streams have their
+ * turn. Returns false if the reader has closed its end.
  *
  * splice(2) would copy less, but it passes empty buffers of a pipe to QEMU, which then stops the controller. A write(2)
  * that fails leaves such a buffer.
@@ -754,7 +754,7 @@ static bool pump_move(struct pump *pump) {
         return true;
 }
 
-/* Sends a line to the status port. The host reads that port at all times, so there is always room, or no host. */
+/* Sends a line to the status port. The host always reads that port, so the port has room unless the host is gone. */
 static void report(int port, struct text *line) {
         add_end(line);
         sys_write(port, line->data, line->length);
@@ -778,7 +778,7 @@ static void report_start(const struct supervisor *supervisor) {
         report(supervisor->ports[STATUS], &line);
 }
 
-/* Tells the end and how many bytes were written, which the host may not all have read by now. */
+/* Reports the command's end and the number of bytes that were written. The host may not have read all of them. */
 static void report_end(const struct supervisor *supervisor) {
         struct text line = { .length = 0 };
         int status = supervisor->wait_status, signal = status & 0x7f;
@@ -790,7 +790,7 @@ static void report_end(const struct supervisor *supervisor) {
         report(supervisor->ports[STATUS], &line);
 }
 
-/* Tells that the command reads no more of its input. */
+/* Reports that the command has closed its input. */
 static void report_closed(const struct supervisor *supervisor) {
         struct text line = { .length = 0 };
 
@@ -820,7 +820,7 @@ static void kill_child(const char *entry, void *data) {
                 sys_kill((int) pid, SIGKILL);
 }
 
-/* Reaps what has ended; false if there are no children. */
+/* Reaps ended children. Returns false if there are no children. */
 static bool reap(struct supervisor *supervisor) {
         int pid, status;
 
@@ -844,10 +844,11 @@ static bool write_file(const char *path, const char *content) {
 }
 
 /*
- * Kills the command and everything it started.
+ * Kills the command and all processes that it started.
  *
- * The control group has all of it, if there is one. Otherwise, and for what has left it: orphans become children of the
- * supervisor, so killing all children until there are none finds every process, whatever session it is in.
+ * If the command has a control group, killing the group kills its processes. Processes outside the group become
+ * children of the supervisor when their parents end. So killing all children until none is left kills them too, in any
+ * session.
  */
 static void kill_all(struct supervisor *supervisor) {
         unsigned self = (unsigned) sys_getpid();
@@ -869,7 +870,7 @@ static void kill_all(struct supervisor *supervisor) {
         }
 }
 
-/* The agent's own group, from a line such as "0::/system.slice/vmspawn-agent.service". */
+/* Finds the agent's own control group in a line such as "0::/system.slice/vmspawn-agent.service". */
 static bool own_cgroup(char path[PATH_SIZE]) {
         struct lines lines;
         bool found = false;
@@ -886,7 +887,7 @@ static bool own_cgroup(char path[PATH_SIZE]) {
         return found;
 }
 
-/* Makes a control group for the command. Where that cannot be done, the command has none. */
+/* Makes a control group for the command. If that fails, the command has none. */
 static void make_cgroup(struct supervisor *supervisor) {
         char own[PATH_SIZE];
 
@@ -896,8 +897,8 @@ static void make_cgroup(struct supervisor *supervisor) {
 }
 
 /*
- * Forks into the control group, if there is one. To move a process there later would take 10 ms, so a kernel that cannot
- * do this has none for the command: kernels before 5.14 could not kill a group anyway.
+ * Forks into the control group, if the command has one. If the kernel cannot do that, the command gets no group: moving
+ * a process later would take 10 ms, and kernels before 5.14 cannot kill a group anyway.
  */
 static int fork_into_cgroup(struct supervisor *supervisor) {
         int group = *supervisor->cgroup == '\0' ? -1 : sys_open(supervisor->cgroup, O_RDONLY | O_DIRECTORY), r;
@@ -916,7 +917,7 @@ static int fork_into_cgroup(struct supervisor *supervisor) {
 }
 
 static void remove_cgroup(const struct supervisor *supervisor) {
-        /* Fails if children run on in the background: then it is theirs. */
+        /* This fails if children still run in the background, which keep the group. */
         if (*supervisor->cgroup != '\0')
                 sys_rmdir(supervisor->cgroup);
 }
@@ -926,8 +927,8 @@ static bool is_hung_up(int port) {
 }
 
 /*
- * Ends this process when the host has closed its end of all ports. A command that got the ports earlier would take the end
- * of this command for its own.
+ * Ends this process when the host has closed its end of all ports. A command that got the ports earlier would mistake
+ * the end of this command for its own.
  */
 static _Noreturn void leave(struct supervisor *supervisor) {
         for (size_t i = 0; i < 3; i++)
@@ -984,7 +985,7 @@ static void handle_order(struct supervisor *supervisor) {
         }
 }
 
-/* The pipe from the command's process closes when the command runs; before that it may bring the reason why not. */
+/* The pipe from the command's process closes when the command runs. If the command cannot run, it has the reason. */
 static void handle_failure(struct supervisor *supervisor) {
         struct failure failure;
         long n = sys_read(supervisor->failure, &failure, sizeof failure);
@@ -1000,7 +1001,7 @@ static void handle_failure(struct supervisor *supervisor) {
         hang_up(supervisor);
 }
 
-/* Sets what of the output is still to be sent: what was written before the command's end. */
+/* Limits the output to the bytes that were written before the command's end. */
 static void limit_output(struct supervisor *supervisor) {
         close_fd(&supervisor->terminal_far_side);
         for (size_t i = STDOUT; i <= STDERR; i++) {
@@ -1009,7 +1010,7 @@ static void limit_output(struct supervisor *supervisor) {
 
                 if (pump->from < 0)
                         continue;
-                /* A terminal cannot tell what has been written, but it holds less than this. */
+                /* A terminal does not report how much was written, but it holds less than this. */
                 if (supervisor->terminal >= 0)
                         pump->limit = 4 * BUFFER_SIZE;
                 else if (sys_ioctl_pointer(pump->from, FIONREAD, &size) >= 0)
@@ -1028,7 +1029,7 @@ static void handle_signals(struct supervisor *supervisor) {
                 limit_output(supervisor);
 }
 
-/* After the command's end: whether all that it wrote is on its way. What its children write now is not waited for. */
+/* Returns whether all output of the ended command was sent. Later output of its children is not sent. */
 static bool output_is_done(void) {
         for (size_t i = STDOUT; i <= STDERR; i++) {
                 struct pump *pump = &pumps[i];
@@ -1057,7 +1058,7 @@ static void handle_pumps(struct supervisor *supervisor, const struct pollfd *pol
         }
 }
 
-/* Runs the command in this process, which is its own. Returns only if that fails. */
+/* Executes the command in this process, which was forked for it. Returns only if that fails. */
 static struct failure run_command(const struct supervisor *supervisor, const struct user *user, const int streams[3]) {
         const struct request *request = supervisor->request;
         int r;
@@ -1072,7 +1073,7 @@ static struct failure run_command(const struct supervisor *supervisor, const str
                 return failed(125, r, "terminal");
         if ((r = sys_become(user->id, user->group, user->groups, user->group_count)) < 0)
                 return failed(125, r, "user");
-        /* Should the supervisor be killed. After the change of user, which clears it. */
+        /* Ends the command if the supervisor is killed. A change of user would clear this, so it comes afterwards. */
         sys_prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (sys_getppid() != supervisor->pid)
                 return failed(125, ECHILD, "supervisor");
@@ -1093,7 +1094,7 @@ static void serve(struct supervisor *supervisor) {
                 polls[6] = (struct pollfd) { .fd = supervisor->signals, .events = POLLIN };
                 polls[7] = (struct pollfd) { .fd = supervisor->orders, .events = POLLIN };
                 polls[8] = (struct pollfd) { .fd = supervisor->failure, .events = POLLIN };
-                /* Only whether it is hung up: the host has unplugged it, or is gone itself. */
+                /* Only POLLHUP: the host has unplugged the port, or is gone. */
                 polls[9] = (struct pollfd) { .fd = supervisor->ports[STATUS] };
                 if (sys_poll(polls, 10, -1) < 0)
                         continue;
@@ -1113,7 +1114,7 @@ static int set_nonblocking(int fd) {
         return sys_fcntl(fd, F_SETFL, O_NONBLOCK);
 }
 
-/* A pipe between the supervisor, whose end does not block, and the command, whose end belongs to its user. */
+/* Makes a pipe between the supervisor, whose end does not block, and the command, whose end belongs to its user. */
 static int open_pipe(int *ours, int *theirs, bool input, const struct user *user) {
         int fds[2], r;
 
@@ -1123,7 +1124,7 @@ static int open_pipe(int *ours, int *theirs, bool input, const struct user *user
         *theirs = fds[input ? 0 : 1];
         if ((r = set_nonblocking(*ours)) < 0)
                 return r;
-        /* Or it could not open /dev/stdout. */
+        /* Otherwise the command could not open /dev/stdout. */
         return user->id == 0 ? 0 : sys_fchown(*theirs, user->id, user->group);
 }
 
@@ -1148,7 +1149,7 @@ static int open_pipes(const struct request *request, const int ports[PORTS], con
         return 0;
 }
 
-/* A terminal for the command, whose streams are all its far side. Each pump has a descriptor of its own to close. */
+/* Makes a terminal for the command, whose streams are all its far side. Each pump has its own descriptor to close. */
 static int open_terminal(struct supervisor *supervisor, int port, const struct user *user, int streams[3]) {
         const struct request *request = supervisor->request;
         int terminal, far, r, unlock = 0;
@@ -1172,7 +1173,7 @@ static int open_terminal(struct supervisor *supervisor, int port, const struct u
         return 0;
 }
 
-/* Forks the command. Its ends of pipes are closed here, so that the command's end closes them. */
+/* Forks the command. Its ends of the pipes are closed here, so that they close when the command ends. */
 static struct failure start_command(struct supervisor *supervisor, const struct user *user, const int streams[3]) {
         int pipe[2], r;
 
@@ -1195,13 +1196,13 @@ static struct failure start_command(struct supervisor *supervisor, const struct 
         return (struct failure) { 0 };
 }
 
-/* All that comes before the command runs. A code of 0 is success. */
+/* Prepares and forks the command. A code of 0 is success. */
 static struct failure prepare(struct supervisor *supervisor) {
         const struct request *request = supervisor->request;
         static struct user user;
         int streams[3], r;
 
-        /* So that orphans of the command can be found (see kill_all). */
+        /* Orphans of the command become children of this process (see kill_all). */
         if ((r = sys_prctl(PR_SET_CHILD_SUBREAPER, 1)) < 0)
                 return failed(125, r, "subreaper");
         if (!user_find(&user, request->user))
@@ -1215,7 +1216,7 @@ static struct failure prepare(struct supervisor *supervisor) {
         return start_command(supervisor, &user, streams);
 }
 
-/* Runs a command to its end in this process, which is its own. Exits with WITHOUT_PORTS if these did not come. */
+/* Runs a command to its end in this process, which was forked for it. Exits with WITHOUT_PORTS if ports are missing. */
 static _Noreturn void supervise(const struct request *request, int orders, int signals) {
         static struct supervisor supervisor;
         struct failure failure;
@@ -1231,7 +1232,7 @@ static _Noreturn void supervise(const struct request *request, int orders, int s
         };
         for (size_t i = 0; i < 3; i++)
                 pumps[i].from = pumps[i].to = -1;
-        /* A command that writes keeps the processor until its pipe is full: a switch to this process is expensive. */
+        /* A writing command keeps the processor until its pipe is full, because switching processes is expensive. */
         sys_schedule(SCHED_BATCH | SCHED_RESET_ON_FORK);
         if (!open_ports(request, supervisor.ports))
                 sys_exit(WITHOUT_PORTS);
@@ -1263,8 +1264,8 @@ static struct {
 static char *words[WORDS_MAX + 1];
 
 /*
- * Sends a line. Many lines fill the port for a moment, so this waits for room. The line is lost if the host takes nothing
- * for longer, or is gone.
+ * Sends a line. Waits for room, because many lines may fill the port for a moment. The line is lost if the host reads
+ * nothing for longer, or is gone.
  */
 static void answer(struct text *line) {
         struct pollfd poll = { .fd = agent.control, .events = POLLOUT };
@@ -1305,7 +1306,7 @@ static void answer_ready(const char *nonce) {
         answer(&line);
 }
 
-/* Identifiers and nonces consist of a-z, 0-9 and dashes, of which none is the first character. */
+/* Identifiers and nonces consist of a-z, 0-9 and dashes, and do not begin with a dash. */
 static bool is_name(const char *text) {
         size_t length = strlen(text);
 
@@ -1331,7 +1332,7 @@ static struct run *free_run(void) {
         return NULL;
 }
 
-/* In the supervisor: gives up what belongs to the agent, above all the control port, which only one process can open. */
+/* Closes the agent's files in the supervisor, above all the control port, which only one process can open. */
 static void forget_agent(void) {
         close_fd(&agent.control);
         close_fd(&agent.epoll);
@@ -1340,7 +1341,7 @@ static void forget_agent(void) {
                         sys_close(agent.runs[i].orders);
 }
 
-/* Starts a supervisor; returns 0 or an error. */
+/* Starts a supervisor. Returns 0 or an error. */
 static int start_run(struct run *run, const struct request *request) {
         int pipe[2], r;
 
@@ -1374,7 +1375,7 @@ static bool parse_size(const char *text, unsigned *rows, unsigned *columns) {
         return rest != NULL && parse_number(first, UINT16_MAX, rows) && parse_number(rest, UINT16_MAX, columns);
 }
 
-/* Takes one option of a command; false if it is not known or not right. */
+/* Parses one option of a command. Returns false if it is unknown or invalid. */
 static bool parse_option(struct request *request, char *option) {
         const char *value;
 
@@ -1428,7 +1429,7 @@ static void handle_run(char **word, size_t count) {
 static void send_order(const char *id, struct order order) {
         struct run *run = find_run(id);
 
-        /* A pipe that is full belongs to a supervisor that is stuck; there is nothing more to tell it. */
+        /* If the pipe is full, the supervisor is stuck, and another order has no effect. */
         if (run == NULL || sys_write(run->orders, &order, sizeof order) < 0)
                 answer_refused(id, ESRCH, "id");
 }
@@ -1458,7 +1459,7 @@ static void answer_count(const char *kind, const char *set, unsigned number) {
         answer(&line);
 }
 
-/* Tells how many ports of a set the kernel knows by now. */
+/* Reports the number of ports of a set that the kernel knows. */
 static void handle_ports(const char *set) {
         struct port_count count = { .set = set };
 
@@ -1466,7 +1467,7 @@ static void handle_ports(const char *set) {
         answer_count("ports", set, count.number);
 }
 
-/* Tells how many ports of a set are connected to the host by now, of those that no command has. */
+/* Reports the number of ports of a set that are connected to the host and used by no command. */
 static void handle_connected(const char *set) {
         struct search search = { .set = set, .fds = { -1, -1, -1, -1 } };
         unsigned number = 0;
@@ -1490,7 +1491,7 @@ static void handle_sync(const char *nonce) {
         answer_ready(nonce);
 }
 
-/* Has the kernel mix a text into its random numbers, and draw new keys from them at once. */
+/* Makes the kernel mix a text into its random numbers, and draw new keys at once. */
 static int reseed(const char *text) {
         struct {
                 struct rand_pool_info information;
@@ -1510,7 +1511,7 @@ static int reseed(const char *text) {
         return r;
 }
 
-/* This machine is a copy of another one: its random numbers must differ, and its clock stands at the source's save. */
+/* Handles a fork: this machine is a copy, whose random numbers must differ and whose clock has the time of the save. */
 static void handle_fork(const char *seed, unsigned seconds, unsigned nanoseconds) {
         int r;
 
@@ -1529,7 +1530,7 @@ static bool parse_stream(const char *name, unsigned *stream) {
         return false;
 }
 
-/* Whether the line is one of ours: a word, a name, a number of words between the bounds. */
+/* Returns whether a message has this first word, a valid name, and a number of words within the bounds. */
 static bool is_message(char **word, size_t count, const char *kind, size_t least, size_t most) {
         return count >= least && count <= most && equal(word[0], kind) && is_name(word[1]);
 }
@@ -1563,7 +1564,7 @@ static void handle_words(char **word, size_t count) {
                 answer_refused("-", EBADMSG, "message");
 }
 
-/* Splits a line at single spaces and decodes the words. The last word must be ";", so that no part passes for a whole. */
+/* Splits a line at single spaces and decodes the words. The last word must be ";": the line is complete. */
 static void handle_line(char *line) {
         char *rest = line, *word;
         size_t count = 0;
@@ -1579,7 +1580,7 @@ static void handle_line(char *line) {
         handle_words(words, count);
 }
 
-/* Handles the complete lines in the buffer, of which the bytes from a position on are new. */
+/* Handles the complete lines in the buffer. The bytes from a position on are new. */
 static void handle_input(size_t position) {
         size_t start = 0;
 
@@ -1603,7 +1604,7 @@ static void handle_input(size_t position) {
         }
 }
 
-/* Without a host there is no message to be completed, and no session. */
+/* Forgets the partial message and the session of a host that has disconnected. */
 static void disconnect(void) {
         agent.connected = false;
         agent.skip = false;
@@ -1613,14 +1614,14 @@ static void disconnect(void) {
 
 static void open_control_port(void) {
         agent.control = open_control();
-        /* Edge-triggered: without a host the port is in POLLHUP all the time, and only a change is of interest.
-         * POLLOUT is what tells that the host is there. */
+        /* Edge-triggered: without a host, the port is always in POLLHUP, and only a change matters. POLLOUT shows that
+         * a host is connected. */
         if (sys_epoll_add(agent.epoll, agent.control, EPOLLIN | EPOLLOUT | EPOLLET) < 0)
                 sys_exit(1);
         disconnect();
 }
 
-/* Reads all there is; returns an error if the port is gone. */
+/* Reads all available input. Returns an error if the port is gone. */
 static long read_control(void) {
         for (;;) {
                 long n = sys_read(agent.control, agent.line + agent.length, LINE_MAX - agent.length);
@@ -1646,13 +1647,13 @@ static void handle_control(unsigned events) {
         }
         r = read_control();
         if (r < 0 && r != -EAGAIN) {
-                /* Unplugged */
+                /* The port was unplugged. */
                 close_fd(&agent.control);
                 open_control_port();
         }
 }
 
-/* Tells how a supervisor ended. Its ports are closed in any case. */
+/* Reports the end of a supervisor, whose ports are closed in any case. */
 static void answer_end(const char *id, int status) {
         if (status == 0)
                 answer_word("done", id);
@@ -1678,7 +1679,7 @@ static void handle_children(void) {
                         }
 }
 
-/* Keeps the numbers 0 to 2 from being given to anything else, should the parent have closed them. */
+/* Opens the descriptors 0 to 2 if the parent has closed them, so that no other file gets these numbers. */
 static void take_standard_streams(void) {
         int fd;
 
@@ -1693,7 +1694,7 @@ _Noreturn void start(void) {
 
         take_standard_streams();
         sys_setsid();
-        /* An error of write is enough. */
+        /* A write to a closed pipe returns an error instead. */
         sys_signal(SIGPIPE, SIG_IGN);
         if (sys_signal_mask(child) < 0 || (agent.signals = sys_signalfd(child)) < 0 ||
             (agent.epoll = sys_epoll_create()) < 0 || sys_epoll_add(agent.epoll, agent.signals, EPOLLIN) < 0)

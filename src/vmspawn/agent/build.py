@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the compiled agent. A wheel contains it; from a source tree it is compiled once, and kept in the cache.
+"""Finds the compiled agent. A wheel contains it; in a source tree it is compiled once, and kept in the cache.
 
 This module is on the start path. The compiler's modules are imported only to compile.
 """
@@ -19,9 +19,9 @@ _INPUTS = ("agent.c", "kernel.h", "compiler.py")
 
 
 def build(architecture: str, folder: str | None = None) -> str:
-    """Return the path of the agent for an architecture. Compile it unless this version is in the folder.
+    """Return the path of the agent for an architecture. Compile it unless this version is in the directory `folder`.
 
-    The folder is the user's cache by default. Raises StartError.
+    The default is a directory in the user's cache. Raises StartError.
     """
     packaged = os.path.join(_FOLDER, f"agent-{architecture}")
     if folder is None and os.path.exists(packaged):
@@ -35,7 +35,7 @@ def build(architecture: str, folder: str | None = None) -> str:
 
 
 def _default_folder() -> str:
-    """Return the folder in the user's cache that keeps compiled agents. Raises StartError."""
+    """Return the directory in the user's cache that keeps compiled agents. Raises StartError."""
     try:
         return os.path.join(cache_directory(), "agent")
     except UsageError as error:
@@ -43,5 +43,5 @@ def _default_folder() -> str:
 
 
 def fingerprint() -> str:
-    """Return a short name for the sources and the way that they are compiled."""
+    """Return a short hash of the sources and of the compiler's options."""
     return fingerprint_files(os.path.join(_FOLDER, name) for name in _INPUTS)

@@ -20,7 +20,7 @@ _FOLDER = Path(__file__).parent
 #: The number that ELF has for each architecture (e_machine).
 MACHINES = {"x86_64": 62, "aarch64": 183}
 
-#: Larger ones do not fit in the firmware's tables beside other credentials (install.py).
+#: The maximum size. A larger agent does not fit in the firmware's tables beside other credentials (install.py).
 SIZE_MAX = 32 * 1024
 
 _FLAGS = (
@@ -36,15 +36,15 @@ _FLAGS = (
     *("-Wl,--build-id=none", "-Wl,-z,noseparate-code", "-Wl,-z,noexecstack", "-Wl,--gc-sections"),
 )
 
-# zig compiles parts of its own at its first run.
+# zig compiles its own libraries in its first run.
 _TIMEOUT = 180
 
 
 def compile_agent(architecture: str, target: str) -> None:
-    """Compile the agent for an architecture to a path, whose folder is created. Raises StartError."""
+    """Compile the agent for an architecture to a path, whose directory is created. Raises StartError."""
     if architecture not in MACHINES:
         raise StartError(
-            f"there is no agent for {architecture}", hint=f"There is one for {' and '.join(sorted(MACHINES))}."
+            f"there is no agent for {architecture}", hint=f"there is one for {' and '.join(sorted(MACHINES))}"
         )
     path = Path(target)
     try:
@@ -53,7 +53,7 @@ def compile_agent(architecture: str, target: str) -> None:
     except OSError as error:
         raise StartError(
             f"cannot compile the agent in {path.parent}: {error.strerror}",
-            hint="VMSPAWN_CACHE_DIR= names another directory for it.",
+            hint="set VMSPAWN_CACHE_DIR to another directory",
         ) from error
 
 
@@ -71,13 +71,13 @@ def _compile(architecture: str, path: Path) -> None:
             reasons.append(f"{shlex.join(compiler)}: {reason}")
     raise StartError(
         f"cannot compile the agent for {architecture}: {'; '.join(reasons) or 'there is no C compiler'}",
-        hint=f"Install gcc{'' if is_native(architecture) else f'-{architecture}-linux-gnu'.replace('_', '-')}"
-        " and the kernel's headers (linux-libc-dev), or name a compiler with CC=.",
+        hint=f"install gcc{'' if is_native(architecture) else f'-{architecture}-linux-gnu'.replace('_', '-')}"
+        " and the kernel's headers (linux-libc-dev), or set CC to a compiler",
     )
 
 
 def is_native(architecture: str) -> bool:
-    """Return whether this host has the architecture."""
+    """Return whether the architecture is this host's."""
     return os.uname().machine == architecture
 
 
@@ -99,7 +99,7 @@ def _run(compiler: tuple[str, ...], output: Path) -> str:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        return f"not done after {_TIMEOUT} s"
+        return f"did not finish within {_TIMEOUT} s"
     except OSError as error:
         return error.strerror or str(error)
     if done.returncode == 0:
@@ -109,10 +109,10 @@ def _run(compiler: tuple[str, ...], output: Path) -> str:
 
 
 def unfit(path: Path, architecture: str) -> str:
-    """Why a program is not an agent for the architecture, or an empty string."""
+    """Return why a program cannot be the agent for the architecture, or an empty string."""
     content = path.read_bytes()
     if content[:6] != b"\x7fELF\x02\x01" or int.from_bytes(content[18:20], "little") != MACHINES[architecture]:
-        return f"it made no program for {architecture}"
+        return f"its output is not a program for {architecture}"
     if len(content) > SIZE_MAX:
-        return f"it made a program of {len(content)} bytes, more than {SIZE_MAX}"
+        return f"its output has {len(content)} bytes, more than {SIZE_MAX}"
     return ""

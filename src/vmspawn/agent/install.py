@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes the agent's unit, and the credentials that bring agent and unit to an image that has neither.
+"""Makes the agent's unit, and the credentials that deliver the agent and its unit to an image without them.
 
 Credentials reach a service as files below `%d`, which cannot be executed; so the unit copies the agent to /run.
 systemd creates units from credentials since version 256.
@@ -11,8 +11,8 @@ import zlib
 
 UNIT = "vmspawn-agent.service"
 
-#: The agent as a credential, the unit, and the drop-in that starts it. The names of these two have a meaning to systemd
-#: (systemd.system-credentials(7)).
+#: The credentials with the agent, the unit, and the drop-in that starts the unit. systemd acts on the names of the last
+#: two (systemd.system-credentials(7)).
 AGENT_CREDENTIAL = "vmspawn.agent"
 UNIT_CREDENTIAL = f"systemd.extra-unit.{UNIT}"
 WANTED_CREDENTIAL = "systemd.unit-dropin.sysinit.target~vmspawn-agent"
@@ -22,9 +22,9 @@ INSTALLED_PATH = "/usr/lib/vmspawn/vmspawn-agent"
 
 _RUN_PATH = "/run/vmspawn-agent"
 
-# Not in an initrd, whose processes are killed when the root is switched.
-# It starts with the first devices; ports that come later are waited for. Commands outlive an agent that is killed, so
-# only the agent's own process is, and a command that is killed for its memory is not the service's failure.
+# The unit does not run in an initrd, whose processes are killed when the root is switched. It starts with the first
+# devices, and the agent waits for ports that appear later. systemd kills only the agent's own process, because commands
+# outlive the agent. A command that is killed for its use of memory is not a failure of the service.
 _UNIT = """\
 [Unit]
 Description=vmspawn agent
@@ -66,9 +66,9 @@ def installed_unit(path: str = INSTALLED_PATH) -> bytes:
 
 
 def delivery(agent: bytes) -> dict[str, bytes]:
-    """Return the credentials, by their names, that bring an agent to an image without one.
+    """Return the credentials, by their names, that deliver the agent to an image without one.
 
-    Compression halves the agent's size in SMBIOS tables. The drop-in starts the unit whatever boots the kernel.
+    Compression halves the agent's size in SMBIOS tables. The drop-in starts the unit, however the kernel is booted.
     """
     start = _COPY.format(credential=AGENT_CREDENTIAL, path=_RUN_PATH)
     return {

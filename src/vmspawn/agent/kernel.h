@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The kernel's interface without a C library: system calls, the program's start, and what compilers call by themselves.
+ * The kernel's interface without a C library: system calls, the program's start, and functions that compilers call.
  *
- * Calls return a negative errno on failure. Only calls that x86-64 and aarch64 have in common are used, so the wrappers
- * hold for both.
+ * Calls return a negative errno on failure. x86-64 and aarch64 have all of these calls, so the wrappers work on both.
  */
 
 #pragma once
@@ -27,7 +26,7 @@
 #include <linux/time_types.h>
 #include <linux/wait.h>
 
-/* Not in the headers of the kernel, but part of its interface. */
+/* These are part of the kernel's interface, but not in its headers. */
 #define AF_NETLINK 16
 #define SOCK_RAW 3
 #define CLOCK_REALTIME 0
@@ -37,7 +36,7 @@
 
 #if defined(__x86_64__)
 
-/* The stack holds argc, argv and the environment, none of which is needed; it must be aligned for the first call. */
+/* The stack has argc, argv and the environment, which are not needed. It must be aligned for the first call. */
 __asm__(".globl _start\n"
         "_start:\n"
         "\txor %ebp, %ebp\n"
@@ -89,7 +88,7 @@ static inline long call6(long number, long a, long b, long c, long d, long e, lo
 
 _Noreturn void start(void);
 
-/* Compilers turn loops and assignments into calls of these. */
+/* Compilers turn loops and assignments into calls of these functions. */
 
 void *memcpy(void *restrict to, const void *restrict from, size_t size) {
         unsigned char *t = to;
@@ -142,7 +141,7 @@ static inline bool equal(const char *left, const char *right) {
         return length == strlen(right) && memcmp(left, right, length) == 0;
 }
 
-/* The rest of a text after a prefix, or NULL if it begins with something else. */
+/* Returns the rest of a text after a prefix, or NULL if the text has another beginning. */
 static inline const char *after(const char *text, const char *prefix) {
         size_t length = strlen(prefix);
 
@@ -178,7 +177,7 @@ static inline int sys_pipe(int fds[2]) {
         return (int) call(__NR_pipe2, fds, O_CLOEXEC, 0, 0, 0);
 }
 
-/* The copy is not closed by execve. */
+/* execve does not close the copy. */
 static inline int sys_dup_to(int fd, int number) {
         return (int) call(__NR_dup3, fd, number, 0, 0, 0);
 }
@@ -232,7 +231,7 @@ static inline int sys_uevents(void) {
 
 /* Waiting */
 
-/* A negative timeout, in milliseconds, is none. */
+/* The timeout is in milliseconds; a negative one never passes. */
 static inline int sys_poll(struct pollfd *fds, size_t count, long timeout) {
         struct __kernel_timespec time = { .tv_sec = timeout / 1000, .tv_nsec = timeout % 1000 * 1000000 };
 
@@ -291,7 +290,7 @@ static inline int sys_exec(const char *path, char *const *arguments, char *const
         return (int) call(__NR_execve, path, arguments, environment, 0, 0);
 }
 
-/* Does not wait; 0 if no child has ended. */
+/* Does not wait. Returns 0 if no child has ended. */
 static inline int sys_reap(int *status) {
         return (int) call(__NR_wait4, -1, status, WNOHANG, 0, 0);
 }

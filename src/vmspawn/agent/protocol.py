@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The messages between the host and the agent in the guest (docs/agent.md): encode ours, parse the guest's.
+"""Encodes messages to the agent in the guest, and parses messages from the agent (docs/agent.md).
 
-The guest is hostile: what it sends is bounded, and every line that is not one of the messages is `Malformed`.
+The guest is hostile: its input is bounded, and a line that is not a valid message is `Malformed`.
 
-The messages are structs of msgspec, which are created ten times as fast as dataclasses: a manager loads this at its
-start.
+The messages are structs of msgspec, which are created ten times as fast as dataclasses: a manager loads this module at
+its start.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import UsageError
 #: The version that the agent reports in `Ready`.
 VERSION = 1
 
-#: The virtio-serial port for messages, and how the names of all other ports begin.
+#: The virtio-serial port for messages, and the prefix of the names of all other ports.
 CONTROL_PORT = "io.vmspawn.agent"
 _COMMAND_PORT = "io.vmspawn.exec."
 
@@ -28,7 +28,7 @@ _COMMAND_PORT = "io.vmspawn.exec."
 STDIN, STDOUT, STDERR, STATUS = "stdin", "stdout", "stderr", "status"
 PORTS = (STATUS, STDIN, STDOUT, STDERR)
 
-#: A terminal among the streams of a command.
+#: The name of a terminal among the streams of a command.
 TTY = "tty"
 
 #: The agent's bounds: bytes and words of a message to it, and entries of a command's environment.
@@ -36,10 +36,10 @@ MESSAGE_MAX = 512 * 1024
 WORDS_MAX = 32 * 1024
 ENVIRONMENT_MAX = 1024
 
-#: The kernel's bounds: the length of one argument, and its end included (MAX_ARG_STRLEN).
+#: The kernel's bound: bytes of one argument with its terminating NUL byte (MAX_ARG_STRLEN).
 ARGUMENT_MAX = 128 * 1024
 
-#: Bytes of a line from the agent, its end excluded.
+#: The maximum number of bytes of a line from the agent, without its line feed.
 LINE_MAX = 512
 
 _SIZE_MAX = 0xFFFF
@@ -47,15 +47,15 @@ _SIGNAL_MAX = 64
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
-# To the agent
+# To the agent: each function returns the encoded message.
 
 
 class Run(msgspec.Struct, frozen=True):
     """A command to run.
 
-    `session` is the nonce of the last `sync`: what an earlier manager sent is refused. `ports` is the set of ports that
-    the command gets. Without arguments it is the user's login shell. `size` is the terminal's, in rows and columns;
-    without it the command has pipes. `stdin` is whether it has an input.
+    `session` is the nonce of the last `sync`: the agent refuses commands of an earlier manager. `ports` is the set of
+    ports that the command gets. Without arguments, the command is the user's login shell. `size` is the terminal's size
+    in rows and columns; without it the command has pipes. `stdin` is True if the command has an input.
     """
 
     id: str
@@ -80,10 +80,10 @@ def ports_of(port_name: str) -> str:
 
 
 def sync(nonce: str) -> bytes:
-    """Begin a session. The agent answers `Ready` with the nonce; what came before that belongs to an earlier one, whose
-    commands it ends.
+    """Begin a session. The agent ends the commands of the last session, and answers `Ready` with the nonce.
 
-    The line end before it completes whatever part of a message an earlier manager left.
+    Messages before that answer belong to the last session. The line feed before the message completes a partial message
+    of an earlier manager.
     """
     return b"\n" + _message("sync", _name(nonce))
 
@@ -94,17 +94,17 @@ def ping(nonce: str) -> bytes:
 
 
 def count_ports(ports: str) -> bytes:
-    """Ask how many ports of a set the guest knows by now; answered by `Ports`."""
+    """Ask how many ports of a set the guest knows. The answer is `Ports`."""
     return _message("ports", _name(ports))
 
 
 def count_connected(ports: str) -> bytes:
-    """Ask how many ports of a set are connected by now, of those that no command has; answered by `Connected`."""
+    """Ask how many ports of a set are connected and used by no command. The answer is `Connected`."""
     return _message("connected", _name(ports))
 
 
 def run(command: Run) -> bytes:
-    """Start a command. Its ports may come before or after. Raises UsageError for what cannot be passed on."""
+    """Start a command, whose ports may be plugged in earlier or later. Raises UsageError for invalid arguments."""
     words: list[str | bytes] = ["run", _name(command.id), _name(command.session), _name(command.ports)]
     if command.stdin and command.size is None:
         words.append("stdin")
@@ -124,7 +124,7 @@ def resize(id: str, rows: int, columns: int) -> bytes:
 
 
 def close(id: str, stream: str) -> bytes:
-    """Report that the host has closed its end of a stream: no more input follows what was sent, or nobody reads."""
+    """Report that the host has closed its end of a stream: it sends no more input, or reads no more output."""
     return _message("close", _name(id), stream)
 
 
@@ -136,12 +136,12 @@ def signal(id: str, number: int) -> bytes:
 
 
 def hang_up(id: str) -> bytes:
-    """Kill a command and everything it started. So does closing its status port, or unplugging it."""
+    """Kill a command and all its children, as the end of the status port does."""
     return _message("hangup", _name(id))
 
 
 def fork(seed: str, nanoseconds: int) -> bytes:
-    """Tell that the machine is a copy of one that ran; answered by `Forked` with the seed.
+    """Report that the machine is a copy. The answer is `Forked` with the seed.
 
     The agent mixes the seed, a hexadecimal number, into the kernel's random numbers, and sets the clock to a time in
     nanoseconds since 1970.
@@ -173,18 +173,18 @@ def _environment(environment: Mapping[bytes, bytes]) -> list[str | bytes]:
     for name in environment:
         if not name or b"=" in name:
             raise UsageError(f"{name!r} cannot be the name of a variable")
-    return [b"env=%b=%b" % (name, _bounded("variable", value)) for name, value in environment.items()]
+    return [b"env=%b=%b" % (name, _bounded("an environment variable", value)) for name, value in environment.items()]
 
 
 def _arguments(arguments: Sequence[bytes]) -> list[bytes]:
     if arguments:
         _not_empty("command", arguments[0])
-    return [_bounded("argument", argument) for argument in arguments]
+    return [_bounded("an argument", argument) for argument in arguments]
 
 
 def _bounded(what: str, value: bytes) -> bytes:
     if len(value) >= ARGUMENT_MAX:
-        raise UsageError(f"an {what} is longer than {ARGUMENT_MAX - 1} bytes" if what == "argument" else f"a {what} is")
+        raise UsageError(f"{what} is longer than {ARGUMENT_MAX - 1} bytes")
     return value
 
 
@@ -205,7 +205,7 @@ def _message(*words: str | bytes) -> bytes:
     if len(words) >= WORDS_MAX or len(line) > MESSAGE_MAX:
         raise UsageError(
             "the command's arguments and environment are too long",
-            hint=f"They can have {WORDS_MAX >> 10}k words and about {MESSAGE_MAX >> 10} KiB; pass data through stdin.",
+            hint=f"the limits are {WORDS_MAX} words and {MESSAGE_MAX >> 10} KiB; pass data on standard input",
         )
     return line
 
@@ -214,10 +214,10 @@ def _message(*words: str | bytes) -> bytes:
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """The agent is there. The nonce is that of the `sync` it answers, None if it tells by itself.
+    """The agent is ready. The nonce is that of the `sync` that it answers, or None if the agent announces itself.
 
-    Another process id than before: the agent was started again. Commands run on, but cannot be resized, signalled or
-    hung up by message.
+    Another process id than before means that the agent was started again. Its commands continue, but messages can no
+    longer resize, signal or kill them.
     """
 
     nonce: str | None
@@ -247,7 +247,7 @@ class Connected(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """The agent did not do what a message asked for. The id is None if it did not understand the message."""
+    """The agent refused a message. The id is None if the agent could not parse the message."""
 
     id: str | None
     errno: int
@@ -255,7 +255,7 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """The command is over and its ports are closed: another may have them."""
+    """The command is over and its ports are closed; another command may use them."""
 
     id: str
 
@@ -267,23 +267,23 @@ class Lost(msgspec.Struct, frozen=True):
 
 
 class Forked(msgspec.Struct, frozen=True):
-    """The guest has random numbers and a clock of its own."""
+    """The guest has mixed the seed into its random numbers, and has set its clock."""
 
     seed: str
 
 
 class Started(msgspec.Struct, frozen=True):
-    """The command runs. Before this, the end of its stdin must not be sent."""
+    """The command runs. The host must not end the command's input before this message."""
 
     pid: int
 
 
 class InputClosed(msgspec.Struct, frozen=True):
-    """The command reads no more of its stdin."""
+    """The command has closed its input."""
 
 
 class Exited(msgspec.Struct, frozen=True):
-    """The command exited. So many bytes of its output were written in all; close the ports once they are read."""
+    """The command exited. `stdout` and `stderr` are the numbers of bytes that it wrote, which the host reads first."""
 
     status: int
     stdout: int
@@ -291,7 +291,7 @@ class Exited(msgspec.Struct, frozen=True):
 
 
 class Signalled(msgspec.Struct, frozen=True):
-    """The command was ended by a signal; otherwise as Exited."""
+    """A signal ended the command. The other fields are those of `Exited`."""
 
     signal: int
     stdout: int
@@ -299,7 +299,7 @@ class Signalled(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The command could not be started: exit status 126 or 127 as a shell's, 125 for what is not the command's."""
+    """The command could not be started. The status is 126 or 127 as in a shell, or 125 for other failures."""
 
     status: int
     errno: int
@@ -307,7 +307,7 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class Malformed(msgspec.Struct, frozen=True):
-    """A line that is no message, shortened."""
+    """An invalid line, shortened."""
 
     line: bytes
 
@@ -319,7 +319,7 @@ _Message = TypeVar("_Message")
 
 
 class Reader(Generic[_Message]):
-    """Cuts what the guest sends on one port into messages. Keeps no more than one line."""
+    """Divides the input from one port into messages. Keeps at most one line."""
 
     def __init__(self, parse: Callable[[list[str]], _Message]) -> None:
         self._parse = parse
@@ -327,7 +327,7 @@ class Reader(Generic[_Message]):
         self._skip = False
 
     def feed(self, data: bytes) -> list[_Message | Malformed]:
-        """Take bytes; return the messages that they complete. An empty line is none."""
+        """Return the messages that these bytes complete. Empty lines are skipped."""
         *lines, rest = data.split(b"\n")
         found: list[_Message | Malformed] = []
         for line in lines:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waits until conditions of a machine hold, some of which its manager looks at and some its client."""
+"""Waits until conditions of a machine hold. The manager checks some of them, the client the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .console import Console
 #: Seconds for all conditions if a caller names no other time.
 WAIT_TIMEOUT = 120.0
 
-#: Waits until conditions hold, and returns those that do not after so many seconds.
+#: Waits until conditions hold, and returns the conditions that do not hold after a number of seconds.
 OfManager = Callable[[Sequence[Condition], float], Awaitable[Sequence[Missing]]]
 
 
@@ -37,7 +37,9 @@ async def wait_for(
         waits.append(of_manager(theirs, timeout))
     missing = [each for found in await _all(waits) for each in found]
     if missing:
-        raise Timeout(f"machine {machine}: not within {round(timeout, 1):g} s: {', '.join(map(str, missing))}")
+        raise Timeout(
+            f"machine {machine}: timed out after {round(timeout, 1):g} s waiting for {', '.join(map(str, missing))}"
+        )
 
 
 async def _all(waits: Sequence[Awaitable[Sequence[Missing]]]) -> list[Sequence[Missing]]:
@@ -74,7 +76,7 @@ def _why(condition: Condition, console: Callable[[], Console]) -> str:
     if condition.kind == "off":
         return "it still runs"
     lines = console().last_lines(1)
-    return f"the last line is: {lines[0]}" if lines else "it has shown nothing"
+    return f"the last line is: {lines[0]}" if lines else "it is empty"
 
 
 async def _until_shown(condition: Condition, console: Console, end: Callable[[], Awaitable[End]]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Packs files and folders of the host into a tar archive, in the format that every tar in a guest reads.
+"""Packs files and directories of the host into a tar archive, in the format that every tar in a guest reads.
 
-A folder comes twice: before its content, so that it is there, and behind it with its permissions and time, which its
-content would change. A file with holes comes empty: its data is sent by itself, for busybox's tar knows no holes.
+A directory has two members: one before its content, which creates it, and one after it with the permissions and time,
+which the content would change. A file with holes is empty in the archive. Its data is sent separately, because tar of
+busybox does not support holes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _CHUNK = 256 * 1024
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
 
-#: A file is sent without its holes if these are as large together.
+#: A file is sent without its holes if they have at least this size in total.
 _HOLES_MIN = 1 << 20
 
-#: Pieces of data are sent in units of this size. Holes between two that are smaller are sent as zeros.
+#: Pieces of data are sent in units of this size. Smaller holes between two pieces are sent as zeros.
 UNIT = 64 * 1024
 
 
@@ -45,10 +46,10 @@ class _Entry(NamedTuple):
 
 
 class Packer:
-    """An archive of some files and folders, each under its own name."""
+    """An archive of some files and directories, each under its own name."""
 
     def __init__(self, sources: Sequence[str], *, skip_special: bool = False) -> None:
-        """Look at all files. Raises CopyFailed for one that cannot be copied, SystemFailure, UsageError."""
+        """Inspect all files. Raises CopyFailed for a file that cannot be copied, SystemFailure or UsageError."""
         self.names = [name_of(each) for each in sources]
         if len(set(self.names)) < len(self.names):
             raise UsageError("two of the files to copy have the same name", hint="copy them one by one")
@@ -64,9 +65,9 @@ class Packer:
                 self._scan(source, name)
         except OSError as error:
             raise _failure(error) from None
-        #: The folders whose time is lost: busybox's tar makes links that lead upwards last of all.
+        #: The directories whose time is lost, because busybox's tar makes links that lead upwards last.
         self.late: list[tuple[str, int]] = []
-        #: The bytes in all files, holes excepted.
+        #: The number of bytes in all files, without their holes.
         self.total = sum(_data_size(each.status) for each in self._entries)
 
     def _scan(self, path: str, name: str) -> None:
@@ -164,14 +165,14 @@ def name_of(path: str) -> str:
     """Return the name under which a path is copied. Raises UsageError."""
     name = path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
-        raise UsageError(f"{path} has no name to copy it under", hint="name a file or a folder")
+        raise UsageError(f"{path} has no name to copy it under", hint="name a file or a directory")
     return name
 
 
 def _header(
     entry: _Entry, *, type: bytes | None = None, size: int = 0, mode: int | None = None, target: str = ""
 ) -> bytes:
-    """Return a header. It has no owner but root: users of the host are not the guest's."""
+    """Return a header. The owner is root, because the guest does not have the host's users."""
     made = tarfile.TarInfo(entry.name)
     is_folder = stat.S_ISDIR(entry.status.st_mode)
     made.type = type or (tarfile.DIRTYPE if is_folder else tarfile.REGTYPE)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Moves what was unpacked to its place: whole files under their final names, or nothing.
+"""Moves unpacked files to their place. A file under its final name is always complete.
 
-A folder that is there already gets the new files, and keeps its permissions.
+An existing directory gets the new files, and keeps its permissions.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from .unpack import Unpacked
 
 
 def place(work: str, root: str, target: str, unpacked: Unpacked) -> None:
-    """Move `root` of the work folder to the path `target`. Raises CopyFailed, or SystemFailure."""
+    """Move `root` of the work directory to the path `target`. Raises CopyFailed, or SystemFailure."""
     source = os.path.join(work, root)
     try:
         for path, final in _conflicts(source, target):
             raise CopyFailed(
-                f"cannot put {path!r} in the place of {final!r}: one of them is a folder", hint="remove it first"
+                f"cannot put {path!r} in the place of {final!r}: one of them is a directory", hint="remove it first"
             )
         new: list[tuple[str, str]] = []
         _move(source, target, root, new)
         folders = [(path, final) for path, final in new if path in unpacked.folders]
-        # A folder comes after those in it: it may become one that cannot be entered, or that others may write to.
+        # A directory follows the directories in it, because its permissions may deny access or let others write.
         for path, final in sorted(_below(folders, unpacked), reverse=True):
             unpacked.finish(path, final)
     except OSError as error:
@@ -41,7 +41,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _conflicts(source: str, target: str) -> Iterator[tuple[str, str]]:
-    """Yield what cannot be moved: a folder in the place of another file, or a file in the place of a folder."""
+    """Yield the conflicts: a directory in the place of another file, or a file in the place of a directory."""
     if not os.path.lexists(target):
         return
     if _is_folder(source) != _is_folder(target):
@@ -52,7 +52,7 @@ def _conflicts(source: str, target: str) -> Iterator[tuple[str, str]]:
 
 
 def _move(source: str, target: str, path: str, new: list[tuple[str, str]]) -> None:
-    """Move a file or a folder, which is called `path` in the archive; what is new goes into the list."""
+    """Move a file or directory, whose name in the archive is `path`. Adds the moved ones to the list."""
     if not (_is_folder(source) and _is_folder(target)):
         os.replace(source, target)
         new.append((path, target))
@@ -62,7 +62,7 @@ def _move(source: str, target: str, path: str, new: list[tuple[str, str]]) -> No
 
 
 def _below(new: list[tuple[str, str]], unpacked: Unpacked) -> Iterator[tuple[str, str]]:
-    """Yield all folders that are new: those that were moved, and those in them."""
+    """Yield all new directories: the moved ones and the directories in them."""
     moved = dict(new)
     for path in unpacked.folders:
         top = path

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads tar archives that a guest sends, which may be hostile.
 
-The format is what GNU tar's --format=gnu and busybox's tar write: no pax headers. Python's tarfile would read those of
-any size into memory, so only its parser of single headers is used here. What is kept in memory is bounded.
+The format is that of GNU tar's --format=gnu and of busybox's tar, without pax headers. Python's tarfile would read pax
+headers of any size into memory, so only its parser of single headers is used. The use of memory is bounded.
 
 1. A header is 512 bytes with a checksum.
-2. Headers of type L and K come before it if the name or the target of a link is longer than 100 bytes, and hold that.
-3. A header of type S has a map of the file's data, which goes on in the blocks behind it.
+2. If the name, or the target of a link, is longer than 100 bytes, headers of type L and K before the header contain it.
+3. A header of type S has a map of the file's data, which continues in the blocks after it.
 4. The content follows, padded to 512 bytes. Two blocks of zeros end the archive.
 """
 
@@ -19,10 +19,10 @@ from typing import BinaryIO, NamedTuple
 
 from ..errors import CopyFailed
 
-#: The longest name and link: Linux has none that are longer (PATH_MAX).
+#: The maximum length of a name and of a link's target, as in Linux (PATH_MAX).
 _NAME_MAX = 4096
 
-#: Pieces of data in a sparse file. An honest one has as many as its file system has extents.
+#: The maximum number of pieces of data in a sparse file. An honest file has as many as it has extents.
 _PIECES_MAX = 100_000
 
 #: The largest file that Linux has (off_t).
@@ -31,7 +31,7 @@ _SIZE_MAX = (1 << 63) - 1
 _BLOCK = 512
 _CHUNK = 256 * 1024
 
-#: Of old GNU sparse headers, as tar.h of GNU tar describes them: entries in the header, and in each block behind it.
+#: The numbers of entries in an old GNU sparse header, and in each block after it (GNU tar's tar.h).
 _EXTRA_ENTRIES = 21
 _ENTRY_SIZE = 24
 
@@ -81,7 +81,7 @@ class Member(NamedTuple):
 
     @property
     def data_size(self) -> int:
-        """The bytes of data that the archive has of it."""
+        """The number of bytes of the file's data in the archive."""
         return sum(each.length for each in self.pieces)
 
 
@@ -98,7 +98,7 @@ class Reader:
     def __init__(self, stream: BinaryIO) -> None:
         """`stream` is a BufferedReader, whose `read` returns less than asked for only at the end."""
         self._stream = stream
-        #: Bytes of the current member's content and its padding that are to be read.
+        #: Unread bytes of the current member's content and padding.
         self._left = 0
         self._padding = 0
 
@@ -193,7 +193,7 @@ def _entries(block: bytes) -> Iterator[Piece]:
 
 
 def _check(pieces: tuple[Piece, ...], size: int, stored: int) -> None:
-    """Raise CopyFailed unless the pieces lie in the file in order, and are what is stored."""
+    """Raise CopyFailed unless the pieces are in order, within the file, and as long as the stored data."""
     if size > _SIZE_MAX:
         raise CopyFailed(f"the guest's archive has a file of {size} bytes")
     end = 0

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unpacks an archive of a guest, which may be hostile, into a folder of its own.
+"""Unpacks an archive of a guest, which may be hostile, into a directory of its own.
 
-Nothing is followed: every file is made in a folder that was made here, for everybody else is kept out of the work
-folder, and symbolic links are made last. So no name can lead out:
+No symbolic link is followed, because only the user can enter the work directory, and symbolic links are made last. No
+name can lead out of the work directory:
 
-1. A name is relative, has no `..`, and begins with the name that was asked for.
-2. Its folder came before it.
-3. A symbolic link leads to something below what was asked for: `..` stands only at its beginning, where it counts
-   folders that were made here.
-4. Devices, sockets and pipes are refused. Set-user-ID bits and owners are not taken over.
+1. A name is relative, has no `..`, and begins with the requested name.
+2. The name's directory is an earlier member of the archive.
+3. A symbolic link leads to a place below the requested name: `..` is allowed only at its beginning, and not above that.
+4. Devices, sockets and pipes are refused. Set-user-ID bits and owners are ignored.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import BinaryIO, NamedTuple
 from ..errors import CopyFailed, SystemFailure
 from .reader import Kind, Member, Piece, Reader
 
-#: Files, folders and links in one archive. A tree of Linux's sources has 100 000.
+#: The maximum number of files, directories and links in one archive. Linux's source tree has 100 000.
 ENTRIES_MAX = 500_000
 
-#: Bytes of names that are kept until the end: of folders and symbolic links.
+#: The maximum number of bytes of the names of directories and symbolic links, which are kept until the end.
 _NAMES_MAX = 64 << 20
 
-#: Data is looked at in blocks of this size, and a block of zeros becomes a hole.
+#: Data is written in blocks of this size. A block of zeros becomes a hole.
 _HOLE = 64 * 1024
 _ZEROS = bytes(_HOLE)
 
-#: Folders in each other. `shutil.rmtree`, which removes a copy that failed, calls itself for each.
+#: The maximum depth of directories. `shutil.rmtree`, which removes a failed copy, calls itself for each level.
 _DEPTH_MAX = 256
 
 _PERMISSIONS = 0o777
@@ -48,7 +47,7 @@ class _Link(NamedTuple):
 
 
 class Unpacked:
-    """The folders that were unpacked into a work folder."""
+    """The directories that were unpacked into a work directory."""
 
     def __init__(self) -> None:
         self.folders: dict[str, _Folder] = {}
@@ -56,7 +55,7 @@ class Unpacked:
         self.skipped: list[str] = []
 
     def finish(self, path: str, final: str) -> None:
-        """Give a folder at `final`, which was unpacked as `path`, its permissions and time."""
+        """Give a directory at `final`, which was unpacked as `path`, its permissions and time."""
         mode, time = self.folders[path]
         os.chmod(final, mode)
         os.utime(final, (time, time))
@@ -70,12 +69,12 @@ def unpack(
     skip_special: bool = False,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Unpacked:
-    """Unpack an archive of the file or folder `root` into the empty folder `work`, which only we may enter.
+    """Unpack an archive of the file or directory `root` into the empty directory `work`, which only the user may enter.
 
-    Folders can be entered by us alone until `finish` is called for each. `skip_special` leaves out what would be
-    refused for what it is: devices, and links that lead out. `on_progress` is called with numbers of bytes.
+    Only the user can enter the new directories until `finish` is called for each. `skip_special` leaves out devices and
+    links that lead out, instead of refusing them. `on_progress` is called with numbers of bytes.
 
-    Raises CopyFailed or SystemFailure; `work` has a part of it then.
+    Raises CopyFailed or SystemFailure, and leaves a part of the archive in `work`.
     """
     try:
         fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -128,16 +127,16 @@ class _Unpacker:
         return SystemFailure(f"cannot write {path!r}", error.errno or errno.EIO)
 
     def _path(self, name: str) -> str:
-        """Return a member's path below the work folder. Raises CopyFailed if it is not one that was asked for."""
+        """Return a member's path below the work directory. Raises CopyFailed for an invalid or unrequested name."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts or not parts or parts[0] != self._root:
             raise CopyFailed(f"the guest sent {name!r}, which is not below {self._root!r}")
         if len(parts) > _DEPTH_MAX:
-            raise CopyFailed(f"the guest sent more than {_DEPTH_MAX} folders in each other")
+            raise CopyFailed(f"the guest sent more than {_DEPTH_MAX} directories in each other")
         path = "/".join(parts)
         parent = path.rpartition("/")[0]
         if parent and parent not in self._found.folders:
-            raise CopyFailed(f"the guest sent {path!r} without the folder before it")
+            raise CopyFailed(f"the guest sent {path!r} without its directory before it")
         return path
 
     def _make(self, path: str, member: Member, reader: Reader) -> None:
@@ -210,12 +209,12 @@ def _leads_out(path: str, target: str) -> bool:
     """Return whether a symbolic link may lead out of the top of its path."""
     parts = [part for part in target.split("/") if part not in ("", ".")]
     ups = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
-    # The folders above the link, without the one that everything is unpacked into.
+    # The directories above the link, without the work directory.
     return not target or target.startswith("/") or ".." in parts[ups:] or ups > path.count("/") - 1
 
 
 def _time(member: Member) -> int:
-    """Return a member's time, as far as a file system has it."""
+    """Return a member's time within the range of file systems."""
     return max(-(1 << 33), min(member.time, 1 << 34))
 
 
@@ -231,7 +230,7 @@ def _placed(pieces: tuple[Piece, ...], content: Iterator[bytes]) -> Iterator[tup
 
 
 def _write(fd: int, offset: int, data: bytes) -> None:
-    """Write data, but for blocks of zeros, which stay holes."""
+    """Write data, except blocks of zeros, which stay holes."""
     view = memoryview(data)
     for start in range(0, len(view), _HOLE):
         block = view[start : start + _HOLE]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Installs the man pages, completion scripts and the systemd unit where man, the shells and systemd look for them.
 
-A record lists the files with their hashes, and the folders that were made for them. A file that is not in the record,
-or whose content has changed since it was installed, is neither overwritten nor removed.
+A record lists the files with their hashes, and the directories that were made for them. A file that is not in the
+record, or whose content has changed since it was installed, is neither overwritten nor removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class File(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """The folders to install into. `fish` and `units` are absolute, or relative to `share`."""
+    """The directories to install into. `fish` and `units` are absolute, or relative to `share`."""
 
     share: str
     fish: str
@@ -51,7 +51,7 @@ class Destination(NamedTuple):
         return os.path.join(self.share, _RECORD)
 
     def folder(self, kind: str) -> str:
-        """Return the folder to install files of a kind into."""
+        """Return the directory to install files of a kind into."""
         folders = {
             "man": "man/man1",
             "bash-completion": "bash-completion/completions",
@@ -63,12 +63,12 @@ class Destination(NamedTuple):
 
 
 def system_destination() -> Destination:
-    """Return the folders that programs search for every user. fish searches /etc/fish, not /usr/local."""
+    """Return the directories that programs search for every user. fish searches /etc/fish, not /usr/local."""
     return Destination(_SHARE, "/etc/fish/completions", "/usr/local/lib/systemd/system", is_user=False)
 
 
 def user_destination() -> Destination:
-    """Return the folders below $XDG_DATA_HOME, which programs search for one user. Raises ExtrasError."""
+    """Return the directories below $XDG_DATA_HOME, which programs search for one user. Raises ExtrasError."""
     share = user_directory("XDG_DATA_HOME", ".local/share")
     if share is None:
         raise ExtrasError(
@@ -127,7 +127,7 @@ def install(files: Sequence[File], record_path: str) -> None:
     """Install all files or none.
 
     1. Refuse to overwrite files that are not in the record.
-    2. Make missing folders.
+    2. Make missing directories.
     3. Write a record of both the old files and the new ones. If vmctl is killed from here on, the installation can be
        repeated or removed.
     4. Write the new files.
@@ -167,7 +167,7 @@ def _refuse_to_overwrite(files: Sequence[File], record: dict[str, Any]) -> None:
 
 
 def remove(record_path: str) -> tuple[list[str], list[str]]:
-    """Remove the installed files, and the folders that were made for them if they are empty.
+    """Remove the installed files, and the directories that were made for them if they are empty.
 
     Returns the paths of the removed files, and of modified files, which are kept. Raises ExtrasError or SystemFailure.
     """
@@ -183,7 +183,7 @@ def remove(record_path: str) -> tuple[list[str], list[str]]:
 
 
 def _read_record(path: str) -> dict[str, Any]:
-    """Return the installed files with the hashes that they may have, and the folders.
+    """Return the installed files with the hashes that they may have, and the directories.
 
     Raises ExtrasError or SystemFailure.
     """
@@ -223,7 +223,7 @@ def _hash(data: bytes) -> str:
 
 
 def _missing_folders(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the folders that the paths need and that do not exist, outermost first."""
+    """Yield the directories that the paths need and that do not exist, outermost first."""
     for path in paths:
         missing = []
         while (path := os.path.dirname(path)) and not os.path.lexists(path):
@@ -262,7 +262,7 @@ def _remove_file(path: str) -> None:
 
 
 def _remove_empty_folder(path: str) -> None:
-    # Other programs may have put files there, or removed the folder.
+    # Other programs may have put files there, or removed the directory.
     with contextlib.suppress(OSError):
         os.rmdir(path)
 

@@ -3,7 +3,7 @@
 
 This parser replaces three rules of argparse that surprise users. It sorts the arguments before argparse parses them:
 
-1. Options may stand before, between and behind positional arguments. `--` ends them, and for a verb that runs a command
+1. Options may stand before, between and after positional arguments. `--` ends them, and for a verb that runs a command
    they end at the command.
 2. Every word that begins with a dash is an option. An unknown option is refused, even if it contains a space.
 3. No option can be abbreviated.
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **settings)
 
     def end_options_here(self) -> None:
-        """End the options behind the positional arguments that were added so far.
+        """End the options after the positional arguments that were added so far.
 
         Verbs that run a command in the guest call this after they have added the command.
         """
@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
             else:
                 positionals.append(word)
         if _verbs(self):
-            # The verb's parser sorts the words behind the verb.
+            # The verb's parser sorts the words after the verb.
             return [*options, *positionals]
         return [*options, *map(_PLAIN.__add__, positionals)]
 

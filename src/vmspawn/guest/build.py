@@ -50,7 +50,7 @@ _SCRATCH_PREFIX = ".new-"
 
 
 def build(architecture: str = "x86_64", on_progress: Callable[[str], None] = lambda phrase: None) -> BuiltinGuest:
-    """Build the guest in the cache, unless it is there already, and return it.
+    """Return the guest in the cache, which is built if it does not exist.
 
     `on_progress` is called with a short phrase for users at each step. Builds may run in parallel: each publishes its
     guest atomically, and the first guest stays. A failed build leaves nothing behind.
@@ -98,7 +98,7 @@ def _agent(architecture: str, on_progress: Callable[[str], None]) -> bytes | Non
     try:
         return Path(build_agent(architecture)).read_bytes()
     except StartError as error:
-        on_progress(f"The guest has no agent, so no commands can be run in it: {error}. {error.hint}")
+        on_progress(f"The guest has no agent, so no commands can be run in it: {error}; {error.hint}")
         return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the built-in guest in the cache: a kernel and an initramfs, which `build` makes once.
+"""Finds the built-in guest in the cache: a kernel and an initramfs, which `build` writes once.
 
 Each start imports this module, so it imports very little.
 """
@@ -11,7 +11,7 @@ import os
 from .. import cache
 from ..fingerprint import fingerprint_files
 
-#: The version of the build. Increase it if a build makes another guest of the same files below `rootfs`.
+#: The version of the build. Increase it if a build makes another guest from the same files below `rootfs`.
 FORMAT = 3
 
 #: Files that are copied to the initramfs, with the same paths below `rootfs` as in the guest.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs the built-in guest on a kernel of the user's: adds that kernel's modules, and tells what the kernel lacks.
+"""Prepares the built-in guest for a user's kernel: adds the kernel's modules, and reports options that it lacks.
 
-The kernel unpacks several initrds one after the other. So the built-in guest's stays as it is, and a second one brings
-the modules and the list of those to load.
+A kernel unpacks several initrds in turn. So the built-in guest's initrd stays unchanged, and a second initrd has the
+modules and the list of modules to load.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .build import BOOT_MODULES, EXTRA_MODULES
 from .initramfs import Initramfs
 from .modules import Modules, modules_alias, modules_dep
 
-#: Modules for a directory of the host as the root that commands see.
+#: Modules for mounting a directory of the host as the commands' root directory.
 USERLAND_MODULES = ("virtiofs", "overlay")
 
 #: Options without which the built-in guest does not start; none of them can be a module.
@@ -34,10 +34,10 @@ _FOR_OVERLAY = {"CONFIG_OVERLAY_FS": "overlay"}
 
 
 def find_modules(directory: str | None, version: str) -> Modules | None:
-    """Return the modules of a kernel: those in the directory that the user names, else those that are installed.
+    """Return a kernel's modules: those in the user's directory, or else the installed ones, or None.
 
-    The directory is that of one kernel (`/lib/modules/6.1.0`), what `make modules_install` was told to install below
-    (INSTALL_MOD_PATH), or the kernel's build tree. Raises StartError if it has no modules.
+    The directory has the modules of one kernel (`/lib/modules/6.1.0`), was the INSTALL_MOD_PATH of `make
+    modules_install`, or is the kernel's build tree. Raises StartError if it has no modules.
     """
     if directory is None:
         installed = Path("/lib/modules", version)
@@ -50,9 +50,9 @@ def find_modules(directory: str | None, version: str) -> Modules | None:
             return Modules(each, version=version or each.name)
     raise StartError.with_fields(
         "{modules={path}} has no modules of the kernel {version}",
-        hint="name a directory with modules.order: of make modules_install, or the kernel's build tree",
+        hint="specify a directory with modules.order: one of make modules_install, or the kernel's build tree",
         path=directory,
-        version=version or "(its version is not known)",
+        version=version or "(unknown version)",
     )
 
 
@@ -76,7 +76,7 @@ def initrd(modules: Modules | None) -> bytes:
 def check(linux: str, options: Mapping[str, str], modules: Modules | None, *, commands: bool, userland: str) -> None:
     """Raise StartError with the names of the options that the kernel lacks. `userland` is "", "ro" or "rw".
 
-    Without options, nothing is known of the kernel.
+    Empty `options` mean that the kernel's configuration is unknown.
     """
     if not options:
         return
@@ -93,7 +93,7 @@ def check(linux: str, options: Mapping[str, str], modules: Modules | None, *, co
     if absent:
         raise GuestError.with_fields(
             "the kernel {linux} has {names} as modules, which were not found",
-            hint="name the directory with the kernel's modules by {modules=}",
+            hint="specify the directory of the kernel's modules with {modules=}",
             linux=linux,
             names=", ".join(name for name, module in loadable.items() if module in absent),
         )

@@ -62,7 +62,7 @@ def runtime_root() -> str:
     if user := os.environ.get("XDG_RUNTIME_DIR"):
         return os.path.join(user, "vmspawn")
     raise UsageError(
-        "no runtime directory: XDG_RUNTIME_DIR is not set", hint="set VMSPAWN_RUNTIME_DIR to a folder of yours"
+        "no runtime directory: XDG_RUNTIME_DIR is not set", hint="set VMSPAWN_RUNTIME_DIR to a directory of yours"
     )
 
 
@@ -78,7 +78,7 @@ def prepare_root() -> str:
     except OSError as error:
         raise StartError(
             f"cannot use the runtime directory {root}: {error.strerror}",
-            hint="set VMSPAWN_RUNTIME_DIR to a folder of yours",
+            hint="set VMSPAWN_RUNTIME_DIR to a directory of yours",
         ) from None
     return root
 

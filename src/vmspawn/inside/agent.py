@@ -26,14 +26,14 @@ from ..errors import NotConnected, NotSupported
 
 _RECEIVE_SIZE = 4096
 
-#: Seconds between two questions for the number of ports, at first and at most: a guest that is busy is not kept busier.
+#: Seconds between two requests for the number of ports: the first interval, and the longest one for a busy guest.
 _COUNT_INTERVAL = 0.005
 _COUNT_INTERVAL_MAX = 0.2
 
 #: Seconds between two pings of an agent that does not answer.
 _PING_INTERVAL = 0.5
 
-#: Seconds without reading after as much as `_RECEIVE_SIZE`. An honest agent sends a few lines for each command.
+#: Seconds without reading after a read of `_RECEIVE_SIZE` bytes. An honest agent sends a few lines for each command.
 _FLOOD_PAUSE = 0.05
 
 
@@ -47,7 +47,7 @@ class Agent:
         on_message: Callable[[Refused | Done | Lost], None],
         on_restart: Callable[[], None],
     ) -> None:
-        """`connect` returns a connection to the port. Raises OSError.
+        """Prepare a connection. `connect` returns a new connection to the port, or raises OSError.
 
         `on_message` gets the messages about one command. `on_restart` is called when the agent has lost the commands
         that it was sent.
@@ -75,7 +75,7 @@ class Agent:
         self._forked: asyncio.Future[None] = self._loop.create_future()
         #: The nonce of the session, which each command names.
         self.session = ""
-        #: Bytes written to the port when the last `sync` has left the write queue.
+        #: The number of bytes that were written to the port when the last `sync` has left the write queue.
         self._sync_end = 0
 
     async def ready(self) -> None:
@@ -102,7 +102,7 @@ class Agent:
     async def wake_copy(self) -> None:
         """Set the clock and the random seed of a copy's guest; waits for as long as the agent takes.
 
-        Raises NotSupported if the agent cannot do that, and what `ready` raises.
+        Raises NotSupported if the agent cannot do that, or an error of `ready`.
         """
         await self.ready()
         if "fork" not in self._capabilities:
@@ -145,7 +145,7 @@ class Agent:
             await first_of(self._next_message, timeout=_PING_INTERVAL)
 
     def _ask_again(self) -> None:
-        """Send open questions again: the agent that was asked may have been killed."""
+        """Let open questions be sent again: the agent that got them may have been killed."""
         for _, _, counted in self._questions:
             if not counted.done():
                 counted.set_result(-1)
@@ -259,7 +259,7 @@ class Agent:
             case Refused() | Done() | Lost():
                 self._on_message(message)
             case Malformed():
-                log.debug(f"the agent sent what is no message: {message.line!r}")
+                log.debug(f"the agent sent an invalid message: {message.line!r}")
 
     def _on_announced(self) -> None:
         """Send `sync` to an agent that has just started, which may have missed the `sync` that waited in the port.

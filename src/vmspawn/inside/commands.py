@@ -45,12 +45,12 @@ from .hang_ups import HangUps, unread
 from .ports import Ports
 from .streams import PortSet, Streams
 
-#: Commands of one machine at once.
+#: The maximum number of commands that run in one machine at once.
 COMMANDS_MAX = 32
 
 _RECEIVE_SIZE = 4096
 
-#: Seconds after the end of a status port in which the machine's own end is noticed.
+#: Seconds to wait for the machine's own end after the end of a status port.
 _END_TIMEOUT = 5.0
 
 #: Seconds between two checks whether QEMU has read all of an input that has ended.
@@ -105,7 +105,7 @@ class Execution:
         self._started: asyncio.Future[int] = self._loop.create_future()
         self._ended: asyncio.Future[Ended] = self._loop.create_future()
         for each in (self._started, self._ended):
-            # Nobody may wait for it.
+            # Mark an exception as retrieved, because no caller may wait for it.
             each.add_done_callback(lambda future: future.cancelled() or future.exception())
         #: The client's ends of the streams by their names. The client closes them; so does `close`.
         self.streams = {name: self._connected[port].ours for name, port in _streams(wanted).items()}
@@ -135,8 +135,11 @@ class Execution:
             self._commands.agent.send(protocol.close(self.id, STDIN))
 
     async def started(self) -> int | None:
-        """Wait until the command runs. Returns its process id in the guest, or None if it could not be started: `ended`
-        returns why. Raises NotConnected, NotSupported."""
+        """Wait until the command runs, and return its process id in the guest.
+
+        Returns None if the command could not be started; `ended` then returns the reason. Raises NotConnected or
+        NotSupported.
+        """
         changes: tuple[asyncio.Future[Any], ...] = (self._started, self._ended)
         await asyncio.wait(changes, return_when=asyncio.FIRST_COMPLETED)
         if self._started.done():
@@ -157,7 +160,7 @@ class Execution:
         self._commands.agent.send(protocol.signal(self.id, number))
 
     def fail(self, error: VmspawnError) -> None:
-        """Let waiters of the command fail with an error, unless its end is known, and close our ends of its streams."""
+        """Raise an error in the callers that wait for the command, unless its end is known, and close its streams."""
         if not self._ended.done():
             self._ended.set_exception(error)
         self._stop_reading()
@@ -177,8 +180,8 @@ class Execution:
             data = b""
         if not data:
             self._stop_reading()
-            # The machine's end, if that is why, is known a moment later.
-            removed = NotConnected("the command's ports were removed", hint="somebody else did so through QMP")
+            # If the machine has ended, that is known a moment later.
+            removed = NotConnected("the command's ports were removed", hint="another QMP client has removed them")
             self._loop.call_later(_END_TIMEOUT, self.fail, removed)
             return
         for message in self._reader.feed(data):
@@ -274,8 +277,8 @@ class Commands:
     async def start(self, wanted: Wanted, *, timeout: float = COMMAND_START_TIMEOUT) -> Execution:
         """Start a command, and wait until it runs or fails to start. The caller closes the returned execution.
 
-        Raises Timeout if the agent does not answer in time, NoFreePort
-        if too many commands run, NotSupported, NotConnected, UsageError, QmpError.
+        Raises Timeout if the agent does not answer in time, NoFreePort if too many commands run, NotSupported,
+        NotConnected, UsageError or QmpError.
         """
         if self._count >= COMMANDS_MAX:
             raise NoFreePort(
@@ -336,7 +339,7 @@ class Commands:
 
     def _too_late(self, timeout: float) -> Timeout:
         machine = self._machine
-        late = f"the agent in machine {machine.name} did not answer for {timeout:g} s"
+        late = f"the agent in machine {machine.name} did not answer within {timeout:g} s"
         if not machine.is_running:
             return Timeout(f"{late}: the machine is {machine.status}", hint=f"see: vmctl resume {machine.name}")
         return Timeout(
@@ -405,8 +408,10 @@ class Commands:
             execution.fail(NotSupported(f"the agent in the guest refused the command: {message.what}: {why}"))
 
     def _on_restart(self) -> None:
-        """Send starting commands again, because the agent may not have got them. A command runs at most once, though:
-        only one supervisor can open its ports."""
+        """Send the starting commands again, because the killed agent may not have read them.
+
+        A command still runs at most once, because only one supervisor can open its ports.
+        """
         self._streams.spend()
         self._unreleased.clear()
         self._hotplug.tasks.start(self._send_again([each for each in self._running.values() if each.is_starting]))

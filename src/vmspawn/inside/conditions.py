@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the conditions of a machine that can be waited for, and parses them."""
+"""Defines the conditions that a client can wait for, and parses them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 
-#: The conditions by their names, with what a value stands for, or nothing for one without.
+#: The conditions by name, each with a placeholder for its value, or an empty string if it has no value.
 KINDS = {
     "agent": "",
     "booted": "",
@@ -19,8 +19,8 @@ KINDS = {
     "ssh": "",
 }
 
-#: Conditions that the manager of a machine does not look at: a regular expression can take as long as it likes, and
-#: nobody is there to report the end.
+#: Conditions that the client checks instead of the machine's manager: a client's regular expression may take long, and
+#: a manager that ends cannot report its end.
 OF_CLIENT = ("console", "off")
 
 _PORT_MAX = 65535
@@ -37,7 +37,7 @@ class Condition(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A condition that does not hold, and why, as far as it is known."""
+    """A condition that does not hold, and the reason if it is known."""
 
     condition: str
     why: str
@@ -51,10 +51,10 @@ def parse(text: str) -> Condition:
     kind, equals, value = text.partition("=")
     if kind not in KINDS:
         known = ", ".join(f"{name}={value}" if value else name for name, value in KINDS.items())
-        raise UsageError(f"there is no condition {text}", hint=f"there are: {known}")
+        raise UsageError(f"there is no condition {text}", hint=f"the conditions are: {known}")
     if bool(KINDS[kind]) != bool(value) or (equals and not KINDS[kind]):
         right = f"{kind}={KINDS[kind]}" if KINDS[kind] else kind
-        raise UsageError(f"the condition {text} is not understood", hint=f"write {right}")
+        raise UsageError(f"{text} is not a condition", hint=f"write {right}")
     if kind == "port" and not (re.fullmatch("[0-9]{1,5}", value) and 1 <= int(value) <= _PORT_MAX):
         raise UsageError(f"{value} is not a port", hint="use 1 to 65535")
     if kind == "console":

@@ -3,8 +3,8 @@
 
 The calls block, and use a thread for each stream. The caller passes a function that starts a command.
 
-A copy is made in a folder beside its target, and moved to its place when it is complete. In the guest, the folder is
-called .vmspawn-copy-XXXX, and remains if the guest or the command ends before.
+A copy is made in a work directory beside its target, and moved to its place when it is complete. The work directory is
+.vmspawn-copy-XXXX. In the guest it remains if the guest or the command ends before that.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from ..errors import CopyFailed, SystemFailure, UsageError, VmspawnError
 
 _T = TypeVar("_T")
 
-#: Bytes of a command's messages that are kept.
+#: Bytes of a command's standard error that are kept.
 _MESSAGES_MAX = 64 * 1024
 
-#: Seconds without a byte after which output that the guest has announced is not waited for.
+#: Seconds without a byte after which missing output of an ended command is given up.
 _OUTPUT_TIMEOUT = 10.0
 
 #: Seconds after which a copy that waits for a command's end notices that it was cancelled.
 _CANCEL_INTERVAL = 0.1
 
-#: Seconds that the guest has to remove the work folder of a copy that failed.
+#: Seconds that the guest has to remove the work directory of a copy that failed.
 _CLEANUP_TIMEOUT = 10.0
 
 _BUFFER_SIZE = 1 << 20
 
-#: Pieces of a sparse file for one command: each is a word of its arguments.
+#: The maximum number of pieces of a sparse file for one command. Each piece is an argument.
 _PIECES_MAX = 2000
 
-#: Folders whose time is set by one command: their names are arguments, which may have 512 KiB.
+#: The maximum number of directories whose time one command sets. Their names are arguments, which have at most 512 KiB.
 _TIMES_MAX = 100
 
-#: The folder that the copy goes into, and the work folder in it. Arguments: target, its parent, its name or an empty
-#: string if the target has to be a folder, a token.
+#: Sets $folder to the directory that gets the copy, and $work to the work directory in it. Arguments: the target, its
+#: parent, its name or an empty string if the target has to be a directory, a token.
 _PLACES = """
 if [ -d "$1" ]; then folder=$1
 elif [ -n "$3" ]; then folder=$2
-else echo "$1 is not a folder" >&2; exit 1
+else echo "$1 is not a directory" >&2; exit 1
 fi
-[ -d "$folder" ] || { echo "there is no folder $folder" >&2; exit 1; }
+[ -d "$folder" ] || { echo "there is no directory $folder" >&2; exit 1; }
 work=$folder/.vmspawn-copy-$4
 """
 
@@ -62,7 +62,7 @@ mkdir -m 700 "$work" || exit 1
 tar -x -p -f - -C "$work" || {{ status=$?; rm -rf "$work"; exit $status; }}
 """
 
-#: More arguments: the file in the work folder, its size and time; then for each piece its offset and length in units.
+#: More arguments: the file in the work directory, its size and time, and for each piece its offset and length in units.
 _FILL = f"""{_PLACES}
 file=$work/$5 size=$6 time=$7
 shift 7
@@ -72,7 +72,7 @@ done
 truncate -s "$size" "$file" && touch -d "@$time" "$file"
 """
 
-#: More arguments: times, each with a file in the work folder.
+#: More arguments: times, each followed by a file in the work directory.
 _TIMES = f"""{_PLACES}
 shift 4
 while [ $# -gt 0 ]; do
@@ -104,11 +104,11 @@ _REMOVE = f"""{_PLACES}
 rm -rf "$work"
 """
 
-#: Arguments: the folder, the name in it, whether to count. The first line has the size in KiB. GNU tar exits with 1 if
-#: a file has changed meanwhile, as a log does.
+#: Arguments: the directory, the name in it, a word to count the size. The first line of output has the size in KiB. GNU
+#: tar exits with 1 if a file has changed meanwhile, as a log does.
 _PACK = """
 cd "$1" || exit 1
-[ -e "./$2" ] || [ -L "./$2" ] || { echo "$1/$2: No such file or directory" >&2; exit 1; }
+[ -e "./$2" ] || [ -L "./$2" ] || { echo "No such file or directory" >&2; exit 1; }
 size=
 [ -z "$3" ] || read -r size rest <<END
 $(du -sk "./$2" 2>/dev/null)
@@ -162,7 +162,7 @@ Progress = Callable[[int, int], None]
 
 
 def hang_up(command: GuestCommand) -> None:
-    """Shut down our ends of a command's streams, so that threads which wait for them go on."""
+    """Shut down our ends of a command's streams, so that the threads that wait for them continue."""
     for each in (command.stdin, command.stdout, command.stderr):
         if each is not None:
             with contextlib.suppress(OSError):
@@ -211,9 +211,9 @@ class Copying:
     # To the guest.
 
     def to_guest(self, sources: Sequence[str], target: str) -> None:
-        """Copy files and folders to the path `target` in the guest; into it, if it is a folder.
+        """Copy files and directories to the path `target` in the guest, or into it if it is a directory.
 
-        Raises CopyFailed, SystemFailure, UsageError, or what `start` raises.
+        Raises CopyFailed, SystemFailure, UsageError, or an error of `start`.
         """
         packer = Packer(sources, skip_special=self._skip_special)
         self.skipped += packer.skipped
@@ -234,7 +234,7 @@ class Copying:
             raise
 
     def _clean_up(self, places: Sequence[str], what: str) -> None:
-        """Remove the work folder in the guest, if the guest is still there and answers."""
+        """Remove the work directory in the guest, if the guest still answers."""
         self._is_cancelled = False
         timer = threading.Timer(_CLEANUP_TIMEOUT, self.cancel)
         timer.start()
@@ -263,13 +263,13 @@ class Copying:
     # From the guest.
 
     def from_guest(self, sources: Sequence[str], target: str) -> None:
-        """Copy files and folders of the guest to the path `target` of the host; into it, if it is a folder.
+        """Copy files and directories of the guest to the path `target` of the host, or into it if it is a directory.
 
-        Raises CopyFailed, SystemFailure, UsageError, or what `start` raises.
+        Raises CopyFailed, SystemFailure, UsageError, or an error of `start`.
         """
         is_folder = os.path.isdir(target)
         if not is_folder and (len(sources) > 1 or target.endswith("/")):
-            raise UsageError(f"{target} is not a folder", hint="make it first, or copy one file to a new name")
+            raise UsageError(f"{target} is not a directory", hint="create it first, or copy one file to a new name")
         for source in sources:
             name = pack.name_of(source)
             final = os.path.join(target, name) if is_folder else target
@@ -382,7 +382,7 @@ class _Streams:
             try:
                 target.sendall(block)
             except OSError:
-                # The command reads no more; its status tells the reason.
+                # The command reads no more input; its status shows the reason.
                 return
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
@@ -440,5 +440,5 @@ def _places(target: str, *, several: bool) -> tuple[str, str, str, str]:
 
 
 def _remove(work: str) -> None:
-    """Remove a work folder, whose folders may be without permissions."""
+    """Remove a work directory. Its directories may lack permissions."""
     shutil.rmtree(work, ignore_errors=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Notice that the far end of a unix socket was closed or shut down, without reading what is in the socket."""
+"""Notices that the far end of a Unix socket was closed or shut down, without reading the data in the socket."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INT = struct.Struct("i")
 
 
 class HangUps:
-    """Sockets whose far ends are watched. They stay the caller's, who calls `forget` before closing one."""
+    """Watches the far ends of sockets. The caller owns the sockets, and calls `forget` before it closes one."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -30,7 +30,7 @@ class HangUps:
 
     def forget(self, connected: socket.socket) -> None:
         """Stop watching a socket, if it is watched."""
-        # epoll would go on watching while another process has a copy.
+        # epoll watches a closed descriptor as long as another process has a copy.
         if self._callbacks.pop(connected.fileno(), None) is not None:
             self._epoll.unregister(connected)
 

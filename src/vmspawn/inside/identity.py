@@ -11,8 +11,8 @@ from ..agent.protocol import Exited, Failed
 from ..errors import StartError
 from .commands import Commands, Wanted
 
-#: The arguments are the host name, the machine ID and the end of all MAC addresses but their last byte. A file that the
-#: guest does not have is not made: it does not use it.
+#: Arguments: the host name, the machine ID, the fourth and fifth byte of the MAC addresses. A file that the guest does
+#: not have is not created, because the guest does not use it.
 _SCRIPT = r"""
 name=$1 id=$2 mac=$3 number=0
 echo "$name" >/proc/sys/kernel/hostname || exit 125
@@ -24,7 +24,7 @@ for device in /sys/class/net/*/device; do
     ip link set dev "$card" address "52:54:00:$mac:$(printf %02x $number)" || exit 125
 done
 for hook in /etc/vmspawn/fork.d/*; do
-    # Nobody reads what it prints.
+    # No client reads the hook's output.
     [ ! -x "$hook" ] || "$hook" "$name" >/dev/null 2>&1 || exit 124
 done
 """

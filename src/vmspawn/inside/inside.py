@@ -21,7 +21,7 @@ _PORTS = "ports"
 
 
 class Inside:
-    """The guest of one machine, as the agent in it shows it."""
+    """The guest of one machine."""
 
     def __init__(self, machine: Running) -> None:
         self._machine = machine
@@ -51,7 +51,7 @@ class Inside:
                 await self._renew_identity()
 
     async def _wake_copy(self) -> bool:
-        """Let the agent set the clock and the random seed of a copy. Returns False if the agent does not."""
+        """Let the agent set the clock and the random seed of a copy. Returns False if the agent cannot."""
         if not await self._has_agent():
             return False
         try:

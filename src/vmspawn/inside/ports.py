@@ -48,7 +48,7 @@ class _Backend(Step):
 
 @dataclass(slots=True, eq=False, repr=False)
 class AttachedPort(Attachment):
-    """A port. `number` is fresh for every port."""
+    """A virtio-serial port. Each port gets a `number` that no earlier port had."""
 
     kind: ClassVar[str] = "ports"
 
@@ -64,7 +64,7 @@ class AttachedPort(Attachment):
 
     @property
     def device(self) -> str:
-        """The device's id in QEMU; that of the character device and of the descriptor, too."""
+        """The id in QEMU of the device, of its character device, and of its descriptor."""
         return f"stream{self.number}"
 
     def steps(self) -> Sequence[Step]:
@@ -74,7 +74,7 @@ class AttachedPort(Attachment):
         return (Reserve(self.place, self.pool), _Backend(name), PlugIn({**port, **self.place.properties()}))
 
     def to_state(self) -> dict[str, Any]:
-        """Return the record from which another process takes the port over, as JSON values."""
+        """Return the record with which another manager takes over the port, as JSON values."""
         place = list(self.place)
         return {"number": self.number, "name": self.guest_name, "place": place, "state": self.state, "done": self.done}
 
@@ -91,7 +91,7 @@ class Stream:
     theirs: socket.socket
 
     def close(self) -> None:
-        """Close both. May be called again."""
+        """Close both ends. May be called again."""
         self.ours.close()
         self.theirs.close()
 
@@ -102,8 +102,10 @@ class Ports:
     def __init__(
         self, hotplug: Hotplug, controller: str, numbers: range, saved: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """`numbers` are those of the controller that are free for ports. `saved` are the sections of the journal that
-        another manager left. Raises KeyError, TypeError or ValueError if they cannot be understood.
+        """Take over the ports in `saved`, the sections of the journal that another manager left.
+
+        `numbers` are the controller's numbers that ports may use. Raises KeyError, TypeError or ValueError if the
+        sections are invalid.
         """
         self._hotplug = hotplug
         self._pool = serial_pool(controller, numbers)
@@ -124,7 +126,7 @@ class Ports:
         return self._pool.free
 
     async def attach(self, guest_name: str) -> AttachedPort:
-        """Attach a port. Raises NoFreePort or what `Hotplug.attach` raises; then nothing is left behind."""
+        """Attach a port. Raises NoFreePort or an error of `Hotplug.attach`; then nothing is left behind."""
         place = self._pool.take()
         assert isinstance(place, SerialPlace)
         port = AttachedPort(self._register.fresh_number(), guest_name, place, self._pool)
@@ -132,9 +134,9 @@ class Ports:
         return port
 
     async def connect(self, ports: Sequence[AttachedPort]) -> list[Stream]:
-        """Connect a stream to each of the ports, which have none. The caller closes the streams.
+        """Connect a stream to each of the ports, which must not have one. The caller closes the streams.
 
-        Raises what `Monitor.execute` raises; then no stream is open.
+        Raises the errors of `Monitor.execute`; then no stream is open.
         """
         streams = [Stream(*socket.socketpair()) for _ in ports]
         try:
@@ -155,9 +157,9 @@ class Ports:
         return streams
 
     async def disconnect(self, ports: Sequence[AttachedPort]) -> None:
-        """Close QEMU's end of the ports' streams, and drop what the guest has not read or we have not.
+        """Close QEMU's ends of the ports' streams, and discard unread data in both directions.
 
-        Raises what `Monitor.execute` raises.
+        Raises the errors of `Monitor.execute`.
         """
         await self._change([Command("chardev-change", {"id": port.device, "backend": _NULL}) for port in ports])
 
@@ -167,11 +169,11 @@ class Ports:
                 raise result
 
     async def detach(self, port: AttachedPort) -> bool:
-        """Detach a port; True once nothing of it is left. Raises NotConnected."""
+        """Detach a port. Returns whether nothing of it is left. Raises NotConnected."""
         return await self._hotplug.detach(port, asyncio.get_running_loop().time() + DETACH_TIMEOUT)
 
     async def settle(self) -> None:
-        """Settle the ports of another manager's journal. Raises Timeout or NotConnected."""
+        """Complete or undo the operations on ports that another manager began. Raises Timeout or NotConnected."""
         devices = await device_ids(self._hotplug.monitor)
         await recovery.settle(self._hotplug, tuple(self._register), devices, lambda _: None)
         self._register.save()

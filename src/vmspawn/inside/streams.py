@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keep sets of ports for commands, at a pace that the guest can follow.
+"""Keeps sets of ports for commands, and changes them at a pace that the guest can follow.
 
 QEMU's queue for messages about ports has 32 entries, and QEMU drops messages when the queue is full (docs/agent.md). So
 nothing here depends on a message:
@@ -49,7 +49,7 @@ _ATTEMPTS = 3
 
 @dataclass(slots=True, eq=False)
 class PortSet:
-    """A set of ports by the names of their streams. One command at a time has the set."""
+    """A set of ports by the names of their streams. One command at a time uses the set."""
 
     id: str
     ports: dict[str, AttachedPort] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Streams:
         else:
             waiting: asyncio.Future[PortSet] = asyncio.get_running_loop().create_future()
             self._waiting.append(waiting)
-            self._plug_for_those_who_wait()
+            self._plug_for_waiting()
             try:
                 taken = await waiting
             except asyncio.CancelledError:
@@ -118,7 +118,7 @@ class Streams:
         return None
 
     def _offer(self, connected: PortSet) -> None:
-        """Give a set to the first who waits for one, or keep it."""
+        """Give a set to the first waiting caller, keep it for later, or unplug it."""
         if self._is_closed:
             connected.close()
         elif (waiting := self._next_waiting()) is not None:
@@ -132,11 +132,11 @@ class Streams:
     # Plugging in.
 
     def replenish(self) -> None:
-        """Plug a set in ahead, unless one is there or about to be. More sets in use than one will be idle soon."""
+        """Plug in a set in advance, unless one is idle or is being plugged in, or several are in use."""
         if not self._idle and not self._plugging and self._room and len(self._used) <= 1:
             self._begin_plugging()
 
-    def _plug_for_those_who_wait(self) -> None:
+    def _plug_for_waiting(self) -> None:
         while self._room and self._plugging < len(self._waiting):
             self._begin_plugging()
 
@@ -166,9 +166,7 @@ class Streams:
             log.debug(f"the guest does not know all ports of {plugged.id}")
             attempts += 1
             await self._unplug(plugged)
-        raise Timeout(
-            "the guest did not notice the ports of the command", hint="see what the guest's kernel reports of them"
-        )
+        raise Timeout("the guest did not notice the ports of the command", hint="see the log of the guest's kernel")
 
     async def _try_to_plug(self, plugged: PortSet) -> bool:
         try:
@@ -183,7 +181,7 @@ class Streams:
             raise
 
     async def _attach(self, plugged: PortSet) -> None:
-        """Attach all ports of a set; those that could be are in it, even if one fails."""
+        """Attach all ports of a set. If one fails, the set has the ports that were attached."""
 
         async def attach(stream: str) -> None:
             plugged.ports[stream] = await self._ports.attach(protocol.port_name(plugged.id, stream))
@@ -210,7 +208,7 @@ class Streams:
     # After a command.
 
     def give_back(self, used: PortSet, *, was_run: bool) -> None:
-        """Take a set back from a command. `was_run` tells whether the agent was told of it."""
+        """Take a set back from a command. `was_run` is True if the command was sent to the agent."""
         used.close()
         self._tasks.start(self._recycle(used, was_run=was_run))
 
@@ -239,7 +237,7 @@ class Streams:
         return await self._connect(used)
 
     def spend(self) -> None:
-        """Let no other command have the sets in use: the agent that would report their release was killed."""
+        """Keep later commands from the sets in use: the agent that would report their release was killed."""
         for each in self._used:
             each.is_spent = True
 
@@ -253,14 +251,14 @@ class Streams:
 
     def _on_removed(self, _: asyncio.Task[None]) -> None:
         self._room += 1
-        self._plug_for_those_who_wait()
+        self._plug_for_waiting()
 
     async def _unplug(self, plugged: PortSet) -> None:
         await asyncio.gather(*map(self._ports.detach, plugged.ports.values()))
         await self._agent.knows_ports(plugged.id, 0, _GUEST_TIMEOUT)
 
     def unplug_all(self) -> None:
-        """Unplug all sets at once: the guest was reset, and would hear of too many ports at a time when it boots."""
+        """Unplug all sets at once: the guest was reset, and would get too many messages about ports when it boots."""
         idle, self._idle = self._idle, []
         for each in idle:
             each.close()

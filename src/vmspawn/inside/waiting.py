@@ -28,7 +28,7 @@ _NEVER = 2
 _SSH_PORT = 22
 _BANNER = b"SSH-"
 
-#: The state is printed whenever it changes.
+#: Prints the state of the boot whenever it changes.
 _BOOTED = """
 while :; do
     if [ -d /run/systemd/system ]; then
@@ -38,7 +38,7 @@ while :; do
         [ ! -e /run/vmspawn/ready ] || exit 0
         state=starting
     else
-        echo "the guest has no systemd, and its init does not tell"
+        echo "the guest has no systemd, and its init does not report the end of the boot"
         exit 2
     fi
     [ "$state" = "$last" ] || echo "${state:-starting}"
@@ -56,10 +56,10 @@ done
 
 
 async def wait_for(machine: Running, inside: Inside, conditions: Sequence[Condition], timeout: float) -> list[Missing]:
-    """Wait until all conditions hold; returns those that do not after `timeout` seconds.
+    """Wait until all conditions hold. Returns the conditions that do not hold after `timeout` seconds.
 
-    Raises MachineEnded, NoSuchStorage, UsageError, NotSupported if a condition never holds in this machine, or what
-    starting a command raises.
+    Raises MachineEnded, NoSuchStorage, UsageError, NotSupported if a condition never holds in this machine, or an error
+    of `Commands.start`.
     """
     waits = [_Wait(machine, inside, each) for each in conditions]
     tasks = {asyncio.create_task(each.until_it_holds()): each for each in waits}
@@ -99,7 +99,7 @@ class _Wait:
 
     @property
     def why(self) -> str:
-        """Why the condition does not hold, as far as it is known."""
+        """The reason why the condition does not hold, or an empty string if it is unknown."""
         if self._output is not None:
             try:
                 lines = self._output.recv(4096).decode(errors="replace").split("\n")
@@ -109,7 +109,7 @@ class _Wait:
         return self._why
 
     async def until_it_holds(self) -> None:
-        """Wait, for as long as it takes."""
+        """Wait until the condition holds, for as long as it takes."""
         match self.condition:
             case Condition("agent"):
                 self._why = "the agent in the guest does not answer"
@@ -140,11 +140,11 @@ class _Wait:
             return
         self._why = f"no SSH server answers on {found.host}"
         address = "127.0.0.1" if found.address == "0.0.0.0" else found.address
-        while not await _says_ssh(address, found.port):  # noqa: ASYNC110 - a server that starts is no event
+        while not await _is_ssh_server(address, found.port):  # noqa: ASYNC110 - a server's start causes no event
             await asyncio.sleep(_RETRY_INTERVAL)
 
     async def _in_guest(self, script: str, *arguments: str) -> None:
-        """Run a script in the guest until it succeeds. Raises NotSupported if it reports that it never will."""
+        """Run a script in the guest until it succeeds. Raises NotSupported if the script reports that it never will."""
         words = ["sh", "-c", script, "sh", *arguments]
         wanted = Wanted(arguments=[each.encode() for each in words], stdin=False)
         while True:
@@ -152,7 +152,7 @@ class _Wait:
                 if await self._succeeds(wanted):
                     return
             except NotConnected as error:
-                # The guest has rebooted. If the machine has ended, this is cancelled.
+                # The guest has rebooted. If the machine has ended, `wait_for` cancels this task.
                 self._why = str(error)
             await asyncio.sleep(_RETRY_INTERVAL)
 
@@ -171,7 +171,8 @@ class _Wait:
             execution.close()
 
 
-async def _says_ssh(address: str, port: int) -> bool:
+async def _is_ssh_server(address: str, port: int) -> bool:
+    """Return whether a server sends the banner of SSH."""
     writer: asyncio.StreamWriter | None = None
     try:
         reader, writer = await asyncio.open_connection(address, port)

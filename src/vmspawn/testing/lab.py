@@ -50,7 +50,7 @@ class Lab:
     """The machines of one test process."""
 
     def __init__(self, folder: Path, *, console: int | None, keep: bool, required: bool) -> None:
-        """Put images and logs into `folder`. Consoles are shown on the descriptor `console`, which the caller keeps."""
+        """Put images and logs into `folder`. Show consoles on the descriptor `console`, which the caller keeps."""
         self.folder = folder
         self.console = console
         self.keep = keep
@@ -81,7 +81,7 @@ class Lab:
 
 
 def _machines_in(values: Iterable[object]) -> Iterator[object]:
-    """Yield the machines among the values of fixtures, those in collections included."""
+    """Yield the machines among the values of fixtures, including machines in collections."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from _machines_in(value)
@@ -92,7 +92,7 @@ def _machines_in(values: Iterable[object]) -> Iterator[object]:
 
 
 class RecordedMachine(api.Machine):
-    """A machine that remembers the last commands which a test has run in its guest."""
+    """A machine that remembers the last commands that a test has run in its guest."""
 
     commands: deque[report.Command]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lets testinfra look into machines, without a network: `testinfra.get_host("vmspawn://NAME")`.
+"""Connects testinfra to machines, without a network: `testinfra.get_host("vmspawn://NAME")`.
 
-The pytest plugin makes it known; a program without pytest imports this module.
+The pytest plugin registers this backend. A program without pytest must import this module.
 """
 
 from __future__ import annotations

@@ -14,20 +14,22 @@ from ...timeouts import COMMAND_START_TIMEOUT
 from ..parser import Parser
 from .verbs import Verbs
 
-_SKIP = "leave out devices, sockets, pipes, and links of the guest that lead out of what is copied"
+_SKIP = "leave out devices, sockets, named pipes, and links of the guest that lead out of the source"
 
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
     copy = verbs.add("copy", _copy, "copy files to or from the guest", "SOURCE… TARGET")
-    copy.add_argument("paths", metavar="PATH", nargs="+", help="file or folder; MACHINE:PATH in the guest, on one side")
+    copy.add_argument(
+        "paths", metavar="PATH", nargs="+", help="file or directory; MACHINE:PATH in the guest, on one side"
+    )
     _add_options(copy)
     for name, direction, text, arguments in (
-        ("copy-to", "to", "copy a file or folder to the guest", "SOURCE [TARGET]"),
-        ("copy-from", "from", "copy a file or folder from the guest", "SOURCE [TARGET]"),
+        ("copy-to", "to", "copy a file or directory to the guest", "SOURCE [TARGET]"),
+        ("copy-from", "from", "copy a file or directory from the guest", "SOURCE [TARGET]"),
     ):
         verb = verbs.add_for_machine(name, _copy_one, text, arguments)
-        verb.add_argument("source", metavar="SOURCE", help="file or folder")
+        verb.add_argument("source", metavar="SOURCE", help="file or directory")
         verb.add_argument("target", metavar="TARGET", nargs="?", help="path on the other side (default: the same)")
         verb.set_defaults(direction=direction)
         _add_options(verb)
@@ -51,7 +53,7 @@ def _copy(options: argparse.Namespace) -> None:
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """Split MACHINE:PATH; a path of the host is without a colon before its first slash."""
+    """Split MACHINE:PATH. A path of the host has no colon before its first slash."""
     machine, colon, path = text.partition(":")
     if not colon or "/" in machine:
         return None, text
@@ -75,7 +77,7 @@ def _perform(options: argparse.Namespace, machine: str, sources: list[str], targ
         return GuestProcess(machine, arguments, stdin=has_input, timeout=timeout)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # The work folders are removed on the way out.
+        # The exit removes the work directories.
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with ProgressBar(is_wanted=not options.quiet) as bar:
         copying = Copying(start, skip_special=options.skip_special, on_progress=bar.show if bar.is_shown else None)

@@ -20,7 +20,7 @@ def add(verbs: Verbs) -> None:
         nargs="+",
         help="[ADDRESS:]PORT:GUESTPORT[/udp]; PORT 0 is any free port (default address: 127.0.0.1)",
     )
-    forward.add_argument("--remove", action="store_true", help="remove the forwards; GUESTPORT can be left out")
+    forward.add_argument("--remove", action="store_true", help="remove the forwards; GUESTPORT may be left out")
     verbs.add_for_machine("list-forwards", _list, "list the ports that are forwarded to the guest")
 
 

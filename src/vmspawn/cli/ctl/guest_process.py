@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a command in the guest with sockets for its streams, for verbs that are built on commands."""
+"""Runs a command in the guest with sockets for its streams, for verbs that use commands."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from .replies import MACHINE
 
 
 class GuestProcess:
-    """A command that runs in the guest. `close` must follow, which ends it."""
+    """A command that runs in the guest. The caller must call `close`, which ends the command."""
 
     def __init__(self, machine: str, arguments: Sequence[bytes], *, stdin: bool, timeout: float) -> None:
-        """Start a command. Raises CommandFailed if it cannot be started, Timeout if no agent answers in time, or what
-        the machine's manager raises."""
+        """Start a command.
+
+        Raises CommandFailed if the command cannot be started, Timeout if no agent answers in time, or the manager's
+        error.
+        """
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             self._client = undo.enter_context(Client(machine, timeout=timeout + REPLY_GRACE))

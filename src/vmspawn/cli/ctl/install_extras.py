@@ -55,7 +55,7 @@ def _remove(options: argparse.Namespace, destination: Destination) -> None:
 
 
 def _command() -> str:
-    """Return the path of vmspawn, beside vmctl or in this Python's scripts folder. Raises ExtrasError."""
+    """Return the path of vmspawn, beside vmctl or in this Python's scripts directory. Raises ExtrasError."""
     import sysconfig
 
     scripts = sysconfig.get_path("scripts")
@@ -66,7 +66,7 @@ def _command() -> str:
 
 
 def _advice(destination: Destination) -> list[str]:
-    """Return instructions for programs that do not search the folders by default."""
+    """Return instructions for programs that do not search the directories by default."""
     manager = "systemctl --user" if destination.is_user else "systemctl"
     lines = [f"To load a changed unit: {manager} daemon-reload"]
     if destination.is_user:
@@ -77,6 +77,6 @@ def _advice(destination: Destination) -> list[str]:
 
 
 def _man_finds(share: str) -> bool:
-    """Return whether man searches share/man, which it does beside each `bin` folder in PATH."""
+    """Return whether man searches share/man, which it does beside each `bin` directory in PATH."""
     beside = os.path.join(os.path.dirname(share), "bin")
     return os.path.basename(share) == "share" and beside in os.environ.get("PATH", "").split(":")

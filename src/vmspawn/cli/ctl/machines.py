@@ -126,7 +126,7 @@ def _disks(client: Client, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _forwards(client: Client, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a machine's forwards, which QEMU and a manager that is new enough know."""
+    """Return a machine's forwards, or nothing if QEMU does not answer or the manager is too old."""
     if "ports" not in found or not found.get("responding", True):
         return []
     try:

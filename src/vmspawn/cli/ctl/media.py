@@ -10,7 +10,7 @@ from .images import add_format, add_path, call_with_image
 from .replies import MACHINE, client_waiting_for_guest, failing_to, say
 from .verbs import Verbs, add_disk
 
-_FORCE = "act even if the guest has locked the tray"
+_FORCE = "open the tray even if the guest has locked it"
 
 
 def add(verbs: Verbs) -> None:

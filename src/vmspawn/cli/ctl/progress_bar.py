@@ -11,7 +11,7 @@ from ..tables import format_size, terminal_width
 
 _STDERR = 2
 
-#: Seconds between two updates, and before the first: a copy that is quick shows nothing.
+#: Seconds between two updates, and before the first one: a quick copy shows nothing.
 _INTERVAL = 0.1
 _DELAY = 0.5
 
@@ -20,10 +20,10 @@ _NUMBERS = 40
 
 
 class ProgressBar:
-    """A line on standard error, which is cleared in the end."""
+    """A line on standard error, which is cleared at the end."""
 
     def __init__(self, *, is_wanted: bool) -> None:
-        #: True if standard error is a terminal.
+        #: True if the bar is wanted and standard error is a terminal.
         self.is_shown = is_wanted and sys.stderr.isatty()
         self._start = time.monotonic()
         self._next = self._start + _DELAY
@@ -37,7 +37,7 @@ class ProgressBar:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def show(self, done: int, total: int) -> None:
-        """Show that so many bytes of all are copied; the total is at least that."""
+        """Show the number of copied bytes and the total, which is not smaller."""
         now = time.monotonic()
         if now < self._next:
             return
@@ -48,7 +48,7 @@ class ProgressBar:
 
 
 def line(done: int, total: int, seconds: float, width: int) -> str:
-    """Return the line: a bar, the part that is done, the bytes, and the rate."""
+    """Return the line: a bar, the percentage, the numbers of bytes, and the rate."""
     part = done / total if total else 1.0
     room = max(10, min(60, width - _NUMBERS))
     filled = int(part * room)

@@ -70,12 +70,12 @@ def _add_directory(parser: Parser) -> None:
         "--snapshot-dir",
         metavar="DIR",
         type=_snapshot_directory,
-        help="folder of the snapshots, as in vmspawn --snapshot-dir=",
+        help="directory of the snapshots, as in vmspawn --snapshot-dir=",
     )
 
 
 def _snapshot_directory(path: str) -> str:
-    """Set the folder for snapshots, in this process and in managers that it starts. Returns its absolute path."""
+    """Set the directory for snapshots, in this process and in managers that it starts. Returns its absolute path."""
     os.environ[snapshot_files.VARIABLE] = os.path.abspath(path)
     return os.path.abspath(path)
 

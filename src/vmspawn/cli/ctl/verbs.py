@@ -55,9 +55,9 @@ class Verbs:
 
 
 def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
-    """Add the options that may stand before and behind the verb.
+    """Add the options that may stand before and after the verb.
 
-    Behind the verb, `default` is argparse.SUPPRESS, so that a value from before the verb is kept.
+    After the verb, `default` is argparse.SUPPRESS, so that a value from before the verb is kept.
     """
     no_json: dict[str, Any] = default or {"default": "off"}
     parser.add_argument(

@@ -12,10 +12,10 @@ from ...inside import conditions
 from ...inside.conditions import KINDS
 from .verbs import Verbs
 
-#: Seconds for all conditions, if the user names no other time.
+#: The default timeout, in seconds.
 _TIMEOUT = 120.0
 
-#: Seconds before it is looked again for a machine that is not there yet.
+#: Seconds between two attempts to find a machine that does not exist yet.
 _LOOK_INTERVAL = 0.1
 
 
@@ -29,12 +29,12 @@ def add(verbs: Verbs) -> None:
         metavar="CONDITION",
         action="append",
         default=[],
-        help=f"{known}; repeatable: all must hold",
+        help=f"wait for this condition: {known}; repeatable",
     )
 
 
 def _wait(options: argparse.Namespace) -> None:
-    """Wait. Raises Timeout, which names what is missing, or MachineEnded."""
+    """Wait. Raises Timeout, which names the conditions that do not hold, or MachineEnded."""
     if not options.conditions:
         raise UsageError("nothing to wait for", hint="write for example --for=booted")
     check_name(options.machine)
@@ -60,7 +60,7 @@ async def _wait_for(name: str, wanted: list[str], timeout: float) -> None:
         except NotConnected:
             if wanted == ["off"]:
                 return None
-            # It may be about to start.
+            # The machine may start soon.
             if time.monotonic() + _LOOK_INTERVAL >= deadline:
                 raise
         await asyncio.sleep(_LOOK_INTERVAL)

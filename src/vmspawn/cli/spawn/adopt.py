@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ready-fd", metavar="FD", type=whole_number, help=argparse.SUPPRESS)
 
 
-#: Options that --adopt goes with; all others were settled when the machine was started.
+#: Options that are allowed with --adopt. The machine's start determined all others.
 _BESIDE_ADOPT = (
     *("adopt", "snapshot_dir", "machine", "console", "log", "qmp_log"),
     *("shutdown_timeout", "time_limit", "quiet", "verbose"),
@@ -48,9 +48,9 @@ def refuse_others(
     refusal: str = "--adopt cannot change a running machine, and {name} configures its start",
     hint: str = "leave out {name}, or use --adopt-or-start",
 ) -> None:
-    """Raise UsageError if `--adopt` is given with an option that is for starting a machine.
+    """Raise UsageError if an option configures a start, although `--adopt` or `--fork=` determines the machine.
 
-    Other options that settle everything else name what may stand `beside` them.
+    `beside` are the options that are allowed.
     """
     for action in (action for action in parser._actions if action.help != argparse.SUPPRESS):
         value = getattr(options, action.dest, action.default)
@@ -61,7 +61,7 @@ def refuse_others(
 
 
 def read(options: argparse.Namespace) -> MachineConfig:
-    """Read which machine to adopt and how to manage it. Raises UsageError."""
+    """Read the name of the machine to adopt, and the options for its manager. Raises UsageError."""
     if options.machine is None:
         raise UsageError("--adopt needs the name of a machine", hint="add --machine=NAME; see: vmctl list")
     if options.kernel_arguments:

@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Copies")
     group.add_argument("--fork", metavar="MACHINE[@NAME]", help="start a copy of a machine from its snapshot")
-    group.add_argument("--snapshot-dir", metavar="DIR", type=snapshot_directory, help="folder of the snapshots")
+    group.add_argument("--snapshot-dir", metavar="DIR", type=snapshot_directory, help="directory of the snapshots")
     group.add_argument("--keep", action="store_true", help="keep the disks of the copy when it ends")
     group.add_argument(
         "--identity",
@@ -37,8 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def snapshot_directory(path: str) -> str:
-    """Set the folder for snapshots, and return its absolute path."""
-    # Managers that this process starts in the background use the folder too.
+    """Set the directory for snapshots, and return its absolute path."""
+    # Managers that this process starts in the background use the directory too.
     os.environ[snapshot_files.VARIABLE] = os.path.abspath(path)
     return os.path.abspath(path)
 

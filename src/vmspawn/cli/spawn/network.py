@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options for the machine's network."""
+"""Defines the options for the machine's network."""
 
 import argparse
 from typing import TypedDict

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Connects Ansible to machines, without a network: its connection plugin `vmspawn`."""
+"""Connects Ansible to machines, without a network, as the connection plugin `vmspawn`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmspawn.errors import VmspawnError
 DOCUMENTATION = """
 name: vmspawn
 short_description: run tasks in the guest of a vmspawn machine
-description: Commands and files go over the machine's own devices; the guest needs no network and no SSH.
+description: Commands and files pass through virtio-serial ports of the machine; the guest needs no network and no SSH.
 options:
   remote_addr:
     description: name of the machine
@@ -38,7 +38,7 @@ class Connection(ConnectionBase):  # type: ignore[misc] # a base class without t
         return self
 
     def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
-        """Run a command line; returns its status and output. Raises AnsibleConnectionFailure."""
+        """Run a command line, and return its status and output. Raises AnsibleConnectionFailure."""
         super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
         return self._run(cmd, in_data)
 
@@ -70,5 +70,5 @@ class Connection(ConnectionBase):  # type: ignore[misc] # a base class without t
         return output
 
     def close(self) -> None:
-        """Nothing stays open between commands."""
+        """Close the connection, which has nothing open between commands."""
         self._connected = False
