@@ -141,7 +141,7 @@ def main_of_commands() -> None:
 
 
 def boot(agent: str) -> tuple[float, float]:
-    """Seconds until the guest's shell asks for a command, by the clock and of QEMU's processor time."""
+    """Return the seconds until the guest's shell prompts, and QEMU's processor time until then."""
     name = f"bench-{os.getpid()}"
     command = [*VMSPAWN, "-M", name, "--guest=builtin", f"--qemu={QEMU}", "-q", f"--agent={agent}"]
     start = time.perf_counter()

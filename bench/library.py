@@ -58,7 +58,7 @@ def compare_starts(lab: Lab) -> None:
 
 
 def compare_commands(lab: Lab) -> None:
-    """`machine.run`, from the process of the machine and from another one, and `vmctl exec`."""
+    """Measure `machine.run`, in the process of the machine and in another one, and `vmctl exec`."""
     with lab.machine("bench", {}) as machine, sync.connect(machine.name) as connected:
         found = rounds(
             COMMANDS,

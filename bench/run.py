@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How quick a command runs on a kernel of the user's in the host's userland, beside virtme-ng.
+"""Measures a command on a user's kernel in the host's userland, and compares it with virtme-ng.
 
 Both get the same kernel and run `true` in turn: `vmspawn --guest=builtin --linux=… --directory=/ --run=true`, and
 `vng -r … -- true`. The kernel is the one that VMSPAWN_BENCH_KERNEL names, with its modules in VMSPAWN_BENCH_MODULES.
@@ -18,7 +18,7 @@ QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
 
 def seconds(command: list[str]) -> float:
-    """The time of a whole process."""
+    """Return the time that a process takes, in seconds."""
     start = time.perf_counter()
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -27,7 +27,7 @@ def seconds(command: list[str]) -> float:
 
 
 def commands(kernel: str, modules: str) -> dict[str, list[str]]:
-    """The two commands, by their names."""
+    """Return the two commands, by their names."""
     ours = [sys.executable, "-m", "vmspawn.cli.spawn", "-M", "bench-run", f"--qemu={QEMU}", "--guest=builtin"]
     ours += [f"--linux={kernel}", "--directory=/", "--run=true", *([f"--modules={modules}"] if modules else [])]
     theirs = ["vng", "-r", kernel, "--qemu", QEMU]

@@ -37,7 +37,7 @@ def qemu(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def vm_qemu(qemu: str) -> str:
-    """The fixtures of vmspawn's own plugin test with the same."""
+    """Return the same QEMU for the fixtures of vmspawn's own plugin."""
     return qemu
 
 
@@ -58,7 +58,7 @@ def runtime_directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def snapshot_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for snapshots that belongs to this test run."""
+    """Make a directory for the snapshots of this test run."""
     folder = tmp_path_factory.mktemp("snapshots")
     folder.chmod(0o700)
     before = os.environ.get("VMSPAWN_SNAPSHOT_DIR")

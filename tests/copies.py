@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Snapshots and copies in tests."""
+"""Starts copies of machines for tests, and inspects the directory of snapshots."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from vmspawn.machine.running import Running
 
 
 def inner(machine: api.Machine) -> Running:
-    """The running machine below the library's."""
+    """Return the running machine of a machine of the library."""
     return machine._running
 
 
@@ -23,7 +23,7 @@ def inner(machine: api.Machine) -> Running:
 async def forked(
     snapshot: Snapshot, name: str | None = None, *, keep_disks: bool = False
 ) -> AsyncIterator[tuple[api.Machine, Shell]]:
-    """A copy of a machine whose shell was at its prompt, and its console."""
+    """Start a copy of a machine whose shell was at its prompt. Yields the copy and its console."""
     async with snapshot.fork(name, keep_disks=keep_disks) as copy:
         path = inner(copy).directory.file(CONSOLE)
         import asyncio
@@ -37,16 +37,16 @@ async def forked(
 
 
 def everything_below(folder: str) -> set[str]:
-    """The paths of all files of a folder, hidden ones included."""
+    """Return the paths of all files of a directory, including hidden ones."""
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
 
 
 def left() -> set[str]:
-    """What there is in the folder of snapshots."""
+    """Return the entries of the directory of snapshots."""
     return everything_below(snapshot_files.root())
 
 
 def locked(path: Path) -> bool:
-    """Whether a file can be changed by none of our commands."""
+    """Return whether no vmspawn command can change a file."""
     found = os.stat(path)
     return bool(snapshot_files.owner_of(found.st_dev, found.st_ino))

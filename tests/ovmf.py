@@ -44,7 +44,7 @@ def tree() -> Path:
 
 
 def install(config_home: Path) -> Path:
-    """Write descriptors of the firmware to a user's configuration directory. Returns their folder."""
+    """Write descriptors of the firmware to a user's configuration directory. Returns their directory."""
     source = tree()
     target = config_home / "qemu" / "firmware"
     target.mkdir(parents=True, exist_ok=True)

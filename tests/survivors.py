@@ -63,7 +63,7 @@ class Survivor:
         return RawMonitor(os.path.join(self.folder, "qmp-manager"))
 
     def close(self) -> None:
-        """Leave nothing."""
+        """End the machine and its manager, and remove their files."""
         self.manager.close()
         if runtime.start_time(self.pid):
             self.kill_qemu()

@@ -19,7 +19,7 @@ TARGET = Path(__file__).parents[1] / "src" / "vmspawn" / "sync.py"
 
 HEADER = '''# SPDX-License-Identifier: LGPL-2.1-or-later
 # Made by tools/make_sync.py from vmspawn/api; do not edit.
-"""The library in blocking calls, for scripts, tests and the interactive interpreter.
+"""Provides the library in blocking calls, for scripts, tests and the interactive interpreter.
 
     import vmspawn.sync
 

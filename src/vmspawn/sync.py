@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Made by tools/make_sync.py from vmspawn/api; do not edit.
-"""The library in blocking calls, for scripts, tests and the interactive interpreter.
+"""Provides the library in blocking calls, for scripts, tests and the interactive interpreter.
 
     import vmspawn.sync
 
@@ -140,19 +140,19 @@ class Machine(BlockingMachine[_machine.Machine]):
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
 
     def forward(self, forward: Forward | str | int) -> Forward:
-        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+        """Forward a port of the host to the guest, and return a `Forward` with the host's port.
 
-        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
-        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        A string has the syntax of the command line: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port; a
+        free port of 127.0.0.1 is forwarded to it. Raises PortInUse, UsageError, NotSupported or SystemFailure.
         """
         return self._call(lambda inner: inner.forward(forward))
 
     def remove_forward(self, forward: Forward | str) -> Forward:
-        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        """Remove a forward, and return it. Its open connections stay. Raises NoSuchForward."""
         return self._call(lambda inner: inner.remove_forward(forward))
 
     def forwards(self) -> list[Forward]:
-        """The ports of the host that are forwarded to the guest."""
+        """Return the forwards of the machine."""
         return self._call(lambda inner: inner.forwards())
 
     def snapshot(self, name: str = "") -> Snapshot:
@@ -331,12 +331,12 @@ class Machine(BlockingMachine[_machine.Machine]):
         skip_special: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Copy files and folders of this host to a path in the guest; into it, if it is a folder.
+        """Copy files and directories of this host to a path in the guest, or into it if it is a directory.
 
-        Modes, times, links and holes are kept, owners are not. `skip_special` leaves out devices, sockets and pipes;
-        returns lines about them. `progress` is called with the bytes that are done and those in all. Raises
-        CopyFailed, and nothing half is left under a final name then; SystemFailure, UsageError, or what `execute`
-        raises.
+        Permissions, times, links and holes are copied, owners are not. `skip_special` leaves out devices, sockets and
+        named pipes, and returns a line about each. `progress` is called with the number of copied bytes and the total.
+
+        Raises CopyFailed, SystemFailure, UsageError, or an error of `execute`; then no incomplete file is left.
         """
         return self._call(lambda inner: inner.copy_to(sources, target, skip_special=skip_special, progress=progress))
 
@@ -348,10 +348,10 @@ class Machine(BlockingMachine[_machine.Machine]):
         skip_special: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Copy files and folders of the guest to a path of this host; into it, if it is a folder.
+        """Copy files and directories of the guest to a path of this host, or into it if it is a directory.
 
-        It trusts nothing that the guest sends: devices, and links that lead out of what is copied, are refused, or left
-        out with `skip_special`. Else it is as `copy_to`.
+        The guest is not trusted: devices, and links that lead out of the source, are refused, or left out with
+        `skip_special`. Everything else is as for `copy_to`.
         """
         return self._call(lambda inner: inner.copy_from(sources, target, skip_special=skip_special, progress=progress))
 
@@ -474,19 +474,19 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return BlockingContext(self._read(lambda inner: inner.qmp(read_only=read_only)), Qmp)
 
     def forward(self, forward: Forward | str | int) -> Forward:
-        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+        """Forward a port of the host to the guest, and return a `Forward` with the host's port.
 
-        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
-        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        A string has the syntax of the command line: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port; a
+        free port of 127.0.0.1 is forwarded to it. Raises PortInUse, UsageError, NotSupported or SystemFailure.
         """
         return self._call(lambda inner: inner.forward(forward))
 
     def remove_forward(self, forward: Forward | str) -> Forward:
-        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        """Remove a forward, and return it. Its open connections stay. Raises NoSuchForward."""
         return self._call(lambda inner: inner.remove_forward(forward))
 
     def forwards(self) -> list[Forward]:
-        """The ports of the host that are forwarded to the guest."""
+        """Return the forwards of the machine."""
         return self._call(lambda inner: inner.forwards())
 
     def snapshot(self, name: str = "") -> Snapshot:
@@ -661,12 +661,12 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         skip_special: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Copy files and folders of this host to a path in the guest; into it, if it is a folder.
+        """Copy files and directories of this host to a path in the guest, or into it if it is a directory.
 
-        Modes, times, links and holes are kept, owners are not. `skip_special` leaves out devices, sockets and pipes;
-        returns lines about them. `progress` is called with the bytes that are done and those in all. Raises
-        CopyFailed, and nothing half is left under a final name then; SystemFailure, UsageError, or what `execute`
-        raises.
+        Permissions, times, links and holes are copied, owners are not. `skip_special` leaves out devices, sockets and
+        named pipes, and returns a line about each. `progress` is called with the number of copied bytes and the total.
+
+        Raises CopyFailed, SystemFailure, UsageError, or an error of `execute`; then no incomplete file is left.
         """
         return self._call(lambda inner: inner.copy_to(sources, target, skip_special=skip_special, progress=progress))
 
@@ -678,10 +678,10 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         skip_special: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Copy files and folders of the guest to a path of this host; into it, if it is a folder.
+        """Copy files and directories of the guest to a path of this host, or into it if it is a directory.
 
-        It trusts nothing that the guest sends: devices, and links that lead out of what is copied, are refused, or left
-        out with `skip_special`. Else it is as `copy_to`.
+        The guest is not trusted: devices, and links that lead out of the source, are refused, or left out with
+        `skip_special`. Everything else is as for `copy_to`.
         """
         return self._call(lambda inner: inner.copy_from(sources, target, skip_special=skip_special, progress=progress))
 

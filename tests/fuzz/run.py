@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Let atheris fuzz the targets, one after the other: `python -m tests.fuzz.run [--seconds=N] [TARGET…]`.
+"""Fuzzes the targets with atheris, one after the other: `python -m tests.fuzz.run [--seconds=N] [TARGET…]`.
 
-What it found worth keeping is in `.cache/fuzz/TARGET`, and an input that failed is written there as well.
+atheris keeps its corpus, and inputs that fail, in `.cache/fuzz/TARGET`.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from pathlib import Path
 
 _FOLDER = Path(".cache/fuzz")
 
-#: The targets; those who make them are loaded later.
+#: The names of the targets, whose modules are imported later.
 NAMES = ("scanner", "envelopes", "images", "partitions", "varlink", "agent", "archive")
 
-#: Inputs are no longer than this: what matters happens within a few tokens.
+#: The maximum length of an input. A few tokens reach all states of the parsers.
 _LENGTH_MAX = 1024
 
 
@@ -24,7 +24,7 @@ def fuzz(name: str, seconds: int) -> None:
     """Fuzz one target in this process, which atheris ends."""
     import atheris
 
-    # What is fuzzed is followed, and nothing else: the whole of what is loaded takes a minute to prepare.
+    # Instrument only the modules under test: instrumenting all imported modules takes a minute.
     followed = ["vmspawn.qmp", "vmspawn.control", "vmspawn.images", "vmspawn.agent", "vmspawn.archive", "asyncvarlink"]
     with atheris.instrument_imports(include=followed):
         from tests.fuzz.targets import TARGETS

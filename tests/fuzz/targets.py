@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is fuzzed: the readers of what strangers send, each beside another way to the same answer.
+"""Defines the fuzz targets: the parsers of untrusted input, each compared with a second implementation or a rule.
 
-`./dev fuzz` has atheris call a target with inputs that it makes from what they reach; tests/unit/test_fuzz_targets.py
-calls each with a few by itself. A target raises AssertionError, or anything else that its subject should not.
+`./dev fuzz` calls a target with inputs that atheris makes, guided by their coverage. tests/unit/test_fuzz_targets.py
+calls each target with a few inputs. A target fails if it raises AssertionError, or an error that its parser must not
+raise.
 """
 
 import io
@@ -43,7 +44,7 @@ _DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: J
 
 
 def scanner(data: bytes) -> None:
-    """However a stream is cut, the same messages are in it, and none is taken for JSON that is not."""
+    """Check that the cuts of a stream do not change its messages, and that each message is JSON."""
     if not data:
         return
     dialect, stream = _DIALECTS[data[0] & 1], data[1:]
@@ -57,7 +58,7 @@ def scanner(data: bytes) -> None:
 
 
 def scan(dialect: Any, pieces: list[bytes]) -> list[Message | Malformed]:
-    """What is found in a stream that comes in these pieces."""
+    """Return the messages of a stream that comes in these pieces."""
     reader, found = Scanner(dialect), []
     for piece in pieces:
         reader.feed(piece)
@@ -72,7 +73,7 @@ def _outcomes(found: list[Message | Malformed]) -> list[object]:
 
 
 def envelopes(data: bytes) -> None:
-    """A command goes on as JSON with the same content, and a refusal is one line of JSON with the client's id."""
+    """Check that a command becomes JSON with the same content, or a refusal of one line with the client's id."""
     for message in scan(_DIALECTS[0], [data + b"\n"]):
         for oob in (False, True):
             item = envelope.read(message, oob=oob)
@@ -100,7 +101,7 @@ def _check_command(command: Command, message: Message | Malformed) -> None:
 
 
 def varlink(data: bytes) -> None:
-    """A call is looked up and its parameters are converted, or it is refused with an error of Varlink's."""
+    """Check that a call is found and its parameters are converted, or that it is refused with a Varlink error."""
     try:
         request = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -118,7 +119,7 @@ def varlink(data: bytes) -> None:
 
 
 def images(data: bytes) -> None:
-    """An image is checked by reading a bounded part of it, whatever it is and says of itself."""
+    """Check that the parsers read a bounded part of an image, whatever its header contains."""
     if not data:
         return
     image = _Image(data[0], data[1:])
@@ -140,7 +141,7 @@ _ROLES = {"backing file", "data file", "extent", "parent"}
 
 
 def partitions(data: bytes) -> None:
-    """A kernel is told a root or none, whatever is in the image, and whatever a qcow2 image says of itself."""
+    """Check that any image, raw or qcow2, results in a root= argument or in none."""
     if not data:
         return
     fd = os.memfd_create("fuzz")
@@ -157,14 +158,14 @@ def partitions(data: bytes) -> None:
 
 
 def _gpt() -> bytes:
-    """A disk with a GPT that has one partition, whose type is root."""
+    """Make a disk with a GPT and one partition of the type for root file systems."""
     header = b"EFI PART" + struct.pack("<64xQII", 2, 1, 128)
     entry = uuid.UUID("4f68bce3-e8cd-4db1-96e7-fbcaf984b709").bytes_le + bytes(range(16)) + bytes(24)
     return bytes(512) + header.ljust(512, b"\0") + entry.ljust(128, b"\0")
 
 
 def _qcow2() -> bytes:
-    """A qcow2 image of 1 KiB in clusters of 512 bytes, of which the second is compressed."""
+    """Make a qcow2 image of 1 KiB in two clusters, of which the second is compressed."""
     header = struct.pack(">4sIQIIQIIQQIIQQQQII", b"QFI\xfb", 3, 0, 0, 9, 1024, 0, 1, 112, 0, 0, 0, 0, 0, 0, 0, 4, 104)
     packer = zlib.compressobj(wbits=-12)
     packed = packer.compress(_gpt()[512:1024]) + packer.flush()
@@ -172,7 +173,7 @@ def _qcow2() -> bytes:
     return header.ljust(112, b"\0") + struct.pack(">Q", 512).ljust(400, b"\0") + table + packed
 
 
-#: Bytes that may be asked for to recognize a format, and to check an image of a known one.
+#: The maximum numbers of bytes that may be read to detect a format, and to check an image of a known format.
 _DETECTION_MAX = 1 << 10
 _READING_MAX = 1 << 20
 
@@ -190,7 +191,7 @@ class _Image:
         self.requested = 0
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read from the image; what is not there is zero."""
+        """Read from the image, which has zeros after its end."""
         assert offset >= 0
         assert length >= 0
         self.requested += length
@@ -204,7 +205,7 @@ class _Image:
 
 
 def _vhdx() -> bytes:
-    """What _Image makes a VHDX image with a parent of: a region table, metadata, and its items."""
+    """Make the parts of a VHDX image with a parent: a region table, metadata, and its items."""
 
     def guid(text: str) -> bytes:
         return uuid.UUID(text).bytes_le
@@ -222,7 +223,7 @@ def _vhdx() -> bytes:
 
 
 def agent(data: bytes) -> None:
-    """However a guest's stream is cut, the same messages are in it, and no more than one line is kept."""
+    """Check that the cuts of a guest's stream do not change its messages, and that at most one line is kept."""
     if not data:
         return
     stream = data[1:]
@@ -236,15 +237,15 @@ def agent(data: bytes) -> None:
         assert len(reader._partial) <= protocol.LINE_MAX
 
 
-# No method is called, so that there need not be a machine.
+# No method is called, so no machine is needed.
 _REGISTRY = build_registry(cast(Running, None), Inside(cast(Running, None)))
 
 
-#: By name, each with inputs to begin with.
+#: The targets by name, each with its seeds.
 def archive(data: bytes) -> None:
-    """Whatever members an archive has, nothing is written outside of the work folder, and what is moved out is whole.
+    """Check that any archive writes only into the work directory, and that each file that is moved from it is complete.
 
-    A line is a member: its type, the permissions, name, target and content.
+    A line is a member: its type, permissions, name, target and content.
     """
     with tempfile.TemporaryDirectory() as folder:
         outside, work, target = (os.path.join(folder, name) for name in ("outside", "work", "target"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guest keeps writing while its manager is killed at random moments, again and again."""
+"""Tests a guest that keeps writing while its managers are killed at random moments."""
 
 import asyncio
 import contextlib
@@ -208,7 +208,7 @@ def look(guest: Survivor) -> dict[str, Any]:
 
 
 def files_of(pid: int, folder: Path) -> list[str]:
-    """Return the files in the folder that a process has open, once for each descriptor."""
+    """Return the files in the directory that a process has open, once for each descriptor."""
     return [link for link in links_of(pid) if os.path.dirname(link) == str(folder)]
 
 

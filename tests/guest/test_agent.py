@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The agent in the built-in guest runs commands, passes their streams, and survives failures."""
+"""Tests the agent in the built-in guest: it runs commands, passes their streams, and survives failures."""
 
 from __future__ import annotations
 

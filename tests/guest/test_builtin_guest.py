@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The built-in guest on a plain QEMU prints its devices, and reacts to keys, signals and buttons."""
+"""Tests the built-in guest on a plain QEMU: it prints its devices, and reacts to keys, signals and buttons."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The wheel in an environment of a user's: its pytest plugin beside other plugins, many tests side by side, runs that
-are killed, testinfra and Ansible, and a user's program under the type checkers."""
+"""Tests the wheel in a user's environment: the pytest plugin beside other plugins, parallel tests, killed test runs,
+testinfra, Ansible, and a user's program under type checkers."""
 
 import json
 import os
@@ -47,7 +47,7 @@ class Environment:
         return [str(self.folder / "bin" / name), *arguments]
 
     def pytest(self, project: Path, *arguments: str) -> str:
-        """Run pytest; returns what it printed, and fails unless nothing is left of its machines."""
+        """Run pytest, and return its output. Fails if it leaves something of its machines behind."""
         command = self.command("pytest", "-p", "no:cacheprovider", *arguments)
         done = subprocess.run(
             command, cwd=project, env=self.variables, capture_output=True, text=True, timeout=RUN_TIMEOUT
@@ -57,7 +57,7 @@ class Environment:
         return done.stdout
 
     def left(self) -> list[str]:
-        """The directories of machines, and the processes that name one."""
+        """Return the directories of machines, and the processes that name one."""
         found = [str(each) for each in self.runtime.iterdir()]
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
@@ -235,7 +235,7 @@ def test_nothing_is_left_of_runs_that_are_killed(environment: Environment, tmp_p
         ) as run:
             moment = moments.uniform(0.5, 12)
             time.sleep(moment)
-            # Its workers share its group; those of the other runs notice that it is gone.
+            # Its workers are in its process group; the workers of the other runs notice that pytest is gone.
             os.killpg(run.pid, signal.SIGKILL) if attempt % 2 else run.kill()
         deadline = time.monotonic() + DEADLINE
         while left := environment.left():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""vmspawn on a terminal: typing, pasting, keys, window sizes, and other viewers."""
+"""Tests vmspawn on a terminal: typing, pasting, keys, window sizes, and other viewers."""
 
 import os
 import re

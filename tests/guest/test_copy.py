@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl copy`, and `machine.copy_to` and `copy_from`, with the built-in guest."""
+"""Tests `vmctl copy`, `machine.copy_to` and `machine.copy_from` with the built-in guest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["tree"]
 
 @pytest.fixture(scope="module")
 def machine(qemu: str) -> Iterator[Spawned]:
-    """One machine for all tests."""
+    """Start one machine for all tests."""
     with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
         running.wait_for("is running")
         yield running
 
 
 def shell(machine: Spawned, command: str) -> str:
-    """Run a command in the guest, which must succeed; returns its output."""
+    """Run a command in the guest, which must succeed, and return its output."""
     done = vmctl("exec", machine.name, "sh", "-c", command)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -167,7 +167,7 @@ def test_a_full_host_has_no_half_file(machine: Spawned, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_copy_that_is_interrupted_leaves_nothing(machine: Spawned, tmp_path: Path, number: signal.Signals) -> None:
-    """The source is a file that never ends, in the guest's memory and here."""
+    """The source is an endless file, once in the guest's memory and once on the host."""
     with open(tmp_path / "large", "wb") as file:
         file.write(os.urandom(MIB) * 200)
     command = [*VMCTL, "copy", str(tmp_path / "large"), f"{machine.name}:/tmp/half"]
@@ -208,7 +208,7 @@ async def test_a_program_copies(machine: Spawned, tmp_path: Path) -> None:
 
 
 async def test_a_program_that_is_cancelled_leaves_nothing(machine: Spawned, tmp_path: Path) -> None:
-    """A pipe in the guest never delivers."""
+    """The source is a named pipe in the guest that nobody writes to."""
     shell(machine, "rm -rf /tmp/slow; mkdir /tmp/slow; dd if=/dev/zero of=/tmp/slow/f bs=1M count=50 status=none")
     started = asyncio.Event()
     async with vmspawn.connect(machine.name) as connected:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies and conditions with an unmodified Debian: systemd, and GNU's tar."""
+"""Tests copies and conditions with an unmodified Debian, which has systemd and GNU tar."""
 
 from __future__ import annotations
 

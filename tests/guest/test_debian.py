@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A Debian, as people have it: booted to its shell by BIOS and by UEFI, from raw and qcow2, from a directory, without
-being changed; its udev sees what is plugged in, and its power button shuts it down."""
+"""Tests an unmodified Debian: it boots by BIOS and by UEFI, from raw and qcow2 images and from a directory; its udev
+finds hot-plugged disks, and its power button shuts it down."""
 
 import asyncio
 import hashlib

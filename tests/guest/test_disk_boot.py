@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images boot by BIOS, in raw and qcow2 format, on all bootable buses, and stay unchanged if ephemeral."""
+"""Tests that BIOS boots raw and qcow2 images on all bootable buses, and that ephemeral images stay unchanged."""
 
 import signal
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks are resized, replaced, limited and detached by force while a guest writes to them."""
+"""Tests disks that are resized, replaced, limited and detached by force while a guest writes to them."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guest sees the size, serial number, stable path and content of every kind of disk on every machine type."""
+"""Tests that a guest sees the size, serial number, path and content of all kinds of disks on all machine types."""
 
 import asyncio
 import hashlib

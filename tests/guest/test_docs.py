@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run the examples of docs/api.md, docs/testing.md and docs/qmp.md."""
+"""Runs the examples of docs/api.md, docs/testing.md and docs/qmp.md."""
 
 import os
 import re
@@ -63,7 +63,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Return a folder with the socket demo.sock of the machine demo, and an environment with the command vmctl."""
+    """Return a directory with the socket demo.sock of the machine demo, and an environment with the command vmctl."""
     folder = tmp_path_factory.mktemp("demo")
     script = folder / "vmctl"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m vmspawn.cli.ctl "$@"\n')
@@ -89,7 +89,7 @@ def serving(machine: str, path: Path) -> Iterator[None]:
 
 
 def node_modules() -> str:
-    """The folder with npm's qemu-qmp, which is installed into the cache of this work tree."""
+    """Return the directory with npm's qemu-qmp, which is installed into the cache of this checkout."""
     folder = ROOT / ".cache" / "npm"
     if not (folder / "node_modules" / "qemu-qmp").exists():
         command = ["npm", "install", "--silent", "--prefix", str(folder), "qemu-qmp"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The library runs commands in the guest, passes their streams, and survives failures."""
+"""Tests commands in the guest through the library: their streams, their ends, and failures."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ async def test_who_goes_ends_the_command(machine: Machine) -> None:
 
 async def test_nothing_is_left(machine: Machine) -> None:
     async def beside_ports() -> tuple[int, int]:
-        """The numbers of character devices and of our descriptors, without those of ports that are kept."""
+        """Return the numbers of character devices and of our descriptors, without those of idle ports."""
         chardevs, devices = await objects(machine)
         ports = len([name for name in devices if name.startswith("stream")])
         # Our end of a stream, and a copy of QEMU's.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl exec`, `vmctl shell` and `vmspawn --run=` work as a user runs them."""
+"""Tests `vmctl exec`, `vmctl shell` and `vmspawn --run=` as a user runs them."""
 
 from __future__ import annotations
 
@@ -206,14 +206,14 @@ def test_a_user_leaves_a_terminal(machine: Spawned) -> None:
 
 @contextmanager
 def sleeping(machine: str, seconds: int) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs until something ends it."""
+    """Run a command until something ends it."""
     command = [*VMCTL, "exec", machine, "sleep", str(seconds)]
     with background(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         yield process
 
 
 def expect_failure(process: subprocess.Popen[str], message: str) -> None:
-    """Wait for the end of `vmctl exec`, which reports why."""
+    """Wait for the end of `vmctl exec`, which reports the reason."""
     assert process.wait(DEADLINE) == 125
     assert process.stderr is not None
     assert message in process.stderr.read()
@@ -285,7 +285,7 @@ def test_twenty_machines_one_after_the_other_leave_nothing(qemu: str, tmp_path: 
     folder = os.environ["VMSPAWN_RUNTIME_DIR"]
 
     def left() -> tuple[list[str], set[str]]:
-        """What there is in the runtime directory, and the processes that know of it."""
+        """Return the entries of the runtime directory, and the processes that use it."""
         processes = set()
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):

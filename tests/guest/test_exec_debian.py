@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands work in an unmodified Debian, which gets the agent as a credential with every way to boot."""
+"""Tests commands in an unmodified Debian, which gets the agent as a credential, however it is booted."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks fail while a guest uses them: I/O errors, a full host, a truncated image."""
+"""Tests disks that fail while a guest uses them: I/O errors, a full host, a truncated image."""
 
 import asyncio
 import os

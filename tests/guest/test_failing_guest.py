@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Guests that fail are reported: a kernel that panics without pvpanic, and one that reboots in a loop."""
+"""Tests the reports of failing guests: a kernel that panics without pvpanic, and one that reboots in a loop."""
 
 import json
 import signal

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies of a running guest, seen from inside: they begin where the source stood, and go ways of their own."""
+"""Tests copies of a running guest from the inside: they begin at the state of the source, and are independent."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Boot
 
 @contextlib.asynccontextmanager
 async def saved(guest: Booted, name: str = "") -> AsyncIterator[Snapshot]:
-    """A snapshot, which is removed in the end."""
+    """Take a snapshot, which is removed at the end."""
     snapshot = await guest.machine.snapshot(name)
     try:
         yield snapshot
@@ -185,7 +185,7 @@ async def test_twenty_copies_at_once(guest: Booted) -> None:
 
 
 async def test_copies_have_random_numbers_and_a_clock_of_their_own(guest: Booted) -> None:
-    """The agent in the guest sees to it."""
+    """The agent in the guest sets both."""
     await guest.shell.run("head -c 16 /dev/urandom >/dev/null")
     await guest.shell.run("date -s @1000000000")
     async with saved(guest) as snapshot, forked(snapshot) as (first, one), forked(snapshot) as (second, two):
@@ -218,7 +218,7 @@ async def test_a_copy_with_a_new_identity_has_a_name_and_runs_its_hooks(guest: B
 @pytest.mark.scaled
 @pytest.mark.parametrize("bus", ["virtio-blk", pytest.param("virtio-scsi", marks=pytest.mark.soak)])
 async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus: str) -> None:
-    """The guest writes while it is saved, at moments that nobody chooses."""
+    """The guest writes while it is saved, at arbitrary moments."""
     path = make_raw(tmp_path / fresh_name(), 64 * MIB)
     attached = await guest.machine.attach(Disk(str(path), bus=bus))
     await start_writer(guest.shell, attached.by_id)
@@ -227,7 +227,7 @@ async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus
         await guest.shell.run(f"until [ $(cat /tmp/count) -ge {wanted} ]; do usleep 1000; done")
         async with saved(guest) as snapshot, snapshot.fork() as copy:
             if number == 0:
-                # The image ends where the guest stood still.
+                # The image ends at the moment of the save.
                 verify(path, wanted)
             assert await check_log(copy, attached.by_id, tmp_path) >= wanted
     written = await stop_writer(guest.shell)
@@ -236,7 +236,7 @@ async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus
 
 
 async def check_log(machine: api.Machine, device: str, folder: Path) -> int:
-    """Stop the writer of a guest, and verify what is on its disk. Returns the number of records."""
+    """Stop the writer of a guest, and verify the records on its disk. Returns their number."""
     stop = ": >/tmp/stop; until [ -e /tmp/stopped ] || [ -e /tmp/failed ]; do usleep 10000; done; [ ! -e /tmp/failed ]"
     read = f"echo 3 >/proc/sys/vm/drop_caches; head -c $(($(cat /tmp/count) * {RECORD})) {device}"
     done = await machine.run(f"{stop} && {read}", text=False, check=True, timeout=60)

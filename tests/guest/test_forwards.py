@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Traffic through forwards to the built-in guest, which gets its address by itself."""
+"""Tests traffic through forwards to the built-in guest, which configures its network by DHCP."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.commands import DEADLINE, Spawned, run_example, spawned, vmctl
 
 @pytest.fixture(scope="module")
 def machine(qemu: str) -> Iterator[Spawned]:
-    """A guest with a web server."""
+    """Start a guest with a web server."""
     with spawned("--guest=builtin", f"--qemu={qemu}", "--forward=0:80", "--console=read-only") as running:
         running.wait_for("network eth0: 10.0.2.15", stream="stdout")
         assert vmctl("exec", running.name, "sh", "-c", "echo hello >/tmp/page; httpd -h /tmp").returncode == 0
@@ -53,7 +53,7 @@ def test_a_datagram_reaches_the_guest(machine: Spawned) -> None:
     unheard = "awk '/^Udp:/ { number = $3 } END { print number }' /proc/net/snmp"
 
     def count() -> int:
-        """The datagrams that came to a port on which nobody listens."""
+        """Return the number of datagrams to a port on which no program listens."""
         return int(vmctl("exec", machine.name, "sh", "-c", unheard).stdout)
 
     before = count()

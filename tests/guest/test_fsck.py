@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The image and its file system are consistent after QEMU was killed while the guest wrote files."""
+"""Tests that an image and its file system are consistent after QEMU was killed while the guest wrote files."""
 
 import asyncio
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A booted guest gets disks by hot-plug, uses them and loses them."""
+"""Tests a booted guest that gets disks by hot-plug, uses them and loses them."""
 
 import asyncio
 from collections.abc import AsyncIterator

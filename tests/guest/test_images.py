@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A booted guest does not change an ephemeral image, and sees the new size of a grown image."""
+"""Tests that a booted guest does not change an ephemeral image, and sees the new size of a grown image."""
 
 import hashlib
 import os

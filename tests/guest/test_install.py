@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The wheel, built from the source distribution, works in a clean environment and can be removed."""
+"""Tests that the wheel, built from the source distribution, works in a clean environment and can be removed."""
 
 import importlib.util
 import json

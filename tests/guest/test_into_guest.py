@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A booted guest finds its SMBIOS strings, credentials, UUID, memory and network card."""
+"""Tests that a booted guest finds its SMBIOS strings, credentials, UUID, memory and network card."""
 
 import base64
 import hashlib

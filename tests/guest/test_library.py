@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The library types on the console of a booted guest, reads it, and runs commands in the guest."""
+"""Tests the library with a booted guest: typing on the console, reading the console, and commands."""
 
 import threading
 from collections.abc import Callable

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Signals and vmctl's verbs end a booted guest."""
+"""Tests the signals and the verbs of vmctl that end a booted guest."""
 
 import signal
 from pathlib import Path

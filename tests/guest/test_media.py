@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Media are inserted and ejected in an optical drive that exists from boot, as for an installer."""
+"""Tests inserting and ejecting media in an optical drive that exists from boot, as for an installer."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The built-in guest on a kernel that the user names, and commands in a directory of the host.
+"""Tests the built-in guest on a user's kernel, and commands in a directory of the host.
 
-The kernel is that of the built-in guest, under a name of its own, with its modules in a directory.
+The kernel is a copy of the built-in guest's kernel, with its modules in a directory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ needs_virtiofsd = pytest.mark.skipif(not has_virtiofsd(), reason="virtiofsd is n
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A kernel, and the directory of its modules: those of the built-in guest's initrd."""
+    """Return a kernel and the directory of its modules, both from the built-in guest."""
     folder = tmp_path_factory.mktemp("kernel")
     guest = builtin.find() or build()
     image = shutil.copy(guest.kernel, folder / "vmlinuz")
@@ -72,7 +72,7 @@ def test_the_users_kernel_with_its_modules(qemu: str, kernel: tuple[str, str]) -
 
 @needs_virtiofsd
 def test_a_command_in_the_hosts_userland(qemu: str, kernel: tuple[str, str], tmp_path: Path) -> None:
-    """It sees this directory, and what it changes stays in the guest."""
+    """The command sees this directory, and its changes stay in the guest."""
     linux, modules = kernel
     (tmp_path / "file").write_text("of the host\n")
     command = "pwd; cat file - ; python3 -c 'print(6 * 7)'; echo changed >file; cat file; exit 3"
@@ -86,7 +86,7 @@ def test_a_command_in_the_hosts_userland(qemu: str, kernel: tuple[str, str], tmp
 
 @needs_virtiofsd
 def test_another_tree_that_may_be_written_to(qemu: str, tmp_path: Path) -> None:
-    """On the built-in guest's own kernel. The tree has busybox, and no more."""
+    """The tree has only busybox. The kernel is the built-in guest's own."""
     for name in ("bin", "proc", "sys", "dev", "run", "work"):
         (tmp_path / name).mkdir()
     shutil.copy(shutil.which("busybox") or "", tmp_path / "bin" / "busybox")
@@ -100,7 +100,7 @@ def test_another_tree_that_may_be_written_to(qemu: str, tmp_path: Path) -> None:
 @pytest.mark.soak
 @needs_virtiofsd
 def test_files_are_copied_by_the_userlands_own_tools(qemu: str, tree: Path, tmp_path: Path) -> None:
-    """GNU's tar, mv and dd, as this host has them."""
+    """The tools are the host's tar, mv and dd."""
     os.utime(tree / "empty", (0, 0))
     options = ("--guest=builtin", f"--qemu={qemu}", "--directory=/", "--console=headless")
     with spawned(*options) as machine:
@@ -141,7 +141,7 @@ def test_a_kernel_that_lacks_something_is_not_started(qemu: str, kernel: tuple[s
 def test_a_kernel_without_virtiofs_says_so_when_it_gets_there(
     qemu: str, kernel: tuple[str, str], tmp_path: Path
 ) -> None:
-    """Nothing tells before: the modules that it needs are missing, and there is no configuration."""
+    """vmspawn cannot know that before the start: there is no configuration, and the modules are missing."""
     linux, modules = kernel
     copy = tmp_path / os.path.basename(modules)
     shutil.copytree(modules, copy)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run the examples of README.md."""
+"""Runs the examples of README.md."""
 
 import os
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The manager neither grows nor slows down over many attach and detach cycles beside many QMP clients."""
+"""Tests that the manager neither grows nor slows down over many attach and detach cycles beside many QMP clients."""
 
 import asyncio
 import contextlib

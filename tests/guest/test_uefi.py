@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""UEFI starts guests: firmware descriptors, variables beside the image, Secure Boot, and refusals."""
+"""Tests guests that UEFI starts: firmware descriptors, variables beside the image, Secure Boot, and refusals."""
 
 import json
 import shutil

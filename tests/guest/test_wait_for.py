@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`vmctl wait` and `machine.wait_for`, with the built-in guest."""
+"""Tests `vmctl wait` and `machine.wait_for` with the built-in guest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READY = "vmspawn-guest: ready"
 
 @pytest.fixture(scope="module")
 def machine(qemu: str) -> Iterator[Spawned]:
-    """One machine for all tests that do not end it."""
+    """Start one machine for all tests that do not end it."""
     with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless", "--forward=0:22") as running:
         yield running
 
@@ -40,7 +40,7 @@ def guest(machine: Spawned, command: str) -> None:
 
 
 def test_a_machine_that_is_about_to_start_is_waited_for(machine: Spawned) -> None:
-    """This is the first test: vmspawn has only just begun."""
+    """This is the first test: vmspawn has just been started."""
     done = wait(machine.name, "agent", "booted", f"console={READY}$")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -66,7 +66,7 @@ def test_a_disk_that_the_guest_has_taken(machine: Spawned, tmp_path: Path) -> No
 
 
 def test_an_ssh_server_is_asked_through_the_forward(machine: Spawned) -> None:
-    """A server that is no SSH server does not do."""
+    """Another server on the port is not sufficient."""
     guest(machine, "nc -ll -p 22 -e echo HTTP >/dev/null 2>&1 </dev/null &")
     late = wait(machine.name, "ssh", timeout=1)
     assert re.search(r"timed out after 1 s waiting for ssh \(no SSH server answers on 127.0.0.1:\d+\)", late.stderr)

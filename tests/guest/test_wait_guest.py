@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An attach that waits for the guest returns when the guest has the disk."""
+"""Tests that an attach that waits for the guest returns when the guest has the disk."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The built-in guest, started from a copy that has booted."""
+"""Tests starting the built-in guest from a copy that has booted."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ from vmspawn.images.snapshot_files import MANIFEST
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache with the built-in guest and without warm copies. Returns the directory of warm copies."""
+    """Make a cache with the built-in guest and without warm copies. Returns the directory of warm copies."""
     build()
     folder = tmp_path_factory.mktemp("cache")
     for name in ("guest", "agent"):
@@ -60,7 +60,7 @@ async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies
     assert not [each for each in everything_below(str(warm_copies)) if each.startswith(".")]
     assert not [each for each in runtime.machine_names() if each.startswith("warm-")]
 
-    # One that cannot be used is made again.
+    # A copy that cannot be used is made again.
     (copy / MANIFEST).write_text("{}")
     async with warm(qemu) as machine:
         await machine.run("true", check=True)
@@ -77,7 +77,7 @@ async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies
 
 
 def kill_while_it_boots(qemu: str) -> None:
-    """Start a machine from a warm copy that is to be made, and kill the process while the guest boots."""
+    """Start a machine whose warm copy does not exist yet, and kill the process while the guest boots."""
     options = ("--guest=builtin", "--warm", "--console=headless", f"--qemu={qemu}", f"--machine={fresh_name()}")
     with subprocess.Popen([sys.executable, "-m", "vmspawn", *options], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The box: a Debian tree with today's systemd and QEMU, booted as a container with its own PID 1.
+"""Boots a Debian tree with the newest systemd and QEMU as a container with its own PID 1: the box.
 
-The tests of `interop` run systemd's own clients in it, against machines that vmspawn runs in it. `./dev box` is the
-same for a person. It needs root, for namespaces and mounts; what it mounts and starts ends with it.
+The tests of `interop` run systemd's own clients in the box, against machines that vmspawn runs there. `./dev box run`
+opens a shell in it. The box needs root for namespaces and mounts. Its mounts and processes end with it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from vmspawn.guest.build import build
 
 PROJECT = Path(__file__).parents[2]
 
-#: Where the tree is kept; it takes some minutes to make and is the same for every checkout.
+#: The directory of the tree, which takes minutes to make. All checkouts share it.
 TREE = Path(
     os.environ.get("VMSPAWN_BOX_TREE")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vmspawn-box")
@@ -57,24 +57,24 @@ PACKAGES = (
     "openssh-client",
 )
 
-#: Seconds that a box may take to boot (it takes three), and a command in it by default.
+#: Seconds that a box has to boot (it takes three), and that a command in it has by default.
 BOOT_TIMEOUT = 90.0
 RUN_TIMEOUT = 60.0
 MAKE_TIMEOUT = 1800.0
 
-#: Whoever is killed while a box runs takes it along.
+#: The box ends when the process that booted it is killed.
 _GO_WITH_US = ("setpriv", "--pdeathsig=KILL", "--")
 
-#: What of the project's development dependencies no test imports.
+#: The project's development dependencies that no test imports.
 _NOT_NEEDED = ("mypy", "ruff", "types-")
 
 
 class BoxError(Exception):
-    """The box could not be made or booted; the message says why."""
+    """The box could not be made or booted. The message has the reason."""
 
 
 def why_not() -> str:
-    """Why there can be no box here, or an empty string."""
+    """Return why a box cannot run on this host, or an empty string."""
     if os.geteuid() != 0:
         return "the box needs root"
     for program in ("unshare", "nsenter", "setpriv", "chroot", "mount"):
@@ -90,12 +90,12 @@ def why_not() -> str:
 
 
 def is_made() -> bool:
-    """Whether the tree is there."""
+    """Return whether the tree exists."""
     return (TREE / "usr/lib/systemd/systemd").exists()
 
 
 def make() -> None:
-    """Build the tree by debootstrap, from the mirror that this host's apt is set to. Raises BoxError."""
+    """Build the tree by debootstrap, from the mirror that this host's apt uses. Raises BoxError."""
     if TREE.exists():
         raise BoxError(f"there is a box already, in {TREE}; to make another, first: rm -r {TREE}")
     debootstrap = shutil.which("debootstrap")
@@ -113,7 +113,7 @@ def make() -> None:
 
 
 def mirror() -> str:
-    """The first Debian mirror that apt is set to. Raises BoxError."""
+    """Return the first Debian mirror in apt's configuration. Raises BoxError."""
     for path in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
         for line in path.read_text().splitlines() if path.exists() else ():
             words = line.split()
@@ -132,7 +132,7 @@ def _cgroup_root() -> Path | None:
 
 
 def _python_packages() -> Path:
-    """vmspawn's Python packages for the box's Python, fetched once for each version of it and of our list."""
+    """Return the directory of packages for the box's Python, which are fetched once for each version and list."""
     version = subprocess.run(
         ["chroot", str(TREE), "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
         capture_output=True,
@@ -166,7 +166,7 @@ def _python_packages() -> Path:
 
 
 class Box:
-    """A booted box. Owns the process that holds its namespaces; `close` ends all that runs in it."""
+    """A booted box. Owns the process that holds its namespaces; `close` ends all processes in it."""
 
     def __init__(self) -> None:
         if reason := why_not():
@@ -226,7 +226,7 @@ class Box:
             )
 
     def _await_ready(self, ready: socket.socket) -> None:
-        """Wait until the box's PID 1 says READY=1, as it does once its default target is reached."""
+        """Wait until the box's PID 1 reports READY=1, which it does when its default target is reached."""
         assert self._holder is not None
         deadline = time.monotonic() + BOOT_TIMEOUT
         message = b""
@@ -241,17 +241,17 @@ class Box:
 
     @property
     def python(self) -> Path:
-        """The Python packages for the box's Python, under the same path on the host and in the box."""
+        """The directory of Python packages for the box's Python, with the same path on the host and in the box."""
         return self._python
 
     def take_guest(self, architecture: str = "x86_64") -> None:
-        """Copy a built-in guest into the box's cache, if it can be had: nothing is fetched in the box."""
+        """Copy a built-in guest into the box's cache, if the host has one, because the box downloads nothing."""
         with contextlib.suppress(GuestError):
             source = Path(build(architecture).kernel).parent
             shutil.copytree(source, self.path(f"/root/.cache/vmspawn/guest/{source.name}"))
 
     def command(self, *arguments: str, unit: Sequence[str] | None = None) -> list[str]:
-        """The command line that runs `arguments` in the box; with `unit`, as a transient service with those options."""
+        """Return the command line that runs `arguments` in the box; `unit` has the options of a transient service."""
         enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--cgroup", "--ipc", "--uts", "--net", "--root"]
         environment = [
             "env",
@@ -282,13 +282,13 @@ class Box:
         return done
 
     def path(self, path: str) -> Path:
-        """A path of the box's, as the host sees it."""
+        """Return the host's path of a file in the box."""
         return Path(f"/proc/{self.pid}/root") / path.lstrip("/")
 
     def close(self) -> None:
-        """End the box and remove what it left."""
+        """End the box, and remove its remains."""
         if self._holder is not None:
-            # unshare's --kill-child takes PID 1 along, and with it all that runs in its namespace.
+            # unshare's --kill-child kills PID 1, and with it all processes of its namespace.
             self._holder.kill()
             self._holder.wait()
             self._holder = None
@@ -296,7 +296,7 @@ class Box:
         shutil.rmtree(self._state, ignore_errors=True)
 
     def _remove_cgroups(self) -> None:
-        """Remove the cgroups once they are empty, which the kernel says in cgroup.events of the topmost."""
+        """Remove the cgroups when they are empty, which the kernel reports in cgroup.events of the topmost one."""
         deadline = time.monotonic() + 10.0
         events = self._cgroup / "cgroup.events"
         with events.open() as file:
@@ -310,7 +310,7 @@ class Box:
 
 
 def main() -> None:
-    """The verbs of `./dev box`."""
+    """Run a verb of `./dev box`."""
     parser = argparse.ArgumentParser(prog="./dev box", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
     verbs.add_parser("make", help=f"build the tree at {TREE}")
@@ -339,7 +339,7 @@ def _run_in_new_box(command: list[str]) -> int:
 
 
 def _test_in_new_box(arguments: Sequence[str]) -> int:
-    """Run pytest in a box as a service, whose output comes here. The checkout is read-only there."""
+    """Run pytest in a box as a service, with its output on our standard output. The checkout is read-only there."""
     with Box() as box:
         for architecture in ("x86_64", "aarch64"):
             box.take_guest(architecture)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests in the box share: one booted box, and machines in it."""
+"""Defines the fixtures of the tests in the box: one booted box, and machines in it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from tests.interop.machines import BoxedMachine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All in this folder is of the mark."""
+    """Mark all tests of this directory."""
     folder = Path(__file__).parent
     for item in items:
         if folder in item.path.parents:
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def box() -> Iterator[Box]:
-    """A booted box; where there can be none, the test says why."""
+    """Boot a box. Skips the test with the reason if that is impossible."""
     if reason := why_not():
         pytest.skip(reason)
     with Box() as booted:
@@ -31,7 +31,7 @@ def box() -> Iterator[Box]:
 
 @pytest.fixture
 def spawn(box: Box) -> Iterator[Callable[..., BoxedMachine]]:
-    """Start machines in the box, each in a transient unit; they end with the test."""
+    """Return a function that starts machines in the box, each in a transient unit. They end with the test."""
     with ExitStack() as machines:
 
         def start(*arguments: str, unit: tuple[str, ...] = (), name: str | None = None) -> BoxedMachine:
@@ -44,14 +44,14 @@ def spawn(box: Box) -> Iterator[Callable[..., BoxedMachine]]:
 
 @pytest.fixture
 def idle(box: Box, spawn: Callable[..., BoxedMachine]) -> BoxedMachine:
-    """A running machine whose guest is its firmware, looking for something to boot."""
+    """Start a machine whose guest is its firmware."""
     machine = spawn(f"--image={make_image(box)}", "--firmware=bios", "--ram=64M", "--console=headless")
     machine.wait_for("is running")
     return machine
 
 
 def make_image(box: Box, size: int = 1 << 20) -> str:
-    """A new sparse image in the box; returns its path there."""
+    """Make a sparse image in the box, and return its path there."""
     from tests.machines import fresh_name
 
     path = f"/var/tmp/{fresh_name()}.raw"

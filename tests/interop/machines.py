@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Machines that run in the box."""
+"""Runs machines in the box."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from tests.machines import fresh_name
 
 
 class BoxedMachine(Spawned):
-    """A vmspawn that runs in the box as a transient service, and what systemd knows of it."""
+    """A vmspawn that runs in the box as a transient service, with systemd's records of it."""
 
     def __init__(self, box: Box, arguments: tuple[str, ...], *, unit: tuple[str, ...], name: str | None) -> None:
         self.box = box
@@ -20,7 +20,7 @@ class BoxedMachine(Spawned):
         super().__init__(name, arguments, program=box.command("vmspawn", unit=options))
 
     def terminate(self) -> bool:
-        """End the machine without asking the guest, and say whether that was heard."""
+        """End the machine without asking the guest. Returns whether the manager accepted."""
         return self.box.run("vmctl", "terminate", self.name, check=False).returncode == 0
 
     def machinectl(self, verb: str) -> None:
@@ -35,16 +35,16 @@ class BoxedMachine(Spawned):
 
     @property
     def control(self) -> str:
-        """The path of the control socket in the box."""
+        """Return the path of the control socket in the box."""
         return f"/run/vmspawn/{self.name}/control"
 
     def registration(self) -> dict[str, Any] | None:
-        """What machined knows of the machine, or None if it does not know it."""
+        """Return machined's record of the machine, or None if it has none."""
         return machine_registration(self.box, self.name)
 
 
 def machine_registration(box: Box, name: str) -> dict[str, Any] | None:
-    """What machined knows of a machine, or None if it does not know it."""
+    """Return machined's record of a machine, or None if it has none."""
     done = box.run(
         *("varlinkctl", "call", "--json=short", "/run/systemd/machine/io.systemd.Machine", "io.systemd.Machine.List"),
         json.dumps({"name": name}),

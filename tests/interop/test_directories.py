@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directories by today's virtiofsd, which is written in Rust."""
+"""Tests shared directories with the newest virtiofsd, which is written in Rust."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def test_a_virtiofsd_that_dies_is_named_and_ends_the_machine(box: Box, spawn: Ca
 
 UID = 1234
 
-#: A user who is nobody in particular, with a runtime directory and an image.
+#: Creates an ordinary user with a runtime directory and an image.
 AS_USER = f"""
 set -e
 mkdir -p /run/user/{UID} /var/tmp/user/shared
@@ -51,7 +51,7 @@ def test_a_user_without_rights_shares_directories(box: Box) -> None:
 
 
 def test_a_virtiofsd_that_cannot_start_is_named(box: Box) -> None:
-    """Below chroot(2) nobody may make the user namespace that virtiofsd confines itself in."""
+    """Below chroot(2), no process may make the user namespace in which virtiofsd confines itself."""
     script = f"{AS_USER}\nmkdir -p /tmp/root; mount --rbind / /tmp/root; exec chroot /tmp/root $become $spawn"
     done = box.run("unshare", "--mount", "bash", "-c", script, check=False)
     assert done.returncode == 1

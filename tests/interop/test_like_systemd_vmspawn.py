@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What systemd-vmspawn says, and what we say: the firmware that is found, and the options there are."""
+"""Compares vmspawn with systemd-vmspawn: the firmware that both find, and the options that both have."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from tests.interop.box import PROJECT, Box
 
 
 def options(text: str) -> set[str]:
-    """The options that a --help lists."""
+    """Return the options that a --help lists."""
     return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
 
 
 def test_every_option_of_systemd_vmspawn_is_known_here(box: Box) -> None:
     theirs = options(box.run("systemd-vmspawn", "--help").stdout)
-    # These are accepted, and mean nothing here.
+    # These are accepted, and have no effect.
     silent = {"--no-pager", "--no-ask-password"}
     assert theirs - options(box.run("vmspawn", "--help").stdout) == silent
 

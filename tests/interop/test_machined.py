@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd-machined knows our machines, and machinectl drives them as it drives those of systemd-vmspawn."""
+"""Tests that systemd-machined registers vmspawn's machines, and that machinectl controls them."""
 
 import json
 import signal
@@ -14,10 +14,10 @@ Spawn = Callable[..., BoxedMachine]
 
 MACHINED = "/run/systemd/machine/io.systemd.Machine"
 
-#: What a registration says of a machine, whoever manages it.
+#: The members of a registration that do not depend on the manager.
 KEPT = ("leader", "controlAddress", "unit", "service", "class")
 
-#: Start a service manager of root's as a user, with a bus, which machined needs, and machined.
+#: Starts a user's service manager for root, with the bus that machined needs, and machined.
 USERS_MANAGER = r"""
 set -e
 export XDG_RUNTIME_DIR=/run/user/0
@@ -35,7 +35,7 @@ systemctl --user daemon-reload
 systemctl --user start dbus.socket dbus.service systemd-machined.socket
 """
 
-#: A machine under it: what the user's machined knows of it, what machinectl lists, and what is known once it has ended.
+#: Runs a machine there, and prints the record of the user's machined, machinectl's list, and the record after the end.
 USERS_MACHINE = """
 list="varlinkctl call --json=short $XDG_RUNTIME_DIR/systemd/machine/io.systemd.Machine io.systemd.Machine.List"
 systemd-run --user --quiet --service-type=notify --unit=users vmspawn --image={image} --firmware=bios --ram=64M \
@@ -49,7 +49,7 @@ while [ "$(systemctl --user show --property=ActiveState --value users)" != inact
 $list '{{"name":"users"}}' 2>&1 || :
 """
 
-#: A machine whose guest is its firmware.
+#: Options for a machine whose guest is its firmware.
 IDLE = ("--firmware=bios", "--ram=64M", "--console=headless")
 
 
@@ -119,7 +119,7 @@ def test_stopping_the_unit_shuts_the_guest_down(box: Box, spawn: Spawn) -> None:
     found = machine.registration()
     assert found is not None
     assert found["unit"] == machine.unit
-    # Only the manager is told; what is left after it is killed, as KillMode=mixed has it.
+    # Only the manager gets the signal; with KillMode=mixed, systemd then kills the remaining processes.
     box.run("systemctl", "kill", "--kill-whom=main", f"--signal={signal.SIGTERM.name}", machine.unit)
     assert machine.wait() == 0
     assert "the guest powered off" in machine.output["stderr"]
@@ -155,7 +155,7 @@ def test_a_property_that_systemd_does_not_know_fails_in_one_line(box: Box) -> No
 
 
 def test_an_adopted_machine_stays_registered_and_is_unregistered_at_its_end(box: Box, spawn: Spawn) -> None:
-    """It is renewed, with the new manager as the supervisor; one that was lost is made anew, in the same scope."""
+    """The registration is renewed with the new manager's process; a lost one is made again, in the same scope."""
     machine = spawn(f"--image={make_image(box)}", *IDLE, "--register=yes", unit=("--property=KillMode=process",))
     machine.wait_for("is running")
     before = machine.registration()
@@ -184,7 +184,7 @@ def kill_manager(box: Box, name: str) -> None:
 
 
 def manager_of(box: Box, name: str) -> int:
-    """The process of the one manager of a machine."""
+    """Return the process id of a machine's only manager."""
     commands = {int(each.parent.name): command_line(each) for each in box.path("/proc").glob("[0-9]*/cmdline")}
     found = [pid for pid, words in commands.items() if "vmspawn.cli.spawn" in words and name in " ".join(words)]
     assert len(found) == 1, commands
@@ -195,7 +195,7 @@ def command_line(path: Path) -> list[str]:
     try:
         return path.read_text().split("\0")
     except (FileNotFoundError, ProcessLookupError):
-        return []  # it ended after it was listed
+        return []  # The process ended after it was listed.
 
 
 def test_register_no_leaves_the_machine_alone(box: Box, spawn: Spawn) -> None:
@@ -215,7 +215,7 @@ def test_the_users_machined_that_is_not_there_is_missed_only_if_it_was_a_firm_wi
 
 
 def test_a_users_machined_knows_the_machine_as_well(box: Box) -> None:
-    """The box has no login that starts one, and no bus of a user's; both are made here."""
+    """In the box no login starts the user's machined and bus, so the test starts both."""
     done = box.run("bash", "-c", f"{USERS_MANAGER}\n{USERS_MACHINE.format(image=make_image(box))}")
     registered, listed, ended = done.stdout.split("---")
     found = json.loads(registered)
@@ -231,7 +231,7 @@ def test_a_name_that_machined_has_already_is_refused(box: Box, spawn: Spawn) -> 
     again = spawn(f"--image={make_image(box)}", *IDLE, "--register=yes", unit=elsewhere, name=first.name)
     assert again.wait() == 1
     assert "knows another machine named" in again.output["stderr"]
-    # Where it was no firm wish, the machine runs all the same.
+    # With --register=auto the machine runs nevertheless.
     again = spawn(f"--image={make_image(box)}", *IDLE, unit=elsewhere, name=first.name)
     again.wait_for("is running")
     assert "not registered: systemd-machined knows another machine named" in again.output["stderr"]

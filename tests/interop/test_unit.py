@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The unit vmspawn@.service: an image by its name, started and stopped by systemctl."""
+"""Tests the unit vmspawn@.service: systemctl starts and stops an image by its name."""
 
 import json
 from collections.abc import Iterator
@@ -13,20 +13,20 @@ from tests.interop.machines import machine_registration
 
 NAME = "by-unit"
 
-#: Boot quicker than by default, and be asked for a sign of life more often than the boot takes.
+#: A drop-in for a quicker boot, and for a watchdog whose interval is shorter than the boot.
 OPTIONS = "--machine=%i --ram=512M --firmware=bios"
 WATCHDOG = "WatchdogSec=5s"
 
 
 @pytest.fixture
 def image(box: Box) -> None:
-    """An image that boots, where it is found by its name."""
+    """Make a bootable image in the directory where vmspawn finds it by its name."""
     make_builtin_disk(box.path(f"/var/lib/machines/{NAME}.raw"))
 
 
 @contextmanager
 def drop_in(box: Box, template: str, command: str) -> Iterator[str]:
-    """Another command in a template's instance for the image, which is killed if it still runs afterwards."""
+    """Set another command for the image's instance of a template unit. The instance is killed at the end."""
     unit = f"{template}@{NAME}.service"
     folder = box.path(f"/run/systemd/system/{unit}.d")
     folder.mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def drop_in(box: Box, template: str, command: str) -> Iterator[str]:
 
 @pytest.fixture
 def unit(box: Box, image: None) -> Iterator[str]:
-    """Our unit, installed."""
+    """Install vmspawn's unit."""
     box.path("/run/systemd/system/vmspawn@.service").write_bytes((PROJECT / "systemd/vmspawn@.service").read_bytes())
     command = "vmspawn --adopt-or-start --quiet --keep-unit --console=headless --network-user-mode"
     with drop_in(box, "vmspawn", command) as installed:
@@ -46,7 +46,7 @@ def unit(box: Box, image: None) -> Iterator[str]:
 
 
 def test_machinectl_starts_it_by_systemds_own_unit_with_our_command(box: Box, image: None) -> None:
-    """All is as systemd's unit has it, its sandbox and its options too, but for the TAP device, which is not there."""
+    """The unit's sandbox and options are unchanged, except the option for a TAP device, which vmspawn does not have."""
     theirs = box.run("systemctl", "cat", f"systemd-vmspawn@{NAME}.service").stdout
     command = next(line for line in theirs.splitlines() if line.startswith("ExecStart=systemd-vmspawn "))
     ours = command.removeprefix("ExecStart=systemd-").replace("--network-tap", "--network-user-mode")
@@ -76,7 +76,7 @@ def test_start_boots_the_image_and_stop_shuts_the_guest_down(box: Box, unit: str
 
 
 def test_qemu_outlives_the_main_process_and_is_adopted(box: Box, unit: str) -> None:
-    """kill -9 of the service's main process: the next one has the same QEMU, and stops it as any other."""
+    """After kill -9 of the service's main process, the next one has the same QEMU, and can stop it."""
     box.run("systemctl", "start", unit)
     qemu = process_of_qemu(box)
     before = main_process(box, unit)

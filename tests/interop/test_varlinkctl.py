@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""varlinkctl on a machine's control socket: what it lists, calls, streams and upgrades."""
+"""Tests varlinkctl on a machine's control socket: it lists, calls, streams and upgrades."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ TIMEOUT = 60.0
 
 
 def next_event(stream: IO[str]) -> str:
-    """The name of the next event, in JSON-SEQ (RFC 7464), which begins each text with a record separator."""
+    """Return the name of the next event of a JSON-SEQ stream (RFC 7464), whose texts begin with a record separator."""
     return str(json.loads(stream.readline().lstrip("\x1e"))["event"])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd's storage providers: volumes that are there from boot, and those that vmctl binds while a machine runs."""
+"""Tests volumes of systemd's storage providers, at boot and while a machine runs."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ IDLE = ("--firmware=bios", "--ram=64M", "--console=headless")
 
 
 def volumes(box: Box) -> dict[str, Any]:
-    """What storagectl lists, by name."""
+    """Return storagectl's list of volumes, by name."""
     listed = json.loads(box.run("storagectl", "volumes", "--json=short").stdout or "[]")
     return {each["name"]: each for each in listed}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bring machines without an operating system into QEMU's run states."""
+"""Brings machines without an operating system into QEMU's run states."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ _FAILS = {
     "inject-error": [{"event": "none", "iotype": "read", "errno": 5}],
 }
 
-#: What QEMU is started with, and what its guest writes to a port, for the states that it enters by itself.
+#: QEMU's options, and the value that the guest writes to a port, for the states that QEMU enters by itself.
 _BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
     "prelaunch": (("-S",), None),
     "inmigrate": (("-incoming", "defer"), None),
@@ -47,7 +47,7 @@ _BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
 
 @contextlib.asynccontextmanager
 async def machine_in(state: str, qemu: str, folder: Path) -> AsyncIterator[Machine]:
-    """A machine in a run state."""
+    """Start a machine, and bring it into a run state."""
     arguments, write = _BY_ITSELF[state]
     if state == "io-error":
         image = make_reading_boot_sector(folder / "boot")
@@ -66,7 +66,7 @@ async def machine_in(state: str, qemu: str, folder: Path) -> AsyncIterator[Machi
 
 
 async def migrate(machine: Machine, folder: Path, closing: contextlib.AsyncExitStack, *, hold: bool = False) -> None:
-    """Send the machine's state to nobody; with `hold` QEMU waits before it hands the images over."""
+    """Migrate to a reader that discards the machine's state. With `hold`, QEMU waits before it releases the images."""
 
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(1 << 16):
@@ -81,12 +81,12 @@ async def migrate(machine: Machine, folder: Path, closing: contextlib.AsyncExitS
 
 
 async def qemu_state(machine: Machine) -> str:
-    """QEMU's own run state."""
+    """Return QEMU's own run state."""
     return str((await machine.monitor.execute("query-status"))["status"])
 
 
 async def until(machine: Machine, *states: str) -> None:
-    """Wait until QEMU is in one of the states: a change has no event where it is a migration's."""
+    """Wait until QEMU is in one of the states, by polling, because changes by a migration have no event."""
     async with asyncio.timeout(15):
         while await qemu_state(machine) not in states:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.02)

@@ -206,7 +206,7 @@ def _child_types(entries: list[dict[str, str]]) -> Iterable[str]:
 
 
 def open_images(pid: int, folder: Path) -> Counter[str]:
-    """Return the files of a folder that a process has open, and how often."""
+    """Return the files of a directory that a process has open, and how often."""
     return Counter(os.path.basename(link) for link in links_of(pid) if link.startswith(f"{folder}/"))
 
 

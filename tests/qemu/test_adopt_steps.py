@@ -167,7 +167,7 @@ def expected_nodes(attachment: AttachedDisk) -> set[str]:
 
 
 def files_of(pid: int, folder: Path) -> set[str]:
-    """Return the files of the folder that a process has open, except its boot image."""
+    """Return the files of the directory that a process has open, except its boot image."""
     found = {os.path.basename(link) for link in links_of(pid) if os.path.dirname(link) == str(folder)}
     return {name for name in found if not name.startswith("boot")}
 

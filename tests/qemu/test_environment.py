@@ -40,7 +40,7 @@ def test_a_runtime_directory_that_cannot_be_read_is_not_an_empty_list(tmp_path: 
 
 
 def test_a_machine_that_cannot_be_inspected_is_listed(tmp_path: Path) -> None:
-    """A link to itself cannot be followed, like a folder of another user. A file is not a machine."""
+    """A link to itself cannot be followed, like a directory of another user. A file is not a machine."""
     (tmp_path / "other").symlink_to("other")
     (tmp_path / "file").touch()
     listed = run(*VMCTL, "list", VMSPAWN_RUNTIME_DIR=str(tmp_path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How QEMU's human monitor answers commands for forwards (docs/qemu.md, "User-mode network")."""
+"""Tests the answers of QEMU's human monitor to commands for forwards (docs/qemu.md, "User-mode network")."""
 
 from __future__ import annotations
 

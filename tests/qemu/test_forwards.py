@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Forwards of a running machine, by the library, vmctl and Varlink; and of one whose manager died."""
+"""Tests forwards by the library, vmctl and Varlink, also after the manager died."""
 
 import json
 import socket

@@ -167,7 +167,7 @@ def test_a_serial_port_comes_and_goes_without_the_guest(qemu: str) -> None:
 
 
 def test_a_serial_port_gets_one_socket_after_the_other(qemu: str) -> None:
-    """The one before is closed. The type null closes it without another."""
+    """QEMU closes the earlier socket. The type null closes the last one."""
     null: dict[str, Any] = {"type": "null", "data": {}}
     with bare(qemu, "q35", "-device", "virtio-serial-pci,id=serial,max_ports=4") as monitor:
         monitor.succeed("chardev-add", id="backend0", backend=null)

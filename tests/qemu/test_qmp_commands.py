@@ -175,7 +175,7 @@ def test_a_raw_stream_that_is_cut_off_after_its_input_ended_is_an_error(machine_
 
 
 def session_of(machine: Spawned, pid: int) -> dict[str, Any]:
-    """What the manager knows of a client's session."""
+    """Return the manager's record of a client's session."""
     found = json.loads(vmctl("list-sessions", machine.name, "--json=short").stdout)
     return next(entry for entry in found if entry["processId"] == pid)
 
@@ -302,7 +302,7 @@ def test_monitors_that_cannot_be_shared(qemu: str, tmp_path: Path) -> None:
     assert (tmp_path / "taken").exists()
 
 
-#: The most KiB that a client may cost that does not read: 1 MiB each of commands and replies, and data in buffers.
+#: The most KiB that a client that does not read may cost: 1 MiB each of commands and replies, and data in buffers.
 HELD = 6144
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images that cannot be written to, though their permissions allow it: the hints can be followed."""
+"""Tests images that cannot be written to although their permissions allow it: the hints of the errors work."""
 
 import os
 import subprocess

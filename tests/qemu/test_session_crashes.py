@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands that crash QEMU: a session refuses them where this QEMU has the fault, and vmspawn does not send them."""
+"""Tests that a session refuses commands that would crash this QEMU, and that vmspawn does not send them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def name_of(command: Words) -> str:
 
 
 def kills(qemu: str, command: Words) -> bool:
-    """Whether a QEMU ends when a monitor of its own is sent the command."""
+    """Return whether QEMU ends when the command is sent to its own monitor."""
     with bare(qemu, "q35", *DEVICE) as client:
         client.send(json.dumps({"execute": command[0], "arguments": command[1]}).encode())
         while b'"event"' in (line := client.line()):
@@ -53,7 +53,7 @@ def kills(qemu: str, command: Words) -> bool:
 
 
 async def is_refused(session: Monitor, command: Words) -> bool:
-    """Whether a session refuses the command. QEMU answers afterwards."""
+    """Return whether a session refuses the command. QEMU must answer afterwards."""
     (found,) = await session.execute_all([Command(*command)])
     assert (await session.execute("query-status"))["status"]
     return f"command {command[0]} is refused: " in str(found)
@@ -85,7 +85,7 @@ async def test_the_neighbours_of_such_a_command_reach_qemu(qemu: str, tmp_path: 
 
 @contextlib.asynccontextmanager
 async def with_inactive_images(state: str, qemu: str, folder: Path) -> AsyncIterator[tuple[Machine, str]]:
-    """A machine whose images are inactive, with a disk; its node comes with it."""
+    """Run a machine with a disk whose images are inactive. Yields the machine and the disk's node."""
     async with contextlib.AsyncExitStack() as closing:
         if state == "inmigrate":
             machine = await closing.enter_async_context(machine_in(state, qemu, folder))
@@ -134,7 +134,7 @@ async def test_a_save_and_a_controller_that_cannot_be_saved_exclude_each_other(q
                     ("human-monitor-command", {"command-line": "savevm tag"}),
                 ):
                     assert await is_refused(session, command)
-            # Commands that were run, refused by QEMU, and sent by a client that is gone, hold nothing up any more.
+            # Commands that have run, were refused, or came from a client that is gone, no longer block anything.
             assert not await is_refused(session, ("migrate", {"uri": "unix:/proc/nonexistent"}))
             assert not await is_refused(
                 session, ("qom-set", {"path": "/nonexistent", "property": "drive", "value": "n"})

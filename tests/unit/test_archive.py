@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Archives: those of hosts reach GNU's and busybox's tar whole, theirs are unpacked whole, and hostile ones are not."""
+"""Tests archives: GNU tar and busybox's tar exchange them without loss, and hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ tars = pytest.mark.parametrize(
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder with one of everything."""
+    """Make a directory with all kinds of files."""
     top = tmp_path / "tree"
     (top / "sub" / ("deep" * 30) / ("er" * 60)).mkdir(parents=True)
     (top / "file").write_bytes(b"content\n")
@@ -60,7 +60,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def look(top: Path) -> dict[str, tuple[object, ...]]:
-    """What matters of each file below a folder: kind, mode, time, content or target; hard links by their numbers."""
+    """Return the kind, mode, time, and content or target of each file below a directory, and groups of hard links."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted([top, *top.rglob("*")]):
         status = path.lstat()
@@ -73,7 +73,7 @@ def look(top: Path) -> dict[str, tuple[object, ...]]:
 
 
 def unpacked(data: bytes, folder: Path, root: str, *, skip_special: bool = False) -> Unpacked:
-    """Unpack an archive and move it to the folder."""
+    """Unpack an archive, and move its content to the directory."""
     work = Path(tempfile.mkdtemp(prefix=".work-", dir=folder))
     try:
         found = unpack(io.BytesIO(data), str(work), root=root, skip_special=skip_special)
@@ -92,7 +92,7 @@ def test_a_packed_tree_is_whole_for_every_tar(tree: Path, tmp_path: Path, tar: l
     subprocess.run([*tar, "-x", "-p", "-f", "-", "-C", str(target)], input=b"".join(packer.blocks()), check=True)
     expected = look(tree)
     if tar[0] == "busybox":
-        # It gives no time to a link.
+        # It sets no time on a link.
         expected = {name: row[:1] + row[2:] for name, row in expected.items()}
         assert {name: row[:1] + row[2:] for name, row in look(target / "tree").items()} == expected
         assert (target / "tree" / "locked").stat().st_mtime == 5 * 10**8
@@ -157,7 +157,7 @@ def test_holes_stay_holes(tmp_path: Path, tar: list[str]) -> None:
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, content: bytes = b"", **fields: object) -> bytes:
-    """One member of an archive."""
+    """Make one member of an archive."""
     made = tarfile.TarInfo(name)
     made.type, made.size = kind, len(content)
     for key, value in fields.items():
@@ -233,7 +233,7 @@ def test_no_file_gets_more_rights_than_read_write_execute(tmp_path: Path) -> Non
 
 
 def endless(block: Callable[[int], bytes]) -> io.BufferedReader:
-    """A stream that goes on and on."""
+    """Return an endless stream."""
 
     class Endless(io.RawIOBase):
         number = 0
@@ -265,7 +265,7 @@ def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def number(value: int) -> bytes:
-    """A number of a sparse header: in octal digits, or in base 256 if it is large."""
+    """Encode a number of a sparse header: in octal digits, or in base 256 if it is large."""
     return b"%011o\0" % value if value < 8**11 else b"\x80" + value.to_bytes(11, "big")
 
 
@@ -291,7 +291,7 @@ def test_a_folder_gets_its_permissions_after_those_in_it(tmp_path: Path, monkeyp
 
 
 def sparse_header(pieces: list[tuple[int, int]], size: int, stored: int, *, more: bool = False) -> bytes:
-    """An old GNU sparse header with up to four pieces."""
+    """Make an old GNU sparse header with up to four pieces."""
     block = bytearray(member("top", tarfile.GNUTYPE_SPARSE, size=stored))
     for index, (offset, length) in enumerate(pieces):
         block[386 + 24 * index : 386 + 24 * index + 24] = number(offset) + number(length)
@@ -349,7 +349,7 @@ def test_any_names_and_contents_survive(files: dict[str, bytes | str]) -> None:
 
 @st.composite
 def hostile_archives(draw: st.DrawFn) -> bytes:
-    """Archives of members that point anywhere."""
+    """Make archives whose members point anywhere."""
     paths = st.lists(st.sampled_from(["top", "a", "b", "..", ".", "", "\xff"]), min_size=1, max_size=4).map("/".join)
     kinds = st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
 

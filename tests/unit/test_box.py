@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`./dev box make`, as far as it needs neither root nor minutes."""
+"""Tests the part of `./dev box make` that needs neither root nor minutes."""
 
 import os
 import subprocess

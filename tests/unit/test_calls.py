@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Connections to a control socket that end while a reply is awaited."""
+"""Tests connections to a control socket that end while a reply is awaited."""
 
 from __future__ import annotations
 

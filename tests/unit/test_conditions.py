@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Conditions that can be waited for: how they are written, and which are refused."""
+"""Tests the syntax of the conditions that `vmctl wait` accepts."""
 
 import contextlib
 

@@ -30,7 +30,7 @@ STARTERS = {
     *("boot/qemu.py", "snapshots/background.py"),
 }
 
-#: They have scripts for the guest's shell, which begin with a line feed.
+#: Files with scripts for the guest's shell. The scripts begin with a line feed.
 SCRIPTS = {"inside/copying.py", "inside/waiting.py"}
 
 COMMAND = re.compile(r"\b(vmctl|vmspawn|qemu-img) [^;,)]*")

@@ -18,7 +18,7 @@ UNIT = Path(__file__).parents[2] / "systemd/vmspawn@.service"
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return the contents of a folder: files with their bytes, folders with None."""
+    """Return the contents of a directory: files with their bytes, directories with None."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -137,7 +137,7 @@ def test_an_error_of_the_system_leaves_all_as_it_was(
     if again:
         extras.install(wanted(sources, destination), destination.record)
         Path(sources, "bash-completion/vmctl").write_text("new\n")
-    # A file is in the place of the last folder.
+    # A file is in the place of the last directory.
     Path(sources, "zsh/_vmctl").write_text("new\n")
     if not again:
         (share / "zsh").write_text("no folder\n")

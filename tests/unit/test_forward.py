@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Forwards: how they are written, and which are refused."""
+"""Tests the syntax of forwards, and the errors for invalid ones."""
 
 import contextlib
 import socket

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The far ends of sockets, whose closing is noticed without reading."""
+"""Tests noticing the closed far ends of sockets without reading from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_the_end_is_noticed_and_data_stays(hang_ups: HangUps, way: str) ->
         noticed = asyncio.Event()
         hang_ups.watch(near, noticed.set)
         far.sendall(b"data")
-        # Data is no end.
+        # Data is not the end of the stream.
         await asyncio.sleep(0.05)
         assert not noticed.is_set()
         if way == "close":

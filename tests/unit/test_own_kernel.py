@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The built-in guest on the user's kernel: configurations, modules, and what is refused before the start."""
+"""Tests the preparation of a user's kernel: its configuration, its modules, and refusals before the start."""
 
 from __future__ import annotations
 

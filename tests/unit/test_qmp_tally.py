@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Counting the commands of a QMP stream and their replies, wherever the stream is cut."""
+"""Tests counting the commands of a QMP stream and their replies, wherever the stream is cut."""
 
 import json
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A Record is used as a NamedTuple is."""
+"""Tests that a Record behaves like a NamedTuple."""
 
 from __future__ import annotations
 

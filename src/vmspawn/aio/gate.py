@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A gate that any number of tasks pass together, or one task alone."""
+"""Provides a gate that any number of tasks pass together, or one task alone."""
 
 from __future__ import annotations
 

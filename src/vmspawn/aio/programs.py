@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run a program until it exits; another thread can cancel that."""
+"""Runs a program until it exits, unless another thread cancels that."""
 
 from __future__ import annotations
 

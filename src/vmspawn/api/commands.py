@@ -154,12 +154,12 @@ class Guest(ABC):
         skip_special: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Copy files and folders of this host to a path in the guest; into it, if it is a folder.
+        """Copy files and directories of this host to a path in the guest, or into it if it is a directory.
 
-        Modes, times, links and holes are kept, owners are not. `skip_special` leaves out devices, sockets and pipes;
-        returns lines about them. `progress` is called with the bytes that are done and those in all. Raises
-        CopyFailed, and nothing half is left under a final name then; SystemFailure, UsageError, or what `execute`
-        raises.
+        Permissions, times, links and holes are copied, owners are not. `skip_special` leaves out devices, sockets and
+        named pipes, and returns a line about each. `progress` is called with the number of copied bytes and the total.
+
+        Raises CopyFailed, SystemFailure, UsageError, or an error of `execute`; then no incomplete file is left.
         """
         return await copying.copy(
             self._start_for_copy, sources, target, to_guest=True, skip_special=skip_special, progress=progress
@@ -173,10 +173,10 @@ class Guest(ABC):
         skip_special: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Copy files and folders of the guest to a path of this host; into it, if it is a folder.
+        """Copy files and directories of the guest to a path of this host, or into it if it is a directory.
 
-        It trusts nothing that the guest sends: devices, and links that lead out of what is copied, are refused, or left
-        out with `skip_special`. Else it is as `copy_to`.
+        The guest is not trusted: devices, and links that lead out of the source, are refused, or left out with
+        `skip_special`. Everything else is as for `copy_to`.
         """
         return await copying.copy(
             self._start_for_copy, sources, target, to_guest=False, skip_special=skip_special, progress=progress

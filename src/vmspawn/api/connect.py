@@ -214,20 +214,20 @@ class ConnectedMachine(Guest):
     # Its network.
 
     async def forward(self, forward: Forward | str | int) -> Forward:
-        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+        """Forward a port of the host to the guest, and return a `Forward` with the host's port.
 
-        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
-        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        A string has the syntax of the command line: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port; a
+        free port of 127.0.0.1 is forwarded to it. Raises PortInUse, UsageError, NotSupported or SystemFailure.
         """
         return _forward((await self._call(f"{_MACHINE}.AddForward", _parameters(to_forward(forward))))["forward"])
 
     async def remove_forward(self, forward: Forward | str) -> Forward:
-        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        """Remove a forward, and return it. Its open connections stay. Raises NoSuchForward."""
         wanted = _parameters(to_forward(forward))
         return _forward((await self._call(f"{_MACHINE}.RemoveForward", wanted))["forward"])
 
     async def forwards(self) -> list[Forward]:
-        """The ports of the host that are forwarded to the guest."""
+        """Return the forwards of the machine."""
         return [_forward(each) for each in (await self._call(f"{_MACHINE}.ListForwards"))["forwards"]]
 
     async def snapshot(self, name: str = "") -> Snapshot:

@@ -66,7 +66,7 @@ async def copy(
 ) -> list[str]:
     """Copy, and return lines about the files that were left out. `progress` is called on the event loop.
 
-    Raises what `Copying` raises; when it is cancelled, it cleans up first.
+    Raises the errors of `Copying`. A cancelled copy is cleaned up first.
     """
     loop = asyncio.get_running_loop()
 

@@ -228,19 +228,19 @@ class Machine(Guest):
     # Its network.
 
     async def forward(self, forward: Forward | str | int) -> Forward:
-        """Forward a port of the host to the guest, and return the `Forward` with the port that was chosen.
+        """Forward a port of the host to the guest, and return a `Forward` with the host's port.
 
-        A text is what the command line takes: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port, to which
-        any free port of 127.0.0.1 goes. Raises PortInUse, UsageError, NotSupported or SystemFailure.
+        A string has the syntax of the command line: `[ADDRESS:]PORT:GUESTPORT[/udp]`. A number is the guest's port; a
+        free port of 127.0.0.1 is forwarded to it. Raises PortInUse, UsageError, NotSupported or SystemFailure.
         """
         return await self._running.forwards.add(to_forward(forward))
 
     async def remove_forward(self, forward: Forward | str) -> Forward:
-        """Remove a forward, and return it; connections that are open stay. Raises NoSuchForward."""
+        """Remove a forward, and return it. Its open connections stay. Raises NoSuchForward."""
         return await self._running.forwards.remove(to_forward(forward))
 
     async def forwards(self) -> list[Forward]:
-        """The ports of the host that are forwarded to the guest."""
+        """Return the forwards of the machine."""
         return await self._running.forwards.list()
 
     async def snapshot(self, name: str = "") -> Snapshot:

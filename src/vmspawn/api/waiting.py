@@ -12,7 +12,7 @@ from ..inside.conditions import OF_CLIENT, Condition, Missing
 from ..machine.ending import End
 from .console import Console
 
-#: Seconds for all conditions if a caller names no other time.
+#: The default timeout for all conditions, in seconds.
 WAIT_TIMEOUT = 120.0
 
 #: Waits until conditions hold, and returns the conditions that do not hold after a number of seconds.
@@ -28,7 +28,7 @@ async def wait_for(
     console: Callable[[], Console],
     end: Callable[[], Awaitable[End]],
 ) -> None:
-    """Wait until all conditions hold. Raises Timeout, MachineEnded, UsageError, and what the manager raises."""
+    """Wait until all conditions hold. Raises Timeout, MachineEnded, UsageError, or the manager's error."""
     wanted = [conditions.parse(each) for each in texts]
     ours = [each for each in wanted if each.kind in OF_CLIENT]
     theirs = [each for each in wanted if each.kind not in OF_CLIENT]

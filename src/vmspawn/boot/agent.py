@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bring the agent to an image that has none, as credentials for its systemd; the built-in guest has it.
+"""Delivers the agent to an image as credentials for its systemd. The built-in guest contains the agent.
 
 On the start path: the modules that find and compress it are imported only for such an image.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Rewrite the command line of a QEMU that runs for a copy of its machine.
+"""Rewrites the command line of a running QEMU for a copy of its machine.
 
-The copy must have the same devices, so its command line is the source's own, whoever wrote that. What differs is taken
-out and written anew: the machine's name, the monitors, the host's end of the console, and all disks. Descriptors that
-QEMU inherited are named by their numbers in the source; `Recorded.descriptors` lists them.
+The copy must have the same devices, so its command line is the source's, whichever vmspawn wrote it. The machine's
+name, the monitors, the host's end of the console, and all disks are removed and written again. The command line has the
+numbers of the descriptors that the source inherited; `Recorded.descriptors` lists them.
 
 On the start path: imports next to nothing.
 """

@@ -433,7 +433,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod(return_parameter="snapshots")
     async def ListSnapshots(self) -> list[snapshots.Snapshot]:
-        """The machine's snapshots, the oldest first."""
+        """Return the machine's snapshots, the oldest first."""
         return await snapshots.list_all(self._machine)
 
     @varlinkmethod
@@ -459,25 +459,25 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     async def AddForward(
         self, *, guestPort: int, port: int | None = None, address: str | None = None, protocol: str | None = None
     ) -> PortForward:
-        """Forward a port of the host, or any free one, to a port of the guest; by TCP on 127.0.0.1 by default."""
+        """Forward a port of the host, by default a free one, to a port of the guest, by default TCP on 127.0.0.1."""
         return PortForward.of(await self._machine.forwards.add(to_forward(guestPort, port, address, protocol)))
 
     @varlinkmethod(return_parameter="forward")
     async def RemoveForward(
         self, *, port: int, guestPort: int | None = None, address: str | None = None, protocol: str | None = None
     ) -> PortForward:
-        """Remove a forward. Connections that are open stay."""
+        """Remove a forward. Its open connections stay."""
         wanted = to_forward(guestPort or 1, port, address, protocol)._replace(guest_port=guestPort or 0)
         return PortForward.of(await self._machine.forwards.remove(wanted))
 
     @varlinkmethod(return_parameter="forwards")
     async def ListForwards(self) -> list[PortForward]:
-        """The ports of the host that are forwarded to the guest."""
+        """Return the forwards of the machine."""
         return [PortForward.of(each) for each in await self._machine.forwards.list()]
 
     @varlinkmethod(return_parameter="missing")
     async def Wait(self, *, conditions: list[str], timeoutUSec: int) -> list[MissingCondition]:
-        """Wait until all conditions hold: agent, booted, disk=NAME, port=N, ssh. Returns those that do not in time."""
+        """Wait until all conditions hold: agent, booted, disk=NAME, port=N, ssh. Returns those that do not hold."""
         from ..inside.waiting import wait_for
 
         try:

@@ -99,7 +99,7 @@ async def fork(machine: Running, snapshot: str, names: list[str], *, keep_disks:
 
 
 async def list_all(machine: Running) -> list[Snapshot]:
-    """The snapshots of a machine, the oldest first."""
+    """Return the snapshots of a machine, the oldest first."""
     return [
         Snapshot(each.name, int(each.created * 1e6), each.parent or None, each.size, each.disks, each.forks)
         for each in await asyncio.to_thread(listing.listed)

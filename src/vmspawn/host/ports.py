@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds out why a port of this host cannot be listened on, and which process has it."""
+"""Finds the reason why QEMU cannot listen on a port of this host, and the process that uses the port."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from . import runtime
 
-#: The state of a socket that listens, and of a UDP socket that is bound, as the kernel's tcp_states.h numbers them.
+#: The states of a listening TCP socket and of a bound UDP socket, as the kernel's tcp_states.h numbers them.
 _LISTENS = {"tcp": "0A", "udp": "07"}
 
 _TYPES = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
@@ -20,7 +20,7 @@ _ANY = "00000000"
 def bind_error(protocol: str, address: str, port: int) -> int:
     """Return the errno with which the kernel refuses the port, or 0 if it is free."""
     with socket.socket(socket.AF_INET, _TYPES[protocol]) as probe:
-        # Connections of an earlier listener that still linger are no obstacle.
+        # Lingering connections of an earlier listener do not prevent QEMU from listening.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, protocol == "tcp")
         try:
             probe.bind((address, port))
@@ -32,7 +32,7 @@ def bind_error(protocol: str, address: str, port: int) -> int:
 
 
 def holder(protocol: str, address: str, port: int) -> str:
-    """Describe what has a port: `process 7 (nginx)` or `machine demo`; an empty string if it cannot be seen."""
+    """Describe the user of a port: `process 7 (nginx)` or `machine demo`, or an empty string if it is hidden."""
     inodes = set(_inodes(protocol, address, port))
     for pid in filter(str.isdecimal, os.listdir("/proc") if inodes else ()):
         if _has_socket(pid, inodes):
@@ -41,7 +41,7 @@ def holder(protocol: str, address: str, port: int) -> str:
 
 
 def _inodes(protocol: str, address: str, port: int) -> Iterator[str]:
-    """Yield the inodes of the sockets that have the port on this address, or on all."""
+    """Yield the inodes of the sockets that use the port on this address, or on all addresses."""
     for family in ("", "6"):
         try:
             with open(f"/proc/net/{protocol}{family}") as table:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Let a QEMU load the state that another one saved, and let one go on that was being saved."""
+"""Lets a QEMU load the state of a snapshot, and lets a QEMU continue whose save was interrupted."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU's end without asking the guest: it is told to quit, and killed where it does not obey."""
+"""Ends QEMU without asking the guest: sends `quit`, and kills QEMU if it does not exit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A running machine: a QEMU with its guest, managed by this process."""
+"""Represents a running machine: a QEMU with its guest, managed by this process."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serve QMP sessions of a machine. The multiplexer is started with the first one, for many machines never have one."""
+"""Serves QMP sessions of a machine. The first session starts the multiplexer, because many machines have no session."""
 
 from __future__ import annotations
 

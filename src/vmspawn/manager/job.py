@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Run one command in the guest, and end the machine with it: what `--run=` asks for.
+"""Runs one command in the guest, and ends the machine after it, for `--run=`.
 
-The command has our standard streams. A process of its own moves their bytes, as `vmctl exec` does.
+The command uses our standard streams. A separate process copies their bytes: `vmctl exec`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..machine.running import Running
 #: The exit status of a command whose end is not known.
 EXIT_FAILURE = 125
 
-#: Seconds that a guest that failed has before the machine is ended: the kernel prints more, and QEMU may report it.
+#: Seconds between a failure of the guest and the end of the machine: the kernel prints more, and QEMU may report it.
 _FAILURE_TIMEOUT = 2.0
 
-#: Seconds that the process has to end after the machine, or after it was asked to.
+#: Seconds that the process has to end after the end of the machine or after SIGTERM.
 _EXIT_TIMEOUT = 10.0
 
 #: The prefix of the built-in guest's message about a kernel that it cannot run on.
 _LACKS = "vmspawn-guest: the kernel lacks "
 
-#: Bytes of the console that are kept, and its last lines that are shown if the machine fails.
+#: The number of bytes of the console that are kept, and of its last lines that are printed if the machine fails.
 _KEPT = 64 * 1024
 _LINES = 50
 
@@ -50,7 +50,7 @@ class Tail:
         return True
 
     def lines(self) -> list[str]:
-        """The last lines."""
+        """Return the last lines."""
         return self._kept.decode(errors="replace").splitlines()[-_LINES:]
 
 
@@ -102,7 +102,7 @@ class Job:
                 print(line.rstrip("\r"), file=sys.stderr)
 
     async def _end_process(self) -> None:
-        """End the process if it runs; kill it if it does not end when it is asked to."""
+        """End the process if it runs, by SIGKILL if SIGTERM does not end it."""
         assert self._process is not None
         if self._process.poll() is not None:
             return

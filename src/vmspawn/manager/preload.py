@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Import what a running machine may need later, before the manager reports that it is ready.
+"""Imports the modules that a running machine may need later, before the manager reports that it is ready.
 
 The package may be upgraded, moved or removed while the machine runs: no module can be imported then. Modules that only
-a start or an adoption needs are left out, for they would cost a third of the manager's memory.
+a start or an adoption needs are left out, because they would cost a third of the manager's memory.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Supervise one run of a machine: QEMU, the control socket, the console and the signals, until it ends."""
+"""Supervises one run of a machine until it ends: QEMU, the control socket, the console and the signals."""
 
 from __future__ import annotations
 

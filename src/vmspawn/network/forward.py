@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describes forwards: ports of the host whose connections go to a port of the guest.
+"""Parses and checks forwards: ports of the host that are forwarded to ports of the guest.
 
 On the start path: imports next to nothing.
 """
@@ -12,7 +12,7 @@ from typing import Self
 from ..errors import UsageError
 from ..record import Record
 
-#: The back end of the network card that is there from boot.
+#: The netdev of the network card that exists from boot.
 NETDEV = "network0-user"
 
 LOOPBACK = "127.0.0.1"
@@ -26,11 +26,11 @@ _HINT = "write [ADDRESS:]PORT:GUESTPORT[/udp], for example 8080:80"
 
 
 class Forward(Record):
-    """A port of the host whose connections go to a port of the guest. `port` 0 stands for any free port.
+    """A port of the host that is forwarded to a port of the guest. `port` 0 means any free port.
 
         forward = await machine.forward(vmspawn.Forward(22, port=2222))
 
-    `address` is the host's IPv4 address that the port is on; 0.0.0.0 stands for all of them.
+    `address` is an IPv4 address of the host; 0.0.0.0 means all addresses.
     """
 
     guest_port: int
@@ -48,7 +48,7 @@ class Forward(Record):
 
     @property
     def suffix(self) -> str:
-        """The protocol as it is written behind ports: nothing for TCP."""
+        """The protocol as a suffix of the ports: an empty string for TCP."""
         return "" if self.protocol == PROTOCOLS[0] else f"/{self.protocol}"
 
     def check(self) -> Self:
@@ -75,7 +75,7 @@ def parse(text: str) -> Forward:
 
 
 def parse_host(text: str) -> Forward:
-    """Parse which forward to remove: `[ADDRESS:]PORT[:GUESTPORT][/udp]`; the guest's port is 0 if it is left out.
+    """Parse a forward to remove: `[ADDRESS:]PORT[:GUESTPORT][/udp]`. The default of the guest's port is 0.
 
     Raises UsageError.
     """

@@ -44,8 +44,8 @@ class Forwards:
     async def add(self, wanted: Forward) -> Forward:
         """Forward a port, and return the forward with the port that was chosen.
 
-        Raises PortInUse, SystemFailure if the host refuses the port otherwise, NotSupported without such a network,
-        Timeout or NotConnected.
+        Raises PortInUse, SystemFailure if the host refuses the port for another reason, NotSupported without a
+        user-mode network, Timeout or NotConnected.
         """
         async with self._lock:
             before = await self.list()
@@ -60,7 +60,7 @@ class Forwards:
         return added[0]
 
     async def remove(self, wanted: Forward) -> Forward:
-        """Remove a forward by its protocol, address and port, and return it. Connections that are open stay.
+        """Remove a forward by its protocol, address and port, and return it. Its open connections stay.
 
         Raises NoSuchForward, Timeout or NotConnected.
         """
@@ -108,7 +108,7 @@ _HINTS = {
 
 
 def _section(text: str) -> str:
-    """Return the part of `info usernet` about our back end: a head, and rows that are indented."""
+    """Return the part of `info usernet` about our netdev: a heading and indented rows."""
     for part in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
         if f"({NETDEV})" in part.partition("\n")[0]:
             return part + "\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes, opens and removes the folders of snapshots.
+"""Makes, opens and removes the directories of snapshots.
 
 A snapshot is made under a temporary name, and renamed when it is complete. Each user of a snapshot holds a shared
 flock(2) on the manifest. The QEMU of each copy inherits the descriptor, so the lock ends with QEMU, not with a manager.
@@ -74,7 +74,7 @@ class NewFolder:
                 raise _exists(full_name)
             os.mkdir(self.path, 0o700)
         except OSError as error:
-            raise SystemFailure(f"cannot make the folder {self.path}", error.errno or errno.EIO) from None
+            raise SystemFailure(f"cannot make the directory {self.path}", error.errno or errno.EIO) from None
 
     def create(self, name: str) -> int:
         """Create a file for reading and writing; the caller owns the descriptor. Raises OSError."""
@@ -135,7 +135,7 @@ def check_ours(path: str) -> None:
     """Raise StartError for a folder that another user could have written to: its content runs as this user."""
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
-        raise StartError(f"{path} is not a folder")
+        raise StartError(f"{path} is not a directory")
     if found.st_uid not in (0, os.geteuid()):
         raise StartError(f"{path} belongs to another user", hint="only snapshots of yours and of root's are loaded")
     if stat.S_IMODE(found.st_mode) & 0o022:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open the files that a running QEMU has open, whatever became of their names."""
+"""Opens the files that a running QEMU has open, even if they were renamed or removed."""
 
 from __future__ import annotations
 

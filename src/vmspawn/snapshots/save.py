@@ -238,7 +238,7 @@ class _Save:
                 raise SystemFailure(
                     f"cannot save {self._machine.name}: the state takes up to {size >> 20} MiB in {folder.path}",
                     errno.ENOSPC,
-                    hint="remove snapshots, see: vmctl list-snapshots; or use another folder: VMSPAWN_SNAPSHOT_DIR",
+                    hint="remove snapshots, see: vmctl list-snapshots; or use another directory: VMSPAWN_SNAPSHOT_DIR",
                 ) from None
             raise
         writing = os.open(os.path.join(folder.path, _STATE_FILE), os.O_WRONLY | os.O_CLOEXEC)
