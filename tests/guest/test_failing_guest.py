@@ -47,7 +47,7 @@ def test_a_loop_of_panics_and_reboots_is_reported(kernel: tuple[str, ...]) -> No
 
 
 def test_a_users_kernel_gets_the_argument_that_emulation_needs(kernel: tuple[str, ...]) -> None:
-    """QEMU has it on its command line, ahead of the user's own, and -v tells so."""
+    """QEMU's command line has it before the user's own arguments, and -v reports it."""
     with spawned(*kernel, "-v", "--kvm=no", "--qemu-arg=-S", "quiet") as machine:
         machine.wait_for("is running")
         command = Path(f"/proc/{qemu_pid(machine.name)}/cmdline").read_text().split("\0")

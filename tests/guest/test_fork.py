@@ -84,7 +84,7 @@ async def write(shell: Shell, by_id: str, text: str, block: int) -> None:
 
 
 async def read(shell: Shell, by_id: str, block: int) -> str:
-    # What the guest has in its cache says nothing about the disk.
+    # The guest's cache does not show the content of the disk.
     command = f"dd if={by_id} bs=4096 skip={block} count=1 2>/dev/null | tr -d '\\0'"
     return await shell.run(f"echo 3 >/proc/sys/vm/drop_caches; {command}")
 

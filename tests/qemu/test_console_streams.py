@@ -138,7 +138,7 @@ def test_a_transcript_that_cannot_be_written_is_reported_once(options: tuple[str
 
 
 def test_a_full_output_file_is_reported_once(options: tuple[str, ...], tmp_path: Path) -> None:
-    """The console goes on: its transcript is complete."""
+    """The console continues: its transcript is complete."""
     full, log = make_raw(tmp_path / "full", LIMIT), tmp_path / "log"
     command = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN, "-M", "full", *options, *SPEAKS, f"--log={log}", "-q"]
     with (

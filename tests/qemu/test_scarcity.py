@@ -44,7 +44,7 @@ def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> No
 
 
 def test_an_adoption_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
-    """QEMU runs on each time, and its disks are still there when an adoption has enough descriptors."""
+    """QEMU continues to run each time, and its disks are still there when an adoption has enough descriptors."""
     with idle_survivor(qemu, tmp_path) as machine:
         machine.attach(make_raw(tmp_path / "disk", 1 << 20), "--bus=virtio-scsi")
         before = machine.disks()

@@ -283,7 +283,7 @@ class InputClosed(msgspec.Struct, frozen=True):
 
 
 class Exited(msgspec.Struct, frozen=True):
-    """The command exited. `stdout` and `stderr` are the numbers of bytes that it wrote, which the host reads first."""
+    """The command exited. `stdout` and `stderr` are the numbers of bytes that it wrote."""
 
     status: int
     stdout: int

@@ -24,7 +24,7 @@ class Modules:
     """The modules below a directory such as `/lib/modules/6.1.0-amd64`. Names have underscores only, as in lsmod."""
 
     def __init__(self, directory: Path, *, version: str = "") -> None:
-        """Read the lists in `directory`, which may also be a build tree, whose name is not the kernel's `version`."""
+        """Find the modules in `directory`, which may be a build tree. `version` is the directory's name by default."""
         self.version = version or directory.name
         self._paths = {_name(path.name): path for path in _files(directory)}
         builtin = directory / "modules.builtin"

@@ -81,7 +81,7 @@ class Agent:
     async def ready(self) -> None:
         """Wait until the agent is in a session, for as long as it takes.
 
-        Raises NotConnected if its port cannot be reached or after `close`, NotSupported if the agent is of another
+        Raises NotConnected if its port cannot be reached or after `close`, NotSupported if the agent has another
         version.
         """
         while not self._in_session.is_set():

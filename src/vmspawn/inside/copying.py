@@ -104,8 +104,8 @@ _REMOVE = f"""{_PLACES}
 rm -rf "$work"
 """
 
-#: Arguments: the directory, the name in it, a word to count the size. The first line of output has the size in KiB. GNU
-#: tar exits with 1 if a file has changed meanwhile, as a log does.
+#: Arguments: the directory, the name in it, any word to count the size. The first line of output has the size in KiB or
+#: 0. GNU tar exits with 1 if a file has changed meanwhile, as a log does.
 _PACK = """
 cd "$1" || exit 1
 [ -e "./$2" ] || [ -L "./$2" ] || { echo "No such file or directory" >&2; exit 1; }
@@ -170,7 +170,7 @@ def hang_up(command: GuestCommand) -> None:
 
 
 class _Counted(io.RawIOBase):
-    """A socket as a stream that counts what it has read."""
+    """A socket as a stream that counts the bytes that it has read."""
 
     def __init__(self, source: socket.socket, changed: threading.Condition) -> None:
         self._source = source

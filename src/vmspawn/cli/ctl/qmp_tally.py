@@ -29,7 +29,7 @@ class Tally:
         return max(0, self._sent - self._answered)
 
     def send(self, data: bytes) -> None:
-        """Count the messages that end in a piece of what is sent."""
+        """Count the messages that end in a piece of the sent data."""
         escaped = 0 if self._is_escaped else -1
         for mark in _MARK.finditer(data):
             if mark.start() != escaped:
@@ -55,7 +55,7 @@ class Tally:
         return escaped
 
     def receive(self, data: bytes) -> None:
-        """Count the replies that end in a piece of what is received."""
+        """Count the replies that end in a piece of the received data."""
         *ended, last = data.split(b"\n")
         for rest in ended:
             line = self._line + rest[:_LINE_BEGINNING]
