@@ -31,7 +31,7 @@ from .api.blocking_execution import Execution
 from .api.console import EXPECT_TIMEOUT
 from .api.events import EVENT_TIMEOUT, Where
 from .api.execution import Completed
-from .api.options import DiskOptions, MachineOptions, Size, StrPath
+from .api.options import CopyOptions, DiskOptions, MachineOptions, Size, StrPath
 from .api.waiting import WAIT_TIMEOUT
 from .boot.config import MachineConfig
 from .machine.ending import End
@@ -162,6 +162,22 @@ class Machine(BlockingMachine[_machine.Machine]):
         SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
         """
         return Snapshot(self._call(lambda inner: inner.snapshot(name)))
+
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
+    ) -> Machine:
+        """Return a copy, as `Snapshot.fork` does. Its snapshot is made when it is entered, and removed when it ends.
+
+        Raises what `snapshot` and `Snapshot.fork` raise when it is entered.
+        """
+        return Machine._around(
+            self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
+        )
 
     def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""
@@ -382,15 +398,23 @@ class Snapshot(Blocking[_machine.Snapshot]):
         return self._read(lambda inner: inner.size)
 
     def fork(
-        self, name: str | None = None, *, keep_disks: bool = False, identity: Literal["same", "new"] = "same"
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
     ) -> Machine:
         """Return a copy, which starts when it is entered, and ends at the end of the `with` block.
 
         `keep_disks` keeps its disks as NAME@current. With a new identity, the agent gives the guest a host name, a
-        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. Raises
-        NoSuchSnapshot or StartError when it is entered.
+        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. The other
+        keyword arguments are the fields of MachineConfig in which the copy differs from its source. Raises
+        NoSuchSnapshot, StartError, UsageError or PortInUse when it is entered.
         """
-        return Machine._around(self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity)))
+        return Machine._around(
+            self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
+        )
 
     def remove(self) -> None:
         """Remove the snapshot. If the machine has ended and this was its last snapshot, this writes the overlays to
@@ -492,6 +516,19 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Raises what `Machine.snapshot` raises."""
         return Snapshot(self._call(lambda inner: inner.snapshot(name)))
+
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
+    ) -> Machine:
+        """Return a copy, which this program manages. It is otherwise as `Machine.fork`."""
+        return Machine._around(
+            self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
+        )
 
     def disks(self) -> list[DiskStatus]:
         """Return all disks, including boot disks."""

@@ -43,7 +43,7 @@ def test_a_field_is_spelled_for_python_and_for_the_command_line(template: str, p
 def test_each_command_has_options_of_its_own() -> None:
     error = UsageError.with_fields("{name=x} {size={size}} {thread=True}", size=5)
     assert error.spelled(VMSPAWN)[0] == "--machine=x --size=5 --thread"
-    assert error.spelled(VMCTL)[0] == "--name=x SIZE 5 --iothread"
+    assert error.spelled(VMCTL)[0] == "NEW x SIZE 5 --iothread"
 
 
 @given(st.text())

@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from ..control import calls
 from ..control.client import REPLY_TIMEOUT
@@ -34,8 +34,8 @@ from .control import Qmp
 from .events import Events, Record
 from .execution import Remote
 from .images import open_image
-from .machine import Snapshot
-from .options import DiskOptions, Size, StrPath, to_disk, to_forward, to_size
+from .machine import Machine, Snapshot, copy_of
+from .options import CopyOptions, DiskOptions, Size, StrPath, to_disk, to_forward, to_size
 from .remotes import Connected
 
 _INSTANCE = "io.systemd.MachineInstance"
@@ -232,12 +232,31 @@ class ConnectedMachine(Guest):
 
     async def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Raises what `Machine.snapshot` raises."""
+        found = await self._save(name=name)
+        return Snapshot(found["snapshot"], found["pauseUSec"] / _MICROSECONDS, found["sizeBytes"])
+
+    async def _save(self, **parameters: object) -> dict[str, Any]:
         async with calls.opened(self._name) as connection:
-            await connection.send({"method": f"{_MACHINE}.Snapshot", "parameters": {"name": name}, "more": True})
+            await connection.send({"method": f"{_MACHINE}.Snapshot", "parameters": parameters, "more": True})
             found: dict[str, Any] = {}
             while "snapshot" not in found:
                 found = (await connection.receive()).parameters
-        return Snapshot(found["snapshot"], found["pauseUSec"] / _MICROSECONDS, found["sizeBytes"])
+        return found
+
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
+    ) -> Machine:
+        """Return a copy, which this program manages. It is otherwise as `Machine.fork`."""
+
+        async def save_temporarily() -> str:
+            return str((await self._save(temporary=True))["snapshot"])
+
+        return copy_of(self.name, save_temporarily, name, keep_disks, identity, options)
 
     # Disks.
 

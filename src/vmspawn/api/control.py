@@ -19,7 +19,7 @@ from .attached_disk import AttachedDisk, DiskStatus
 from .console import Console
 from .events import Events
 from .execution import Completed, Execution
-from .options import DiskOptions, Size, StrPath
+from .options import CopyOptions, DiskOptions, Size, StrPath
 from .waiting import WAIT_TIMEOUT
 
 
@@ -65,7 +65,12 @@ class Saved(Protocol):
         """The bytes of the saved state."""
 
     def fork(
-        self, name: str | None = None, *, keep_disks: bool = False, identity: Literal["same", "new"] = "same"
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
     ) -> AbstractAsyncContextManager[Control]:
         """Return a copy, which starts when it is entered, and ends at the end of the `async with` block."""
 
@@ -201,6 +206,19 @@ class Control(Protocol):
 
         What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
         SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
+        """
+
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
+    ) -> AbstractAsyncContextManager[Control]:
+        """Return a copy, as `Saved.fork` does. Its snapshot is made when it is entered, and removed when it ends.
+
+        Raises what `snapshot` and `Saved.fork` raise when it is entered.
         """
 
     async def copy_to(

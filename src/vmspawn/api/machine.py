@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,18 @@ from .events import Events, Record
 from .execution import Remote
 from .images import open_image
 from .launching import start, start_copy
-from .options import DiskOptions, MachineOptions, Size, StrPath, to_config, to_disk, to_forward, to_size
+from .options import (
+    CopyOptions,
+    DiskOptions,
+    MachineOptions,
+    Size,
+    StrPath,
+    to_config,
+    to_copy_config,
+    to_disk,
+    to_forward,
+    to_size,
+)
 from .remotes import Local
 
 if TYPE_CHECKING:
@@ -253,6 +264,23 @@ class Machine(Guest):
         state = saved.manifest.state
         return Snapshot(saved.manifest.full_name, saved.pause, state.size if state is not None else 0)
 
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        keep_disks: bool = False,
+        identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
+    ) -> Machine:
+        """Return a copy, as `Snapshot.fork` does. Its snapshot is made when it is entered, and removed when it ends.
+
+        Raises what `snapshot` and `Snapshot.fork` raise when it is entered.
+        """
+        return copy_of(self.name, self._save_temporarily, name, keep_disks, identity, options)
+
+    async def _save_temporarily(self) -> str:
+        return (await asyncio.create_task(save(self._running, is_temporary=True))).manifest.full_name
+
     # Disks. Your program opens the images, with its permissions.
 
     async def disks(self) -> list[DiskStatus]:
@@ -379,18 +407,19 @@ class Snapshot:
         *,
         keep_disks: bool = False,
         identity: Literal["same", "new"] = "same",
+        **options: Unpack[CopyOptions],
     ) -> Machine:
         """Return a copy, which starts when it is entered, and ends at the end of the `async with` block.
 
         `keep_disks` keeps its disks as NAME@current. With a new identity, the agent gives the guest a host name, a
-        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. Raises
-        NoSuchSnapshot or StartError when it is entered.
+        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. The other
+        keyword arguments are the fields of MachineConfig in which the copy differs from its source. Raises
+        NoSuchSnapshot, StartError, UsageError or PortInUse when it is entered.
         """
-        new_identity = _is_new(identity)
         machine = self.name.partition("@")[0]
-        config = MachineConfig(name=check_name(name) if name else free_name(machine))
+        config = to_copy_config(check_name(name) if name else free_name(machine), options)
         return Machine._of(
-            config, partial(start_copy, config, self.name, keep_disks=keep_disks, new_identity=new_identity)
+            config, partial(start_copy, config, self.name, keep_disks=keep_disks, new_identity=_is_new(identity))
         )
 
     async def remove(self) -> None:
@@ -401,6 +430,29 @@ class Snapshot:
         and the snapshot is removed.
         """
         await run_cancellable(partial(remove_snapshot, self.name))
+
+
+def copy_of(
+    machine: str,
+    save_it: Callable[[], Awaitable[str]],
+    name: str | None,
+    keep_disks: bool,
+    identity: str,
+    options: CopyOptions,
+) -> Machine:
+    """Return a copy of a machine. `save_it` makes a temporary snapshot and returns its full name."""
+    config = to_copy_config(check_name(name) if name else free_name(machine), options)
+    new_identity = _is_new(identity)
+
+    async def start_saved() -> Running:
+        snapshot = await save_it()
+        try:
+            return await start_copy(config, snapshot, keep_disks=keep_disks, new_identity=new_identity)
+        except BaseException:
+            await asyncio.to_thread(after_end, machine)
+            raise
+
+    return Machine._of(config, start_saved)
 
 
 class _Current:

@@ -79,6 +79,18 @@ class MachineOptions(TypedDict, total=False):
     warm: bool
 
 
+class CopyOptions(TypedDict, total=False):
+    """The fields of MachineConfig that may differ between a copy and its source. The copy has no other forwards."""
+
+    console: Literal["interactive", "read-only", "gui", "headless"]
+    console_log: StrPath | None
+    qmp_log: StrPath
+    forwards: Sequence[Forward | str | int]
+    shutdown_timeout: float
+    die_with_program: bool
+    die_with_parent: bool
+
+
 class DiskOptions(TypedDict, total=False):
     """The fields of Disk except its path. Disk documents them."""
 
@@ -106,6 +118,15 @@ def to_config(config: MachineConfig | None, options: Mapping[str, Any]) -> Machi
     check_names("Machine", options, MachineConfig._fields)
     fields = {name: _to_field(name, value) for name, value in options.items()}
     return (config or MachineConfig())._replace(**fields)
+
+
+def to_copy_config(name: str, options: Mapping[str, Any]) -> MachineConfig:
+    """Return the configuration of a copy with a name, with the fields in which it differs from its source.
+
+    Raises TypeError and UsageError as `to_config` does.
+    """
+    check_names("fork", options, tuple(CopyOptions.__annotations__))
+    return to_config(MachineConfig(name=name), options)
 
 
 def to_disk(disk: Disk | StrPath, options: Mapping[str, Any]) -> Disk:

@@ -75,7 +75,7 @@ def launch(
 
     Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
     """
-    _check_display(config)
+    check_display(config)
     runtime.prepare_root()
     report = Reporter(notice, detail)
     chosen = choose(config, report)
@@ -98,18 +98,23 @@ def launch(
     return started
 
 
-def start_watcher(config: MachineConfig, directory: MachineDirectory, undo: ExitStack) -> int:
-    """Start the process that ends the machine if this program or its parent dies; 0 if nobody wants one."""
-    if not (config.die_with_program or config.die_with_parent):
+def start_watcher(config: MachineConfig, directory: MachineDirectory, undo: ExitStack, parent: int = 0) -> int:
+    """Start the process that ends the machine if this program or its parent dies; returns 0 if no process is needed.
+
+    `parent` is the process that the machine must not outlive, if that is another process than this program's parent.
+    """
+    parent = parent or (os.getppid() if config.die_with_parent else 0)
+    if not (config.die_with_program or parent):
         return 0
-    processes = (os.getpid(), os.getppid()) if config.die_with_parent else (os.getpid(),)
+    processes = (os.getpid(), parent) if parent else (os.getpid(),)
     with open(os.devnull, "wb") as nowhere:
         pid = spawn(watcher.command(directory.path, runtime.FILES, processes), keep=[], log=nowhere.fileno())
     undo.callback(kill_child, pid)
     return pid
 
 
-def _check_display(config: MachineConfig) -> None:
+def check_display(config: MachineConfig) -> None:
+    """Raise StartError if the console is a window and there is no display to show it."""
     if config.console == "gui" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise StartError.with_fields(
             "{console=gui} needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set",

@@ -28,6 +28,7 @@ _OF_VMSPAWN = {
     "registration.keep_unit": "keep-unit",
 }
 _OF_VMCTL = {
+    "name": "NEW",
     "thread": "iothread",
     "size": "SIZE",
     "network_user": "network-user-mode",

@@ -421,15 +421,27 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         names: list[str] | None = None,
         keepDisks: bool | None = None,
         newIdentity: bool | None = None,
+        console: str | None = None,
+        log: str | None = None,
+        forwards: list[snapshots.WantedForward] | None = None,
+        dieWithCaller: bool | None = None,
     ) -> list[str]:
         """Start copies of the machine from a snapshot, the only one if none is named; returns their names.
 
         `keepDisks` keeps their disks when they end. `newIdentity` gives their guests host names, machine IDs and MAC
-        addresses of their own.
+        addresses of their own. `console` is headless, the default, or gui. `log` is the absolute path of the file that
+        the console's output is appended to. `forwards` are ports of the host; the copies have no others.
+        `dieWithCaller` ends the copies when the process that has connected dies.
         """
-        return await snapshots.fork(
-            self._machine, snapshot or "", names or [], keep_disks=bool(keepDisks), new_identity=bool(newIdentity)
+        options = snapshots.to_options(
+            keep_disks=keepDisks,
+            new_identity=newIdentity,
+            console=console,
+            log=log,
+            forwards=forwards,
+            die_with_caller=dieWithCaller,
         )
+        return await snapshots.fork(self._machine, snapshot or "", names or [], options)
 
     @varlinkmethod(return_parameter="snapshots")
     async def ListSnapshots(self) -> list[snapshots.Snapshot]:

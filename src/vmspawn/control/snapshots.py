@@ -6,15 +6,22 @@ Varlink's names are part of the protocol, hence their case here.
 
 import asyncio
 import contextlib
+import os
 import typing
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 
+from asyncvarlink.serviceerrors import InvalidParameter
+
+from ..aio.sockets import peer_process
 from ..aio.threads import run_cancellable
+from ..host.runtime import check_name
 from ..machine.running import Running
 from ..snapshots import background, directory, listing, removal, save
 from ..snapshots.names import free_name
+from .connection import CALLER
+from .forwards import to_forward
 
 # asyncvarlink reads annotations as types, so they cannot be names in strings here.
 
@@ -89,12 +96,43 @@ def _last(saved: save.Saved) -> Progress:
     }
 
 
-async def fork(machine: Running, snapshot: str, names: list[str], *, keep_disks: bool, new_identity: bool) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class WantedForward:
+    """A port of the host to forward to a copy, as in AddForward."""
+
+    guestPort: int
+    port: int | None = None
+    address: str | None = None
+    protocol: str | None = None
+
+
+def to_options(
+    *,
+    keep_disks: bool | None,
+    new_identity: bool | None,
+    console: str | None,
+    log: str | None,
+    forwards: list[WantedForward] | None,
+    die_with_caller: bool | None,
+) -> background.CopyOptions:
+    """Return the options that a client asks for. Raises InvalidParameter."""
+    if log is not None and not os.path.isabs(log):
+        raise InvalidParameter(parameter="log")
+    return background.CopyOptions(
+        keep_disks=bool(keep_disks),
+        new_identity=bool(new_identity),
+        console=console or background.CONSOLES[0],
+        console_log=log or "",
+        forwards=tuple(to_forward(each.guestPort, each.port, each.address, each.protocol) for each in forwards or ()),
+        parent=peer_process(CALLER.get())[0] if die_with_caller else 0,
+    )
+
+
+async def fork(machine: Running, snapshot: str, names: list[str], options: background.CopyOptions) -> list[str]:
     """Start copies of a machine's snapshot; returns their names. Raises UsageError, StartError, Timeout."""
-    chosen = names or [free_name(machine.name)]
-    full_name = await asyncio.to_thread(directory.find, machine.name, snapshot)
-    start = partial(background.start_copies, keep_disks=keep_disks, new_identity=new_identity, timeout=_FORK_TIMEOUT)
-    await asyncio.to_thread(start, full_name, chosen)
+    chosen = [check_name(each) for each in names] or [free_name(machine.name)]
+    full_name = directory.find(machine.name, snapshot)
+    await asyncio.to_thread(partial(background.start_copies, timeout=_FORK_TIMEOUT), full_name, chosen, options)
     return chosen
 
 

@@ -10,31 +10,91 @@ import os
 import select
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ..errors import StartError, Timeout
+from ..errors import StartError, Timeout, UsageError
+from ..host.runtime import MachineDirectory
+from ..network.forward import Forward
+from ..record import Record
 
 #: The prefix of vmspawn's errors on standard error.
 _PREFIX = "vmspawn: "
 
+#: The consoles that need no terminal.
+CONSOLES = ("headless", "gui")
 
-def start_copies(
-    full_name: str,
-    names: Sequence[str],
-    *,
-    keep_disks: bool = False,
-    new_identity: bool = False,
-    arguments: Sequence[str] = (),
-    timeout: float,
-) -> list[str]:
+
+class CopyOptions(Record):
+    """The options of copies that start in the background. `parent` is a process that they must not outlive, or 0."""
+
+    keep_disks: bool = False
+    new_identity: bool = False
+    force_version: bool = False
+    console: str = CONSOLES[0]
+    console_log: str = ""
+    forwards: tuple[Forward, ...] = ()
+    parent: int = 0
+
+    def check(self, copies: int) -> None:
+        """Raise UsageError for an option that a number of copies in the background cannot have."""
+        if self.console not in CONSOLES:
+            raise UsageError.with_fields(
+                "{console={console}} does not work for a copy in the background, which has no terminal",
+                hint="use {choices}; or start the copy in the foreground, with: vmspawn --fork=",
+                console=self.console,
+                choices=" or ".join(CONSOLES),
+            )
+        if copies < 2:
+            return
+        if self.console_log:
+            raise UsageError.with_fields(
+                "{console_log={path}} names one file for {copies} copies",
+                hint="start each copy by itself",
+                path=self.console_log,
+                copies=copies,
+            )
+        for forward in self.forwards:
+            if forward.port:
+                raise UsageError.with_fields(
+                    "{forwards={forward}} names one port of the host for {copies} copies",
+                    hint="use port 0 for any free one, or start each copy by itself",
+                    forward=str(forward),
+                    copies=copies,
+                )
+
+    def arguments(self) -> Iterator[str]:
+        """Yield the options of vmspawn."""
+        yield f"--console={self.console}"
+        if self.keep_disks:
+            yield "--keep"
+        if self.new_identity:
+            yield "--identity=new"
+        if self.force_version:
+            yield "--force-version"
+        if self.console_log:
+            yield f"--log={self.console_log}"
+        for forward in self.forwards:
+            yield f"--forward={forward}"
+        if self.parent:
+            yield f"--parent-pid={self.parent}"
+
+
+def check(names: Sequence[str], options: CopyOptions) -> None:
+    """Raise UsageError or StartError for copies that cannot be started."""
+    options.check(len(names))
+    for name in names:
+        # The error of a manager would advise an option that vmctl fork does not have.
+        MachineDirectory.create(name).remove()
+
+
+def start_copies(full_name: str, names: Sequence[str], options: CopyOptions, *, timeout: float) -> list[str]:
     """Start copies of a snapshot at once, and wait until all of them run; those that fail do not end the others.
 
-    `arguments` are further options of vmspawn. Returns the names of the copies whose clock stands as it was saved: no
-    agent in the guest has set the clock. Raises StartError, Timeout.
+    Returns the names of the copies whose clock stands as it was saved: no agent in the guest has set the clock. Raises
+    UsageError, StartError, Timeout.
     """
-    shared = [f"--fork={full_name}", *arguments]
-    shared += ["--keep"] if keep_disks else []
-    shared += ["--identity=new"] if new_identity else []
+    check(names, options)
+    shared = [f"--fork={full_name}", *options.arguments()]
     started = [_Manager(name, [f"--machine={name}", *shared]) for name in names]
     deadline = time.monotonic() + timeout
     failures = [error for each in started if (error := each.wait(deadline)) is not None]
@@ -53,7 +113,7 @@ class _Manager:
         self._log = os.memfd_create("vmspawn-manager", os.MFD_CLOEXEC)
         self._waiting, telling = os.pipe()
         command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
-        command += ["--console=headless", f"--ready-fd={telling}"]
+        command.append(f"--ready-fd={telling}")
         actions: list[tuple[object, ...]] = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),

@@ -22,16 +22,17 @@ from ..boot.commandline import Inherited, disk_arguments, monitor_arguments
 from ..boot.config import MachineConfig
 from ..boot.extras import Extras, Owned, fdset
 from ..boot.incoming import BOOT_FILES, Option
-from ..boot.launch import open_transcript, start, start_watcher, system_failures
+from ..boot.launch import check_display, open_transcript, start, start_watcher, system_failures
 from ..boot.overlay import BASE_NODE, Below, empty_overlay
 from ..boot.plan import Plan
 from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
 from ..boot.started import Incoming, Started
 from ..boot.state import Fork
-from ..errors import StartError
+from ..errors import StartError, UsageError
 from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import snapshot_files
+from ..network.forward import NETDEV
 from ..storage import saved as records
 from ..storage.backing import inspect_descriptor, set_direct
 from ..storage.disk import Disk
@@ -51,13 +52,14 @@ def fork(
     keep_disks: bool = False,
     force_version: bool = False,
     new_identity: bool = False,
+    parent: int = 0,
     on_begin: Callable[[], None] = lambda: None,
 ) -> Started:
-    """Start a copy. `given` has the copy's name, and the options that may differ: console, logs and timeouts.
+    """Start a copy. `given` has the copy's name, and the options that may differ: console, logs, forwards, timeouts.
 
     `keep_disks` keeps the copy's disks when it ends. `force_version` allows another QEMU than the one
-    that saved the state. `new_identity` gives the guest a new host name, machine ID and MAC addresses. `on_begin` is
-    called before the first step that has to be undone.
+    that saved the state. `new_identity` gives the guest a new host name, machine ID and MAC addresses. `parent` is a
+    process that the copy must not outlive, or 0. `on_begin` is called before the first step that has to be undone.
 
     Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
     """
@@ -65,7 +67,13 @@ def fork(
         config = _config(snapshot.manifest, given)
         what = Fork(full_name, keep_disks)
         return start_copy(
-            snapshot, config, what, force_version=force_version, new_identity=new_identity, on_begin=on_begin
+            snapshot,
+            config,
+            what,
+            force_version=force_version,
+            new_identity=new_identity,
+            parent=parent,
+            on_begin=on_begin,
         )
 
 
@@ -76,6 +84,7 @@ def start_copy(
     *,
     force_version: bool = False,
     new_identity: bool = False,
+    parent: int = 0,
     on_begin: Callable[[], None] = lambda: None,
     shown: bytes = b"",
 ) -> Started:
@@ -93,7 +102,7 @@ def start_copy(
         transcript = open_transcript(config.console_log, undo)
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)
-        watcher = start_watcher(config, directory, undo)
+        watcher = start_watcher(config, directory, undo, parent)
         copy = _Copy(snapshot, config, binary, owned, fork)
         state = copy.open_state(shown)
         if state is not None:
@@ -107,6 +116,14 @@ def start_copy(
 
 
 def _config(manifest: Manifest, given: MachineConfig) -> MachineConfig:
+    """Return the copy's configuration. Raises UsageError, StartError for options that the copy cannot have."""
+    _check_console(manifest, given)
+    if given.forwards and not _has_option(manifest, "-netdev", f"user,id={NETDEV}"):
+        raise UsageError.with_fields(
+            "{forwards=} needs a network card, and {machine} was saved without one",
+            hint="start the source with {network_user=True}",
+            machine=manifest.full_name,
+        )
     saved = MachineConfig(**manifest.config)
     timeout = saved.shutdown_timeout if given.shutdown_timeout == SHUTDOWN_TIMEOUT else given.shutdown_timeout
     return saved._replace(
@@ -114,6 +131,7 @@ def _config(manifest: Manifest, given: MachineConfig) -> MachineConfig:
         console=given.console,
         terminal=given.terminal,
         console_log=given.console_log,
+        forwards=given.forwards,
         registration=given.registration,
         agent=any(option.name == incoming.AGENT for option in manifest.options),
         shutdown_timeout=timeout,
@@ -121,6 +139,25 @@ def _config(manifest: Manifest, given: MachineConfig) -> MachineConfig:
         die_with_parent=given.die_with_parent,
         qmp_log=given.qmp_log,
     )
+
+
+def _check_console(manifest: Manifest, given: MachineConfig) -> None:
+    """Raise UsageError, StartError for a console that the copy cannot have."""
+    if given.console == "native":
+        raise UsageError.with_fields("a copy does not work with {console=native}", hint="use another {console=}")
+    if given.console != "gui":
+        return
+    if not _has_option(manifest, "-display", "gtk"):
+        raise UsageError.with_fields(
+            "{console=gui} needs a display device, and {machine} was saved without one",
+            hint="start the source with {console=gui}",
+            machine=manifest.full_name,
+        )
+    check_display(given)
+
+
+def _has_option(manifest: Manifest, name: str, value: str) -> bool:
+    return Option(name, value) in manifest.options
 
 
 def _binary(manifest: Manifest, *, force_version: bool) -> QemuBinary:
@@ -169,7 +206,7 @@ class _Copy:
             fd = self._owned.lend(self._open(path))
             self._descriptors[number] = self._owned.lend(self._own(number, fd, path)) if number in written else fd
         self._options, below, number = incoming.take_node(self._manifest.options, BASE_NODE)
-        self._options = [self._with_path(option) for option in self._options]
+        self._options = [self._with_display(self._with_path(option)) for option in self._options]
         self._below = (below, self._descriptors[number]) if below else None
         layout = places.layout(
             self._config.machine_type, self._config.hotplug_ports, namespaces=self._binary.has_namespaces
@@ -200,6 +237,11 @@ class _Copy:
         if option.name in BOOT_FILES and option.value and not option.value.startswith("/"):
             return Option(option.name, os.path.join(self._snapshot.path, option.value))
         return option
+
+    def _with_display(self, option: Option) -> Option:
+        """Return the option without the source's window, unless the copy has one too."""
+        is_hidden = option.name == "-display" and self._config.console != "gui"
+        return Option("-display", "none") if is_hidden else option
 
     def open_state(self, shown: bytes) -> Incoming | None:
         """Open the saved state. Returns None for a snapshot without a state: the machine boots. Raises StartError."""

@@ -4,20 +4,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from ...control.client import Client
+from ...control.client import REPLY_TIMEOUT, Client
 from ...errors import UsageError
 from ...host import runtime
-from ...images import snapshot_files
+from .. import copy_options
 from ..parser import Parser
+from ..spelling import as_option
 from ..tables import format_duration, format_size
+from .forwards import forward_text
 from .replies import MACHINE, answer, say, show
 from .verbs import Verbs
+
+if TYPE_CHECKING:
+    from ...snapshots.background import CopyOptions
 
 #: Seconds without progress after which vmctl gives up a save.
 _PROGRESS_TIMEOUT = 120.0
@@ -40,44 +48,33 @@ def add(verbs: Verbs) -> None:
     fork = verbs.add("fork", _fork, "start copies of a machine, which run at once", "MACHINE[@NAME] [NEW…]")
     _add_snapshot(fork)
     fork.add_argument("names", metavar="NEW", nargs="*", help="names of the copies (default: one, MACHINE-forkN)")
-    fork.add_argument("--keep", action="store_true", help="keep the disks of the copies when they end")
+    copy_options.add(fork)
     fork.add_argument(
-        "--identity",
-        choices=("same", "new"),
-        default="same",
-        help="give the guests host names, machine IDs and MAC addresses of their own (default: %(default)s)",
+        "--console",
+        metavar="headless|gui",
+        default="headless",
+        help="show the guest's console: headless (default) or gui (in a window)",
     )
     fork.add_argument("--log", metavar="FILE", help="append the console's output to a file")
     fork.add_argument(
-        "--force-version", action="store_true", help="allow another QEMU than the one that saved the snapshot"
+        "--forward",
+        metavar="[ADDRESS:]PORT:GUESTPORT[/udp]",
+        action="append",
+        default=[],
+        help="forward a port of the host to the copy; repeatable",
     )
+    fork.add_argument("--die-with-parent", action="store_true", help="end the copies when the parent of vmctl dies")
     listing = verbs.add("list-snapshots", _list, "list snapshots", "[MACHINE]")
     listing.add_argument("machine", metavar="MACHINE", nargs="?", help="list only the snapshots of this machine")
     listing.add_argument("-l", "--long", action="store_true", help="also show disks and copies")
-    for verb in (fork, listing):
-        _add_directory(verb)
     remove = verbs.add("remove-snapshot", _remove, "remove a snapshot", "MACHINE@NAME")
     _add_snapshot(remove)
-    _add_directory(remove)
+    for verb in (fork, listing, remove):
+        copy_options.add_directory(verb, "directory of the snapshots, as in vmspawn --snapshot-dir=")
 
 
 def _add_snapshot(parser: Parser) -> None:
     parser.add_argument("snapshot", metavar="MACHINE[@NAME]", help="name of the snapshot; see: vmctl list-snapshots")
-
-
-def _add_directory(parser: Parser) -> None:
-    parser.add_argument(
-        "--snapshot-dir",
-        metavar="DIR",
-        type=_snapshot_directory,
-        help="directory of the snapshots, as in vmspawn --snapshot-dir=",
-    )
-
-
-def _snapshot_directory(path: str) -> str:
-    """Set the directory for snapshots, in this process and in managers that it starts. Returns its absolute path."""
-    os.environ[snapshot_files.VARIABLE] = os.path.abspath(path)
-    return os.path.abspath(path)
 
 
 def _snapshot(options: argparse.Namespace) -> None:
@@ -108,32 +105,76 @@ def save(
 
 
 def _fork(options: argparse.Namespace) -> None:
-    from ...snapshots import directory
-    from ...snapshots.background import start_copies
+    from ...snapshots import background, directory
     from ...snapshots.names import free_name
 
     machine, name = directory.parse_name(options.snapshot)
     names = [runtime.check_name(each) for each in options.names] or [free_name(machine)]
     if len(set(names)) < len(names):
         raise UsageError("two copies have the same name", hint="give each copy another name")
-    full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
-    arguments = [f"--log={options.log}"] if options.log else []
-    arguments += ["--force-version"] if options.force_version else []
-    timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
-    # The lock keeps the snapshot from being removed until a copy runs.
-    with closing(directory.OpenSnapshot(full_name)):
-        stale = start_copies(
-            full_name,
-            names,
-            keep_disks=options.keep,
-            new_identity=options.identity == "new",
-            arguments=arguments,
-            timeout=timeout,
-        )
-    found = {"snapshot": full_name, "machines": names, "clock": "as saved" if stale else "set"}
-    answer(options, found, f"Started {', '.join(names)} from {full_name}")
+    with _spelled_as_options():
+        wanted = _wanted(options)
+        if not name:
+            # The machine is not saved for copies that cannot be started.
+            background.check(names, wanted)
+        full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
+        timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
+        # The lock keeps the snapshot from being removed until a copy runs.
+        with _removed_on_failure(machine), closing(directory.OpenSnapshot(full_name)):
+            stale = background.start_copies(full_name, names, wanted, timeout=timeout)
+    found: dict[str, Any] = {"snapshot": full_name, "machines": names, "clock": "as saved" if stale else "set"}
+    forwards = {each: _forwards(each) for each in names} if wanted.forwards else {}
+    answer(options, found | {"forwards": forwards}, f"Started {', '.join(names)} from {full_name}")
+    for copy, found_there in forwards.items():
+        for each in found_there:
+            say(options, f"{copy}: {forward_text(each)}")
     if stale:
         say(options, f"clock: as saved (no agent runs in {', '.join(stale)})")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(machine: str) -> Iterator[None]:
+    """After an error, remove the snapshot that was made for the copies, if none of them runs."""
+    try:
+        yield
+    except BaseException:
+        from ...snapshots.merge import after_end
+
+        after_end(machine)
+        raise
+
+
+@contextlib.contextmanager
+def _spelled_as_options() -> Iterator[None]:
+    """Spell the fields in errors as the options of `fork`, which are named as in vmspawn."""
+    try:
+        yield
+    except UsageError as error:
+        message, hint = error.spelled(partial(as_option, "vmspawn"))
+        raise UsageError(message, hint=hint) from None
+
+
+def _wanted(options: argparse.Namespace) -> CopyOptions:
+    """Return the options of the copies. Raises UsageError."""
+    from ...network.forward import parse
+    from ...snapshots.background import CopyOptions
+
+    return CopyOptions(
+        keep_disks=options.keep,
+        new_identity=options.identity == "new",
+        force_version=options.force_version,
+        console=options.console,
+        console_log=os.path.abspath(options.log) if options.log else "",
+        forwards=tuple(map(parse, options.forward)),
+        parent=os.getppid() if options.die_with_parent else 0,
+    )
+
+
+def _forwards(machine: str) -> list[dict[str, Any]]:
+    """Return the forwards of a copy, with the ports that were chosen."""
+    with Client(machine, timeout=REPLY_TIMEOUT) as client:
+        found: list[dict[str, Any]] = client.call(f"{MACHINE}.ListForwards")["forwards"]
+        return found
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -108,6 +108,7 @@ def begin(
             keep_disks=options.keep,
             force_version=options.force_version,
             new_identity=options.identity == "new",
+            parent=options.parent_pid,
             on_begin=hold_signals,
         )
     if is_wanted(options, config):

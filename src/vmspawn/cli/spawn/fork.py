@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from ...boot.config import MachineConfig
 from ...errors import UsageError
 from ...host import runtime
-from ...images import snapshot_files
-from . import console, general
+from .. import copy_options
+from ..values import whole_number
+from . import console, general, network
 
 #: Options that are allowed with --fork=. The snapshot determines all others.
 BESIDE = (
-    *("fork", "keep", "identity", "force_version", "snapshot_dir", "machine", "console", "log", "qmp_log"),
+    *("fork", "keep", "identity", "force_version", "snapshot_dir", "machine", "console", "log", "qmp_log", "forward"),
     *("shutdown_timeout", "die_with_parent", "quiet", "verbose"),
 )
 
@@ -23,24 +23,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Copies")
     group.add_argument("--fork", metavar="MACHINE[@NAME]", help="start a copy of a machine from its snapshot")
-    group.add_argument("--snapshot-dir", metavar="DIR", type=snapshot_directory, help="directory of the snapshots")
-    group.add_argument("--keep", action="store_true", help="keep the disks of the copy when it ends")
-    group.add_argument(
-        "--identity",
-        choices=("same", "new"),
-        default="same",
-        help="give the guest a host name, machine ID and MAC addresses of its own (default: %(default)s)",
-    )
-    group.add_argument(
-        "--force-version", action="store_true", help="allow another QEMU than the one that saved the snapshot"
-    )
-
-
-def snapshot_directory(path: str) -> str:
-    """Set the directory for snapshots, and return its absolute path."""
-    # Managers that this process starts in the background use the directory too.
-    os.environ[snapshot_files.VARIABLE] = os.path.abspath(path)
-    return os.path.abspath(path)
+    copy_options.add_directory(group, "directory of the snapshots")
+    copy_options.add(group)
+    # The process that a copy of `vmctl fork --die-with-parent` must not outlive.
+    group.add_argument("--parent-pid", metavar="PID", type=whole_number, default=0, help=argparse.SUPPRESS)
 
 
 def read(options: argparse.Namespace) -> MachineConfig:
@@ -51,13 +37,12 @@ def read(options: argparse.Namespace) -> MachineConfig:
             hint="leave out the argument",
         )
     wanted, shown = general.read(options), console.read(options)
-    if shown["console"] == "native":
-        raise UsageError("--fork= does not work with --console=native", hint="use another --console=")
     name = runtime.check_name(options.machine) if options.machine else None
     return MachineConfig(
         name=name,
         console=shown["console"],
         console_log=shown["console_log"],
+        forwards=network.read(options)["forwards"],
         terminal=shown["terminal"],
         shutdown_timeout=wanted["shutdown_timeout"],
         qmp_log=wanted["qmp_log"],
