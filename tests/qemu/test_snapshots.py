@@ -164,6 +164,60 @@ async def test_an_ephemeral_image_stays_unchanged_in_copies(qemu: str, tmp_path:
             assert "image-below" in await nodes(third)
 
 
+async def test_memory_in_a_file_is_mapped_by_copies_and_left_out_of_the_state(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path, ram_backing="file") as machine:
+        await machine.pause()
+        async with saved(machine) as snapshot:
+            memory = memory_file(snapshot)
+            assert state_size(snapshot) < 1 << 20
+            assert snapshot.size > state_size(snapshot)
+            before = memory.read_bytes()
+            async with snapshot.fork() as copy:
+                assert str(memory) in links_of(copy.pid)
+                assert await low_memory(copy, tmp_path) == before[:_LOW_MEMORY]
+                await copy.resume()
+                await copy.reboot()
+                # The state of a copy of the copy has the memory, and that needs no file of the first snapshot.
+                async with saved(copy) as second, second.fork() as third:
+                    assert third.name
+                    assert str(memory) not in links_of(third.pid)
+            assert memory.read_bytes() == before
+
+
+async def test_a_machine_that_boots_from_the_newest_disks_has_memory_in_a_file_again(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path, ram_backing="file") as machine:
+        snapshot = await machine.snapshot()
+    async with Snapshot(f"{machine.name}@{directory.CURRENT}", 0.0, 0).fork() as booted:
+        assert str(memory_file(snapshot)) not in links_of(booted.pid)
+        async with saved(booted) as second:
+            assert state_size(second) < 1 << 20
+    await snapshot.remove()
+
+
+def memory_file(snapshot: Snapshot) -> Path:
+    """Return the file with the memory of a machine that has 64 MB."""
+    (found,) = (each for each in Path(directory.path_of(snapshot.name)).iterdir() if each.stat().st_size == 64 << 20)
+    return found
+
+
+def state_size(snapshot: Snapshot) -> int:
+    return Path(directory.path_of(snapshot.name), "state").stat().st_size
+
+
+#: The memory below the video memory, where the firmware has its data.
+_LOW_MEMORY = 640 << 10
+
+
+async def low_memory(machine: api.Machine, folder: Path) -> bytes:
+    """Return the guest's low memory, which QEMU writes to a file."""
+    path = folder / "memory"
+    arguments = {"val": 0, "size": _LOW_MEMORY, "filename": str(path)}
+    await inner(machine).monitor.execute("pmemsave", arguments)
+    found = path.read_bytes()
+    path.unlink()
+    return found
+
+
 async def test_a_machine_that_was_adopted(qemu: str, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:

@@ -57,6 +57,31 @@ def test_only_descriptors_that_a_copy_needs_are_recorded() -> None:
     assert incoming.writable_descriptors(RECORDED.options) == (9,)
 
 
+IN_FILE = ["qemu", "-object", "memory-backend-file,id=mem,size=64B,mem-path=/proc/self/fd/13,share=on"]
+
+
+def test_memory_in_a_file_is_saved_beside_the_state_and_mapped_privately_by_a_copy() -> None:
+    recorded = incoming.record(IN_FILE, "pc-q35-7.2")
+    assert incoming.ram_file(recorded.options) == 13
+    assert incoming.writable_descriptors(recorded.options) == recorded.descriptors == (13,)
+    private = list(map(incoming.with_private_memory, recorded.options))
+    assert incoming.ram_file(private) == -1
+    copy = incoming.rebuild(private, {incoming.DISKS: ()}, {13: 5})
+    assert copy == ["-object", "memory-backend-file,id=mem,size=64B,mem-path=/proc/self/fd/5,share=off"]
+
+
+def test_a_copy_of_a_copy_needs_no_file_with_memory() -> None:
+    """The memory of a copy is part of its state, because it is no longer equal to the file's content."""
+    recorded = incoming.record([*IN_FILE[:2], IN_FILE[2].replace("share=on", "share=off")], "pc-q35-7.2")
+    assert recorded.options[0] == Option("-object", "memory-backend-ram,id=mem,size=64B")
+    assert recorded.descriptors == ()
+
+
+def test_anonymous_memory_is_part_of_the_state() -> None:
+    assert incoming.ram_file(RECORDED.options) == -1
+    assert tuple(map(incoming.with_private_memory, RECORDED.options)) == RECORDED.options
+
+
 def test_a_copy_has_descriptors_of_its_own() -> None:
     places = {name: [name] for name in (incoming.MONITORS, incoming.CONSOLE, incoming.SIZE, incoming.DISKS)}
     line = incoming.rebuild(RECORDED.options, places, {9: 109, 11: 111, 12: 112})

@@ -262,7 +262,7 @@ class Machine(Guest):
         """
         saved = await asyncio.create_task(save(self._running, name))
         state = saved.manifest.state
-        return Snapshot(saved.manifest.full_name, saved.pause, state.size if state is not None else 0)
+        return Snapshot(saved.manifest.full_name, saved.pause, state.total if state is not None else 0)
 
     def fork(
         self,

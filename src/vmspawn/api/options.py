@@ -62,6 +62,7 @@ class MachineOptions(TypedDict, total=False):
     firmware: FirmwareWish | str
     more_initrds: Sequence[StrPath]
     ram_growth: Growth | None
+    ram_backing: Literal["anonymous", "file"]
     network_user: bool
     forwards: Sequence[Forward | str | int]
     vendor_strings: Sequence[str]

@@ -90,6 +90,7 @@ class MachineConfig(Record):
     firmware: FirmwareWish = FirmwareWish()
     more_initrds: tuple[str, ...] = ()
     ram_growth: Growth | None = None
+    ram_backing: str = memory.BACKINGS[0]
     network_user: bool = False
     forwards: tuple[Forward, ...] = ()
     vendor_strings: tuple[str, ...] = ()
@@ -143,6 +144,7 @@ def check_config(config: MachineConfig) -> MachineConfig:
     _check_choice("kvm", config.kvm, KVM_CHOICES)
     _check_choice("console", config.console, CONSOLES)
     _check_choice("console_transport", config.console_transport, CONSOLE_TRANSPORTS)
+    _check_choice("ram_backing", config.ram_backing, memory.BACKINGS)
     if config.console_log is not None and config.console == "native":
         raise UsageError.with_fields(
             "{console_log=} cannot see what QEMU shows with {console=native}", hint="leave out one of the two"

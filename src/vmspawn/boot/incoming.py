@@ -37,6 +37,9 @@ _OF_DISKS = re.compile(
     r"drive\d+(-pivot|-limits|-thread)?|limits\d+|image\d+(-file|-format)?|scsi1|scsi-thread|stream\d+"
 )
 
+#: The file with the guest's memory, as `memory.in_file` writes it.
+_RAM_FILE = re.compile(r"memory-backend-file,(id=\w+,size=\d+B),mem-path=/proc/self/fd/(\d+),share=(on|off)")
+
 _DESCRIPTOR_PATH = re.compile(r"/proc/self/fd/(\d+)")
 _DESCRIPTOR_SET = re.compile(r"fd=(\d+),set=(\d+)")
 
@@ -81,6 +84,9 @@ def _kept(options: Iterable[Option], machine_type: str) -> Iterator[Option]:
         place = _place(option, value, monitors)
         if place is None and option.name == "-machine":
             yield Option("-machine", ",".join((machine_type, *value.split(",")[1:])))
+        elif (found := _RAM_FILE.fullmatch(value)) and found[3] == "off":
+            # The memory of a copy is no longer that of the snapshot's file.
+            yield Option("-object", f"memory-backend-ram,{found[1]}")
         elif place is None:
             yield option
         elif place and place not in marked:
@@ -174,10 +180,23 @@ def descriptor_sets(options: Iterable[Option]) -> dict[int, int]:
 
 
 def writable_descriptors(options: Sequence[Option]) -> tuple[int, ...]:
-    """Return the source's descriptors of writable files other than disks, such as UEFI's variables."""
+    """Return the source's descriptors of writable files other than disks: UEFI's variables, the guest's memory."""
     sets = {str(file.get("filename")) for node in _nodes(options) if (file := _file_of(node))}
     found = (_DESCRIPTOR_SET.fullmatch(option.value or "") for option in options if option.name == "-add-fd")
-    return tuple(int(each[1]) for each in found if each and f"/dev/fdset/{each[2]}" in sets)
+    written = [int(each[1]) for each in found if each and f"/dev/fdset/{each[2]}" in sets]
+    return (*written, memory) if (memory := ram_file(options)) >= 0 else tuple(written)
+
+
+def ram_file(options: Iterable[Option]) -> int:
+    """Return the source's descriptor of the file with the guest's memory, or -1 if it is not in a file."""
+    found = (_RAM_FILE.fullmatch(option.value or "") for option in options if option.name == "-object")
+    return next((int(each[2]) for each in found if each and each[3] == "on"), -1)
+
+
+def with_private_memory(option: Option) -> Option:
+    """Return the option for a copy that does not change the file with the memory: pages are copied when written."""
+    is_ram = option.name == "-object" and _RAM_FILE.fullmatch(option.value or "")
+    return Option("-object", (option.value or "").replace(",share=on", ",share=off")) if is_ram else option
 
 
 def _nodes(options: Iterable[Option]) -> Iterator[dict[str, object]]:

@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
-from ..errors import UsageError
+import os
+
+from ..errors import StartError, UsageError
 from ..record import Record
-from .extras import Extras
+from .extras import Extras, Owned
+
+#: The places of the guest's memory: anonymous memory of QEMU, or a file, which copies of the machine map.
+BACKINGS = ("anonymous", "file")
+
+#: The file system in memory for files of memory, as in shm_overview(7).
+_SHARED_MEMORY = "/dev/shm"
 
 #: The number of slots for hot-plugged memory if the user sets only a maximum, as in systemd-vmspawn.
 SLOTS_DEFAULT = 1
@@ -41,6 +49,38 @@ def size_argument(size: int, growth: Growth | None) -> str:
     if growth is None:
         return f"size={size}B"
     return f"size={size}B,maxmem={growth.maximum}B,slots={growth.slots}"
+
+
+def in_file(size: int, owned: Owned) -> Extras:
+    """Return the arguments that keep the guest's memory in a file, and the file.
+
+    The file has no name, so it ends with QEMU. It takes only the room that the guest uses; all of it must be free, as
+    the guest is killed when there is none. Raises StartError.
+    """
+    fd = owned.lend(_memory_file(size))
+    backend = f"memory-backend-file,id=mem,size={size}B,mem-path=/proc/self/fd/{fd},share=on"
+    return Extras(machine=("memory-backend=mem",), arguments=("-object", backend), descriptors=(fd,))
+
+
+def _memory_file(size: int) -> int:
+    try:
+        fd = os.open(_SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        free = os.fstatvfs(fd)
+    except OSError as error:
+        raise StartError.with_fields(
+            "cannot use {ram_backing=file}: {folder}: {reason}", folder=_SHARED_MEMORY, reason=error.strerror
+        ) from None
+    # A tmpfs without a limit reports no blocks.
+    if free.f_blocks and free.f_bavail * free.f_frsize < size:
+        os.close(fd)
+        raise StartError.with_fields(
+            "{ram_backing=file} needs {size} MiB in {folder}, and {free} MiB are free",
+            hint="use less {ram=}, or leave out {ram_backing=}",
+            size=size >> 20,
+            folder=_SHARED_MEMORY,
+            free=free.f_bavail * free.f_frsize >> 20,
+        )
+    return fd
 
 
 def shared(size: int) -> Extras:

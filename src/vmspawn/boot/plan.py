@@ -182,6 +182,7 @@ def make_plan(
         _refuse_strings(config)
     firmware = uefi.extras(found, config, owned) if found is not None else NO_EXTRAS
     card = network.user_card(take_place(chosen.layout)) if config.has_network else NO_EXTRAS
+    backing = _memory(config, owned)
     shared = _shares(chosen, directory, report, owned)
     arguments = _kernel_arguments(chosen, shared.kernel_arguments)
     for each in _of_emulation(chosen):
@@ -196,9 +197,16 @@ def make_plan(
     texts = _strings(chosen, arguments)
     strings = smbios.extras(texts, smbios.with_optional(texts, list(_credentials(config)), brought), owned)
     kernel, initrd = _load(chosen, arguments, owned)
-    extras = join(firmware, card, shared, strings, initrd)
+    extras = join(backing, firmware, card, shared, strings, initrd)
     is_bios_boot = found is None and kernel is None
     return Plan(config, chosen.binary, chosen.accelerator, chosen.layout, kernel, disks, extras, is_bios_boot)
+
+
+def _memory(config: MachineConfig, owned: Owned) -> Extras:
+    """Return the place of the guest's memory, unless it is QEMU's default. Raises StartError."""
+    if config.ram_backing == "file":
+        return memory.in_file(config.ram_bytes, owned)
+    return memory.shared(config.ram_bytes) if config.directory or config.binds else NO_EXTRAS
 
 
 def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owned: Owned) -> Extras:
@@ -208,7 +216,7 @@ def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owne
     served = shares.start(config.directory, config.binds, directory, chosen.layout, report.notice, owned)
     if config.is_userland:
         served = served._replace(kernel_arguments=(f"vmspawn.userland={'rw' if config.directory_rw else 'ro'}",))
-    return join(memory.shared(config.ram_bytes), served)
+    return served
 
 
 def _refuse_strings(config: MachineConfig) -> None:

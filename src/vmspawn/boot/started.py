@@ -29,13 +29,15 @@ _CLIENTS_BACKLOG = 64
 class Incoming(Record):
     """A saved state: its URI in QEMU, whether the guest ran, and what the console shows of the time before.
 
-    `new_identity` is whether the guest gets a host name, a machine ID and MAC addresses of its own.
+    `new_identity` is whether the guest gets a host name, a machine ID and MAC addresses of its own. `has_ram_file` is
+    whether the memory is in a file, and not in the state.
     """
 
     uri: str
     was_running: bool
     shown: bytes = b""
     new_identity: bool = False
+    has_ram_file: bool = False
 
 
 class Launched(Record):

@@ -84,7 +84,7 @@ async def make(machine: Running, name: str, *, temporary: bool, detach_blocking:
 
 def _last(saved: save.Saved) -> Progress:
     state = saved.manifest.state
-    size = state.size if state is not None else 0
+    size = state.total if state is not None else 0
     disks = [FrozenDisk(*each) for each in saved.disks]
     return {
         "doneBytes": size,

@@ -11,6 +11,9 @@ from ..errors import NotConnected, SystemFailure, Timeout
 from ..qmp.events import EventStream
 from ..qmp.monitor import Command, Monitor
 
+#: The capability of QEMU to leave out memory that is in a shared file.
+IGNORE_SHARED = "x-ignore-shared"
+
 #: Seconds that QEMU may take to load a state.
 _TIMEOUT = 600.0
 
@@ -30,7 +33,7 @@ async def load(monitor: Monitor, incoming: Incoming) -> None:
 
     Raises NotConnected if QEMU ends, as it does where the state does not fit; SystemFailure, QmpError.
     """
-    await enable_events(monitor)
+    await set_up(monitor, has_ram_file=incoming.has_ram_file)
     with monitor.events() as events:
         await monitor.execute("migrate-incoming", {"uri": incoming.uri})
         try:
@@ -40,6 +43,10 @@ async def load(monitor: Monitor, incoming: Incoming) -> None:
             raise Timeout(f"QEMU has not loaded its state within {_TIMEOUT:g} s") from None
     if status != "completed":
         raise SystemFailure("QEMU could not load its state", 5)
+    if incoming.has_ram_file:
+        # A later save includes all memory, which is no longer that of the file.
+        capabilities = [{"capability": IGNORE_SHARED, "state": False}]
+        await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
     if incoming.was_running:
         await monitor.execute("cont")
 
@@ -77,9 +84,14 @@ async def _is_finishing(monitor: Monitor) -> bool:
     return bool((await monitor.execute("query-status"))["status"] == "finish-migrate")
 
 
-async def enable_events(monitor: Monitor) -> None:
-    """Let QEMU report the states of a migration. Raises what `Monitor.execute` raises."""
+async def set_up(monitor: Monitor, *, has_ram_file: bool) -> None:
+    """Let QEMU report the states of a migration, and leave out memory that is in a file.
+
+    Raises what `Monitor.execute` raises.
+    """
     capabilities = [{"capability": "events", "state": True}]
+    if has_ram_file:
+        capabilities.append({"capability": IGNORE_SHARED, "state": True})
     await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
 
 

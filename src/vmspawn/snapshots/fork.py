@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from ..boot import console, incoming
+from ..boot import console, incoming, memory
 from ..boot.boot_disk import BootDisk
 from ..boot.commandline import Inherited, disk_arguments, monitor_arguments
 from ..boot.config import MachineConfig
@@ -201,12 +201,17 @@ class _Copy:
 
     def plan(self) -> Plan:
         """Open the files, and return the plan that the command line is written from. Raises StartError."""
-        written = incoming.writable_descriptors(self._manifest.options)
+        ram_file = incoming.ram_file(self._manifest.options)
+        written = set(incoming.writable_descriptors(self._manifest.options)) - {ram_file}
         for number, path in self._manifest.descriptors.items():
             fd = self._owned.lend(self._open(path))
             self._descriptors[number] = self._owned.lend(self._own(number, fd, path)) if number in written else fd
         self._options, below, number = incoming.take_node(self._manifest.options, BASE_NODE)
         self._options = [self._with_display(self._with_path(option)) for option in self._options]
+        if self._manifest.state is not None:
+            self._options = [incoming.with_private_memory(option) for option in self._options]
+        elif ram_file >= 0:
+            self._descriptors[ram_file] = memory.in_file(self._config.ram_bytes, self._owned).descriptors[0]
         self._below = (below, self._descriptors[number]) if below else None
         layout = places.layout(
             self._config.machine_type, self._config.hotplug_ports, namespaces=self._binary.has_namespaces
@@ -249,14 +254,16 @@ class _Copy:
         if state is None:
             return None
         fd = self._owned.lend(self._open(state.file))
+        has_ram_file = incoming.ram_file(self._manifest.options) >= 0
         if os.fstat(fd).st_size != state.size:
             raise StartError(f"the state of snapshot {self._manifest.full_name} is not whole")
         was_running = self._manifest.was_running
         if state.scheme == "fd":
             self._state = Extras(descriptors=(fd,))
-            return Incoming(f"fd:{fd}", was_running, shown)
+            return Incoming(f"fd:{fd}", was_running, shown, has_ram_file=has_ram_file)
         self._state = fdset(incoming.STATE_FDSET, fd)
-        return Incoming(f"file:/dev/fdset/{incoming.STATE_FDSET}", was_running, shown)
+        uri = f"file:/dev/fdset/{incoming.STATE_FDSET}"
+        return Incoming(uri, was_running, shown, has_ram_file=has_ram_file)
 
     def command_line(self, plan: Plan, inherited: Inherited) -> list[str]:
         """Return QEMU's command line."""
@@ -364,6 +371,8 @@ class _Copy:
         folder = path_of(f"{self._config.name}@{CURRENT}")
         os.makedirs(folder, 0o700, exist_ok=True)
         names = {number: os.path.join(self._snapshot.path, path) for number, path in manifest.descriptors.items()}
+        # A machine that boots begins with empty memory.
+        names.pop(incoming.ram_file(manifest.options), None)
         names |= {number: os.path.join(folder, path) for number, path in self._own_files.items()}
         # The snapshot stays as long as these are needed.
         boot_files = [self._with_path(option).value or "" for option in manifest.options if option.name in BOOT_FILES]

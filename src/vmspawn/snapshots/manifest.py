@@ -69,6 +69,13 @@ class State(NamedTuple):
     size: int
     #: The URI scheme by which QEMU saved it, `fd` or `file`.
     scheme: str
+    #: The bytes of memory that are in a file beside it.
+    memory: int = 0
+
+    @property
+    def total(self) -> int:
+        """The bytes of memory and devices."""
+        return self.size + self.memory
 
 
 class Manifest(NamedTuple):

@@ -85,12 +85,13 @@ def give_name(fd: int, path: str) -> bool:
         os.close(folder)
 
 
-def copy(fd: int, path: str) -> None:
-    """Copy an open file's content to a new file. Raises OSError."""
+def copy(fd: int, path: str, *, is_synced: bool = True) -> None:
+    """Copy an open file's content to a new file, and write it to the disk if `is_synced` is true. Raises OSError."""
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         copy_content(fd, target)
-        os.fsync(target)
+        if is_synced:
+            os.fsync(target)
     finally:
         os.close(target)
 

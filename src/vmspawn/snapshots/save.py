@@ -13,6 +13,7 @@ A failure before step 5 leaves nothing behind. A failure after it leaves the ove
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -192,10 +193,10 @@ class _Save:
             recorded = _with_own_kernel(recorded, folder)
             begun = time.monotonic()
             try:
-                scheme = await self._stop_and_save(fd)
+                scheme = await self._stop_and_save(fd, recorded)
                 # QEMU's descriptor shares its position with ours.
                 os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
-                self._copy_written(recorded, folder)
+                await asyncio.to_thread(self._copy_written, recorded, folder)
                 sizes = await _sizes(machine)
                 attachments = self._attachments(freeze)
                 manifest = self._manifest(recorded, descriptors, attachments, sizes, folder, scheme)
@@ -334,15 +335,18 @@ class _Save:
         for number in incoming.writable_descriptors(recorded.options):
             fd = self._open_descriptor(number)
             try:
-                copy(fd, os.path.join(folder.path, f"descriptor{number}"))
+                # Memory is not synced while the guest stands still; neither is the state.
+                is_synced = number != incoming.ram_file(recorded.options)
+                copy(fd, os.path.join(folder.path, f"descriptor{number}"), is_synced=is_synced)
             finally:
                 os.close(fd)
 
     # The pause.
 
-    async def _stop_and_save(self, fd: int) -> str:
+    async def _stop_and_save(self, fd: int, recorded: Recorded) -> str:
         await self._machine.monitor.execute("stop")
-        return await stream.save(self._machine.monitor, fd, self._on_progress)
+        has_ram_file = incoming.ram_file(recorded.options) >= 0
+        return await stream.save(self._machine.monitor, fd, self._on_progress, has_ram_file=has_ram_file)
 
     async def _go_on(self) -> None:
         """Bring the guest back to the state that it was in. A paused guest runs for a moment."""
@@ -400,6 +404,9 @@ class _Save:
     ) -> Manifest:
         machine = self._machine
         state = State(_STATE_FILE, os.stat(os.path.join(folder.path, _STATE_FILE)).st_size, scheme)
+        if (number := incoming.ram_file(recorded.options)) >= 0:
+            memory = os.stat(os.path.join(folder.path, descriptors[number]))
+            state = state._replace(memory=memory.st_blocks * 512)
         images = {
             image.number: image.path
             for disk in self._disks
@@ -472,7 +479,10 @@ class _Save:
     def _kept_descriptors(self, manifest: Manifest) -> dict[int, str]:
         """Return the files behind the descriptors, for MACHINE@current. The machine keeps its writable files."""
         found = {}
+        ram_file = incoming.ram_file(manifest.options)
         for number, name in manifest.descriptors.items():
+            if number == ram_file:
+                continue  # a machine that boots begins with empty memory
             fd = self._open_descriptor(number)
             try:
                 path = path_of_descriptor(fd)

@@ -8,12 +8,11 @@ must have exactly the access mode; `fd:` takes a descriptor of `getfd`, or an in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 from ..boot.incoming import STATE_FDSET
 from ..errors import QmpError, SystemFailure
-from ..machine.loading import cancel, enable_events, until_ended
+from ..machine.loading import IGNORE_SHARED, cancel, set_up, until_ended
 from ..qmp.events import EventStream
 from ..qmp.monitor import Command, Monitor
 
@@ -29,14 +28,17 @@ REMOVE_FDSET = Command("remove-fd", {"fdset-id": STATE_FDSET})
 _INTERVAL = 0.2
 
 
-async def save(monitor: Monitor, fd: int, on_progress: Callable[[int, int], None]) -> str:
+async def save(
+    monitor: Monitor, fd: int, on_progress: Callable[[int, int], None], *, has_ram_file: bool = False
+) -> str:
     """Save the state of a stopped QEMU to a descriptor that is open for writing alone; returns the URI's scheme.
 
-    `on_progress` is called with the number of bytes that are done, and with the total.
+    `on_progress` is called with the number of bytes that are done, and with the total. Memory that is in a file is not
+    part of the state.
 
     Raises QmpError, SystemFailure if QEMU fails; `forget` must follow if this call is interrupted.
     """
-    await enable_events(monitor)
+    await set_up(monitor, has_ram_file=has_ram_file)
     await monitor.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
     scheme, events = await _begin(monitor, fd)
     with events:
@@ -93,5 +95,11 @@ async def forget(monitor: Monitor) -> None:
     `REMOVE_FDSET` must follow when the guest runs.
     """
     await cancel(monitor)
-    with contextlib.suppress(QmpError):
-        await monitor.execute("closefd", {"fdname": _NAME})
+    # A client's own migration includes all memory. An error reports that there is no such descriptor or capability.
+    capabilities = [{"capability": IGNORE_SHARED, "state": False}]
+    await monitor.execute_all(
+        [
+            Command("closefd", {"fdname": _NAME}),
+            Command("migrate-set-capabilities", {"capabilities": capabilities}),
+        ]
+    )

@@ -5,7 +5,7 @@ import argparse
 from typing import TypedDict
 
 from ...boot.config import MACHINE_TYPES
-from ...boot.memory import SLOTS_DEFAULT, Growth
+from ...boot.memory import BACKINGS, SLOTS_DEFAULT, Growth
 from ...errors import UsageError
 from ..values import boolean, is_whole, parse_size, whole_number
 
@@ -16,6 +16,7 @@ class Machine(TypedDict):
     cpus: int
     ram: int | None
     ram_growth: Growth | None
+    ram_backing: str
     kvm: str
     machine_type: str
     qemu: str | None
@@ -32,6 +33,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--ram",
         metavar="BYTES[:MAX[:SLOTS]]",
         help="memory size with K, M, G or T, and its maximum (default: 2G; built-in guest: 256M)",
+    )
+    group.add_argument(
+        "--ram-backing",
+        choices=BACKINGS,
+        default=BACKINGS[0],
+        help="keep the memory in a file, which copies of the machine share (default: %(default)s)",
     )
     group.add_argument("--kvm", metavar="BOOL|auto", default="auto", help="use KVM (default: %(default)s)")
     group.add_argument(
@@ -50,6 +57,7 @@ def read(options: argparse.Namespace) -> Machine:
         "cpus": options.cpus,
         "ram": ram,
         "ram_growth": growth,
+        "ram_backing": options.ram_backing,
         "kvm": boolean("--kvm=", options.kvm, auto=True),
         "machine_type": options.machine_type,
         "qemu": options.qemu,
