@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Measures the time to start a copy of a running machine, beside a boot of the same machine.
 
-All figures are taken in turn in one run, with the built-in guest: a boot and a copy, each until a command in the guest
-has ended; the pause of a save, beside cp(1) of its state; a copy until QEMU runs, beside a bare QEMU; twenty copies.
+All figures are taken in turn in one run, with the built-in guest:
+
+1. A boot and a copy, each until a command in the guest has ended.
+2. A copy until QEMU reports that its processors run, beside a bare QEMU until it reports the same.
+3. The pause of a save, beside cp(1) of its state.
+4. Twenty copies at once: the time of each until its first command has ended, and the memory of each.
 """
 
 import asyncio
+import json
 import os
 import shutil
 import statistics
@@ -14,11 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from vmspawn import Machine, Snapshot
+from vmspawn import Machine, MachineConfig, Snapshot
+from vmspawn.api.launching import start_copy
 
 ROUNDS = 5
 COPIES = 20
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
+RAM = 256
 
 
 async def booted() -> float:
@@ -29,13 +36,31 @@ async def booted() -> float:
         return time.perf_counter() - begun
 
 
-async def copied(snapshot: Snapshot, name: str = "bench-copy") -> tuple[float, float, float]:
-    """Return the seconds until a copy runs, and until a command in it has ended, and its proportional memory in MB."""
+async def copied(snapshot: Snapshot, name: str = "bench-copy") -> tuple[float, float]:
+    """Return the seconds until a command in a copy has ended, and the copy's proportional memory in MB."""
     begun = time.perf_counter()
     async with snapshot.fork(name) as copy:
-        runs = time.perf_counter() - begun
         await copy.run("true", check=True)
-        return runs, time.perf_counter() - begun, proportional(copy.pid)
+        return time.perf_counter() - begun, proportional(copy.pid)
+
+
+async def copied_together(snapshot: Snapshot) -> tuple[list[float], list[float]]:
+    """Start copies at once. Returns the seconds until a command has ended in each, and the memory of each in MB."""
+    all_have_answered = asyncio.Barrier(COPIES)
+
+    async def one(number: int) -> tuple[float, float]:
+        begun = time.perf_counter()
+        async with snapshot.fork(f"bench-{number}") as copy:
+            await copy.run("true", check=True)
+            answered = time.perf_counter() - begun
+            # Pages are shared by those that run.
+            await all_have_answered.wait()
+            memory = proportional(copy.pid)
+            await all_have_answered.wait()
+            return answered, memory
+
+    found = await asyncio.gather(*map(one, range(COPIES)))
+    return [seconds for seconds, _ in found], [memory for _, memory in found]
 
 
 def proportional(pid: int) -> float:
@@ -46,18 +71,38 @@ def proportional(pid: int) -> float:
     raise SystemExit("no Pss")
 
 
-def bare() -> float:
-    """Return the seconds that a bare QEMU needs to start, answer and exit."""
+async def copy_runs(snapshot: Snapshot) -> float:
+    """Return the seconds until a copy's QEMU reports that its processors run."""
     begun = time.perf_counter()
-    command = [QEMU, "-nodefaults", "-display", "none", "-S", "-machine", "q35", "-m", "256", "-qmp", "stdio"]
-    subprocess.run(
-        command, input=b'{"execute":"qmp_capabilities"}{"execute":"quit"}', stdout=subprocess.DEVNULL, check=True
-    )
-    return time.perf_counter() - begun
+    config = MachineConfig(name="bench-runs", console="headless")
+    running = await start_copy(config, snapshot.name, keep_disks=False, new_identity=False)
+    try:
+        status = await running.monitor.execute("query-status")
+        seconds = time.perf_counter() - begun
+        assert status["running"], status
+    finally:
+        await running.end()
+    return seconds
+
+
+def bare_runs() -> float:
+    """Return the seconds until a bare QEMU reports that its processors run."""
+    begun = time.perf_counter()
+    command = [QEMU, "-nodefaults", "-display", "none", "-machine", "q35", "-m", str(RAM), "-qmp", "stdio"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b'{"execute":"qmp_capabilities"}{"execute":"query-status"}')
+        process.stdin.flush()
+        while not json.loads(process.stdout.readline()).get("return", {}).get("running"):
+            pass
+        seconds = time.perf_counter() - begun
+        process.stdin.write(b'{"execute":"quit"}')
+    return seconds
 
 
 def state_copied(snapshot: Snapshot, folder: Path) -> float:
-    """Return the seconds of cp(1) of the saved state."""
+    """Return the seconds of cp(1) of the saved state, which is the memory in use."""
     begun = time.perf_counter()
     subprocess.run(["cp", "--reflink=never", str(folder / snapshot.name / "state"), str(folder / "copy")], check=True)
     return time.perf_counter() - begun
@@ -72,28 +117,28 @@ async def measure(folder: Path) -> None:
             snapshot = await source.snapshot()
             pauses.append(snapshot.pause)
             copying.append(await asyncio.to_thread(state_copied, snapshot, folder))
-            starts.append(await asyncio.to_thread(bare))
-            running, answered, _ = await copied(snapshot)
-            runs.append(running)
-            answers.append(answered)
+            starts.append(await asyncio.to_thread(bare_runs))
+            runs.append(await copy_runs(snapshot))
+            answers.append((await copied(snapshot))[0])
             boots.append(await booted())
         begun = time.perf_counter()
-        found = await asyncio.gather(*(copied(snapshot, f"bench-{number}") for number in range(COPIES)))
+        each, memory = await copied_together(snapshot)
         together = time.perf_counter() - begun
     middle = statistics.median
     show("boot until a command has answered", middle(boots))
     show("copy until a command has answered", middle(answers), middle(boots))
-    show("bare QEMU, start to end", middle(starts))
+    show("bare QEMU until it runs", middle(starts))
     show("copy until it runs", middle(runs), middle(starts))
     show("cp of the state", middle(copying))
     show("pause of the source", middle(pauses), middle(copying))
-    show(f"{COPIES} copies at once, until all have answered", together)
-    print(f"proportional memory of each: {middle(memory for _, _, memory in found):.0f} MB")
+    show(f"{COPIES} copies at once, until all have answered", together, middle(boots))
+    show("each of them, until it has answered", middle(each), middle(boots))
+    print(f"memory of each, shared pages divided among all: {middle(memory):.0f} MB")
 
 
 def show(what: str, seconds: float, beside: float | None = None) -> None:
     """Print a figure, and its ratio to the figure `beside`."""
-    print(f"{what:45} {seconds:6.2f} s", "" if beside is None else f"{seconds / beside:6.3f} of it")
+    print(f"{what:48} {seconds:6.2f} s", "" if beside is None else f"{seconds / beside:6.3f} of it")
 
 
 def main() -> None:

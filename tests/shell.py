@@ -4,8 +4,11 @@
 import asyncio
 import contextlib
 import re
+import shutil
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
+
+import pytest
 
 from tests.machines import Machine, fresh_name
 from vmspawn.host.runtime import CONSOLE
@@ -94,6 +97,16 @@ class Booted(NamedTuple):
 
     machine: Machine
     shell: Shell
+
+
+def qemu_for(machine_type: str, qemu: str) -> str:
+    """Return the QEMU for a machine type: for aarch64, the one in the same directory."""
+    if machine_type != "virt":
+        return qemu
+    beside = qemu.replace("qemu-system-x86_64", "qemu-system-aarch64")
+    if not shutil.which(beside):
+        pytest.skip(f"there is no {beside}")
+    return beside
 
 
 @contextlib.asynccontextmanager

@@ -16,23 +16,13 @@ import pytest_asyncio
 
 from tests.conftest import MIB
 from tests.machines import Machine, Snapshot
-from tests.shell import Booted, Shell, booted
+from tests.shell import Booted, Shell, booted, qemu_for
 from vmspawn import Disk
 from vmspawn.storage.buses import NAMESPACE_SERIAL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECTOR = 512
-
-
-def qemu_for(machine_type: str, qemu: str) -> str:
-    """Return the QEMU for a machine type: for aarch64, the one in the same directory."""
-    if machine_type != "virt":
-        return qemu
-    beside = qemu.replace("qemu-system-x86_64", "qemu-system-aarch64")
-    if not shutil.which(beside):
-        pytest.skip(f"there is no {beside}")
-    return beside
 
 
 # Guests of another architecture are ten times slower.

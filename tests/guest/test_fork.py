@@ -16,18 +16,31 @@ from tests.copies import forked, inner, left, locked
 from tests.guest.writing import RECORD, records_written, start_writer, stop_writer, verify
 from tests.machines import fresh_name
 from tests.qemu.qmp_fixtures import scaled
-from tests.shell import Booted, Shell, booted
+from tests.shell import Booted, Shell, booted, qemu_for
 from vmspawn import Disk, Snapshot
+from vmspawn.agent import protocol
 from vmspawn.api import machine as api
 from vmspawn.errors import ConfigNotSupported, NoFreePort, SnapshotBlocked, SnapshotInUse, StartError
 from vmspawn.snapshots.save import save
+from vmspawn.storage.limits import Limits
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", pytest.param("pc", marks=pytest.mark.soak)])
+#: The machine type, and the place of the memory. Guests of another architecture are ten times slower.
+MACHINES = [
+    pytest.param(("q35", "anonymous"), id="q35"),
+    *(
+        pytest.param(each, id="-".join(each), marks=pytest.mark.soak)
+        for each in (("pc", "anonymous"), ("virt", "anonymous"), ("q35", "file"), ("virt", "file"))
+    ),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=MACHINES)
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
-    async with booted(qemu, machine_type=request.param) as running:
+    machine_type, backing = request.param
+    async with booted(qemu_for(machine_type, qemu), machine_type=machine_type, ram_backing=backing) as running:
         yield running
 
 
@@ -102,6 +115,8 @@ async def test_copies_attach_resize_limit_and_replace(guest: Booted, tmp_path: P
             more = make_raw(tmp_path / fresh_name())
             await copy.attach(Disk(str(more), bus="virtio-scsi"))
             assert await copy.replace(name, str(make_raw(tmp_path / fresh_name(), 128 * MIB))) == 128 * MIB
+            await copy.limit(name, Limits(iops=1000))
+            assert next(each.limits.iops for each in await copy.disks() if each.disk.name == name) == 1000
             async with copy.qmp() as qmp:
                 assert await qmp.execute("query-status")
             await copy.detach(more.name)
@@ -124,6 +139,37 @@ async def test_a_copy_of_a_copy(guest: Booted, tmp_path: Path) -> None:
             assert await read(shell, attached.by_id, 3) == "second"
         await second.remove()
     await guest.machine.detach(name)
+
+
+async def test_a_command_goes_on_in_the_source_and_ends_in_the_copy(guest: Booted) -> None:
+    """A copy keeps the ports that no command has, so that its first command needs no new ones."""
+    await guest.machine.run("true", check=True)
+    command = await guest.machine.execute(["sleep", "74322"])
+    await until_a_set_is_idle(guest.machine)
+    count = "ps -o args | grep -c '^sleep 74322' || true"
+    async with saved(guest) as snapshot, snapshot.fork() as copy:
+        (kept,) = idle_sets(copy)
+        assert kept in idle_sets(guest.machine)
+        assert {each.guest_name for each in copy._inside.commands._ports} == {
+            protocol.port_name(kept, stream) for stream in protocol.PORTS
+        }
+        assert (await copy.run(count)).stdout == "0\n"
+        async with snapshot.fork() as other:
+            # The first command of the copy had the set, so the saved one is idle in the other copy all the same.
+            assert idle_sets(other) == {kept}
+    assert (await guest.machine.run(count)).stdout == "1\n"
+    await command.close()
+
+
+def idle_sets(machine: api.Machine) -> set[str]:
+    """Return the sets of ports that no command has."""
+    return {each.id for each in machine._inside.commands._streams._idle}
+
+
+async def until_a_set_is_idle(machine: api.Machine) -> None:
+    async with asyncio.timeout(30):
+        while not idle_sets(machine):  # noqa: ASYNC110 - no event reports it
+            await asyncio.sleep(0.01)
 
 
 async def test_a_paused_guest_is_paused_again_and_its_copy_is_paused(guest: Booted) -> None:

@@ -464,3 +464,33 @@ async def test_commands_in_the_guest_end_in_the_copy(qemu: str, tmp_path: Path) 
             assert port.device not in await devices(copy)
             async with saved(copy) as second, second.fork() as third:
                 assert port.device not in await devices(third)
+
+
+async def test_ports_of_a_paused_copy_go_when_its_guest_runs(qemu: str, tmp_path: Path) -> None:
+    """QEMU crashes if they go before (docs/qemu.md, "Faults")."""
+    async with idle_machine(qemu, tmp_path) as machine:
+        port = await machine._inside.commands._ports.attach("io.vmspawn.test")
+        await machine.pause()
+        async with saved(machine) as snapshot, snapshot.fork() as copy:
+            assert port.device in await devices(copy)
+            await copy.resume()
+            event = await copy.events.wait("DEVICE_DELETED", since=0)
+            assert (event.data or {})["device"] == port.device
+            assert await copy.status() == "running"
+
+
+async def test_copies_start_after_their_source_has_ended(qemu: str, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        snapshot = await machine.snapshot()
+        await write(machine, machine.disk("disk").device, 0)
+    async with snapshot.fork() as copy, snapshot.fork() as other:
+        for each in (copy, other):
+            assert "disk" in [disk.disk.name for disk in await each.disks()]
+        await copy.detach("disk")
+        assert path.read_bytes()[:4096] == bytes(4096)
+    await snapshot.remove()
+    # What the source wrote later is on its disk again.
+    assert path.read_bytes()[:4096] == b"\1" * 4096
+    assert not locked(path)

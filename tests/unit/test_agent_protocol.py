@@ -90,7 +90,8 @@ def test_messages_are_lines_of_words() -> None:
 
 def test_a_port_is_named_after_its_set() -> None:
     assert protocol.port_name("p-1", "stdin") == "io.vmspawn.exec.p-1.stdin"
-    assert [protocol.ports_of(protocol.port_name("p-1", stream)) for stream in protocol.PORTS] == ["p-1"] * 4
+    for stream in protocol.PORTS:
+        assert protocol.parse_port_name(protocol.port_name("p-1", stream)) == ("p-1", stream)
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,10 @@ def port_name(ports: str, stream: str) -> str:
     return f"{_COMMAND_PORT}{_name(ports)}.{stream}"
 
 
-def ports_of(port_name: str) -> str:
-    """Return the set that a port belongs to."""
-    return port_name.removeprefix(_COMMAND_PORT).partition(".")[0]
+def parse_port_name(port_name: str) -> tuple[str, str]:
+    """Return the set that a port belongs to, and the port's stream."""
+    ports, _, stream = port_name.removeprefix(_COMMAND_PORT).partition(".")
+    return ports, stream
 
 
 def sync(nonce: str) -> bytes:

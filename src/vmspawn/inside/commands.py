@@ -269,10 +269,21 @@ class Commands:
             raise
         return connected
 
-    async def settle(self) -> None:
-        """Unplug the ports of another manager's commands, whose clients are gone. Raises Timeout or NotConnected."""
+    async def settle(self, *, is_copy: bool) -> None:
+        """Unplug the ports of another manager's commands, whose clients are gone. Raises Timeout or NotConnected.
+
+        `is_copy` is True for a copy that was just started, which keeps ports that no command has.
+        """
         await self._ports.settle()
-        await self._streams.clear(self._ports)
+        await self._streams.clear(self._ports, is_copy=is_copy)
+
+    async def plug_ahead(self) -> None:
+        """Wait for the agent, and plug in the ports of a command, which copies of the machine keep.
+
+        Raises what `start` raises, but for the errors of a command.
+        """
+        await self._agent_ready()
+        await self._streams.plug_ahead()
 
     async def start(self, wanted: Wanted, *, timeout: float = COMMAND_START_TIMEOUT) -> Execution:
         """Start a command, and wait until it runs or fails to start. The caller closes the returned execution.

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from ..boot.console import AGENT_PORT_ID
-from ..errors import NotSupported, StartError
+from ..errors import NotSupported, StartError, VmspawnError
 from ..machine.running import Running
 
 if TYPE_CHECKING:
@@ -18,6 +20,17 @@ _WAKE_TIMEOUT = 5.0
 
 #: The section of the journal with the ports of commands.
 _PORTS = "ports"
+
+
+@contextlib.asynccontextmanager
+async def _task(work: Coroutine[Any, Any, bool]) -> AsyncIterator[asyncio.Task[bool]]:
+    """Run a task during the block, whose end cancels it."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 class Inside:
@@ -43,12 +56,41 @@ class Inside:
 
         Raises Timeout, NotConnected or StartError.
         """
-        if self._machine.attachments.get(_PORTS, {}).get("attachments"):
-            await self.commands.settle()
-        if (incoming := self._machine.incoming) is not None:
-            self.is_clock_set = await self._wake_copy()
-            if incoming.new_identity:
-                await self._renew_identity()
+        incoming = self._machine.incoming
+        if self._machine.is_running:
+            await self._settle()
+        elif incoming is not None or self._has_ports:
+            self.is_clock_set = incoming is None
+            self._machine.hotplug.tasks.start(self._settle_later())
+        if incoming is not None and incoming.new_identity:
+            await self._renew_identity()
+
+    async def _settle(self) -> None:
+        if self._machine.incoming is None:
+            await self._settle_commands(is_copy=False)
+            return
+        # Both wait for answers of the guest.
+        async with _task(self._wake_copy()) as waking:
+            await self._settle_commands(is_copy=True)
+            self.is_clock_set = await waking
+
+    async def _settle_later(self) -> None:
+        """Settle when the guest runs. QEMU crashes if ports go after it has loaded a state and before the guest runs
+        (docs/qemu.md, "Faults")."""
+        with self._machine.monitor.events() as events:
+            async for _ in events:
+                if self._machine.is_running:
+                    break
+        with contextlib.suppress(VmspawnError):
+            await self._settle()
+
+    @property
+    def _has_ports(self) -> bool:
+        return bool(self._machine.attachments.get(_PORTS, {}).get("attachments"))
+
+    async def _settle_commands(self, *, is_copy: bool) -> None:
+        if self._has_ports:
+            await self.commands.settle(is_copy=is_copy)
 
     async def _wake_copy(self) -> bool:
         """Let the agent set the clock and the random seed of a copy. Returns False if the agent cannot."""

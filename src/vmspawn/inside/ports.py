@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,7 +48,11 @@ class _Backend(Step):
 
 @dataclass(slots=True, eq=False, repr=False)
 class AttachedPort(Attachment):
-    """A virtio-serial port. Each port gets a `number` that no earlier port had."""
+    """A virtio-serial port. Each port gets a `number` that no earlier port had.
+
+    `is_idle` is True while no command has the port. A copy of the machine keeps idle ports. Another manager of
+    the same machine does not: it reads the journal, which is not written when a command takes a port.
+    """
 
     kind: ClassVar[str] = "ports"
 
@@ -56,6 +60,7 @@ class AttachedPort(Attachment):
     guest_name: str
     place: SerialPlace
     pool: Pool
+    is_idle: bool = False
 
     @property
     def name(self) -> str:
@@ -75,8 +80,14 @@ class AttachedPort(Attachment):
 
     def to_state(self) -> dict[str, Any]:
         """Return the record with which another manager takes over the port, as JSON values."""
-        place = list(self.place)
-        return {"number": self.number, "name": self.guest_name, "place": place, "state": self.state, "done": self.done}
+        return {
+            "number": self.number,
+            "name": self.guest_name,
+            "place": list(self.place),
+            "state": self.state,
+            "done": self.done,
+            "idle": self.is_idle,
+        }
 
     def vanished(self) -> VmspawnError:
         """Return the error of an attach whose port was removed meanwhile."""
@@ -115,7 +126,10 @@ class Ports:
         bus, number = saved["place"]
         place = SerialPlace(str(bus), int(number))
         done, state = [str(name) for name in saved["done"]], State(saved["state"])
-        return AttachedPort(int(saved["number"]), str(saved["name"]), place, self._pool, done=done, state=state)
+        is_idle = bool(saved.get("idle"))
+        return AttachedPort(
+            int(saved["number"]), str(saved["name"]), place, self._pool, is_idle, done=done, state=state
+        )
 
     def __iter__(self) -> Iterator[AttachedPort]:
         return iter(self._register)
@@ -132,6 +146,12 @@ class Ports:
         port = AttachedPort(self._register.fresh_number(), guest_name, place, self._pool)
         await self._hotplug.attach(port)
         return port
+
+    def set_idle(self, ports: Iterable[AttachedPort], is_idle: bool) -> None:
+        """Record whether a command has the ports. The journal is not written."""
+        for port in ports:
+            port.is_idle = is_idle
+            self._register.changed(port)
 
     async def connect(self, ports: Sequence[AttachedPort]) -> list[Stream]:
         """Connect a stream to each of the ports, which must not have one. The caller closes the streams.

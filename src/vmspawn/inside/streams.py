@@ -100,6 +100,7 @@ class Streams:
             except asyncio.CancelledError:
                 self._stop_waiting(waiting)
                 raise
+        self._ports.set_idle(taken.ports.values(), False)
         taken.released.clear()
         self._used.add(taken)
         return taken
@@ -110,6 +111,12 @@ class Streams:
             self._waiting.remove(waiting)
         elif not waiting.cancelled() and waiting.exception() is None:
             self._offer(waiting.result())
+
+    async def plug_ahead(self) -> None:
+        """Plug in a set for a later command. Raises Timeout, NotConnected, QmpError."""
+        plugged = await self.take()
+        self._used.discard(plugged)
+        self._offer(plugged)
 
     def _next_waiting(self) -> asyncio.Future[PortSet] | None:
         while self._waiting:
@@ -124,6 +131,7 @@ class Streams:
         elif (waiting := self._next_waiting()) is not None:
             waiting.set_result(connected)
         elif len(self._idle) < KEPT:
+            self._ports.set_idle(connected.ports.values(), True)
             self._idle.append(connected)
         else:
             connected.close()
@@ -266,19 +274,37 @@ class Streams:
         for each in (*idle, *self._used):
             self._remove(each)
 
-    async def clear(self, left: Iterable[AttachedPort]) -> None:
-        """Unplug ports that another manager has left, one set after the other."""
+    async def clear(self, left: Iterable[AttachedPort], *, is_copy: bool) -> None:
+        """Unplug ports that another manager has left, one set after the other. A copy keeps idle sets."""
+        is_up = await self._is_agent_up()
+        sets: dict[str, PortSet] = {}
+        for port in left:
+            id, stream = protocol.parse_port_name(port.guest_name)
+            sets.setdefault(id, PortSet(id)).ports[stream] = port
+        for each in sets.values():
+            if is_up and is_copy and _is_idle(each) and await self._keep(each):
+                continue
+            await asyncio.gather(*map(self._ports.detach, each.ports.values()))
+            # A guest that does not answer is not asked again.
+            is_up = is_up and await self._agent.knows_ports(each.id, 0, _GUEST_TIMEOUT)
+
+    async def _is_agent_up(self) -> bool:
         waiting = asyncio.ensure_future(self._agent.ready())
         await asyncio.wait({waiting}, timeout=_GUEST_TIMEOUT)
         is_up = waiting.done() and waiting.exception() is None
         waiting.cancel()
-        sets: dict[str, list[AttachedPort]] = {}
-        for port in left:
-            sets.setdefault(protocol.ports_of(port.guest_name), []).append(port)
-        for id, ports in sets.items():
-            await asyncio.gather(*map(self._ports.detach, ports))
-            # A guest that does not answer is not asked again.
-            is_up = is_up and await self._agent.knows_ports(id, 0, _GUEST_TIMEOUT)
+        return is_up
+
+    async def _keep(self, idle: PortSet) -> bool:
+        """Keep an idle set for the next command. Returns False if the guest does not notice that it is connected."""
+        try:
+            if not await self._connect(idle):
+                return False
+        except QmpError:
+            return False
+        self._room -= 1
+        self._offer(idle)
+        return True
 
     def close(self) -> None:
         """Close our ends of all streams, also of those that are being connected. Callers of `take` get NotConnected."""
@@ -287,3 +313,8 @@ class Streams:
             each.close()
         while (waiting := self._next_waiting()) is not None:
             waiting.set_exception(NotConnected("the machine ended"))
+
+
+def _is_idle(found: PortSet) -> bool:
+    """Return whether a set is whole and no command had it."""
+    return found.ports.keys() == set(protocol.PORTS) and all(port.is_idle for port in found.ports.values())

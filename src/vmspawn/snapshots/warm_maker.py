@@ -21,7 +21,7 @@ from ..aio import programs
 from ..boot.config import MachineConfig
 from ..boot.launch import launch
 from ..console.hub import Console
-from ..errors import NotConnected, NotSupported, StartError, VmspawnError
+from ..errors import NotConnected, NotSupported, StartError, Timeout, VmspawnError
 from ..inside.inside import Inside
 from ..machine.running import Running, run
 from .background import failure
@@ -59,7 +59,7 @@ async def make(path: str, config: MachineConfig) -> None:
         machine = await run(launch(config))
         try:
             shown = await _until_booted(machine.console)
-            await _until_agent_answers(machine)
+            await _prepare_commands(machine)
             saved = await save(machine, "warm", parent=folder)
         finally:
             await machine.end()
@@ -71,13 +71,13 @@ def scratch_prefix(path: str) -> str:
     return f".{os.path.basename(path)}-"
 
 
-async def _until_agent_answers(machine: Running) -> None:
-    """Wait for the agent, which a guest that was built without a compiler does not have."""
+async def _prepare_commands(machine: Running) -> None:
+    """Wait for the agent, which a guest that was built without a compiler does not have, and plug in its ports."""
     inside = Inside(machine)
     try:
-        with contextlib.suppress(TimeoutError, NotSupported):
+        with contextlib.suppress(TimeoutError, Timeout, NotSupported):
             async with asyncio.timeout(_AGENT_TIMEOUT):
-                await inside.commands.agent.ready()
+                await inside.commands.plug_ahead()
     finally:
         inside.close()
 
