@@ -184,11 +184,11 @@ def test_roots_unit_runs_no_file_of_another_user(destination: Destination, tmp_p
     assert "--user" in caught.value.hint
 
 
-def test_a_relative_data_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_data_home_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The XDG base directory specification requires that."""
     monkeypatch.setenv("XDG_DATA_HOME", "relative")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert extras.user_destination().share == "/home/somebody/.local/share"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert extras.user_destination().share == f"{tmp_path}/.local/share"
 
 
 def test_a_user_without_a_home_directory_gets_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+
+# asyncio imports it for the first thread, which fails in a process without free descriptors.
+import concurrent.futures.thread  # noqa: F401
 import contextlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,12 +16,19 @@ from .programs import CANCELLER, Canceller
 _T = TypeVar("_T")
 
 
-async def open_in_thread(open_it: Callable[[], _T], close: Callable[[_T], None]) -> _T:
+async def open_in_thread(
+    open_it: Callable[[], _T], close: Callable[[_T], None], *, on_no_thread: Callable[[], None] = lambda: None
+) -> _T:
     """Call `open_it` in a worker thread, and return its result. Raises its errors.
 
-    The thread cannot be stopped. If the call is cancelled, the file is closed as soon as it is open.
+    The thread cannot be stopped. If the call is cancelled, the file is closed as soon as it is open. `on_no_thread` is
+    called if no thread can be started, so that `open_it` is never called.
     """
-    work = asyncio.get_running_loop().run_in_executor(None, open_it)
+    try:
+        work = asyncio.get_running_loop().run_in_executor(None, open_it)
+    except BaseException:
+        on_no_thread()
+        raise
 
     def close_late(done: asyncio.Future[_T]) -> None:
         if not done.cancelled() and done.exception() is None:

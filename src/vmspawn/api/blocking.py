@@ -30,6 +30,9 @@ _Wrapped = TypeVar("_Wrapped", covariant=True)
 #: Seconds that an interrupted call has to clean up.
 _CANCEL_TIMEOUT = 15.0
 
+#: Seconds after which a signal is handled at the latest: Python does not notice one that arrives just before it waits.
+_SIGNAL_INTERVAL = 1.0
+
 #: Seconds that machines have to end when the process exits.
 _EXIT_TIMEOUT = 15.0
 
@@ -118,6 +121,16 @@ class Call(Generic[_T]):
         # Only this wakes those who wait for it in concurrent.futures.wait().
         self.future.set_running_or_notify_cancel()
 
+    def wait(self) -> None:
+        """Wait for the coroutine's end."""
+        while not concurrent.futures.wait([self.future], timeout=_SIGNAL_INTERVAL).done:
+            pass
+
+    def result(self) -> _T:
+        """Wait for the coroutine's end, and return its result. Raises what the coroutine raised."""
+        self.wait()
+        return self.future.result()
+
     def cancel(self) -> None:
         """Cancel the coroutine, and give it time to clean up."""
         self._owner.loop.call_soon_threadsafe(self._cancel)
@@ -135,7 +148,7 @@ def call(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine in the background and return its result. It is cancelled if this call is interrupted."""
     running = Call(work)
     try:
-        return running.start().future.result()
+        return running.start().result()
     except VmspawnError as error:
         # The other thread's frames do not help the caller.
         error.__traceback__ = None
@@ -149,10 +162,10 @@ def finish(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine until it ends. A first interruption is raised at the end, a second one at once."""
     running = Call(work)
     try:
-        return running.start().future.result()
+        return running.start().result()
     except BaseException:
         if not running.future.done():
-            running.start().future.exception()
+            running.start().wait()
         raise
 
 

@@ -57,7 +57,9 @@ def _take(descriptor: FileDescriptor) -> int:
 
 async def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
     """Return the Backing of a received descriptor. The caller owns the Backing; on failure the descriptor is closed."""
-    return await open_in_thread(partial(_inspect, _take(descriptor), read_only=read_only), Backing.close)
+    fd = _take(descriptor)
+    inspect = partial(_inspect, fd, read_only=read_only)
+    return await open_in_thread(inspect, Backing.close, on_no_thread=partial(os.close, fd))
 
 
 def _inspect(fd: int, *, read_only: bool | None) -> Backing:
