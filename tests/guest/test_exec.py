@@ -86,8 +86,9 @@ async def until_idle(machine: Machine) -> None:
     streams = machine._inside.commands._streams
 
     async def is_idle() -> bool:
-        ports = [name for name in (await objects(machine))[1] if name.startswith("stream")]
-        return not streams._used and not streams._plugging and len(ports) == len(streams._idle) * len(PORTS)
+        # A character device is removed after its port.
+        left = [sum(name.startswith("stream") for name in names) for names in await objects(machine)]
+        return not streams._used and not streams._plugging and left == [len(streams._idle) * len(PORTS)] * 2
 
     await until(is_idle, "ports of commands are left")
 
@@ -235,6 +236,22 @@ async def test_who_goes_ends_the_command(machine: Machine) -> None:
         return (await machine.run("ps -o args | grep -c '^sleep 64321' || true")).stdout == "0\n"
 
     await until(is_gone, "the command lives")
+
+
+async def test_the_streams_of_a_killed_command_end(machine: Machine) -> None:
+    """Its transports keep their descriptors until then: the streams of the next commands must not get the numbers."""
+    async with await machine.execute(["cat"]) as command:
+        assert command.stdin is not None
+        assert command.stdout is not None
+        command.stdin.write(b"line\n")
+        assert await command.stdout.readline() == b"line\n"
+        await command.kill()
+        done = await asyncio.gather(*(machine.run(["cat"], input=b"x", text=False) for _ in range(4)))
+        assert [each.stdout for each in done] == [b"x"] * 4
+        async with asyncio.timeout(DEADLINE):
+            assert await command.stdout.read() == b""
+        with pytest.raises(NotConnected, match="was ended"):
+            await command.wait()
 
 
 async def test_nothing_is_left(machine: Machine) -> None:

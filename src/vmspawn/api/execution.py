@@ -132,7 +132,7 @@ class _Output(asyncio.StreamReaderProtocol):
 
 
 class _Streams:
-    """The streams of a command, on the event loop. The command owns the sockets."""
+    """The streams of a command, on the event loop, which owns their sockets."""
 
     def __init__(self) -> None:
         self.stdin: asyncio.StreamWriter | None = None

@@ -29,7 +29,9 @@ class Local:
 
     def __init__(self, command: Command) -> None:
         self._command = command
-        self.streams = command.streams
+        # The caller closes the streams, not the end of the command or machine: the number of a closed descriptor, which
+        # the caller's event loop or thread may still use, could be another's by then.
+        self.streams = {name: socket.socket(fileno=each.detach()) for name, each in command.streams.items()}
 
     @classmethod
     async def start(cls, commands: Commands, wanted: Wanted, timeout: float) -> Local:
