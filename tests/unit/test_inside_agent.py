@@ -124,13 +124,46 @@ async def test_another_version_is_refused(far: Far) -> None:
 
 async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
     await far.session()
-    assert not await far.agent.knows_ports("a-1", 4, 0.01)
-    await far.read()
     waiting = asyncio.ensure_future(far.agent.knows_ports("a-1", 4, 10))
     for count in (0, 3, 4):
         assert await far.read() == [["ports", "a-1"]]
         await far.send(f"ports a-1 {count} ;\n")
     assert await waiting
+
+
+async def test_an_agent_that_does_not_answer_is_waited_for(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that is too busy to answer is not taken for one that does not notice its ports."""
+    monkeypatch.setattr("vmspawn.inside.agent._ASK_AGAIN", 0.02)
+    monkeypatch.setattr("vmspawn.inside.agent._ANSWER_MAX", 0.0)
+    await far.session()
+    waiting = asyncio.ensure_future(far.agent.knows_ports("a-1", 4, 0.01))
+    for _ in range(10):
+        assert {tuple(message) for message in await far.read()} == {("ports", "a-1")}
+    assert not waiting.done()
+    await far.send("ports a-1 4 ;\n")
+    assert await waiting
+
+
+async def test_a_guest_that_notices_ports_slowly_has_more_time(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each change of the count starts the timeout again; without one, the third question would be the last."""
+    monkeypatch.setattr("vmspawn.inside.agent._ANSWER_MAX", 0.0)
+    await far.session()
+    waiting = asyncio.ensure_future(far.agent.knows_ports("a-1", 4, 0.02))
+    for count in (1, 2, 3, 3):
+        assert await far.read() == [["ports", "a-1"]]
+        await far.send(f"ports a-1 {count} ;\n")
+    assert not await asyncio.wait_for(waiting, 20)
+
+
+async def test_questions_end_with_the_connection(far: Far) -> None:
+    await far.session()
+    waiting = asyncio.ensure_future(far.agent.has_connected("a-1", 4, 10))
+    await far.read()
+    far.agent.close()
+    with pytest.raises(NotConnected):
+        await asyncio.wait_for(waiting, 10)
+    with pytest.raises(NotConnected):
+        await far.agent.knows_ports("a-1", 4, 10)
 
 
 async def test_a_set_that_is_connected_and_unplugged_at_once(far: Far) -> None:

@@ -30,6 +30,12 @@ _RECEIVE_SIZE = 4096
 _COUNT_INTERVAL = 0.005
 _COUNT_INTERVAL_MAX = 0.2
 
+#: Seconds after which a question is asked again: the agent drops an answer that its port does not take for a second.
+_ASK_AGAIN = 5.0
+
+#: The most seconds that the time for an answer counts.
+_ANSWER_MAX = 1.0
+
 #: Seconds between two pings of an agent that does not answer.
 _PING_INTERVAL = 0.5
 
@@ -113,25 +119,33 @@ class Agent:
         await self._forked
 
     async def knows_ports(self, ports: str, count: int, timeout: float) -> bool:
-        """Wait until the guest knows `count` ports of a set. Returns False on timeout."""
+        """Wait until the guest knows `count` ports of a set. Returns False if it does not notice them in time.
+
+        An agent that does not answer is waited for: a guest that is too busy to run the agent is too busy to notice
+        ports. So each answer takes at most `_ANSWER_MAX` of the `timeout`, which starts again when the count changes.
+        """
         return await self._until(Ports, ports, protocol.count_ports(ports), count, timeout)
 
     async def has_connected(self, ports: str, count: int, timeout: float) -> bool:
-        """Wait until `count` ports of a set that no command uses are connected. Returns False on timeout."""
+        """Wait until `count` ports of a set that no command uses are connected; otherwise as `knows_ports`."""
         return await self._until(Connected, ports, protocol.count_connected(ports), count, timeout)
 
     async def _until(
         self, kind: type[Ports | Connected], ports: str, question: bytes, count: int, timeout: float
     ) -> bool:
-        interval = _COUNT_INTERVAL
-        try:
-            async with asyncio.timeout(timeout):
-                while await self._count(kind, ports, question) != count:
-                    await asyncio.sleep(interval)
-                    interval = min(interval * 1.5, _COUNT_INTERVAL_MAX)
-        except TimeoutError:
-            return False
-        return True
+        interval, left, before = _COUNT_INTERVAL, timeout, -1
+        while True:
+            asked = self._loop.time()
+            counted = await self._count(kind, ports, question)
+            if counted == count:
+                return True
+            if counted != before:
+                before, left = counted, timeout
+            left -= min(self._loop.time() - asked, _ANSWER_MAX) + interval
+            if left <= 0:
+                return False
+            await asyncio.sleep(interval)
+            interval = min(interval * 1.5, _COUNT_INTERVAL_MAX)
 
     async def answers(self) -> None:
         """Wait until the agent answers, for as long as it takes: a killed agent is started again."""
@@ -151,13 +165,19 @@ class Agent:
                 counted.set_result(-1)
 
     async def _count(self, kind: type[Ports | Connected], ports: str, question: bytes) -> int:
+        if self._is_closed:
+            raise _closed()
         # There may be two questions for the same set: a reset unplugs a set that is being connected.
         counted: asyncio.Future[int] = self._loop.create_future()
         asked = (kind, ports, counted)
         self._questions.append(asked)
-        self.send(question)
         try:
-            return await counted
+            while not counted.done():
+                # A guest that does not read gets no second question before the first.
+                if self._writer is not None and not self._writer.pending:
+                    self.send(question)
+                await asyncio.wait({counted}, timeout=_ASK_AGAIN)
+            return counted.result()
         finally:
             self._questions.remove(asked)
 
@@ -179,6 +199,9 @@ class Agent:
         """Close the connection for good: callers of `ready` get NotConnected. May be called again."""
         self._is_closed = True
         self._disconnect()
+        for _, _, counted in self._questions:
+            if not counted.done():
+                counted.set_exception(_closed())
 
     def _disconnect(self) -> None:
         self._in_session.clear()
@@ -191,7 +214,7 @@ class Agent:
 
     def _open(self) -> None:
         if self._is_closed:
-            raise NotConnected("the connection to the agent was closed")
+            raise _closed()
         try:
             connected = self._connect()
         except OSError as error:
@@ -272,3 +295,7 @@ class Agent:
             self._on_restart()
         elif self._writer is not None and self._writer.written >= self._sync_end:
             self._sync()
+
+
+def _closed() -> NotConnected:
+    return NotConnected("the connection to the agent was closed")

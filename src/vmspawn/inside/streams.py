@@ -20,14 +20,14 @@ import asyncio
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 
 from .. import log
 from ..agent import protocol
 from ..aio.tasks import Tasks
 from ..aio.waiting import first_of
-from ..errors import NotConnected, QmpError, Timeout
+from ..errors import NotConnected, NotSupported, QmpError, Timeout, VmspawnError
 from .agent import Agent
 from .ports import AttachedPort, Ports, Stream
 
@@ -37,8 +37,11 @@ KEPT = 3
 #: Sets that change at a time.
 _CHANGES_MAX = 2
 
-#: Seconds that the guest has to notice a change. A guest that boots may need most of it.
+#: Seconds that a guest whose agent answers has to notice a change. A guest that boots may need most of it.
 _GUEST_TIMEOUT = 10.0
+
+#: Seconds that an agent has to answer while a manager settles the ports of another one.
+_SETTLE_TIMEOUT = 10.0
 
 #: Seconds that the guest has to close its ends. Many sets may wait for their turn.
 _RELEASE_TIMEOUT = 1.0
@@ -225,7 +228,7 @@ class Streams:
         try:
             async with self._pace:
                 is_connected = used.removal is None and await self._try_to_recycle(used, was_run=was_run)
-        except (QmpError, NotConnected, Timeout, OSError) as error:
+        except (VmspawnError, OSError) as error:
             log.debug(f"the ports of {used.id} cannot be used again: {error}")
         self._used.discard(used)
         if is_connected and used.removal is None:
@@ -236,13 +239,19 @@ class Streams:
 
     async def _try_to_recycle(self, used: PortSet, *, was_run: bool) -> bool:
         await self._ports.disconnect(list(used.ports.values()))
-        if was_run:
-            await first_of(used.released, timeout=_RELEASE_TIMEOUT)
-            if not used.released.is_set():
-                return False
+        if was_run and not await self._is_released(used):
+            return False
         if used.is_spent or (len(self._idle) >= KEPT and not self._waiting):
             return False
         return await self._connect(used)
+
+    async def _is_released(self, used: PortSet) -> bool:
+        """Wait until the guest has closed its ends; returns False if it does not, though its agent answers."""
+        await first_of(used.released, timeout=_RELEASE_TIMEOUT)
+        if not used.released.is_set():
+            await self._agent.answers()
+            await first_of(used.released, timeout=_RELEASE_TIMEOUT)
+        return used.released.is_set()
 
     def spend(self) -> None:
         """Keep later commands from the sets in use: the agent that would report their release was killed."""
@@ -276,29 +285,22 @@ class Streams:
 
     async def clear(self, left: Iterable[AttachedPort], *, is_copy: bool) -> None:
         """Unplug ports that another manager has left, one set after the other. A copy keeps idle sets."""
-        is_up = await self._is_agent_up()
         sets: dict[str, PortSet] = {}
         for port in left:
             id, stream = protocol.parse_port_name(port.guest_name)
             sets.setdefault(id, PortSet(id)).ports[stream] = port
+        is_up = await _within(_SETTLE_TIMEOUT, self._agent.ready())
         for each in sets.values():
             if is_up and is_copy and _is_idle(each) and await self._keep(each):
                 continue
             await asyncio.gather(*map(self._ports.detach, each.ports.values()))
             # A guest that does not answer is not asked again.
-            is_up = is_up and await self._agent.knows_ports(each.id, 0, _GUEST_TIMEOUT)
-
-    async def _is_agent_up(self) -> bool:
-        waiting = asyncio.ensure_future(self._agent.ready())
-        await asyncio.wait({waiting}, timeout=_GUEST_TIMEOUT)
-        is_up = waiting.done() and waiting.exception() is None
-        waiting.cancel()
-        return is_up
+            is_up = is_up and await _within(_SETTLE_TIMEOUT, self._agent.knows_ports(each.id, 0, _GUEST_TIMEOUT))
 
     async def _keep(self, idle: PortSet) -> bool:
         """Keep an idle set for the next command. Returns False if the guest does not notice that it is connected."""
         try:
-            if not await self._connect(idle):
+            if not await _within(_SETTLE_TIMEOUT, self._connect(idle)):
                 return False
         except QmpError:
             return False
@@ -318,3 +320,12 @@ class Streams:
 def _is_idle(found: PortSet) -> bool:
     """Return whether a set is whole and no command had it."""
     return found.ports.keys() == set(protocol.PORTS) and all(port.is_idle for port in found.ports.values())
+
+
+async def _within(timeout: float, waiting: Awaitable[object]) -> bool:
+    """Wait for up to `timeout` seconds. Returns False if the result is False, or the agent does not answer."""
+    try:
+        async with asyncio.timeout(timeout):
+            return await waiting is not False
+    except (TimeoutError, NotConnected, NotSupported):
+        return False
