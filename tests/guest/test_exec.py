@@ -392,7 +392,8 @@ async def test_the_machine_ends_in_the_middle(qemu: str) -> None:
 
 
 async def test_without_an_agent(qemu: str) -> None:
-    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless", agent=False) as machine:
+    settings: dict[str, Any] = {"guest": "builtin", "console": "headless", "agent": False, "control": True}
+    async with Machine(qemu=qemu, name=fresh_name(), **settings) as machine:
         with pytest.raises(NotSupported, match="without a port for the agent"):
             await machine.run("true")
         done = await asyncio.to_thread(vmctl, "exec", machine.name, "true")

@@ -239,7 +239,7 @@ class Streams:
 
     async def _try_to_recycle(self, used: PortSet, *, was_run: bool) -> bool:
         await self._ports.disconnect(list(used.ports.values()))
-        if was_run and not await self._is_released(used):
+        if was_run and not (used.is_spent or await self._is_released(used)):
             return False
         if used.is_spent or (len(self._idle) >= KEPT and not self._waiting):
             return False
