@@ -213,7 +213,7 @@ def test_acpi_power_off_by_key_and_the_screen_is_fit_for_use(guest: Seated, tmp_
     guest.type(POWER_OFF)
     assert guest.ended() == 0
     assert b"the guest powered off" in guest.shown
-    assert bytes(guest.everything).startswith(b"vmspawn: press")
+    assert bytes(guest.everything).startswith(b"vmspawn: keys")
     # The transcript and the terminal have all output of the guest.
     transcript = (tmp_path / "log").read_bytes()
     assert b"power button pressed, powering off" in transcript
