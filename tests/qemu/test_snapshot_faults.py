@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,51 @@ async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path
         snapshot = await machine.snapshot()
     await snapshot.remove()
     clean_up(machine.name)
+
+
+@pytest.mark.scaled
+async def test_a_save_that_is_cancelled_after_each_command(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(make_raw(tmp_path / "disk")), "disk", "virtio-scsi"))
+        # All of them in the soak.
+        for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 3):
+            saving = asyncio.create_task(machine.snapshot(f"s{step}"))
+            steps = count_commands(machine, monkeypatch, partial(cancel, saving), step)
+            cancelled = bool(await asyncio.gather(saving, return_exceptions=True)) and saving.cancelled()
+            monkeypatch.undo()
+            assert cancelled == (len(steps) >= step), f"step {step}"
+            assert await machine.status() == "running", f"step {step}"
+            saved = {f"{machine.name}@s{step}", f"{machine.name}@{directory.CURRENT}"}
+            assert set(names_of(machine.name)) <= saved - ({f"{machine.name}@s{step}"} if cancelled else set())
+            assert not [each for each in left() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
+            await check_writable(machine)
+            if not cancelled:
+                break
+        else:
+            raise AssertionError("the save never came to its end")
+    clean_up(machine.name)
+
+
+def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+
+
+async def check_writable(machine: Machine) -> None:
+    """Check that the disk has one image, which QEMU can write to, and that MACHINE@current lists it if it is an
+    overlay."""
+    (image,) = next(each.images for each in machine.storage if not each.is_boot)
+    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
+    assert image.top_node in {each["node-name"] for each in nodes if not each["ro"]}
+    assert {each["node-name"] for each in nodes if each["node-name"].startswith("image")} == {
+        name for disk in machine.storage for each in disk.images[0].chain for name in (each.file_node, each.top_node)
+    }
+    if image.base is not None:
+        opened = directory.OpenSnapshot(f"{machine.name}@{directory.CURRENT}")
+        opened.close()
+        assert image.path in opened.manifest.images.values()
+        assert image.path.removeprefix(f"{snapshot_files.root()}/") in left()
 
 
 async def test_a_disconnect_undoes_the_clients_save(qemu: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests snapshots on the disk: the snapshot that a file is part of, the protection of files, and refusals."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 
 from vmspawn.errors import NoSuchSnapshot, SnapshotExists, SnapshotInUse, StartError, UsageError
 from vmspawn.images import snapshot_files
-from vmspawn.snapshots import directory, manifest, merge, open_files
+from vmspawn.snapshots import directory, manifest, merge, open_files, same_host
 from vmspawn.snapshots.directory import NewFolder, OpenSnapshot
-from vmspawn.snapshots.manifest import Manifest, SnapshotFile, Source, State
+from vmspawn.snapshots.manifest import Firmware, Manifest, SnapshotFile, Source, State
 from vmspawn.storage import backing
 
 
@@ -47,6 +48,35 @@ def made(full_name: str, *paths: Path) -> Manifest:
 def test_a_manifest_is_read_as_it_was_written() -> None:
     found = described("web@clean")
     assert manifest.load(found.to_json(), "web@clean") == found
+
+
+def test_a_manifest_of_the_first_version_is_read() -> None:
+    older = json.loads(described("web@clean").to_json())
+    del older["firmware"], older["processor"]
+    older["version"] = 1
+    found = manifest.load(json.dumps(older).encode(), "web@clean")
+    assert (found.firmware, found.processor) == (None, "")
+    same_host.check(found)
+
+
+def test_another_firmware_or_processor_is_refused(tmp_path: Path) -> None:
+    firmware = tmp_path / "firmware.fd"
+    firmware.write_bytes(b"one")
+    kept = Firmware(str(firmware), hashlib.sha256(b"one").hexdigest())
+    found = described("web@clean")._replace(firmware=kept)
+    same_host.check(manifest.load(found.to_json(), "web@clean"))
+    firmware.write_bytes(b"two")
+    with pytest.raises(StartError, match=f"another firmware than {firmware}"):
+        same_host.check(found)
+    # Without a state, the machine boots.
+    same_host.check(found._replace(state=None))
+    firmware.unlink()
+    with pytest.raises(StartError, match="cannot read the firmware"):
+        same_host.check(found)
+    with pytest.raises(StartError, match="another processor"):
+        same_host.check(described("web@clean")._replace(accelerator="kvm", processor="model name\t: of another host"))
+    same_host.check(described("web@clean")._replace(accelerator="kvm", processor=same_host.processor("kvm")))
+    assert same_host.processor("tcg") == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"version": 1}', b'{"version": 99}', b"\xff"])

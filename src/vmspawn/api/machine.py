@@ -260,7 +260,7 @@ class Machine(Guest):
         What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
         SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
         """
-        saved = await asyncio.create_task(save(self._running, name))
+        saved = await save(self._running, name)
         state = saved.manifest.state
         return Snapshot(saved.manifest.full_name, saved.pause, state.total if state is not None else 0)
 

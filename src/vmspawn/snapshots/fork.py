@@ -38,6 +38,7 @@ from ..storage.backing import inspect_descriptor, set_direct
 from ..storage.disk import Disk
 from ..storage.image import Image
 from ..timeouts import SHUTDOWN_TIMEOUT
+from . import same_host
 from .directory import CURRENT, OpenSnapshot, path_of
 from .manifest import Manifest, SnapshotFile
 from .names import free_name
@@ -96,6 +97,8 @@ def start_copy(
         owned = Owned(undo, undo.enter_context(ExitStack()))
         manifest = snapshot.manifest
         binary = _binary(manifest, force_version=force_version)
+        if not force_version:
+            same_host.check(manifest)
         if manifest.accelerator == "kvm":
             choose_accelerator("yes", binary.architecture)
         on_begin()

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from ..boot.incoming import Option
 from ..errors import StartError
 
-#: The form of the manifest. Newer ones are refused.
-VERSION = 1
+#: The form of the manifest. Older ones are read, newer ones are refused.
+#: 1: had neither the firmware nor the host's processor.
+VERSION = 2
 
 
 class SnapshotFile(NamedTuple):
@@ -78,6 +79,13 @@ class State(NamedTuple):
         return self.size + self.memory
 
 
+class Firmware(NamedTuple):
+    """A UEFI firmware that a machine was started with."""
+
+    path: str
+    sha256: str
+
+
 class Manifest(NamedTuple):
     """A snapshot. `state` is None where only the disks are left, of a machine that has ended."""
 
@@ -106,6 +114,10 @@ class Manifest(NamedTuple):
     #: All files that must stay as they are, the snapshot's own excepted.
     files: tuple[SnapshotFile, ...]
     state: State | None
+    #: The firmware, unless it is QEMU's own.
+    firmware: Firmware | None = None
+    #: The model and the features of the host's processor if the guest runs on it, by KVM.
+    processor: str = ""
 
     @property
     def full_name(self) -> str:
@@ -119,6 +131,7 @@ class Manifest(NamedTuple):
         fields["options"] = [list(each) for each in self.options]
         fields["files"] = [each._asdict() for each in self.files]
         fields["state"] = self.state and self.state._asdict()
+        fields["firmware"] = self.firmware and self.firmware._asdict()
         return json.dumps({"version": VERSION, **fields}, indent=1).encode()
 
 
@@ -137,6 +150,7 @@ def load(content: bytes, what: str) -> Manifest:
                 "images": {int(number): str(path) for number, path in found["images"].items()},
                 "files": tuple(SnapshotFile(**each) for each in found["files"]),
                 "state": State(**found["state"]) if found["state"] else None,
+                "firmware": Firmware(**found["firmware"]) if found.get("firmware") else None,
             }
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

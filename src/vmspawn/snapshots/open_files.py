@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _DELETED = " (deleted)"
 
@@ -85,19 +85,22 @@ def give_name(fd: int, path: str) -> bool:
         os.close(folder)
 
 
-def copy(fd: int, path: str, *, is_synced: bool = True) -> None:
+def copy(fd: int, path: str, *, is_synced: bool = True, on_step: Callable[[], None] = lambda: None) -> None:
     """Copy an open file's content to a new file, and write it to the disk if `is_synced` is true. Raises OSError."""
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        copy_content(fd, target)
+        copy_content(fd, target, on_step=on_step)
         if is_synced:
             os.fsync(target)
     finally:
         os.close(target)
 
 
-def copy_content(fd: int, target: int) -> None:
-    """Copy an open file's content to another one that is empty, holes excepted. Raises OSError."""
+def copy_content(fd: int, target: int, *, on_step: Callable[[], None] = lambda: None) -> None:
+    """Copy an open file's content to another one that is empty, holes excepted. Calls `on_step` before each piece.
+
+    Raises OSError, or what `on_step` raises.
+    """
     size = os.fstat(fd).st_size
     os.ftruncate(target, size)
     offset = 0
@@ -108,6 +111,7 @@ def copy_content(fd: int, target: int) -> None:
             return  # the rest is a hole
         offset = os.lseek(fd, begin, os.SEEK_HOLE)
         while begin < offset:
+            on_step()
             data = os.pread(fd, min(_COPY_SIZE, offset - begin), begin)
             if not data:
                 return

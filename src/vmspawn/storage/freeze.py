@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from ..errors import QmpError, SystemFailure, VmspawnError
@@ -28,6 +28,14 @@ from .image import Image
 
 #: Seconds that QEMU may take to close and open all images.
 _SWITCH_TIMEOUT = 60.0
+
+
+class Wanted(NamedTuple):
+    """An overlay to make: its disk, the number of its image, and its size in bytes."""
+
+    disk: AttachedDisk
+    number: int
+    size: int
 
 
 class Frozen(NamedTuple):
@@ -46,6 +54,8 @@ class Freeze:
         self._hotplug = context.hotplug
         self.frozen: list[Frozen] = []
         self._read_only: list[QemuObject] = []
+        #: True once the disks use the overlays.
+        self.is_switched = False
 
     @property
     def candidates(self) -> list[AttachedDisk]:
@@ -54,21 +64,21 @@ class Freeze:
 
     async def prepare(
         self,
-        make: Callable[[AttachedDisk, int, int], Image],
-        open_read_only: Callable[[AttachedDisk, Image], int],
+        make: Callable[[Sequence[Wanted]], Awaitable[Sequence[Image]]],
+        open_read_only: Callable[[Sequence[Frozen]], Awaitable[Sequence[int]]],
     ) -> None:
         """Open the overlays.
 
-        `make` returns the image of a disk's overlay, given the image's number and the disk's size in bytes.
-        `open_read_only` returns a read-only descriptor of an image, which is closed here. Raises what these raise, or
-        what `Monitor.execute` raises; then `undo` must follow.
+        `make` makes all overlays or none. `open_read_only` returns read-only descriptors of the images below the
+        overlays, which are closed here. Raises what these raise, or what `Monitor.execute` raises; then `undo` must
+        follow.
         """
-        disks = self.candidates
         sizes = await self._sizes()
-        for disk in disks:
-            base = disk.images[0]
-            overlay = make(disk, self._context.register.fresh_number(), sizes[disk.identifiers.pivot])
-            overlay.base = base
+        fresh_number = self._context.register.fresh_number
+        wanted = [Wanted(disk, fresh_number(), sizes[disk.identifiers.pivot]) for disk in self.candidates]
+        overlays = await make(wanted)
+        for disk, overlay in zip((each.disk for each in wanted), overlays, strict=True):
+            base = overlay.base = disk.images[0]
             disk.images.append(overlay)
             self.frozen.append(Frozen(disk, base, overlay))
         commands = [command for each in self.frozen for command in _commands(each)]
@@ -78,22 +88,23 @@ class Freeze:
         await self._hotplug.remove(*spent)
         for each in self.frozen:
             image_nodes.made(each.overlay)
-        await self._lend(open_read_only)
+        await self._lend(await open_read_only(self.frozen))
 
     async def _sizes(self) -> dict[str, int]:
         found = await self._context.monitor.execute("query-named-block-nodes", {"flat": True})
         return {each["node-name"]: int(each["image"]["virtual-size"]) for each in found}
 
-    async def _lend(self, open_read_only: Callable[[AttachedDisk, Image], int]) -> None:
+    async def _lend(self, descriptors: Sequence[int]) -> None:
         """Pass the read-only descriptors to QEMU. Their sets are in the journal, so an adoption removes them."""
-        with contextlib.ExitStack() as closing:
+        try:
             commands = []
-            for each in self.frozen:
-                fd = open_read_only(each.disk, each.base)
-                closing.callback(os.close, fd)
+            for each, fd in zip(self.frozen, descriptors, strict=True):
                 self._read_only.append(QemuObject(FDSET, each.base.fdset))
                 commands.append(Command("add-fd", {"fdset-id": each.base.fdset}, (fd,)))
             await self._execute(commands)
+        finally:
+            for fd in descriptors:
+                os.close(fd)
 
     async def _execute(self, commands: Sequence[Command]) -> None:
         for result in await self._context.monitor.execute_all(commands, timeout=_SWITCH_TIMEOUT):
@@ -115,6 +126,7 @@ class Freeze:
             for each in self.frozen
         ]
         await self._context.monitor.execute("transaction", {"actions": actions}, timeout=_SWITCH_TIMEOUT)
+        self.is_switched = True
         for each in self.frozen:
             each.disk.images[:] = [each.overlay]
             if each.base.backing is not None:

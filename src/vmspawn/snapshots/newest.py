@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Writes MACHINE@current, which lists the newest state of a machine's disks: it lasts when the machine ends.
+
+All methods block, so they are called in threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..boot import incoming
+from ..boot.overlay import empty_overlay
+from ..images import snapshot_files
+from ..storage.backing import set_direct
+from ..storage.freeze import Frozen, Wanted
+from ..storage.image import Image
+from .directory import CURRENT, path_of
+from .kept_files import KeptFiles, link_or_copy
+from .manifest import Manifest, SnapshotFile
+from .open_files import keep, path_of_descriptor
+
+
+class NewestDisks:
+    """The overlays of one save, and the manifest of MACHINE@current if the disks outlive the machine."""
+
+    def __init__(self, machine: str, files: KeptFiles, *, is_lasting: bool) -> None:
+        """`is_lasting` is False for a copy whose disks end with it: its overlays have no names."""
+        self._folder = path_of(f"{machine}@{CURRENT}")
+        self._manifest = os.path.join(self._folder, snapshot_files.MANIFEST)
+        self._files = files
+        self._is_lasting = is_lasting
+
+    def make_overlays(self, wanted: Sequence[Wanted]) -> list[Image]:
+        """Make overlays, all or none. Raises OSError."""
+        made: list[Image] = []
+        if self._is_lasting and wanted:
+            os.makedirs(self._folder, 0o700, exist_ok=True)
+        try:
+            made.extend(map(self._make_overlay, wanted))
+        except BaseException:
+            self.discard_overlays(made)
+            raise
+        return made
+
+    def _make_overlay(self, wanted: Wanted) -> Image:
+        name = f"{wanted.disk.identifiers.device}-{wanted.number}.qcow2"
+        path = os.path.join(self._folder, name) if self._is_lasting else ""
+        if path:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        else:
+            fd = os.open(snapshot_files.root(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            backing = empty_overlay(fd, wanted.size, is_direct=wanted.disk.disk.cache == "none")
+        except BaseException:
+            if path:
+                os.unlink(path)
+            raise
+        return Image(wanted.number, backing, "qcow2", path)
+
+    @staticmethod
+    def discard_overlays(made: Sequence[Image]) -> None:
+        """Remove overlays that no disk has."""
+        for image in made:
+            image.close_backing()
+            if image.path:
+                with contextlib.suppress(OSError):
+                    os.unlink(image.path)
+
+    def open_read_only(self, frozen: Sequence[Frozen]) -> list[int]:
+        """Open the images below the overlays for reading, all or none; the caller owns the descriptors.
+
+        Raises SystemFailure.
+        """
+        with contextlib.ExitStack() as undo:
+            found = []
+            for each in frozen:
+                fd = self._files.open_image(each.base)
+                undo.callback(os.close, fd)
+                found.append(fd)
+                if each.base.backing is not None and each.disk.disk.cache == "none":
+                    set_direct(each.base.backing._replace(fd=fd), True, what=each.base.path)
+            undo.pop_all()
+        return found
+
+    def write(self, manifest: Manifest, folder: str, frozen: Sequence[Frozen]) -> None:
+        """Write the manifest of MACHINE@current; it holds after `publish`.
+
+        `manifest` is that of the new snapshot, which is in `folder`. Raises OSError.
+        """
+        if not self._is_lasting or not frozen:
+            return
+        for option in manifest.options:
+            if option.name in incoming.BOOT_FILES and option.value and not option.value.startswith("/"):
+                kept = os.path.join(self._folder, option.value)
+                _discard(kept)
+                link_or_copy(os.path.join(folder, option.value), kept)
+        current = manifest._replace(
+            name=CURRENT,
+            descriptors=self._descriptors(manifest),
+            is_temporary=False,
+            parent=manifest.full_name,
+            attachments=_with_overlays(manifest, frozen),
+            images=manifest.images | {each.overlay.number: each.overlay.path for each in frozen},
+            files=(*manifest.files, *(SnapshotFile.growing(each.overlay.path) for each in frozen)),
+            state=None,
+        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with open(os.open(self._manifest + ".new", flags, 0o600), "wb") as file:
+            file.write(current.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self) -> None:
+        """Make the written manifest hold, once the disks are on the overlays. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._manifest + ".new", self._manifest)
+
+    def _descriptors(self, manifest: Manifest) -> dict[int, str]:
+        """Return the files of the command line's descriptors. The machine keeps its writable files."""
+        found = {}
+        ram_file = incoming.ram_file(manifest.options)
+        for number, name in manifest.descriptors.items():
+            if number == ram_file:
+                continue  # a machine that boots begins with empty memory
+            fd = self._files.open_descriptor(number)
+            try:
+                path = path_of_descriptor(fd)
+                if not path:
+                    kept = os.path.join(self._folder, name)
+                    _discard(kept)
+                    keep(fd, kept)
+                found[number] = path or name
+            finally:
+                os.close(fd)
+        return found
+
+
+def _with_overlays(manifest: Manifest, frozen: Sequence[Frozen]) -> dict[str, Any]:
+    """Return the sections of the manifest, with the overlays in place of the images below."""
+    newest = {each.disk.name: each.overlay for each in frozen}
+    storage = manifest.attachments["storage"]
+    disks = [
+        {**each, "images": [newest[each["name"]].to_state()]} if each["name"] in newest else each
+        for each in storage["attachments"]
+    ]
+    return {**manifest.attachments, "storage": {**storage, "attachments": disks}}
+
+
+def _discard(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
