@@ -376,6 +376,9 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
         await run("terminate", started["machines"][0], "--wait")
         gone = lambda: started["snapshot"] not in snapshot_files.names()  # noqa: E731
         await asyncio.to_thread(wait_until, gone, "the snapshot's end")
+        newest = machine.disk("disk").images[0].path
+        done = await run("detach-disk", machine.name, "disk")
+        assert f"the newest data is in {newest}; it is written to {path}" in done
     assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
     assert not locked(path)
 

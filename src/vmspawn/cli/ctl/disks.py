@@ -187,6 +187,7 @@ def _detach(options: argparse.Namespace) -> None:
         timeout = 0.0
     parameters = {"name": options.disk, "timeoutUSec": int(timeout * 1e6), "force": options.force}
     with failing_to("detach", options.disk):
+        disk = _find(options)
         try:
             pending = _wait_for_detach(options, parameters, timeout)
         except VarlinkError as error:
@@ -202,7 +203,23 @@ def _detach(options: argparse.Namespace) -> None:
         )
     else:
         say(options, f"Detached {options.disk}")
+    if options.json == "off" and disk is not None and disk["backingFiles"] and not disk["readOnly"]:
+        say(options, f"{options.disk}: {_newest_data(options.machine, disk)}")
     return None
+
+
+def _newest_data(machine: str, disk: dict[str, Any]) -> str:
+    """Return a line about the overlay that a detached disk was on, because the machine or its source was saved."""
+    if disk["path"] is None:
+        return "the guest's changes are discarded, because this machine is a copy whose disks are not kept"
+    written = f"it is written to {disk['backingFiles'][-1]} when {machine} has ended and its snapshots are removed"
+    return f"the newest data is in {disk['path']}; {written}"
+
+
+def _find(options: argparse.Namespace) -> dict[str, Any] | None:
+    with Client(options.machine) as client:
+        found = client.call(f"{MACHINE}.ListStorage")["storage"]
+    return next((each for each in found if each["name"] == options.disk), None)
 
 
 def _detaching_client(options: argparse.Namespace, timeout: float) -> Client:
