@@ -14,8 +14,9 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from tests.copies import inner
 from tests.machines import Machine
-from vmspawn import Disk
+from vmspawn import Disk, Snapshot
 from vmspawn.host.runtime import MachineDirectory
 from vmspawn.qmp.monitor import Monitor
 from vmspawn.storage.limits import Limits
@@ -62,11 +63,16 @@ async def snapshot(machine: Machine, name: str) -> None:
     await machine.snapshot(name)
 
 
+async def fork(machine: Machine, snapshot: str, name: str) -> None:
+    copy = await Snapshot(snapshot, 0.0, 0).fork(name).__aenter__()
+    await inner(copy).leave()
+
+
 OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
     function.__name__: function
     for function in (
         *(attach, attach_empty, attach_threaded, detach, force, replace, limit, insert, eject),
-        snapshot,
+        *(snapshot, fork),
     )
 }
 

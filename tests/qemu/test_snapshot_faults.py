@@ -20,7 +20,7 @@ from tests.machines import Machine, adopted, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from tests.survivors import wait_until_dead
 from vmspawn import Disk, Snapshot
-from vmspawn.errors import NotConnected, QmpError, SystemFailure
+from vmspawn.errors import NotConnected, QmpError, StartError, SystemFailure
 from vmspawn.host.runtime import CONTROL
 from vmspawn.images import snapshot_files
 from vmspawn.snapshots import directory
@@ -85,6 +85,55 @@ def clean_up(machine: str) -> None:
     """Remove a machine's snapshots; the overlays that they depend on come last."""
     for name in sorted(names_of(machine), key=lambda each: each.endswith(f"@{directory.CURRENT}")):
         directory.remove(name)
+
+
+@pytest.mark.scaled
+@pytest.mark.parametrize(
+    "when", [*(pytest.param(each, marks=pytest.mark.soak) for each in ("before", "after")), "command"]
+)
+async def test_the_manager_of_a_copy_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dying, when: str) -> None:
+    path = make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
+        snapshot = await machine.snapshot("s")
+        name, before, content = machine.name, left(), path.read_bytes()
+        await machine.leave()
+        try:
+            # All of them in the soak.
+            for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 4):
+                copy = fresh_name()
+                outcome = await asyncio.to_thread(doomed.order, name, "fork", step, when, snapshot.name, copy)
+                assert outcome in ("died", "finished")
+                is_complete = await copy_survived(snapshot, copy)
+                assert is_complete or outcome == "died"
+                assert left() == before, f"step {step}"
+                assert path.read_bytes() == content, f"step {step}"
+                if outcome == "finished":
+                    return
+            raise AssertionError("the copy was never complete")
+        finally:
+            async with adopted(name) as last:
+                await last.terminate()
+                await last.wait()
+            clean_up(name)
+
+
+async def copy_survived(snapshot: Snapshot, name: str) -> bool:
+    """Adopt the copy of a manager that died, and end it. Returns False if nothing of it is left."""
+    try:
+        async with adopted(name) as copy:
+            assert await copy.status() == "running"
+            (disk,) = (each for each in copy.storage if not each.is_boot)
+            assert disk.images[0].base is not None
+            await copy.detach("disk")
+            await copy.terminate()
+            await copy.wait()
+    except (NotConnected, StartError):
+        # Another one can have its name.
+        async with snapshot.fork(name) as again:
+            assert await again.status() == "running"
+        return False
+    return True
 
 
 async def test_qemu_dies_while_it_is_saved(qemu: str, tmp_path: Path) -> None:

@@ -169,9 +169,9 @@ def start(
     if log is not None:
         owned.undo.callback(log.close)
     # Written before QEMU is started as well, so that a QEMU whose manager dies in between can be found.
-    _write_state(plan, directory, 0)
+    _write_state(plan, directory, 0, incoming)
     pid, shared = _spawn(plan, directory, listeners, log, owned, line)
-    _write_state(plan, directory, pid)
+    _write_state(plan, directory, pid, incoming)
     return Started(
         Launched(plan.disks, plan.is_bios_boot, incoming, plan.attachments),
         config,
@@ -218,10 +218,12 @@ def _spawn(
     return pid, shared
 
 
-def _write_state(plan: Plan, directory: MachineDirectory, pid: int) -> None:
+def _write_state(plan: Plan, directory: MachineDirectory, pid: int, incoming: Incoming | None) -> None:
     qemu = SavedQemu(pid, runtime.start_time(pid), plan.accelerator)
     journal = open_journal(directory, plan.config, plan.binary, qemu, plan.extras.helpers, plan.fork)
     journal.add_section("sessions", SavedSessions().to_json)
+    if incoming is not None:
+        journal.add_section("loading", incoming.record.to_json)
     for name, section in plan.attachments.items():
         journal.add_section(name, lambda section=section: json.dumps(section))  # type: ignore[misc]
     least = int(plan.attachments.get("storage", {}).get("next", 0))

@@ -20,7 +20,7 @@ from ..record import Record
 from .boot_disk import BootDisk
 from .config import MachineConfig
 from .qemu import QemuBinary
-from .state import Fork, State
+from .state import Fork, SavedLoading, State
 
 #: Clients of the console that wait while we are busy.
 _CLIENTS_BACKLOG = 64
@@ -38,6 +38,11 @@ class Incoming(Record):
     shown: bytes = b""
     new_identity: bool = False
     has_ram_file: bool = False
+
+    @property
+    def record(self) -> SavedLoading:
+        """The record for state.json, by which another manager can finish the load."""
+        return SavedLoading(self.uri, self.was_running, self.has_ram_file)
 
 
 class Launched(Record):

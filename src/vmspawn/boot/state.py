@@ -86,6 +86,18 @@ class Fork(Record):
     keep_disks: bool = False
 
 
+class SavedLoading(Record):
+    """A copy's load of its state: the URI in QEMU, and whether the guest ran when it was saved."""
+
+    uri: str
+    was_running: bool
+    has_ram_file: bool = False
+
+    def to_json(self) -> str:
+        """Return the section of state.json."""
+        return json.dumps(self._asdict())
+
+
 class SavedHelper(Record):
     """A process beside QEMU, as `Helper` describes it."""
 
@@ -106,6 +118,8 @@ class State(Record):
     attachments: dict[str, dict[str, Any]]
     #: The folder of a snapshot that was being made, and whether the guest ran before it.
     saving: SavedSaving | None = None
+    #: The state that a copy was loading.
+    loading: SavedLoading | None = None
     fork: Fork | None = None
 
 
@@ -205,6 +219,7 @@ def _load(name: str, found: dict[str, Any]) -> State:
         # Storage is always there; other kinds are newer.
         {"storage": dict(found["storage"])} | {key: value for key, value in found.items() if _is_section(value)},
         SavedSaving(**found["saving"]) if found.get("saving") else None,
+        SavedLoading(**found["loading"]) if found.get("loading") else None,
         Fork(**found["fork"]) if found.get("fork") else None,
     )
 

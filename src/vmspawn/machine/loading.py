@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from ..boot.started import Incoming
-from ..boot.state import SavedSaving
+from ..boot.state import SavedLoading, SavedSaving
 from ..errors import NotConnected, SystemFailure, Timeout
 from ..qmp.events import EventStream
 from ..qmp.monitor import Command, Monitor
@@ -24,7 +24,7 @@ _CANCEL_TIMEOUT = 30.0
 _STATE_INTERVAL = 0.01
 
 #: States of a migration that has begun and not ended, and those of its end.
-_UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling")
+UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling")
 _ENDS = ("completed", "failed", "cancelled")
 
 
@@ -36,19 +36,42 @@ async def load(monitor: Monitor, incoming: Incoming) -> None:
     await set_up(monitor, has_ram_file=incoming.has_ram_file)
     with monitor.events() as events:
         await monitor.execute("migrate-incoming", {"uri": incoming.uri})
-        try:
-            async with asyncio.timeout(_TIMEOUT):
-                status = await until_ended(events, "loaded its state")
-        except TimeoutError:
-            raise Timeout(f"QEMU has not loaded its state within {_TIMEOUT:g} s") from None
-    if status != "completed":
-        raise SystemFailure("QEMU could not load its state", 5)
-    if incoming.has_ram_file:
-        # A later save includes all memory, which is no longer that of the file.
-        capabilities = [{"capability": IGNORE_SHARED, "state": False}]
-        await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+        await _until_loaded(events)
+    await _forget_ram_file(monitor, has_ram_file=incoming.has_ram_file)
     if incoming.was_running:
         await monitor.execute("cont")
+
+
+async def _until_loaded(events: EventStream) -> None:
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            status = await until_ended(events, "loaded its state")
+    except TimeoutError:
+        raise Timeout(f"QEMU has not loaded its state within {_TIMEOUT:g} s") from None
+    if status != "completed":
+        raise SystemFailure("QEMU could not load its state", 5)
+
+
+async def _forget_ram_file(monitor: Monitor, *, has_ram_file: bool) -> None:
+    """Let a later save include all memory, which is no longer that of the file."""
+    if has_ram_file:
+        capabilities = [{"capability": IGNORE_SHARED, "state": False}]
+        await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+async def end_loading(monitor: Monitor, loading: SavedLoading) -> None:
+    """Finish a load whose manager died, and let the guest go on if it ran. Raises what `load` raises."""
+    with monitor.events() as events:
+        status = (await monitor.execute("query-migrate")).get("status", "none")
+        if status == "none":
+            incoming = Incoming(loading.uri, loading.was_running, has_ram_file=loading.has_ram_file)
+            return await load(monitor, incoming)
+        if status in UNDER_WAY:
+            await _until_loaded(events)
+    await _forget_ram_file(monitor, has_ram_file=loading.has_ram_file)
+    if loading.was_running and (await monitor.execute("query-status"))["status"] != "running":
+        await monitor.execute("cont")
+    return None
 
 
 async def end_saving(monitor: Monitor, saving: SavedSaving) -> str:
@@ -70,7 +93,7 @@ async def cancel(monitor: Monitor) -> None:
     try:
         async with asyncio.timeout(_CANCEL_TIMEOUT):
             with monitor.events() as events:
-                if (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+                if (await monitor.execute("query-migrate")).get("status") in UNDER_WAY:
                     await monitor.execute("migrate_cancel")
                     await until_ended(events, "was saved")
             # QEMU refuses `cont` until it has left this state, some time after the migration's last event.

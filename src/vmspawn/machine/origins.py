@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from ..boot.boot_disk import BootDisk
 from ..boot.started import Launched, SharedConsole, Started
-from ..boot.state import SavedSessions, State
+from ..boot.state import SavedLoading, SavedSessions, State
 from ..console.unread import take
 from ..images import snapshot_files
 from ..qmp.limits import GREETING_TIMEOUT
 from ..qmp.monitor import Monitor
 from ..storage.attach import Storage
 from ..timeouts import ADOPT_GREETING_TIMEOUT
-from .loading import end_saving, load
+from .loading import end_loading, end_saving, load
 from .sessions import Sessions
 
 
@@ -43,6 +43,10 @@ class Origin(Protocol):
     def attachments(self) -> Mapping[str, Mapping[str, Any]]:
         """The sections of another manager's journal, by the kind of attachment."""
 
+    @property
+    def loading(self) -> SavedLoading | None:
+        """The state that QEMU has to load before the guest runs, if the machine is a copy."""
+
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
         """Read the guest's output from before there was a manager to show it."""
 
@@ -67,7 +71,8 @@ class _Fresh:
     def __init__(self, origin: Launched) -> None:
         self.boot_disks = origin.disks
         self.attachments = _without_disks(origin.attachments)
-        self._incoming = origin.incoming
+        self._incoming = incoming = origin.incoming
+        self.loading = incoming.record if incoming is not None else None
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
         return self._incoming.shown if self._incoming is not None else b""
@@ -102,6 +107,7 @@ class _TakenOver:
         self.sessions = state.sessions
         self.attachments = state.attachments
         self._saving = state.saving
+        self.loading = state.loading
         self._name = state.config.name or ""
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
@@ -109,6 +115,9 @@ class _TakenOver:
 
     async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
         await sessions.close_what_was_left()
+        if self.loading is not None:
+            await storage.empty_drives()
+            await end_loading(monitor, self.loading)
         notes = [await end_saving(monitor, self._saving)] if self._saving is not None else []
         notes += await storage.reconcile(sessions.foreign_fdsets)
         if self._saving is not None:

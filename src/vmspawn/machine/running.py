@@ -110,6 +110,8 @@ class Running:
             self._journal = open_journal(
                 self.directory, self.config, started.binary, qemu, started.helpers, started.fork
             )
+            if self._origin.loading is not None:
+                self._journal.add_section("loading", self._origin.loading.to_json)
             saving = Saving()
             self._sessions = Sessions(
                 started.monitors,
@@ -167,6 +169,9 @@ class Running:
             raise self._silent(error) from None
         await self._run_state.known()
         notes = await self._origin.settle(self.monitor, self.storage, self._sessions)
+        if self._journal.section("loading") is not None:
+            self._journal.add_section("loading", lambda: "null")
+            self._journal.write()
         # A machine that was adopted has its forwards.
         for each in self.config.forwards:
             made = await self.forwards.add(each)
