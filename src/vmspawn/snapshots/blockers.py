@@ -16,6 +16,8 @@ from ..boot.incoming import Option
 from ..hotplug.attachment import State
 from ..hotplug.places import NAMESPACE_CONTROLLER
 from ..hotplug.qemu_objects import children
+from ..machine.loading import UNDER_WAY
+from ..machine.run_states import RULES, Rule
 from ..machine.running import Running
 
 #: The ids of devices that vmspawn makes.
@@ -31,7 +33,6 @@ _OBJECTS = re.compile(
 
 #: The run states that QEMU can be brought back to.
 _STATES = ("running", "paused")
-_STATE_HINT = "let it run or pause it first: vmctl resume {machine}"
 
 _DETACH = "detach it first: vmctl detach-disk {machine} {name}"
 
@@ -55,45 +56,67 @@ async def find(machine: Running, options: tuple[Option, ...]) -> list[Blocker]:
 def _of_the_start(machine: Running, options: tuple[Option, ...]) -> list[Blocker]:
     found = []
     if machine.config.console == "native":
-        found.append(Blocker("its console is QEMU's own", "start it with another console than native"))
-    for device in incoming.devices(options):
-        if "vhost-user" in str(device.get("driver")):
-            found.append(Blocker("it shares a directory of the host", "attach a disk in its place"))
-            break
+        found.append(Blocker("its console is QEMU's own (native)", "start it with another console"))
+    tags = [str(each["tag"]) for each in incoming.devices(options) if each.get("driver") == "vhost-user-fs-pci"]
+    # A manager that has adopted the machine knows only the tags.
+    for name in [each.source for each in machine.config.binds] or tags:
+        reason = f"directory {name} of the host is shared with it by virtiofs, which cannot be saved"
+        found.append(Blocker(reason, "start it without the directory, and attach a disk or copy the files instead"))
     return found
 
 
 async def _in_qemu(machine: Running, options: tuple[Option, ...]) -> AsyncIterator[Blocker]:
     monitor = machine.monitor
-    if machine.status not in _STATES:
-        yield Blocker(f"its guest is in state {machine.status}", _STATE_HINT.format(machine=machine.name))
+    # Some changes of the state, such as those by a migration, have no event.
+    status = await machine.run_state.ask()
+    if status not in _STATES:
+        yield _of_the_state(machine, status)
     for disk in machine.storage:
         # An attach that waits for the end of the save has done nothing yet.
         if disk.state not in (State.ATTACHED, State.ATTACHING):
-            hint = f"wait for it: vmctl detach-disk {machine.name} {disk.name}"
+            hint = f"wait until the guest releases it: vmctl detach-disk {machine.name} {disk.name}"
             yield Blocker(f"disk {disk.name} is {disk.state}", hint if disk.removal else "", disk.name)
     for each in _disks_on_namespaces(machine):
         yield each
     devices = await children(monitor, "/machine/peripheral") - {"type"}
     if NAMESPACE_CONTROLLER in devices and not any(d.disk.bus == "nvme-ns" for d in machine.storage):
         yield Blocker("QEMU cannot save its NVMe controller, which has no namespace", "start the machine again")
-    for reason in (await monitor.execute("query-migrate")).get("blocked-reasons", ()):
+    migration = await monitor.execute("query-migrate")
+    if migration.get("status") in UNDER_WAY:
+        yield Blocker("a migration is under way", "wait for its end, or end it through QMP (migrate_cancel)")
+    for reason in migration.get("blocked-reasons", ()):
         for blocker in _explained(machine, str(reason)):
             yield blocker
     for name in sorted(devices):
         if not _DEVICES.fullmatch(name):
-            yield Blocker(f"device {name} is not one of vmspawn's", "remove it, or start the machine without it")
+            yield Blocker(
+                f"device {name} is not one of vmspawn's, and a copy would lack it",
+                f"remove it through QMP (device_del {name}), or start the machine without it",
+            )
     anonymous = len(await children(monitor, "/machine/peripheral-anon") - {"type"})
     ours = sum("id" not in each and each.get("driver") in _ANONYMOUS for each in incoming.devices(options))
     if anonymous > ours:
         yield Blocker("it has a device without an id that is not vmspawn's", "start the machine without it")
     for name in sorted(await children(monitor, "/objects")):
         if not _OBJECTS.fullmatch(name):
-            yield Blocker(f"object {name} is not one of vmspawn's", f"remove it: object-del {name}")
-    for query, what, key in (("query-jobs", "job", "id"), ("query-block-exports", "block export", "id")):
+            yield Blocker(
+                f"object {name} is not one of vmspawn's, and a copy would lack it",
+                f"remove it through QMP (object-del {name}), or start the machine without it",
+            )
+    for query, what, command in (
+        ("query-jobs", "job", "job-cancel"),
+        ("query-block-exports", "block export", "block-export-del"),
+    ):
         running: list[dict[str, Any]] = await monitor.execute(query)
         for job in running:
-            yield Blocker(f"{what} {job[key]} is under way", "wait for its end, or cancel it through QMP")
+            hint = f"wait for its end, or end it through QMP ({command} {job['id']})"
+            yield Blocker(f"{what} {job['id']} is under way", hint)
+
+
+def _of_the_state(machine: Running, status: str) -> Blocker:
+    resume = RULES["resume"].get(status, Rule("cont"))
+    hint = resume.hint if resume.is_refused else f"let it run or pause it first: vmctl resume {machine.name}"
+    return Blocker(f"its guest is in state {status}", hint)
 
 
 def _disks_on_namespaces(machine: Running) -> list[Blocker]:

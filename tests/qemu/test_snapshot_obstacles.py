@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tests that everything that cannot be saved is named before the guest is paused, with the way out."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import make_raw
+from tests.copies import inner, left
+from tests.machines import Machine, idle_machine
+from vmspawn import Disk
+from vmspawn.boot.shares import Share
+from vmspawn.errors import SnapshotBlocked, StartError, StoragePending
+from vmspawn.helpers import virtiofsd
+
+
+async def refused(machine: Machine, *reasons: str, hint: str = "") -> None:
+    """Check that a save is refused for these reasons, and that the guest was not paused."""
+    before = left()
+    with machine.monitor.events() as events:
+        with pytest.raises(SnapshotBlocked) as caught:
+            await machine.snapshot()
+        events.close()
+        assert not [event.name async for event in events if event.name in ("STOP", "RESUME", "MIGRATION")]
+    for reason in reasons:
+        assert reason in str(caught.value)
+    assert hint in caught.value.hint
+    assert left() == before
+
+
+async def test_obstacles_that_clients_make(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+        async with machine.qmp() as qmp:
+            await job(machine, qmp)
+            await export(machine, qmp, machine.disk("disk").images[0].top_node, tmp_path / "nbd")
+        assert (await machine.snapshot()).size > 0
+        # The guest, which is only a firmware, does not release a PCI device.
+        await machine.attach(Disk(str(make_raw(tmp_path / "going")), bus="virtio-blk"))
+        with pytest.raises(StoragePending):
+            await machine.detach("going", timeout=0)
+        await refused(machine, "disk going is detaching", hint=f"vmctl detach-disk {machine.name} going")
+
+
+async def job(machine: Machine, qmp: Any) -> None:
+    """Copy a node without end."""
+    for name in ("from", "to"):
+        await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": name, "size": 1 << 30})
+    await qmp.execute(
+        "blockdev-mirror", {"job-id": "endless", "device": "from", "target": "to", "sync": "full", "speed": 1}
+    )
+    await refused(machine, "job endless is under way", hint="job-cancel endless")
+    with machine.monitor.events() as events:
+        await qmp.execute("block-job-cancel", {"device": "endless", "force": True})
+        async for event in events:
+            if event.name == "JOB_STATUS_CHANGE" and (event.data or {}).get("status") == "null":
+                break
+    for name in ("from", "to"):
+        await qmp.execute("blockdev-del", {"node-name": name})
+
+
+async def export(machine: Machine, qmp: Any, node: str, path: Path) -> None:
+    """Export a disk's image."""
+    await qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(path)}}})
+    await qmp.execute("block-export-add", {"type": "nbd", "id": "exported", "node-name": node})
+    await refused(machine, "block export exported is under way", hint="block-export-del exported")
+    await qmp.execute("nbd-server-stop")
+
+
+async def test_obstacles_from_the_start(qemu: str, tmp_path: Path) -> None:
+    arguments = (
+        *("-device", "virtio-rng-pci,id=theirs,addr=0x1c", "-device", "virtio-rng-pci,addr=0x1d"),
+        *("-object", "iothread,id=mine"),
+    )
+    async with idle_machine(qemu, tmp_path, console="native", qemu_arguments=arguments) as machine:
+        await refused(
+            machine,
+            "its console is QEMU's own (native)",
+            "device theirs is not one of vmspawn's, and a copy would lack it",
+            "a device without an id that is not vmspawn's",
+            "object mine is not one of vmspawn's, and a copy would lack it",
+            hint="start it with another console",
+        )
+
+
+async def test_disks_that_this_qemu_cannot_save(qemu: str, tmp_path: Path) -> None:
+    async with idle_machine(qemu, tmp_path) as machine:
+        await machine.attach(Disk(str(make_raw(tmp_path / "fast")), bus="nvme"))
+        found = await inner(machine).monitor.execute("query-migrate")
+        if not found.get("blocked-reasons"):
+            pytest.skip("this QEMU saves NVMe controllers")
+        await refused(
+            machine,
+            "disk fast is on bus nvme, which this QEMU cannot save",
+            hint=f"vmctl detach-disk {machine.name} fast",
+        )
+
+
+async def test_a_directory_of_the_host(qemu: str, tmp_path: Path) -> None:
+    try:
+        program = virtiofsd.find()
+    except StartError as error:
+        pytest.skip(str(error))
+    if not program.is_rust and os.geteuid() != 0:
+        pytest.skip("this virtiofsd needs root")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    async with idle_machine(qemu, tmp_path, binds=(Share(str(shared), "/mnt"),)) as machine:
+        await refused(
+            machine,
+            f"directory {shared} of the host is shared with it by virtiofs",
+            hint="start it without the directory",
+        )
