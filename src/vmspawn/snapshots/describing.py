@@ -75,6 +75,7 @@ def describe(
         state,
         prepared.firmware,
         prepared.processor,
+        machine.fork is not None,
     )
 
 

@@ -386,6 +386,7 @@ class _Copy:
             created=time.time(),
             parent=manifest.full_name,
             is_temporary=False,
+            is_copy=True,
             descriptors=names,
             options=tuple(self._with_path(option) for option in manifest.options),
             attachments=attachments,

@@ -14,7 +14,7 @@ from ..boot.incoming import Option
 from ..errors import StartError
 
 #: The form of the manifest. Older ones are read, newer ones are refused.
-#: 1: had neither the firmware nor the host's processor.
+#: 1: had neither the firmware, nor the host's processor, nor `is_copy`.
 VERSION = 2
 
 
@@ -118,6 +118,8 @@ class Manifest(NamedTuple):
     firmware: Firmware | None = None
     #: The model and the features of the host's processor if the guest runs on it, by KVM.
     processor: str = ""
+    #: True for a copy: its overlays are never written to the images below, which are its source's.
+    is_copy: bool = False
 
     @property
     def full_name(self) -> str:
@@ -141,8 +143,10 @@ def load(content: bytes, what: str) -> Manifest:
         found = json.loads(content)
         if (version := int(found.pop("version"))) > VERSION:
             raise StartError(f"snapshot {what} was made by a newer vmspawn (its manifest has version {version})")
+        is_copy = str(found["parent"]).partition("@")[0] not in ("", found["machine"])
         return Manifest(
             **{
+                "is_copy": is_copy,
                 **found,
                 "qemu": Source(**found["qemu"]),
                 "options": tuple(Option(*each) for each in found["options"]),

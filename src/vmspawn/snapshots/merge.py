@@ -8,7 +8,6 @@ interrupted, the overlays are as they were, and prevail over the content that th
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -61,17 +60,9 @@ def merge(machine: str) -> bool:
         raise SystemFailure(
             f"the disks of {machine} stay on overlays, because these cannot be written to the images: {reason}",
             number,
-            hint=f"nothing is lost; the disks start with: vmspawn --fork={machine}@{CURRENT}{_retry_hint(machine)}",
+            hint=f"nothing is lost; the disks start with: vmspawn --fork={machine}@{CURRENT}; "
+            f"to write them again: vmctl remove-snapshot {machine}@{CURRENT}",
         ) from None
-
-
-def _retry_hint(machine: str) -> str:
-    """Return how to repeat a merge that has failed, or an empty string if it has not begun."""
-    full_name = f"{machine}@{CURRENT}"
-    with contextlib.suppress(VmspawnError), contextlib.closing(OpenSnapshot(full_name)) as snapshot:
-        if has_begun(snapshot.manifest):
-            return f"; to write them again: vmctl remove-snapshot {full_name}"
-    return ""
 
 
 def _merge(machine: str) -> bool:
@@ -84,7 +75,7 @@ def _merge(machine: str) -> bool:
             return False
         chains = [image.chain for image in _tops(snapshot.manifest) if image.base is not None]
         _set_paths(chains, snapshot.manifest)
-        if not chains or not _are_free(full_name, chains):
+        if not is_merged(snapshot.manifest) or not _are_free(full_name, chains):
             return False
         _expect_changes(snapshot, chains)
         _commit(snapshot.manifest.qemu.path, chains)
@@ -94,11 +85,9 @@ def _merge(machine: str) -> bool:
     return True
 
 
-def has_begun(manifest: Manifest) -> bool:
-    """Return whether a merge has begun: the images below may have changed, and are useless without the overlays."""
-    growing = {each.path for each in manifest.files if each.size < 0}
-    below = [image for top in _tops(manifest) for image in top.chain[1:]]
-    return any(manifest.images[image.number] in growing for image in below)
+def is_merged(manifest: Manifest) -> bool:
+    """Return whether the disks are to be written to the images below, which those of copies are not."""
+    return not manifest.is_copy and any(image.base is not None for image in _tops(manifest))
 
 
 def _tops(manifest: Manifest) -> Iterable[Image]:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tests removals of snapshots that die or fail at each step: the newest data of the disks is never lost."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import make_raw
+from tests.copies import left
+from tests.machines import fresh_name, idle_machine
+from tests.qemu.qmp_fixtures import scaled
+from tests.qemu.test_snapshots import write
+from vmspawn import Disk
+from vmspawn.errors import NoSuchSnapshot, SystemFailure, VmspawnError
+from vmspawn.images import snapshot_files
+from vmspawn.snapshots import merge, removal
+from vmspawn.snapshots.directory import CURRENT
+
+#: More steps than a removal has.
+STEPS_MAX = 60
+
+#: Removes a snapshot, and dies before the system call with the given number that changes files or starts QEMU.
+_REMOVE_AND_DIE = """
+import os, signal, sys
+from vmspawn.snapshots import merge, removal
+
+left = int(sys.argv[2])
+
+def count(event, arguments):
+    global left
+    changes = event in ("os.rename", "os.remove", "os.rmdir", "subprocess.Popen")
+    if changes or event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+removal.remove(sys.argv[1])
+"""
+
+
+class Ended:
+    """A machine that has ended with one snapshot, whose disk has newer data in an overlay; it can be restored."""
+
+    def __init__(self, name: str, image: Path, kept: Path) -> None:
+        self.name, self._image, self._kept = name, image, kept
+        shutil.copytree(snapshot_files.root(), kept / "snapshots")
+        shutil.copy2(image, kept / "image")
+
+    def restore(self) -> None:
+        """Restore the files as they were when the machine ended."""
+        shutil.rmtree(snapshot_files.root())
+        shutil.copytree(self._kept / "snapshots", snapshot_files.root())
+        shutil.copy2(self._kept / "image", self._image)
+
+    def remove(self) -> None:
+        """Remove all that is left of the snapshots, as a user does who was told how."""
+        for name in ("s", CURRENT):
+            try:
+                removal.remove(f"{self.name}@{name}")
+            except NoSuchSnapshot:
+                continue
+        assert not [each for each in left() if self.name in each and not each.startswith(snapshot_files.UNFINISHED)]
+
+    def check_data(self) -> None:
+        """Check that the image has the newest data."""
+        assert self._image.read_bytes()[:4096] == bytes([1]) * 4096
+
+
+@pytest_asyncio.fixture
+async def ended(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ended]:
+    monkeypatch.setenv(snapshot_files.VARIABLE, str(tmp_path / "snapshots"))
+    path = make_raw(tmp_path / "disk", 1 << 20)
+    async with idle_machine(qemu, tmp_path, name=fresh_name()) as machine:
+        await machine.attach(Disk(str(path), bus="virtio-scsi"))
+        await machine.snapshot("s")
+        await write(machine, machine.disk("disk").device, 0)
+    (tmp_path / "kept").mkdir()
+    assert path.read_bytes()[:4096] == bytes(4096)
+    yield Ended(machine.name, path, tmp_path / "kept")
+
+
+@pytest.mark.scaled
+async def test_a_removal_is_killed_at_each_step(ended: Ended) -> None:
+    # All of them in the soak.
+    for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 3):
+        ended.restore()
+        command = [sys.executable, "-c", _REMOVE_AND_DIE, f"{ended.name}@s", str(step)]
+        done = await asyncio.to_thread(subprocess.run, command, check=False, timeout=60)
+        assert done.returncode in (0, -signal.SIGKILL)
+        if done.returncode == 0:
+            ended.check_data()
+            assert not [each for each in left() if ended.name in each]
+            return
+        # What is left is whole, or no snapshot at all.
+        await asyncio.to_thread(ended.remove)
+        ended.check_data()
+    raise AssertionError("the removal never came to its end")
+
+
+async def test_qemu_dies_at_each_step_of_a_merge(ended: Ended, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute = merge._Talk.execute
+    for step in range(1, STEPS_MAX):
+        ended.restore()
+        steps = 0
+
+        def counted(self: merge._Talk, *arguments: Any, last: int = step) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == last:
+                self._process.kill()
+            execute(self, *arguments)
+
+        monkeypatch.setattr(merge._Talk, "execute", counted)
+        (error,) = await asyncio.gather(asyncio.to_thread(removal.remove, f"{ended.name}@s"), return_exceptions=True)
+        monkeypatch.setattr(merge._Talk, "execute", execute)
+        if steps < step:
+            assert error is None
+            ended.check_data()
+            assert not [each for each in left() if ended.name in each]
+            return
+        # QEMU may die after it has done everything.
+        assert error is None or isinstance(error, SystemFailure)
+        assert error is None or f"vmctl remove-snapshot {ended.name}@{CURRENT}" in error.hint
+        await asyncio.to_thread(ended.remove)
+        ended.check_data()
+    raise AssertionError("the merge never came to its end")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system")
+async def test_the_disk_of_the_images_is_full(qemu: str, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2M,mode=0700", "none", str(small)]
+    if (await asyncio.to_thread(subprocess.run, mount, check=False)).returncode:
+        pytest.skip("mount(8) is refused")
+    try:
+        path = make_raw(small / "disk", 1 << 20)
+        async with idle_machine(qemu, tmp_path) as machine:
+            await machine.attach(Disk(str(path), bus="virtio-scsi"))
+            snapshot = await machine.snapshot("s")
+            await write(machine, machine.disk("disk").device, 0)
+        await asyncio.to_thread(fill, small / "filler")
+        with pytest.raises(VmspawnError, match="stay on overlays") as caught:
+            await snapshot.remove()
+        assert "No space left" in str(caught.value)
+        (small / "filler").unlink()
+        await asyncio.to_thread(removal.remove, f"{machine.name}@{CURRENT}")
+        assert path.read_bytes()[:4096] == bytes([1]) * 4096
+        assert not [each for each in left() if machine.name in each]
+    finally:
+        await asyncio.to_thread(subprocess.run, ["umount", str(small)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write a file that takes all of the rest of its file system."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
