@@ -261,14 +261,25 @@ async def test_a_copy_with_a_new_identity_has_a_name_and_runs_its_hooks(guest: B
     await guest.shell.run("rm -r /etc/vmspawn /etc/machine-id; [ $(hostname) = vmspawn ]; ! rm /tmp/hook")
 
 
+#: The buses of writable disks. nvme-ns cannot be saved with any QEMU.
+_BUSES = ("virtio-blk", "virtio-scsi", "nvme")
+
+
 @pytest.mark.scaled
-@pytest.mark.parametrize("bus", ["virtio-blk", pytest.param("virtio-scsi", marks=pytest.mark.soak)])
-async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus: str) -> None:
-    """The guest writes while it is saved, at arbitrary moments."""
+@pytest.mark.parametrize(
+    ("bus", "moments"),
+    [("virtio-blk", 2), *(pytest.param(bus, 10, marks=pytest.mark.soak) for bus in _BUSES)],
+)
+async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus: str, moments: int) -> None:
+    """The guest writes while it is saved, at random moments: 100 on each bus in the soak, and 1000 with scale 100."""
     path = make_raw(tmp_path / fresh_name(), 64 * MIB)
     attached = await guest.machine.attach(Disk(str(path), bus=bus))
+    if bus == "nvme" and (await inner(guest.machine).monitor.execute("query-migrate")).get("blocked-reasons"):
+        await guest.shell.run(f"until [ -b {attached.by_id} ]; do usleep 10000; done")
+        await guest.machine.detach(attached.name)
+        pytest.skip("this QEMU cannot save an NVMe controller")
     await start_writer(guest.shell, attached.by_id)
-    for number in range(scaled(2)):
+    for number in range(scaled(moments)):
         wanted = await records_written(guest.shell) + random.randint(0, 20)
         await guest.shell.run(f"until [ $(cat /tmp/count) -ge {wanted} ]; do usleep 1000; done")
         async with saved(guest) as snapshot, snapshot.fork() as copy:

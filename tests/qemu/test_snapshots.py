@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import ovmf
 from tests.commands import vmctl
 from tests.conftest import make_qcow2, make_raw
 from tests.copies import inner, left, locked
@@ -18,6 +19,7 @@ from tests.machines import Machine, fresh_name, idle_machine, links_of
 from tests.qemu.qmp_fixtures import wait_until
 from vmspawn import Disk, Snapshot, connect
 from vmspawn.api import machine as api
+from vmspawn.boot.firmware import FirmwareWish
 from vmspawn.cli.ctl.replies import MACHINE
 from vmspawn.control import calls
 from vmspawn.errors import (
@@ -32,7 +34,7 @@ from vmspawn.errors import (
     UsageError,
 )
 from vmspawn.images import snapshot_files
-from vmspawn.snapshots import directory
+from vmspawn.snapshots import directory, same_host
 from vmspawn.snapshots.save import save
 from vmspawn.storage.limits import Limits
 
@@ -443,6 +445,35 @@ async def test_overlays_that_cannot_be_written_are_reported_and_written_later(qe
     await current.remove()
     assert path.read_bytes()[:4096] == bytes([1]) * 4096
     assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+
+
+@pytest.mark.soak
+async def test_a_uefi_machine_and_its_variables(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy has variables of its own, and needs the same firmware."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    ovmf.install(tmp_path / "config")
+    options = {"firmware": FirmwareWish(kind="uefi"), "ram": 256 << 20}
+    async with idle_machine(qemu, tmp_path, **options) as machine, saved(machine) as snapshot:
+        variables = Path(f"{machine.config.image}.efinvramstate")
+        firmware = json.loads(manifest_of(snapshot).read_text())["firmware"]
+        assert firmware["sha256"] == same_host.hash_of(firmware["path"])
+        content = await asyncio.to_thread(variables.read_bytes)
+        for keep_disks in (False, True):
+            async with snapshot.fork(keep_disks=keep_disks) as copy:
+                assert await copy.status() == "running"
+                assert await mentions(machine, variables)
+                assert not await mentions(copy, variables)
+                assert "firmware-variables" in await nodes(copy)
+                async with saved(copy) as second, second.fork() as third:
+                    assert await third.status() == "running"
+                name = copy.name
+        assert await asyncio.to_thread(variables.read_bytes) == content
+        directory.remove(f"{name}@{directory.CURRENT}")
+        text = manifest_of(snapshot).read_text()
+        manifest_of(snapshot).write_text(text.replace(firmware["sha256"], "0" * 64))
+        with pytest.raises(StartError, match="saved with another firmware"):
+            await snapshot.fork().__aenter__()
+        manifest_of(snapshot).write_text(text)
 
 
 async def write(machine: api.Machine, device: str, number: int) -> None:
