@@ -2,7 +2,8 @@
 """Measures snapshots and copies of machines with much memory, in the state and in a file (`ram_backing`).
 
 The guest fills half of its memory with the content of a disk. The figures are the pause of the save, the time to start
-a copy until a command in it has ended, the same for twenty copies at once, and the memory of each.
+a copy until its processors run, the time until a command in it has ended, the same for twenty copies at once, and the
+memory of each.
 """
 
 import asyncio
@@ -13,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.fork import QEMU, copied, copied_together
-from vmspawn import Machine, MachineConfig, Snapshot
+from bench.fork import QEMU, bare_runs, copied, copied_together, copy_runs
+from vmspawn import Disk, Machine, MachineConfig, Snapshot
 
 #: Sizes of memory in MB.
 SIZES = tuple(map(int, sys.argv[1:])) or (256, 1024, 4096)
@@ -22,11 +23,12 @@ SIZES = tuple(map(int, sys.argv[1:])) or (256, 1024, 4096)
 #: The most memory in MB that twenty copies may take.
 _MOST = 14000
 
-_HEAD = ("memory", "backing", "pause", "copy answered", "20: all answered", "20: each", "MB each")
+_HEAD = ("memory", "backing", "pause", "copy runs", "copy answered", "20: all answered", "20: each", "MB each")
 
 
 async def measure(folder: Path) -> None:
     """Measure all sizes, and print a table of seconds."""
+    print(f"a bare QEMU runs after {await asyncio.to_thread(bare_runs):.2f} s")
     print(*(f"{each:>16}" for each in _HEAD))
     for size in SIZES:
         image = make_content(folder / "content", size // 2)
@@ -46,14 +48,20 @@ def make_content(path: Path, size: int) -> Path:
 async def one(size: int, backing: str, image: Path) -> list[float]:
     """Measure one machine."""
     config = MachineConfig(
-        name="bench-memory", guest="builtin", qemu=QEMU, console="headless", ram=size << 20, ram_backing=backing
+        name="bench-memory",
+        guest="builtin",
+        qemu=QEMU,
+        console="headless",
+        ram=size << 20,
+        ram_backing=backing,
+        extra_disks=(Disk(str(image), "content", read_only=True),),
     )
     async with Machine(config) as machine:
-        attached = await machine.attach(str(image), read_only=True, wait_guest=True)
         # The content stays in the guest's page cache, as long as the disk is attached.
-        await machine.run(f"cat {attached.by_id} >/dev/null", check=True)
+        disk = "/dev/disk/by-id/virtio-content"
+        await machine.run(f"until [ -e {disk} ]; do usleep 10000; done; cat {disk} >/dev/null", check=True)
         snapshot = await machine.snapshot()
-        figures = [snapshot.pause, (await copied(snapshot))[0]]
+        figures = [snapshot.pause, await copy_runs(snapshot), (await copied(snapshot))[0]]
         if backing == "anonymous" and 20 * snapshot.size >> 20 > _MOST:
             return figures
         return [*figures, *await twenty(snapshot)]
