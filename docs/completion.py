@@ -17,6 +17,7 @@ import shtab
 import vmspawn.cli.ctl.main as vmctl
 import vmspawn.cli.spawn.main as vmspawn_command
 from vmspawn.cli.parser import Parser
+from vmspawn.inside import conditions
 
 SOURCES = Path(__file__).parent / "completion"
 
@@ -29,6 +30,7 @@ _FILES = frozenset({"PATH", "FILE", "SOCKET", "LISTEN"})
 _NAMES = {
     "MACHINE": {"bash": "_vmctl_machines", "zsh": "_vmctl_machines", "fish": "(__vmctl_machines)"},
     "DISK": {"bash": "_vmctl_disks", "zsh": "_vmctl_disks", "fish": "(__vmctl_disks)"},
+    "[USER@]MACHINE": {"bash": "_vmctl_machines", "zsh": "_vmctl_machines", "fish": "(__vmctl_machines)"},
     "MACHINE[@NAME]": {"bash": "_vmctl_snapshots", "zsh": "_vmctl_snapshots", "fish": "(__vmctl_snapshots)"},
 }
 
@@ -46,6 +48,8 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def _alternatives(metavar: str) -> list[str]:
     """Return the words that a metavar lists: yes, no and auto for `BOOL|auto`."""
+    if metavar == "CONDITION":
+        return [f"{name}=" if value else name for name, value in conditions.KINDS.items()]
     words = metavar.split("|")
     fixed = [word for word in words if re.fullmatch("[a-z][a-z-]*", word)]
     return [*(_BOOLEAN if "BOOL" in words else ()), *fixed]

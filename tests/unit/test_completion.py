@@ -76,6 +76,7 @@ def test_it_knows_every_verb_but_its_own() -> None:
         ("no|sev-snp|tdx", ["no", "sev-snp", "tdx"]),
         ("FEATURE[,FEATURE…]|list", ["list"]),
         ("BYTES[:MAX[:SLOTS]]", []),
+        ("CONDITION", ["agent", "booted", "console=", "disk=", "off", "port=", "ssh"]),
         ("", []),
     ],
 )

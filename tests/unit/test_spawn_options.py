@@ -40,7 +40,7 @@ def wishes(*arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "argument",
-    ["--tpm=no", "--vsock=off", "--tpm-state=auto", "--coco=no", "--pass-ssh-key=no", "--notify-ready=0", "--no-pager"],
+    ["--tpm=no", "--vsock=off", "--tpm-state=auto", "--coco=no", "--notify-ready=0", "--no-pager"],
 )
 def test_values_that_disable_a_feature_are_accepted(argument: str) -> None:
     assert wishes(argument) == []
@@ -55,11 +55,11 @@ def test_auto_disables_a_feature_and_can_report_it(argument: str) -> None:
 @pytest.mark.parametrize(
     "argument",
     [
-        *("--tpm=yes", "--vsock=1", "--vsock-cid=5", "--tpm-state=/x", "--coco=sev-snp", "--pass-ssh-key=yes"),
+        *("--tpm=yes", "--vsock=1", "--vsock-cid=5", "--tpm-state=/x", "--coco=sev-snp"),
         *("--notify-ready=yes", "--network-tap", "-n", "--private-users=65536", "--bind-user=me"),
         *("--bind-user-shell=yes", "--bind-user-shell=/bin/zsh", "--bind-user-group=mine", "--background=44"),
         *("--forward-journal=/x", "--forward-journal-max-use=1G", "--forward-journal-keep-free=1G"),
-        *("--forward-journal-max-file-size=1M", "--forward-journal-max-files=3", "--ssh-key-type=rsa"),
+        *("--forward-journal-max-file-size=1M", "--forward-journal-max-files=3"),
     ],
 )
 def test_an_explicit_wish_is_refused_in_one_line_with_a_hint(argument: str) -> None:

@@ -75,6 +75,8 @@ class MachineOptions(TypedDict, total=False):
     ephemeral: bool
     grow_image: Size | None
     agent: bool
+    pass_ssh_key: bool
+    ssh_key_type: str
     die_with_program: bool
     die_with_parent: bool
     warm: bool

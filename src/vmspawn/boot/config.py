@@ -13,7 +13,7 @@ from ..host import machined
 from ..host.machined import Registration
 from ..host.runtime import NAME_MAX, check_name
 from ..host.storageprovider import Volume
-from ..network.forward import Forward
+from ..network.forward import SSH_PORT, Forward, is_ssh
 from ..record import Record
 from ..storage.admission import check_disk
 from ..storage.disk import DEFAULT_BUS, Disk, check_bus, default_name, with_defaults
@@ -103,6 +103,8 @@ class MachineConfig(Record):
     ephemeral: bool = False
     grow_image: int | None = None
     agent: bool = True
+    pass_ssh_key: bool = False
+    ssh_key_type: str = "ed25519"
     die_with_program: bool = False
     die_with_parent: bool = False
     warm: bool = False
@@ -172,6 +174,8 @@ def check_config(config: MachineConfig) -> MachineConfig:
         _check_uuid(config.uuid)
     for forward in config.forwards:
         forward.check()
+    if config.pass_ssh_key:
+        config = _with_ssh(config)
     machined.check(config.registration)
     firmware.check(config.firmware, direct_boot=bool(config.linux or config.guest))
     memory.check(config.ram_bytes, config.ram_growth)
@@ -235,6 +239,18 @@ def _check_warm(config: MachineConfig) -> None:
     if config.console in ("native", "gui"):
         template = "{warm=True} does not work with {console={console}}"
         raise UsageError.with_fields(template, hint=_LEAVE_ONE_OUT, console=config.console)
+
+
+def _with_ssh(config: MachineConfig) -> MachineConfig:
+    """Return the configuration with a forward to the guest's SSH server. Raises UsageError without such a server."""
+    if config.guest and (not config.directory or config.directory_rw):
+        raise UsageError.with_fields(
+            "{pass_ssh_key=} needs an SSH server in the guest, and the built-in guest has none",
+            hint="boot an image; vmctl exec and vmctl copy need no server",
+        )
+    if any(is_ssh(each) for each in config.forwards):
+        return config
+    return config._replace(forwards=(*config.forwards, Forward(SSH_PORT)))
 
 
 def _check_disks(config: MachineConfig) -> None:

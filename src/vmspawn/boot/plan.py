@@ -16,7 +16,7 @@ from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import kernel_image
 from ..record import Record
-from . import agent, console, credentials, memory, network, shares, smbios, uefi
+from . import agent, console, credentials, memory, network, shares, smbios, ssh_key, uefi
 from .boot_disk import BootDisk
 from .config import MachineConfig
 from .extras import NO_EXTRAS, Extras, Owned, content, join, take_place
@@ -194,8 +194,11 @@ def make_plan(
         report.detail,
         smbios=found is not None or smbios.is_without_uefi(chosen.binary.architecture),
     )
+    own = {shares.FSTAB_CREDENTIAL: shares.fstab(config.binds)}
+    if config.pass_ssh_key:
+        own |= ssh_key.make(config, directory)
     texts = _strings(chosen, arguments)
-    strings = smbios.extras(texts, smbios.with_optional(texts, list(_credentials(config)), brought), owned)
+    strings = smbios.extras(texts, smbios.with_optional(texts, list(_credentials(config, own)), brought), owned)
     kernel, initrd = _load(chosen, arguments, owned)
     extras = join(backing, firmware, card, shared, strings, initrd)
     is_bios_boot = found is None and kernel is None
@@ -287,16 +290,15 @@ def _strings(chosen: Choices, arguments: tuple[str, ...]) -> list[bytes]:
     return found
 
 
-def _credentials(config: MachineConfig) -> Iterator[tuple[str, bytes]]:
-    """Yield the credentials by name. Our lines for the guest's fstab are added to the user's."""
-    lines = shares.fstab(config.binds)
+def _credentials(config: MachineConfig, own: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """Yield the credentials by name. The lines of `own` credentials are added to those of the user's."""
+    rest = {name: lines for name, lines in own.items() if lines}
     for each in config.credentials:
         value = credentials.load(each)
-        if each.name == shares.FSTAB_CREDENTIAL and lines:
-            value, lines = value.rstrip(b"\n") + b"\n" + lines, b""
+        if lines := rest.pop(each.name, b""):
+            value = value.rstrip(b"\n") + b"\n" + lines
         yield each.name, value
-    if lines:
-        yield shares.FSTAB_CREDENTIAL, lines
+    yield from rest.items()
 
 
 def _load(chosen: Choices, arguments: tuple[str, ...], owned: Owned) -> tuple[Kernel | None, Extras]:

@@ -32,6 +32,10 @@ QEMU_SIZE = "qemu-console-size"
 QEMU_AGENT = "qemu-agent"
 STATE = "state.json"
 LOG = "qemu.log"
+#: The SSH key of the machine, its public half, and the host keys that its guest has shown.
+SSH_KEY = "ssh-key"
+SSH_PUBLIC_KEY = "ssh-key.pub"
+SSH_KNOWN_HOSTS = "ssh-known-hosts"
 #: The output of a manager in the background.
 MANAGER_LOG = "manager.log"
 MONITORS = ("qmp-manager", "qmp-sessions", "qmp-bulk")
@@ -46,6 +50,9 @@ FILES = (
     STATE + ".new",
     LOG,
     MANAGER_LOG,
+    SSH_KEY,
+    SSH_PUBLIC_KEY,
+    SSH_KNOWN_HOSTS,
     *MONITORS,
 )
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from ..agent.protocol import STDOUT, Exited
 from ..errors import MachineEnded, NotConnected, NotSupported, UsageError
 from ..machine.running import Running
+from ..network.forward import SSH_PORT, is_ssh
 from ..timeouts import FOREVER
 from .commands import Wanted
 from .conditions import Condition, Missing
@@ -25,7 +26,6 @@ _RETRY_INTERVAL = 0.2
 #: Exit status of a script for a condition that never holds in this guest.
 _NEVER = 2
 
-_SSH_PORT = 22
 _BANNER = b"SSH-"
 
 #: Prints the state of the boot whenever it changes.
@@ -134,9 +134,9 @@ class _Wait:
     async def _until_ssh(self) -> None:
         """Wait for the banner of the guest's SSH server on a forwarded port. Without a forward, wait for the port."""
         forwards = await self._machine.forwards.list()
-        found = next((each for each in forwards if (each.guest_port, each.protocol) == (_SSH_PORT, "tcp")), None)
+        found = next(filter(is_ssh, forwards), None)
         if found is None:
-            await self._until_port(_SSH_PORT)
+            await self._until_port(SSH_PORT)
             return
         self._why = f"no SSH server answers on {found.host}"
         address = "127.0.0.1" if found.address == "0.0.0.0" else found.address

@@ -18,6 +18,9 @@ NETDEV = "network0-user"
 LOOPBACK = "127.0.0.1"
 PROTOCOLS = ("tcp", "udp")
 
+#: The port of SSH servers.
+SSH_PORT = 22
+
 _PORT_MAX = 65535
 
 _SYNTAX = r"(?:(?P<address>[^:/]*|\[.*\]):)?(?P<port>[0-9]{1,5}):(?P<guest>[0-9]{1,5})(?:/(?P<protocol>\w+))?"
@@ -64,6 +67,11 @@ class Forward(Record):
         if not _is_address(self.address):
             raise _refuse(str(self), f"{self.address} is not an IPv4 address", hint="use 0.0.0.0 for all addresses")
         return self
+
+
+def is_ssh(forward: Forward) -> bool:
+    """Return whether a forward leads to the port of the guest's SSH server."""
+    return (forward.guest_port, forward.protocol) == (SSH_PORT, PROTOCOLS[0])
 
 
 def parse(text: str) -> Forward:

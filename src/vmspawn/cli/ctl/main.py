@@ -28,6 +28,7 @@ from . import (
     names,
     qmp,
     snapshots,
+    ssh,
     volumes,
     wait_for,
 )
@@ -48,7 +49,7 @@ def build_parser() -> Parser:
     for title, groups in (
         ("Machines", (machines, adopt, events)),
         ("Guest", (exec, copy, wait_for, agent)),
-        ("Network", (forwards,)),
+        ("Network", (forwards, ssh)),
         ("Console", (console,)),
         ("Disks", (disk_list, disks, media, volumes)),
         ("Snapshots", (snapshots,)),

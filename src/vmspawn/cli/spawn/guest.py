@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the options that configure the guest: credentials, SMBIOS strings."""
+"""Defines the options that configure the guest: credentials, SMBIOS strings, the SSH key."""
 
 import argparse
 from typing import TypedDict
@@ -15,6 +15,8 @@ class Guest(TypedDict):
     credentials: tuple[Credential, ...]
     vendor_strings: tuple[str, ...]
     agent: bool
+    pass_ssh_key: bool
+    ssh_key_type: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="pass an SMBIOS type 11 string; repeatable",
     )
+    group.add_argument(
+        "--pass-ssh-key", metavar="BOOL", help="make an SSH key for the machine, and pass it to the guest's root"
+    )
+    group.add_argument(
+        "--ssh-key-type", metavar="TYPE", default="ed25519", help="type of that key, as in ssh-keygen(1)"
+    )
 
 
 def read(options: argparse.Namespace) -> Guest:
@@ -51,4 +59,6 @@ def read(options: argparse.Namespace) -> Guest:
         "credentials": (*given, *map(credentials.parse_load, options.load_credential)),
         "vendor_strings": tuple(options.smbios11),
         "agent": options.agent is None or boolean("--agent=", options.agent) == "yes",
+        "pass_ssh_key": options.pass_ssh_key is not None and boolean("--pass-ssh-key=", options.pass_ssh_key) == "yes",
+        "ssh_key_type": options.ssh_key_type,
     }

@@ -28,7 +28,6 @@ class _Unsupported(Record):
 _BOOLEANS = (
     _Unsupported("--vsock", "BOOL|auto", "a VSOCK device"),
     _Unsupported("--tpm", "BOOL|auto", "a TPM"),
-    _Unsupported("--pass-ssh-key", "BOOL", "an SSH key for the guest", ("no",)),
     _Unsupported("--notify-ready", "BOOL", "waiting for the guest's READY=1", ("no",)),
     _Unsupported("--bind-user-shell", "BOOL|PATH", "users of the host in the guest", ("no",)),
 )
@@ -46,7 +45,6 @@ _VALUES = (
     _Unsupported("--forward-journal-max-file-size", "BYTES", "the guest's journal on the host", ()),
     _Unsupported("--forward-journal-max-files", "N", "the guest's journal on the host", ()),
     _Unsupported("--background", "COLOR", "a tinted terminal", ("",)),
-    _Unsupported("--ssh-key-type", "TYPE", "an SSH key for the guest", ()),
 )
 
 

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Describes how OpenSSH reaches a guest, as ssh_config(5) has it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from ..host import runtime
+from ..record import Record
+from .forward import LOOPBACK, Forward, is_ssh
+
+#: The address of a forward that is on all addresses of the host.
+_ANY = "0.0.0.0"
+
+
+class Access(Record):
+    """The way to a guest's SSH server: a forwarded port of this host, and the machine's key."""
+
+    machine: str
+    address: str
+    port: int
+    private_key: str
+    known_hosts: str
+
+    @property
+    def host(self) -> str:
+        """The guest's name for ssh."""
+        return f"vmspawn/{self.machine}"
+
+    @property
+    def alias(self) -> str:
+        """The guest's name for programs that take a name with a slash for a path, such as scp and rsync."""
+        return f"vmspawn-{self.machine}"
+
+    def settings(self, user: str = "root") -> dict[str, str]:
+        """Return ssh's settings. Values are quoted as in a configuration file.
+
+        The guest's host key is pinned at its first use, for as long as the machine runs. Settings of the user's own
+        configuration for all hosts, such as a proxy, do not apply to an address of this host.
+        """
+        return {
+            "HostName": self.address,
+            "Port": str(self.port),
+            "User": _quoted(user),
+            "IdentityFile": _quoted(self.private_key.replace("%", "%%")),
+            "IdentitiesOnly": "yes",
+            "HostKeyAlias": self.host,
+            "UserKnownHostsFile": _quoted(self.known_hosts.replace("%", "%%")),
+            "StrictHostKeyChecking": "accept-new",
+            "CheckHostIP": "no",
+            "ProxyCommand": "none",
+        }
+
+    def configuration(self) -> str:
+        """Return the block of a configuration file."""
+        lines = [f"Host {self.host} {self.alias}", *(f"    {key} {value}" for key, value in self.settings().items())]
+        return "\n".join(lines) + "\n"
+
+    def options(self, user: str) -> list[str]:
+        """Return ssh's arguments up to the guest's name; a command may follow."""
+        options = [part for key, value in self.settings(user).items() for part in ("-o", f"{key}={value}")]
+        return [*options, self.host]
+
+
+def key_of(machine: str) -> str:
+    """Return the path of a machine's private key, or an empty string if the machine has none."""
+    path = os.path.join(_folder(machine), runtime.SSH_KEY)
+    return path if os.path.exists(path) else ""
+
+
+def access_of(machine: str, forwards: Iterable[Forward], key: str) -> Access | None:
+    """Return the way to a machine that has a key, or None if no forward leads to the guest's SSH server."""
+    found = next(filter(is_ssh, forwards), None)
+    if found is None:
+        return None
+    address = LOOPBACK if found.address == _ANY else found.address
+    known_hosts = os.path.join(_folder(machine), runtime.SSH_KNOWN_HOSTS)
+    return Access(machine, address, found.port, key, known_hosts)
+
+
+def _folder(machine: str) -> str:
+    return os.path.abspath(os.path.join(runtime.runtime_root(), machine))
+
+
+def _quoted(text: str) -> str:
+    """Quote a value. ssh takes a backslash before a quote or a backslash for a part of the quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
