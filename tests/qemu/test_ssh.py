@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The SSH key of a machine whose guest never boots: its files, vmctl's answers, adoption, and the end."""
+"""The SSH key and the seed of a machine whose guest never boots: files, vmctl's answers, adoption, and the end."""
 
 import base64
 import json
@@ -140,4 +140,24 @@ def test_a_key_that_cannot_be_made(qemu: str, tmp_path: Path, monkeypatch: pytes
     done = vmspawn("-M", name, *options(shutil.which(qemu, path=os.defpath) or qemu, tmp_path))
     assert done.returncode == 1
     assert "--pass-ssh-key= needs ssh-keygen, which is not installed" in one_line(done, "vmspawn")
+    assert is_gone(name)
+
+
+def test_a_seed_for_cloud_init_goes_with_the_machine(qemu: str, tmp_path: Path) -> None:
+    pytest.importorskip("pycdlib")
+    (tmp_path / "user-data").write_text("#cloud-config\n")
+    image = make_raw(tmp_path / "boot", 1 << 20)
+    wishes = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless")
+    with spawned(*wishes, f"--cloud-init={tmp_path}/user-data") as running:
+        running.wait_for("is running")
+        disks = json.loads(vmctl("list-disks", running.name, "--json=short").stdout)
+        seed = next(each for each in disks if each["name"] == "cidata")
+        assert (seed["readOnly"], seed["bus"]) == (True, "virtio-blk")
+        public = Path(access(running.name)["private_key"]).with_name("ssh-key.pub").read_text().strip()
+        assert public in Path(seed["path"]).read_bytes().decode(errors="replace")
+    assert is_gone(running.name)
+    name = fresh_name()
+    done = vmspawn("-M", name, *wishes, f"--cloud-init={tmp_path}/missing")
+    assert done.returncode == 1
+    assert "cannot use --cloud-init=" in one_line(done, "vmspawn")
     assert is_gone(name)

@@ -75,7 +75,8 @@ class MachineOptions(TypedDict, total=False):
     ephemeral: bool
     grow_image: Size | None
     agent: bool
-    pass_ssh_key: bool
+    cloud_init: StrPath | None
+    pass_ssh_key: bool | None
     ssh_key_type: str
     die_with_program: bool
     die_with_parent: bool
@@ -215,7 +216,9 @@ def _disks(name: str, value: Iterable[Disk | StrPath]) -> tuple[Disk, ...]:
 
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("ram", "grow_image"), to_size),
-    **dict.fromkeys(("image", "linux", "initrd", "qmp_log", "console_log", "qemu", "directory", "modules"), _path),
+    **dict.fromkeys(
+        ("image", "linux", "initrd", "qmp_log", "console_log", "qemu", "directory", "modules", "cloud_init"), _path
+    ),
     **dict.fromkeys(
         ("kernel_arguments", "qemu_arguments", "vendor_strings", "credentials", "binds", "volumes"), _several
     ),

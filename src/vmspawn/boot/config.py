@@ -103,7 +103,8 @@ class MachineConfig(Record):
     ephemeral: bool = False
     grow_image: int | None = None
     agent: bool = True
-    pass_ssh_key: bool = False
+    cloud_init: str | None = None
+    pass_ssh_key: bool | None = None
     ssh_key_type: str = "ed25519"
     die_with_program: bool = False
     die_with_parent: bool = False
@@ -174,6 +175,8 @@ def check_config(config: MachineConfig) -> MachineConfig:
         _check_uuid(config.uuid)
     for forward in config.forwards:
         forward.check()
+    if config.cloud_init is not None:
+        config = _with_cloud_init(config)
     if config.pass_ssh_key:
         config = _with_ssh(config)
     machined.check(config.registration)
@@ -239,6 +242,15 @@ def _check_warm(config: MachineConfig) -> None:
     if config.console in ("native", "gui"):
         template = "{warm=True} does not work with {console={console}}"
         raise UsageError.with_fields(template, hint=_LEAVE_ONE_OUT, console=config.console)
+
+
+def _with_cloud_init(config: MachineConfig) -> MachineConfig:
+    """Return the configuration with an SSH key, unless the user wants none. Raises UsageError."""
+    if not (config.image or config.directory) or config.guest:
+        raise UsageError.with_fields(
+            "{cloud_init=} needs an image or a directory with cloud-init", hint="name an image with {image=}"
+        )
+    return config if config.pass_ssh_key is not None else config._replace(pass_ssh_key=True)
 
 
 def _with_ssh(config: MachineConfig) -> MachineConfig:

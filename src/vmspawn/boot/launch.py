@@ -23,7 +23,7 @@ from ..host.descriptor import Descriptor
 from ..host.runtime import MachineDirectory
 from ..host.spawn import kill_child, spawn
 from ..log import debug
-from . import console
+from . import cloud_init, console, ssh_key
 from .commandline import Inherited, command_line
 from .config import MachineConfig
 from .disks import open_boot_disks
@@ -86,6 +86,8 @@ def launch(
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)
         watcher_pid = start_watcher(config, directory, undo)
+        ssh_key.make(config, directory)
+        chosen = chosen._replace(config=cloud_init.with_seed(chosen.config, directory))
         disks = open_boot_disks(chosen.config, chosen.layout, directory.path)
         for each in disks:
             owned.lent.callback(each.close)

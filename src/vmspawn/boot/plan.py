@@ -194,9 +194,7 @@ def make_plan(
         report.detail,
         smbios=found is not None or smbios.is_without_uefi(chosen.binary.architecture),
     )
-    own = {shares.FSTAB_CREDENTIAL: shares.fstab(config.binds)}
-    if config.pass_ssh_key:
-        own |= ssh_key.make(config, directory)
+    own = {shares.FSTAB_CREDENTIAL: shares.fstab(config.binds), **ssh_key.credentials(config, directory)}
     texts = _strings(chosen, arguments)
     strings = smbios.extras(texts, smbios.with_optional(texts, list(_credentials(config, own)), brought), owned)
     kernel, initrd = _load(chosen, arguments, owned)

@@ -34,7 +34,7 @@ def wishes(config: MachineConfig) -> list[str]:
         "{credentials=}": config.credentials,
         "{vendor_strings=}": config.vendor_strings,
         "{binds=}": config.binds,
-        "{pass_ssh_key=}": config.pass_ssh_key,
+        "{pass_ssh_key=}": config.pass_ssh_key and config.cloud_init is None,
     }
     return [field for field, wish in fields.items() if wish]
 

@@ -17,13 +17,20 @@ TMPFILES_CREDENTIAL = "tmpfiles.extra"
 _TIMEOUT = 60.0
 
 
-def make(config: MachineConfig, directory: MachineDirectory) -> dict[str, bytes]:
-    """Make the key in the machine's directory, and return credentials by their names. Raises StartError.
+def make(config: MachineConfig, directory: MachineDirectory) -> None:
+    """Make the key in the machine's directory, if the user wants one. Raises StartError."""
+    if config.pass_ssh_key:
+        _generate(config, directory.file(runtime.SSH_KEY))
+
+
+def credentials(config: MachineConfig, directory: MachineDirectory) -> dict[str, bytes]:
+    """Return the credentials with the key by their names.
 
     systemd in the guest makes root's list of keys of the first credential, but only if root has no list. The second one
     adds the key to an older list, because each start makes a new key.
     """
-    _generate(config, directory.file(runtime.SSH_KEY))
+    if not config.pass_ssh_key:
+        return {}
     key = directory.read(runtime.SSH_PUBLIC_KEY)
     line = rb"w+ /root/.ssh/authorized_keys - - - - \n" + key.strip() + rb"\n"
     return {KEYS_CREDENTIAL: key, TMPFILES_CREDENTIAL: line + b"\n"}
@@ -34,7 +41,7 @@ def _generate(config: MachineConfig, path: str) -> None:
     if program is None:
         raise StartError.with_fields(
             "{pass_ssh_key=} needs ssh-keygen, which is not installed",
-            hint="install it (Debian: openssh-client; Fedora: openssh)",
+            hint="install it (Debian: openssh-client; Fedora: openssh), or use {pass_ssh_key=False}",
         )
     import subprocess
 

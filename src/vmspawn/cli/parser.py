@@ -111,6 +111,9 @@ class Parser(argparse.ArgumentParser):
         takes_value = self._takes_value(name)
         if equals and not takes_value:
             self.error(f"{name} takes no value")
+        if not equals and self._option_string_actions[name].nargs == "?":
+            # An optional value stands behind an equals sign. argparse would take the next word for the value.
+            return [f"{name}="]
         return [word] if equals or not takes_value else [f"{name}={self._value(name, rest)}"]
 
     def _short(self, word: str, rest: list[str]) -> list[str]:
@@ -240,7 +243,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 def option_names(action: argparse.Action) -> str:
     """Return an option's names, and a placeholder for the value after a long name: `-i, --image=PATH`."""
     value = _metavar(action)
-    return ", ".join(f"{name}={value}" if value and name.startswith("--") else name for name in action.option_strings)
+    value = f"[={value}]" if action.nargs == "?" else f"={value}" if value else ""
+    return ", ".join(f"{name}{value}" if name.startswith("--") else name for name in action.option_strings)
 
 
 def _metavar(action: argparse.Action) -> str:

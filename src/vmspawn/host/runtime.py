@@ -36,6 +36,8 @@ LOG = "qemu.log"
 SSH_KEY = "ssh-key"
 SSH_PUBLIC_KEY = "ssh-key.pub"
 SSH_KNOWN_HOSTS = "ssh-known-hosts"
+#: The seed of cloud-init.
+CLOUD_INIT = "cloud-init.iso"
 #: The output of a manager in the background.
 MANAGER_LOG = "manager.log"
 MONITORS = ("qmp-manager", "qmp-sessions", "qmp-bulk")
@@ -53,6 +55,7 @@ FILES = (
     SSH_KEY,
     SSH_PUBLIC_KEY,
     SSH_KNOWN_HOSTS,
+    CLOUD_INIT,
     *MONITORS,
 )
 

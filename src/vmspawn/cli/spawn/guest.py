@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the options that configure the guest: credentials, SMBIOS strings, the SSH key."""
+"""Defines the options that configure the guest: credentials, SMBIOS strings, cloud-init, the SSH key."""
 
 import argparse
 from typing import TypedDict
@@ -15,7 +15,8 @@ class Guest(TypedDict):
     credentials: tuple[Credential, ...]
     vendor_strings: tuple[str, ...]
     agent: bool
-    pass_ssh_key: bool
+    cloud_init: str | None
+    pass_ssh_key: bool | None
     ssh_key_type: str
 
 
@@ -45,6 +46,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="pass an SMBIOS type 11 string; repeatable",
     )
     group.add_argument(
+        "--cloud-init",
+        metavar="FILE",
+        nargs="?",
+        help="attach a seed for the image's cloud-init: an SSH key, the host name, and user data from a file",
+    )
+    group.add_argument(
         "--pass-ssh-key", metavar="BOOL", help="make an SSH key for the machine, and pass it to the guest's root"
     )
     group.add_argument(
@@ -59,6 +66,11 @@ def read(options: argparse.Namespace) -> Guest:
         "credentials": (*given, *map(credentials.parse_load, options.load_credential)),
         "vendor_strings": tuple(options.smbios11),
         "agent": options.agent is None or boolean("--agent=", options.agent) == "yes",
-        "pass_ssh_key": options.pass_ssh_key is not None and boolean("--pass-ssh-key=", options.pass_ssh_key) == "yes",
+        "cloud_init": options.cloud_init,
+        "pass_ssh_key": _is_yes("--pass-ssh-key=", options.pass_ssh_key),
         "ssh_key_type": options.ssh_key_type,
     }
+
+
+def _is_yes(option: str, text: str | None) -> bool | None:
+    return None if text is None else boolean(option, text) == "yes"

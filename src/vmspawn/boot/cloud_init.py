@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Makes the seed of cloud-init's NoCloud source: a small ISO 9660 image with the label CIDATA.
+
+The files are described in cloud-init's manual, "NoCloud".
+"""
+
+from __future__ import annotations
+
+import json
+
+from ..errors import NotInstalled, StartError
+from ..fingerprint import fingerprint_strings
+from ..host import runtime
+from ..host.runtime import MachineDirectory
+from ..storage.disk import DEFAULT_BUS, Disk
+from .config import MachineConfig
+
+#: The label by which cloud-init finds the seed, and the name of the disk.
+_LABEL = "CIDATA"
+_DISK = "cidata"
+
+#: The maximum size of user data. What cloud-init is given is far smaller.
+_USER_DATA_MAX = 16 << 20
+
+#: The user data without a file.
+_NO_USER_DATA = b"#cloud-config\n{}\n"
+
+#: Images disable root's login; the user's own data can do that again, because it has precedence over vendor data.
+_VENDOR_DATA = b"#cloud-config\ndisable_root: false\n"
+
+
+def with_seed(config: MachineConfig, directory: MachineDirectory) -> MachineConfig:
+    """Return the configuration with the seed as a disk, if the user wants one. Raises StartError, NotInstalled."""
+    if config.cloud_init is None:
+        return config
+    key = directory.read(runtime.SSH_PUBLIC_KEY).decode().strip() if config.pass_ssh_key else ""
+    path = directory.file(runtime.CLOUD_INIT)
+    _write_image(path, files(config.name or "", _user_data(config.cloud_init), key))
+    disk = Disk(path, _DISK, DEFAULT_BUS, "raw", read_only=True)
+    return config._replace(extra_disks=(*config.extra_disks, disk))
+
+
+def files(name: str, user_data: bytes, key: str) -> dict[str, bytes]:
+    """Return the seed's files by their names.
+
+    cloud-init configures an image once for each instance-id, which changes with the user data and the machine's name.
+    """
+    meta = {
+        "instance-id": f"{name}-{fingerprint_strings([user_data.decode('latin-1')])}",
+        # Underscores are not allowed in host names.
+        "local-hostname": name.replace("_", "-"),
+        "public-keys": [key] if key else [],
+    }
+    # JSON is YAML.
+    text = json.dumps(meta, indent=2).encode() + b"\n"
+    return {"user-data": user_data, "meta-data": text, "vendor-data": _VENDOR_DATA}
+
+
+def _user_data(path: str) -> bytes:
+    if not path:
+        return _NO_USER_DATA
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_USER_DATA_MAX + 1)
+    except OSError as error:
+        raise _unusable(path, error.strerror or "it cannot be read") from None
+    if len(data) > _USER_DATA_MAX:
+        raise _unusable(path, f"it is larger than {_USER_DATA_MAX >> 20} MiB")
+    if not data.startswith((b"#", b"Content-Type:", b"MIME-Version:", b"From ", b"\x1f\x8b")):
+        raise StartError.with_fields(
+            "cannot use {cloud_init={path}}: cloud-init ignores user data without a header",
+            hint="begin the file with the line #cloud-config",
+            path=path,
+        )
+    return data
+
+
+def _unusable(path: str, reason: str) -> StartError:
+    return StartError.with_fields("cannot use {cloud_init={path}}: {reason}", path=path, reason=reason)
+
+
+def _write_image(path: str, content: dict[str, bytes]) -> None:
+    import io
+
+    try:
+        import pycdlib
+    except ImportError:
+        raise NotInstalled.with_fields(
+            "{cloud_init=} needs the Python package pycdlib",
+            hint="install it: pip install 'vmspawn[cloud-init]' (Debian: python3-pycdlib)",
+        ) from None
+    image = pycdlib.PyCdlib()
+    image.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=_LABEL)
+    for number, (name, data) in enumerate(content.items()):
+        image.add_fp(io.BytesIO(data), len(data), f"/FILE{number}.;1", rr_name=name, joliet_path=f"/{name}")
+    image.write(path)
+    image.close()
