@@ -7,13 +7,14 @@ The kernel is a copy of the built-in guest's kernel, with its modules in a direc
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMSPAWN, one_line, spawned, vmctl, vmspawn
+from tests.commands import DEADLINE, VMSPAWN, make_script, one_line, run_example, spawned, vmctl, vmspawn
 from tests.machines import fresh_name, is_gone
 from tests.unit.test_archive import MIB, look, make_sparse, tree
 from vmspawn.errors import StartError
@@ -152,3 +153,45 @@ def test_a_kernel_without_virtiofs_says_so_when_it_gets_there(
         pytest.skip("this kernel has virtiofs and overlay built in")
     assert done.returncode == 125
     assert b"the kernel lacks CONFIG_" in done.stderr
+
+
+@pytest.fixture
+def build_tree(kernel: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kernel's build tree: Debian's headers of the kernel, with its image and its modules. `vmspawn` is a command."""
+    linux, modules = kernel
+    headers = Path(f"/usr/src/linux-headers-{kernel_image.version_of(linux)}")
+    if not headers.exists():
+        pytest.skip(f"{headers.name} is not installed")
+    tree = tmp_path / "linux"
+    subprocess.run(["cp", "-rs", str(headers), str(tree)], check=True)
+    (tree / "arch/x86/boot").mkdir(parents=True)
+    shutil.copy(linux, tree / "arch/x86/boot/bzImage")
+    (tree / "kernel").symlink_to(f"{modules}/kernel")
+    (tmp_path / "bin").mkdir()
+    make_script(tmp_path / "bin/vmspawn", f'exec {" ".join(VMSPAWN)} "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("KDIR", str(tree))
+    return tree
+
+
+@pytest.mark.soak
+@needs_virtiofsd
+def test_the_example_of_the_docs(build_tree: Path) -> None:
+    done = run_example("kernel.md", "kernel", build_tree, {})
+    version = kernel_image.version_of(str(build_tree / "arch/x86/boot/bzImage"))
+    assert (done.returncode, done.stdout) == (0, f"{version}\n{version}\n{build_tree}\n"), done.stderr
+
+
+@pytest.mark.soak
+@needs_virtiofsd
+def test_the_module_of_the_docs_is_built_and_tested(build_tree: Path, tmp_path: Path) -> None:
+    for program in ("gcc", "make"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    folder = tmp_path / "module"
+    folder.mkdir()
+    text = (Path(__file__).parents[2] / "docs/kernel.md").read_text()
+    for name, content in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", text, re.DOTALL):
+        (folder / name).write_text(content)
+    done = run_example("kernel.md", "module", folder, {})
+    assert (done.returncode, done.stdout) == (0, "1..2\nok 1 wrong answer\nok 2 right answer\n"), done.stderr
