@@ -61,6 +61,30 @@ def tree(suite: str = SUITE) -> Path:
     return final
 
 
+def cloud_tree() -> Path:
+    """Return a tree with what a cloud image has: an SSH server, cloud-init, and a network by systemd-networkd."""
+    source = tree()
+    final = cache() / f"debian-{SUITE}-cloud"
+    with _locked(final.name):
+        if not final.exists():
+            partial = final.with_name(final.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            _run("cp", "-a", str(source), str(partial))
+            install = (
+                "apt-get",
+                "install",
+                "-y",
+                "--no-install-recommends",
+                "openssh-server",
+                "cloud-init",
+                "iproute2",
+            )
+            _run("chroot", str(partial), *install)
+            _run("chroot", str(partial), "systemctl", "enable", "systemd-networkd")
+            partial.rename(final)
+    return final
+
+
 def kernel(suite: str = SUITE) -> tuple[Path, Path]:
     """Return the tree's kernel and initrd."""
     boot = tree(suite) / "boot"
