@@ -109,6 +109,7 @@ class Machine(Guest):
                 self._serve(running)
         except BaseException:
             await running.end()
+            self._stop_serving()
             raise
         return self
 

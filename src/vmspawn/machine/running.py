@@ -76,6 +76,7 @@ async def run(
     try:
         for line in await running._settle():
             notice(line)
+        running._is_up.set()
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again
         raise await running._failed_start(error) from None
     return running
@@ -138,7 +139,8 @@ class Running:
             self._guest_failure = GuestFailure(self.monitor, self._report)
             undo.callback(self._guest_failure.close)
             self._watch_guest()
-            self._time_limit = TimeLimit(self.config.time_limit, self.uptime, self.terminate)
+            self._is_up = asyncio.Event()
+            self._time_limit = TimeLimit(self.config.time_limit, self.uptime, self._terminate_once_up)
             undo.callback(self._time_limit.close)
             self._journal.write()
             self._end = asyncio.create_task(self._until_end())
@@ -239,6 +241,11 @@ class Running:
         await self._close_connections()
         await self._watch.close()
         self._started.end()
+
+    async def _terminate_once_up(self) -> None:
+        """Terminate the machine, but not during its start, which would take that for a failure of QEMU."""
+        await self._is_up.wait()
+        await self.terminate()
 
     async def give_up(self) -> None:
         """Take back a start that failed late: end a machine that was launched, let go of one that was adopted."""
