@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+import vmspawn.guest
 from vmspawn.guest.initramfs import Initramfs
 
 
@@ -95,3 +96,8 @@ def test_cpio_unpacks_it(tmp_path: Path) -> None:
 
     subprocess.run(["cpio", "--quiet", "-i"], input=written(write), cwd=tmp_path, check=True)
     assert (tmp_path / "etc/issue").read_text() == "hello"
+
+
+def test_the_guests_init_is_a_shell_script() -> None:
+    init = Path(vmspawn.guest.__file__).with_name("rootfs") / "init"
+    assert subprocess.run(["sh", "-n", str(init)], stderr=subprocess.PIPE, check=False).stderr == b""
