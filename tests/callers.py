@@ -16,7 +16,7 @@ from vmspawn.host.runtime import CONTROL
 from vmspawn.inside.inside import Inside
 
 INSTANCE = "io.systemd.MachineInstance"
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class Caller:

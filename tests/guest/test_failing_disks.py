@@ -26,7 +26,7 @@ from vmspawn.storage.failures import FAILED_EVENT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

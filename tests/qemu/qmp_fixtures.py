@@ -24,7 +24,7 @@ from vmspawn.qmp.share.multiplexer import Multiplexer
 from vmspawn.qmp.share.session import Session
 
 #: Seconds that any step may take. Large commands take QEMU seconds, and the host may be busy.
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 #: The factor for the numbers of examples and rounds.
 SCALE = float(os.environ.get("VMSPAWN_TEST_SCALE", "1"))

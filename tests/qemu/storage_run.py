@@ -50,7 +50,7 @@ from vmspawn.storage.backing import inspect_descriptor, open_disk
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
 #: Seconds that any operation may take on a busy host.
-DEADLINE = 30.0
+DEADLINE = 60.0
 #: Seconds that a detach waits for firmware, which does not release disks.
 SHORT = 0.05
 #: Ports of the machine: few, so that they run out.

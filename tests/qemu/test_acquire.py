@@ -28,7 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ACQUIRE = "io.systemd.QemuMachineInstance.AcquireQMP"
 OURS = "io.vmspawn.Machine.AcquireQMP"
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

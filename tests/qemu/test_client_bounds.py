@@ -35,7 +35,7 @@ from vmspawn.qmp.share.session import Session
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 #: Seconds that any step may take.
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 #: Bytes that the console's readers read at once.
 RECEIVE_MAX = 65536

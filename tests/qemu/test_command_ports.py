@@ -9,7 +9,7 @@ import pytest
 from tests.machines import idle_machine
 from vmspawn.errors import NotConnected
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 @pytest.mark.asyncio

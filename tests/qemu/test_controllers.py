@@ -22,7 +22,7 @@ from vmspawn.host import runtime
 from vmspawn.hotplug.attachment import State
 from vmspawn.qmp.monitor import Command, Monitor
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 #: The commands that save the device state.
 SAVES: tuple[tuple[str, dict[str, Any]], ...] = (

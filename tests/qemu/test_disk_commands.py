@@ -17,7 +17,7 @@ from tests.commands import VMCTL, Spawned, idle, spawned, vmctl
 from tests.conftest import MIB, make_qcow2, make_raw
 from vmspawn.control.client import Client, VarlinkError
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 @pytest.fixture(scope="module")

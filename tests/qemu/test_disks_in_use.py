@@ -24,7 +24,7 @@ from vmspawn.errors import (
 )
 from vmspawn.qmp.monitor import Monitor
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from vmspawn.qmp.limits import SESSIONS
 BATCH = 4
 
 #: Seconds for the removal of all that a hostile client has left.
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class Honest:

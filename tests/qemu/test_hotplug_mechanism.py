@@ -19,7 +19,7 @@ from vmspawn.hotplug.attachment import State
 
 #: More points than any operation has.
 POINTS_MAX = 40
-DEADLINE = 30
+DEADLINE = 60.0
 
 
 @pytest.fixture

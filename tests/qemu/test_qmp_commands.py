@@ -20,7 +20,7 @@ import pytest
 from tests.commands import VMCTL, Spawned, idle, make_script, qemu_pid, sharing, vmctl
 from tests.qemu.qmp_fixtures import Client, Machine
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.commands import VMCTL, Spawned, idle, vmctl
 from tests.qemu.qmp_fixtures import Client
 from vmspawn.host import runtime
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 @pytest.fixture

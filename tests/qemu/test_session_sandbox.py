@@ -15,7 +15,7 @@ from tests.qemu import qmp_fixtures
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.qmp.monitor import Command
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 
