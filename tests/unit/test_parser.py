@@ -174,6 +174,21 @@ def test_help_for_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("usage: vmctl attach-disk MACHINE [PATH] [OPTION…]")
 
 
+@pytest.mark.parametrize(
+    ("verb", "usage"),
+    [
+        ("exec", "MACHINE [OPTION…] [--] COMMAND [ARGUMENT…]"),
+        ("shell", "[USER@]MACHINE [OPTION…] [COMMAND [ARGUMENT…]]"),
+        ("ssh", "[OPTION…] [USER@]MACHINE [COMMAND…]"),
+        ("qmp", "MACHINE [OPTION…] [COMMAND [ARGUMENT…]]"),
+    ],
+)
+def test_the_usage_shows_where_options_end(verb: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        vmctl.build_parser().parse_args([verb, "--help"])
+    assert capsys.readouterr().out.splitlines()[0] == f"usage: vmctl {verb} {usage}"
+
+
 def test_help_omits_unsupported_options() -> None:
     text = vmspawn_command.build_parser().format_help()
     assert "--tpm" not in text

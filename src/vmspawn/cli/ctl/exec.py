@@ -20,7 +20,7 @@ _EXIT_FAILURE = 125
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
-    execute = verbs.add_for_machine("exec", _exec, "run a command in the guest", "[--] COMMAND [ARGUMENT…]")
+    execute = verbs.add_for_machine("exec", _exec, "run a command in the guest", "[OPTION…] [--] COMMAND [ARGUMENT…]")
     execute.add_argument("command", metavar="COMMAND", help="program in the guest; its PATH is searched")
     execute.end_options_here()
     execute.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="argument, passed as it is")
@@ -31,7 +31,7 @@ def add(verbs: Verbs) -> None:
     execute.add_argument("--program", default=PROGRAM, help=argparse.SUPPRESS)
     _add_options(execute)
     shell = verbs.add("shell", _shell, "open a shell, or run a command, on a terminal in the guest",
-                      "[USER@]MACHINE [COMMAND [ARGUMENT…]]")  # fmt: skip
+                      "[USER@]MACHINE [OPTION…] [COMMAND [ARGUMENT…]]")  # fmt: skip
     shell.add_argument("machine", metavar="[USER@]MACHINE", help="name of the machine; see: vmctl list")
     shell.add_argument("arguments", metavar="COMMAND", nargs="*", help="program and its arguments (default: the shell)")
     shell.end_options_here()

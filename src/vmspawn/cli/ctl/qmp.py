@@ -21,7 +21,7 @@ from .verbs import Verbs
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
-    session = verbs.add_for_machine("qmp", _qmp, "run a QMP command, or a QMP shell", "[COMMAND [ARGUMENT…]]")
+    session = verbs.add_for_machine("qmp", _qmp, "run a QMP command, or a QMP shell", "[OPTION…] [COMMAND [ARGUMENT…]]")
     session.add_argument("command", metavar="COMMAND", nargs="?", help="QMP command; without one, start a shell")
     # Options end at the command's first argument.
     session.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="KEY=VALUE, or one JSON object")

@@ -25,7 +25,8 @@ _EXIT_FAILURE = 125
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
-    ssh = verbs.add("ssh", _ssh, "log into the guest, or run a command there, by SSH", "[USER@]MACHINE [COMMAND…]")
+    ssh = verbs.add("ssh", _ssh, "log into the guest, or run a command there, by SSH",
+                    "[OPTION…] [USER@]MACHINE [COMMAND…]")  # fmt: skip
     ssh.exit_usage = _EXIT_FAILURE
     ssh.add_argument("machine", metavar="[USER@]MACHINE", help="name of the machine; see: vmctl list (user: root)")
     ssh.end_options_here()

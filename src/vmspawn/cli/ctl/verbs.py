@@ -13,6 +13,7 @@ from ..tables import JSON_MODES
 from ..values import seconds
 
 PROGRAM = "vmctl"
+_OPTIONS = "[OPTION…]"
 
 #: A function that performs a verb. Raises VmspawnError if it fails.
 Action = Callable[[argparse.Namespace], None]
@@ -32,11 +33,12 @@ class Verbs:
         self._heading = self._command.headings.setdefault(title, [])
 
     def add(self, name: str, action: Action, text: str, arguments: str = "") -> Parser:
-        """Add a verb. `arguments` is the placeholder for its arguments in the usage."""
+        """Add a verb. `arguments` are its arguments in the usage, which contain `[OPTION…]` if options end early."""
         self._heading.append(name)
         parser: Parser = self._subparsers.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
         parser.prog, parser.verb, parser.command = PROGRAM, name, self._command
-        parser.usage = " ".join(filter(None, (PROGRAM, name, arguments, "[OPTION…]")))
+        options = "" if _OPTIONS in arguments else _OPTIONS
+        parser.usage = " ".join(filter(None, (PROGRAM, name, arguments, options)))
         add_common_options(parser, default=argparse.SUPPRESS)
         parser.set_defaults(action=action)
         return parser
