@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tests.commands import one_line, vmctl
 from tests.machines import Machine, fresh_name
-from vmspawn.agent.protocol import PORTS
+from vmspawn.agent.protocol import PORTS, STATUS
 from vmspawn.errors import CommandFailed, NoFreePort, NotConnected, NotSupported, Timeout, UsageError
 from vmspawn.inside.commands import COMMANDS_MAX
 
@@ -252,6 +252,20 @@ async def test_the_streams_of_a_killed_command_end(machine: Machine) -> None:
             assert await command.stdout.read() == b""
         with pytest.raises(NotConnected, match="was ended"):
             await command.wait()
+
+
+async def test_a_status_port_that_breaks_the_protocol_ends_the_command(machine: Machine) -> None:
+    async with await machine.execute(["sleep", "75321"]) as command:
+        [execution] = machine._inside.commands._running.values()
+        # QEMU writes the guest's messages to this end of the socket.
+        execution.ports.streams[STATUS].theirs.send(b"nonsense\n")
+        with pytest.raises(NotConnected, match="broke its protocol"):
+            await command.wait()
+
+    async def is_gone() -> bool:
+        return (await machine.run("ps -o args | grep -c '^sleep 75321' || true")).stdout == "0\n"
+
+    await until(is_gone, "the command lives")
 
 
 async def test_nothing_is_left(machine: Machine) -> None:
