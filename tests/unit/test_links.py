@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the documents' links to each other, and the table of layers in docs/architecture.md."""
+"""Tests the documents' links to each other, and the files that they name."""
 
 import re
 from collections.abc import Iterator
@@ -19,6 +19,11 @@ def anchors(document: Path) -> Iterator[str]:
         yield re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
 
 
+def files_in_architecture() -> list[str]:
+    """Return the Python files that docs/architecture.md names."""
+    return sorted(set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "architecture.md").read_text())))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
@@ -33,3 +38,14 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_the_table_of_layers_is_complete() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert [each for each in LAYERS if f"`{each}/`" not in text and f"`{each}.py`" not in text] == []
+
+
+@pytest.mark.parametrize("name", files_in_architecture())
+def test_architecture_names_files_that_exist(name: str) -> None:
+    assert (ROOT / name).exists() or any((ROOT / "src" / "vmspawn").rglob(name))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tests_that_documents_name_exist(document: Path) -> None:
+    names = set(re.findall(r"\b(?:unit|qemu|guest|interop)/test_\w+", document.read_text()))
+    assert [each for each in sorted(names) if not (ROOT / "tests" / f"{each}.py").exists()] == []

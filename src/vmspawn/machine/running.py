@@ -352,7 +352,7 @@ class Running:
 
     @property
     def guest_failure(self) -> str:
-        """Why the guest gets nowhere: its kernel panicked, or it resets itself again and again; else empty."""
+        """The reason why the guest fails: its kernel panicked, or it resets itself again and again. Else empty."""
         return self._guest_failure.reason
 
     @property
