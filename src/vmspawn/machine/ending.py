@@ -16,7 +16,7 @@ MACHINE_ENDED = "MachineEnded"
 #: The explanation of SIGSYS.
 _SANDBOXED = "its sandbox forbids what it tried, such as starting a program (-sandbox)"
 
-#: A message for each of QEMU's ShutdownCause (qapi/run-state.json), and True for an end that somebody wanted.
+#: A message for each of QEMU's ShutdownCause (qapi/run-state.json), and True for an end on request.
 _CAUSES = {
     "guest-shutdown": ("the guest powered off", True),
     "guest-reset": ("the guest asked for a reboot, which this machine does not do", True),
@@ -28,7 +28,7 @@ _CAUSES = {
 
 _PANIC = "guest-panic"
 
-#: Ends that somebody asked for who did not ask the guest.
+#: Ends on request of the host, without the guest.
 _TERMINATED = ("host-qmp-quit", "qemu-killed")
 
 #: The reason of a machine that lasted longer than it may.

@@ -15,7 +15,7 @@ QUIT_TIMEOUT = 5.0
 
 
 class Quit:
-    """Ends one QEMU, whoever asks and how often."""
+    """Ends one QEMU once, however many callers ask for it."""
 
     def __init__(self, process: Process, monitor: Monitor) -> None:
         self._process = process

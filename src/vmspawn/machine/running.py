@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ..qmp.share.multiplexer import Multiplexer
     from ..qmp.share.session import Session
 
-#: Seconds that QEMU has to tell its run state to somebody who looks at the machine. `vmctl list` waits for 2 s.
+#: Seconds that QEMU has to report its run state. `vmctl list` waits for 2 s.
 _STATUS_TIMEOUT = 1.0
 
 #: Seconds that QEMU has to end after it closed its monitor.
@@ -64,9 +64,9 @@ async def run(
 ) -> Running:
     """Manage a QEMU that was launched or adopted; returns once it is up. Owns `started` from the call on.
 
-    `warn` is called with each line that somebody should read while the machine runs, `notice` with what was found when
-    the machine was adopted. Raises StartError, in QEMU's words if it ended, Timeout, QmpError or SystemFailure. A QEMU
-    that was launched has ended then and nothing is left of it; one that was adopted runs on.
+    `warn` gets each warning while the machine runs, and `notice` gets each message about an adoption. Raises StartError
+    (with QEMU's message if QEMU has ended), Timeout, QmpError or SystemFailure. After an error, a launched QEMU has
+    ended and has left nothing, and an adopted QEMU continues.
     """
     try:
         running = Running(started, warn)
@@ -319,7 +319,7 @@ class Running:
 
     @property
     def uptime(self) -> float:
-        """Seconds since QEMU was started, by whichever manager."""
+        """Return the seconds since the start of QEMU, which an earlier manager may have started."""
         return runtime.age(self._process.started)
 
     @property

@@ -30,7 +30,7 @@ from .signals import Signals, run_unless_ended
 if TYPE_CHECKING:
     from .job import Job
 
-#: Ends of QEMU that somebody will want to look into.
+#: Ends of QEMU that get a report in the cache.
 _UNEXPECTED = ("qemu-died", "unknown")
 
 #: Seconds that the last of the console's output has to be written.
