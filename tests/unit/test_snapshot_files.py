@@ -4,6 +4,8 @@
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,52 @@ def test_only_one_process_has_a_snapshot_alone() -> None:
     second.close()
     assert first.lock_alone()
     first.close()
+
+
+def test_a_lock_on_a_manifest_that_was_removed_does_not_count(folder: Path) -> None:
+    made("web@current")
+    with closing(OpenSnapshot("web@current")) as snapshot:
+        # So does another process that has the lock while this one converts its own.
+        os.rename(folder / "web@current", folder / ".new-web@current-removed-1")
+        with pytest.raises(NoSuchSnapshot):
+            snapshot.lock_alone()
+
+
+def test_a_lock_on_a_manifest_that_was_replaced_is_taken_on_the_new_one(folder: Path) -> None:
+    found = made("web@current")
+    with closing(OpenSnapshot("web@current")) as snapshot:
+        new = folder / "web@current" / "new"
+        new.write_bytes(found._replace(created=2.0).to_json())
+        os.rename(new, folder / "web@current" / snapshot_files.MANIFEST)
+        assert snapshot.lock_alone()
+        assert snapshot.manifest.created == 2.0
+        with pytest.raises(SnapshotInUse):
+            OpenSnapshot("web@current", wait=False)
+
+
+def test_a_snapshot_stays_locked_when_its_manifest_is_replaced() -> None:
+    found = made("web@current")
+    with closing(OpenSnapshot("web@current")) as snapshot:
+        assert snapshot.lock_alone()
+        snapshot.replace(found._replace(created=2.0))
+        with pytest.raises(SnapshotInUse):
+            OpenSnapshot("web@current", wait=False)
+        # Another process merges it.
+        assert not merge.merge("web")
+    with closing(OpenSnapshot("web@current", wait=False)) as snapshot:
+        assert snapshot.manifest.created == 2.0
+
+
+def test_a_snapshot_is_gone_for_a_process_that_waited_for_its_lock() -> None:
+    made("web@clean")
+    with closing(OpenSnapshot("web@clean")) as snapshot, ThreadPoolExecutor() as pool:
+        assert snapshot.lock_alone()
+        waiting = [pool.submit(directory.remove, "web@clean") for _ in range(4)]
+        snapshot.remove()
+        snapshot.close()
+        for each in waiting:
+            with pytest.raises(NoSuchSnapshot):
+                each.result(timeout=60)
 
 
 def test_the_newest_disks_are_not_discarded_while_snapshots_need_the_older_ones() -> None:

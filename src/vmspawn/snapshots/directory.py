@@ -145,32 +145,100 @@ def check_ours(path: str) -> None:
 class OpenSnapshot:
     """A snapshot that is kept from being removed while it is open. Owns the manifest's descriptor."""
 
-    def __init__(self, full_name: str, parent: str = "") -> None:
-        """Open a snapshot in a folder, that of all snapshots by default. Raises NoSuchSnapshot, StartError."""
+    manifest: Manifest
+
+    def __init__(self, full_name: str, parent: str = "", *, wait: bool = True) -> None:
+        """Open a snapshot in a folder, that of all snapshots by default.
+
+        Waits while another process has the snapshot alone. If `wait` is False, it raises SnapshotInUse instead. Raises
+        NoSuchSnapshot, StartError.
+        """
         self.path = path_of(full_name, parent)
+        self.fd = -1
+        self._full_name = full_name
+        self._shared = fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB
+        self._open()
+
+    def _open(self) -> None:
+        """Open, lock and read the manifest, again if another process has replaced it before the lock was taken."""
+        while True:
+            self._open_file()
+            try:
+                fcntl.flock(self.fd, self._shared)
+                if self._is_in_place():
+                    self.manifest = manifests.load(_read(self.fd), self._full_name)
+                    return
+            except BlockingIOError:
+                self.close()
+                raise SnapshotInUse(
+                    f"another process removes {self._full_name}, or writes its overlays to the images",
+                    hint="try again when that is done; see: vmctl list-snapshots",
+                ) from None
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+
+    def _open_file(self) -> None:
         try:
             check_ours(os.path.dirname(self.path))
             check_ours(self.path)
-            self.fd = os.open(os.path.join(self.path, MANIFEST), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.fd = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
-            raise NoSuchSnapshot(f"there is no snapshot {full_name}", hint="see: vmctl list-snapshots") from None
+            raise NoSuchSnapshot(f"there is no snapshot {self._full_name}", hint="see: vmctl list-snapshots") from None
         except OSError as error:
-            raise StartError(f"cannot open snapshot {full_name}: {error.strerror}") from None
+            raise StartError(f"cannot open snapshot {self._full_name}: {error.strerror}") from None
+
+    @property
+    def _file(self) -> str:
+        return os.path.join(self.path, MANIFEST)
+
+    def _is_in_place(self) -> bool:
+        """Return whether the path of the manifest still leads to the open file."""
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_SH)
-            self.manifest: Manifest = manifests.load(_read(self.fd), full_name)
-        except BaseException:
-            self.close()
-            raise
+            return os.path.samestat(os.lstat(self._file), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
 
     def lock_alone(self) -> bool:
-        """Keep others from using the snapshot. Returns False if a machine runs on it, or another process uses it."""
+        """Keep others from using the snapshot. Returns False if a machine runs on it, or another process uses it.
+
+        Raises NoSuchSnapshot if another process has removed it meanwhile, StartError.
+        """
         try:
-            # Converting our own shared lock fails while another process has one.
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                # Converting our own shared lock fails while another process has one. The conversion is not atomic:
+                # another process can have the lock in between, and remove or replace the manifest.
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_in_place():
+                    return True
+                self.close()
+                self._open()
         except BlockingIOError:
             return False
-        return True
+
+    def replace(self, manifest: Manifest) -> None:
+        """Replace the manifest of a snapshot that is locked alone; the new file is locked too. Raises OSError."""
+        fd = os.open(self._file + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(manifest.to_json())
+            os.fsync(fd)
+            os.rename(self._file + ".new", self._file)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.close()
+        self.fd, self.manifest = fd, manifest
+
+    def remove(self) -> None:
+        """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse, StartError."""
+        _check_unused(self._full_name, self)
+        # The manifest goes first: a folder without one is no snapshot.
+        hidden = os.path.join(root(), f"{UNFINISHED}{self._full_name}-removed-{os.getpid()}")
+        os.rename(self.path, hidden)
+        _remove(hidden)
 
     def close(self) -> None:
         """Close the snapshot, which releases the lock. May be called again."""
@@ -202,15 +270,8 @@ def find(machine: str, name: str) -> str:
 
 def remove(full_name: str) -> None:
     """Remove a snapshot. Raises NoSuchSnapshot, SnapshotInUse, StartError."""
-    snapshot = OpenSnapshot(full_name)
-    try:
-        _check_unused(full_name, snapshot)
-        # The manifest goes first: a folder without one is no snapshot.
-        hidden = os.path.join(root(), f"{UNFINISHED}{full_name}-removed-{os.getpid()}")
-        os.rename(snapshot.path, hidden)
-        _remove(hidden)
-    finally:
-        snapshot.close()
+    with contextlib.closing(OpenSnapshot(full_name)) as snapshot:
+        snapshot.remove()
 
 
 def check_discards_nothing(full_name: str) -> None:

@@ -62,9 +62,9 @@ def fork(
     that saved the state. `new_identity` gives the guest a new host name, machine ID and MAC addresses. `parent` is a
     process that the copy must not outlive, or 0. `on_begin` is called before the first step that has to be undone.
 
-    Raises NoSuchSnapshot, StartError, UsageError; nothing is left behind then.
+    Raises NoSuchSnapshot, SnapshotInUse, StartError, UsageError; nothing is left behind then.
     """
-    with contextlib.closing(OpenSnapshot(full_name)) as snapshot:
+    with contextlib.closing(OpenSnapshot(full_name, wait=False)) as snapshot:
         config = _config(snapshot.manifest, given)
         what = Fork(full_name, keep_disks)
         return start_copy(

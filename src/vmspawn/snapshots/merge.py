@@ -8,6 +8,7 @@ interrupted, the overlays are as they were, and prevail over the content that th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..aio.programs import CANCELLER, check_cancelled
-from ..errors import QmpError, SystemFailure, Timeout, VmspawnError
+from ..errors import NoSuchSnapshot, QmpError, SnapshotInUse, SystemFailure, Timeout, VmspawnError
 from ..images import snapshot_files
 from ..storage.image import Image
 from ..storage.saved import load_image
@@ -69,9 +70,12 @@ def _merge(machine: str) -> bool:
     full_name = f"{machine}@{CURRENT}"
     if full_name not in snapshot_files.names():
         return False
-    snapshot = OpenSnapshot(full_name)
     try:
-        if not snapshot.lock_alone():
+        snapshot = OpenSnapshot(full_name, wait=False)
+    except (NoSuchSnapshot, SnapshotInUse):
+        return False  # another process merges or removes it
+    with contextlib.closing(snapshot):
+        if not _is_ours(snapshot):
             return False
         chains = [image.chain for image in _tops(snapshot.manifest) if image.base is not None]
         _set_paths(chains, snapshot.manifest)
@@ -79,10 +83,18 @@ def _merge(machine: str) -> bool:
             return False
         _expect_changes(snapshot, chains)
         _commit(snapshot.manifest.qemu.path, chains)
-    finally:
-        snapshot.close()
-    directory.remove(full_name)
+        with contextlib.suppress(NoSuchSnapshot):
+            # The lock is still held: no other process can start a machine on the overlays before they are removed.
+            snapshot.remove()
     return True
+
+
+def _is_ours(snapshot: OpenSnapshot) -> bool:
+    """Lock the snapshot alone. Returns False if another process uses it, or has removed it."""
+    try:
+        return snapshot.lock_alone()
+    except (NoSuchSnapshot, SnapshotInUse):
+        return False
 
 
 def is_merged(manifest: Manifest) -> bool:
@@ -116,12 +128,7 @@ def _expect_changes(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> No
     changed = manifest._replace(
         files=tuple(each._replace(size=-1) if each.path in paths else each for each in manifest.files)
     )
-    path = os.path.join(snapshot.path, snapshot_files.MANIFEST)
-    with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(changed.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(path + ".new", path)
+    snapshot.replace(changed)
 
 
 def _commit(qemu: str, chains: list[list[Image]]) -> None:

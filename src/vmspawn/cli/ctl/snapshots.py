@@ -120,7 +120,7 @@ def _fork(options: argparse.Namespace) -> None:
         full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
         timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
         # The lock keeps the snapshot from being removed until a copy runs.
-        with _removed_on_failure(machine), closing(directory.OpenSnapshot(full_name)):
+        with _removed_on_failure(machine), closing(directory.OpenSnapshot(full_name, wait=False)):
             stale = background.start_copies(full_name, names, wanted, timeout=timeout)
     found: dict[str, Any] = {"snapshot": full_name, "machines": names, "clock": "as saved" if stale else "set"}
     forwards = {each: _forwards(each) for each in names} if wanted.forwards else {}
