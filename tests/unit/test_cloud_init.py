@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,12 +37,13 @@ def seeded(directory: MachineDirectory, user_data: str = "", *, key: bool = True
     pytest.importorskip("pycdlib")
     (disk,) = cloud_init.with_seed(config, directory).extra_disks
     assert disk.read_only
+    assert stat.S_IMODE(Path(disk.path).stat().st_mode) == 0o600
     return Path(disk.path)
 
 
 def test_the_instance_changes_with_the_user_data() -> None:
     def instance(name: str, data: bytes) -> str:
-        return str(json.loads(cloud_init.files(name, data, KEY)["meta-data"])["instance-id"])
+        return str(json.loads(cloud_init.seed_files(name, data, KEY)["meta-data"])["instance-id"])
 
     first = instance("web", b"#cloud-config\n\xff")
     assert first == instance("web", b"#cloud-config\n\xff")
@@ -94,7 +96,7 @@ def test_the_package_is_not_installed(directory: MachineDirectory, monkeypatch: 
     config = MachineConfig(name="web", image="/x", cloud_init="")
     with refused("^--cloud-init= needs the Python package pycdlib", NotInstalled) as caught:
         cloud_init.with_seed(config, directory)
-    assert "pip install" in caught.value.hint
+    assert "pipx inject vmspawn pycdlib" in caught.value.hint
 
 
 def test_the_option() -> None:

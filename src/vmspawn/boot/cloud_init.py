@@ -6,7 +6,9 @@ The files are described in cloud-init's manual, "NoCloud".
 
 from __future__ import annotations
 
+import io
 import json
+import os
 
 from ..errors import NotInstalled, StartError
 from ..fingerprint import fingerprint_strings
@@ -19,13 +21,13 @@ from .config import MachineConfig
 _LABEL = "CIDATA"
 _DISK = "cidata"
 
-#: The maximum size of user data. What cloud-init is given is far smaller.
+#: The maximum size of user data. Real user data is far smaller.
 _USER_DATA_MAX = 16 << 20
 
-#: The user data without a file.
+#: The user data if the user gives no file.
 _NO_USER_DATA = b"#cloud-config\n{}\n"
 
-#: Images disable root's login; the user's own data can do that again, because it has precedence over vendor data.
+#: Enables root's login, which images disable. User data can disable it again, because it has precedence.
 _VENDOR_DATA = b"#cloud-config\ndisable_root: false\n"
 
 
@@ -35,13 +37,13 @@ def with_seed(config: MachineConfig, directory: MachineDirectory) -> MachineConf
         return config
     key = directory.read(runtime.SSH_PUBLIC_KEY).decode().strip() if config.pass_ssh_key else ""
     path = directory.file(runtime.CLOUD_INIT)
-    _write_image(path, files(config.name or "", _user_data(config.cloud_init), key))
+    _write_image(path, seed_files(config.name or "", _user_data(config.cloud_init), key))
     disk = Disk(path, _DISK, DEFAULT_BUS, "raw", read_only=True)
     return config._replace(extra_disks=(*config.extra_disks, disk))
 
 
-def files(name: str, user_data: bytes, key: str) -> dict[str, bytes]:
-    """Return the seed's files by their names.
+def seed_files(name: str, user_data: bytes, key: str) -> dict[str, bytes]:
+    """Return the seed's files by their names. `key` is a public SSH key, or an empty string.
 
     cloud-init configures an image once for each instance-id, which changes with the user data and the machine's name.
     """
@@ -80,18 +82,18 @@ def _unusable(path: str, reason: str) -> StartError:
 
 
 def _write_image(path: str, content: dict[str, bytes]) -> None:
-    import io
-
     try:
         import pycdlib
     except ImportError:
         raise NotInstalled.with_fields(
             "{cloud_init=} needs the Python package pycdlib",
-            hint="install it: pip install 'vmspawn[cloud-init]' (Debian: python3-pycdlib)",
+            hint="install it with: pipx inject vmspawn pycdlib",
         ) from None
     image = pycdlib.PyCdlib()
     image.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=_LABEL)
     for number, (name, data) in enumerate(content.items()):
         image.add_fp(io.BytesIO(data), len(data), f"/FILE{number}.;1", rr_name=name, joliet_path=f"/{name}")
-    image.write(path)
+    # User data may contain passwords.
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        image.write_fp(file)
     image.close()
