@@ -114,15 +114,7 @@ class Running:
             if self._origin.loading is not None:
                 self._journal.add_section("loading", self._origin.loading.to_json)
             saving = Saving()
-            self._sessions = Sessions(
-                started.monitors,
-                self._origin.sessions,
-                self._journal,
-                self._transcript,
-                directory=self.directory,
-                pid=started.pid,
-                saving=saving,
-            )
+            self._sessions = self._open_sessions(saving)
             #: The devices that are plugged into the machine.
             self.hotplug = Hotplug(self.monitor, self._run_state, self._journal, saving)
             #: The machine's disks.
@@ -145,6 +137,17 @@ class Running:
             self._journal.write()
             self._end = asyncio.create_task(self._until_end())
             undo.pop_all()
+
+    def _open_sessions(self, saving: Saving) -> Sessions:
+        return Sessions(
+            self._started.monitors,
+            self._origin.sessions,
+            self._journal,
+            self._transcript,
+            directory=self.directory,
+            pid=self.pid,
+            saving=saving,
+        )
 
     def _open_storage(self) -> Storage:
         origin = self._origin
