@@ -5,7 +5,6 @@ tests/unit/test_hotkeys.py tests the matcher. Here each piece is a read of its o
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -29,20 +28,17 @@ def split(keys: bytes, sizes: tuple[int, ...]) -> list[bytes]:
     return [keys[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-#: Keys that take longer may be too slow for the program, which allows a second between two of them.
-IN_TIME = 0.9
-
-
 def press(tty: Tty, pieces: list[bytes], pause: float, expect: Callable[[float], object]) -> None:
-    """Type keys, and expect their effect within the seconds that `expect` gets; again if a busy host was too slow."""
-    for _ in range(10):
-        begun = time.monotonic()
+    """Type keys until they have their effect, for which `expect` waits so many seconds.
+
+    The program allows a second between two keys, and on a busy host it may read them too late.
+    """
+    for _ in range(4):
         tty.type_slowly(pieces, pause)
-        if time.monotonic() - begun < IN_TIME:
-            break
         with contextlib.suppress(AssertionError):
-            expect(3.0)
+            expect(12.0)
             return
+    tty.type_slowly(pieces, pause)
     expect(DEADLINE)
 
 
@@ -74,8 +70,8 @@ def test_keys_that_ask_the_guest(machine: Seated, sizes: tuple[int, ...], pause:
 
 def test_keys_that_are_too_slow_are_for_the_guest(machine: Seated) -> None:
     """Afterwards the same keys in time take effect: the slow ones have left nothing."""
-    machine.type_slowly(split(END, (1, 1, 1)), 1.05)
-    machine.type_slowly(split(REBOOT, (1, 2)), 1.05)
+    machine.type_slowly(split(END, (1, 1, 1)), 1.5)
+    machine.type_slowly(split(REBOOT, (1, 2)), 1.5)
     machine.type(POWER_OFF)
     machine.expect(rb"asked the guest to power off\r\n")
     assert b"asked" not in machine.before

@@ -33,6 +33,8 @@ _CASES = [pytest.param(each, marks=pytest.mark.soak) if each in _RARE else each 
 async def test_a_state_is_refused_with_a_reason(state: str, qemu: str, tmp_path: Path) -> None:
     before = left()
     async with machine_in(state, qemu, tmp_path) as machine:
+        # The events of the way into the state come before the reply.
+        await machine.monitor.execute("query-status")
         with machine.monitor.events() as events:
             with pytest.raises(SnapshotBlocked, match=f"its guest is in state {state}") as caught:
                 await machine.snapshot()

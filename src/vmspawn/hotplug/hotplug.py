@@ -24,7 +24,7 @@ from ..qmp.saving import Saving
 from . import pending
 from .attachment import Attachment, Removal, State
 from .journal import Journal
-from .qemu_objects import QemuObject, remove_objects
+from .qemu_objects import QemuObject, device_ids, remove_objects
 from .register import Register
 from .step import DEVICE, Step
 from .unplug import ask_until_gone
@@ -90,7 +90,7 @@ class Hotplug:
                 await self._do_all(attachment)
                 if finish is not None:
                     await finish()
-            if attachment.gone.is_set():
+            if await self._is_gone(attachment):
                 raise attachment.vanished()
         except BaseException as error:
             await self._give_up(attachment, error)
@@ -105,6 +105,15 @@ class Hotplug:
             register.save(attachment)
         if attachment.events is not None:
             self.publish(attachment.events.attached, attachment)
+
+    async def _is_gone(self, attachment: Attachment) -> bool:
+        """Return whether the device was removed since it was plugged in.
+
+        After an adoption, an event about a removed controller of the same name may still arrive.
+        """
+        if attachment.gone.is_set() and attachment.device in await device_ids(self.monitor):
+            attachment.gone.clear()
+        return attachment.gone.is_set()
 
     async def _do_all(self, attachment: Attachment) -> None:
         steps = attachment.plan()
