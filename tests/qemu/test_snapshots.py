@@ -153,6 +153,10 @@ async def test_kept_disks_are_the_copys_newest_and_start_again(qemu: str, tmp_pa
             async with current.fork() as again:
                 assert "disk" in [each.disk.name for each in await again.disks()]
             directory.remove(current.name)
+            async with snapshot.fork(name, keep_disks=True) as copy:
+                done = await run("detach-disk", name, "disk")
+                assert f"it is never written to {path}, because this machine is a copy" in done
+            directory.remove(current.name)
 
 
 async def test_an_ephemeral_image_stays_unchanged_in_copies(qemu: str, tmp_path: Path) -> None:

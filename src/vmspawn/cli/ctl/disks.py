@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from typing import Any
 
 from ...control.client import REPLY_TIMEOUT, Client, VarlinkError
-from ...errors import NoSuchStorage, UsageError
+from ...errors import NoSuchStorage, UsageError, VmspawnError
 from ...storage.disk import (
     AIO_CHOICES,
     AUTO_BUS,
@@ -212,8 +214,21 @@ def _newest_data(machine: str, disk: dict[str, Any]) -> str:
     """Return a line about the overlay that a detached disk was on, because the machine or its source was saved."""
     if disk["path"] is None:
         return "the guest's changes are discarded, because this machine is a copy whose disks are not kept"
-    written = f"it is written to {disk['backingFiles'][-1]} when {machine} has ended and its snapshots are removed"
+    image = disk["backingFiles"][-1]
+    if _is_of_copy(disk["path"]):
+        return f"the newest data is in {disk['path']}; it is never written to {image}, because this machine is a copy"
+    written = f"it is written to {image} when {machine} has ended and its snapshots are removed"
     return f"the newest data is in {disk['path']}; {written}"
+
+
+def _is_of_copy(overlay: str) -> bool:
+    """Return whether an overlay in a MACHINE@current belongs to a copy. An unreadable manifest counts as no copy."""
+    from ...snapshots.directory import OpenSnapshot
+
+    parent, full_name = os.path.split(os.path.dirname(overlay))
+    with contextlib.suppress(VmspawnError), contextlib.closing(OpenSnapshot(full_name, parent)) as current:
+        return current.manifest.is_copy
+    return False
 
 
 def _find(options: argparse.Namespace) -> dict[str, Any] | None:
