@@ -38,11 +38,15 @@ class Cancellation:
                     raise asyncio.CancelledError
                 return result
 
+    def check(self) -> None:
+        """Raise CancelledError if the cancellation is wanted."""
+        if self._is_wanted:
+            raise asyncio.CancelledError
+
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
         """Allow the cancellation of the awaits in this context. Raises CancelledError if it is wanted already."""
-        if self._is_wanted:
-            raise asyncio.CancelledError
+        self.check()
         self._is_allowed = True
         try:
             yield

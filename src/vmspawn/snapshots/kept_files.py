@@ -25,13 +25,13 @@ from .same_host import hash_of
 #: The file of the state in the snapshot's folder.
 STATE_FILE = "state"
 
-#: Bytes of devices' state, and of the headers of overlays.
+#: Bytes reserved for the state of devices, and for the headers of overlays.
 _DEVICES_SIZE = 16 << 20
 
-#: Bytes that are reserved between two looks whether the save was cancelled.
+#: Bytes that are reserved between two checks for a cancellation.
 _RESERVE_SIZE = 256 << 20
 
-#: The block node of UEFI's program.
+#: The block node of the UEFI firmware.
 _FIRMWARE_NODE = "firmware-code"
 
 
@@ -43,7 +43,7 @@ class KeptFiles:
         self._files = OpenFiles(pid)
         #: The numbers of descriptors in QEMU, by those on its command line, where they differ.
         self._numbers: dict[int, int] = {}
-        #: Open images without a name that are copied while the guest stands still, by the names of their copies.
+        #: Open images without a name that are copied while the guest is stopped, by the names of their copies.
         self._to_copy: dict[str, int] = {}
         #: Open files that the manifest lists, by their paths.
         self._listed: dict[str, int] = {}
@@ -56,7 +56,7 @@ class KeptFiles:
         self._closing.close()
 
     def reserve_state(self, machine: str, size: int) -> int:
-        """Create the file of the state with room for `size` bytes, and return a descriptor for writing alone.
+        """Create the file of the state with space for `size` bytes, and return a write-only descriptor.
 
         Raises SystemFailure, OSError.
         """
@@ -64,7 +64,7 @@ class KeptFiles:
         fd = self._folder.create(STATE_FILE)
         self._closing.callback(os.close, fd)
         try:
-            # QEMU writes from the beginning; the rest is given back in the end.
+            # QEMU writes from the beginning; `copy_written` frees the rest.
             for offset in range(0, size, _RESERVE_SIZE):
                 check_cancelled()
                 os.posix_fallocate(fd, offset, min(_RESERVE_SIZE, size - offset))
@@ -178,7 +178,7 @@ class KeptFiles:
         for number in incoming.writable_descriptors(recorded.options):
             fd = self.open_descriptor(number)
             path = os.path.join(self._folder.path, f"descriptor{number}")
-            # Memory is not synced while the guest stands still; neither is the state.
+            # To keep the pause short, memory is synced after it, as the state is.
             is_memory = number == incoming.ram_file(recorded.options)
             try:
                 copy(fd, path, is_synced=not is_memory, on_step=check_cancelled)

@@ -79,7 +79,7 @@ def _merge(machine: str) -> bool:
             return False
         chains = [image.chain for image in _tops(snapshot.manifest) if image.base is not None]
         _set_paths(chains, snapshot.manifest)
-        if not is_merged(snapshot.manifest) or not _are_free(full_name, chains):
+        if not can_be_merged(snapshot.manifest) or not _are_free(full_name, chains):
             return False
         _expect_changes(snapshot, chains)
         _commit(snapshot.manifest.qemu.path, chains)
@@ -97,8 +97,8 @@ def _is_ours(snapshot: OpenSnapshot) -> bool:
         return False
 
 
-def is_merged(manifest: Manifest) -> bool:
-    """Return whether the disks are to be written to the images below, which those of copies are not."""
+def can_be_merged(manifest: Manifest) -> bool:
+    """Return whether there are overlays for the images below. A copy's are never written to its source's images."""
     return not manifest.is_copy and any(image.base is not None for image in _tops(manifest))
 
 

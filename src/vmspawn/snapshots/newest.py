@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes MACHINE@current, which lists the newest state of a machine's disks: it lasts when the machine ends.
+"""Writes MACHINE@current, which lists the newest state of a machine's disks and outlives the machine.
 
 All methods block, so they are called in threads.
 """
@@ -62,7 +62,7 @@ class NewestDisks:
 
     @staticmethod
     def discard_overlays(made: Sequence[Image]) -> None:
-        """Remove overlays that no disk has."""
+        """Close and remove overlays that no disk uses."""
         for image in made:
             image.close_backing()
             if image.path:
@@ -86,7 +86,7 @@ class NewestDisks:
         return found
 
     def write(self, manifest: Manifest, folder: str, frozen: Sequence[Frozen]) -> None:
-        """Write the manifest of MACHINE@current; it holds after `publish`.
+        """Write the manifest of MACHINE@current, which takes effect with `publish`.
 
         `manifest` is that of the new snapshot, which is in `folder`. Raises OSError.
         """
@@ -114,7 +114,7 @@ class NewestDisks:
             os.fsync(file.fileno())
 
     def publish(self) -> None:
-        """Make the written manifest hold, once the disks are on the overlays. Raises OSError."""
+        """Put the written manifest in place, once the disks use the overlays. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._manifest + ".new", self._manifest)
 

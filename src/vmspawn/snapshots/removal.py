@@ -16,9 +16,9 @@ from .directory import CURRENT, OpenSnapshot
 def remove(full_name: str) -> None:
     """Remove a snapshot, and write overlays that no snapshot needs any more to the images below.
 
-    The removal of a machine's newest disks writes them to the images. Those of a copy are discarded.
+    MACHINE@current is removed by writing the overlays, and that of a copy by deleting them. Writing may take minutes.
 
-    That may take minutes. Raises NoSuchSnapshot, SnapshotInUse, StartError; SystemFailure if the snapshot was removed
+    Raises NoSuchSnapshot, SnapshotInUse, StartError; SystemFailure if the snapshot was removed
     and overlays cannot be written, or Cancelled if the work of this thread is cancelled meanwhile.
     """
     from . import merge
@@ -26,8 +26,8 @@ def remove(full_name: str) -> None:
     machine, _, name = full_name.partition("@")
     directory.check_discards_nothing(full_name)
     with closing(OpenSnapshot(full_name)) as snapshot:
-        is_merged = name == CURRENT and merge.is_merged(snapshot.manifest)
-    if is_merged:
+        can_be_merged = name == CURRENT and merge.can_be_merged(snapshot.manifest)
+    if can_be_merged:
         if not merge.merge(machine):
             raise SnapshotInUse(
                 f"{full_name} is in use, and cannot be written to the disks now",

@@ -3,10 +3,10 @@
 
 1. Devices and disks that cannot be saved are found; if there are any, the save fails.
 2. Disk changes, QMP sessions and the manager itself are kept from QEMU.
-3. While the guest runs, the overlays are opened, and room on the disk is reserved.
+3. While the guest runs, the overlays are opened, and space on the disk is reserved.
 4. The guest is stopped, and QEMU writes its state.
-5. The overlays are put in, all or none, and the images below become read-only.
-6. The guest goes on, and the snapshot gets its name.
+5. The overlays are inserted, all or none, and the images below become read-only.
+6. The guest continues, and the snapshot gets its name.
 
 A failure before step 5 leaves nothing behind. A failure after it leaves the overlays, which work. A cancellation is a
 failure too. It waits for the end of commands to QEMU, whose effect would be unknown otherwise.
@@ -47,12 +47,12 @@ from .newest import NewestDisks
 
 _T = TypeVar("_T")
 
-#: Seconds that disk changes and commands of sessions which are under way have to end.
+#: Seconds that disk changes and commands of sessions have to end.
 _HOLD_TIMEOUT = 15.0
 
 
 class Saved(NamedTuple):
-    """A snapshot that was made. `pause` is the number of seconds that the guest stood still."""
+    """A snapshot that was made. `pause` is the number of seconds that the guest was paused."""
 
     manifest: Manifest
     pause: float
@@ -74,8 +74,8 @@ async def save(
 ) -> Saved:
     """Save a machine. `on_progress` is called with the number of written bytes of RAM, and with the total.
 
-    `detach_blocking` detaches disks that cannot be saved, and attaches them again afterwards. `parent` is the folder of
-    all snapshots by default.
+    `detach_blocking` detaches disks that cannot be saved, and attaches them again afterwards. `parent` is the directory
+    in which the snapshot's directory is made; the default is that of all snapshots.
 
     Raises SnapshotBlocked, SnapshotExists, UsageError, SystemFailure, QmpError, Timeout or NotConnected; the machine
     runs on then, and nothing of the snapshot is left. The same is true if this is cancelled.
@@ -162,19 +162,18 @@ class _Save:
         begun = time.monotonic()
         try:
             manifest = await self._stop_and_save(prepared, state)
-            await self._put_overlays_in(manifest)
+            await self._insert_overlays(manifest)
         finally:
             await self._go_on()
             pause = time.monotonic() - begun
-        await self._blocking(partial(self._finish, manifest, state))
+        await self._in_thread(partial(self._finish, manifest, state))
         await self._freeze.finish()
-        with self._cancellation.allowed():
-            # A cancellation that comes in time for this takes the snapshot back.
-            pass
+        # A cancellation that arrived since the pause still removes the snapshot.
+        self._cancellation.check()
         disks = [(each.disk.name, each.base.path, each.overlay.path) for each in self._freeze.frozen]
         return Saved(manifest, pause, disks)
 
-    async def _blocking(self, call: Callable[[], _T]) -> _T:
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
         """Call a function in a thread. Raises its errors. A cancellation waits for the function's end."""
         with self._cancellation.allowed():
             return await run_cancellable(call)
@@ -186,17 +185,17 @@ class _Save:
         machine, files = self._machine, self._files
         disks = [each for each in machine.storage if each.state is AttachmentState.ATTACHED]
         size = min(_resident(machine.pid), machine.config.ram_bytes)
-        await self._blocking(self._folder.make)
-        state = await self._blocking(partial(files.reserve_state, machine.name, size))
+        await self._in_thread(self._folder.make)
+        state = await self._in_thread(partial(files.reserve_state, machine.name, size))
         sets = {each["fdset-id"]: each["fds"] for each in await machine.monitor.execute("query-fdsets")}
         files.find_descriptors(recorded, sets)
         images = [image for disk in disks for top in disk.images for image in top.chain]
-        await self._blocking(partial(files.list_images, images))
+        await self._in_thread(partial(files.list_images, images))
         await self._freeze.prepare(self._make_overlays, self._open_read_only)
-        descriptors = await self._blocking(partial(files.list_descriptors, recorded))
-        firmware = await self._blocking(partial(files.firmware, recorded))
-        processor = await self._blocking(partial(same_host.processor, machine.accelerator))
-        recorded = await self._blocking(partial(files.keep_boot_files, recorded))
+        descriptors = await self._in_thread(partial(files.list_descriptors, recorded))
+        firmware = await self._in_thread(partial(files.firmware, recorded))
+        processor = await self._in_thread(partial(same_host.processor, machine.accelerator))
+        recorded = await self._in_thread(partial(files.keep_boot_files, recorded))
         devices = await device_ids(machine.monitor)
         return state, Prepared(recorded, descriptors, firmware, processor, devices, disks)
 
@@ -223,7 +222,7 @@ class _Save:
         await machine.monitor.execute("stop")
         with self._cancellation.allowed():
             scheme = await stream.save(machine.monitor, state, self._on_progress, has_ram_file=has_ram_file)
-        await self._blocking(partial(self._files.copy_written, prepared.recorded, state))
+        await self._in_thread(partial(self._files.copy_written, prepared.recorded, state))
         return describe(
             machine,
             self._name,
@@ -236,10 +235,10 @@ class _Save:
             was_running=self._was_running,
         )
 
-    async def _put_overlays_in(self, manifest: Manifest) -> None:
-        """Put the overlays in. From then on MACHINE@current has the newest state of the disks, whatever fails."""
+    async def _insert_overlays(self, manifest: Manifest) -> None:
+        """Insert the overlays. From then on MACHINE@current has the newest disks, even if a later step fails."""
         frozen = self._freeze.frozen
-        await self._blocking(partial(self._newest.write, manifest, self._folder.path, frozen))
+        await self._in_thread(partial(self._newest.write, manifest, self._folder.path, frozen))
         try:
             await self._freeze.switch()
         finally:
@@ -247,7 +246,7 @@ class _Save:
                 self._newest.publish()
 
     async def _go_on(self) -> None:
-        """Bring the guest back to the state that it was in. A paused guest runs for a moment."""
+        """Return the guest to its state before the save. A paused guest runs for a moment."""
         monitor = self._machine.monitor
         with contextlib.suppress(VmspawnError):
             await stream.forget(monitor)
