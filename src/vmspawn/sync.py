@@ -389,7 +389,7 @@ class Snapshot(Blocking[_machine.Snapshot]):
 
     @property
     def pause(self) -> float:
-        """The number of seconds that the guest stood still."""
+        """The number of seconds that the guest was paused."""
         return self._read(lambda inner: inner.pause)
 
     @property

@@ -58,7 +58,7 @@ class Saved(Protocol):
 
     @property
     def pause(self) -> float:
-        """The number of seconds that the guest stood still."""
+        """The number of seconds that the guest was paused."""
 
     @property
     def size(self) -> int:

@@ -394,7 +394,7 @@ class Snapshot:
 
     @property
     def pause(self) -> float:
-        """The number of seconds that the guest stood still."""
+        """The number of seconds that the guest was paused."""
         return self._pause
 
     @property

@@ -19,7 +19,9 @@ def add(parser: argparse._ActionsContainer) -> None:
         help="give the guest a host name, machine ID and MAC addresses of its own (default: %(default)s)",
     )
     parser.add_argument(
-        "--force-version", action="store_true", help="allow another QEMU than the one that saved the snapshot"
+        "--force-version",
+        action="store_true",
+        help="allow another QEMU, firmware or processor than those that the snapshot was saved with",
     )
 
 

@@ -39,7 +39,7 @@ class FrozenDisk:
 
 
 class Progress(typing.TypedDict):
-    """The progress of a save, in bytes of RAM; the last reply has the snapshot and how long the guest stood still."""
+    """The progress of a save, in bytes of RAM; the last reply has the snapshot and the length of the pause."""
 
     doneBytes: int
     totalBytes: int

@@ -58,9 +58,10 @@ def fork(
 ) -> Started:
     """Start a copy. `given` has the copy's name, and the options that may differ: console, logs, forwards, timeouts.
 
-    `keep_disks` keeps the copy's disks when it ends. `force_version` allows another QEMU than the one
-    that saved the state. `new_identity` gives the guest a new host name, machine ID and MAC addresses. `parent` is a
-    process that the copy must not outlive, or 0. `on_begin` is called before the first step that has to be undone.
+    `keep_disks` keeps the copy's disks when it ends. `force_version` allows another QEMU, firmware or processor than
+    those that the state was saved with. `new_identity` gives the guest a new host name, machine ID and MAC addresses.
+    `parent` is a process that the copy must not outlive, or 0. `on_begin` is called before the first
+    step that has to be undone.
 
     Raises NoSuchSnapshot, SnapshotInUse, StartError, UsageError; nothing is left behind then.
     """
@@ -175,7 +176,7 @@ def _binary(manifest: Manifest, *, force_version: bool) -> QemuBinary:
     raise StartError(
         f"snapshot {manifest.full_name} was saved by QEMU {source.version}, and {source.path} is another file by now "
         f"(QEMU {version})",
-        hint="only the same QEMU is sure to load it; to try all the same, force the version",
+        hint=same_host.HINT,
     )
 
 

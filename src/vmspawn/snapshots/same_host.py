@@ -15,7 +15,8 @@ _FIELDS = (
     *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features"),
 )
 
-_HINT = "only the same one is sure to work; to try all the same, force the version"
+#: Advice for a snapshot that was saved with another QEMU, firmware or processor.
+HINT = "its copies may fail on this host; to start one nevertheless, force the version"
 
 
 def processor(accelerator: str) -> str:
@@ -32,11 +33,11 @@ def check(manifest: Manifest) -> None:
     if manifest.state is None:
         return
     if manifest.processor and manifest.processor != processor(manifest.accelerator):
-        raise StartError(f"snapshot {manifest.full_name} was saved on another processor", hint=_HINT)
+        raise StartError(f"snapshot {manifest.full_name} was saved on another processor", hint=HINT)
     if manifest.firmware is not None and manifest.firmware.sha256 != hash_of(manifest.firmware.path):
         raise StartError(
             f"snapshot {manifest.full_name} was saved with another firmware than {manifest.firmware.path} is now",
-            hint=_HINT,
+            hint=HINT,
         )
 
 

@@ -80,7 +80,7 @@ def _add_snapshot(parser: Parser) -> None:
 def _snapshot(options: argparse.Namespace) -> None:
     found = save(options, options.machine, options.name or "", detach=options.detach_what_blocks)
     name, pause = found["snapshot"], found["pauseUSec"] / 1e6
-    answer(options, found, f"Saved {name} ({format_size(found['sizeBytes'])}); the guest stood still for {pause:.2f} s")
+    answer(options, found, f"Saved {name} ({format_size(found['sizeBytes'])}); the guest was paused for {pause:.2f} s")
     for disk in found["disks"]:
         say(options, f"{disk['name']}: the guest writes to {disk['overlay']}; {disk['base']} stays as it is")
 
