@@ -32,7 +32,7 @@ _VENDOR_DATA = b"#cloud-config\ndisable_root: false\n"
 
 
 def with_seed(config: MachineConfig, directory: MachineDirectory) -> MachineConfig:
-    """Return the configuration with the seed as a disk, if the user wants one. Raises StartError, NotInstalled."""
+    """Return the configuration with the seed as a disk, if cloud-init is enabled. Raises StartError, NotInstalled."""
     if config.cloud_init is None:
         return config
     key = directory.read(runtime.SSH_PUBLIC_KEY).decode().strip() if config.pass_ssh_key else ""

@@ -245,7 +245,7 @@ def _check_warm(config: MachineConfig) -> None:
 
 
 def _with_cloud_init(config: MachineConfig) -> MachineConfig:
-    """Return the configuration with an SSH key, unless the user wants none. Raises UsageError."""
+    """Return the configuration with an SSH key, unless the user disabled it. Raises UsageError."""
     if not (config.image or config.directory) or config.guest:
         raise UsageError.with_fields(
             "{cloud_init=} needs an image or a directory with cloud-init", hint="name an image with {image=}"

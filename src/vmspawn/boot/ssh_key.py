@@ -9,9 +9,9 @@ from ..host.runtime import MachineDirectory
 from ..search_path import find_program
 from .config import MachineConfig
 
-#: The names have a meaning to systemd (systemd.system-credentials(7)).
-KEYS_CREDENTIAL = "ssh.authorized_keys.root"
-TMPFILES_CREDENTIAL = "tmpfiles.extra"
+#: Credentials that systemd reads (systemd.system-credentials(7)).
+_KEYS_CREDENTIAL = "ssh.authorized_keys.root"
+_TMPFILES_CREDENTIAL = "tmpfiles.extra"
 
 #: Seconds for ssh-keygen; a large RSA key takes long.
 _TIMEOUT = 60.0
@@ -26,14 +26,14 @@ def make(config: MachineConfig, directory: MachineDirectory) -> None:
 def credentials(config: MachineConfig, directory: MachineDirectory) -> dict[str, bytes]:
     """Return the credentials with the key by their names.
 
-    systemd in the guest makes root's list of keys of the first credential, but only if root has no list. The second one
-    adds the key to an older list, because each start makes a new key.
+    systemd in the guest writes the first credential to root's `authorized_keys`, but only if root has no such file. The
+    second one adds the key to an existing file, because each start makes a new key.
     """
     if not config.pass_ssh_key:
         return {}
     key = directory.read(runtime.SSH_PUBLIC_KEY)
     line = rb"w+ /root/.ssh/authorized_keys - - - - \n" + key.strip() + rb"\n"
-    return {KEYS_CREDENTIAL: key, TMPFILES_CREDENTIAL: line + b"\n"}
+    return {_KEYS_CREDENTIAL: key, _TMPFILES_CREDENTIAL: line + b"\n"}
 
 
 def _generate(config: MachineConfig, path: str) -> None:

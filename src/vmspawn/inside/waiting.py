@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ..agent.protocol import STDOUT, Exited
 from ..errors import MachineEnded, NotConnected, NotSupported, UsageError
 from ..machine.running import Running
-from ..network.forward import SSH_PORT, is_ssh
+from ..network.forward import SSH_PORT, is_ssh, local_address
 from ..timeouts import FOREVER
 from .commands import Wanted
 from .conditions import Condition, Missing
@@ -139,8 +139,7 @@ class _Wait:
             await self._until_port(SSH_PORT)
             return
         self._why = f"no SSH server answers on {found.host}"
-        address = "127.0.0.1" if found.address == "0.0.0.0" else found.address
-        while not await _is_ssh_server(address, found.port):  # noqa: ASYNC110 - a server's start causes no event
+        while not await _is_ssh_server(local_address(found), found.port):  # noqa: ASYNC110 - a server's start causes no event
             await asyncio.sleep(_RETRY_INTERVAL)
 
     async def _in_guest(self, script: str, *arguments: str) -> None:

@@ -16,6 +16,8 @@ from ..record import Record
 NETDEV = "network0-user"
 
 LOOPBACK = "127.0.0.1"
+#: All addresses of the host.
+ANY_ADDRESS = "0.0.0.0"
 PROTOCOLS = ("tcp", "udp")
 
 #: The port of SSH servers.
@@ -67,6 +69,11 @@ class Forward(Record):
         if not _is_address(self.address):
             raise _refuse(str(self), f"{self.address} is not an IPv4 address", hint="use 0.0.0.0 for all addresses")
         return self
+
+
+def local_address(forward: Forward) -> str:
+    """Return the address at which this host reaches a forward."""
+    return LOOPBACK if forward.address == ANY_ADDRESS else forward.address
 
 
 def is_ssh(forward: Forward) -> bool:

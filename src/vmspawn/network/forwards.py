@@ -14,13 +14,10 @@ import re
 from ..errors import NoSuchForward, NotSupported, PortInUse, SystemFailure, VmspawnError
 from ..host import ports
 from ..qmp.monitor import Monitor
-from .forward import NETDEV, Forward
+from .forward import ANY_ADDRESS, NETDEV, Forward
 
 #: A forward as `info usernet` lists it: protocol, descriptor, address, port, address in the guest, its port.
 _ROW = re.compile(r"^  (TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+\S+\s+(\d+)\s", re.MULTILINE)
-
-#: The address that QEMU shows as an asterisk.
-_ANY = "0.0.0.0"
 
 
 class Forwards:
@@ -36,7 +33,7 @@ class Forwards:
         """List the forwards, sorted by protocol, address and port. Raises Timeout, NotConnected."""
         rows = _ROW.findall(_section(await self._ask("info usernet")))
         found = [
-            Forward(int(guest_port), int(port), _ANY if address == "*" else address, protocol.lower())
+            Forward(int(guest_port), int(port), ANY_ADDRESS if address == "*" else address, protocol.lower())
             for protocol, address, port, guest_port in rows
         ]
         return sorted(found, key=lambda each: (each.protocol, each.address, each.port))

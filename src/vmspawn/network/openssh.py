@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describes how OpenSSH reaches a guest, as ssh_config(5) has it."""
+"""Writes the settings with which OpenSSH reaches a guest, in the form of ssh_config(5)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Iterable
 
 from ..host import runtime
 from ..record import Record
-from .forward import LOOPBACK, Forward, is_ssh
-
-#: The address of a forward that is on all addresses of the host.
-_ANY = "0.0.0.0"
+from .forward import Forward, is_ssh, local_address
 
 
 class Access(Record):
-    """The way to a guest's SSH server: a forwarded port of this host, and the machine's key."""
+    """The address of a guest's SSH server, a forwarded port of this host, and the machine's key."""
 
     machine: str
     address: str
@@ -30,7 +27,7 @@ class Access(Record):
 
     @property
     def alias(self) -> str:
-        """The guest's name for programs that take a name with a slash for a path, such as scp and rsync."""
+        """The guest's name for programs that read a name with a slash as a path, such as scp and rsync."""
         return f"vmspawn-{self.machine}"
 
     def settings(self, user: str = "root") -> dict[str, str]:
@@ -65,24 +62,23 @@ class Access(Record):
 
 def key_of(machine: str) -> str:
     """Return the path of a machine's private key, or an empty string if the machine has none."""
-    path = os.path.join(_folder(machine), runtime.SSH_KEY)
+    path = os.path.join(_directory(machine), runtime.SSH_KEY)
     return path if os.path.exists(path) else ""
 
 
 def access_of(machine: str, forwards: Iterable[Forward], key: str) -> Access | None:
-    """Return the way to a machine that has a key, or None if no forward leads to the guest's SSH server."""
+    """Return the access to a machine that has a key, or None if no forward leads to the guest's SSH server."""
     found = next(filter(is_ssh, forwards), None)
     if found is None:
         return None
-    address = LOOPBACK if found.address == _ANY else found.address
-    known_hosts = os.path.join(_folder(machine), runtime.SSH_KNOWN_HOSTS)
-    return Access(machine, address, found.port, key, known_hosts)
+    known_hosts = os.path.join(_directory(machine), runtime.SSH_KNOWN_HOSTS)
+    return Access(machine, local_address(found), found.port, key, known_hosts)
 
 
-def _folder(machine: str) -> str:
+def _directory(machine: str) -> str:
     return os.path.abspath(os.path.join(runtime.runtime_root(), machine))
 
 
 def _quoted(text: str) -> str:
-    """Quote a value. ssh takes a backslash before a quote or a backslash for a part of the quotes."""
+    """Quote a value. In quotes, ssh reads a backslash before a quote or a backslash as an escape."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

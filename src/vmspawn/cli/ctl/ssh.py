@@ -37,7 +37,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _ssh(options: argparse.Namespace) -> None:
-    """Become ssh, so that signals, the terminal and the exit status are those of ssh."""
+    """Execute ssh in place of vmctl, so that signals, the terminal and the exit status are those of ssh."""
     user, at, name = options.machine.rpartition("@")
     try:
         access = _access(name, options.timeout)
@@ -45,9 +45,9 @@ def _ssh(options: argparse.Namespace) -> None:
         if program is None:
             raise NotInstalled("ssh is not installed", hint="install it (Debian: openssh-client; Fedora: openssh)")
         arguments = ["ssh", *(["-t"] if options.tty else []), *access.options(user if at else "root")]
-        # ssh takes options behind the host's name too.
+        # ssh parses options after the host's name too.
         arguments += ["--", *options.command] if options.command else []
-        # Python ignores SIGPIPE, and a program inherits that.
+        # ssh would inherit that Python ignores SIGPIPE.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.execv(program, arguments)
     except VmspawnError as error:
@@ -66,19 +66,19 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _all(timeout: float | None) -> list[Access]:
-    """Return the ways to all machines that have a key and can be reached."""
+    """Return the access to each machine that has a key and a forward."""
     found = []
     for name in machine_names():
         if key_of(name):
             try:
                 found.append(_access(name, timeout))
             except (NotConnected, NotSupported):
-                continue  # it has ended, or its forward was removed
+                continue  # the machine has ended, or its forward was removed
     return found
 
 
 def _access(machine: str, timeout: float | None) -> Access:
-    """Return the way to a machine. Raises NotSupported without a key or a port, NotConnected, UsageError."""
+    """Return the access to a machine. Raises NotSupported without a key or a forward, NotConnected, UsageError."""
     with Client(check_name(machine), timeout=REPLY_TIMEOUT if timeout is None else timeout) as client:
         listed = client.call(f"{MACHINE}.ListForwards")["forwards"]
     key = key_of(machine)

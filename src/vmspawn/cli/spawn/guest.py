@@ -55,7 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--pass-ssh-key", metavar="BOOL", help="make an SSH key for the machine, and pass it to the guest's root"
     )
     group.add_argument(
-        "--ssh-key-type", metavar="TYPE", default="ed25519", help="type of that key, as in ssh-keygen(1)"
+        "--ssh-key-type", metavar="TYPE", default="ed25519", help="type of the SSH key, as in ssh-keygen(1)"
     )
 
 
