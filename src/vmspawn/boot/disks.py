@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 
 from ..errors import BadConfig, ConfigNotSupported, StartError, StorageExists, SystemFailure, UsageError, VmspawnError
@@ -13,7 +12,7 @@ from ..host.storageprovider import Volume
 from ..hotplug import places
 from ..record import Record
 from ..storage import admission, buses, formats
-from ..storage.backing import Backing, inspect_descriptor, open_disk
+from ..storage.backing import Backing, open_disk, take_descriptor
 from ..storage.disk import DEFAULT_BUS, Disk, is_only_read
 from ..storage.image import Image
 from ..storage.nodes import Identifiers
@@ -99,11 +98,7 @@ def _acquire(config: MachineConfig, wanted: _Wanted, volume: Volume) -> Backing:
     read_only = wanted.disk.bus == "scsi-cd"
     try:
         fd = storageprovider.acquire(volume, user=config.registration.user, read_only=read_only)
-        try:
-            return inspect_descriptor(fd, what=volume.disk_name, read_only=read_only or None)
-        except BaseException:
-            os.close(fd)
-            raise
+        return take_descriptor(fd, what=volume.disk_name, read_only=read_only or None)
     except (VmspawnError, OSError) as error:
         reason, hint = str(error), getattr(error, "hint", "")
         raise StartError.with_fields(

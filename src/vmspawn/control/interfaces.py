@@ -20,7 +20,7 @@ from ..inside.conditions import OF_CLIENT, parse
 from ..inside.inside import Inside
 from ..machine.recent_events import Entry
 from ..machine.running import Running
-from ..storage.backing import Backing, inspect_descriptor
+from ..storage.backing import Backing, take_descriptor
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk, check_bus, is_only_read
 from ..storage.disk_views import DiskView
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, TRAY_TIMEOUT
@@ -58,16 +58,8 @@ def _take(descriptor: FileDescriptor) -> int:
 async def _backing(descriptor: FileDescriptor, *, read_only: bool | None) -> Backing:
     """Return the Backing of a received descriptor. The caller owns the Backing; on failure the descriptor is closed."""
     fd = _take(descriptor)
-    inspect = partial(_inspect, fd, read_only=read_only)
-    return await open_in_thread(inspect, Backing.close, on_no_thread=partial(os.close, fd))
-
-
-def _inspect(fd: int, *, read_only: bool | None) -> Backing:
-    try:
-        return inspect_descriptor(fd, read_only=read_only)
-    except BaseException:
-        os.close(fd)
-        raise
+    take = partial(take_descriptor, fd, read_only=read_only)
+    return await open_in_thread(take, Backing.close, on_no_thread=partial(os.close, fd))
 
 
 def _is_read_only(machine: Running, name: str) -> bool | None:

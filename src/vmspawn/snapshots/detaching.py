@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 from ..boot.incoming import Option
 from ..errors import VmspawnError
 from ..machine.running import Running
 from ..storage.attached_disk import AttachedDisk
-from ..storage.backing import Backing, inspect_descriptor
+from ..storage.backing import Backing, take_descriptor
 from ..storage.disk import Disk
 from . import blockers
 from .open_files import OpenFiles
@@ -41,12 +40,7 @@ def _open_again(files: OpenFiles, disk: AttachedDisk) -> Backing | None:
     image = disk.image
     if image is None or image.backing is None or image.base is not None:
         return None
-    fd = files.open(image.backing.identity, read_only=not image.is_writable)
-    try:
-        return inspect_descriptor(fd, what=disk.name)
-    except BaseException:
-        os.close(fd)
-        raise
+    return take_descriptor(files.open(image.backing.identity, read_only=not image.is_writable), what=disk.name)
 
 
 async def _attach_again(machine: Running, disk: Disk, backing: Backing) -> None:

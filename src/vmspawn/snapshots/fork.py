@@ -34,7 +34,7 @@ from ..hotplug import places
 from ..images import snapshot_files
 from ..network.forward import NETDEV
 from ..storage import saved as records
-from ..storage.backing import inspect_descriptor, set_direct
+from ..storage.backing import set_direct, take_descriptor
 from ..storage.disk import Disk
 from ..storage.image import Image
 from ..timeouts import SHUTDOWN_TIMEOUT
@@ -344,12 +344,7 @@ class _Copy:
 
     def _open_image(self, image: Image, disk: Disk) -> None:
         path = self._manifest.images[image.number]
-        fd = self._open(path)
-        try:
-            image.backing = inspect_descriptor(fd, what=path)
-        except BaseException:
-            os.close(fd)
-            raise
+        image.backing = take_descriptor(self._open(path), what=path)
         set_direct(image.backing, disk.cache == "none", what=path)
         image.path = path
 

@@ -63,11 +63,7 @@ def open_disk(path: str, *, read_only: bool) -> Backing:
     except OSError as error:
         hint = _READ_ONLY_HINTS[error.errno == errno.EROFS] if _readable_only(path, error) else ""
         raise SystemFailure(f"cannot open {path}", error.errno or errno.EIO, hint=hint) from None
-    try:
-        return inspect_descriptor(fd, what=path)
-    except BaseException:
-        os.close(fd)
-        raise
+    return take_descriptor(fd, what=path)
 
 
 #: The ioctl that returns whether a block device is read-only, as an int (linux/fs.h).
@@ -79,6 +75,15 @@ _READ_ONLY_HINTS = ("attach it read-only, or change its permissions", "attach it
 
 def _readable_only(path: str, error: OSError) -> bool:
     return error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and os.access(path, os.R_OK)
+
+
+def take_descriptor(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
+    """Return the Backing of a descriptor as `inspect_descriptor` does. On failure the descriptor is closed."""
+    try:
+        return inspect_descriptor(fd, what=what, read_only=read_only)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def inspect_descriptor(fd: int, *, what: str = "the descriptor", read_only: bool | None = None) -> Backing:
