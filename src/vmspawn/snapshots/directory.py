@@ -101,7 +101,7 @@ class NewFolder:
                 raise _exists(self.full_name) from None
             raise
         self.path = path_of(self.full_name, self._parent)
-        _sync(self._parent)
+        sync(self._parent)
 
     def discard(self) -> None:
         """Remove the folder, finished or not."""
@@ -123,8 +123,9 @@ def _exists(full_name: str) -> SnapshotExists:
     )
 
 
-def _sync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync(path: str) -> None:
+    """Wait until a file or a folder is on the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -17,7 +17,7 @@ from ..boot import incoming
 from ..boot.incoming import Option, Recorded
 from ..errors import SystemFailure
 from ..storage.image import Image
-from .directory import NewFolder
+from .directory import NewFolder, sync
 from .manifest import Firmware, SnapshotFile
 from .open_files import OpenFiles, copy, give_name, keep, path_of_descriptor
 from .same_host import hash_of
@@ -194,11 +194,7 @@ class KeptFiles:
     def sync_memory(self) -> None:
         """Write the copied memory to the disk. Raises OSError."""
         if self._memory:
-            fd = os.open(self._memory, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(self._memory)
 
     def described(self) -> tuple[SnapshotFile, ...]:
         """Return the files that must stay as they are."""

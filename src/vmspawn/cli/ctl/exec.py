@@ -9,13 +9,10 @@ import sys
 
 from ...errors import UsageError, VmspawnError
 from ...timeouts import COMMAND_START_TIMEOUT
-from ..entrypoint import complain
+from ..entrypoint import EXIT_OWN_FAILURE, complain
 from ..parser import Parser
 from ..values import seconds
 from .verbs import PROGRAM, Verbs
-
-#: The exit status for failures of vmctl itself, including usage errors.
-_EXIT_FAILURE = 125
 
 
 def add(verbs: Verbs) -> None:
@@ -40,7 +37,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_options(parser: Parser) -> None:
-    parser.exit_usage = _EXIT_FAILURE
+    parser.exit_usage = EXIT_OWN_FAILURE
     parser.add_argument("-C", "--chdir", metavar="DIR", help="run the command in this directory of the guest")
     parser.add_argument(
         "-E", "-e", "--setenv", metavar="NAME[=VALUE]", action="append", default=[], help="set an environment variable"
@@ -81,7 +78,7 @@ def _run(options: argparse.Namespace, arguments: list[str], user: str | None, *,
         status = guest_command.run(wish)
     except VmspawnError as error:
         complain(options.program, error)
-        status = _EXIT_FAILURE
+        status = EXIT_OWN_FAILURE
     sys.exit(status)
 
 

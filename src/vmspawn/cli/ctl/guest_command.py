@@ -26,14 +26,11 @@ from ...control.client import Client
 from ...errors import NotConnected, Timeout, VmspawnError
 from ...timeouts import REPLY_GRACE
 from ..disconnect import watching
+from ..entrypoint import EXIT_OWN_FAILURE, EXIT_TIMED_OUT
 from .execute_replies import exit_status, take_streams
 from .replies import MACHINE
 
 STDIN, STDOUT, STDERR = 0, 1, 2
-
-#: The exit statuses for a time limit, as in timeout(1), and for failures of vmctl itself, as in docker(1).
-EXIT_TIME_LIMIT = 124
-EXIT_FAILURE = 125
 
 _PIECE = 256 * 1024
 
@@ -237,7 +234,7 @@ class _Command:
             _Input(target, self._leave if self._terminal is not None else None)
         end = self._end()
         if end is None:
-            return EXIT_TIME_LIMIT if not self._left else EXIT_FAILURE
+            return EXIT_TIMED_OUT if not self._left else EXIT_OWN_FAILURE
         with changed:
             self._drain(changed, [(output, int(end[count] or 0)) for output, count in outputs])
         return exit_status(end)

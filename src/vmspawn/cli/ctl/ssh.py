@@ -14,20 +14,17 @@ from ...host.runtime import check_name, machine_names
 from ...network.forward import Forward
 from ...network.openssh import Access, access_of, key_of
 from ...search_path import find_program
-from ..entrypoint import complain
+from ..entrypoint import EXIT_OWN_FAILURE, complain
 from ..tables import print_json
 from .replies import MACHINE
 from .verbs import PROGRAM, Verbs
-
-#: The exit status for failures of vmctl itself. ssh's own is 255.
-_EXIT_FAILURE = 125
 
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
     ssh = verbs.add("ssh", _ssh, "log into the guest, or run a command there, by SSH",
                     "[OPTION…] [USER@]MACHINE [COMMAND…]")  # fmt: skip
-    ssh.exit_usage = _EXIT_FAILURE
+    ssh.exit_usage = EXIT_OWN_FAILURE
     ssh.add_argument("machine", metavar="[USER@]MACHINE", help="name of the machine; see: vmctl list (user: root)")
     ssh.end_options_here()
     ssh.add_argument("command", metavar="COMMAND", nargs="*", help="command for the shell of the user in the guest")
@@ -54,7 +51,7 @@ def _ssh(options: argparse.Namespace) -> None:
         complain(PROGRAM, error)
     except OSError as error:
         complain(PROGRAM, NotInstalled(f"cannot run ssh: {error.strerror}"))
-    sys.exit(_EXIT_FAILURE)
+    sys.exit(EXIT_OWN_FAILURE)
 
 
 def _config(options: argparse.Namespace) -> None:
