@@ -121,6 +121,13 @@ async def adopted(name: str) -> AsyncIterator[Machine]:
         await machine.leave()
 
 
+async def end_adopted(name: str) -> None:
+    """Adopt a machine, and end it."""
+    async with adopted(name) as machine:
+        await machine.terminate()
+        await machine.wait()
+
+
 def fresh_name() -> str:
     """Return a unique name for a machine."""
     return f"t{uuid.uuid4().hex[:10]}"

@@ -11,7 +11,7 @@ import pytest
 from tests import dying
 from tests.conftest import make_qcow2, make_raw
 from tests.dying import Dying
-from tests.machines import Machine, Snapshot, adopted, idle_machine, links_of
+from tests.machines import Machine, Snapshot, adopted, end_adopted, idle_machine, links_of
 from vmspawn.hotplug.attachment import State
 from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
 from vmspawn.storage.attached_disk import AttachedDisk
@@ -86,9 +86,7 @@ async def test_an_adoption_cuts_no_image_that_has_grown_since(qemu: str, tmp_pat
                     return
             raise AssertionError("replace never came to its end")
         finally:
-            async with adopted(name) as last:
-                await last.terminate()
-                await last.wait()
+            await end_adopted(name)
 
 
 async def die_at_each_step(

@@ -63,7 +63,7 @@ async def until_gone(machine: Machine, device: str) -> None:
 
 
 async def _pause() -> None:
-    """Leave QEMU alone: its RCU thread, which reports removed devices, needs the lock that commands take."""
+    """Leave QEMU alone for a moment: nothing reports that a port is free."""
     await asyncio.sleep(0.01)
 
 
@@ -259,7 +259,7 @@ async def test_namespaces_go_with_their_controller(namespaces: str, tmp_path: Pa
 
 
 async def until_detached(machine: Machine, name: str) -> None:
-    """Reset the machine until QEMU has reported a removed device: it may keep that to itself while firmware runs."""
+    """Reset the machine until QEMU reports a removed device: QEMU 7.2 sometimes does so only after a reset."""
     async with asyncio.timeout(DEADLINE):
         while any(each.name == name for each in machine.storage):
             await machine.reboot()

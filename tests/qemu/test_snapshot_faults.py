@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import make_raw
 from tests.copies import inner, left
 from tests.dying import Dying
-from tests.machines import Machine, adopted, fresh_name, idle_machine
+from tests.machines import Machine, adopted, end_adopted, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from tests.survivors import wait_until_dead
 from vmspawn import Disk, Snapshot
@@ -46,9 +46,7 @@ async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dy
                     return
             raise AssertionError("the save never came to its end")
         finally:
-            async with adopted(name) as last:
-                await last.terminate()
-                await last.wait()
+            await end_adopted(name)
             clean_up(name)
 
 
@@ -112,9 +110,7 @@ async def test_the_manager_of_a_copy_dies_at_each_step(qemu: str, tmp_path: Path
                     return
             raise AssertionError("the copy was never complete")
         finally:
-            async with adopted(name) as last:
-                await last.terminate()
-                await last.wait()
+            await end_adopted(name)
             clean_up(name)
 
 

@@ -79,13 +79,12 @@ def test_vmctl_becomes_ssh(machine: Spawned) -> None:
     with background([*VMCTL, "ssh", "-t", f"me@{machine.name}", *command], stderr=subprocess.DEVNULL) as process:
         folder = Path(f"/proc/{process.pid}")
         deadline = time.monotonic() + DEADLINE
-        words: list[str] = []
         # The command line is there a moment after the name.
-        while (folder / "comm").read_text() != "ssh\n" or not words:
+        while not (line := (folder / "cmdline").read_text()).startswith("ssh\0"):
             assert process.poll() is None
             assert time.monotonic() < deadline, "vmctl did not become ssh"
-            words = (folder / "cmdline").read_text().split("\0")[:-1]
-        words = (folder / "cmdline").read_text().split("\0")[:-1]
+        assert (folder / "comm").read_text() == "ssh\n"
+        words = line.split("\0")[:-1]
         ignored = int(re.findall(r"SigIgn:\s*(\w+)", (folder / "status").read_text())[0], 16)
     assert words[1] == "-t"
     assert 'User="me"' in words
