@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 
 from ..errors import BadConfig, ConfigNotSupported, SystemFailure
 from ..images.detection import Read, container_format
@@ -43,19 +44,23 @@ def check_format(image_format: str) -> str:
     return image_format
 
 
-def choose_format(backing: Backing, image_format: str | None, *, what: str) -> str:
+#: Reads a number of bytes at an offset, as os.pread does.
+Pread = Callable[[int, int, int], bytes]
+
+
+def choose_format(backing: Backing, image_format: str | None, *, what: str, pread: Pread = os.pread) -> str:
     """Return an image's format after an inspection of the image.
 
     The format is never guessed, because a guest that owns a raw disk can write any header into it. Without a format the
     image is raw, and an image that looks like another format is refused until the user specifies the format. Raises
     BadConfig, SystemFailure if the image cannot be read, or ConfigNotSupported for a writable image of a read-only
-    format.
+    format. BlockingIOError of `pread` is passed on.
     """
     if image_format is not None:
         check_format(image_format)
     if image_format == DEFAULT_FORMAT:
         return image_format
-    read = _reader(backing, what)
+    read = _reader(backing, what, pread)
     looks_like = container_format(read, backing.size)
     if image_format is None:
         if looks_like:
@@ -74,12 +79,14 @@ def choose_format(backing: Backing, image_format: str | None, *, what: str) -> s
     return image_format
 
 
-def _reader(backing: Backing, what: str) -> Read:
+def _reader(backing: Backing, what: str, pread: Pread) -> Read:
     def read(offset: int, length: int) -> bytes:
         if offset >= backing.size:
             return b""
         try:
-            return os.pread(backing.fd, length, offset)
+            return pread(backing.fd, length, offset)
+        except BlockingIOError:
+            raise
         except OSError as error:
             raise SystemFailure(f"cannot read {what}", error.errno or errno.EIO) from None
 

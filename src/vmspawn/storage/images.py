@@ -13,10 +13,13 @@ from . import formats, image_nodes
 from .attached_disk import AttachedDisk
 from .backing import Backing
 from .image import Image
+from .page_cache import read_cached
 
 
 async def choose_format(backing: Backing, image_format: str | None, *, what: str) -> str:
-    """Return the format to use, as `formats.choose_format` does; the image is read in a worker thread."""
+    """Return the format to use, as `formats.choose_format` does; storage that hangs does not stop the event loop."""
+    with contextlib.suppress(BlockingIOError):
+        return formats.choose_format(backing, image_format, what=what, pread=read_cached)
     # The caller may close its own descriptor while the thread still reads.
     own = backing.copy()
     return await run_and_close(lambda: formats.choose_format(own, image_format, what=what), own.close)
