@@ -33,6 +33,7 @@ from vmspawn.errors import (
     SystemFailure,
     UsageError,
 )
+from vmspawn.host.runtime import CONSOLE
 from vmspawn.images import snapshot_files
 from vmspawn.snapshots import directory, same_host
 from vmspawn.snapshots.save import save
@@ -171,7 +172,12 @@ async def test_an_ephemeral_image_stays_unchanged_in_copies(qemu: str, tmp_path:
 
 
 async def test_memory_in_a_file_is_mapped_by_copies_and_left_out_of_the_state(qemu: str, tmp_path: Path) -> None:
-    async with idle_machine(qemu, tmp_path, ram_backing="file") as machine:
+    # SeaBIOS prints to the serial port, so that the test sees that it has written to the memory.
+    speaking = ("-machine", "graphics=off")
+    async with idle_machine(qemu, tmp_path, ram_backing="file", qemu_arguments=speaking) as machine:
+        reader, writer = await asyncio.open_unix_connection(machine.directory.file(CONSOLE))
+        with contextlib.closing(writer):
+            await asyncio.wait_for(reader.readuntil(b"SeaBIOS"), 60)
         await machine.pause()
         async with saved(machine) as snapshot:
             memory = memory_file(snapshot)
