@@ -19,6 +19,7 @@ from tests.machines import Machine, fresh_name
 from vmspawn.agent.protocol import PORTS, STATUS
 from vmspawn.errors import CommandFailed, NoFreePort, NotConnected, NotSupported, Timeout, UsageError
 from vmspawn.inside.commands import COMMANDS_MAX
+from vmspawn.inside.streams import KEPT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -318,6 +319,23 @@ async def test_a_disk_is_detached_while_thirty_two_commands_run(machine: Machine
         assert outputs == [(data, b"") for data in inputs]
         assert [command.status for command in commands] == [0] * COMMANDS_MAX
     assert (await machine.run("true")).status == 0
+
+
+async def test_no_port_is_free_for_a_command(machine: Machine) -> None:
+    await until_idle(machine)
+    pool = machine._inside.commands._ports._pool
+    taken = [pool.take() for _ in range(pool.free)]
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            with pytest.raises(NoFreePort, match=r"no free virtio-serial port: all \d+ are in use") as failed:
+                for _ in range(KEPT + 1):
+                    await stack.enter_async_context(await machine.execute(["cat"]))
+        assert "until a command has ended" in failed.value.hint
+    finally:
+        for place in taken:
+            pool.release(place)
+    done = await asyncio.gather(*(machine.run(["cat"], input="x") for _ in range(KEPT + 1)))
+    assert [each.stdout for each in done] == ["x"] * (KEPT + 1)
 
 
 async def test_output_that_nobody_reads_waits(machine: Machine) -> None:

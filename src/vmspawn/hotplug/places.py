@@ -232,7 +232,10 @@ def scsi_pool(controller: str) -> Pool:
 
 def serial_pool(controller: str, numbers: range) -> Pool:
     """Return the pool of a virtio-serial controller's ports with these numbers."""
-    return Pool((SerialPlace(f"{controller}.0", number) for number in numbers), "virtio-serial port", "detach a port")
+    places = (SerialPlace(f"{controller}.0", number) for number in numbers)
+    return Pool(
+        places, "virtio-serial port", "wait until a command has ended, or unplug ports that QMP clients plugged in"
+    )
 
 
 def _layout_pcie(hotplug_ports: int | None, scsi: Pool, namespaces: Pool) -> Layout:
