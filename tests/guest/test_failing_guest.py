@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the reports of failing guests: a kernel that panics without pvpanic, and one that reboots in a loop."""
+"""Tests the reports of failing guests: a kernel that panics, and one that reboots in a loop."""
 
+import asyncio
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.commands import qemu_pid, spawned, vmctl
+from tests.commands import DEADLINE, one_line, qemu_pid, spawned, vmctl
+from tests.machines import Machine, fresh_name
+from vmspawn.errors import NotConnected
 from vmspawn.guest import builtin
 from vmspawn.manager.shutdown import FAILED_GUEST_TIMEOUT
 
@@ -44,6 +48,18 @@ def test_a_loop_of_panics_and_reboots_is_reported(kernel: tuple[str, ...]) -> No
         machine.wait_for(f"the guest has reset itself 3 times in a row and may never come up; {PANIC}")
         assert machine.terminate()
         assert machine.wait() == 1
+
+
+async def test_a_panic_ends_the_commands_in_the_guest(qemu: str) -> None:
+    settings: dict[str, Any] = {"guest": "builtin", "qemu": qemu, "console": "headless", "control": True}
+    async with Machine(name=fresh_name(), **settings) as machine:
+        client = asyncio.create_task(asyncio.to_thread(vmctl, "exec", machine.name, "sleep", "1000"))
+        await machine.run("until ps -o args | grep -q '^sleep 1000'; do usleep 10000; done", timeout=DEADLINE)
+        with pytest.raises(NotConnected, match="the command was ended: the guest's kernel panicked"):
+            await machine.run("echo c >/proc/sysrq-trigger; sleep 1000")
+        done = await client
+    assert done.returncode == 125
+    assert "the command was ended: the guest's kernel panicked" in one_line(done, "vmctl")
 
 
 def test_a_users_kernel_gets_the_argument_that_emulation_needs(kernel: tuple[str, ...]) -> None:
