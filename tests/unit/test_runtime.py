@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vmspawn.errors import StartError
+from vmspawn.control.client import connect
+from vmspawn.errors import NotConnected, StartError
 from vmspawn.host import runtime
 from vmspawn.host.runtime import MachineDirectory
 
@@ -89,6 +90,45 @@ def test_writing_replaces_the_whole_file(directory: MachineDirectory) -> None:
         directory.write(runtime.STATE, content)
         assert Path(directory.file(runtime.STATE)).read_bytes() == content
     assert os.listdir(directory.path) == [runtime.STATE]
+
+
+def test_a_client_waits_in_the_queue_of_the_control_socket(directory: MachineDirectory) -> None:
+    directory.listen()
+    with connect(directory.name, runtime.CONTROL) as client, directory.take_listener() as listener:
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.sendall(b"served")
+        assert client.recv(16) == b"served"
+
+
+def test_clients_of_a_manager_that_serves_none_are_disconnected(directory: MachineDirectory) -> None:
+    directory.listen()
+    with connect(directory.name, runtime.CONTROL) as client:
+        directory.refuse()
+        with pytest.raises(ConnectionResetError):
+            client.recv(16)
+    with pytest.raises(NotConnected):
+        connect(directory.name, runtime.CONTROL)
+    assert os.listdir(directory.path) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (None, True),
+        ({}, True),
+        ({"qemu": {"pid": 0}}, True),
+        ({"qemu": {"pid": 1}, "loading": {"uri": "file:x"}}, True),
+        ({"qemu": {"pid": 1}, "loading": None}, False),
+        ({"qemu": {"pid": 1}}, False),
+    ],
+)
+def test_a_machine_starts_until_it_has_a_qemu_and_its_state(
+    directory: MachineDirectory, state: dict[str, object] | None, expected: bool
+) -> None:
+    if state is not None:
+        directory.write(runtime.STATE, json.dumps(state).encode())
+    assert runtime.is_starting(directory.path) is expected
 
 
 def test_the_environment_names_the_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ class ConnectedMachine(Guest):
             message = {"method": f"{_INSTANCE}.SubscribeEvents", "parameters": {"filter": list(names)}, "more": True}
             await connection.send(message)
             # The first reply reports that the subscription is complete.
-            await connection.receive()
+            await calls.in_time(connection.receive(), self._name, "SubscribeEvents", REPLY_TIMEOUT)
             yield _events(connection)
 
     @asynccontextmanager

@@ -107,6 +107,8 @@ class Machine(Guest):
                 await self._inside.settle()
             if self._control:
                 self._serve(running)
+            else:
+                running.directory.refuse()
         except BaseException:
             await running.end()
             self._stop_serving()

@@ -85,6 +85,7 @@ def launch(
         transcript = open_transcript(config.console_log, undo)
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)
+        directory.listen()
         watcher_pid = start_watcher(config, directory, undo)
         ssh_key.make(config, directory)
         chosen = chosen._replace(config=cloud_init.with_seed(chosen.config, directory))

@@ -20,16 +20,29 @@ _END_TIMEOUT = 5.0
 class Disconnect:
     """Explains the end of a connection by the processes behind it. `watching` makes it before the end."""
 
-    def __init__(self, machine: str, qemu: int, manager: int) -> None:
-        """Watch QEMU and the manager. Both are pidfds, or -1 if unknown; the caller keeps them."""
+    def __init__(self, machine: str, manager: int) -> None:
+        """Watch QEMU and the manager, a process id or 0. `close` must follow."""
         self._machine = machine
-        self._qemu = qemu
-        self._manager = manager
+        #: These are pidfds, or -1 if unknown.
+        self._qemu = self._find_qemu()
+        self._manager = _open(manager)
+
+    def _find_qemu(self) -> int:
+        return _open(running_qemu(os.path.join(runtime_root(), self._machine)))
+
+    def close(self) -> None:
+        """Stop watching."""
+        for fd in (self._qemu, self._manager):
+            if fd >= 0:
+                os.close(fd)
 
     def check(self) -> None:
         """Raise NotConnected for a closed connection, with the reason and a hint, unless the machine has ended."""
         if self._qemu < 0:
-            return  # a machine of another program, whose QEMU is unknown
+            # The machine may have been starting when the connection was made.
+            self._qemu = self._find_qemu()
+        if self._qemu < 0:
+            return  # it has ended, or is of another program, whose QEMU is unknown
         ended = self._ended()
         if self._qemu in ended:
             return
@@ -56,14 +69,8 @@ class Disconnect:
 @contextlib.contextmanager
 def watching(machine: str, connected: socket.socket) -> Iterator[Disconnect]:
     """Watch the processes behind a connection to a machine, to explain its end."""
-    manager = _open(peer_process(connected)[0])
-    qemu = _open(running_qemu(os.path.join(runtime_root(), machine)))
-    try:
-        yield Disconnect(machine, qemu, manager)
-    finally:
-        for fd in (qemu, manager):
-            if fd >= 0:
-                os.close(fd)
+    with contextlib.closing(Disconnect(machine, peer_process(connected)[0])) as disconnect:
+        yield disconnect
 
 
 def _open(pid: int) -> int:

@@ -63,7 +63,7 @@ def connect(machine: str, name: str, *, timeout: float = REPLY_TIMEOUT) -> socke
         if holder := runtime.lock_holder(f"/proc/self/fd/{folder}"):
             raise NotConnected(
                 f"machine {machine} is run by process {holder}, which serves no control socket",
-                hint="the machine is still starting, or its program passed control=False",
+                hint="the manager is still adopting the machine, or its program passed control=False",
             ) from None
         raise NotConnected(
             f"machine {machine} runs without a manager (QEMU is process {pid})",

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from asyncvarlink import VarlinkInterfaceRegistry
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
-from ..aio.sockets import is_allowed, listen
-from ..host.runtime import CONTROL, MachineDirectory
+from ..aio.sockets import is_allowed
+from ..host.runtime import MachineDirectory
 from ..inside.inside import Inside
 from ..machine.running import Running
 from ..version import VERSION
@@ -19,9 +19,6 @@ from .interfaces import Machine, MachineInstance, QemuMachineInstance, VirtualMa
 
 #: The maximum number of connections. For a further client, the one that has been idle the longest is closed.
 CONNECTIONS_MAX = 256
-
-#: Connections that the kernel queues for a busy manager. Beyond them, a non-blocking connect(2) fails.
-_BACKLOG = 1024
 
 #: Connections that are accepted before the event loop serves other work.
 _ACCEPT_BATCH = 32
@@ -51,12 +48,12 @@ class ControlServer:
         *,
         on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Start to listen. `on_failed` is called with a description of each call that fails."""
+        """Start to serve. `on_failed` is called with a description of each call that fails."""
         self._on_failed = on_failed
         self._registry = registry
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
-        self._listener = listen(directory.socket_address(CONTROL), _BACKLOG)
+        self._listener = directory.take_listener()
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener, self._accept)
 

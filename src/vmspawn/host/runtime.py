@@ -16,12 +16,16 @@ import socket
 import stat
 from typing import Any
 
+from ..aio import sockets
 from ..errors import NotConnected, StartError, SystemFailure, UsageError
 
 #: The maximum length of a machine's name, which is used as a host name, in paths and on command lines, as in systemd.
 NAME_MAX = 64
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+#: Connections that the kernel queues for a busy or starting manager. Beyond them, a non-blocking connect(2) fails.
+_BACKLOG = 1024
 
 #: The files of a machine's folder. vmspawn deletes no other files there.
 CONTROL = "control"
@@ -104,14 +108,15 @@ def check_name(name: str) -> str:
 
 
 class MachineDirectory:
-    """One machine's locked folder. Owns the folder's descriptor until `remove` or `close`."""
+    """One machine's locked folder. Owns the folder's descriptor and the control socket until `remove` or `close`."""
 
-    __slots__ = ("_fd", "name", "path")
+    __slots__ = ("_fd", "_listener", "name", "path")
 
     def __init__(self, name: str, path: str, fd: int) -> None:
         self.name = name
         self.path = path
         self._fd = fd
+        self._listener: socket.socket | None = None
 
     @classmethod
     def create(cls, name: str) -> MachineDirectory:
@@ -197,6 +202,32 @@ class MachineDirectory:
                 return False
             return True
 
+    def listen(self) -> None:
+        """Make the control socket. Clients may call from now on; their calls wait until the manager serves the socket.
+
+        Raises OSError.
+        """
+        self._listener = sockets.listen(self.socket_address(CONTROL), _BACKLOG)
+
+    def take_listener(self) -> socket.socket:
+        """Return the control socket, which is made if `listen` was not called. The caller owns it. Raises OSError."""
+        if self._listener is None:
+            self.listen()
+        taken, self._listener = self._listener, None
+        assert taken is not None
+        return taken
+
+    def refuse(self) -> None:
+        """Remove a control socket that this manager will not serve, and disconnect the clients that wait."""
+        if self._listener is not None:
+            os.unlink(CONTROL, dir_fd=self._fd)
+            self._close_listener()
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
     def create_log(self) -> int:
         """Open a new `qemu.log` for appending. The caller owns the descriptor."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
@@ -225,6 +256,7 @@ class MachineDirectory:
 
     def close(self) -> None:
         """Unlock the folder and keep it."""
+        self._close_listener()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -332,6 +364,15 @@ def running_qemu(path: str) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     return pid if start_time(pid) == started else 0
+
+
+def is_starting(path: str) -> bool:
+    """Return whether the machine with this folder has no QEMU yet, or loads a saved state."""
+    try:
+        state = read_state(path)
+        return not state["qemu"]["pid"] or state.get("loading") is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def lock_holder(path: str) -> int:

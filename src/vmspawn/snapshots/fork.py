@@ -106,6 +106,7 @@ def start_copy(
         transcript = open_transcript(config.console_log, undo)
         directory = MachineDirectory.create(config.name or "")
         undo.callback(directory.remove)
+        directory.listen()
         watcher = start_watcher(config, directory, undo, parent)
         copy = _Copy(snapshot, config, binary, owned, fork)
         state = copy.open_state(shown)

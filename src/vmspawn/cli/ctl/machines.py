@@ -10,7 +10,15 @@ from typing import Any
 from ...control.client import Client, VarlinkError
 from ...errors import NotConnected, SystemFailure, Timeout, UsageError
 from ...host import machined
-from ...host.runtime import check_name, lock_holder, machine_names, process_trouble, running_qemu, runtime_root
+from ...host.runtime import (
+    check_name,
+    is_starting,
+    lock_holder,
+    machine_names,
+    process_trouble,
+    running_qemu,
+    runtime_root,
+)
 from ...timeouts import LIST_TIMEOUT
 from ..tables import format_duration, print_fields, print_json
 from . import wait
@@ -73,7 +81,7 @@ def _look_at(name: str) -> dict[str, Any] | None:
             return _unknown(name, "not served" if lock_holder(folder) else "no manager", pid)
         return None
     except Timeout:
-        return _unknown(name, "unresponsive")
+        return _unknown(name, "starting" if is_starting(folder) else "unresponsive")
     except SystemFailure:
         return _unknown(name, "unreachable")
 

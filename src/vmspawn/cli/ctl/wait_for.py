@@ -6,10 +6,11 @@ from __future__ import annotations
 import argparse
 import time
 
-from ...errors import NotConnected, UsageError
+from ...errors import NotConnected, Timeout, UsageError
 from ...host.runtime import check_name
 from ...inside import conditions
 from ...inside.conditions import KINDS
+from ...timeouts import REPLY_GRACE
 from .verbs import Verbs
 
 #: The default timeout, in seconds.
@@ -49,14 +50,19 @@ def _wait(options: argparse.Namespace) -> None:
 
 async def _wait_for(name: str, wanted: list[str], timeout: float) -> None:
     import asyncio
+    from contextlib import AsyncExitStack
 
     from ...api.connect import connect
 
     deadline = time.monotonic() + timeout
     while True:
         try:
-            async with connect(name) as machine:
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + REPLY_GRACE):
+                    machine = await stack.enter_async_context(connect(name))
                 return await machine.wait_for(*wanted, timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise Timeout(f"machine {name} did not answer: it hangs, or is still starting") from None
         except NotConnected:
             if wanted == ["off"]:
                 return None
