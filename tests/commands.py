@@ -169,20 +169,21 @@ def make_script(path: Path, text: str) -> Path:
 def run_example(
     document: str, mark: str, folder: Path, replacements: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run the shell example of a document that follows a mark, with `vmctl` as a command of this checkout.
+    """Run the example in shell or Python that follows a mark in a document. `vmctl` is this checkout's.
 
     `replacements` are for whole words: the machine's name, a port.
     """
     text = (Path(__file__).parents[1] / "docs" / document).read_text()
-    found = re.search(rf"<!-- run: {mark} -->\n```sh\n(.*?)```", text, re.DOTALL)
+    found = re.search(rf"<!-- run: {mark} -->\n```(sh|python)\n(.*?)```", text, re.DOTALL)
     assert found
-    script = found[1]
+    command = {"sh": ["sh", "-ec"], "python": [sys.executable, "-c"]}[found[1]]
+    script = found[2]
     for word, replacement in replacements.items():
         script = re.sub(rf"\b{word}\b", replacement, script)
     make_script(folder / "vmctl", f'exec {sys.executable} -m vmspawn.cli.ctl "$@"')
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     return subprocess.run(
-        ["sh", "-ec", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=DEADLINE
+        [*command, script], env=environment, cwd=folder, capture_output=True, text=True, timeout=DEADLINE
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, background, one_line, spawned, vmctl
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, background, one_line, run_example, spawned, vmctl
 from tests.machines import fresh_name
 from tests.terminal import terminal
 from vmspawn.agent.protocol import PORTS
@@ -30,9 +30,18 @@ MIB = 1 << 20
 def machine(qemu: str) -> Iterator[Spawned]:
     """Boot one machine for all tests that do not change it."""
     with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
-        running.wait_for("is running")
-        assert vmctl("exec", running.name, "true").returncode == 0
+        run_at_once(running)
         yield running
+
+
+def run_at_once(machine: Spawned) -> None:
+    """Run the first command as soon as there is a machine of that name: it waits for the start and for the agent."""
+    deadline = time.monotonic() + DEADLINE
+    done = vmctl("exec", machine.name, "true")
+    while any(each in done.stderr for each in ("there is no machine", "does not run")):
+        assert time.monotonic() < deadline
+        done = vmctl("exec", machine.name, "true")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def execute(machine: Spawned, *arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -59,6 +68,17 @@ def until(machine: Spawned, command: str, *, expected: bool) -> None:
 def test_streams_and_status(machine: Spawned) -> None:
     done = execute(machine, "sh", "-c", "cat; echo err >&2; exit 7", data=b"in\n")
     assert (done.returncode, done.stdout, done.stderr) == (7, b"in\n", b"err\n")
+
+
+def test_the_examples_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for content, found in (("hello", "hello"), ("bye", "status 1")):
+        (tmp_path / "src" / "file").write_text(f"{content}\n")
+        done = run_example("exec.md", "exec", tmp_path, {"demo": machine.name})
+        release = execute(machine, "uname", "-r").stdout.decode()
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{release}{found}\n", "")
+    done = run_example("exec.md", "python", tmp_path, {"demo": machine.name})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "lo\n\nb'first\\n'\n", "")
 
 
 def test_options_end_at_the_command(machine: Spawned) -> None:
