@@ -206,6 +206,7 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> bytes:
         (b"x" * 512, "not an archive"),
         (TOP + member("top/x", b"Z"), "not known"),
         (member("n", tarfile.GNUTYPE_LONGNAME, size=1 << 40), "name of"),
+        (member("n", tarfile.GNUTYPE_LONGNAME, content=b"top\0") * 2 + TOP, "two long names"),
         (member("top", tarfile.XHDTYPE, content=b"20 path=/etc/passwd\n") + TOP, "not known"),
         (TOP + member("top/huge", size=1 << 60), "does not fit"),
     ],
@@ -254,6 +255,13 @@ def test_a_million_entries_are_too_many(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(unpacking, "ENTRIES_MAX", 1000)
     stream = endless(lambda number: member(f"top/{number}") if number else TOP)
     with pytest.raises(CopyFailed, match="more than 1000 files"):
+        unpack(stream, str(tmp_path), root="top")
+
+
+def test_an_endless_name_is_refused(tmp_path: Path) -> None:
+    """It is sent in members of type L, none of which is followed by a file."""
+    stream = endless(lambda _: member("n", tarfile.GNUTYPE_LONGNAME, content=b"top\0"))
+    with pytest.raises(CopyFailed, match="two long names"):
         unpack(stream, str(tmp_path), root="top")
 
 

@@ -161,8 +161,15 @@ def data_of(file: SparseFile, pieces: Sequence[Piece]) -> Iterator[bytes]:
         raise _failure(error) from None
 
 
+def check_path(path: str) -> None:
+    """Raise UsageError for a NUL character, which no path can contain."""
+    if "\0" in path:
+        raise UsageError(f"the path {path!r} contains a NUL character", hint="remove that character")
+
+
 def name_of(path: str) -> str:
     """Return the name under which a path is copied. Raises UsageError."""
+    check_path(path)
     name = path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
         raise UsageError(f"{path} has no name to copy it under", hint="name a file or a directory")

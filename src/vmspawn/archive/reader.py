@@ -107,6 +107,8 @@ class Reader:
         long: dict[bytes, str] = {}
         while (header := self._header()) is not None:
             if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+                if header.type in long:
+                    raise CopyFailed("the guest's archive has two long names for one member")
                 long[header.type] = self._long_name(header)
                 continue
             name = long.pop(tarfile.GNUTYPE_LONGNAME, header.name)

@@ -40,6 +40,9 @@ _CLEANUP_TIMEOUT = 10.0
 
 _BUFFER_SIZE = 1 << 20
 
+#: The maximum number of bytes after the end of an archive. GNU tar's records have 10 KiB by default.
+_REST_MAX = 1 << 20
+
 #: The maximum number of pieces of a sparse file for one command. Each piece is an argument.
 _PIECES_MAX = 2000
 
@@ -267,6 +270,7 @@ class Copying:
 
         Raises CopyFailed, SystemFailure, UsageError, or an error of `start`.
         """
+        pack.check_path(target)
         is_folder = os.path.isdir(target)
         if not is_folder and (len(sources) > 1 or target.endswith("/")):
             raise UsageError(f"{target} is not a directory", hint="create it first, or copy one file to a new name")
@@ -358,9 +362,9 @@ class _Streams:
             if feed is not None:
                 self._send(feed)
             result = consume(stream) if consume is not None else None
-            # The command must not wait for us to read.
-            while stream.read(_BUFFER_SIZE):
-                pass
+            # The command must not wait for us to read. tar fills its last record with zeros.
+            if len(stream.read(_REST_MAX + 1)) > _REST_MAX:
+                raise CopyFailed(f"cannot copy {self._what}: the guest sent more data after the end of the archive")
         except Truncated as error:
             truncated = error
         except OSError as error:
