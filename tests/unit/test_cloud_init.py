@@ -2,6 +2,7 @@
 """Tests the files of cloud-init's seed, and its image as another program reads it."""
 
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -89,6 +90,21 @@ def test_user_data_that_cannot_be_used(
         path.write_bytes(content)
     with refused(f"^cannot use --cloud-init={path}: .*{why}", StartError):
         seeded(directory, str(path))
+
+
+def test_user_data_from_a_pipe(directory: MachineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a shell's --cloud-init=<(COMMAND). A pipe that nobody writes to is given up."""
+    script = "echo '#cloud-config'; head -c 200000 /dev/zero | tr '\\0' '#'"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        data = cloud_init._user_data(f"/dev/fd/{process.stdout.fileno()}")
+    assert data == b"#cloud-config\n" + b"#" * 200_000
+    monkeypatch.setattr(cloud_init, "_PIPE_TIMEOUT", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    with refused("^cannot use --cloud-init=.*/pipe: nothing was written to it for 0.05 s", StartError):
+        seeded(directory, str(tmp_path / "pipe"))
+    with refused("^cannot use --cloud-init=.*: Is a directory", StartError):
+        seeded(directory, str(tmp_path))
 
 
 def test_the_package_is_not_installed(directory: MachineDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

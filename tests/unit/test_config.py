@@ -106,6 +106,9 @@ def test_a_name_has_an_end() -> None:
         ({"guest": "builtin", "machine_type": "isapc"}, "machine_type='isapc' is not known"),
         ({"guest": "builtin", "kvm": "maybe"}, "kvm='maybe' is not known"),
         ({"guest": "other"}, "guest='other' is not known"),
+        ({"image": "/a\0b"}, "image= contains a NUL character"),
+        ({"image": "/x", "cloud_init": "/a\0b"}, "cloud_init= contains a NUL character"),
+        ({"image": "/x", "kernel_arguments": ("a", "b\0")}, "kernel_arguments= contains a NUL character"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:

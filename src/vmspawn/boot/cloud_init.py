@@ -24,6 +24,9 @@ _DISK = "cidata"
 #: The maximum size of user data. Real user data is far smaller.
 _USER_DATA_MAX = 16 << 20
 
+#: Seconds without a byte after which a pipe, such as the shell's <(COMMAND), is given up.
+_PIPE_TIMEOUT = 30.0
+
 #: The user data if the user gives no file.
 _NO_USER_DATA = b"#cloud-config\n{}\n"
 
@@ -62,10 +65,9 @@ def _user_data(path: str) -> bytes:
     if not path:
         return _NO_USER_DATA
     try:
-        with open(path, "rb") as file:
-            data = file.read(_USER_DATA_MAX + 1)
+        data = _read(path)
     except OSError as error:
-        raise _unusable(path, error.strerror or "it cannot be read") from None
+        raise _unusable(path, error.strerror or f"nothing was written to it for {_PIPE_TIMEOUT:g} s") from None
     if len(data) > _USER_DATA_MAX:
         raise _unusable(path, f"it is larger than {_USER_DATA_MAX >> 20} MiB")
     if not data.startswith((b"#", b"Content-Type:", b"MIME-Version:", b"From ", b"\x1f\x8b")):
@@ -75,6 +77,28 @@ def _user_data(path: str) -> bytes:
             path=path,
         )
     return data
+
+
+def _read(path: str) -> bytes:
+    """Read a file or a pipe to its end, but at most one byte more than the maximum. Raises OSError."""
+    import select
+
+    # With O_NONBLOCK, opening a FIFO does not wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        data = bytearray()
+        while len(data) <= _USER_DATA_MAX:
+            if not poll.poll(_PIPE_TIMEOUT * 1000):
+                raise TimeoutError
+            piece = os.read(fd, _USER_DATA_MAX + 1 - len(data))
+            if not piece:
+                break
+            data += piece
+        return bytes(data)
+    finally:
+        os.close(fd)
 
 
 def _unusable(path: str, reason: str) -> StartError:

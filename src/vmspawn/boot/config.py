@@ -143,6 +143,7 @@ class MachineConfig(Record):
 
 def check_config(config: MachineConfig) -> MachineConfig:
     """Return the configuration with its name filled in. Raises UsageError for a contradiction."""
+    _check_texts(config)
     _check_choice("machine_type", config.machine_type, MACHINE_TYPES)
     _check_choice("kvm", config.kvm, KVM_CHOICES)
     _check_choice("console", config.console, CONSOLES)
@@ -184,6 +185,14 @@ def check_config(config: MachineConfig) -> MachineConfig:
     memory.check(config.ram_bytes, config.ram_growth)
     credentials.check(config.credentials)
     return config._replace(name=check_name(config.name if config.name is not None else _default_name(config)))
+
+
+def _check_texts(config: MachineConfig) -> None:
+    """Raise UsageError for a NUL character, which no path and no argument of a program can contain."""
+    for field, value in config._asdict().items():
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, str) and "\0" in each for each in texts):
+            raise UsageError.with_fields("{" + field + "=} contains a NUL character", hint="remove that character")
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
