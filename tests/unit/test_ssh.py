@@ -69,6 +69,20 @@ def test_a_proxy_for_all_hosts_is_not_used(tmp_path: Path) -> None:
         assert found.get("proxycommand", "none") == "none"
 
 
+@needs_ssh
+def test_a_guest_gets_nothing_that_the_user_forwards_to_all_hosts(tmp_path: Path) -> None:
+    settings = ("ForwardAgent", "ForwardX11", "UpdateHostKeys")
+    users = "\n".join(["Host *", *(f"    {each} yes" for each in settings)])
+    (tmp_path / "users").write_text(users)
+    (tmp_path / "included").write_text(f"{access().configuration()}\n{users}\n")
+    for arguments in (["users", *access().options("root")], ["included", "vmspawn/web"], ["included", "vmspawn-web"]):
+        found = settings_of(["-F", f"{tmp_path}/{arguments[0]}", *arguments[1:]])
+        # ssh prints UpdateHostKeys as a truth value.
+        assert {found[each.lower()] for each in settings} <= {"no", "false"}
+    found = settings_of(["-A", "-F", f"{tmp_path}/included", "vmspawn/web"])
+    assert found["forwardagent"] == "yes"
+
+
 def test_the_forward_to_the_server_is_the_way() -> None:
     others = [Forward(80, 1), Forward(22, 2, protocol="udp")]
     assert access_of("web", others, "key") is None

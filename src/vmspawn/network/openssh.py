@@ -34,7 +34,8 @@ class Access(Record):
         """Return ssh's settings. Values are quoted as in a configuration file.
 
         The guest's host key is pinned at its first use, for as long as the machine runs. Settings of the user's own
-        configuration for all hosts, such as a proxy, do not apply to an address of this host.
+        configuration for all hosts do not apply: a proxy does not lead to an address of this host, and a guest does not
+        get the user's agent and display.
         """
         return {
             "HostName": self.address,
@@ -45,8 +46,12 @@ class Access(Record):
             "HostKeyAlias": self.host,
             "UserKnownHostsFile": _quoted(self.known_hosts.replace("%", "%%")),
             "StrictHostKeyChecking": "accept-new",
+            # Otherwise the guest may add keys, and ssh keeps a copy of the file beside it.
+            "UpdateHostKeys": "no",
             "CheckHostIP": "no",
             "ProxyCommand": "none",
+            "ForwardAgent": "no",
+            "ForwardX11": "no",
         }
 
     def configuration(self) -> str:
