@@ -85,6 +85,28 @@ def test_rsync_with_the_configuration(machine: Spawned, config: str, tmp_path: P
     assert (tmp_path / "back" / "a file").read_bytes() == (tmp_path / "from" / "a file").read_bytes()
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_ansible_with_the_configuration(machine: Spawned, config: str, tmp_path: Path) -> None:
+    if not shutil.which("ansible-playbook"):
+        pytest.skip("ansible-playbook is not installed")
+    tasks = [
+        {"raw": "exit 3", "register": "done", "failed_when": "done.rc != 3"},
+        {"copy": {"content": "by ansible\n", "dest": "/tmp/made"}},
+        {"command": "cat /tmp/made", "register": "found"},
+        {"assert": {"that": "found.stdout == 'by ansible'"}},
+    ]
+    (tmp_path / "site.yml").write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    command = ["ansible-playbook", "-i", f"vmspawn-{machine.name},", f"--ssh-common-args=-F '{config}'", "site.yml"]
+    # Without a connection that stays open after the end.
+    environment = {**os.environ, "ANSIBLE_HOME": str(tmp_path / "home"), "ANSIBLE_SSH_ARGS": "-o ControlMaster=no"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=10 * DEADLINE, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok=4" in done.stdout
+
+
 def test_the_host_key_is_pinned(machine: Spawned) -> None:
     """Another key is refused while the machine runs."""
     (access,) = json.loads(vmctl("ssh-config", machine.name, "--json=short").stdout)
