@@ -182,11 +182,21 @@ def test_a_copy_that_is_interrupted_leaves_nothing(machine: Spawned, tmp_path: P
     assert "half" not in shell(machine, "ls /tmp")
 
 
+#: vmctl with a progress bar for quick copies too.
+VMCTL_WITH_BAR = """
+import runpy
+from vmspawn.cli.ctl import progress_bar
+progress_bar._DELAY = progress_bar._INTERVAL = 0.0
+runpy.run_module("vmspawn.cli.ctl", run_name="__main__")
+"""
+
+
 def test_a_progress_bar_on_a_terminal(machine: Spawned, tmp_path: Path) -> None:
     with open(tmp_path / "large", "wb") as file:
         file.write(os.urandom(MIB) * 48)
     with terminal() as tty:
-        process = tty.start([*VMCTL, "copy", str(tmp_path / "large"), f"{machine.name}:/tmp/large"])
+        command = [sys.executable, "-c", VMCTL_WITH_BAR]
+        process = tty.start([*command, "copy", str(tmp_path / "large"), f"{machine.name}:/tmp/large"])
         tty.expect(rb"\[#*\.*\] +\d+% [\d.]+[KM] of 48M, [\d.]+[KM]/s")
         assert tty.wait(process) == 0
     assert shell(machine, "stat -c %s /tmp/large; rm /tmp/large") == f"{48 * MIB}\n"
