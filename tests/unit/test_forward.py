@@ -60,7 +60,7 @@ def test_what_is_left_out(text: str, forward: Forward) -> None:
         ("[::1]:8080:80", "IPv4 only"),
         ("localhost:8080:80", "not an IPv4 address"),
         ("127.1:8080:80", "not an IPv4 address"),
-        (":8080:80", "not an IPv4 address"),
+        (":8080:80", "the empty text is not an IPv4 address"),
         ("٣:80", "not understood"),
     ],
 )

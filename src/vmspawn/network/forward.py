@@ -67,7 +67,8 @@ class Forward(Record):
         if ":" in self.address:
             raise _refuse(str(self), "QEMU forwards IPv4 only", hint=f"use an IPv4 address, such as {LOOPBACK}")
         if not _is_address(self.address):
-            raise _refuse(str(self), f"{self.address} is not an IPv4 address", hint="use 0.0.0.0 for all addresses")
+            address = self.address or "the empty text"
+            raise _refuse(str(self), f"{address} is not an IPv4 address", hint="use 0.0.0.0 for all addresses")
         return self
 
 
