@@ -172,7 +172,7 @@ def test_qemu_outlives_a_manager_that_is_killed_and_keeps_its_name(qemu: str, im
         (["--image={qcow2}"], 1, "looks like qcow2"),
         (["--image={vhd}"], 1, "looks like vpc"),
         (["--image={image}", "--image-format=qcow2"], 1, "is not in qcow2 format"),
-        (["--image={image}", "--extra-drive={image}"], 2, "two disks are called image"),
+        (["--image={image}", "--extra-drive={image}"], 2, "two disks are named image"),
         (["--image={image}", "--extra-drive={link}"], 1, "the same file as another disk"),
         (["--linux=/proc/nonexistent"], 1, "cannot use --linux=/proc/nonexistent: No such file or directory"),
         (["--linux={empty}"], 1, "the file is empty"),

@@ -13,7 +13,10 @@ import pytest
 from tests.conftest import MIB
 from tests.imagefiles import CONTAINERS, OTHERS, RAW, UNCHECKABLE, make
 from tests.loop import Loop
-from vmspawn.errors import BadConfig, ConfigNotSupported, SystemFailure
+from vmspawn.boot.config import MachineConfig
+from vmspawn.boot.disks import open_boot_disks
+from vmspawn.errors import BadConfig, ConfigNotSupported, StartError, SystemFailure
+from vmspawn.hotplug.places import layout
 from vmspawn.images import other_files as others
 from vmspawn.images.other_files import OtherFile, other_files
 from vmspawn.storage.backing import Backing, open_disk
@@ -130,6 +133,13 @@ def test_a_name_in_an_image_does_nothing_to_a_terminal(tmp_path: Path) -> None:
 
 
 # Images without a specified format.
+
+
+def test_the_hint_for_the_image_of_a_machine_names_its_option(tmp_path: Path) -> None:
+    image = CONTAINERS["qcow2"](tmp_path)
+    with pytest.raises(StartError) as caught:
+        open_boot_disks(MachineConfig(image=str(image)), layout("q35", None), str(tmp_path))
+    assert caught.value.hint.startswith("use image_format=qcow2, or raw")
 
 
 @pytest.mark.parametrize("content", CONTAINERS)

@@ -78,9 +78,8 @@ def _blaming(wanted: _Wanted) -> Iterator[None]:
         yield
     except (BadConfig, ConfigNotSupported, SystemFailure) as error:
         error.prefix("", instead_of=f"cannot open {wanted.disk.path}: ")
-        begun = "say format "
         hint = "{error}"
-        if wanted.is_image and error.hint.startswith(begun):
+        if wanted.is_image and error.hint.startswith(formats.FORMAT_HINT):
             hint = "use {image_format=}{choice}"
         elif wanted.is_image and error.hint.startswith("attach it read-only"):
             hint = "use {ephemeral=True}, which does not write to the image, or a copy"
@@ -89,7 +88,7 @@ def _blaming(wanted: _Wanted) -> Iterator[None]:
             hint=hint,
             value=wanted.value,
             error=error,
-            choice=error.hint.removeprefix(begun),
+            choice=error.hint.removeprefix(formats.FORMAT_HINT),
         ) from None
 
 
@@ -119,7 +118,7 @@ def _open(config: MachineConfig, wanted: _Wanted) -> Backing:
 
 def _check_disk_name(others: Iterable[BootDisk], disk: Disk) -> None:
     if admission.find_name(others, disk.name):
-        raise UsageError(f"two disks are called {disk.name}", hint="give the files different names")
+        raise UsageError(f"two disks are named {disk.name}", hint="give the files different names")
 
 
 def _boot_disk(

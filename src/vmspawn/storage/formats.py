@@ -17,7 +17,7 @@ from ..images.detection import Read, container_format
 from ..text import printable
 from .backing import Backing
 
-#: The formats that disks can have, and those that QEMU reads well but should not write.
+#: The formats that disks can have, and the formats among them that are attached read-only.
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 READ_ONLY_FORMATS = ("vmdk", "vdi", "vhdx")
 DEFAULT_FORMAT = "raw"
@@ -30,9 +30,12 @@ _ROLES = {
     "parent": "has a parent, without which it is incomplete",
 }
 
+#: The beginning of the hint to specify a format. For the machine's image, boot/disks.py names the option instead.
+FORMAT_HINT = "specify format "
+
 #: Hints for formats whose parents QEMU cannot read.
 _MERGE_HINTS = {
-    "vdi": "make a whole image of it with: VBoxManage clonemedium disk IMAGE WHOLE",
+    "vdi": "merge it with its parent: VBoxManage clonemedium disk IMAGE WHOLE",
     "vhdx": "merge it into its parent first, with Merge-VHD",
 }
 
@@ -95,10 +98,10 @@ def _reader(backing: Backing, what: str, pread: Pread) -> Read:
 
 def _format_hint(looks_like: str | None) -> str:
     if looks_like is None:
-        return "specify format raw, or convert the image with qemu-img"
+        return f"{FORMAT_HINT}raw, or convert the image with qemu-img"
     if looks_like in FORMATS:
-        return f"specify format {looks_like}, or raw to give the guest the file as it is"
-    return f"specify format raw to give the guest the file as it is, or {_convert(looks_like)}"
+        return f"{FORMAT_HINT}{looks_like}, or raw to give the guest the file as it is"
+    return f"{FORMAT_HINT}raw to give the guest the file as it is, or {_convert(looks_like)}"
 
 
 def _check_stands_alone(read: Read, image_format: str, what: str) -> None:
