@@ -254,7 +254,7 @@ async def test_a_copy_can_be_adopted(qemu: str, tmp_path: Path) -> None:
             adopted = await Machine.adopt(copy.name)
             assert adopted.inner.fork is not None
             assert adopted.inner.fork.snapshot == snapshot.name
-            with pytest.raises(SnapshotInUse, match="a machine runs"):
+            with pytest.raises(SnapshotInUse, match="a machine uses"):
                 await snapshot.remove()
             await adopted.detach("disk")
             await adopted.terminate()
@@ -377,7 +377,7 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
         forks = {each["name"]: each["forks"] for each in listed}
         assert sorted(forks[f"{machine.name}@s"]) == sorted(names)
         refused = await asyncio.to_thread(vmctl, "remove-snapshot", f"{machine.name}@s")
-        assert (refused.returncode, "a machine runs" in refused.stderr) == (1, True)
+        assert (refused.returncode, "a machine uses" in refused.stderr) == (1, True)
         for name in names:
             assert json.loads(await run("status", name, "--json=short"))["status"] == "running"
             await run("terminate", name, "--wait")
@@ -406,7 +406,7 @@ async def test_the_methods_of_the_control_socket(qemu: str, tmp_path: Path) -> N
         listed = (await calls.call(machine.name, f"{MACHINE}.ListSnapshots")).parameters["snapshots"]
         forks = {each["name"]: each["forks"] for each in listed}
         assert forks == {f"{machine.name}@v": [name], f"{machine.name}@{directory.CURRENT}": []}
-        with pytest.raises(SnapshotInUse, match=f"{name}@{directory.CURRENT} stands on"):
+        with pytest.raises(SnapshotInUse, match=f"{name}@{directory.CURRENT} is based on"):
             await calls.call(machine.name, f"{MACHINE}.RemoveSnapshot", {"name": "v"})
         await run("terminate", name, "--wait")
         # The copy's disks stand on the snapshot's, and were kept.

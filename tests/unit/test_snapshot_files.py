@@ -68,7 +68,7 @@ def test_another_firmware_or_processor_is_refused(tmp_path: Path) -> None:
     found = described("web@clean")._replace(firmware=kept)
     same_host.check(manifest.load(found.to_json(), "web@clean"))
     firmware.write_bytes(b"two")
-    with pytest.raises(StartError, match=f"another firmware than {firmware}"):
+    with pytest.raises(StartError, match=f"another firmware than the present {firmware}"):
         same_host.check(found)
     # Without a state, the machine boots.
     same_host.check(found._replace(state=None))
@@ -127,11 +127,11 @@ def test_a_snapshot_in_use_stays(tmp_path: Path, folder: Path) -> None:
     inside = folder / "web@clean" / "image1"
     inside.touch()
     made("web@next", inside)
-    with pytest.raises(SnapshotInUse, match="web@next stands on web@clean"):
+    with pytest.raises(SnapshotInUse, match="web@next is based on web@clean"):
         directory.remove("web@clean")
     directory.remove("web@next")
     opened = directory.OpenSnapshot("web@clean")
-    with pytest.raises(SnapshotInUse, match="a machine runs"):
+    with pytest.raises(SnapshotInUse, match="a machine uses"):
         directory.remove("web@clean")
     opened.close()
     directory.remove("web@clean")
@@ -142,7 +142,7 @@ def test_a_snapshot_in_use_stays(tmp_path: Path, folder: Path) -> None:
 def test_folders_that_others_may_fill_are_refused(folder: Path) -> None:
     made("web@clean")
     (folder / "web@clean").chmod(0o777)
-    with pytest.raises(StartError, match="others may write"):
+    with pytest.raises(StartError, match="other users may write"):
         directory.OpenSnapshot("web@clean")
 
 

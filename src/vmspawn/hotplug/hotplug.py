@@ -34,7 +34,7 @@ _A = TypeVar("_A", bound=Attachment)
 #: Seconds between attempts to undo a step that QEMU refuses to undo, for example while a QMP client uses its object.
 _REFUSED_RETRY = 2.0
 
-#: Seconds that a failed attach waits for its own undo before it raises its error; the undo goes on.
+#: Seconds that a failed attach waits for its own undo before it raises its error; the undo continues.
 _UNWIND_TIMEOUT = 10.0
 
 
@@ -48,7 +48,7 @@ class Hotplug:
         self.tasks: Final = Tasks()
         #: Entered by each change of an attachment, except while it waits for the guest. A save closes the gate.
         self.gate: Final = Gate()
-        #: Kept from beginning while a device comes that QEMU cannot save, and the other way round.
+        #: Prevents a save while a device that QEMU cannot save is being plugged in, and vice versa.
         self.saving: Final = saving or Saving()
         self._registers: dict[str, Register[Any]] = {}
         self._on_refused: dict[str, Callable[[Any, VmspawnError], Awaitable[str]]] = {}
@@ -97,8 +97,8 @@ class Hotplug:
             raise
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        # An adoption treats an attach as successful if the device exists. So the journal need not be written, unless
-        # more was to be done than plugging in the device.
+        # An adoption treats an attach as successful if the device exists. So the journal is written only for an
+        # attachment that its device does not complete.
         if finish is None or attachment.is_whole:
             register.changed(attachment)
         else:
@@ -129,7 +129,7 @@ class Hotplug:
         results = await self.monitor.execute_all(commands, behind=[each.removal for each in spent])
         if isinstance(results[-1], QmpError):
             # The last command is the device's, and it failed, so there is no device to unplug. (It depends on all other
-            # steps. It exists in spite of a failure only if a QMP client made an object by the name of vmspawn's.)
+            # steps. It exists in spite of a failure only if a QMP client made an object with one of vmspawn's names.)
             attachment.done.remove(DEVICE)
         for result in results:
             if isinstance(result, QmpError):
@@ -158,7 +158,7 @@ class Hotplug:
     async def detach(self, attachment: Attachment, deadline: float) -> bool:
         """Undo all steps of an attachment; returns True when they are undone, False if the deadline passes first.
 
-        The removal then goes on, and a later call waits for the same removal. Raises NotConnected.
+        The removal then continues, and a later call waits for the same removal. Raises NotConnected.
         """
         task = self.unwind(attachment)
         await asyncio.wait({task}, timeout=deadline - asyncio.get_running_loop().time())
@@ -266,7 +266,7 @@ class Hotplug:
         if not self.run_state.is_running:
             self.deferred.update(each for each in objects if each.kind.is_deferred)
 
-    # The journal. It names at least the steps that QEMU has, and may name more, because an undo takes "not found" as
+    # The journal. It names all steps that QEMU has done, and may name more, because an undo takes "not found" as
     # success. So an attachment is entered once, with all its steps, and removed once, after all are undone.
 
     def save(self, attachment: Attachment) -> None:

@@ -35,7 +35,7 @@ class Journal:
         return self._directory.name if self._directory is not None else ""
 
     def add_section(self, name: str, text: Callable[[], str]) -> None:
-        """Add a section, or change its owner. Each write calls `text`, which returns the section's value in JSON."""
+        """Add or replace a section. Each write calls `text`, which returns the section's value in JSON."""
         self._sections[name] = text
 
     def section(self, name: str) -> str | None:

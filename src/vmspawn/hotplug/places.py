@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Accounts for the places where devices can be plugged in: ports, slots, SCSI targets, namespaces and serial ports.
+"""Allocates the places where devices can be plugged in: ports, slots, SCSI targets, namespaces and serial ports.
 
-QEMU's own choice of a place is not reliable: 7.2 puts a second device on an occupied port and loses both, 11.1 finds no
-slot on `pc` while some are free (docs/qemu.md, "Ports and slots"). So vmspawn chooses every place itself.
+QEMU's own choice of a place is not reliable (docs/qemu.md, "Ports and slots"). QEMU 7.2 puts a second device on an
+occupied port, and the guest loses both. QEMU 11.1 finds no slot on `pc`, although some are free. So vmspawn chooses
+every place itself.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Pool:
         return f"all {len(self.places)} are in use" if self.places else "this machine has none"
 
     def claim(self, place: Place) -> None:
-        """Reserve a certain place, which a device already uses. Reserving it twice is harmless."""
+        """Reserve a place that a device already uses. Reserving it twice is harmless."""
         if place in self._free:
             self._free.remove(place)
 
@@ -182,7 +183,8 @@ NAMESPACE_CONTROLLER = "nvme0"
 NAMESPACES = 256
 
 
-#: The slots of the controllers that can exist from boot. The controller for disks with an I/O thread never does.
+#: The slots of the controllers that can exist from boot. The controller for disks with an I/O thread never exists from
+#: boot.
 _FIXED_SLOTS = {SCSI_CONTROLLER: SCSI_CONTROLLER_SLOT, NAMESPACE_CONTROLLER: NAMESPACE_CONTROLLER_SLOT}
 
 #: The error for a disk on bus nvme-ns if the machine has no namespaces.

@@ -32,7 +32,7 @@ OBJECT = Kind("object-del", "id", "qom-list", "name", (("path", "/objects"),))
 CHARDEV = Kind("chardev-remove", "id", "query-chardev", "label")
 #: Descriptor sets made by add-fd.
 FDSET = Kind("remove-fd", "fdset-id", "query-fdsets", "fdset-id", is_deferred=True)
-#: Descriptors named by getfd, which the command that uses one consumes.
+#: Descriptors named by getfd. A command that uses a descriptor removes the name.
 DESCRIPTOR = Kind("closefd", "fdname")
 
 

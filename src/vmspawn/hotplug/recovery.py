@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Adopts the attachments of a manager that died: compares its journal with QEMU, and settles each attachment.
 
-- A detach that was under way goes on.
-- An attach that was under way is kept if QEMU has plugged in the device, and undone if not. Its caller never got a
+- A detach that was under way continues.
+- An attach that was under way is kept if QEMU has plugged in the device, and undone otherwise. Its caller never got a
   reply, so either outcome is correct.
 - An attachment whose device was removed meanwhile is undone.
 """
@@ -56,6 +56,6 @@ async def settle(
 #: The messages about attachments that do not stay.
 _FOUND = {
     State.ATTACHING: "{name} has no device in QEMU; its remains are removed",
-    State.DETACHING: "the detach of {name} goes on",
+    State.DETACHING: "the detach of {name} continues",
     State.ATTACHED: "{name} was removed meanwhile",
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Defines the steps of an attachment, each with its undo.
 
-A step belongs to one attachment and holds the values that it works with. A step in a journal may have been begun only,
-or undone by a manager that then died, so an undo takes "not found" as success.
+A step belongs to one attachment and holds the values that it works with. A step in the journal may have begun without
+completing, or a manager may have undone the step and died. So an undo takes "not found" as success.
 """
 
 from __future__ import annotations

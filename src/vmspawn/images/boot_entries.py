@@ -46,7 +46,7 @@ def find(root: str) -> Entry:
     if kernels := [each for each in _files(os.path.join(root, "boot"), "") if "/vmlinuz-" in each]:
         return _bare(root, max(kernels, key=_version))
     raise StartError.with_fields(
-        "{root} has no kernel: no boot loader's entry below efi or boot, and no boot/vmlinuz-*",
+        "{root} has no kernel: no boot loader entry below efi or boot, and no boot/vmlinuz-*",
         hint="name a kernel with {linux=}, and its initrd with {initrd=}",
         root=root,
     )

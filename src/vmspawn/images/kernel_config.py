@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads a kernel's configuration: from a file beside the kernel or in its build tree, or out of the kernel itself.
 
-A kernel with CONFIG_IKCONFIG has its configuration by gzip between two marks. Most kernels are compressed as a whole,
-so that takes a second or two.
+A kernel with CONFIG_IKCONFIG contains its configuration, compressed by gzip, between two marks. Most kernels are
+compressed as a whole, so reading the configuration takes a second or two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import kernel_image
 #: The marks around the configuration (the kernel's kernel/configs.c).
 _START, _END = b"IKCFG_ST", b"IKCFG_ED"
 
-#: A kernel is not larger than that when it is unpacked.
+#: The maximum size of an unpacked kernel in bytes.
 _SIZE_MAX = 256 << 20
 
 _ZSTD_SECONDS = 30
@@ -31,9 +31,9 @@ _SETTING = re.compile(rb"^(CONFIG_\w+)=(.*)$", re.MULTILINE)
 
 
 def read(linux: str, modules: str | None = None) -> dict[str, str]:
-    """Return the options that are set, by their names, with their values; empty if the configuration is not known.
+    """Return the values of the options that are set, by name; empty if the configuration is not known.
 
-    `modules` is the folder of the kernel's modules. Raises OSError if the kernel cannot be read.
+    `modules` is the directory of the kernel's modules. Raises OSError if the kernel cannot be read.
     """
     for path in _places(linux, modules):
         try:
@@ -67,7 +67,7 @@ def _parse(data: bytes) -> dict[str, str]:
 
 
 def _embedded(image: bytes) -> bytes:
-    """Return the configuration that is in a kernel, or nothing."""
+    """Return the configuration in a kernel image, or an empty result."""
     for content in _unpacked(image):
         start = content.find(_START)
         end = content.find(_END, start)
@@ -108,7 +108,7 @@ _FORMATS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
 
 
 def _unpacked(image: bytes) -> Iterator[bytes]:
-    """Yield the image as it is, and what is compressed in it."""
+    """Yield the image itself, and the content of each compressed part."""
     yield image
     for magic, unpack in _FORMATS:
         at = image.find(magic)
@@ -119,5 +119,5 @@ def _unpacked(image: bytes) -> Iterator[bytes]:
                 content = b""
             if len(content) > len(_START):
                 yield content
-            # A part of the code may look like one.
+            # Code may contain the same bytes as the magic number. A small result is such a case.
             at = image.find(magic, at + 1) if len(content) < 1 << 20 else -1

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds snapshots, and the snapshot that a file is part of.
 
-Each snapshot is a folder `MACHINE@NAME` with a manifest. This module is on the start path and imports next to nothing.
+Each snapshot is a directory `MACHINE@NAME` with a manifest. This module is on the start path and imports next to
+nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from ..user_directories import user_directory
 
 MANIFEST = "manifest.json"
 
-#: The environment variable that names the folder of all snapshots.
+#: The environment variable that names the directory of all snapshots.
 VARIABLE = "VMSPAWN_SNAPSHOT_DIR"
 
-#: The prefix of the folder of a snapshot that is being made, or whose manager died while it was made.
+#: The prefix of the directory of an unfinished snapshot: it is being made, or its manager died while it was made.
 UNFINISHED = ".new-"
 
 
 def root() -> str:
-    """Return the folder of all snapshots: `$VMSPAWN_SNAPSHOT_DIR`, or the default of the user."""
+    """Return the directory of all snapshots: `$VMSPAWN_SNAPSHOT_DIR`, or the user's default."""
     if explicit := os.environ.get(VARIABLE):
         return os.path.abspath(explicit)
     if os.geteuid() == 0:
@@ -58,12 +59,12 @@ def _load(path: str) -> Any:
 
 
 def current_folder(machine: str) -> str:
-    """Return the folder of a machine's newest overlays."""
+    """Return the directory of a machine's newest overlays."""
     return os.path.join(root(), f"{machine}@current")
 
 
 def discard(folder: str) -> None:
-    """Remove the folder of an unfinished snapshot."""
+    """Remove the directory of an unfinished snapshot."""
     import shutil
 
     if os.path.dirname(folder) == root() and os.path.basename(folder).startswith(UNFINISHED):
@@ -71,7 +72,7 @@ def discard(folder: str) -> None:
 
 
 def settle_current(machine: str, used: set[str]) -> None:
-    """Settle the manifest of a machine's newest overlays that a manager was writing when it died.
+    """Keep or remove the unfinished manifest of a machine's newest overlays, after its manager has died.
 
     The manifest is kept if QEMU uses the overlays. `used` are the paths of the images of the machine's disks.
     """
@@ -83,7 +84,7 @@ def settle_current(machine: str, used: set[str]) -> None:
 
 
 def tidy_current(machine: str, used: set[str]) -> None:
-    """Remove the remains of a failed save from the folder of a machine's newest overlays."""
+    """Remove the remains of a failed save from the directory of a machine's newest overlays."""
     folder = current_folder(machine)
     try:
         names = os.listdir(folder)
@@ -112,7 +113,7 @@ def owner_of(device: int, inode: int) -> str:
 
 
 def _is_file(entry: dict[str, Any], device: int, inode: int) -> bool:
-    """Return whether an entry describes that file: by its path now, or by its numbers when the snapshot was made."""
+    """Return whether an entry describes a file: by its present path, or by its numbers at the time of the save."""
     try:
         found = os.stat(entry["path"])
         if (found.st_dev, found.st_ino) == (device, inode):

@@ -51,7 +51,7 @@ class Support(Enum):
 
 
 def why_not(root: str, linux: str, initrds: Sequence[str]) -> str:
-    """Return the reason why a kernel cannot mount the directory `root` as its root; empty if it can, or if unknown."""
+    """Return the reason why a kernel cannot mount `root` as its root; empty if it can, or if that is not known."""
     if kernel_image.kind_of(linux) == kernel_image.UKI:
         return ""
     support = _of_kernel(root, linux)

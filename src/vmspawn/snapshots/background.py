@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Starts copies, each under a separate manager in the background.
 
-On vmctl's start path: imports next to nothing.
+This module is on vmctl's start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CopyOptions(Record):
         if self.console_log:
             raise UsageError.with_fields(
                 "{console_log={path}} names one file for {copies} copies",
-                hint="start each copy by itself",
+                hint="start each copy separately",
                 path=self.console_log,
                 copies=copies,
             )
@@ -57,7 +57,7 @@ class CopyOptions(Record):
             if forward.port:
                 raise UsageError.with_fields(
                     "{forwards={forward}} names one port of the host for {copies} copies",
-                    hint="use port 0 for any free one, or start each copy by itself",
+                    hint="use port 0 for any free one, or start each copy separately",
                     forward=str(forward),
                     copies=copies,
                 )
@@ -88,10 +88,10 @@ def check(names: Sequence[str], options: CopyOptions) -> None:
 
 
 def start_copies(full_name: str, names: Sequence[str], options: CopyOptions, *, timeout: float) -> list[str]:
-    """Start copies of a snapshot at once, and wait until all of them run; those that fail do not end the others.
+    """Start copies of a snapshot at once, and wait until all of them run. A copy that fails does not end the others.
 
-    Returns the names of the copies whose clock stands as it was saved: no agent in the guest has set the clock. Raises
-    UsageError, StartError, Timeout.
+    Returns the names of the copies whose clock no agent in the guest has set, so that it shows the time of the save.
+    Raises UsageError, StartError, Timeout.
     """
     check(names, options)
     shared = [f"--fork={full_name}", *options.arguments()]

@@ -23,7 +23,7 @@ from ..machine.running import Running
 #: The ids of devices that vmspawn makes.
 _DEVICES = re.compile(r"scsi[01]|rng0|port\d+|nvme0|serial|console-size|network0|drive\d+|vmgenid0|agent\d*|stream\d+")
 
-#: Devices of ours without an id, by their drivers.
+#: The drivers of vmspawn's devices that have no id.
 _ANONYMOUS = ("pvpanic-pci", "virtconsole", "virtio-keyboard-pci", "virtio-vga", "virtio-gpu-pci")
 
 #: The names of objects that vmspawn or QEMU makes.
@@ -31,7 +31,7 @@ _OBJECTS = re.compile(
     r"type|limits\d+|drive\d+-(limits|thread)|scsi-thread|qmp-[a-z]+-monitor|compat_monitor\d+|mem|ram|[a-z-]+\.ram"
 )
 
-#: The run states that QEMU can be brought back to.
+#: The run states to which QEMU can return after a save.
 _STATES = ("running", "paused")
 
 _DETACH = "detach it first: vmctl detach-disk {machine} {name}"
@@ -132,7 +132,7 @@ def _disks_on_namespaces(machine: Running) -> list[Blocker]:
 
 
 def _explained(machine: Running, reason: str) -> list[Blocker]:
-    """Return the blockers for one of QEMU's reasons, one for each disk that it is about."""
+    """Return the blockers for one of QEMU's reasons: one for each disk that the reason names."""
     if reason.rstrip("'").endswith("/nvme"):
         disks = [each.name for each in machine.storage if each.disk.bus == "nvme"]
         if disks:

@@ -4,7 +4,7 @@
 A snapshot is made under a temporary name, and renamed when it is complete. Each user of a snapshot holds a shared
 flock(2) on the manifest. The QEMU of each copy inherits the descriptor, so the lock ends with QEMU, not with a manager.
 
-On the start path: imports next to nothing.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..images.snapshot_files import MANIFEST, UNFINISHED, root
 from . import manifest as manifests
 from .manifest import Manifest
 
-#: The file of a warm copy with what the console showed when it was made.
+#: The file of a warm copy that contains the console's output until the copy was made.
 CONSOLE = "console"
 
 #: The name of a machine's newest disks.
@@ -39,7 +39,7 @@ def parse_name(text: str) -> tuple[str, str]:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a snapshot may be called that. Raises UsageError."""
+    """Return `name` if it is a valid name for a snapshot. Raises UsageError."""
     try:
         return runtime.check_name(name)
     except UsageError:
@@ -50,21 +50,21 @@ def check_name(name: str) -> str:
 
 
 def path_of(full_name: str, parent: str = "") -> str:
-    """Return the folder of a snapshot. `parent` is the folder of all snapshots by default."""
+    """Return the directory of a snapshot. `parent` is the directory of all snapshots by default."""
     return os.path.join(parent or root(), full_name)
 
 
 class NewFolder:
-    """The folder of a snapshot that is being made."""
+    """The directory of a snapshot that is being made."""
 
     def __init__(self, full_name: str, parent: str = "") -> None:
-        """`parent` is the folder of all snapshots by default."""
+        """`parent` is the directory of all snapshots by default."""
         self.full_name = full_name
         self._parent = parent or root()
         self.path = os.path.join(self._parent, f"{UNFINISHED}{full_name}-{os.getpid()}")
 
     def make(self) -> None:
-        """Make the folder; `finish` or `discard` must follow. Raises SnapshotExists, StartError, SystemFailure."""
+        """Make the directory; `finish` or `discard` must follow. Raises SnapshotExists, StartError, SystemFailure."""
         full_name = self.full_name
         try:
             os.makedirs(self._parent, mode=0o700, exist_ok=True)
@@ -93,7 +93,7 @@ class NewFolder:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Give the folder its name. Raises SnapshotExists, OSError."""
+        """Give the directory its name. Raises SnapshotExists, OSError."""
         try:
             os.rename(self.path, path_of(self.full_name, self._parent))
         except OSError as error:
@@ -104,12 +104,12 @@ class NewFolder:
         sync(self._parent)
 
     def discard(self) -> None:
-        """Remove the folder, finished or not."""
+        """Remove the directory, finished or not."""
         _remove(self.path)
 
 
 def _clean_up(parent: str) -> None:
-    """Remove the folders of processes that died as they made or removed a snapshot."""
+    """Remove the directories that processes left behind when they died while making or removing a snapshot."""
     for name in os.listdir(parent):
         pid = name.rpartition("-")[2]
         if name.startswith(UNFINISHED) and pid.isdigit() and not runtime.start_time(int(pid)):
@@ -118,13 +118,13 @@ def _clean_up(parent: str) -> None:
 
 def _exists(full_name: str) -> SnapshotExists:
     return SnapshotExists(
-        f"there is a snapshot {full_name} already",
+        f"snapshot {full_name} exists already",
         hint=f"choose another name, or remove it with: vmctl remove-snapshot {full_name}",
     )
 
 
 def sync(path: str) -> None:
-    """Wait until a file or a folder is on the disk. Raises OSError."""
+    """Wait until a file or a directory is on the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -133,26 +133,26 @@ def sync(path: str) -> None:
 
 
 def check_ours(path: str) -> None:
-    """Raise StartError for a folder that another user could have written to: its content runs as this user."""
+    """Raise StartError for a directory that another user could have written to: its state would run as this user."""
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise StartError(f"{path} is not a directory")
     if found.st_uid not in (0, os.geteuid()):
-        raise StartError(f"{path} belongs to another user", hint="only snapshots of yours and of root's are loaded")
+        raise StartError(f"{path} belongs to another user", hint="vmspawn loads only your own and root's snapshots")
     if stat.S_IMODE(found.st_mode) & 0o022:
-        raise StartError(f"others may write to {path}", hint=f"chmod go-w {path}")
+        raise StartError(f"other users may write to {path}", hint=f"chmod go-w {path}")
 
 
 class OpenSnapshot:
-    """A snapshot that is kept from being removed while it is open. Owns the manifest's descriptor."""
+    """An open snapshot, which no process can remove until it is closed. Owns the manifest's descriptor."""
 
     manifest: Manifest
 
     def __init__(self, full_name: str, parent: str = "", *, wait: bool = True) -> None:
-        """Open a snapshot in a folder, that of all snapshots by default.
+        """Open a snapshot in the directory `parent`, which is that of all snapshots by default.
 
-        Waits while another process has the snapshot alone. If `wait` is False, it raises SnapshotInUse instead. Raises
-        NoSuchSnapshot, StartError.
+        Waits while another process has locked the snapshot exclusively; if `wait` is False, raises SnapshotInUse
+        instead. Raises NoSuchSnapshot, StartError.
         """
         self.path = path_of(full_name, parent)
         self.fd = -1
@@ -161,7 +161,7 @@ class OpenSnapshot:
         self._open()
 
     def _open(self) -> None:
-        """Open, lock and read the manifest, again if another process has replaced it before the lock was taken."""
+        """Open, lock and read the manifest. Starts again if another process has replaced it before the lock."""
         while True:
             self._open_file()
             try:
@@ -172,8 +172,8 @@ class OpenSnapshot:
             except BlockingIOError:
                 self.close()
                 raise SnapshotInUse(
-                    f"another process removes {self._full_name}, or writes its overlays to the images",
-                    hint="try again when that is done; see: vmctl list-snapshots",
+                    f"another process is removing {self._full_name}, or writing its overlays to the images",
+                    hint="try again later; see: vmctl list-snapshots",
                 ) from None
             except BaseException:
                 self.close()
@@ -202,14 +202,15 @@ class OpenSnapshot:
             return False
 
     def lock_alone(self) -> bool:
-        """Keep others from using the snapshot. Returns False if a machine runs on it, or another process uses it.
+        """Lock the snapshot exclusively. Returns False if a machine or another process uses it.
 
         Raises NoSuchSnapshot if another process has removed it meanwhile, StartError.
         """
         try:
             while True:
-                # Converting our own shared lock fails while another process has one. The conversion is not atomic:
-                # another process can have the lock in between, and remove or replace the manifest.
+                # Converting this process's shared lock to an exclusive one fails while another process has a shared
+                # lock. The conversion is not atomic: another process can take the lock in between, and remove or
+                # replace the manifest.
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._is_in_place():
                     return True
@@ -219,7 +220,7 @@ class OpenSnapshot:
             return False
 
     def replace(self, manifest: Manifest) -> None:
-        """Replace the manifest of a snapshot that is locked alone; the new file is locked too. Raises OSError."""
+        """Replace the manifest of an exclusively locked snapshot; the new file is locked too. Raises OSError."""
         fd = os.open(self._file + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,7 +237,7 @@ class OpenSnapshot:
     def remove(self) -> None:
         """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse, StartError."""
         _check_unused(self._full_name, self)
-        # The manifest goes first: a folder without one is no snapshot.
+        # The manifest is removed first: a directory without a manifest is not a snapshot.
         hidden = os.path.join(root(), f"{UNFINISHED}{self._full_name}-removed-{os.getpid()}")
         os.rename(self.path, hidden)
         _remove(hidden)
@@ -253,7 +254,7 @@ def _read(fd: int) -> bytes:
 
 
 def find(machine: str, name: str) -> str:
-    """Return the full name of a snapshot. Without a name, it is the machine's only snapshot.
+    """Return the full name of a snapshot. With an empty `name`, it is the machine's only snapshot.
 
     Raises NoSuchSnapshot, UsageError.
     """
@@ -285,7 +286,7 @@ def check_discards_nothing(full_name: str) -> None:
     if name == CURRENT and others:
         raise SnapshotInUse(
             f"{full_name} has everything that {machine} wrote to its disks after it was saved",
-            hint=f"to keep that, remove {', '.join(others)} instead: then it is written to the disks",
+            hint=f"to keep this data, remove {', '.join(others)} instead: the data is then written to the disks",
         )
 
 
@@ -293,10 +294,10 @@ def _check_unused(full_name: str, snapshot: OpenSnapshot) -> None:
     for other, found in snapshot_files.manifests():
         if other != full_name and any(os.path.dirname(each["path"]) == snapshot.path for each in found["files"]):
             raise SnapshotInUse(
-                f"{other} stands on {full_name}", hint=f"remove it first: vmctl remove-snapshot {other}"
+                f"{other} is based on {full_name}", hint=f"remove it first: vmctl remove-snapshot {other}"
             )
     if not snapshot.lock_alone():
-        raise SnapshotInUse(f"a machine runs on {full_name}", hint="end it first; see: vmctl list")
+        raise SnapshotInUse(f"a machine uses {full_name}", hint="end it first; see: vmctl list")
     for name in os.listdir(snapshot.path):
         if is_locked(os.path.join(snapshot.path, name)):
             raise SnapshotInUse(f"a machine uses {name} of {full_name}", hint="end it first; see: vmctl list")
@@ -318,7 +319,7 @@ _QEMU_LOCKS = (100, 200)
 
 
 def is_locked(path: str) -> bool:
-    """Return whether a QEMU has an image open, judged by QEMU's locks."""
+    """Return whether a QEMU has locked an image, and so has it open."""
     import struct
 
     try:
@@ -336,7 +337,7 @@ def is_locked(path: str) -> bool:
 
 def _remove(path: str) -> None:
     """Remove a directory as far as possible."""
-    # A manager that removes none does not load this large module.
+    # Imported here, because a manager that removes no directory need not load this large module.
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)

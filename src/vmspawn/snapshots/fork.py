@@ -4,7 +4,7 @@
 The copy has the source's command line (`boot/incoming.py`), with the hot-plugged disks under the same names and at the
 same places. Each writable disk gets a new overlay over the snapshot's images.
 
-On the start path: imports next to nothing.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def start_copy(
     on_begin: Callable[[], None] = lambda: None,
     shown: bytes = b"",
 ) -> Started:
-    """Start a copy from an open snapshot, which stays the caller's. `shown` is what its console has shown before.
+    """Start a copy from an open snapshot, which the caller closes. `shown` is the console's earlier output.
 
-    `fork` is None for a machine that its user does not know as a copy. Raises the errors of `fork`.
+    `fork` is None for a warm start, which users do not see as a copy. Raises the errors of `fork`.
     """
     with ExitStack() as undo:
         owned = Owned(undo, undo.enter_context(ExitStack()))
@@ -175,7 +175,7 @@ def _binary(manifest: Manifest, *, force_version: bool) -> QemuBinary:
         return found
     version = ".".join(map(str, found.version))
     raise StartError(
-        f"snapshot {manifest.full_name} was saved by QEMU {source.version}, and {source.path} is another file by now "
+        f"snapshot {manifest.full_name} was saved by QEMU {source.version}, and {source.path} has changed since "
         f"(QEMU {version})",
         hint=same_host.HINT,
     )
@@ -195,12 +195,12 @@ class _Copy:
         self._binary = binary
         self._owned = owned
         self._files = {each.path: each for each in self._manifest.files}
-        #: Our descriptor for each one of the source.
+        #: The copy's descriptors, by the numbers of the source's.
         self._descriptors: dict[int, int] = {}
         self._state = Extras()
-        #: Files of the copy's own that are kept, by the source's descriptor.
+        #: The copy's own files that are kept, by the numbers of the source's descriptors.
         self._own_files: dict[int, str] = {}
-        #: The image below the overlay that the source started with: its block node, and our descriptor.
+        #: The image below the overlay that the source started with: its block node, and its descriptor here.
         self._below: tuple[dict[str, object], int] | None = None
         self._options: list[incoming.Option] = []
 
@@ -243,7 +243,7 @@ class _Copy:
         )
 
     def _with_path(self, option: Option) -> Option:
-        """Return the option with an absolute path, if it names a file in the snapshot's folder."""
+        """Return the option with an absolute path, if it names a file in the snapshot's directory."""
         if option.name in BOOT_FILES and option.value and not option.value.startswith("/"):
             return Option(option.name, os.path.join(self._snapshot.path, option.value))
         return option
@@ -261,7 +261,7 @@ class _Copy:
         fd = self._owned.lend(self._open(state.file))
         has_ram_file = incoming.ram_file(self._manifest.options) >= 0
         if os.fstat(fd).st_size != state.size:
-            raise StartError(f"the state of snapshot {self._manifest.full_name} is not whole")
+            raise StartError(f"the state of snapshot {self._manifest.full_name} is incomplete")
         was_running = self._manifest.was_running
         if state.scheme == "fd":
             self._state = Extras(descriptors=(fd,))
@@ -293,15 +293,15 @@ class _Copy:
         ]
 
     def _open(self, path: str) -> int:
-        """Open a file of the snapshot for reading. Raises StartError if the file was changed since."""
+        """Open a file of the snapshot for reading. Raises StartError if the file has changed since the save."""
         name = self._manifest.full_name
         try:
             fd = os.open(os.path.join(self._snapshot.path, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise StartError(f"snapshot {name} is not whole: cannot open {path}: {error.strerror}") from None
+            raise StartError(f"snapshot {name} is incomplete: cannot open {path}: {error.strerror}") from None
         if (was := self._files.get(path)) is not None and not was.is_unchanged(fd):
             os.close(fd)
-            raise StartError(f"{path} was changed since snapshot {name} was made of it")
+            raise StartError(f"{path} has changed since snapshot {name} was made")
         return fd
 
     # Disks.
@@ -374,7 +374,7 @@ class _Copy:
         # A machine that boots begins with empty memory.
         names.pop(incoming.ram_file(manifest.options), None)
         names |= {number: os.path.join(folder, path) for number, path in self._own_files.items()}
-        # The snapshot stays as long as these are needed.
+        # The new manifest needs these files of the snapshot, which therefore cannot be removed.
         boot_files = [self._with_path(option).value or "" for option in manifest.options if option.name in BOOT_FILES]
         shared = [path for path in (*names.values(), *boot_files) if os.path.dirname(path) == self._snapshot.path]
         current = manifest._replace(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Collects the files that a snapshot consists of: the state, the images, the firmware, the kernel and the initrd.
 
-Files with a path stay where they are, and others get a name in the snapshot's folder. All functions block, so they are
-called in threads.
+Files with a path stay where they are. The other files get a name in the snapshot's directory. All functions block, so
+they are called in threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .manifest import Firmware, SnapshotFile
 from .open_files import OpenFiles, copy, give_name, keep, path_of_descriptor
 from .same_host import hash_of
 
-#: The file of the state in the snapshot's folder.
+#: The file of the state in the snapshot's directory.
 STATE_FILE = "state"
 
 #: Bytes reserved for the state of devices, and for the headers of overlays.
@@ -41,7 +41,7 @@ class KeptFiles:
     def __init__(self, pid: int, folder: NewFolder) -> None:
         self._folder = folder
         self._files = OpenFiles(pid)
-        #: The numbers of descriptors in QEMU, by those on its command line, where they differ.
+        #: The numbers of descriptors in QEMU, by their numbers on its command line, if they differ.
         self._numbers: dict[int, int] = {}
         #: Open images without a name that are copied while the guest is stopped, by the names of their copies.
         self._to_copy: dict[str, int] = {}
@@ -81,7 +81,7 @@ class KeptFiles:
         return writing
 
     def list_images(self, images: Iterable[Image]) -> None:
-        """Find the files of images. An image without a name gets one in the snapshot's folder. Raises SystemFailure."""
+        """Find the files of images. Those without a name get one in the snapshot's directory. Raises SystemFailure."""
         for image in images:
             if image.backing is None:
                 continue
@@ -115,7 +115,7 @@ class KeptFiles:
                 self._numbers[number] = int(sets[name][0]["fd"])
 
     def open_descriptor(self, number: int) -> int:
-        """Open again the file of a descriptor of the command line. Raises OSError."""
+        """Reopen the file of a descriptor on the command line. Raises OSError."""
         return self._files.open_number(self._numbers.get(number, number))
 
     def list_descriptors(self, recorded: Recorded) -> dict[int, str]:
@@ -166,9 +166,11 @@ class KeptFiles:
         return recorded._replace(options=tuple(options))
 
     def copy_written(self, recorded: Recorded, state: int) -> None:
-        """Copy images that cannot have a name, and files other than disks that the machine writes to, such as UEFI's
-        variables. Cut the file of the state behind its content. Raises OSError."""
-        # QEMU's descriptor shares its position with ours.
+        """Copy images that cannot have a name, and other files that the machine writes to, such as UEFI's variables.
+
+        Truncates the state's file to its content. Raises OSError.
+        """
+        # QEMU's descriptor and this one share their position.
         os.ftruncate(state, os.lseek(state, 0, os.SEEK_CUR))
         for name, fd in self._to_copy.items():
             copy(fd, os.path.join(self._folder.path, name), on_step=check_cancelled)
@@ -197,7 +199,7 @@ class KeptFiles:
             sync(self._memory)
 
     def described(self) -> tuple[SnapshotFile, ...]:
-        """Return the files that must stay as they are."""
+        """Return the files that must not change."""
         return tuple(SnapshotFile.of(path, fd) for path, fd in self._listed.items())
 
 

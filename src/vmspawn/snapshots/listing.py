@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Describes snapshots for lists.
 
-On vmctl's start path: imports next to nothing.
+This module is on vmctl's start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..images import snapshot_files
 
 
 class Listed(NamedTuple):
-    """A snapshot in a list. `size` is the disk usage of its folder in bytes; `forks` are names of machines."""
+    """A snapshot in a list. `size` is the disk usage of its directory in bytes; `forks` are names of machines."""
 
     name: str
     machine: str
@@ -28,7 +28,7 @@ class Listed(NamedTuple):
 
 
 def listed() -> list[Listed]:
-    """List all snapshots of the folder, the oldest first."""
+    """List all snapshots, the oldest first."""
     forks = _forks()
     found = [_describe(name, manifest, forks.get(name, [])) for name, manifest in snapshot_files.manifests()]
     return sorted(found, key=lambda each: each.created)
@@ -59,7 +59,7 @@ def _size(folder: str) -> int:
 
 
 def _forks() -> dict[str, list[str]]:
-    """Return the machines that run on each snapshot, according to the machines' state files."""
+    """Return the machines that use each snapshot, according to the machines' state files."""
     found: dict[str, list[str]] = {}
     for name in runtime.machine_names():
         folder = os.path.join(runtime.runtime_root(), name)

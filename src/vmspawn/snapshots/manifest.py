@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Defines the content of manifest.json, which describes a snapshot, and reads it.
 
-On the start path: imports next to nothing.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..boot.incoming import Option
 from ..errors import StartError
 
-#: The form of the manifest. Older ones are read, newer ones are refused.
+#: The version of the manifest's format. Older versions are read, newer ones are refused.
 #: 1: had neither the firmware, nor the host's processor, nor `is_copy`.
 VERSION = 2
 
@@ -21,7 +21,7 @@ VERSION = 2
 class SnapshotFile(NamedTuple):
     """A file that a snapshot consists of, as it was when the snapshot was made.
 
-    A `size` of -1 is that of an overlay which a machine writes to.
+    `size` is -1 for an overlay that a machine writes to.
     """
 
     path: str
@@ -51,7 +51,7 @@ class SnapshotFile(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The QEMU that saved a snapshot; the same must load it."""
+    """The QEMU that saved a snapshot. The same QEMU must load it."""
 
     path: str
     #: The version in the first line of `--version`.
@@ -87,7 +87,7 @@ class Firmware(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """A snapshot. `state` is None where only the disks are left, of a machine that has ended."""
+    """A snapshot. `state` is None if it has only the disks of a machine that has ended."""
 
     machine: str
     name: str
@@ -103,7 +103,7 @@ class Manifest(NamedTuple):
     #: The fields of MachineConfig that outlive the start.
     config: dict[str, Any]
     options: tuple[Option, ...]
-    #: By number in the source: the path of a file of others, or the name of one in the snapshot's folder.
+    #: The files of the source's descriptors, by number: a path, or the name of a file in the snapshot's directory.
     descriptors: dict[int, str]
     #: The sections of the journal, by the kind of attachment.
     attachments: dict[str, Any]
@@ -111,7 +111,7 @@ class Manifest(NamedTuple):
     sizes: dict[str, int]
     #: The path of each image's file, by the image's number.
     images: dict[int, str]
-    #: All files that must stay as they are, the snapshot's own excepted.
+    #: All files that must not change, except those in the snapshot's directory.
     files: tuple[SnapshotFile, ...]
     state: State | None
     #: The firmware, unless it is QEMU's own.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Merges the overlays of a machine that has ended into the images below, once no snapshot needs these images.
 
-MACHINE@current lists overlays that stand on images of snapshots. When the last snapshot is gone, a QEMU without a guest
-writes each overlay's content to the image below (`block-commit`), and MACHINE@current is removed. If that is
-interrupted, the overlays are as they were, and prevail over the content that the images have by then.
+MACHINE@current lists overlays that are based on images of snapshots. When the last snapshot is removed, a QEMU without
+a guest writes each overlay's content to the image below (`block-commit`), and MACHINE@current is removed. If the
+writing is interrupted, the overlays are unchanged, and prevail over the content that the images have by then.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _TIMEOUT = 600.0
 
 
 def after_end(*machines: str) -> list[SystemFailure]:
-    """Remove everything that nobody needs any more, after a machine or a copy has ended: snapshots that were made for
-    copies, and overlays of machines without a snapshot.
+    """Remove unused snapshots that were made for copies, and overlays of machines without a snapshot.
+
+    Called after machines or copies have ended.
 
     Returns an error for each machine whose disks stay on overlays because of a failure.
     """
@@ -48,7 +49,7 @@ def after_end(*machines: str) -> list[SystemFailure]:
 
 
 def merge(machine: str) -> bool:
-    """Make the disks of a machine one file each again. Returns False if that must wait, or there is nothing to do.
+    """Merge each disk of a machine into one file. Returns False if that must wait, or if there is nothing to do.
 
     Raises SystemFailure. Nothing is lost then, and `merge` can be called again. Raises Cancelled if the work of this
     thread is cancelled.
@@ -61,8 +62,8 @@ def merge(machine: str) -> bool:
         raise SystemFailure(
             f"the disks of {machine} stay on overlays, because these cannot be written to the images: {reason}",
             number,
-            hint=f"nothing is lost; the disks start with: vmspawn --fork={machine}@{CURRENT}; "
-            f"to write them again: vmctl remove-snapshot {machine}@{CURRENT}",
+            hint=f"nothing is lost; to boot from the disks: vmspawn --fork={machine}@{CURRENT}; "
+            f"to try again: vmctl remove-snapshot {machine}@{CURRENT}",
         ) from None
 
 
@@ -90,7 +91,7 @@ def _merge(machine: str) -> bool:
 
 
 def _is_ours(snapshot: OpenSnapshot) -> bool:
-    """Lock the snapshot alone. Returns False if another process uses it, or has removed it."""
+    """Lock the snapshot exclusively. Returns False if another process uses it, or has removed it."""
     try:
         return snapshot.lock_alone()
     except (NoSuchSnapshot, SnapshotInUse):
@@ -98,7 +99,7 @@ def _is_ours(snapshot: OpenSnapshot) -> bool:
 
 
 def can_be_merged(manifest: Manifest) -> bool:
-    """Return whether there are overlays for the images below. A copy's are never written to its source's images."""
+    """Return whether overlays can be written to the images below. A copy's cannot: the images are its source's."""
     return not manifest.is_copy and any(image.base is not None for image in _tops(manifest))
 
 
@@ -122,7 +123,7 @@ def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
 
 
 def _expect_changes(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> None:
-    """Let the images below change: the overlays prevail over them."""
+    """Record in the manifest that the images below may change: the overlays prevail over their content."""
     paths = {image.path for chain in chains for image in chain}
     manifest = snapshot.manifest
     changed = manifest._replace(
@@ -188,7 +189,7 @@ def _nodes(number: int, chain: list[Image]) -> list[dict[str, object]]:
 
 
 class _Talk:
-    """QMP with a QEMU that is a child, one command at a time."""
+    """A QMP connection to a child process, one command at a time."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None

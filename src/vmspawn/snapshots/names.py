@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Names copies of machines. Managers import this module, and not `fork`, which starts the copies."""
+"""Names copies of machines. Managers import this module instead of `fork`, which starts the copies."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _ATTEMPTS = 10
 
 
 class OpenFiles:
-    """The open files of a process. It may close some at any moment, and give their numbers to others."""
+    """The open files of a process. The process may close a file at any moment, and reuse its number."""
 
     def __init__(self, pid: int) -> None:
         self._folder = f"/proc/{pid}/fd"
@@ -45,7 +45,7 @@ class OpenFiles:
                     yield int(name)
 
     def open_number(self, number: int, *, read_only: bool = True) -> int:
-        """Open again what a descriptor of the process is open on. Raises OSError."""
+        """Reopen the file of a descriptor of the process. Raises OSError."""
         mode = os.O_RDONLY if read_only else os.O_RDWR
         return os.open(os.path.join(self._folder, str(number)), mode | os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -72,10 +72,10 @@ def keep(fd: int, path: str) -> None:
 
 
 def give_name(fd: int, path: str) -> bool:
-    """Give a file without a name a path; False if it is on another file system, or was never to have one."""
+    """Give a path to a file without a name. Returns False if the kernel refuses, as it does on another file system."""
     folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Python follows the link only if it is relative to a folder.
+        # Python follows the link only if it is relative to a directory's descriptor.
         os.link(str(fd), path, src_dir_fd=folder, follow_symlinks=True)
     except OSError:
         return False
@@ -97,7 +97,7 @@ def copy(fd: int, path: str, *, is_synced: bool = True, on_step: Callable[[], No
 
 
 def copy_content(fd: int, target: int, *, on_step: Callable[[], None] = lambda: None) -> None:
-    """Copy an open file's content to another one that is empty, holes excepted. Calls `on_step` before each piece.
+    """Copy an open file's content, except holes, to an empty file. Calls `on_step` before each piece.
 
     Raises OSError, or what `on_step` raises.
     """

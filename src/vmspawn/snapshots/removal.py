@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Removes snapshots for users, and with the last one the overlays that the machine's disks stand on.
+"""Removes snapshots on request, and with a machine's last snapshot the overlays of its disks.
 
-On vmctl's start path: imports next to nothing.
+This module is on vmctl's start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .directory import CURRENT, OpenSnapshot
 def remove(full_name: str) -> None:
     """Remove a snapshot, and write overlays that no snapshot needs any more to the images below.
 
-    MACHINE@current is removed by writing the overlays, and that of a copy by deleting them. Writing may take minutes.
+    For MACHINE@current, writes the overlays to the images, which may take minutes; a copy's overlays are deleted.
 
     Raises NoSuchSnapshot, SnapshotInUse, StartError; SystemFailure if the snapshot was removed
     and overlays cannot be written, or Cancelled if the work of this thread is cancelled meanwhile.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Compares the host's processor and a machine's firmware with those that a snapshot was made with.
 
-On the start path: imports next to nothing.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HINT = "its copies may fail on this host; to start one nevertheless, force the v
 
 
 def processor(accelerator: str) -> str:
-    """Return the fields of the host's first processor if the guest runs on it. An emulated one is part of QEMU."""
+    """Return the fields of the host's first processor, or an empty string for an emulated guest."""
     if accelerator != "kvm":
         return ""
     with open("/proc/cpuinfo") as file:
@@ -36,7 +36,7 @@ def check(manifest: Manifest) -> None:
         raise StartError(f"snapshot {manifest.full_name} was saved on another processor", hint=HINT)
     if manifest.firmware is not None and manifest.firmware.sha256 != hash_of(manifest.firmware.path):
         raise StartError(
-            f"snapshot {manifest.full_name} was saved with another firmware than {manifest.firmware.path} is now",
+            f"snapshot {manifest.full_name} was saved with another firmware than the present {manifest.firmware.path}",
             hint=HINT,
         )
 

@@ -2,7 +2,7 @@
 """Saves a running machine: RAM, devices and disks.
 
 1. Devices and disks that cannot be saved are found; if there are any, the save fails.
-2. Disk changes, QMP sessions and the manager itself are kept from QEMU.
+2. Disk changes, and commands of QMP sessions and of the manager itself, are held back.
 3. While the guest runs, the overlays are opened, and space on the disk is reserved.
 4. The guest is stopped, and QEMU writes its state.
 5. The overlays are inserted, all or none, and the images below become read-only.
@@ -56,7 +56,7 @@ class Saved(NamedTuple):
 
     manifest: Manifest
     pause: float
-    #: Each disk's name, the image that stays as it is, and the overlay; an overlay without a name is "".
+    #: Each disk's name, the image, which no longer changes, and the overlay, which is "" if it has no name.
     disks: list[tuple[str, str, str]]
 
 
@@ -77,12 +77,12 @@ async def save(
     `detach_blocking` detaches disks that cannot be saved, and attaches them again afterwards. `parent` is the directory
     in which the snapshot's directory is made; the default is that of all snapshots.
 
-    Raises SnapshotBlocked, SnapshotExists, UsageError, SystemFailure, QmpError, Timeout or NotConnected; the machine
-    runs on then, and nothing of the snapshot is left. The same is true if this is cancelled.
+    Raises SnapshotBlocked, SnapshotExists, UsageError, SystemFailure, QmpError, Timeout or NotConnected. The machine
+    then continues, and nothing of the snapshot is left. The same is true after a cancellation.
     """
     name = check_name(name) if name else await asyncio.to_thread(_free_name, machine.name)
     if name == CURRENT:
-        raise SnapshotExists(f"{machine.name}@{CURRENT} stands for the machine's newest disks", hint="use another name")
+        raise SnapshotExists(f"{machine.name}@{CURRENT} names the machine's newest disks", hint="use another name")
     cancellation = Cancellation()
     begin = partial(_Save, machine, name, is_temporary, on_progress, parent, cancellation)
     return await cancellation.run(_save(machine, begin, cancellation, detach_blocking=detach_blocking))
@@ -181,7 +181,7 @@ class _Save:
     # Before the pause.
 
     async def _prepare(self, recorded: Recorded) -> tuple[int, Prepared]:
-        """Make the snapshot's folder and the overlays. Returns the open file of the state."""
+        """Make the snapshot's directory and the overlays. Returns the descriptor of the state's file."""
         machine, files = self._machine, self._files
         disks = [each for each in machine.storage if each.state is AttachmentState.ATTACHED]
         size = min(_resident(machine.pid), machine.config.ram_bytes)
@@ -277,7 +277,7 @@ class _Save:
         snapshot_files.tidy_current(self._machine.name, used)
 
     def _journal(self, folder: str | None) -> None:
-        """Tell a later manager what is under way, and how the guest was before it."""
+        """Record the save in the journal for a later manager, with the guest's state before it."""
         text = json.dumps(folder and {"folder": folder, "was_running": self._was_running})
         self._machine.journal.add_section("saving", lambda: text)
         self._machine.journal.write()

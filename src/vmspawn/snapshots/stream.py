@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Makes QEMU write its whole state to an open file.
 
-QEMU 8.2 brought `file:` and refuses regular files behind `fd:` since. `file:` takes a descriptor set, whose descriptor
-must have exactly the access mode; `fd:` takes a descriptor of `getfd`, or an inherited one by its number.
+Since version 8.2, QEMU has `file:`, and refuses regular files for `fd:`. `file:` takes a descriptor set, whose
+descriptor must have exactly the access mode; `fd:` takes a descriptor of `getfd`, or an inherited one by its number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..machine.loading import IGNORE_SHARED, cancel, set_up, until_ended
 from ..qmp.events import EventStream
 from ..qmp.monitor import Command, Monitor
 
-#: Bytes per second, which QEMU limits by default.
+#: The limit in bytes per second. QEMU's default is lower.
 _BANDWIDTH = 1 << 50
 
 _NAME = "vmspawn-state"
@@ -24,17 +24,17 @@ _NAME = "vmspawn-state"
 #: Removes the descriptor set that `save` makes.
 REMOVE_FDSET = Command("remove-fd", {"fdset-id": STATE_FDSET})
 
-#: Seconds between looks at the progress, for people.
+#: Seconds between two reports of the progress.
 _INTERVAL = 0.2
 
 
 async def save(
     monitor: Monitor, fd: int, on_progress: Callable[[int, int], None], *, has_ram_file: bool = False
 ) -> str:
-    """Save the state of a stopped QEMU to a descriptor that is open for writing alone; returns the URI's scheme.
+    """Save the state of a stopped QEMU to a descriptor that is open only for writing; returns the URI's scheme.
 
-    `on_progress` is called with the number of bytes that are done, and with the total. Memory that is in a file is not
-    part of the state.
+    `on_progress` is called with the number of bytes that are written, and with the total. Memory that is in a file is
+    not part of the state.
 
     Raises QmpError, SystemFailure if QEMU fails; `forget` must follow if this call is interrupted.
     """

@@ -5,7 +5,7 @@ The first start makes the copy (`warm_maker.py`); others that start at the same 
 under a key of everything that it depends on: QEMU's binary, the accelerator and processor, the guest's kernel and
 initramfs, this package, and the machine's configuration without the fields that may differ between copies.
 
-On the start path: imports next to nothing.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..version import VERSION
 from .directory import CONSOLE, OpenSnapshot
 from .fork import start_copy
 
-#: Copies that are kept in the cache. Each takes about as much as its guest has touched of its memory, 100 MB.
+#: Copies that are kept in the cache. Each takes as much space as its guest has used of its memory, about 100 MB.
 _KEPT = 8
 
 #: Fields that may differ between a copy and its source.
@@ -43,7 +43,7 @@ _OWN = (
 #: The fields of /proc/cpuinfo that differ between the processors of one host, or change with time.
 _VARYING = ("processor", "cpu MHz", "bogomips", "core id", "physical id", "apicid", "initial apicid", "siblings")
 
-#: Seconds between looks whether another process has made the copy.
+#: Seconds between two checks whether another process has made the copy.
 _LOCK_INTERVAL = 0.05
 
 
@@ -131,7 +131,7 @@ def _opened(path: str, config: MachineConfig, notice: Callable[[str], None]) -> 
             if found is None:
                 _make(path, config, notice, lock)
                 found = OpenSnapshot(os.path.basename(path), directory())
-    # `_remove_oldest` goes by this time.
+    # `_remove_oldest` compares this time.
     os.utime(path)
     return found
 
@@ -170,7 +170,7 @@ def _make(path: str, config: MachineConfig, notice: Callable[[str], None], lock:
     notice("booting the built-in guest once, for this warm start and later ones")
     _remove_oldest()
     for name in os.listdir(directory()):
-        # An unusable copy, and the folders of killed makers: no other maker runs, as this process holds the lock.
+        # Remove an unusable copy, and the directories of killed makers. No other maker runs: this process has the lock.
         if name == os.path.basename(path) or name.startswith(scratch_prefix(path)):
             shutil.rmtree(os.path.join(directory(), name), ignore_errors=True)
     run_maker(path, shape(config)._replace(qemu=config.qemu, kvm=config.kvm), lock)
@@ -186,7 +186,7 @@ def _remove_oldest() -> None:
         with contextlib.suppress(OSError):
             fd = os.open(os.path.join(path, MANIFEST), os.O_RDONLY | os.O_CLOEXEC)
             try:
-                # Each QEMU that runs on it has a shared lock.
+                # Each QEMU that uses it has a shared lock.
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
                 os.unlink(path + ".lock")

@@ -28,14 +28,14 @@ from .background import failure
 from .directory import CONSOLE
 from .save import save
 
-#: Seconds that the guest may take to boot on a busy host, and its agent to answer once it has.
+#: Seconds that the guest may take to boot on a busy host, and that its agent may then take to answer.
 _BOOT_TIMEOUT = 120.0
 _AGENT_TIMEOUT = 5.0
 
-#: Seconds for all of it.
+#: Seconds that the maker may take in all.
 _TIMEOUT = 180.0
 
-#: The guest's last message of its boot, and the prompt of its shell, which may ask for the cursor's position then.
+#: The last message of the guest's boot, and the prompt of its shell. The shell may then ask for the cursor's position.
 _BOOTED = re.compile(rb"vmspawn-guest: ready.*# (\x1b\[6n)?\Z", re.DOTALL)
 
 
