@@ -24,7 +24,7 @@ _VERBS = "@VERBS@"
 
 def escape(text: str) -> str:
     """Escape text for roff(7): hyphens, backslashes, and control characters at the start of a line."""
-    text = text.replace("\\", "\\e").replace("-", "\\-").replace("…", "\\[u2026]")
+    text = text.replace("\\", "\\e").replace("-", "\\-").replace("…", "...")
     return "\\&" + text if text[:1] in (".", "'") else text
 
 
