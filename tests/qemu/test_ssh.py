@@ -132,6 +132,18 @@ def test_it_survives_the_manager_and_goes_with_the_machine(qemu: str, tmp_path: 
     assert is_gone(machine.name)
 
 
+def test_a_copy_of_the_host_keys_goes_with_the_machine(qemu: str, tmp_path: Path) -> None:
+    """ssh-keygen -R keeps the list of host keys that it changes."""
+    with spawned(*options(qemu, tmp_path)) as running:
+        running.wait_for("is running")
+        known = Path(access(running.name)["known_hosts"])
+        known.write_text(f"vmspawn/{running.name} {known.with_name('ssh-key.pub').read_text()}")
+        forget = ["ssh-keygen", "-R", f"vmspawn/{running.name}", "-f", str(known)]
+        subprocess.run(forget, check=True, capture_output=True)
+        assert known.with_name("ssh-known-hosts.old").exists()
+    assert is_gone(running.name)
+
+
 def test_a_key_that_cannot_be_made(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = fresh_name()
     done = vmspawn("-M", name, *options(qemu, tmp_path), "--ssh-key-type=nonsense")

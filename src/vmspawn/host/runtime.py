@@ -36,7 +36,8 @@ QEMU_SIZE = "qemu-console-size"
 QEMU_AGENT = "qemu-agent"
 STATE = "state.json"
 LOG = "qemu.log"
-#: The SSH key of the machine, its public half, and the host keys that its guest has shown.
+#: The SSH key of the machine, its public half, and the host keys that its guest has shown. When ssh or ssh-keygen
+#: changes that list, it keeps the old one with the suffix .old.
 SSH_KEY = "ssh-key"
 SSH_PUBLIC_KEY = "ssh-key.pub"
 SSH_KNOWN_HOSTS = "ssh-known-hosts"
@@ -59,6 +60,7 @@ FILES = (
     SSH_KEY,
     SSH_PUBLIC_KEY,
     SSH_KNOWN_HOSTS,
+    SSH_KNOWN_HOSTS + ".old",
     CLOUD_INIT,
     *MONITORS,
 )
