@@ -102,6 +102,7 @@ def refusal(*arguments: str) -> str:
 def test_failures_are_one_line(machine: Spawned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no machine named" in refusal(fresh_name())
     assert "invalid machine name" in refusal("root@")
+    assert "the name of the user is empty" in refusal(f"@{machine.name}")
     assert "unknown option" in refusal("--unknown", machine.name)
     port = str(access(machine.name)["port"])
     assert vmctl("forward", machine.name, "--remove", port).returncode == 0

@@ -9,7 +9,7 @@ import signal
 import sys
 
 from ...control.client import REPLY_TIMEOUT, Client
-from ...errors import NotConnected, NotInstalled, NotSupported, VmspawnError
+from ...errors import NotConnected, NotInstalled, NotSupported, UsageError, VmspawnError
 from ...host.runtime import check_name, machine_names
 from ...network.forward import Forward
 from ...network.openssh import Access, access_of, key_of
@@ -37,6 +37,8 @@ def _ssh(options: argparse.Namespace) -> None:
     """Execute ssh in place of vmctl, so that signals, the terminal and the exit status are those of ssh."""
     user, at, name = options.machine.rpartition("@")
     try:
+        if at and not user:
+            raise UsageError("the name of the user is empty", hint="write MACHINE to log in as root")
         access = _access(name, options.timeout)
         program = find_program("ssh")
         if program is None:
