@@ -138,7 +138,7 @@ def test_several_see_and_type(serial: Seated, visitor: Tty) -> None:
         assert third.wait(process) == 0
     visitor.type(END)
     assert visitor.wait(visitor.processes[0]) == 0
-    visitor.expect(rb"runs on")
+    visitor.expect(rb"continues")
     serial.run("true")
 
 

@@ -32,7 +32,7 @@ def test_a_printed_panic_is_reported_and_is_no_success(kernel: tuple[str, ...]) 
         status = json.loads(vmctl("status", machine.name, "--json=short").stdout)
         assert PANIC in status["lastError"]["text"]
         machine.signal(signal.SIGTERM)
-        machine.wait_for(f"else after {FAILED_GUEST_TIMEOUT:g} s")
+        machine.wait_for(f"else it ends after {FAILED_GUEST_TIMEOUT:g} s")
         assert vmctl("terminate", machine.name, "--wait").returncode == 0
         assert machine.wait() == 1
 

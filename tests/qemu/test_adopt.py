@@ -89,7 +89,7 @@ def test_watching_verbs_report_that_the_machine_runs_on(machine: Survivor) -> No
             assert process.wait(timeout=DEADLINE) == 1
             assert process.stderr is not None
             *_, said, hint = process.stderr.read().splitlines()
-            assert said.endswith(f"the manager of machine {machine.name} has ended; the machine runs on")
+            assert said.endswith(f"the manager of machine {machine.name} has ended; the machine continues")
             assert hint.strip() == f"adopt it with: vmctl adopt {machine.name}"
 
 
@@ -156,7 +156,7 @@ def test_qemu_killed_after_an_adoption(machine: Survivor) -> None:
     machine.adopt()
     machine.kill_qemu()
     assert machine.manager.wait() == 1
-    assert "QEMU ended without a word, and why is not known" in machine.manager.output["stderr"]
+    assert "QEMU ended without reporting a reason" in machine.manager.output["stderr"]
     assert is_gone(machine.name)
 
 

@@ -41,7 +41,7 @@ def test_an_attachment_stops_and_goes_on_as_a_job_of_a_shell(headless: Spawned) 
         tty.type(b"fg\n")
         tty.wait_until_raw()
         tty.type(END)
-        tty.expect(rb"runs on")
+        tty.expect(rb"continues")
         tty.type(b"exit\n")
         assert tty.wait(shell) == 0
 

@@ -139,7 +139,7 @@ def test_a_qemu_that_died_leaves_a_report(qemu: str, tmp_path: Path, monkeypatch
     assert report.startswith("QEMU died of SIGKILL")
     assert f"machine {machine.name}, q35, process {machine.pid} of QEMU" in report
     assert '"attachments"' in report
-    assert f"To attach to a report of this as a fault: this file\n  and {log}, " in report
+    assert f"To report this fault, attach this file\n  and {log}, " in report
     assert len(list(folder.iterdir())) == REPORTS_MAX
     assert not (folder / "0.txt").exists()
 
@@ -160,7 +160,7 @@ async def test_a_manager_that_fails_leaves_its_guest_running_and_a_report(
 
     with pytest.raises(ManagerFailed) as caught:
         await supervise(launched, Broken("vmspawn", quiet=False))
-    assert str(caught.value).startswith("the manager failed: LookupError: a fault of ours; the machine runs on")
+    assert str(caught.value).startswith("the manager failed: LookupError: a fault of ours; the machine continues")
     assert f"vmctl adopt {name}" in str(caught.value)
     report = await asyncio.to_thread(Path(caught.value.hint.rpartition(" ")[2]).read_text)
     assert "Traceback (most recent call last)" in report

@@ -48,7 +48,7 @@ class Disconnect:
             return
         if self._manager in ended:
             raise NotConnected(
-                f"the manager of machine {self._machine} has ended; the machine runs on",
+                f"the manager of machine {self._machine} has ended; the machine continues",
                 hint=f"adopt it with: vmctl adopt {self._machine}",
             )
         raise NotConnected(

@@ -24,7 +24,7 @@ EXIT_USAGE = 2
 #: The exit status for a time limit, as in timeout(1).
 EXIT_TIMED_OUT = 124
 
-#: The exit status for failures of vmctl itself where other statuses are those of a command, as in docker(1).
+#: The exit status for failures of vmctl itself, if other statuses are a command's, as in docker(1).
 EXIT_OWN_FAILURE = 125
 
 #: Errors of write(2). Without a file name, the error is standard output's.

@@ -31,7 +31,7 @@ _PANIC = "guest-panic"
 #: Ends on request of the host, without the guest.
 _TERMINATED = ("host-qmp-quit", "qemu-killed")
 
-#: The reason of a machine that lasted longer than it may.
+#: The reason for the end of a machine at its time limit.
 TIME_LIMIT = "time-limit"
 
 
@@ -53,12 +53,12 @@ class End(NamedTuple):
 
     @classmethod
     def of(cls, process: Process, cause: str, *, killed: bool, log: str) -> End:
-        """Describe QEMU's end from the `cause` that it reported and its `log`. `killed` is True if we killed it."""
+        """Describe QEMU's end from its reported `cause` and its `log`. `killed` is True if vmspawn killed QEMU."""
         if killed:
             return cls("qemu-killed", "the machine was terminated; QEMU did not obey and was killed", True)
         if process.status is None and not cause:
-            # QEMU is not our child if another manager started it, so nobody tells.
-            return cls("unknown", "QEMU ended without a word, and why is not known", False)
+            # Another manager started QEMU, and only QEMU's parent process gets its exit status.
+            return cls("unknown", "QEMU ended without reporting a reason", False)
         if process.status not in (0, None) or not cause:
             if process.status == -signal.SIGSYS:
                 return cls("qemu-died", f"QEMU {process.describe_end()}: {_SANDBOXED}", False)
@@ -89,7 +89,7 @@ class End(NamedTuple):
 
 
 class MachineEvents:
-    """A machine's events from now on, QEMU's and ours, for one reader; after QEMU's last one, MachineEnded.
+    """A machine's events from now on, QEMU's and vmspawn's, for one reader. The last one is MachineEnded.
 
     Iterate over it, and close it or use it in `with`.
     """
@@ -100,11 +100,11 @@ class MachineEvents:
 
     @property
     def is_overrun(self) -> bool:
-        """True if the reader was so slow that events were dropped; the stream ended there."""
+        """True if the stream has ended because the reader was so slow that events were dropped."""
         return self._events.is_overrun
 
     def close(self) -> None:
-        """End the stream; what is queued can still be read."""
+        """End the stream. Queued events can still be read."""
         self._end = None
         self._events.close()
 

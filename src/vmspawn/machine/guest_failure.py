@@ -21,7 +21,8 @@ from .bios_image import why_not_bootable
 #: Seconds after which a printed panic is reported. If pvpanic ends the machine before, no report is needed.
 _REPORT_DELAY = 1.0
 
-#: The number of consecutive resets by the guest that are a loop, and the seconds without one that end the sequence.
+#: The number of consecutive resets by the guest that count as a loop, and the seconds without a reset that end the
+#: sequence.
 RESETS = 3
 LOOP_GAP = 60.0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lets a QEMU load the state of a snapshot, and lets a QEMU continue whose save was interrupted."""
+"""Loads the state of a snapshot into QEMU, and makes QEMU continue after an interrupted save."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _TIMEOUT = 600.0
 #: Seconds that QEMU may take to end a save that was cancelled.
 _CANCEL_TIMEOUT = 30.0
 
-#: Seconds between two looks at the run state.
+#: Seconds between two queries of the run state.
 _STATE_INTERVAL = 0.01
 
-#: States of a migration that has begun and not ended, and those of its end.
+#: The states of a migration that is under way, and the states of one that has ended.
 UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling")
 _ENDS = ("completed", "failed", "cancelled")
 
 
 async def load(monitor: Monitor, incoming: Incoming) -> None:
-    """Load the state, and let the guest go on if it ran.
+    """Load the state, and resume the guest if it was running when it was saved.
 
-    Raises NotConnected if QEMU ends, as it does where the state does not fit; SystemFailure, QmpError.
+    Raises NotConnected if QEMU ends, as it does if the state does not fit its devices; SystemFailure, QmpError.
     """
     await set_up(monitor, has_ram_file=incoming.has_ram_file)
     with monitor.events() as events:
@@ -53,14 +53,14 @@ async def _until_loaded(events: EventStream) -> None:
 
 
 async def _forget_ram_file(monitor: Monitor, *, has_ram_file: bool) -> None:
-    """Let a later save include all memory, which is no longer that of the file."""
+    """Make later saves include all memory, which the file no longer backs."""
     if has_ram_file:
         capabilities = [{"capability": IGNORE_SHARED, "state": False}]
         await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
 
 
 async def end_loading(monitor: Monitor, loading: SavedLoading) -> None:
-    """Finish a load whose manager died, and let the guest go on if it ran. Raises what `load` raises."""
+    """Finish a load whose manager died, and resume the guest if it was running. Raises what `load` raises."""
     with monitor.events() as events:
         status = (await monitor.execute("query-migrate")).get("status", "none")
         if status == "none":
@@ -75,14 +75,14 @@ async def end_loading(monitor: Monitor, loading: SavedLoading) -> None:
 
 
 async def end_saving(monitor: Monitor, saving: SavedSaving) -> str:
-    """End a save whose manager died, and let the guest go on if it ran; returns in words what was done."""
+    """End a save whose manager died, and resume the guest if it was running. Returns a message for the user."""
     await cancel(monitor)
     status = (await monitor.execute("query-status"))["status"]
     if saving.was_running and status != "running":
         await monitor.execute("cont")
     elif status == "postmigrate":
         await monitor.execute_all([Command("cont"), Command("stop")])
-    return "a snapshot was being made, and was taken back; the machine goes on"
+    return "an unfinished snapshot was cancelled; the machine continues"
 
 
 async def cancel(monitor: Monitor) -> None:
@@ -108,7 +108,7 @@ async def _is_finishing(monitor: Monitor) -> bool:
 
 
 async def set_up(monitor: Monitor, *, has_ram_file: bool) -> None:
-    """Let QEMU report the states of a migration, and leave out memory that is in a file.
+    """Make QEMU report the states of a migration, and leave out memory that is in a file.
 
     Raises what `Monitor.execute` raises.
     """
@@ -121,7 +121,7 @@ async def set_up(monitor: Monitor, *, has_ram_file: bool) -> None:
 async def until_ended(events: EventStream, doing: str) -> str:
     """Wait for the end of a migration, and return its state.
 
-    `doing` tells in an error what QEMU did. Raises NotConnected if QEMU ends.
+    `doing` describes QEMU's work in an error. Raises NotConnected if QEMU ends.
     """
     async for event in events:
         if event.name == "MIGRATION" and (status := str((event.data or {}).get("status"))) in _ENDS:

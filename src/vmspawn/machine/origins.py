@@ -25,7 +25,7 @@ class Origin(Protocol):
 
     @property
     def lives_on(self) -> bool:
-        """True if QEMU runs on when this manager fails to take the machine over."""
+        """True if QEMU continues when this manager fails to take over the machine."""
 
     @property
     def greeting_timeout(self) -> float:
@@ -48,7 +48,7 @@ class Origin(Protocol):
         """The state that QEMU has to load before the guest runs, if the machine is a copy."""
 
     def unread(self, console: SharedConsole, *, kept_in_pipe: bool) -> bytes:
-        """Read the guest's output from before there was a manager to show it."""
+        """Read the guest's output from the time without a manager."""
 
     async def settle(self, monitor: Monitor, storage: Storage, sessions: Sessions) -> list[str]:
         """Reconcile QEMU with the journal; returns a line for each difference. Raises what `execute` raises."""
@@ -96,7 +96,7 @@ def _without_disks(attachments: Mapping[str, Mapping[str, Any]]) -> Mapping[str,
 
 
 class _TakenOver:
-    """A QEMU that another manager launched, with the disks of its state, as far as QEMU has them."""
+    """A QEMU that another manager launched, with the disks of its state that QEMU still has."""
 
     lives_on = True
     greeting_timeout = ADOPT_GREETING_TIMEOUT
@@ -127,6 +127,6 @@ class _TakenOver:
 
 
 def _tidy_up(machine: str, used: set[str], unfinished: str) -> None:
-    """Remove the remains of a save from the machine's folders. The saved state may be large."""
+    """Remove the remains of a save from the machine's directories. The saved state may be large."""
     snapshot_files.settle_current(machine, used)
     snapshot_files.discard(unfinished)

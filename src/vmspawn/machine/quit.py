@@ -27,11 +27,11 @@ class Quit:
         self.has_asked = False
 
     async def ask(self) -> None:
-        """Tell it to quit; returns once it has agreed. One that does not go is killed."""
+        """Tell QEMU to quit; returns when QEMU has accepted. A QEMU that does not exit is killed."""
         self.has_asked = True
         if self._killer is None:
             self._killer = asyncio.get_running_loop().call_later(QUIT_TIMEOUT, self._kill)
-        # It may go before its reply does, or be about to be killed.
+        # QEMU may exit before it sends its reply, or may be about to be killed.
         with contextlib.suppress(NotConnected, Timeout):
             await self._monitor.execute("quit", timeout=QUIT_TIMEOUT, urgent=True)
 

@@ -57,15 +57,15 @@ _IO_ERROR = "an error of a disk stopped it"
 _PANICKED = "its kernel panicked"
 _WATCHDOG = "its watchdog stopped it"
 _OFF = "it has powered off"
-_FAULT = "QEMU cannot go on with it"
-_COMING = "its state has not come yet"
+_FAULT = "QEMU cannot continue it"
+_COMING = "its state has not arrived yet"
 _GONE = "its state was migrated or saved"
 _SAVING = "its state is being saved"
 _LOADING = "its state is being loaded"
 _DEBUG = "a debugger stopped it"
 
 _RESTART = "reboot the machine, or terminate it"
-_WAIT = "wait until that is done"
+_WAIT = "wait for the end of that"
 
 #: The rules by verb and run state. For unknown states of a newer QEMU, the verb's default command is used.
 RULES: dict[Verb, dict[str, Rule]] = {
@@ -80,7 +80,7 @@ RULES: dict[Verb, dict[str, Rule]] = {
         "watchdog": _stopped(_WATCHDOG),
         "shutdown": _stopped(_OFF),
         "internal-error": _stopped(_FAULT),
-        "inmigrate": Rule("stop", "the guest stays paused once its state has come", changes_state=False),
+        "inmigrate": Rule("stop", "the guest stays paused when its state has arrived", changes_state=False),
         "postmigrate": _stopped(_GONE),
         "finish-migrate": _stopped(_SAVING),
         "save-vm": _stopped(_SAVING),
@@ -95,12 +95,12 @@ RULES: dict[Verb, dict[str, Rule]] = {
         "prelaunch": Rule("cont"),
         "preconfig": Rule("cont"),
         "io-error": Rule("cont"),
-        "guest-panicked": Rule("cont", "the guest runs on, though its kernel panicked", "if it hangs", "reboot"),
+        "guest-panicked": Rule("cont", "the guest continues, although its kernel panicked", "if it hangs", "reboot"),
         "watchdog": Rule("cont"),
         "shutdown": Rule("", _OFF, _RESTART),
         "internal-error": Rule("", _FAULT, _RESTART),
-        "inmigrate": Rule("cont", "the guest runs once its state has come", changes_state=False),
-        "postmigrate": Rule("cont", "the guest runs on here; it must not run where its state went"),
+        "inmigrate": Rule("cont", "the guest runs when its state has arrived", changes_state=False),
+        "postmigrate": Rule("cont", "the guest continues here; it must not run where its state was sent"),
         "finish-migrate": Rule("", _SAVING, _WAIT),
         "save-vm": Rule("", _SAVING, _WAIT),
         "restore-vm": Rule("", _LOADING, _WAIT),

@@ -51,7 +51,7 @@ _STATUS_TIMEOUT = 1.0
 #: Seconds that QEMU has to end after it closed its monitor.
 _EXIT_TIMEOUT = 10.0
 
-#: Seconds that the last output has to be read, if a viewer is slow: it may have the message of a panic.
+#: Seconds that slow viewers have to read the last output, which may contain the message of a panic.
 _DRAIN_TIMEOUT = 1.0
 
 
@@ -177,26 +177,26 @@ class Running:
         if self._journal.section("loading") is not None:
             self._journal.add_section("loading", lambda: "null")
             self._journal.write()
-        # A machine that was adopted has its forwards.
+        # An adopted machine has its forwards already.
         for each in self.config.forwards:
             made = await self.forwards.add(each)
             notes.append(f"{made.host}{made.suffix} is forwarded to port {made.guest_port} of the guest")
         return notes
 
     def _silent(self, error: Timeout) -> VmspawnError:
-        """Return the error of a QEMU that does not greet: what is known of its process comes before guesses."""
+        """Return the error for a QEMU that sends no greeting, with the state of its process if that is the reason."""
         trouble = runtime.process_trouble(self.pid)
         return no_answer(self.name, self.pid, trouble) if trouble else error
 
     async def _failed_start(self, error: BaseException) -> BaseException:
-        """Clean up after a start that failed. Returns why it failed, in the words of QEMU if that ended."""
+        """Clean up after a failed start. Returns the reason, with QEMU's message if QEMU has ended."""
         if self._origin.lives_on and not self._process.ended.is_set():
             await self.leave()
             return error
         if isinstance(error, NotConnected):
             await first_of(self._process.ended, timeout=QUIT_TIMEOUT)
             error = self._explain()
-        # It may not have greeted yet, and would not hear `quit`. Nothing that the guest has done by now is missed.
+        # QEMU may not have sent its greeting yet, and would not read `quit`. The guest has no data yet to lose.
         self._process.kill()
         await self.end()
         return error
@@ -219,7 +219,7 @@ class Running:
     # Ending.
 
     async def leave(self) -> None:
-        """Let go of the machine, which runs on for another manager to adopt. May be called again, and after `end`."""
+        """Leave the machine running, for another manager to adopt. May be called again, and after `end`."""
         if self._is_done:
             return
         # The journal must not record the steps of tasks that are being cancelled.
@@ -246,12 +246,12 @@ class Running:
         self._started.end()
 
     async def _terminate_once_up(self) -> None:
-        """Terminate the machine, but not during its start, which would take that for a failure of QEMU."""
+        """Terminate the machine, but not during its start, which would report that as a failure of QEMU."""
         await self._is_up.wait()
         await self.terminate()
 
     async def give_up(self) -> None:
-        """Take back a start that failed late: end a machine that was launched, let go of one that was adopted."""
+        """Undo a start that failed late: end a launched machine, and leave an adopted one running."""
         await (self.leave() if self._origin.lives_on else self.end())
 
     async def _close_connections(self) -> None:
@@ -268,7 +268,7 @@ class Running:
         self._quit.close()
 
     async def wait(self) -> End:
-        """Wait until QEMU has ended, and report how. Raises NotConnected if this manager lets go of it before."""
+        """Wait for the machine's end, and return it. Raises NotConnected if this manager leaves the machine first."""
         await asyncio.wait({self._end})
         return Tasks.result(self._end)
 
@@ -276,7 +276,7 @@ class Running:
         lost = await self._watch.until_ended(self._process, self.terminate)
         if lost:
             return End("helper-died", lost, False)
-        # QEMU's last messages may still lie in the socket.
+        # QEMU's last messages may still be unread in the socket.
         await first_of(self.monitor.closed, timeout=_EXIT_TIMEOUT)
         cause, log = self._run_state.shutdown_reason, self.directory.read_log()
         if not cause and self._quit.has_asked and self._process.status == 0:
@@ -355,17 +355,17 @@ class Running:
 
     @property
     def guest_failure(self) -> str:
-        """The reason why the guest fails: its kernel panicked, or it resets itself again and again. Else empty."""
+        """The reason why the guest fails: its kernel panicked, or it resets in a loop. Empty without a failure."""
         return self._guest_failure.reason
 
     @property
     def guest_failed(self) -> asyncio.Event:
-        """Set once a failure of the guest was seen, and not cleared if the guest recovers."""
+        """Set after the guest's first failure; not cleared if the guest recovers."""
         return self._guest_failure.seen
 
     @property
     def console(self) -> Console:
-        """The guest's console. Raises NotSupported where it belongs to QEMU (`native`)."""
+        """The guest's console. Raises NotSupported if it belongs to QEMU (`native`)."""
         if self._console is None:
             raise NotSupported.with_fields("the console of this machine is QEMU's own ({console=native})")
         return self._console
@@ -375,7 +375,7 @@ class Running:
     async def multiplexer(self) -> Multiplexer:
         """Return the multiplexer, which shares QEMU among QMP clients. The first call starts it.
 
-        Raises Timeout if QEMU does not greet, NotConnected if QEMU is gone or this manager has let go of it.
+        Raises Timeout if QEMU sends no greeting, NotConnected if QEMU has ended or this manager has left the machine.
         """
         if self._is_done:
             raise NotConnected(f"machine {self.name} does not run")
@@ -401,9 +401,9 @@ class Running:
 
     @contextlib.asynccontextmanager
     async def held(self, *, timeout: float) -> AsyncIterator[None]:
-        """Let only the calling task's commands reach QEMU: those of sessions and all others wait.
+        """Let only the calling task's commands reach QEMU; all other commands wait.
 
-        Raises Timeout if what is under way does not end in that many seconds.
+        Raises Timeout if the running commands and changes do not end within `timeout` seconds.
         """
         async with self.hotplug.gate.alone(timeout=timeout), self._sessions.held():
             with self.monitor.held():
@@ -436,7 +436,7 @@ class Running:
         return self._started.binary
 
     def failed(self, what: str) -> None:
-        """Remember that a request failed, for those who look at the machine."""
+        """Record that a request failed, for `vmctl status`."""
         self.recent_events.failed(what)
 
     def events(self) -> MachineEvents:
@@ -448,5 +448,5 @@ class Running:
         return MachineEvents(self.monitor.events(), self.wait)
 
     async def terminate(self) -> None:
-        """End QEMU without asking the guest; returns once QEMU has agreed. A QEMU that does not obey is killed."""
+        """End QEMU without asking the guest; returns when QEMU has accepted. A QEMU that does not exit is killed."""
         await self._quit.ask()

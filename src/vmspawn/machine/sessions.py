@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serves QMP sessions of a machine. The first session starts the multiplexer, because many machines have no session."""
+"""Serves the QMP sessions of a machine. The first session starts the multiplexer, because many machines have none."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Sessions:
     """Shares two of QEMU's monitors among clients. Owns the monitors' sockets, from the first client or `close` on.
 
-    They are a section of the journal. `before` is what the sessions of another manager may have left in QEMU, whose
-    process is `pid`.
+    `before`, a section of the journal, names objects that another manager's sessions may have left in QEMU. `pid` is
+    QEMU's process id.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Sessions:
         self._before = before
         self._multiplexer: Multiplexer | None = None
         self._starting: asyncio.Task[Multiplexer] | None = None
-        # True if a failed start has closed the connections to QEMU.
+        # True if a failed start of the multiplexer has closed the connections to QEMU.
         self._is_disconnected = False
         self._released = asyncio.Event()
         self._released.set()
-        #: Descriptor sets that were there from boot, and are neither ours nor a session's.
+        #: Descriptor sets that exist from boot, and belong neither to vmspawn nor to a session.
         self.foreign_fdsets: tuple[int, ...] = self._before.foreign_fdsets
         journal.add_section("sessions", lambda: self.saved.to_json())
 
@@ -75,7 +75,7 @@ class Sessions:
     async def multiplexer(self) -> Multiplexer:
         """Return the multiplexer, which shares QEMU among the sessions. The first call starts it.
 
-        Raises Timeout if QEMU does not greet, NotConnected if it is gone.
+        Raises Timeout if QEMU sends no greeting, NotConnected if QEMU has ended.
         """
         await self._released.wait()
         self._forget_failed_start()
@@ -87,7 +87,7 @@ class Sessions:
 
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """Let no command of a session reach QEMU; those that come wait. Raises Timeout, NotConnected."""
+        """Hold back the commands of all sessions, which wait. Raises Timeout, NotConnected."""
         self._released.clear()
         self._forget_failed_start()
         try:
@@ -138,7 +138,7 @@ class Sessions:
         return self._multiplexer
 
     def keep_fdsets(self, numbers: Iterable[int]) -> None:
-        """Remember descriptor sets that were there from boot, and are neither ours nor a session's."""
+        """Keep descriptor sets that exist from boot, and belong neither to vmspawn nor to a session."""
         self.foreign_fdsets = tuple(numbers)
         self._journal.write()
 
@@ -155,7 +155,7 @@ class Sessions:
         """End the sessions."""
         if self._starting is not None:
             self._starting.cancel()
-            # However the start ended, those who waited for it were told.
+            # The callers that waited for the start have its result or error.
             await asyncio.gather(self._starting, return_exceptions=True)
         if self._multiplexer is not None:
             await self._multiplexer.close()

@@ -11,7 +11,7 @@ from ..aio.tasks import Tasks
 
 
 class TimeLimit:
-    """Ends a machine a number of seconds after QEMU's start, also if another manager started QEMU."""
+    """Ends a machine a number of seconds after QEMU's start, even if another manager started QEMU."""
 
     def __init__(self, seconds: float | None, uptime: float, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._end = end

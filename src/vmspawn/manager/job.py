@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs one command in the guest, and ends the machine after it, for `--run=`.
 
-The command uses our standard streams. A separate process copies their bytes: `vmctl exec`.
+The command uses vmspawn's standard streams. A separate process, `vmctl exec`, copies their bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LINES = 50
 
 
 class Tail:
-    """Keeps the end of what the guest prints on its console."""
+    """Keeps the last output of the guest's console."""
 
     is_full = False
 
@@ -58,7 +58,7 @@ class Job:
     """The command of one machine. `status` is the exit status for vmspawn, once `until_done` has returned."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """`command` are the arguments of a program that runs the command in the guest, on our standard streams."""
+        """`command` is the command line of a program that runs the command in the guest, on standard streams."""
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._tail = Tail()

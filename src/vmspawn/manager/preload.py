@@ -13,7 +13,7 @@ from importlib import import_module
 from .. import log
 
 #: Every module that is imported inside a function and may be needed while a machine runs, with all that it imports.
-#: Those that take long come last: a client that has waited for the control socket is answered before.
+#: Slow imports come last, so that a client that waits for the control socket is answered first.
 MODULES = (
     "inside.waiting",
     "manager.report",
@@ -29,7 +29,7 @@ MODULES = (
     "qmp.share.multiplexer",
 )
 
-#: The event loop accepts, receives and answers a call in so many turns.
+#: The number of turns in which the event loop accepts, receives and answers a call.
 _TURNS_OF_A_CALL = 3
 
 
@@ -41,6 +41,6 @@ async def preload() -> None:
         try:
             import_module(f"vmspawn.{name}")
         except ImportError as error:
-            # The package changed in this very moment. Each of its users reports that for itself.
+            # The package was changed at this moment. Each later use of the module reports that.
             log.debug(f"cannot import {name}: {error}")
             return

@@ -49,9 +49,9 @@ def _lines(what: str, machine: Running | None, error: BaseException | None) -> l
         f"vmspawn {VERSION}, Python {sys.version.split()[0]}",
         f"{system.sysname} {system.release} {system.machine}",
     ]
-    lines += ["", "To attach to a report of this as a fault: this file"]
+    lines += ["", "To report this fault, attach this file"]
     if machine is not None and machine.config.qmp_log:
-        lines.append(f"  and {machine.config.qmp_log}, what was said on QEMU's monitors")
+        lines.append(f"  and {machine.config.qmp_log}, the messages on QEMU's monitors")
     if error is not None:
         lines += ["", "--- traceback", "".join(traceback.format_exception(error)).rstrip()]
     return [*lines, *(_history(machine) if machine is not None else ())]

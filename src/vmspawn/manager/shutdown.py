@@ -14,8 +14,8 @@ from ..machine import run_states
 from ..machine.running import Running
 from ..timeouts import POWER_BUTTON_INTERVAL
 
-#: Seconds that the service manager is asked to wait, each time the button is pressed: longer than the interval
-#: and QEMU's end together.
+#: Seconds that the service manager is asked to wait, at each press of the button: longer than the interval between two
+#: presses and QEMU's end together.
 _EXTENSION = 20.0
 
 #: Seconds that a guest has to power off if its kernel printed a panic, or if it resets in a loop.
@@ -76,7 +76,9 @@ class Shutdown:
         if failure := self._machine.guest_failure:
             seconds = min(seconds, FAILED_GUEST_TIMEOUT)
             self._notice(failure)
-        self._notice(f"{who}: asked the guest to power off; again to end it at once, else after {seconds:g} s")
+        self._notice(
+            f"{who}: asked the guest to power off; repeat to end the machine now, else it ends after {seconds:g} s"
+        )
         self._notifier.send(STOPPING=1, STATUS="Waiting for the guest to power off")
         pressing = asyncio.create_task(self._press_again_and_again())
         try:

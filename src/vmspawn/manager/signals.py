@@ -20,7 +20,7 @@ from .shutdown import Shutdown
 
 
 async def run_unless_ended(started: Started, start: Coroutine[Any, Any, Running]) -> Running | None:
-    """Run the start of a machine. An end signal ends the machine, and None is returned."""
+    """Run the start of a machine. Returns None if an end signal has ended the machine."""
     came: list[signal.Signals] = []
     task = asyncio.create_task(start)
 

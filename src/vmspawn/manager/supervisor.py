@@ -42,9 +42,9 @@ async def supervise(
 ) -> End:
     """Run a machine that was just launched or adopted to its end, and report how it ended. Owns `started`.
 
-    `on_ready` is called once the machine is up, with whether its clock is right: a copy's may be that of the snapshot.
-    If there is a `job`, the machine ends with it. Raises StartError if QEMU does not come up, ManagerFailed after a
-    fault of ours; the guest runs on then, and another manager can take it over.
+    `on_ready` is called when the machine is up. Its argument is False if a copy's clock shows the time of the snapshot.
+    If there is a `job`, the machine ends with it. Raises StartError if QEMU does not come up, or ManagerFailed after a
+    fault of vmspawn; the guest then continues, and another manager can take over the machine.
     """
     machine = await _start(started, messages)
     if machine is None:
@@ -60,11 +60,11 @@ async def supervise(
 
 
 async def _start(started: Started, messages: Messages) -> Running | None:
-    """Wait until QEMU is up; None if a signal ended it before."""
+    """Wait until QEMU is up. Returns None if a signal has ended it before."""
     start = run(started, warn=messages.report, notice=messages.notice)
     is_ours = isinstance(started.origin, Launched)
     try:
-        # Adopting takes seconds at the most. A signal is handled once it is known what there is to end.
+        # An adoption takes a few seconds. A signal is handled after it, when the machine can be ended.
         if is_ours:
             return await run_unless_ended(started, start)
         machine = await start
@@ -77,22 +77,22 @@ async def _start(started: Started, messages: Messages) -> Running | None:
 
 
 async def _leave(machine: Running, error: Exception) -> ManagerFailed:
-    """Let go of a machine after a fault of ours."""
+    """Leave a machine after a fault of vmspawn."""
     fault = _fault(machine.name, error, machine, runs_on=True)
     await machine.leave()
     return fault
 
 
 def _fault(name: str, error: Exception, machine: Running | None = None, *, runs_on: bool) -> ManagerFailed:
-    """Report a fault of ours, and explain what becomes of the machine."""
+    """Return the error for a fault of vmspawn, with the consequence for the machine."""
     what = f"the manager failed: {type(error).__name__}: {error}".splitlines()[0]
     report = _write_report(name, what, machine, error)
-    becomes = f"the machine runs on; adopt it with: vmctl adopt {name}" if runs_on else "the machine was ended"
+    becomes = f"the machine continues; adopt it with: vmctl adopt {name}" if runs_on else "the machine was ended"
     return ManagerFailed(f"{what}; {becomes}", hint=f"please report it, with {report}" if report else "")
 
 
 def _write_report(name: str, what: str, machine: Running | None, error: BaseException | None = None) -> str:
-    """Write a report, and return its path; empty if there are not even descriptors to load the module."""
+    """Write a report, and return its path; empty if no descriptor is left to load the module with."""
     try:
         from .report import write_report
     except OSError:
@@ -167,7 +167,7 @@ class _Supervision:
             self._messages.report(error.hint)
         current = f"{self._machine.name}@{directory.CURRENT}"
         if current in snapshot_files.names() and not failures:
-            self._messages.notice(f"snapshots need its disks; their newest state starts with: vmspawn --fork={current}")
+            self._messages.notice(f"snapshots need its disks; to boot from them: vmspawn --fork={current}")
 
     async def _register(self, registered: Registered) -> None:
         try:

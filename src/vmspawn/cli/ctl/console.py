@@ -29,9 +29,9 @@ def add(verbs: Verbs) -> None:
 
 
 def _console(options: argparse.Namespace) -> None:
-    """Show the console until the user detaches or the machine ends. A signal exits.
+    """Show the console until the user detaches or the machine ends. A signal ends vmctl.
 
-    Raises NotConnected if the connection is closed while the machine runs on.
+    Raises NotConnected if the connection is closed while the machine runs.
     """
     # No other verb needs these modules.
     from ...console.attach import ConsoleAttachment
@@ -57,7 +57,7 @@ def _console(options: argparse.Namespace) -> None:
             sys.exit(128 + number)
         if attachment.has_hung_up:
             disconnect.check()
-    how = "has ended" if attachment.has_hung_up else "runs on"
+    how = "has ended" if attachment.has_hung_up else "continues"
     _say(options, f"machine {options.machine} {how}")
 
 

@@ -211,7 +211,7 @@ def _detach(options: argparse.Namespace) -> None:
 
 
 def _newest_data(machine: str, disk: dict[str, Any]) -> str:
-    """Return a line about the overlay that a detached disk was on, because the machine or its source was saved."""
+    """Return a line about the overlay of a detached disk, which a machine has if it or its source was saved."""
     if disk["path"] is None:
         return "the guest's changes are discarded, because this machine is a copy whose disks are not kept"
     image = disk["backingFiles"][-1]

@@ -34,7 +34,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 
 _PIECE = 256 * 1024
 
-#: Seconds without a byte after which missing output of an ended command is given up.
+#: Seconds without a byte after which the rest of an ended command's output counts as lost.
 _OUTPUT_TIMEOUT = 10.0
 
 #: Seconds for the call that reports the window's size.
@@ -247,7 +247,7 @@ class _Command:
                 raise NotConnected("the guest did not send all output of the command")
 
     def _end(self) -> dict[str, Any] | None:
-        """Wait for the command's end. Returns None if the time limit passes, or the user leaves."""
+        """Wait for the command's end. Returns None if the time limit passes, or the user types ^]^]^]."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         poll.register(self._client.connection, select.POLLIN)

@@ -93,8 +93,8 @@ class Session:
 def relay(connected: socket.socket, received: bytes) -> bool:
     """Copy standard input to the socket, and the socket to standard output, until the socket ends.
 
-    Returns whether it ended before standard input. Raises NotConnected if it ended before it took all input, or
-    answered all commands.
+    Returns whether the socket ended before standard input. Raises NotConnected if the socket ended before QEMU had
+    taken all input and answered all commands.
     """
     connected.setblocking(False)
     output = Output(_STDOUT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Counts the commands of a QMP stream that were not answered, to tell a stream that was cut off from one that ended."""
+"""Counts the commands of a QMP stream that have no reply, to distinguish an interrupted stream from a complete one."""
 
 from __future__ import annotations
 

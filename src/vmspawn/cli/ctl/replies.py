@@ -27,8 +27,8 @@ def client_for(options: argparse.Namespace) -> Client:
 def client_waiting_for_guest(options: argparse.Namespace, usual: float) -> Client:
     """Connect to the machine for a method that waits for the guest.
 
-    --timeout= is the guest's time, `usual` seconds by default. The manager reports that it has passed, or, if that does
-    not come soon after, the client that the manager did not answer.
+    `--timeout=` is the time for the guest, `usual` seconds by default. The manager reports when it has passed. If that
+    report does not come soon after, the client reports that the manager did not answer.
     """
     if options.timeout is None:
         return Client(options.machine, timeout=REPLY_TIMEOUT + usual)

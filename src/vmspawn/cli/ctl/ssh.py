@@ -46,7 +46,7 @@ def _ssh(options: argparse.Namespace) -> None:
         arguments = ["ssh", *(["-t"] if options.tty else []), *access.options(user if at else "root")]
         # ssh parses options after the host's name too.
         arguments += ["--", *options.command] if options.command else []
-        # ssh would inherit that Python ignores these signals.
+        # Python ignores these signals, which ssh would inherit.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execv(program, arguments)

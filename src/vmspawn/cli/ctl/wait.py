@@ -29,8 +29,8 @@ _NEWS = {
     "GUEST_PANICKED": "the guest's kernel panicked",
     "GUEST_CRASHLOADED": "the guest's kernel panicked, and is saving a dump",
     "STOP": "the guest was paused",
-    "RESUME": "the guest runs on",
-    "SUSPEND": "the guest went to sleep",
+    "RESUME": "the guest continues",
+    "SUSPEND": "the guest was suspended",
 }
 
 
