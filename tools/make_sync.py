@@ -263,7 +263,7 @@ def make() -> str:
             "from __future__ import annotations\n",
             imports(body, [*modules.values(), commands]),
             f"__all__ = {names!r}\n",
-            "#: pytest leaves our calls out of its tracebacks.\n__tracebackhide__ = True\n\n",
+            "#: pytest omits functions of this module from its tracebacks.\n__tracebackhide__ = True\n\n",
             body,
         )
     )

@@ -44,7 +44,7 @@ from .timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, DRIVER_TIMEOUT, TRA
 
 __all__ = ["ConnectedMachine", "Console", "Events", "Execution", "Machine", "Qmp", "Snapshot", "connect"]
 
-#: pytest leaves our calls out of its tracebacks.
+#: pytest omits functions of this module from its tracebacks.
 __tracebackhide__ = True
 
 
@@ -158,8 +158,8 @@ class Machine(BlockingMachine[_machine.Machine]):
     def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
 
-        What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
-        SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
+        From then on, the guest's writes go to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
+        SystemFailure, QmpError or Timeout; the machine then continues, and nothing of the snapshot is left.
         """
         return Snapshot(self._call(lambda inner: inner.snapshot(name)))
 
@@ -171,9 +171,9 @@ class Machine(BlockingMachine[_machine.Machine]):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, as `Snapshot.fork` does. Its snapshot is made when it is entered, and removed when it ends.
+        """Return a copy, as `Snapshot.fork` does. Entering it makes its snapshot, and its end removes the snapshot.
 
-        Raises what `snapshot` and `Snapshot.fork` raise when it is entered.
+        Entering the copy raises what `snapshot` and `Snapshot.fork` raise.
         """
         return Machine._around(
             self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
@@ -330,12 +330,12 @@ class Machine(BlockingMachine[_machine.Machine]):
     def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
         """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
 
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
+        The conditions are `agent` (commands can be run), `booted` (the guest's init reports the end of the boot),
+        `console=REGEX` (the console has shown a match), `disk=NAME` (the guest uses the disk), `port=N` (the guest
+        listens on the TCP port), `ssh` (the guest's SSH server answers) and `off` (the machine has ended).
 
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
+        Raises Timeout, which names the conditions that do not hold after `timeout` seconds; MachineEnded; NotSupported
+        for a condition that never holds in this guest; UsageError, NoSuchStorage.
         """
         return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
 
@@ -379,7 +379,7 @@ class Snapshot(Blocking[_machine.Snapshot]):
         with snapshot.fork() as copy:
             copy.run("reboot -f")
 
-    The machine runs on, and the snapshot stays until it is removed.
+    The machine continues, and the snapshot exists until it is removed.
     """
 
     @property
@@ -417,8 +417,8 @@ class Snapshot(Blocking[_machine.Snapshot]):
         )
 
     def remove(self) -> None:
-        """Remove the snapshot. If the machine has ended and this was its last snapshot, this writes the overlays to
-        the images, which may take minutes.
+        """Remove the snapshot.  If the machine has ended and this was its last snapshot, writes the overlays to the
+        images, which may take minutes.
 
         Raises NoSuchSnapshot or SnapshotInUse. Raises SystemFailure if the overlays cannot be written: they are kept,
         and the snapshot is removed.
@@ -525,7 +525,7 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, which this program manages. It is otherwise as `Machine.fork`."""
+        """Return a copy, which this program manages, as `Machine.fork` does."""
         return Machine._around(
             self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
         )
@@ -681,12 +681,12 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
         """Wait until all conditions hold: `machine.wait_for("booted", "port=80")`.
 
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
+        The conditions are `agent` (commands can be run), `booted` (the guest's init reports the end of the boot),
+        `console=REGEX` (the console has shown a match), `disk=NAME` (the guest uses the disk), `port=N` (the guest
+        listens on the TCP port), `ssh` (the guest's SSH server answers) and `off` (the machine has ended).
 
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
+        Raises Timeout, which names the conditions that do not hold after `timeout` seconds; MachineEnded; NotSupported
+        for a condition that never holds in this guest; UsageError, NoSuchStorage.
         """
         return self._call(lambda inner: inner.wait_for(*conditions, timeout=timeout))
 

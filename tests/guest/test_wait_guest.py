@@ -40,7 +40,7 @@ async def test_a_guest_that_stands_still_takes_nothing(guest: Booted, tmp_path: 
     machine, _ = guest
     await machine.pause()
     try:
-        with pytest.raises(Timeout, match=r"has not taken disk within 0\.2 s; the disk is attached"):
+        with pytest.raises(Timeout, match=r"has not used disk within 0\.2 s; the disk is attached"):
             await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB))), wait_guest=True, timeout=0.2)
         assert machine.disk("disk").has_device
     finally:

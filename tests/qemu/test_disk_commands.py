@@ -236,6 +236,6 @@ def test_an_attach_can_wait_for_the_guest(machine: Spawned, tmp_path: Path) -> N
     finally:
         run("resume", machine.name)
     assert done.returncode == 1
-    assert "the guest has not taken awaited within 0.2 s; the disk is attached" in done.stderr
+    assert "the guest has not used awaited within 0.2 s; the disk is attached" in done.stderr
     assert disk(machine, "awaited")["state"] == "attached"
     run("detach-disk", machine.name, "awaited")

@@ -134,7 +134,7 @@ async def test_an_exported_image_can_be_replaced(idle: Machine, tmp_path: Path) 
         found = (await idle.storage.views())["disk"]
         assert found.path == str(new)
         assert found.notice == f"QEMU still has {old} open, used by the nbd export exported"
-        with pytest.raises(StorageExists, match="has this file still open, as a former image of disk"):
+        with pytest.raises(StorageExists, match="still has this file open, as a former image of disk"):
             await idle.attach(Disk(str(old), "again", format="qcow2", bus="virtio-scsi"))
         await idle.replace("disk", str(make_qcow2(tmp_path / "newer", MIB)), format="qcow2")
         await session.execute("block-export-del", {"id": "exported"})

@@ -20,7 +20,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from ..errors import NotConnected, UsageError, VmspawnError
 
-#: pytest omits this module from its tracebacks.
+#: pytest omits functions of this module from its tracebacks.
 __tracebackhide__ = True
 
 _T = TypeVar("_T")
@@ -83,7 +83,7 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 class Call(Generic[_T]):
     """A coroutine that runs in the background from `start` on.
 
-    To make one starts nothing, so that an interruption (Ctrl-C) on the way to `start` loses no coroutine that runs.
+    Creating a Call does not start the coroutine, so an interruption (Ctrl-C) before `start` leaves nothing running.
     """
 
     def __init__(self, work: Coroutine[Any, Any, _T]) -> None:
@@ -118,7 +118,7 @@ class Call(Generic[_T]):
 
     def _give_up(self) -> None:
         self.future.cancel()
-        # Only this wakes those who wait for it in concurrent.futures.wait().
+        # Only this wakes the callers of concurrent.futures.wait().
         self.future.set_running_or_notify_cancel()
 
     def wait(self) -> None:

@@ -10,7 +10,7 @@ from typing import Self
 from . import execution
 from .blocking import Blocking, finish
 
-#: pytest leaves our calls out of its tracebacks.
+#: pytest omits functions of this module from its tracebacks.
 __tracebackhide__ = True
 
 
@@ -53,7 +53,7 @@ class Execution(Blocking[execution.Execution]):
             for line in command.stdout:
                 print(line)
 
-    Use it in `with`, whose end ends the command if it still runs.
+    Use it in a `with` statement, whose end ends the command if it still runs.
     """
 
     def __enter__(self) -> Self:
@@ -65,19 +65,19 @@ class Execution(Blocking[execution.Execution]):
 
     @property
     def stdin(self) -> InputStream | None:
-        """The input, or None for a command without input."""
+        """Standard input, or None for a command without input."""
         stream = self._read(lambda inner: inner.stdin)
         return None if stream is None else InputStream(stream)
 
     @property
     def stdout(self) -> OutputStream | None:
-        """The output. With a terminal, the output of the terminal."""
+        """Standard output. With a terminal, the output of the terminal."""
         stream = self._read(lambda inner: inner.stdout)
         return None if stream is None else OutputStream(stream)
 
     @property
     def stderr(self) -> OutputStream | None:
-        """The errors, or None for a command with a terminal."""
+        """Standard error, or None for a command with a terminal."""
         stream = self._read(lambda inner: inner.stderr)
         return None if stream is None else OutputStream(stream)
 

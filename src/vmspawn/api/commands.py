@@ -130,12 +130,12 @@ class Guest(ABC):
     async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
         """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
 
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
+        The conditions are `agent` (commands can be run), `booted` (the guest's init reports the end of the boot),
+        `console=REGEX` (the console has shown a match), `disk=NAME` (the guest uses the disk), `port=N` (the guest
+        listens on the TCP port), `ssh` (the guest's SSH server answers) and `off` (the machine has ended).
 
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
+        Raises Timeout, which names the conditions that do not hold after `timeout` seconds; MachineEnded; NotSupported
+        for a condition that never holds in this guest; UsageError, NoSuchStorage.
         """
         await waiting.wait_for(
             self.name,

@@ -82,7 +82,7 @@ class ConnectedMachine(Guest):
         return f"<ConnectedMachine {self._name!r}>"
 
     async def _record_events(self, events: AsyncIterator[Event]) -> None:
-        # Errors that end the subscription, such as EventsLost, reach a caller through a stream of its own.
+        # A caller's own stream raises the errors that end the subscription, such as EventsLost.
         with suppress(VmspawnError):
             async for event in events:
                 self._record.put(event)
@@ -97,7 +97,7 @@ class ConnectedMachine(Guest):
         read_only: bool = False,
         timeout: float = REPLY_TIMEOUT,
     ) -> dict[str, Any]:
-        """Call a method, and pass the image at `path` to it, if there is one."""
+        """Call a method, and pass the image at `path` to it unless `path` is None."""
         if path is None:
             return (await calls.call(self._name, method, parameters, timeout=timeout)).parameters
         backing = await open_image(os.fspath(path), read_only=read_only)
@@ -251,7 +251,7 @@ class ConnectedMachine(Guest):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, which this program manages. It is otherwise as `Machine.fork`."""
+        """Return a copy, which this program manages, as `Machine.fork` does."""
 
         async def save_temporarily() -> str:
             return str((await self._save(temporary=True))["snapshot"])

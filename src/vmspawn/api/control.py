@@ -116,12 +116,12 @@ class Control(Protocol):
     async def wait_for(self, *conditions: str, timeout: float = WAIT_TIMEOUT) -> None:
         """Wait until all conditions hold: `await machine.wait_for("booted", "port=80")`.
 
-        There are `agent` (commands can be run), `booted` (the guest's init reports that it is up), `console=REGEX` (the
-        console has shown it), `disk=NAME` (the guest has taken the disk), `port=N` (the guest listens on the TCP port),
-        `ssh` (its SSH server answers) and `off` (the machine has ended).
+        The conditions are `agent` (commands can be run), `booted` (the guest's init reports the end of the boot),
+        `console=REGEX` (the console has shown a match), `disk=NAME` (the guest uses the disk), `port=N` (the guest
+        listens on the TCP port), `ssh` (the guest's SSH server answers) and `off` (the machine has ended).
 
-        Raises Timeout, which names those that do not hold after `timeout` seconds; MachineEnded; NotSupported if one
-        never holds in this guest; UsageError, NoSuchStorage.
+        Raises Timeout, which names the conditions that do not hold after `timeout` seconds; MachineEnded; NotSupported
+        for a condition that never holds in this guest; UsageError, NoSuchStorage.
         """
 
     @property
@@ -204,8 +204,8 @@ class Control(Protocol):
     async def snapshot(self, name: str = "") -> Saved:
         """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
 
-        What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
-        SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
+        From then on, the guest's writes go to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
+        SystemFailure, QmpError or Timeout; the machine then continues, and nothing of the snapshot is left.
         """
 
     def fork(
@@ -216,9 +216,9 @@ class Control(Protocol):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> AbstractAsyncContextManager[Control]:
-        """Return a copy, as `Saved.fork` does. Its snapshot is made when it is entered, and removed when it ends.
+        """Return a copy, as `Saved.fork` does. Entering it makes its snapshot, and its end removes the snapshot.
 
-        Raises what `snapshot` and `Saved.fork` raise when it is entered.
+        Entering the copy raises what `snapshot` and `Saved.fork` raise.
         """
 
     async def copy_to(

@@ -18,7 +18,7 @@ from ..errors import CommandFailed, NotConnected, Timeout, UsageError
 
 _AnyText = TypeVar("_AnyText", str, bytes)
 
-#: Seconds without a byte after which missing output of an ended command is given up.
+#: Seconds without a byte after which the rest of an ended command's output counts as lost.
 _OUTPUT_TIMEOUT = 10.0
 
 #: Bytes of unread output at which the command in the guest has to wait.
@@ -101,7 +101,7 @@ def environment_of(environment: Mapping[str, str] | None) -> dict[bytes, bytes]:
 
 
 class _Output(asyncio.StreamReaderProtocol):
-    """A stream from the guest. It ends when all bytes that the command has written have arrived."""
+    """A stream from the guest, which ends when all bytes that the command has written have arrived."""
 
     def __init__(self) -> None:
         self.reader = asyncio.StreamReader(limit=_BUFFER_SIZE)
@@ -187,8 +187,8 @@ class Execution:
         async with await machine.execute(["tail", "-f", "/var/log/messages"]) as command:
             print(await command.stdout.readline())
 
-    Use it in `async with`, whose end ends the command if it still runs. `stdin` is None without an input. With a
-    terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
+    Use it in an `async with` statement, whose end ends the command if it still runs. `stdin` is None without an input.
+    With a terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
     """
 
     def __init__(self, remote: Remote, streams: _Streams) -> None:
@@ -313,5 +313,5 @@ async def _completed(start: Callable[[], Awaitable[Execution]], data: bytes | No
             stdout, stderr = await execution.communicate(data)
             return Completed(await execution.wait(), stdout, stderr)
     except CommandFailed as error:
-        # Report a command that cannot be started on its standard error, as a shell does.
+        # As in a shell, standard error has the reason why a command could not be started.
         return Completed(error.status, b"", f"{error}\n".encode())

@@ -31,8 +31,10 @@ async def start(config: MachineConfig) -> Running:
 
 
 async def start_copy(config: MachineConfig, snapshot: str, *, keep_disks: bool, new_identity: bool) -> Running:
-    """Start a copy from a snapshot, and wait until it is up. Raises what `fork` and `run` raise, and leaves nothing
-    behind then, nor when it is cancelled."""
+    """Start a copy from a snapshot, and wait until it is up.
+
+    Raises what `fork` and `run` raise. Leaves nothing behind after an error, or when it is cancelled.
+    """
     start_it = partial(
         fork, config, snapshot, keep_disks=keep_disks, new_identity=new_identity, on_begin=check_cancelled
     )

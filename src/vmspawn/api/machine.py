@@ -103,7 +103,7 @@ class Machine(Guest):
             if self._is_copy:
                 self._config = running.config
             if running.incoming is not None:
-                # Commands that ran in the guest end in the copy, and its clock is set.
+                # In a copy, this ends the commands of the source, and sets the clock.
                 await self._inside.settle()
             if self._control:
                 self._serve(running)
@@ -260,8 +260,8 @@ class Machine(Guest):
     async def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
 
-        What the guest writes from then on goes to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
-        SystemFailure, QmpError or Timeout; nothing of the snapshot is left then, and the machine runs on.
+        From then on, the guest's writes go to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
+        SystemFailure, QmpError or Timeout; the machine then continues, and nothing of the snapshot is left.
         """
         saved = await save(self._running, name)
         state = saved.manifest.state
@@ -275,9 +275,9 @@ class Machine(Guest):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, as `Snapshot.fork` does. Its snapshot is made when it is entered, and removed when it ends.
+        """Return a copy, as `Snapshot.fork` does. Entering it makes its snapshot, and its end removes the snapshot.
 
-        Raises what `snapshot` and `Snapshot.fork` raise when it is entered.
+        Entering the copy raises what `snapshot` and `Snapshot.fork` raise.
         """
         return copy_of(self.name, self._save_temporarily, name, keep_disks, identity, options)
 
@@ -380,7 +380,7 @@ class Snapshot:
         async with snapshot.fork() as copy:
             await copy.run("reboot -f")
 
-    The machine runs on, and the snapshot stays until it is removed.
+    The machine continues, and the snapshot exists until it is removed.
     """
 
     def __init__(self, name: str, pause: float, size: int) -> None:
@@ -426,8 +426,8 @@ class Snapshot:
         )
 
     async def remove(self) -> None:
-        """Remove the snapshot. If the machine has ended and this was its last snapshot, this writes the overlays to
-        the images, which may take minutes.
+        """Remove the snapshot.  If the machine has ended and this was its last snapshot, writes the overlays to the
+        images, which may take minutes.
 
         Raises NoSuchSnapshot or SnapshotInUse. Raises SystemFailure if the overlays cannot be written: they are kept,
         and the snapshot is removed.

@@ -194,7 +194,7 @@ def _paths(name: str, value: Iterable[StrPath]) -> tuple[str, ...]:
 
 
 def to_forward(value: Forward | str | int) -> Forward:
-    """Return a forward: of the port of the guest that a number names, or as the command line takes it.
+    """Return a forward for a number, which is the guest's port, or for a text with the command line's syntax.
 
     Raises UsageError.
     """

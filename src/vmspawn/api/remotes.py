@@ -29,8 +29,8 @@ class Local:
 
     def __init__(self, command: Command) -> None:
         self._command = command
-        # The caller closes the streams, not the end of the command or machine: the number of a closed descriptor, which
-        # the caller's event loop or thread may still use, could be another's by then.
+        # The end of the command or machine does not close the streams; the caller does. The caller's event loop or
+        # thread may still use a descriptor, whose number could be another file's after a close.
         self.streams = {name: socket.socket(fileno=each.detach()) for name, each in command.streams.items()}
 
     @classmethod

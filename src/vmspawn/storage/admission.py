@@ -3,7 +3,7 @@
 
 A disk is admitted in four steps:
 
-1. `check_disk` checks the options that the user asked for.
+1. `check_disk` checks the options that the user requested.
 2. `check_name_is_free` and `check_not_attached` compare the disk with the machine's other disks.
 3. `make_image` checks the image. It reads nothing, which could block: the caller has called `formats.choose_format`.
 4. `take_place` reserves a place.
@@ -37,7 +37,7 @@ class Neighbour(Protocol):
 
     @property
     def disk(self) -> Disk:
-        """The disk as the user asked for it."""
+        """The disk that the user requested."""
 
     @property
     def images(self) -> Sequence[Image]:
@@ -164,7 +164,7 @@ def check_not_attached(neighbours: Iterable[_Neighbour], backing: Backing, *, sh
         current = [image.backing for image in other.images[0].chain]
         if not any(each is not None and each.identity == backing.identity for each in current):
             raise StorageExists(
-                f"QEMU has this file still open, as a former image of {other.name}",
+                f"QEMU still has this file open, as a former image of {other.name}",
                 hint="it is closed when no QMP client uses it any more",
             )
         raise StorageExists(
@@ -203,7 +203,7 @@ def _check_serial_of_controller(disk: Disk, serial: str, layout: Layout) -> None
 def _check_serial_is_free(neighbours: Iterable[_Neighbour], disk: Disk, serial: str) -> None:
     """Raise StorageExists if another disk has the same path in the guest.
 
-    A guest rejects the second NVMe disk with one serial number. On the other buses, both disks would have one path.
+    A guest rejects an NVMe disk with the serial number of another. On the other buses, both disks would have one path.
     """
     if disk.bus == "nvme-ns":
         return

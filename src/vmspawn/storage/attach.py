@@ -53,7 +53,7 @@ _PENDING_HINT = (
 #: Seconds that QEMU has to list the machine's PCI devices.
 _LOOK_TIMEOUT = 2.0
 
-#: Seconds that the detach of a controller's last disk waits for the controller's removal, which goes on after that.
+#: Seconds that the detach of a controller's last disk waits for the controller's removal, which continues after that.
 _CONTROLLER_TIMEOUT = 2.0
 
 _USED_HINT = "the disk will be removed when no QMP client uses the image any more"
@@ -64,7 +64,7 @@ class BootDisk(Protocol):
 
     @property
     def disk(self) -> Disk:
-        """The disk as the user asked for it."""
+        """The disk that the user requested."""
 
     @property
     def identifiers(self) -> Identifiers:
@@ -197,8 +197,8 @@ class Storage:
     async def attach(self, disk: Disk, backing: Backing | None, *, guest_timeout: float | None = None) -> AttachedDisk:
         """Attach a disk whose image is open; returns when QEMU has plugged in the device.
 
-        With `guest_timeout`, it returns when the guest has taken the disk, or raises Timeout after that many seconds;
-        the disk stays attached then. Owns `backing` from the call on; an optical drive may have none. Raises
+        With `guest_timeout`, returns when the guest has started to use the disk, or raises Timeout after that many
+        seconds; the disk then stays attached. Owns `backing` from the call on; an optical drive may have none. Raises
         StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected, and
         leaves nothing behind. After a cancellation, a task of the machine undoes the attach.
         """
@@ -214,7 +214,7 @@ class Storage:
         return attached
 
     async def wait_taken(self, name: str, timeout: float) -> None:
-        """Wait until the guest has taken a disk. Raises NoSuchStorage, ConfigNotSupported, Timeout or NotConnected."""
+        """Wait until the guest uses a disk. Raises NoSuchStorage, ConfigNotSupported, Timeout or NotConnected."""
         attached = self._context.find(name)
         guest_driver.check_can_tell(attached.disk)
         await guest_driver.wait_taken(self._context, attached, timeout)
@@ -300,7 +300,7 @@ class Storage:
         """Detach a disk; returns True when its device, nodes, descriptors and port are free.
 
         Raises NoSuchStorage, StorageImmutable for a boot disk, NotConnected, or StoragePending if the guest has not
-        released the disk within `timeout` seconds. The removal then goes on, and a later call waits for the same
+        released the disk within `timeout` seconds. The removal then continues, and a later call waits for the same
         removal.
 
         `force` takes the image away first: the host has its file back whatever the guest does, and the guest sees I/O

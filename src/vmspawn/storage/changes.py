@@ -19,7 +19,7 @@ from .image import Image
 from .limits import Limits, check_limits
 from .resize import resize_disk
 
-#: Seconds after which a change of a disk, or a forced detach, raises Timeout. The change itself goes on.
+#: Seconds after which a change of a disk, or a forced detach, raises Timeout. The change itself continues.
 CHANGE_TIMEOUT = 40.0
 
 #: The name of vmspawn's event in the streams of QEMU's events.
@@ -149,7 +149,7 @@ class Changes:
                 if attachment.state is not State.ATTACHED:
                     if image is not None:
                         image.close_backing()
-                    raise StoragePending(f"{attachment.name} is {attachment.state}", hint="try again when that is done")
+                    raise StoragePending(f"{attachment.name} is {attachment.state}", hint="try again later")
                 try:
                     if needs_active:
                         await inactive_images.check(self._context)

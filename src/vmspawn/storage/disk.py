@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines a disk as the user asks for it, and checks its options."""
+"""Defines the disk that a user requests, and checks its options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..text import printable, short_repr
 from .formats import FORMATS, READ_ONLY_FORMATS
 from .limits import NO_LIMITS, Limits
 
-#: The buses that a disk can be attached to. `null` on the wire means the first.
+#: The buses that a disk can be attached to. In Varlink, null means the first.
 BUSES = ("virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd")
 DEFAULT_BUS = "virtio-blk"
 #: Chooses virtio-blk while ports are free, then virtio-scsi.
@@ -35,7 +35,7 @@ DISK_NAME_MAX = 255
 
 
 class Disk(Record):
-    """A disk as the user asks for it.
+    """The disk that a user requests.
 
         Disk("data.qcow2", format="qcow2", bus="virtio-scsi", limits=Limits(iops=500))
 

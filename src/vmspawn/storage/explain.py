@@ -42,7 +42,7 @@ async def explain(error: _Error, name: str, image: Image | None, machine: str) -
     return SystemFailure(
         f"{holder or 'another process'} uses the image of {name} (QEMU could not get its {lock} lock)",
         errno.EBUSY,
-        hint="detach it there, attach it read-only in both, or share it from both",
+        hint="detach it there, attach it read-only in both places, or share it in both",
     )
 
 

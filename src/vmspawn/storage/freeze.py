@@ -47,7 +47,7 @@ class Frozen(NamedTuple):
 
 
 class Freeze:
-    """One freeze of a machine's disks. The caller keeps others from changing disks meanwhile."""
+    """One freeze of a machine's disks. The caller prevents other changes of disks meanwhile."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waits until the guest's driver has taken a disk.
+"""Waits until the guest's driver has started to use a disk.
 
 The evidence is the guest's first request to the disk: on each bus, Linux reads the partition table when the disk has
 its node in /dev. QEMU knows the driver's status for virtio only. That status is set before the node exists, and asking
@@ -27,7 +27,7 @@ def check_can_tell(disk: Disk) -> None:
     """Raise ConfigNotSupported for an optical drive, which a guest reads only when it uses the medium."""
     if disk.bus in buses.TABLE and not buses.TABLE[disk.bus].is_writable:
         raise ConfigNotSupported(
-            f"QEMU cannot tell whether the guest has taken {disk.name}: a guest reads from bus {disk.bus} only when "
+            f"QEMU cannot tell whether the guest uses {disk.name}: a guest reads from bus {disk.bus} only when "
             "it uses the medium",
             hint="attach it without waiting, and wait in the guest for its path in /dev/disk/by-id",
         )
@@ -44,7 +44,7 @@ async def wait_taken(context: Context, attached: AttachedDisk, timeout: float) -
         left = deadline - monotonic()
         if left <= 0:
             raise Timeout(
-                f"the guest has not taken {attached.name} within {timeout:g} s; the disk is attached",
+                f"the guest has not used {attached.name} within {timeout:g} s; the disk is attached",
                 hint="check that the guest is up and supports hot-plug and the bus; detach the disk if not",
             )
         await first_of(attached.gone, timeout=min(left, interval))

@@ -50,7 +50,7 @@ _REFUSED_RETRY = 2.0
 
 
 async def close_when_unused(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:
-    """Close a former image of the disk; goes on in the background if a QMP client uses one of its nodes.
+    """Close a former image of the disk; continues in the background if a QMP client uses one of its nodes.
 
     The image stays in the disk's `images` until it is closed. Raises NotConnected.
     """

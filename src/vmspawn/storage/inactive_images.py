@@ -20,5 +20,5 @@ async def check(context: Context) -> None:
         status = context.run_state.status
         raise NotSupported(
             f"QEMU cannot change images while the guest is {status}: {MIGRATION_STATES[status]}",
-            hint="wait until it has come" if status == "inmigrate" else "resume the guest first",
+            hint="wait until its state has arrived" if status == "inmigrate" else "resume the guest first",
         )

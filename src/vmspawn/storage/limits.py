@@ -18,9 +18,7 @@ BURST_MAX = 1000
 
 
 class Limits(Record):
-    """Limits of requests and bytes a second; 0 is no limit.
-
-        await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
+    """Limits on requests and bytes per second; 0 is no limit.
 
         await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
 

@@ -7,8 +7,8 @@ below the pivot while the guest writes. Limits are set on the pivot's throttle g
 
 A filter is necessary for that. A throttle filter costs 0.1 to 0.3 µs a request, as much as any other (QEMU 7.2 and
 11.1, null-co). QEMU crashes if a throttle node is inserted later under a device with an I/O thread. Setting the
-device's `drive` property would need no filter, but QEMU refuses it with an I/O thread, and aborts if the node is the
-present one.
+device's `drive` property would need no filter, but QEMU refuses that with an I/O thread, and aborts if the node does
+not change.
 """
 
 from __future__ import annotations

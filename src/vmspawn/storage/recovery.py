@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Adopts the disks of a manager that died.
 
-A change that was under way is kept if QEMU has made it, and undone if not. Nodes, objects and descriptor sets that no
-disk of the journal owns are removed.
+A change that was under way is kept if QEMU has made it, and undone otherwise. Nodes, objects and descriptor sets that
+no disk of the journal owns are removed.
 """
 
 from __future__ import annotations

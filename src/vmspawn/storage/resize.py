@@ -117,7 +117,7 @@ def _check_size(image: Image, size: int, *, actual: int | None, current: int, sh
 
 
 def _is_device(image: Image) -> bool:
-    """Return whether the disk's size is a block device's. An image in another format on a device can have any size."""
+    """Return whether the disk has the size of a block device. A disk in another format than raw can have any size."""
     return image.backing is not None and image.backing.is_block_device and image.format == "raw"
 
 

@@ -62,7 +62,7 @@ def save_disk(
 
 
 def load_disk(saved: Mapping[str, Any]) -> Disk:
-    """Return the disk as the user asked for it. An option that an older version did not save has its default."""
+    """Return the disk that the user requested. An option that an older version did not save has its default."""
     options = {field: saved["options"][name] for name, field in _OPTIONS.items() if name in saved["options"]}
     images = saved["images"]
     path = str(images[0]["path"]) if images else ""

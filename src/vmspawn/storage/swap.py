@@ -79,7 +79,7 @@ async def _put_under(context: Context, attachment: AttachedDisk, image: Image) -
     attachment.images.remove(image)
     attachment.images.insert(0, image)
     # The swap is done, and a failure to save does not undo it. The journal names both images, and an adoption finds out
-    # which one is in use.
+    # which image is in use.
     with contextlib.suppress(SystemFailure):
         context.hotplug.save(attachment)
 
