@@ -12,7 +12,7 @@ def test_a_virtiofsd_that_dies_is_named_and_ends_the_machine(box: Box, spawn: Ca
     options = ("--firmware=bios", "--ram=64M", "--console=headless", "--bind=/usr:/mnt", "--bind-ro=/etc:/mnt2")
     machine = spawn(f"--image={make_image(box)}", *options)
     machine.wait_for("is running")
-    assert "cannot forbid writing" not in machine.output["stderr"]
+    assert "cannot refuse writes" not in machine.output["stderr"]
     box.run(
         "bash",
         "-c",

@@ -125,7 +125,7 @@ def test_credentials_without_room_in_the_table_go_by_fw_cfg(owned: Owned) -> Non
     by_fw_cfg = [each for each in extras.arguments if each.startswith("name=")]
     assert [each.partition(",")[0] for each in by_fw_cfg] == ["name=opt/io.systemd.credentials/large"]
     assert extras.arguments.count("-smbios") == 1
-    with pytest.raises(StartError, match="cannot go another way"):
+    with pytest.raises(StartError, match="cannot be passed in another way"):
         smbios.extras((), (("n" * 40, bytes(smbios.TOTAL_MAX)),), owned)
 
 

@@ -82,7 +82,7 @@ def _console(directory: MachineDirectory, pid: int, undo: ExitStack) -> SharedCo
 
 
 def _helpers(state: State, undo: ExitStack) -> Iterator[Helper]:
-    """Yield the helpers that still run. A helper that has ended took QEMU along, or will."""
+    """Yield the helpers that still run. If a helper has ended, QEMU ends too."""
     for each in state.helpers:
         if runtime.start_time(each.pid) == each.started:
             # The log of a helper ends with the manager that started it.
@@ -132,7 +132,7 @@ def _merged(saved: MachineConfig, given: MachineConfig) -> MachineConfig:
 
 
 def _find_started(directory: MachineDirectory) -> int:
-    """Return the process id of a QEMU whose manager died before it wrote that down, or 0 if QEMU was not started.
+    """Return the process id of a QEMU whose manager died before it recorded the id, or 0 if QEMU was not started.
 
     The monitor reports the thread of a processor, and the kernel the process that the thread belongs to.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Delivers the agent to an image as credentials for its systemd. The built-in guest contains the agent.
 
-On the start path: the modules that find and compress it are imported only for such an image.
+This module is on the start path. Modules that find and compress the agent are imported only for such an image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def credentials(
     if not config.agent or config.guest:
         return []
     if not smbios:
-        detail("the guest does not get the agent, for it has no SMBIOS without UEFI")
+        detail("the guest does not get the agent, because it has no SMBIOS without UEFI")
         return []
     from ..agent import build, install
 

@@ -35,7 +35,7 @@ class BootDisk(Record):
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """The image, as the only one."""
+        """The image, in a tuple."""
         return (self.image,) if self.image is not None else ()
 
     @property

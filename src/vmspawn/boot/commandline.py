@@ -68,12 +68,12 @@ def _dashed(uuid: str) -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-# The options of the machine types; GICv3 is what lets an aarch64 guest have more than eight processors.
+# The options of the machine types; GICv3 allows an aarch64 guest more than eight processors.
 _MACHINES = {"q35": "q35", "pc": "pc", "virt": "virt,gic-version=3"}
 
 
-# A guest that finds ERMS or FSRM copies by `rep movsb`, which TCG emulates byte by byte. FSRM goes together with ERMS,
-# for a guest that finds FSRM alone does not boot.
+# A guest whose processor has ERMS or FSRM copies by `rep movsb`, which TCG emulates byte by byte. Both are disabled,
+# because a guest with FSRM alone does not boot.
 _EMULATED_X86 = "max,erms=off,fsrm=off"
 _EMULATED_CPUS = {"q35": _EMULATED_X86, "pc": _EMULATED_X86, "virt": "max"}
 

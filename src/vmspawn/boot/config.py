@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Holds a machine's configuration, and checks it as far as possible without touching a file.
 
-On the start path: imports next to nothing.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONSOLE_TRANSPORTS = ("serial", "virtio")
 _MIB = 1 << 20
 #: systemd-vmspawn's default.
 RAM_DEFAULT = 2048 * _MIB
-#: The built-in guest lives in an initramfs and needs little.
+#: The built-in guest runs from an initramfs and needs little memory.
 RAM_BUILTIN = 256 * _MIB
 _RAM_MIN = 32 * _MIB
 _CPUS_MAX = 255
@@ -42,7 +42,7 @@ _CPUS_MAX = 255
 class ConsoleTerminal(Record):
     """The terminal that shows the guest's console: its name in terminfo, and its window in characters.
 
-    For an empty name, or 0, the guest's own default holds.
+    For an empty name, or 0, the guest uses its own default.
     """
 
     term: str
@@ -51,7 +51,8 @@ class ConsoleTerminal(Record):
 
 
 class MachineConfig(Record):
-    """A machine as the user wants it.
+    """The configuration of a machine.
+
 
         config = MachineConfig(image="debian.qcow2", image_format="qcow2", ram=2 << 30)
         async with vmspawn.Machine(config, cpus=4) as machine: ...
@@ -135,7 +136,7 @@ class MachineConfig(Record):
         """The image as a disk."""
         if not self.image:
             return None
-        # A kernel that QEMU loads takes the first place itself.
+        # A kernel that QEMU loads has the first place in the boot order.
         boot_index = -1 if self.linux or self.guest else 0
         name = default_name(self.image)
         return Disk(self.image, name, self.image_disk_type, self.image_format, boot_index=boot_index)
@@ -151,7 +152,7 @@ def check_config(config: MachineConfig) -> MachineConfig:
     _check_choice("ram_backing", config.ram_backing, memory.BACKINGS)
     if config.console_log is not None and config.console == "native":
         raise UsageError.with_fields(
-            "{console_log=} cannot see what QEMU shows with {console=native}", hint="leave out one of the two"
+            "{console_log=} gets no output with {console=native}", hint="leave out one of the two"
         )
     if config.guest is not None:
         _check_choice("guest", config.guest, ("builtin",))

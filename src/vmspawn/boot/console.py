@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Writes the arguments of QEMU and of the guest's kernel for the console, the display and their devices.
 
-The serial port is the default: firmware, boot loaders and every kernel speak it, and when nobody takes its output the
-guest waits. QEMU's virtio console drops what does not fit into the pipe.
+The serial port is the default: firmware, boot loaders and every kernel support it, and the guest waits while its output
+is not read. QEMU's virtio console drops output that does not fit into the pipe.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CHARDEV = "console"
 SIZE_PORT = "io.vmspawn.console-size"
 SIZE_PORT_ID = "console-size"
 
-#: The virtio-serial controller, and the numbers of its ports: those that are there from boot, and those that are
-#: plugged in for commands in the guest. A command has four, and there is room for 34: 32 run at once, one is plugged in
+#: The virtio-serial controller, and the numbers of its ports: those that exist from boot, and those that are plugged in
+#: for commands in the guest. A command has four, and there is room for 34: 32 run at once, one is plugged in
 #: ahead, one is being removed.
 CONTROLLER = "serial"
 _CONSOLE_NUMBER, _SIZE_NUMBER, _AGENT_NUMBER = 0, 1, 2
@@ -32,7 +32,7 @@ AGENT_PORT = "io.vmspawn.agent"
 AGENT_PORT_ID = "agent"
 
 #: Interrupt vectors of a controller with many ports: one for changes of the configuration, and one for all queues. With
-#: one for each queue, as is QEMU's default, a guest runs out of vectors.
+#: QEMU's default of one for each queue, a guest runs out of vectors.
 _VECTORS = 2
 
 _SERIAL_PORTS = {"q35": "ttyS0", "pc": "ttyS0", "virt": "ttyAMA0"}
@@ -64,7 +64,7 @@ def devices(config: MachineConfig, size_socket: int, agent_socket: int, log: int
     """Yield QEMU's arguments for the console, the display and their devices.
 
     The console is QEMU's standard input and output. `size_socket` and `agent_socket` are the listening sockets for
-    these ports, or -1, and `log` what QEMU logs the console to, or -1.
+    these ports, or -1. `log` is the descriptor that QEMU logs the console to, or -1.
     """
     if is_shared(config):
         yield from shared_end(log)
@@ -148,7 +148,7 @@ def kernel_arguments(config: MachineConfig) -> tuple[str, ...]:
     """Return the kernel's arguments for its console, and for the terminal of systemd or the built-in guest."""
     name = tty(config)
     if config.console == "gui":
-        # The last one is /dev/console; the display is where the user looks.
+        # The last console= is /dev/console. The user looks at the display.
         return (f"console={name}", "console=tty0")
     if config.terminal is None:
         return (f"console={name}",)
@@ -160,6 +160,9 @@ def kernel_arguments(config: MachineConfig) -> tuple[str, ...]:
 
 
 def vendor_strings(config: MachineConfig) -> list[bytes]:
-    """SMBIOS strings for an image that boots by itself: any systemd since 254 logs in on the terminals that the
-    credential names, whatever loaded its kernel. (What the kernel is told goes the way of all its arguments.)"""
+    """Return the SMBIOS string that makes systemd in an image open a login on the console.
+
+    systemd 254 or newer reads this credential, whatever has loaded its kernel. The kernel gets its arguments in
+    another way (`smbios.of_kernel_arguments`).
+    """
     return [f"io.systemd.credential:getty.ttys.serial={tty(config)}".encode()]

@@ -11,10 +11,10 @@ from .boot_disk import BootDisk
 
 
 def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str) -> StartError:
-    """Make an error of the end and the output of a machine's QEMU; names the disk that the output is about."""
+    """Return the error for QEMU's end, with its last output. Names the disk that the output mentions."""
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
-        return StartError(f"QEMU {end} as soon as it was started, without a word", hint="is something killing it?")
+        return StartError(f"QEMU {end} immediately, without a message", hint="check whether another program kills it")
     blamed = next((each for each in disks if _mentions(log, each)), None)
     if "lock" in log and "Failed to get" in log and blamed is not None:
         return StartError(
@@ -29,7 +29,7 @@ def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str)
 
 def _holder(machine: str, disk: BootDisk) -> str:
     """Return the process that holds the lock on a disk's image, which QEMU could not lock."""
-    # Loaded where it is needed: most starts succeed.
+    # Imported here, because most starts succeed.
     from ..storage.holders import holder_of
 
     backing = disk.image.backing if disk.image is not None else None
@@ -47,5 +47,5 @@ def no_answer(name: str, pid: int, trouble: str) -> StartError:
     """Return the error for a QEMU that cannot be adopted because its process does not run."""
     return StartError(
         f"QEMU does not answer: process {pid} {trouble}",
-        hint=f"let it go on (kill -CONT {pid}), or end it: vmctl terminate {name}",
+        hint=f"let it continue (kill -CONT {pid}), or end it: vmctl terminate {name}",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the firmware that QEMU's firmware descriptors offer, and that fits what the user wants.
+"""Finds the firmware that QEMU's firmware descriptors offer and that meets the user's requirements.
 
 A descriptor is a JSON file that a firmware's package installs (QEMU's docs/interop/firmware.json). The files of all
 directories are tried in the order of their names. A file hides the files of its name in later directories, and an empty

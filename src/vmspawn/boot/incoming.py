@@ -5,7 +5,7 @@ The copy must have the same devices, so its command line is the source's, whiche
 name, the monitors, the host's end of the console, and all disks are removed and written again. The command line has the
 numbers of the descriptors that the source inherited; `Recorded.descriptors` lists them.
 
-On the start path: imports next to nothing.
+This module is on the start path and imports next to nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MONITORS, CONSOLE, SIZE, AGENT, DISKS = "@monitors", "@console", "@size", "@agen
 #: Options whose files a snapshot keeps, under these names without the dash.
 BOOT_FILES = ("-kernel", "-initrd")
 
-#: The descriptor set of the saved state. Those of other things have the numbers from the disks' downwards.
+#: The descriptor set of the saved state. The firmware and the base of an overlay have the numbers above it.
 STATE_FDSET = FDSET_BASE - 8
 
-#: Names of what belongs to disks and to their controllers, which the register of attachments describes.
+#: The names of disks' and controllers' objects, which the register of attachments describes.
 _OF_DISKS = re.compile(
     r"drive\d+(-pivot|-limits|-thread)?|limits\d+|image\d+(-file|-format)?|scsi1|scsi-thread|stream\d+"
 )
@@ -52,7 +52,7 @@ class Option(Record):
 
 
 class Recorded(Record):
-    """A command line without what differs in a copy, and the numbers of the descriptors that it needs."""
+    """A command line without the options that differ in a copy, and the numbers of the descriptors that it needs."""
 
     options: tuple[Option, ...]
     descriptors: tuple[int, ...]
@@ -92,7 +92,7 @@ def _kept(options: Iterable[Option], machine_type: str) -> Iterator[Option]:
         elif place and place not in marked:
             marked.add(place)
             yield Option(place)
-    # An overlay may stand on a node that is kept.
+    # An overlay may be based on a node that is kept.
     yield Option(DISKS)
 
 

@@ -32,7 +32,7 @@ from .plan import Plan, Reporter, choose, make_plan
 from .started import Incoming, Launched, SharedConsole, Started, connect, connect_monitors, share_console
 from .state import SavedQemu, SavedSessions, boot_storage, open_journal
 
-#: Connections to one of QEMU's sockets that wait; there is one, and another after a change of managers.
+#: The backlog of QEMU's sockets. There is one connection, and another one after an adoption.
 _BACKLOG = 4
 
 #: Bytes of output that a virtio console has room for, the most that a process may ask for. QEMU drops the rest.
@@ -49,7 +49,7 @@ _HINTS = {
 
 @contextlib.contextmanager
 def system_failures(what: str) -> Iterator[None]:
-    """Raise SystemFailure for an OSError that no option is to blame for: no descriptors, no memory, no room."""
+    """Raise SystemFailure for an OSError that no option caused, such as a lack of descriptors, memory or disk space."""
     try:
         yield
     except OSError as error:
@@ -70,8 +70,8 @@ def launch(
 ) -> Started:
     """Launch QEMU.
 
-    `notice` is called with each line about the start that every user wants to read, `detail` with lines for a user who
-    wants more. `on_begin` is called after the steps that may take long, before the first step that has to be undone.
+    `notice` is called with each line for every user, `detail` with each line for users who want more. `on_begin` is
+    called after the steps that may take long, before the first step that has to be undone.
 
     Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
     """
@@ -104,7 +104,7 @@ def launch(
 def start_watcher(config: MachineConfig, directory: MachineDirectory, undo: ExitStack, parent: int = 0) -> int:
     """Start the process that ends the machine if this program or its parent dies; returns 0 if no process is needed.
 
-    `parent` is the process that the machine must not outlive, if that is another process than this program's parent.
+    `parent` is the process that the machine must not outlive, if that is not this program's parent.
     """
     parent = parent or (os.getppid() if config.die_with_parent else 0)
     if not (config.die_with_program or parent):
@@ -130,7 +130,7 @@ def open_transcript(path: str | None, undo: ExitStack) -> Descriptor | None:
     if path is None:
         return None
     try:
-        # Not to wait for the reader of a pipe.
+        # O_NONBLOCK, so that opening a FIFO does not wait for its reader.
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StartError.with_fields(
@@ -156,12 +156,12 @@ def start(
     line: Line = command_line,
     incoming: Incoming | None = None,
 ) -> Started:
-    """Start QEMU. `line` writes its command line; `incoming` is where it loads its state from, if it does not boot.
+    """Start QEMU. `line` writes its command line; `incoming` is the state that QEMU loads instead of booting.
 
     Raises StartError, OSError.
     """
     config = plan.config
-    # QEMU inherits them listening, so that we can connect at once, without waiting for it to come up.
+    # QEMU inherits listening sockets, so vmspawn can connect before QEMU is up.
     names = [*runtime.MONITORS]
     names += [runtime.QEMU_SIZE] if console.has_size_port(config) else []
     names += [runtime.QEMU_AGENT] if config.agent else []
@@ -171,7 +171,7 @@ def start(
     log = ConsoleLog.make() if console.is_logged(config) else None
     if log is not None:
         owned.undo.callback(log.close)
-    # Written before QEMU is started as well, so that a QEMU whose manager dies in between can be found.
+    # The state is also written before QEMU is started, so that the next manager finds QEMU if this one dies now.
     _write_state(plan, directory, 0, incoming)
     pid, shared = _spawn(plan, directory, listeners, log, owned, line)
     _write_state(plan, directory, pid, incoming)
@@ -183,7 +183,7 @@ def start(
         plan.layout,
         directory,
         pid,
-        # We still hold the listening ends, so that this cannot fail for QEMU's haste.
+        # vmspawn still has the listening sockets, so this succeeds even if QEMU has ended already.
         connect_monitors(directory, owned.undo),
         connect(directory, runtime.QEMU_SIZE, owned.undo) if runtime.QEMU_SIZE in names else None,
         shared,
@@ -201,7 +201,7 @@ def _spawn(
     owned: Owned,
     line: Line,
 ) -> tuple[int, SharedConsole | None]:
-    """Start QEMU. Returns its process id, and our end of the console if that is shared."""
+    """Start QEMU. Returns its process id, and the manager's end of the console if the console is shared."""
     config = plan.config
     monitors = {name: listeners[name] for name in runtime.MONITORS}
     size, agent = (listeners.get(name, -1) for name in (runtime.QEMU_SIZE, runtime.QEMU_AGENT))

@@ -54,8 +54,8 @@ def size_argument(size: int, growth: Growth | None) -> str:
 def in_file(size: int, owned: Owned) -> Extras:
     """Return the arguments that keep the guest's memory in a file, and the file.
 
-    The file has no name, so it ends with QEMU. It takes only the room that the guest uses; all of it must be free, as
-    the guest is killed when there is none. Raises StartError.
+    The file has no name, so the kernel frees it when QEMU ends. It takes only the room that the guest uses. Room for
+    all of the memory must be free, because the kernel kills a QEMU that finds none. Raises StartError.
     """
     fd = owned.lend(_memory_file(size))
     backend = f"memory-backend-file,id=mem,size={size}B,mem-path=/proc/self/fd/{fd},share=on"

@@ -48,7 +48,7 @@ class Choices(Record):
     config: MachineConfig
     binary: QemuBinary
     accelerator: str
-    #: Why QEMU emulates the guest although KVM was possible, or an empty string.
+    #: The reason why QEMU emulates the guest although the user allows KVM, or an empty string.
     why_emulated: str
     layout: places.Layout
     #: The kernel that QEMU loads, with the arguments that belong to it; None if the image's boot loader does.
@@ -121,7 +121,7 @@ def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[s
 
 
 def _check_virtiofs(config: MachineConfig, notice: Callable[[str], None]) -> None:
-    """Tell the user beforehand if a directory's kernel cannot mount it; it would drop into a shell without a word."""
+    """Warn the user if a directory's kernel cannot mount it: the guest would stop in a shell without an explanation."""
     if config.directory is None or config.linux is None or config.guest:
         return
     from ..images import virtiofs_support
@@ -152,7 +152,7 @@ def _check_readable(field: str, path: str) -> None:
 
 
 def _check_architecture(config: MachineConfig, linux: str, architecture: str) -> None:
-    """Raise StartError for a kernel of another architecture, which QEMU would load and the guest would hang in."""
+    """Raise StartError for a kernel of another architecture: QEMU would load it, and the guest would hang."""
     found = kernel_image.architecture_of(linux)
     if found not in ("", architecture):
         raise StartError.with_fields(
@@ -186,7 +186,7 @@ def make_plan(
     shared = _shares(chosen, directory, report, owned)
     arguments = _kernel_arguments(chosen, shared.kernel_arguments)
     for each in _of_emulation(chosen):
-        report.detail(f"the kernel is told {each}, for its check fails at times under emulation")
+        report.detail(f"the kernel gets {each}, because its check of the timer may fail under emulation")
     smbios.check_kernel_arguments(arguments)
     brought = agent.credentials(
         config,
@@ -221,7 +221,7 @@ def _shares(chosen: Choices, directory: MachineDirectory, report: Reporter, owne
 
 
 def _refuse_strings(config: MachineConfig) -> None:
-    """Raise StartError for a wish that only UEFI would pass on to the guest, by SMBIOS."""
+    """Raise StartError for a setting that only UEFI would pass to the guest, by SMBIOS."""
     raise StartError.with_fields(
         smbios.wishes(config)[0] + " needs UEFI on machines of type {type}",
         hint="use {firmware.kind=uefi}",

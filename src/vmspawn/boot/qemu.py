@@ -31,7 +31,7 @@ _PACKAGES = {
 ARCHITECTURES = {"q35": "x86_64", "pc": "x86_64", "virt": "aarch64"}
 
 _PROBE_TIMEOUT = 20.0
-_NAME_ONE = "name a QEMU system emulator by {qemu=}"
+_NAME_ONE = "name a QEMU system emulator with {qemu=}"
 _CACHE_FILE = "qemu-probes.json"
 
 
@@ -42,7 +42,7 @@ class QemuBinary(Record):
     version: tuple[int, int, int]
     #: The emulated architecture, in the kernel's spelling.
     architecture: str
-    #: QEMU 11.1 brought `-object monitor-qmp` and deprecated `-mon`.
+    #: True if QEMU has `-object monitor-qmp`, which replaces the deprecated `-mon` (QEMU 11.1).
     has_monitor_object: bool
     #: True if NVMe namespaces can be hot-plugged (QEMU 11.1).
     has_namespaces: bool
@@ -86,7 +86,7 @@ def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
         have, need = ".".join(map(str, binary.version)), ".".join(map(str, VERSION_MIN))
         raise StartError.with_fields(
             "{path} is QEMU {have}, which is too old",
-            hint="install QEMU {need} or newer, or name one by {qemu=}",
+            hint="install QEMU {need} or newer, or name one with {qemu=}",
             path=path,
             have=have,
             need=need,
@@ -94,7 +94,7 @@ def find_qemu(explicit: str | None, machine_type: str = "q35") -> QemuBinary:
     if binary.architecture != architecture:
         raise UsageError.with_fields(
             "{path} emulates {found}, and {machine_type={type}} is {wanted}",
-            hint="name a QEMU for {wanted} by {qemu=}, or another {machine_type=}",
+            hint="name a QEMU for {wanted} with {qemu=}, or another {machine_type=}",
             path=path,
             found=binary.architecture,
             type=machine_type,
@@ -112,7 +112,7 @@ def _locate(explicit: str | None, architecture: str) -> str:
         raise StartError.with_fields("cannot use QEMU {path}: {reason}", hint=_NAME_ONE, path=explicit, reason=reason)
     raise StartError.with_fields(
         "no QEMU found: there is no {names}",
-        hint="install it ({packages}), or name one by {qemu=}",
+        hint="install it ({packages}), or name one with {qemu=}",
         names=" or ".join(_BINARIES[architecture]),
         packages=_PACKAGES[architecture],
     )
@@ -194,7 +194,7 @@ def _run(path: str, *arguments: str, feed: str = "") -> str:
 
     from ..aio import programs
 
-    # QEMU exits without what a full pipe has not taken, so its output goes to a file in memory.
+    # QEMU exits without writing the output that a full pipe does not take, so its output goes to a file in memory.
     output = os.memfd_create("vmspawn-probe")
     try:
         done = programs.run([path, *arguments], feed=feed.encode(), timeout=_PROBE_TIMEOUT, output=output)

@@ -81,7 +81,7 @@ def start(
     parts = [Extras(kernel_arguments=ROOT_ARGUMENTS if directory is not None else ())]
     for tag, share in wanted.items():
         if share.read_only and not program.can_refuse_writes:
-            notice(f"{program.path} cannot forbid writing: {share.source} is read-only only as the guest mounts it")
+            notice(f"{program.path} cannot refuse writes: only the guest's mount of {share.source} is read-only")
         connected, helper = _serve(program, share, tag, runtime, owned)
         parts.append(_device(tag, connected, take_place(layout))._replace(helpers=(helper,)))
     return join(*parts)

@@ -109,7 +109,7 @@ def _fw_cfg(name: str, value: bytes, owned: Owned) -> Extras:
     if len(entry) > _FW_CFG_NAME_MAX or "," in name:
         limit = _FW_CFG_NAME_MAX - len(_FW_CFG_DIRECTORY)
         raise StartError(
-            f"the credentials are larger than {TOTAL_MAX} bytes, and {name} cannot go another way",
+            f"the credentials are larger than {TOTAL_MAX} bytes, and {name} cannot be passed in another way",
             hint=f"give it a name of up to {limit} characters, without a comma",
         )
     path, file = content("credential", value, owned)

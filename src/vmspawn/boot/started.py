@@ -22,12 +22,12 @@ from .config import MachineConfig
 from .qemu import QemuBinary
 from .state import Fork, SavedLoading, State
 
-#: Clients of the console that wait while we are busy.
+#: Clients of the console that the kernel queues while the manager is busy.
 _CLIENTS_BACKLOG = 64
 
 
 class Incoming(Record):
-    """A saved state: its URI in QEMU, whether the guest ran, and what the console shows of the time before.
+    """A saved state: its URI in QEMU, whether the guest ran, and the console's earlier output.
 
     `new_identity` is whether the guest gets a host name, a machine ID and MAC addresses of its own. `has_ram_file` is
     whether the memory is in a file, and not in the state.
@@ -46,7 +46,7 @@ class Incoming(Record):
 
 
 class Launched(Record):
-    """The origin of a QEMU that this process launched, which is our child."""
+    """The origin of a QEMU that this process launched, and which is its child."""
 
     disks: tuple[BootDisk, ...]
     #: True if BIOS boots the image; False if UEFI does, or QEMU boots a kernel.
@@ -64,7 +64,7 @@ class Adopted(Record):
 
 
 class Monitors(Record):
-    """Our connections to QEMU's monitors."""
+    """The manager's connections to QEMU's monitors."""
 
     manager: socket.socket
     sessions: socket.socket
@@ -72,7 +72,7 @@ class Monitors(Record):
 
 
 class SharedConsole(Record):
-    """Our end of the console: its pipes, the socket that viewers connect to, and QEMU's log of it."""
+    """The manager's end of the console: its pipes, the socket that viewers connect to, and QEMU's log."""
 
     typed: Descriptor
     shown: Descriptor
@@ -111,14 +111,14 @@ class Started(Record):
     watcher: int = 0
 
     def leave(self) -> None:
-        """Disconnect from QEMU and its helpers, which run on for another manager. May be called again."""
+        """Disconnect from QEMU and its helpers, which continue for another manager. May be called again."""
         self._close()
         for helper in self.helpers:
             helper.leave()
         self.directory.close()
 
     def end(self) -> None:
-        """Kill QEMU if it is our child and still runs, end the helpers, and remove the directory. May be called again.
+        """Kill QEMU if it is a child and still runs, end the helpers, and remove the directory. May be called again.
 
         A QEMU that was adopted must have ended.
         """
@@ -159,7 +159,7 @@ def connect(directory: MachineDirectory, name: str, undo: ExitStack) -> socket.s
 def share_console(
     directory: MachineDirectory, pipes: tuple[int, int], log: ConsoleLog | None, undo: ExitStack
 ) -> SharedConsole:
-    """Listen for viewers of a console. `pipes` are our ends for input and for output.
+    """Listen for viewers of a console. `pipes` are the manager's ends for input and for output.
 
     Owns `pipes` and `log` from the call on. Raises OSError.
     """

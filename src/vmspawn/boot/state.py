@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Defines the sections of state.json other than the attachments, and reads the whole file.
 
-On the start path, for it is written before QEMU is started: imports next to nothing.
+This module is on the start path and imports next to nothing: the file is written before QEMU starts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .boot_disk import BootDisk
 from .config import MachineConfig
 from .qemu import QemuBinary, find_qemu
 
-#: The form of state.json. Older ones are read, newer ones are refused.
-#: 1: had no accelerator, nor what QEMU can do, nor sessions.
-#: 2: had disks with longer names in QEMU, and did not say so.
+#: The version of state.json's format. Older versions are read, newer ones are refused.
+#: 1: had neither the accelerator, nor QEMU's features, nor sessions.
+#: 2: had disks with longer names in QEMU, and did not record that.
 STATE_VERSION = 3
 
 #: The fields of MachineConfig that are saved: those that a manager uses while the machine runs, and those that specify
@@ -46,7 +46,7 @@ CONFIG_FIELDS = (
 
 
 class SavedQemu(Record):
-    """The QEMU process. `pid` 0 is one that was about to be started; `started` is its start time as in proc(5)."""
+    """The QEMU process. `pid` is 0 if QEMU was about to be started; `started` is its start time as in proc(5)."""
 
     pid: int
     started: int
@@ -60,7 +60,7 @@ class SavedSessions(Record):
     has_served: bool = False
     #: The names of the sessions' `getfd` descriptors, which QEMU cannot list.
     names: tuple[str, ...] = ()
-    #: Descriptor sets that were there from boot, and are neither theirs nor ours.
+    #: Descriptor sets that exist from boot, and belong neither to vmspawn nor to a session.
     foreign_fdsets: tuple[int, ...] = ()
 
     def to_state(self) -> dict[str, object]:
@@ -73,7 +73,7 @@ class SavedSessions(Record):
 
 
 class SavedSaving(Record):
-    """A save of the machine that was under way: the snapshot's unfinished folder, and whether the guest ran."""
+    """A save of the machine that was under way: the snapshot's unfinished directory, and whether the guest ran."""
 
     folder: str
     was_running: bool
@@ -116,7 +116,7 @@ class State(Record):
     sessions: SavedSessions
     helpers: tuple[SavedHelper, ...]
     attachments: dict[str, dict[str, Any]]
-    #: The folder of a snapshot that was being made, and whether the guest ran before it.
+    #: The directory of a snapshot that was being made, and whether the guest ran before.
     saving: SavedSaving | None = None
     #: The state that a copy was loading.
     loading: SavedLoading | None = None
@@ -216,7 +216,7 @@ def _load(name: str, found: dict[str, Any]) -> State:
             tuple(map(int, sessions["foreign_fdsets"])),
         ),
         tuple(SavedHelper(*each) for each in found["helpers"]),
-        # Storage is always there; other kinds are newer.
+        # The section of disks always exists; the other kinds are newer.
         {"storage": dict(found["storage"])} | {key: value for key, value in found.items() if _is_section(value)},
         SavedSaving(**found["saving"]) if found.get("saving") else None,
         SavedLoading(**found["loading"]) if found.get("loading") else None,

@@ -59,7 +59,7 @@ def _refuse_without_uefi(config: MachineConfig, kind: str | None) -> None:
 
 
 def _refuse_with_uefi(config: MachineConfig) -> None:
-    """Raise UsageError if the user insists on UEFI, for a kernel that UEFI cannot start."""
+    """Raise UsageError if the user requires UEFI, for a kernel that UEFI cannot start."""
     if config.firmware.firm:
         raise UsageError.with_fields(
             config.firmware.firm + " needs UEFI, which cannot start {path}: it is not a PE image",

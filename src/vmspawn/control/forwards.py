@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Forwards as `io.vmspawn.Machine` shows and takes them.
+"""Converts forwards from and to the types of `io.vmspawn.Machine`.
 
-Varlink's names are part of the protocol, hence their case here.
+Names are in Varlink's case because they are part of the protocol.
 """
 
 import typing
@@ -12,7 +12,7 @@ from asyncvarlink.serviceerrors import InvalidParameter
 from ..errors import UsageError
 from ..network.forward import LOOPBACK, PROTOCOLS, Forward
 
-# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+# asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def to_forward(guest_port: int, port: int | None, address: str | None, protocol:
     """Return the forward that a client asks for. Raises InvalidParameter."""
     values = {"guestPort": guest_port, "port": port or 0, "address": address, "protocol": protocol}
     forward = Forward(guest_port, port or 0, address or LOOPBACK, protocol or PROTOCOLS[0])
-    # The first that is wrong by itself is the one to name.
+    # The error names the first parameter that is invalid by itself.
     for name, value in values.items():
         try:
             _alone(name, value).check()

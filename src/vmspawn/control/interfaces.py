@@ -194,7 +194,7 @@ def _happening(entry: Entry) -> Happening:
 
 @dataclass(frozen=True, slots=True)
 class MissingCondition:
-    """A condition that does not hold, and why, as far as it is known."""
+    """A condition that does not hold, and the reason if it is known."""
 
     condition: str
     why: str
@@ -401,7 +401,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     async def Snapshot(
         self, *, name: str | None = None, temporary: bool | None = None, detachBlocking: bool | None = None
     ) -> AsyncIterator[snapshots.Progress]:
-        """Save the machine: RAM, devices and disks. Each reply is a progress, and the last one has the snapshot."""
+        """Save the machine: RAM, devices and disks. Each reply has the progress, and the last one has the snapshot."""
         async for progress in snapshots.make(
             self._machine, name or "", temporary=bool(temporary), detach_blocking=bool(detachBlocking)
         ):
@@ -420,11 +420,11 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         forwards: list[snapshots.WantedForward] | None = None,
         dieWithCaller: bool | None = None,
     ) -> list[str]:
-        """Start copies of the machine from a snapshot, the only one if none is named; returns their names.
+        """Start copies of the machine from a snapshot, by default from its only one. Returns the names of the copies.
 
-        `keepDisks` keeps their disks when they end. `newIdentity` gives their guests host names, machine IDs and MAC
-        addresses of their own. `console` is headless, the default, or gui. `log` is the absolute path of the file that
-        the console's output is appended to. `forwards` are ports of the host; the copies have no others.
+        `keepDisks` keeps the copies' disks when they end. `newIdentity` gives their guests host names, machine IDs and
+        MAC addresses of their own. `console` is headless, the default, or gui. `log` is the absolute path of the file
+        that the console's output is appended to. `forwards` are ports of the host; the copies have no others.
         `dieWithCaller` ends the copies when the process that has connected dies.
         """
         options = snapshots.to_options(

@@ -25,7 +25,7 @@ async def share_socket(
     """Connect to QEMU's monitor at the socket `source`, and serve sessions on a new socket `listen`.
 
     Returns on SIGINT or SIGTERM, and removes `listen`. `on_ready` is called when clients can connect. Raises
-    NotConnected if QEMU does not run or ends, Timeout if the monitor does not greet within `timeout` seconds because
+    NotConnected if QEMU does not run or ends, Timeout if the monitor sends no greeting within `timeout` seconds because
     another program uses it, and StartError if `listen` cannot be created.
     """
     loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Snapshots as `io.vmspawn.Machine` makes and shows them.
+"""Makes, lists and removes snapshots, and starts copies, with the types of `io.vmspawn.Machine`.
 
-Varlink's names are part of the protocol, hence their case here.
+Names are in Varlink's case because they are part of the protocol.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from ..snapshots.names import free_name
 from .connection import CALLER
 from .forwards import to_forward
 
-# asyncvarlink reads annotations as types, so they cannot be names in strings here.
+# asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 #: Seconds that copies have to run.
 _FORK_TIMEOUT = 60.0
@@ -31,7 +31,7 @@ _FORK_TIMEOUT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class FrozenDisk:
-    """A disk of a snapshot: the image that stays as it is, and the overlay that the guest writes to from now on."""
+    """A disk of a snapshot: the image, which no longer changes, and the overlay that the guest now writes to."""
 
     name: str
     base: str
@@ -51,7 +51,7 @@ class Progress(typing.TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A snapshot. `sizeBytes` is what its own files take; `forks` are the machines that run on it."""
+    """A snapshot. `sizeBytes` is the size of its own files; `forks` are the machines that were started from it."""
 
     name: str
     createdUSec: int
@@ -62,7 +62,7 @@ class Snapshot:
 
 
 async def make(machine: Running, name: str, *, temporary: bool, detach_blocking: bool) -> AsyncIterator[Progress]:
-    """Save a machine, and report the progress. When the caller goes away, the save is taken back."""
+    """Save a machine, and report the progress. If the client disconnects, the save is cancelled."""
     news: asyncio.Queue[Progress | None] = asyncio.Queue()
 
     def progress(done: int, total: int) -> None:

@@ -2,7 +2,7 @@
 """Finds virtiofsd, which serves a directory of the host to a guest, and builds its command line.
 
 There are two programs of that name: the current one in Rust, and the one in C that QEMU included up to 7.2. Their
-options differ; --version tells them apart.
+options differ; --version distinguishes them.
 """
 
 from __future__ import annotations

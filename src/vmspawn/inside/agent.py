@@ -33,7 +33,7 @@ _COUNT_INTERVAL_MAX = 0.2
 #: Seconds after which a question is asked again: the agent drops an answer that its port does not take for a second.
 _ASK_AGAIN = 5.0
 
-#: The most seconds that the time for an answer counts.
+#: The maximum number of seconds that count as the time for one answer.
 _ANSWER_MAX = 1.0
 
 #: Seconds between two pings of an agent that does not answer.
@@ -87,8 +87,8 @@ class Agent:
     async def ready(self) -> None:
         """Wait until the agent is in a session, for as long as it takes.
 
-        Raises NotConnected if its port cannot be reached or after `close`, NotSupported if the agent has another
-        version.
+        Raises NotConnected if the agent's port cannot be reached, or after `close`; NotSupported if the agent has
+        another version.
         """
         while not self._in_session.is_set():
             if self._socket is None:
@@ -159,7 +159,7 @@ class Agent:
             await first_of(self._next_message, timeout=_PING_INTERVAL)
 
     def _ask_again(self) -> None:
-        """Let open questions be sent again: the agent that got them may have been killed."""
+        """Mark the open questions to be sent again: the agent that got them may have been killed."""
         for _, _, counted in self._questions:
             if not counted.done():
                 counted.set_result(-1)
@@ -196,7 +196,7 @@ class Agent:
                 self._open()
 
     def close(self) -> None:
-        """Close the connection for good: callers of `ready` get NotConnected. May be called again."""
+        """Close the connection permanently: callers of `ready` get NotConnected. May be called again."""
         self._is_closed = True
         self._disconnect()
         for _, _, counted in self._questions:

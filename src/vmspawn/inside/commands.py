@@ -98,7 +98,7 @@ class Execution:
         self.is_sent = self.is_resent = False
         #: True if the command was not started because the guest did not open its ports.
         self.lacks_ports = False
-        #: True while the command counts towards COMMANDS_MAX.
+        #: True as long as the command counts towards COMMANDS_MAX.
         self.is_counted = False
         self._reader = protocol.status_reader()
         self._loop = asyncio.get_running_loop()
@@ -128,7 +128,7 @@ class Execution:
         self._commands.hang_ups.watch(theirs, on_hang_up)
 
     async def _report_end_of_input(self, theirs: socket.socket) -> None:
-        """Wait until QEMU has read all input, so that the guest gets it before our message."""
+        """Wait until QEMU has read all input, so that the guest gets it before this message."""
         while theirs.fileno() >= 0 and unread(theirs):  # noqa: ASYNC110 - nothing reports that QEMU has read
             await asyncio.sleep(_INPUT_INTERVAL)
         if not self._ended.done():
@@ -210,7 +210,7 @@ class Execution:
             self._loop.remove_reader(self._status)
 
     def _close_far_ends(self) -> None:
-        """Close our copies of QEMU's ends: while one is open, the client does not notice that QEMU closes its own."""
+        """Close the copies of QEMU's ends, which would hide from the client that QEMU closes its own."""
         for stream in self._connected.values():
             self._commands.hang_ups.forget(stream.theirs)
             stream.theirs.close()
@@ -280,7 +280,7 @@ class Commands:
     async def plug_ahead(self) -> None:
         """Wait for the agent, and plug in the ports of a command, which copies of the machine keep.
 
-        Raises what `start` raises, but for the errors of a command.
+        Raises the errors of `start`, except those of a command.
         """
         await self._agent_ready()
         await self._streams.plug_ahead()
@@ -366,7 +366,7 @@ class Commands:
     # Changes of commands.
 
     def closed(self, execution: Execution, *, is_over: bool) -> None:
-        """Take back the ports of a closed execution. `is_over` is True if the agent has reported the command's end."""
+        """Release the ports of a closed execution. `is_over` is True if the agent has reported the command's end."""
         if self._running.pop(execution.id, None) is None:
             return
         self._count -= execution.is_counted

@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 #: Bytes of a command's standard error that are kept.
 _MESSAGES_MAX = 64 * 1024
 
-#: Seconds without a byte after which missing output of an ended command is given up.
+#: Seconds without a byte after which the rest of an ended command's output counts as lost.
 _OUTPUT_TIMEOUT = 10.0
 
 #: Seconds after which a copy that waits for a command's end notices that it was cancelled.
@@ -49,7 +49,7 @@ _PIECES_MAX = 2000
 #: The maximum number of directories whose time one command sets. Their names are arguments, which have at most 512 KiB.
 _TIMES_MAX = 100
 
-#: Sets $folder to the directory that gets the copy, and $work to the work directory in it. Arguments: the target, its
+#: Sets `$folder` to the directory that gets the copy, and $work to the work directory in it. Arguments: the target, its
 #: parent, its name or an empty string if the target has to be a directory, a token.
 _PLACES = """
 if [ -d "$1" ]; then folder=$1
@@ -165,7 +165,7 @@ Progress = Callable[[int, int], None]
 
 
 def hang_up(command: GuestCommand) -> None:
-    """Shut down our ends of a command's streams, so that the threads that wait for them continue."""
+    """Shut down this process's ends of a command's streams, so that the threads that wait for them continue."""
     for each in (command.stdin, command.stdout, command.stderr):
         if each is not None:
             with contextlib.suppress(OSError):
@@ -362,7 +362,7 @@ class _Streams:
             if feed is not None:
                 self._send(feed)
             result = consume(stream) if consume is not None else None
-            # The command must not wait for us to read. tar fills its last record with zeros.
+            # The command must not wait for this process to read. tar fills its last record with zeros.
             if len(stream.read(_REST_MAX + 1)) > _REST_MAX:
                 raise CopyFailed(f"cannot copy {self._what}: the guest sent more data after the end of the archive")
         except Truncated as error:

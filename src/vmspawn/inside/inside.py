@@ -75,8 +75,11 @@ class Inside:
             self.is_clock_set = await waking
 
     async def _settle_later(self) -> None:
-        """Settle when the guest runs. QEMU crashes if ports go after it has loaded a state and before the guest runs
-        (docs/qemu.md, "Faults")."""
+        """Settle when the guest runs.
+
+        QEMU crashes if a port is unplugged after it has loaded a state, but before the guest runs (docs/qemu.md,
+        "Faults").
+        """
         with self._machine.monitor.events() as events:
             async for _ in events:
                 if self._machine.is_running:

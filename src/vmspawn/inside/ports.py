@@ -2,8 +2,8 @@
 """Attaches virtio-serial ports to the guest, connects streams to them, and detaches them.
 
 A port appears in the guest as /dev/virtio-ports/NAME. It is attached without a host end; QEMU swaps the character
-device for a socket when a stream is connected, and back. `shutdown(SHUT_WR)` on our end of a stream is the end of file
-in the guest.
+device for a socket when a stream is connected, and back. `shutdown(SHUT_WR)` on the host's end of a stream is the end
+of file in the guest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NULL: Mapping[str, object] = {"type": "null", "data": {}}
 
 
 class _Backend(Step):
-    """Make the character device. A manager that dies while it connects a stream leaves a descriptor as well."""
+    """Makes the character device. A manager that dies while it connects a stream leaves a descriptor as well."""
 
     __slots__ = ("_id",)
 
@@ -96,7 +96,7 @@ class AttachedPort(Attachment):
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A stream to the guest: our end, and a copy of QEMU's, which shows that our end was closed or shut down."""
+    """A stream to the guest: the client's end, and a copy of QEMU's end, which shows that the client's was closed."""
 
     ours: socket.socket
     theirs: socket.socket

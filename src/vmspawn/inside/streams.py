@@ -40,7 +40,7 @@ _CHANGES_MAX = 2
 #: Seconds that a guest whose agent answers has to notice a change. A guest that boots may need most of it.
 _GUEST_TIMEOUT = 10.0
 
-#: Seconds that an agent has to answer while a manager settles the ports of another one.
+#: Seconds that an agent has to answer while a manager settles the ports of another manager.
 _SETTLE_TIMEOUT = 10.0
 
 #: Seconds that the guest has to close its ends. Many sets may wait for their turn.
@@ -254,7 +254,7 @@ class Streams:
         return used.released.is_set()
 
     def spend(self) -> None:
-        """Keep later commands from the sets in use: the agent that would report their release was killed."""
+        """Exclude the sets in use from later commands: the agent that would report their release was killed."""
         for each in self._used:
             each.is_spent = True
 
@@ -309,7 +309,7 @@ class Streams:
         return True
 
     def close(self) -> None:
-        """Close our ends of all streams, also of those that are being connected. Callers of `take` get NotConnected."""
+        """Close the client's ends of all streams, even of those being connected. Callers of `take` get NotConnected."""
         self._is_closed = True
         for each in self._idle:
             each.close()
@@ -318,7 +318,7 @@ class Streams:
 
 
 def _is_idle(found: PortSet) -> bool:
-    """Return whether a set is whole and no command had it."""
+    """Return whether a set is complete, and no command has used it."""
     return found.ports.keys() == set(protocol.PORTS) and all(port.is_idle for port in found.ports.values())
 
 

@@ -81,7 +81,7 @@ class Forwards:
         )
 
     def _refusal(self, wanted: Forward, answer: str) -> VmspawnError:
-        """Return the error for a forward that QEMU refused; it does not report why."""
+        """Return the error for a forward that QEMU refused. QEMU does not report the reason."""
         if "unrecognized netdev" in answer:
             return NotSupported.with_fields(
                 "machine {name} has no user-mode network",
@@ -105,7 +105,7 @@ _HINTS = {
 
 
 def _section(text: str) -> str:
-    """Return the part of `info usernet` about our netdev: a heading and indented rows."""
+    """Return the part of `info usernet` about the machine's netdev: a heading and indented rows."""
     for part in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
         if f"({NETDEV})" in part.partition("\n")[0]:
             return part + "\n"
