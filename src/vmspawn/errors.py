@@ -169,7 +169,7 @@ class CommandFailed(VmspawnError):
 
 
 class CopyFailed(VmspawnError):
-    """Files could not be copied to or from the guest. Nothing half is left under a final name."""
+    """Files could not be copied to or from the guest. No incomplete file is left under a final name."""
 
 
 class EventsLost(VmspawnError):
@@ -242,7 +242,7 @@ class SnapshotExists(VmspawnError):
 
 
 class SnapshotInUse(VmspawnError):
-    """Something stands on the snapshot, or the file is a part of it."""
+    """A machine or another snapshot uses the snapshot, or the file is part of a snapshot."""
 
 
 class SnapshotBlocked(VmspawnError):

@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("vm_console") and getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("--vm-console does not work with -n: the machines run in other processes")
     if testinfra := sys.modules.get("testinfra.backend"):
-        # testinfra imports the backend when somebody asks for vmspawn://NAME.
+        # testinfra imports the backend when a test asks for vmspawn://NAME.
         testinfra.BACKENDS.setdefault("vmspawn", "vmspawn.testing.testinfra_backend.VmspawnBackend")
 
 

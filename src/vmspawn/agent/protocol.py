@@ -152,7 +152,7 @@ def fork(seed: str, nanoseconds: int) -> bytes:
 
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is not an identifier: up to 64 of a-z, 0-9 and -, which cannot be the first")
+        raise ValueError(f"{text!r} is not an identifier: up to 64 of a-z, 0-9 and -, and no dash at the beginning")
     return text
 
 

@@ -39,13 +39,13 @@ class Cancellation:
                 return result
 
     def check(self) -> None:
-        """Raise CancelledError if the cancellation is wanted."""
+        """Raise CancelledError if a cancellation was requested."""
         if self._is_wanted:
             raise asyncio.CancelledError
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Allow the cancellation of the awaits in this context. Raises CancelledError if it is wanted already."""
+        """Allow the cancellation of the awaits in this context. Raises CancelledError if one was requested already."""
         self.check()
         self._is_allowed = True
         try:

@@ -11,7 +11,7 @@ from ..errors import Timeout
 
 
 class Gate:
-    """A readers-writer lock. Who waits to be alone goes first: later ones wait until that is over."""
+    """A readers-writer lock that prefers writers: tasks that come later wait until the waiting writer is done."""
 
     def __init__(self) -> None:
         self._inside = 0
@@ -22,7 +22,7 @@ class Gate:
 
     @asynccontextmanager
     async def together(self) -> AsyncIterator[None]:
-        """Wait while somebody is alone, or waits to be."""
+        """Pass together with other tasks. Waits while a task is alone in the gate, or waits to be."""
         await self._is_open.wait()
         self._inside += 1
         self._is_empty.clear()
@@ -35,7 +35,7 @@ class Gate:
 
     @asynccontextmanager
     async def alone(self, *, timeout: float) -> AsyncIterator[None]:
-        """Keep all others out, and wait for those inside. Raises Timeout if they do not leave in that many seconds."""
+        """Pass alone: keep other tasks out, and wait for the tasks inside. Raises Timeout after `timeout` seconds."""
         while not self._is_open.is_set():
             await self._is_open.wait()
         self._is_open.clear()
@@ -45,7 +45,8 @@ class Gate:
                     await self._is_empty.wait()
             except TimeoutError:
                 raise Timeout(
-                    f"the machine is busy with a disk, which has taken {timeout:g} s", hint="try again when it is done"
+                    f"the machine is busy with an operation on a disk, which has taken {timeout:g} s",
+                    hint="try again when it is done",
                 ) from None
             yield
         finally:

@@ -30,7 +30,7 @@ class Tasks:
         task = self.start(work)
         await asyncio.wait({task}, timeout=timeout)
         if not task.done():
-            raise Timeout(f"{doing} has taken {timeout:g} s already and goes on", hint=hint)
+            raise Timeout(f"{doing} has taken {timeout:g} s already and continues", hint=hint)
         return self.result(task)
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
-# asyncio imports it for the first thread, which fails in a process without free descriptors.
+# asyncio imports this module for the first thread, which would fail in a process without free descriptors.
 import concurrent.futures.thread  # noqa: F401
 import contextlib
 from collections.abc import Callable
@@ -62,7 +62,7 @@ async def run_and_close(call: Callable[[], _T], close: Callable[[], None]) -> _T
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        # Nobody is left to see its exception.
+        # No caller is left to get its exception.
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         raise
 

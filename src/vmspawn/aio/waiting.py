@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waits for events with a deadline, which is not an error."""
+"""Waits for events until a deadline. Reaching the deadline is not an error."""
 
 from __future__ import annotations
 

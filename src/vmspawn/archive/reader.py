@@ -146,7 +146,7 @@ class Reader:
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise CopyFailed(f"the guest sent what is not an archive: {error}") from None
+            raise CopyFailed(f"the guest sent data that is not an archive: {error}") from None
         if header.size < 0:
             raise CopyFailed("the guest's archive has a member of a negative size")
         return header

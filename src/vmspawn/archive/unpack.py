@@ -123,7 +123,7 @@ class _Unpacker:
         if error.errno == errno.EEXIST:
             return CopyFailed(f"the guest sent {path!r} twice")
         if error.errno == errno.ENOENT:
-            return CopyFailed(f"{path!r} is a hard link to what was not sent")
+            return CopyFailed(f"{path!r} is a hard link to a file that was not sent")
         return SystemFailure(f"cannot write {path!r}", error.errno or errno.EIO)
 
     def _path(self, name: str) -> str:
@@ -132,7 +132,7 @@ class _Unpacker:
         if name.startswith("/") or ".." in parts or not parts or parts[0] != self._root:
             raise CopyFailed(f"the guest sent {name!r}, which is not below {self._root!r}")
         if len(parts) > _DEPTH_MAX:
-            raise CopyFailed(f"the guest sent more than {_DEPTH_MAX} directories in each other")
+            raise CopyFailed(f"the guest sent directories nested more than {_DEPTH_MAX} deep")
         path = "/".join(parts)
         parent = path.rpartition("/")[0]
         if parent and parent not in self._found.folders:

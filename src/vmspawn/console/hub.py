@@ -2,7 +2,7 @@
 """Shares the guest's console: shows its output to any number of viewers, and passes their input to the guest.
 
 A viewer first gets the last 64 KiB of output, or after an adoption all output that the guest printed without a manager.
-A slow viewer slows the console down for everybody, as a slow terminal does, and each viewer decides how long to wait
+A slow viewer slows the console down for all viewers, as a slow terminal does, and each viewer decides how long to wait
 for its reader. So memory is bounded, and no output is dropped.
 """
 

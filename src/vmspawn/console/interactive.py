@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shows the guest's console on vmspawn's own terminal, and passes what is typed there to the guest."""
+"""Shows the guest's console on vmspawn's own terminal, and passes the terminal's input to the guest."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Interactive:
         self.window_changed()
 
     def close(self) -> None:
-        """Restore the terminal for good. May be called again."""
+        """Restore the terminal permanently. May be called again."""
         self._keyboard.close()
         if os.isatty(self._target) and (reset := self._screen.reset()):
             self._screen = Screen()

@@ -49,7 +49,7 @@ class Log(Protocol):
 def take(source: int, log: Log | None, *, kept_in_pipe: bool = False) -> bytes:
     """Remove all unread output from the pipe and the log, and return it, oldest first.
 
-    Without a log, `kept_in_pipe` tells whether QEMU kept the output in the pipe.
+    `kept_in_pipe` is True if there is no log because QEMU kept the output in the pipe.
     """
     if log is None:
         piped = _drain(source)

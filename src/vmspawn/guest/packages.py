@@ -20,7 +20,7 @@ from ..search_path import find_program
 #: Debian's names of the architectures.
 DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-# A kernel has 20 to 100 MB, the package lists have 10 MB: enough at 1 MB/s.
+# Enough at 1 MB/s: a kernel has 20 to 100 MB, and the package lists have 10 MB.
 _DOWNLOAD_SECONDS = 300
 _LOCAL_SECONDS = 60
 

@@ -22,8 +22,8 @@ KEPT_MAX = 1 << 20
 
 _NAME = "vmspawn-console-log"
 
-# No image is as large. Not the largest size that there is: with its position there no file is written to ever again,
-# for the kernel looks whether position and count make a valid sum before it looks where the file ends.
+# Larger than any image. It is not the largest possible size: at that position the kernel refuses every write, because
+# it checks the sum of position and count before it checks the end of the file.
 _END = (1 << 63) - (1 << 20)
 _BEGIN = _END - KEPT_MAX
 

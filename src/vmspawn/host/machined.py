@@ -163,11 +163,14 @@ def _in_its_scope(candidate: Candidate) -> bool:
 def _not_registered(registration: Registration, name: str, error: VmspawnError, notice: Callable[[str], None]) -> None:
     from .varlink import VarlinkError
 
-    hint = "use {registration.mode=auto} or {registration.mode=no} to do without"
+    hint = "use {registration.mode=auto} or {registration.mode=no} to leave it unregistered"
     if isinstance(error, NotConnected):
         reason = f"systemd-machined does not run ({error})"
         if registration.user:
-            hint = "use {registration.scope=system} for the system's machined, or {registration.mode=no} to do without"
+            hint = (
+                "use {registration.scope=system} for the system's machined, "
+                "or {registration.mode=no} to leave it unregistered"
+            )
     elif isinstance(error, VarlinkError) and error.leaf == "MachineExists":
         reason = f"systemd-machined knows another machine named {name}"
         hint = "choose another name with {name=}"

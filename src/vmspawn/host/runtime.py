@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Manages the runtime directory, which has a folder for each machine.
+"""Manages the runtime directory, which has a directory for each machine.
 
 `$VMSPAWN_RUNTIME_DIR`, else `/run/vmspawn` for root, else `$XDG_RUNTIME_DIR/vmspawn`; below it `NAME/`, mode 0700. The
-manager holds a flock(2) on the folder as long as it lives, so an unlocked folder is a leftover. Each start imports this
-module, so it imports very little.
+manager holds a flock(2) on the directory as long as it lives, so an unlocked directory is a leftover. Each start
+imports this module, so it imports very little.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 #: Connections that the kernel queues for a busy or starting manager. Beyond them, a non-blocking connect(2) fails.
 _BACKLOG = 1024
 
-#: The files of a machine's folder. vmspawn deletes no other files there.
+#: The files of a machine's directory. vmspawn deletes no other files there.
 CONTROL = "control"
 CONSOLE = "console"
 QEMU_INPUT = "qemu-input"
@@ -67,7 +67,7 @@ FILES = (
 
 
 def runtime_root() -> str:
-    """Return the folder that contains the machines' folders.
+    """Return the directory that contains the machines' directories.
 
     Raises UsageError if the environment names none.
     """
@@ -83,9 +83,9 @@ def runtime_root() -> str:
 
 
 def prepare_root() -> str:
-    """Make the folder that contains the machines' folders, check it, and return its path.
+    """Make the directory that contains the machines' directories, check it, and return its path.
 
-    Raises UsageError if the environment names none, StartError if the folder belongs to another user.
+    Raises UsageError if the environment names none, StartError if the directory belongs to another user.
     """
     root = runtime_root()
     try:
@@ -110,7 +110,7 @@ def check_name(name: str) -> str:
 
 
 class MachineDirectory:
-    """One machine's locked folder. Owns the folder's descriptor and the control socket until `remove` or `close`."""
+    """One machine's locked directory. Owns its descriptor and the control socket until `remove` or `close`."""
 
     __slots__ = ("_fd", "_listener", "name", "path")
 
@@ -122,9 +122,9 @@ class MachineDirectory:
 
     @classmethod
     def create(cls, name: str) -> MachineDirectory:
-        """Make and lock the folder of `name`, and remove the files of a dead manager.
+        """Make and lock the directory of `name`, and remove the files of a dead manager.
 
-        Raises StartError if a running machine has the name, or the folder belongs to another user.
+        Raises StartError if a running machine has the name, or the directory belongs to another user.
         """
         path = os.path.join(prepare_root(), check_name(name))
         try:
@@ -144,9 +144,9 @@ class MachineDirectory:
 
     @classmethod
     def take_over(cls, name: str) -> MachineDirectory:
-        """Lock the folder of a dead manager, and keep its files.
+        """Lock the directory of a dead manager, and keep its files.
 
-        Raises NotConnected if there is no folder, StartError if it has a living manager, or belongs to another user.
+        Raises NotConnected if there is no directory, StartError if it has a living manager, or belongs to another user.
         """
         path = os.path.join(runtime_root(), check_name(name))
         try:
@@ -165,7 +165,7 @@ class MachineDirectory:
         return self.path
 
     def file(self, name: str) -> str:
-        """Return the path of a file in the folder."""
+        """Return the path of a file in the directory."""
         return os.path.join(self.path, name)
 
     def socket_address(self, name: str) -> str:
@@ -193,7 +193,7 @@ class MachineDirectory:
             return file.read()
 
     def has_monitor(self) -> bool:
-        """Return whether a QEMU serves the manager's monitor in this folder, even if it has another client."""
+        """Return whether a QEMU serves the manager's monitor in this directory, even if it has another client."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
@@ -244,7 +244,7 @@ class MachineDirectory:
             return ""
 
     def remove(self) -> None:
-        """Delete the folder with vmspawn's files, and unlock it."""
+        """Delete the directory with vmspawn's files, and unlock it."""
         if self._fd < 0:
             return
         self._unlink_files()
@@ -257,7 +257,7 @@ class MachineDirectory:
             self.close()
 
     def close(self) -> None:
-        """Unlock the folder and keep it."""
+        """Unlock the directory and keep it."""
         self._close_listener()
         if self._fd >= 0:
             os.close(self._fd)
@@ -283,7 +283,7 @@ class MachineDirectory:
 
 
 def _open_locked(path: str, name: str, *, create: bool = True) -> int:
-    """Lock the folder at `path`, and create it first if `create` is true. The caller owns the returned descriptor."""
+    """Lock the directory at `path`, and create it first if `create` is true. The caller owns the descriptor."""
     while True:
         if create:
             with contextlib.suppress(FileExistsError):
@@ -292,14 +292,14 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
         try:
             _check_ours(fd, path)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous owner may have removed the folder between open and lock, so compare both.
+            # The previous owner may have removed the directory between open and lock, so compare both.
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 return fd
         except BlockingIOError:
             os.close(fd)
             if not create:
                 holder = lock_holder(path)
-                who = f"is run by process {holder}" if holder else "has a manager, which lives"
+                who = f"is run by process {holder}" if holder else "has a living manager"
                 raise StartError(f"machine {name} {who}", hint=f"see: vmctl status {name}") from None
             raise StartError.with_fields(
                 "a machine named {machine} is already running", hint="choose another name with {name=}", machine=name
@@ -315,14 +315,14 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
 
 
 def _check_root(root: str) -> None:
-    """Raise StartError if another user may write to the folder of the machines, whose files vmspawn trusts."""
+    """Raise StartError if another user may write to the machines' directories, whose files vmspawn trusts."""
     found = os.lstat(root)
     if not stat.S_ISDIR(found.st_mode):
-        raise StartError(f"the runtime directory {root} is not a directory", hint="a symbolic link will not do either")
+        raise StartError(f"the runtime directory {root} is not a directory", hint="it cannot be a symbolic link")
     if found.st_uid != os.geteuid():
         raise StartError(f"the runtime directory {root} belongs to another user", hint="set VMSPAWN_RUNTIME_DIR")
     if stat.S_IMODE(found.st_mode) & 0o022:
-        raise StartError(f"others may write to the runtime directory {root}", hint=f"chmod go-w {root}")
+        raise StartError(f"other users may write to the runtime directory {root}", hint=f"chmod go-w {root}")
 
 
 def _check_ours(fd: int, path: str) -> None:
@@ -334,7 +334,7 @@ def _check_ours(fd: int, path: str) -> None:
 
 
 def machine_names() -> list[str]:
-    """Return the sorted names of the machines' folders. The control socket shows whether a machine has a manager.
+    """Return the sorted names of the machines' directories. The control socket shows whether a machine has a manager.
 
     Raises UsageError if the environment names no runtime directory, SystemFailure if it cannot be read.
     """
@@ -348,7 +348,7 @@ def machine_names() -> list[str]:
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """Return the content of the state.json in a machine's folder. Raises OSError or ValueError."""
+    """Return the content of the state.json in a machine's directory. Raises OSError or ValueError."""
     import json
 
     with open(os.path.join(path, STATE), "rb") as file:
@@ -359,7 +359,7 @@ def read_state(path: str) -> dict[str, Any]:
 
 
 def running_qemu(path: str) -> int:
-    """Return the process id of the QEMU in a folder's state if that process still runs, else 0."""
+    """Return the process id of the QEMU in a directory's state if that process still runs, else 0."""
     try:
         process = read_state(path)["qemu"]
         pid, started = int(process["pid"]), int(process["started"])
@@ -369,7 +369,7 @@ def running_qemu(path: str) -> int:
 
 
 def is_starting(path: str) -> bool:
-    """Return whether the machine with this folder has no QEMU yet, or loads a saved state."""
+    """Return whether the machine with this directory has no QEMU yet, or loads a saved state."""
     try:
         state = read_state(path)
         return not state["qemu"]["pid"] or state.get("loading") is not None
@@ -378,7 +378,7 @@ def is_starting(path: str) -> bool:
 
 
 def lock_holder(path: str) -> int:
-    """Return the process id of the manager that holds a folder's lock, or 0 if there is none or it is not visible."""
+    """Return the process id of the manager that holds a directory's lock, or 0 if none does or it is not visible."""
     try:
         inode = os.stat(path).st_ino
         with open("/proc/locks", "rb") as file:

@@ -116,7 +116,7 @@ class Client:
     def stream(
         self, method: str, parameters: dict[str, Any] | None = None, *, forever: bool = True
     ) -> Iterator[dict[str, Any]]:
-        """Call a method that replies many times. The first reply has the timeout; others have none with `forever`."""
+        """Call a method that replies many times. With `forever`, the timeout applies to the first reply only."""
         self._send({"method": method, "parameters": parameters or {}, "more": True})
         continues = True
         while continues:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterable, Callable
 from typing import NamedTuple
 
-#: The most events that are queued for a reader. QEMU sends a few a second.
+#: The maximum number of events that are queued for a reader. QEMU sends a few per second.
 EVENT_QUEUE_MAX = 4096
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tells whether QEMU's images are inactive, so that another QEMU may use them.
+"""Detects whether QEMU's images are inactive, so that another QEMU may use them.
 
-They are so before an incoming state has come, and from the end of a save until `cont`, across resets. QEMU 7.2 does not
-report it for a node.
+Images are inactive before an incoming state has arrived, and from the end of a save until `cont`, even across resets.
+QEMU 7.2 does not report that for a node.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 #: Run states in which images may be inactive, with the reason.
 MIGRATION_STATES = {
-    "inmigrate": "its state has not come yet",
+    "inmigrate": "its state has not arrived yet",
     "postmigrate": "its state was migrated or saved",
     "prelaunch": "its state was migrated or saved, and it was reset since",
 }
@@ -21,7 +21,7 @@ MIGRATION_STATES = {
 def is_inactive(status: str, migration: Mapping[str, Any]) -> bool:
     """Return whether images are inactive, judged by the results of query-status and query-migrate.
 
-    True as well for a guest that ran after a save, and was stopped and reset.
+    Also returns True for a guest that ran after a save, and was stopped and reset.
     """
     if status == "prelaunch":
         return migration.get("status") == "completed"

@@ -52,15 +52,15 @@ OOB_QUEUE = 8
 #: so out-of-band commands can always overtake them.
 IN_FLIGHT = 3
 
-#: Bytes of a compact command above which it goes to the bulk monitor: at 4.4 µs a byte, it would delay all other
+#: Bytes of a compact command above which it goes to the bulk monitor: at 4.4 µs per byte, it would delay all other
 #: commands by 70 ms.
 BULK_SIZE = 16 << 10
 
-#: Sessions that are open at once. Each event is sent to all of them, at about 10 µs a session.
+#: Sessions that are open at once. Each event is sent to all of them, at about 10 µs per session.
 SESSIONS = 1024
 
 #: Seconds for QEMU's greeting, and for its reply to the negotiation. QEMU greets 0.05 s after it was started. A monitor
-#: that stays silent serves another program, because QEMU serves one client a socket.
+#: that stays silent serves another program, because QEMU serves one client per socket.
 GREETING_TIMEOUT = 15.0
 
 #: Seconds that a client has to read its queued output after QEMU's exit, and that QEMU has to undo the remains of

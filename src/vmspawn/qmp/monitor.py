@@ -141,7 +141,7 @@ class Monitor:
                 f"QEMU's monitor gave no greeting within {timeout:g} s; another program may be connected to it"
             ) from None
         if self._lost is not None or self._greeting is None:
-            raise NotConnected(self._lost or "QEMU did not greet")
+            raise NotConnected(self._lost or "QEMU sent no greeting")
         return self._greeting
 
     async def execute(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keeps a device that QEMU cannot save from coming between a session's check and its save.
+"""Excludes devices that QEMU cannot save from the time between a session's check and its save.
 
 Once a migration has begun, QEMU itself refuses `device_add` (docs/qemu.md, "Saving and loading state").
 """
@@ -17,7 +17,7 @@ _TIMEOUT = 10.0
 
 
 class Saving:
-    """Sessions that are about to save the state, and devices that are about to come. One side excludes the other."""
+    """Keeps two sides apart: sessions that are about to save the state, and devices about to be plugged in."""
 
     def __init__(self) -> None:
         self._savers = 0
@@ -50,7 +50,8 @@ class Saving:
                     await self._is_free.wait()
         except TimeoutError:
             raise Timeout(
-                f"a QMP session saves the machine's state, and has not begun within {_TIMEOUT:g} s", hint="try again"
+                f"a QMP session is about to save the machine's state, and has not begun within {_TIMEOUT:g} s",
+                hint="try again",
             ) from None
         self._coming += 1
         try:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Refuses commands that are sure to crash this QEMU (docs/qemu.md, "Faults").
 
-Each rule asks QEMU whether the fault is there and the machine's state leads to it. A QEMU that refuses such a command
-by itself answers in its own words.
+Each rule asks QEMU whether it has the fault, and whether the machine's state triggers it. A QEMU that refuses the
+command itself sends its own error.
 
 1. QEMU 11.1 ends in SIGSEGV when it saves an NVMe controller that has no drive of its own; with namespaces it crashes
    until the guest's firmware has enabled the controller, and fails after that.
-2. QEMU 7.2 aborts when it resizes an image that is inactive: after a save, and before an incoming state has come.
+2. QEMU 7.2 aborts when it resizes an image that is inactive: after a save, and before an incoming state has arrived.
 3. QEMU 11.1 aborts when it is asked for the status of a virtio device.
-4. QEMU aborts when a device's property `drive` is set to the node that it has.
+4. QEMU aborts when a device's property `drive` is set to its present node.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _HUMAN_SET = re.compile(r"\s*qom-set\b")
 
 _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 
-#: A member of what x-query-virtio-status returns that QEMU has had since it aborts. A release without the fault that
-#: keeps the member is refused the command as well.
+#: A member of x-query-virtio-status's result that all releases with the fault have. Sessions also refuse the command to
+#: a release that has the member, but not the fault.
 _SINCE_ABORT = "unknown-dev-features2"
 
 
@@ -75,7 +75,8 @@ def _resizing(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     if not is_inactive(status["status"], migration or {}) or any("active" in node for node in nodes or ()):
         return None  # a QEMU that knows which nodes are active refuses it
     return (
-        f"QEMU aborts when it resizes an image that is inactive, for the guest is {status['status']}; resume it first"
+        f"QEMU aborts when it resizes an image that is inactive, because the guest is {status['status']}; "
+        "resume it first"
     )
 
 
@@ -98,7 +99,7 @@ def _setting(arguments: Mapping[str, Any], saving: Saving) -> Questions:
 
 
 def _human(arguments: Mapping[str, Any], saving: Saving) -> Questions:
-    """Apply the rules to a command of QEMU's monitor for people."""
+    """Apply the rules to a command of QEMU's human monitor."""
     line = str(arguments.get("command-line", ""))
     if _HUMAN_SAVE.match(line):
         return (yield from _saving({}, saving))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tracks the descriptors that sessions have passed to QEMU, to close them when the session ends.
 
-- QEMU keeps the names of `getfd` by monitor, and all sessions share one monitor: a name that one session holds is
+- QEMU keeps the names of `getfd` per monitor, and all sessions share one monitor. So a name that one session holds is
   refused to the others. Names in the arguments of other commands (`netdev_add` with `fd=`) are not tracked. A command
   that uses a descriptor ends its name in QEMU, but here the session keeps the name until it closes the name or ends.
 - QEMU shares the sets of `add-fd` among all monitors. When a session ends, its unused descriptors are removed from the

@@ -30,7 +30,7 @@ class Multiplexer:
 
     `on_lost` is called once, with the reason, when QEMU has closed a monitor; the sessions end then. `on_names` is
     called when `names` has changed, before the command with a new name is sent. `may_spawn` is false if QEMU's sandbox
-    keeps QEMU from starting programs; sessions then refuse commands that would (`sandbox.py`).
+    forbids QEMU to start programs; sessions then refuse commands that start one (`sandbox.py`).
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Multiplexer:
 
         Owns both sockets, even if this raises. Sessions share the monitor at `connected`. Large commands go to a second
         monitor, at `bulk`; without it, a large command delays all sessions while QEMU reads it. Raises Timeout if a
-        monitor does not greet within `timeout` seconds, because another program uses it. Raises NotConnected if QEMU
+        monitor sends no greeting within `timeout` seconds, because another program uses it. Raises NotConnected if QEMU
         has exited, or if the socket is not a QMP monitor's.
         """
         try:
@@ -160,7 +160,7 @@ class Multiplexer:
             except TimeoutError:
                 raise Timeout(
                     f"QEMU has not answered a command of a QMP session within {DRAIN_TIMEOUT:g} s",
-                    hint="try again when that is done",
+                    hint="try again later",
                 ) from None
             yield
         finally:

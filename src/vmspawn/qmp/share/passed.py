@@ -9,8 +9,8 @@ import os
 class PassedDescriptors:
     """A client's descriptors that no command has used. Owns them, and closes them in `close`.
 
-    As in QEMU, one descriptor waits for a command. A later one replaces it as soon as the bytes are scanned that the
-    later one came with: the commands before these bytes use the earlier descriptor.
+    As in QEMU, one descriptor waits for a command. A later descriptor replaces it when the bytes that the later one
+    came with are scanned: commands before these bytes use the earlier descriptor.
     """
 
     __slots__ = ("_offset", "_waiting", "arriving")

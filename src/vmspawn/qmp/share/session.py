@@ -58,7 +58,7 @@ class Shared(NamedTuple):
     schedule: Schedule
     descriptors: Descriptors
     saving: Saving
-    #: False if QEMU's sandbox keeps QEMU from starting programs.
+    #: False if QEMU's sandbox forbids QEMU to start programs.
     may_spawn: bool
 
 
@@ -329,7 +329,7 @@ class Session:
             self._shared.saving.end()
 
     def _on_last_reply(self, call: Call, reply: Reply) -> None:
-        """Take the reply to a command that QEMU was asked questions about."""
+        """Handle the reply to a command about which the session has queried QEMU."""
         self._end_inquiry()
         self._on_reply(call, reply)
 

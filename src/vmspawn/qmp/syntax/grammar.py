@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds the first error of a message that is not JSON, as QEMU's parser reports it (qobject/json-parser.c).
 
-Usual messages do not come here. The parser is fed tokens, so it needs no recursion and can stop and resume anywhere.
+Usual messages do not need this parser. It is fed tokens, so it needs no recursion and can stop and resume anywhere.
 """
 
 from __future__ import annotations
