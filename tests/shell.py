@@ -111,7 +111,7 @@ def qemu_for(machine_type: str, qemu: str) -> str:
 
 @contextlib.asynccontextmanager
 async def booted(qemu: str, **options: Any) -> AsyncIterator[Booted]:
-    """Boot the built-in guest with a headless console."""
+    """Start the built-in guest with a headless console. With `warm`, it is a copy of a guest that has booted."""
     async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless", **options) as machine:
         shell = await Shell.open(machine)
         try:

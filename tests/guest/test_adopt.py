@@ -286,7 +286,7 @@ async def test_qemu_is_killed(qemu: str, tmp_path: Path, manager: str) -> None:
     """The image is consistent up to the last record whose write the guest saw completed."""
     for _ in range(max(1, min(20, round(SCALE)))):
         image = make_qcow2(tmp_path / "log", 64 * MIB)
-        with survivor(fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--console=headless") as guest:
+        with survivor(fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--warm", "--console=headless") as guest:
             async with shell_of(guest) as shell:
                 done = await asyncio.to_thread(vmctl, "attach-disk", guest.name, str(image), "--format=qcow2")
                 assert done.returncode == 0, done.stderr

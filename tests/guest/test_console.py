@@ -30,8 +30,8 @@ def seat(qemu: str, request: pytest.FixtureRequest) -> Iterator[Seated]:
 
 @pytest.fixture(scope="module")
 def serial(qemu: str) -> Iterator[Seated]:
-    """Boot a guest with its console on the serial port."""
-    with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
+    """Start a guest that has booted, with its console on the serial port."""
+    with seated(f"--qemu={qemu}", "--guest=builtin", "--warm") as machine:
         machine.expect(READY)
         machine.expect(PROMPT)
         yield machine
@@ -199,19 +199,22 @@ def test_a_pipe_types_and_shows(serial: Seated) -> None:
 
 
 @pytest.fixture
-def guest(qemu: str, tmp_path: Path) -> Iterator[Seated]:
-    """Boot a guest for one test, with a transcript."""
-    with seated(f"--qemu={qemu}", "--guest=builtin", f"--log={tmp_path / 'log'}") as machine:
+def guest(qemu: str) -> Iterator[Seated]:
+    """Start a guest that has booted, for one test."""
+    with seated(f"--qemu={qemu}", "--guest=builtin", "--warm") as machine:
         machine.expect(READY)
         machine.expect(PROMPT)
         yield machine
 
 
-def test_acpi_power_off_by_key_and_the_screen_is_fit_for_use(guest: Seated, tmp_path: Path) -> None:
+def test_acpi_power_off_by_key_and_the_screen_is_fit_for_use(qemu: str, tmp_path: Path) -> None:
     """The guest leaves colours, a hidden cursor, the alternate screen, line drawing and an unfinished title behind."""
-    guest.run(r"printf '\033[?1049h\033[31;44m\033[?25l\033(0\033[?7l\033]0;half'")
-    guest.type(POWER_OFF)
-    assert guest.ended() == 0
+    with seated(f"--qemu={qemu}", "--guest=builtin", f"--log={tmp_path / 'log'}") as guest:
+        guest.expect(READY)
+        guest.expect(PROMPT)
+        guest.run(r"printf '\033[?1049h\033[31;44m\033[?25l\033(0\033[?7l\033]0;half'")
+        guest.type(POWER_OFF)
+        assert guest.ended() == 0
     assert b"the guest powered off" in guest.shown
     assert bytes(guest.everything).startswith(b"vmspawn: keys")
     # The transcript and the terminal have all output of the guest.

@@ -9,33 +9,31 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import vmspawn
-from tests.commands import DEADLINE, VMCTL, Spawned, background, one_line, run_example, spawned, vmctl
+from tests.commands import DEADLINE, VMCTL, background, one_line, run_example, vmctl
 from tests.terminal import terminal
 from tests.unit.test_archive import MIB, look, make_sparse, tree
 from vmspawn.errors import CopyFailed
+from vmspawn.sync import Machine
 
 __all__ = ["tree"]
 
 
 @pytest.fixture(scope="module")
-def machine(qemu: str) -> Iterator[Spawned]:
+def machine(vmspawn_factory: Callable[..., Machine]) -> Iterator[Machine]:
     """Start one machine for all tests."""
-    with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
-        running.wait_for("is running")
-        yield running
+    with vmspawn_factory() as machine:
+        yield machine
 
 
-def shell(machine: Spawned, command: str) -> str:
+def shell(machine: Machine, command: str) -> str:
     """Run a command in the guest, which must succeed, and return its output."""
-    done = vmctl("exec", machine.name, "sh", "-c", command)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return machine.run(command, check=True).stdout
 
 
 def copy(*arguments: str) -> None:
@@ -43,11 +41,11 @@ def copy(*arguments: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def left_behind(machine: Spawned) -> str:
+def left_behind(machine: Machine) -> str:
     return shell(machine, "find /tmp /root -name '.vmspawn-copy-*'")
 
 
-def test_a_tree_there_and_back(machine: Spawned, tree: Path, tmp_path: Path) -> None:
+def test_a_tree_there_and_back(machine: Machine, tree: Path, tmp_path: Path) -> None:
     os.utime(tree / "empty", (0, 0))
     copy(str(tree), f"{machine.name}:/tmp/there")
     assert (
@@ -63,7 +61,7 @@ def test_a_tree_there_and_back(machine: Spawned, tree: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob(".vmspawn*"))
 
 
-def test_where_it_goes(machine: Spawned, tmp_path: Path) -> None:
+def test_where_it_goes(machine: Machine, tmp_path: Path) -> None:
     shell(machine, "rm -rf /tmp/where; mkdir /tmp/where")
     for name in ("one", "two"):
         (tmp_path / name).write_text(name)
@@ -82,14 +80,14 @@ def test_where_it_goes(machine: Spawned, tmp_path: Path) -> None:
     }
 
 
-def test_aliases_as_machinectl_has_them(machine: Spawned, tmp_path: Path) -> None:
+def test_aliases_as_machinectl_has_them(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("alias")
     assert vmctl("copy-to", machine.name, str(tmp_path / "file"), "/tmp/alias").returncode == 0
     assert vmctl("copy-from", machine.name, "/tmp/alias", str(tmp_path / "back")).returncode == 0
     assert (tmp_path / "back").read_text() == "alias"
 
 
-def test_a_folder_of_the_guest_gets_new_files(machine: Spawned, tmp_path: Path) -> None:
+def test_a_folder_of_the_guest_gets_new_files(machine: Machine, tmp_path: Path) -> None:
     shell(
         machine,
         "rm -rf /tmp/merge; mkdir -p /tmp/merge/top/sub; echo old >/tmp/merge/top/old; echo x >/tmp/merge/top/a",
@@ -101,7 +99,7 @@ def test_a_folder_of_the_guest_gets_new_files(machine: Spawned, tmp_path: Path) 
     assert shell(machine, "cd /tmp/merge/top; cat old a sub/.hidden") == "old\nnewhidden"
 
 
-def test_holes(machine: Spawned, tmp_path: Path) -> None:
+def test_holes(machine: Machine, tmp_path: Path) -> None:
     path = make_sparse(tmp_path / "sparse")
     copy(str(path), f"{machine.name}:/tmp")
     assert int(shell(machine, "du -k /tmp/sparse").split()[0]) < 2048
@@ -132,7 +130,7 @@ def test_holes(machine: Spawned, tmp_path: Path) -> None:
         (("{guest}:/", "{host}"), "no name to copy it under"),
     ],
 )
-def test_what_cannot_be_copied(machine: Spawned, tmp_path: Path, arguments: tuple[str, ...], why: str) -> None:
+def test_what_cannot_be_copied(machine: Machine, tmp_path: Path, arguments: tuple[str, ...], why: str) -> None:
     for name in ("file", "other"):
         (tmp_path / name).write_text(name)
     values = {"host": str(tmp_path), "guest": machine.name}
@@ -143,7 +141,7 @@ def test_what_cannot_be_copied(machine: Spawned, tmp_path: Path, arguments: tupl
     assert left_behind(machine) == ""
 
 
-def test_a_full_guest_has_no_half_file(machine: Spawned, tmp_path: Path) -> None:
+def test_a_full_guest_has_no_half_file(machine: Machine, tmp_path: Path) -> None:
     shell(machine, "mkdir -p /tmp/small; mount -t tmpfs -o size=1M tmpfs /tmp/small; echo old >/tmp/small/large")
     (tmp_path / "large").write_bytes(os.urandom(8 * MIB))
     done = vmctl("copy", str(tmp_path / "large"), f"{machine.name}:/tmp/small/large")
@@ -152,7 +150,7 @@ def test_a_full_guest_has_no_half_file(machine: Spawned, tmp_path: Path) -> None
     assert shell(machine, "ls -A /tmp/small; cat /tmp/small/large; umount /tmp/small") == "large\nold\n"
 
 
-def test_a_full_host_has_no_half_file(machine: Spawned, tmp_path: Path) -> None:
+def test_a_full_host_has_no_half_file(machine: Machine, tmp_path: Path) -> None:
     shell(machine, "dd if=/dev/urandom of=/tmp/two bs=1M count=2 status=none")
     (tmp_path / "two").write_text("old")
     script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
@@ -166,7 +164,7 @@ def test_a_full_host_has_no_half_file(machine: Spawned, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_copy_that_is_interrupted_leaves_nothing(machine: Spawned, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_copy_that_is_interrupted_leaves_nothing(machine: Machine, tmp_path: Path, number: signal.Signals) -> None:
     """The file is larger than the guest's /tmp; the guest itself reports when the copy has begun."""
     with open(tmp_path / "large", "wb") as file:
         file.write(os.urandom(MIB) * 200)
@@ -191,7 +189,7 @@ runpy.run_module("vmspawn.cli.ctl", run_name="__main__")
 """
 
 
-def test_a_progress_bar_on_a_terminal(machine: Spawned, tmp_path: Path) -> None:
+def test_a_progress_bar_on_a_terminal(machine: Machine, tmp_path: Path) -> None:
     with open(tmp_path / "large", "wb") as file:
         file.write(os.urandom(MIB) * 48)
     with terminal() as tty:
@@ -202,7 +200,7 @@ def test_a_progress_bar_on_a_terminal(machine: Spawned, tmp_path: Path) -> None:
     assert shell(machine, "stat -c %s /tmp/large; rm /tmp/large") == f"{48 * MIB}\n"
 
 
-async def test_a_program_copies(machine: Spawned, tmp_path: Path) -> None:
+async def test_a_program_copies(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("from a program")
     calls: list[tuple[int, int]] = []
     async with vmspawn.connect(machine.name) as connected:
@@ -217,7 +215,7 @@ async def test_a_program_copies(machine: Spawned, tmp_path: Path) -> None:
     assert calls[-1][0] == calls[-1][1]
 
 
-async def test_a_program_that_is_cancelled_leaves_nothing(machine: Spawned, tmp_path: Path) -> None:
+async def test_a_program_that_is_cancelled_leaves_nothing(machine: Machine, tmp_path: Path) -> None:
     """The source is a named pipe in the guest that nobody writes to."""
     shell(machine, "rm -rf /tmp/slow; mkdir /tmp/slow; dd if=/dev/zero of=/tmp/slow/f bs=1M count=50 status=none")
     started = asyncio.Event()
@@ -233,7 +231,7 @@ async def test_a_program_that_is_cancelled_leaves_nothing(machine: Spawned, tmp_
     assert os.listdir(tmp_path) == []
 
 
-def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
+def test_the_example_of_the_docs(machine: Machine, tmp_path: Path) -> None:
     done = run_example("copy.md", "copy", tmp_path, {"demo": machine.name})
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "kernel.log").read_text()

@@ -24,7 +24,7 @@ RESIZABLE = ("virtio-blk", "virtio-scsi")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str) -> AsyncIterator[Booted]:
-    async with booted(qemu) as running:
+    async with booted(qemu, warm=True) as running:
         yield running
 
 

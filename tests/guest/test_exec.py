@@ -29,31 +29,24 @@ DEADLINE = 60.0
 
 
 @contextlib.asynccontextmanager
-async def booted(qemu: str, **options: object) -> AsyncIterator[Machine]:
-    """Start a machine, and wait until its guest can run commands."""
-    settings: dict[str, Any] = {
-        "guest": "builtin",
-        "qemu": qemu,
-        "name": fresh_name(),
-        "console": "headless",
-        **options,
-    }
-    async with Machine(**settings) as machine:
+async def started(qemu: str) -> AsyncIterator[Machine]:
+    """Start a copy of a guest that has booted."""
+    async with Machine(guest="builtin", warm=True, qemu=qemu, name=fresh_name(), console="headless") as machine:
         assert (await machine.run("true")).status == 0
         yield machine
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def machine(qemu: str) -> AsyncIterator[Machine]:
-    """Boot one machine for all tests that do not change it."""
-    async with booted(qemu) as machine:
+    """Yield one machine for all tests that do not change it."""
+    async with started(qemu) as machine:
         yield machine
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mortal(qemu: str) -> AsyncIterator[Machine]:
     """Yield one machine for tests that reset it. The last test suspends it, after which it cannot be powered off."""
-    async with booted(qemu) as machine:
+    async with started(qemu) as machine:
         yield machine
 
 
@@ -414,7 +407,7 @@ async def test_the_guest_is_suspended_in_the_middle(mortal: Machine) -> None:
 
 
 async def test_the_machine_ends_in_the_middle(qemu: str) -> None:
-    async with booted(qemu) as machine:
+    async with started(qemu) as machine:
         command = await machine.execute(["sh", "-c", "poweroff -f; sleep 1000"])
         with pytest.raises(NotConnected, match="powered off"):
             await command.wait()
@@ -435,8 +428,7 @@ async def test_without_an_agent(qemu: str) -> None:
 
 
 async def test_another_manager_ends_what_was_left(qemu: str) -> None:
-    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
-        await machine.run("true")
+    async with started(qemu) as machine:
         command = await machine.execute(["sh", "-c", "exec sleep 74321"])
         # Close the port, as the end of the manager's process does.
         machine._inside.commands.agent.close()

@@ -240,7 +240,7 @@ def expect_failure(process: subprocess.Popen[str], message: str) -> None:
 
 
 def test_the_manager_is_killed_and_the_machine_is_terminated(qemu: str) -> None:
-    with spawned("--guest=builtin", f"--qemu={qemu}", "--console=headless") as running:
+    with spawned("--guest=builtin", "--warm", f"--qemu={qemu}", "--console=headless") as running:
         running.wait_for("is running")
         with sleeping(running.name, 99999) as process:
             until(running, "sleep 99999", expected=True)
@@ -285,7 +285,7 @@ def test_a_machine_in_a_pipeline(qemu: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "options", "status", "message"),
     [
-        ("echo c >/proc/sysrq-trigger; sleep 1000", (), 125, b"panic"),
+        ("echo c >/proc/sysrq-trigger; sleep 1000", ("--warm",), 125, b"panic"),
         pytest.param("poweroff -f; sleep 1000", (), 125, b"powered off", marks=pytest.mark.soak),
         pytest.param("reboot -f; sleep 1000", (), 125, b"reboot", marks=pytest.mark.soak),
         ("sleep 1000", ("--time-limit=2",), 124, b"was ended after 2 s"),

@@ -31,7 +31,7 @@ DEADLINE = 60.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str) -> AsyncIterator[tuple[Machine, Shell]]:
-    async with Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless") as machine:
+    async with Machine(guest="builtin", warm=True, qemu=qemu, name=fresh_name(), console="headless") as machine:
         server = ControlServer(machine.directory, build_registry(machine.inner, Inside(machine.inner)))
         shell = await Shell.open(machine)
         yield machine, shell
@@ -188,7 +188,8 @@ async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], 
 
 async def test_an_adoption_tells_which_disk_stopped_the_guest(qemu: str, tmp_path: Path) -> None:
     """The previous manager received the event."""
-    machine = await Machine(guest="builtin", qemu=qemu, name=fresh_name(), console="headless").__aenter__()
+    machine = Machine(guest="builtin", warm=True, qemu=qemu, name=fresh_name(), console="headless")
+    await machine.__aenter__()
     try:
         shell = await Shell.open(machine)
         await machine.attach(Disk(str(make_raw(tmp_path / "fine")), bus="virtio-scsi"))

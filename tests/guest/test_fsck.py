@@ -28,7 +28,7 @@ _FILES = 10
 async def test_a_file_system_survives_qemu(qemu: str, tmp_path: Path) -> None:
     for _ in range(max(1, min(20, round(SCALE)))):
         image = await asyncio.to_thread(make_ext4, tmp_path)
-        with survivor(fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--console=headless") as guest:
+        with survivor(fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--warm", "--console=headless") as guest:
             shell = await Shell.connect(os.path.join(guest.folder, CONSOLE))
             done = await asyncio.to_thread(vmctl, "attach-disk", guest.name, str(image), "--format=qcow2", "--name=fs")
             assert done.returncode == 0, done.stderr

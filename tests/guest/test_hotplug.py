@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests a booted guest that gets disks by hot-plug, uses them and loses them."""
+"""Tests a guest that gets disks by hot-plug, uses them and loses them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ PATTERN = b"written in the guest\n"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", pytest.param("pc", marks=pytest.mark.soak)])
 async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Booted]:
-    async with booted(qemu, machine_type=request.param) as running:
+    async with booted(qemu, machine_type=request.param, warm=True) as running:
         yield running
 
 

@@ -50,7 +50,7 @@ def test_poweroff_that_waits_presses_the_button_until_the_guest_listens(qemu: st
 def test_a_tray_that_stays_locked_is_reported_in_time_and_stays_shut(qemu: str, tmp_path: Path) -> None:
     medium = tmp_path / "medium"
     medium.write_bytes(b"the medium".ljust(4096, b"\n"))
-    with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
+    with seated(f"--qemu={qemu}", "--guest=builtin", "--warm") as machine:
         machine.expect(READY.encode())
         machine.expect(PROMPT)
         arguments = (str(medium), "--bus=scsi-cd", "--name=cd")
@@ -79,7 +79,7 @@ SLOW_BUTTON = (
 @pytest.mark.parametrize("insist", [False, True], ids=["once", "twice"])
 def test_sigterm_while_the_guest_shuts_down_already(qemu: str, *, insist: bool) -> None:
     """One signal waits for the shutdown that has begun; two end the machine."""
-    with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
+    with seated(f"--qemu={qemu}", "--guest=builtin", "--warm") as machine:
         machine.expect(READY.encode())
         machine.expect(PROMPT)
         for line in SLOW_BUTTON:

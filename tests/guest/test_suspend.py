@@ -26,8 +26,8 @@ def status(machine: Seated) -> str:
 
 @pytest.fixture
 def asleep(qemu: str) -> Iterator[Seated]:
-    """Boot a guest, and suspend it."""
-    with seated(f"--qemu={qemu}", "--guest=builtin") as machine:
+    """Start a guest that has booted, and suspend it."""
+    with seated(f"--qemu={qemu}", "--guest=builtin", "--warm") as machine:
         machine.expect(READY)
         machine.expect(PROMPT)
         suspend(machine)

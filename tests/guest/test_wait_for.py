@@ -98,7 +98,7 @@ def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
 
 async def test_a_guest_that_reboots_is_asked_again_and_one_that_ends_is_not(qemu: str) -> None:
     name = fresh_name()
-    async with vmspawn.Machine(guest="builtin", qemu=qemu, name=name) as machine:
+    async with vmspawn.Machine(guest="builtin", warm=True, qemu=qemu, name=name) as machine:
         await machine.wait_for("booted", timeout=DEADLINE)
         waiting = asyncio.create_task(machine.wait_for("port=80", timeout=2 * DEADLINE))
         mark = machine.events.mark

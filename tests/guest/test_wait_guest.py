@@ -19,7 +19,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(qemu: str) -> AsyncIterator[Booted]:
-    async with booted(qemu) as running:
+    async with booted(qemu, warm=True) as running:
         yield running
 
 
