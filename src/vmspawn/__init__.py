@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from .api.machine import Machine as Machine
     from .api.machine import Snapshot as Snapshot
     from .boot.config import MachineConfig as MachineConfig
+    from .boot.credentials import Credential as Credential
+    from .boot.memory import Growth as Growth
+    from .boot.shares import Share as Share
     from .errors import BadConfig as BadConfig
     from .errors import CommandFailed as CommandFailed
     from .errors import ConfigNotSupported as ConfigNotSupported
@@ -44,8 +47,10 @@ if TYPE_CHECKING:
     from .errors import NoSuchSnapshot as NoSuchSnapshot
     from .errors import NoSuchStorage as NoSuchStorage
     from .errors import NotConnected as NotConnected
+    from .errors import NotInstalled as NotInstalled
     from .errors import NotSupported as NotSupported
     from .errors import PortInUse as PortInUse
+    from .errors import ProtocolError as ProtocolError
     from .errors import QmpError as QmpError
     from .errors import SnapshotBlocked as SnapshotBlocked
     from .errors import SnapshotExists as SnapshotExists
@@ -58,6 +63,8 @@ if TYPE_CHECKING:
     from .errors import Timeout as Timeout
     from .errors import UsageError as UsageError
     from .errors import VmspawnError as VmspawnError
+    from .errors import VolumeError as VolumeError
+    from .host.storageprovider import Volume as Volume
     from .machine.ending import End as End
     from .network.forward import Forward as Forward
     from .qmp.events import Event as Event
@@ -73,6 +80,9 @@ _MODULES = {
     "api.execution": ("Completed", "Execution"),
     "api.machine": ("Machine", "Snapshot"),
     "boot.config": ("MachineConfig",),
+    "boot.credentials": ("Credential",),
+    "boot.memory": ("Growth",),
+    "boot.shares": ("Share",),
     "errors": (
         "BadConfig",
         "CommandFailed",
@@ -86,8 +96,10 @@ _MODULES = {
         "NoSuchSnapshot",
         "NoSuchStorage",
         "NotConnected",
+        "NotInstalled",
         "NotSupported",
         "PortInUse",
+        "ProtocolError",
         "QmpError",
         "SnapshotBlocked",
         "SnapshotExists",
@@ -100,7 +112,9 @@ _MODULES = {
         "Timeout",
         "UsageError",
         "VmspawnError",
+        "VolumeError",
     ),
+    "host.storageprovider": ("Volume",),
     "machine.ending": ("End",),
     "network.forward": ("Forward",),
     "qmp.events": ("Event",),

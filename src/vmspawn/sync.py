@@ -59,7 +59,7 @@ class Machine(BlockingMachine[_machine.Machine]):
     texts such as "512M", and times are seconds. vmctl and other programs can control the machine by its name, unless
     `control` is False.
 
-    Raises StartError or UsageError if the machine cannot be started.
+    Raises StartError, UsageError, NotInstalled, VolumeError or ProtocolError if the machine cannot be started.
     """
 
     def __init__(

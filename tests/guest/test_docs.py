@@ -56,9 +56,11 @@ def test_the_tutorial(tmp_path: Path) -> None:
     files = blocks("testing.md", "file")
     for name, text in files:
         (tmp_path / name).write_text(text)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:asyncio"]
-    output = run([*command, *(name for name, _ in files)], tmp_path)
-    assert "5 passed" in output
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:asyncio", "--vm-console"]
+    command += [name for name, _ in files]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert "5 passed" in done.stdout, done.stdout + done.stderr
+    assert "vmspawn-guest: ready" in done.stderr
 
 
 @pytest.fixture(scope="module")

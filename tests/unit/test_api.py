@@ -109,6 +109,20 @@ def test_a_wrong_value_is_refused_by_its_field() -> None:
         vmspawn.Machine(guest="builtin", machine_type="i440fx")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", vmspawn.MachineConfig._fields)
+def test_a_value_of_a_wrong_type_is_refused_by_its_field(name: str) -> None:
+    options: dict[str, Any] = {name: object()}
+    with pytest.raises(TypeError, match=rf"^{name}= must be .*, not object$"):
+        vmspawn.Machine(**options)
+
+
+@pytest.mark.parametrize(("name", "value"), [("agent", "no"), ("cpus", True), ("cpus", 1.5), ("time_limit", "90s")])
+def test_texts_and_numbers_are_not_guessed(name: str, value: object) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(TypeError, match=rf"^{name}= must be .*, not {type(value).__name__}$"):
+        vmspawn.Machine(**options)
+
+
 def test_values_have_a_short_repr() -> None:
     assert repr(vmspawn.Disk("a.raw", bus="nvme")) == "Disk(path='a.raw', bus='nvme')"
     assert repr(vmspawn.Limits(iops=5)) == "Limits(iops=5)"

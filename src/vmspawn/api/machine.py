@@ -68,7 +68,7 @@ class Machine(Guest):
     texts such as "512M", and times are seconds. vmctl and other programs can control the machine by its name, unless
     `control` is False.
 
-    Raises StartError or UsageError if the machine cannot be started.
+    Raises StartError, UsageError, NotInstalled, VolumeError or ProtocolError if the machine cannot be started.
     """
 
     # ControlServer is imported for the type checker only, and help() evaluates annotations.

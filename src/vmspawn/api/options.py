@@ -148,7 +148,7 @@ def to_size(field: str, value: Size) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str):
-        raise TypeError(f"{field}= must be bytes or a text such as '512M', not {type(value).__name__}")
+        raise _wrong_type(field, "bytes or a text such as '512M'", value)
     size = bytes_of(value)
     if size is None:
         raise UsageError.with_fields("{" + field + "={text}} is not a size", hint=SIZE_HINT, text=value)
@@ -171,21 +171,42 @@ def _to_field(name: str, value: Any) -> Any:
     return value if convert is None or value is None else convert(name, value)
 
 
-def _path(_name: str, value: StrPath) -> str:
+def _path(name: str, value: StrPath) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise _wrong_type(name, "a path", value)
     return os.fspath(value)
 
 
-def _yes_or_no(_name: str, value: str | bool) -> str:
+def _wrong_type(name: str, expected: str, value: object) -> TypeError:
+    return TypeError(f"{name}= must be {expected}, not {type(value).__name__}")
+
+
+def _only(expected: str, *types: type) -> Callable[[str, Any], Any]:
+    """Return a function that accepts only values of these types. A bool is not a number."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise _wrong_type(name, expected, value)
+        return value
+
+    return check
+
+
+def _yes_or_no(name: str, value: str | bool) -> str:
+    if not isinstance(value, str | bool):
+        raise _wrong_type(name, "'auto', True or False", value)
     return value if isinstance(value, str) else "yes" if value else "no"
 
 
-def _firmware(_name: str, value: FirmwareWish | str) -> FirmwareWish:
+def _firmware(name: str, value: FirmwareWish | str) -> FirmwareWish:
+    if not isinstance(value, str | FirmwareWish):
+        raise _wrong_type(name, "a text such as 'uefi'", value)
     return FirmwareWish(kind=value) if isinstance(value, str) else value
 
 
 def _several(name: str, value: Iterable[Any]) -> tuple[Any, ...]:
-    if isinstance(value, str | bytes | os.PathLike):
-        raise TypeError(f"{name}= must be a list or a tuple, not {type(value).__name__}")
+    if isinstance(value, str | bytes | os.PathLike) or not isinstance(value, Iterable):
+        raise _wrong_type(name, "a list or a tuple", value)
     return tuple(value)
 
 
@@ -214,7 +235,24 @@ def _disks(name: str, value: Iterable[Disk | StrPath]) -> tuple[Disk, ...]:
     )
 
 
+#: Fields that accept no text, because the text "no" is true in Python.
+_BOOLEANS = (
+    *("discard_disk", "network_user", "directory_rw", "ephemeral", "agent", "pass_ssh_key"),
+    *("die_with_program", "die_with_parent", "warm"),
+)
+_TEXTS = (
+    *("name", "guest", "image_format", "image_disk_type", "uuid", "machine_type", "on_error"),
+    *("console", "console_transport", "ram_backing", "ssh_key_type"),
+)
+
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(_BOOLEANS, _only("True or False", bool)),
+    **dict.fromkeys(_TEXTS, _only("a text", str)),
+    **dict.fromkeys(("cpus", "hotplug_ports"), _only("a whole number", int)),
+    **dict.fromkeys(("shutdown_timeout", "time_limit"), _only("a number of seconds", int, float)),
+    "terminal": _only("a ConsoleTerminal", ConsoleTerminal),
+    "registration": _only("a Registration", Registration),
+    "ram_growth": _only("a Growth", Growth),
     **dict.fromkeys(("ram", "grow_image"), to_size),
     **dict.fromkeys(
         ("image", "linux", "initrd", "qmp_log", "console_log", "qemu", "directory", "modules", "cloud_init"), _path

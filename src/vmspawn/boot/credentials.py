@@ -18,7 +18,12 @@ _SOCKET_TIMEOUT = 30.0
 
 
 class Credential(Record):
-    """A credential with its value, or with the path that the value is loaded from when the machine starts."""
+    """A credential for systemd in the guest.
+
+        vmspawn.Machine(image="debian.raw", credentials=[Credential("passwd.plaintext-password.root", b"secret")])
+
+    It has a value, or the path of a file or socket that the value is read from when the machine starts.
+    """
 
     name: str
     value: bytes = b""

@@ -21,7 +21,12 @@ _SLOTS_MAX = 256
 
 
 class Growth(Record):
-    """The growth of the guest's memory at run time: up to `maximum` bytes in total, by up to `slots` modules."""
+    """The growth of the guest's memory at run time: up to `maximum` bytes in total, by up to `slots` modules.
+
+        vmspawn.Machine(image="debian.raw", ram="1G", ram_growth=Growth(4 << 30, slots=3))
+
+    The modules are plugged in by QMP: `object-add` with a memory backend, and `device_add` with pc-dimm.
+    """
 
     maximum: int
     slots: int = SLOTS_DEFAULT

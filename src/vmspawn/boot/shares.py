@@ -37,7 +37,12 @@ _QUEUE_SIZE = 1024
 
 
 class Share(Record):
-    """A directory of the host, and its mount point in the guest. Both are absolute."""
+    """A directory of the host, and its mount point in the guest. Both paths are absolute.
+
+        vmspawn.Machine(image="debian.raw", binds=[Share("/srv/data", "/mnt/data", read_only=True)])
+
+    systemd in the guest mounts it over virtiofs.
+    """
 
     source: str
     target: str

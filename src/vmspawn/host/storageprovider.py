@@ -7,7 +7,6 @@ A provider is a Varlink service that hands out descriptors of files and block de
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from ..errors import NotConnected, UsageError, VolumeError
 from ..record import Record
@@ -29,12 +28,17 @@ _EXPLAINED = {
 
 
 class Volume(Record):
-    """A volume to acquire. `config` is the bus, or empty for the default; `parameters` are Acquire's."""
+    """A volume of one of systemd's storage providers, which is attached when the machine starts.
+
+        vmspawn.Machine(guest="builtin", volumes=[Volume("fs", "data", "virtio-blk", {})])
+
+    `config` is the bus, or empty for the default. `parameters` are arguments of the provider's method Acquire.
+    """
 
     provider: str
     name: str
     config: str
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
 
     @property
     def disk_name(self) -> str:
