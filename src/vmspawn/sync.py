@@ -770,7 +770,7 @@ class Console(Blocking[_console.Console]):
         return self._call(lambda inner: inner.expect(pattern, timeout))
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the console's last lines, safe to print."""
+        """Return the console's last lines, safe to print. One empty line replaces several."""
         return self._read(lambda inner: inner.last_lines(count))
 
 

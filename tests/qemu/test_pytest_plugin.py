@@ -143,10 +143,14 @@ def test_the_report_of_a_failure_has_the_machine(project: pytest.Pytester) -> No
             vm.pause()
             vm.events.wait("STOP", since=0)
             vm.events.wait("NEVER", timeout=0)
+
+        @pytest.mark.asyncio
+        async def test_async(async_vm):
+            await async_vm.detach("nobody")
         """
     )
     done = run(project)
-    done.assert_outcomes(failed=1)
+    done.assert_outcomes(failed=2)
     done.stdout.fnmatch_lines(
         [
             '>*vm.events.wait("NEVER", timeout=0)',
@@ -165,8 +169,9 @@ def test_the_report_of_a_failure_has_the_machine(project: pytest.Pytester) -> No
             "disk0 *virtio-blk *raw *8 MiB *attached *",
         ]
     )
-    # The traceback has only lines of the test.
-    assert "blocking.py" not in done.stdout.str()
+    done.stdout.fnmatch_lines([">*await async_vm.detach*", "E*NoSuchStorage: there is no disk named nobody"])
+    # The tracebacks have only lines of the tests.
+    assert not re.search(r"(blocking|elsewhere|attach|context)\.py:\d", done.stdout.str())
     log = re.search(r"QMP log +(\S+)", done.stdout.str())
     assert log
     assert "query-named-block-nodes" in Path(log[1]).read_text()

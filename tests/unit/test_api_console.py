@@ -39,11 +39,11 @@ async def test_it_waits_for_output_in_pieces() -> None:
 
 
 async def test_a_timeout_shows_the_last_lines_harmlessly() -> None:
-    shown = console(b"one\n", b"two \x1b[31mred\x07\n")
+    shown = console(b"one\n\n \n\n", b"two \x1b[31mred\x07\n")
     with pytest.raises(Timeout, match=r"^the console of box did not show 'three' within 0 s(\n|$)") as caught:
         await shown.expect("three", timeout=0)
-    assert caught.value.__notes__ == ["the console's last lines:\n    one\n    two red\\x07"]
-    assert shown.before == "one\ntwo \x1b[31mred\x07\n"
+    assert caught.value.__notes__ == ["the console's last lines:\n    one\n    \n    two red\\x07"]
+    assert shown.before == "one\n\n \n\ntwo \x1b[31mred\x07\n"
 
 
 async def test_the_end_is_an_error_of_its_own() -> None:

@@ -25,6 +25,8 @@ _LINE_END = re.compile(r"\r+\n")
 #: Control sequences: colours, cursor movements and queries (ECMA-48, "CSI").
 _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
+_EMPTY_LINES = re.compile(r"\n([ \t]*\n){2,}")
+
 
 class Console:
     """The guest's console.
@@ -128,8 +130,8 @@ class Console:
         return error
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the console's last lines, safe to print."""
-        text = _CONTROL_SEQUENCE.sub("", self.text).rstrip()
+        """Return the console's last lines, safe to print. One empty line replaces several."""
+        text = _EMPTY_LINES.sub("\n\n", _CONTROL_SEQUENCE.sub("", self.text).rstrip())
         return [printable(line).rstrip() for line in text.split("\n")[-count:]] if text else []
 
     # The methods of a viewer.

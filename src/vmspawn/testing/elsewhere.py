@@ -13,7 +13,11 @@ from ..api.console import Console
 from ..api.events import Events
 from ..api.execution import Execution
 from ..api.machine import Machine
+from ..errors import VmspawnError
 from ..qmp.monitor import Monitor
+
+#: pytest omits this module from its tracebacks.
+__tracebackhide__ = True
 
 #: Classes whose objects may be used only in the thread of their own loop.
 _BOUND = (Machine, Console, Events, Monitor, Execution, asyncio.StreamReader, asyncio.StreamWriter)
@@ -84,4 +88,8 @@ async def _awaited(work: Coroutine[Any, Any, Any]) -> Any:
         return _bridged(await asyncio.wrap_future(running.future))
     except asyncio.CancelledError:
         await asyncio.to_thread(running.cancel)
+        raise
+    except VmspawnError as error:
+        # The frames of the other loop do not help the test's author.
+        error.__traceback__ = None
         raise

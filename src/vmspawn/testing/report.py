@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from collections.abc import Iterable, Sequence
@@ -70,7 +69,7 @@ def _console(machine: sync.Machine) -> str:
         lines = machine.console._inner.last_lines(_LINES)
     except VmspawnError:
         return ""
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).lstrip("\n")) or "(nothing)"
+    return "\n".join(lines).lstrip("\n") or "(nothing)"
 
 
 def _commands(commands: Iterable[Command]) -> str:
