@@ -4,7 +4,8 @@
 All figures are taken in turn in one run, with the built-in guest:
 
 1. A boot and a copy, each until a command in the guest has ended.
-2. A copy until QEMU reports that its processors run, beside a bare QEMU until it reports the same.
+2. A copy until QEMU reports that its processors run, beside a bare QEMU until it reports the same; the copy loads its
+   memory, or maps it (`--ram-backing=file`).
 3. The pause of a save, beside cp(1) of its state.
 4. Twenty copies at once: the time of each until its first command has ended, and the memory of each.
 """
@@ -110,15 +111,20 @@ def state_copied(snapshot: Snapshot, folder: Path) -> float:
 
 async def measure(folder: Path) -> None:
     """Measure all figures, and print medians and ratios."""
-    boots, pauses, copying, starts, runs, answers = ([] for _ in range(6))
-    async with Machine(guest="builtin", qemu=QEMU, name="bench-source", console="headless") as source:
+    boots, pauses, copying, starts, runs, mapped, answers = ([] for _ in range(7))
+    async with (
+        Machine(guest="builtin", qemu=QEMU, name="bench-source", console="headless") as source,
+        Machine(guest="builtin", qemu=QEMU, name="bench-file", console="headless", ram_backing="file") as file_source,
+    ):
         await source.run("true", check=True)
+        await file_source.run("true", check=True)
         for _ in range(ROUNDS):
             snapshot = await source.snapshot()
             pauses.append(snapshot.pause)
             copying.append(await asyncio.to_thread(state_copied, snapshot, folder))
             starts.append(await asyncio.to_thread(bare_runs))
             runs.append(await copy_runs(snapshot))
+            mapped.append(await copy_runs(await file_source.snapshot()))
             answers.append((await copied(snapshot))[0])
             boots.append(await booted())
         begun = time.perf_counter()
@@ -129,6 +135,7 @@ async def measure(folder: Path) -> None:
     show("copy until a command has answered", middle(answers), middle(boots))
     show("bare QEMU until it runs", middle(starts))
     show("copy until it runs", middle(runs), middle(starts))
+    show("copy that maps its memory, until it runs", middle(mapped), middle(starts))
     show("cp of the state", middle(copying))
     show("pause of the source", middle(pauses), middle(copying))
     show(f"{COPIES} copies at once, until all have answered", together, middle(boots))
