@@ -17,6 +17,8 @@ from tests.interop.box import mirror
 from tests.ovmf import cache
 
 SUITE = "trixie"
+#: Debian 12. Its systemd 252 takes keys from credentials, but no units.
+OLDER = "bookworm"
 PACKAGES = ("systemd", "systemd-sysv", "udev", "dbus", "systemd-boot-efi", "e2fsprogs", "ca-certificates")
 
 #: dracut makes an initrd that can mount a root by virtiofs; debootstrap's default is initramfs-tools.
@@ -61,10 +63,10 @@ def tree(suite: str = SUITE) -> Path:
     return final
 
 
-def cloud_tree() -> Path:
+def cloud_tree(suite: str = SUITE) -> Path:
     """Return a tree with what a cloud image has: an SSH server, cloud-init, and a network by systemd-networkd."""
-    source = tree()
-    final = cache() / f"debian-{SUITE}-cloud"
+    source = tree(suite)
+    final = cache() / f"debian-{suite}-cloud"
     with _locked(final.name):
         if not final.exists():
             partial = final.with_name(final.name + ".partial")

@@ -17,8 +17,6 @@ from tests.machines import Machine, fresh_name
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
-#: Its systemd does not take units from credentials.
-OLDER = "bookworm"
 ROOT = (f"root=LABEL={debian.LABEL}", "rw")
 
 #: Seconds under emulation on a busy host.
@@ -93,9 +91,9 @@ async def test_booted_by_its_kernel(qemu: str) -> None:
 
 @pytest.mark.asyncio
 async def test_an_older_systemd_with_the_agent_installed(qemu: str, tmp_path: Path) -> None:
-    tree = debian.tree(OLDER)
+    tree = debian.tree(debian.OLDER)
     assert vmctl("agent", f"--root={tree}").returncode == 0
-    linux, initrd = debian.kernel(OLDER)
+    linux, initrd = debian.kernel(debian.OLDER)
     image = debian.root(tmp_path / "root", tree)
     async with booted(qemu, image=str(image), linux=str(linux), initrd=str(initrd), kernel_arguments=ROOT) as machine:
         await use(machine)
