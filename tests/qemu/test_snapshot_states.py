@@ -20,7 +20,7 @@ _REFUSED = {
     "watchdog": "vmctl resume",
     "inmigrate": "vmctl resume",
     "postmigrate": "vmctl resume",
-    "finish-migrate": "wait until that is done",
+    "finish-migrate": "wait for the end of that",
 }
 
 #: States that differ from another one of the table by their names alone.

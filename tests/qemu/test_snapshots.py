@@ -270,7 +270,7 @@ async def test_changed_files_and_other_binaries_are_refused(
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
         async with saved(machine) as snapshot:
             content = change_binary(snapshot)
-            with pytest.raises(StartError, match="another file by now"):
+            with pytest.raises(StartError, match="has changed since"):
                 await snapshot.fork().__aenter__()
             manifest_of(snapshot).write_text(content)
             path.touch()
@@ -409,7 +409,7 @@ async def test_the_methods_of_the_control_socket(qemu: str, tmp_path: Path) -> N
         with pytest.raises(SnapshotInUse, match=f"{name}@{directory.CURRENT} is based on"):
             await calls.call(machine.name, f"{MACHINE}.RemoveSnapshot", {"name": "v"})
         await run("terminate", name, "--wait")
-        # The copy's disks stand on the snapshot's, and were kept.
+        # The copy's disks are based on the snapshot's, and were kept.
         assert f"{name}@{directory.CURRENT}" in snapshot_files.names()
         directory.remove(f"{name}@{directory.CURRENT}")
         await calls.call(machine.name, f"{MACHINE}.RemoveSnapshot", {"name": "v"})
