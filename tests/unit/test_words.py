@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the words of docstrings and documents."""
+"""Tests the words of docstrings and documents, and that examples are valid."""
 
 import ast
 import io
@@ -58,3 +58,10 @@ def test_docstrings_and_comments_use_terms_of_the_field(path: Path) -> None:
 def test_documents_name_their_subjects(path: Path) -> None:
     assert UNCLEAR.findall(path.read_text()) == []
     assert [line for line in path.read_text().splitlines() if EVERYDAY.search(unquoted(line))] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_examples_in_python_are_valid(path: Path) -> None:
+    """Only some examples are run, and those need a guest."""
+    for example in re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE):
+        compile(example, path.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
