@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import random
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ DEADLINE = 60.0
 
 
 @contextlib.asynccontextmanager
-async def started(qemu: str) -> AsyncIterator[Machine]:
+async def started(qemu: str, *, control: bool = False) -> AsyncIterator[Machine]:
     """Start a copy of a guest that has booted."""
-    async with Machine(guest="builtin", warm=True, qemu=qemu, name=fresh_name(), console="headless") as machine:
+    settings: dict[str, Any] = {"guest": "builtin", "warm": True, "qemu": qemu, "console": "headless"}
+    async with Machine(name=fresh_name(), control=control, **settings) as machine:
         assert (await machine.run("true")).status == 0
         yield machine
 
@@ -46,7 +48,7 @@ async def machine(qemu: str) -> AsyncIterator[Machine]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mortal(qemu: str) -> AsyncIterator[Machine]:
     """Yield one machine for tests that reset it. The last test suspends it, after which it cannot be powered off."""
-    async with started(qemu) as machine:
+    async with started(qemu, control=True) as machine:
         yield machine
 
 
@@ -72,6 +74,20 @@ async def until_runs(machine: Machine, command: str) -> None:
         return (await machine.run(f"ps -o args | grep '^{command}'")).status == 0
 
     await until(runs, f"{command} does not run")
+
+
+async def start_client(machine: Machine) -> asyncio.Task[subprocess.CompletedProcess[str]]:
+    """Start `vmctl exec` with a command that something else ends, and wait until the command runs."""
+    client = asyncio.create_task(asyncio.to_thread(vmctl, "exec", machine.name, "sleep", "81234"))
+    await until_runs(machine, "sleep 81234")
+    return client
+
+
+async def expect_failure(client: asyncio.Task[subprocess.CompletedProcess[str]], reason: str) -> None:
+    """Wait for the end of `vmctl exec`, which reports the reason."""
+    done = await client
+    assert done.returncode == 125
+    assert one_line(done, "vmctl").endswith(f"the command was ended: {reason}")
 
 
 async def until_idle(machine: Machine) -> None:
@@ -385,6 +401,7 @@ async def test_a_full_guest(machine: Machine) -> None:
 
 @pytest.mark.parametrize("by_guest", [False, True])
 async def test_the_machine_is_reset_in_the_middle(mortal: Machine, by_guest: bool) -> None:
+    client = await start_client(mortal)
     command = await mortal.execute(["sh", "-c", "reboot -f" if by_guest else "sleep 1000"])
     if not by_guest:
         await mortal.reboot()
@@ -395,23 +412,28 @@ async def test_the_machine_is_reset_in_the_middle(mortal: Machine, by_guest: boo
     with pytest.raises(Timeout, match="did not answer"):
         await mortal.execute(["true"], start_timeout=0.05)
     assert (await mortal.run("echo back")).stdout == "back\n"
+    await expect_failure(client, "the guest was rebooted")
 
 
 async def test_the_guest_is_suspended_in_the_middle(mortal: Machine) -> None:
+    client = await start_client(mortal)
     command = await mortal.execute(["sh", "-c", "echo mem >/sys/power/state; sleep 1000"])
     with pytest.raises(NotConnected, match="suspended"):
         await command.wait()
     await command.close()
+    await expect_failure(client, "the guest was suspended")
     await mortal.resume()
     assert (await mortal.run("echo awake")).stdout == "awake\n"
 
 
 async def test_the_machine_ends_in_the_middle(qemu: str) -> None:
-    async with started(qemu) as machine:
+    async with started(qemu, control=True) as machine:
+        client = await start_client(machine)
         command = await machine.execute(["sh", "-c", "poweroff -f; sleep 1000"])
         with pytest.raises(NotConnected, match="powered off"):
             await command.wait()
         await command.close()
+        await expect_failure(client, "the guest powered off")
         with pytest.raises(NotConnected):
             await machine.run("true")
 
