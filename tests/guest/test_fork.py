@@ -193,7 +193,9 @@ async def test_commands_of_sessions_and_changes_of_disks_wait(guest: Booted, tmp
             statuses.append(await qmp.execute("query-status"))
         snapshot = await saving
         assert {each["status"] for each in statuses} <= {"running"}
+    mark = guest.machine.events.mark
     saving = asyncio.create_task(guest.machine.snapshot())
+    await guest.machine.events.wait("STOP", since=mark, timeout=60)
     attached = await guest.machine.attach(Disk(str(path), bus="virtio-scsi"))
     await guest.machine.detach(attached.name)
     await (await saving).remove()

@@ -14,7 +14,7 @@ from tests.commands import VMSPAWN, Spawned
 from tests.conftest import make_raw
 from tests.disks import make_disk, need_tools
 from tests.machines import fresh_name
-from vmspawn.guest import builtin
+from vmspawn.guest.build import build
 
 #: Seconds. UEFI takes about ten under emulation on an idle host.
 BOOT_TIMEOUT = 110.0
@@ -36,8 +36,7 @@ def config_home(tmp_path: Path) -> Path:
 @pytest.fixture
 def kernel() -> tuple[str, ...]:
     """Return the options that boot the built-in guest's kernel with --linux=."""
-    guest = builtin.find()
-    assert guest is not None
+    guest = build()
     arguments = [each for each in guest.arguments if each != "quiet"]
     return ("--ram=512M", f"--linux={guest.kernel}", f"--initrd={guest.initrd}", *arguments, "loglevel=7")
 
@@ -100,8 +99,7 @@ def test_secure_boot_is_off_without_keys(qemu: str, spawn: list[Spawned], kernel
 def unsigned(tmp_path: Path) -> Path:
     """Make a disk whose boot loader is a kernel without a signature that the firmware accepts."""
     need_tools()
-    guest = builtin.find()
-    assert guest is not None
+    guest = build()
     kernel = Path(guest.kernel)
     return make_disk(tmp_path / "unsigned.raw", kernel, Path(guest.initrd), (), boot_loader=kernel)
 
