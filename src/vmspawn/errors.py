@@ -246,7 +246,7 @@ class SnapshotInUse(VmspawnError):
 
 
 class SnapshotBlocked(VmspawnError):
-    """The machine has something that cannot be saved."""
+    """A device, a disk or the state of the guest cannot be saved."""
 
 
 class SystemFailure(VmspawnError):
