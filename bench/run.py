@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+from vmspawn.boot.qemu import choose_accelerator
+
 ROUNDS = int(os.environ.get("VMSPAWN_BENCH_ROUNDS", "5"))
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
@@ -31,7 +33,7 @@ def commands(kernel: str, modules: str) -> dict[str, list[str]]:
     ours = [sys.executable, "-m", "vmspawn.cli.spawn", "-M", "bench-run", f"--qemu={QEMU}", "--guest=builtin"]
     ours += [f"--linux={kernel}", "--directory=/", "--run=true", *([f"--modules={modules}"] if modules else [])]
     theirs = ["vng", "-r", kernel, "--qemu", QEMU]
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    if choose_accelerator("auto", os.uname().machine)[0] != "kvm":
         theirs.append("--disable-kvm")
     return {"vmspawn": ours, "vng": [*theirs, "--", "true"]}
 
