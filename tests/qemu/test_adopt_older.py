@@ -88,7 +88,7 @@ def copies_have_the_disks(name: str) -> None:
     done = vmctl("fork", f"{name}@s", copy)
     assert done.returncode == 0, done.stderr
     # Its machines had no port for an agent.
-    assert done.stdout.splitlines()[1] == f"clock: as saved (no agent runs in {copy})"
+    assert done.stdout.splitlines()[1] == f"the clock shows the time of the snapshot: no agent runs in {copy}"
     places = [{each["name"]: each["place"] for each in disks(machine)} for machine in (name, copy)]
     assert places[0] == places[1]
     assert vmctl("detach-disk", copy, "raw").returncode == 0

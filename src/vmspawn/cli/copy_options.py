@@ -16,7 +16,7 @@ def add(parser: argparse._ActionsContainer) -> None:
         "--identity",
         choices=("same", "new"),
         default="same",
-        help="give the guest a host name, machine ID and MAC addresses of its own (default: %(default)s)",
+        help="with new, give the guest its own host name, machine ID and MAC addresses (default: %(default)s)",
     )
     parser.add_argument(
         "--force-version",

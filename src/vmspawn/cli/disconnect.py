@@ -21,7 +21,7 @@ class Disconnect:
     """Explains the end of a connection by the processes behind it. `watching` makes it before the end."""
 
     def __init__(self, machine: str, manager: int) -> None:
-        """Watch QEMU and the manager, a process id or 0. `close` must follow."""
+        """Watch QEMU and the manager. `manager` is a process id, or 0. `close` must follow."""
         self._machine = machine
         #: These are pidfds, or -1 if unknown.
         self._qemu = self._find_qemu()
@@ -42,7 +42,7 @@ class Disconnect:
             # The machine may have been starting when the connection was made.
             self._qemu = self._find_qemu()
         if self._qemu < 0:
-            return  # it has ended, or is of another program, whose QEMU is unknown
+            return  # it has ended, or belongs to another program, whose QEMU is unknown
         ended = self._ended()
         if self._qemu in ended:
             return

@@ -24,10 +24,10 @@ EXIT_USAGE = 2
 #: The exit status for a time limit, as in timeout(1).
 EXIT_TIMED_OUT = 124
 
-#: The exit status for failures of vmctl itself, if other statuses are a command's, as in docker(1).
+#: The exit status for failures of vmctl itself, if a command determines the other statuses, as in docker(1).
 EXIT_OWN_FAILURE = 125
 
-#: Errors of write(2). Without a file name, the error is standard output's.
+#: Errors of write(2). An error without a file name concerns standard output.
 _OF_FILES = (EDQUOT, EFBIG, EIO, ENOSPC)
 
 #: The exit status for SIGINT, as in a shell.

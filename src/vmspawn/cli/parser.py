@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.headings: dict[str, list[str]] = {}
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """Add an argument, as argparse does. One with nargs="*" is optional in messages too."""
+        """Add an argument, as argparse does. An argument with nargs="*" is optional in messages too."""
         if settings.get("nargs") == "*" and names and not names[0].startswith("-"):
             settings.setdefault("default", [])
         return super().add_argument(*names, **settings)

@@ -201,7 +201,8 @@ def _detach(options: argparse.Namespace) -> None:
     elif pending:
         say(
             options,
-            f"Detached {options.disk} by force: the image is closed. The guest gets I/O errors until it releases it.",
+            f"Detached {options.disk} by force: the image is closed. "
+            "The guest gets I/O errors until it releases the disk.",
         )
     else:
         say(options, f"Detached {options.disk}")
@@ -222,7 +223,7 @@ def _newest_data(machine: str, disk: dict[str, Any]) -> str:
 
 
 def _is_of_copy(overlay: str) -> bool:
-    """Return whether an overlay in a MACHINE@current belongs to a copy. An unreadable manifest counts as no copy."""
+    """Return whether an overlay in a MACHINE@current belongs to a copy. Returns False if its manifest is unreadable."""
     from ...snapshots.directory import OpenSnapshot
 
     parent, full_name = os.path.split(os.path.dirname(overlay))
@@ -238,7 +239,7 @@ def _find(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _detaching_client(options: argparse.Namespace, timeout: float) -> Client:
-    """Connect to the machine. By force, the guest's time begins when the storage has answered all requests."""
+    """Connect to the machine. With --force, the guest's time begins when the storage has answered all requests."""
     if options.force:
         return Client(options.machine, timeout=REPLY_TIMEOUT + timeout)
     return client_waiting_for_guest(options, timeout)

@@ -20,7 +20,7 @@ def add(verbs: Verbs) -> None:
     execute = verbs.add_for_machine("exec", _exec, "run a command in the guest", "[OPTION…] [--] COMMAND [ARGUMENT…]")
     execute.add_argument("command", metavar="COMMAND", help="program in the guest; its PATH is searched")
     execute.end_options_here()
-    execute.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="argument, passed as it is")
+    execute.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="argument, passed unchanged")
     execute.add_argument("-n", "--no-stdin", action="store_true", help="run the command without standard input")
     execute.add_argument("-t", "--tty", action="store_true", help="run the command on a terminal")
     execute.add_argument("-u", "--uid", metavar="USER", help="run the command as this user of the guest")

@@ -16,7 +16,7 @@ from .replies import MACHINE
 
 def add_path(parser: argparse.ArgumentParser, **settings: Any) -> None:
     """Add the argument that names an image."""
-    parser.add_argument("path", metavar="PATH", help="image or block device, opened as you", **settings)
+    parser.add_argument("path", metavar="PATH", help="image or block device, opened with your permissions", **settings)
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:

@@ -45,7 +45,7 @@ def add(verbs: Verbs) -> None:
         action="store_true",
         help="detach disks that cannot be saved, and attach them again afterwards",
     )
-    fork = verbs.add("fork", _fork, "start copies of a machine, which run at once", "MACHINE[@NAME] [NEW…]")
+    fork = verbs.add("fork", _fork, "start copies of a machine from a snapshot", "MACHINE[@NAME] [NEW…]")
     _add_snapshot(fork)
     fork.add_argument("names", metavar="NEW", nargs="*", help="names of the copies (default: one, MACHINE-forkN)")
     copy_options.add(fork)
@@ -129,7 +129,7 @@ def _fork(options: argparse.Namespace) -> None:
         for each in found_there:
             say(options, f"{copy}: {forward_text(each)}")
     if stale:
-        say(options, f"clock: as saved (no agent runs in {', '.join(stale)})")
+        say(options, f"the clock shows the time of the snapshot: no agent runs in {', '.join(stale)}")
 
 
 @contextlib.contextmanager

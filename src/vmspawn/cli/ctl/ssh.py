@@ -27,10 +27,12 @@ def add(verbs: Verbs) -> None:
     ssh.exit_usage = EXIT_OWN_FAILURE
     ssh.add_argument("machine", metavar="[USER@]MACHINE", help="name of the machine; see: vmctl list (user: root)")
     ssh.end_options_here()
-    ssh.add_argument("command", metavar="COMMAND", nargs="*", help="command for the shell of the user in the guest")
+    ssh.add_argument("command", metavar="COMMAND", nargs="*", help="command that the user's shell runs in the guest")
     ssh.add_argument("-t", "--tty", action="store_true", help="run the command on a terminal")
     config = verbs.add("ssh-config", _config, "print a configuration for ssh, scp, rsync and others", "[MACHINE…]")
-    config.add_argument("machines", metavar="MACHINE", nargs="*", help="name of a machine (default: all with a key)")
+    config.add_argument(
+        "machines", metavar="MACHINE", nargs="*", help="name of a machine (default: all machines with an SSH key)"
+    )
 
 
 def _ssh(options: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ _NEWS = {
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Add the option to one of the three verbs."""
-    parser.add_argument("--wait", action="store_true", help="wait until it is done, and report progress")
+    parser.add_argument("--wait", action="store_true", help="wait for the operation to complete, and report progress")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -29,7 +29,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="adopt the machine if it runs without a manager, else start it",
     )
-    # A program that starts vmspawn in the background gets a byte there once the machine is up: 1 if its clock is right.
+    # For programs that start vmspawn in the background. When the machine is up, vmspawn writes a byte to it:
+    # 1 if the guest's clock is right, else 0.
     group.add_argument("--ready-fd", metavar="FD", type=whole_number, help=argparse.SUPPRESS)
 
 

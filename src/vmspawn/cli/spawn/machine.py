@@ -38,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--ram-backing",
         choices=BACKINGS,
         default=BACKINGS[0],
-        help="keep the memory in a file, which copies of the machine share (default: %(default)s)",
+        help="with file, keep the memory in a file, which copies of the machine share (default: %(default)s)",
     )
     group.add_argument("--kvm", metavar="BOOL|auto", default="auto", help="use KVM (default: %(default)s)")
     group.add_argument(

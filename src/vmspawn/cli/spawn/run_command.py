@@ -37,7 +37,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def apply(options: argparse.Namespace, config: MachineConfig) -> MachineConfig:
-    """Return the configuration for a machine with a command, whose streams are not the console's."""
+    """Return the configuration for a machine whose standard streams a command uses, not the console."""
     if options.run is None:
         return config
     if not config.agent:
