@@ -77,7 +77,7 @@ def _compile(architecture: str, path: Path) -> None:
 
 
 def is_native(architecture: str) -> bool:
-    """Return whether the architecture is this host's."""
+    """Return whether the architecture is that of this host."""
     return os.uname().machine == architecture
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Packs files and directories of the host into a tar archive, in the format that every tar in a guest reads.
 
-A directory has two members: one before its content, which creates it, and one after it with the permissions and time,
-which the content would change. A file with holes is empty in the archive. Its data is sent separately, because tar of
-busybox does not support holes.
+A directory has two members. The first precedes the directory's content, and creates the directory. The second follows
+the content, and sets the permissions and the time, which unpacking the content would change or prevent. A file with
+holes is empty in the archive. Its data is sent separately, because tar of busybox does not support holes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Packer:
     def _refuse(self, path: str) -> None:
         why = f"{path!r} is a device, a socket or a pipe"
         if not self._skip_special:
-            raise CopyFailed.with_fields("{why}", hint="leave out such files with {skip_special=True}", why=why)
+            raise CopyFailed.with_fields("{why}", hint="leave out special files with {skip_special=True}", why=why)
         self.skipped.append(why)
 
     def blocks(self) -> Iterator[bytes]:
@@ -148,7 +148,9 @@ class Packer:
 
 
 def data_of(file: SparseFile, pieces: Sequence[Piece]) -> Iterator[bytes]:
-    """Yield the data of some pieces of a file, each in whole units: zeros fill the last. Raises as `blocks` does."""
+    """Yield the data of some pieces of a file, each in whole units: zeros fill the last. Raises the errors of
+    `blocks`.
+    """
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

@@ -26,7 +26,7 @@ def place(work: str, root: str, target: str, unpacked: Unpacked) -> None:
         new: list[tuple[str, str]] = []
         _move(source, target, root, new)
         folders = [(path, final) for path, final in new if path in unpacked.folders]
-        # A directory follows the directories in it, because its permissions may deny access or let others write.
+        # Inner directories come first: the permissions of the outer one may deny access, or let other users write.
         for path, final in sorted(_below(folders, unpacked), reverse=True):
             unpacked.finish(path, final)
     except OSError as error:

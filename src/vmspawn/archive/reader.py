@@ -96,7 +96,7 @@ class Reader:
     """Reads an archive member by member: after each of `members`, `content` may be called once."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        """`stream` is a BufferedReader, whose `read` returns less than asked for only at the end."""
+        """Begin at the first member. `stream` is a BufferedReader: its `read` returns less only at the end."""
         self._stream = stream
         #: Unread bytes of the current member's content and padding.
         self._left = 0

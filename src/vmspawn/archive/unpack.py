@@ -132,11 +132,11 @@ class _Unpacker:
         if name.startswith("/") or ".." in parts or not parts or parts[0] != self._root:
             raise CopyFailed(f"the guest sent {name!r}, which is not below {self._root!r}")
         if len(parts) > _DEPTH_MAX:
-            raise CopyFailed(f"the guest sent directories nested more than {_DEPTH_MAX} deep")
+            raise CopyFailed(f"the guest sent directories nested more than {_DEPTH_MAX} levels deep")
         path = "/".join(parts)
         parent = path.rpartition("/")[0]
         if parent and parent not in self._found.folders:
-            raise CopyFailed(f"the guest sent {path!r} without its directory before it")
+            raise CopyFailed(f"the guest sent {path!r} before its directory")
         return path
 
     def _make(self, path: str, member: Member, reader: Reader) -> None:
@@ -188,7 +188,7 @@ class _Unpacker:
     def _make_file(self, path: str, member: Member, reader: Reader) -> None:
         self._room -= member.data_size
         if self._room < 0:
-            raise CopyFailed(f"{path!r} does not fit: it has {member.data_size} bytes, which is more than is free")
+            raise CopyFailed(f"there is not enough free space for {path!r}, which has {member.data_size} bytes")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(path, flags, 0o600, dir_fd=self._fd)
         try:
@@ -202,7 +202,7 @@ class _Unpacker:
             os.close(fd)
 
 
-_SKIP_HINT = "leave out such files with {skip_special=True}"
+_SKIP_HINT = "leave out special files with {skip_special=True}"
 
 
 def _leads_out(path: str, target: str) -> bool:

@@ -20,7 +20,7 @@ from .kernel import Kernel, find_kernel
 from .modules import modules_alias, modules_dep
 from .packages import Fetcher
 
-#: Modules that are loaded at boot, in this order; the console's come first. Some kernels have some of them built in.
+#: Modules that are loaded at boot, in this order, the console's first. Some kernels have some of them built in.
 BOOT_MODULES = (
     "virtio_pci",
     "virtio_console",

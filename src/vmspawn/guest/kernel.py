@@ -39,7 +39,7 @@ class Kernel:
 
 
 def find_kernel(architecture: str, fetcher: Fetcher, on_progress: Callable[[str], None]) -> Kernel:
-    """Return the distribution's kernel if it can be fetched, else the host's. Raises GuestError."""
+    """Return the distribution's kernel if it can be fetched, else the host's kernel. Raises GuestError."""
     errors: list[GuestError] = []
     for source in (_distribution_kernel, _running_kernel):
         try:

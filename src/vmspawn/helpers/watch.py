@@ -37,7 +37,7 @@ class Watch:
         return lost
 
     def failed(self) -> str:
-        """Describe the failure of a helper, or return an empty string. An exit that follows QEMU's is not a failure."""
+        """Describe the failure of a helper, or return an empty string. An exit after QEMU's exit is not a failure."""
         return self._describe(lambda process: process.ended.is_set() and process.status != 0)
 
     def _describe(self, blamed: Callable[[Process], bool]) -> str:

@@ -30,7 +30,7 @@ _RECEIVE_SIZE = 4096
 _COUNT_INTERVAL = 0.005
 _COUNT_INTERVAL_MAX = 0.2
 
-#: Seconds after which a question is asked again: the agent drops an answer that its port does not take for a second.
+#: Seconds after which a question is asked again: the agent drops an answer that is not sent within a second.
 _ASK_AGAIN = 5.0
 
 #: The maximum number of seconds that count as the time for one answer.
@@ -122,12 +122,12 @@ class Agent:
         """Wait until the guest knows `count` ports of a set. Returns False if it does not notice them in time.
 
         An agent that does not answer is waited for: a guest that is too busy to run the agent is too busy to notice
-        ports. So each answer takes at most `_ANSWER_MAX` of the `timeout`, which starts again when the count changes.
+        ports. So each answer uses at most `_ANSWER_MAX` of the `timeout`, which starts again when the count changes.
         """
         return await self._until(Ports, ports, protocol.count_ports(ports), count, timeout)
 
     async def has_connected(self, ports: str, count: int, timeout: float) -> bool:
-        """Wait until `count` ports of a set that no command uses are connected; otherwise as `knows_ports`."""
+        """Wait until `count` ports of an unused set are connected. Returns False as `knows_ports` does."""
         return await self._until(Connected, ports, protocol.count_connected(ports), count, timeout)
 
     async def _until(

@@ -156,7 +156,7 @@ class Execution:
         self._commands.agent.send(protocol.resize(self.id, rows, columns))
 
     def signal(self, number: int) -> None:
-        """Send a signal to the command's process group. Raises UsageError if there is no such signal."""
+        """Send a signal to the command's process group. Raises UsageError for an unknown signal."""
         self._commands.agent.send(protocol.signal(self.id, number))
 
     def fail(self, error: VmspawnError) -> None:
@@ -233,7 +233,7 @@ class Commands:
     """The commands of one machine."""
 
     def __init__(self, machine: Running) -> None:
-        """Raises NotSupported if the machine has no port for the agent."""
+        """Prepare to run commands. Raises NotSupported if the machine has no port for the agent."""
         self._machine = machine
         path = machine.directory.file(runtime.QEMU_AGENT)
         if not os.path.exists(path):
@@ -354,7 +354,7 @@ class Commands:
         if not machine.is_running:
             return Timeout(f"{late}: the machine is {machine.status}", hint=f"see: vmctl resume {machine.name}")
         return Timeout(
-            late, hint="the guest may still boot, or has no agent; for images of your own see: vmctl help agent"
+            late, hint="the guest may still boot, or has no agent; to add the agent to an image, see: vmctl help agent"
         )
 
     def _send(self, execution: Execution) -> None:
@@ -389,7 +389,7 @@ class Commands:
 
     def _find(self, id: str) -> Execution:
         if (execution := self._running.get(id)) is None:
-            raise NotConnected(f"no command {id} runs")
+            raise NotConnected(f"command {id} does not run")
         return execution
 
     def _on_message(self, message: Refused | Done | Lost) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies files to and from a guest, as tar archives through commands in it.
+"""Copies files to and from a guest, as tar archives through commands in the guest.
 
 The calls block, and use a thread for each stream. The caller passes a function that starts a command.
 
 A copy is made in a work directory beside its target, and moved to its place when it is complete. The work directory is
-.vmspawn-copy-XXXX. In the guest it remains if the guest or the command ends before that.
+.vmspawn-copy-XXXX. It remains in the guest if the guest or the command ends before the copy is complete.
 """
 
 from __future__ import annotations

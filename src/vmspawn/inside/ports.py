@@ -96,7 +96,7 @@ class AttachedPort(Attachment):
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A stream to the guest: the client's end, and a copy of QEMU's end, which shows that the client's was closed."""
+    """A stream to the guest: the client's end, and a copy of QEMU's end, which shows when the client closes its end."""
 
     ours: socket.socket
     theirs: socket.socket

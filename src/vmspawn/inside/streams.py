@@ -75,7 +75,7 @@ class Streams:
     """The sets of one machine."""
 
     def __init__(self, ports: Ports, agent: Agent, tasks: Tasks, most: int) -> None:
-        """`tasks` run work that outlives its caller. The controller has room for `most` sets."""
+        """Begin without ports. `tasks` run work that outlives its caller. The controller has room for `most` sets."""
         self._ports = ports
         self._agent = agent
         self._tasks = tasks
