@@ -147,7 +147,7 @@ def test_qemu_killed_without_a_manager(machine: Survivor) -> None:
     machine.kill_qemu()
     done = vmspawn("--adopt", "-M", machine.name)
     assert done.returncode == 1
-    assert f"machine {machine.name} has ended while it had no manager; removed what it left" in done.stderr
+    assert f"machine {machine.name} has ended while it had no manager; its files were removed" in done.stderr
     assert is_gone(machine.name)
 
 

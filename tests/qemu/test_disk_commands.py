@@ -178,7 +178,7 @@ def test_a_usage_error_keeps_its_exit_status_after_its_prefix(machine: Spawned) 
         2,
         [
             "vmctl: cannot bind fs:a: no storage providers: XDG_RUNTIME_DIR is not set",
-            "       use those of the system with --system",
+            "       use the system's providers with --system",
         ],
     )
 

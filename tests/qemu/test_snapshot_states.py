@@ -20,7 +20,7 @@ _REFUSED = {
     "watchdog": "vmctl resume",
     "inmigrate": "vmctl resume",
     "postmigrate": "vmctl resume",
-    "finish-migrate": "wait for the end of that",
+    "finish-migrate": "wait until the operation has completed",
 }
 
 #: States that differ from another one of the table by their names alone.

@@ -52,7 +52,7 @@ def test_a_message_in_pieces_is_found_once(cuts: list[int], before: bytes) -> No
 
 QUIT = End.terminated()
 OFF = End("guest-shutdown", "the guest powered off", True)
-RESET = End("guest-reset", "the guest asked for a reboot, which this machine does not do", True)
+RESET = End("guest-reset", "the guest requested a reboot, which this machine does not support", True)
 DIED = End("qemu-died", "QEMU died of SIGSEGV", False)
 
 

@@ -112,7 +112,7 @@ def test_an_empty_path_is_none() -> None:
         (["--kvm=maybe"], "--kvm=maybe is neither yes nor no"),
         (["--shutdown-timeout=-1"], "--shutdown-timeout=-1 is not a number of seconds"),
         (["--shutdown-timeout=nan"], "--shutdown-timeout=nan is not a number of seconds"),
-        (["--uuid=00000000-0000-0000-0000-000000000000"], "stands for no UUID"),
+        (["--uuid=00000000-0000-0000-0000-000000000000"], "is the nil UUID"),
         (["--bind=/a:/"], "--bind=/a:/ would hide the guest's root"),
         (["--bind-ro=/"], "--bind-ro=/ would hide the guest's root"),
     ],

@@ -41,7 +41,8 @@ def adopt(config: MachineConfig) -> Started:
         if not pid:
             directory.remove()
             raise NotConnected(
-                f"machine {config.name} has ended while it had no manager; removed what it left", hint="start it again"
+                f"machine {config.name} has ended while it had no manager; its files were removed",
+                hint="start it again",
             )
         with _explain_refusal(directory, pid):
             started = _connect(state, pid, config, directory, undo)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Delivers the agent to an image as credentials for its systemd. The built-in guest contains the agent.
 
-This module is on the start path. Modules that find and compress the agent are imported only for such an image.
+This module is on the start path. Modules that find and compress the agent are imported only for an image that gets the
+agent.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class BootDisk(Record):
         return own if self.below is None else [*own, self.below.fd]
 
     def close(self) -> None:
-        """Close the descriptors; QEMU has its own by then. May be called again."""
+        """Close the descriptors, after QEMU has inherited them. May be called again."""
         for image in self.images:
             image.close_backing()
         if self.below is not None:

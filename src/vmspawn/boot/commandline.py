@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes QEMU's command line, concern by concern, each option and its value on one line."""
+"""Writes QEMU's command line: one function for each group of options, each option and its value on one line."""
 
 from __future__ import annotations
 

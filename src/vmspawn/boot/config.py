@@ -210,7 +210,7 @@ def _check_boot(config: MachineConfig) -> None:
     if config.directory_rw and not config.is_userland:
         raise UsageError.with_fields(
             "{directory_rw=True} needs {guest=builtin} and {directory=}",
-            hint="without a guest, the directory is writable",
+            hint="without {guest=builtin}, the directory is writable",
         )
     if config.modules and not (config.guest and config.linux):
         raise UsageError.with_fields(
@@ -222,7 +222,7 @@ def _check_boot(config: MachineConfig) -> None:
         raise UsageError.with_fields("{ephemeral=True} does not work with {extra_disks=}", hint=_LEAVE_ONE_OUT)
     if config.binds and config.guest:
         raise UsageError.with_fields(
-            "{binds=} needs systemd in the guest to mount it, and the built-in guest has none",
+            "{binds=} needs systemd in the guest to mount the directories, and the built-in guest has none",
             hint="boot an image instead",
         )
     if config.initrd and not config.linux:
@@ -236,7 +236,7 @@ def _check_boot(config: MachineConfig) -> None:
 
 _LEAVE_ONE_OUT = "leave out one of them"
 
-#: Fields with which the built-in guest does not start from a booted copy: the copy would lack these, or not be saved.
+#: Fields that exclude a start from a booted copy: the copy would lack these objects, or could not be saved.
 _NOT_WARM = ("image", "extra_disks", "volumes", "qemu_arguments", "linux", "directory", "forwards")
 
 
@@ -264,7 +264,7 @@ def _with_cloud_init(config: MachineConfig) -> MachineConfig:
 
 
 def _with_ssh(config: MachineConfig) -> MachineConfig:
-    """Return the configuration with a forward to the guest's SSH server. Raises UsageError without such a server."""
+    """Return the configuration with a forward to the guest's SSH server. Raises UsageError if the guest has none."""
     if config.guest and (not config.directory or config.directory_rw):
         raise UsageError.with_fields(
             "{pass_ssh_key=} needs an SSH server in the guest, and the built-in guest has none",
@@ -293,7 +293,7 @@ def _check_uuid(text: str) -> None:
             "{uuid={text}} is not a UUID", hint="write 32 hexadecimal digits, with or without dashes", text=text
         )
     if not digits.strip("0"):
-        raise UsageError.with_fields("{uuid={text}} stands for no UUID", hint="make one with: uuidgen", text=text)
+        raise UsageError.with_fields("{uuid={text}} is the nil UUID", hint="make one with: uuidgen", text=text)
 
 
 def _default_name(config: MachineConfig) -> str:

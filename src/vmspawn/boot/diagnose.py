@@ -19,7 +19,7 @@ def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str)
     if "lock" in log and "Failed to get" in log and blamed is not None:
         return StartError(
             f"cannot use {blamed.disk.path}: {_holder(machine, blamed)} uses the image (QEMU could not lock it)",
-            hint="shut down the other machine, or give this one a copy",
+            hint="shut down the other machine, or use a copy of the image",
         )
     message = lines[0].partition("qemu-system-")[2].partition(": ")[2] or lines[0]
     if blamed is not None:

@@ -2,8 +2,8 @@
 """Finds the firmware that QEMU's firmware descriptors offer and that meets the user's requirements.
 
 A descriptor is a JSON file that a firmware's package installs (QEMU's docs/interop/firmware.json). The files of all
-directories are tried in the order of their names. A file hides the files of its name in later directories, and an empty
-file hides them without offering a firmware.
+directories are tried in the order of their names. A file hides the files of the same name in later directories, and an
+empty file hides them without offering a firmware.
 """
 
 from __future__ import annotations

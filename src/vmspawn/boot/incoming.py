@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Rewrites the command line of a running QEMU for a copy of its machine.
 
-The copy must have the same devices, so its command line is the source's, whichever vmspawn wrote it. The machine's
-name, the monitors, the host's end of the console, and all disks are removed and written again. The command line has the
-numbers of the descriptors that the source inherited; `Recorded.descriptors` lists them.
+The copy must have the same devices, so it gets the source's command line, even if another version wrote it. The
+machine's name, the monitors, the host's end of the console, and all disks are removed and written again. The command
+line has the numbers of the descriptors that the source inherited; `Recorded.descriptors` lists them.
 
 This module is on the start path and imports next to nothing.
 """
@@ -69,7 +69,7 @@ def record(arguments: Sequence[str], machine_type: str) -> Recorded:
 
 
 def parse(arguments: Sequence[str]) -> Iterator[Option]:
-    """Split arguments into options. A value follows each option that is no switch."""
+    """Split arguments into options. A value follows each option that is not a switch."""
     rest = iter(arguments)
     for name in rest:
         yield Option(name) if name in _SWITCHES else Option(name, next(rest, None))
@@ -145,7 +145,8 @@ def rebuild(
 ) -> list[str]:
     """Return the arguments of a copy.
 
-    `places` has the options for each placeholder. `descriptors` has the copy's descriptor for each of the source's.
+    `places` has the options for each placeholder. `descriptors` has the copy's descriptor for each descriptor of the
+    source.
     """
 
     def path(found: re.Match[str]) -> str:
@@ -212,7 +213,7 @@ def _file_of(node: dict[str, object]) -> dict[str, object] | None:
 def take_node(options: Sequence[Option], name: str) -> tuple[list[Option], dict[str, object], int]:
     """Take a block node, and the descriptor set that it is on, out of the options.
 
-    Returns the other options, the node, and the source's descriptor; without such a node, {} and -1.
+    Returns the other options, the node, and the source's descriptor; if the node does not exist, {} and -1.
     """
     node = next((each for each in _nodes(options) if each.get("node-name") == name), {})
     file = node.get("file")

@@ -35,7 +35,7 @@ from .state import SavedQemu, SavedSessions, boot_storage, open_journal
 #: The backlog of QEMU's sockets. There is one connection, and another one after an adoption.
 _BACKLOG = 4
 
-#: Bytes of output that a virtio console has room for, the most that a process may ask for. QEMU drops the rest.
+#: The capacity in bytes of a virtio console's output pipe: the maximum without privileges. QEMU drops the excess.
 _VIRTIO_CAPACITY = 1 << 20
 
 _DESCRIPTOR = "^/proc/self/fd(/[0-9]+)?/?"
@@ -70,7 +70,7 @@ def launch(
 ) -> Started:
     """Launch QEMU.
 
-    `notice` is called with each line for every user, `detail` with each line for users who want more. `on_begin` is
+    `notice` is called with lines that every user should see, `detail` with lines of verbose output. `on_begin` is
     called after the steps that may take long, before the first step that has to be undone.
 
     Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
@@ -121,7 +121,7 @@ def check_display(config: MachineConfig) -> None:
     if config.console == "gui" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise StartError.with_fields(
             "{console=gui} needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set",
-            hint="start it in a graphical session, or use another {console=}",
+            hint="start the machine in a graphical session, or use another {console=}",
         )
 
 

@@ -38,7 +38,7 @@ def check(size: int, growth: Growth | None) -> None:
         return
     if growth.maximum <= size:
         raise UsageError.with_fields(
-            "{ram_growth=} has a maximum of {maximum} bytes, which is no more than the size of {size}",
+            "{ram_growth=} has a maximum of {maximum} bytes, which does not exceed the size of {size}",
             hint="use a larger maximum, or leave it out",
             maximum=growth.maximum,
             size=size,
@@ -59,8 +59,9 @@ def size_argument(size: int, growth: Growth | None) -> str:
 def in_file(size: int, owned: Owned) -> Extras:
     """Return the arguments that keep the guest's memory in a file, and the file.
 
-    The file has no name, so the kernel frees it when QEMU ends. It takes only the room that the guest uses. Room for
-    all of the memory must be free, because the kernel kills a QEMU that finds none. Raises StartError.
+    The file has no name, so the kernel frees it when QEMU ends. The file grows as the guest uses its memory.
+    Enough space for all of the memory must be free, because the kernel kills a QEMU that runs out of space. Raises
+    StartError.
     """
     fd = owned.lend(_memory_file(size))
     backend = f"memory-backend-file,id=mem,size={size}B,mem-path=/proc/self/fd/{fd},share=on"

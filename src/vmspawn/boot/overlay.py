@@ -42,8 +42,8 @@ class Below:
 def overlay(base: Backing, image_format: str, *, path: str, folder: str, grow_to: int | None) -> tuple[Backing, Below]:
     """Make a qcow2 overlay over an image that is open for reading, in `folder` or, if that is impossible, in memory.
 
-    The caller owns both results, the second of which holds the descriptor of `base`; `base` stays the caller's on
-    failure. Raises StartError, UsageError.
+    The caller owns both results, the second of which holds the descriptor of `base`; on failure the caller keeps
+    `base`. Raises StartError, UsageError.
     """
     file = {"driver": "host_device" if base.is_block_device else "file", "filename": f"/dev/fdset/{BASE_FDSET}"}
     node = {"driver": image_format, "node-name": BASE_NODE, "read-only": True, "file": {**file, "read-only": True}}
@@ -105,7 +105,7 @@ def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backin
     if image_format != "raw":
         grow_it = "grow it with: qemu-img resize {path} {size}"
         raise UsageError.with_fields(
-            "{grow_image=} does not grow a {format} image, unless with {ephemeral=True}: {path}",
+            "{grow_image=} does not grow a {format} image without {ephemeral=True}: {path}",
             hint=grow_it if image_format == "qcow2" else "convert it with: qemu-img convert",
             format=image_format,
             path=path,
@@ -113,7 +113,7 @@ def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backin
         )
     if backing.is_block_device and backing.size < size:
         raise UsageError.with_fields(
-            "{grow_image=} does not grow a block device, unless with {ephemeral=True}: {path} has {size} bytes",
+            "{grow_image=} does not grow a block device without {ephemeral=True}: {path} has {size} bytes",
             hint="grow the device first",
             path=path,
             size=backing.size,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes the initrd for the built-in guest on the user's kernel, or in a directory of the host.
+"""Makes the initrd for a built-in guest that runs on the user's kernel, or in a directory of the host.
 
-Loaded only for such a machine: others start without it.
+The start of any other machine does not load this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .config import MachineConfig
 
 
 def initrd(config: MachineConfig, guests_initrd: str) -> bytes:
-    """Return the built-in guest's initrd, which is a file, followed by one with the modules of the user's kernel.
+    """Return the built-in guest's initrd from its file, followed by an initrd with the modules of the user's kernel.
 
     Raises StartError if the kernel's configuration shows that it cannot run the guest, or GuestError.
     """

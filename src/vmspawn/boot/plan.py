@@ -26,8 +26,8 @@ from .state import Fork
 if TYPE_CHECKING:
     from ..guest.builtin import BuiltinGuest
 
-#: Kernel arguments under emulation, by architecture: on a busy host the kernel's check of the timer fails, and it
-#: panics ("IO-APIC + timer doesn't work").
+#: Kernel arguments under emulation, by architecture: on a busy host the kernel's check of the timer fails, and the
+#: kernel panics ("IO-APIC + timer doesn't work").
 _UNDER_TCG = {"x86_64": ("no_timer_check",)}
 
 #: Kernel arguments by which the user specifies the root.
@@ -51,7 +51,7 @@ class Choices(Record):
     #: The reason why QEMU emulates the guest although the user allows KVM, or an empty string.
     why_emulated: str
     layout: places.Layout
-    #: The kernel that QEMU loads, with the arguments that belong to it; None if the image's boot loader does.
+    #: The kernel that QEMU loads, with the arguments that belong to it; None if the image's boot loader loads it.
     kernel: Kernel | None
 
 
@@ -73,7 +73,7 @@ class Plan(Record):
 
 
 class Reporter(Record):
-    """Prints lines about the start: `notice` for every user, `detail` for a user who wants more."""
+    """Prints lines about the start: `notice` those that every user should see, `detail` verbose output."""
 
     notice: Callable[[str], None]
     detail: Callable[[str], None]
@@ -230,7 +230,7 @@ def _refuse_strings(config: MachineConfig) -> None:
 
 
 def _kernel_arguments(chosen: Choices, of_extras: tuple[str, ...]) -> tuple[str, ...]:
-    """Put the kernel's arguments together. The user's are the last, so that they prevail."""
+    """Put the kernel's arguments together. The user's arguments come last, so that they take precedence."""
     config = chosen.config
     of_kernel = chosen.kernel.arguments if chosen.kernel is not None else ()
     own = (*console.kernel_arguments(config), *of_kernel, *_of_emulation(chosen))
@@ -272,7 +272,7 @@ def _find_root(config: MachineConfig, image: str, architecture: str) -> str:
 
 
 def _passed_by_smbios(chosen: Choices) -> bool:
-    """Return whether a boot loader or a UKI's stub passes the kernel's arguments, and not QEMU's -append."""
+    """Return whether a boot loader or a UKI's stub passes the kernel's arguments, instead of QEMU's -append."""
     if chosen.kernel is None:
         return True
     linux = chosen.config.linux
@@ -289,7 +289,7 @@ def _strings(chosen: Choices, arguments: tuple[str, ...]) -> list[bytes]:
 
 
 def _credentials(config: MachineConfig, own: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yield the credentials by name. The lines of `own` credentials are added to those of the user's."""
+    """Yield the credentials by name. The lines of `own` credentials are added to the user's lines."""
     rest = {name: lines for name, lines in own.items() if lines}
     for each in config.credentials:
         value = credentials.load(each)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Holds a running QEMU with all that its manager needs, as `launch` and `adopt` return it."""
+"""Holds a running QEMU and the objects that its manager needs, as the result of `launch` and `adopt`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _CLIENTS_BACKLOG = 64
 class Incoming(Record):
     """A saved state: its URI in QEMU, whether the guest ran, and the console's earlier output.
 
-    `new_identity` is whether the guest gets a host name, a machine ID and MAC addresses of its own. `has_ram_file` is
-    whether the memory is in a file, and not in the state.
+    `new_identity` is True if the guest gets its own host name, machine ID and MAC addresses. `has_ram_file` is True if
+    the memory is in a file, and not in the state.
     """
 
     uri: str
@@ -49,7 +49,7 @@ class Launched(Record):
     """The origin of a QEMU that this process launched, and which is its child."""
 
     disks: tuple[BootDisk, ...]
-    #: True if BIOS boots the image; False if UEFI does, or QEMU boots a kernel.
+    #: True if BIOS boots the image; False if UEFI boots the image, or QEMU boots a kernel.
     is_bios_boot: bool = False
     #: The saved state that QEMU loads; None if the machine boots.
     incoming: Incoming | None = None

@@ -20,7 +20,7 @@ from .keyboard import TYPED_MAX
 from .streams import READ_SIZE
 from .terminal import Screen, Terminal
 
-#: Bytes of piped input queued for the machine at which reading pauses.
+#: The number of queued bytes at which reading of piped input pauses.
 _PIPED_MAX = 65536
 
 #: Signals that end the command, after the terminal has been restored.

@@ -59,7 +59,7 @@ class ConsoleClient:
             self._watch(self._writer.written)
 
     def finish(self) -> bool:
-        """Close the connection if everything has been sent, and return whether; if not, send the rest first."""
+        """Close the connection after all output has been sent. Returns True if it is closed already."""
         self._is_finishing = True
         if not self._writer.pending:
             self.close()

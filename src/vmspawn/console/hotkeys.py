@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds vmspawn's own key sequences in typed input.
 
-The sequences are systemd-nspawn's: `^]^]^]`, `^]^]r` and `^]^]p`, each typed within a second. All other input goes to
-the guest unchanged and in order. A ^] is held back until the next key or the end of its second decides. The caller
-passes the time.
+The sequences are those of systemd-nspawn: `^]^]^]`, `^]^]r` and `^]^]p`, each typed within a second. All other input
+goes to the guest unchanged and in order. A ^] is held back until the next key, or for a second. The caller passes the
+time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Hotkeys:
         return self._held[0] + WINDOW if self._held else None
 
     def expire(self, now: float) -> bytes:
-        """Return the ^] whose second is over; they are for the guest."""
+        """Return each held ^] that is older than a second, for the guest."""
         late = 0
         while self._held and now >= self._held[0] + WINDOW:
             self._held.popleft()

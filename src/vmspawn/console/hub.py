@@ -42,7 +42,7 @@ class Viewer(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """True while the viewer cannot take more output. It calls `Console.viewer_has_room` when it can again."""
+        """True while the viewer cannot take more output. It then calls `Console.viewer_has_room` when it has room."""
 
     def show(self, data: bytes) -> None:
         """Show output."""

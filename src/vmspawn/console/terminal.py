@@ -13,7 +13,7 @@ _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6
 
 #: Resets the modes that a guest may have set and that a shell does not reset: ends an unfinished control string,
 #: selects the default character set, resets colours, cursor, margins, keypad, mouse and focus reports, bracketed paste
-#: and line wrapping. The sequences are ECMA-48's and xterm's; terminals ignore unknown ones.
+#: and line wrapping. The sequences are those of ECMA-48 and xterm; terminals ignore unknown ones.
 _RESET = b"\x1b\\\x0f\x1b(B\x1b[!p\x1b[0m\x1b[?1000;1002;1003;1004;1006;2004l\x1b[?7h\x1b[?25h"
 
 # The alternate screen is left only if the guest entered it, because leaving it moves the cursor.

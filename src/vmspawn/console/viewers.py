@@ -64,7 +64,7 @@ class OutputViewer:
 
     def _on_lost(self, error: OSError) -> None:
         self._console.detach(self)
-        # A closed pipe is no error: its reader has read enough.
+        # A closed pipe is not an error: its reader has read enough.
         if stat.S_ISREG(os.fstat(self._output.fd).st_mode):
             self._on_failed(error)
 

@@ -41,7 +41,7 @@ class Registration(Record):
 
     @property
     def user(self) -> bool:
-        """True for the user's service manager, False for the system's."""
+        """True for the user's service manager, False for the system's service manager."""
         return self.scope == "user" if self.scope else os.geteuid() != 0
 
     @property
@@ -137,7 +137,7 @@ async def register(registration: Registration, candidate: Candidate, notice: Cal
 
 
 async def _forget_former(path: str, candidate: Candidate) -> None:
-    """Unregister this QEMU if a dead manager, which is its supervisor for machined, has registered it.
+    """Unregister this QEMU if a dead manager registered it, because machined takes the manager for its supervisor.
 
     Raises VmspawnError if machined does not run.
     """

@@ -78,7 +78,7 @@ def runtime_root() -> str:
     if user := os.environ.get("XDG_RUNTIME_DIR"):
         return os.path.join(user, "vmspawn")
     raise UsageError(
-        "no runtime directory: XDG_RUNTIME_DIR is not set", hint="set VMSPAWN_RUNTIME_DIR to a directory of yours"
+        "no runtime directory: XDG_RUNTIME_DIR is not set", hint="set VMSPAWN_RUNTIME_DIR to a directory that you own"
     )
 
 
@@ -94,7 +94,7 @@ def prepare_root() -> str:
     except OSError as error:
         raise StartError(
             f"cannot use the runtime directory {root}: {error.strerror}",
-            hint="set VMSPAWN_RUNTIME_DIR to a directory of yours",
+            hint="set VMSPAWN_RUNTIME_DIR to a directory that you own",
         ) from None
     return root
 
@@ -378,7 +378,7 @@ def is_starting(path: str) -> bool:
 
 
 def lock_holder(path: str) -> int:
-    """Return the process id of the manager that holds a directory's lock, or 0 if none does or it is not visible."""
+    """Return the process id of the manager that holds a directory's lock, or 0 if it is not known."""
     try:
         inode = os.stat(path).st_ino
         with open("/proc/locks", "rb") as file:
@@ -428,7 +428,7 @@ def process_of_thread(tid: int) -> int:
 
 
 def age(started: int) -> float:
-    """Return the seconds since a result of `start_time`."""
+    """Return the seconds since a time that `start_time` returned."""
     import time
 
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")

@@ -2,7 +2,7 @@
 """Runs QEMU in a scope unit of its own, with a slice and properties that the user chooses.
 
 systemd-run makes the unit, because it knows every property and its type: it asks the service manager for the scope,
-moves itself into it, and becomes QEMU. Process id, descriptors and exit status stay those of one process.
+moves itself into it, and becomes QEMU. The process keeps its id, its descriptors and its exit status.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int
 
 @contextlib.contextmanager
 def _not_inherited(descriptors: list[int]) -> Iterator[None]:
-    """Keep descriptors from the child that posix_spawn(3) cannot close, because they are above a lowered limit."""
+    """Make descriptors not inheritable that posix_spawn(3) cannot close, because they are above a lowered limit."""
     for fd in descriptors:
         os.set_inheritable(fd, False)
     try:
@@ -89,7 +89,7 @@ def _inheritable() -> list[int]:
 def kill_child(pid: int) -> None:
     """Kill a child that still runs, and reap it. A child that was reaped already is left alone."""
     try:
-        # A child that was not reaped keeps its number, so the number cannot be another process's.
+        # A child that was not reaped keeps its number, so the number cannot belong to another process.
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return

@@ -78,6 +78,6 @@ def _socket_path(provider: str, *, user: bool) -> str:
     if not base:
         raise UsageError.with_fields(
             "no storage providers: XDG_RUNTIME_DIR is not set",
-            hint="use those of the system with {registration.scope=system}",
+            hint="use the system's providers with {registration.scope=system}",
         )
     return os.path.join(base, "systemd", _INTERFACE, provider)

@@ -155,7 +155,9 @@ class Client:
     def take_descriptor(self, index: int) -> int:
         """Return the descriptor with the number `index` in the last reply. The caller owns it. Raises VmspawnError."""
         if not 0 <= index < len(self._descriptors):
-            raise ProtocolError(f"{self.service} named descriptor {index} and sent {len(self._descriptors)}")
+            raise ProtocolError(
+                f"{self.service} refers to descriptor {index}, but sent {len(self._descriptors)} descriptors"
+            )
         return self._descriptors.pop(index)
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:

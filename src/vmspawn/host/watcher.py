@@ -40,7 +40,7 @@ def command(path: str, files: tuple[str, ...], processes: tuple[int, ...]) -> li
 def _main(path: str, files: str, *processes: str) -> None:
     os.chdir("/")
     watched = [_open(process) for process in processes]
-    # The program holds the directory's lock, so the directory is still this machine's.
+    # The program holds the directory's lock, so the directory still belongs to this machine.
     inode = _inode(path)
     if all(fd >= 0 for fd in watched):
         poll = select.poll()
@@ -145,7 +145,7 @@ def _remove(path: str, files: list[str]) -> None:
     for name in files:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(path, name))
-    # Other files in the directory are not vmspawn's.
+    # Other files in the directory do not belong to vmspawn.
     with contextlib.suppress(OSError):
         os.rmdir(path)
 

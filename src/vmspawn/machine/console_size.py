@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Passes the size of the console's window to the guest.
 
-QEMU's command for that, `chardev-window-size-changed`, is tried once; no release up to 11.1 has it. The
+QEMU's command `chardev-window-size-changed` is tried once; no release up to 11.1 has it. The
 built-in guest also gets the size through its own port.
 """
 

@@ -19,7 +19,7 @@ _SANDBOXED = "its sandbox forbids what it tried, such as starting a program (-sa
 #: A message for each of QEMU's ShutdownCause (qapi/run-state.json), and True for an end on request.
 _CAUSES = {
     "guest-shutdown": ("the guest powered off", True),
-    "guest-reset": ("the guest asked for a reboot, which this machine does not do", True),
+    "guest-reset": ("the guest requested a reboot, which this machine does not support", True),
     "guest-panic": ("the guest's kernel panicked", False),
     "host-qmp-quit": ("the machine was terminated", True),
     "host-signal": ("QEMU was ended by a signal", False),
@@ -75,7 +75,7 @@ class End(NamedTuple):
     def after(self, *, panic: str, limit: float | None) -> End:
         """Return the end of a machine whose guest had panicked, or that lasted longer than a limit.
 
-        A guest that powered off by itself had not panicked, whatever it printed.
+        A guest that powered off by itself did not panic, even if it printed the text of a panic.
         """
         if limit is not None and self.reason in _TERMINATED:
             return End(TIME_LIMIT, f"the machine was ended after {limit:g} s" + (f"; {panic}" if panic else ""), False)
@@ -89,7 +89,7 @@ class End(NamedTuple):
 
 
 class MachineEvents:
-    """A machine's events from now on, QEMU's and vmspawn's, for one reader. The last one is MachineEnded.
+    """The events of QEMU and vmspawn from now on, for one reader. The last one is MachineEnded.
 
     Iterate over it, and close it or use it in `with`.
     """

@@ -95,7 +95,7 @@ async def cancel(monitor: Monitor) -> None:
             with monitor.events() as events:
                 if (await monitor.execute("query-migrate")).get("status") in UNDER_WAY:
                     await monitor.execute("migrate_cancel")
-                    await until_ended(events, "was saved")
+                    await until_ended(events, "saved its state")
             # QEMU refuses `cont` until it has left this state, some time after the migration's last event.
             while await _is_finishing(monitor):  # noqa: ASYNC110 - no event reports it
                 await asyncio.sleep(_STATE_INTERVAL)

@@ -35,7 +35,7 @@ class Power:
             raise run_states.refusal("pause", "suspended")
 
     async def resume(self) -> None:
-        """Let the guest's processors run. Raises NotSupported in states in which QEMU cannot."""
+        """Let the guest's processors run. Raises NotSupported in states in which QEMU cannot resume them."""
         rule = await self._rule("resume")
         if rule.command == "system_wakeup":
             await self._wake()

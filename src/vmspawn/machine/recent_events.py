@@ -45,7 +45,7 @@ def is_of_command(event: Event) -> bool:
 
 
 class RecentEvents:
-    """The last events of a machine, QEMU's and vmspawn's, as its monitor reports them.
+    """The last events of QEMU and vmspawn, as the machine's monitor reports them.
 
     Events of ports for commands are left out: each command causes several.
     """

@@ -46,7 +46,7 @@ def _stays_stopped(why: str) -> Rule:
 
 
 def _button_later(why: str) -> Rule:
-    return Rule("system_powerdown", f"the guest cannot react: {why}", "to let it", "resume")
+    return Rule("system_powerdown", f"the guest cannot react: {why}", "to let it react", "resume")
 
 
 _RUNS_AGAIN = Rule("system_reset", runs_after_reset=True)
@@ -65,7 +65,7 @@ _LOADING = "its state is being loaded"
 _DEBUG = "a debugger stopped it"
 
 _RESTART = "reboot the machine, or terminate it"
-_WAIT = "wait for the end of that"
+_WAIT = "wait until the operation has completed"
 
 #: The rules by verb and run state. For unknown states of a newer QEMU, the verb's default command is used.
 RULES: dict[Verb, dict[str, Rule]] = {

@@ -341,7 +341,7 @@ class Running:
         return self._run_state.status
 
     async def ask_status(self) -> bool:
-        """Ask QEMU for its run state. Returns False if QEMU does not answer; `status` is the last known then."""
+        """Ask QEMU for its run state. Returns False if QEMU does not answer; `status` is then the last known state."""
         try:
             await self._run_state.ask(timeout=_STATUS_TIMEOUT)
         except (Timeout, NotConnected):

@@ -58,7 +58,7 @@ class Job:
     """The command of one machine. `status` is the exit status for vmspawn, once `until_done` has returned."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """`command` is the command line of a program that runs the command in the guest, on standard streams."""
+        """Prepare a job. `command` is a program, with arguments, that runs the guest's command on standard streams."""
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._tail = Tail()

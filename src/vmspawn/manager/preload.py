@@ -12,7 +12,7 @@ from importlib import import_module
 
 from .. import log
 
-#: Every module that is imported inside a function and may be needed while a machine runs, with all that it imports.
+#: Every module that is imported inside a function and may be needed while a machine runs, with its own imports.
 #: Slow imports come last, so that a client that waits for the control socket is answered first.
 MODULES = (
     "inside.waiting",

@@ -14,8 +14,8 @@ from ..machine import run_states
 from ..machine.running import Running
 from ..timeouts import POWER_BUTTON_INTERVAL
 
-#: Seconds that the service manager is asked to wait, at each press of the button: longer than the interval between two
-#: presses and QEMU's end together.
+#: Seconds by which each press of the button extends the service manager's timeout: longer than the interval between
+#: two presses plus the time that QEMU takes to end.
 _EXTENSION = 20.0
 
 #: Seconds that a guest has to power off if its kernel printed a panic, or if it resets in a loop.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: Ends of QEMU that get a report in the cache.
 _UNEXPECTED = ("qemu-died", "unknown")
 
-#: Seconds that the last of the console's output has to be written.
+#: Seconds to write the rest of the console's output.
 _FLUSH_TIMEOUT = 5.0
 
 
@@ -101,7 +101,7 @@ def _write_report(name: str, what: str, machine: Running | None, error: BaseExce
 
 
 class _Supervision:
-    """One running machine with all that serves it."""
+    """One running machine, and the objects that serve it."""
 
     def __init__(self, machine: Running, messages: Messages, closing: AsyncExitStack) -> None:
         self._machine = machine
@@ -140,7 +140,7 @@ class _Supervision:
         on_ready(inside.is_clock_set)
         messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
         if not inside.is_clock_set:
-            messages.notice("clock: as saved")
+            messages.notice("the guest's clock shows the time of the snapshot, because no agent runs in the guest")
         self._front.open()
         status = f"Machine {machine.name} is running"
         self._notifier.send(READY=1, STATUS=status, X_VMSPAWN_LEADER_PID=machine.pid)
