@@ -78,9 +78,9 @@ async def test_obstacles_from_the_start(qemu: str, tmp_path: Path) -> None:
         await refused(
             machine,
             "its console is QEMU's own (native)",
-            "device theirs is not one of vmspawn's, and a copy would lack it",
-            "a device without an id that is not vmspawn's",
-            "object mine is not one of vmspawn's, and a copy would lack it",
+            "vmspawn did not create device theirs, and a copy would lack it",
+            "vmspawn did not create a device without an id",
+            "vmspawn did not create object mine, and a copy would lack it",
             hint="start it with another console",
         )
 

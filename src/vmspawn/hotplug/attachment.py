@@ -70,7 +70,7 @@ class Attachment(ABC):
     done: list[str] = field(default_factory=list)
     state: State = State.ATTACHING
     removal: Removal | None = None
-    #: Held during a change of the attachment, and during each undo except the device's.
+    #: Held during a change of the attachment, and during each undo except that of the device.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Set when QEMU reports that the device is removed.
     gone: asyncio.Event = field(default_factory=asyncio.Event)

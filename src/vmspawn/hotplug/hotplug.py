@@ -97,8 +97,8 @@ class Hotplug:
             raise
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        # An adoption treats an attach as successful if the device exists. So the journal is written only for an
-        # attachment that its device does not complete.
+        # An adoption treats an attach as successful if the device exists. So the journal is written only
+        # for an attachment that is not complete when its device exists.
         if finish is None or attachment.is_whole:
             register.changed(attachment)
         else:
@@ -128,7 +128,7 @@ class Hotplug:
             raise
         results = await self.monitor.execute_all(commands, behind=[each.removal for each in spent])
         if isinstance(results[-1], QmpError):
-            # The last command is the device's, and it failed, so there is no device to unplug. (It depends on all other
+            # The last command, device_add, has failed, so there is no device to unplug. (It depends on all other
             # steps. It exists in spite of a failure only if a QMP client made an object with one of vmspawn's names.)
             attachment.done.remove(DEVICE)
         for result in results:
@@ -257,7 +257,7 @@ class Hotplug:
         self.undone(attachment)
 
     async def remove(self, *objects: QemuObject) -> None:
-        """Remove objects in that order; a missing object is no error. Raises what `remove_objects` raises."""
+        """Remove objects in that order; a missing object is not an error. Raises what `remove_objects` raises."""
         await remove_objects(self.monitor, objects)
         self.removed(*objects)
 

@@ -24,7 +24,7 @@ class Journal:
     __slots__ = ("_constants", "_directory", "_sections")
 
     def __init__(self, directory: MachineDirectory, constants: Mapping[str, object]) -> None:
-        """`constants` are the members that stay the same."""
+        """Make a journal without sections. `constants` are the members that stay the same."""
         self._directory: MachineDirectory | None = directory
         self._constants = json.dumps(constants)[:-1]
         self._sections: dict[str, Callable[[], str]] = {}

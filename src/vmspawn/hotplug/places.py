@@ -110,7 +110,7 @@ class Pool:
         return self._free.popleft()
 
     def take_for(self, name: str) -> Place:
-        """Reserve the place that a name always gets, or the next free one. Raises NoFreePort if none is free."""
+        """Reserve the place that a name's checksum selects, or the next free one. Raises NoFreePort."""
         from zlib import crc32
 
         self._check_free()

@@ -61,7 +61,7 @@ class QemuObject(NamedTuple):
 async def remove_objects(monitor: Monitor, objects: Sequence[QemuObject]) -> None:
     """Remove objects in that order. A missing object counts as removed.
 
-    Raises what `Monitor.execute` raises, or QmpError if QEMU refuses a removal; others may be removed then.
+    Raises what `Monitor.execute` raises, or QmpError if QEMU refuses a removal; the other objects may then be removed.
     """
     if not objects:
         return

@@ -23,7 +23,7 @@ class Step:
     __slots__ = ("name",)
 
     def __init__(self, name: str) -> None:
-        """`name` is the step's name in the journal."""
+        """Make a step. `name` is the step's name in the journal."""
         self.name = name
 
     @property

@@ -119,5 +119,5 @@ def _unpacked(image: bytes) -> Iterator[bytes]:
                 content = b""
             if len(content) > len(_START):
                 yield content
-            # Code may contain the same bytes as the magic number. A small result is such a case.
+            # Code may contain the same bytes as the magic number. A small result indicates this case.
             at = image.find(magic, at + 1) if len(content) < 1 << 20 else -1

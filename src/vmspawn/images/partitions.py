@@ -3,7 +3,7 @@
 
 A kernel that QEMU starts directly gets no root= from a boot loader. vmspawn chooses the same root as systemd-vmspawn:
 
-1. the partition whose type is the root, or /usr, of this architecture (uapi-group.org, Discoverable Partitions
+1. the partition whose type marks the root, or /usr, of this architecture (uapi-group.org, Discoverable Partitions
    Specification),
 2. else the only partition with Linux's generic type,
 3. else, if the image has no partitions, the whole disk.

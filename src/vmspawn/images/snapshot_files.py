@@ -113,7 +113,7 @@ def owner_of(device: int, inode: int) -> str:
 
 
 def _is_file(entry: dict[str, Any], device: int, inode: int) -> bool:
-    """Return whether an entry describes a file: by its present path, or by its numbers at the time of the save."""
+    """Return whether an entry describes a file, by its present path, or by its inode at the time of the save."""
     try:
         found = os.stat(entry["path"])
         if (found.st_dev, found.st_ino) == (device, inode):

@@ -90,17 +90,19 @@ async def _in_qemu(machine: Running, options: tuple[Option, ...]) -> AsyncIterat
     for name in sorted(devices):
         if not _DEVICES.fullmatch(name):
             yield Blocker(
-                f"device {name} is not one of vmspawn's, and a copy would lack it",
+                f"vmspawn did not create device {name}, and a copy would lack it",
                 f"remove it through QMP (device_del {name}), or start the machine without it",
             )
     anonymous = len(await children(monitor, "/machine/peripheral-anon") - {"type"})
     ours = sum("id" not in each and each.get("driver") in _ANONYMOUS for each in incoming.devices(options))
     if anonymous > ours:
-        yield Blocker("it has a device without an id that is not vmspawn's", "start the machine without it")
+        yield Blocker(
+            "vmspawn did not create a device without an id, and a copy would lack it", "start the machine without it"
+        )
     for name in sorted(await children(monitor, "/objects")):
         if not _OBJECTS.fullmatch(name):
             yield Blocker(
-                f"object {name} is not one of vmspawn's, and a copy would lack it",
+                f"vmspawn did not create object {name}, and a copy would lack it",
                 f"remove it through QMP (object-del {name}), or start the machine without it",
             )
     for query, what, command in (

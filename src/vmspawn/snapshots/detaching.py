@@ -16,7 +16,7 @@ from .open_files import OpenFiles
 
 
 async def detach_blocking(machine: Running, options: tuple[Option, ...], afterwards: contextlib.AsyncExitStack) -> None:
-    """Detach the disks that cannot be saved; `afterwards` attaches them again. `options` are those of QEMU.
+    """Detach the disks that cannot be saved; `afterwards` attaches them again. `options` are QEMU's options.
 
     Raises what `Storage.detach` raises.
     """

@@ -30,7 +30,7 @@ CURRENT = "current"
 
 
 def parse_name(text: str) -> tuple[str, str]:
-    """Split `MACHINE@NAME`; the name is empty if there is none. Raises UsageError."""
+    """Split `MACHINE@NAME`; without `@`, the name is empty. Raises UsageError."""
     machine, at, name = text.partition("@")
     runtime.check_name(machine)
     if at:
@@ -58,7 +58,7 @@ class NewFolder:
     """The directory of a snapshot that is being made."""
 
     def __init__(self, full_name: str, parent: str = "") -> None:
-        """`parent` is the directory of all snapshots by default."""
+        """Prepare the directory. `parent` is the directory of all snapshots by default."""
         self.full_name = full_name
         self._parent = parent or root()
         self.path = os.path.join(self._parent, f"{UNFINISHED}{full_name}-{os.getpid()}")
@@ -149,7 +149,7 @@ class OpenSnapshot:
     manifest: Manifest
 
     def __init__(self, full_name: str, parent: str = "", *, wait: bool = True) -> None:
-        """Open a snapshot in the directory `parent`, which is that of all snapshots by default.
+        """Open a snapshot in the directory `parent`, by default the directory of all snapshots.
 
         Waits while another process has locked the snapshot exclusively; if `wait` is False, raises SnapshotInUse
         instead. Raises NoSuchSnapshot, StartError.

@@ -195,7 +195,7 @@ class _Copy:
         self._binary = binary
         self._owned = owned
         self._files = {each.path: each for each in self._manifest.files}
-        #: The copy's descriptors, by the numbers of the source's.
+        #: The copy's descriptors, by the numbers of the source's descriptors.
         self._descriptors: dict[int, int] = {}
         self._state = Extras()
         #: The copy's own files that are kept, by the numbers of the source's descriptors.

@@ -109,7 +109,7 @@ class KeptFiles:
         return {image.number: image.path for image in images if image.path in self._listed}
 
     def find_descriptors(self, recorded: Recorded, sets: Mapping[int, Sequence[Mapping[str, int]]]) -> None:
-        """Find the numbers that QEMU has given to the descriptors of the command line. `sets` are QEMU's."""
+        """Find QEMU's numbers of the descriptors on the command line. `sets` are QEMU's descriptor sets."""
         for number, name in incoming.descriptor_sets(recorded.options).items():
             if sets.get(name):
                 self._numbers[number] = int(sets[name][0]["fd"])
@@ -190,7 +190,7 @@ class KeptFiles:
                 self._memory = path
 
     def memory_size(self) -> int:
-        """Return the bytes of the file that the guest's memory was copied to, or 0 without such a file."""
+        """Return the bytes of the file that the guest's memory was copied to, or 0 if the memory is not in a file."""
         return os.stat(self._memory).st_blocks * 512 if self._memory else 0
 
     def sync_memory(self) -> None:

@@ -118,7 +118,7 @@ class Manifest(NamedTuple):
     firmware: Firmware | None = None
     #: The model and the features of the host's processor if the guest runs on it, by KVM.
     processor: str = ""
-    #: True for a copy: its overlays are never written to the images below, which are its source's.
+    #: True for a copy: its overlays are never written to the images below, which belong to its source.
     is_copy: bool = False
 
     @property

@@ -3,7 +3,7 @@
 
 MACHINE@current lists overlays that are based on images of snapshots. When the last snapshot is removed, a QEMU without
 a guest writes each overlay's content to the image below (`block-commit`), and MACHINE@current is removed. If the
-writing is interrupted, the overlays are unchanged, and prevail over the content that the images have by then.
+writing is interrupted, the overlays are unchanged, and take precedence over the partly written images.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def merge(machine: str) -> bool:
         number = getattr(error, "errno", None) or errno.EIO
         reason = str(error).removesuffix(f": {os.strerror(number)}")
         raise SystemFailure(
-            f"the disks of {machine} stay on overlays, because these cannot be written to the images: {reason}",
+            f"the disks of {machine} stay on overlays, because the overlays cannot be written to the images: {reason}",
             number,
             hint=f"nothing is lost; to boot from the disks: vmspawn --fork={machine}@{CURRENT}; "
             f"to try again: vmctl remove-snapshot {machine}@{CURRENT}",
@@ -99,7 +99,7 @@ def _is_ours(snapshot: OpenSnapshot) -> bool:
 
 
 def can_be_merged(manifest: Manifest) -> bool:
-    """Return whether overlays can be written to the images below. A copy's cannot: the images are its source's."""
+    """Return whether overlays can be written to the images below. Not for a copy: its source owns the images."""
     return not manifest.is_copy and any(image.base is not None for image in _tops(manifest))
 
 
@@ -123,7 +123,7 @@ def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
 
 
 def _expect_changes(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> None:
-    """Record in the manifest that the images below may change: the overlays prevail over their content."""
+    """Record in the manifest that the images below may change: the overlays take precedence."""
     paths = {image.path for chain in chains for image in chain}
     manifest = snapshot.manifest
     changed = manifest._replace(

@@ -27,7 +27,7 @@ class NewestDisks:
     """The overlays of one save, and the manifest of MACHINE@current if the disks outlive the machine."""
 
     def __init__(self, machine: str, files: KeptFiles, *, is_lasting: bool) -> None:
-        """`is_lasting` is False for a copy whose disks end with it: its overlays have no names."""
+        """Prepare the overlays. `is_lasting` is False for a copy whose disks end with it: they have no names."""
         self._folder = path_of(f"{machine}@{CURRENT}")
         self._manifest = os.path.join(self._folder, snapshot_files.MANIFEST)
         self._files = files

@@ -36,7 +36,7 @@ class OpenFiles:
                 if _identity(os.fstat(fd)) == identity:
                     return fd
                 os.close(fd)
-        raise FileNotFoundError(errno.ENOENT, "QEMU does not have it open")
+        raise FileNotFoundError(errno.ENOENT, "QEMU has closed the file")
 
     def _numbers(self, identity: tuple[int, ...]) -> Iterator[int]:
         for name in os.listdir(self._folder):
@@ -66,7 +66,7 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 def keep(fd: int, path: str) -> None:
-    """Give a file without a name a path, or copy its content there if it cannot have one. Raises OSError."""
+    """Give an unnamed file a path, or copy its content to the path if the kernel refuses. Raises OSError."""
     if not give_name(fd, path):
         copy(fd, path)
 

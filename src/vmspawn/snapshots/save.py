@@ -8,8 +8,8 @@
 5. The overlays are inserted, all or none, and the images below become read-only.
 6. The guest continues, and the snapshot gets its name.
 
-A failure before step 5 leaves nothing behind. A failure after it leaves the overlays, which work. A cancellation is a
-failure too. It waits for the end of commands to QEMU, whose effect would be unknown otherwise.
+A failure before step 5 leaves nothing behind. After a later failure, the disks continue to use the overlays. A
+cancellation is a failure too. It waits for the end of commands to QEMU, whose effect would be unknown otherwise.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ async def save(
     await monitor.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
     scheme, events = await _begin(monitor, fd)
     with events:
-        ended = asyncio.create_task(until_ended(events, "was saved"))
+        ended = asyncio.create_task(until_ended(events, "saved its state"))
         try:
             while not ended.done():
                 await asyncio.wait({ended}, timeout=_INTERVAL)
@@ -95,7 +95,7 @@ async def forget(monitor: Monitor) -> None:
     `REMOVE_FDSET` must follow when the guest runs.
     """
     await cancel(monitor)
-    # A client's own migration includes all memory. An error reports that there is no such descriptor or capability.
+    # A client's own migration includes all memory. An error means that the descriptor or capability is missing.
     capabilities = [{"capability": IGNORE_SHARED, "state": False}]
     await monitor.execute_all(
         [

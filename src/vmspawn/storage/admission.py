@@ -5,7 +5,8 @@ A disk is admitted in four steps:
 
 1. `check_disk` checks the options that the user requested.
 2. `check_name_is_free` and `check_not_attached` compare the disk with the machine's other disks.
-3. `make_image` checks the image. It reads nothing, which could block: the caller has called `formats.choose_format`.
+3. `make_image` checks the image. It does not read the image, which could block: the caller has called
+`formats.choose_format`.
 4. `take_place` reserves a place.
 
 Only the last step acquires something, so that a refusal in an earlier step leaves nothing to undo.
@@ -92,9 +93,9 @@ def admit(
     """Admit a disk beside its neighbours, and reserve a place for it.
 
     `backing` is the open image, or None for an optical drive without a medium; the caller owns it if this fails.
-    `image_format` is what `formats.choose_format` returned, and `number` the new image's. PCI devices get a place from
-    `pci`, SCSI devices from `scsi`. `what` names the image in error messages. Raises BadConfig, ConfigNotSupported,
-    StorageExists or NoFreePort.
+    `image_format` is the result of `formats.choose_format`, `number` the new image's number. PCI devices get a place
+    from `pci`, SCSI devices from `scsi`. `what` names the image in error messages. Raises BadConfig,
+    ConfigNotSupported, StorageExists or NoFreePort.
     """
     disk = check_disk(_resolve_bus(disk, pci))
     neighbours = tuple(neighbours)

@@ -222,8 +222,8 @@ class Storage:
     async def _attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
         """Attach a disk. Leaves `backing` open.
 
-        Tries again if a QMP client has put a device on the first place, or has removed its controller meanwhile: QEMU
-        reports that some milliseconds after the controller's bus is gone.
+        Tries again if a QMP client has put a device on the first place, or has removed the place's controller: QEMU
+        reports the removal some milliseconds after the controller's bus is gone.
         """
         while True:
             # An attach that fails closes its descriptor; the next attempt needs another.
@@ -297,15 +297,15 @@ class Storage:
     # Detaching.
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:
-        """Detach a disk; returns True when its device, nodes, descriptors and port are free.
+        """Detach a disk; returns True when its device, nodes and descriptors are removed, and its port is free.
 
         Raises NoSuchStorage, StorageImmutable for a boot disk, NotConnected, or StoragePending if the guest has not
         released the disk within `timeout` seconds. The removal then continues, and a later call waits for the same
         removal.
 
-        `force` takes the image away first: the host has its file back whatever the guest does, and the guest sees I/O
-        errors. Returns False, instead of raising StoragePending, if the device is still there after `timeout`. Raises
-        StoragePending if a QMP client uses the image, so that QEMU could not close it.
+        `force` takes the image away first, so that the host can use the file; the guest gets I/O errors. Returns False,
+        instead of raising StoragePending, if the device is still there after `timeout`. Raises StoragePending if a QMP
+        client uses the image, so that QEMU could not close it.
         """
         attached = self._context.find(name)
         check_not_boot(attached, "detached")

@@ -25,7 +25,7 @@ _DIRECTORY_HINT = "name a disk image or a block device"
 
 
 class Backing(Record):
-    """An open file or block device behind a disk. The holder of a Backing owns and closes `fd`; -1 is a closed one.
+    """An open file or block device behind a disk. The holder of a Backing owns and closes `fd`; -1 means closed.
 
     `identity` is (st_dev, st_ino) of a file and (st_rdev,) of a block device. `size` is in bytes.
     """
@@ -156,7 +156,7 @@ def whole_sectors(size: int) -> int:
 def size_now(path: str, identity: tuple[int, ...], *, is_block_device: bool) -> int | None:
     """Return the present size in bytes of an image whose descriptor only QEMU has, or None if it cannot be found.
 
-    `identity` is the Backing's. If the path now names another file, the original file's size is returned.
+    `identity` is that of the Backing. If the path now names another file, the original file's size is returned.
     """
     if is_block_device:
         return _size_of_device(identity[0])

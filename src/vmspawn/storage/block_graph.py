@@ -22,7 +22,7 @@ USERS_HINT = "end the use through QMP (query-block-jobs, query-block-exports, qu
 #: The prefix of the names of filters that QEMU inserts while a job runs.
 _IMPLICIT = "#"
 
-#: The names of the edges that lead down to a node's content. The first that a node has counts.
+#: The names of the edges that lead down to a node's content. The first of them that a node has is used.
 _DOWN = ("file", "image", "backing", "root")
 
 
@@ -64,11 +64,11 @@ class BlockGraph:
         return _file_name(text) or f"the node {node}"
 
     def under_device(self, device: str) -> str | None:
-        """Return the node below a device, or None if there is none. Skips the filters of jobs."""
+        """Return the node below a device, or None if the device has no node. Skips the filters of jobs."""
         return self._below(lambda vertex: _is_device(vertex, device))
 
     def under_node(self, name: str) -> str | None:
-        """Return the node below a node, or None if there is none. Skips the filters of jobs."""
+        """Return the node below a node, or None at the bottom of the graph. Skips the filters of jobs."""
         return self._below(lambda vertex: vertex == _Vertex("block-driver", name))
 
     def _below(self, is_parent: Any) -> str | None:

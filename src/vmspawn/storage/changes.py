@@ -123,7 +123,7 @@ class Changes:
     async def _make_image(
         self, attachment: AttachedDisk, backing: Backing, format: str | None, path: str, what: str
     ) -> Image:
-        """Make a new image for a disk. `backing` stays the caller's on failure; messages call it `what`."""
+        """Make a new image for a disk. On failure, the caller keeps `backing`. Messages call the image `what`."""
         image_format = await images.choose_format(backing, format, what=what)
         admission.check_not_attached(self._context.register, backing, share=attachment.disk.share)
         disk = attachment.disk._replace(path=path)

@@ -46,7 +46,7 @@ class Context:
         return self.hotplug.deferred
 
     def find(self, name: str) -> AttachedDisk:
-        """Return the disk of that name. Raises NoSuchStorage if there is none."""
+        """Return the disk of that name. Raises NoSuchStorage."""
         found = self.register.get(name)
         if found is None:
             raise NoSuchStorage(f"there is no disk named {name}", hint=self._names_hint())

@@ -47,9 +47,9 @@ class Disk(Record):
     - `cache` "none" bypasses the host's page cache.
     - `thread` gives the disk an I/O thread of its own.
     - `share` allows other machines to open the image for writing.
-    - `boot_index` -1 leaves the boot order alone; the disk with index 0 boots first.
-    - `on_error` is the reaction to a request that fails on the host. The default is QEMU's: report on the NVMe buses,
-      which support no other, and enospc on the others.
+    - `boot_index` -1 gives the disk no place in the boot order; the disk with index 0 boots first.
+    - `on_error` is the reaction to a request that fails on the host. The default is that of QEMU: report on the NVMe
+      buses, which support only report, and enospc on the other buses.
     """
 
     path: str

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..qmp.events import Event
 from .attached_disk import AttachedDisk
 
-#: The names of QEMU's event and of vmspawn's.
+#: The names of QEMU's event and of vmspawn's event.
 QEMU_EVENT = "BLOCK_IO_ERROR"
 FAILED_EVENT = "StorageFailed"
 

@@ -14,8 +14,8 @@ from ..host import runtime
 def holder_of(identity: tuple[int, ...], *, ours: str = "") -> str:
     """Return the user of a file: `machine NAME`, or `COMMAND (process PID)`, or an empty string if it is not visible.
 
-    `identity` is a Backing's: st_dev and st_ino of a file, st_rdev of a block device. `ours` is the machine that the
-    image is for; it is returned only if its QEMU has the file open and no other process is found.
+    `identity` is that of a Backing: st_dev and st_ino of a file, st_rdev of a block device. `ours` is the machine that
+    the image is for; it is returned only if its QEMU has the file open and no other process is found.
     """
     own_pid = runtime.running_qemu(os.path.join(runtime.runtime_root(), ours)) if ours else 0
     others = _machine_with(identity, ours) or _process_with(identity, {os.getpid(), own_pid})

@@ -22,8 +22,8 @@ FAULT = "fault"
 class Image:
     """An image with the journal of its parts. `number` is fresh for every image.
 
-    `backing.fd` is the manager's until QEMU has it, and -1 from then on. `backing` is None for an image that fails
-    every request. `done` is the journal: the names of the parts that may exist, from the bottom up. `base` is the
+    The manager owns `backing.fd` until QEMU has a duplicate; from then on it is -1. `backing` is None for an image that
+    fails every request. `done` is the journal: the names of the parts that may exist, from the bottom up. `base` is the
     image below an overlay; it is never written.
     """
 
@@ -41,7 +41,10 @@ class Image:
         has_long_names: bool = False,
         base: Image | None = None,
     ) -> None:
-        """`size`, in bytes, is for an image without a file; `has_long_names` is explained at `Identifiers`."""
+        """Describe an image.
+
+        `size`, in bytes, is for an image without a file. `Identifiers` explains `has_long_names`.
+        """
         self.number = number
         self.backing = backing
         self.format = format

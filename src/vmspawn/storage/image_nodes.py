@@ -36,7 +36,7 @@ def plan(image: Image) -> list[str]:
 def commands(disk: Disk, image: Image) -> list[Command]:
     """Return the commands that make the image's parts, and enter all parts in the journal.
 
-    The commands carry the image's descriptor, which stays the manager's until `made`.
+    The commands carry the image's descriptor, which the manager owns until `made`.
     """
     image.done = plan(image)
     found = [Command("blockdev-add", nodes.file_node(image, disk))]

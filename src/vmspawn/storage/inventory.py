@@ -53,7 +53,7 @@ class Inventory(NamedTuple):
         """Return the disk's image below its pivot, or None if it cannot be determined.
 
         QEMU 7.2 does not name a node's children, but its description of a node includes the descriptor set, whose
-        number is the image's. An image that fails every request has no descriptor set, and is known by its driver.
+        number is that of the image. An image that fails every request has no set, and is known by its driver.
         """
         text = self.nodes.get(attachment.identifiers.pivot, "")
         # The description of an overlay includes its base's descriptor set, so overlays are checked first.

@@ -13,12 +13,12 @@ from ..text import short_repr
 #: QEMU's limit (include/qemu/throttle.h, THROTTLE_VALUE_MAX).
 LIMIT_MAX = 10**15
 
-#: The largest `burst`; a larger factor would be no limit in practice.
+#: The largest `burst`; with a larger factor, the limits would have no effect in practice.
 BURST_MAX = 1000
 
 
 class Limits(Record):
-    """Limits on requests and bytes per second; 0 is no limit.
+    """Limits on requests and bytes per second; 0 means unlimited.
 
         await machine.limit("data", Limits(iops=500, bps=10 << 20, burst=2))
 
@@ -77,7 +77,7 @@ def check_limits(limits: Limits) -> Limits:
     """Return the limits if QEMU supports them. Raises BadConfig if not."""
     for name, value in zip(limits._fields[:6], limits[:6], strict=True):
         if not 0 <= value <= LIMIT_MAX:
-            raise BadConfig(f"the limit {name.replace('_', '-')} of {value} is out of range", hint="0 is no limit")
+            raise BadConfig(f"the limit {name.replace('_', '-')} of {value} is out of range", hint="0 means unlimited")
     for what, total, parts in (("iops", limits.iops, limits[1:3]), ("bps", limits.bps, limits[4:6])):
         if total and any(parts):
             raise BadConfig(

@@ -38,7 +38,7 @@ class Tray:
     def __init__(
         self, context: Context, attachment: AttachedDisk, *, force: bool, timeout: float = TRAY_TIMEOUT
     ) -> None:
-        """`force` opens a locked tray; without it, the guest has `timeout` seconds to open the tray."""
+        """Prepare a change. `force` opens a locked tray; without it, the guest has `timeout` seconds to open it."""
         self._monitor = context.monitor
         self._device = attachment.identifiers.device
         self._name = attachment.name
@@ -117,7 +117,7 @@ class Tray:
 
 
 async def empty(context: Context, attachment: AttachedDisk) -> None:
-    """Remove the blank medium with which an empty drive was plugged in; the tray ends closed.
+    """Remove the blank medium with which an empty drive was plugged in, and close the tray.
 
     If QEMU plugs in a drive without a medium, it never releases the media that are inserted later.
     """

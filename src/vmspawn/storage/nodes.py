@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Describes the block nodes of a disk and their names.
 
-The device is on a pivot: a throttle filter that keeps its name. Below the pivot is the image: a file node on a
+The device is attached to a pivot: a throttle filter that keeps its name. Below the pivot is the image: a file node on a
 descriptor set, and a format node above it unless the format is raw. blockdev-reopen puts another image, or errors,
 below the pivot while the guest writes. Limits are set on the pivot's throttle group.
 
-A filter is necessary for that. A throttle filter costs 0.1 to 0.3 µs a request, as much as any other (QEMU 7.2 and
+Replacing an image needs a filter. A throttle filter costs 0.1 to 0.3 µs a request, as much as any other (QEMU 7.2 and
 11.1, null-co). QEMU crashes if a throttle node is inserted later under a device with an I/O thread. Setting the
-device's `drive` property would need no filter, but QEMU refuses that with an I/O thread, and aborts if the node does
-not change.
+device's `drive` property would need no filter, but QEMU refuses that for a device with an I/O thread, and aborts if the
+node does not change.
 """
 
 from __future__ import annotations

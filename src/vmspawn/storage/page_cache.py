@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads what the page cache has of a file, without a wait for the storage."""
+"""Reads data that is in the page cache, without waiting for the storage."""
 
 from __future__ import annotations
 
 import errno
 import os
 
-#: Linux has it since 4.14 (preadv2(2)); not every C library does.
+#: Linux has the flag since 4.14 (preadv2(2)); not every C library supports it.
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
 
@@ -14,7 +14,7 @@ def read_cached(fd: int, length: int, offset: int) -> bytes:
     """Return `length` bytes of a file, as os.pread does. Raises OSError.
 
     Raises BlockingIOError if a part of them is not in the page cache, at the file's end, or if the file system cannot
-    read without waiting. The caller calls os.pread then, where it may wait.
+    read without waiting. The caller then calls os.pread in a thread that may wait.
     """
     if _RWF_NOWAIT is None:
         raise BlockingIOError

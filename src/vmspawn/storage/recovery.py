@@ -42,7 +42,7 @@ class Adoption:
         self.notes: list[str] = []
 
     async def run(self, foreign_fdsets: Sequence[int]) -> None:
-        """Adopt the disks. `foreign_fdsets` are the user's, passed to QEMU at boot. Raises Timeout or NotConnected."""
+        """Adopt the disks. `foreign_fdsets` are sets that the user passed to QEMU. Raises Timeout, NotConnected."""
         disks = tuple(self._context.register)
         found = await Inventory.take(self._context.monitor)
         leftovers = _leftovers(found, disks)

@@ -97,7 +97,7 @@ async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> N
 
 
 async def take_away(context: Context, attachment: AttachedDisk) -> None:
-    """Replace a disk's image by errors, and close the image: the host has its file back, whatever the guest does.
+    """Replace a disk's image by errors, and close the image, so that the host can use the file.
 
     An image that QMP clients use is closed when their use ends.
     """
