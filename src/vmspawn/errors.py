@@ -149,7 +149,7 @@ class Timeout(VmspawnError):
 class CommandFailed(VmspawnError):
     """A command in the guest failed, or could not be started.
 
-    `status` is a shell's: 128 + N if signal N ended the command, 126 or 127 if it could not be started. `stdout` and
+    `status` is as in a shell: 128 + N if signal N ended the command, 126 or 127 if it was not started. `stdout` and
     `stderr` are the command's output.
     """
 

@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Old pytests, such as Debian 12's, know no other wrappers. They load this module in every test run.
+# Old versions of pytest, such as that of Debian 12, know no other wrappers. They load this module in every test run.
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
     """Duplicate standard error before pytest captures it, to show consoles there."""
@@ -103,7 +103,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def vm_qemu(request: pytest.FixtureRequest) -> str | None:
-    """Return the QEMU that --vm-qemu names, or None for the system's."""
+    """Return the QEMU that --vm-qemu names, or None for the system's QEMU."""
     return getattr(request, "param", None) or next(iter(request.config.getoption("vm_qemu")), None)
 
 
@@ -137,8 +137,8 @@ def vmspawn_factory(_vm_lab: Lab, vm_qemu: str | None, vm_machine_type: str) -> 
                 yield machine
 
     The keyword arguments are the fields of `vmspawn.Machine`, and `disks` and `ready` as in the marker `vm`. Without
-    `image`, `linux` or `directory`, the machine has the built-in guest. With `snapshot`, a `Snapshot` or the name of
-    one, it is a copy. The result is a `vmspawn.sync.Machine`.
+    `image`, `linux` or `directory`, the machine has the built-in guest. With `snapshot`, which is a `Snapshot` or its
+    name, the machine is a copy. The result is a `vmspawn.sync.Machine`.
     """
 
     def make(**options: Any) -> LabMachine:
@@ -148,7 +148,7 @@ def vmspawn_factory(_vm_lab: Lab, vm_qemu: str | None, vm_machine_type: str) -> 
 
 
 def _with_defaults(options: dict[str, Any], qemu: str | None, machine_type: str) -> dict[str, Any]:
-    """Return a machine's options with those of the command line. A copy of a snapshot has its source's."""
+    """Return a machine's options with those of the command line. A copy has the options of its source."""
     return options if options.get("snapshot") else {"qemu": qemu, "machine_type": machine_type, **options}
 
 

@@ -2,7 +2,7 @@
 """Defines the base class of the start path's named tuples.
 
 A class of typing.NamedTuple takes five times as long to create, and there are forty of them on the way to QEMU's start.
-The type checker takes a Record for a NamedTuple, whose interface it has. Modules that define one need
+The type checker treats a Record as a NamedTuple, because both have the same interface. Modules that define one need
 `from __future__ import annotations`, as its annotations are never evaluated.
 """
 

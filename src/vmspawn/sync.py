@@ -156,7 +156,7 @@ class Machine(BlockingMachine[_machine.Machine]):
         return self._call(lambda inner: inner.forwards())
 
     def snapshot(self, name: str = "") -> Snapshot:
-        """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
+        """Save the machine while it runs: RAM, devices and disks. Without a name, the snapshot gets a number.
 
         From then on, the guest's writes go to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
         SystemFailure, QmpError or Timeout; the machine then continues, and nothing of the snapshot is left.
@@ -171,9 +171,10 @@ class Machine(BlockingMachine[_machine.Machine]):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, as `Snapshot.fork` does. Entering it makes its snapshot, and its end removes the snapshot.
+        """Return a copy, as `Snapshot.fork` does, from a temporary snapshot.
 
-        Entering the copy raises what `snapshot` and `Snapshot.fork` raise.
+        Entering the copy makes the snapshot, and the end of the copy removes it. Entering the copy raises what
+        `snapshot` and `Snapshot.fork` raise.
         """
         return Machine._around(
             self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
@@ -417,8 +418,10 @@ class Snapshot(Blocking[_machine.Snapshot]):
         )
 
     def remove(self) -> None:
-        """Remove the snapshot.  If the machine has ended and this was its last snapshot, writes the overlays to the
-        images, which may take minutes.
+        """Remove the snapshot.
+
+        If the machine has ended and this was its last snapshot, writes the overlays to the images, which may take
+        minutes.
 
         Raises NoSuchSnapshot or SnapshotInUse. Raises SystemFailure if the overlays cannot be written: they are kept,
         and the snapshot is removed.
@@ -775,7 +778,7 @@ class Console(Blocking[_console.Console]):
 
 
 class Events(Blocking[_events.Events[Any]]):
-    """A machine's events: QEMU's, vmspawn's (such as StorageAttached), and MachineEnded as the last one.
+    """The events of QEMU and vmspawn (such as StorageAttached); MachineEnded is the last one.
 
         mark = machine.events.mark
         machine.detach("data", timeout=60)
@@ -807,7 +810,7 @@ class Events(Blocking[_events.Events[Any]]):
     def wait(
         self, *names: str, where: Where | None = None, timeout: float | None = EVENT_TIMEOUT, since: int | None = None
     ) -> Event:
-        """Wait for an event with one of these names, or with any name if there are none, and return it.
+        """Wait for an event with one of these names, or for any event without names, and return it.
 
         `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
         `mark`: events after it are searched first; 0 searches all events that are kept. `timeout` is in seconds; None
@@ -825,7 +828,7 @@ class Qmp(Blocking[_control.Qmp]):
         with machine.qmp() as qmp:
             print(qmp.execute("query-block"))
 
-    The end of the block closes it.
+    The end of the block closes the session.
     """
 
     def execute(

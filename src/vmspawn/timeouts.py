@@ -35,8 +35,8 @@ POWER_BUTTON_INTERVAL = 5.0
 #: The time that clients of the control socket have to read the machine's last event.
 FAREWELL_TIMEOUT = 1.0
 
-#: The time that a manager has to reply after a timeout that it observes itself.
+#: The time that a client waits for the manager's reply, after a timeout that the manager enforces has passed.
 REPLY_GRACE = 15.0
 
-#: The timeout of waits without a limit. It is a number because --timeout= and the calls of managers take one.
+#: The timeout of waits without a limit. It is a number because --timeout= and the calls of managers take a number.
 FOREVER = 1_000_000

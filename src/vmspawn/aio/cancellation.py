@@ -21,7 +21,7 @@ class Cancellation:
     async def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run the work in a task, and return its result. Raises its errors.
 
-        If this is cancelled, it waits for the end of the work, which it cancels where the work allows it.
+        If the caller is cancelled, the work is cancelled where it allows that. `run` waits for the end of the work.
         """
         task = asyncio.create_task(work)
         while True:

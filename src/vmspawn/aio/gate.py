@@ -22,7 +22,7 @@ class Gate:
 
     @asynccontextmanager
     async def together(self) -> AsyncIterator[None]:
-        """Pass together with other tasks. Waits while a task is alone in the gate, or waits to be."""
+        """Pass together with other tasks. Waits while another task is alone in the gate, or waits to be alone."""
         await self._is_open.wait()
         self._inside += 1
         self._is_empty.clear()

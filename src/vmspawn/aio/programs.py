@@ -37,7 +37,7 @@ class Canceller:
             raise Cancelled
 
     def watch(self, process: subprocess.Popen[bytes] | None) -> None:
-        """Kill this program when the work is cancelled; None stops that."""
+        """Kill this program when the work is cancelled. With None, stop watching."""
         with self._lock:
             self._process = process
             if process is not None and self._is_cancelled:

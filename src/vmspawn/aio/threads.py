@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
-# asyncio imports this module for the first thread, which would fail in a process without free descriptors.
+# Otherwise asyncio imports this module for the first thread. That import fails in a process without free descriptors.
 import concurrent.futures.thread  # noqa: F401
 import contextlib
 from collections.abc import Callable
@@ -44,8 +44,8 @@ async def open_in_thread(
 async def run_and_close(call: Callable[[], _T], close: Callable[[], None]) -> _T:
     """Return what `call` returns in a worker thread. Raises what it raises.
 
-    A thread cannot be stopped: if this is cancelled, `call` runs to its end. `close` is called after it, or at once if
-    no thread can be started.
+    A thread cannot be stopped: after a cancellation, `call` still runs to its end. `close` is called after `call` has
+    ended, or at once if no thread can be started.
     """
     closing = contextlib.ExitStack()
     closing.callback(close)
@@ -70,8 +70,9 @@ async def run_and_close(call: Callable[[], _T], close: Callable[[], None]) -> _T
 async def run_cancellable(call: Callable[[], _T], *, undo: Callable[[_T], None] | None = None) -> _T:
     """Return what `call` returns in a worker thread. Raises what it raises.
 
-    If this is cancelled, `check_cancelled` raises in the thread, and the program that the thread waits for is killed.
-    This waits for the thread's end. If the work succeeded all the same, `undo` is called with its result, in a thread.
+    After a cancellation, `check_cancelled` raises in the thread, and the program that the thread waits for is killed.
+    The function returns after the thread's end. If the work succeeded nevertheless, `undo` is called with its result,
+    in a thread.
     """
     canceller = Canceller()
 

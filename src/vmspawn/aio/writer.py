@@ -115,8 +115,8 @@ class Writer:
     def write_message(self, data: bytes, fds: Sequence[int] = (), *, on_begun: Callable[[], None] = _ignore) -> Message:
         """Write data as a separate message, and `fds` with its first byte. `withdraw` takes the message back.
 
-        `fds` must stay open until `on_begun` is called. That happens once, when `fds` were sent or dropped, perhaps
-        before this returns.
+        `fds` must stay open until `on_begun` is called. It is called once, when `fds` were sent or dropped, perhaps
+        before this method returns.
         """
         message = Message(data, fds, on_begun)
         if self._is_closed:

@@ -30,7 +30,7 @@ _Wrapped = TypeVar("_Wrapped", covariant=True)
 #: Seconds that an interrupted call has to clean up.
 _CANCEL_TIMEOUT = 15.0
 
-#: Seconds after which a signal is handled at the latest: Python does not notice one that arrives just before it waits.
+#: The most seconds until a signal is handled: Python does not notice a signal that arrives just before a wait.
 _SIGNAL_INTERVAL = 1.0
 
 #: Seconds that machines have to end when the process exits.
@@ -250,7 +250,7 @@ class BlockingContext(AbstractContextManager[_Wrapped]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._pid == os.getpid():
-            # The error is the caller's, and the asynchronous context manager exits in the same way for all errors.
+            # The error is not passed on: the asynchronous context managers exit in the same way for all errors.
             finish(_left(self._manager))
 
 

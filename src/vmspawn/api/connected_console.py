@@ -17,7 +17,7 @@ _RECEIVE_SIZE = 65536
 class ConnectedConsole(Console):
     """A console that is read from the manager's socket. The owner must call `close`.
 
-    Raises NotSupported if the machine has no such socket.
+    Raises NotSupported if the machine does not share its console.
     """
 
     def __init__(self, machine: str) -> None:

@@ -29,7 +29,7 @@ class Qmp(Protocol):
         async with machine.qmp() as qmp:
             print(await qmp.execute("query-block"))
 
-    The end of the block closes it.
+    The end of the block closes the session.
     """
 
     async def execute(
@@ -202,7 +202,7 @@ class Control(Protocol):
         """
 
     async def snapshot(self, name: str = "") -> Saved:
-        """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
+        """Save the machine while it runs: RAM, devices and disks. Without a name, the snapshot gets a number.
 
         From then on, the guest's writes go to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
         SystemFailure, QmpError or Timeout; the machine then continues, and nothing of the snapshot is left.
@@ -216,9 +216,10 @@ class Control(Protocol):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> AbstractAsyncContextManager[Control]:
-        """Return a copy, as `Saved.fork` does. Entering it makes its snapshot, and its end removes the snapshot.
+        """Return a copy, as `Saved.fork` does, from a temporary snapshot.
 
-        Entering the copy raises what `snapshot` and `Saved.fork` raise.
+        Entering the copy makes the snapshot, and the end of the copy removes it. Entering the copy raises what
+        `snapshot` and `Saved.fork` raise.
         """
 
     async def copy_to(

@@ -61,7 +61,7 @@ class Record:
         first = self.count - len(self.events)
         if number < first:
             what = f"event {number} of machine {self.machine} is no longer kept"
-            raise EventsLost(f"{what}: only the last {REMEMBERED_MAX} are")
+            raise EventsLost(f"{what}: only the last {REMEMBERED_MAX} events are kept")
         return list(self.events)[number - first :]
 
     async def next_change(self) -> None:
@@ -70,7 +70,7 @@ class Record:
 
 
 class Events(Generic[_Stream]):
-    """A machine's events: QEMU's, vmspawn's (such as StorageAttached), and MachineEnded as the last one.
+    """The events of QEMU and vmspawn (such as StorageAttached); MachineEnded is the last one.
 
         mark = machine.events.mark
         await machine.detach("data", timeout=60)
@@ -109,7 +109,7 @@ class Events(Generic[_Stream]):
     async def wait(
         self, *names: str, where: Where | None = None, timeout: float | None = EVENT_TIMEOUT, since: int | None = None
     ) -> Event:
-        """Wait for an event with one of these names, or with any name if there are none, and return it.
+        """Wait for an event with one of these names, or for any event without names, and return it.
 
         `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
         `mark`: events after it are searched first; 0 searches all events that are kept. `timeout` is in seconds; None

@@ -35,7 +35,7 @@ class Completed(Generic[_AnyText]):
         done = await machine.run("ls /dev")
         print(done.status, done.stdout.splitlines())
 
-    `status` is a shell's: 128 + N if signal N ended the command, 126 or 127 if it could not be started.
+    `status` is as in a shell: 128 + N if signal N ended the command, 126 or 127 if it could not be started.
     """
 
     status: int
@@ -47,7 +47,7 @@ class Completed(Generic[_AnyText]):
 
 
 def _shortened(output: str | bytes) -> str:
-    """Output for a repr: its ends are enough to recognize it."""
+    """Return output for a repr, shortened to its beginning and its end."""
     if len(output) <= 2 * _SHOWN:
         return repr(output)
     return f"{output[:_SHOWN]!r}…{output[-_SHOWN:]!r}"

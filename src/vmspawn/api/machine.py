@@ -258,7 +258,7 @@ class Machine(Guest):
         return await self._running.forwards.list()
 
     async def snapshot(self, name: str = "") -> Snapshot:
-        """Save the machine while it runs: RAM, devices and disks. Without a name it gets a number.
+        """Save the machine while it runs: RAM, devices and disks. Without a name, the snapshot gets a number.
 
         From then on, the guest's writes go to overlays. Raises SnapshotBlocked, SnapshotExists, UsageError,
         SystemFailure, QmpError or Timeout; the machine then continues, and nothing of the snapshot is left.
@@ -275,9 +275,10 @@ class Machine(Guest):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, as `Snapshot.fork` does. Entering it makes its snapshot, and its end removes the snapshot.
+        """Return a copy, as `Snapshot.fork` does, from a temporary snapshot.
 
-        Entering the copy raises what `snapshot` and `Snapshot.fork` raise.
+        Entering the copy makes the snapshot, and the end of the copy removes it. Entering the copy raises what
+        `snapshot` and `Snapshot.fork` raise.
         """
         return copy_of(self.name, self._save_temporarily, name, keep_disks, identity, options)
 
@@ -426,8 +427,10 @@ class Snapshot:
         )
 
     async def remove(self) -> None:
-        """Remove the snapshot.  If the machine has ended and this was its last snapshot, writes the overlays to the
-        images, which may take minutes.
+        """Remove the snapshot.
+
+        If the machine has ended and this was its last snapshot, writes the overlays to the images, which may take
+        minutes.
 
         Raises NoSuchSnapshot or SnapshotInUse. Raises SystemFailure if the overlays cannot be written: they are kept,
         and the snapshot is removed.

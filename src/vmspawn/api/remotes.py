@@ -30,7 +30,7 @@ class Local:
     def __init__(self, command: Command) -> None:
         self._command = command
         # The end of the command or machine does not close the streams; the caller does. The caller's event loop or
-        # thread may still use a descriptor, whose number could be another file's after a close.
+        # thread may still use a descriptor, whose number could belong to another file after a close.
         self.streams = {name: socket.socket(fileno=each.detach()) for name, each in command.streams.items()}
 
     @classmethod

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Serves one Varlink connection: asyncvarlink's interfaces and conversions, on a transport that bounds each client.
 
-A client is served one call at a time, and its next call is read only after the reply has been sent. So a client can use
-up one message, one call and the socket's buffers. The transport peeks for the end of a message before it receives
-anything. So descriptors stay with their message, and all bytes behind the message stay in the socket.
+A client is served one call at a time, and its next call is read only after the reply has been sent. So each
+client uses at most one message, one call and the socket's buffers. The transport peeks for the end of a message before
+it receives anything. So descriptors stay with their message, and all bytes behind the message stay in the socket.
 """
 
 import asyncio
@@ -365,7 +365,7 @@ def _convert(
 
 
 def _culprit(error: ConversionError, signature: VarlinkMethodSignature, call: VarlinkMethodCall) -> str:
-    """Return the parameter that a conversion failed on. If the error names none, it is the unknown or missing one."""
+    """Return the parameter that a conversion failed on. If the error names none, return the unknown or missing one."""
     if error.location:
         return str(error.location[0])
     unknown = [name for name in call.parameters if name in error.message]

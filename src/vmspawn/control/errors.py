@@ -155,7 +155,7 @@ def to_exception(name: str, parameters: Mapping[str, typing.Any]) -> errors.Vmsp
     """Return the exception for a Varlink error of a machine's control socket."""
     interface, _, leaf = name.rpartition(".")
     if interface == "io.systemd" and "errno" in parameters:
-        return errors.SystemFailure("the machine's manager cannot do that", int(parameters["errno"]))
+        return errors.SystemFailure("a system call of the machine's manager failed", int(parameters["errno"]))
     message = str(parameters.get("message") or f"the machine's manager answered {leaf}")
     hint = str(parameters.get("hint") or "")
     if leaf == errors.QmpError.__name__:

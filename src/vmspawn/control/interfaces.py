@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Defines the Varlink interfaces of a machine.
 
-`io.systemd.MachineInstance` and `io.systemd.VirtualMachineInstance` are exactly systemd 262's. `io.vmspawn.Machine` has
-vmspawn's other features. Names are in Varlink's case because they are part of the protocol.
+`io.systemd.MachineInstance` and `io.systemd.VirtualMachineInstance` are exactly those of systemd 262.
+`io.vmspawn.Machine` has vmspawn's other features. Names are in Varlink's case because they are part of the protocol.
 """
 
 import os
@@ -296,8 +296,8 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     ) -> _Attached:
         """Attach an image or block device. `bus` may be "auto". A scsi-cd without a descriptor is empty.
 
-        The image is the descriptor's; `path` is only shown to users. With `waitGuestUSec`, replies after the guest's
-        first request to the disk, or with Timeout after that time, which leaves the disk attached.
+        The descriptor refers to the image; `path` is only shown to users. With `waitGuestUSec`, replies after the
+        guest's first request to the disk, or with Timeout after that time, which leaves the disk attached.
         """
         if waitGuestUSec is not None and waitGuestUSec < 0:
             raise InvalidParameter(parameter="waitGuestUSec")
@@ -383,7 +383,8 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     ) -> None:
         """Insert a medium into an optical drive, replacing the present one.
 
-        A guest that has locked the tray has `timeoutUSec` (default: 10 s) to open it; then replies with StoragePending.
+        A guest that has locked the tray has `timeoutUSec` (default: 10 s) to open it; after that, the reply is
+        StoragePending.
         """
         timeout = _tray_timeout(timeoutUSec)
         backing = await _backing(fileDescriptorIndex, read_only=True)
@@ -420,7 +421,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         forwards: list[snapshots.WantedForward] | None = None,
         dieWithCaller: bool | None = None,
     ) -> list[str]:
-        """Start copies of the machine from a snapshot, by default from its only one. Returns the names of the copies.
+        """Start copies of the machine from a snapshot, by default its only one. Returns the copies' names.
 
         `keepDisks` keeps the copies' disks when they end. `newIdentity` gives their guests host names, machine IDs and
         MAC addresses of their own. `console` is headless, the default, or gui. `log` is the absolute path of the file
@@ -465,7 +466,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     async def AddForward(
         self, *, guestPort: int, port: int | None = None, address: str | None = None, protocol: str | None = None
     ) -> PortForward:
-        """Forward a port of the host, by default a free one, to a port of the guest, by default TCP on 127.0.0.1."""
+        """Forward a port of the host to a port of the guest. The default is a free TCP port of 127.0.0.1."""
         return PortForward.of(await self._machine.forwards.add(to_forward(guestPort, port, address, protocol)))
 
     @varlinkmethod(return_parameter="forward")

@@ -11,7 +11,7 @@ from asyncvarlink import FileDescriptor
 class Progress(typing.TypedDict):
     """A change of a command's state: `state` is started, exited, killed or failed.
 
-    `started` comes with the streams. One of the others is the last reply, with the total number of bytes in each
+    `started` comes with the streams. The last reply has one of the other states, and the total number of bytes in each
     stream. The client reads that many bytes and closes the connection, which removes the streams.
     """
 

@@ -17,7 +17,7 @@ from ..version import VERSION
 from .connection import Connection
 from .interfaces import Machine, MachineInstance, QemuMachineInstance, VirtualMachineInstance
 
-#: The maximum number of connections. For a further client, the one that has been idle the longest is closed.
+#: The maximum number of connections. To admit another client, the connection that was idle the longest is closed.
 CONNECTIONS_MAX = 256
 
 #: Connections that are accepted before the event loop serves other work.

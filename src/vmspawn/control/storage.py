@@ -19,7 +19,7 @@ from ..storage.statistics import Statistics
 
 @dataclass(frozen=True, slots=True)
 class StorageLimits:
-    """Limits in requests and bytes per second; 0 or null is no limit.
+    """Limits in requests and bytes per second; 0 and null mean unlimited.
 
     `burstPercent` allows that percentage of the limits for a second after a quiet time.
     """

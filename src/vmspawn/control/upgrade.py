@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Implements Varlink's `upgrade`: after the reply to such a call, the connection uses another protocol.
+"""Implements Varlink's `upgrade`: after the reply to a call with `upgrade`, the connection uses another protocol.
 
 An upgradable method has a second coroutine, which runs instead if a call sets `upgrade`. The coroutine gets the call's
 parameters, may raise the errors of any method, and returns a function that takes the socket after the reply was sent.

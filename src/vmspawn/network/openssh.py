@@ -46,7 +46,7 @@ class Access(Record):
             "HostKeyAlias": self.host,
             "UserKnownHostsFile": _quoted(self.known_hosts.replace("%", "%%")),
             "StrictHostKeyChecking": "accept-new",
-            # Otherwise the guest may add keys, and ssh keeps a copy of the file beside it.
+            # Otherwise the guest may add keys to the file, and ssh leaves a copy of the previous file beside it.
             "UpdateHostKeys": "no",
             "CheckHostIP": "no",
             "ProxyCommand": "none",

@@ -30,7 +30,7 @@ class EventStream:
     """An asynchronous iterator over events, for one reader. It ends after QEMU's exit, or after `close`."""
 
     def __init__(self, on_close: Callable[[EventStream], None]) -> None:
-        """`on_close` is called with the stream when the stream needs no more events."""
+        """Open the stream. `on_close` is called with the stream when the stream needs no more events."""
         self._on_close = on_close
         self._queue: deque[Event] = deque()
         self._wake: asyncio.Future[None] | None = None

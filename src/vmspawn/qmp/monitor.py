@@ -34,7 +34,7 @@ _FIRST_ID = 0
 
 
 class Command(NamedTuple):
-    """A QMP command with its arguments. `fds` are passed by SCM_RIGHTS, and stay the caller's."""
+    """A QMP command with its arguments. `fds` are passed by SCM_RIGHTS; the caller keeps them."""
 
     name: str
     arguments: Mapping[str, object] | None = None
@@ -98,7 +98,7 @@ class Monitor:
     def __init__(
         self, connected: socket.socket, *, received: bytes = b"", transcript: Transcript | None = None, name: str = ""
     ) -> None:
-        """`received` was read from the socket already. Messages go into `transcript` under `name`."""
+        """Negotiate. `received` was read from the socket already. Messages go into `transcript` under `name`."""
         connected.setblocking(False)
         self._socket = connected
         self._loop = asyncio.get_running_loop()
@@ -155,9 +155,9 @@ class Monitor:
     ) -> Any:
         """Run a command and return QEMU's result. Waits for the negotiation first.
 
-        `fds` are passed by SCM_RIGHTS and stay the caller's; QEMU has duplicates when this returns. An `urgent` command
-        does not wait for a task that holds the monitor. Raises QmpError with QEMU's error, Timeout if no reply comes in
-        time, NotConnected if QEMU disconnects.
+        `fds` are passed by SCM_RIGHTS; the caller keeps them, and QEMU has duplicates after the reply. An `urgent`
+        command does not wait for a task that holds the monitor. Raises QmpError with QEMU's error, Timeout if no reply
+        comes in time, NotConnected if QEMU disconnects.
         """
         (result,) = await self.execute_all([Command(command, arguments, fds)], timeout=timeout, urgent=urgent)
         if isinstance(result, QmpError):
@@ -174,9 +174,9 @@ class Monitor:
     ) -> list[Any]:
         """Send commands together; returns a result for each, which is a QmpError if QEMU refused the command.
 
-        QEMU runs all commands in order, even if one fails, so they must be harmless then. Commands `behind` are sent
-        too, and QEMU runs them before any later commands, but this does not wait for their replies. Raises Timeout or
-        NotConnected like `execute`.
+        QEMU runs all commands in order, even if one fails, so the commands after it must be harmless. Commands `behind`
+        are sent too, and QEMU runs them before any later commands, but this method does not wait for their replies.
+        Raises Timeout or NotConnected like `execute`.
         """
         while self._holder not in (None, asyncio.current_task()) and not urgent:
             await self._released.wait()

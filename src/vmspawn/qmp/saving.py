@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Excludes devices that QEMU cannot save from the time between a session's check and its save.
+"""Delays the plugging in of devices that QEMU cannot save while a QMP session is about to save the machine's state.
 
 Once a migration has begun, QEMU itself refuses `device_add` (docs/qemu.md, "Saving and loading state").
 """
@@ -31,12 +31,12 @@ class Saving:
         return bool(self._coming)
 
     def begin(self) -> None:
-        """Begin to check, and then save, the state; `end` must follow."""
+        """Mark the beginning of a check and a save of the state; `end` marks their end."""
         self._savers += 1
         self._is_free.clear()
 
     def end(self) -> None:
-        """End what `begin` has begun."""
+        """Mark the end of the check and the save."""
         self._savers -= 1
         if not self._savers:
             self._is_free.set()

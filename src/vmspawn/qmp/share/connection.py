@@ -35,10 +35,11 @@ class Connection:
         on_drained: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
-        """`on_received` gets data, and the descriptor that came with its last byte or -1, which it must close.
+        """Begin to read.
 
-        `on_end` is called when the client has closed its sending side, `on_drained` when the client has read all
-        queued output, `on_gone` when the client has hung up or was disconnected, but not after `close`.
+        `on_received` gets data, and the descriptor that came with its last byte or -1, which it must close. `on_end` is
+        called when the client has closed its sending side, `on_drained` when the client has read all queued output,
+        `on_gone` when the client has hung up or was disconnected, but not after `close`.
         """
         connected.setblocking(False)
         self._socket = connected

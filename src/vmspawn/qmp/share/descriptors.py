@@ -2,8 +2,8 @@
 """Tracks the descriptors that sessions have passed to QEMU, to close them when the session ends.
 
 - QEMU keeps the names of `getfd` per monitor, and all sessions share one monitor. So a name that one session holds is
-  refused to the others. Names in the arguments of other commands (`netdev_add` with `fd=`) are not tracked. A command
-  that uses a descriptor ends its name in QEMU, but here the session keeps the name until it closes the name or ends.
+  refused to the others. Names in the arguments of other commands (`netdev_add` with `fd=`) are not tracked. QEMU
+  drops a name when a command uses the descriptor, but here a session keeps the name until it closes the name or ends.
 - QEMU shares the sets of `add-fd` among all monitors. When a session ends, its unused descriptors are removed from the
   sets.
 """
@@ -56,7 +56,10 @@ class Descriptors:
     __slots__ = ("_claims", "_members", "_names", "_on_change")
 
     def __init__(self, *, on_change: Callable[[], None]) -> None:
-        """`on_change` is called when the names have changed, before the command with a new name is sent."""
+        """Begin without names.
+
+        `on_change` is called when the names have changed, before the command with a new name is sent.
+        """
         self._names: dict[str, object] = {}
         # Names whose getfd has no reply yet.
         self._claims: set[str] = set()

@@ -56,7 +56,7 @@ class Multiplexer:
         self._schedule = Schedule(self._main, self._bulk, oob=main.greeting.has_oob)
         self._descriptors = Descriptors(on_change=on_names)
         self._shared = Shared(main.greeting, self._schedule, self._descriptors, saving or Saving(), may_spawn)
-        # The sessions, in the order of opening. A closed session stays while a command of it is in flight.
+        # The sessions, in the order of opening. A closed session stays while one of its commands is in flight.
         self._sessions: dict[Session, None] = {}
         # The number of vmspawn's commands in flight; the event is set if it is zero.
         self._own = 0
@@ -82,7 +82,7 @@ class Multiplexer:
         Owns both sockets, even if this raises. Sessions share the monitor at `connected`. Large commands go to a second
         monitor, at `bulk`; without it, a large command delays all sessions while QEMU reads it. Raises Timeout if a
         monitor sends no greeting within `timeout` seconds, because another program uses it. Raises NotConnected if QEMU
-        has exited, or if the socket is not a QMP monitor's.
+        has exited, or if the socket does not belong to a QMP monitor.
         """
         try:
             main = await negotiate(connected, timeout=timeout)

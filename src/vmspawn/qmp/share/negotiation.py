@@ -51,7 +51,7 @@ class _Hello(msgspec.Struct):
 
 
 async def negotiate(connected: socket.socket, *, timeout: float) -> Negotiated:
-    """Wait for the greeting, and enable all offered capabilities. Owns the socket, and closes it if this raises.
+    """Wait for the greeting, and enable all offered capabilities. Owns the socket, and closes it after an error.
 
     Raises Timeout if QEMU does not reply within `timeout` seconds, NotConnected if it exits, or if it is not QEMU.
     """

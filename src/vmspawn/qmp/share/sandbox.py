@@ -3,7 +3,7 @@
 
 With `-sandbox spawn=deny`, the kernel kills QEMU 7.2 with SIGSYS when it starts a program; for QEMU 11.1, the kernel
 refuses the start. QEMU's sources show the commands that start programs: migration over `exec:` (migration/exec.c),
-helpers and scripts of TAP devices and bridges (net/tap.c), and programs that user networking connects the guest with
+helpers and scripts of TAP devices and bridges (net/tap.c), and programs that user networking connects to the guest
 (net/slirp.c).
 """
 

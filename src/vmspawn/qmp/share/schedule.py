@@ -44,7 +44,7 @@ class Schedule:
     )
 
     def __init__(self, main: Upstream, bulk: Upstream | None, *, oob: bool) -> None:
-        """`oob` is true if the sessions' monitor supports out-of-band execution."""
+        """Begin without commands. `oob` is true if the sessions' monitor supports out-of-band execution."""
         self._main = main
         self._bulk = bulk
         self._turns: deque[Call] = deque()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serves one QMP client as a monitor of its own would.
+"""Serves one QMP client in the way that a separate QEMU monitor would.
 
 A session does the same as QEMU for each monitor: it greets, negotiates, cuts the input into messages, keeps the order,
 and replies to messages that are not commands (docs/interop/qmp-spec.rst, monitor/qmp.c). It takes no further message

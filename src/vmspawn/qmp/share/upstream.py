@@ -68,8 +68,9 @@ class Upstream:
         transcript: Transcript | None = None,
         name: str = "",
     ) -> None:
-        """`on_event` is called with each event's line, `on_lost` once, with the reason, when QEMU has disconnected.
+        """Begin to read.
 
+        `on_event` is called with each event's line, `on_lost` once, with the reason, when QEMU has disconnected.
         Messages go into `transcript` under `name`.
         """
         self._transcript = transcript

@@ -59,7 +59,7 @@ class Refusal(msgspec.Struct, frozen=True, gc=False):
 
 
 def usual(captured: Sequence[bytes | None]) -> Command:
-    """Return the command of the name and the id that USUAL has captured."""
+    """Make a command from the name and the id that USUAL has captured."""
     name, id = captured
     assert name is not None
     return Command(b'{"execute":"%b"' % name, name, b"", id)

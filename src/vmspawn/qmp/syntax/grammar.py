@@ -49,7 +49,7 @@ class _Object:
 
 
 class SyntaxProblem(ValueError):
-    """A token that is not valid at its place. The error's text is QEMU's."""
+    """A token that is not valid at its place. The error has QEMU's text."""
 
 
 class Grammar:

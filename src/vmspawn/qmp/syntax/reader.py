@@ -18,11 +18,11 @@ from .message import SEARCHED, Doubt, Message, parse
 from .positions import Positions
 from .strings import lenient, requote
 
-#: Bytes of a message that are examined token by token, at 3 µs each, before its end or to find its error.
+#: The maximum number of bytes that are examined token by token, at 3 µs each, in an incomplete or invalid message.
 _EXAMINED = SEARCHED
 
-#: The same for duplicate members, which only this examination can find, because msgspec keeps the last of them. Larger
-#: messages with this doubt are refused.
+#: The same in a message that may have duplicate members, which msgspec does not report. A larger message of this kind
+#: is refused.
 _EXAMINED_MEMBERS = 64 << 10
 
 #: NUL in modified UTF-8, which only QEMU accepts. It is rewritten to the escape for msgspec.

@@ -26,7 +26,7 @@ _SUCCESS = b'{"return": '
 _EVENT = b'{"timestamp": '
 _FAILURE = re.compile(rb'\{(?:"id": ([0-9]++), )?"error": ')
 _ID_AT_END = re.compile(rb', "id": ([0-9]++)\}\r\n')
-#: Bytes at a line's end that include any id of vmspawn's.
+#: The number of bytes at a line's end that include any id that vmspawn sends.
 _TAIL = len(b', "id": }\r\n') + 10
 
 

@@ -42,7 +42,7 @@ _SMALLEST = (0x80, 0x800, 0x10000, 0x200000, 0x4000000)
 
 
 class BadString(ValueError):
-    """A string that QEMU's parser refuses. The error's text is QEMU's."""
+    """A string that QEMU's parser refuses. The error has QEMU's text."""
 
 
 def quote(text: str) -> bytes:
