@@ -130,7 +130,7 @@ def spawned(*arguments: str, name: str | None = None) -> Iterator[Spawned]:
 
 @contextmanager
 def background(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Start another program, and kill it on exit if it still runs. The options are Popen's."""
+    """Start another program, and kill it on exit if it still runs. The options are those of Popen."""
     process = subprocess.Popen(command, **options)
     try:
         yield process
@@ -169,7 +169,7 @@ def make_script(path: Path, text: str) -> Path:
 def run_example(
     document: str, mark: str, folder: Path, replacements: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run the example in shell or Python that follows a mark in a document. `vmctl` is this checkout's.
+    """Run the example in shell or Python that follows a mark in a document. `vmctl` runs from this checkout.
 
     `replacements` are for whole words: the machine's name, a port.
     """

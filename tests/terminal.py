@@ -83,7 +83,7 @@ class Tty:
     def type_slowly(self, pieces: list[bytes], pause: float) -> None:
         """Type pieces with pauses between them, and read the output meanwhile.
 
-        A pause begins when the program has read the piece before, so that it is no shorter for a program that is slow.
+        A pause begins when the program has read the piece before, so that a slow program does not shorten it.
         """
         for number, piece in enumerate(pieces):
             if number:

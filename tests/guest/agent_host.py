@@ -28,7 +28,7 @@ from vmspawn.guest.initramfs import Initramfs
 BOOT_SECONDS = 60.0
 ANSWER_SECONDS = 25.0
 
-#: Ports 0 and 1 are the console's.
+#: Ports 0 and 1 belong to the console.
 CONTROL_NUMBER, FIRST_NUMBER, PORTS = 2, 3, 256
 
 MACHINES = {

@@ -216,7 +216,7 @@ async def test_a_program_copies(machine: Machine, tmp_path: Path) -> None:
 
 
 async def test_a_program_that_is_cancelled_leaves_nothing(machine: Machine, tmp_path: Path) -> None:
-    """The source is a named pipe in the guest that nobody writes to."""
+    """The source is a named pipe in the guest without a writer."""
     shell(machine, "rm -rf /tmp/slow; mkdir /tmp/slow; dd if=/dev/zero of=/tmp/slow/f bs=1M count=50 status=none")
     started = asyncio.Event()
     async with vmspawn.connect(machine.name) as connected:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the ways to reach a guest as a user without privileges: another user than root, who runs the other tests.
+"""Tests the ways to reach a guest as an unprivileged user. Root runs the other tests.
 
 The user is `nobody`, with a home and a runtime directory of his own.
 """
@@ -130,7 +130,7 @@ def test_commands_copies_and_forwards(qemu: str, user: User) -> None:
 
 
 def test_ssh(qemu: str, user: User) -> None:
-    """virtiofsd cannot read /root for the user, so that the guest's root has another home."""
+    """The guest's root has another home directory, because virtiofsd cannot read /root with the user's rights."""
     if not (has_virtiofsd() and virtiofsd.find().is_rust):
         pytest.skip("the virtiofsd that is installed runs only as root")
     if not shutil.which(SERVER, path=f"{os.environ['PATH']}:/usr/sbin"):

@@ -38,7 +38,7 @@ GROWTH = 1.05
 #: True if times are compared, which takes a second machine and minutes.
 TIMED = SCALE >= 10
 
-#: Cycles of each machine for one comparison. The ratio of a pair varies by 25 %, the median of so many by 2 %.
+#: Cycles of each machine for one comparison. The ratio of a pair varies by 25 %, the median of 300 pairs by 2 %.
 PAIRS = 300
 
 #: The maximum number of comparisons at the end, as long as the manager seems slower: noise disappears, growth

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Debian as a cloud image has it: cloud-init finds the seed, and OpenSSH's server takes the machine's key."""
+"""Tests Debian's cloud images: cloud-init finds the seed, and OpenSSH's server accepts the machine's key."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -327,7 +327,7 @@ def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None
 
 
 def test_sigterm_at_any_moment_of_a_start(qemu: str, image: Path) -> None:
-    """Before there is anything to undo, the signal ends the process; later it ends the machine, which is no failure."""
+    """Before there is anything to undo, the signal ends the process; later it ends the machine without a failure."""
     killed = ended = 0
     while ended < 15:
         command = [*VMSPAWN, "-M", "early", f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0"]

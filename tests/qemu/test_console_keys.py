@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests the keys through a real terminal: each sequence, split at each byte, typed at several speeds.
 
-tests/unit/test_hotkeys.py tests the matcher. Here each piece is a read of its own.
+tests/unit/test_hotkeys.py tests the matcher. Here each piece is read separately.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def split(keys: bytes, sizes: tuple[int, ...]) -> list[bytes]:
 
 
 def press(tty: Tty, pieces: list[bytes], pause: float, expect: Callable[[float], object]) -> None:
-    """Type keys until they have their effect, for which `expect` waits so many seconds.
+    """Type keys until they have their effect, for which `expect` waits a number of seconds.
 
     The program allows a second between two keys, and on a busy host it may read them too late.
     """

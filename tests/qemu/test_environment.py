@@ -125,7 +125,7 @@ def test_a_boot_entry_names_its_files_in_any_locale(tmp_path: Path, environment:
 
 
 def test_a_busy_host_gets_all_answers_of_a_probe(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QEMU's answers are larger than a pipe, and QEMU exits without what a full pipe has not taken."""
+    """QEMU's answers are larger than a pipe, and QEMU exits without writing the part that a full pipe rejects."""
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path))
     with ThreadPoolExecutor(8) as threads:
         found = set(threads.map(find_qemu, [qemu] * 8))

@@ -60,9 +60,9 @@ async def test_force_gives_the_host_its_file_back_at_once(
 
 @pytest.mark.soak
 async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
-    """QEMU hangs in closing the file, or in querying it if the host has dropped its size from the cache.
+    """QEMU hangs while it closes the file, or queries it if the host has dropped its size from the cache.
 
-    Clients get that error before their own timeouts, and the detach goes on by itself.
+    Clients get that error before their own timeouts, and the detach continues by itself.
     """
     async with idle_machine(qemu, tmp_path) as machine:
         with fuse_file(tmp_path) as (path, server):

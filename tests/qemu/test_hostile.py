@@ -111,7 +111,7 @@ def stranger(honest: Honest, protocol: str) -> socket.socket:
 
 
 def send(connected: socket.socket, data: bytes, fds: list[int]) -> None:
-    """Send as much as is accepted. A disconnect is no error."""
+    """Send as much as is accepted. A disconnect is not an error."""
     connected.setblocking(False)
     with contextlib.suppress(OSError):
         while data:

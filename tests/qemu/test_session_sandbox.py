@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that sessions refuse commands for which the sandbox kills QEMU, and that such a death is reported."""
+"""Tests that sessions refuse commands for which the sandbox kills QEMU, and that a death by the sandbox is reported."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The SSH key and the seed of a machine whose guest never boots: files, vmctl's answers, adoption, and the end."""
+"""Tests the SSH key and the seed of a machine whose guest never boots: files, vmctl, adoption, and the end."""
 
 import base64
 import json

@@ -18,7 +18,7 @@ from vmspawn.host.runtime import MachineDirectory
 
 @pytest.fixture
 def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
-    """Return the options of a machine whose QEMU first reads a line from the FIFO `go`, and fails if there is none."""
+    """Return the options of a machine whose QEMU first reads a line from the FIFO `go`, and fails without a line."""
     os.mkfifo(tmp_path / "go")
     # vmspawn asks a QEMU about its features before.
     wait = f"read -r line <{tmp_path}/go || {{ echo no line >&2; exit 1; }}"

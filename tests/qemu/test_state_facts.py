@@ -75,7 +75,7 @@ def wait_for_status(monitor: Monitor, status: str) -> None:
 
 
 def test_the_state_is_saved_to_a_descriptor(machine: Monitor, tmp_path: Path) -> None:
-    """A disk on a pivot is no obstacle. The image is inactive afterwards."""
+    """A disk on a pivot does not prevent a save. The image is inactive afterwards."""
     machine.succeed("cont")
     machine.succeed("stop")
     assert save(machine, tmp_path / "state") == "completed"

@@ -52,7 +52,7 @@ def test_the_instance_changes_with_the_user_data() -> None:
 
 
 def test_another_program_reads_the_image(directory: MachineDirectory, tmp_path: Path) -> None:
-    """With the label and the long names that cloud-init looks for."""
+    """The image has the label and the long names that cloud-init looks for."""
     if not shutil.which("isoinfo"):
         pytest.skip("isoinfo is not installed")
     data = b"#cloud-config\nruncmd: [[touch, /done]]\n" + b"# " + b"x" * 5000 + b"\n"
@@ -93,7 +93,7 @@ def test_user_data_that_cannot_be_used(
 
 
 def test_user_data_from_a_pipe(directory: MachineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a shell's --cloud-init=<(COMMAND). A pipe that nobody writes to is given up."""
+    """As in a shell's --cloud-init=<(COMMAND). vmspawn stops waiting for a pipe that is never written."""
     script = "echo '#cloud-config'; head -c 200000 /dev/zero | tr '\\0' '#'"
     with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that the console ends, whatever watches it."""
+"""Tests that the console ends with QEMU, for every kind of viewer."""
 
 import asyncio
 import os

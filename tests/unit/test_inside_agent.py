@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the session with the agent, on a real socket whose other end is the test's."""
+"""Tests the session with the agent, on a real socket whose other end belongs to the test."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the conversion of I/O limits to QEMU's."""
+"""Tests the conversion of I/O limits to those of QEMU."""
 
 import pytest
 from hypothesis import given

@@ -15,7 +15,7 @@ from vmspawn.storage.page_cache import read_cached
 
 
 def cached_file(path: Path, data: bytes) -> int:
-    """Write a file whose pages are in the page cache. Skips the test where such pages cannot be told from others."""
+    """Write a file whose pages are in the page cache. Skips the test where cached pages cannot be recognized."""
     path.write_bytes(data)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -38,7 +38,7 @@ def as_in_qemu() -> Iterator[None]:
 
 
 def append(log: ConsoleLog) -> int:
-    """Open a descriptor like QEMU's."""
+    """Open a descriptor as QEMU does."""
     return os.open(f"/proc/self/fd/{log.fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
 
