@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import debian
-from tests.guest.test_exec_debian import BOOT_TIMEOUT
+from tests.commands import vmctl
+from tests.guest.test_exec_debian import BOOT_TIMEOUT, ROOT
 from tests.machines import Machine, fresh_name
 from tests.unit.test_archive import MIB, look, make_sparse, tree
 from vmspawn.errors import Timeout
@@ -18,11 +20,23 @@ __all__ = ["tree"]
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
+def boot_options(suite: str, folder: Path) -> dict[str, Any]:
+    """Return the options that boot a suite. The systemd of the older one takes no agent, so its image contains it."""
+    if suite == debian.SUITE:
+        return {"image": str(debian.disk())}
+    tree = debian.tree(suite)
+    assert vmctl("agent", f"--root={tree}").returncode == 0
+    linux, initrd = debian.kernel(suite)
+    image = debian.root(folder / "root", tree)
+    return {"image": str(image), "linux": str(linux), "initrd": str(initrd), "kernel_arguments": ROOT}
+
+
+@pytest.mark.parametrize("suite", [debian.SUITE, debian.OLDER])
 @pytest.mark.asyncio
-async def test_a_debian_is_waited_for_and_copied_to(qemu: str, tree: Path, tmp_path: Path) -> None:
+async def test_a_debian_is_waited_for_and_copied_to(qemu: str, suite: str, tree: Path, tmp_path: Path) -> None:
     debian.need()
     async with Machine(
-        image=str(debian.disk()),
+        **boot_options(suite, tmp_path),
         image_format="raw",
         ephemeral=True,
         ram=1 << 30,
