@@ -1629,7 +1629,8 @@ static long read_control(void) {
 
                 if (n == -EINTR)
                         continue;
-                if (n == 0)
+                /* The kernel may learn later than we read a host's first bytes that the host has connected. */
+                if (n == 0 && agent.connected)
                         disconnect();
                 if (n <= 0)
                         return n;
@@ -1643,7 +1644,8 @@ static void handle_control(unsigned events) {
 
         if ((events & EPOLLHUP) == 0 && !agent.connected) {
                 agent.connected = true;
-                answer_ready("-");
+                /* A host that has begun a session would take a dash for a restart of the agent. */
+                answer_ready(*agent.session == '\0' ? "-" : agent.session);
         }
         r = read_control();
         if (r < 0 && r != -EAGAIN) {

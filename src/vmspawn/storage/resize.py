@@ -45,15 +45,15 @@ async def resize_disk(context: Context, attachment: AttachedDisk, size: int | No
 
 
 async def follow_image(context: Context, attachment: AttachedDisk) -> None:
-    """Resize a disk to the size of its new image. Raises QmpError."""
+    """Resize a disk to the size of its new image, and tell the guest. Raises QmpError."""
     image = attachment.images[0]
     size = await _size_outside(image)
     if size is None:
         size = await context.virtual_size(image.top_node)
-    if whole_sectors(size) != await context.virtual_size(attachment.identifiers.pivot):
-        arguments = {"node-name": attachment.identifiers.pivot, "size": size}
-        async with blaming_users(context.monitor, attachment):
-            await context.monitor.execute("block_resize", arguments)
+    # The pivot may have the new size already (QEMU 11.1). Only this command tells the device, and so the guest.
+    arguments = {"node-name": attachment.identifiers.pivot, "size": size}
+    async with blaming_users(context.monitor, attachment):
+        await context.monitor.execute("block_resize", arguments)
 
 
 def _check_resizable(attachment: AttachedDisk) -> None:
