@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a program until it exits, unless another thread cancels that."""
+"""Runs a program until it exits, unless another thread cancels the work."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Launched(Record):
 
 
 class Adopted(Record):
-    """The origin of a QEMU that another manager launched, with the state that this manager wrote last."""
+    """The origin of a QEMU that another manager launched, with the state that the other manager wrote last."""
 
     state: State
 

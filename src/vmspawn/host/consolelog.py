@@ -2,9 +2,9 @@
 """Keeps the guest's output while there is no manager, in QEMU's log of the console, which is bounded.
 
 QEMU drops the output while there is no manager, but logs it first, without a bound. So the log is a file in memory
-whose end is just below QEMU's limit on file sizes: QEMU appends until the log is full, and continues
-without it. Truncating the file empties the log, and QEMU appends again. The file has no name; the next manager finds it
-among QEMU's open files.
+whose end is just below QEMU's limit on file sizes: QEMU appends until the log is full, and continues without it.
+Truncating the file empties the log, and QEMU appends again. The file has no name; the next manager finds it among
+QEMU's open files.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ _REMOVE = f"""{_PLACES}
 rm -rf "$work"
 """
 
-#: Arguments: the directory, the name in it, any word to count the size. The first line of output has the size in KiB or
-#: 0. GNU tar exits with 1 if a file has changed meanwhile, as a log does.
+#: Arguments: the directory, the name in it, and a word if the size is to be counted, else an empty string. The first
+#: line of output has the size in KiB, or 0. GNU tar exits with 1 if a file has changed meanwhile, as a log does.
 _PACK = """
 cd "$1" || exit 1
 [ -e "./$2" ] || [ -L "./$2" ] || { echo "No such file or directory" >&2; exit 1; }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Plugs in the controllers of disks when the first disk needs one, and unplugs unused ones.
 
-A controller is an attachment like a disk, of a kind that users do not see. There are three:
+A controller is an attachment like a disk, of a kind that users do not see. There are three controllers:
 
 1. The SCSI controller exists from boot. On pc the guest may eject it; then the next disk's attach plugs it in again.
 2. The SCSI controller with an I/O thread is plugged in for the first disk with `thread`, and stays.

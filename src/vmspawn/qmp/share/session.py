@@ -212,7 +212,7 @@ class Session:
 
     def _may_take(self) -> bool:
         if self._connection.waiting > limits.OUTPUT_HELD:
-            # This continues when the client has read all output.
+            # The session takes requests again when the client has read all output.
             return False
         if self._has_oob:
             # QEMU runs an out-of-band command before it reads more.
