@@ -121,7 +121,7 @@ def _choose_kernel(config: MachineConfig, architecture: str, notice: Callable[[s
 
 
 def _check_virtiofs(config: MachineConfig, notice: Callable[[str], None]) -> None:
-    """Warn the user if a directory's kernel cannot mount it: the guest would stop in a shell without an explanation."""
+    """Warn of a kernel that cannot mount its root directory: the guest would stop in a shell without an explanation."""
     if config.directory is None or config.linux is None or config.guest:
         return
     from ..images import virtiofs_support

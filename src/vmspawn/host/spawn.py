@@ -64,7 +64,7 @@ def spawn(arguments: list[str], *, keep: list[int], log: int, streams: tuple[int
 
 @contextlib.contextmanager
 def _not_inherited(descriptors: list[int]) -> Iterator[None]:
-    """Make descriptors not inheritable that posix_spawn(3) cannot close, because they are above a lowered limit."""
+    """Make descriptors above a lowered limit not inheritable, because posix_spawn(3) cannot close them."""
     for fd in descriptors:
         os.set_inheritable(fd, False)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Delays the plugging in of devices that QEMU cannot save while a QMP session is about to save the machine's state.
+"""Lets devices that QEMU cannot save wait before they are plugged in, if a QMP session is about to save the state.
 
 Once a migration has begun, QEMU itself refuses `device_add` (docs/qemu.md, "Saving and loading state").
 """
@@ -27,7 +27,7 @@ class Saving:
 
     @property
     def is_device_coming(self) -> bool:
-        """True while a device is being plugged in that QEMU cannot save."""
+        """True while a device that QEMU cannot save is being plugged in."""
         return bool(self._coming)
 
     def begin(self) -> None:

@@ -98,7 +98,7 @@ class BlockGraph:
 
 
 def _is_device(vertex: _Vertex, device: str) -> bool:
-    # QEMU reports virtio-blk by a path with a child behind the device, and the other buses by the device's id alone.
+    # The name is the path of a child of the device for virtio-blk, and the device's id alone for the other buses.
     return vertex.type == "block-backend" and device in vertex.name.split("/")
 
 

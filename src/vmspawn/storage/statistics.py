@@ -26,7 +26,7 @@ class Statistics(NamedTuple):
 async def read(context: Context, attachments: Iterable[AttachedDisk]) -> dict[str, Statistics]:
     """Return the statistics of each disk by name, without disks that are being attached or detached."""
     found: list[dict[str, Any]] = await context.monitor.execute("query-blockstats")
-    # QEMU reports virtio-blk by a path with a child behind the device, and the other buses by the device's id alone
+    # `qdev` is the path of a child of the device for virtio-blk, and the device's id alone for the other buses
     # (docs/qemu.md, "What can be read back").
     by_device = {part: each["stats"] for each in found for part in each.get("qdev", "").split("/")}
     return {

@@ -53,7 +53,7 @@ def _saving(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     if migration and migration.get("blocked-reasons"):
         return None  # QEMU refuses the command
     if saving.is_device_coming:
-        return "a disk on bus nvme-ns is being attached, and QEMU crashes when it saves its controller; try again"
+        return "an attach on bus nvme-ns is under way, and QEMU crashes when it saves the controller; try again"
     for folder in _FOLDERS:
         children = yield _ask("qom-list", path=folder)
         for name in [each["name"] for each in children or () if each.get("type") == "child<nvme>"]:
