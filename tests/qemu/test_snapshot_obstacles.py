@@ -79,7 +79,7 @@ async def test_obstacles_from_the_start(qemu: str, tmp_path: Path) -> None:
             machine,
             "its console is QEMU's own (native)",
             "vmspawn did not create device theirs, and a copy would lack it",
-            "vmspawn did not create a device without an id",
+            "a device that has no id was not created by vmspawn, and a copy would lack it",
             "vmspawn did not create object mine, and a copy would lack it",
             hint="start it with another console",
         )

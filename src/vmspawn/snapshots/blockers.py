@@ -97,7 +97,8 @@ async def _in_qemu(machine: Running, options: tuple[Option, ...]) -> AsyncIterat
     ours = sum("id" not in each and each.get("driver") in _ANONYMOUS for each in incoming.devices(options))
     if anonymous > ours:
         yield Blocker(
-            "vmspawn did not create a device without an id, and a copy would lack it", "start the machine without it"
+            "a device that has no id was not created by vmspawn, and a copy would lack it",
+            "start the machine without it",
         )
     for name in sorted(await children(monitor, "/objects")):
         if not _OBJECTS.fullmatch(name):

@@ -72,7 +72,7 @@ def scratch_prefix(path: str) -> str:
 
 
 async def _prepare_commands(machine: Running) -> None:
-    """Wait for the agent, which a guest that was built without a compiler does not have, and plug in its ports."""
+    """Wait for the agent, and plug in the ports of a command. A guest built without a compiler has no agent."""
     inside = Inside(machine)
     try:
         with contextlib.suppress(TimeoutError, Timeout, NotSupported):
