@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Refuses to change images that QEMU has made inactive: QEMU 7.2 aborts on it (docs/qemu.md, "Faults")."""
+"""Refuses to change images that QEMU has made inactive: QEMU 7.2 would abort (docs/qemu.md, "Faults")."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class PassedDescriptors:
         self.arriving, self._offset = fd, offset
 
     def scanned(self, offset: int) -> None:
-        """Let the arriving descriptor wait for a command if the bytes up to an offset include its own."""
+        """Let the arriving descriptor wait for a command if the bytes that it came with begin before an offset."""
         if offset > self._offset:
             self.settle()
 
