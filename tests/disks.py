@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmspawn.guest import builtin
+from vmspawn.guest.build import build
 
 MIB = 1 << 20
 
@@ -35,8 +35,7 @@ def need_tools() -> None:
 def make_builtin_disk(path: Path) -> Path:
     """Make a disk with the built-in guest that BIOS boots."""
     need_tools()
-    guest = builtin.find()
-    assert guest is not None
+    guest = build()
     return make_disk(path, Path(guest.kernel), Path(guest.initrd), ("console=ttyS0", *guest.arguments))
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.commands import DEADLINE, one_line, qemu_pid, spawned, vmctl
 from tests.machines import Machine, fresh_name
 from vmspawn.errors import NotConnected
-from vmspawn.guest import builtin
+from vmspawn.guest.build import build
 from vmspawn.manager.shutdown import FAILED_GUEST_TIMEOUT
 
 PANIC = "the guest's kernel panicked: VFS: Unable to mount root fs"
@@ -21,8 +21,7 @@ PANIC = "the guest's kernel panicked: VFS: Unable to mount root fs"
 @pytest.fixture
 def kernel(qemu: str) -> tuple[str, ...]:
     """Return the options for a kernel without a root file system, and so without pvpanic's driver, a module."""
-    guest = builtin.find()
-    assert guest is not None
+    guest = build()
     return (f"--qemu={qemu}", f"--linux={guest.kernel}", "--ram=256M", "--console=headless")
 
 

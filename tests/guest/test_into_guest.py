@@ -12,7 +12,7 @@ from tests.machines import Machine, fresh_name
 from tests.shell import Shell
 from vmspawn.boot.credentials import Credential
 from vmspawn.boot.memory import Growth
-from vmspawn.guest import builtin
+from vmspawn.guest.build import build
 from vmspawn.guest.initramfs import Initramfs
 
 UUID = "12345678-9abc-4def-8123-456789abcdef"
@@ -62,8 +62,7 @@ async def test_the_guest_finds_what_it_was_given(machine: Machine) -> None:
 
 
 async def test_several_initrds_are_one(qemu: str, tmp_path: Path) -> None:
-    guest = builtin.find()
-    assert guest is not None
+    guest = build()
     with (tmp_path / "more").open("wb") as file:
         more = Initramfs(file)
         more.add_file("from-the-second", b"hello")
