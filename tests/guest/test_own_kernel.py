@@ -106,6 +106,8 @@ def test_files_are_copied_by_the_userlands_own_tools(qemu: str, tree: Path, tmp_
     options = ("--guest=builtin", f"--qemu={qemu}", "--directory=/", "--console=headless")
     with spawned(*options) as machine:
         machine.wait_for("is running")
+        done = vmctl("wait", machine.name, "--for=booted")
+        assert (done.returncode, done.stderr) == (0, "")
         for source, target in (
             (str(tree), f"{machine.name}:/mnt/there"),
             (f"{machine.name}:/mnt/there", f"{tmp_path}/back"),

@@ -28,13 +28,17 @@ _NEVER = 2
 
 _BANNER = b"SSH-"
 
-#: Prints the state of the boot whenever it changes.
+#: Seconds that a server has to send its banner. QEMU keeps the connection of a guest that was reset meanwhile.
+_BANNER_TIMEOUT = 30.0
+
+#: Prints the state of the boot whenever it changes. The second case is the built-in guest, itself or in the directory
+#: of the host in which its commands run.
 _BOOTED = """
 while :; do
     if [ -d /run/systemd/system ]; then
         state=$(systemctl is-system-running 2>/dev/null)
         case $state in running | degraded) exit 0 ;; esac
-    elif [ -d /lib/vmspawn ]; then
+    elif [ -e /lib/vmspawn/functions ] || [ -f /run/vmspawn/agent ]; then
         [ ! -e /run/vmspawn/ready ] || exit 0
         state=starting
     else
@@ -170,13 +174,14 @@ class _Wait:
             execution.close()
 
 
-async def _is_ssh_server(address: str, port: int) -> bool:
-    """Return whether a server sends the banner of SSH."""
+async def _is_ssh_server(address: str, port: int, timeout: float = _BANNER_TIMEOUT) -> bool:
+    """Return whether a server sends the banner of SSH in time."""
     writer: asyncio.StreamWriter | None = None
     try:
-        reader, writer = await asyncio.open_connection(address, port)
-        return await reader.readexactly(len(_BANNER)) == _BANNER
-    except (OSError, asyncio.IncompleteReadError):
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection(address, port)
+            return await reader.readexactly(len(_BANNER)) == _BANNER
+    except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
         return False
     finally:
         if writer is not None:
