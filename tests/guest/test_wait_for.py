@@ -113,7 +113,7 @@ async def test_a_guest_that_reboots_is_asked_again_and_one_that_ends_is_not(qemu
         await off
         with pytest.raises(MachineEnded, match=r"terminated before (port=81|console=never)"):
             await late
-    assert wait(name, "off").returncode == 0
+    assert wait(name, "off", "off").returncode == 0
 
 
 def test_usage() -> None:

@@ -2,6 +2,7 @@
 """Tests the syntax of the conditions that `vmctl wait` accepts."""
 
 import contextlib
+import warnings
 
 import pytest
 from hypothesis import given
@@ -30,12 +31,20 @@ def test_a_condition_is_parsed_as_it_is_written(text: str) -> None:
         ("port=http", "not a port"),
         ("port=٣", "not a port"),
         ("console=(", "not a regular expression"),
+        ("console=a{99999999999999999999}", "not a regular expression: the repetition number is too large"),
+        ("console=" + "(" * 5000 + ")" * 5000, "not a regular expression: maximum recursion depth"),
     ],
 )
 def test_what_is_refused(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
         parse(text)
     assert caught.value.hint
+
+
+def test_a_regular_expression_causes_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse("console=[[a]").value == "[[a]"
 
 
 @given(st.sampled_from(sorted(KINDS)), st.text())

@@ -179,7 +179,7 @@ def test_help_for_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("exec", "MACHINE [OPTION…] [--] COMMAND [ARGUMENT…]"),
         ("shell", "[USER@]MACHINE [OPTION…] [COMMAND [ARGUMENT…]]"),
-        ("ssh", "[OPTION…] [USER@]MACHINE [COMMAND…]"),
+        ("ssh", "[USER@]MACHINE [OPTION…] [COMMAND…]"),
         ("qmp", "MACHINE [OPTION…] [COMMAND [ARGUMENT…]]"),
     ],
 )
@@ -187,6 +187,19 @@ def test_the_usage_shows_where_options_end(verb: str, usage: str, capsys: pytest
     with pytest.raises(SystemExit, match="0"):
         vmctl.build_parser().parse_args([verb, "--help"])
     assert capsys.readouterr().out.splitlines()[0] == f"usage: vmctl {verb} {usage}"
+
+
+@pytest.mark.parametrize(
+    "words", [["-t", "web", "ls", "-l"], ["web", "-t", "ls", "-l"], ["web", "-t", "--", "ls", "-l"]]
+)
+def test_options_of_ssh_end_at_its_command(words: list[str]) -> None:
+    options = vmctl.build_parser().parse_args(["ssh", *words])
+    assert (options.machine, options.tty, options.command) == ("web", True, ["ls", "-l"])
+
+
+def test_the_help_of_verbs_that_wait_has_the_default_timeout() -> None:
+    assert "time to wait for the conditions (default: 120)" in VERBS["wait"].format_help().replace("\n" + " " * 26, " ")
+    assert "time to wait for an answer" in VERBS["list-forwards"].format_help()
 
 
 def test_help_omits_unsupported_options() -> None:

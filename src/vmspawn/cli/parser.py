@@ -62,6 +62,10 @@ class Parser(argparse.ArgumentParser):
             settings.setdefault("default", [])
         return super().add_argument(*names, **settings)
 
+    def describe(self, option: str, text: str) -> None:
+        """Replace the help of an option that several verbs share."""
+        self._option_string_actions[option].help = text
+
     def end_options_here(self) -> None:
         """End the options after the positional arguments that were added so far.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import NamedTuple
 
 from ..errors import UsageError
@@ -64,6 +65,8 @@ def parse(text: str) -> Condition:
 
 def _check_pattern(value: str) -> None:
     try:
-        re.compile(value)
-    except re.error as error:
+        # Python warns of characters that a later version may read in another way.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            re.compile(value, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{value} is not a regular expression: {error}", hint="see: pydoc re") from None

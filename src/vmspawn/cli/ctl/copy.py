@@ -36,6 +36,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_options(parser: Parser) -> None:
+    parser.describe("--timeout", f"time to wait for the guest's agent (default: {COMMAND_START_TIMEOUT:g})")
     parser.add_argument("--skip-special", action="store_true", help=_SKIP)
 
 

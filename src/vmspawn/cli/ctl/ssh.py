@@ -23,11 +23,11 @@ from .verbs import PROGRAM, Verbs
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
     ssh = verbs.add("ssh", _ssh, "log into the guest, or run a command there, by SSH",
-                    "[OPTION…] [USER@]MACHINE [COMMAND…]")  # fmt: skip
+                    "[USER@]MACHINE [OPTION…] [COMMAND…]")  # fmt: skip
     ssh.exit_usage = EXIT_OWN_FAILURE
     ssh.add_argument("machine", metavar="[USER@]MACHINE", help="name of the machine; see: vmctl list (user: root)")
-    ssh.end_options_here()
     ssh.add_argument("command", metavar="COMMAND", nargs="*", help="command that the user's shell runs in the guest")
+    ssh.end_options_here()
     ssh.add_argument("-t", "--tty", action="store_true", help="run the command on a terminal")
     config = verbs.add("ssh-config", _config, "print a configuration for ssh, scp, rsync and others", "[MACHINE…]")
     config.add_argument(

@@ -23,6 +23,7 @@ _LOOK_INTERVAL = 0.1
 def add(verbs: Verbs) -> None:
     """Add the verb."""
     parser = verbs.add_for_machine("wait", _wait, "wait until a machine is ready", "--for=CONDITION…")
+    parser.describe("--timeout", f"time to wait for the conditions (default: {_TIMEOUT:g})")
     known = ", ".join(f"{name}={value}" if value else name for name, value in KINDS.items())
     parser.add_argument(
         "--for",
@@ -64,7 +65,7 @@ async def _wait_for(name: str, wanted: list[str], timeout: float) -> None:
         except TimeoutError:
             raise Timeout(f"machine {name} did not answer: it hangs, or is still starting") from None
         except NotConnected:
-            if wanted == ["off"]:
+            if set(wanted) == {"off"}:
                 return None
             # The machine may start soon.
             if time.monotonic() + _LOOK_INTERVAL >= deadline:
