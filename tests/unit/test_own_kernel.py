@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_guest_initramfs import entries
-from tests.unit.test_guest_modules import make_modules
+from tests.unit.test_guest_modules import elf_module, make_modules
 from vmspawn.boot.config import MachineConfig
 from vmspawn.boot.config import check_config as check
 from vmspawn.errors import GuestError, StartError, UsageError
@@ -84,8 +84,16 @@ def test_modules_have_to_be_there(tmp_path: Path) -> None:
     assert "modules=" in caught.value.hint
     modules = make_modules(tmp_path / "1.0", {"virtio-pci": "virtio", "virtio": "", "virtio_console": ""})
     own_kernel.check("k", options, modules, commands=True, userland="")
-    found = {each.path for each in entries(own_kernel.initrd(modules))}
+    found = {each.path for each in entries(own_kernel.initrd(modules, "1.0"))}
     assert {"lib/modules/1.0/virtio_pci.ko", "lib/modules/1.0/virtio.ko", "etc/modules"} <= found
+
+
+def test_modules_of_another_kernel_are_refused(tmp_path: Path) -> None:
+    modules = make_modules(tmp_path / "1.0", {"virtio_pci": ""})
+    (tmp_path / "1.0/kernel/drivers/virtio_pci.ko").write_bytes(elf_module("depends=", "vermagic=1.0 SMP preempt "))
+    assert own_kernel.initrd(modules, "1.0") == own_kernel.initrd(modules, "")
+    with pytest.raises(GuestError, match=r"module virtio_pci was built for the kernel 1\.0, and the kernel is 1\.1"):
+        own_kernel.initrd(modules, "1.1")
 
 
 def test_where_modules_are_found(tmp_path: Path) -> None:
@@ -109,7 +117,7 @@ def test_where_modules_are_found(tmp_path: Path) -> None:
 
 
 def test_nothing_to_load_is_a_list_without_names() -> None:
-    listed = {each.path: each.content for each in entries(own_kernel.initrd(None))}
+    listed = {each.path: each.content for each in entries(own_kernel.initrd(None, ""))}
     assert listed["etc/modules"] == b""
 
 
@@ -136,4 +144,4 @@ def test_what_goes_together() -> None:
     config = check(MachineConfig(guest="builtin", linux="k", directory="/", directory_rw=True, modules="m"))
     assert config.is_userland
     assert not check(MachineConfig(directory="/")).is_userland
-    assert io.BytesIO(own_kernel.initrd(None)).read(6) == b"070701"
+    assert io.BytesIO(own_kernel.initrd(None, "")).read(6) == b"070701"

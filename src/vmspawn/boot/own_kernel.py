@@ -29,4 +29,4 @@ def initrd(config: MachineConfig, guests_initrd: str) -> bytes:
         raise StartError(f"cannot read {error.filename}: {error.strerror}") from None
     userland = "" if not config.is_userland else "rw" if config.directory_rw else "ro"
     own_kernel.check(config.linux, options, modules, commands=config.agent, userland=userland)
-    return base + bytes(-len(base) % kernel_image.INITRD_ALIGNMENT) + own_kernel.initrd(modules)
+    return base + bytes(-len(base) % kernel_image.INITRD_ALIGNMENT) + own_kernel.initrd(modules, version)

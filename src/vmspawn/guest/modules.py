@@ -64,13 +64,15 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 class Module:
-    """One module: its name, its uncompressed content, its dependencies and aliases."""
+    """One module: its name, its uncompressed content, the kernel it was built for, its dependencies and aliases."""
 
     def __init__(self, name: str, content: bytes) -> None:
         self.name = name
         self.content = content
         information = modinfo(content)
         self.depends = [_name(other) for value in information.get("depends", []) for other in value.split(",") if other]
+        #: The kernel's version, or an empty string if it is unknown.
+        self.kernel = "".join(information.get("vermagic", [])).partition(" ")[0]
         self.aliases = information.get("alias", [])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import GuestError, StartError
 from .build import BOOT_MODULES, EXTRA_MODULES
 from .initramfs import Initramfs
-from .modules import Modules, modules_alias, modules_dep
+from .modules import Module, Modules, modules_alias, modules_dep
 
 #: Modules for mounting a directory of the host as the commands' root directory.
 USERLAND_MODULES = ("virtiofs", "overlay")
@@ -56,13 +56,17 @@ def find_modules(directory: str | None, version: str) -> Modules | None:
     )
 
 
-def initrd(modules: Modules | None) -> bytes:
-    """Return the initrd with the modules. Raises GuestError if one cannot be read."""
+def initrd(modules: Modules | None, kernel: str) -> bytes:
+    """Return the initrd with the modules of a kernel, whose version is empty if it is unknown.
+
+    Raises GuestError if a module cannot be read, or was built for another kernel.
+    """
     file = io.BytesIO()
     archive = Initramfs(file)
     names = (*BOOT_MODULES, *EXTRA_MODULES, *USERLAND_MODULES)
     found = modules.load(names) if modules is not None else {}
     if modules is not None:
+        _check_versions(found, kernel)
         directory = f"lib/modules/{modules.version}"
         for module in found.values():
             archive.add_file(f"{directory}/{module.name}.ko", module.content)
@@ -71,6 +75,19 @@ def initrd(modules: Modules | None) -> bytes:
     archive.add_file("etc/modules", "".join(f"{name}\n" for name in BOOT_MODULES if name in found).encode())
     archive.close()
     return file.getvalue()
+
+
+def _check_versions(found: Mapping[str, Module], kernel: str) -> None:
+    """Raise GuestError for a module that this kernel refuses: the guest would wait for its devices without end."""
+    other = next((each for each in found.values() if kernel and each.kernel not in ("", kernel)), None)
+    if other is not None:
+        raise GuestError.with_fields(
+            "the module {name} was built for the kernel {other}, and the kernel is {kernel}",
+            hint="build the modules again, or specify the directory of this kernel's modules with {modules=}",
+            name=other.name,
+            other=other.kernel,
+            kernel=kernel,
+        )
 
 
 def check(linux: str, options: Mapping[str, str], modules: Modules | None, *, commands: bool, userland: str) -> None:
