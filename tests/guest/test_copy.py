@@ -123,21 +123,24 @@ def test_holes(machine: Machine, tmp_path: Path) -> None:
         (("{guest}:/none", "{host}"), "cannot copy '/none': No such file or directory"),
         (("{guest}:/etc/passwd", "{host}/none/"), "is not a directory"),
         (("{guest}:/dev/null", "{host}"), "'null' is a device"),
-        (("{guest}:/dev/fd", "{host}"), "'fd' is a link that leads out, to '/proc/self/fd'"),
+        (("{guest}:/dev/fd", "{host}"), "'fd' is a symbolic link, to '/proc/self/fd'"),
         (("{host}/file", "{host}/other"), "one side has to be in a guest"),
         (("{guest}:/a", "{guest}:/b"), "one side has to be in a guest"),
         (("{host}/file", "{guest}:"), "is empty"),
+        (("{guest}:", "{host}"), "is empty"),
+        (("{host}", "{guest}:/etc/passwd"), "/etc/passwd is in the way: one of both is a directory"),
+        (("{host}/tmp", "{guest}:/"), "/tmp is in the way: one of both is a directory"),
         (("{guest}:/", "{host}"), "no name to copy it under"),
     ],
 )
 def test_what_cannot_be_copied(machine: Machine, tmp_path: Path, arguments: tuple[str, ...], why: str) -> None:
-    for name in ("file", "other"):
+    for name in ("file", "other", "tmp"):
         (tmp_path / name).write_text(name)
     values = {"host": str(tmp_path), "guest": machine.name}
     done = vmctl("copy", *(each.format(**values) for each in arguments))
     assert done.returncode in (1, 2)
     assert why.format(**values) in one_line(done, "vmctl")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "other", "tmp"}
     assert left_behind(machine) == ""
 
 

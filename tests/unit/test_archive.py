@@ -187,7 +187,7 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> bytes:
         (TOP + member("top/d", tarfile.DIRTYPE) + link("top/d/l", "../../x"), "leads out"),
         (TOP + member("top/d", tarfile.DIRTYPE) + link("top/up", "d/../.."), "leads out"),
         (TOP + link("top/l", ""), "leads out"),
-        (link("top", "x"), "leads out"),
+        (link("top", "x"), "is a symbolic link, to"),
         (TOP + link("top/h", "/etc/passwd", tarfile.LNKTYPE), "not below"),
         (TOP + link("top/h", "top/none", tarfile.LNKTYPE), "hard link to a file that was not sent"),
         (TOP + link("top/h", "top", tarfile.LNKTYPE), "cannot write|not permitted"),
@@ -216,6 +216,15 @@ def test_a_hostile_archive_is_refused(tmp_path: Path, data: bytes, why: str) -> 
     with pytest.raises(VmspawnError, match=why):
         unpacked(complete, tmp_path, "top")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["busybox", "../usr/lib/os-release", "/proc/self/fd"])
+def test_the_file_that_a_link_leads_to_is_copied_instead(tmp_path: Path, target: str) -> None:
+    with pytest.raises(CopyFailed, match=f"'top' is a symbolic link, to '{target}'") as caught:
+        unpacked(link("top", target) + END, tmp_path, "top")
+    assert caught.value.hint == "copy the file that the link leads to"
+    assert os.listdir(tmp_path) == []
+    assert len(unpacked(link("top", target) + END, tmp_path, "top", skip_special=True).skipped) == 1
 
 
 def test_special_files_can_be_left_out(tmp_path: Path) -> None:
@@ -418,8 +427,8 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
     assert len(Packer([str(tmp_path)], skip_special=True).skipped) == 1
     with pytest.raises(UsageError, match="same name"):
         Packer([str(tmp_path / "a"), str(tmp_path / "b" / "a")])
-    for path in ("/", ".", "a/..", ""):
-        with pytest.raises(UsageError, match="no name"):
+    for path, why in (("/", "no name"), (".", "no name"), ("a/..", "no name"), ("", "is empty")):
+        with pytest.raises(UsageError, match=why):
             name_of(path)
 
 

@@ -172,6 +172,8 @@ def check_path(path: str) -> None:
 def name_of(path: str) -> str:
     """Return the name under which a path is copied. Raises UsageError."""
     check_path(path)
+    if not path:
+        raise UsageError("the path of the source is empty", hint="name a file or a directory")
     name = path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
         raise UsageError(f"{path} has no name to copy it under", hint="name a file or a directory")

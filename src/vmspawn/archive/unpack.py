@@ -172,6 +172,9 @@ class _Unpacker:
     def _make_link(self, path: str, link: _Link) -> None:
         if path in self._links:
             raise CopyFailed(f"the guest sent {path!r} twice")
+        if path == self._root and not self._skip_special:
+            why, hint = f"{path!r} is a symbolic link, to {link.target!r}", "copy the file that the link leads to"
+            raise CopyFailed(why, hint=hint)
         if _leads_out(path, link.target):
             self._refuse(f"{path!r} is a link that leads out, to {link.target!r}")
             return

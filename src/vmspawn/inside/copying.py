@@ -10,6 +10,7 @@ A copy is made in a work directory beside its target, and moved to its place whe
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -54,9 +55,9 @@ _TIMES_MAX = 100
 _PLACES = """
 if [ -d "$1" ]; then folder=$1
 elif [ -n "$3" ]; then folder=$2
-else echo "$1 is not a directory" >&2; exit 1
+else echo "$1 is not a directory" >&2; exit 81
 fi
-[ -d "$folder" ] || { echo "there is no directory $folder" >&2; exit 1; }
+[ -d "$folder" ] || { echo "there is no directory $folder" >&2; exit 81; }
 work=$folder/.vmspawn-copy-$4
 """
 
@@ -86,11 +87,15 @@ done
 
 #: More arguments: the name in the archive, or an empty string for several.
 _PLACE = f"""{_PLACES}
+is_folder() {{ [ -d "$1" ] && [ ! -L "$1" ]; }}
 place() {{
-    if [ -d "$1" ] && [ ! -L "$1" ] && [ -d "$2" ] && [ ! -L "$2" ]; then
+    if is_folder "$1" && is_folder "$2"; then
         for each in "$1"/* "$1"/.[!.]* "$1"/..?*; do
-            if [ -e "$each" ] || [ -L "$each" ]; then place "$each" "$2/${{each##*/}}" || return 1; fi
+            if [ -e "$each" ] || [ -L "$each" ]; then place "$each" "$2/${{each##*/}}" || return; fi
         done
+    elif is_folder "$2" || {{ is_folder "$1" && {{ [ -e "$2" ] || [ -L "$2" ]; }}; }}; then
+        echo "$2 is in the way: one of both is a directory" >&2
+        return 82
     else
         mv -f -T "$1" "$2"
     fi
@@ -125,6 +130,10 @@ if tar --version 2>/dev/null | grep -q 'GNU tar'; then
 fi
 exec tar -c -f - "./$2"
 """
+
+
+#: Hints for exit statuses of the scripts.
+_HINTS = {81: "create the directory first", 82: "remove it first, or copy to another name"}
 
 
 class Ended(NamedTuple):
@@ -283,7 +292,8 @@ class Copying:
         try:
             work = tempfile.mkdtemp(prefix=".vmspawn-copy-", dir=os.path.dirname(final) or ".")
         except OSError as error:
-            raise SystemFailure(f"cannot write {final}", error.errno or 0) from None
+            hint = "create the directory first" if error.errno == errno.ENOENT else ""
+            raise SystemFailure(f"cannot write {final}", error.errno or errno.EIO, hint=hint) from None
         try:
             folder = os.path.dirname(source.rstrip("/")) or ("/" if source.startswith("/") else ".")
             arguments = [_PACK, folder, name, "count" if self._on_progress is not None else ""]
@@ -426,7 +436,7 @@ class _Streams:
         if self._end.status:
             lines = [line for line in self._messages.decode(errors="replace").splitlines() if line.strip()]
             why = lines[-1] if lines else f"the command in the guest ended with status {self._end.status}"
-            raise CopyFailed(f"cannot copy {self._what}: {why}")
+            raise CopyFailed(f"cannot copy {self._what}: {why}", hint=_HINTS.get(self._end.status, ""))
 
 
 def _places(target: str, *, several: bool) -> tuple[str, str, str, str]:
