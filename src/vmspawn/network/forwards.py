@@ -50,7 +50,8 @@ class Forwards:
                 f"hostfwd_add {NETDEV} {wanted.protocol}:{wanted.address}:{wanted.port}-:{wanted.guest_port}"
             )
             if answer:
-                raise self._refusal(wanted, answer)
+                # The search for the port's user reads the descriptors of all processes.
+                raise await asyncio.to_thread(self._refusal, wanted, answer)
             added = [each for each in await self.list() if each not in before and _is_like(each, wanted)]
         if not added:
             raise NotSupported(f"cannot forward {wanted}: QEMU does not list the forward that it added")
