@@ -138,7 +138,7 @@ def test_the_report_of_a_failure_has_the_machine(project: pytest.Pytester) -> No
         """
         import pytest
 
-        @pytest.mark.vm(disks=["8M"])
+        @pytest.mark.vm(disks=["8M"], qemu_arguments=["-global", "nothing.size=1"])
         def test_it(vm):
             vm.pause()
             vm.events.wait("STOP", since=0)
@@ -167,6 +167,8 @@ def test_the_report_of_a_failure_has_the_machine(project: pytest.Pytester) -> No
             "*:*:*.*  STOP",
             "*- vm test_it: disks -*",
             "disk0 *virtio-blk *raw *8 MiB *attached *",
+            "*- vm test_it: QEMU's standard error -*",
+            "*warning: global nothing.size has invalid class name*",
         ]
     )
     done.stdout.fnmatch_lines([">*await async_vm.detach*", "E*NoSuchStorage: there is no disk named nobody"])
@@ -249,6 +251,12 @@ def test_each_machine_type_and_qemu_is_a_parameter(project: pytest.Pytester, qem
     done = run(project, "-v", "--vm-machine-type=q35", "--vm-machine-type=pc", f"--vm-qemu={qemu}")
     done.assert_outcomes(passed=3)
     done.stdout.fnmatch_lines(["*::test_it?q35? PASSED*", "*::test_it?pc? PASSED*", "*::test_marked PASSED*"])
+
+
+def test_a_test_runs_with_each_qemu(project: pytest.Pytester) -> None:
+    project.makepyfile("def test_it(vm): pass")
+    done = run(project, "--collect-only", "-q", "--vm-qemu=/usr/bin/one", "--vm-qemu=/usr/bin/two")
+    done.stdout.fnmatch_lines(["*::test_it?/usr/bin/one?", "*::test_it?/usr/bin/two?"])
 
 
 def test_workers_run_side_by_side_and_their_reports_have_all(project: pytest.Pytester) -> None:
