@@ -16,7 +16,7 @@ def test_a_full_queue_ends_the_wait(tmp_path: Path) -> None:
     address = str(tmp_path / "socket")
     # A queue of length 0 takes one connection.
     with listen(address, 0) as listener, connect(address, timeout=SHORT):
-        with pytest.raises(TimeoutError, match=f"took no connection within {SHORT:g} s"):
+        with pytest.raises(TimeoutError, match=f"accepted no connection within {SHORT:g} s"):
             connect(address, timeout=SHORT)
         with listener.accept()[0], connect(address, timeout=SHORT), listener.accept()[0]:
             pass

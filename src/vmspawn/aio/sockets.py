@@ -46,7 +46,7 @@ def connect(address: str, *, timeout: float) -> socket.socket:
         _set_send_timeout(connected, 0)
     except BlockingIOError:
         connected.close()
-        raise TimeoutError(errno.ETIMEDOUT, f"took no connection within {timeout:g} s") from None
+        raise TimeoutError(errno.ETIMEDOUT, f"accepted no connection within {timeout:g} s") from None
     except BaseException:
         connected.close()
         raise

@@ -113,7 +113,7 @@ class Writer:
             self._queue.append(data)
 
     def write_message(self, data: bytes, fds: Sequence[int] = (), *, on_begun: Callable[[], None] = _ignore) -> Message:
-        """Write data as a separate message, and `fds` with its first byte. `withdraw` takes the message back.
+        """Write data as a separate message, and `fds` with its first byte. `withdraw` removes the message.
 
         `fds` must stay open until `on_begun` is called. It is called once, when `fds` were sent or dropped, perhaps
         before this method returns.

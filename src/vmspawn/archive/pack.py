@@ -65,7 +65,8 @@ class Packer:
                 self._scan(source, name)
         except OSError as error:
             raise _failure(error) from None
-        #: The directories whose time is lost, because busybox's tar makes links that lead upwards last.
+        #: The directories whose time is lost, because they have links to absolute paths or with `..`, which tar of
+        #: busybox creates after everything else.
         self.late: list[tuple[str, int]] = []
         #: The number of bytes in all files, without their holes.
         self.total = sum(_data_size(each.status) for each in self._entries)

@@ -22,7 +22,7 @@ from ..errors import CopyFailed
 #: The maximum length of a name and of a link's target, as in Linux (PATH_MAX).
 _NAME_MAX = 4096
 
-#: The maximum number of pieces of data in a sparse file. An honest file has as many as it has extents.
+#: The maximum number of pieces of data in a sparse file. An honest file has one piece for each extent.
 _PIECES_MAX = 100_000
 
 #: The largest file that Linux has (off_t).

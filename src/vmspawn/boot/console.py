@@ -21,8 +21,8 @@ SIZE_PORT = "io.vmspawn.console-size"
 SIZE_PORT_ID = "console-size"
 
 #: The virtio-serial controller, and the numbers of its ports: those that exist from boot, and those that are plugged in
-#: for commands in the guest. A command has four, and there is room for 34: 32 run at once, one is plugged in
-#: ahead, one is being removed.
+#: for commands in the guest. A command has a set of four ports, and there is room for 34 sets: 32 for running commands,
+#: one that is plugged in ahead, and one that is being removed.
 CONTROLLER = "serial"
 _CONSOLE_NUMBER, _SIZE_NUMBER, _AGENT_NUMBER = 0, 1, 2
 COMMAND_NUMBERS = range(3, 3 + 34 * 4)

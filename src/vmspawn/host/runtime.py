@@ -37,7 +37,7 @@ QEMU_AGENT = "qemu-agent"
 STATE = "state.json"
 LOG = "qemu.log"
 #: The SSH key of the machine, its public half, and the host keys that its guest has shown. When ssh or ssh-keygen
-#: changes that list, it keeps the old one with the suffix .old.
+#: changes the file of host keys, it keeps the old file with the suffix .old.
 SSH_KEY = "ssh-key"
 SSH_PUBLIC_KEY = "ssh-key.pub"
 SSH_KNOWN_HOSTS = "ssh-known-hosts"
@@ -69,7 +69,7 @@ FILES = (
 def runtime_root() -> str:
     """Return the directory that contains the machines' directories.
 
-    Raises UsageError if the environment names none.
+    Raises UsageError if the environment names no directory.
     """
     if explicit := os.environ.get("VMSPAWN_RUNTIME_DIR"):
         return explicit
@@ -85,7 +85,7 @@ def runtime_root() -> str:
 def prepare_root() -> str:
     """Make the directory that contains the machines' directories, check it, and return its path.
 
-    Raises UsageError if the environment names none, StartError if the directory belongs to another user.
+    Raises UsageError if the environment names no directory, StartError if the directory belongs to another user.
     """
     root = runtime_root()
     try:

@@ -257,7 +257,7 @@ class Hotplug:
         self.undone(attachment)
 
     async def remove(self, *objects: QemuObject) -> None:
-        """Remove objects in that order; a missing object is not an error. Raises what `remove_objects` raises."""
+        """Remove objects in the given order; a missing object is not an error. Raises what `remove_objects` raises."""
         await remove_objects(self.monitor, objects)
         self.removed(*objects)
 

@@ -33,9 +33,9 @@ class Access(Record):
     def settings(self, user: str = "root") -> dict[str, str]:
         """Return ssh's settings. Values are quoted as in a configuration file.
 
-        The guest's host key is pinned at its first use, for as long as the machine runs. Settings of the user's own
-        configuration for all hosts do not apply: a proxy does not lead to an address of this host, and a guest does not
-        get the user's agent and display.
+        The guest's host key is pinned at its first use, for as long as the machine runs. The settings turn off what the
+        user's own configuration may set for all hosts: a proxy, which cannot reach an address of this host, and the
+        forwarding of the user's agent and display to the guest.
         """
         return {
             "HostName": self.address,

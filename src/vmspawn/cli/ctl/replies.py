@@ -15,7 +15,7 @@ from ..tables import print_json, print_table
 INSTANCE = "io.systemd.MachineInstance"
 MACHINE = "io.vmspawn.Machine"
 
-#: Seconds that the manager has to reply after the guest's time.
+#: Seconds that the manager has to reply after the time for the guest has passed.
 _GRACE = 10.0
 
 
@@ -27,8 +27,8 @@ def client_for(options: argparse.Namespace) -> Client:
 def client_waiting_for_guest(options: argparse.Namespace, usual: float) -> Client:
     """Connect to the machine for a method that waits for the guest.
 
-    `--timeout=` is the time for the guest, `usual` seconds by default. The manager reports when it has passed. If that
-    report does not come soon after, the client reports that the manager did not answer.
+    `--timeout=` is the time for the guest, `usual` seconds by default. The manager reports when that time has
+    passed. If the report does not come soon after, the client reports that the manager did not answer.
     """
     if options.timeout is None:
         return Client(options.machine, timeout=REPLY_TIMEOUT + usual)

@@ -4,8 +4,8 @@
 Each rule asks QEMU whether it has the fault, and whether the machine's state triggers it. A QEMU that refuses the
 command itself sends its own error.
 
-1. QEMU 11.1 ends in SIGSEGV when it saves an NVMe controller that has no drive of its own; with namespaces it crashes
-   until the guest's firmware has enabled the controller, and fails after that.
+1. QEMU 11.1 ends in SIGSEGV when it saves an NVMe controller that has no drive of its own. If the controller has
+   namespaces, QEMU crashes only until the guest's firmware has enabled the controller; after that, the save fails.
 2. QEMU 7.2 aborts when it resizes an image that is inactive: after a save, and before an incoming state has arrived.
 3. QEMU 11.1 aborts when it is asked for the status of a virtio device.
 4. QEMU aborts when a device's property `drive` is set to its present node.
@@ -33,8 +33,8 @@ _HUMAN_SET = re.compile(r"\s*qom-set\b")
 
 _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 
-#: A member of x-query-virtio-status's result that all releases with the fault have. Sessions also refuse the command to
-#: a release that has the member, but not the fault.
+#: A member of x-query-virtio-status's result that all releases with the fault have. Sessions also refuse the command
+#: if a release has the member, but not the fault.
 _SINCE_ABORT = "unknown-dev-features2"
 
 
