@@ -65,7 +65,7 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program with `feed` on its standard input, and return its output and exit status.
 
-    The program inherits the descriptors `inherited`. `output` is a descriptor that gets its output instead.
+    The program inherits the descriptors `inherited`. `output` is a descriptor that gets the program's output instead.
 
     Raises OSError, subprocess.TimeoutExpired or Cancelled; the program has ended then.
     """

@@ -6,7 +6,8 @@ name can lead out of the work directory:
 
 1. A name is relative, has no `..`, and begins with the requested name.
 2. The name's directory is an earlier member of the archive.
-3. A symbolic link leads to a place below the requested name: `..` is allowed only at its beginning, and not above that.
+3. A symbolic link's target is below the requested name: `..` is allowed only at the target's beginning, and must not
+   lead above the requested name.
 4. Devices, sockets and pipes are refused. Set-user-ID bits and owners are ignored.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Puts an overlay on an image, so that it does not change, or grows an image before boot.
+"""Puts an overlay on an image to keep the image unchanged, or grows an image before boot.
 
 The guest writes to the overlay, a file without a name, which is discarded with the machine.
 """

@@ -4,8 +4,8 @@
 QEMU's queue for messages about ports has 32 entries, and QEMU drops messages when the queue is full (docs/agent.md). So
 nothing here depends on a message:
 
-1. A new set is plugged in. The agent is asked until the guest knows all its ports. If that takes too long, the set is
-   unplugged, and another set is plugged in.
+1. A new set is plugged in. The agent is asked until the guest knows all ports of the set. If that takes too long, the
+   set is unplugged, and another set is plugged in.
 2. An idle set is connected in advance, so starting a command needs no QMP command.
 3. When a command is over, QEMU closes its ends. When the guest has closed its ends, too, the agent reports it, and the
    set serves the next command. Without the report the set is unplugged.

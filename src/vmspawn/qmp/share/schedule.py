@@ -3,8 +3,8 @@
 
 Commands are sent in the order in which they come. Each session has at most one in-band command in flight, so sessions
 take turns. Large commands, which QEMU reads slowly, go to the bulk monitor, one at a time. The reply to a large command
-waits for a fence on the sessions' monitor: QEMU has sent the events of the command there before its reply, so they come
-before the fence.
+waits for a fence on the sessions' monitor: QEMU sends the command's events to that monitor before it replies on the
+bulk monitor, so the events come before the fence.
 """
 
 from __future__ import annotations
