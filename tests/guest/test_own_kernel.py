@@ -157,6 +157,18 @@ def test_a_kernel_without_virtiofs_says_so_when_it_gets_there(
     assert b"the kernel lacks CONFIG_" in done.stderr
 
 
+def test_a_kernel_without_ports_ends_the_command(qemu: str, kernel: tuple[str, str], tmp_path: Path) -> None:
+    linux, modules = kernel
+    copy = tmp_path / os.path.basename(modules)
+    shutil.copytree(modules, copy)
+    (copy / "kernel" / "virtio_console.ko").unlink(missing_ok=True)
+    done = run(qemu, "true", f"--linux={linux}", f"--modules={copy}")
+    if done.returncode == 0:
+        pytest.skip("this kernel has virtio_console built in")
+    assert done.returncode == 125
+    assert b"the kernel lacks CONFIG_VIRTIO_CONSOLE: it can run no commands of the host" in done.stderr
+
+
 @pytest.fixture
 def build_tree(kernel: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kernel's build tree: Debian's headers of the kernel, with its image and its modules. `vmspawn` is a command."""

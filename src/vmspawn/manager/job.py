@@ -25,8 +25,10 @@ _FAILURE_TIMEOUT = 2.0
 #: Seconds that the process has to end after the end of the machine or after SIGTERM.
 _EXIT_TIMEOUT = 10.0
 
-#: The prefix of the built-in guest's message about a kernel that it cannot run on.
+#: The prefix of the built-in guest's message about a kernel that it cannot run on, and the message that no command can
+#: be run. The guest powers off after the other messages.
 _LACKS = "vmspawn-guest: the kernel lacks "
+_LACKS_PORTS = b"vmspawn-guest: the kernel lacks CONFIG_VIRTIO_CONSOLE"
 
 #: The number of bytes of the console that are kept, and of its last lines that are printed if the machine fails.
 _KEPT = 64 * 1024
@@ -34,16 +36,19 @@ _LINES = 50
 
 
 class Tail:
-    """Keeps the last output of the guest's console."""
+    """Keeps the last output of the guest's console. `lacks_ports` is set when the guest reports that it has none."""
 
     is_full = False
 
     def __init__(self) -> None:
         self._kept = b""
+        self.lacks_ports = asyncio.Event()
 
     def show(self, data: bytes) -> None:
         """Keep output."""
         self._kept = (self._kept + data)[-_KEPT:]
+        if _LACKS_PORTS in self._kept[-len(data) - len(_LACKS_PORTS) :]:
+            self.lacks_ports.set()
 
     def finish(self) -> bool:
         """Return True: this viewer buffers no output."""
@@ -77,7 +82,7 @@ class Job:
         loop = asyncio.get_running_loop()
         loop.add_reader(pidfd, exited.set)
         try:
-            await first_of(exited, machine.guest_failed)
+            await first_of(exited, machine.guest_failed, self._tail.lacks_ports)
             await first_of(exited, timeout=_FAILURE_TIMEOUT)
         finally:
             loop.remove_reader(pidfd)
