@@ -31,14 +31,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line options."""
     group = parser.getgroup("vmspawn", "virtual machines (vmspawn)")
     group.addoption(
-        "--vm-qemu", metavar="PATH", action="append", default=[], help="QEMU to use; repeated, each test runs with each"
+        "--vm-qemu",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="QEMU to use; repeatable, to run each test once with each QEMU",
     )
     group.addoption(
         "--vm-machine-type",
         metavar="TYPE",
         action="append",
         default=[],
-        help="machine type: q35, pc or virt; repeated, each test runs with each",
+        help="machine type: q35, pc or virt; repeatable, to run each test once with each type",
     )
     group.addoption("--vm-keep", action="store_true", help="leave the machines of failed tests running")
     group.addoption("--vm-console", action="store_true", help="show the consoles of the machines while they run")

@@ -21,8 +21,8 @@ async def open_in_thread(
 ) -> _T:
     """Call `open_it` in a worker thread, and return its result. Raises its errors.
 
-    The thread cannot be stopped. If the call is cancelled, the file is closed as soon as it is open. `on_no_thread` is
-    called if no thread can be started, so that `open_it` is never called.
+    The thread cannot be stopped. If the call is cancelled, the file is closed as soon as it is open. If no thread can
+    be started, `on_no_thread` is called instead of `open_it`.
     """
     try:
         work = asyncio.get_running_loop().run_in_executor(None, open_it)

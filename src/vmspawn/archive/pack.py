@@ -2,8 +2,9 @@
 """Packs files and directories of the host into a tar archive, in the format that every tar in a guest reads.
 
 A directory has two members. The first precedes the directory's content, and creates the directory. The second follows
-the content, and sets the permissions and the time, which unpacking the content would change or prevent. A file with
-holes is empty in the archive. Its data is sent separately, because tar of busybox does not support holes.
+the content, and sets the permissions and the time: a read-only directory would prevent unpacking its content, and
+unpacking would change the time. A file with holes is empty in the archive. Its data is sent separately, because tar of
+busybox does not support holes.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Packer:
                 self._scan(source, name)
         except OSError as error:
             raise _failure(error) from None
-        #: The directories whose time is lost, because they have links to absolute paths or with `..`, which tar of
-        #: busybox creates after everything else.
+        #: The directories whose time busybox's tar changes: it creates a symbolic link last if the target is absolute
+        #: or contains `..`.
         self.late: list[tuple[str, int]] = []
         #: The number of bytes in all files, without their holes.
         self.total = sum(_data_size(each.status) for each in self._entries)

@@ -73,7 +73,7 @@ def unpack(
     """Unpack an archive of the file or directory `root` into the empty directory `work`, which only the user may enter.
 
     Only the user can enter the new directories until `finish` is called for each. `skip_special` leaves out devices and
-    links that lead out, instead of refusing them. `on_progress` is called with numbers of bytes.
+    symbolic links that lead out of the source, instead of refusing them. `on_progress` is called with numbers of bytes.
 
     Raises CopyFailed or SystemFailure, and leaves a part of the archive in `work`.
     """
@@ -177,7 +177,7 @@ class _Unpacker:
             why, hint = f"{path!r} is a symbolic link, to {link.target!r}", "copy the file that the link leads to"
             raise CopyFailed(why, hint=hint)
         if _leads_out(path, link.target):
-            self._refuse(f"{path!r} is a link that leads out, to {link.target!r}")
+            self._refuse(f"{path!r} is a symbolic link that leads out of the source, to {link.target!r}")
             return
         self._keep(path, link.target)
         self._links[path] = link
@@ -210,7 +210,7 @@ _SKIP_HINT = "leave out special files with {skip_special=True}"
 
 
 def _leads_out(path: str, target: str) -> bool:
-    """Return whether a symbolic link may lead out of the top of its path."""
+    """Return whether a symbolic link may lead out of the requested directory."""
     parts = [part for part in target.split("/") if part not in ("", ".")]
     ups = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
     # The directories above the link, without the work directory.

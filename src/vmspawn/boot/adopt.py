@@ -135,7 +135,7 @@ def _merged(saved: MachineConfig, given: MachineConfig) -> MachineConfig:
 def _find_started(directory: MachineDirectory) -> int:
     """Return the process id of a QEMU whose manager died before it recorded the id, or 0 if QEMU was not started.
 
-    The monitor reports the thread of a processor, and the kernel the process that the thread belongs to.
+    The monitor reports the thread of a virtual processor; the kernel reports the process of that thread.
     """
     if not directory.has_monitor():
         return 0
@@ -148,8 +148,8 @@ def _find_started(directory: MachineDirectory) -> int:
     if thread:
         return runtime.process_of_thread(thread)
     raise StartError(
-        f"the QEMU of machine {directory.name} runs, and its monitor does not answer in {ADOPT_GREETING_TIMEOUT:g} s",
-        hint="another program may hold it",
+        f"QEMU of machine {directory.name} runs, but its monitor did not answer within {ADOPT_GREETING_TIMEOUT:g} s",
+        hint=f"does another program hold the monitor? see: fuser {directory.file(runtime.MONITORS[0])}",
     )
 
 

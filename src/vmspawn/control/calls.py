@@ -83,7 +83,7 @@ class Connection:
         try:
             data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
         except UnicodeEncodeError:
-            raise UsageError("the name is not UTF-8") from None
+            raise UsageError("a name or path is not valid UTF-8") from None
         try:
             # The socket's buffer is empty, so this does not block. It may take only a part of the data.
             sent = socket.send_fds(self._socket, [data], list(fds))

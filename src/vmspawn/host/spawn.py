@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from ..errors import StartError
 
-#: The end signals. The command blocks them until its supervisor handles them.
+#: The termination signals. The command blocks them until its supervisor handles them.
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 # The process gets these signals with their default actions.

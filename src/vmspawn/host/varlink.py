@@ -247,7 +247,7 @@ def _encode(message: dict[str, Any]) -> bytes:
     try:
         return json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
     except UnicodeEncodeError:
-        raise UsageError("the name is not UTF-8") from None
+        raise UsageError("a name or path is not valid UTF-8") from None
 
 
 def _decode(message: bytes | bytearray, path: str, method: str) -> tuple[dict[str, Any], bool]:

@@ -36,7 +36,7 @@ class Step:
         return ()
 
     def spent(self) -> Sequence[QemuObject]:
-        """Return the objects that are needed only while the step is done. Their removal is sent after the commands."""
+        """Return the objects that are needed only to perform the step. Their removal is sent after the commands."""
         return ()
 
     def made(self) -> None:

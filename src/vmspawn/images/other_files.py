@@ -14,8 +14,8 @@ from typing import NamedTuple
 from .detection import Read
 
 # The qcow2 header (QEMU's docs/interop/qcow2.txt): the version, and the offset and length of the backing file's name.
-# Version 3 adds the incompatible features, of which bit 2 marks an image whose data is in another file, and the
-# header's length. Extensions follow the header: type, length, and data that is padded to 8 bytes.
+# Version 3 adds the incompatible features and the header's length. Bit 2 of the features marks an image whose data is
+# in another file. Extensions follow the header: type, length, and data that is padded to 8 bytes.
 _QCOW2_VERSION = slice(4, 8)
 _QCOW2_BACKING_OFFSET = slice(8, 16)
 _QCOW2_BACKING_LENGTH = slice(16, 20)

@@ -69,7 +69,7 @@ class Inside:
         if self._machine.incoming is None:
             await self._settle_commands(is_copy=False)
             return
-        # Both wait for answers of the guest.
+        # Waking the copy and settling its commands both wait for the guest, so they run at the same time.
         async with _task(self._wake_copy()) as waking:
             await self._settle_commands(is_copy=True)
             self.is_clock_set = await waking

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the differences between a machine that was just launched and one that was adopted."""
+"""Defines the differences between a launched and an adopted machine."""
 
 from __future__ import annotations
 

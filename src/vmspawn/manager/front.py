@@ -70,7 +70,7 @@ class Front:
         if self._interactive is not None:
             self._interactive.suspend()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        # The process stops here, unless no process could continue it.
+        # The process stops here, unless its process group is orphaned: the kernel ignores SIGTSTP then.
         os.kill(os.getpid(), signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, handler)
         self.resume()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Handles the manager's signals, as listed in docs/console.md.
 
-The command blocks the end signals before it launches QEMU, so that no signal leaves QEMU without its manager.
+The command blocks the termination signals before it launches QEMU. Otherwise a signal could kill the manager while QEMU
+continues.
 `run_unless_ended` and `Signals.listen` handle them.
 """
 

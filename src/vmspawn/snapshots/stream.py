@@ -2,7 +2,7 @@
 """Makes QEMU write its whole state to an open file.
 
 Since version 8.2, QEMU has `file:`, and refuses regular files for `fd:`. `file:` takes a descriptor set, whose
-descriptor must have exactly the access mode; `fd:` takes a descriptor of `getfd`, or an inherited one by its number.
+descriptor must be open for writing only; `fd:` takes a descriptor of `getfd`, or an inherited one by its number.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ async def forget(monitor: Monitor) -> None:
     `REMOVE_FDSET` must follow when the guest runs.
     """
     await cancel(monitor)
-    # A client's own migration includes all memory. An error means that the descriptor or capability is missing.
+    # A later migration by a QMP client includes all memory again. An error means that the descriptor or the capability
+    # is missing.
     capabilities = [{"capability": IGNORE_SHARED, "state": False}]
     await monitor.execute_all(
         [
