@@ -206,16 +206,17 @@ async def test_what_cannot_be_saved_is_named_before_anything_is_paused(guest: Bo
     machine, before = guest.machine, left()
     path = make_raw(tmp_path / fresh_name())
     await machine.attach(Disk(str(path)))
+    mark = machine.events.mark
     async with machine.qmp() as qmp:
         await qmp.execute("object-add", {"qom-type": "secret", "id": "theirs", "data": "x"})
-        with machine.events() as events:
-            with pytest.raises(SnapshotBlocked, match="theirs"):
-                await machine.snapshot()
-            await qmp.execute("object-del", {"id": "theirs"})
-            await machine.pause()
-            # The first thing that QEMU did is to pause for us.
-            assert (await anext(aiter(events))).name == "STOP"
+        with pytest.raises(SnapshotBlocked, match="theirs"):
+            await machine.snapshot()
+        await qmp.execute("object-del", {"id": "theirs"})
+        await machine.pause()
+        await machine.events.wait("STOP", since=mark, timeout=60)
+    stops = [each.name for each in machine.events.recent[mark - machine.events.mark :] if each.name == "STOP"]
     await machine.resume()
+    assert stops == ["STOP"], "only the test has paused the machine"
     assert left() == before
     await machine.detach(path.name)
 
