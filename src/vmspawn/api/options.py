@@ -235,24 +235,24 @@ def _disks(name: str, value: Iterable[Disk | StrPath]) -> tuple[Disk, ...]:
     )
 
 
-#: Fields that accept no text, because the text "no" is true in Python.
-_BOOLEANS = (
-    *("discard_disk", "network_user", "directory_rw", "ephemeral", "agent", "pass_ssh_key"),
-    *("die_with_program", "die_with_parent", "warm"),
-)
-_TEXTS = (
-    *("name", "guest", "image_format", "image_disk_type", "uuid", "machine_type", "on_error"),
-    *("console", "console_transport", "ram_backing", "ssh_key_type"),
-)
+#: Checks of values, by the annotation of their field. A bool accepts no text, because the text "no" is true in Python.
+_CHECKS = {
+    "bool": _only("True or False", bool),
+    "str": _only("a text", str),
+    "int": _only("a whole number", int),
+    "float": _only("a number of seconds", int, float),
+    "ConsoleTerminal": _only("a ConsoleTerminal", ConsoleTerminal),
+    "Registration": _only("a Registration", Registration),
+    "Growth": _only("a Growth", Growth),
+}
 
+#: Checks and conversions of values, by their field.
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(_BOOLEANS, _only("True or False", bool)),
-    **dict.fromkeys(_TEXTS, _only("a text", str)),
-    **dict.fromkeys(("cpus", "hotplug_ports"), _only("a whole number", int)),
-    **dict.fromkeys(("shutdown_timeout", "time_limit"), _only("a number of seconds", int, float)),
-    "terminal": _only("a ConsoleTerminal", ConsoleTerminal),
-    "registration": _only("a Registration", Registration),
-    "ram_growth": _only("a Growth", Growth),
+    **{
+        name: _CHECKS[kind]
+        for name, annotation in MachineConfig.__annotations__.items()
+        if (kind := annotation.removesuffix(" | None")) in _CHECKS
+    },
     **dict.fromkeys(("ram", "grow_image"), to_size),
     **dict.fromkeys(
         ("image", "linux", "initrd", "qmp_log", "console_log", "qemu", "directory", "modules", "cloud_init"), _path
