@@ -140,16 +140,20 @@ def test_a_kernel_that_lacks_something_is_not_started(qemu: str, kernel: tuple[s
     assert is_gone(name)
 
 
+def without(modules: str, folder: Path, *names: str) -> Path:
+    """Copy a kernel's modules into `folder`, except those with these names."""
+    copy = folder / os.path.basename(modules)
+    shutil.copytree(modules, copy, ignore=shutil.ignore_patterns(*(f"{name}.ko" for name in names)))
+    return copy
+
+
 @needs_virtiofsd
 def test_a_kernel_without_virtiofs_says_so_when_it_gets_there(
     qemu: str, kernel: tuple[str, str], tmp_path: Path
 ) -> None:
     """vmspawn cannot know that before the start: there is no configuration, and the modules are missing."""
     linux, modules = kernel
-    copy = tmp_path / os.path.basename(modules)
-    shutil.copytree(modules, copy)
-    for name in ("virtiofs", "overlay"):
-        (copy / "kernel" / f"{name}.ko").unlink(missing_ok=True)
+    copy = without(modules, tmp_path, "virtiofs", "overlay")
     done = run(qemu, "true", f"--linux={linux}", f"--modules={copy}", "--directory=/")
     if done.returncode == 0:
         pytest.skip("this kernel has virtiofs and overlay built in")
@@ -159,9 +163,7 @@ def test_a_kernel_without_virtiofs_says_so_when_it_gets_there(
 
 def test_a_kernel_without_ports_ends_the_command(qemu: str, kernel: tuple[str, str], tmp_path: Path) -> None:
     linux, modules = kernel
-    copy = tmp_path / os.path.basename(modules)
-    shutil.copytree(modules, copy)
-    (copy / "kernel" / "virtio_console.ko").unlink(missing_ok=True)
+    copy = without(modules, tmp_path, "virtio_console")
     done = run(qemu, "true", f"--linux={linux}", f"--modules={copy}")
     if done.returncode == 0:
         pytest.skip("this kernel has virtio_console built in")

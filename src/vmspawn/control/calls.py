@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from ..errors import NotConnected, Timeout, UsageError
+from ..errors import NotConnected, Timeout
 from ..host.runtime import CONTROL
+from ..host.varlink import encode
 from .client import REPLY_TIMEOUT, connect
 from .errors import to_exception
 
@@ -80,10 +81,7 @@ class Connection:
 
     async def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         """Send a call. Raises NotConnected, UsageError."""
-        try:
-            data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
-        except UnicodeEncodeError:
-            raise UsageError("a name or path is not valid UTF-8") from None
+        data = encode(message)
         try:
             # The socket's buffer is empty, so this does not block. It may take only a part of the data.
             sent = socket.send_fds(self._socket, [data], list(fds))

@@ -204,19 +204,18 @@ class MachineDirectory:
                 return False
             return True
 
-    def listen(self) -> None:
+    def listen(self) -> socket.socket:
         """Make the control socket. Clients may call from now on; their calls wait until the manager serves the socket.
 
-        Raises OSError.
+        The directory owns the socket until `take_listener`. Raises OSError.
         """
         self._listener = sockets.listen(self.socket_address(CONTROL), _BACKLOG)
+        return self._listener
 
     def take_listener(self) -> socket.socket:
         """Return the control socket, which is made if `listen` was not called. The caller owns it. Raises OSError."""
-        if self._listener is None:
-            self.listen()
-        taken, self._listener = self._listener, None
-        assert taken is not None
+        taken = self._listener or self.listen()
+        self._listener = None
         return taken
 
     def refuse(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from ..aio.sockets import connect, peer_process
@@ -161,7 +161,7 @@ class Client:
         return self._descriptors.pop(index)
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        data = _encode(message)
+        data = encode(message)
         try:
             sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
             # An empty sendall() makes a system call, which fails if the service has answered and disconnected.
@@ -212,7 +212,7 @@ async def call(
     """Call one method of the service at `path`. Raises VarlinkError, NotConnected or Timeout."""
     import asyncio
 
-    message = _encode({"method": method, "parameters": parameters})
+    message = encode({"method": method, "parameters": parameters})
     try:
         async with asyncio.timeout(timeout):
             reply = await _exchange(path, message)
@@ -241,7 +241,8 @@ async def _exchange(path: str, message: bytes) -> bytearray:
     return reply
 
 
-def _encode(message: dict[str, Any]) -> bytes:
+def encode(message: Mapping[str, object]) -> bytes:
+    """Return a call as it is sent. Raises UsageError for text that is not UTF-8."""
     import json
 
     try:

@@ -28,7 +28,7 @@ _EXIT_TIMEOUT = 10.0
 #: The prefix of the built-in guest's message about a kernel that it cannot run on, and the message that no command can
 #: be run. The guest powers off after the other messages.
 _LACKS = "vmspawn-guest: the kernel lacks "
-_LACKS_PORTS = b"vmspawn-guest: the kernel lacks CONFIG_VIRTIO_CONSOLE"
+_LACKS_PORTS = f"{_LACKS}CONFIG_VIRTIO_CONSOLE".encode()
 
 #: The number of bytes of the console that are kept, and of its last lines that are printed if the machine fails.
 _KEPT = 64 * 1024

@@ -40,7 +40,7 @@ async def resize_disk(context: Context, attachment: AttachedDisk, size: int | No
         wanted = _check_size(image, size, actual=actual, current=current, shrink=shrink)
     if whole_sectors(wanted) == current == whole_sectors(current if actual is None else actual):
         return current
-    await _block_resize(context, attachment, wanted)
+    await _resize(context, attachment, wanted)
     return await context.virtual_size(attachment.identifiers.pivot)
 
 
@@ -51,9 +51,7 @@ async def follow_image(context: Context, attachment: AttachedDisk) -> None:
     if size is None:
         size = await context.virtual_size(image.top_node)
     # The pivot may have the new size already (QEMU 11.1). Only this command tells the device, and so the guest.
-    arguments = {"node-name": attachment.identifiers.pivot, "size": size}
-    async with blaming_users(context.monitor, attachment):
-        await context.monitor.execute("block_resize", arguments)
+    await _block_resize(context, attachment, size)
 
 
 def _check_resizable(attachment: AttachedDisk) -> None:
@@ -123,9 +121,13 @@ def _is_device(image: Image) -> bool:
 
 async def _block_resize(context: Context, attachment: AttachedDisk, size: int) -> None:
     arguments = {"node-name": attachment.identifiers.pivot, "size": size}
+    async with blaming_users(context.monitor, attachment):
+        await context.monitor.execute("block_resize", arguments)
+
+
+async def _resize(context: Context, attachment: AttachedDisk, size: int) -> None:
     try:
-        async with blaming_users(context.monitor, attachment):
-            await context.monitor.execute("block_resize", arguments)
+        await _block_resize(context, attachment, size)
     except QmpError as error:
         for reason in (errno.EFBIG, errno.ENOSPC):
             if error.description.endswith(os.strerror(reason)):
