@@ -17,6 +17,7 @@ import pytest_asyncio
 
 from tests.commands import one_line, vmctl
 from tests.machines import Machine, fresh_name
+from vmspawn import Execution
 from vmspawn.agent.protocol import PORTS, STATUS
 from vmspawn.errors import CommandFailed, NoFreePort, NotConnected, NotSupported, Timeout, UsageError
 from vmspawn.inside.commands import COMMANDS_MAX
@@ -81,6 +82,15 @@ async def start_client(machine: Machine) -> asyncio.Task[subprocess.CompletedPro
     client = asyncio.create_task(asyncio.to_thread(vmctl, "exec", machine.name, "sleep", "81234"))
     await until_runs(machine, "sleep 81234")
     return client
+
+
+async def execute_once_started(machine: Machine, script: str) -> Execution:
+    """Start a script that ends its own command, and let it begin only when the manager has reported its start."""
+    command = await machine.execute(["sh", "-c", f"read -r line; {script}"])
+    assert command.stdin is not None
+    command.stdin.write(b"\n")
+    await command.stdin.drain()
+    return command
 
 
 async def expect_failure(client: asyncio.Task[subprocess.CompletedProcess[str]], reason: str) -> None:
@@ -402,7 +412,7 @@ async def test_a_full_guest(machine: Machine) -> None:
 @pytest.mark.parametrize("by_guest", [False, True])
 async def test_the_machine_is_reset_in_the_middle(mortal: Machine, by_guest: bool) -> None:
     client = await start_client(mortal)
-    command = await mortal.execute(["sh", "-c", "reboot -f" if by_guest else "sleep 1000"])
+    command = await execute_once_started(mortal, "reboot -f" if by_guest else "sleep 1000")
     if not by_guest:
         await mortal.reboot()
     with pytest.raises(NotConnected, match="rebooted"):
@@ -417,7 +427,7 @@ async def test_the_machine_is_reset_in_the_middle(mortal: Machine, by_guest: boo
 
 async def test_the_guest_is_suspended_in_the_middle(mortal: Machine) -> None:
     client = await start_client(mortal)
-    command = await mortal.execute(["sh", "-c", "echo mem >/sys/power/state; sleep 1000"])
+    command = await execute_once_started(mortal, "echo mem >/sys/power/state; sleep 1000")
     with pytest.raises(NotConnected, match="suspended"):
         await command.wait()
     await command.close()
@@ -429,7 +439,7 @@ async def test_the_guest_is_suspended_in_the_middle(mortal: Machine) -> None:
 async def test_the_machine_ends_in_the_middle(qemu: str) -> None:
     async with started(qemu, control=True) as machine:
         client = await start_client(machine)
-        command = await machine.execute(["sh", "-c", "poweroff -f; sleep 1000"])
+        command = await execute_once_started(machine, "poweroff -f; sleep 1000")
         with pytest.raises(NotConnected, match="powered off"):
             await command.wait()
         await command.close()
