@@ -234,11 +234,17 @@ class Server:
         self._stack.callback(self._stop)
         self._monitors = connected, bulk
 
-    def start(self, timeout: float = DEADLINE) -> Server:
-        """Negotiate with QEMU."""
-        self.multiplexer: Multiplexer = self.wait(
-            Multiplexer.connect(*self._monitors, on_lost=self.lost.append, timeout=timeout)
-        )
+    def start(self, timeout: float = DEADLINE, *, deadline: float = DEADLINE) -> Server:
+        """Negotiate with QEMU, which has `timeout` seconds for its greeting.
+
+        Raises TimeoutError if the negotiation takes longer than `deadline` seconds.
+        """
+
+        async def connected() -> Multiplexer:
+            async with asyncio.timeout(deadline):
+                return await Multiplexer.connect(*self._monitors, on_lost=self.lost.append, timeout=timeout)
+
+        self.multiplexer: Multiplexer = self.wait(connected())
         self._stack.callback(lambda: self.wait(self.multiplexer.close()))
         return self
 
@@ -307,11 +313,19 @@ class Side:
 
 @contextmanager
 def shared(
-    qemu: str, *, monitors: int = 3, arguments: Sequence[str] = (), kind: Kind | None = None
+    qemu: str,
+    *,
+    monitors: int = 3,
+    arguments: Sequence[str] = (),
+    kind: Kind | None = None,
+    deadline: float = DEADLINE,
 ) -> Iterator[tuple[Machine, Server]]:
-    """Start a QEMU whose monitors 0 and 1 are for a multiplexer, and whose others are for native clients."""
+    """Start a QEMU whose monitors 0 and 1 are for a multiplexer, and whose others are for native clients.
+
+    Raises TimeoutError if QEMU does not negotiate within `deadline` seconds.
+    """
     with (
         Machine(qemu, monitors, arguments, kind=kind) as machine,
         Server(machine.connect(0), machine.connect(1)) as server,
     ):
-        yield machine, server.start()
+        yield machine, server.start(deadline=deadline)
