@@ -109,12 +109,22 @@ def test_the_initramfs_has_scripts_busybox_and_modules() -> None:
 
 
 @pytest.mark.usefixtures("ingredients")
-def test_a_build_replaces_the_guests_of_other_versions_only(cache: Path) -> None:
-    for name in ("x86_64-old", "aarch64-old", ".new-fresh", ".new-stale"):
+def test_a_build_removes_the_guests_of_other_versions_after_a_month_without_use(cache: Path) -> None:
+    for name in ("x86_64-old", "x86_64-used", "aarch64-old", ".new-fresh", ".new-stale"):
         (cache / name).mkdir(parents=True)
-    os.utime(cache / ".new-stale", (0, 0))
+    for name in ("x86_64-old", "aarch64-old", ".new-stale"):
+        os.utime(cache / name, (0, 0))
     build.build()
-    assert names_in(cache) == {f"x86_64-{builtin.fingerprint()}", "aarch64-old", ".new-fresh"}
+    # A running machine that was started with the other guest may be saved.
+    assert names_in(cache) == {f"x86_64-{builtin.fingerprint()}", "x86_64-used", "aarch64-old", ".new-fresh"}
+
+
+@pytest.mark.usefixtures("ingredients")
+def test_each_use_of_a_guest_is_recorded() -> None:
+    directory = os.path.dirname(build.build().kernel)
+    os.utime(directory, (0, 0))
+    assert builtin.find() is not None
+    assert os.stat(directory).st_mtime > 0
 
 
 @pytest.mark.usefixtures("ingredients")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -44,8 +45,10 @@ EXTRA_MODULES = ("crc32c_generic", "ext4", "isofs", "virtio_net", "af_packet", "
 
 _DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "dev", "mnt", "proc", "root", "run", "sys", "tmp")
 
-# The age in seconds at which the scratch directory of a killed build is removed.
+#: The age in seconds at which the scratch directory of a killed build is removed.
 _STALE_SECONDS = 3600
+#: The time in seconds since its last use after which the guest of another version is removed: 30 days.
+_UNUSED_SECONDS = 30 * 24 * 3600
 _SCRATCH_PREFIX = ".new-"
 
 
@@ -144,12 +147,18 @@ def _publish(new: Path, final: Path, architecture: str) -> BuiltinGuest:
 
 
 def _remove_old(cache: Path, guest: BuiltinGuest, architecture: str) -> None:
-    """Remove the guests of other versions of this package, and the scratch directories of killed builds."""
-    stale = time.time() - _STALE_SECONDS
+    """Remove the scratch directories of killed builds, and unused guests of other versions of this package.
+
+    A snapshot of a running machine needs the files that the machine was started with.
+    """
     for directory in cache.iterdir():
-        old = directory.name.startswith(f"{architecture}-") and directory != Path(guest.kernel).parent
-        if old or (directory.name.startswith(_SCRATCH_PREFIX) and directory.stat().st_mtime < stale):
-            shutil.rmtree(directory, ignore_errors=True)
+        is_scratch = directory.name.startswith(_SCRATCH_PREFIX)
+        if is_scratch or (directory.name.startswith(f"{architecture}-") and directory != Path(guest.kernel).parent):
+            # Another build may remove it at the same time.
+            with contextlib.suppress(FileNotFoundError):
+                age = time.time() - directory.stat().st_mtime
+                if age > (_STALE_SECONDS if is_scratch else _UNUSED_SECONDS):
+                    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ Each start imports this module, so it imports very little.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from .. import cache
@@ -69,8 +70,13 @@ class BuiltinGuest(tuple[str, str, tuple[str, ...]]):
 
 
 def find(architecture: str = "x86_64") -> BuiltinGuest | None:
-    """Find the guest in the cache; returns None if it has to be built."""
-    return guest_in(os.path.join(cache_directory(), name(architecture)), architecture)
+    """Find the guest in the cache, and record that it is used; returns None if it has to be built."""
+    directory = os.path.join(cache_directory(), name(architecture))
+    guest = guest_in(directory, architecture)
+    if guest is not None:
+        with contextlib.suppress(OSError):
+            os.utime(directory)
+    return guest
 
 
 def name(architecture: str, *, agent: bool = True) -> str:
