@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes the SSH key of a machine, and the credentials that pass it to the guest's root."""
+"""Makes the SSH key of a machine, and the credentials that pass it to the guest's root user."""
 
 from __future__ import annotations
 

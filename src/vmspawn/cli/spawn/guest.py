@@ -52,7 +52,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="attach a seed for the image's cloud-init: an SSH key, the host name, and user data from a file",
     )
     group.add_argument(
-        "--pass-ssh-key", metavar="BOOL", help="make an SSH key for the machine, and pass it to the guest's root"
+        "--pass-ssh-key", metavar="BOOL", help="make an SSH key for the machine, and pass it to the guest's root user"
     )
     group.add_argument(
         "--ssh-key-type", metavar="TYPE", default="ed25519", help="type of the SSH key, as in ssh-keygen(1)"
