@@ -49,9 +49,7 @@ def test_a_machine_that_is_about_to_start_is_waited_for(machine: Spawned) -> Non
 def test_a_port_that_is_listened_on_later(machine: Spawned) -> None:
     late = wait(machine.name, "port=8000", "agent", timeout=1)
     assert late.returncode == 1
-    line = (
-        f"vmctl: machine {machine.name}: timed out after 1 s waiting for port=8000 (nothing listens on it in the guest)"
-    )
+    line = f"vmctl: machine {machine.name}: timed out waiting for port=8000 (nothing listens on it in the guest)"
     assert one_line(late, "vmctl") == line
     with background([*VMCTL, "wait", machine.name, "--for=port=8000"]) as process:
         guest(machine, "httpd -p 127.0.0.1:8001; httpd -p 8000")
@@ -70,13 +68,13 @@ def test_an_ssh_server_is_asked_through_the_forward(machine: Spawned) -> None:
     """Another server on the port is not sufficient."""
     guest(machine, "nc -ll -p 22 -e echo HTTP >/dev/null 2>&1 </dev/null &")
     late = wait(machine.name, "ssh", timeout=1)
-    assert re.search(r"timed out after 1 s waiting for ssh \(no SSH server answers on 127.0.0.1:\d+\)", late.stderr)
+    assert re.search(r"timed out waiting for ssh \(no SSH server answers on 127.0.0.1:\d+\)", late.stderr)
     guest(machine, "killall nc; nc -ll -p 22 -e echo SSH-2.0-test >/dev/null 2>&1 </dev/null &")
     assert wait(machine.name, "ssh").returncode == 0
 
 
 def test_a_console_that_does_not_show_it(machine: Spawned) -> None:
-    late = wait(machine.name, "console=never", "off", timeout=0.5)
+    late = wait(machine.name, "console=never", "off", timeout=2)
     assert late.returncode == 1
     assert "console=never (the last line is: " in late.stderr
     assert "off (it still runs)" in late.stderr

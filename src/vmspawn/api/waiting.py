@@ -37,9 +37,7 @@ async def wait_for(
         waits.append(of_manager(theirs, timeout))
     missing = [each for found in await _all(waits) for each in found]
     if missing:
-        raise Timeout(
-            f"machine {machine}: timed out after {round(timeout, 1):g} s waiting for {', '.join(map(str, missing))}"
-        )
+        raise Timeout(f"machine {machine}: timed out waiting for {', '.join(map(str, missing))}")
 
 
 async def _all(waits: Sequence[Awaitable[Sequence[Missing]]]) -> list[Sequence[Missing]]:

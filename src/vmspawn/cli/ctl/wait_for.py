@@ -16,6 +16,9 @@ from .verbs import Verbs
 #: The default timeout, in seconds.
 _TIMEOUT = 120.0
 
+#: Seconds that the conditions have at least, if the timeout is not shorter, however late the manager has answered.
+_LOOK_TIME = 5.0
+
 #: Seconds between two attempts to find a machine that does not exist yet.
 _LOOK_INTERVAL = 0.1
 
@@ -61,7 +64,8 @@ async def _wait_for(name: str, wanted: list[str], timeout: float) -> None:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + REPLY_GRACE):
                     machine = await stack.enter_async_context(connect(name))
-                return await machine.wait_for(*wanted, timeout=max(0.0, deadline - time.monotonic()))
+                left = max(deadline - time.monotonic(), min(_LOOK_TIME, timeout))
+                return await machine.wait_for(*wanted, timeout=left)
         except TimeoutError:
             raise Timeout(f"machine {name} did not answer: it hangs, or is still starting") from None
         except NotConnected:
