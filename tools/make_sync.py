@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes src/vmspawn/sync.py: the asynchronous library's classes in blocking calls, method by method.
+"""Writes src/vmspawn/sync.py: the asynchronous library's classes with blocking calls, method by method.
 
 `./dev check --fix` runs it, and tests/unit/test_sync.py fails if sync.py is not up to date. The wrappers have no
 behaviour of their own: each passes its arguments on.
@@ -19,7 +19,7 @@ TARGET = Path(__file__).parents[1] / "src" / "vmspawn" / "sync.py"
 
 HEADER = '''# SPDX-License-Identifier: LGPL-2.1-or-later
 # Made by tools/make_sync.py from vmspawn/api; do not edit.
-"""Provides the library in blocking calls, for scripts, tests and the interactive interpreter.
+"""Provides the library with blocking calls, for scripts, tests and the interactive interpreter.
 
     import vmspawn.sync
 
@@ -27,8 +27,9 @@ HEADER = '''# SPDX-License-Identifier: LGPL-2.1-or-later
         machine.console.expect("ready", timeout=60)
 
 It has the classes and methods of `vmspawn`, without `await`. The coroutines run on one event loop in a thread of its
-own. Any thread may call; a call that Ctrl-C interrupts is cancelled and cleans up first. A machine is ended when its
-`with` block is left, or else when the process exits. A child of fork(2) has no part in its parent's machines.
+own. Any thread may call. A call that Ctrl-C interrupts is cancelled, and cleans up before KeyboardInterrupt is raised.
+A machine is ended when its `with` block is left, or else when the process exits. A child of fork(2) cannot use its
+parent's machines, and does not end them.
 """
 '''
 
@@ -57,7 +58,7 @@ _ITERATOR = re.compile(r"AsyncIterator\[(.*)\]")
 
 
 class Kind:
-    """The kind of value that a method returns, in the asynchronous library and in blocking calls."""
+    """The kind of value that a method returns, in the asynchronous library and in the library with blocking calls."""
 
     def __init__(self, annotation: str) -> None:
         self.source = annotation

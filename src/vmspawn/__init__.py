@@ -9,7 +9,7 @@
     async with vmspawn.connect("demo") as machine:                          # a machine of another process
         print(await machine.disks())
 
-`vmspawn.sync` has the same classes with blocking calls. All errors are VmspawnError; their `hint` is advice.
+`vmspawn.sync` has the same classes with blocking calls. All errors are subclasses of VmspawnError; `hint` is advice.
 """
 
 # Each name is imported when it is first used, because the commands must start fast.

@@ -14,7 +14,7 @@ A message names a field in the caller's spelling: `machine_type='x'` for Python,
     {kvm=no}         the field `kvm` with the value "no"; {ephemeral=True} is a switch
     {cpus={count}}   the field `cpus` with the value `count`
 
-A value may be another error. It becomes the error's message in a message, and the error's hint in a hint.
+A value may be another error. In a message, that error's message replaces the placeholder; in a hint, its hint does.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class ConfigNotSupported(VmspawnError):
 
 
 class PortInUse(VmspawnError):
-    """Another process has the port of the host."""
+    """Another process uses the port of the host."""
 
 
 class NoSuchForward(VmspawnError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Computes fingerprints, by which the cache names its entries.
 
-The remainder by a prime distinguishes contents well enough. hashlib takes longer to import than all of this, and it
-loads OpenSSL, which would stay in each manager's memory.
+The remainder by a prime distinguishes contents well enough. Importing hashlib takes longer than computing a
+fingerprint, and loads OpenSSL, which would stay in each manager's memory.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Old versions of pytest, such as that of Debian 12, know no other wrappers. They load this module in every test run.
+# Old versions of pytest, such as Debian 12's, support only `hookwrapper`. They load this module in every test run.
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
     """Duplicate standard error before pytest captures it, to show consoles there."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Defines the base class of the start path's named tuples.
 
-A class of typing.NamedTuple takes five times as long to create, and there are forty of them on the way to QEMU's start.
-The type checker treats a Record as a NamedTuple, because both have the same interface. Modules that define one need
-`from __future__ import annotations`, as its annotations are never evaluated.
+A class of typing.NamedTuple takes five times as long to create, and a start creates forty classes before QEMU runs.
+The type checker treats a Record as a NamedTuple, because both have the same interface. A module that defines a
+Record needs `from __future__ import annotations`, because a Record's annotations are never evaluated.
 """
 
 from __future__ import annotations

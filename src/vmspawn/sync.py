@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Made by tools/make_sync.py from vmspawn/api; do not edit.
-"""Provides the library in blocking calls, for scripts, tests and the interactive interpreter.
+"""Provides the library with blocking calls, for scripts, tests and the interactive interpreter.
 
     import vmspawn.sync
 
@@ -8,8 +8,9 @@
         machine.console.expect("ready", timeout=60)
 
 It has the classes and methods of `vmspawn`, without `await`. The coroutines run on one event loop in a thread of its
-own. Any thread may call; a call that Ctrl-C interrupts is cancelled and cleans up first. A machine is ended when its
-`with` block is left, or else when the process exits. A child of fork(2) has no part in its parent's machines.
+own. Any thread may call. A call that Ctrl-C interrupts is cancelled, and cleans up before KeyboardInterrupt is raised.
+A machine is ended when its `with` block is left, or else when the process exits. A child of fork(2) cannot use its
+parent's machines, and does not end them.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Machine(BlockingMachine[_machine.Machine]):
         return self._call(lambda inner: inner.power_off())
 
     def reboot(self) -> None:
-        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other guest runs afterwards."""
         return self._call(lambda inner: inner.reboot())
 
     def pause(self) -> None:
@@ -118,7 +119,7 @@ class Machine(BlockingMachine[_machine.Machine]):
         return self._call(lambda inner: inner.resume())
 
     def terminate(self) -> None:
-        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
+        """End the machine without asking the guest. Returns when QEMU accepts `quit`; a QEMU that hangs is killed."""
         return self._call(lambda inner: inner.terminate())
 
     def wait(self) -> End:
@@ -395,7 +396,7 @@ class Snapshot(Blocking[_machine.Snapshot]):
 
     @property
     def size(self) -> int:
-        """The bytes of the saved state."""
+        """The size of the saved state in bytes."""
         return self._read(lambda inner: inner.size)
 
     def fork(
@@ -408,10 +409,10 @@ class Snapshot(Blocking[_machine.Snapshot]):
     ) -> Machine:
         """Return a copy, which starts when it is entered, and ends at the end of the `with` block.
 
-        `keep_disks` keeps its disks as NAME@current. With a new identity, the agent gives the guest a host name, a
-        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. The other
-        keyword arguments are the fields of MachineConfig in which the copy differs from its source. Raises
-        NoSuchSnapshot, StartError, UsageError or PortInUse when it is entered.
+        `keep_disks` keeps the copy's disks after its end, as NAME@current. With a new identity, the agent gives the
+        guest a host name, a machine ID and MAC addresses of its own, and runs the hooks in the guest's
+        /etc/vmspawn/fork.d. The other keyword arguments are the fields of MachineConfig in which the copy differs from
+        its source. Raises NoSuchSnapshot, StartError, UsageError or PortInUse when it is entered.
         """
         return Machine._around(
             self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
@@ -460,7 +461,7 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return self._call(lambda inner: inner.power_off())
 
     def reboot(self) -> None:
-        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other guest runs afterwards."""
         return self._call(lambda inner: inner.reboot())
 
     def pause(self) -> None:
@@ -472,7 +473,7 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         return self._call(lambda inner: inner.resume())
 
     def terminate(self) -> None:
-        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
+        """End the machine without asking the guest. Returns when QEMU accepts `quit`; a QEMU that hangs is killed."""
         return self._call(lambda inner: inner.terminate())
 
     def wait(self) -> End:

@@ -13,17 +13,17 @@ REACTION_TIMEOUT = 10.0
 #: sd-varlink's clients give up.
 DETACH_TIMEOUT = 30.0
 
-#: The time that a command in the guest has to start. The agent in a booting guest may start late.
+#: The time within which a command in the guest must start. The agent in a booting guest may start late.
 COMMAND_START_TIMEOUT = 60.0
 
-#: The time that the guest's driver has to use a new disk, if the caller waits for it.
+#: The time within which the guest's driver must use a new disk, if the caller waits for that.
 DRIVER_TIMEOUT = 30.0
 
-#: The time that a running QEMU has to greet a new manager. QEMU greets at once, unless another program uses the
+#: The time within which a running QEMU must greet a new manager. QEMU greets at once, unless another program uses the
 #: monitor, or QEMU waits for the host's storage.
 ADOPT_GREETING_TIMEOUT = 5.0
 
-#: The time that each source of a listing has to answer, so that a hanging source does not hide the others.
+#: The time within which each source of a listing must answer, so that a hanging source does not hide the others.
 LIST_TIMEOUT = 2.0
 
 #: The guest's time to open a locked tray of an optical drive.
@@ -32,11 +32,11 @@ TRAY_TIMEOUT = 10.0
 #: The time after which the power button is pressed again, because firmware ignores it.
 POWER_BUTTON_INTERVAL = 5.0
 
-#: The time that clients of the control socket have to read the machine's last event.
+#: The time within which clients of the control socket must read the machine's last event.
 FAREWELL_TIMEOUT = 1.0
 
 #: The time that a client waits for the manager's reply, after a timeout that the manager enforces has passed.
 REPLY_GRACE = 15.0
 
-#: The timeout of waits without a limit. It is a number because --timeout= and the calls of managers take a number.
+#: The timeout of waits without a limit. It is a number because --timeout= and the managers' methods take a number.
 FOREVER = 1_000_000

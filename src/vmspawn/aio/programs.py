@@ -14,7 +14,7 @@ class Cancelled(Exception):
 
 
 class Canceller:
-    """Cancels the work of one thread: kills the program that it waits for, and lets `check` raise.
+    """Cancels the work of one thread: kills the program that the thread waits for, and makes `check` raise.
 
     The thread is the one whose context has CANCELLER set to this.
     """

@@ -27,13 +27,13 @@ _T = TypeVar("_T")
 _Inner = TypeVar("_Inner")
 _Wrapped = TypeVar("_Wrapped", covariant=True)
 
-#: Seconds that an interrupted call has to clean up.
+#: Seconds within which an interrupted call must clean up.
 _CANCEL_TIMEOUT = 15.0
 
 #: The most seconds until a signal is handled: Python does not notice a signal that arrives just before a wait.
 _SIGNAL_INTERVAL = 1.0
 
-#: Seconds that machines have to end when the process exits.
+#: Seconds within which machines must end when the process exits.
 _EXIT_TIMEOUT = 15.0
 
 
@@ -263,7 +263,7 @@ async def _left(manager: AbstractAsyncContextManager[Any]) -> None:
 
 
 def blocking_iterator(stream: AsyncIterator[_T]) -> Iterator[_T]:
-    """Iterate over an asynchronous iterator in blocking calls."""
+    """Iterate over an asynchronous iterator with blocking calls."""
 
     async def step() -> tuple[_T, ...]:
         try:

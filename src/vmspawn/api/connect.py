@@ -140,7 +140,7 @@ class ConnectedMachine(Guest):
         await self._change("poweroff", "PowerOff")
 
     async def reboot(self) -> None:
-        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other guest runs afterwards."""
         await self._change("reboot", "Reboot")
 
     async def pause(self) -> None:
@@ -152,7 +152,7 @@ class ConnectedMachine(Guest):
         await self._change("resume", "Resume")
 
     async def terminate(self) -> None:
-        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
+        """End the machine without asking the guest. Returns when QEMU accepts `quit`; a QEMU that hangs is killed."""
         await self._call(f"{_INSTANCE}.Terminate")
 
     async def wait(self) -> End:

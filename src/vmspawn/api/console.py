@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lets programs wait for the console's output, and type."""
+"""Lets programs wait for the console's output, and type on the console."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Saved(Protocol):
 
     @property
     def size(self) -> int:
-        """The bytes of the saved state."""
+        """The size of the saved state in bytes."""
 
     def fork(
         self,
@@ -99,7 +99,7 @@ class Control(Protocol):
         """
 
     async def reboot(self) -> None:
-        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other guest runs afterwards."""
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
@@ -108,7 +108,7 @@ class Control(Protocol):
         """Continue the guest's processors, or wake a suspended guest up. Raises NotSupported if the guest is off."""
 
     async def terminate(self) -> None:
-        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
+        """End the machine without asking the guest. Returns when QEMU accepts `quit`; a QEMU that hangs is killed."""
 
     async def wait(self) -> End:
         """Wait until the machine has ended, and return the reason."""

@@ -198,7 +198,7 @@ class Machine(Guest):
         await self._running.power.power_off()
 
     async def reboot(self) -> None:
-        """Press the reset button. A paused guest stays paused; any other runs afterwards."""
+        """Press the reset button. A paused guest stays paused; any other guest runs afterwards."""
         await self._running.power.reboot()
 
     async def pause(self) -> None:
@@ -210,7 +210,7 @@ class Machine(Guest):
         await self._running.power.resume()
 
     async def terminate(self) -> None:
-        """End the machine without asking the guest. Returns when QEMU has accepted; a QEMU that hangs is killed."""
+        """End the machine without asking the guest. Returns when QEMU accepts `quit`; a QEMU that hangs is killed."""
         await self._running.terminate()
 
     async def wait(self) -> End:
@@ -402,7 +402,7 @@ class Snapshot:
 
     @property
     def size(self) -> int:
-        """The bytes of the saved state."""
+        """The size of the saved state in bytes."""
         return self._size
 
     def fork(
@@ -415,10 +415,10 @@ class Snapshot:
     ) -> Machine:
         """Return a copy, which starts when it is entered, and ends at the end of the `async with` block.
 
-        `keep_disks` keeps its disks as NAME@current. With a new identity, the agent gives the guest a host name, a
-        machine ID and MAC addresses of its own, and runs the hooks in the guest's /etc/vmspawn/fork.d. The other
-        keyword arguments are the fields of MachineConfig in which the copy differs from its source. Raises
-        NoSuchSnapshot, StartError, UsageError or PortInUse when it is entered.
+        `keep_disks` keeps the copy's disks after its end, as NAME@current. With a new identity, the agent gives the
+        guest a host name, a machine ID and MAC addresses of its own, and runs the hooks in the guest's
+        /etc/vmspawn/fork.d. The other keyword arguments are the fields of MachineConfig in which the copy differs from
+        its source. Raises NoSuchSnapshot, StartError, UsageError or PortInUse when it is entered.
         """
         machine = self.name.partition("@")[0]
         config = to_copy_config(check_name(name) if name else free_name(machine), options)

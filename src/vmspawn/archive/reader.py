@@ -22,16 +22,16 @@ from ..errors import CopyFailed
 #: The maximum length of a name and of a link's target, as in Linux (PATH_MAX).
 _NAME_MAX = 4096
 
-#: The maximum number of pieces of data in a sparse file. An honest file has one piece for each extent.
+#: The maximum number of pieces of data in a sparse file. A file that tar has packed has one piece for each extent.
 _PIECES_MAX = 100_000
 
-#: The largest file that Linux has (off_t).
+#: The maximum size of a file on Linux (off_t).
 _SIZE_MAX = (1 << 63) - 1
 
 _BLOCK = 512
 _CHUNK = 256 * 1024
 
-#: The numbers of entries in an old GNU sparse header, and in each block after it (GNU tar's tar.h).
+#: The number of entries in each block after an old GNU sparse header, and the size of an entry (GNU tar's tar.h).
 _EXTRA_ENTRIES = 21
 _ENTRY_SIZE = 24
 
@@ -96,7 +96,10 @@ class Reader:
     """Reads an archive member by member: after each of `members`, `content` may be called once."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        """Begin at the first member. `stream` is a BufferedReader: its `read` returns less only at the end."""
+        """Begin at the first member.
+
+        `stream` is a BufferedReader: its `read` returns less than requested only at the end.
+        """
         self._stream = stream
         #: Unread bytes of the current member's content and padding.
         self._left = 0

@@ -213,12 +213,12 @@ def _leads_out(path: str, target: str) -> bool:
     """Return whether a symbolic link may lead out of the requested directory."""
     parts = [part for part in target.split("/") if part not in ("", ".")]
     ups = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
-    # The directories above the link, without the work directory.
+    # `..` may lead up to the requested directory, and no higher.
     return not target or target.startswith("/") or ".." in parts[ups:] or ups > path.count("/") - 1
 
 
 def _time(member: Member) -> int:
-    """Return a member's time within the range of file systems."""
+    """Return a member's time, limited to the range that file systems support."""
     return max(-(1 << 33), min(member.time, 1 << 34))
 
 

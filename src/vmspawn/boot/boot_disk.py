@@ -21,7 +21,7 @@ class BootDisk(Record):
     #: None for an empty optical drive of a copy.
     image: Image | None
     serial: str
-    #: The image below the overlay that `image` is.
+    #: The image below `image`, if `image` is an overlay.
     below: Below | None = None
     #: True for the machine's image, False for an extra disk.
     is_image: bool = False

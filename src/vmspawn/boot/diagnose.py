@@ -11,7 +11,10 @@ from .boot_disk import BootDisk
 
 
 def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str) -> StartError:
-    """Return the error for QEMU's end, with its last output. Names the disk that the output mentions."""
+    """Return the error for QEMU's end, with the first line of its log that is not a warning.
+
+    Names the disk that the log mentions.
+    """
     lines = [line for line in log.strip().splitlines() if line.strip() and "warning:" not in line]
     if not lines:
         return StartError(f"QEMU {end} immediately, without a message", hint="check whether another program kills it")
@@ -44,7 +47,7 @@ def _mentions(log: str, each: BootDisk) -> bool:
 
 
 def no_answer(name: str, pid: int, trouble: str) -> StartError:
-    """Return the error for a QEMU that cannot be adopted because its process does not run."""
+    """Return the error for a QEMU that does not answer because its process is stopped or blocked."""
     return StartError(
         f"QEMU does not answer: process {pid} {trouble}",
         hint=f"let it continue (kill -CONT {pid}), or end it: vmctl terminate {name}",

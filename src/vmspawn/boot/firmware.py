@@ -21,11 +21,12 @@ KINDS = ("auto", "uefi", "bios", "none")
 #: Features of firmware that is used only on request: firmware with enrolled keys boots only signed programs.
 EXCLUDED = ("enrolled-keys",)
 
-#: The directory of descriptors, below the user's configuration directory and these, in the order of their priority.
+#: Descriptors are in this subdirectory of the user's configuration directory and of the system's directories. Earlier
+#: directories have priority.
 _SUBDIRECTORY = "qemu/firmware"
 _SYSTEM = ("/etc", "/usr/local/share", "/usr/share")
 
-#: QEMU's versioned names of the machine types, which the descriptors' patterns are for.
+#: QEMU's versioned names of the machine types. The patterns in descriptors match these names.
 _MACHINE_NAMES = {"q35": "pc-q35-7.2", "pc": "pc-i440fx-7.2", "virt": "virt-7.2"}
 
 #: Features of firmware for confidential machines: it is loaded into memory, and keeps no variables.

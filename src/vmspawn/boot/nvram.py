@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Opens the file with a machine's UEFI variables: beside the image, at a path of the user, or in memory."""
+"""Opens the file with a machine's UEFI variables: beside the image, at a path that the user names, or in memory."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ..errors import StartError
 from ..host import runtime
 from ..host.runtime import MachineDirectory
 
-#: Seconds that QEMU has to end after a signal.
+#: Seconds within which QEMU must end after a signal.
 _END_TIMEOUT = 5.0
 
 

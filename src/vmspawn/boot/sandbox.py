@@ -20,7 +20,7 @@ _WITH_WINDOW = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
 
 
 def sandbox(binary: QemuBinary, config: MachineConfig) -> list[str]:
-    """Return QEMU's options for the sandbox; none if QEMU was built without it, or the user specifies a sandbox."""
+    """Return QEMU's options for the sandbox; an empty list if QEMU was built without it, or the user specifies one."""
     if not binary.has_sandbox or "-sandbox" in config.qemu_arguments:
         return []
     return ["-sandbox", _WITH_WINDOW if config.console == "gui" else _STRICT]

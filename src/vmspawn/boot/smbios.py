@@ -14,7 +14,7 @@ from .extras import Extras, Owned, content, join
 KERNEL_ARGUMENTS_MAX = 2048
 
 #: The maximum size of all strings in bytes. Firmware stores the table's length in 16 bits; QEMU 7.2 truncates and 11.1
-#: drops a longer table without an error. The rest is for the other strings of the table.
+#: drops a longer table without an error. The rest of the 64 KiB is for the table's other strings.
 TOTAL_MAX = 60_000
 
 #: The longest name of a fw_cfg file (QEMU's docs/specs/fw_cfg.rst), and the directory where systemd finds credentials.

@@ -60,7 +60,7 @@ class SavedSessions(Record):
     has_served: bool = False
     #: The names of the sessions' `getfd` descriptors, which QEMU cannot list.
     names: tuple[str, ...] = ()
-    #: Descriptor sets that exist from boot, and belong neither to vmspawn nor to a session.
+    #: Descriptor sets that have existed since QEMU's start, and belong neither to vmspawn nor to a session.
     foreign_fdsets: tuple[int, ...] = ()
 
     def to_state(self) -> dict[str, object]:
@@ -108,7 +108,7 @@ class SavedHelper(Record):
 
 
 class State(Record):
-    """A machine as its last manager left it. `attachments` are the sections of the kinds of attachments."""
+    """A machine as its last manager left it. `attachments` has one section for each kind of attachment."""
 
     config: MachineConfig
     binary: QemuBinary

@@ -13,7 +13,7 @@ from ..aio.sockets import peer_process
 from ..errors import NotConnected
 from ..host.runtime import running_qemu, runtime_root
 
-#: Seconds that a process has to exit after it closed its socket.
+#: Seconds within which a process must exit after it closed its socket.
 _END_TIMEOUT = 5.0
 
 

@@ -23,7 +23,7 @@ from .unread import Log
 #: Bytes of past output that a new viewer gets first.
 REPLAY_MAX = 64 * 1024
 
-#: Bytes of input queued for the guest at which senders that can wait are paused.
+#: When this many bytes of input are queued for the guest, senders that can wait are paused.
 INPUT_MAX = 64 * 1024
 
 #: The maximum number of clients. Each costs a write for every piece of output.
@@ -48,7 +48,7 @@ class Viewer(Protocol):
         """Show output."""
 
     def finish(self) -> bool:
-        """Return whether all output has been shown; if not, show the rest and detach then.
+        """Return whether all output has been shown; if not, show the rest, and then detach.
 
         Called after the last `show`.
         """

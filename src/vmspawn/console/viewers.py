@@ -46,7 +46,7 @@ class OutputViewer:
         self._writer.write(data)
 
     def finish(self) -> bool:
-        """Return whether everything has been written; if not, write the rest and detach then."""
+        """Return whether everything has been written; if not, write the rest, and then detach."""
         self._is_finishing = True
         return not self._writer.pending
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Connects to machines by name, in blocking calls, for short-lived commands that must start fast."""
+"""Connects to machines by name, with blocking calls, for short-lived commands that must start fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..host.varlink import VarlinkError
 
 __all__ = ["REPLY_TIMEOUT", "Client", "VarlinkError", "connect"]
 
-#: Seconds that a machine has to reply, as in sd-varlink's clients.
+#: Seconds within which a machine must reply, as in sd-varlink's clients.
 REPLY_TIMEOUT = 45.0
 
 

@@ -68,7 +68,7 @@ def _is_read_only(machine: Running, name: str) -> bool | None:
 
 
 def _tray_timeout(microseconds: int | None) -> float:
-    """Return the seconds that a guest has to open a locked tray. Raises InvalidParameter."""
+    """Return the seconds within which a guest must open a locked tray. Raises InvalidParameter."""
     if microseconds is not None and microseconds < 0:
         raise InvalidParameter(parameter="timeoutUSec")
     return TRAY_TIMEOUT if microseconds is None else microseconds / _MICROSECONDS

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the replies of `io.vmspawn.Machine.Execute`. Names are in Varlink's case, as part of the protocol."""
+"""Defines the replies of `io.vmspawn.Machine.Execute`.
+
+Names are in Varlink's case because they are part of the protocol.
+"""
 
 import typing
 
@@ -11,8 +14,8 @@ from asyncvarlink import FileDescriptor
 class Progress(typing.TypedDict):
     """A change of a command's state: `state` is started, exited, killed or failed.
 
-    `started` comes with the streams. The last reply has one of the other states, and the total number of bytes in each
-    stream. The client reads that many bytes and closes the connection, which removes the streams.
+    The reply with `started` has the streams. The last reply has one of the other states, and the total number of bytes
+    in each stream. The client reads that many bytes and closes the connection, which removes the streams.
     """
 
     state: str
@@ -29,7 +32,7 @@ class Progress(typing.TypedDict):
 
 
 def nothing(state: str, id: str) -> Progress:
-    """Return a reply that has only the state."""
+    """Return a reply that has only the state and the id."""
     return {
         "state": state,
         "id": id,

@@ -25,7 +25,7 @@ from .forwards import to_forward
 
 # asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
-#: Seconds that copies have to start.
+#: Seconds within which copies must start.
 _FORK_TIMEOUT = 60.0
 
 

@@ -12,7 +12,7 @@ import os
 from .. import cache
 from ..fingerprint import fingerprint_files
 
-#: The version of the build. Increase it if a build makes another guest from the same files below `rootfs`.
+#: The version of the build. Increase it if a build makes a different guest from the same files.
 FORMAT = 3
 
 #: Files that are copied to the initramfs, with the same paths below `rootfs` as in the guest.
@@ -98,6 +98,6 @@ def cache_directory() -> str:
 
 
 def fingerprint() -> str:
-    """Return a short hash of the files in `rootfs`, so that no other version of this package finds this guest."""
+    """Return a short hash of the guest's and the agent's files: no other version of this package finds this guest."""
     paths = [os.path.join(ROOTFS, name) for name in FILES] + [os.path.join(_AGENT, name) for name in _AGENT_FILES]
     return fingerprint_files(paths, FORMAT)

@@ -50,7 +50,7 @@ def find_modules(directory: str | None, version: str) -> Modules | None:
             return Modules(each, version=version or each.name)
     raise StartError.with_fields(
         "{modules={path}} has no modules of the kernel {version}",
-        hint="specify a directory with modules.order, such as the kernel's build tree or that of make modules_install",
+        hint="specify a directory with modules.order, such as a build tree or the result of make modules_install",
         path=directory,
         version=version or "(unknown version)",
     )

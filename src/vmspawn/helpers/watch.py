@@ -10,7 +10,7 @@ from ..aio.waiting import first_of
 from ..host.process import Process
 from .helper import Helper
 
-#: Seconds to wait for QEMU to end after a helper: helpers exit with QEMU, and either end may be noticed first.
+#: Seconds to wait for QEMU's exit after a helper's exit. Helpers exit with QEMU, and either exit may be noticed first.
 _GRACE = 2.0
 
 
@@ -44,7 +44,7 @@ class Watch:
         return next((each.describe(process.describe_end()) for each, process in self._watched if blamed(process)), "")
 
     def leave(self) -> None:
-        """Stop watching and leave the helpers running, as QEMU keeps running."""
+        """Stop watching and leave the helpers running, because QEMU keeps running."""
         for _, process in self._watched:
             process.close()
         self._watched = []

@@ -11,7 +11,7 @@ import socket
 class Notifier:
     """Sends messages to the socket in $NOTIFY_SOCKET. Does nothing if no service manager listens.
 
-    The variables are removed from the environment, so that child processes do not send messages.
+    The variables of the protocol are removed from the environment, so that child processes do not send messages.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,10 @@ _HINT = "leave out {registration.slice=} and {registration.properties=} on hosts
 
 
 def prefix(registration: Registration, name: str) -> list[str]:
-    """Return the words to put in front of QEMU's command line; none if vmspawn makes no scope. Raises StartError."""
+    """Return the words to put in front of QEMU's command line; an empty list if vmspawn makes no scope.
+
+    Raises StartError.
+    """
     if not registration.own_scope:
         return []
     manager = "--user" if registration.user else "--system"

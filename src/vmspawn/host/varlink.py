@@ -16,7 +16,7 @@ from ..aio.sockets import connect, peer_process
 from ..errors import NotConnected, ProtocolError, Template, Timeout, UsageError, VmspawnError
 from . import runtime
 
-#: Seconds that a service of the host has to reply. It may have to start first, or to wait for systemd.
+#: Seconds within which a service of the host must reply. It may have to start first, or to wait for systemd.
 SERVICE_TIMEOUT = 30.0
 
 #: The maximum size of a reply in bytes. No service of systemd sends more, but any program may listen on a socket.

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-#: Seconds that a killed process has to end, and that a living program has to remove the directory.
+#: Seconds within which a killed process must end, and a living program must remove the directory.
 _END_TIMEOUT = 10.0
 
 #: Seconds to wait for the lock of a dead program.

@@ -14,7 +14,7 @@ from ...snapshots.background import failure
 from .replies import say
 from .verbs import Verbs
 
-#: Seconds that the new manager has to adopt the machine.
+#: Seconds within which the new manager must adopt the machine.
 _ADOPT_TIMEOUT = 45.0
 
 

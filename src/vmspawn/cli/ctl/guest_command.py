@@ -55,7 +55,7 @@ class Wish(NamedTuple):
     user: str | None
     stdin: bool
     terminal: bool
-    #: Seconds that the command has to start, and to end.
+    #: Seconds within which the command must start, and end.
     timeout: float
     time_limit: float | None
 

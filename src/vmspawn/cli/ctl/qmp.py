@@ -33,7 +33,7 @@ def add(verbs: Verbs) -> None:
     server.add_argument("listen", metavar="SOCKET", help="socket to create for the clients")
     server.add_argument("--read-only", action="store_true", help="allow only commands that change nothing")
     share = verbs.add("qmp-share", _share, "share any QEMU's QMP socket among many clients", "SOCKET LISTEN")
-    share.add_argument("socket", metavar="SOCKET", help="QEMU's QMP socket, which no other client may hold")
+    share.add_argument("socket", metavar="SOCKET", help="QEMU's QMP socket; no other client may be connected to it")
     share.add_argument("listen", metavar="LISTEN", help="socket to create for the clients")
 
 

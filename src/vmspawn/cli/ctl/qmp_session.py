@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs QMP commands in blocking calls, parses their arguments, and relays a raw QMP stream."""
+"""Runs QMP commands with blocking calls, parses their arguments, and relays a raw QMP stream."""
 
 from __future__ import annotations
 

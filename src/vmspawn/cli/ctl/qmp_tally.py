@@ -13,7 +13,7 @@ _LINE_BEGINNING = max(map(len, _LINE_OF_NO_REPLY))
 
 
 class Tally:
-    """Counts messages and replies. Input that is not JSON gets as many errors as it has messages, or more."""
+    """Counts messages and replies. QEMU sends at least one error for each counted message that is not JSON."""
 
     def __init__(self) -> None:
         self._sent = self._answered = 0
@@ -29,7 +29,7 @@ class Tally:
         return max(0, self._sent - self._answered)
 
     def send(self, data: bytes) -> None:
-        """Count the messages that end in a piece of the sent data."""
+        """Count the messages whose last byte is in this piece of the sent data."""
         escaped = 0 if self._is_escaped else -1
         for mark in _MARK.finditer(data):
             if mark.start() != escaped:
@@ -55,7 +55,7 @@ class Tally:
         return escaped
 
     def receive(self, data: bytes) -> None:
-        """Count the replies that end in a piece of the received data."""
+        """Count the replies whose last byte is in this piece of the received data."""
         *ended, last = data.split(b"\n")
         for rest in ended:
             line = self._line + rest[:_LINE_BEGINNING]

@@ -15,7 +15,7 @@ from ..tables import print_json, print_table
 INSTANCE = "io.systemd.MachineInstance"
 MACHINE = "io.vmspawn.Machine"
 
-#: Seconds that the manager has to reply after the time for the guest has passed.
+#: Seconds within which the manager must reply after the time for the guest has passed.
 _GRACE = 10.0
 
 

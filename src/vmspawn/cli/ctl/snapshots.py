@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: Seconds without progress after which vmctl gives up a save.
 _PROGRESS_TIMEOUT = 120.0
 
-#: Seconds that a copy has to start.
+#: Seconds within which a copy must start.
 _FORK_TIMEOUT = 60.0
 
 

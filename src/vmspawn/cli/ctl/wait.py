@@ -16,7 +16,7 @@ from ..disconnect import watching
 from .replies import INSTANCE, client_for
 from .state_change import change, report
 
-#: Seconds that the manager has to clean up after the end of its machine.
+#: Seconds within which the manager must clean up after the end of its machine.
 _CLEANUP_TIMEOUT = 15.0
 
 _GOALS = {"poweroff": "power off", "reboot": "reboot", "terminate": "end"}
