@@ -25,14 +25,14 @@
 #define RUNS_MAX 64
 #define NAME_MAX 64
 
-/* Milliseconds that the ports of a command have to appear, and that killed processes have to die. */
+/* Milliseconds within which the ports of a command must appear, and killed processes must die. */
 #define PORTS_TIMEOUT 10000
 #define KILL_TIMEOUT 5000
 
-/* Milliseconds that the host has to make room for an answer. */
+/* Milliseconds within which the host must make room for an answer. */
 #define ANSWER_TIMEOUT 1000
 
-/* The exit status of a supervisor whose command was not started. */
+/* The exit status of a supervisor that did not get the ports of its command. */
 #define WITHOUT_PORTS 1
 
 /* The maximum size of one write to a virtio-serial port. */
@@ -239,7 +239,7 @@ static void lines_close(struct lines *lines) {
         sys_close(lines->fd);
 }
 
-/* Returns the next field, and moves the text behind its separator. Returns NULL after the last field. */
+/* Returns the next field, and moves *text past the field's separator. Returns NULL after the last field. */
 static char *next_field(char **text, char separator) {
         char *field = *text, *end = field;
 
@@ -335,7 +335,7 @@ static void user_groups(struct user *user) {
         lines_close(&lines);
 }
 
-/* Root needs no entry, and neither does a number. */
+/* Finds a user by name or number. Neither root nor a number needs an entry in /etc/passwd. */
 static bool user_find(struct user *user, const char *wanted) {
         if (user_from_file(user, wanted)) {
                 user_groups(user);
@@ -435,7 +435,10 @@ static void search_entry(const char *entry, void *data) {
                         search->fds[i] = open_device(entry);
 }
 
-/* Waits until the kernel announces a device, but not long: devices get their nodes and names one after the other. */
+/*
+ * Waits until the kernel announces a device, or the time has passed. Callers pass a short time, because a device gets
+ * its node and its name one after the other.
+ */
 static void wait_for_uevent(int uevents, long milliseconds) {
         struct pollfd poll = { .fd = uevents, .events = POLLIN };
         char message[2048];
@@ -459,8 +462,8 @@ static short poll_now(int fd, short events) {
 }
 
 /*
- * Returns whether the ports that a command needs are open and connected. A port that is not connected yet looks like
- * one at its end of file.
+ * Returns whether the ports that a command needs are open and connected. A port that is not connected yet reports
+ * POLLHUP, as a port whose other end was closed does.
  */
 static bool ports_ready(const struct request *request, const int fds[PORTS]) {
         const bool wanted[PORTS] = {
@@ -536,7 +539,7 @@ static const char *environment_get(const char *name) {
         return NULL;
 }
 
-/* Adds NAME=VALUE to the environment, in this storage, unless the host has set the variable. */
+/* Writes NAME=VALUE to `storage` and adds it to the environment, unless the host has set the variable. */
 static void environment_default(char *storage, size_t size, const char *name, const char *value) {
         size_t length = strlen(name);
 
@@ -633,7 +636,7 @@ static int change_directory(const struct request *request, const struct user *us
         return sys_chdir(user->home) < 0 ? sys_chdir("/") : 0;
 }
 
-/* Resets the signals that the agent's parent ignores or blocks. */
+/* Resets all signals: the agent or its parent may ignore or block some of them. */
 static void reset_signals(void) {
         for (int signal = 1; signal <= SIGNALS; signal++)
                 if (signal != SIGKILL && signal != SIGSTOP)
@@ -708,7 +711,7 @@ static void pump_read(struct pump *pump) {
         if (n == -EINTR || (n == -EAGAIN && !pump->last))
                 return;
         if (n <= 0) {
-                /* End of file, or an error that means the same: a terminal whose other side is closed has EIO. */
+                /* End of file, or an error that means the same: a terminal whose other side is closed returns EIO. */
                 pump_close(pump);
                 return;
         }
@@ -734,11 +737,11 @@ static bool pump_write(struct pump *pump) {
 }
 
 /*
- * Moves bytes until reading or writing has to wait, and at most the content of a pipe, so that other streams have their
- * turn. Returns false if the reader has closed its end.
+ * Moves bytes until reading or writing would block. Moves at most as many bytes as a pipe holds, so that the other
+ * streams get their turn. Returns false if the reader has closed its end.
  *
- * splice(2) would copy less, but it passes empty buffers of a pipe to QEMU, which then stops the controller. A write(2)
- * that fails leaves such a buffer.
+ * splice(2) would copy less, but it passes empty buffers of a pipe to QEMU, which then stops the controller. If a
+ * command's write(2) fails, it leaves an empty buffer in the pipe.
  */
 static bool pump_move(struct pump *pump) {
         for (size_t moved = 0; moved < PIPE_SIZE; moved += sizeof pump->data) {
@@ -847,8 +850,8 @@ static bool write_file(const char *path, const char *content) {
  * Kills the command and all processes that it started.
  *
  * If the command has a control group, killing the group kills its processes. Processes outside the group become
- * children of the supervisor when their parents end. So killing all children until none is left kills them too, in any
- * session.
+ * children of the supervisor when their parents end. So killing all children until none is left also kills these
+ * processes, whatever their sessions are.
  */
 static void kill_all(struct supervisor *supervisor) {
         unsigned self = (unsigned) sys_getpid();
@@ -917,7 +920,7 @@ static int fork_into_cgroup(struct supervisor *supervisor) {
 }
 
 static void remove_cgroup(const struct supervisor *supervisor) {
-        /* This fails if children still run in the background, which keep the group. */
+        /* This fails while children of the command still run in the background, because they keep the group. */
         if (*supervisor->cgroup != '\0')
                 sys_rmdir(supervisor->cgroup);
 }
@@ -927,8 +930,8 @@ static bool is_hung_up(int port) {
 }
 
 /*
- * Ends this process when the host has closed its end of all ports. A command that got the ports earlier would mistake
- * the end of this command for its own.
+ * Ends this process when the host has closed its end of all ports. If another command got the ports earlier, its
+ * supervisor would see the host close them, and would kill that command.
  */
 static _Noreturn void leave(struct supervisor *supervisor) {
         for (size_t i = 0; i < 3; i++)
@@ -985,7 +988,7 @@ static void handle_order(struct supervisor *supervisor) {
         }
 }
 
-/* The pipe from the command's process closes when the command runs. If the command cannot run, it has the reason. */
+/* The command's process closes this pipe when it runs the command, or writes the reason to it if that fails. */
 static void handle_failure(struct supervisor *supervisor) {
         struct failure failure;
         long n = sys_read(supervisor->failure, &failure, sizeof failure);
@@ -1149,7 +1152,10 @@ static int open_pipes(const struct request *request, const int ports[PORTS], con
         return 0;
 }
 
-/* Makes a terminal for the command, whose streams are all its far side. Each pump has its own descriptor to close. */
+/*
+ * Makes a terminal for the command. All three streams of the command are the terminal's far side. Each pump gets its
+ * own descriptor of the supervisor's side, which the pump closes.
+ */
 static int open_terminal(struct supervisor *supervisor, int port, const struct user *user, int streams[3]) {
         const struct request *request = supervisor->request;
         int terminal, far, r, unlock = 0;
@@ -1173,7 +1179,10 @@ static int open_terminal(struct supervisor *supervisor, int port, const struct u
         return 0;
 }
 
-/* Forks the command. Its ends of the pipes are closed here, so that they close when the command ends. */
+/*
+ * Forks the command. The supervisor closes its copies of the command's ends of the pipes, so that the pipes close when
+ * the command ends.
+ */
 static struct failure start_command(struct supervisor *supervisor, const struct user *user, const int streams[3]) {
         int pipe[2], r;
 
@@ -1265,7 +1274,7 @@ static char *words[WORDS_MAX + 1];
 
 /*
  * Sends a line. Waits for room, because many lines may fill the port for a moment. The line is lost if the host reads
- * nothing for longer, or is gone.
+ * nothing within ANSWER_TIMEOUT, or is gone.
  */
 static void answer(struct text *line) {
         struct pollfd poll = { .fd = agent.control, .events = POLLOUT };
@@ -1564,7 +1573,7 @@ static void handle_words(char **word, size_t count) {
                 answer_refused("-", EBADMSG, "message");
 }
 
-/* Splits a line at single spaces and decodes the words. The last word must be ";": the line is complete. */
+/* Splits a line at single spaces and decodes the words. The last word must be ";", the mark of a complete line. */
 static void handle_line(char *line) {
         char *rest = line, *word;
         size_t count = 0;
@@ -1580,7 +1589,7 @@ static void handle_line(char *line) {
         handle_words(words, count);
 }
 
-/* Handles the complete lines in the buffer. The bytes from a position on are new. */
+/* Handles the complete lines in the buffer. The bytes from `position` on are new. */
 static void handle_input(size_t position) {
         size_t start = 0;
 
@@ -1629,7 +1638,7 @@ static long read_control(void) {
 
                 if (n == -EINTR)
                         continue;
-                /* The kernel may learn later than we read a host's first bytes that the host has connected. */
+                /* The agent may read a host's first bytes before the kernel reports that the host has connected. */
                 if (n == 0 && agent.connected)
                         disconnect();
                 if (n <= 0)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The kernel's interface without a C library: system calls, the program's start, and functions that compilers call.
+ * The kernel's interface without a C library: system calls, the program's start, and functions
+ * that compiled code calls.
  *
  * Calls return a negative errno on failure. x86-64 and aarch64 have all of these calls, so the wrappers work on both.
  */
@@ -231,7 +232,7 @@ static inline int sys_uevents(void) {
 
 /* Waiting */
 
-/* The timeout is in milliseconds; a negative one never passes. */
+/* The timeout is in milliseconds; a negative timeout never expires. */
 static inline int sys_poll(struct pollfd *fds, size_t count, long timeout) {
         struct __kernel_timespec time = { .tv_sec = timeout / 1000, .tv_nsec = timeout % 1000 * 1000000 };
 
