@@ -13,7 +13,7 @@ import pytest
 from tests.machines import Machine, fresh_name
 from vmspawn.host.runtime import CONSOLE
 
-#: Seconds that the guest has to boot. It takes three under emulation on an idle host.
+#: Seconds within which the guest must boot. It takes three under emulation on an idle host.
 BOOT_TIMEOUT = 60.0
 COMMAND_TIMEOUT = 30.0
 

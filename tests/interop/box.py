@@ -57,7 +57,7 @@ PACKAGES = (
     "openssh-client",
 )
 
-#: Seconds that a box has to boot (it takes three), and that a command in it has by default.
+#: Seconds within which a box must boot (it takes three), and within which a command in it must end by default.
 BOOT_TIMEOUT = 90.0
 RUN_TIMEOUT = 60.0
 MAKE_TIMEOUT = 1800.0

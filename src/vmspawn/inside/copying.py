@@ -36,7 +36,7 @@ _OUTPUT_TIMEOUT = 10.0
 #: Seconds after which a copy that waits for a command's end notices that it was cancelled.
 _CANCEL_INTERVAL = 0.1
 
-#: Seconds that the guest has to remove the work directory of a copy that failed.
+#: Seconds within which the guest must remove the work directory of a copy that failed.
 _CLEANUP_TIMEOUT = 10.0
 
 _BUFFER_SIZE = 1 << 20

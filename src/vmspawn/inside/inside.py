@@ -15,7 +15,8 @@ from ..machine.running import Running
 if TYPE_CHECKING:
     from .commands import Commands
 
-#: Seconds that the agent of a copy has to set its clock. It runs already; the host may be busy with twenty copies.
+#: Seconds within which the agent of a copy must set its clock. It runs already, but the host may be busy with twenty
+#: copies.
 _WAKE_TIMEOUT = 5.0
 
 #: The section of the journal with the ports of commands.

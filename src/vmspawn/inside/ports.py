@@ -24,7 +24,7 @@ from ..hotplug.qemu_objects import CHARDEV, DESCRIPTOR, QemuObject, device_ids, 
 from ..hotplug.step import PlugIn, Reserve, Step
 from ..qmp.monitor import Command
 
-#: Seconds that QEMU has to remove a port: it does not ask the guest.
+#: Seconds within which QEMU must remove a port: it does not ask the guest.
 DETACH_TIMEOUT = 20.0
 
 _NULL: Mapping[str, object] = {"type": "null", "data": {}}

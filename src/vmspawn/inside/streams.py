@@ -37,14 +37,14 @@ KEPT = 3
 #: Sets that change at a time.
 _CHANGES_MAX = 2
 
-#: Seconds that a guest whose agent answers has to notice a change. A guest that boots may need most of it.
+#: Seconds within which a guest whose agent answers must notice a change. A guest that boots may need most of it.
 _GUEST_TIMEOUT = 10.0
 
-#: Seconds that an agent has to answer while a manager settles the ports of another manager. A copy on a busy host
+#: Seconds within which an agent must answer while a manager settles the ports of another manager. A copy on a busy host
 #: without KVM may need more than ten, because QEMU translates all of the guest's code again.
 _SETTLE_TIMEOUT = 30.0
 
-#: Seconds that the guest has to close its ends. Many sets may wait for their turn.
+#: Seconds within which the guest must close its ends. Many sets may wait for their turn.
 _RELEASE_TIMEOUT = 1.0
 
 #: The number of attempts to plug in a set that no command waits for.

@@ -28,7 +28,7 @@ _NEVER = 2
 
 _BANNER = b"SSH-"
 
-#: Seconds that a server has to send its banner. QEMU keeps the connection of a guest that was reset meanwhile.
+#: Seconds within which a server must send its banner. QEMU keeps the connection of a guest that was reset meanwhile.
 _BANNER_TIMEOUT = 30.0
 
 #: Prints the state of the boot whenever it changes. The second case is the built-in guest, itself or in the directory

@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from ..qmp.share.multiplexer import Multiplexer
     from ..qmp.share.session import Session
 
-#: Seconds that QEMU has to report its run state. `vmctl list` waits for 2 s.
+#: Seconds within which QEMU must report its run state. `vmctl list` waits for 2 s.
 _STATUS_TIMEOUT = 1.0
 
-#: Seconds that QEMU has to end after it closed its monitor.
+#: Seconds within which QEMU must end after it closed its monitor.
 _EXIT_TIMEOUT = 10.0
 
-#: Seconds that slow viewers have to read the last output, which may contain the message of a panic.
+#: Seconds in which slow viewers can read the last output, which may contain the message of a panic.
 _DRAIN_TIMEOUT = 1.0
 
 

@@ -22,7 +22,7 @@ EXIT_FAILURE = 125
 #: Seconds between a failure of the guest and the end of the machine: the kernel prints more, and QEMU may report it.
 _FAILURE_TIMEOUT = 2.0
 
-#: Seconds that the process has to end after the end of the machine or after SIGTERM.
+#: Seconds within which the process must end after the end of the machine or after SIGTERM.
 _EXIT_TIMEOUT = 10.0
 
 #: The prefix of the built-in guest's message about a kernel that it cannot run on, and the message that no command can

@@ -18,7 +18,7 @@ from ..timeouts import POWER_BUTTON_INTERVAL
 #: two presses plus the time that QEMU takes to end.
 _EXTENSION = 20.0
 
-#: Seconds that a guest has to power off if its kernel printed a panic, or if it resets in a loop.
+#: Seconds within which a guest must power off if its kernel printed a panic, or if it resets in a loop.
 FAILED_GUEST_TIMEOUT = 10.0
 
 

@@ -63,6 +63,6 @@ SESSIONS = 1024
 #: that stays silent serves another program, because QEMU serves one client per socket.
 GREETING_TIMEOUT = 15.0
 
-#: Seconds that a client has to read its queued output after QEMU's exit, and that QEMU has to undo the remains of
-#: sessions when the multiplexer closes.
+#: Seconds within which a client must read its queued output after QEMU's exit, and within which QEMU must undo the
+#: remains of sessions when the multiplexer closes.
 DRAIN_TIMEOUT = 5.0

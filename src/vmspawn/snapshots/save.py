@@ -47,7 +47,7 @@ from .newest import NewestDisks
 
 _T = TypeVar("_T")
 
-#: Seconds that disk changes and commands of sessions have to end.
+#: Seconds within which disk changes and commands of sessions must end.
 _HOLD_TIMEOUT = 15.0
 
 

@@ -50,7 +50,7 @@ _PENDING_HINT = (
     "away now with {force=True}"
 )
 
-#: Seconds that QEMU has to list the machine's PCI devices.
+#: Seconds within which QEMU must list the machine's PCI devices.
 _LOOK_TIMEOUT = 2.0
 
 #: Seconds that the detach of a controller's last disk waits for the controller's removal, which continues after that.

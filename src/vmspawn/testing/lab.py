@@ -31,10 +31,10 @@ from . import leaks, report
 #: The output of the built-in guest when its shell is up.
 _BUILTIN_READY = "vmspawn-guest: ready"
 
-#: Seconds that a guest has to become ready. The built-in guest takes two on an idle host.
+#: Seconds within which a guest must become ready. The built-in guest takes two on an idle host.
 _READY_TIMEOUT = 120.0
 
-#: Seconds that a manager has to adopt a machine that --vm-keep keeps.
+#: Seconds within which a manager must adopt a machine that --vm-keep keeps.
 _ADOPT_TIMEOUT = 60.0
 
 #: The options that may differ between a copy and its snapshot.
