@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Compares the guest's console through vmspawn with QEMU's own `-serial stdio`: speed, processor time and memory.
 
-Both boot the built-in guest, which prints the same bytes on request, in turn. The time is from the first of these bytes
-to the last. The manager's memory is read before and after.
+Both boot the built-in guest. The two guests print the same bytes on request, one after the other. The time is from the
+first of these bytes to the last. The manager's memory is read before and after.
 """
 
 import json
@@ -34,7 +34,8 @@ COMMAND = "printf 'be''gin>'; head -c {} /dev/zero | od -v -tx1 | head -c {}; pr
 class Console:
     """A program that shows the guest's console on two pipes.
 
-    The program runs in its own session, like QEMU under vmspawn, because the kernel divides processor time by sessions.
+    The program runs in its own session, like QEMU under vmspawn, because the kernel divides processor time among
+    sessions.
     """
 
     def __init__(self, command: list[str]) -> None:

@@ -23,7 +23,7 @@ MIB = 1 << 20
 #: Bytes of output.
 SIZE = int(os.environ.get("SIZE", str(100 * 1000 * 1000)))
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
-#: Boots with the controller and without.
+#: The number of pairs of boots, one with the controller for commands and one without.
 PAIRS = int(os.environ.get("PAIRS", "8"))
 VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
@@ -63,7 +63,7 @@ async def guests_own(machine: vmspawn.Machine) -> float:
 
 
 def commands(name: str) -> None:
-    """Compare `vmctl exec` with `vmctl status`, in turn."""
+    """Run `vmctl exec` and `vmctl status` in turn, and compare them."""
     found: dict[str, list[float]] = {"exec": [], "status": []}
     for verb, *arguments in [("exec", "true"), ("status",)] * (ROUNDS // 2):
         time.sleep(PAUSE)
@@ -162,7 +162,7 @@ def boot(agent: str) -> tuple[float, float]:
 
 
 def boots() -> None:
-    """Boots with and without the controller for commands, in turn."""
+    """Boot with and without the controller for commands in turn, and compare the times."""
     found: dict[str, list[tuple[float, float]]] = {"yes": [], "no": []}
     for number in range(PAIRS):
         for agent in ("yes", "no") if number % 2 else ("no", "yes"):

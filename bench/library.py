@@ -25,7 +25,7 @@ from vmspawn.testing.lab import Lab
 MACHINES = int(os.environ.get("MACHINES", "7"))
 COMMANDS = int(os.environ.get("COMMANDS", "40"))
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
-#: Seconds between commands: the ports of the one before are unplugged meanwhile.
+#: Seconds between commands: the ports of the previous command are unplugged meanwhile.
 PAUSE = 0.3
 BOOT_TIMEOUT = 120.0
 
@@ -85,7 +85,7 @@ def compare_commands(lab: Lab) -> None:
 
 
 def compare_ssh(folder: Path) -> None:
-    """Measure the same beside ssh by a forward, in a guest with an SSH server."""
+    """Measure `machine.run` and `vmctl exec` beside ssh through a forward, in a guest with an SSH server."""
     if missing := missing_for_ssh():
         print(f"machine.run ÷ ssh by a forward               {missing} is not installed")
         return

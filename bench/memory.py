@@ -68,7 +68,7 @@ async def one(size: int, backing: str, image: Path) -> list[float]:
 
 
 async def twenty(snapshot: Snapshot) -> tuple[float, float, float]:
-    """Start twenty copies at once: the seconds until all have answered, and of each; the memory of each in MB."""
+    """Return the seconds until all of twenty copies have answered, and one copy's mean seconds and memory in MB."""
     begun = time.perf_counter()
     each, memory = await copied_together(snapshot)
     return time.perf_counter() - begun, sum(each) / len(each), sum(memory) / len(memory)

@@ -173,7 +173,7 @@ def fan_out(shared: Path) -> float:
 
 
 def neighbours(shared: Path) -> float:
-    """Return the median round trip beside busy neighbours ÷ the same without: a flood, a stall and commands of 1 MB."""
+    """Return the median round trip while `flood`, `stall` and `send_large` run ÷ the median while they do not."""
     with clients(shared, 1) as (honest,):
         quiet = [honest.ask(SPACED) for _ in range(400)]
         with contextlib.ExitStack() as stack:
@@ -183,7 +183,7 @@ def neighbours(shared: Path) -> float:
         return statistics.median(loud) / statistics.median(quiet)
 
 
-# The neighbours, each in a process of its own.
+# The multiplexer and the busy clients, each in its own process.
 
 
 def serve(main: Path, bulk: Path, listen: Path) -> None:
@@ -303,7 +303,7 @@ def rows(native: Path, shared: Path) -> Iterator[Row]:
 
 
 def ratio(name: str, session: float, native: float, target: str) -> Row:
-    """Return two medians as a line."""
+    """Return the ratio of two medians as a line of the table."""
     return Row(f"{name} (p50 {session * 1e6:.0f} ÷ {native * 1e6:.0f} µs)", f"{session / native:.2f}", target)
 
 

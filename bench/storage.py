@@ -316,7 +316,7 @@ def boots() -> Iterator[Row]:
 
 
 def ratio(name: str, ours: float, raw: float, target: str) -> Row:
-    """Return two medians as a line."""
+    """Return the ratio of two medians as a line of the table."""
     return Row(f"{name} ({ours * 1000:.2f} ÷ {raw * 1000:.2f} ms)", f"{ours / raw:.2f}", target)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes a Debian for tests: a tree by debootstrap, and a disk that boots by BIOS and by UEFI. Both are cached."""
+"""Makes a Debian system for tests: a directory tree (debootstrap) and a disk for BIOS and UEFI. Both are cached."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ from tests.interop.box import mirror
 from tests.ovmf import cache
 
 SUITE = "trixie"
-#: Debian 12. Its systemd 252 takes keys from credentials, but no units.
+#: Debian 12. Its systemd 252 takes keys from credentials, but not units.
 OLDER = "bookworm"
 PACKAGES = ("systemd", "systemd-sysv", "udev", "dbus", "systemd-boot-efi", "e2fsprogs", "ca-certificates")
 
@@ -64,7 +64,7 @@ def tree(suite: str = SUITE) -> Path:
 
 
 def cloud_tree(suite: str = SUITE) -> Path:
-    """Return a tree with what a cloud image has: an SSH server, cloud-init, and a network by systemd-networkd."""
+    """Return a tree with the software of a cloud image: an SSH server, cloud-init and systemd-networkd."""
     source = tree(suite)
     final = cache() / f"debian-{suite}-cloud"
     with _locked(final.name):
@@ -94,7 +94,7 @@ def kernel(suite: str = SUITE) -> tuple[Path, Path]:
 
 
 def root(path: Path, source: Path) -> Path:
-    """Make a file system of a tree."""
+    """Make a file system image from a tree."""
     with path.open("wb") as file:
         file.truncate(1536 * MIB)
     _run("mkfs.ext4", "-q", "-L", LABEL, "-d", str(source), str(path))

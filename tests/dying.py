@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs managers that kill themselves at a chosen step: `python -m tests.dying` carries out orders.
 
-An order is a line: the machine's name, an operation, the number of writes of the state after which the manager dies,
-`before` or `after` that write, and the operation's arguments. The answer is `died` or `finished`. Each order runs in
-a new process, forked from one that has imported everything.
+An order is a line: the machine's name, an operation, a number N, a moment, and the operation's arguments. The manager
+dies `before` or `after` its Nth write of the state, or after QEMU has answered its Nth batch of commands (`command`).
+The answer is `died` or `finished`. Each order runs in a new process, forked from one that has imported everything.
 """
 
 import asyncio
@@ -78,7 +78,7 @@ OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
 
 
 def die_at(count: int, when: str) -> None:
-    """Die at the write with that number from now on, before or after it; or after that many commands."""
+    """Die before or after the `count`th write of the state from now on, or after the `count`th batch of commands."""
     if when == "command":
         return die_behind(count)
     write = MachineDirectory.write
@@ -98,7 +98,7 @@ def die_at(count: int, when: str) -> None:
 
 
 def die_behind(count: int) -> None:
-    """Die once QEMU has answered that many messages of commands."""
+    """Die after QEMU has answered `count` batches of commands."""
     execute_all = Monitor.execute_all
     left = count
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs managers of ports only, of which one kills itself at a chosen point.
+"""Runs managers that manage only ports; one of them kills itself at a chosen point.
 
-`python -m tests.ports MACHINE OPERATION POINT` adopts a machine's ports and does one operation. It dies at that
-point: points are before and after each write of the journal, and after each command that QEMU has executed. So it
-leaves QEMU in the state after a truncated stream of commands. It prints `died` or `finished`.
+`python -m tests.ports MACHINE OPERATION POINT` adopts a machine's ports and does one operation. It dies at the
+point with that number: points are before and after each write of the journal, and after each command that QEMU has
+executed. So it leaves QEMU in the state after a truncated stream of commands. It prints `died` or `finished`.
 """
 
 import asyncio
@@ -84,7 +84,7 @@ class Points:
 
 
 def die_at(count: int) -> None:
-    """Die at the point with that number from now on."""
+    """Die at the point with number `count`, counted from now."""
     points = Points(count)
     write, execute_all = Journal.write, Monitor.execute_all
 

@@ -18,7 +18,7 @@ from vmspawn.host import runtime
 
 
 class Survivor:
-    """A machine with one `vmspawn` process after another. `close` ends both."""
+    """A machine with one `vmspawn` process after another as its manager. `close` ends the machine and its manager."""
 
     def __init__(self, name: str, *arguments: str) -> None:
         self.name = name

@@ -42,12 +42,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev fuzz")
     parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(NAMES)}; all without one")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(NAMES)}; the default is all")
     arguments = parser.parse_args()
     if unknown := set(arguments.targets) - set(NAMES):
         parser.error(f"no such target: {', '.join(sorted(unknown))}")
     if importlib.util.find_spec("atheris") is None:
-        print("./dev fuzz: there is no atheris for this Python; hypothesis fuzzes in the suite", file=sys.stderr)
+        print("./dev fuzz: atheris is not installed; ./dev test tests/unit uses hypothesis", file=sys.stderr)
         return 1
     if arguments.here:
         fuzz(arguments.targets[0], arguments.seconds)

@@ -44,7 +44,7 @@ _DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: J
 
 
 def scanner(data: bytes) -> None:
-    """Check that the cuts of a stream do not change its messages, and that each message is JSON."""
+    """Check that the messages of a stream do not depend on where it is cut, and that each message is JSON."""
     if not data:
         return
     dialect, stream = _DIALECTS[data[0] & 1], data[1:]
@@ -73,7 +73,10 @@ def _outcomes(found: list[Message | Malformed]) -> list[object]:
 
 
 def envelopes(data: bytes) -> None:
-    """Check that a command becomes JSON with the same content, or a refusal of one line with the client's id."""
+    """Check that a message becomes a command in JSON with the same name, or a refusal of one line.
+
+    The quick path for usual commands must make the same command.
+    """
     for message in scan(_DIALECTS[0], [data + b"\n"]):
         for oob in (False, True):
             item = envelope.read(message, oob=oob)
@@ -141,7 +144,7 @@ _ROLES = {"backing file", "data file", "extent", "parent"}
 
 
 def partitions(data: bytes) -> None:
-    """Check that any image, raw or qcow2, results in a root= argument or in none."""
+    """Check that any image, raw or qcow2, gives an argument root= or mount.usr=, or is refused."""
     if not data:
         return
     fd = os.memfd_create("fuzz")
@@ -179,7 +182,7 @@ _READING_MAX = 1 << 20
 
 
 class _Image:
-    """An image that begins with the content; if `kind` is odd, one with a third of it at each of VHDX's tables."""
+    """An image that begins with the content; or if `kind` is odd, has a third of it at each of VHDX's tables."""
 
     def __init__(self, kind: int, content: bytes) -> None:
         self._pieces = [(0, content)]
@@ -223,7 +226,7 @@ def _vhdx() -> bytes:
 
 
 def agent(data: bytes) -> None:
-    """Check that the cuts of a guest's stream do not change its messages, and that at most one line is kept."""
+    """Check that the messages of a guest's stream do not depend on where it is cut, and that at most a line is kept."""
     if not data:
         return
     stream = data[1:]
@@ -241,9 +244,10 @@ def agent(data: bytes) -> None:
 _REGISTRY = build_registry(cast(Running, None), Inside(cast(Running, None)))
 
 
-#: The targets by name, each with its seeds.
 def archive(data: bytes) -> None:
-    """Check that any archive writes only into the work directory, and that each file that is moved from it is complete.
+    """Check that any archive writes only into the work directory, and that only ordinary files are moved to the target.
+
+    These are regular files, directories, and links to a path in the target.
 
     A line is a member: its type, permissions, name, target and content.
     """
@@ -280,6 +284,7 @@ def _archive(data: bytes) -> bytes:
     return bytes(made + bytes(1024))
 
 
+#: The targets by name, each with its seeds.
 TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
     "scanner": (
         scanner,

@@ -259,7 +259,7 @@ async def test_who_goes_ends_the_command(machine: Machine) -> None:
 
 
 async def test_the_streams_of_a_killed_command_end(machine: Machine) -> None:
-    """Its transports keep their descriptors until then: the streams of the next commands must not get the numbers."""
+    """Its transports keep their descriptors until the streams end, so later streams must not get the same numbers."""
     async with await machine.execute(["cat"]) as command:
         assert command.stdin is not None
         assert command.stdout is not None
@@ -306,7 +306,7 @@ async def test_nothing_is_left(machine: Machine) -> None:
     await until_idle(machine)
 
     async def is_as_before() -> bool:
-        # Something older may have gone meanwhile.
+        # Objects of earlier tests may have been removed meanwhile.
         return all(now <= then for now, then in zip(await beside_ports(), before, strict=True))
 
     await until(is_as_before, "character devices or descriptors are left")

@@ -20,7 +20,7 @@ PANIC = "the guest's kernel panicked: VFS: Unable to mount root fs"
 
 @pytest.fixture
 def kernel(qemu: str) -> tuple[str, ...]:
-    """Return the options for a kernel without a root file system, and so without pvpanic's driver, a module."""
+    """Return the options for a kernel without a root file system, and so without the module that drives pvpanic."""
     guest = build()
     return (f"--qemu={qemu}", f"--linux={guest.kernel}", "--ram=256M", "--console=headless")
 
@@ -62,7 +62,7 @@ async def test_a_panic_ends_the_commands_in_the_guest(qemu: str) -> None:
 
 
 def test_a_users_kernel_gets_the_argument_that_emulation_needs(kernel: tuple[str, ...]) -> None:
-    """QEMU's command line has it before the user's own arguments, and -v reports it."""
+    """The argument precedes the user's own arguments on QEMU's command line, and -v reports it."""
     with spawned(*kernel, "-v", "--kvm=no", "--qemu-arg=-S", "quiet") as machine:
         machine.wait_for("is running")
         command = Path(f"/proc/{qemu_pid(machine.name)}/cmdline").read_text().split("\0")

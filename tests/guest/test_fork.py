@@ -155,7 +155,7 @@ async def test_a_command_goes_on_in_the_source_and_ends_in_the_copy(guest: Boote
         }
         assert (await copy.run(count)).stdout == "0\n"
         async with snapshot.fork() as other:
-            # The first command of the copy had the set, so the saved one is idle in the other copy all the same.
+            # The first copy's command used that copy's set; the set in the other copy is still idle.
             assert idle_sets(other) == {kept}
     assert (await guest.machine.run(count)).stdout == "1\n"
     await command.close()

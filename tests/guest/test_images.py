@@ -45,7 +45,7 @@ async def test_an_ephemeral_image_takes_writes_and_is_untouched(qemu: str, tmp_p
     assert os.listdir(tmp_path) == ["image"]
 
 
-async def test_an_ephemeral_image_may_be_one_that_nobody_may_write(qemu: str, tmp_path: Path) -> None:
+async def test_an_ephemeral_image_may_be_read_only(qemu: str, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "image", MIB)
     image.chmod(0o400)
     async with machine(qemu, image, ephemeral=True) as running:
@@ -70,7 +70,7 @@ async def test_a_raw_image_grows_but_never_shrinks(qemu: str, tmp_path: Path, si
         ("vhdx", "qemu-img convert"),
     ],
 )
-def test_an_image_in_another_format_is_not_grown_but_said_how(
+def test_an_image_in_another_format_is_not_grown_and_the_hint_explains_how(
     qemu: str, tmp_path: Path, image_format: str, hint: str
 ) -> None:
     image = make(tmp_path / "image", image_format)

@@ -32,7 +32,7 @@ async def guest(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def nothing_left(guest: Booted) -> AsyncIterator[None]:
-    """Check that the number of nodes and descriptor sets does not change; each medium's have new names."""
+    """Check that the number of nodes and descriptor sets does not change. Their names change with each medium."""
 
     async def counts() -> tuple[int, int]:
         nodes = await guest.machine.monitor.execute("query-named-block-nodes", {"flat": True})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Logins to an SSH server in the host's userland, with the key that the machine passes to the guest."""
+"""Tests logins to an SSH server of the host's userland, with the key that the machine passes to the guest."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_ansible_with_the_configuration(machine: Spawned, config: str, tmp_path:
     ]
     (tmp_path / "site.yml").write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
     command = ["ansible-playbook", "-i", f"vmspawn-{machine.name},", f"--ssh-common-args=-F '{config}'", "site.yml"]
-    # Without a connection that stays open after the end.
+    # ControlMaster=no: ssh leaves no connection open after its end.
     environment = {**os.environ, "ANSIBLE_HOME": str(tmp_path / "home"), "ANSIBLE_SSH_ARGS": "-o ControlMaster=no"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=10 * DEADLINE, check=False

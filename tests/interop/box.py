@@ -212,7 +212,7 @@ class Box:
             "PYTHON": str(self._python),
         }
         namespaces = ["--pid", "--mount", "--uts", "--ipc", "--cgroup", "--net", "--propagation=private"]
-        # The shell joins the cgroup before the namespace is made, so that the cgroup is the root of it.
+        # The shell joins the cgroup before the namespace is made, so that the cgroup is the root of the namespace.
         script = 'echo $$ >"$0/cgroup.procs"; exec "$@"'
         command = ["unshare", "--fork", "--kill-child", *namespaces, str(PROJECT / "tests/interop/box-init")]
         with (self._state / "log").open("wb") as log:

@@ -10,7 +10,7 @@ from tests.interop.box import PROJECT, Box
 
 
 def options(text: str) -> set[str]:
-    """Return the options that a --help lists."""
+    """Return the options in the output of --help."""
     return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
 
 

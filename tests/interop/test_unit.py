@@ -68,7 +68,7 @@ def test_start_boots_the_image_and_stop_shuts_the_guest_down(box: Box, unit: str
     assert found is not None
     assert found["unit"] == unit
     assert "vmspawn" in box.run("machinectl", "status", NAME).stdout
-    # The power button is pressed until the guest, which still boots, listens.
+    # The manager presses the power button until the guest, which is still booting, reacts.
     box.run("systemctl", "stop", unit)
     shown = box.run("systemctl", "show", unit, "--property=Result,ExecMainStatus,ActiveState").stdout.split()
     assert set(shown) == {"Result=success", "ExecMainStatus=0", "ActiveState=inactive"}
@@ -76,12 +76,12 @@ def test_start_boots_the_image_and_stop_shuts_the_guest_down(box: Box, unit: str
 
 
 def test_qemu_outlives_the_main_process_and_is_adopted(box: Box, unit: str) -> None:
-    """After kill -9 of the service's main process, the next one has the same QEMU, and can stop it."""
+    """After the main process is killed, the service's next main process has the same QEMU, and can stop it."""
     box.run("systemctl", "start", unit)
     qemu = process_of_qemu(box)
     before = main_process(box, unit)
     box.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", unit)
-    # Started again, the unit is active once its manager has the machine.
+    # The restarted unit becomes active when its new manager has adopted the machine.
     again = f"[ $(systemctl show --property=MainPID --value {unit}) != {before} ]"
     box.run("sh", "-c", f"until {again} && systemctl --quiet is-active {unit}; do :; done")
     assert main_process(box, unit) != before

@@ -46,7 +46,7 @@ def test_call(idle: BoxedMachine) -> None:
     assert idle.call(f"{INSTANCE}.Describe") == {"running": True, "status": "running"}
 
 
-def test_an_error_is_said_under_its_name(box: Box, idle: BoxedMachine) -> None:
+def test_an_error_is_reported_by_its_name(box: Box, idle: BoxedMachine) -> None:
     done = box.run("varlinkctl", "call", idle.control, f"{INSTANCE}.RemoveStorage", '{"name":"none"}', check=False)
     assert done.returncode != 0
     assert f"{INSTANCE}.NoSuchStorage" in done.stderr

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests the limits of one client's connections, bytes, descriptors, turns and commands (docs/security.md).
 
-A client up to a limit is served. Exceeding a limit affects only the client itself.
+A client that reaches a limit is served. A client that exceeds a limit affects only itself.
 """
 
 import array
@@ -89,7 +89,7 @@ async def test_a_call_is_as_large_as_it_may_be_and_no_larger(machine: Machine, s
 
 
 async def test_descriptors_without_end_end_the_connection(machine: Machine) -> None:
-    """This includes messages with few descriptors each."""
+    """The limit applies to all messages together, even if each has few descriptors."""
     _, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
     fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 100))]
     sent = 0
@@ -182,7 +182,7 @@ async def test_input_that_the_guest_does_not_take_waits_with_its_sender(machine:
         async with asyncio.timeout(DEADLINE):
             while send_all_it_takes(client, b"x" * 4096) or console.input_pending < INPUT_MAX:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        # The manager reads no more when that much is pending.
+        # The manager stops reading when INPUT_MAX bytes are pending.
         assert console.input_pending < INPUT_MAX + RECEIVE_MAX
 
 
@@ -248,7 +248,7 @@ async def session(machine: Machine) -> AsyncIterator[tuple[socket.socket, Sessio
 
 
 async def test_one_turn_of_a_session_takes_a_few_messages(machine: Machine) -> None:
-    """Invalid messages are answered without QEMU, so nothing else would let the other sessions run."""
+    """Invalid messages are answered without QEMU, so only this limit lets the other sessions run."""
     async with session(machine) as (client, _), asyncio.timeout(DEADLINE):
         client.send(b"]" * 100)
         turns: list[int] = []
@@ -282,7 +282,7 @@ async def test_input_sent_ahead_waits_in_the_socket(machine: Machine) -> None:
         assert opened.bytes_in - before <= len(QUERY) + limits.READ_AHEAD + limits.RECEIVE_SIZE
 
 
-async def test_few_commands_are_in_qemus_hands_at_once(machine: Machine) -> None:
+async def test_only_a_few_commands_are_in_flight_at_once(machine: Machine) -> None:
     """Ten clients send commands together; the transcript shows when QEMU got and answered them."""
     assert machine.config.qmp_log
     async with contextlib.AsyncExitStack() as stack, asyncio.timeout(DEADLINE):

@@ -68,7 +68,7 @@ async def _pause() -> None:
 
 
 async def until_free(machine: Machine, ports: int) -> None:
-    """Wait until that many ports are free."""
+    """Wait until this number of ports is free."""
     async with asyncio.timeout(DEADLINE):
         while machine.storage.ports_free != ports:
             await _pause()

@@ -328,7 +328,7 @@ def test_machines_die_with_a_run_that_is_killed(project: pytest.Pytester) -> Non
     poll.register(machine, select.POLLIN)
     assert poll.poll(60_000)
     os.close(machine)
-    # A process of the machine's removes its directory when QEMU is gone.
+    # A process of the machine removes the machine's directory when QEMU is gone.
     deadline = time.monotonic() + 60
     while machines() - before:
         assert time.monotonic() < deadline

@@ -64,7 +64,7 @@ class Ended:
         shutil.copy2(self._kept / "image", self._image)
 
     def remove(self) -> None:
-        """Remove all that is left of the snapshots, as a user does who was told how."""
+        """Remove all that is left of the snapshots, as a user does who follows the hints."""
         for name in ("s", CURRENT):
             try:
                 removal.remove(f"{self.name}@{name}")
@@ -102,7 +102,7 @@ async def test_a_removal_is_killed_at_each_step(ended: Ended) -> None:
             ended.check_data()
             assert not [each for each in left() if ended.name in each]
             return
-        # What is left is whole, or no snapshot at all.
+        # Each directory that is left is a complete snapshot, or is not a snapshot.
         await asyncio.to_thread(ended.remove)
         ended.check_data()
     raise AssertionError("the removal never came to its end")

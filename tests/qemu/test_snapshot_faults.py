@@ -125,7 +125,7 @@ async def copy_survived(snapshot: Snapshot, name: str) -> bool:
             await copy.terminate()
             await copy.wait()
     except (NotConnected, StartError):
-        # Another one can have its name.
+        # Another copy can have its name.
         async with snapshot.fork(name) as again:
             assert await again.status() == "running"
         return False
@@ -174,7 +174,7 @@ async def test_qemu_dies_after_each_command_of_a_save(
 def count_commands(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], step: int
 ) -> list[object]:
-    """Act after QEMU has answered that many messages of commands. Returns a list that has an item for each."""
+    """Call `act` after QEMU has answered `step` batches of commands. Returns a list with an item for each."""
     execute_all = machine.monitor.execute_all
     steps: list[object] = []
 

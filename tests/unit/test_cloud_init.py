@@ -116,7 +116,7 @@ def test_the_package_is_not_installed(directory: MachineDirectory, monkeypatch: 
 
 
 def test_the_option() -> None:
-    """Its value stands behind an equals sign, so that a kernel argument may follow."""
+    """Its value follows an equals sign, so that a kernel argument may follow."""
     config = parse(["--image=/x", "--cloud-init", "quiet"])[0]
     assert (config.cloud_init, config.kernel_arguments, config.pass_ssh_key) == ("", ("quiet",), True)
     config = parse(["--image=/x", "--cloud-init=data", "--pass-ssh-key=no"])[0]

@@ -11,7 +11,7 @@ from vmspawn.console.hotkeys import ESCAPE, WINDOW, Hotkeys, Key
 
 E = ESCAPE
 
-#: Bytes, with the seconds before each in eighths, which add up exactly. ^], p and r are frequent.
+#: Bytes, each with the pause before it: eighths of a second, whose sums are exact. ^], p and r are frequent.
 typing = st.lists(
     st.tuples(
         st.sampled_from([E, E, E, b"p", b"r", b"x", b"\x03"]),
@@ -104,7 +104,7 @@ def test_splitting_bytes_that_come_at_once_changes_nothing(typed: bytes, data: s
 
 
 @given(typing)
-def test_a_key_is_found_exactly_where_three_bytes_of_its_come_within_the_window(
+def test_a_key_is_found_exactly_where_its_three_bytes_come_within_the_window(
     keys: list[tuple[bytes, float]],
 ) -> None:
     """This states the rule directly: each byte is checked with the two before it that no key has used."""

@@ -145,7 +145,7 @@ async def test_an_agent_that_does_not_answer_is_waited_for(far: Far, monkeypatch
 
 
 async def test_a_guest_that_notices_ports_slowly_has_more_time(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each change of the count starts the timeout again; without one, the third question would be the last."""
+    """Each change of the count starts the timeout again; without a change, the third question would be the last."""
     monkeypatch.setattr("vmspawn.inside.agent._ANSWER_MAX", 0.0)
     await far.session()
     waiting = asyncio.ensure_future(far.agent.knows_ports("a-1", 4, 0.02))

@@ -187,7 +187,7 @@ def test_only_one_process_has_a_snapshot_alone() -> None:
 def test_a_lock_on_a_manifest_that_was_removed_does_not_count(folder: Path) -> None:
     made("web@current")
     with closing(OpenSnapshot("web@current")) as snapshot:
-        # So does another process that has the lock while this one converts its own.
+        # Another process that gets the lock while this one converts its own may rename the directory like this.
         os.rename(folder / "web@current", folder / ".new-web@current-removed-1")
         with pytest.raises(NoSuchSnapshot):
             snapshot.lock_alone()

@@ -3,7 +3,7 @@
 
 An attach enters all steps in the journal, and then sends the commands of all steps to QEMU together. A failed attach, a
 detach and the clean-up after a crash undo the steps by the same code: first the device, which needs the guest, and then
-the other steps from the end.
+the other steps in reverse order.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ class Hotplug:
             raise
         results = await self.monitor.execute_all(commands, behind=[each.removal for each in spent])
         if isinstance(results[-1], QmpError):
-            # The last command, device_add, has failed, so there is no device to unplug. (It depends on all other
-            # steps. It exists in spite of a failure only if a QMP client made an object with one of vmspawn's names.)
+            # The last command, device_add, has failed, so there is no device to unplug. (The device depends on all
+            # other steps, so device_add fails if one of them fails. The exception is a step that fails because a QMP
+            # client has made an object with one of vmspawn's names: the device then uses the client's object.)
             attachment.done.remove(DEVICE)
         for result in results:
             if isinstance(result, QmpError):
@@ -243,7 +244,7 @@ class Hotplug:
     async def undo_steps(self, attachment: Attachment, names: Iterable[str]) -> None:
         """Undo the named steps that were done, except the device, and remove them from the journal.
 
-        Raises what `remove_objects` raises; then this can be called again.
+        Raises what `remove_objects` raises; `undo_steps` can then be called again.
         """
         steps = [step for step in reversed(attachment.steps()) if step.name in attachment.done and step.name in names]
         if not steps:

@@ -49,7 +49,7 @@ class Journal:
         return tuple(self._sections)
 
     def write(self) -> None:
-        """Write all sections to the disk. Raises SystemFailure.
+        """Write the file with the present values of all sections. Raises SystemFailure.
 
         Does nothing after `close`.
         """

@@ -16,7 +16,7 @@ from ..errors import StartError
 
 _BOOT_DIRECTORIES = ("efi", "boot", "boot/efi")
 
-#: The names that distributions give the initrd of a kernel's version.
+#: The names that distributions give to the initrd of a kernel; `{}` is the kernel's version.
 _INITRDS = ("initrd.img-{}", "initramfs-{}.img", "initrd-{}")
 
 

@@ -50,7 +50,7 @@ def read(linux: str, modules: str | None = None) -> dict[str, str]:
 def _places(linux: str, modules: str | None) -> Iterator[str]:
     folder, name = os.path.split(os.path.realpath(linux))
     version = kernel_image.version_of(linux)
-    # Of an installed kernel, and of arch/x86/boot/bzImage and vmlinux in a build tree.
+    # The first is for an installed kernel, the others for arch/x86/boot/bzImage and for vmlinux in a build tree.
     if name.startswith("vmlinuz-") and version:
         yield os.path.join(folder, f"config-{version}")
     if name in ("bzImage", "Image", "Image.gz"):
@@ -94,7 +94,7 @@ def _bzip2(data: bytes) -> bytes:
 def _zstd(data: bytes) -> bytes:
     if not find_program("zstd"):
         return b""
-    # The bytes behind the compressed part make zstd fail at the end.
+    # The bytes after the compressed part make zstd fail at the end.
     done = subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, timeout=_ZSTD_SECONDS, check=False)
     return done.stdout
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds out whether QEMU, UEFI or both can start a kernel, and reads the kernel's architecture and version.
 
-QEMU starts kernels that follow Linux's boot protocol. UEFI starts PE images; most kernels of today are both.
+QEMU starts kernels that follow Linux's boot protocol. UEFI starts PE images; most of today's kernels are both.
 Unified kernel images (UKI), compressed EFI kernels of aarch64 and other EFI programs are PE images only.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 
-# The PE format: the offset of the PE header, the COFF header behind its signature, and an entry of the section table.
+# The PE format: the offset of the PE header; the signature and COFF header there; an entry of the section table.
 _PE_OFFSET = struct.Struct("<60xI")
 _COFF = struct.Struct("<4sHH12xH2x")
 _MACHINES = {0x8664: "x86_64", 0xAA64: "aarch64"}
@@ -26,7 +26,7 @@ _VERSION_FIELD, _SECTOR, _VERSION_MAX = 0x20E, 0x200, 256
 _LINUX_MAGICS = ((0x202, b"HdrS"), (56, b"ARM\x64"))
 _START_SIZE = 0x206
 
-#: An initramfs begins where the number of bytes before it is a multiple of this (the kernel's buffer-format.txt).
+#: The offset of an initramfs, in bytes, is a multiple of this number (the kernel's buffer-format.txt).
 INITRD_ALIGNMENT = 4
 
 #: Not a PE image: only QEMU can start it.

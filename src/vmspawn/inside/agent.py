@@ -81,7 +81,7 @@ class Agent:
         self._forked: asyncio.Future[None] = self._loop.create_future()
         #: The nonce of the session, which each command names.
         self.session = ""
-        #: The number of bytes that were written to the port when the last `sync` has left the write queue.
+        #: The number of written bytes at which the last `sync` has left the write queue.
         self._sync_end = 0
 
     async def ready(self) -> None:

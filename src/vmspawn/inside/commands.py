@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs commands in the guest. Each command has virtio-serial ports for its streams, and the agent starts it on them.
+"""Runs commands in the guest. Each command has virtio-serial ports for its streams.
 
-The client owns the streams: this process reads the status port only.
+The agent starts the command and connects the command to the ports. The client owns the streams: this process reads the
+status port only.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ class Execution:
         #: The command's name in the agent's protocol.
         self.id = id
         self.ports = ports
-        #: All streams of this command. The set gets other streams for its next command.
+        #: All streams of this command. The set of ports gets other streams for the next command.
         self._connected = dict(ports.streams)
         self.wanted = wanted
-        #: True if the command was sent to the agent, and if it was sent twice.
+        #: `is_sent` is True once the command was sent to the agent, `is_resent` once it was sent again.
         self.is_sent = self.is_resent = False
         #: True if the command was not started because the guest did not open its ports.
         self.lacks_ports = False
@@ -105,7 +106,7 @@ class Execution:
         self._started: asyncio.Future[int] = self._loop.create_future()
         self._ended: asyncio.Future[Ended] = self._loop.create_future()
         for each in (self._started, self._ended):
-            # Mark an exception as retrieved, because no caller may wait for it.
+            # Mark an exception as retrieved, because it is possible that no caller waits for it.
             each.add_done_callback(lambda future: future.cancelled() or future.exception())
         #: The client's ends of the streams by their names. The client closes them; so does `close`.
         self.streams = {name: self._connected[port].ours for name, port in _streams(wanted).items()}
@@ -128,7 +129,7 @@ class Execution:
         self._commands.hang_ups.watch(theirs, on_hang_up)
 
     async def _report_end_of_input(self, theirs: socket.socket) -> None:
-        """Wait until QEMU has read all input, so that the guest gets it before this message."""
+        """Report the end of the input once QEMU has read all input, so that the guest gets the input first."""
         while theirs.fileno() >= 0 and unread(theirs):  # noqa: ASYNC110 - nothing reports that QEMU has read
             await asyncio.sleep(_INPUT_INTERVAL)
         if not self._ended.done():
@@ -180,7 +181,7 @@ class Execution:
             data = b""
         if not data:
             self._stop_reading()
-            # If the machine has ended, that is known a moment later.
+            # If the machine is ending, `_until_end` fails the command before this call does.
             removed = NotConnected("the command's ports were removed", hint="another QMP client has removed them")
             self._loop.call_later(_END_TIMEOUT, self.fail, removed)
             return
@@ -210,7 +211,7 @@ class Execution:
             self._loop.remove_reader(self._status)
 
     def _close_far_ends(self) -> None:
-        """Close the copies of QEMU's ends, which would hide from the client that QEMU closes its own."""
+        """Close the manager's copies of QEMU's ends: until then, the client cannot see QEMU close its own."""
         for stream in self._connected.values():
             self._commands.hang_ups.forget(stream.theirs)
             stream.theirs.close()
@@ -272,15 +273,15 @@ class Commands:
     async def settle(self, *, is_copy: bool) -> None:
         """Unplug the ports of another manager's commands, whose clients are gone. Raises Timeout or NotConnected.
 
-        `is_copy` is True for a copy that was just started, which keeps ports that no command has.
+        `is_copy` is True for a copy that was just started. A copy keeps the ports that no command uses.
         """
         await self._ports.settle()
         await self._streams.clear(self._ports, is_copy=is_copy)
 
     async def plug_ahead(self) -> None:
-        """Wait for the agent, and plug in the ports of a command, which copies of the machine keep.
+        """Wait for the agent, and plug in the ports for one command. Copies of the machine keep these ports.
 
-        Raises the errors of `start`, except those of a command.
+        Raises the errors of `start`, except those about the command itself.
         """
         await self._agent_ready()
         await self._streams.plug_ahead()
@@ -354,7 +355,8 @@ class Commands:
         if not machine.is_running:
             return Timeout(f"{late}: the machine is {machine.status}", hint=f"see: vmctl resume {machine.name}")
         return Timeout(
-            late, hint="the guest may still boot, or has no agent; to add the agent to an image, see: vmctl help agent"
+            late,
+            hint="the guest may still be booting, or has no agent; to add the agent to an image, see: vmctl help agent",
         )
 
     def _send(self, execution: Execution) -> None:
@@ -402,7 +404,7 @@ class Commands:
             self._on_refused(execution, message)
         elif isinstance(message, Lost) and execution is not None:
             if execution.is_resent and not is_starting:
-                # The second supervisor found the ports taken by the first.
+                # The second supervisor ended, because the first one has the ports open.
                 return
             execution.fail(NotConnected("the agent lost the command: its supervisor was killed"))
         if (ports := self._unreleased.pop(id, None)) is not None:
@@ -419,7 +421,7 @@ class Commands:
             execution.fail(NotSupported(f"the agent in the guest refused the command: {message.what}: {why}"))
 
     def _on_restart(self) -> None:
-        """Send the starting commands again, because the killed agent may not have read them.
+        """Send again all commands that are being started, because the killed agent may not have read them.
 
         A command still runs at most once, because only one supervisor can open its ports.
         """

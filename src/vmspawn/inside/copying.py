@@ -169,7 +169,7 @@ class GuestCommand(Protocol):
 #: Starts a command with these arguments; it has an input if the second argument is true. Raises VmspawnError.
 Start = Callable[[Sequence[bytes], bool], GuestCommand]
 
-#: Is called with the number of copied bytes, and with the total, or 0 if the total is not known.
+#: A function that is called with the number of copied bytes, and with the total, or 0 if the total is not known.
 Progress = Callable[[int, int], None]
 
 

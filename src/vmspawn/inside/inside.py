@@ -25,7 +25,7 @@ _PORTS = "ports"
 
 @contextlib.asynccontextmanager
 async def _task(work: Coroutine[Any, Any, bool]) -> AsyncIterator[asyncio.Task[bool]]:
-    """Run a task during the block, whose end cancels it."""
+    """Run a task during the block, and cancel the task at the block's end."""
     task = asyncio.create_task(work)
     try:
         yield task

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..host.process import Process
 from ..qmp.events import Event, EventStream
 
-#: The last event of every machine: `reason`, `message` and `clean` of its End.
+#: The last event of every machine. Its data are the `reason`, `message` and `clean` of the machine's End.
 MACHINE_ENDED = "MachineEnded"
 
 #: The explanation of SIGSYS.
@@ -28,7 +28,7 @@ _CAUSES = {
 
 _PANIC = "guest-panic"
 
-#: Ends on request of the host, without the guest.
+#: Ends that the host requested, and that did not need the guest's cooperation.
 _TERMINATED = ("host-qmp-quit", "qemu-killed")
 
 #: The reason for the end of a machine at its time limit.
@@ -73,7 +73,9 @@ class End(NamedTuple):
         return cls("host-qmp-quit", *_CAUSES["host-qmp-quit"])
 
     def after(self, *, panic: str, limit: float | None) -> End:
-        """Return the end of a machine whose guest had panicked, or that lasted longer than a limit.
+        """Return this end, changed if the guest had panicked or the time limit has passed.
+
+        `panic` is empty without a panic. `limit` is None if there is no time limit, or it has not passed.
 
         A guest that powered off by itself did not panic, even if it printed the text of a panic.
         """

@@ -105,7 +105,7 @@ class GuestFailure:
         elif event.name == "RESET" and data.get("guest"):
             self._on_guest_reset()
         elif event.name == "RESET" or (event.name == "VSERPORT_CHANGE" and data.get("open")):
-            # The machine was reset from outside, or a program in the guest runs.
+            # The machine was reset from outside, or a program in the guest has opened a port, so the guest works.
             self._recovered()
 
     def _on_guest_reset(self) -> None:

@@ -62,7 +62,7 @@ def _ignore(_line: str) -> None:
 async def run(
     started: Started, *, warn: Callable[[str], None] = _ignore, notice: Callable[[str], None] = _ignore
 ) -> Running:
-    """Manage a QEMU that was launched or adopted; returns once it is up. Owns `started` from the call on.
+    """Manage a QEMU that was launched or adopted; returns once it is up. Takes ownership of `started`.
 
     `warn` gets each warning while the machine runs, and `notice` gets each message about an adoption. Raises StartError
     (with QEMU's message if QEMU has ended), Timeout, QmpError or SystemFailure. After an error, a launched QEMU has

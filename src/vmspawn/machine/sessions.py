@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class Sessions:
-    """Shares two of QEMU's monitors among clients. Owns the monitors' sockets, from the first client or `close` on.
+    """Shares two of QEMU's monitors among clients.
+
+    Takes ownership of the monitors' sockets at the first client or at `close`.
 
     `before`, a section of the journal, names objects that another manager's sessions may have left in QEMU. `pid` is
     QEMU's process id.

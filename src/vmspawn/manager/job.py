@@ -25,8 +25,8 @@ _FAILURE_TIMEOUT = 2.0
 #: Seconds within which the process must end after the end of the machine or after SIGTERM.
 _EXIT_TIMEOUT = 10.0
 
-#: The prefix of the built-in guest's message about a kernel that it cannot run on, and the message that no command can
-#: be run. The guest powers off after the other messages.
+#: The prefix of the built-in guest's messages about features that its kernel lacks, and the message about the ports for
+#: commands. The guest powers off after the other messages.
 _LACKS = "vmspawn-guest: the kernel lacks "
 _LACKS_PORTS = f"{_LACKS}CONFIG_VIRTIO_CONSOLE".encode()
 

@@ -25,7 +25,7 @@ class Keys:
         self._shutdown = shutdown
         self._say = say
         self._tasks: dict[Key, asyncio.Task[None]] = {}
-        # Keys that the guest did not react to. Typed again, they act without asking the guest.
+        # Keys that the guest did not react to. If one is typed again, vmspawn acts without asking the guest.
         self._ignored: set[Key] = set()
 
     def pressed(self, key: Key) -> None:

@@ -12,8 +12,9 @@ from importlib import import_module
 
 from .. import log
 
-#: Every module that is imported inside a function and may be needed while a machine runs, with its own imports.
-#: Slow imports come last, so that a client that waits for the control socket is answered first.
+#: Every module that is imported inside a function and may be needed while a machine runs. Each also imports
+#: the modules that it needs. Slow imports come last, so that a client that waits for the control socket is answered
+#: first.
 MODULES = (
     "inside.waiting",
     "manager.report",

@@ -21,7 +21,7 @@ from .shutdown import Shutdown
 
 
 async def run_unless_ended(started: Started, start: Coroutine[Any, Any, Running]) -> Running | None:
-    """Run the start of a machine. Returns None if an end signal has ended the machine."""
+    """Run the start of a machine. Returns None if a termination signal has ended the machine."""
     came: list[signal.Signals] = []
     task = asyncio.create_task(start)
 
@@ -69,10 +69,10 @@ class Signals:
 
 
 def _handle_end_signals(handler: Callable[[signal.Signals], object]) -> None:
-    """Call `handler` with each end signal, including pending ones that came while they were blocked."""
+    """Call `handler` with each termination signal, including those that came while they were blocked."""
     loop = asyncio.get_running_loop()
     for number in END_SIGNALS:
-        # A signal that the parent ignored, such as nohup(1) or a shell with `&`, stays ignored.
+        # A signal that the parent process ignored, as nohup(1) and a shell with `&` do, stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, handler, number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)

@@ -60,7 +60,7 @@ async def supervise(
 
 
 async def _start(started: Started, messages: Messages) -> Running | None:
-    """Wait until QEMU is up. Returns None if a signal has ended it before."""
+    """Wait until QEMU is up. Returns None if a signal ended the machine first."""
     start = run(started, warn=messages.report, notice=messages.notice)
     is_ours = isinstance(started.origin, Launched)
     try:
@@ -92,7 +92,7 @@ def _fault(name: str, error: Exception, machine: Running | None = None, *, runs_
 
 
 def _write_report(name: str, what: str, machine: Running | None, error: BaseException | None = None) -> str:
-    """Write a report, and return its path; empty if no descriptor is left to load the module with."""
+    """Write a report, and return its path, or an empty string if no file descriptor is free to load the module."""
     try:
         from .report import write_report
     except OSError:
@@ -123,10 +123,10 @@ class _Supervision:
             raise
         heartbeat = Heartbeat(self._notifier)
         closing.callback(heartbeat.end)
-        # After the machine's end, because its QEMU locks the snapshot and the images.
+        # This runs after `machine.end`, because until then QEMU locks the snapshot and the images.
         closing.callback(self._tidy_disks)
         server = ControlServer(machine.directory, build_registry(machine, inside), on_failed=machine.failed)
-        # After the machine's end: a client that waits for the end of its connection finds nothing left of the machine.
+        # This runs after `machine.end`: when a client's connection ends, nothing is left of the machine.
         closing.callback(server.close)
         closing.push_async_callback(machine.end)
         closing.callback(inside.close)
@@ -167,7 +167,10 @@ class _Supervision:
             self._messages.report(error.hint)
         current = f"{self._machine.name}@{directory.CURRENT}"
         if current in snapshot_files.names() and not failures:
-            self._messages.notice(f"snapshots need its disks; to boot from them: vmspawn --fork={current}")
+            name = self._machine.name
+            self._messages.notice(
+                f"snapshots need the disks of {name}; to boot from the disks: vmspawn --fork={current}"
+            )
 
     async def _register(self, registered: Registered) -> None:
         try:

@@ -57,7 +57,7 @@ class Forward(Record):
         return "" if self.protocol == PROTOCOLS[0] else f"/{self.protocol}"
 
     def check(self) -> Self:
-        """Return the forward. Raises UsageError if it is out of range."""
+        """Return the forward. Raises UsageError if a port, the protocol or the address is invalid."""
         if not 1 <= self.guest_port <= _PORT_MAX or not 0 <= self.port <= _PORT_MAX:
             raise _refuse(
                 str(self), "a port is out of range", hint="use 1 to 65535, and 0 for any free port of the host"

@@ -100,7 +100,7 @@ class Forwards:
 
 
 _HINTS = {
-    errno.EACCES: "use a port from 1024 on",
+    errno.EACCES: "use port 1024 or higher",
     errno.EADDRNOTAVAIL: "use an address of this host; see: ip address",
 }
 

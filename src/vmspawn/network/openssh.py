@@ -12,7 +12,7 @@ from .forward import Forward, is_ssh, local_address
 
 
 class Access(Record):
-    """The address of a guest's SSH server, a forwarded port of this host, and the machine's key."""
+    """The forwarded port of this host that leads to a guest's SSH server, and the machine's key."""
 
     machine: str
     address: str

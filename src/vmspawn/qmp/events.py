@@ -78,7 +78,7 @@ class EventStream:
 
 
 async def first_event(events: AsyncIterable[Event], *names: str) -> Event | None:
-    """Return the next event with one of the names, or None if the events end before."""
+    """Return the next event with one of the names, or None if the events end first."""
     async for event in events:
         if event.name in names:
             return event

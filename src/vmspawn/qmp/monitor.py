@@ -28,8 +28,8 @@ COMMAND_TIMEOUT = 20.0
 _RECEIVE_SIZE = 65536
 
 #: The id of qmp_capabilities, the only command with an id. QEMU runs one command at a time, over all monitors, and
-#: replies in order (its docs/interop/qmp-spec.rst). So messages before this reply were for the monitor's last client,
-#: and later commands need no ids. QEMU takes 4 µs to read a byte.
+#: replies in order (its docs/interop/qmp-spec.rst). So replies before the one with this id are for the monitor's
+#: previous client, and later commands need no ids, which saves time: QEMU takes 4 µs to read a byte.
 _FIRST_ID = 0
 
 
@@ -93,7 +93,7 @@ class _Batch:
 
 
 class Monitor:
-    """A client of one QMP monitor, which negotiates by itself. Owns the socket from the call on."""
+    """A client of one QMP monitor, which negotiates by itself. Takes ownership of the socket."""
 
     def __init__(
         self, connected: socket.socket, *, received: bytes = b"", transcript: Transcript | None = None, name: str = ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds the reasons why a machine cannot be saved, before the guest is paused.
 
-QEMU lists some reasons (`query-migrate`, blocked-reasons). The others are found by comparing QEMU's devices and objects
-with those that vmspawn makes: a copy would lack the rest.
+QEMU lists some reasons (`query-migrate`, blocked-reasons). Other reasons are the state of the guest, a disk's
+state or bus, a running job, and devices and objects that vmspawn did not make, because a copy would lack them.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ async def _in_qemu(machine: Running, options: tuple[Option, ...]) -> AsyncIterat
 
 def _of_the_state(machine: Running, status: str) -> Blocker:
     resume = RULES["resume"].get(status, Rule("cont"))
-    hint = resume.hint if resume.is_refused else f"let it run or pause it first: vmctl resume {machine.name}"
+    hint = resume.hint if resume.is_refused else f"resume or pause the machine first: vmctl resume {machine.name}"
     return Blocker(f"its guest is in state {status}", hint)
 
 

@@ -99,7 +99,7 @@ def _is_ours(snapshot: OpenSnapshot) -> bool:
 
 
 def can_be_merged(manifest: Manifest) -> bool:
-    """Return whether overlays can be written to the images below. Not for a copy: its source owns the images."""
+    """Return whether overlays can be written to the images below. A copy's cannot: its source owns the images."""
     return not manifest.is_copy and any(image.base is not None for image in _tops(manifest))
 
 

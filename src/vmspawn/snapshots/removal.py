@@ -14,12 +14,12 @@ from .directory import CURRENT, OpenSnapshot
 
 
 def remove(full_name: str) -> None:
-    """Remove a snapshot, and write overlays that no snapshot needs any more to the images below.
+    """Remove a snapshot, and write overlays to the images below if no snapshot needs these images any more.
 
     For MACHINE@current, writes the overlays to the images, which may take minutes; a copy's overlays are deleted.
 
-    Raises NoSuchSnapshot, SnapshotInUse, StartError; SystemFailure if the snapshot was removed
-    and overlays cannot be written, or Cancelled if the work of this thread is cancelled meanwhile.
+    Raises NoSuchSnapshot, SnapshotInUse, StartError; SystemFailure if the snapshot was removed and overlays
+    cannot be written, or Cancelled if the work of this thread is cancelled meanwhile.
     """
     from . import merge
 

@@ -181,7 +181,7 @@ class _Save:
     # Before the pause.
 
     async def _prepare(self, recorded: Recorded) -> tuple[int, Prepared]:
-        """Make the snapshot's directory and the overlays. Returns the descriptor of the state's file."""
+        """Make the snapshot's directory and the overlays. Returns the state's descriptor, and facts for `describe`."""
         machine, files = self._machine, self._files
         disks = [each for each in machine.storage if each.state is AttachmentState.ATTACHED]
         size = min(_resident(machine.pid), machine.config.ram_bytes)
@@ -277,7 +277,7 @@ class _Save:
         snapshot_files.tidy_current(self._machine.name, used)
 
     def _journal(self, folder: str | None) -> None:
-        """Record the save in the journal for a later manager, with the guest's state before it."""
+        """Record the save for a later manager, with the guest's state before the save; with None, remove the record."""
         text = json.dumps(folder and {"folder": folder, "was_running": self._was_running})
         self._machine.journal.add_section("saving", lambda: text)
         self._machine.journal.write()

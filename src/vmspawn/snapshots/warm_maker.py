@@ -72,7 +72,7 @@ def scratch_prefix(path: str) -> str:
 
 
 async def _prepare_commands(machine: Running) -> None:
-    """Wait for the agent, and plug in the ports of a command. A guest built without a compiler has no agent."""
+    """Wait for the agent, and plug in the ports for one command. A guest built without a compiler has no agent."""
     inside = Inside(machine)
     try:
         with contextlib.suppress(TimeoutError, Timeout, NotSupported):

@@ -198,7 +198,7 @@ class Storage:
         """Attach a disk whose image is open; returns when QEMU has plugged in the device.
 
         With `guest_timeout`, returns when the guest has started to use the disk, or raises Timeout after that many
-        seconds; the disk then stays attached. Owns `backing` from the call on; an optical drive may have none. Raises
+        seconds; the disk then stays attached. Takes ownership of `backing`; an optical drive may have none. Raises
         StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, Timeout or NotConnected, and
         leaves nothing behind. After a cancellation, a task of the machine undoes the attach.
         """

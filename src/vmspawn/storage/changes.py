@@ -39,7 +39,7 @@ class Changes:
     ) -> int:
         """Replace a disk's image while the guest uses the disk; returns the new size in bytes.
 
-        Owns `backing` from the call on. Raises NoSuchStorage, StorageImmutable, ConfigNotSupported for an optical
+        Takes ownership of `backing`. Raises NoSuchStorage, StorageImmutable, ConfigNotSupported for an optical
         disk, SystemFailure with EROFS for a read-only image of a writable disk, and what `Storage.attach` raises. The
         disk keeps its image if this fails.
         """
@@ -92,7 +92,7 @@ class Changes:
         force: bool = False,
         timeout: float = TRAY_TIMEOUT,
     ) -> None:
-        """Insert a medium into an optical drive; replaces the present medium. Owns `backing` from the call on.
+        """Insert a medium into an optical drive; replaces the present medium. Takes ownership of `backing`.
 
         Raises NoSuchStorage, BadConfig, QmpError, or StoragePending if the guest keeps the tray locked for `timeout`
         seconds.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Chooses an image's format, and refuses images that name other files.
 
-A header can name other files: a backing file, a data file, extents, a parent. The image's author chose their paths, not
-the user. QEMU would open them, or ignore them and return zeroes. So these images are refused, and nodes are built so
-that QEMU ignores the names in a header.
+A header can name other files: a backing file, a data file, extents, a parent. The image's author, not the user, chose
+their paths. QEMU would open these files, or ignore them and return zeroes. So these images are refused, and nodes are
+built so that QEMU ignores the names in a header.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """Describes the block nodes of a disk and their names.
 
 The device is attached to a pivot: a throttle filter that keeps its name. Below the pivot is the image: a file node on a
-descriptor set, and a format node above it unless the format is raw. blockdev-reopen puts another image, or errors,
-below the pivot while the guest writes. Limits are set on the pivot's throttle group.
+descriptor set, and a format node above it unless the format is raw. blockdev-reopen puts another image, or a node
+that fails every request, below the pivot while the guest writes. Limits are set on the pivot's throttle group.
 
 Replacing an image needs a filter. A throttle filter costs 0.1 to 0.3 µs a request, as much as any other (QEMU 7.2 and
 11.1, null-co). QEMU crashes if a throttle node is inserted later under a device with an I/O thread. Setting the

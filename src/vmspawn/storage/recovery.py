@@ -27,8 +27,8 @@ from .limits import Limits
 from .resize import follow_image
 from .steps import PIVOT
 
-# vmspawn's names in QEMU, including the long names of older versions, with nodes from the top down. Parts with these
-# names that belong to no disk of the journal are leftovers.
+# vmspawn's names in QEMU, including the long names of older versions. The patterns of nodes are in order, from the top
+# down. Parts with these names that belong to no disk of the journal are leftovers.
 _NODES = tuple(map(re.compile, (r"drive\d+(-pivot)?", r"image\d+-format", r"image\d+(-file)?")))
 _OBJECT = re.compile(r"limits\d+|drive\d+-(limits|thread)")
 
@@ -68,7 +68,7 @@ class Adoption:
         self._context.register.save()
 
     def _settle_controllers(self, found: Inventory, disks: Iterable[AttachedDisk]) -> None:
-        """Unplug namespaces without a controller, which QEMU keeps, and a controller without namespaces."""
+        """Unplug namespaces whose controller is gone, because QEMU keeps them, and a controller without namespaces."""
         for each in disks:
             if each.state is State.ATTACHED and controller_of(each.place) not in (None, *found.devices):
                 self.notes.append(f"the controller of {each.name} was removed meanwhile; the disk is removed as well")
@@ -106,7 +106,8 @@ class Adoption:
         attachment.images.remove(image)
         attachment.images.insert(0, image)
         for other in attachment.images[1:]:
-            # One of the two is an overlay of the other: the image in use keeps its base, and loses an unused overlay.
+            # If one of the two is an overlay of the other, the base stays open: the guest uses the overlay, which needs
+            # the base, or the base itself.
             if image.base is not None and image.base.number == other.number:
                 attachment.images.remove(other)
             elif other.base is not None and other.base.number == image.number:
@@ -145,7 +146,7 @@ class Adoption:
                 await self._context.monitor.execute("blockdev-close-tray", {"id": attachment.identifiers.device})
 
     async def _finish_force(self, attachment: AttachedDisk, found: Inventory) -> None:
-        """Finish an interrupted detach by force: replace the image by errors and close it, whatever the guest does."""
+        """Finish an interrupted forced detach: replace the image by one that fails every request; close the old one."""
         faults = [image for image in attachment.images if image.format == FAULT]
         if not faults or PIVOT not in attachment.done:
             return
@@ -167,7 +168,7 @@ class Adoption:
             self.notes.append(f"could not remove the leftover {what}: {error}")
 
     async def _remove_leftovers(self, leftovers: Sequence[QemuObject]) -> None:
-        """Remove nodes and objects. Ignores a refusal for unused ones, which QEMU 7.2 may keep (`refusals.py`)."""
+        """Remove leftovers. Ignores refusals if no leftover has a user: QEMU 7.2 may keep it (`refusals.py`)."""
         refused: list[tuple[QemuObject, VmspawnError]] = []
         for each in leftovers:
             try:
@@ -181,7 +182,7 @@ class Adoption:
             self.notes += (f"could not remove the leftover {each.name}: {error}" for each, error in refused)
 
     async def _drop_fdsets(self, found: Inventory, attachments: Iterable[AttachedDisk], foreign: Sequence[int]) -> None:
-        """Remove descriptor sets, except foreign ones, those of pending removals, and those that clients use."""
+        """Remove descriptor sets, except foreign ones, those in a disk's journal, and those that clients use."""
         kept = {
             image.fdset
             for each in attachments

@@ -5,7 +5,8 @@ There are two cases:
 
 1. A QMP client uses a node, by a job, an export or another node. The removal waits until that use ends.
 2. QEMU 7.2 keeps the device, because plugging it in failed (docs/qemu.md, "A failed nvme device keeps its node"). The
-   node stays until QEMU exits. So its image is replaced by errors, and the disk's name, place and image become free.
+   node stays until QEMU exits. So its image is replaced by one that fails every request, and the disk's name, place
+   and image become free.
 """
 
 from __future__ import annotations

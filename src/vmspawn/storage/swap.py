@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Replaces the image below a disk's pivot while the guest uses the disk, by another image or by errors; sets limits.
+"""Replaces a disk's image, while the guest uses the disk, by another or by one that fails every request; sets limits.
 
 Each operation runs to its end once it has begun. An operation that fails leaves the disk as it was.
 """
@@ -97,7 +97,7 @@ async def limit(context: Context, attachment: AttachedDisk, limits: Limits) -> N
 
 
 async def take_away(context: Context, attachment: AttachedDisk) -> None:
-    """Replace a disk's image by errors, and close the image, so that the host can use the file.
+    """Replace a disk's image by one that fails every request; close the old image, so that the host can use it.
 
     An image that QMP clients use is closed when their use ends.
     """

@@ -24,7 +24,7 @@ _BOUND = (Machine, Console, Events, Monitor, Execution, asyncio.StreamReader, as
 
 
 def elsewhere(machine: Machine) -> Machine:
-    """Return a proxy, for any event loop, of a machine that belongs to the loop of `vmspawn.sync`."""
+    """Return a proxy of a machine that belongs to the loop of `vmspawn.sync`. Any event loop can use the proxy."""
     return cast(Machine, _Elsewhere(machine))
 
 

@@ -21,7 +21,7 @@ from ..text import printable
 _LINES = 100
 _EVENTS = 20
 
-#: Commands that are remembered, and characters and lines of each that are shown.
+#: The maximum number of commands, of characters of a command, and of lines of its standard error.
 COMMANDS_MAX = 20
 _COMMAND_WIDTH = 100
 _ERROR_LINES = 5
