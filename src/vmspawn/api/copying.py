@@ -24,7 +24,7 @@ _CLOSE_TIMEOUT = 30.0
 
 
 class _Command:
-    """A command of the event loop for another thread."""
+    """A command that the event loop has started. Its methods block, and are called in other threads."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, remote: Remote) -> None:
         self._loop = loop

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Confines QEMU with its seccomp filters, so that a guest that takes over QEMU can do little.
 
-The filters are those of QEMU's `-sandbox` (docs/system/security.rst; qemu-options.hx): obsolete system calls, and those
-that raise privileges, start programs, or change the scheduling of processes, end QEMU. QEMU never has to start a
-program, because vmspawn starts the helper processes.
+The filters are those of QEMU's `-sandbox` (docs/system/security.rst; qemu-options.hx). The kernel kills QEMU if it
+makes an obsolete system call, raises its privileges or starts a program. System calls that change the scheduling of
+processes fail with EPERM. QEMU never has to start a program, because vmspawn starts the helper processes.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 _MARK = b"Kernel panic - not syncing"
 
-# The message begins a line, or follows a timestamp and perhaps a thread. The last line of a panic,
-# "---[ end Kernel panic …", repeats the message and does not match.
+# The message begins a line, or follows a timestamp and, with CONFIG_PRINTK_CALLER, the caller's id. The last line of a
+# panic, "---[ end Kernel panic …", repeats the message and does not match.
 _MESSAGE = re.compile(
     rb"(?:(?:^|[\r\n])|\[ *[0-9]+\.[0-9]+\](?:\[[^\]\r\n]*\])? )Kernel panic - not syncing(?:: *([^\r\n]*))?[\r\n]"
 )

@@ -2,7 +2,8 @@
 """Translates exceptions into Varlink errors.
 
 On systemd's interface an error has the name and the parameters of systemd's definition. On `io.vmspawn.Machine` each
-error has a message and a hint, and if they name fields, also the template of both.
+error has a message and a hint. If these name options, the error also has their template, because the command line and
+Python spell an option differently.
 """
 
 import os

@@ -49,7 +49,7 @@ class Volume(Record):
 def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
     """Open or create a volume, and return its descriptor. The caller owns the descriptor.
 
-    `read_only` requests a read-only volume, unless `parameters` have that key. Raises VmspawnError.
+    `read_only` requests a read-only volume, unless `parameters` contain `readOnly`. Raises VmspawnError.
     """
     from .varlink import Client, VarlinkError
 

@@ -19,7 +19,8 @@ from ..machine.running import Running
 #: The exit status of a command whose end is not known.
 EXIT_FAILURE = 125
 
-#: Seconds between a failure of the guest and the end of the machine: the kernel prints more, and QEMU may report it.
+#: Seconds between a failure of the guest and the end of the machine. Meanwhile the kernel prints more, and QEMU may
+#: report the failure too.
 _FAILURE_TIMEOUT = 2.0
 
 #: Seconds within which the process must end after the end of the machine or after SIGTERM.

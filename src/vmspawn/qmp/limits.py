@@ -48,8 +48,8 @@ INPUT_HELD = 1 << 20
 OOB_QUEUE = 8
 
 #: In-band commands in flight on one of QEMU's monitors: one runs, one is read meanwhile, and one covers vmspawn's
-#: latency. More would not be faster, and only one of them can be sent without an id. QEMU stops reading when OOB_QUEUE
-#: commands wait, so out-of-band commands can always overtake them.
+#: latency. More would not be faster, and only one of them can be sent without an id. QEMU stops reading only when
+#: OOB_QUEUE commands wait. This limit is lower, so out-of-band commands can always overtake the commands in flight.
 IN_FLIGHT = 3
 
 #: Bytes of a compact command above which it goes to the bulk monitor: at 4.4 µs per byte, it would delay all other

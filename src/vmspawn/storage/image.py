@@ -15,7 +15,7 @@ from .backing import Backing
 #: vmspawn's numbers begin far beyond them.
 FDSET_BASE = 1_000_000
 
-#: The format of an image without a file that fails every request. A forced detach puts it below the pivot.
+#: The format of an image that has no file and fails every request. A forced detach puts this image below the pivot.
 FAULT = "fault"
 
 

@@ -52,8 +52,8 @@ class Inventory(NamedTuple):
     def image_under(self, attachment: AttachedDisk) -> Image | None:
         """Return the disk's image below its pivot, or None if it cannot be determined.
 
-        QEMU 7.2 does not name a node's children, but its description of a node includes the descriptor set, whose
-        number is that of the image. An image that fails every request has no set, and is known by its driver.
+        QEMU 7.2 does not name a node's children, but its description of a node includes the number of the descriptor
+        set, which identifies the image. An image that fails every request has no set, and is known by its driver.
         """
         text = self.nodes.get(attachment.identifiers.pivot, "")
         # The description of an overlay includes its base's descriptor set, so overlays are checked first.
