@@ -1597,7 +1597,7 @@ static void handle_input(size_t position) {
                 if (agent.line[position] != '\n')
                         continue;
                 agent.line[position] = '\0';
-                /* An empty line only ends what came before it. */
+                /* Hosts send an empty line first, to end the unfinished message of an earlier host. */
                 if (!agent.skip && position > start)
                         handle_line(agent.line + start);
                 agent.skip = false;
