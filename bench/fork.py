@@ -4,13 +4,17 @@
 All figures are taken in turn in one run, with the built-in guest:
 
 1. A boot and a copy, each until a command in the guest has ended.
-2. A copy until QEMU reports that its processors run, beside a bare QEMU until it reports the same; the copy loads its
-   memory, or maps it (`--ram-backing=file`).
+2. A copy until QEMU reports that its processors run; the copy loads its memory, or maps it (`--ram-backing=file`).
+   Beside it, until they report the same, a bare QEMU, and a QEMU with the copy's arguments that boots: no copy can be
+   faster than the latter.
 3. The pause of a save, beside cp(1) of its state.
 4. Twenty copies at once: the time of each until its first command has ended, and the memory of each.
+
+The runtime directory is in memory, as /run is: vmspawn waits until its files there are on the disk.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -18,10 +22,14 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmspawn import Machine, MachineConfig, Snapshot
 from vmspawn.api.launching import start_copy
+from vmspawn.boot import incoming
+from vmspawn.snapshots.directory import OpenSnapshot
+from vmspawn.snapshots.fork import port_arguments
 
 ROUNDS = 5
 COPIES = 20
@@ -86,11 +94,10 @@ async def copy_runs(snapshot: Snapshot) -> float:
     return seconds
 
 
-def bare_runs() -> float:
-    """Return the seconds until a bare QEMU reports that its processors run."""
+def qemu_runs(arguments: Sequence[str]) -> float:
+    """Return the seconds until a QEMU with these arguments reports that its processors run."""
     begun = time.perf_counter()
-    command = [QEMU, "-nodefaults", "-display", "none", "-machine", "q35", "-m", str(RAM), "-qmp", "stdio"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([QEMU, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b'{"execute":"qmp_capabilities"}{"execute":"query-status"}')
@@ -102,6 +109,27 @@ def bare_runs() -> float:
     return seconds
 
 
+BARE = ("-nodefaults", "-display", "none", "-machine", "q35", "-m", str(RAM), "-qmp", "stdio")
+
+
+def arguments_of(snapshot: Snapshot) -> list[str]:
+    """Return the arguments of a copy, without its disks, for a QEMU that boots with its monitor on standard input."""
+    with contextlib.closing(OpenSnapshot(snapshot.name)) as opened:
+        manifest, folder = opened.manifest, opened.path
+    places = {
+        incoming.MONITORS: ("-qmp", "stdio"),
+        incoming.CONSOLE: ("-chardev", "null,id=console"),
+        incoming.SIZE: ("-chardev", "null,id=size"),
+        incoming.AGENT: ("-chardev", "null,id=agent"),
+        incoming.DISKS: port_arguments(manifest),
+    }
+    options = [
+        each._replace(value=os.path.join(folder, each.value or "")) if each.name in incoming.BOOT_FILES else each
+        for each in manifest.options
+    ]
+    return incoming.rebuild(options, places, descriptors={})
+
+
 def state_copied(snapshot: Snapshot, folder: Path) -> float:
     """Return the seconds of cp(1) of the saved state, which is the memory in use."""
     begun = time.perf_counter()
@@ -111,7 +139,7 @@ def state_copied(snapshot: Snapshot, folder: Path) -> float:
 
 async def measure(folder: Path) -> None:
     """Measure all figures, and print medians and ratios."""
-    boots, pauses, copying, starts, runs, mapped, answers = ([] for _ in range(7))
+    boots, pauses, copying, starts, same, runs, mapped, answers = ([] for _ in range(8))
     async with (
         Machine(guest="builtin", qemu=QEMU, name="bench-source", console="headless") as source,
         Machine(guest="builtin", qemu=QEMU, name="bench-file", console="headless", ram_backing="file") as file_source,
@@ -122,7 +150,8 @@ async def measure(folder: Path) -> None:
             snapshot = await source.snapshot()
             pauses.append(snapshot.pause)
             copying.append(await asyncio.to_thread(state_copied, snapshot, folder))
-            starts.append(await asyncio.to_thread(bare_runs))
+            starts.append(await asyncio.to_thread(qemu_runs, BARE))
+            same.append(await asyncio.to_thread(qemu_runs, arguments_of(snapshot)))
             runs.append(await copy_runs(snapshot))
             mapped.append(await copy_runs(await file_source.snapshot()))
             answers.append((await copied(snapshot))[0])
@@ -134,8 +163,9 @@ async def measure(folder: Path) -> None:
     show("boot until a command has answered", middle(boots))
     show("copy until a command has answered", middle(answers), middle(boots))
     show("bare QEMU until it runs", middle(starts))
-    show("copy until it runs", middle(runs), middle(starts))
-    show("copy that maps its memory, until it runs", middle(mapped), middle(starts))
+    show("QEMU with the copy's devices until it runs", middle(same), middle(starts))
+    show("copy until it runs", middle(runs), middle(starts), middle(same))
+    show("copy that maps its memory, until it runs", middle(mapped), middle(starts), middle(same))
     show("cp of the state", middle(copying))
     show("pause of the source", middle(pauses), middle(copying))
     show(f"{COPIES} copies at once, until all have answered", together, middle(boots))
@@ -143,21 +173,22 @@ async def measure(folder: Path) -> None:
     print(f"memory of each, shared pages divided among all: {middle(memory):.0f} MB")
 
 
-def show(what: str, seconds: float, beside: float | None = None) -> None:
-    """Print a figure, and its ratio to the figure `beside`."""
-    print(f"{what:48} {seconds:6.2f} s", "" if beside is None else f"{seconds / beside:6.3f} of it")
+def show(what: str, seconds: float, *beside: float) -> None:
+    """Print a figure, and its ratios to the figures `beside`."""
+    print(f"{what:48} {seconds:6.3f} s", ", ".join(f"{seconds / each:6.3f} of it" for each in beside))
 
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="vmspawn-bench-"))
-    os.environ["VMSPAWN_RUNTIME_DIR"] = str(folder / "run")
+    run = Path(tempfile.mkdtemp(prefix="vmspawn-bench-", dir="/dev/shm"))
+    os.environ["VMSPAWN_RUNTIME_DIR"] = str(run)
     os.environ["VMSPAWN_SNAPSHOT_DIR"] = str(folder / "snapshots")
     try:
-        (folder / "run").mkdir(mode=0o700)
         (folder / "snapshots").mkdir(mode=0o700)
         asyncio.run(measure(folder / "snapshots"))
     finally:
         shutil.rmtree(folder)
+        shutil.rmtree(run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.fork import QEMU, bare_runs, copied, copied_together, copy_runs
+from bench.fork import BARE, QEMU, copied, copied_together, copy_runs, qemu_runs
 from vmspawn import Disk, Machine, MachineConfig, Snapshot
 
 #: Sizes of memory in MB.
@@ -28,7 +28,7 @@ _HEAD = ("memory", "backing", "pause", "copy runs", "copy answered", "20: all an
 
 async def measure(folder: Path) -> None:
     """Measure all sizes, and print a table of seconds."""
-    print(f"a bare QEMU runs after {await asyncio.to_thread(bare_runs):.2f} s")
+    print(f"a bare QEMU runs after {await asyncio.to_thread(qemu_runs, BARE):.2f} s")
     print(*(f"{each:>16}" for each in _HEAD))
     for size in SIZES:
         image = make_content(folder / "content", size // 2)

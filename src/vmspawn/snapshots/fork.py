@@ -280,7 +280,7 @@ class _Copy:
             incoming.DISKS: [
                 *_controllers(self._manifest),
                 *disk_arguments(plan.disks),
-                *_ports(self._manifest),
+                *port_arguments(self._manifest),
             ],
         }
         defer = ["-incoming", "defer"] if self._manifest.state is not None else []
@@ -432,7 +432,7 @@ def _controllers(manifest: Manifest) -> list[str]:
     return arguments
 
 
-def _ports(manifest: Manifest) -> list[str]:
+def port_arguments(manifest: Manifest) -> list[str]:
     """Return QEMU's arguments for the ports of commands in the guest, which are not connected in a copy."""
     import json
 
