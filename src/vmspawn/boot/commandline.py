@@ -51,7 +51,7 @@ def command_line(plan: Plan, inherited: Inherited) -> list[str]:
         *_monitors(plan.binary, inherited.monitors),
         *_controllers(plan.layout, plan.disks),
         *plan.extras.arguments,
-        *console.devices(config, inherited.size, inherited.agent, inherited.log),
+        *console.devices(config, plan.accelerator, inherited.size, inherited.agent, inherited.log),
         *_disks(plan.disks),
         *_kernel(plan.kernel),
         *config.qemu_arguments,
