@@ -176,7 +176,7 @@ class Running:
         notes = await self._origin.settle(self.monitor, self.storage, self._sessions)
         if self._journal.section("loading") is not None:
             self._journal.add_section("loading", lambda: "null")
-            self._journal.write()
+        self._journal.write()
         # An adopted machine has its forwards already.
         for each in self.config.forwards:
             made = await self.forwards.add(each)

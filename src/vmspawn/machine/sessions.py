@@ -140,9 +140,11 @@ class Sessions:
         return self._multiplexer
 
     def keep_fdsets(self, numbers: Iterable[int]) -> None:
-        """Keep descriptor sets that exist from boot, and belong neither to vmspawn nor to a session."""
+        """Keep descriptor sets that exist from boot, and belong neither to vmspawn nor to a session.
+
+        The caller writes the journal.
+        """
         self.foreign_fdsets = tuple(numbers)
-        self._journal.write()
 
     async def close_what_was_left(self) -> None:
         """Close the descriptors that sessions of another manager left in QEMU."""
