@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_raw
-from tests.copies import inner, left
+from tests.copies import left
 from tests.dying import Dying
 from tests.machines import Machine, adopted, end_adopted, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
@@ -270,35 +269,6 @@ async def test_a_disconnect_undoes_the_clients_save(qemu: str, tmp_path: Path) -
         async with machine.inner.held(timeout=20):
             assert left() == before
         assert await machine.status() == "running"
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system")
-async def test_a_full_disk_is_found_before_anything_is_paused(
-    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    if not await ran("mount", "-t", "tmpfs", "-o", "size=8M,mode=0700", "none", str(small)):
-        pytest.skip("mount(8) is refused")
-    monkeypatch.setenv("VMSPAWN_SNAPSHOT_DIR", str(small))
-    try:
-        async with idle_machine(qemu, tmp_path) as machine:
-            with machine.events() as events:
-                with pytest.raises(SystemFailure, match="No space left"):
-                    await machine.snapshot()
-                await machine.pause()
-                # The first event is the pause by the save.
-                assert (await anext(aiter(events))).name == "STOP"
-            assert inner(machine).status == "paused"
-            assert not left()
-    finally:
-        assert await ran("umount", str(small))
-
-
-async def ran(*command: str) -> bool:
-    """Run a program of the host; returns whether it succeeded."""
-    done = await asyncio.to_thread(subprocess.run, command, check=False)
-    return done.returncode == 0
 
 
 async def test_a_machine_that_has_ended_starts_from_its_newest_disks(qemu: str, tmp_path: Path) -> None:

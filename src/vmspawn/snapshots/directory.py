@@ -230,6 +230,8 @@ class OpenSnapshot:
             os.rename(self._file + ".new", self._file)
         except BaseException:
             os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(self._file + ".new")
             raise
         self.close()
         self.fd, self.manifest = fd, manifest

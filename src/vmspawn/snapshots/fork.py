@@ -189,6 +189,8 @@ class _Copy:
     ) -> None:
         self._fork = fork
         self._keep_disks = fork is not None and fork.keep_disks
+        #: The directory of the disks that are kept.
+        self._folder = path_of(f"{config.name}@{CURRENT}")
         self._snapshot = snapshot
         self._manifest = snapshot.manifest
         self._config = config
@@ -206,6 +208,8 @@ class _Copy:
 
     def plan(self) -> Plan:
         """Open the files, and return the plan that the command line is written from. Raises StartError."""
+        if self._keep_disks:
+            self._make_folder()
         ram_file = incoming.ram_file(self._manifest.options)
         written = set(incoming.writable_descriptors(self._manifest.options)) - {ram_file}
         for number, path in self._manifest.descriptors.items():
@@ -241,6 +245,11 @@ class _Copy:
             attachments=self._manifest.attachments,
             fork=self._fork,
         )
+
+    def _make_folder(self) -> None:
+        """Make the directory of the disks that are kept. A failed start removes it, unless it has other files."""
+        os.makedirs(self._folder, 0o700, exist_ok=True)
+        self._owned.undo.callback(_remove_if_empty, self._folder)
 
     def _with_path(self, option: Option) -> Option:
         """Return the option with an absolute path, if it names a file in the snapshot's directory."""
@@ -368,8 +377,7 @@ class _Copy:
         ]
         numbers = [each.number for each in overlays.values()]
         attachments["storage"]["next"] = max([int(attachments["storage"]["next"]), *(each + 1 for each in numbers)])
-        folder = path_of(f"{self._config.name}@{CURRENT}")
-        os.makedirs(folder, 0o700, exist_ok=True)
+        folder = self._folder
         names = {number: os.path.join(self._snapshot.path, path) for number, path in manifest.descriptors.items()}
         # A machine that boots begins with empty memory.
         names.pop(incoming.ram_file(manifest.options), None)
@@ -409,12 +417,15 @@ class _Copy:
         flags = os.O_RDWR | os.O_CLOEXEC
         if not self._keep_disks:
             return "", os.open(os.path.dirname(self._snapshot.path), flags | os.O_TMPFILE, 0o600)
-        folder = path_of(f"{self._config.name}@{CURRENT}")
-        os.makedirs(folder, 0o700, exist_ok=True)
-        path = os.path.join(folder, name)
+        path = os.path.join(self._folder, name)
         fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
         self._owned.undo.callback(os.unlink, path)
         return path, fd
+
+
+def _remove_if_empty(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def _controllers(manifest: Manifest) -> list[str]:

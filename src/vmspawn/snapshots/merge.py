@@ -160,10 +160,12 @@ def _commit(qemu: str, chains: list[list[Image]]) -> None:
             for number, chain in enumerate(chains):
                 job, bottom = f"merge{number}", f"disk{number}-{len(chain) - 1}"
                 talk.execute("block-commit", {"job-id": job, "device": f"disk{number}-0", "base-node": bottom})
-                talk.event("BLOCK_JOB_READY", job)
-                talk.execute("block-job-complete", {"device": job})
-                if error := talk.event("BLOCK_JOB_COMPLETED", job).get("error"):
-                    raise SystemFailure(f"cannot write to {chain[-1].path} ({error})", 5)
+                ended = talk.event(job, "BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED")
+                if "error" not in ended:
+                    talk.execute("block-job-complete", {"device": job})
+                    ended = talk.event(job, "BLOCK_JOB_COMPLETED")
+                if error := ended.get("error"):
+                    raise _cannot_write(chain[-1].path, error)
             talk.execute("quit")
             process.wait(_TIMEOUT)
         finally:
@@ -171,6 +173,13 @@ def _commit(qemu: str, chains: list[list[Image]]) -> None:
             if canceller is not None:
                 canceller.watch(None)
                 canceller.check()
+
+
+def _cannot_write(path: str, said: str) -> SystemFailure:
+    """Return the error for a commit that failed. QEMU describes the system's error, without its number."""
+    if said == os.strerror(errno.ENOSPC):
+        return SystemFailure(f"cannot write to {path}", errno.ENOSPC)
+    return SystemFailure(f"cannot write to {path} ({said})", errno.EIO)
 
 
 def _nodes(number: int, chain: list[Image]) -> list[dict[str, object]]:
@@ -208,14 +217,12 @@ class _Talk:
         if error := message.get("error"):
             raise QmpError(command, error["class"], error["desc"])
 
-    def event(self, name: str, job: str) -> Mapping[str, Any]:
-        """Wait for an event of a job, and return its data. Raises SystemFailure, Timeout."""
+    def event(self, job: str, *names: str) -> Mapping[str, Any]:
+        """Wait for an event of a job with one of the names, and return its data. Raises SystemFailure, Timeout."""
         while True:
             for event in self._events:
-                if event["event"] == name and event["data"].get("device") == job:
+                if event["event"] in names and event["data"].get("device") == job:
                     return dict(event["data"])
-                if event["event"] == "BLOCK_JOB_COMPLETED" and event["data"].get("device") == job:
-                    raise SystemFailure(f"QEMU ended the commit early ({event['data'].get('error')})", 5)
             self._events = [self._message()]
 
     def _message(self) -> Mapping[str, Any]:
