@@ -86,6 +86,17 @@ async def test_an_agent_that_comes_up_late_gets_sync_again(far: Far) -> None:
     assert far.restarts == 0
 
 
+async def test_a_sync_whose_answer_is_lost_is_sent_again(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmspawn.inside.agent._SYNC_INTERVAL", 0.01)
+    waiting = asyncio.ensure_future(far.agent.ready())
+    first = await far.read()
+    again = await far.read()
+    assert again[0] == first[0]
+    await far.send(f"ready {first[0][1]} 1 7 run ;\n" * 2)
+    await waiting
+    assert (far.agent.session, far.restarts) == (first[0][1], 0)
+
+
 async def test_a_guest_that_does_not_read_gets_one_sync(far: Far) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     [[_, nonce]] = await far.read()

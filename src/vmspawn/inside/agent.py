@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Talks to the agent in the guest through its control port (docs/agent.md).
 
-There are three cases for how a session begins:
+There are four cases for how a session begins:
 
 1. The agent is not up yet: `sync` waits in the port until the agent opens it.
 2. The agent is up: it answers `sync` with the nonce.
 3. The agent or the guest was restarted: the agent sends `ready` without a nonce, and gets `sync` again.
+4. The answer to `sync` is lost: it is sent again after a while. In a copy, the guest's kernel notices only some time
+   after the start that the source's manager has disconnected and the copy's has connected. The agent cannot send in
+   between, but it reads.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ _RECEIVE_SIZE = 4096
 #: Seconds between two requests for the number of ports: the first interval, and the longest one for a busy guest.
 _COUNT_INTERVAL = 0.005
 _COUNT_INTERVAL_MAX = 0.2
+
+#: Seconds after which `sync` is sent again: the first interval, and the longest one for a guest that boots.
+_SYNC_INTERVAL = 1.0
+_SYNC_INTERVAL_MAX = 10.0
 
 #: Seconds after which a question is asked again: the agent drops an answer that is not sent within a second.
 _ASK_AGAIN = 5.0
@@ -90,10 +97,15 @@ class Agent:
         Raises NotConnected if the agent's port cannot be reached, or after `close`; NotSupported if the agent has
         another version.
         """
+        interval = _SYNC_INTERVAL
         while not self._in_session.is_set():
             if self._socket is None:
                 self._open()
-            await first_of(self._in_session, self._disconnected)
+            asked = self.session
+            await first_of(self._in_session, self._disconnected, timeout=interval)
+            if self.session == asked and not self._in_session.is_set():
+                self._sync_again()
+                interval = min(interval * 2, _SYNC_INTERVAL_MAX)
         if self._version != protocol.VERSION:
             raise NotSupported(
                 f"the agent in the guest speaks version {self._version} of its protocol, not {protocol.VERSION}",
@@ -234,6 +246,11 @@ class Agent:
         self.send(protocol.sync(self.session))
         if self._writer is not None:
             self._sync_end = self._writer.written + self._writer.pending
+
+    def _sync_again(self) -> None:
+        """Repeat `sync`, unless it is still in the write queue. The agent answers each one and begins one session."""
+        if self._writer is not None and not self._writer.pending:
+            self._sync()
 
     def _on_readable(self, connected: socket.socket) -> None:
         try:

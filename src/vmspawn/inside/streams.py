@@ -8,7 +8,8 @@ nothing here depends on a message:
    set is unplugged, and another set is plugged in.
 2. An idle set is connected in advance, so starting a command needs no QMP command.
 3. When a command is over, QEMU closes its ends. When the guest has closed its ends, too, the agent reports it, and the
-   set serves the next command. Without the report the set is unplugged.
+   set serves the next command. Without the report the set is unplugged. A set is connected again only after the guest
+   has noticed that it was disconnected.
 4. When the guest is reset, all sets are unplugged. New sets are plugged in when the agent answers again.
 
 Two sets change at a time: a new port takes three messages, all other changes of a port take one.
@@ -217,6 +218,14 @@ class Streams:
                 plugged.close()
         return is_connected
 
+    async def _reconnect(self, plugged: PortSet) -> bool:
+        """Connect a set that was connected before, and is not now. Returns False if the guest does not notice.
+
+        The guest regards the set as connected until its kernel has processed QEMU's messages. If a command began before
+        that, it would be hung up.
+        """
+        return await self._agent.has_connected(plugged.id, 0, _GUEST_TIMEOUT) and await self._connect(plugged)
+
     # After a command.
 
     def give_back(self, used: PortSet, *, was_run: bool) -> None:
@@ -244,7 +253,7 @@ class Streams:
             return False
         if used.is_spent or (len(self._idle) >= KEPT and not self._waiting):
             return False
-        return await self._connect(used)
+        return await self._reconnect(used)
 
     async def _is_released(self, used: PortSet) -> bool:
         """Wait until the guest has closed its ends; returns False if it does not, though its agent answers."""
@@ -301,7 +310,7 @@ class Streams:
     async def _keep(self, idle: PortSet) -> bool:
         """Keep an idle set for the next command. Returns False if the guest does not notice that it is connected."""
         try:
-            if not await _within(_SETTLE_TIMEOUT, self._connect(idle)):
+            if not await _within(_SETTLE_TIMEOUT, self._reconnect(idle)):
                 return False
         except QmpError:
             return False
