@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.copies import forked, inner, left, locked
+from tests.figures import figure
 from tests.guest.writing import RECORD, records_written, start_writer, stop_writer, verify
 from tests.machines import fresh_name
 from tests.qemu.qmp_fixtures import scaled
@@ -268,30 +269,44 @@ async def test_a_copy_with_a_new_identity_has_a_name_and_runs_its_hooks(guest: B
 _BUSES = ("virtio-blk", "virtio-scsi", "nvme")
 
 
+#: Snapshots of one disk. Each one adds an overlay, so that later ones take longer.
+_MOMENTS_OF_A_DISK = 20
+
+
 @pytest.mark.scaled
 @pytest.mark.parametrize(
     ("bus", "moments"),
-    [("virtio-blk", 2), *(pytest.param(bus, 10, marks=pytest.mark.soak) for bus in _BUSES)],
+    [
+        ("virtio-blk", 2),
+        *(pytest.param(bus, 10, marks=[pytest.mark.soak, pytest.mark.timeout(4 * 3600)]) for bus in _BUSES),
+    ],
 )
 async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus: str, moments: int) -> None:
     """The guest writes while it is saved, at random moments: 100 on each bus in the soak, and 1000 with scale 100."""
-    path = make_raw(tmp_path / fresh_name(), 64 * MIB)
+    for done in range(0, scaled(moments), _MOMENTS_OF_A_DISK):
+        await check_logs_of_copies(guest, tmp_path, bus, min(_MOMENTS_OF_A_DISK, scaled(moments) - done))
+    figure(f"{guest.machine.config.machine_type}, {bus}: whole logs of copies from random moments", scaled(moments))
+
+
+async def check_logs_of_copies(guest: Booted, folder: Path, bus: str, moments: int) -> None:
+    """Save the guest while it writes to a disk, and verify the log of a copy each time, and of the guest at the end."""
+    path = make_raw(folder / fresh_name(), 64 * MIB)
     attached = await guest.machine.attach(Disk(str(path), bus=bus))
     if bus == "nvme" and (await inner(guest.machine).monitor.execute("query-migrate")).get("blocked-reasons"):
         await guest.shell.run(f"until [ -b {attached.by_id} ]; do usleep 10000; done")
         await guest.machine.detach(attached.name)
         pytest.skip("this QEMU cannot save an NVMe controller")
     await start_writer(guest.shell, attached.by_id)
-    for number in range(scaled(moments)):
+    for number in range(moments):
         wanted = await records_written(guest.shell) + random.randint(0, 20)
         await guest.shell.run(f"until [ $(cat /tmp/count) -ge {wanted} ]; do usleep 1000; done")
         async with saved(guest) as snapshot, snapshot.fork() as copy:
             if number == 0:
                 # The image ends at the moment of the save.
                 verify(path, wanted)
-            assert await check_log(copy, attached.by_id, tmp_path) >= wanted
+            assert await check_log(copy, attached.by_id, folder) >= wanted
     written = await stop_writer(guest.shell)
-    assert await check_log(guest.machine, attached.by_id, tmp_path) == written
+    assert await check_log(guest.machine, attached.by_id, folder) == written
     await guest.machine.detach(attached.name)
 
 
