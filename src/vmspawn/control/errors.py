@@ -59,9 +59,17 @@ def _plain(name: str) -> type[TypedVarlinkErrorReply]:
     return type(name, (TypedVarlinkErrorReply,), namespace, interface=MACHINE_INSTANCE)
 
 
+class _ExplainedError(TypedVarlinkErrorReply, name=f"{VMSPAWN}.Error"):
+    """The base class of the errors with a message, which share the type of the parameters: it takes long to create."""
+
+    parameters: _Explained
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        cls.name = name
+
+
 def _explained(name: str, doc: str) -> type[TypedVarlinkErrorReply]:
-    namespace = {"__annotations__": {"parameters": _Explained}, "__doc__": doc}
-    return type(name, (TypedVarlinkErrorReply,), namespace, interface=VMSPAWN)
+    return type(name, (_ExplainedError,), {"__doc__": doc}, name=f"{VMSPAWN}.{name}")
 
 
 #: The errors of io.systemd.MachineInstance, in the order of its definition.

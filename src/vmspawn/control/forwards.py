@@ -5,17 +5,17 @@ Names are in Varlink's case because they are part of the protocol.
 """
 
 import typing
-from dataclasses import dataclass
 
 from asyncvarlink.serviceerrors import InvalidParameter
 
 from ..errors import UsageError
 from ..network.forward import LOOPBACK, PROTOCOLS, Forward
+from .types import varlink_type
 
 # asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class PortForward:
     """A port of the host whose connections go to a port of the guest. `protocol` is tcp or udp."""
 

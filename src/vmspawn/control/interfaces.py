@@ -8,7 +8,6 @@
 import os
 import typing
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 
 from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
@@ -24,10 +23,11 @@ from ..storage.backing import Backing, take_descriptor
 from ..storage.disk import AUTO_BUS, DEFAULT_BUS, Disk, check_bus, is_only_read
 from ..storage.disk_views import DiskView
 from ..timeouts import COMMAND_START_TIMEOUT, DETACH_TIMEOUT, TRAY_TIMEOUT
-from . import errors, qmp, snapshots
+from . import errors, qmp, snapshot_types
 from .forwards import PortForward, to_forward
 from .progress import Progress
 from .storage import Storage, StorageLimits, describe, to_limits, with_options
+from .types import varlink_type
 from .upgrade import Taker, upgradable
 
 # asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
@@ -180,7 +180,7 @@ class _Attached(typing.TypedDict):
     place: str
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class Happening:
     """A recent event, with its time in microseconds since 1970."""
 
@@ -192,7 +192,7 @@ def _happening(entry: Entry) -> Happening:
     return Happening(int(entry.when * _MICROSECONDS), entry.text)
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class MissingCondition:
     """A condition that does not hold, and the reason if it is known."""
 
@@ -401,8 +401,10 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     @varlinkmethod(allow_foreign=True)
     async def Snapshot(
         self, *, name: str | None = None, temporary: bool | None = None, detachBlocking: bool | None = None
-    ) -> AsyncIterator[snapshots.Progress]:
+    ) -> AsyncIterator[snapshot_types.Progress]:
         """Save the machine: RAM, devices and disks. Each reply has the progress, and the last one has the snapshot."""
+        from . import snapshots
+
         async for progress in snapshots.make(
             self._machine, name or "", temporary=bool(temporary), detach_blocking=bool(detachBlocking)
         ):
@@ -418,7 +420,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         newIdentity: bool | None = None,
         console: str | None = None,
         log: str | None = None,
-        forwards: list[snapshots.WantedForward] | None = None,
+        forwards: list[snapshot_types.WantedForward] | None = None,
         dieWithCaller: bool | None = None,
     ) -> list[str]:
         """Start copies of the machine from a snapshot, by default its only one. Returns the copies' names.
@@ -428,6 +430,8 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         that the console's output is appended to. `forwards` are ports of the host; the copies have no others.
         `dieWithCaller` ends the copies when the process that has connected dies.
         """
+        from . import snapshots
+
         options = snapshots.to_options(
             keep_disks=keepDisks,
             new_identity=newIdentity,
@@ -439,13 +443,17 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         return await snapshots.fork(self._machine, snapshot or "", names or [], options)
 
     @varlinkmethod(return_parameter="snapshots")
-    async def ListSnapshots(self) -> list[snapshots.Snapshot]:
+    async def ListSnapshots(self) -> list[snapshot_types.Snapshot]:
         """Return the machine's snapshots, the oldest first."""
+        from . import snapshots
+
         return await snapshots.list_all(self._machine)
 
     @varlinkmethod
     async def RemoveSnapshot(self, *, name: str) -> None:
         """Remove a snapshot of the machine."""
+        from . import snapshots
+
         await snapshots.remove(self._machine, name)
 
     async def _upgrade(self, *, readOnly: bool | None = None) -> Taker:

@@ -7,13 +7,13 @@ Names are in Varlink's case because they are part of the protocol.
 import contextlib
 import socket
 import typing
-from dataclasses import dataclass
 
 from asyncvarlink import FileDescriptor
 
 from ..errors import VmspawnError
 from ..machine.running import Running
 from .connection import CALLER
+from .types import varlink_type
 from .upgrade import Taker
 
 if typing.TYPE_CHECKING:
@@ -56,7 +56,7 @@ async def take_over(machine: Running, *, read_only: bool) -> Taker:
     return take
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class Session:
     """A QMP client. Bytes, commands and events are totals since it connected; `queued` commands wait for QEMU."""
 

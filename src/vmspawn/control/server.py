@@ -58,11 +58,15 @@ class ControlServer:
         self._loop.add_reader(self._listener, self._accept)
 
     async def finish(self, *, timeout: float) -> None:
-        """Stop listening, and wait up to `timeout` seconds for the last replies to pending calls."""
+        """Stop listening, and wait as `answered` does."""
         self._stop_listening()
+        await self.answered(timeout=timeout)
+
+    async def answered(self, *, timeout: float) -> None:
+        """Wait up to `timeout` seconds for the last replies to pending calls."""
         calls = [call for each in self._connections if (call := each.call) is not None]
         if calls:
-            await asyncio.wait(calls, timeout=timeout)
+            await asyncio.wait(calls, timeout=max(0.0, timeout))
 
     def _stop_listening(self) -> None:
         if self._listener.fileno() >= 0:

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes, lists and removes snapshots, and starts copies, with the types of `io.vmspawn.Machine`.
+"""Makes, lists and removes snapshots, and starts copies, with the types of `io.vmspawn.Machine`."""
 
-Names are in Varlink's case because they are part of the protocol.
-"""
+from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import typing
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 
 from asyncvarlink.serviceerrors import InvalidParameter
@@ -22,43 +19,10 @@ from ..snapshots import background, directory, listing, removal, save
 from ..snapshots.names import free_name
 from .connection import CALLER
 from .forwards import to_forward
-
-# asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
+from .snapshot_types import FrozenDisk, Progress, Snapshot, WantedForward
 
 #: Seconds within which copies must start.
 _FORK_TIMEOUT = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenDisk:
-    """A disk of a snapshot: the image, which no longer changes, and the overlay that the guest now writes to."""
-
-    name: str
-    base: str
-    overlay: str
-
-
-class Progress(typing.TypedDict):
-    """The progress of a save, in bytes of RAM; the last reply has the snapshot and the length of the pause."""
-
-    doneBytes: int
-    totalBytes: int
-    snapshot: typing.NotRequired[str | None]
-    sizeBytes: typing.NotRequired[int | None]
-    pauseUSec: typing.NotRequired[int | None]
-    disks: typing.NotRequired[list[FrozenDisk] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A snapshot. `sizeBytes` is the size of its own files; `forks` are the machines that were started from it."""
-
-    name: str
-    createdUSec: int
-    parent: str | None
-    sizeBytes: int
-    disks: list[str]
-    forks: list[str]
 
 
 async def make(machine: Running, name: str, *, temporary: bool, detach_blocking: bool) -> AsyncIterator[Progress]:
@@ -94,16 +58,6 @@ def _last(saved: save.Saved) -> Progress:
         "pauseUSec": int(saved.pause * 1e6),
         "disks": disks,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class WantedForward:
-    """A port of the host to forward to a copy, as in AddForward."""
-
-    guestPort: int
-    port: int | None = None
-    address: str | None = None
-    protocol: str | None = None
 
 
 def to_options(

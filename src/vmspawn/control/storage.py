@@ -5,7 +5,6 @@ Names are in Varlink's case because they are part of the protocol.
 """
 
 import typing
-from dataclasses import dataclass
 
 from ..storage.attached_disk import AttachedDisk
 from ..storage.buses import TABLE
@@ -13,11 +12,12 @@ from ..storage.disk import Disk
 from ..storage.disk_views import DiskView
 from ..storage.limits import NO_LIMITS, Limits
 from ..storage.statistics import Statistics
+from .types import varlink_type
 
 # asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class StorageLimits:
     """Limits in requests and bytes per second; 0 and null mean unlimited.
 
@@ -33,7 +33,7 @@ class StorageLimits:
     burstPercent: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class StorageStatistics:
     """The guest's requests, their bytes and their duration, since the disk was attached."""
 
@@ -47,7 +47,7 @@ class StorageStatistics:
     failed: int
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class StorageRemoval:
     """A pending removal: its duration, the number of requests to the guest, and the reason why it has not completed.
 
@@ -61,7 +61,7 @@ class StorageRemoval:
     answer: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@varlink_type
 class Storage:
     """A disk. `state` is attaching, attached or detaching; `place` is its port, slot, SCSI address or namespace.
 

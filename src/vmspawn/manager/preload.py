@@ -11,12 +11,12 @@ import asyncio
 from importlib import import_module
 
 from .. import log
+from ..control.server import ControlServer
 
 #: Every module that is imported inside a function and may be needed while a machine runs. Each also imports
 #: the modules that it needs. Slow imports come last, so that a client that waits for the control socket is answered
 #: first.
 MODULES = (
-    "inside.waiting",
     "manager.report",
     "images.other_files",
     "images.qcow2",
@@ -25,20 +25,29 @@ MODULES = (
     "host.varlink",
     "storage.refusals",
     "qmp.share.peer",
-    "control.execute",
+    "manager.tidying",
+    "control.snapshots",
     "inside.commands",
+    "inside.waiting",
+    "control.execute",
     "qmp.share.multiplexer",
 )
 
-#: The number of turns in which the event loop accepts, receives and answers a call.
+#: The number of turns in which the event loop accepts and receives a call.
 _TURNS_OF_A_CALL = 3
 
+#: Seconds that all calls together may delay the imports, and the report that the manager is ready.
+_CALLS_TIMEOUT = 0.1
 
-async def preload() -> None:
-    """Import the modules, one at a time."""
+
+async def preload(server: ControlServer) -> None:
+    """Import the modules, one at a time. Calls of clients are answered first."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _CALLS_TIMEOUT
     for name in MODULES:
         for _ in range(_TURNS_OF_A_CALL):
             await asyncio.sleep(0)
+        await server.answered(timeout=deadline - loop.time())
         try:
             import_module(f"vmspawn.{name}")
         except ImportError as error:

@@ -14,11 +14,9 @@ from ..console.messages import Messages
 from ..control.server import ControlServer, build_registry
 from ..errors import ManagerFailed, StartError, VmspawnError
 from ..host.notify import Notifier
-from ..images import snapshot_files
 from ..inside.inside import Inside
 from ..machine.ending import End
 from ..machine.running import Running, run
-from ..snapshots import directory, merge
 from ..timeouts import FAREWELL_TIMEOUT
 from .front import Front
 from .heartbeat import Heartbeat
@@ -135,7 +133,7 @@ class _Supervision:
         closing.callback(self._front.close)
         closing.callback(self._shutdown.close)
         # READY promises that from then on the package may be upgraded, moved or removed.
-        await preload()
+        await preload(server)
         await self._register(registered)
         on_ready(inside.is_clock_set)
         messages.notice(f"machine {machine.name} is running; see: vmctl status {machine.name}")
@@ -157,20 +155,10 @@ class _Supervision:
         return end
 
     def _tidy_disks(self) -> None:
-        if not self._machine.has_ended:
-            return
-        copied = self._machine.fork
-        source = copied.snapshot.partition("@")[0] if copied is not None else self._machine.name
-        failures = merge.after_end(self._machine.name, source)
-        for error in failures:
-            self._messages.report(str(error))
-            self._messages.report(error.hint)
-        current = f"{self._machine.name}@{directory.CURRENT}"
-        if current in snapshot_files.names() and not failures:
-            name = self._machine.name
-            self._messages.notice(
-                f"snapshots need the disks of {name}; to boot from the disks: vmspawn --fork={current}"
-            )
+        if self._machine.has_ended:
+            from .tidying import tidy_disks
+
+            tidy_disks(self._machine, self._messages)
 
     async def _register(self, registered: Registered) -> None:
         try:
