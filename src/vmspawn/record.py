@@ -33,6 +33,8 @@ else:
         __slots__ = ()
 
         def __new__(cls, *values: object, **named: object) -> Any:
+            if not named and len(values) == len(cls._fields):
+                return tuple.__new__(cls, values)
             if len(values) > len(cls._fields):
                 raise TypeError(f"{cls.__name__} has {len(cls._fields)} fields, and got {len(values)} values")
             rest = cls._fields[len(values) :]
@@ -45,7 +47,10 @@ else:
             return tuple.__new__(cls, (*values, *found))
 
         def _replace(self, **changes: object) -> Any:
-            return type(self)(**{**self._asdict(), **changes})
+            values = [changes.pop(each, value) for each, value in zip(self._fields, self, strict=True)]
+            if changes:
+                raise TypeError(f"{type(self).__name__} has no such field: {', '.join(changes)}")
+            return tuple.__new__(type(self), values)
 
         def _asdict(self) -> dict[str, object]:
             return dict(zip(self._fields, self, strict=True))

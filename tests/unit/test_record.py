@@ -62,6 +62,12 @@ def test_a_wrong_value_is_named(values: tuple[Any, ...], named: dict[str, Any], 
         made(*values, **named)
 
 
+def test_a_replacement_of_an_unknown_field_is_an_error() -> None:
+    made: Any = Made(1, "x")
+    with pytest.raises(TypeError, match="no such field: d"):
+        made._replace(b="y", d=4)
+
+
 def test_a_field_cannot_be_set() -> None:
     made: Any = Made(1, "x")
     with pytest.raises(AttributeError):
