@@ -104,7 +104,7 @@ def _monitors(binary: QemuBinary, sockets: Mapping[str, int]) -> Iterable[str]:
 
 def _controllers(layout: places.Layout, disks: Sequence[BootDisk]) -> Iterable[str]:
     rng = {"driver": "virtio-rng-pci", "id": "rng0", "bus": layout.bus, "addr": hex(places.RNG_SLOT)}
-    # The console's devices are the other functions of its slot.
+    # The console's devices are the other functions of the random number generator's slot.
     devices = [{**rng, "multifunction": True}, *places.port_devices(layout.ports)]
     names = buses.controllers_at_boot(each.disk.bus for each in disks)
     devices += (buses.controller(name, places.fixed_place(layout, name)) for name in names)

@@ -2,8 +2,8 @@
 """Translates exceptions into Varlink errors.
 
 On systemd's interface an error has the name and the parameters of systemd's definition. On `io.vmspawn.Machine` each
-error has a message and a hint. If these name options, the error also has their template, because the command line and
-Python spell an option differently.
+error has a message and a hint. If the message or the hint contains the name of an option, the error also has a template
+of both, because the command line and Python spell an option differently.
 """
 
 import os
@@ -86,7 +86,7 @@ MACHINE_INSTANCE_ERRORS = tuple(
     )
 )
 
-#: The errors of io.vmspawn.Machine: all exceptions of the package that a method can raise.
+#: The exceptions with an error of their own in io.vmspawn.Machine. All others are sent as NotSupported.
 _SOURCES: tuple[type[errors.VmspawnError], ...] = (
     errors.NotConnected,
     errors.NotSupported,

@@ -72,7 +72,7 @@ def _accept(listener: socket.socket, tasks: Tasks, machine: str, read_only: bool
 
 
 async def _serve(client: socket.socket, machine: str, read_only: bool) -> None:
-    """Relay between a client and a new session until both have sent everything. Owns the client's socket."""
+    """Relay between a client and a new session until the session has sent everything. Owns the client's socket."""
     with client:
         try:
             reply = await calls.call(machine, "io.vmspawn.Machine.AcquireQMP", {"readOnly": read_only})

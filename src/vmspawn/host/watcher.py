@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ends a machine whose program has died, and removes its files.
+"""Ends a machine when the program that started it has died, and removes the machine's files.
 
 vmspawn runs this file by its path and without the package, so that the process stays small. It has
 its own session, waits for the end of a process that the machine must not outlive, and then kills QEMU and its
@@ -30,7 +30,10 @@ _STATE = "state.json"
 
 
 def command(path: str, files: tuple[str, ...], processes: tuple[int, ...]) -> list[str]:
-    """Return the command line of the watcher of the machine whose directory is `path` and may have `files`."""
+    """Return the command line of a machine's watcher.
+
+    `path` is the machine's directory, and `files` are the names of the files that the watcher removes from it.
+    """
     watched = [f"{pid}:{_start_time(pid)}" for pid in processes]
     # QEMU's log is found by its real path, and the watcher leaves the working directory.
     real = os.path.realpath(path)

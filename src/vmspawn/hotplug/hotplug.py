@@ -97,8 +97,8 @@ class Hotplug:
             raise
         attachment.state = State.ATTACHED
         attachment.settled.set()
-        # An adoption treats an attach as successful if the device exists. So the journal is written only
-        # for an attachment that is not complete when its device exists.
+        # The journal names all steps already, and an adoption treats an attach as successful if the device exists. So
+        # the journal is written again only for an attachment that needs more than its device to be complete.
         if finish is None or attachment.is_whole:
             register.changed(attachment)
         else:

@@ -50,7 +50,7 @@ def read(linux: str, modules: str | None = None) -> dict[str, str]:
 def _places(linux: str, modules: str | None) -> Iterator[str]:
     folder, name = os.path.split(os.path.realpath(linux))
     version = kernel_image.version_of(linux)
-    # The first is for an installed kernel, the others for arch/x86/boot/bzImage and for vmlinux in a build tree.
+    # The first is for an installed kernel, the next two for arch/x86/boot/bzImage and for vmlinux in a build tree.
     if name.startswith("vmlinuz-") and version:
         yield os.path.join(folder, f"config-{version}")
     if name in ("bzImage", "Image", "Image.gz"):

@@ -4,7 +4,8 @@
 1. The kernel's configuration, or its list of built-in modules, shows whether virtiofs is built in, a module or absent.
 2. A module must be in an initrd. An initrd is read if it is uncompressed or compressed by gzip.
 
-A kernel or an initrd that cannot be read is assumed to support virtiofs.
+An initrd that cannot be read is assumed to have the module. If step 1 shows nothing, the kernel is assumed to support
+virtiofs, unless there are initrds and all of them lack the module.
 """
 
 from __future__ import annotations

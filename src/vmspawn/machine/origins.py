@@ -127,6 +127,6 @@ class _TakenOver:
 
 
 def _tidy_up(machine: str, used: set[str], unfinished: str) -> None:
-    """Remove the remains of a save from the machine's directories. The saved state may be large."""
+    """Remove the remains of a save from the machine's directories. Blocks while a large state is removed."""
     snapshot_files.settle_current(machine, used)
     snapshot_files.discard(unfinished)

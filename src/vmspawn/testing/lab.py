@@ -98,7 +98,7 @@ class RecordedMachine(api.Machine):
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> RecordedMachine:
-        """Make a machine. The built-in guest starts from a booted copy if the options allow that."""
+        """Make a machine. The built-in guest starts from a snapshot of a booted guest if the options allow that."""
         machine = cls._of_options(options)
         machine.commands = deque(maxlen=report.COMMANDS_MAX)
         return machine

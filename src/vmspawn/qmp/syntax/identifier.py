@@ -12,7 +12,7 @@ from .strings import quote, value_of
 #: Ids that QEMU echoes unchanged.
 _UNCHANGED = re.compile(rb'"[ !#-\[\]-~]*"|-?[1-9][0-9]{0,17}|0|null|true|false')
 
-#: Bytes of an id up to which it is rewritten token by token. In a larger id, only characters beyond ASCII are escaped.
+#: The maximum size of an id that is rewritten token by token. In a larger id, only characters beyond ASCII are escaped.
 _REWRITTEN = 4096
 
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
