@@ -25,7 +25,7 @@ from vmspawn.images.snapshot_files import MANIFEST
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make a cache with the built-in guest and without warm copies. Returns the directory of warm copies."""
+    """Make a cache with the built-in guest and without warm snapshots. Returns the directory of warm snapshots."""
     build()
     folder = tmp_path_factory.mktemp("cache")
     for name in ("guest", "agent"):
@@ -77,13 +77,13 @@ async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies
 
 
 def kill_while_it_boots(qemu: str) -> None:
-    """Start a machine whose warm copy does not exist yet, and kill the process while the guest boots."""
+    """Start a machine whose warm snapshot does not exist yet, and kill the process while the guest boots."""
     options = ("--guest=builtin", "--warm", "--console=headless", f"--qemu={qemu}", f"--machine={fresh_name()}")
     with subprocess.Popen([sys.executable, "-m", "vmspawn", *options], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not any(each.startswith("warm-") for each in runtime.machine_names()):
-            assert process.poll() is None, "vmspawn ended before it booted a guest for the warm copy"
-            assert time.monotonic() < deadline, "no guest boots for the warm copy"
+            assert process.poll() is None, "vmspawn ended before it booted a guest for the warm snapshot"
+            assert time.monotonic() < deadline, "no guest boots for the warm snapshot"
             time.sleep(0.01)
         process.kill()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that the key of a warm copy changes with everything that the copy depends on, and with nothing else."""
+"""Tests that the key of a warm snapshot changes with everything that it depends on, and with nothing else."""
 
 from typing import Any
 

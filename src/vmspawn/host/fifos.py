@@ -30,8 +30,8 @@ def make(directory: MachineDirectory, *, capacity: int = 0) -> ConsolePipes:
     """Make and open the pipes; `capacity` is the size of the output pipe in bytes, 0 for the default. Raises OSError.
 
     QEMU also has its input open for writing, so it never reads an end of file, and survives its manager. Without a
-    manager, QEMU drops its output. A `capacity` is for a device that drops output when the pipe is full: QEMU then
-    also has its output open for reading, so that the pipe keeps `capacity` bytes for the next manager.
+    manager, QEMU drops its output. A `capacity` is for a device that drops output when the pipe is full. With a
+    `capacity`, QEMU also has its output open for reading, so that the pipe keeps this output for the next manager.
     """
     taken: list[int] = []
     flags = os.O_NONBLOCK | os.O_CLOEXEC

@@ -40,7 +40,7 @@ class Step:
         return ()
 
     def made(self) -> None:
-        """Note that QEMU's part is done, and that the spent objects are removed."""
+        """Record that QEMU's part is done, and that the spent objects are removed."""
 
     def restore(self) -> None:
         """Do the manager's part of a step that another manager has done."""

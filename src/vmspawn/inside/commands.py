@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs commands in the guest. Each command has virtio-serial ports for its streams.
 
-The agent starts the command and connects the command to the ports. The client owns the streams: this process reads the
-status port only.
+In the guest, the agent forks a supervisor for each command. The supervisor starts the command and connects the command
+to the ports. The client owns the streams: this process reads the status port only.
 """
 
 from __future__ import annotations
@@ -161,7 +161,10 @@ class Execution:
         self._commands.agent.send(protocol.signal(self.id, number))
 
     def fail(self, error: VmspawnError) -> None:
-        """Raise an error in the callers that wait for the command, unless its end is known, and close its streams."""
+        """Raise an error in the callers that wait for the command, unless its end is known.
+
+        Also close the manager's copies of QEMU's ends.
+        """
         if not self._ended.done():
             self._ended.set_exception(error)
         self._stop_reading()

@@ -45,7 +45,7 @@ _GUEST_TIMEOUT = 10.0
 #: without KVM may need more than ten, because QEMU translates all of the guest's code again.
 _SETTLE_TIMEOUT = 30.0
 
-#: Seconds within which the guest must close its ends. Many sets may wait for their turn.
+#: Seconds within which the guest must close its ends. The time is short, because other sets wait for their turn.
 _RELEASE_TIMEOUT = 1.0
 
 #: The number of attempts to plug in a set that no command waits for.
@@ -328,7 +328,7 @@ class Streams:
 
 
 def _is_idle(found: PortSet) -> bool:
-    """Return whether a set is complete, and no command has used it."""
+    """Return whether a set is complete, and no command uses it."""
     return found.ports.keys() == set(protocol.PORTS) and all(port.is_idle for port in found.ports.values())
 
 

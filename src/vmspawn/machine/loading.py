@@ -96,7 +96,7 @@ async def cancel(monitor: Monitor) -> None:
                 if (await monitor.execute("query-migrate")).get("status") in UNDER_WAY:
                     await monitor.execute("migrate_cancel")
                     await until_ended(events, "saved its state")
-            # QEMU refuses `cont` until it has left this state, some time after the migration's last event.
+            # QEMU refuses `cont` in the state finish-migrate, and leaves it some time after the migration's last event.
             while await _is_finishing(monitor):  # noqa: ASYNC110 - no event reports it
                 await asyncio.sleep(_STATE_INTERVAL)
     except TimeoutError:

@@ -41,8 +41,10 @@ async def supervise(
     """Run a machine that was just launched or adopted to its end, and report how it ended. Owns `started`.
 
     `on_ready` is called when the machine is up. Its argument is False if a copy's clock shows the time of the snapshot.
-    If there is a `job`, the machine ends with it. Raises StartError if QEMU does not come up, or ManagerFailed after a
-    fault of vmspawn; the guest then continues, and another manager can take over the machine.
+    If there is a `job`, the machine ends with it.
+
+    Raises StartError if QEMU does not come up, or ManagerFailed after a fault of vmspawn. A fault during a launch ends
+    the machine. After any other fault the guest continues, and another manager can take over the machine.
     """
     machine = await _start(started, messages)
     if machine is None:

@@ -85,5 +85,5 @@ def _directory(machine: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quote a value. In quotes, ssh reads a backslash before a quote or a backslash as an escape."""
+    """Quote a value. In quotes, a backslash is an escape for ssh only before a quote or another backslash."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -22,7 +22,7 @@ from ..images.snapshot_files import MANIFEST, UNFINISHED, root
 from . import manifest as manifests
 from .manifest import Manifest
 
-#: The file of a warm copy that contains the console's output until the copy was made.
+#: The file of a warm snapshot that contains the console's output until the snapshot was made.
 CONSOLE = "console"
 
 #: The name of a machine's newest disks.

@@ -119,7 +119,10 @@ class NewestDisks:
             os.rename(self._manifest + ".new", self._manifest)
 
     def _descriptors(self, manifest: Manifest) -> dict[int, str]:
-        """Return the files of the command line's descriptors. The machine keeps its writable files."""
+        """Return the files of the command line's descriptors.
+
+        A writable file is the machine's own file, not the copy of it in the snapshot.
+        """
         found = {}
         ram_file = incoming.ram_file(manifest.options)
         for number, name in manifest.descriptors.items():

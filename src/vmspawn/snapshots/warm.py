@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Starts the built-in guest from a copy that has booted (`warm=True`).
+"""Starts the built-in guest from a snapshot of a booted guest, the *warm snapshot* (`warm=True`).
 
-The first start makes the copy (`warm_maker.py`); others that start at the same time wait for it. The cache keeps it
+The first start makes the snapshot (`warm_maker.py`); others that start at the same time wait for it. The cache keeps it
 under a key of everything that it depends on: QEMU's binary, the accelerator and processor, the guest's kernel and
 initramfs, this package, and the machine's configuration without the fields that may differ between copies.
 
@@ -31,7 +31,7 @@ from ..version import VERSION
 from .directory import CONSOLE, OpenSnapshot
 from .fork import start_copy
 
-#: Copies that are kept in the cache. Each takes as much space as its guest has used of its memory, about 100 MB.
+#: Snapshots that are kept in the cache. Each takes as much space as its guest has used of its memory, about 100 MB.
 _KEPT = 8
 
 #: Fields that may differ between a copy and its source.
@@ -43,7 +43,7 @@ _OWN = (
 #: The fields of /proc/cpuinfo that differ between the processors of one host, or change with time.
 _VARYING = ("processor", "cpu MHz", "bogomips", "core id", "physical id", "apicid", "initial apicid", "siblings")
 
-#: Seconds between two checks whether another process has made the copy.
+#: Seconds between two checks whether another process has made the snapshot.
 _LOCK_INTERVAL = 0.05
 
 
@@ -55,7 +55,7 @@ def start(
     detail: Callable[[str], None] = lambda _: None,
     on_begin: Callable[[], None] = lambda: None,
 ) -> Started:
-    """Start a machine from its warm copy, with the arguments of `launch`. Raises what `launch` and `fork` raise."""
+    """Start a machine from its warm snapshot, with the arguments of `launch`. Raises what `launch` and `fork` raise."""
     runtime.prepare_root()
     chosen = choose(config, Reporter(notice, detail))
     if chosen.why_emulated:
@@ -68,7 +68,7 @@ def start(
 
 
 def directory() -> str:
-    """Return the directory of all warm copies."""
+    """Return the directory of all warm snapshots."""
     return os.path.join(cache_directory(), "warm")
 
 
@@ -76,7 +76,7 @@ def directory() -> str:
 
 
 def key(chosen: Choices) -> str:
-    """Return the name of the warm copy for a configuration: a fingerprint of everything that the copy depends on."""
+    """Return the name of the warm snapshot for a configuration: a fingerprint of everything that it depends on."""
     assert chosen.kernel is not None
     files = (os.path.realpath(chosen.binary.path), chosen.kernel.path, chosen.kernel.initrd or "")
     parts = [VERSION, *_package(), repr(shape(chosen.config)), chosen.accelerator, repr(chosen.binary)]
@@ -117,11 +117,11 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.partition("\t")[0].strip() not in _VARYING)
 
 
-# The copy.
+# The snapshot.
 
 
 def _opened(path: str, config: MachineConfig, notice: Callable[[str], None]) -> OpenSnapshot:
-    """Open a warm copy, which is made first if it does not exist. Raises StartError."""
+    """Open a warm snapshot, which is made first if it does not exist. Raises StartError."""
     found = _open(path, notice)
     if found is None:
         os.makedirs(directory(), mode=0o700, exist_ok=True)
@@ -164,20 +164,20 @@ def _locked(path: str) -> Iterator[int]:
 
 
 def _make(path: str, config: MachineConfig, notice: Callable[[str], None], lock: int) -> None:
-    """Make a warm copy at a path. Raises StartError."""
+    """Make a warm snapshot at a path. Raises StartError."""
     from .warm_maker import run_maker, scratch_prefix
 
     notice("booting the built-in guest once, for this warm start and later ones")
     _remove_oldest()
     for name in os.listdir(directory()):
-        # Remove an unusable copy, and the directories of killed makers. No other maker runs: this process has the lock.
+        # Remove an unusable snapshot and the directories of killed makers. No maker runs: this process has the lock.
         if name == os.path.basename(path) or name.startswith(scratch_prefix(path)):
             shutil.rmtree(os.path.join(directory(), name), ignore_errors=True)
     run_maker(path, shape(config)._replace(qemu=config.qemu, kvm=config.kvm), lock)
 
 
 def _remove_oldest() -> None:
-    """Make room for another copy."""
+    """Make room for another snapshot."""
     found = []
     for entry in os.scandir(directory()):
         if os.path.exists(os.path.join(entry.path, MANIFEST)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Boots the built-in guest and saves it, for `warm.py`: `python -m vmspawn.snapshots.warm_maker PATH`.
 
-The maker is a separate process, because the process that needs the copy may run an event loop already.
+The maker is a separate process, because the process that needs the snapshot may run an event loop already.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BOOTED = re.compile(rb"vmspawn-guest: ready.*# (\x1b\[6n)?\Z", re.DOTALL)
 
 
 def run_maker(path: str, config: MachineConfig, lock: int) -> None:
-    """Make a warm copy at a path, in a separate process. Raises StartError.
+    """Make a warm snapshot at a path, in a separate process. Raises StartError.
 
     The process inherits the descriptor `lock`, so the path stays locked if this process is killed meanwhile.
     """
@@ -67,7 +67,7 @@ async def make(path: str, config: MachineConfig) -> None:
 
 
 def scratch_prefix(path: str) -> str:
-    """Return the prefix of the temporary directories in which the copy for a path is made."""
+    """Return the prefix of the temporary directories in which the snapshot for a path is made."""
     return f".{os.path.basename(path)}-"
 
 
@@ -130,9 +130,9 @@ class _Collector:
 
 
 def main() -> None:
-    """Make the copy that the argument and standard input describe."""
+    """Make the snapshot that the argument and standard input describe."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=MachineConfig)
-    # The machine ends with the process that waits for the copy.
+    # The machine ends with the process that waits for the snapshot.
     own = config._replace(name=f"warm-{os.getpid()}", console="headless", die_with_program=True)
     try:
         asyncio.run(make(sys.argv[1], own))

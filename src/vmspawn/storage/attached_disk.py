@@ -26,7 +26,7 @@ ATTACHED_EVENT = "StorageAttached"
 DETACHING_EVENT = "StorageDetaching"
 DETACHED_EVENT = "StorageDetached"
 
-#: Unplug requests after which a guest may never release an NVMe disk.
+#: The number of unplug requests after which messages report that the guest may never release an NVMe disk.
 _STUBBORN = 2
 
 
@@ -136,7 +136,7 @@ class AttachedDisk(Attachment):
 
     @property
     def format(self) -> str:
-        """The image's format. An empty optical drive keeps the format of its last attach."""
+        """The image's format. An empty optical drive has the format that it was attached with."""
         return self.image.format if self.image else self.disk.format or "raw"
 
     @property

@@ -13,8 +13,8 @@ _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 def read_cached(fd: int, length: int, offset: int) -> bytes:
     """Return `length` bytes of a file, as os.pread does. Raises OSError.
 
-    Raises BlockingIOError if a part of them is not in the page cache, at the file's end, or if the file system cannot
-    read without waiting. The caller then calls os.pread in a thread that may wait.
+    Raises BlockingIOError if some of them are not in the page cache or are beyond the file's end, or if the file system
+    cannot read without waiting. The caller then calls os.pread in a thread that may wait.
     """
     if _RWF_NOWAIT is None:
         raise BlockingIOError

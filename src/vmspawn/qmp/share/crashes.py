@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Refuses commands that are sure to crash this QEMU (docs/qemu.md, "Faults").
 
-Each rule asks QEMU whether it has the fault, and whether the machine's state triggers it. A QEMU that refuses the
-command itself sends its own error.
+Each rule asks QEMU whether it has the fault, and whether the machine's state triggers it. A command that QEMU refuses
+anyway is passed on, so that the client gets QEMU's own error.
 
 1. QEMU 11.1 ends in SIGSEGV when it saves an NVMe controller that has no drive of its own. If the controller has
    namespaces, QEMU crashes only until the guest's firmware has enabled the controller; after that, the save fails.

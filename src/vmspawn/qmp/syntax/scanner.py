@@ -138,7 +138,7 @@ class Scanner:
         """Return the chunk's message if it is exactly one that QEMU and msgspec read alike, else None."""
         if self._buffer or self._mode is not _Mode.TOKEN or self._braces or self._brackets:
             return None
-        # Only QEMU refuses 0e5, and the two bytes that UTF-8 never has.
+        # Only QEMU refuses 0e5 and the bytes FE and FF.
         if not chunk.isascii() or b"0e" in chunk or b"0E" in chunk:
             return None
         try:
