@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests snapshots on the disk: the snapshot that a file is part of, the protection of files, and refusals."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from vmspawn.errors import NoSuchSnapshot, SnapshotExists, SnapshotInUse, StartError, UsageError
 from vmspawn.images import snapshot_files
-from vmspawn.snapshots import directory, manifest, merge, open_files, same_host
+from vmspawn.snapshots import directory, manifest, merge, newest, open_files, same_host
 from vmspawn.snapshots.directory import NewFolder, OpenSnapshot
 from vmspawn.snapshots.manifest import Firmware, Manifest, SnapshotFile, Source, State
 from vmspawn.storage import backing
@@ -259,6 +260,25 @@ def test_a_file_without_a_name_gets_one_and_others_are_copied(tmp_path: Path) ->
     assert os.fstat(unnamed).st_ino == (tmp_path / "kept0").stat().st_ino
     os.close(unnamed)
     os.close(memory)
+
+
+def test_a_kept_file_is_replaced_or_stays(tmp_path: Path) -> None:
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    kept.write_text("old")
+    other.write_text("new")
+
+    def fill_the_disk(path: str) -> None:
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(OSError, match="no space"):
+        newest.replace_file(str(kept), fill_the_disk)
+    assert kept.read_text() == "old"
+    # The second time, both are links to one file, which rename(2) would leave in place.
+    for _ in range(2):
+        newest.replace_file(str(kept), lambda path: os.link(other, path))
+        assert kept.read_text() == "new"
+        assert sorted(os.listdir(tmp_path)) == ["kept", "other"]
 
 
 def test_damaged_manifests_are_skipped(folder: Path) -> None:

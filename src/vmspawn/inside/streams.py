@@ -43,7 +43,7 @@ _GUEST_TIMEOUT = 10.0
 
 #: Seconds within which an agent must answer while a manager settles the ports of another manager. A copy on a busy host
 #: without KVM may need more than ten, because QEMU translates all of the guest's code again.
-_SETTLE_TIMEOUT = 30.0
+_SETTLE_TIMEOUT = 15.0
 
 #: Seconds within which the guest must close its ends. The time is short, because other sets wait for their turn.
 _RELEASE_TIMEOUT = 1.0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..boot import incoming
@@ -94,9 +95,8 @@ class NewestDisks:
             return
         for option in manifest.options:
             if option.name in incoming.BOOT_FILES and option.value and not option.value.startswith("/"):
-                kept = os.path.join(self._folder, option.value)
-                _discard(kept)
-                link_or_copy(os.path.join(folder, option.value), kept)
+                source = os.path.join(folder, option.value)
+                replace_file(os.path.join(self._folder, option.value), partial(link_or_copy, source))
         current = manifest._replace(
             name=CURRENT,
             descriptors=self._descriptors(manifest),
@@ -132,9 +132,7 @@ class NewestDisks:
             try:
                 path = path_of_descriptor(fd)
                 if not path:
-                    kept = os.path.join(self._folder, name)
-                    _discard(kept)
-                    keep(fd, kept)
+                    replace_file(os.path.join(self._folder, name), partial(keep, fd))
                 found[number] = path or name
             finally:
                 os.close(fd)
@@ -150,6 +148,19 @@ def _with_overlays(manifest: Manifest, frozen: Sequence[Frozen]) -> dict[str, An
         for each in storage["attachments"]
     ]
     return {**manifest.attachments, "storage": {**storage, "attachments": disks}}
+
+
+def replace_file(path: str, make: Callable[[str], object]) -> None:
+    """Replace a file by the file that `make` makes at a path. If that fails, the old file stays. Raises OSError."""
+    new = path + ".new"
+    # A manager that was killed may have left it.
+    _discard(new)
+    try:
+        make(new)
+        os.rename(new, path)
+    finally:
+        # Of two links to one file, rename(2) leaves both.
+        _discard(new)
 
 
 def _discard(path: str) -> None:
