@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
     def _value(self, name: str, rest: list[str]) -> str:
         """Remove an option's value from the remaining words and return it. Exits if the next word cannot be a value."""
         if not _has_value(rest):
-            # argparse would take the first positional argument, which stands before the option.
+            # argparse would take the first positional argument, because `_sort` puts the options first.
             self.error(str(argparse.ArgumentError(self._option_string_actions[name], "expected one argument")))
         return rest.pop()
 

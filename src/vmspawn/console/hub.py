@@ -122,7 +122,7 @@ class Console:
             self._input.write(data)
 
     def when_input_has_room(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when less than INPUT_MAX waits for the guest, perhaps immediately."""
+        """Call `callback` at once if less than INPUT_MAX is queued for the guest, else when the queue is empty."""
         if self._input.pending < INPUT_MAX:
             callback()
         else:

@@ -291,7 +291,7 @@ def _open_locked(path: str, name: str, *, create: bool = True) -> int:
         try:
             _check_ours(fd, path)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous owner may have removed the directory between open and lock, so compare both.
+            # The previous owner may have removed the directory between open and lock, so compare path and descriptor.
             if os.stat(path).st_ino == os.fstat(fd).st_ino:
                 return fd
         except BlockingIOError:

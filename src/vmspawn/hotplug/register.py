@@ -74,7 +74,7 @@ class Register(Generic[_A]):
     # The journal.
 
     def changed(self, attachment: _A | None = None) -> None:
-        """Mark an attachment's record as outdated, or with None all records."""
+        """Update an attachment's record, or with None all records, without writing the journal."""
         if attachment is None:
             self._records.clear()
         elif self._attachments.get(attachment.name) is attachment:

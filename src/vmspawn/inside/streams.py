@@ -319,7 +319,7 @@ class Streams:
         return True
 
     def close(self) -> None:
-        """Close the client's ends of all streams, even of those being connected. Callers of `take` get NotConnected."""
+        """Close the streams of idle sets and of sets being connected. Callers of `take` get NotConnected."""
         self._is_closed = True
         for each in self._idle:
             each.close()

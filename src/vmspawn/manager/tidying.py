@@ -10,9 +10,9 @@ from ..snapshots import directory, merge
 
 
 def tidy_disks(machine: Running, messages: Messages) -> None:
-    """Remove overlays and snapshots of copies that only this machine needed, and report failures.
+    """Remove unused snapshots that were made for copies, and merge overlays into images that no snapshot needs.
 
-    Also reports that snapshots still need the machine's disks.
+    Reports failures, and prints a notice if snapshots still need the machine's disks.
     """
     source = machine.fork.snapshot.partition("@")[0] if machine.fork is not None else machine.name
     failures = merge.after_end(machine.name, source)

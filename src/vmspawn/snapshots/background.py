@@ -90,7 +90,7 @@ def check(names: Sequence[str], options: CopyOptions) -> None:
 def start_copies(full_name: str, names: Sequence[str], options: CopyOptions, *, timeout: float) -> list[str]:
     """Start copies of a snapshot at once, and wait until all of them run. A copy that fails does not end the others.
 
-    Returns the names of the copies whose clock no agent in the guest has set, so that it shows the time of the save.
+    Returns the names of the copies whose clock shows the time of the save, because no agent in the guest has set it.
     Raises UsageError, StartError, Timeout.
     """
     check(names, options)

@@ -36,7 +36,7 @@ def _displacing_file(graph: BlockGraph, image: Image) -> str | None:
 
 
 def describe(graph: BlockGraph, attached: AttachedDisk, node: str) -> str:
-    """Return the message about a disk whose image `node` has replaced."""
+    """Return the message about a disk whose image was replaced by `node`."""
     return f"{attached.name} uses {graph.file(node)}, which a QMP client has put in the place of its image"
 
 
