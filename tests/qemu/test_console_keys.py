@@ -46,9 +46,12 @@ def shows(tty: Tty, pattern: bytes) -> Callable[[float], object]:
     return lambda seconds: tty.expect(pattern, timeout=seconds)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def machine(options: tuple[str, ...]) -> Iterator[Seated]:
-    """Run a machine whose guest ignores the power button."""
+    """Run a machine whose guest ignores the power button.
+
+    Each test has its own machine, because a key that was ignored for ten seconds then ends the machine.
+    """
     with seated(*options) as running:
         running.expect(rb"is running[^\n]*\n")
         running.wait_until_raw()
