@@ -69,7 +69,7 @@ def delivery(agent: bytes) -> dict[str, bytes]:
     """Return the credentials, by their names, that deliver the agent to an image without one.
 
     Compression halves the agent's size in SMBIOS tables. Higher levels would take ten times as long, and save 3 % more.
-    The drop-in starts the unit, however the kernel is booted.
+    The drop-in starts the unit whether the kernel is booted directly or by firmware.
     """
     start = _COPY.format(credential=AGENT_CREDENTIAL, path=_RUN_PATH)
     return {

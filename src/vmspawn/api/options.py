@@ -84,7 +84,10 @@ class MachineOptions(TypedDict, total=False):
 
 
 class CopyOptions(TypedDict, total=False):
-    """The fields of MachineConfig that may differ between a copy and its source. The copy has no other forwards."""
+    """The fields of MachineConfig that may differ between a copy and its source.
+
+    The copy has the forwards in `forwards`, and none of its source's.
+    """
 
     console: Literal["interactive", "read-only", "gui", "headless"]
     console_log: StrPath | None

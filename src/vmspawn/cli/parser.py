@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.headings: dict[str, list[str]] = {}
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """Add an argument, as argparse does. An argument with nargs="*" is optional in messages too."""
+        """Add an argument, as argparse does. Messages do not list an argument with nargs="*" as required."""
         if settings.get("nargs") == "*" and names and not names[0].startswith("-"):
             settings.setdefault("default", [])
         return super().add_argument(*names, **settings)
@@ -197,7 +197,7 @@ def _is_option(word: str) -> bool:
 
 
 def _has_value(rest: list[str]) -> bool:
-    """Return whether the next word is the value of the option before it: any word that cannot be an option."""
+    """Return whether the next word can be the value of an option: it has no leading dash, or contains a space."""
     return bool(rest) and (not _is_option(rest[-1]) or " " in rest[-1])
 
 

@@ -10,8 +10,13 @@ from ..aio.waiting import first_of
 from ..host.process import Process
 from .helper import Helper
 
-#: Seconds to wait for QEMU's exit after a helper's exit. Helpers exit with QEMU, and either exit may be noticed first.
+#: Seconds to wait for QEMU's exit after a helper's failure. Both may have been killed, and either exit may be noticed
+#: first.
 _GRACE = 2.0
+
+#: Seconds to wait for QEMU's exit after a helper's exit with status 0: helpers do that when QEMU has disconnected. On a
+#: busy host, QEMU then needs some seconds to exit.
+_GRACE_AFTER_DISCONNECT = 15.0
 
 
 class Watch:
@@ -29,7 +34,7 @@ class Watch:
             await qemu.ended.wait()
             return ""
         await first_of(qemu.ended, *(process.ended for _, process in self._watched))
-        await first_of(qemu.ended, timeout=_GRACE)
+        await first_of(qemu.ended, timeout=_GRACE if self.failed() else _GRACE_AFTER_DISCONNECT)
         if qemu.ended.is_set():
             return ""
         lost = self._describe(lambda process: process.ended.is_set())

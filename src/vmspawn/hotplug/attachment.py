@@ -110,7 +110,7 @@ class Attachment(ABC):
 
     @property
     def is_whole(self) -> bool:
-        """True if the attachment is complete when its device exists."""
+        """True if the existence of the device proves that the attachment is complete."""
         return True
 
     @property

@@ -31,8 +31,8 @@ _BANNER = b"SSH-"
 #: Seconds within which a server must send its banner. QEMU keeps the connection of a guest that was reset meanwhile.
 _BANNER_TIMEOUT = 30.0
 
-#: Prints the state of the boot whenever it changes. The second case is the built-in guest, whose commands run in its
-#: own root or in a directory of the host.
+#: Prints the state of the boot whenever it changes. `elif` is for the built-in guest: the first file
+#: exists if commands run in its own root, the second one if they run in a directory of the host.
 _BOOTED = """
 while :; do
     if [ -d /run/systemd/system ]; then

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lets devices that QEMU cannot save wait before they are plugged in, if a QMP session is about to save the state.
+"""Delays the plugging in of a device that QEMU cannot save, while a QMP session is about to save the state.
 
 Once a migration has begun, QEMU itself refuses `device_add` (docs/qemu.md, "Saving and loading state").
 """
@@ -31,12 +31,12 @@ class Saving:
         return bool(self._coming)
 
     def begin(self) -> None:
-        """Mark the beginning of a check and a save of the state; `end` marks their end."""
+        """Mark that a session begins to check whether QEMU can save the state, and then to save it."""
         self._savers += 1
         self._is_free.clear()
 
     def end(self) -> None:
-        """Mark the end of the check and the save."""
+        """Mark the end of what `begin` began."""
         self._savers -= 1
         if not self._savers:
             self._is_free.set()

@@ -182,7 +182,7 @@ class Controllers:
             await self._wait_gone(name)
             if self._register.get(name) is not None:
                 return
-            # QEMU 11.1 crashes when it saves the state of the controller of namespaces.
+            # The new controller has no namespaces yet, and QEMU 11.1 would crash if it saved the state now.
             can_be_saved = name != NAMESPACE_CONTROLLER
             async with contextlib.nullcontext() if can_be_saved else self._hotplug.saving.device_comes():
                 await self._hotplug.attach(Controller(name, self._take_place(disk, name), self._layout.pci))
