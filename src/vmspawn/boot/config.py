@@ -236,7 +236,7 @@ def _check_boot(config: MachineConfig) -> None:
 
 _LEAVE_ONE_OUT = "leave out one of them"
 
-#: Fields that exclude a start from a booted copy: the copy would lack these objects, or could not be saved.
+#: Fields that exclude `warm`: a copy of the booted guest would lack these objects, or the guest could not be saved.
 _NOT_WARM = ("image", "extra_disks", "volumes", "qemu_arguments", "linux", "directory", "forwards")
 
 
@@ -297,7 +297,7 @@ def _check_uuid(text: str) -> None:
 
 
 def _default_name(config: MachineConfig) -> str:
-    """Return the name of the file that boots without its suffix, as systemd-vmspawn does."""
+    """Return the name, without its suffix, of the file that boots. systemd-vmspawn does the same."""
     source = config.image or (config.directory or "").rstrip("/") or config.linux or config.guest or ""
     stem = os.path.basename(source)
     for suffix in (".raw", ".img", ".qcow2"):

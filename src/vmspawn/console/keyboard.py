@@ -112,5 +112,5 @@ class Keyboard:
             self._timer = self._loop.call_at(hotkeys.deadline, self._expire, hotkeys, hotkeys.deadline)
 
     def _expire(self, hotkeys: Hotkeys, deadline: float) -> None:
-        # The event loop may call early by its clock's resolution.
+        # The event loop may call this too early, by up to the resolution of its clock.
         self._type(hotkeys, [hotkeys.expire(max(self._loop.time(), deadline))])

@@ -137,7 +137,7 @@ async def register(registration: Registration, candidate: Candidate, notice: Cal
 
 
 async def _forget_former(path: str, candidate: Candidate) -> None:
-    """Unregister this QEMU if a dead manager registered it, because machined takes the manager for its supervisor.
+    """Unregister this QEMU if a dead manager registered it: machined records that manager as the machine's supervisor.
 
     Raises VmspawnError if machined does not run.
     """

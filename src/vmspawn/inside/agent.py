@@ -6,9 +6,9 @@ There are four cases for how a session begins:
 1. The agent is not up yet: `sync` waits in the port until the agent opens it.
 2. The agent is up: it answers `sync` with the nonce.
 3. The agent or the guest was restarted: the agent sends `ready` without a nonce, and gets `sync` again.
-4. The answer to `sync` is lost: it is sent again after a while. In a copy, the guest's kernel notices only some time
-   after the start that the source's manager has disconnected and the copy's has connected. The agent cannot send in
-   between, but it reads.
+4. The answer to `sync` is lost: `sync` is sent again after a while. In a copy, some time passes before the guest's
+   kernel notices that the source's manager has disconnected and the copy's manager has connected. In between, the
+   agent can receive, but not send.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Agent:
         while self.heard == before:
             # The guest may be reset meanwhile, which closes the connection.
             await self.ready()
-            # A guest that does not read gets no second ping before the first.
+            # No second ping is sent before the guest has received the first.
             if self._writer is not None and not self._writer.pending:
                 self.send(protocol.ping("answer"))
             await first_of(self._next_message, timeout=_PING_INTERVAL)
@@ -185,7 +185,7 @@ class Agent:
         self._questions.append(asked)
         try:
             while not counted.done():
-                # A guest that does not read gets no second question before the first.
+                # The question is not sent again before the guest has received it.
                 if self._writer is not None and not self._writer.pending:
                     self.send(question)
                 await asyncio.wait({counted}, timeout=_ASK_AGAIN)

@@ -83,7 +83,7 @@ def check(names: Sequence[str], options: CopyOptions) -> None:
     """Raise UsageError or StartError for copies that cannot be started."""
     options.check(len(names))
     for name in names:
-        # The error of a manager would advise an option that vmctl fork does not have.
+        # Checked here, because a manager's own error would advise an option that vmctl fork does not have.
         MachineDirectory.create(name).remove()
 
 

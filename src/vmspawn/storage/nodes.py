@@ -96,7 +96,7 @@ def format_node(image: Image, disk: Disk) -> dict[str, object]:
 
 
 def blank_node(identifiers: Identifiers) -> dict[str, object]:
-    """Return the options of the blank node with which an empty optical drive is plugged in, by the pivot's name."""
+    """Return the options of the blank node with which an empty optical drive is plugged in. It has the pivot's name."""
     return {"driver": "null-co", "node-name": identifiers.pivot, "size": 0, "read-only": True, "read-zeroes": True}
 
 
