@@ -6,8 +6,12 @@ import concurrent.futures
 import inspect
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -92,6 +96,48 @@ def test_an_interrupted_call_is_cancelled_and_cleans_up_first() -> None:
     thread.join()
 
 
+@pytest.mark.parametrize("run", [call, finish])
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_an_interruption_between_any_two_instructions_leaves_no_lock_behind(run: Callable[..., object]) -> None:
+    """The interruption comes before the nth instruction of this thread, for each n until the call ends before it."""
+    count = left = 0
+    begun: list[int] = []
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        begun.append(number)
+        try:
+            await asyncio.sleep(0.001)
+        finally:
+            ended.append(number)
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if left < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    while True:
+        left = count
+        started = time.monotonic()
+        sys.settrace(trace)
+        try:
+            run(work(count))
+            break
+        except KeyboardInterrupt:
+            count += 1
+        finally:
+            sys.settrace(None)
+        assert time.monotonic() - started < 10.0, f"interrupted before instruction {count}"
+    assert count > 50
+    # A coroutine that has begun has ended by now, and the next call works.
+    call(asyncio.sleep(0))
+    assert begun == ended
+
+
 def test_a_cancelled_call_wakes_those_who_wait_for_its_end() -> None:
     started = threading.Event()
 
@@ -102,7 +148,9 @@ def test_a_cancelled_call_wakes_those_who_wait_for_its_end() -> None:
     running = Call(work()).start()
     started.wait()
     running.cancel()
-    assert concurrent.futures.wait([running.future], timeout=0).done == {running.future}
+    assert running.is_done
+    with pytest.raises(concurrent.futures.CancelledError):
+        running.result()
 
 
 def test_a_call_that_is_cancelled_before_its_start_never_starts() -> None:
@@ -113,7 +161,7 @@ def test_a_call_that_is_cancelled_before_its_start_never_starts() -> None:
 
     running = Call(work())
     running.cancel()
-    assert concurrent.futures.wait([running.start().future], timeout=0).done
+    assert running.start().is_done
     assert not started
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import math
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from types import TracebackType
@@ -62,6 +64,8 @@ _abandoned: list[_Background] = []
 def background() -> _Background:
     """Return the background thread of this process, and start it if necessary."""
     global _background
+    if _background is not None:
+        return _background
     with _lock:
         if _background is None:
             _background = _Background()
@@ -80,6 +84,31 @@ def _forget() -> None:
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget)
 
 
+class _End:
+    """The end of a call, for which one thread waits.
+
+    An interruption (Ctrl-C) inside threading's and concurrent.futures' waits may leave their locks locked; then the
+    event loop would block for ever. No lock here protects anything: one is released at the end.
+    """
+
+    def __init__(self) -> None:
+        self.is_reached = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def reach(self) -> None:
+        """Wake the waiting thread. May be called once."""
+        self.is_reached = True
+        self._lock.release()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for up to `timeout` seconds. Returns whether the end is reached."""
+        deadline = time.monotonic() + timeout
+        while not self.is_reached and (left := deadline - time.monotonic()) > 0:
+            self._lock.acquire(timeout=min(left, _SIGNAL_INTERVAL))
+        return self.is_reached
+
+
 class Call(Generic[_T]):
     """A coroutine that runs in the background from `start` on.
 
@@ -96,7 +125,14 @@ class Call(Generic[_T]):
             )
         self._work = work
         self._task: asyncio.Task[_T] | None = None
+        self._end = _End()
+        #: The result. A thread that may be interrupted must not wait for it.
         self.future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    @property
+    def is_done(self) -> bool:
+        """True if the coroutine has ended, or will not begin."""
+        return self._end.is_reached
 
     def start(self) -> Self:
         """Start the coroutine, unless it is started already."""
@@ -104,27 +140,26 @@ class Call(Generic[_T]):
         return self
 
     def _begin(self) -> None:
-        if self._task is None and not self.future.done():
+        if self._task is None and not self._end.is_reached:
             self._task = self._owner.loop.create_task(self._work)
             self._task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[_T]) -> None:
-        if task.cancelled():
-            self._give_up()
-        elif error := task.exception():
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(task.result())
+        try:
+            if task.cancelled():
+                self.future.cancel()
+            elif error := task.exception():
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(task.result())
+        finally:
+            # Here in the event loop's thread: Python ignores an interruption while asyncio's set of tasks forgets one.
+            self._task = None
+            self._end.reach()
 
-    def _give_up(self) -> None:
-        self.future.cancel()
-        # Only this wakes the callers of concurrent.futures.wait().
-        self.future.set_running_or_notify_cancel()
-
-    def wait(self) -> None:
-        """Wait for the coroutine's end."""
-        while not concurrent.futures.wait([self.future], timeout=_SIGNAL_INTERVAL).done:
-            pass
+    def wait(self, timeout: float = math.inf) -> bool:
+        """Wait for the coroutine's end, for up to `timeout` seconds. Returns whether it has ended."""
+        return self._end.wait(timeout)
 
     def result(self) -> _T:
         """Wait for the coroutine's end, and return its result. Raises what the coroutine raised."""
@@ -134,14 +169,15 @@ class Call(Generic[_T]):
     def cancel(self) -> None:
         """Cancel the coroutine, and give it time to clean up."""
         self._owner.loop.call_soon_threadsafe(self._cancel)
-        concurrent.futures.wait([self.future], timeout=_CANCEL_TIMEOUT)
+        self.wait(_CANCEL_TIMEOUT)
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
-        elif not self.future.done():
+        elif not self._end.is_reached:
             self._work.close()
-            self._give_up()
+            self.future.cancel()
+            self._end.reach()
 
 
 def call(work: Coroutine[Any, Any, _T]) -> _T:
@@ -154,7 +190,7 @@ def call(work: Coroutine[Any, Any, _T]) -> _T:
         error.__traceback__ = None
         raise
     finally:
-        if not running.future.done():
+        if not running.is_done:
             running.cancel()
 
 
@@ -164,7 +200,7 @@ def finish(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         return running.start().result()
     except BaseException:
-        if not running.future.done():
+        if not running.is_done:
             running.start().wait()
         raise
 
@@ -281,8 +317,7 @@ def _end_open() -> None:
         return
     for machine in tuple(_background.open):
         with suppress(Exception):
-            running = Call(machine._inner.__aexit__(None, None, None)).start()
-            running.future.result(timeout=_EXIT_TIMEOUT)
+            Call(machine._inner.__aexit__(None, None, None)).start().wait(_EXIT_TIMEOUT)
 
 
 atexit.register(_end_open)
