@@ -171,6 +171,48 @@ async def test_an_ephemeral_image_stays_unchanged_in_copies(qemu: str, tmp_path:
             assert "image-below" in await nodes(third)
 
 
+async def test_the_image_of_an_ephemeral_machine_goes_with_its_last_snapshot(qemu: str, tmp_path: Path) -> None:
+    """The image has no name but those in the snapshots' directories."""
+    image, path = make_raw(tmp_path / "image", 1 << 20), make_raw(tmp_path / "disk")
+    async with idle_machine(qemu, tmp_path, image=str(image), ephemeral=True) as machine:
+        await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
+        first, second = await machine.snapshot(), await machine.snapshot()
+        await write(machine, machine.disk("disk").device, 0)
+        await second.remove()
+    async with first.fork() as copy:
+        assert "image-below" in await nodes(copy)
+    await first.remove()
+    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    assert path.read_bytes()[:4096] == b"\1" * 4096
+    assert image.read_bytes() == bytes(1 << 20)
+
+
+async def test_an_image_without_a_name_is_not_written_to_while_a_snapshot_needs_it(qemu: str, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "image", 1 << 20)
+    options = {"image": str(image), "ephemeral": True, "image_disk_type": "virtio-scsi"}
+    async with idle_machine(qemu, tmp_path, **options) as machine:
+        snapshot = await machine.snapshot()
+        before = unnamed_image(snapshot)
+        await write(machine, machine.disk("image").device, 0)
+    assert f"{machine.name}@{directory.CURRENT}" in snapshot_files.names()
+    assert unnamed_image(snapshot) == before
+    await snapshot.remove()
+    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+
+
+def unnamed_image(snapshot: Snapshot) -> bytes:
+    """Return the content of the machine's first image, which had no name before the snapshot."""
+    return Path(directory.path_of(snapshot.name), "image0").read_bytes()
+
+
+async def test_copies_of_an_ephemeral_machine_leave_nothing_behind(qemu: str, tmp_path: Path) -> None:
+    image = make_raw(tmp_path / "image", 1 << 20)
+    source = idle_machine(qemu, tmp_path, image=str(image), ephemeral=True)
+    async with source as machine, machine.fork() as copy:
+        assert copy.name
+    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+
+
 async def test_memory_in_a_file_is_mapped_by_copies_and_left_out_of_the_state(qemu: str, tmp_path: Path) -> None:
     # SeaBIOS prints to the serial port, so that the test sees that it has written to the memory.
     speaking = ("-machine", "graphics=off")

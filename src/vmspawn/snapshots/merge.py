@@ -114,12 +114,13 @@ def _set_paths(chains: Iterable[list[Image]], manifest: Manifest) -> None:
 
 
 def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
-    """Return whether no other snapshot needs the images, and no QEMU uses one of them."""
+    """Return whether no other snapshot needs the images, by whichever name, and no QEMU uses one of them."""
     paths = {image.path for chain in chains for image in chain}
-    needed = {
-        entry["path"] for name, found in snapshot_files.manifests() if name != full_name for entry in found["files"]
-    }
-    return not paths & needed and not any(map(is_locked, paths))
+    needed = [each for name, found in snapshot_files.manifests() if name != full_name for each in found["files"]]
+    if paths & {each["path"] for each in needed} or any(map(is_locked, paths)):
+        return False
+    identities = {(found.st_dev, found.st_ino) for found in map(os.stat, paths)}
+    return not identities & {(each["device"], each["inode"]) for each in needed}
 
 
 def _expect_changes(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> None:

@@ -95,16 +95,24 @@ class NewestDisks:
             return
         for option in manifest.options:
             if option.name in incoming.BOOT_FILES and option.value and not option.value.startswith("/"):
-                source = os.path.join(folder, option.value)
-                replace_file(os.path.join(self._folder, option.value), partial(link_or_copy, source))
+                self._keep(folder, option.value)
+        # Images without a name have one in each snapshot's directory. MACHINE@current outlives the snapshots.
+        own = path_of(manifest.full_name)
+        moved = {
+            path: self._keep(folder, os.path.basename(path))
+            for path in manifest.images.values()
+            if os.path.dirname(path) == own
+        }
+        images = {number: moved.get(path, path) for number, path in manifest.images.items()}
+        files = (each._replace(path=moved.get(each.path, each.path)) for each in manifest.files)
         current = manifest._replace(
             name=CURRENT,
             descriptors=self._descriptors(manifest),
             is_temporary=False,
             parent=manifest.full_name,
             attachments=_with_overlays(manifest, frozen),
-            images=manifest.images | {each.overlay.number: each.overlay.path for each in frozen},
-            files=(*manifest.files, *(SnapshotFile.growing(each.overlay.path) for each in frozen)),
+            images=images | {each.overlay.number: each.overlay.path for each in frozen},
+            files=(*files, *(SnapshotFile.growing(each.overlay.path) for each in frozen)),
             state=None,
         )
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -112,6 +120,12 @@ class NewestDisks:
             file.write(current.to_json())
             file.flush()
             os.fsync(file.fileno())
+
+    def _keep(self, folder: str, name: str) -> str:
+        """Keep a file of the new snapshot, which is in `folder`, for MACHINE@current too. Returns its path there."""
+        kept = os.path.join(self._folder, name)
+        replace_file(kept, partial(link_or_copy, os.path.join(folder, name)))
+        return kept
 
     def publish(self) -> None:
         """Put the written manifest in place, once the disks use the overlays. Raises OSError."""
