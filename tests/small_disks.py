@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MIB = 1 << 20
+from tests.conftest import MIB
 
 #: The unit in which tmpfs counts space.
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -38,19 +38,29 @@ class SmallDisk:
 
 
 @contextlib.contextmanager
-def small_disk(mount: Path, size: int = 256 * MIB) -> Iterator[SmallDisk]:
-    """Mount a file system in memory. Skips the test if this user cannot."""
+def mounted(folder: Path, size: int, *, is_lazy: bool = False) -> Iterator[Path]:
+    """Mount a file system of `size` bytes in memory. Skips the test if this user cannot.
+
+    `is_lazy` is for a file system that is still in use at the end of the test.
+    """
     if os.geteuid() != 0:
         pytest.skip("only root mounts a small file system")
-    mount.mkdir()
-    if not _ran("mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(mount)):
+    folder.mkdir()
+    if not _ran("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "none", str(folder)):
         pytest.skip("mount(8) is refused")
     try:
+        yield folder
+    finally:
+        assert _ran("umount", *(["--lazy"] if is_lazy else []), str(folder))
+
+
+@contextlib.contextmanager
+def small_disk(mount: Path, size: int = 256 * MIB) -> Iterator[SmallDisk]:
+    """Mount a file system in memory that can be filled. Skips the test if this user cannot."""
+    with mounted(mount, size):
         found = SmallDisk(mount)
         found.folder.mkdir(mode=0o700)
         yield found
-    finally:
-        assert _ran("umount", str(mount))
 
 
 def _ran(*command: str) -> bool:

@@ -15,6 +15,7 @@ from tests.commands import vmctl
 from tests.conftest import MIB, make_raw
 from tests.machines import Machine, fresh_name
 from tests.shell import Shell
+from tests.small_disks import mounted
 from vmspawn import Disk
 from vmspawn.control.server import ControlServer, build_registry
 from vmspawn.errors import BadConfig
@@ -126,13 +127,8 @@ async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a file system of 8 MiB. `grow` enlarges it."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "none", str(folder)], check=False)
-    if done.returncode != 0:
-        pytest.skip("only root can mount a file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "small", 8 * MIB, is_lazy=True) as folder:
+        yield folder
 
 
 def grow(folder: Path) -> None:

@@ -2,7 +2,6 @@
 """Tests a lack of room: for unread events, and in the runtime directory."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.conftest import MIB, make_raw
 from tests.machines import Snapshot, idle_machine
+from tests.small_disks import mounted
 from vmspawn import Disk, Event, MachineConfig
 from vmspawn.boot.adopt import adopt
 from vmspawn.errors import SystemFailure
@@ -37,14 +37,9 @@ async def test_a_slow_reader_learns_that_events_are_lost(qemu: str, tmp_path: Pa
 @pytest.fixture
 def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Mount a file system of 1 MiB as the runtime directory."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M,mode=0700", "none", str(folder)], check=False)
-    if done.returncode != 0:
-        pytest.skip("only root can mount a file system")
-    monkeypatch.setenv("VMSPAWN_RUNTIME_DIR", str(folder))
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "run", 1 << 20, is_lazy=True) as folder:
+        monkeypatch.setenv("VMSPAWN_RUNTIME_DIR", str(folder))
+        yield folder
 
 
 async def test_a_change_that_cannot_be_journaled_is_not_made(qemu: str, tmp_path: Path, small_root: Path) -> None:

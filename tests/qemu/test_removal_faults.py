@@ -2,8 +2,6 @@
 """Tests removals of snapshots that die or fail at each step: the newest data of the disks is never lost."""
 
 import asyncio
-import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +18,7 @@ from tests.copies import left
 from tests.machines import fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from tests.qemu.test_snapshots import write
+from tests.small_disks import small_disk
 from vmspawn import Disk
 from vmspawn.errors import NoSuchSnapshot, SystemFailure, VmspawnError
 from vmspawn.images import snapshot_files
@@ -137,33 +136,18 @@ async def test_qemu_dies_at_each_step_of_a_merge(ended: Ended, monkeypatch: pyte
     raise AssertionError("the merge never came to its end")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system")
 async def test_the_disk_of_the_images_is_full(qemu: str, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2M,mode=0700", "none", str(small)]
-    if (await asyncio.to_thread(subprocess.run, mount, check=False)).returncode:
-        pytest.skip("mount(8) is refused")
-    try:
-        path = make_raw(small / "disk", 1 << 20)
+    with small_disk(tmp_path / "small", 2 << 20) as small:
+        path = make_raw(small.folder / "disk", 1 << 20)
         async with idle_machine(qemu, tmp_path) as machine:
             await machine.attach(Disk(str(path), bus="virtio-scsi"))
             snapshot = await machine.snapshot("s")
             await write(machine, machine.disk("disk").device, 0)
-        await asyncio.to_thread(fill, small / "filler")
+        small.fill()
         with pytest.raises(VmspawnError, match="stay on overlays") as caught:
             await snapshot.remove()
         assert "No space left" in str(caught.value)
-        (small / "filler").unlink()
+        small.empty()
         await asyncio.to_thread(removal.remove, f"{machine.name}@{CURRENT}")
         assert path.read_bytes()[:4096] == bytes([1]) * 4096
         assert not [each for each in left() if machine.name in each]
-    finally:
-        await asyncio.to_thread(subprocess.run, ["umount", str(small)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write a file that takes all of the rest of its file system."""
-    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))

@@ -377,11 +377,10 @@ class _Copy:
         ]
         numbers = [each.number for each in overlays.values()]
         attachments["storage"]["next"] = max([int(attachments["storage"]["next"]), *(each + 1 for each in numbers)])
-        folder = self._folder
         names = {number: os.path.join(self._snapshot.path, path) for number, path in manifest.descriptors.items()}
         # A machine that boots begins with empty memory.
         names.pop(incoming.ram_file(manifest.options), None)
-        names |= {number: os.path.join(folder, path) for number, path in self._own_files.items()}
+        names |= {number: os.path.join(self._folder, path) for number, path in self._own_files.items()}
         # The new manifest needs these files of the snapshot, which therefore cannot be removed.
         boot_files = [self._with_path(option).value or "" for option in manifest.options if option.name in BOOT_FILES]
         shared = [path for path in (*names.values(), *boot_files) if os.path.dirname(path) == self._snapshot.path]
@@ -399,7 +398,7 @@ class _Copy:
             files=(*manifest.files, *map(SnapshotFile.growing, [*(each.path for each in overlays.values()), *shared])),
             state=None,
         )
-        path = os.path.join(folder, snapshot_files.MANIFEST)
+        path = os.path.join(self._folder, snapshot_files.MANIFEST)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._owned.undo.callback(os.unlink, path)
         with open(fd, "wb") as file:
