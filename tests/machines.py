@@ -172,7 +172,8 @@ async def unchanged(machine: Machine) -> AsyncIterator[None]:
     """Check that the block leaves nothing behind in the machine."""
     before = await Snapshot.take(machine)
     yield
-    assert await Snapshot.take(machine) == before
+    after = await Snapshot.take(machine)
+    assert after == before, f"{after} differs from {before}"
 
 
 # QEMU creates event descriptors and rings for its threads on their first use.

@@ -4,6 +4,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -250,18 +251,23 @@ async def test_a_device_removed_by_raw_qmp_detaches_its_disk(machine: Machine, t
 
 async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "disk"))
-    for turns in range(12):
-        task = asyncio.create_task(machine.attach(Disk(path, bus="virtio-scsi")))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait({task})
-        if not task.cancelled():
-            await machine.detach("disk")
-        for each in machine.storage:
-            if each.unwinding is not None:
-                await asyncio.wait({each.unwinding})
-    # A thread that reads the image closes its descriptor late.
+    loop = asyncio.get_running_loop()
+    # A thread opens the image, and cannot be stopped. At the end of this block, all threads have ended.
+    with ThreadPoolExecutor() as threads:
+        loop.set_default_executor(threads)
+        for turns in range(12):
+            task = asyncio.create_task(machine.attach(Disk(path, bus="virtio-scsi")))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                await machine.detach("disk")
+            for each in machine.storage:
+                if each.unwinding is not None:
+                    await asyncio.wait({each.unwinding})
+        loop.set_default_executor(ThreadPoolExecutor())
+    # The event loop closes the image that a thread has opened in vain.
     async with asyncio.timeout(DEADLINE):
         while path in links_of(os.getpid()):  # noqa: ASYNC110 (nothing reports it)
             await asyncio.sleep(0.01)
