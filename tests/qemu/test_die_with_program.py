@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMSPAWN
+from tests.commands import DEADLINE, VMSPAWN, vmctl
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone
 from vmspawn.host import runtime
@@ -19,6 +19,15 @@ from vmspawn.host import runtime
 PROGRAM = """
 import asyncio, os, signal, sys, threading
 from vmspawn import Machine
+from vmspawn.host.runtime import MachineDirectory
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[4] == "before the directory":
+    MachineDirectory.create = killed
+elif sys.argv[4] == "after the directory":
+    MachineDirectory.listen = killed
 
 async def run(name, qemu, image, how):
     options = dict(name=name, qemu=qemu, image=image, ram=64 << 20, console="headless", ephemeral=True)
@@ -111,6 +120,37 @@ def test_a_program_that_is_killed_while_its_machine_starts(start: Start, moment:
         program.kill()
         program.wait(timeout=DEADLINE)
         nothing_left(name)
+
+
+@pytest.mark.parametrize("how", ["before the directory", "after the directory"])
+def test_a_program_that_is_killed_beside_the_making_of_the_directory(start: Start, how: str) -> None:
+    name = fresh_name()
+    with start(name, how) as program:
+        assert program.wait(timeout=DEADLINE) == -signal.SIGKILL
+        nothing_left(name)
+
+
+def test_a_killed_program_leaves_an_older_machine_of_the_name_alone(start: Start, qemu: str, tmp_path: Path) -> None:
+    name = fresh_name()
+    image = make_raw(tmp_path / "older", 1 << 20)
+    command = [*VMSPAWN, f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "-M", name]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as manager:
+        assert manager.stderr is not None
+        assert any("is running" in line for line in manager.stderr)
+        manager.kill()
+    try:
+        (older,) = processes_of(name)
+        with start(name, "before the directory") as program:
+            assert program.wait(timeout=DEADLINE) == -signal.SIGKILL
+        deadline = time.monotonic() + DEADLINE
+        while len(processes_of(name)) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert processes_of(name) == [older]
+        assert not is_gone(name)
+    finally:
+        vmctl("adopt", name)
+        vmctl("terminate", name)
 
 
 @pytest.mark.parametrize("victim", ["parent", "manager"])

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 
 from ..aio.sockets import listen
 from ..errors import StartError, SystemFailure
-from ..host import consolelog, fifos, runtime, scope, watcher
+from ..host import consolelog, fifos, runtime, scope
 from ..host.consolelog import ConsoleLog
 from ..host.descriptor import Descriptor
 from ..host.runtime import MachineDirectory
@@ -26,6 +26,7 @@ from ..log import debug
 from . import cloud_init, console, ssh_key
 from .commandline import Inherited, command_line
 from .config import MachineConfig
+from .directory import make_directory
 from .disks import open_boot_disks
 from .extras import Owned
 from .plan import Plan, Reporter, choose, make_plan
@@ -83,10 +84,7 @@ def launch(
     with ExitStack() as undo:
         owned = Owned(undo, undo.enter_context(ExitStack()))
         transcript = open_transcript(config.console_log, undo)
-        directory = MachineDirectory.create(config.name or "")
-        undo.callback(directory.remove)
-        directory.listen()
-        watcher_pid = start_watcher(config, directory, undo)
+        directory, watcher = make_directory(config, undo)
         ssh_key.make(config, directory)
         chosen = chosen._replace(config=cloud_init.with_seed(chosen.config, directory))
         disks = open_boot_disks(chosen.config, chosen.layout, directory.path)
@@ -95,25 +93,10 @@ def launch(
         if chosen.why_emulated:
             notice(f"no KVM ({chosen.why_emulated}), so the guest is emulated and slow")
         plan = make_plan(chosen, disks, directory, report, owned)
-        started = start(plan, directory, transcript, owned)._replace(watcher=watcher_pid)
+        started = start(plan, directory, transcript, owned)._replace(watcher=watcher)
         owned.lent.close()
         undo.pop_all()
     return started
-
-
-def start_watcher(config: MachineConfig, directory: MachineDirectory, undo: ExitStack, parent: int = 0) -> int:
-    """Start the process that ends the machine if this program or its parent dies; returns 0 if no process is needed.
-
-    `parent` is the process that the machine must not outlive, if that is not this program's parent.
-    """
-    parent = parent or (os.getppid() if config.die_with_parent else 0)
-    if not (config.die_with_program or parent):
-        return 0
-    processes = (os.getpid(), parent) if parent else (os.getpid(),)
-    with open(os.devnull, "wb") as nowhere:
-        pid = spawn(watcher.command(directory.path, runtime.FILES, processes), keep=[], log=nowhere.fileno())
-    undo.callback(kill_child, pid)
-    return pid
 
 
 def check_display(config: MachineConfig) -> None:

@@ -164,6 +164,11 @@ class MachineDirectory:
     def __fspath__(self) -> str:
         return self.path
 
+    @property
+    def inode(self) -> int:
+        """The directory's inode number."""
+        return os.fstat(self._fd).st_ino
+
     def file(self, name: str) -> str:
         """Return the path of a file in the directory."""
         return os.path.join(self.path, name)

@@ -43,8 +43,12 @@ def command(path: str, files: tuple[str, ...], processes: tuple[int, ...]) -> li
 def _main(path: str, files: str, *processes: str) -> None:
     os.chdir("/")
     watched = [_open(process) for process in processes]
-    # The program holds the directory's lock, so the directory still belongs to this machine.
-    inode = _inode(path)
+    inode = _read_inode(watched[0])
+    if not inode:
+        # A program that lives has failed to make the directory, and ends its watcher.
+        if watched[0] < 0 or select.select([watched[0]], [], [], _END_TIMEOUT)[0]:
+            _remove_unused(path, files.split(","))
+        return
     if all(fd >= 0 for fd in watched):
         poll = select.poll()
         for fd in watched:
@@ -62,6 +66,25 @@ def _main(path: str, files: str, *processes: str) -> None:
         time.sleep(_STARTING)
         _kill_all(path)
     _remove(path, files.split(","))
+
+
+def _read_inode(program: int) -> int:
+    """Wait until the program has made the machine's directory. Returns its inode, or 0 if the program has died.
+
+    The program writes the inode to standard input. A forked child of the program may hold the pipe open.
+    """
+    readable, _, _ = select.select([0, program], [], []) if program >= 0 else select.select([0], [], [], 0)
+    return int(os.read(0, 32) or 0) if 0 in readable else 0
+
+
+def _remove_unused(path: str, files: list[str]) -> None:
+    """Remove a directory that the program may have made before it died. No QEMU was started in it then.
+
+    Leaves the directory if another machine uses it: a machine whose manager has died has no lock, but a QEMU.
+    """
+    lock = _lock(path)
+    if lock >= 0 and os.fstat(lock).st_ino == _inode(path) and not _qemus(path):
+        _remove(path, files)
 
 
 def _open(process: str) -> int:
@@ -83,11 +106,15 @@ def _start_time(pid: int) -> int:
 
 
 def _kill_all(path: str) -> None:
-    """Kill QEMU, which is found by its log file, and the helpers in the machine's state."""
-    log = os.path.join(path, _LOG)
-    qemus = [int(name) for name in os.listdir("/proc") if name.isdigit() and _errors_of(name) == log]
-    for pid in (*qemus, *_helpers(path)):
+    """Kill QEMU and the helpers in the machine's state."""
+    for pid in (*_qemus(path), *_helpers(path)):
         _kill(pid)
+
+
+def _qemus(path: str) -> list[int]:
+    """Return the process ids of the QEMUs in a directory, which are found by their log file."""
+    log = os.path.join(path, _LOG)
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and _errors_of(name) == log]
 
 
 def _errors_of(pid: str) -> str:

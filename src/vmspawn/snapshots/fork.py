@@ -20,9 +20,10 @@ from ..boot import console, incoming, memory
 from ..boot.boot_disk import BootDisk
 from ..boot.commandline import Inherited, disk_arguments, monitor_arguments
 from ..boot.config import MachineConfig
+from ..boot.directory import make_directory
 from ..boot.extras import Extras, Owned, fdset
 from ..boot.incoming import BOOT_FILES, Option
-from ..boot.launch import check_display, open_transcript, start, start_watcher, system_failures
+from ..boot.launch import check_display, open_transcript, start, system_failures
 from ..boot.overlay import BASE_NODE, Below, empty_overlay
 from ..boot.plan import Plan
 from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
@@ -104,10 +105,7 @@ def start_copy(
             choose_accelerator("yes", binary.architecture)
         on_begin()
         transcript = open_transcript(config.console_log, undo)
-        directory = MachineDirectory.create(config.name or "")
-        undo.callback(directory.remove)
-        directory.listen()
-        watcher = start_watcher(config, directory, undo, parent)
+        directory, watcher = make_directory(config, undo, parent)
         copy = _Copy(snapshot, config, binary, owned, fork)
         state = copy.open_state(shown)
         if state is not None:
