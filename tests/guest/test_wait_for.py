@@ -69,7 +69,9 @@ def test_an_ssh_server_is_asked_through_the_forward(machine: Spawned) -> None:
     guest(machine, "nc -ll -p 22 -e echo HTTP >/dev/null 2>&1 </dev/null &")
     late = wait(machine.name, "ssh", timeout=1)
     assert re.search(r"timed out waiting for ssh \(no SSH server answers on 127.0.0.1:\d+\)", late.stderr)
-    guest(machine, "killall nc; nc -ll -p 22 -e echo SSH-2.0-test >/dev/null 2>&1 </dev/null &")
+    # The port is free after the first server has ended.
+    guest(machine, "killall nc; while pidof nc >/dev/null; do :; done")
+    guest(machine, "nc -ll -p 22 -e echo SSH-2.0-test >/dev/null 2>&1 </dev/null &")
     assert wait(machine.name, "ssh").returncode == 0
 
 
