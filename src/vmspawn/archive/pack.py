@@ -50,7 +50,7 @@ class Packer:
     """An archive of some files and directories, each under its own name."""
 
     def __init__(self, sources: Sequence[str], *, skip_special: bool = False) -> None:
-        """Inspect all files. Raises CopyFailed for a file that cannot be copied, SystemFailure or UsageError."""
+        """Inspect all files. Raises UsageError, SystemFailure, or CopyFailed for a file that cannot be copied."""
         self.names = [name_of(each) for each in sources]
         if len(set(self.names)) < len(self.names):
             raise UsageError("two of the files to copy have the same name", hint="copy them one by one")
@@ -66,8 +66,8 @@ class Packer:
                 self._scan(source, name)
         except OSError as error:
             raise _failure(error) from None
-        #: The directories whose time busybox's tar changes: it creates a symbolic link last if the target is absolute
-        #: or contains `..`.
+        #: The directories whose time has to be set again, with that time. busybox's tar changes it: if the target of a
+        #: symbolic link is absolute or contains `..`, tar creates the link last, after setting the directory's time.
         self.late: list[tuple[str, int]] = []
         #: The number of bytes in all files, without their holes.
         self.total = sum(_data_size(each.status) for each in self._entries)
@@ -79,13 +79,13 @@ class Packer:
             status = os.lstat(path)
             kind = stat.S_IFMT(status.st_mode)
             if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
-                self._refuse(path)
+                self._refuse_or_skip(path)
                 continue
             self._entries.append(_Entry(path, name, status))
             if kind == stat.S_IFDIR:
                 pending += [(f"{path}/{each}", f"{name}/{each}") for each in sorted(os.listdir(path), reverse=True)]
 
-    def _refuse(self, path: str) -> None:
+    def _refuse_or_skip(self, path: str) -> None:
         why = f"{path!r} is a device, a socket or a pipe"
         if not self._skip_special:
             raise CopyFailed.with_fields("{why}", hint="leave out special files with {skip_special=True}", why=why)
@@ -150,9 +150,7 @@ class Packer:
 
 
 def data_of(file: SparseFile, pieces: Sequence[Piece]) -> Iterator[bytes]:
-    """Yield the data of some pieces of a file, each in whole units: zeros fill the last. Raises the errors of
-    `blocks`.
-    """
+    """Yield the data of some pieces of a file, in whole units: zeros fill a piece's last unit. Raises SystemFailure."""
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

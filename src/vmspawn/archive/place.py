@@ -26,7 +26,7 @@ def place(work: str, root: str, target: str, unpacked: Unpacked) -> None:
         new: list[tuple[str, str]] = []
         _move(source, target, root, new)
         folders = [(path, final) for path, final in new if path in unpacked.folders]
-        # Inner directories come first: the permissions of the outer one may deny access, or let other users write.
+        # Inner directories come first: an outer directory's permissions may deny access, or let other users write.
         for path, final in sorted(_below(folders, unpacked), reverse=True):
             unpacked.finish(path, final)
     except OSError as error:
@@ -52,7 +52,7 @@ def _conflicts(source: str, target: str) -> Iterator[tuple[str, str]]:
 
 
 def _move(source: str, target: str, path: str, new: list[tuple[str, str]]) -> None:
-    """Move a file or directory, whose name in the archive is `path`. Adds the moved ones to the list."""
+    """Move the archive's file or directory `path` from `source` to `target`. Adds each path that it moves to `new`."""
     if not (_is_folder(source) and _is_folder(target)):
         os.replace(source, target)
         new.append((path, target))
@@ -62,7 +62,7 @@ def _move(source: str, target: str, path: str, new: list[tuple[str, str]]) -> No
 
 
 def _below(new: list[tuple[str, str]], unpacked: Unpacked) -> Iterator[tuple[str, str]]:
-    """Yield all new directories: the moved ones and the directories in them."""
+    """Yield all new directories: the moved directories and the directories inside them."""
     moved = dict(new)
     for path in unpacked.folders:
         top = path

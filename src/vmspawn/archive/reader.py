@@ -5,7 +5,8 @@ The format is that of GNU tar's --format=gnu and of busybox's tar, without pax h
 headers of any size into memory, so only its parser of single headers is used. The use of memory is bounded.
 
 1. A header is 512 bytes with a checksum.
-2. If the name, or the target of a link, is longer than 100 bytes, headers of type L and K before the header contain it.
+2. A name that is longer than 100 bytes follows an extra header of type L before the member's header. A link's target
+   of this length follows an extra header of type K.
 3. A header of type S has a map of the file's data, which continues in the blocks after it.
 4. The content follows, padded to 512 bytes. Two blocks of zeros end the archive.
 """
@@ -61,7 +62,7 @@ _KINDS = {
 
 
 class Piece(NamedTuple):
-    """A part of a file that has data; between the parts are holes."""
+    """A range of a file that contains data. The ranges between the pieces are holes."""
 
     offset: int
     length: int
@@ -93,7 +94,7 @@ class Truncated(CopyFailed):
 
 
 class Reader:
-    """Reads an archive member by member: after each of `members`, `content` may be called once."""
+    """Reads an archive member by member. After `members` has yielded a member, `content` yields the member's data."""
 
     def __init__(self, stream: BinaryIO) -> None:
         """Begin at the first member.

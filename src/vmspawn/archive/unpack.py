@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unpacks an archive of a guest, which may be hostile, into a directory of its own.
+"""Unpacks an archive from a guest, which may be hostile, into an empty directory, the work directory.
 
 No symbolic link is followed, because only the user can enter the work directory, and symbolic links are made last. No
 name can lead out of the work directory:
@@ -73,7 +73,8 @@ def unpack(
     """Unpack an archive of the file or directory `root` into the empty directory `work`, which only the user may enter.
 
     Only the user can enter the new directories until `finish` is called for each. `skip_special` leaves out devices and
-    symbolic links that lead out of the source, instead of refusing them. `on_progress` is called with numbers of bytes.
+    symbolic links that lead out of the source, instead of refusing them. `on_progress` is called with the number of
+    bytes in each piece of a file's data.
 
     Raises CopyFailed or SystemFailure, and leaves a part of the archive in `work`.
     """
@@ -149,43 +150,43 @@ class _Unpacker:
             case Kind.HARDLINK:
                 self._make_hard_link(path, member)
             case Kind.SYMLINK:
-                self._make_link(path, _Link(member.target, _time(member)))
+                self._add_symlink(path, _Link(member.target, _time(member)))
             case Kind.SPECIAL:
-                self._refuse(f"{path!r} is a device, a socket or a pipe")
+                self._refuse_or_skip(f"{path!r} is a device, a socket or a pipe")
 
-    def _refuse(self, why: str) -> None:
+    def _refuse_or_skip(self, why: str) -> None:
         if not self._skip_special:
             raise CopyFailed.with_fields("{why}", hint=_SKIP_HINT, why=why)
-        self._keep(why)
+        self._count_names(why)
         self._found.skipped.append(why)
 
-    def _keep(self, *names: str) -> None:
+    def _count_names(self, *names: str) -> None:
         self._names += sum(map(len, names))
         if self._names > _NAMES_MAX:
             raise CopyFailed(f"the guest sent names of more than {_NAMES_MAX >> 20} MiB")
 
     def _make_folder(self, path: str, member: Member) -> None:
         if path not in self._found.folders:
-            self._keep(path)
+            self._count_names(path)
             os.mkdir(path, 0o700, dir_fd=self._fd)
         self._found.folders[path] = _Folder(member.mode & _PERMISSIONS, _time(member))
 
-    def _make_link(self, path: str, link: _Link) -> None:
+    def _add_symlink(self, path: str, link: _Link) -> None:
         if path in self._links:
             raise CopyFailed(f"the guest sent {path!r} twice")
         if path == self._root and not self._skip_special:
             why, hint = f"{path!r} is a symbolic link, to {link.target!r}", "copy the file that the link leads to"
             raise CopyFailed(why, hint=hint)
         if _leads_out(path, link.target):
-            self._refuse(f"{path!r} is a symbolic link that leads out of the source, to {link.target!r}")
+            self._refuse_or_skip(f"{path!r} is a symbolic link that leads out of the source, to {link.target!r}")
             return
-        self._keep(path, link.target)
+        self._count_names(path, link.target)
         self._links[path] = link
 
     def _make_hard_link(self, path: str, member: Member) -> None:
         target = self._path(member.target)
         if target in self._links:
-            self._make_link(path, self._links[target])
+            self._add_symlink(path, self._links[target])
             return
         os.link(target, path, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
 

@@ -28,10 +28,14 @@ from .state import State, read
 
 @system_failures("adopt the machine")
 def adopt(config: MachineConfig) -> Started:
-    """Take over the machine that `config` names; its other fields configure the manager: console and timeouts.
+    """Take over the machine that `config` names.
 
-    Nothing in QEMU is changed. Raises NotConnected if there is no machine of that name, or its QEMU is gone, in which
-    case its directory is removed; StartError if its manager lives, or its state cannot be used; SystemFailure.
+    The new manager takes its console and its QMP log from `config`, its timeouts too if `config` sets them, and all
+    other settings from the machine's state. Nothing in QEMU is changed.
+
+    Raises NotConnected if there is no machine of that name. If the machine's QEMU has ended, removes the machine's
+    directory and raises NotConnected. Raises StartError if the machine's manager lives or the machine's state cannot
+    be used, and SystemFailure.
     """
     with ExitStack() as undo:
         directory = MachineDirectory.take_over(config.name or "")
@@ -51,7 +55,7 @@ def adopt(config: MachineConfig) -> Started:
 
 
 def _connect(state: State, pid: int, given: MachineConfig, directory: MachineDirectory, undo: ExitStack) -> Started:
-    """Connect to QEMU's monitors and, if it was shared, its console. Raises StartError, OSError."""
+    """Connect to QEMU's monitors, and to its console if the console is shared. Raises StartError, OSError."""
     config = _merged(state.config, given)
     transcript = open_transcript(given.console_log, undo)
     shared = _console(directory, pid, undo)
@@ -109,7 +113,7 @@ def _explain_refusal(directory: MachineDirectory, pid: int) -> Iterator[None]:
 
 
 def has_orphan(name: str) -> bool:
-    """Return whether a machine of this name runs without a manager, or has left its monitor's socket behind."""
+    """Return whether a machine of this name runs without a manager, even if its state does not name its QEMU."""
     try:
         directory = MachineDirectory.take_over(name)
     except (NotConnected, StartError):
@@ -144,7 +148,7 @@ def _find_started(directory: MachineDirectory) -> int:
     except TimeoutError:
         thread = 0
     except OSError:
-        return 0  # it has ended meanwhile
+        return 0  # QEMU has ended meanwhile
     if thread:
         return runtime.process_of_thread(thread)
     raise StartError(
@@ -154,9 +158,9 @@ def _find_started(directory: MachineDirectory) -> int:
 
 
 def _ask_for_thread(monitor: str) -> int:
-    """Return the id of a processor's thread from QEMU's monitor, or 0 if QEMU disconnects or only sends other lines.
+    """Ask QEMU's monitor for the thread id of a virtual processor.
 
-    Raises TimeoutError, OSError.
+    Returns 0 if QEMU disconnects, or only sends other lines until the timeout. Raises TimeoutError, OSError.
     """
     deadline = time.monotonic() + ADOPT_GREETING_TIMEOUT
     with sockets.connect(monitor, timeout=ADOPT_GREETING_TIMEOUT) as connected, connected.makefile("rb") as lines:

@@ -24,7 +24,7 @@ _DISK = "cidata"
 #: The maximum size of user data. Real user data is far smaller.
 _USER_DATA_MAX = 16 << 20
 
-#: Seconds without a byte after which a pipe, such as the shell's <(COMMAND), is given up.
+#: Seconds without a byte after which reading user data from a pipe, such as the shell's <(COMMAND), fails.
 _PIPE_TIMEOUT = 30.0
 
 #: The user data if the user gives no file.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes QEMU's command line: one function for each group of options, each option and its value on one line."""
+"""Writes QEMU's command line. Each group of options has a function."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .sandbox import sandbox
 
 
 class Inherited(Record):
-    """The numbers of QEMU's own descriptors: the monitors' listening sockets by name; the console's size port, or -1;
-    the agent's port, or -1; the console's log, or -1."""
+    """Descriptors that QEMU inherits: the listening sockets of the monitors, by name, of the console's size port and of
+    the agent's port, and the console's log. `size`, `agent` and `log` are -1 if they do not exist."""
 
     monitors: Mapping[str, int]
     size: int
@@ -88,7 +88,9 @@ def _hardware(config: MachineConfig, accelerator: str, extras: Extras) -> list[s
 
 
 def _generation(config: MachineConfig) -> list[str]:
-    """Return the device that tells a guest that it is a copy, so that it seeds its random numbers again."""
+    """Return the device that tells the guest's kernel that the guest is a copy, so that the kernel reseeds its random
+    numbers.
+    """
     # aarch64's virt has no such device before QEMU 9.1.
     return [] if config.machine_type == "virt" else ["-device", "vmgenid,id=vmgenid0,guid=auto"]
 

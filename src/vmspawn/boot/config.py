@@ -57,8 +57,9 @@ class MachineConfig(Record):
         config = MachineConfig(image="debian.qcow2", image_format="qcow2", ram=2 << 30)
         async with vmspawn.Machine(config, cpus=4) as machine: ...
 
-    It boots one of: `guest` "builtin"; `linux` with an optional `initrd`; `image` by its own boot loader. Sizes are in
-    bytes, times in seconds. None stands for a default that depends on other fields.
+    It boots one of: `guest` "builtin", optionally on the kernel `linux`; `linux` with an optional `initrd`; the kernel
+    in `directory`; `image` by its own boot loader. Sizes are in bytes, times in seconds. None means that the field is
+    not set; its default may depend on other fields.
     """
 
     name: str | None = None
@@ -143,7 +144,7 @@ class MachineConfig(Record):
 
 
 def check_config(config: MachineConfig) -> MachineConfig:
-    """Return the configuration with its name filled in. Raises UsageError for a contradiction."""
+    """Return the configuration with its name and with the fields that other fields imply. Raises UsageError."""
     _check_texts(config)
     _check_choice("machine_type", config.machine_type, MACHINE_TYPES)
     _check_choice("kvm", config.kvm, KVM_CHOICES)
@@ -169,7 +170,7 @@ def check_config(config: MachineConfig) -> MachineConfig:
         )
     if config.time_limit is not None and not config.time_limit > 0:
         raise UsageError.with_fields(
-            "{time_limit={seconds}} leaves no time to run", hint="use seconds, more than 0", seconds=config.time_limit
+            "{time_limit={seconds}} leaves no time to run", hint="use more than 0 seconds", seconds=config.time_limit
         )
     if config.warm:
         _check_warm(config)
@@ -264,7 +265,7 @@ def _with_cloud_init(config: MachineConfig) -> MachineConfig:
 
 
 def _with_ssh(config: MachineConfig) -> MachineConfig:
-    """Return the configuration with a forward to the guest's SSH server. Raises UsageError if the guest has none."""
+    """Return the configuration with a forward to the guest's SSH server. Raises UsageError for a guest without one."""
     if config.guest and (not config.directory or config.directory_rw):
         raise UsageError.with_fields(
             "{pass_ssh_key=} needs an SSH server in the guest, and the built-in guest has none",
@@ -279,7 +280,7 @@ def _check_disks(config: MachineConfig) -> None:
     image = config.image_disk
     try:
         for disk in (*config.extra_disks, *((image,) if image else ())):
-            # Only a running machine can choose a bus by itself.
+            # The bus `auto` is possible only for a disk that is attached to a running machine.
             check_bus(disk.bus)
             check_disk(disk)
     except BadConfig as error:

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from ..hotplug import places
 from .config import MachineConfig
 
-#: The id of QEMU's character device for the console, which `chardev-window-size-changed` names.
+#: The id of QEMU's character device for the console. The QMP command `chardev-window-size-changed` takes this id.
 CHARDEV = "console"
 
-#: The port through which the built-in guest learns the window's size: its name there, and QEMU's id for it.
+#: The port through which the built-in guest learns the window's size: its name in the guest, and QEMU's id for it.
 SIZE_PORT = "io.vmspawn.console-size"
 SIZE_PORT_ID = "console-size"
 
@@ -35,8 +35,9 @@ AGENT_PORT_ID = "agent"
 #: QEMU's default of one for each queue, a guest runs out of vectors.
 _VECTORS = 2
 
-#: Without KVM, notifications of a controller with many ports bypass event descriptors. QEMU opens one for each queue,
-#: two for each port, whenever the guest starts to run, and closes them whenever the guest stops; that takes 12 ms.
+#: Without KVM, a controller with many ports does not use event descriptors for notifications. QEMU would open one for
+#: each queue, two for each port, whenever the guest starts to run, and close them whenever the guest stops; that takes
+#: 12 ms.
 _WITHOUT_EVENTS = {"ioeventfd": False}
 
 _SERIAL_PORTS = {"q35": "ttyS0", "pc": "ttyS0", "virt": "ttyAMA0"}
@@ -97,7 +98,7 @@ def devices(config: MachineConfig, accelerator: str, size_socket: int, agent_soc
 
 
 def _socket_port(chardev: str, listener: int, device: str, name: str, number: int) -> Iterable[str]:
-    """Yield the arguments for a port of the guest that ends at a listening socket."""
+    """Yield the arguments for a port of the guest. The host's end is a listening socket."""
     yield from socket_end(chardev, listener)
     yield from _json_device(
         {"driver": "virtserialport", "id": device, "name": name, "chardev": chardev, **_port(number)}
@@ -109,12 +110,12 @@ def _port(number: int) -> dict[str, object]:
 
 
 def shared_end(log: int) -> tuple[str, str]:
-    """Return the host's end of a shared console. `log` is the descriptor that QEMU logs the console to, or -1."""
+    """Return the arguments for the host's end of a shared console. `log` is the descriptor of QEMU's log, or -1."""
     return ("-chardev", f"stdio,id={CHARDEV},signal=off{_logged(log)}")
 
 
 def socket_end(chardev: str, listener: int) -> tuple[str, str]:
-    """Return the host's end of a port, which is a listening socket."""
+    """Return the arguments for the host's end of a port, which is a listening socket."""
     return ("-chardev", f"socket,id={chardev},fd={listener},server=on,wait=off")
 
 
@@ -168,7 +169,7 @@ def kernel_arguments(config: MachineConfig) -> tuple[str, ...]:
 def vendor_strings(config: MachineConfig) -> list[bytes]:
     """Return the SMBIOS string that makes systemd in an image open a login on the console.
 
-    systemd 254 or newer reads this credential, whatever has loaded its kernel. The kernel gets its arguments in
-    another way (`smbios.of_kernel_arguments`).
+    systemd 254 or newer reads this credential, whichever boot loader has loaded the kernel. The kernel's arguments,
+    such as console=, are separate strings (`smbios.of_kernel_arguments`).
     """
     return [f"io.systemd.credential:getty.ttys.serial={tty(config)}".encode()]

@@ -13,7 +13,7 @@ from ..record import Record
 #: systemd's CREDENTIALS_TOTAL_SIZE_MAX.
 TOTAL_MAX = 1 << 20
 
-#: Seconds without a byte after which the sender of a credential on a socket is given up.
+#: Seconds without a byte after which reading a credential from a socket fails.
 _SOCKET_TIMEOUT = 30.0
 
 

@@ -31,7 +31,7 @@ def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str)
 
 
 def _holder(machine: str, disk: BootDisk) -> str:
-    """Return the process that holds the lock on a disk's image, which QEMU could not lock."""
+    """Describe the process that holds the lock on a disk's image."""
     # Imported here, because most starts succeed.
     from ..storage.holders import holder_of
 

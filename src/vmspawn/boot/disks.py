@@ -33,7 +33,7 @@ class _Wanted(Record):
 
     @property
     def spelled(self) -> str:
-        """The field and the value, for the template of an error with `value`."""
+        """A placeholder for the field and its value in an error's template. The error passes the value as `value`."""
         return f"{{{self.field}={{value}}}}"
 
 
@@ -57,7 +57,7 @@ def open_boot_disks(config: MachineConfig, layout: places.Layout, folder: str) -
 
 
 def _wanted(config: MachineConfig) -> Iterator[_Wanted]:
-    """Yield the disks of the configuration, with its settings for all disks."""
+    """Yield the configuration's disks. The configuration's settings for all disks are added to each."""
     discard = "unmap" if config.discard_disk else "ignore"
     wanted = [_Wanted(disk, "extra_disks", disk.path) for disk in config.extra_disks]
     if (image := config.image_disk) is not None:
@@ -73,7 +73,7 @@ def _wanted(config: MachineConfig) -> Iterator[_Wanted]:
 
 @contextlib.contextmanager
 def _blaming(wanted: _Wanted) -> Iterator[None]:
-    """Add the option to errors about its disk."""
+    """Convert errors about a disk to a StartError that names the disk's field."""
     try:
         yield
     except (BadConfig, ConfigNotSupported, SystemFailure) as error:

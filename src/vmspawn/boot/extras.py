@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the additions of firmware, network, shares and SMBIOS strings to a machine, and joins them."""
+"""Defines the arguments, descriptors and processes that one feature, such as the firmware, adds to a machine."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _CONFIDENTIAL = frozenset(("amd-sev-snp", "intel-tdx"))
 
 _DESCRIPTOR_MAX = 1 << 20
 
-#: A command, which a Python caller can run as well.
+#: A hint for users of the command and of the Python library, so it contains the command, and no field.
 _LIST = "see: vmspawn --firmware=list"
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Rewrites the command line of a running QEMU for a copy of its machine.
 
-The copy must have the same devices, so it gets the source's command line, even if another version wrote it. The
-machine's name, the monitors, the host's end of the console, and all disks are removed and written again. The command
-line has the numbers of the descriptors that the source inherited; `Recorded.descriptors` lists them.
+The copy must have the same devices, so it gets the source's command line, even if another version of vmspawn wrote it.
+The machine's name, the monitors, the host's end of the console, and all disks are removed and written again. The
+command line has the numbers of the descriptors that the source inherited; `Recorded.descriptors` lists them.
 
 This module is on the start path and imports next to nothing.
 """
@@ -85,19 +85,19 @@ def _kept(options: Iterable[Option], machine_type: str) -> Iterator[Option]:
         if place is None and option.name == "-machine":
             yield Option("-machine", ",".join((machine_type, *value.split(",")[1:])))
         elif (found := _RAM_FILE.fullmatch(value)) and found[3] == "off":
-            # The memory of a copy is no longer that of the snapshot's file.
+            # The machine is a copy that maps a snapshot's file. The new snapshot has all of the memory in QEMU's state.
             yield Option("-object", f"memory-backend-ram,{found[1]}")
         elif place is None:
             yield option
         elif place and place not in marked:
             marked.add(place)
             yield Option(place)
-    # An overlay may be based on a node that is kept.
+    # The disks come last, because an overlay may be based on a node that is kept.
     yield Option(DISKS)
 
 
 def _place(option: Option, value: str, monitors: tuple[str, ...]) -> str | None:
-    """Return the placeholder of an option that a copy rewrites, "" for an option that is left out, or None."""
+    """Return the placeholder of an option that a copy rewrites, "" for an option that is left out, else None."""
     match option.name:
         case "-name" | "-incoming":
             return ""
@@ -175,7 +175,7 @@ def devices(options: Iterable[Option]) -> Iterator[dict[str, object]]:
 
 
 def descriptor_sets(options: Iterable[Option]) -> dict[int, int]:
-    """Return the descriptor sets by the numbers of their descriptors. QEMU's duplicates have other numbers."""
+    """Return the number of the descriptor set of each descriptor that QEMU inherited, by the descriptor's number."""
     found = (_DESCRIPTOR_SET.fullmatch(option.value or "") for option in options if option.name == "-add-fd")
     return {int(each[1]): int(each[2]) for each in found if each}
 
@@ -189,13 +189,13 @@ def writable_descriptors(options: Sequence[Option]) -> tuple[int, ...]:
 
 
 def ram_file(options: Iterable[Option]) -> int:
-    """Return the source's descriptor of the file with the guest's memory, or -1 if it is not in a file."""
+    """Return the source's descriptor of its own file with the guest's memory, or -1 if the source has no such file."""
     found = (_RAM_FILE.fullmatch(option.value or "") for option in options if option.name == "-object")
     return next((int(each[2]) for each in found if each and each[3] == "on"), -1)
 
 
 def with_private_memory(option: Option) -> Option:
-    """Return the option for a copy that does not change the file with the memory: pages are copied when written."""
+    """Return the option for a copy, which maps a file with the memory privately: its writes do not change the file."""
     is_ram = option.name == "-object" and _RAM_FILE.fullmatch(option.value or "")
     return Option("-object", (option.value or "").replace(",share=on", ",share=off")) if is_ram else option
 
@@ -205,13 +205,13 @@ def _nodes(options: Iterable[Option]) -> Iterator[dict[str, object]]:
 
 
 def _file_of(node: dict[str, object]) -> dict[str, object] | None:
-    """Return the file of a node that is written to."""
+    """Return the file of a writable node, else None."""
     file = node.get("file")
     return file if isinstance(file, dict) and not node.get("read-only") else None
 
 
 def take_node(options: Sequence[Option], name: str) -> tuple[list[Option], dict[str, object], int]:
-    """Take a block node, and the descriptor set that it is on, out of the options.
+    """Take a block node, and the descriptor set that its file is opened from, out of the options.
 
     Returns the other options, the node, and the source's descriptor; if the node does not exist, {} and -1.
     """

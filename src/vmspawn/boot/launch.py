@@ -74,7 +74,8 @@ def launch(
     `notice` is called with lines that every user should see, `detail` with lines of verbose output. `on_begin` is
     called after the steps that may take long, before the first step that has to be undone.
 
-    Raises StartError, SystemFailure, UsageError or what the disks raise; nothing is left behind then.
+    Raises StartError, SystemFailure, UsageError, NotInstalled or an error of `open_boot_disks`. A start that fails
+    leaves nothing behind.
     """
     check_display(config)
     runtime.prepare_root()
@@ -126,8 +127,8 @@ def open_transcript(path: str | None, undo: ExitStack) -> Descriptor | None:
     return file
 
 
-#: Writes QEMU's command line.
-Line = Callable[[Plan, Inherited], list[str]]
+#: A function that writes QEMU's command line.
+CommandLineWriter = Callable[[Plan, Inherited], list[str]]
 
 
 def start(
@@ -136,7 +137,7 @@ def start(
     transcript: Descriptor | None,
     owned: Owned,
     *,
-    line: Line = command_line,
+    line: CommandLineWriter = command_line,
     incoming: Incoming | None = None,
 ) -> Started:
     """Start QEMU. `line` writes its command line; `incoming` is the state that QEMU loads instead of booting.
@@ -182,7 +183,7 @@ def _spawn(
     listeners: dict[str, int],
     log: ConsoleLog | None,
     owned: Owned,
-    line: Line,
+    line: CommandLineWriter,
 ) -> tuple[int, SharedConsole | None]:
     """Start QEMU. Returns its process id, and the manager's end of the console if the console is shared."""
     config = plan.config

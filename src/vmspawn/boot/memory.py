@@ -12,7 +12,7 @@ from .extras import Extras, Owned
 #: The places of the guest's memory: anonymous memory of QEMU, or a file, which copies of the machine map.
 BACKINGS = ("anonymous", "file")
 
-#: The file system in memory for files of memory, as in shm_overview(7).
+#: The tmpfs in which the file with the guest's memory is created (shm_overview(7)).
 _SHARED_MEMORY = "/dev/shm"
 
 #: The number of slots for hot-plugged memory if the user sets only a maximum, as in systemd-vmspawn.

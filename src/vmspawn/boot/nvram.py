@@ -65,7 +65,7 @@ def open_state(path: str | None, template: Blob) -> int:
 
 
 def _create(path: str, template: Blob, hint: str) -> int:
-    """Create the file under its name only when it is complete, so that no later start uses a partial copy."""
+    """Create the file. It gets its name only when it is complete, so that no later start uses a partial copy."""
     partial = f"{path}.{os.getpid()}"
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -39,9 +39,9 @@ def end_orphan(name: str) -> None:
 def _end_process(name: str, pid: int) -> None:
     process = os.pidfd_open(pid)
     try:
-        if not runtime.process_trouble(pid) and _ends_of(process, signal.SIGTERM):
+        if not runtime.process_trouble(pid) and _ends_after(process, signal.SIGTERM):
             return
-        if _ends_of(process, signal.SIGKILL):
+        if _ends_after(process, signal.SIGKILL):
             return
     finally:
         os.close(process)
@@ -49,7 +49,7 @@ def _end_process(name: str, pid: int) -> None:
     raise StartError(f"cannot end the QEMU of machine {name}: process {pid} {trouble}")
 
 
-def _ends_of(process: int, number: signal.Signals) -> bool:
+def _ends_after(process: int, number: signal.Signals) -> bool:
     """Send a signal, and return whether the process ends soon."""
     # The process may have ended by itself.
     with contextlib.suppress(ProcessLookupError):

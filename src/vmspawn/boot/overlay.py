@@ -98,9 +98,9 @@ def _round_up(size: int) -> int:
 
 
 def grow(backing: Backing, image_format: str, size: int, *, path: str) -> Backing:
-    """Grow a raw image file to `size` bytes, unless it is larger; returns it with its new size.
+    """Grow a raw image file to `size` bytes, unless it is larger. Returns `backing` with its new size.
 
-    Raises StartError, UsageError for an image in another format and for a block device that is smaller.
+    Raises StartError, or UsageError for an image in another format and for a block device that is smaller.
     """
     if image_format != "raw":
         grow_it = "grow it with: qemu-img resize {path} {size}"

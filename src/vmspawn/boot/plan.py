@@ -67,13 +67,13 @@ class Plan(Record):
     extras: Extras
     #: True if BIOS boots the image.
     is_bios_boot: bool = False
-    #: Sections of another machine's journal, of which this machine is a copy.
+    #: Sections of the journal of the machine that this is a copy of.
     attachments: Mapping[str, Mapping[str, Any]] = {}
     fork: Fork | None = None
 
 
 class Reporter(Record):
-    """Prints lines about the start: `notice` those that every user should see, `detail` verbose output."""
+    """Prints lines about the start: `notice` prints lines that every user should see, `detail` verbose output."""
 
     notice: Callable[[str], None]
     detail: Callable[[str], None]
@@ -142,7 +142,7 @@ def _builtin_guest(architecture: str, notice: Callable[[str], None]) -> BuiltinG
 
 
 def _check_readable(field: str, path: str) -> None:
-    """Raise StartError for a file that QEMU, which opens it by its path, cannot read."""
+    """Raise StartError for an empty or unreadable file, which QEMU would open by its path."""
     try:
         with open(path, "rb") as file:
             if not file.read(1):
@@ -204,7 +204,7 @@ def make_plan(
 
 
 def _memory(config: MachineConfig, owned: Owned) -> Extras:
-    """Return the place of the guest's memory, unless it is QEMU's default. Raises StartError."""
+    """Return QEMU's arguments for the guest's memory; none if QEMU's default is used. Raises StartError."""
     if config.ram_backing == "file":
         return memory.in_file(config.ram_bytes, owned)
     return memory.shared(config.ram_bytes) if config.directory or config.binds else NO_EXTRAS
@@ -289,7 +289,7 @@ def _strings(chosen: Choices, arguments: tuple[str, ...]) -> list[bytes]:
 
 
 def _credentials(config: MachineConfig, own: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yield the credentials by name. The lines of `own` credentials are added to the user's lines."""
+    """Yield the user's and vmspawn's `own` credentials. If both have a name, the lines of `own` follow the user's."""
     rest = {name: lines for name, lines in own.items() if lines}
     for each in config.credentials:
         value = credentials.load(each)
@@ -300,7 +300,7 @@ def _credentials(config: MachineConfig, own: Mapping[str, bytes]) -> Iterator[tu
 
 
 def _load(chosen: Choices, arguments: tuple[str, ...], owned: Owned) -> tuple[Kernel | None, Extras]:
-    """Return the kernel as QEMU loads it, and the descriptor of its initrd if several were merged."""
+    """Return the kernel as QEMU loads it, and the descriptor of its initrd if vmspawn composes the initrd in memory."""
     kernel, config = chosen.kernel, chosen.config
     if kernel is None:
         return None, NO_EXTRAS

@@ -50,7 +50,7 @@ class QemuBinary(Record):
     has_sandbox: bool
 
     def to_state(self) -> dict[str, object]:
-        """Return the binary's record for files, from which `from_state` makes it again."""
+        """Return the fields as values for JSON, from which `from_state` restores the binary."""
         return {
             "path": self.path,
             "version": list(self.version),
@@ -62,7 +62,7 @@ class QemuBinary(Record):
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> QemuBinary:
-        """Return the binary of a record. Raises KeyError, TypeError or ValueError if the record is invalid."""
+        """Restore a binary from the values of `to_state`. Raises KeyError, TypeError or ValueError for others."""
         major, minor, micro = map(int, saved["version"])
         features = (bool(saved[name]) for name in ("monitor_object", "namespaces", "sandbox"))
         return cls(str(saved["path"]), (major, minor, micro), str(saved["architecture"]), *features)

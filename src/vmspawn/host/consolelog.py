@@ -41,8 +41,9 @@ class ConsoleLog:
     def make(cls) -> ConsoleLog | None:
         """Make an empty log, for QEMU to inherit and to open for appending; QEMU is to be started inside `bounded`.
 
-        Returns None if the size of files is limited already (RLIMIT_FSIZE), or if QEMU would not ignore SIGXFSZ as
-        every child of Python does. Raises OSError.
+        Returns None if the size of files is limited already (RLIMIT_FSIZE). Python ignores SIGXFSZ, and so does QEMU as
+        its child; if this process has another action for the signal, returns None, because a full log would kill QEMU.
+        Raises OSError.
         """
         if signal.getsignal(signal.SIGXFSZ) is not signal.SIG_IGN:
             return None
@@ -93,7 +94,7 @@ class ConsoleLog:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Limit the file size of the processes that are started meanwhile to the log's end. No other file is as large."""
+    """Limit the size of files to the log's end, for processes that are started inside. No other file is as large."""
     with _LIMITING:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if soft != resource.RLIM_INFINITY and soft <= _END:

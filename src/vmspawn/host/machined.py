@@ -29,8 +29,8 @@ UNREGISTER_TIMEOUT = 5.0
 class Registration(Record):
     """The user's settings for the registration, and for QEMU's unit.
 
-    `mode` is one of MODES. `scope` is `system` or `user`; empty means `system` for root, else `user`.
-    `slice` and `properties` are settings of a scope unit that is made for QEMU.
+    `mode` is one of MODES. `scope` is `system` or `user`; empty means `system` for root, else `user`. `keep_unit` keeps
+    QEMU in the unit that vmspawn runs in. `slice` and `properties` are settings of a scope unit that is made for QEMU.
     """
 
     mode: str = "auto"
@@ -46,7 +46,7 @@ class Registration(Record):
 
     @property
     def own_scope(self) -> bool:
-        """True if vmspawn makes QEMU's scope unit, because machined makes one without settings."""
+        """True if vmspawn makes QEMU's scope unit, because machined cannot make a unit with these settings."""
         return bool(self.slice or self.properties)
 
 
@@ -74,7 +74,7 @@ def check(registration: Registration) -> None:
 
 
 def socket_path(*, user: bool) -> str:
-    """Return the path of machined's socket, or an empty string if there cannot be one."""
+    """Return the path of machined's socket, or an empty string for a user without a runtime directory."""
     if not user:
         return "/run/systemd/machine/io.systemd.Machine"
     runtime = os.environ.get("XDG_RUNTIME_DIR")

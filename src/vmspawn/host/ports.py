@@ -32,7 +32,7 @@ def bind_error(protocol: str, address: str, port: int) -> int:
 
 
 def holder(protocol: str, address: str, port: int) -> str:
-    """Describe the user of a port: `process 7 (nginx)` or `machine demo`, or an empty string if it is hidden."""
+    """Describe the user of a port: `process 7 (nginx)` or `machine demo`; an empty string if no user is found."""
     inodes = set(_inodes(protocol, address, port))
     for pid in filter(str.isdecimal, os.listdir("/proc") if inodes else ()):
         if _has_socket(pid, inodes):

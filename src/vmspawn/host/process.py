@@ -39,7 +39,7 @@ class Process:
             self._fd = -1
 
     def kill(self) -> None:
-        """Send SIGKILL to this process, and never to another process with the same number."""
+        """Send SIGKILL to this process, and never to a later process with the same id."""
         if self._fd >= 0:
             signal.pidfd_send_signal(self._fd, signal.SIGKILL)
 

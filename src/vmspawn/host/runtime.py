@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Manages the runtime directory, which has a directory for each machine.
 
-`$VMSPAWN_RUNTIME_DIR`, else `/run/vmspawn` for root, else `$XDG_RUNTIME_DIR/vmspawn`; below it `NAME/`, mode 0700. The
-manager holds a flock(2) on the directory as long as it lives, so an unlocked directory is a leftover. Each start
-imports this module, so it imports very little.
+The runtime directory is `$VMSPAWN_RUNTIME_DIR`, else `/run/vmspawn` for root, else `$XDG_RUNTIME_DIR/vmspawn`. A
+machine's directory is `NAME/` in it, with mode 0700. The manager holds a flock(2) on the machine's directory as long as
+it lives, so an unlocked directory is a leftover. Each start imports this module, so it imports very little.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class MachineDirectory:
         return os.open(LOG, flags, 0o600, dir_fd=self._fd)
 
     def read_log(self) -> str:
-        """Read QEMU's standard output and error."""
+        """Read QEMU's standard error."""
         try:
             with open(self.file(LOG), encoding="utf-8", errors="replace") as log:
                 return log.read()
@@ -338,7 +338,7 @@ def _check_ours(fd: int, path: str) -> None:
 
 
 def machine_names() -> list[str]:
-    """Return the sorted names of the machines' directories. The control socket shows whether a machine has a manager.
+    """Return the sorted names of the machines' directories, whether the machines have managers or not.
 
     Raises UsageError if the environment names no runtime directory, SystemFailure if it cannot be read.
     """
@@ -390,7 +390,7 @@ def lock_holder(path: str) -> int:
     except OSError:
         return 0
     for lock in locks:
-        # 1: FLOCK ADVISORY WRITE 1234 00:1b:5678 0 EOF; a waiting lock has an arrow after its number.
+        # A line is `1: FLOCK ADVISORY WRITE 1234 00:1b:5678 0 EOF`; a waiting lock has an arrow after its number.
         if lock[1] == b"FLOCK" and lock[5].rpartition(b":")[2] == str(inode).encode():
             return max(0, int(lock[4]))
     return 0
@@ -407,7 +407,7 @@ def start_time(pid: int) -> int:
     return 0 if fields[0] == b"Z" else int(fields[19])
 
 
-#: Descriptions of the states of a process in proc(5) in which it cannot answer.
+#: The states in which a process cannot answer: their letters in proc(5), and their descriptions.
 _PROCESS_STATES = {
     "T": "is stopped (as by SIGSTOP)",
     "t": "is stopped by a debugger",

@@ -153,7 +153,10 @@ class Client:
         return self._socket, received
 
     def take_descriptor(self, index: int) -> int:
-        """Return the descriptor with the number `index` in the last reply. The caller owns it. Raises VmspawnError."""
+        """Remove the descriptor at `index` from the received descriptors, and return it. The caller owns it.
+
+        Raises VmspawnError.
+        """
         if not 0 <= index < len(self._descriptors):
             raise ProtocolError(
                 f"{self.service} refers to descriptor {index}, but sent {len(self._descriptors)} descriptors"

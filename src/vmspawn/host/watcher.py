@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Ends a machine when the program that started it has died, and removes the machine's files.
 
-vmspawn runs this file by its path and without the package, so that the process stays small. It has
-its own session, waits for the end of a process that the machine must not outlive, and then kills QEMU and its
+vmspawn runs this file by its path and without the package, so that the process stays small. This process, the watcher,
+has its own session, waits for the end of a process that the machine must not outlive, and then kills QEMU and its
 helpers. `Started.end` ends the watcher of a machine that ends before its program.
 """
 
@@ -35,7 +35,7 @@ def command(path: str, files: tuple[str, ...], processes: tuple[int, ...]) -> li
     `path` is the machine's directory, and `files` are the names of the files that the watcher removes from it.
     """
     watched = [f"{pid}:{_start_time(pid)}" for pid in processes]
-    # QEMU's log is found by its real path, and the watcher leaves the working directory.
+    # The watcher finds QEMU by the real path of its log, and changes its own working directory.
     real = os.path.realpath(path)
     return [sys.executable, "-I", "-S", os.path.abspath(__file__), real, ",".join(files), *watched]
 

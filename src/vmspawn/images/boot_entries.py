@@ -2,8 +2,8 @@
 """Finds the kernel and the initrd in the root file system of a distribution.
 
 Boot loader entries follow the UAPI group's Boot Loader Specification: unified kernel images in EFI/Linux, and `.conf`
-files in loader/entries, both below the directory that the guest mounts at /efi or /boot. Without entries, the
-kernel is /boot/vmlinuz-*, where distributions install it.
+files in loader/entries, both below the directory that the guest mounts at /efi, /boot or /boot/efi. Without entries,
+the kernel is /boot/vmlinuz-*, where distributions install it.
 """
 
 from __future__ import annotations

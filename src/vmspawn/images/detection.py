@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Recognizes a disk image's container format by its signature.
 
-A container format stores the disk's data in another order than the guest reads it. Partition tables, file systems,
-ISO 9660 and LUKS are contents of a raw disk, and are not container formats.
+A container format does not store the disk's data in the order in which the guest reads it. Partition tables, file
+systems, ISO 9660 and LUKS are contents of a raw disk, and are not container formats.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds out whether QEMU, UEFI or both can start a kernel, and reads the kernel's architecture and version.
 
-QEMU starts kernels that follow Linux's boot protocol. UEFI starts PE images; most of today's kernels are both.
+QEMU starts kernels that follow Linux's boot protocol. UEFI starts PE images. Both can start most of today's kernels.
 Unified kernel images (UKI), compressed EFI kernels of aarch64 and other EFI programs are PE images only.
 """
 

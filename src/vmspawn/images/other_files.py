@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Lists the other files that a disk image names: backing files, data files, extents and parents.
 
-Each reader takes a function `read(offset, length)`, which returns fewer bytes at the image's end. It reads a bounded
-amount of any image. It returns an empty list for an image that is complete by itself, and raises ValueError with the
-reason for an image that cannot be checked.
+Each reader takes a function `read(offset, length)`, which returns fewer bytes at the image's end. A reader reads a
+bounded amount of any image. It returns an empty list for an image that is complete by itself, and raises ValueError
+with the reason for an image that cannot be checked.
 """
 
 from __future__ import annotations

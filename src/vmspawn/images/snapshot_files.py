@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds snapshots, and the snapshot that a file is part of.
+"""Finds snapshots, and the snapshot that a file is part of, and removes the remains of failed saves.
 
 Each snapshot is a directory `MACHINE@NAME` with a manifest. This module is on the start path and imports next to
 nothing.
