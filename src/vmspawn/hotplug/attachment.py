@@ -40,9 +40,9 @@ class Removal:
     since: float = field(default_factory=time.monotonic)
     #: The number of requests that the guest release the device.
     requests: int = 0
-    #: The number of times that QEMU refused to undo the other steps.
+    #: The number of failed attempts to undo the attachment's steps.
     refusals: int = 0
-    #: QEMU's last error in reply to a request.
+    #: The reason why the last request or attempt failed, or an empty string.
     answer: str = ""
 
     @property
@@ -64,9 +64,10 @@ class Attachment(ABC):
     #: None for a kind that users do not see.
     events: ClassVar[EventNames | None] = None
 
-    #: True if QEMU was started with the device.
+    #: True if the device cannot be detached while the machine runs. In a copy of a machine, it is false for the devices
+    #: that were hot-plugged before the snapshot, although the copy's QEMU was started with them.
     is_boot: bool = False
-    #: The journal: the names of the steps that were begun and not undone, in order.
+    #: The names of the steps that were begun and not undone, in order. The journal has them.
     done: list[str] = field(default_factory=list)
     state: State = State.ATTACHING
     removal: Removal | None = None
@@ -128,7 +129,7 @@ class Attachment(ABC):
         """True if the device may exist in QEMU."""
         return DEVICE in self.done
 
-    def close(self) -> None:  # noqa: B027 - most kinds have none
+    def close(self) -> None:  # noqa: B027 - most kinds have no descriptors
         """Close the manager's descriptors of the attachment."""
 
     def plan(self) -> list[Step]:

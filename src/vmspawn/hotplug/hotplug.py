@@ -46,9 +46,11 @@ class Hotplug:
         self.run_state: Final = run_state
         self.journal: Final = journal
         self.tasks: Final = Tasks()
-        #: Entered by each change of an attachment, except while it waits for the guest. A save closes the gate.
+        #: Entered by each change of an attachment, except while the change waits for the guest. Closed while the
+        #: machine's state is saved.
         self.gate: Final = Gate()
-        #: Prevents a save while a device that QEMU cannot save is being plugged in, and vice versa.
+        #: Keeps QMP sessions from saving the machine's state while a device that QEMU cannot save is being plugged in,
+        #: and delays that device while a session is about to save.
         self.saving: Final = saving or Saving()
         self._registers: dict[str, Register[Any]] = {}
         self._on_refused: dict[str, Callable[[Any, VmspawnError], Awaitable[str]]] = {}
@@ -80,7 +82,8 @@ class Hotplug:
     async def attach(self, attachment: Attachment, finish: Callable[[], Awaitable[None]] | None = None) -> None:
         """Do all steps, then call `finish`; returns when QEMU has plugged in the device.
 
-        Raises what `Monitor.execute` raises, SystemFailure, or the attachment's `vanished`, and leaves nothing behind.
+        Raises what `Monitor.execute` raises, SystemFailure, or the error that the attachment's `vanished` returns, and
+        leaves nothing behind.
         After a cancellation, a task of the machine undoes the steps.
         """
         register = self._registers[attachment.kind]
@@ -109,7 +112,7 @@ class Hotplug:
     async def _is_gone(self, attachment: Attachment) -> bool:
         """Return whether the device was removed since it was plugged in.
 
-        After an adoption, an event about a removed controller of the same name may still arrive.
+        `gone` alone is no proof: after an adoption, the event may be about an earlier controller of the same name.
         """
         if attachment.gone.is_set() and attachment.device in await device_ids(self.monitor):
             attachment.gone.clear()

@@ -18,7 +18,10 @@ async def occupied_places(monitor: Monitor, layout: Layout, *, timeout: float) -
 
 
 async def _ports(monitor: Monitor, layout: Layout, timeout: float) -> frozenset[PciPlace]:
-    """Return the ports that have a device. query-pci would list only ports that the firmware has numbered."""
+    """Return the ports that have a device.
+
+    query-pci does not list the device in a port until the firmware has given the port a bus number.
+    """
     ports = [place for place in layout.pci.places if isinstance(place, PciPlace)]
     commands = [Command("qom-list", {"path": f"/machine/peripheral/{port.bus}/{port.bus}"}) for port in ports]
     found = await monitor.execute_all(commands, timeout=timeout)

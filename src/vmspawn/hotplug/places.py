@@ -156,7 +156,8 @@ class Pool:
 
 
 # The layout of pcie.0 on q35 and of pci.0 on pc. Slot 0 has the host bridge; slot 1 is for a display on q35, and has
-# the PIIX3 functions on pc; slot 31 has q35's ICH9. Devices at fixed slots always exist, so addresses do not change.
+# the PIIX3 functions on pc; slot 31 has q35's ICH9. The fixed slots below are reserved even if their devices do not
+# exist, so that the addresses of other devices do not change.
 SCSI_CONTROLLER_SLOT = 2
 RNG_SLOT = 3
 NAMESPACE_CONTROLLER_SLOT = 4
@@ -193,7 +194,10 @@ NO_NAMESPACES_HINT = "use bus nvme, which takes a port for each disk, or QEMU 11
 
 
 class Layout(Record):
-    """The places of a machine, for boot devices and for hot-plugged devices. `bus` has the fixed places."""
+    """The places of a machine, for boot devices and for hot-plugged devices.
+
+    `bus` is the PCI bus of the devices at fixed slots, `ports` the number of root ports for hot-plug, 0 on pc.
+    """
 
     bus: str
     boot: Pool

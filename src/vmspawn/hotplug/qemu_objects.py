@@ -13,8 +13,8 @@ from ..qmp.monitor import Command, Monitor
 class Kind(NamedTuple):
     """The commands by which QEMU removes and lists one kind of object.
 
-    `remove` takes the name as `argument`. `query`, with `options`, lists entries that have the name as `key`; it is
-    empty for a kind that QEMU cannot list.
+    `remove` takes the name as `argument`. `query`, with the arguments `options`, lists the objects; the member `key` of
+    each entry is the name. `query` is empty for a kind that QEMU cannot list.
     """
 
     remove: str
@@ -59,7 +59,7 @@ class QemuObject(NamedTuple):
 
 
 async def remove_objects(monitor: Monitor, objects: Sequence[QemuObject]) -> None:
-    """Remove objects in that order. A missing object counts as removed.
+    """Remove objects in the given order. A missing object counts as removed.
 
     Raises what `Monitor.execute` raises, or QmpError if QEMU refuses a removal; the other objects may then be removed.
     """

@@ -2,8 +2,8 @@
 """Adopts the attachments of a manager that died: compares its journal with QEMU, and settles each attachment.
 
 - A detach that was under way continues.
-- An attach that was under way is kept if QEMU has plugged in the device, and undone otherwise. Its caller never got a
-  reply, so either outcome is correct.
+- An attach that was under way is kept if QEMU has plugged in the device and this proves that the attachment is
+  complete (`Attachment.is_whole`), and undone otherwise. Its caller never got a reply, so either outcome is correct.
 - An attachment whose device was removed meanwhile is undone.
 """
 
@@ -53,7 +53,7 @@ async def settle(
         hotplug.unwind(attachment)
 
 
-#: The messages about attachments that do not stay.
+#: The messages about attachments that are removed, by the state in the journal.
 _FOUND = {
     State.ATTACHING: "{name} has no device in QEMU; its remains are removed",
     State.DETACHING: "the detach of {name} continues",

@@ -25,9 +25,9 @@ class Register(Generic[_A]):
         saved: Mapping[str, Any],
         more: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
-        """Load the attachments of a section that another manager `saved`, or none from an empty section.
+        """Load the attachments from `saved`, which is the section that another manager wrote, or empty.
 
-        `load` makes an attachment of its record. `more` returns further members of the section. Raises KeyError,
+        `load` makes an attachment from its record. `more` returns further members of the section. Raises KeyError,
         TypeError or ValueError if the section is invalid.
         """
         self._journal = journal
@@ -83,7 +83,7 @@ class Register(Generic[_A]):
             self._records.pop(attachment, None)
 
     def save(self, attachment: _A | None = None) -> None:
-        """Write the journal after a change of one attachment, or with None of all. Raises SystemFailure."""
+        """Write the journal after a change of one attachment, or, with None, of all. Raises SystemFailure."""
         self.changed(attachment)
         self._journal.write()
 

@@ -46,7 +46,7 @@ class Step:
         """Do the manager's part of a step that another manager has done."""
 
     def objects(self) -> Sequence[QemuObject]:
-        """Return the step's objects in QEMU that an undo removes, from the top down."""
+        """Return the objects in QEMU that an undo of the step removes, in the order of removal."""
         return ()
 
     def end(self) -> None:

@@ -33,7 +33,7 @@ async def ask_until_gone(
         except QmpError as error:
             if error.error_class == "DeviceNotFound":
                 return
-            # A pending earlier request, or a busy guest, is a state and not a failure.
+            # QEMU also refuses a request while an earlier one is pending or the guest is busy. The removal continues.
             removal.answer = error.description
         on_request()
         await attachment.wait_for_news(RETRY_INTERVALS[min(removal.requests, len(RETRY_INTERVALS)) - 1])

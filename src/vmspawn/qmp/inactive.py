@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Detects whether QEMU's images are inactive, so that another QEMU may use them.
+"""Detects whether QEMU's images are inactive, which means that another QEMU may use them.
 
 Images are inactive before an incoming state has arrived, and from the end of a save until `cont`, even across resets.
-QEMU 7.2 does not report that for a node.
+QEMU 7.2 does not report whether a node is inactive.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ READ_AHEAD = RECEIVE_SIZE
 #: all their commands before they read the first reply, and QEMU serves them; with a lower limit they would deadlock.
 INPUT_HELD = 1 << 20
 
-#: In-band commands that wait in a client's queue after it has enabled `oob`, without the running one. This is QEMU's
-#: limit (monitor/monitor-internal.h, QMP_REQ_QUEUE_LEN_MAX). QEMU stops reading at the limit, so that an out-of-band
-#: command behind these commands waits, as the specification states.
+#: In-band commands that wait in a client's queue after the client has enabled `oob`, not counting the running command.
+#: This is QEMU's limit (monitor/monitor-internal.h, QMP_REQ_QUEUE_LEN_MAX). QEMU stops reading at the limit, so that an
+#: out-of-band command behind these commands waits, as the specification states.
 OOB_QUEUE = 8
 
 #: In-band commands in flight on one of QEMU's monitors: one runs, one is read meanwhile, and one covers vmspawn's
@@ -63,6 +63,6 @@ SESSIONS = 1024
 #: that stays silent serves another program, because QEMU serves one client per socket.
 GREETING_TIMEOUT = 15.0
 
-#: Seconds within which a client must read its queued output after QEMU's exit, and within which QEMU must undo the
-#: remains of sessions when the multiplexer closes.
+#: Seconds for a client to read its queued output after QEMU's exit, for QEMU to answer the sessions' commands before
+#: they are held, and for QEMU to close the descriptors of ended sessions.
 DRAIN_TIMEOUT = 5.0

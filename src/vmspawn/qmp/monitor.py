@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs commands on one of QEMU's QMP monitors with timeouts, and passes QEMU's events to any number of listeners.
 
-The protocol is QEMU's docs/interop/qmp-spec.rst. The manager uses this connection itself; clients get sessions.
+The protocol is QEMU's docs/interop/qmp-spec.rst. The manager uses this connection; QMP clients share another monitor
+(`share/multiplexer.py`).
 """
 
 from __future__ import annotations
@@ -174,8 +175,9 @@ class Monitor:
     ) -> list[Any]:
         """Send commands together; returns a result for each, which is a QmpError if QEMU refused the command.
 
-        QEMU runs all commands in order, even if one fails, so the commands after it must be harmless. Commands `behind`
-        are sent too, and QEMU runs them before any later commands, but this method does not wait for their replies.
+        QEMU runs all commands in order, even if one fails, so the commands after a failed one must be harmless.
+        Commands `behind` are sent too, and QEMU runs them before any later commands, but this method does not wait for
+        their replies.
         Raises Timeout or NotConnected like `execute`.
         """
         while self._holder not in (None, asyncio.current_task()) and not urgent:
@@ -209,11 +211,11 @@ class Monitor:
         return stream
 
     def witness(self, on_event: Callable[[Event], None]) -> None:
-        """Call `on_event` with each event of QEMU and vmspawn from now on. It must not raise."""
+        """Call `on_event` with each event of QEMU and vmspawn from now on. `on_event` must not raise."""
         self._witnesses.append(on_event)
 
     def listen(self, on_event: Callable[[Event], None]) -> None:
-        """Call `on_event` with each event of QEMU when it is read, before all streams. It must not raise."""
+        """Call `on_event` with each event of QEMU when it is read, before all streams. `on_event` must not raise."""
         self._listeners.append(on_event)
 
     def publish(self, event: Event) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from .events import Event
 from .monitor import COMMAND_TIMEOUT, Monitor
 
-# The state that a STOP enters after one of these events, if the event's member has this value (QEMU's
+# By event: a member, its value, and the state that the next STOP enters if the member has this value (QEMU's
 # qapi/run-state.json, RunState).
 _REASONS = {
     "BLOCK_IO_ERROR": ("action", "stop", "io-error"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Delays the plugging in of a device that QEMU cannot save, while a QMP session is about to save the state.
+"""Delays plugging in a device that QEMU cannot save while a QMP session is about to save the machine's state.
 
 Once a migration has begun, QEMU itself refuses `device_add` (docs/qemu.md, "Saving and loading state").
 """
@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 from ..errors import Timeout
 
-#: Seconds that a device waits for commands of sessions that save the state.
+#: Seconds that an attach waits for sessions that are about to save the state.
 _TIMEOUT = 10.0
 
 
@@ -31,12 +31,12 @@ class Saving:
         return bool(self._coming)
 
     def begin(self) -> None:
-        """Mark that a session begins to check whether QEMU can save the state, and then to save it."""
+        """Mark that a session begins a command that may save the state."""
         self._savers += 1
         self._is_free.clear()
 
     def end(self) -> None:
-        """Mark the end of what `begin` began."""
+        """Mark that a command for which `begin` was called has ended, or was refused."""
         self._savers -= 1
         if not self._savers:
             self._is_free.set()

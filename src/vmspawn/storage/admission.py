@@ -5,8 +5,8 @@ A disk is admitted in four steps:
 
 1. `check_disk` checks the options that the user requested.
 2. `check_name_is_free` and `check_not_attached` compare the disk with the machine's other disks.
-3. `make_image` checks the image. It does not read the image, which could block: the caller has called
-`formats.choose_format`.
+3. `make_image` checks the image. It does not read the image, because that could block; the caller has called
+`formats.choose_format`, which reads the image.
 4. `take_place` reserves a place.
 
 Only the last step acquires something, so that a refusal in an earlier step leaves nothing to undo.

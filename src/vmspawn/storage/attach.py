@@ -84,7 +84,7 @@ class BootDisk(Protocol):
 
     @property
     def is_boot(self) -> bool:
-        """True if the disk stays while the machine runs."""
+        """True if the disk cannot be detached while the machine runs."""
 
 
 class Storage:
@@ -109,7 +109,10 @@ class Storage:
         controllers = Controllers(hotplug, layout, saved, at_boot)
 
         def threaded_place() -> Mapping[str, object]:
-            """Return the threaded controller's place in the journal format of managers without a section for it."""
+            """Return the place of the SCSI controller with an I/O thread, for older managers.
+
+            They look for it in the section of disks, because they have no section of controllers.
+            """
             place = controllers.place_of(THREADED_SCSI_CONTROLLER)
             return {"threaded-scsi": place and list(place)}
 
@@ -168,7 +171,7 @@ class Storage:
         self._context.register.add(attached)
 
     async def empty_drives(self) -> None:
-        """Remove the placeholders from a copy's empty optical drives, before it loads its state."""
+        """Remove the blank media from a copy's empty optical drives, before the copy loads its state."""
         for attached in self:
             if not attached.images and attached.disk.bus == "scsi-cd":
                 await media.empty(self._context, attached)
@@ -222,7 +225,7 @@ class Storage:
     async def _attach(self, disk: Disk, backing: Backing | None) -> AttachedDisk:
         """Attach a disk. Leaves `backing` open.
 
-        Tries again if a QMP client has put a device on the first place, or has removed the place's controller: QEMU
+        Tries again if a QMP client has put a device at the chosen place, or has removed the place's controller: QEMU
         reports the removal some milliseconds after the controller's bus is gone.
         """
         while True:
@@ -386,7 +389,7 @@ class Storage:
             self._hotplug.publish(failures.FAILED_EVENT, attached, **failure.to_event())
 
     def _controller_gone(self, device: str) -> None:
-        """Unplug the disks of a removed controller: QEMU keeps namespaces without one (docs/qemu.md, "NVMe")."""
+        """Unplug the disks of a removed controller: QEMU keeps its namespaces (docs/qemu.md, "NVMe")."""
         for attached in self:
             if controller_of(attached.place) == device and attached.state is State.ATTACHED:
                 self._hotplug.unwind(attached)

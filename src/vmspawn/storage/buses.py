@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describes each bus: QEMU's device for a disk, and the disk's name that the guest's udev makes."""
+"""Describes each bus: QEMU's device for a disk, and the name that the guest's udev gives the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from .disk import Disk
 
 
 class Bus(Record):
-    """The properties of one bus. `by_id` is the name of a disk below /dev/disk/by-id, from udev's rules."""
+    """The properties of one bus.
+
+    `pool` names the pool of the bus's places: "pci", "scsi" or "namespaces". `by_id` is the name of a disk below
+    /dev/disk/by-id, from udev's rules.
+    """
 
     driver: str
     pool: str
@@ -28,7 +32,7 @@ class Bus(Record):
 #: The serial number of the controller of namespaces. Namespaces have no serial numbers of their own.
 NAMESPACE_SERIAL = "vmspawn"
 
-#: The names are those of udev's 60-persistent-storage.rules: virtio-SERIAL; nvme-MODEL_SERIAL, and _NSID if a
+#: The values of `by_id` are from udev's 60-persistent-storage.rules: virtio-SERIAL; nvme-MODEL_SERIAL, and _NSID if a
 #: controller has several namespaces; scsi- and the name that scsi_id reads from VPD page 0x83, in which QEMU puts a
 #: disk's serial number into a vendor specific designator (type 0).
 TABLE = {
@@ -85,7 +89,7 @@ def controllers_at_boot(buses: Iterable[str]) -> list[str]:
     return [SCSI_CONTROLLER, *([NAMESPACE_CONTROLLER] if has_namespaces else [])]
 
 
-# A read cannot fail for lack of space. QEMU's default is `enospc`.
+# For `enospc`, QEMU's defaults apply: werror=enospc and rerror=report, because a read cannot fail for lack of space.
 _ON_ERROR: dict[str, dict[str, object]] = {
     "": {},
     "report": {"werror": "report", "rerror": "report"},

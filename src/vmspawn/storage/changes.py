@@ -172,7 +172,7 @@ class Changes:
 
 
 def check_not_boot(attachment: AttachedDisk, what: str) -> None:
-    """Raise StorageImmutable for a disk that QEMU was started with."""
+    """Raise StorageImmutable for a boot disk. `what` is the forbidden change, for the error message."""
     if attachment.is_boot:
         raise StorageImmutable(f"{attachment.name} is a boot disk and cannot be {what} while the machine runs")
 

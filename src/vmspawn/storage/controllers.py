@@ -215,7 +215,7 @@ class Controllers:
     # Unplugging.
 
     def release_unused(self) -> None:
-        """Unplug the controller of namespaces if it has no namespaces and does not exist from boot."""
+        """Unplug the controller of namespaces if it has no namespaces and was plugged in after boot."""
         found = self._register.get(NAMESPACE_CONTROLLER)
         if found is None or found.state is not State.ATTACHED or not self._layout.namespaces.is_unused:
             return

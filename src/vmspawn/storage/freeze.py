@@ -95,7 +95,7 @@ class Freeze:
         return {each["node-name"]: int(each["image"]["virtual-size"]) for each in found}
 
     async def _lend(self, descriptors: Sequence[int]) -> None:
-        """Pass the read-only descriptors to QEMU. Their sets are in the journal, so an adoption removes them."""
+        """Pass the read-only descriptors to QEMU. An adoption removes their sets: no image in the journal has them."""
         try:
             commands = []
             for each, fd in zip(self.frozen, descriptors, strict=True):

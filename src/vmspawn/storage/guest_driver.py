@@ -3,8 +3,7 @@
 
 The evidence is the guest's first request to the disk: on each bus, Linux reads the partition table when the disk has
 its node in /dev. QEMU knows the driver's status for virtio only. That status is set before the node exists, and asking
-for it crashes QEMU 11.1 (docs/qemu.md, "Faults"). No event reports the first request, so
-the statistics are polled.
+for it crashes QEMU 11.1 (docs/qemu.md, "Faults"). No event reports the first request, so the statistics are polled.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ def holder_of(identity: tuple[int, ...], *, ours: str = "") -> str:
 
 def _machine_with(identity: tuple[int, ...], ours: str) -> str:
     for name in _machines():
-        folder = os.path.join(runtime.runtime_root(), name)
+        directory = os.path.join(runtime.runtime_root(), name)
         try:
-            state = runtime.read_state(folder)
+            state = runtime.read_state(directory)
             pid = int(state["qemu"]["pid"])
-            is_running = pid != 0 and runtime.running_qemu(folder) == pid
+            is_running = pid != 0 and runtime.running_qemu(directory) == pid
             if name != ours and is_running and list(identity) in _identities(state):
                 return f"machine {name}"
         except (OSError, ValueError, KeyError, TypeError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Describes an image below a disk's pivot, and keeps the journal of the image's parts.
+"""Describes an image below a disk's pivot (`nodes.py`), and records which parts of the image QEMU may have.
 
 A disk has one image, and two while one image replaces the other.
 """
@@ -20,16 +20,16 @@ FAULT = "fault"
 
 
 class Image:
-    """An image with the journal of its parts. `number` is fresh for every image.
+    """An image. `number` is fresh for every image.
 
     The manager owns `backing.fd` until QEMU has a duplicate; from then on it is -1. `backing` is None for an image that
-    fails every request. `done` is the journal: the names of the parts that may exist, from the bottom up. `base` is the
-    image below an overlay; it is never written.
+    fails every request. `done` has the names of the parts that may exist in QEMU, from the bottom up, and is saved in
+    the journal. `base` is the image below an overlay; it is never written.
     """
 
     __slots__ = ("backing", "base", "done", "format", "has_long_names", "number", "path", "size")
 
-    # This is on the start path, where importing dataclasses would take too long.
+    # This module is on the start path, where importing dataclasses would take too long.
     def __init__(
         self,
         number: int,

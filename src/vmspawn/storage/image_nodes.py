@@ -2,8 +2,8 @@
 """Makes an image's parts in QEMU, and lists the parts to remove.
 
 The parts are made from the bottom up and removed from the top down. The journal names them before they are made, so
-a part of the journal may not exist: it was never made, or a manager removed it and died. A removal therefore accepts
-"not found" as success.
+QEMU may lack a part that the journal names: it was never made, or a manager removed it and died. A removal therefore
+accepts "not found" as success.
 """
 
 from __future__ import annotations

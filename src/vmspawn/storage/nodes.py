@@ -51,7 +51,7 @@ class Identifiers(Record):
 
 
 def file_node(image: Image, disk: Disk) -> dict[str, object]:
-    """Return the options of the node below the format, for blockdev-add and -blockdev alike (qapi/block-core.json)."""
+    """Return the options of the image's lowest node, for blockdev-add and -blockdev alike (qapi/block-core.json)."""
     if image.backing is None:
         # With read-zeroes, a read never returns QEMU's memory.
         return {"driver": "null-co", "node-name": image.file_node, "size": image.size, "read-zeroes": True}

@@ -168,7 +168,7 @@ class Adoption:
             self.notes.append(f"could not remove the leftover {what}: {error}")
 
     async def _remove_leftovers(self, leftovers: Sequence[QemuObject]) -> None:
-        """Remove leftovers. Ignores refusals if no leftover has a user: QEMU 7.2 may keep it (`refusals.py`)."""
+        """Remove leftovers. Ignores refusals if no leftover has a user: QEMU 7.2 may keep a node (`refusals.py`)."""
         refused: list[tuple[QemuObject, VmspawnError]] = []
         for each in leftovers:
             try:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Replaces a disk's image, while the guest uses the disk, by another or by one that fails every request; sets limits.
+"""Replaces a disk's image while the guest uses the disk, with another image or with one that fails every request.
+
+Also changes a disk's limits.
 
 Each operation runs to its end once it has begun. An operation that fails leaves the disk as it was.
 """

@@ -37,8 +37,8 @@ class Connection:
     ) -> None:
         """Begin to read.
 
-        `on_received` gets data and a descriptor: the one that came with the data's last byte, which `on_received` must
-        close, or -1. `on_end` is called when the client has closed its sending side, `on_drained` when the client has
+        `on_received` gets data, and the descriptor that came with the data's last byte, or -1; `on_received` owns the
+        descriptor. `on_end` is called when the client has closed its sending side, `on_drained` when the client has
         read all queued output, `on_gone` when the client has hung up or was disconnected, but not after `close`.
         """
         connected.setblocking(False)

@@ -31,11 +31,11 @@ _HUMAN_SAVE = re.compile(r"\s*(migrate|savevm)\b")
 _HUMAN_STATUS = re.compile(r"\s*info\s+virtio-status\b")
 _HUMAN_SET = re.compile(r"\s*qom-set\b")
 
-_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 
 #: A member of x-query-virtio-status's result that all releases with the fault have. Sessions also refuse the command
 #: if a release has the member, but not the fault.
-_SINCE_ABORT = "unknown-dev-features2"
+_ABORT_MARKER = "unknown-dev-features2"
 
 
 def questions(command: Command, saving: Saving) -> Questions:
@@ -54,10 +54,10 @@ def _saving(arguments: Mapping[str, Any], saving: Saving) -> Questions:
         return None  # QEMU refuses the command
     if saving.is_device_coming:
         return "an attach on bus nvme-ns is under way, and QEMU crashes when it saves the controller; try again"
-    for folder in _FOLDERS:
-        children = yield _ask("qom-list", path=folder)
+    for container in _CONTAINERS:
+        children = yield _ask("qom-list", path=container)
         for name in [each["name"] for each in children or () if each.get("type") == "child<nvme>"]:
-            drive = yield _ask("qom-get", path=f"{folder}/{name}", property="drive")
+            drive = yield _ask("qom-get", path=f"{container}/{name}", property="drive")
             if drive == "":
                 return (
                     f"QEMU crashes when it saves the state of the NVMe controller {name}, which has no drive of its "
@@ -83,7 +83,7 @@ def _resizing(arguments: Mapping[str, Any], saving: Saving) -> Questions:
 def _virtio_status(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     schema = yield b'{"execute":"query-qmp-schema"'
     members = (member["name"] for entry in schema or () for member in entry.get("members", ()) if "name" in member)
-    if _SINCE_ABORT not in members:
+    if _ABORT_MARKER not in members:
         return None
     return "this QEMU aborts on it; see the guest's own /sys/bus/virtio for the state of its drivers"
 

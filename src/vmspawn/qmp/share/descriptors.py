@@ -23,8 +23,8 @@ CONSUMING = frozenset((b"getfd", b"add-fd"))
 #: Commands that change the names or sets.
 WATCHED = CONSUMING | {b"closefd", b"remove-fd"}
 
-#: A name for `getfd` after a command that failed: `getfd` succeeds only if QEMU still has the descriptor that came with
-#: that command. The name is then closed at once.
+#: The name for the `getfd` that vmspawn sends after a failed command. This `getfd` succeeds only if QEMU still has the
+#: descriptor that came with the failed command. The name is then closed at once.
 SPARE = "vmspawn.unclaimed"
 
 CLAIM_SPARE = b'{"execute":"getfd","arguments":{"fdname":"%b"}' % SPARE.encode()

@@ -168,7 +168,7 @@ class Multiplexer:
                 self._schedule.release()
 
     async def close(self) -> None:
-        """Close the sessions, undo their remains in QEMU within DRAIN_TIMEOUT, and close the monitors."""
+        """Close the sessions and, within DRAIN_TIMEOUT, their descriptors in QEMU; then close the monitors."""
         for session in tuple(self._sessions):
             session.close()
         if not self._end:
@@ -198,10 +198,10 @@ class Multiplexer:
             session.end()
         self._settled.set()
 
-    # The remains of sessions.
+    # The descriptors of ended sessions.
 
     def _on_left(self, session: Session) -> None:
-        """Undo the remains of an ended session, whose commands QEMU has answered."""
+        """Close the descriptors of an ended session in QEMU, which has answered all of the session's commands."""
         self._sessions.pop(session, None)
         if self._end:
             return

@@ -53,7 +53,8 @@ class _Hello(msgspec.Struct):
 async def negotiate(connected: socket.socket, *, timeout: float) -> Negotiated:
     """Wait for the greeting, and enable all offered capabilities. Owns the socket, and closes it after an error.
 
-    Raises Timeout if QEMU does not reply within `timeout` seconds, NotConnected if it exits, or if it is not QEMU.
+    Raises Timeout if QEMU does not reply within `timeout` seconds, NotConnected if QEMU exits, or if the program at the
+    socket is not QEMU.
     """
     connected.setblocking(False)
     lines = _Lines(connected)

@@ -9,8 +9,8 @@ import os
 class PassedDescriptors:
     """A client's descriptors that no command has used. Owns them, and closes them in `close`.
 
-    As in QEMU, one descriptor waits for a command. A later descriptor replaces it when the bytes that the later one
-    came with are scanned: commands before these bytes use the earlier descriptor.
+    As in QEMU, one descriptor waits for a command, and a later descriptor replaces it. The replacement happens when the
+    bytes that came with the later descriptor are scanned; commands before these bytes use the earlier descriptor.
     """
 
     __slots__ = ("_offset", "_waiting", "arriving")
@@ -28,7 +28,7 @@ class PassedDescriptors:
         self.arriving, self._offset = fd, offset
 
     def scanned(self, offset: int) -> None:
-        """Let the arriving descriptor wait for a command if the bytes that it came with begin before an offset."""
+        """Let the arriving descriptor wait for a command if the bytes that it came with begin before `offset`."""
         if offset > self._offset:
             self.settle()
 

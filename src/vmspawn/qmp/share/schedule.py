@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Chooses the next command for QEMU, and its monitor.
+"""Chooses the command that QEMU gets next, and the monitor that the command is sent to.
 
 Commands are sent in the order in which they come. Each session has at most one in-band command in flight, so sessions
-take turns. Large commands, which QEMU reads slowly, go to the bulk monitor, one at a time. The reply to a large command
-waits for a fence on the sessions' monitor: QEMU sends the command's events to that monitor before it replies on the
-bulk monitor, so the events come before the fence.
+take turns. Large commands, which QEMU reads slowly, go to the bulk monitor, one at a time.
+
+QEMU sends the events of a large command to the sessions' monitor before it replies on the bulk monitor. The client must
+get these events before the reply. So the reply is held until QEMU has answered a fence: a command without an effect,
+which is sent to the sessions' monitor when the reply has come.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from ..syntax.replies import Reply
 from . import descriptors
 from .upstream import Call, Upstream
 
-#: A command without an effect: QEMU replies with an error, out of band if it supports that.
+#: The fence, and the fence for a monitor with out-of-band execution. QEMU replies that the command does not exist.
 _FENCE = Command(b'{"execute":""')
 _OOB_FENCE = Command(b'{"exec-oob":""', is_oob=True)
 
@@ -62,7 +64,7 @@ class Schedule:
             bulk.on_idle = self._idle
 
     def hold(self, on_drained: Callable[[], None]) -> None:
-        """Hold all commands; `on_drained` is called when QEMU has answered the commands that were sent."""
+        """Hold all commands except urgent ones; `on_drained` is called when QEMU has answered the sent commands."""
         self._is_held = True
         self._on_drained = on_drained
         self._check_drained()
@@ -148,7 +150,7 @@ class Schedule:
         self._urgent_turns.append(Call(command, answered))
         self._next()
 
-    # A failed command may have left its descriptor in QEMU. The next session's command must not get that descriptor.
+    # A failed command may have left its descriptor in QEMU. A command of another session must not get that descriptor.
 
     def _consumed(self, answered: _Answered, call: Call, reply: Reply) -> None:
         if call.fd >= 0 and reply.is_error:

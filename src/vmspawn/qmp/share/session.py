@@ -65,7 +65,7 @@ class Shared(NamedTuple):
 class Session:
     """A client of the multiplexer. `Multiplexer.open` makes it.
 
-    Owns its socket, and each descriptor that the client passes, until its command is answered.
+    Owns its socket, and each descriptor that the client passes, until the command that uses the descriptor is answered.
     """
 
     __slots__ = (
@@ -107,7 +107,7 @@ class Session:
         self._running: Call | None = None
         self._queue: deque[Command | Refusal] = deque()
         self._overtaking: Call | None = None
-        # True while a command runs that the session has queried QEMU about.
+        # True from the session's first question to QEMU about a command until the reply to the command.
         self._inquires = False
         # True if the client has closed its sending side.
         self._has_ended = False
@@ -379,7 +379,7 @@ class Session:
         self._accept(command, oob=bool(wanted))
 
     def _ask(self, command: Command) -> None:
-        """Let QEMU check the arguments: valid ones get the error that the monitor has negotiated already."""
+        """Let QEMU check the arguments. If they are valid, QEMU's error is that the monitor has negotiated already."""
         self._running = Call(command, self._on_checked)
         self._schedule.submit(self._running)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Sends commands to one of QEMU's monitors, and passes on its replies and events.
 
-QEMU takes about 4.4 µs to read a byte from a monitor, so commands are short: they have no white space, and recycled ids
-of one or two digits. One command in flight has no id, and neither has its reply. At most one command without an id is
-in flight, so the order of replies does not matter.
+QEMU takes about 4.4 µs to read a byte from a monitor, so commands are short: they have no white space, and no id or a
+recycled id of one or two digits. At most one command in flight can get a reply without an id, so the order of replies
+does not matter.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Call(msgspec.Struct, eq=False):
     """A command, from the time it begins to wait until its reply."""
 
     command: Command
-    #: Called with the reply, whose id is -1 if QEMU could not parse a doubtful command.
+    #: Called with the reply. The reply to a doubtful command has the id -1 if QEMU could not parse the command.
     on_reply: Callable[[Call, Reply], None]
     #: True if the command uses a descriptor.
     is_taking_descriptor: bool = False
     #: The descriptor to send with the command, or -1. Its owner keeps it open until the reply, and closes it.
     fd: int = -1
-    #: True if QEMU failed before it used the descriptor.
+    #: True if the command failed before QEMU used the descriptor.
     is_descriptor_left: bool = False
     #: The command's id while it is in flight, or -1.
     number: int = -1
@@ -84,7 +84,7 @@ class Upstream:
         self._input = bytearray()
         # A failed write is ignored: the reader detects QEMU's exit, after QEMU's last messages.
         self._writer = Writer.of_socket(self._socket)
-        # The command in flight without an id.
+        # The command in flight that can get a reply without an id: it was sent without an id, or is doubtful.
         self._unnamed: Call | None = None
         self._named: dict[int, Call] = {}
         # The ids that are free again, and the smallest unused id.

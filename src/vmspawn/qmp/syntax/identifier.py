@@ -30,7 +30,7 @@ def echoed(text: bytes) -> bytes:
 
 
 def _rewritten(text: bytes) -> bytes:
-    """Return JSON as QEMU writes it. A list holds the open values, because QEMU allows more nesting than Python."""
+    """Return JSON as QEMU writes it. A list takes the place of recursion: QEMU allows deeper nesting than Python."""
     opened: list[list[bytes]] = [[]]
     for match in tokens(text, 0, len(text)):
         token = match[0]

@@ -2,7 +2,8 @@
 """Splits a message into compact JSON text and the members of its object, still as text.
 
 msgspec does the work, in C. It differs from QEMU in three ways, which are handled here: it allows less nesting; of two
-members with one key it keeps the last, while QEMU refuses both; and it does not check the contents of strings.
+members with the same key it keeps the last, while QEMU refuses the message; and it does not check the contents of
+strings.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 #: A brace, or a string and the colon after it if the string is a key.
 _KEYS = re.compile(rb'[{}]|("[^"]*+")(:)?')
 
-#: Bytes of a message up to which nested objects are searched for duplicate keys. In a larger message, QEMU may find
-#: them.
+#: Bytes of a message up to which nested objects are searched for duplicate keys. In a larger message, that is left to
+#: QEMU.
 SEARCHED = 2048
 
 

@@ -6,11 +6,12 @@ for byte (qobject/json-lexer.c, json-streamer.c) in three points: the bytes of a
 and the byte at which reading resumes after it. Strings may have single quotes. A lexical error ends a message at once;
 reading resumes at the next bracket, comma, colon or control character.
 
-There are three speeds:
+There are four ways to read a message, the fastest first:
 
-1. msgspec recognises a chunk that is exactly one message of plain JSON, as nearly every client sends it, in 0.5 µs.
-2. One regular expression matches other input from bracket to bracket.
-3. Where that expression stops, at a single quote, an error or the end of the data, the scanner inspects one token.
+1. The caller's pattern matches a whole message (`take_whole`, `take`).
+2. msgspec recognises a chunk that is exactly one message of plain JSON, as nearly every client sends it, in 0.5 µs.
+3. One regular expression matches other input from bracket to bracket.
+4. Where that expression stops, at a single quote, an error or the end of the data, the scanner inspects one token.
 """
 
 from __future__ import annotations
@@ -91,9 +92,9 @@ class Scanner:
         self._buffer += data
 
     def take_whole(self, pattern: re.Pattern[bytes], data: bytes) -> tuple[bytes | None, ...] | None:
-        """Return the groups of a pattern for whole messages if `data` is exactly one message that matches, else None.
+        """Return the groups of the pattern if `data` is exactly one message, and matches; else None.
 
-        `data` must not be fed before. If the result is None, it must be fed.
+        The caller feeds `data` only if the result is None.
         """
         if self._buffer or self._chunk or self._mode is not _Mode.TOKEN or self._braces or self._brackets:
             return None
@@ -158,7 +159,7 @@ class Scanner:
 
     def _outcome(self) -> Message | Malformed | None:
         if self._found is None:
-            self._wait()
+            self._check_incomplete()
         if self._found is None or self._start > limits.RECEIVE_SIZE:
             self._forget()
         return self._found
@@ -297,7 +298,7 @@ class Scanner:
             self._reset(self._position)
         return False
 
-    def _wait(self) -> None:
+    def _check_incomplete(self) -> None:
         """Look for an error in an incomplete message."""
         if self._is_muted:
             self._mute()
