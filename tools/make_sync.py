@@ -19,17 +19,16 @@ TARGET = Path(__file__).parents[1] / "src" / "vmspawn" / "sync.py"
 
 HEADER = '''# SPDX-License-Identifier: LGPL-2.1-or-later
 # Made by tools/make_sync.py from vmspawn/api; do not edit.
-"""Provides the library with blocking calls, for scripts, tests and the interactive interpreter.
+"""Offers the classes of `vmspawn` with blocking calls, for scripts, tests and the interactive interpreter.
 
     import vmspawn.sync
 
     with vmspawn.sync.Machine(guest="builtin", ram="512M") as machine:
         machine.console.expect("ready", timeout=60)
 
-It has the classes and methods of `vmspawn`, without `await`. The coroutines run on one event loop in a thread of its
-own. Any thread may call. A call that Ctrl-C interrupts is cancelled, and cleans up before KeyboardInterrupt is raised.
-A machine is ended when its `with` block is left, or else when the process exits. A child of fork(2) cannot use its
-parent's machines, and does not end them.
+The coroutines run on one event loop in a thread of its own. Any thread may make calls. A call that Ctrl-C interrupts is
+cancelled, and cleans up before KeyboardInterrupt is raised. A machine is ended when its `with` block is left, or else
+when the process exits. A child of fork(2) cannot use its parent's machines, and does not end them.
 """
 '''
 

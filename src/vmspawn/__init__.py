@@ -9,7 +9,8 @@
     async with vmspawn.connect("demo") as machine:                          # a machine of another process
         print(await machine.disks())
 
-`vmspawn.sync` has the same classes with blocking calls. All errors are subclasses of VmspawnError; `hint` is advice.
+`vmspawn.sync` has the same classes with blocking calls. All errors are subclasses of VmspawnError. An error's
+`hint` is advice.
 """
 
 # Each name is imported when it is first used, because the commands must start fast.
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     from .storage.disk import Disk as Disk
     from .storage.limits import Limits as Limits
 
-_MODULES = {
+_NAMES_OF = {
     "api.attached_disk": ("AttachedDisk", "DiskStatus"),
     "api.connect": ("ConnectedMachine", "connect"),
     "api.console": ("Console",),
@@ -121,21 +122,21 @@ _MODULES = {
     "storage.disk": ("Disk",),
     "storage.limits": ("Limits",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULE_OF)
 
 
 if not TYPE_CHECKING:
     # Type checkers must not see this function: it would accept any name.
     def __getattr__(name: str) -> object:
-        if name not in _HOMES and name != "sync":
+        if name not in _MODULE_OF and name != "sync":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
         if name == "sync":
             return import_module(".sync", __name__)
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Finds the cache directory, which has files that can be made again: the built-in guest, facts about QEMU, reports."""
+"""Finds the cache directory, whose files may be deleted: the built-in guest, facts about QEMU, bug reports."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ A message names a field in the caller's spelling: `machine_type='x'` for Python,
 
     {count}          the value `count`; variable text is always passed in this way
     {cpus=}          the field `cpus`, by its name alone
-    {kvm=no}         the field `kvm` with the value "no"; {ephemeral=True} is a switch
+    {kvm=no}         the field `kvm` with the value "no"
+    {ephemeral=True} the field `ephemeral` with the value True, a switch on the command line
     {cpus={count}}   the field `cpus` with the value `count`
 
 A value may be another error. In a message, that error's message replaces the placeholder; in a hint, its hint does.
@@ -30,7 +31,7 @@ from .record import Record
 #: Spells a field with its value, or by its name alone if the value is None.
 Spelling = Callable[[str, object], str]
 
-#: Compiled for the first error, because most starts have no error.
+#: A placeholder's pattern, as text. It is compiled with the first error, because most starts have no error.
 _PLACEHOLDER = r"\{([a-z_.]+)(?:(=)(?:\{([a-z_]+)\}|([^{}]*)))?\}"
 
 
@@ -96,7 +97,7 @@ class VmspawnError(Exception):
         return self._prefixed(message), hint
 
     def prefix(self, text: str, *, instead_of: str = "") -> None:
-        """Put `text` in front of the message. If the message begins with `instead_of`, replace that."""
+        """Put `text` in front of the message. If the message begins with `instead_of`, replace this beginning."""
         self._prefix, self._replaced = text, instead_of
 
     def __str__(self) -> str:
@@ -206,7 +207,7 @@ class StorageExists(VmspawnError):
 
 
 class StorageImmutable(VmspawnError):
-    """The disk was attached at boot and cannot be changed while the machine runs."""
+    """The disk was attached at boot, so it cannot be detached or replaced while the machine runs."""
 
 
 class StoragePending(VmspawnError):
@@ -230,7 +231,7 @@ class NoSuchForward(VmspawnError):
 
 
 class NoFreePort(VmspawnError):
-    """All ports that the device fits into are in use."""
+    """All of the machine's ports for the device or for commands are in use."""
 
 
 class NoSuchSnapshot(VmspawnError):
@@ -242,7 +243,7 @@ class SnapshotExists(VmspawnError):
 
 
 class SnapshotInUse(VmspawnError):
-    """A machine or another snapshot uses the snapshot, or the file is part of a snapshot."""
+    """A machine or another snapshot uses the snapshot, or the image to be written is part of a snapshot."""
 
 
 class SnapshotBlocked(VmspawnError):

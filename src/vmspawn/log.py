@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-#: The environment variable that enables the log, and its value.
+#: The environment variable that enables the log, and the value that enables it.
 VARIABLE = "VMSPAWN_LOG"
 _DEBUG = "debug"
 

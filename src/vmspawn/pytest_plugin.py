@@ -51,7 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Old versions of pytest, such as Debian 12's, support only `hookwrapper`. They load this module in every test run.
+# Old versions of pytest, such as Debian 12's, would fail on `wrapper` in every test run, because each run loads this
+# module.
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
     """Duplicate standard error before pytest captures it, to show consoles there."""
@@ -152,7 +153,7 @@ def vmspawn_factory(_vm_lab: Lab, vm_qemu: str | None, vm_machine_type: str) -> 
 
 
 def _with_defaults(options: dict[str, Any], qemu: str | None, machine_type: str) -> dict[str, Any]:
-    """Return a machine's options with those of the command line. A copy has the options of its source."""
+    """Add the command line's QEMU and machine type to a machine's options, unless the machine is a copy."""
     return options if options.get("snapshot") else {"qemu": qemu, "machine_type": machine_type, **options}
 
 

@@ -20,7 +20,10 @@ SIZE_HINT = "write for example 512M or 2G"
 
 
 def bytes_of(text: str) -> int | None:
-    """Parse bytes with an optional suffix B, K, M, G or T (powers of 1024), as systemd does; None for other texts."""
+    """Parse a size with an optional suffix B, K, M, G or T (powers of 1024), as systemd does.
+
+    Returns None if the text is not a size.
+    """
     found = re.fullmatch(_SIZE, text)
     if not found or not (found[1] or found[2]):
         return None

@@ -26,7 +26,7 @@ def parse_set(text: str) -> Credential:
 def parse_load(text: str) -> Credential:
     """Parse `--load-credential=ID:PATH`. Raises UsageError.
 
-    A relative path names a credential that the service manager passed to vmspawn.
+    A path without a slash names a credential that the service manager passed to vmspawn, if it passed any.
     """
     name, colon, path = text.partition(":")
     if not colon or not path:

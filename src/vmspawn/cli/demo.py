@@ -24,37 +24,37 @@ _SIZE = 64 << 20
 _TEXT = "Hello from inside the guest"
 
 #: Seconds that the guest has for each step. Booting under emulation takes long on a busy host.
-_PATIENCE = 120.0
+_STEP_TIMEOUT = 120.0
 
 _DISKS = (("red", "virtio-blk"), ("green", "nvme"), ("blue", "virtio-scsi"))
 
 
-class Stage:
+class Transcript:
     """Prints lines with the seconds since the start and a speaker."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
-    def say(self, who: str, text: str) -> None:
-        """Print a line. `who` is empty for the demo itself, `$` for a command, `guest` for the guest's console."""
+    def add(self, speaker: str, text: str) -> None:
+        """Print a line. `speaker` is empty for the demo itself, `$` for a command, `guest` for the guest's console."""
         seconds = f"{time.monotonic() - self._start:7.2f} s"
-        style = {"$": "\033[1m", "guest": "\033[36m", "": "\033[32m"}.get(who, "") if self._colour else ""
-        print(f"{seconds}  {who:>6}  {style}{text}{chr(27) + '[0m' if style else ''}", flush=True)
+        style = {"$": "\033[1m", "guest": "\033[36m", "": "\033[32m"}.get(speaker, "") if self._colour else ""
+        print(f"{seconds}  {speaker:>6}  {style}{text}{chr(27) + '[0m' if style else ''}", flush=True)
 
 
 class Console:
     """Shows the guest's messages, and types commands on its console."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, transcript: Transcript) -> None:
+        self._transcript = transcript
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(os.path.join(runtime.runtime_root(), _MACHINE, runtime.CONSOLE))
         self._buffer = b""
 
     def wait_for(self, text: str) -> str:
         """Read lines until one contains `text`, and return it. Raises Timeout."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _STEP_TIMEOUT
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
             if newline:
@@ -67,19 +67,19 @@ class Console:
             try:
                 data = self._socket.recv(65536)
             except TimeoutError:
-                raise Timeout(f"the guest did not print {text!r} within {_PATIENCE:g} s") from None
+                raise Timeout(f"the guest did not print {text!r} within {_STEP_TIMEOUT:g} s") from None
             if not data:
                 raise Timeout(f"the guest ended before it printed {text!r}")
             self._buffer += data
 
     def _show(self, line: str) -> str:
         if "vmspawn-guest:" in line and "printf" not in line:
-            self._stage.say("guest", line.partition("vmspawn-guest: ")[2])
+            self._transcript.add("guest", line.partition("vmspawn-guest: ")[2])
         return line
 
     def type(self, command: str) -> None:
         """Type a command into the guest's shell."""
-        self._stage.say("guest", f"# {command}")
+        self._transcript.add("guest", f"# {command}")
         self._socket.sendall(command.encode() + b"\n")
 
     def close(self) -> None:
@@ -90,15 +90,15 @@ class Console:
 class Demo:
     """The demo's machine and its steps."""
 
-    def __init__(self, stage: Stage, folder: str) -> None:
-        self._stage = stage
+    def __init__(self, transcript: Transcript, folder: str) -> None:
+        self._transcript = transcript
         self._folder = folder
         self._vmspawn: subprocess.Popen[str] | None = None
 
     def run(self, options: list[str]) -> None:
         """Run all steps. Raises VmspawnError if one fails."""
         self._start(options)
-        console = Console(self._stage)
+        console = Console(self._transcript)
         try:
             console.wait_for("ready")
             for name, bus in _DISKS:
@@ -120,14 +120,14 @@ class Demo:
 
     def _start(self, options: list[str]) -> None:
         arguments = ["--guest=builtin", f"--machine={_MACHINE}", "--console=headless", *options]
-        self._stage.say("$", f"vmspawn {' '.join(arguments)} &")
+        self._transcript.add("$", f"vmspawn {' '.join(arguments)} &")
         self._vmspawn = subprocess.Popen([*_command("spawn"), *arguments], stderr=subprocess.PIPE, text=True)
         assert self._vmspawn.stderr is not None
         for line in self._vmspawn.stderr:
-            self._stage.say("", line.strip())
+            self._transcript.add("", line.strip())
             if "is running" in line:
                 return
-        # Wait for vmspawn's end, so that `close` does not end another user's machine of the same name.
+        # Wait for vmspawn's end, so that `close` does not end a machine of the same name that runs already.
         self._vmspawn.wait()
         raise StartError("the machine did not start")
 
@@ -147,25 +147,25 @@ class Demo:
             found = image.readline(200).decode(errors="replace").strip()
         if found != _TEXT:
             raise MachineEnded(f"the host's file begins with {found!r} instead of the guest's text")
-        self._stage.say("", f"red.raw on the host now begins with: {found}")
+        self._transcript.add("", f"red.raw on the host now begins with: {found}")
 
     def _power_off(self, console: Console) -> None:
         assert self._vmspawn is not None
-        self._stage.say("$", f"kill -TERM {self._vmspawn.pid}")
+        self._transcript.add("$", f"kill -TERM {self._vmspawn.pid}")
         self._vmspawn.send_signal(signal.SIGTERM)
         console.wait_for("powering off")
         assert self._vmspawn.stderr is not None
         for line in self._vmspawn.stderr:
-            self._stage.say("", line.strip())
+            self._transcript.add("", line.strip())
         if status := self._vmspawn.wait():
             raise MachineEnded(f"vmspawn exited with status {status}")
-        self._stage.say("", "vmspawn exited with status 0 and left nothing behind")
+        self._transcript.add("", "vmspawn exited with status 0 and left nothing behind")
 
     def _vmctl(self, *arguments: str) -> None:
-        self._stage.say("$", f"vmctl {' '.join(arguments)}")
+        self._transcript.add("$", f"vmctl {' '.join(arguments)}")
         done = subprocess.run([*_command("ctl"), *arguments], check=False, capture_output=True, text=True)
         for line in (done.stdout + done.stderr).splitlines():
-            self._stage.say("", line)
+            self._transcript.add("", line)
         if done.returncode:
             raise MachineEnded(f"vmctl {arguments[0]} failed")
 
@@ -176,9 +176,9 @@ def _command(name: str) -> list[str]:
 
 def _main() -> int:
     print("A guest boots, gets and loses disks on three buses, and powers off.\n", flush=True)
-    stage = Stage()
+    transcript = Transcript()
     with tempfile.TemporaryDirectory(prefix="vmspawn-demo-") as folder:
-        demo = Demo(stage, folder)
+        demo = Demo(transcript, folder)
         try:
             demo.run(sys.argv[1:])
         finally:

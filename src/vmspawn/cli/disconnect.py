@@ -18,12 +18,12 @@ _END_TIMEOUT = 5.0
 
 
 class Disconnect:
-    """Explains the end of a connection by the processes behind it. `watching` makes it before the end."""
+    """Explains why a connection was closed: which process ended. Made by `watching` while the connection is open."""
 
     def __init__(self, machine: str, manager: int) -> None:
-        """Watch QEMU and the manager. `manager` is a process id, or 0. `close` must follow."""
+        """Watch QEMU and the manager until `close`. `manager` is a process id, or 0 if unknown."""
         self._machine = machine
-        #: These are pidfds, or -1 if unknown.
+        #: Pidfds, or -1 for a process that has ended or is unknown.
         self._qemu = self._find_qemu()
         self._manager = _open(manager)
 
@@ -42,7 +42,7 @@ class Disconnect:
             # The machine may have been starting when the connection was made.
             self._qemu = self._find_qemu()
         if self._qemu < 0:
-            return  # it has ended, or belongs to another program, whose QEMU is unknown
+            return  # the machine has ended, or another program runs it, whose QEMU is unknown
         ended = self._ended()
         if self._qemu in ended:
             return
@@ -57,7 +57,10 @@ class Disconnect:
         )
 
     def _ended(self) -> set[int]:
-        """Return the pidfds of ended processes. Waits for one, because a process closes its sockets before it exits."""
+        """Return the pidfds of ended processes. A manager without a pidfd, -1, counts as ended.
+
+        Waits for a process to end, because a process closes its sockets before it exits.
+        """
         poll = select.poll()
         poll.register(self._qemu, select.POLLIN)
         if self._manager < 0:
@@ -68,7 +71,7 @@ class Disconnect:
 
 @contextlib.contextmanager
 def watching(machine: str, connected: socket.socket) -> Iterator[Disconnect]:
-    """Watch the processes behind a connection to a machine, to explain its end."""
+    """Watch QEMU and the manager behind a connection, to explain why the connection is closed."""
     with contextlib.closing(Disconnect(machine, peer_process(connected)[0])) as disconnect:
         yield disconnect
 

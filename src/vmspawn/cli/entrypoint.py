@@ -24,11 +24,11 @@ EXIT_USAGE = 2
 #: The exit status for a time limit, as in timeout(1).
 EXIT_TIMED_OUT = 124
 
-#: The exit status for failures of vmctl itself, if a command determines the other statuses, as in docker(1).
+#: The exit status for failures of vmctl itself, where it otherwise exits with a command's status, as in docker(1).
 EXIT_OWN_FAILURE = 125
 
-#: Errors of write(2). An error without a file name concerns standard output.
-_OF_FILES = (EDQUOT, EFBIG, EIO, ENOSPC)
+#: Error numbers of write(2). An OSError with one of these numbers and no file name is a failure of standard output.
+_WRITE_ERRORS = (EDQUOT, EFBIG, EIO, ENOSPC)
 
 #: The exit status for SIGINT, as in a shell.
 EXIT_INTERRUPTED = 130
@@ -94,7 +94,7 @@ def _explain(error: OSError) -> VmspawnError:
     if number == ENOENT and error.filename is None:
         # getcwd(3) is the only call without a file name that fails with ENOENT.
         return SystemFailure("the current directory was removed", number, hint="change to another directory")
-    if number in _OF_FILES and error.filename is None:
+    if number in _WRITE_ERRORS and error.filename is None:
         return SystemFailure("cannot write the output", number)
     what = f" {error.filename!r}" if error.filename else ""
     return SystemFailure(f"a system call failed{what}", number, hint=f"for a traceback, set {log.VARIABLE}=debug")

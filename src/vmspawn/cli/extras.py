@@ -78,7 +78,7 @@ def user_destination() -> Destination:
 
 
 def check_command(command: str, destination: Destination) -> None:
-    """Refuse a command for the system's unit that another user could replace. Raises ExtrasError."""
+    """Refuse to install a system unit whose command another user could replace. Raises ExtrasError."""
     if not destination.is_user and os.geteuid() == 0 != os.stat(command).st_uid:
         raise ExtrasError(
             f"cannot install a unit that runs {command} as root: the file belongs to another user",

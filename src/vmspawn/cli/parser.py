@@ -37,10 +37,10 @@ class Parser(argparse.ArgumentParser):
     #: The verb whose arguments this parser parses, or an empty string.
     verb = ""
 
-    #: The parser of the command that this is a verb of.
+    #: The parser of the whole command, if this parser is a verb's.
     command: Parser | None = None
 
-    #: The number of positional arguments that end the options, or None if only `--` ends them.
+    #: The number of positional arguments after which no word is an option, or None if only `--` ends the options.
     options_end_after: int | None = None
 
     #: The exit status for a mistake.
@@ -144,8 +144,8 @@ class Parser(argparse.ArgumentParser):
 
     def _advice(self, name: str) -> str:
         """Return the hint for an unknown option."""
-        if homes := [verb for verb, parser in _verbs(self.command or self).items() if name in _options(parser)]:
-            return f"it is an option of: {', '.join(homes)}"
+        if verbs := [verb for verb, parser in _verbs(self.command or self).items() if name in _options(parser)]:
+            return f"it is an option of: {', '.join(verbs)}"
         return self._near(name, _options(self))
 
     def error(self, message: str) -> NoReturn:

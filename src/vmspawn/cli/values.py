@@ -51,7 +51,7 @@ def seconds(text: str) -> float:
     return number(text, 0, 1e6, "a number of seconds")
 
 
-#: systemd's spellings of a boolean; upper and lower case are equal.
+#: systemd's spellings of a boolean; case is ignored.
 _BOOLEANS = {
     **dict.fromkeys(("1", "yes", "y", "true", "t", "on"), "yes"),
     **dict.fromkeys(("0", "no", "n", "false", "f", "off"), "no"),

@@ -37,32 +37,32 @@ def _adopt(options: argparse.Namespace) -> None:
     except OSError as error:
         raise StartError(f"cannot use the runtime directory {folder}: {error.strerror}") from None
     start = os.fstat(log).st_size
-    waiting, telling = os.pipe()
+    reader, writer = os.pipe()
     try:
-        pid = _start(name, log, telling)
-        os.close(telling)
-        telling = -1
-        if not select.select([waiting], [], [], timeout)[0]:
+        pid = _start(name, log, writer)
+        os.close(writer)
+        writer = -1
+        if not select.select([reader], [], [], timeout)[0]:
             raise Timeout(f"the new manager (process {pid}) has not adopted machine {name} within {timeout:g} s")
-        if not os.read(waiting, 1):
+        if not os.read(reader, 1):
             os.waitpid(pid, 0)
             raise failure(os.pread(log, 1 << 16, start).decode(errors="replace"))
     finally:
-        for fd in (log, waiting, telling):
+        for fd in (log, reader, writer):
             if fd >= 0:
                 os.close(fd)
     say(options, f"Adopted {name}")
 
 
-def _start(name: str, log: int, telling: int) -> int:
-    """Start a manager that outlives vmctl, and return its process id. The manager inherits only `log` and `telling`."""
+def _start(name: str, log: int, ready_fd: int) -> int:
+    """Start a manager that outlives vmctl, and return its process id. It inherits only `log` and `ready_fd`."""
     actions: list[tuple[object, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
         (os.POSIX_SPAWN_DUP2, log, 2),
         # Duplicating a descriptor onto itself makes it inheritable in the child alone.
-        (os.POSIX_SPAWN_DUP2, telling, telling),
+        (os.POSIX_SPAWN_DUP2, ready_fd, ready_fd),
     ]
-    arguments = ["--adopt", f"--machine={name}", "--console=headless", f"--ready-fd={telling}"]
+    arguments = ["--adopt", f"--machine={name}", "--console=headless", f"--ready-fd={ready_fd}"]
     command = [sys.executable, "-m", "vmspawn.cli.spawn", *arguments]
     return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True)

@@ -49,7 +49,7 @@ def _agent(options: argparse.Namespace) -> None:
 
 
 def _install(root: str, agent: bytes, unit: bytes) -> None:
-    """Install the agent in a tree. Raises OSError."""
+    """Install the agent in a tree. Raises UsageError or OSError."""
     from ...agent import install
 
     if not os.path.isdir(root):

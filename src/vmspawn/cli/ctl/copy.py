@@ -21,7 +21,10 @@ def add(verbs: Verbs) -> None:
     """Add the verbs."""
     copy = verbs.add("copy", _copy, "copy files to or from the guest", "SOURCE… TARGET")
     copy.add_argument(
-        "paths", metavar="PATH", nargs="+", help="file or directory; MACHINE:PATH in the guest, on one side"
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="file or directory; the sources or the target are in the guest: MACHINE:PATH",
     )
     _add_options(copy)
     for name, direction, text, arguments in (
@@ -78,7 +81,7 @@ def _perform(options: argparse.Namespace, machine: str, sources: list[str], targ
         return GuestProcess(machine, arguments, stdin=has_input, timeout=timeout)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # The exit removes the work directories.
+        # sys.exit raises SystemExit, so that the copy removes its temporary directories.
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with ProgressBar(is_wanted=not options.quiet) as bar:
         copying = Copying(start, skip_special=options.skip_special, on_progress=bar.show if bar.is_shown else None)

@@ -212,7 +212,10 @@ def _detach(options: argparse.Namespace) -> None:
 
 
 def _newest_data(machine: str, disk: dict[str, Any]) -> str:
-    """Return a line about the overlay of a detached disk, which a machine has if it or its source was saved."""
+    """Return a line about the overlay of a detached disk.
+
+    A disk has an overlay after a snapshot of its machine, and in a copy.
+    """
     if disk["path"] is None:
         return "the guest's changes are discarded, because this machine is a copy whose disks are not kept"
     image = disk["backingFiles"][-1]
@@ -223,7 +226,7 @@ def _newest_data(machine: str, disk: dict[str, Any]) -> str:
 
 
 def _is_of_copy(overlay: str) -> bool:
-    """Return whether an overlay in a MACHINE@current belongs to a copy. Returns False if its manifest is unreadable."""
+    """Return whether an overlay belongs to a copy. Returns False if the manifest beside the overlay is unreadable."""
     from ...snapshots.directory import OpenSnapshot
 
     parent, full_name = os.path.split(os.path.dirname(overlay))
@@ -239,7 +242,10 @@ def _find(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _detaching_client(options: argparse.Namespace, timeout: float) -> Client:
-    """Connect to the machine. With --force, the guest's time begins when the storage has answered all requests."""
+    """Connect to the machine, with a timeout that includes the wait for the guest.
+
+    With --force, that wait begins only after the host's storage has answered all requests.
+    """
     if options.force:
         return Client(options.machine, timeout=REPLY_TIMEOUT + timeout)
     return client_waiting_for_guest(options, timeout)

@@ -34,7 +34,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 
 _PIECE = 256 * 1024
 
-#: Seconds without a byte after which the rest of an ended command's output counts as lost.
+#: Seconds that the guest may send nothing, before the rest of an ended command's output counts as lost.
 _OUTPUT_TIMEOUT = 10.0
 
 #: Seconds for the call that reports the window's size.
@@ -55,8 +55,9 @@ class Wish(NamedTuple):
     user: str | None
     stdin: bool
     terminal: bool
-    #: Seconds within which the command must start, and end.
+    #: Seconds within which the command must start.
     timeout: float
+    #: Seconds within which the command must end.
     time_limit: float | None
 
 
@@ -75,7 +76,7 @@ def run(wish: Wish) -> int:
             if reply["state"] != "started":
                 return _failed(wish.program, reply)
             command = _Command(wish, client, reply)
-            with command.lent_terminal(), command.signals():
+            with command.raw_terminal(), command.signals():
                 return command.run()
         except NotConnected:
             disconnect.check()
@@ -273,7 +274,7 @@ class _Command:
     # The terminal and the signals.
 
     @contextlib.contextmanager
-    def lent_terminal(self) -> Iterator[None]:
+    def raw_terminal(self) -> Iterator[None]:
         """Make the terminal raw while the command uses it."""
         if self._terminal is not None:
             self._terminal.raw(typed=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a command in the guest with sockets for its streams, for verbs that use commands."""
+"""Runs the commands in the guest that `vmctl copy` needs, with sockets for their streams."""
 
 from __future__ import annotations
 

@@ -183,8 +183,11 @@ def _happening(found: dict[str, Any]) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(found['realTimeUSec'] / 1e6))} {found['text']}"
 
 
-def _ended_without_manager(name: str) -> bool:
-    """End a machine that has no manager. Returns False if it has a manager, or does not run."""
+def _end_if_orphan(name: str) -> bool:
+    """End a machine that has no manager. Returns False if it has one.
+
+    Raises NotConnected if the machine does not run, or its manager accepts no connection.
+    """
     try:
         Client(name).close()
     except NotConnected:
@@ -200,7 +203,7 @@ def _ended_without_manager(name: str) -> bool:
 
 def _change_state(options: argparse.Namespace) -> None:
     with failing_to(options.verb, options.machine):
-        if options.verb == "terminate" and _ended_without_manager(options.machine):
+        if options.verb == "terminate" and _end_if_orphan(options.machine):
             return
         if options.wait:
             wait.run(options)

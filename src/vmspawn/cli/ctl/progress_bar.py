@@ -37,7 +37,7 @@ class ProgressBar:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def show(self, done: int, total: int) -> None:
-        """Show the number of copied bytes and the total, which is not smaller."""
+        """Show that `done` of `total` bytes are copied."""
         now = time.monotonic()
         if now < self._next:
             return

@@ -117,7 +117,7 @@ def _serve(options: argparse.Namespace) -> None:
     asyncio.run(serve_sessions(options.machine, options.listen, read_only=options.read_only, on_ready=on_ready))
 
 
-def _refuse_our_own(path: str) -> None:
+def _refuse_managed_socket(path: str) -> None:
     """Raise UsageError for a socket of a vmspawn machine, because its manager shares that socket already."""
     folder, name = os.path.split(os.path.realpath(path))
     root, machine = os.path.split(folder)
@@ -139,6 +139,6 @@ def _share(options: argparse.Namespace) -> None:
         if not options.quiet:
             print(f"sharing {options.socket} on {options.listen}; Ctrl-C ends it", file=sys.stderr, flush=True)
 
-    _refuse_our_own(options.socket)
+    _refuse_managed_socket(options.socket)
     timeout = GREETING_TIMEOUT if options.timeout is None else options.timeout
     asyncio.run(share_socket(options.socket, options.listen, on_ready=on_ready, timeout=timeout))

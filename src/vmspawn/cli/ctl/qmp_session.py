@@ -105,7 +105,10 @@ def relay(connected: socket.socket, received: bytes) -> bool:
 
 
 class _Relay:
-    """Relays in one loop with poll(2). A full side stops reading from the other side only."""
+    """Relays in one loop with poll(2).
+
+    While one side accepts no data, the relay does not read from the other side. The reverse direction continues.
+    """
 
     def __init__(self, connected: socket.socket, output: Output, received: bytes) -> None:
         self._socket = connected

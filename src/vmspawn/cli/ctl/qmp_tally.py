@@ -8,8 +8,9 @@ import re
 #: Bytes that open and close messages and strings; QEMU accepts strings in single quotes as well.
 _MARK = re.compile(rb'["\'\\{}\[\]]')
 
-_LINE_OF_NO_REPLY = (b'{"timestamp"', b'{"QMP"')
-_LINE_BEGINNING = max(map(len, _LINE_OF_NO_REPLY))
+#: The beginnings of lines that are not replies: events and the greeting.
+_NO_REPLY = (b'{"timestamp"', b'{"QMP"')
+_LINE_BEGINNING = max(map(len, _NO_REPLY))
 
 
 class Tally:
@@ -25,7 +26,7 @@ class Tally:
 
     @property
     def unanswered(self) -> int:
-        """The complete messages that have no reply."""
+        """The number of complete messages that have no reply."""
         return max(0, self._sent - self._answered)
 
     def send(self, data: bytes) -> None:
@@ -37,7 +38,7 @@ class Tally:
         self._is_escaped = bool(data) and escaped == len(data)
 
     def _take(self, mark: re.Match[bytes], escaped: int) -> int:
-        """Take a mark; returns the offset of the byte that is escaped."""
+        """Process a mark. Returns the offset of the last byte that a backslash escapes."""
         match mark[0]:
             case b"\\" if self._quote:
                 return mark.end()
@@ -59,6 +60,6 @@ class Tally:
         *ended, last = data.split(b"\n")
         for rest in ended:
             line = self._line + rest[:_LINE_BEGINNING]
-            self._answered += not line.startswith(_LINE_OF_NO_REPLY)
+            self._answered += not line.startswith(_NO_REPLY)
             self._line = b""
         self._line = (self._line + last)[:_LINE_BEGINNING]

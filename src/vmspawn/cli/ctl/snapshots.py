@@ -115,7 +115,7 @@ def _fork(options: argparse.Namespace) -> None:
     with _spelled_as_options():
         wanted = _wanted(options)
         if not name:
-            # The machine is not saved for copies that cannot be started.
+            # Check before the machine is saved, because a snapshot for copies that cannot be started is useless.
             background.check(names, wanted)
         full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
         timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout

@@ -68,7 +68,7 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _all(timeout: float | None) -> list[Access]:
-    """Return the access to each machine that has a key and a forward."""
+    """Return the SSH access to each machine that has a key and a forward."""
     found = []
     for name in machine_names():
         if key_of(name):
@@ -80,7 +80,7 @@ def _all(timeout: float | None) -> list[Access]:
 
 
 def _access(machine: str, timeout: float | None) -> Access:
-    """Return the access to a machine. Raises NotSupported without a key or a forward, NotConnected, UsageError."""
+    """Return the SSH access to a machine. Raises NotSupported without a key or a forward, NotConnected, UsageError."""
     with Client(check_name(machine), timeout=REPLY_TIMEOUT if timeout is None else timeout) as client:
         listed = client.call(f"{MACHINE}.ListForwards")["forwards"]
     key = key_of(machine)

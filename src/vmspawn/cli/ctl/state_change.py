@@ -34,6 +34,6 @@ def change(options: argparse.Namespace, client: Client) -> None:
 
 
 def report(options: argparse.Namespace, line: str) -> None:
-    """Print a line on standard error, unless the output is JSON or `quiet` is set."""
+    """Print a line on standard error, unless `quiet` is set."""
     if not options.quiet:
         print(f"vmctl: {line}", file=sys.stderr, flush=True)

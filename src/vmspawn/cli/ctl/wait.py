@@ -64,17 +64,17 @@ class _Wait:
         self._events = events
         self._client = client
         self._reported: set[str] = set()
-        self._patience = SHUTDOWN_TIMEOUT if options.timeout is None else options.timeout
+        self._timeout = SHUTDOWN_TIMEOUT if options.timeout is None else options.timeout
         self._goal = _GOALS[options.verb]
 
     def run(self) -> None:
         start = time.monotonic()
-        advise_at = min(REACTION_TIMEOUT, self._patience)
+        advise_at = min(REACTION_TIMEOUT, self._timeout)
         press_at = POWER_BUTTON_INTERVAL if self._options.verb == "poweroff" else math.inf
         while True:
             passed = time.monotonic() - start
-            if passed >= self._patience:
-                raise Timeout(f"the guest did not {self._goal} within {self._patience:g} s", hint=self._advice())
+            if passed >= self._timeout:
+                raise Timeout(f"the guest did not {self._goal} within {self._timeout:g} s", hint=self._advice())
             if passed >= advise_at:
                 advise_at = math.inf
                 if not self._reacted:
@@ -82,8 +82,8 @@ class _Wait:
             if passed >= press_at:
                 press_at += POWER_BUTTON_INTERVAL
                 self._press()
-            event = self._events.next_reply(max(0.001, min(advise_at, press_at, self._patience) - passed))
-            if event is not None and self._heed(event):
+            event = self._events.next_reply(max(0.001, min(advise_at, press_at, self._timeout) - passed))
+            if event is not None and self._handle(event):
                 return
 
     @property
@@ -96,7 +96,7 @@ class _Wait:
         with contextlib.suppress(VarlinkError, NotConnected, Timeout):
             self._client.call(f"{INSTANCE}.PowerOff")
 
-    def _heed(self, event: dict[str, Any]) -> bool:
+    def _handle(self, event: dict[str, Any]) -> bool:
         """Report an event. Returns whether it is the goal."""
         name, data = event["event"], event.get("data") or {}
         if name == "MachineEnded":

@@ -16,7 +16,7 @@ from .verbs import Verbs
 #: The default timeout, in seconds.
 _TIMEOUT = 120.0
 
-#: Seconds that the conditions have at least, if the timeout is not shorter, however late the manager has answered.
+#: The minimum number of seconds for the conditions, even if the manager answers late. A shorter --timeout= is obeyed.
 _LOOK_TIME = 5.0
 
 #: Seconds between two attempts to find a machine that does not exist yet.

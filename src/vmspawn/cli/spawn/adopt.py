@@ -29,8 +29,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="adopt the machine if it runs without a manager, else start it",
     )
-    # For programs that start vmspawn in the background. When the machine is up, vmspawn writes a byte to it:
-    # 1 if the guest's clock is right, else 0.
+    # For programs that start vmspawn in the background. When the machine is up, vmspawn writes one byte to this
+    # descriptor: "0" if a copy's clock shows the time of the snapshot, else "1".
     group.add_argument("--ready-fd", metavar="FD", type=whole_number, help=argparse.SUPPRESS)
 
 
@@ -97,7 +97,7 @@ def begin(
     detail: Callable[[str], None],
     hold_signals: Callable[[], None],
 ) -> Started:
-    """Start the machine or a copy, or adopt it. Raises the errors of `launch`, `fork` and `adopt`."""
+    """Start the machine, start a copy, or adopt the machine. Raises the errors of `launch`, `fork` and `adopt`."""
     if options.fork:
         from ...snapshots import directory
         from ...snapshots.fork import fork

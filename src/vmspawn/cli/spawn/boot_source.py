@@ -31,7 +31,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
     group = parser.add_argument_group("Boot")
     group.add_argument("--guest", choices=("builtin",), help="boot the small guest that vmspawn builds")
-    group.add_argument("--warm", action="store_true", help="start the built-in guest from a copy that has booted")
+    group.add_argument(
+        "--warm", action="store_true", help="start the built-in guest from a snapshot that was saved after its boot"
+    )
     group.add_argument("-i", "--image", metavar="PATH", help="boot a disk image or block device")
     group.add_argument("--image-format", choices=FORMATS, help="format of the image (default: raw)")
     group.add_argument(

@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--console-transport",
         choices=CONSOLE_TRANSPORTS,
         default=CONSOLE_TRANSPORTS[0],
-        help="device of the console: serial is ttyS0 (default), virtio is hvc0",
+        help="device of the console: serial (default; ttyS0, or ttyAMA0 on virt) or virtio (hvc0)",
     )
     group.add_argument("--log", metavar="FILE", help="append the console's output to a file")
 

@@ -131,11 +131,11 @@ def run(arguments: list[str]) -> int:
     if config.console != "native" or not os.isatty(_STDIN):
         return _run(options, config, messages, detail)
     # QEMU may change the terminal's settings, and does not restore them if it is killed.
-    lent = Terminal(_STDIN)
+    terminal = Terminal(_STDIN)
     try:
         return _run(options, config, messages, detail)
     finally:
-        lent.restore()
+        terminal.restore()
 
 
 def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages, detail: Callable[[str], None]) -> int:
@@ -156,7 +156,7 @@ def _run(options: argparse.Namespace, config: MachineConfig, messages: Messages,
 
         job = run_command.job(options, config)
         runner = asyncio.Runner()
-        # The event loop needs descriptors, and opens them now.
+        # Open the event loop's descriptors now, so that `give_up` follows if that fails.
         runner.get_loop()
     except BaseException:
         started.give_up()

@@ -33,11 +33,13 @@ def check(options: argparse.Namespace) -> None:
     if options.run is not None and options.adopt:
         raise UsageError("--run= starts a machine, and --adopt does not", hint="use: vmctl exec")
     if options.run is not None and options.console not in (None, "headless"):
-        raise UsageError("--run= uses the standard streams", hint="leave out --console=; keep its output with --log=")
+        raise UsageError(
+            "--run= uses the standard streams", hint="leave out --console=; keep the console's output with --log="
+        )
 
 
 def apply(options: argparse.Namespace, config: MachineConfig) -> MachineConfig:
-    """Return the configuration for a machine whose standard streams a command uses, not the console."""
+    """Return the configuration. With --run=, no console is shown, because the command uses the standard streams."""
     if options.run is None:
         return config
     if not config.agent:
@@ -56,7 +58,10 @@ def job(options: argparse.Namespace, config: MachineConfig) -> Job | None:
 
 
 def _directory(config: MachineConfig) -> list[str]:
-    """Return the option for the current directory, if commands run in a directory of the host that contains it."""
+    """Return the option for the command's directory, if the built-in guest runs commands in a directory of the host.
+
+    The command's directory is the current directory if the guest has it, else /.
+    """
     if not config.is_userland:
         return []
     here, root = os.getcwd(), os.path.realpath(config.directory or "/")
