@@ -38,7 +38,7 @@ async def call(
 ) -> Reply:
     """Call a method on a new connection and return its reply. The caller keeps `fds`, which are passed to the manager.
 
-    Raises NotConnected, Timeout, or the exception that the machine's manager raised.
+    Raises the errors of `connect`, Timeout, or the exception that the machine's manager raised.
     """
     async with opened(machine) as connection:
         await connection.send({"method": method, "parameters": parameters or {}}, fds)
@@ -56,8 +56,8 @@ async def in_time(reply: Awaitable[Reply], machine: str, method: str, timeout: f
 
 @asynccontextmanager
 async def opened(machine: str) -> AsyncIterator[Connection]:
-    """Connect to a machine's control socket. Raises NotConnected if the machine does not run."""
-    # Finding the machine of another program needs a blocking call to systemd-machined.
+    """Connect to a machine's control socket for the duration of the block. Raises the errors of `connect`."""
+    # `connect` blocks, for example while it asks systemd-machined for a machine of systemd-vmspawn.
     connected = await asyncio.to_thread(connect, machine, CONTROL)
     connection = Connection(machine, connected)
     try:
@@ -83,7 +83,7 @@ class Connection:
         """Send a call. Raises NotConnected, UsageError."""
         data = encode(message)
         try:
-            # The socket's buffer is empty, so this does not block. It may take only a part of the data.
+            # The socket's buffer is empty, so this does not block. The kernel may accept only a part of the data.
             sent = socket.send_fds(self._socket, [data], list(fds))
             await self._loop.sock_sendall(self._socket, data[sent:])
         except OSError as error:
@@ -92,7 +92,7 @@ class Connection:
     async def receive(self) -> Reply:
         """Receive the next reply. Raises NotConnected, or the exception that the machine's manager raised.
 
-        Closing the connection ends this with NotConnected.
+        If `close` is called meanwhile, `receive` raises NotConnected.
         """
         while b"\0" not in self._buffer:
             await self._readable()

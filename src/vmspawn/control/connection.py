@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Serves one Varlink connection: asyncvarlink's interfaces and conversions, on a transport that bounds each client.
+"""Serves one Varlink connection with asyncvarlink's interfaces and conversions, and limits what a client can use.
 
 A client is served one call at a time, and its next call is read only after the reply has been sent. So each
-client uses at most one message, one call and the socket's buffers. The transport peeks for the end of a message before
+client uses at most one message, one call and the socket's buffers. The connection peeks for the end of a message before
 it receives anything. So descriptors stay with their message, and all bytes behind the message stay in the socket.
 """
 
@@ -40,8 +40,8 @@ MESSAGE_MAX = 256 * 1024
 #: The maximum number of descriptors in a message; the kernel passes no more at once (SCM_MAX_FD).
 DESCRIPTORS_MAX = 253
 
-#: Bytes of unread replies at which a client is disconnected. Only a subscriber gets many replies, so this is how far it
-#: may fall behind the events.
+#: The maximum number of bytes of unread replies: a client that reads too slowly is disconnected. Only subscribers to
+#: events get so many replies.
 UNSENT_MAX = 4 * 1024 * 1024
 
 #: The connection whose call is being served, for methods that need to identify the caller.
@@ -147,7 +147,7 @@ class Connection:
             self.close()
 
     def _readable_while_busy(self) -> None:
-        """Handle a client that sends more before its reply, or disconnects."""
+        """Stop reading if the client sends more before it gets its reply, and handle a disconnect."""
         with contextlib.suppress(BlockingIOError):
             if self._socket.recv(1, socket.MSG_PEEK):
                 self._stop_reading()
@@ -192,7 +192,7 @@ class Connection:
     # Serving.
 
     def _serve(self, message: bytes) -> None:
-        """Serve a call. Invalid JSON ends the connection, because the start of the next call is unknown."""
+        """Serve a call. Invalid JSON ends the connection, because Varlink has no error for it."""
         try:
             request = msgspec.json.decode(message)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -287,7 +287,7 @@ class Connection:
             self._go_on()
 
     def _go_on(self) -> None:
-        """Read the next call, or close the connection, after a reply has been sent."""
+        """Hand the socket over, close the connection or read the next call, after a reply has been sent."""
         if self._taker is not None and self._is_open:
             self._stop_reading()
             self._hand_over(self._taker)
@@ -323,7 +323,7 @@ class Connection:
     # Writing.
 
     def _send(self, reply: object, fds: tuple[int, ...] = ()) -> None:
-        """Queue a reply and its descriptors, which are closed once sent. Disconnects clients that read too slowly."""
+        """Queue a reply and its descriptors, which are closed once sent. Disconnects a client that reads too slowly."""
         data = msgspec.json.encode(reply) + b"\0"
         if not self._is_open:
             _close_all(fds)

@@ -43,13 +43,13 @@ class _Errno(typing.TypedDict):
 
 
 class System(TypedVarlinkErrorReply, name="io.systemd.System"):
-    """A system call failed. This is the error for it on systemd's interfaces."""
+    """A system call failed. Only systemd's interfaces use this error."""
 
     parameters: _Errno
 
 
 class AlreadyAcquired(TypedVarlinkErrorReply, name="io.systemd.QemuMachineInstance.AlreadyAcquired"):
-    """Declared because systemd's interface has it. Never sent, because several clients may acquire QMP."""
+    """Declared because systemd's stub declared it. Never sent, because several clients may acquire QMP."""
 
     parameters: _Nothing
 
@@ -60,7 +60,7 @@ def _plain(name: str) -> type[TypedVarlinkErrorReply]:
 
 
 class _ExplainedError(TypedVarlinkErrorReply, name=f"{VMSPAWN}.Error"):
-    """The base class of the errors with a message, which share the type of the parameters: it takes long to create."""
+    """The base class of the errors with a message. They share one type of parameters, which takes long to create."""
 
     parameters: _Explained
 
@@ -114,7 +114,7 @@ _BY_NAME = {reply.name: reply for reply in (*MACHINE_INSTANCE_ERRORS, *VMSPAWN_E
 
 
 def host_failure(error: OSError) -> errors.SystemFailure:
-    """Return the error for a failed system call, such as a lack of descriptors or memory."""
+    """Return the error for a failed system call, for example because no descriptor or memory was free."""
     log.debug(f"the host refused: {''.join(traceback.format_exception(error))}")
     what = error.filename or "a system call"
     return errors.SystemFailure(f"the host refused {what}", error.errno or EIO)

@@ -33,7 +33,7 @@ from .upgrade import Taker, upgradable
 # asyncvarlink evaluates annotations, so this module cannot use `from __future__ import annotations`.
 
 _MICROSECONDS = 1_000_000
-#: The first reply to SubscribeEvents: all later events will be sent.
+#: The event in the first reply to SubscribeEvents: the client will get all later events.
 READY = "READY"
 
 
@@ -48,7 +48,7 @@ class _Event(typing.TypedDict):
 
 
 def _take(descriptor: FileDescriptor) -> int:
-    """Take a received descriptor out of its message. The caller owns it."""
+    """Take a received descriptor out of its message. The caller owns the returned descriptor."""
     taken = descriptor.take()
     if not isinstance(taken, int):
         raise BadConfig("the descriptor was used already")
@@ -135,7 +135,10 @@ class MachineInstance(VarlinkInterface, name=errors.MACHINE_INSTANCE):
 
     @varlinkmethod
     async def RemoveStorage(self, *, name: str) -> None:
-        """Detach a disk. Replies when all of it is removed, or with StoragePending after a timeout."""
+        """Detach a disk. Replies when QEMU has removed the disk and closed its image.
+
+        Replies with StoragePending after a timeout; the removal continues.
+        """
         await self._machine.storage.detach(name)
 
     @varlinkmethod
@@ -335,7 +338,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
     async def DetachStorage(self, *, name: str, timeoutUSec: int | None = None, force: bool | None = None) -> bool:
         """Detach a disk. Replies with StoragePending after `timeoutUSec` (default: 30 s); the removal continues.
 
-        `force` closes the image first, so the guest gets I/O errors. The result is false while the guest still has the
+        `force` closes the image first, so the guest gets I/O errors. `pending` is true if the guest still has the
         device.
         """
         if timeoutUSec is not None and timeoutUSec < 0:
@@ -423,12 +426,12 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         forwards: list[snapshot_types.WantedForward] | None = None,
         dieWithCaller: bool | None = None,
     ) -> list[str]:
-        """Start copies of the machine from a snapshot, by default its only one. Returns the copies' names.
+        """Start copies of the machine from a snapshot, by default its only snapshot. Returns the copies' names.
 
         `keepDisks` keeps the copies' disks when they end. `newIdentity` gives their guests host names, machine IDs and
         MAC addresses of their own. `console` is headless, the default, or gui. `log` is the absolute path of the file
-        that the console's output is appended to. `forwards` are ports of the host; the copies have no others.
-        `dieWithCaller` ends the copies when the process that has connected dies.
+        that the console's output is appended to. `forwards` are all ports of the host that are forwarded to the copies.
+        `dieWithCaller` ends the copies when the process that has connected to this socket dies.
         """
         from . import snapshots
 
@@ -492,7 +495,10 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
     @varlinkmethod(return_parameter="missing")
     async def Wait(self, *, conditions: list[str], timeoutUSec: int) -> list[MissingCondition]:
-        """Wait until all conditions hold: agent, booted, disk=NAME, port=N, ssh. Returns those that do not hold."""
+        """Wait until all conditions hold: agent, booted, disk=NAME, port=N, ssh.
+
+        Returns the conditions that do not hold after `timeoutUSec`.
+        """
         from ..inside.waiting import wait_for
 
         try:

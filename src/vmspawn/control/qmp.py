@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
 
 
 class Acquired(typing.TypedDict):
-    """The reply to AcquireQMP. It has no descriptor if the session is on the Varlink connection itself."""
+    """The reply to AcquireQMP. The reply has no descriptor if the session is on the Varlink connection itself."""
 
     fileDescriptorIndex: FileDescriptor | None
 
@@ -32,7 +32,10 @@ class Acquired(typing.TypedDict):
 
 
 async def acquire(machine: Running, *, read_only: bool) -> Acquired:
-    """Open a QMP session on a socket pair, and return the other end. The session outlives the Varlink connection."""
+    """Open a QMP session on one end of a socket pair, and return the other end.
+
+    The session outlives the Varlink connection.
+    """
     from ..qmp.share.peer import Peer
 
     multiplexer = await machine.multiplexer()

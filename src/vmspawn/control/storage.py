@@ -21,7 +21,7 @@ from .types import varlink_type
 class StorageLimits:
     """Limits in requests and bytes per second; 0 and null mean unlimited.
 
-    `burstPercent` allows that percentage of the limits for a second after a quiet time.
+    `burstPercent` is the percentage of the limits that the guest may reach for a second after an idle time.
     """
 
     iops: int | None = None

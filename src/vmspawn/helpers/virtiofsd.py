@@ -15,7 +15,7 @@ from ..search_path import find_program
 from ..text import utf8
 
 #: Paths outside PATH where distributions install it, and the directories of the JSON files that describe it for QEMU.
-#: A path in such a file has precedence.
+#: A path in one of these files has precedence.
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/local/libexec/virtiofsd")
 _DESCRIPTORS = ("/etc/qemu/vhost-user", "/usr/share/qemu/vhost-user")
 

@@ -37,10 +37,10 @@ _COUNT_INTERVAL_MAX = 0.2
 _SYNC_INTERVAL = 1.0
 _SYNC_INTERVAL_MAX = 10.0
 
-#: Seconds after which a question is asked again: the agent drops an answer that is not sent within a second.
+#: Seconds after which a question is asked again: the agent drops an answer that it cannot send within a second.
 _ASK_AGAIN = 5.0
 
-#: The maximum number of seconds that count as the time for one answer.
+#: The maximum number of seconds of the wait for one answer that count towards a timeout.
 _ANSWER_MAX = 1.0
 
 #: Seconds between two pings of an agent that does not answer.
@@ -62,8 +62,8 @@ class Agent:
     ) -> None:
         """Prepare a connection. `connect` returns a new connection to the port, or raises OSError.
 
-        `on_message` gets the messages about one command. `on_restart` is called when the agent has lost the commands
-        that it was sent.
+        `on_message` gets each message about a command. `on_restart` is called when the agent was restarted, and may not
+        know the commands that were sent.
         """
         self._connect = connect
         self._on_message = on_message
@@ -131,10 +131,10 @@ class Agent:
         await self._forked
 
     async def knows_ports(self, ports: str, count: int, timeout: float) -> bool:
-        """Wait until the guest knows `count` ports of a set. Returns False if it does not notice them in time.
+        """Wait until the guest knows exactly `count` ports of a set. Returns False after `timeout` seconds.
 
-        An agent that does not answer is waited for: a guest that is too busy to run the agent is too busy to notice
-        ports. So each answer uses at most `_ANSWER_MAX` of the `timeout`, which starts again when the count changes.
+        The timeout starts again when the number of ports changes. The wait for each answer uses at most `_ANSWER_MAX`
+        seconds of the timeout, because a guest that is too busy to run the agent is also too busy to notice ports.
         """
         return await self._until(Ports, ports, protocol.count_ports(ports), count, timeout)
 
@@ -248,7 +248,7 @@ class Agent:
             self._sync_end = self._writer.written + self._writer.pending
 
     def _sync_again(self) -> None:
-        """Repeat `sync`, unless it is still in the write queue. The agent answers each one and begins one session."""
+        """Repeat `sync`, unless it is still in the write queue. The agent answers both, and begins only one session."""
         if self._writer is not None and not self._writer.pending:
             self._sync()
 
@@ -304,8 +304,8 @@ class Agent:
     def _on_announced(self) -> None:
         """Send `sync` to an agent that has just started, which may have missed the `sync` that waited in the port.
 
-        A `sync` that is still in the write queue reaches the agent. A second one would let the queue grow without end
-        if the guest announces agents and does not read.
+        A `sync` that is still in the write queue will reach the agent, so no second `sync` is queued. Otherwise a guest
+        that announces agents and does not read could let the queue grow without end.
         """
         if self._in_session.is_set():
             self._begin_session()

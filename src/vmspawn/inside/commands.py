@@ -51,7 +51,7 @@ COMMANDS_MAX = 32
 
 _RECEIVE_SIZE = 4096
 
-#: Seconds to wait for the machine's own end after the end of a status port.
+#: Seconds to wait for the machine's end after a status port has ended: the machine's end would be the reason.
 _END_TIMEOUT = 5.0
 
 #: Seconds between two checks whether QEMU has read all of an input that has ended.
@@ -85,7 +85,7 @@ class Wanted:
 
 
 class Execution:
-    """A command that was sent to the agent. `close` must follow, which ends the command if it still runs."""
+    """A command on a set of ports. `close` must follow, which ends the command if it still runs."""
 
     def __init__(self, commands: Commands, id: str, ports: PortSet, wanted: Wanted) -> None:
         self._commands = commands
@@ -214,7 +214,7 @@ class Execution:
             self._loop.remove_reader(self._status)
 
     def _close_far_ends(self) -> None:
-        """Close the manager's copies of QEMU's ends: until then, the client cannot see QEMU close its own."""
+        """Close the manager's copies of QEMU's ends, so that the client notices when QEMU closes its ends."""
         for stream in self._connected.values():
             self._commands.hang_ups.forget(stream.theirs)
             stream.theirs.close()

@@ -50,8 +50,8 @@ _PIECES_MAX = 2000
 #: The maximum number of directories whose time one command sets. Their names are arguments, which have at most 512 KiB.
 _TIMES_MAX = 100
 
-#: Sets `$folder` to the directory that gets the copy, and $work to the work directory in it. Arguments: the target, its
-#: parent, its name or an empty string if the target has to be a directory, a token.
+#: Sets `$folder` to the directory that gets the copy, and `$work` to the work directory in it. Arguments: the target;
+#: its parent; its name, or an empty string if the target has to be a directory; a token.
 _PLACES = """
 if [ -d "$1" ]; then folder=$1
 elif [ -n "$3" ]; then folder=$2
@@ -160,7 +160,7 @@ class GuestCommand(Protocol):
         """The command's standard error."""
 
     def wait(self) -> Ended:
-        """Wait for the command's end, in another thread than the other calls. Raises NotConnected."""
+        """Wait for the command's end. Called in another thread than the other methods. Raises NotConnected."""
 
     def close(self) -> None:
         """End the command, and close its streams."""
@@ -169,7 +169,7 @@ class GuestCommand(Protocol):
 #: Starts a command with these arguments; it has an input if the second argument is true. Raises VmspawnError.
 Start = Callable[[Sequence[bytes], bool], GuestCommand]
 
-#: A function that is called with the number of copied bytes, and with the total, or 0 if the total is not known.
+#: A function that is called with the number of copied bytes and the total. While the total is unknown, both are equal.
 Progress = Callable[[int, int], None]
 
 
@@ -372,7 +372,7 @@ class _Streams:
             if feed is not None:
                 self._send(feed)
             result = consume(stream) if consume is not None else None
-            # The command must not wait for this process to read. tar fills its last record with zeros.
+            # Read the rest, because otherwise the command could not end: tar fills its last record with zeros.
             if len(stream.read(_REST_MAX + 1)) > _REST_MAX:
                 raise CopyFailed(f"cannot copy {self._what}: the guest sent more data after the end of the archive")
         except Truncated as error:
@@ -454,5 +454,5 @@ def _places(target: str, *, several: bool) -> tuple[str, str, str, str]:
 
 
 def _remove(work: str) -> None:
-    """Remove a work directory. Its directories may lack permissions."""
+    """Remove a work directory. Errors are ignored."""
     shutil.rmtree(work, ignore_errors=True)

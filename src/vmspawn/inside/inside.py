@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Gives access to the guest of one machine. Its modules are loaded at first use, because many machines need none."""
+"""Gives access to the guest of one machine.
+
+The modules that run commands are imported at their first use, because many machines never run a command.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from ..machine.running import Running
 if TYPE_CHECKING:
     from .commands import Commands
 
-#: Seconds within which the agent of a copy must set its clock. It runs already, but the host may be busy with twenty
-#: copies.
+#: Seconds within which the agent of a copy must set the guest's clock. The agent runs already, but the host may be busy
+#: with twenty copies.
 _WAKE_TIMEOUT = 5.0
 
 #: The section of the journal with the ports of commands.
@@ -53,9 +56,10 @@ class Inside:
         return self._commands
 
     async def settle(self) -> None:
-        """End the commands of a manager that died, and wake the guest of a copy that was just started.
+        """End the commands of a manager that died.
 
-        Raises Timeout, NotConnected or StartError.
+        In a copy that was just started, also set the clock and the random seed of the guest, and give the guest a new
+        identity if the user has requested one. Raises Timeout, NotConnected or StartError.
         """
         incoming = self._machine.incoming
         if self._machine.is_running:
@@ -70,7 +74,7 @@ class Inside:
         if self._machine.incoming is None:
             await self._settle_commands(is_copy=False)
             return
-        # Waking the copy and settling its commands both wait for the guest, so they run at the same time.
+        # Both steps wait for the guest, so they run at the same time.
         async with _task(self._wake_copy()) as waking:
             await self._settle_commands(is_copy=True)
             self.is_clock_set = await waking

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Attaches virtio-serial ports to the guest, connects streams to them, and detaches them.
 
-A port appears in the guest as /dev/virtio-ports/NAME. It is attached without a host end; QEMU swaps the character
-device for a socket when a stream is connected, and back. `shutdown(SHUT_WR)` on the host's end of a stream is the end
-of file in the guest.
+A port appears in the guest as /dev/virtio-ports/NAME. A port is attached with a null character device. To connect a
+stream, the manager lets QEMU replace this device by a socket; to disconnect the stream, by a null device again.
+`shutdown(SHUT_WR)` on the host's end of a stream is the end of file in the guest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..hotplug.qemu_objects import CHARDEV, DESCRIPTOR, QemuObject, device_ids, 
 from ..hotplug.step import PlugIn, Reserve, Step
 from ..qmp.monitor import Command
 
-#: Seconds within which QEMU must remove a port: it does not ask the guest.
+#: Seconds within which QEMU must remove a port, for which QEMU does not ask the guest.
 DETACH_TIMEOUT = 20.0
 
 _NULL: Mapping[str, object] = {"type": "null", "data": {}}
@@ -50,8 +50,8 @@ class _Backend(Step):
 class AttachedPort(Attachment):
     """A virtio-serial port. Each port gets a `number` that no earlier port had.
 
-    `is_idle` is True while no command has the port. A copy of the machine keeps idle ports. Another manager of
-    the same machine does not: it reads the journal, which is not written when a command takes a port.
+    `is_idle` is True while no command uses the port. A copy of the machine keeps idle ports. Another manager of the
+    same machine keeps none, because its journal may be outdated: it is not written when a command takes a port.
     """
 
     kind: ClassVar[str] = "ports"
@@ -64,7 +64,7 @@ class AttachedPort(Attachment):
 
     @property
     def name(self) -> str:
-        """The name among the ports."""
+        """The port's name, unique among the ports: the id of its device."""
         return self.device
 
     @property
@@ -189,7 +189,7 @@ class Ports:
                 raise result
 
     async def detach(self, port: AttachedPort) -> bool:
-        """Detach a port. Returns whether nothing of it is left. Raises NotConnected."""
+        """Detach a port. Returns True if nothing of the port is left, False after a timeout. Raises NotConnected."""
         return await self._hotplug.detach(port, asyncio.get_running_loop().time() + DETACH_TIMEOUT)
 
     async def settle(self) -> None:

@@ -188,7 +188,7 @@ class Streams:
                 is_known = await self._agent.knows_ports(plugged.id, len(protocol.PORTS), _GUEST_TIMEOUT)
                 return is_known and await self._connect(plugged)
         except BaseException:
-            # There is no room until the ports are gone.
+            # `_on_plugged` adds 1 to the room at once, but the ports exist until `_on_removed` adds 1 as well.
             self._room -= 1
             self._remove(plugged)
             raise
@@ -205,7 +205,7 @@ class Streams:
                 raise result
 
     async def _connect(self, plugged: PortSet) -> bool:
-        """Connect a set; returns False if the guest does not notice. No stream is open then, or after an error."""
+        """Connect a set. Returns False if the guest does not notice. Without success, no stream is open."""
         streams = await self._ports.connect(list(plugged.ports.values()))
         plugged.streams = dict(zip(plugged.ports, streams, strict=True))
         is_connected = False
@@ -219,10 +219,10 @@ class Streams:
         return is_connected
 
     async def _reconnect(self, plugged: PortSet) -> bool:
-        """Connect a set that was connected before, and is not now. Returns False if the guest does not notice.
+        """Connect a set that was disconnected. Returns False if the guest does not notice.
 
-        The guest regards the set as connected until its kernel has processed QEMU's messages. If a command began before
-        that, it would be hung up.
+        Until the guest's kernel has processed QEMU's messages about the disconnection, the guest regards the set as
+        connected. A command that began before that would be hung up.
         """
         return await self._agent.has_connected(plugged.id, 0, _GUEST_TIMEOUT) and await self._connect(plugged)
 
@@ -308,7 +308,7 @@ class Streams:
             is_up = is_up and await _within(_SETTLE_TIMEOUT, self._agent.knows_ports(each.id, 0, _GUEST_TIMEOUT))
 
     async def _keep(self, idle: PortSet) -> bool:
-        """Keep an idle set for the next command. Returns False if the guest does not notice that it is connected."""
+        """Keep an idle set for the next command. Returns False if the guest does not notice its connection."""
         try:
             if not await _within(_SETTLE_TIMEOUT, self._reconnect(idle)):
                 return False

@@ -51,7 +51,7 @@ while :; do
 done
 """
 
-#: Argument: the port in hexadecimal digits. 0A is a socket that listens, as the kernel's tcp_states.h numbers it.
+#: Argument: the port in hexadecimal digits. 0A is the state of a listening socket (TCP_LISTEN in tcp_states.h).
 _PORT = """
 until grep -Eqs "^ *[0-9]+: [0-9A-F]+:$1 [0-9A-F]+:0000 0A " /proc/net/tcp /proc/net/tcp6; do
     sleep 0.1

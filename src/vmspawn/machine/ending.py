@@ -16,7 +16,7 @@ MACHINE_ENDED = "MachineEnded"
 #: The explanation of SIGSYS.
 _SANDBOXED = "its sandbox forbids what it tried, such as starting a program (-sandbox)"
 
-#: A message for each of QEMU's ShutdownCause (qapi/run-state.json), and True for an end on request.
+#: The `message` and `clean` of the End for values of QEMU's ShutdownCause (qapi/run-state.json).
 _CAUSES = {
     "guest-shutdown": ("the guest powered off", True),
     "guest-reset": ("the guest requested a reboot, which this machine does not support", True),
@@ -42,9 +42,9 @@ class End(NamedTuple):
         if not end.clean:
             print(end.message)
 
-    `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, `time-limit`, or `unknown`
-    for a QEMU that another manager started and that reported no cause. `message` describes the end for people. `clean`
-    is True for an end that the guest or the user wanted.
+    `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, `helper-died`,
+    `time-limit`, or `unknown` for a QEMU that another manager started and that reported no cause. `message` describes
+    the end for people. `clean` is True for an end that the guest or the user wanted.
     """
 
     reason: str
@@ -93,7 +93,7 @@ class End(NamedTuple):
 class MachineEvents:
     """The events of QEMU and vmspawn from now on, for one reader. The last one is MachineEnded.
 
-    Iterate over it, and close it or use it in `with`.
+    Iterate over the events with `async for`. Call `close` at the end, or use `with`.
     """
 
     def __init__(self, events: EventStream, end: Callable[[], Awaitable[End]]) -> None:

@@ -62,7 +62,7 @@ def origin_of(started: Started) -> Origin:
 
 
 class _Fresh:
-    """A QEMU that this process launched, with its boot disks, whose descriptors it has to release."""
+    """A QEMU that this process launched. QEMU has to release the inherited descriptors of its boot disks."""
 
     lives_on = False
     greeting_timeout = GREETING_TIMEOUT
@@ -88,7 +88,7 @@ class _Fresh:
 
 
 def _without_disks(attachments: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
-    """Return the sections without the disks, which a copy was started with."""
+    """Return the sections without the disks, because a copy gets its disks at its start."""
     found = dict(attachments)
     if storage := found.get("storage"):
         found["storage"] = {**storage, "attachments": []}

@@ -12,7 +12,7 @@ from ..qmp.run_state import RunState
 from . import run_states
 from .run_states import Rule, Verb
 
-#: Seconds that QEMU has for a reset after its reply.
+#: Seconds within which QEMU must reset the machine after its reply to the command.
 _RESET_TIMEOUT = 10.0
 
 #: QEMU records the guest's sleep in byte 0x0f of the RTC's memory, and a reset does not clear it: firmware would
@@ -56,7 +56,7 @@ class Power:
         await self._monitor.execute(rule.command)
 
     async def reboot(self) -> None:
-        """Reset the machine. A guest that stopped by itself runs afterwards; one that was paused stays paused.
+        """Reset the machine. A guest that stopped by itself runs afterwards; a paused guest stays paused.
 
         Raises NotSupported in states in which QEMU cannot reset the machine.
         """

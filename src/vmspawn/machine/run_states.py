@@ -17,7 +17,7 @@ class Rule(NamedTuple):
     """The effect of a verb in one run state.
 
     `command` is the QMP command, or empty if the verb is refused. `remark` is a note for the user, or the reason why
-    the verb is refused. `hint` is advice, and `remedy` the verb that follows it, if there is one.
+    the verb is refused. `hint` is advice, and `remedy` the verb of vmctl that completes the hint, if there is one.
     """
 
     command: str = ""

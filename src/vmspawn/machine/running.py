@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ..qmp.share.multiplexer import Multiplexer
     from ..qmp.share.session import Session
 
-#: Seconds within which QEMU must report its run state. `vmctl list` waits for 2 s.
+#: Seconds within which QEMU must report its run state; fewer than LIST_TIMEOUT, for which `vmctl list` waits.
 _STATUS_TIMEOUT = 1.0
 
 #: Seconds within which QEMU must end after it closed its monitor.
@@ -88,7 +88,7 @@ class Running:
     def __init__(self, started: Started, warn: Callable[[str], None]) -> None:
         self._started = started
         self._warn = warn
-        #: True if this manager has left the machine, or has begun to end it: it writes no state any more.
+        #: True once this manager has begun to leave or to end the machine. The manager then writes no more state.
         self._is_done = False
         self._origin = origin_of(started)
         with ExitStack() as undo:
@@ -177,7 +177,7 @@ class Running:
         if self._journal.section("loading") is not None:
             self._journal.add_section("loading", lambda: "null")
         self._journal.write()
-        # An adopted machine has its forwards already.
+        # The configuration of an adopted machine has no forwards, because QEMU keeps them.
         for each in self.config.forwards:
             made = await self.forwards.add(each)
             notes.append(f"{made.host}{made.suffix} is forwarded to port {made.guest_port} of the guest")
@@ -232,7 +232,7 @@ class Running:
         self._started.leave()
 
     async def end(self) -> None:
-        """End the machine if it runs, at once, and leave nothing behind. May be called again, and after `leave`."""
+        """End the machine at once if it runs, and leave nothing behind. May be called again, and after `leave`."""
         if self._is_done:
             return
         self._is_done = True
@@ -246,7 +246,7 @@ class Running:
         self._started.end()
 
     async def _terminate_once_up(self) -> None:
-        """Terminate the machine, but not during its start, which would report that as a failure of QEMU."""
+        """Terminate the machine after its start has completed, because a start would report QEMU's end as a failure."""
         await self._is_up.wait()
         await self.terminate()
 
@@ -421,7 +421,7 @@ class Running:
 
     @property
     def fork(self) -> Fork | None:
-        """The snapshot, if the machine is a copy."""
+        """The snapshot that the machine was started from, or None if the machine is not a copy."""
         return self._started.fork
 
     @property

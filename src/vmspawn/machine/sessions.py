@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 
 class Sessions:
-    """Shares two of QEMU's monitors among clients.
-
-    Takes ownership of the monitors' sockets at the first client or at `close`.
+    """Shares two of QEMU's monitors among clients. The multiplexer owns the monitors' sockets once it was started.
 
     `before`, a section of the journal, names objects that another manager's sessions may have left in QEMU. `pid` is
     QEMU's process id.
@@ -89,7 +87,7 @@ class Sessions:
 
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """Hold back the commands of all sessions, which wait. Raises Timeout, NotConnected."""
+        """Hold back the commands of all sessions until the end of the block. Raises Timeout, NotConnected."""
         self._released.clear()
         self._forget_failed_start()
         try:

@@ -34,7 +34,7 @@ class Front:
         self._resizing: asyncio.Task[None] | None = None
         #: True if the terminal has hung up.
         self.has_hung_up = False
-        #: True if the hang-up was detected before its SIGHUP has come.
+        #: True after a hang-up was detected, until its SIGHUP arrives.
         self.expects_hangup = False
 
     def open(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reports to a service manager with WatchdogSec= that the event loop runs."""
+"""Reports to the service manager that the event loop runs, if the unit has WatchdogSec=."""
 
 from __future__ import annotations
 

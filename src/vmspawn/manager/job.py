@@ -27,7 +27,7 @@ _FAILURE_TIMEOUT = 2.0
 _EXIT_TIMEOUT = 10.0
 
 #: The prefix of the built-in guest's messages about features that its kernel lacks, and the message about the ports for
-#: commands. The guest powers off after the other messages.
+#: commands, after which the guest does not power off by itself.
 _LACKS = "vmspawn-guest: the kernel lacks "
 _LACKS_PORTS = f"{_LACKS}CONFIG_VIRTIO_CONSOLE".encode()
 
@@ -37,7 +37,10 @@ _LINES = 50
 
 
 class Tail:
-    """Keeps the last output of the guest's console. `lacks_ports` is set when the guest reports that it has none."""
+    """Keeps the last output of the guest's console.
+
+    `lacks_ports` is set when the guest reports that its kernel does not support the ports for commands.
+    """
 
     is_full = False
 

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 #: The number of reports that are kept; older ones are removed.
 REPORTS_MAX = 20
 
-#: Bytes of a file that go into a report, from its end.
+#: The maximum number of bytes of a file that go into a report. The end of a longer file is used.
 _LOG_SIZE = 64 << 10
 
 
 def write_report(name: str, what: str, machine: Running | None, error: BaseException | None = None) -> str:
     """Write a report and return its path, or an empty string if it cannot be written.
 
-    The report has the machine's state. It names files that it does not include: the user's images and console output.
+    The report has the machine's state, its last events and QEMU's log. It does not contain data of images, or the
+    console's output.
     """
     try:
         folder = os.path.join(cache_directory(), "reports")

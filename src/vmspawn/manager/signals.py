@@ -2,8 +2,7 @@
 """Handles the manager's signals, as listed in docs/console.md.
 
 The command blocks the termination signals before it launches QEMU. Otherwise a signal could kill the manager while QEMU
-continues.
-`run_unless_ended` and `Signals.listen` handle them.
+continues. `run_unless_ended` and `Signals.listen` install the handlers, and unblock the signals.
 """
 
 from __future__ import annotations

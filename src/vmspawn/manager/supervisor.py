@@ -38,7 +38,7 @@ _FLUSH_TIMEOUT = 5.0
 async def supervise(
     started: Started, messages: Messages, *, on_ready: Callable[[bool], None] = lambda _: None, job: Job | None = None
 ) -> End:
-    """Run a machine that was just launched or adopted to its end, and report how it ended. Owns `started`.
+    """Manage a machine, which was just launched or adopted, until it ends; returns its end. Owns `started`.
 
     `on_ready` is called when the machine is up. Its argument is False if a copy's clock shows the time of the snapshot.
     If there is a `job`, the machine ends with it.
@@ -64,7 +64,7 @@ async def _start(started: Started, messages: Messages) -> Running | None:
     start = run(started, warn=messages.report, notice=messages.notice)
     is_ours = isinstance(started.origin, Launched)
     try:
-        # An adoption takes a few seconds. A signal is handled after it, when the machine can be ended.
+        # An adoption takes a few seconds. Signals stay blocked until the machine is adopted and can be ended.
         if is_ours:
             return await run_unless_ended(started, start)
         machine = await start

@@ -16,7 +16,7 @@ from ..host import ports
 from ..qmp.monitor import Monitor
 from .forward import ANY_ADDRESS, NETDEV, Forward
 
-#: A forward as `info usernet` lists it: protocol, descriptor, address, port, address in the guest, its port.
+#: A forward in `info usernet`: protocol, descriptor, address and port of the host, address and port of the guest.
 _ROW = re.compile(r"^  (TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+\S+\s+(\d+)\s", re.MULTILINE)
 
 
@@ -50,7 +50,7 @@ class Forwards:
                 f"hostfwd_add {NETDEV} {wanted.protocol}:{wanted.address}:{wanted.port}-:{wanted.guest_port}"
             )
             if answer:
-                # The search for the port's user reads the descriptors of all processes.
+                # The search for the process that uses the port reads the descriptors of all processes.
                 raise await asyncio.to_thread(self._refusal, wanted, answer)
             added = [each for each in await self.list() if each not in before and _is_like(each, wanted)]
         if not added:
