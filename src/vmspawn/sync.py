@@ -200,8 +200,8 @@ class Machine(BlockingMachine[_machine.Machine]):
         With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
-        leaves nothing behind.
+        Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
+        QEMU does not answer; then nothing is left behind.
         """
         return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
@@ -528,7 +528,7 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, which this program manages, as `Machine.fork` does."""
+        """Return a copy, as `Machine.fork` does. This program manages the copy."""
         return Machine._around(
             self._read(lambda inner: inner.fork(name, keep_disks=keep_disks, identity=identity, **options))
         )
@@ -553,8 +553,8 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
-        leaves nothing behind.
+        Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
+        QEMU does not answer; then nothing is left behind.
         """
         return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
@@ -813,8 +813,8 @@ class Events(Blocking[_events.Events[Any]]):
         """Wait for an event with one of these names, or for any event without names, and return it.
 
         `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
-        `mark`: events after it are searched first; 0 searches all events that are kept. `timeout` is in seconds; None
-        waits for ever.
+        `mark`: events after it are searched first; 0 stands for the first event. `timeout` is in seconds; None waits
+        for ever.
 
         Raises Timeout, MachineEnded if the machine ends first, NotConnected, or EventsLost if events since the mark
         are no longer kept.

@@ -45,7 +45,10 @@ class Cancellation:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Allow the cancellation of the awaits in this context. Raises CancelledError if one was requested already."""
+        """Allow the cancellation of the awaits in this context.
+
+        Raises CancelledError if a cancellation was requested already.
+        """
         self.check()
         self._is_allowed = True
         try:

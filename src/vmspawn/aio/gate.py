@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Provides a gate that any number of tasks pass together, or one task alone."""
+"""Provides a readers-writer lock for tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..errors import Timeout
 
 
 class Gate:
-    """A readers-writer lock that prefers writers: tasks that come later wait until the waiting writer is done."""
+    """A readers-writer lock: any number of tasks hold it together, or one task holds it alone.
+
+    It prefers writers: tasks that come later wait until the waiting writer is done.
+    """
 
     def __init__(self) -> None:
         self._inside = 0
@@ -22,7 +25,7 @@ class Gate:
 
     @asynccontextmanager
     async def together(self) -> AsyncIterator[None]:
-        """Pass together with other tasks. Waits while another task is alone in the gate, or waits to be alone."""
+        """Hold the gate together with other tasks. Waits while another task holds it alone, or waits to do so."""
         await self._is_open.wait()
         self._inside += 1
         self._is_empty.clear()
@@ -35,7 +38,10 @@ class Gate:
 
     @asynccontextmanager
     async def alone(self, *, timeout: float) -> AsyncIterator[None]:
-        """Pass alone: keep other tasks out, and wait for the tasks inside. Raises Timeout after `timeout` seconds."""
+        """Hold the gate alone: keep other tasks out, and wait until the tasks inside have left.
+
+        Raises Timeout after `timeout` seconds.
+        """
         while not self._is_open.is_set():
             await self._is_open.wait()
         self._is_open.clear()

@@ -16,7 +16,7 @@ class Cancelled(Exception):
 class Canceller:
     """Cancels the work of one thread: kills the program that the thread waits for, and makes `check` raise.
 
-    The thread is the one whose context has CANCELLER set to this.
+    The thread's context has the Canceller in the variable CANCELLER.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,8 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program with `feed` on its standard input, and return its output and exit status.
 
-    The program inherits the descriptors `inherited`. `output` is a descriptor that gets the program's output instead.
+    The program inherits the descriptors `inherited`. If `output` is a descriptor, the program writes its standard
+    output there, and the result has no output.
 
     Raises OSError, subprocess.TimeoutExpired or Cancelled; the program has ended then.
     """

@@ -61,7 +61,8 @@ def _set_send_timeout(connected: socket.socket, seconds: float) -> None:
 def peer_process(connected: socket.socket) -> tuple[int, int]:
     """Return the process id and the user id of a unix socket's peer, as they were when it connected or listened.
 
-    The process id is 0 if the process is in another PID namespace. Raises OSError for another kind of socket.
+    The process id is 0 if the process is in another PID namespace. A socket of another kind has the process id 0, and
+    the user id 2**32 - 1, which no user has.
     """
     pid, uid, _gid = _UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return pid, uid

@@ -42,7 +42,7 @@ class Tasks:
 
     def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        # The manager reports the end of QEMU elsewhere; reading the error keeps asyncio from logging it.
+        # Read the error, so that asyncio does not log it. The manager itself reports the end of QEMU.
         if not task.cancelled():
             task.exception()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs calls that block in worker threads, such as opening and reading files while the storage hangs."""
+"""Runs blocking calls in worker threads, such as calls that open or read a file while its storage hangs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def run_and_close(call: Callable[[], _T], close: Callable[[], None]) -> _T
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        # No caller is left to get its exception.
+        # No caller is left to get the exception of `call`.
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         raise
 
@@ -71,7 +71,7 @@ async def run_cancellable(call: Callable[[], _T], *, undo: Callable[[_T], None] 
     """Return what `call` returns in a worker thread. Raises what it raises.
 
     After a cancellation, `check_cancelled` raises in the thread, and the program that the thread waits for is killed.
-    The function returns after the thread's end. If the work succeeded nevertheless, `undo` is called with its result,
+    This function then waits for the end of `call`. If `call` succeeded nevertheless, `undo` is called with the result,
     in a thread.
     """
     canceller = Canceller()

@@ -2,8 +2,8 @@
 """Runs the library's coroutines for blocking code, on one event loop in a background thread.
 
 The first call starts the thread. When the process exits, machines that still run are ended. An interrupted call
-(Ctrl-C) is cancelled, and returns after it has cleaned up. A child of fork(2) cannot use its parent's machines: calls
-on them raise NotConnected. The child may make machines of its own.
+(Ctrl-C) is cancelled, and cleans up before KeyboardInterrupt is raised. A child of fork(2) cannot use its parent's
+machines: calls on them raise NotConnected. The child may make machines of its own.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _End:
     """The end of a call, for which one thread waits.
 
     An interruption (Ctrl-C) inside threading's and concurrent.futures' waits may leave their locks locked; then the
-    event loop would block for ever. No lock here protects anything: one is released at the end.
+    event loop would block for ever. The lock here protects nothing: it is released when the end is reached.
     """
 
     def __init__(self) -> None:
@@ -142,9 +142,9 @@ class Call(Generic[_T]):
     def _begin(self) -> None:
         if self._task is None and not self._end.is_reached:
             self._task = self._owner.loop.create_task(self._work)
-            self._task.add_done_callback(self._done)
+            self._task.add_done_callback(self._on_done)
 
-    def _done(self, task: asyncio.Task[_T]) -> None:
+    def _on_done(self, task: asyncio.Task[_T]) -> None:
         try:
             if task.cancelled():
                 self.future.cancel()
@@ -153,7 +153,8 @@ class Call(Generic[_T]):
             else:
                 self.future.set_result(task.result())
         finally:
-            # Here in the event loop's thread: Python ignores an interruption while asyncio's set of tasks forgets one.
+            # The last reference to the task is dropped here, in the event loop's thread. In the main thread, an
+            # interruption during asyncio's callback for a dropped task would be lost: Python ignores its exceptions.
             self._task = None
             self._end.reach()
 

@@ -18,7 +18,7 @@ class OutputStream(Blocking[asyncio.StreamReader]):
     """An output of a command in the guest. Iterate over it for its lines."""
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes as soon as any are available, or all output up to the end."""
+        """Return up to `size` bytes as soon as any are available. Without a size, return all output up to the end."""
         return self._call(lambda inner: inner.read(size))
 
     def readline(self) -> bytes:

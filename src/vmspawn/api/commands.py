@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs commands in a machine's guest, for machines of this and of other processes."""
+"""Runs commands in the guest, waits for it and copies files, for machines of this process and of others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .waiting import WAIT_TIMEOUT
 
 
 class Guest(ABC):
-    """The methods that run commands in the guest, or wait for it."""
+    """The methods that run commands in the guest, wait for it, or copy files."""
 
     @property
     @abstractmethod

@@ -211,7 +211,7 @@ class ConnectedMachine(Guest):
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Connected.start(self._name, wanted, timeout)
 
-    # Its network.
+    # Network.
 
     async def forward(self, forward: Forward | str | int) -> Forward:
         """Forward a port of the host to the guest, and return a `Forward` with the host's port.
@@ -229,6 +229,8 @@ class ConnectedMachine(Guest):
     async def forwards(self) -> list[Forward]:
         """Return the forwards of the machine."""
         return [_forward(each) for each in (await self._call(f"{_MACHINE}.ListForwards"))["forwards"]]
+
+    # Snapshots.
 
     async def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Raises what `Machine.snapshot` raises."""
@@ -251,7 +253,7 @@ class ConnectedMachine(Guest):
         identity: Literal["same", "new"] = "same",
         **options: Unpack[CopyOptions],
     ) -> Machine:
-        """Return a copy, which this program manages, as `Machine.fork` does."""
+        """Return a copy, as `Machine.fork` does. This program manages the copy."""
 
         async def save_temporarily() -> str:
             return str((await self._save(temporary=True))["snapshot"])
@@ -281,8 +283,8 @@ class ConnectedMachine(Guest):
         With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
-        leaves nothing behind.
+        Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
+        QEMU does not answer; then nothing is left behind.
         """
         disk = to_disk(disk, options)
         named = with_defaults(disk)
@@ -383,7 +385,7 @@ def _absolute(path: StrPath) -> str:
     return os.path.abspath(path)
 
 
-# The names in Varlink's case are part of the protocol.
+# The names in camelCase are those of the Varlink interface.
 
 
 def _parameters(forward: Forward) -> dict[str, object]:

@@ -33,9 +33,9 @@ class ConnectedConsole(Console):
         self._loop = asyncio.get_running_loop()
         self._queue = Writer.of_socket(connected, on_lost=lambda _: self.close())
         super().__init__(machine, self._queue.write)
-        self._loop.add_reader(connected, self._readable)
+        self._loop.add_reader(connected, self._on_readable)
 
-    def _readable(self) -> None:
+    def _on_readable(self) -> None:
         try:
             data = self._socket.recv(_RECEIVE_SIZE)
         except BlockingIOError:

@@ -113,9 +113,9 @@ class Console:
             await self._changed.wait()
 
     async def shows(self, pattern: str) -> bool:
-        """Wait until the console has shown text that a regular expression matches; False if it was closed before.
+        """Wait until the console has shown a match of a regular expression. Returns False if the console closes first.
 
-        All text that is kept counts, whatever `expect` has consumed.
+        Searches all text that is kept, even if `expect` has consumed it.
         """
         compiled = re.compile(pattern, re.DOTALL)
         while not compiled.search(self.text):
@@ -134,7 +134,7 @@ class Console:
         text = _EMPTY_LINES.sub("\n\n", _CONTROL_SEQUENCE.sub("", self.text).rstrip())
         return [printable(line).rstrip() for line in text.split("\n")[-count:]] if text else []
 
-    # The methods of a viewer.
+    # The methods of a viewer (`Viewer` in console/hub.py).
 
     def show(self, data: bytes) -> None:
         """Append output."""

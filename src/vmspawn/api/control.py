@@ -284,8 +284,8 @@ class Control(Protocol):
         With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
-        leaves nothing behind.
+        Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
+        QEMU does not answer; then nothing is left behind.
         """
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:

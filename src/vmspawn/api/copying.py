@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies files to and from a guest for programs: in a thread, with commands that the event loop starts."""
+"""Copies files to and from a guest in a thread, with commands that the event loop starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .options import StrPath
 #: Starts a command.
 StartRemote = Callable[[Wanted], Awaitable[Remote]]
 
-#: Seconds for the end of a command that was cancelled.
+#: Seconds that ending a command may take.
 _CLOSE_TIMEOUT = 30.0
 
 
@@ -66,7 +66,7 @@ async def copy(
 ) -> list[str]:
     """Copy, and return lines about the files that were left out. `progress` is called on the event loop.
 
-    Raises the errors of `Copying`. A cancelled copy is cleaned up first.
+    Raises the errors of `Copying`. A cancelled copy is cleaned up before CancelledError is raised.
     """
     loop = asyncio.get_running_loop()
 

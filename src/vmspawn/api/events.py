@@ -112,8 +112,8 @@ class Events(Generic[_Stream]):
         """Wait for an event with one of these names, or for any event without names, and return it.
 
         `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
-        `mark`: events after it are searched first; 0 searches all events that are kept. `timeout` is in seconds; None
-        waits for ever.
+        `mark`: events after it are searched first; 0 stands for the first event. `timeout` is in seconds; None waits
+        for ever.
 
         Raises Timeout, MachineEnded if the machine ends first, NotConnected, or EventsLost if events since the mark
         are no longer kept.

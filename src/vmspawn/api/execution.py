@@ -21,10 +21,10 @@ _AnyText = TypeVar("_AnyText", str, bytes)
 #: Seconds without a byte after which the rest of an ended command's output counts as lost.
 _OUTPUT_TIMEOUT = 10.0
 
-#: Bytes of unread output at which the command in the guest has to wait.
+#: asyncio's limit for a stream, in bytes. While twice as much output is unread, the command in the guest has to wait.
 _BUFFER_SIZE = 1 << 20
 
-#: Characters of either end of long output that a repr shows.
+#: Characters at each end of long output that a repr shows.
 _SHOWN = 100
 
 
@@ -132,7 +132,7 @@ class _Output(asyncio.StreamReaderProtocol):
 
 
 class _Streams:
-    """The streams of a command, on the event loop, which owns their sockets."""
+    """The asyncio streams of a command. Their transports own the sockets."""
 
     def __init__(self) -> None:
         self.stdin: asyncio.StreamWriter | None = None
@@ -187,8 +187,8 @@ class Execution:
         async with await machine.execute(["tail", "-f", "/var/log/messages"]) as command:
             print(await command.stdout.readline())
 
-    Use it in an `async with` statement, whose end ends the command if it still runs. `stdin` is None without an input.
-    With a terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
+    Use it in an `async with` statement, whose end ends the command if it still runs. `stdin` is None for a command
+    without input. With a terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
     """
 
     def __init__(self, remote: Remote, streams: _Streams) -> None:

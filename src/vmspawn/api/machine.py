@@ -239,7 +239,7 @@ class Machine(Guest):
     async def _start_command(self, wanted: Wanted, timeout: float) -> Remote:
         return await Local.start(self._inside.commands, wanted, timeout)
 
-    # Its network.
+    # Network.
 
     async def forward(self, forward: Forward | str | int) -> Forward:
         """Forward a port of the host to the guest, and return a `Forward` with the host's port.
@@ -256,6 +256,8 @@ class Machine(Guest):
     async def forwards(self) -> list[Forward]:
         """Return the forwards of the machine."""
         return await self._running.forwards.list()
+
+    # Snapshots.
 
     async def snapshot(self, name: str = "") -> Snapshot:
         """Save the machine while it runs: RAM, devices and disks. Without a name, the snapshot gets a number.
@@ -309,8 +311,8 @@ class Machine(Guest):
         With `wait_guest`, returns after the guest's first request to the disk, which Linux makes when it creates the
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
-        Raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure or Timeout, and then
-        leaves nothing behind.
+        Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
+        QEMU does not answer; then nothing is left behind.
         """
         storage = self._running.storage
         disk = to_disk(disk, options)

@@ -21,7 +21,6 @@ from ..sizes import SIZE_HINT, bytes_of
 from ..storage.disk import Disk, parse_extra_drive
 from ..storage.limits import Limits
 
-#: A path.
 StrPath: TypeAlias = str | os.PathLike[str]
 #: A number of bytes, or a text as on the command line: "512M", "2G".
 Size: TypeAlias = int | str
@@ -86,7 +85,7 @@ class MachineOptions(TypedDict, total=False):
 class CopyOptions(TypedDict, total=False):
     """The fields of MachineConfig that may differ between a copy and its source.
 
-    The copy has the forwards in `forwards`, and none of its source's.
+    The copy has only the forwards in `forwards`: forwards of its source are not copied.
     """
 
     console: Literal["interactive", "read-only", "gui", "headless"]
@@ -128,7 +127,7 @@ def to_config(config: MachineConfig | None, options: Mapping[str, Any]) -> Machi
 
 
 def to_copy_config(name: str, options: Mapping[str, Any]) -> MachineConfig:
-    """Return the configuration of a copy with a name, with the fields in which it differs from its source.
+    """Return the configuration with a copy's name, and with the fields in which the copy differs from its source.
 
     Raises TypeError and UsageError as `to_config` does.
     """
@@ -139,7 +138,7 @@ def to_copy_config(name: str, options: Mapping[str, Any]) -> MachineConfig:
 def to_disk(disk: Disk | StrPath, options: Mapping[str, Any]) -> Disk:
     """Return the disk at a path, or the disk itself, with its fields replaced by the options.
 
-    Raises TypeError as `to_config` does.
+    Raises TypeError for an unknown option.
     """
     check_names("attach", options, Disk._fields[1:])
     named = disk if isinstance(disk, Disk) else Disk(os.fspath(disk))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Starts copies, each under a separate manager in the background.
+"""Starts copies of a snapshot's machine in the background, each under its own manager.
 
 This module is on vmctl's start path and imports next to nothing.
 """
@@ -36,7 +36,7 @@ class CopyOptions(Record):
     parent: int = 0
 
     def check(self, copies: int) -> None:
-        """Raise UsageError for an option that a number of copies in the background cannot have."""
+        """Raise UsageError for an option that does not work for this number of copies in the background."""
         if self.console not in CONSOLES:
             raise UsageError.with_fields(
                 "{console={console}} does not work for a copy in the background, which has no terminal",
@@ -63,7 +63,7 @@ class CopyOptions(Record):
                 )
 
     def arguments(self) -> Iterator[str]:
-        """Yield the options of vmspawn."""
+        """Yield the arguments of vmspawn for these options."""
         yield f"--console={self.console}"
         if self.keep_disks:
             yield "--keep"

@@ -22,8 +22,9 @@ from .manifest import Firmware, Manifest, Source, State
 class Prepared(NamedTuple):
     """Facts that are collected before the guest is stopped."""
 
-    #: The command line with the files of the snapshot, and the files of its descriptors.
+    #: The command line, with the names of the kernel and the initrd in the snapshot's directory.
     recorded: Recorded
+    #: The files of the command line's descriptors, by number.
     descriptors: dict[int, str]
     firmware: Firmware | None
     processor: str

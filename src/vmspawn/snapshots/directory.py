@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Makes, opens and removes the directories of snapshots.
 
-A snapshot is made under a temporary name, and renamed when it is complete. Each user of a snapshot holds a shared
-flock(2) on the manifest. The QEMU of each copy inherits the descriptor, so the lock ends with QEMU, not with a manager.
+A snapshot is made under a temporary name, and renamed when it is complete. Each process that uses a snapshot holds a
+shared flock(2) on the manifest. The QEMU of each copy inherits the descriptor, so the lock ends with QEMU, not with a
+manager.
 
 This module is on the start path and imports next to nothing.
 """
@@ -25,7 +26,7 @@ from .manifest import Manifest
 #: The file of a warm snapshot that contains the console's output until the snapshot was made.
 CONSOLE = "console"
 
-#: The name of a machine's newest disks.
+#: The name of the snapshot that lists a machine's newest disks (see newest.py).
 CURRENT = "current"
 
 
@@ -133,7 +134,10 @@ def sync(path: str) -> None:
 
 
 def check_ours(path: str) -> None:
-    """Raise StartError for a directory that another user could have written to: its state would run as this user."""
+    """Raise StartError for a directory that another user could have written to.
+
+    Otherwise QEMU would load that user's data with the permissions of this user.
+    """
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise StartError(f"{path} is not a directory")
@@ -161,7 +165,10 @@ class OpenSnapshot:
         self._open()
 
     def _open(self) -> None:
-        """Open, lock and read the manifest. Starts again if another process has replaced it before the lock."""
+        """Open, lock and read the manifest.
+
+        Starts again if another process has replaced or removed the manifest before it was locked.
+        """
         while True:
             self._open_file()
             try:
@@ -239,7 +246,7 @@ class OpenSnapshot:
     def remove(self) -> None:
         """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse, StartError."""
         _check_unused(self._full_name, self)
-        # The manifest is removed first: a directory without a manifest is not a snapshot.
+        # The directory is renamed first, so that other processes never see a snapshot that lacks files.
         hidden = os.path.join(root(), f"{UNFINISHED}{self._full_name}-removed-{os.getpid()}")
         os.rename(self.path, hidden)
         _remove(hidden)
@@ -256,9 +263,9 @@ def _read(fd: int) -> bytes:
 
 
 def find(machine: str, name: str) -> str:
-    """Return the full name of a snapshot. With an empty `name`, it is the machine's only snapshot.
+    """Return the full name of a snapshot. With an empty `name`, returns the machine's only snapshot.
 
-    Raises NoSuchSnapshot, UsageError.
+    MACHINE@current counts only if the machine has no other snapshot. Raises NoSuchSnapshot, UsageError.
     """
     if name:
         return f"{machine}@{name}"
@@ -316,7 +323,7 @@ def remove_temporary() -> list[str]:
     return removed
 
 
-#: struct flock: type, whence, start, length, process; QEMU locks bytes from 100 on (its block/file-posix.c).
+#: The start and the length of the range in which QEMU locks bytes of an image (its block/file-posix.c).
 _QEMU_LOCKS = (100, 200)
 
 
@@ -330,6 +337,7 @@ def is_locked(path: str) -> bool:
         return False
     try:
         start, length = _QEMU_LOCKS
+        # A `struct flock` (fcntl(2)): type, whence, start, length, process.
         asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
         return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)

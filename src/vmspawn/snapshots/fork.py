@@ -61,8 +61,8 @@ def fork(
 
     `keep_disks` keeps the copy's disks when it ends. `force_version` allows another QEMU, firmware or processor than
     those that the state was saved with. `new_identity` gives the guest a new host name, machine ID and MAC addresses.
-    `parent` is a process that the copy must not outlive, or 0. `on_begin` is called before the first
-    step that has to be undone.
+    `parent` is a process that the copy must not outlive, or 0. `on_begin` is called before the first step that has to
+    be undone.
 
     Raises NoSuchSnapshot, SnapshotInUse, StartError, UsageError; nothing is left behind then.
     """
@@ -200,7 +200,7 @@ class _Copy:
         self._state = Extras()
         #: The copy's own files that are kept, by the numbers of the source's descriptors.
         self._own_files: dict[int, str] = {}
-        #: The image below the overlay that the source started with: its block node, and its descriptor here.
+        #: The image below the overlay that the source started with: its block node, and its descriptor in this process.
         self._below: tuple[dict[str, object], int] | None = None
         self._options: list[incoming.Option] = []
 
@@ -403,7 +403,7 @@ class _Copy:
             file.write(current.to_json())
 
     def _own(self, number: int, fd: int, name: str) -> int:
-        """Copy a small file. The copy is removed with the machine unless the disks are kept."""
+        """Copy a small file. The new file is removed with the machine unless the disks are kept."""
         path, copy = self._create(os.path.basename(name))
         if path:
             self._own_files[number] = os.path.basename(path)
@@ -432,7 +432,7 @@ def _controllers(manifest: Manifest) -> list[str]:
     arguments = []
     for section in manifest.attachments.get("controllers", {}).get("attachments", ()):
         if section.get("name", places.THREADED_SCSI_CONTROLLER) != places.THREADED_SCSI_CONTROLLER:
-            continue  # the one from boot is among the options
+            continue  # the controller from boot is among the options
         place = records.load_pci_place(section["place"])
         thread = {"qom-type": "iothread", "id": "scsi-thread"}
         device = {"driver": "virtio-scsi-pci", "id": places.THREADED_SCSI_CONTROLLER, "iothread": "scsi-thread"}

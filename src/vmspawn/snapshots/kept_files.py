@@ -119,7 +119,10 @@ class KeptFiles:
         return self._files.open_number(self._numbers.get(number, number))
 
     def list_descriptors(self, recorded: Recorded) -> dict[int, str]:
-        """Return the files of the command line's descriptors. Files without a path are copied. Raises OSError."""
+        """Return the files of the command line's descriptors, by number.
+
+        Files without a path get one in the snapshot's directory. Raises OSError.
+        """
         found = {}
         writable = incoming.writable_descriptors(recorded.options)
         firmware = incoming.take_node(recorded.options, _FIRMWARE_NODE)[2]
@@ -166,7 +169,7 @@ class KeptFiles:
         return recorded._replace(options=tuple(options))
 
     def copy_written(self, recorded: Recorded, state: int) -> None:
-        """Copy images that cannot have a name, and other files that the machine writes to, such as UEFI's variables.
+        """Copy images that could not be given a name, and other files that QEMU writes to, such as UEFI's variables.
 
         Truncates the state's file to its content. Raises OSError.
         """
@@ -180,7 +183,7 @@ class KeptFiles:
         for number in incoming.writable_descriptors(recorded.options):
             fd = self.open_descriptor(number)
             path = os.path.join(self._folder.path, f"descriptor{number}")
-            # To keep the pause short, memory is synced after it, as the state is.
+            # Memory is synced after the pause, as the state is, to keep the pause short.
             is_memory = number == incoming.ram_file(recorded.options)
             try:
                 copy(fd, path, is_synced=not is_memory, on_step=check_cancelled)

@@ -21,7 +21,7 @@ VERSION = 2
 class SnapshotFile(NamedTuple):
     """A file that a snapshot consists of, as it was when the snapshot was made.
 
-    `size` is -1 for an overlay that a machine writes to.
+    `size` is -1 for a file that is not checked for changes, such as an overlay that a machine writes to.
     """
 
     path: str
@@ -38,12 +38,15 @@ class SnapshotFile(NamedTuple):
 
     @classmethod
     def growing(cls, path: str) -> SnapshotFile:
-        """Describe an overlay that a machine writes to. Raises OSError."""
+        """Describe a file that is not checked for changes, such as an overlay. Raises OSError."""
         found = os.stat(path)
         return cls(path, found.st_dev, found.st_ino, -1, 0)
 
     def is_unchanged(self, fd: int) -> bool:
-        """Return whether an open file has the content that the snapshot needs, judged by its size and time."""
+        """Return whether an open file has the content that the snapshot needs.
+
+        Compares the size and the modification time.
+        """
         if self.size < 0:
             return True
         found = os.fstat(fd)
@@ -70,12 +73,12 @@ class State(NamedTuple):
     size: int
     #: The URI scheme by which QEMU saved it, `fd` or `file`.
     scheme: str
-    #: The bytes of memory that are in a file beside it.
+    #: The number of bytes of memory in a separate file beside the file of the state.
     memory: int = 0
 
     @property
     def total(self) -> int:
-        """The bytes of memory and devices."""
+        """The number of bytes of memory and devices."""
         return self.size + self.memory
 
 
@@ -87,7 +90,7 @@ class Firmware(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """A snapshot. `state` is None if it has only the disks of a machine that has ended."""
+    """A snapshot. `state` is None for MACHINE@current, which has only disks (see newest.py)."""
 
     machine: str
     name: str
@@ -111,12 +114,12 @@ class Manifest(NamedTuple):
     sizes: dict[str, int]
     #: The path of each image's file, by the image's number.
     images: dict[int, str]
-    #: All files that must not change, except those in the snapshot's directory.
+    #: The images, and the other files that are not in the snapshot's directory, except the firmware.
     files: tuple[SnapshotFile, ...]
     state: State | None
     #: The firmware, unless it is QEMU's own.
     firmware: Firmware | None = None
-    #: The model and the features of the host's processor if the guest runs on it, by KVM.
+    #: The model and the features of the host's processor if the guest uses KVM.
     processor: str = ""
     #: True for a copy: its overlays are never written to the images below, which belong to its source.
     is_copy: bool = False

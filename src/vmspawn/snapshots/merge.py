@@ -27,7 +27,7 @@ from . import directory
 from .directory import CURRENT, OpenSnapshot, is_locked
 from .manifest import Manifest
 
-#: Seconds that a QEMU without a guest may take for one step, the copying of all overlays included.
+#: Seconds that a QEMU without a guest may take for one step, such as writing one overlay.
 _TIMEOUT = 600.0
 
 
@@ -76,7 +76,7 @@ def _merge(machine: str) -> bool:
     except (NoSuchSnapshot, SnapshotInUse):
         return False  # another process merges or removes it
     with contextlib.closing(snapshot):
-        if not _is_ours(snapshot):
+        if not _lock_alone(snapshot):
             return False
         chains = [image.chain for image in _tops(snapshot.manifest) if image.base is not None]
         _set_paths(chains, snapshot.manifest)
@@ -90,7 +90,7 @@ def _merge(machine: str) -> bool:
     return True
 
 
-def _is_ours(snapshot: OpenSnapshot) -> bool:
+def _lock_alone(snapshot: OpenSnapshot) -> bool:
     """Lock the snapshot exclusively. Returns False if another process uses it, or has removed it."""
     try:
         return snapshot.lock_alone()
@@ -99,7 +99,10 @@ def _is_ours(snapshot: OpenSnapshot) -> bool:
 
 
 def can_be_merged(manifest: Manifest) -> bool:
-    """Return whether overlays can be written to the images below. A copy's cannot: its source owns the images."""
+    """Return whether overlays can be written to the images below.
+
+    A copy's overlays cannot, because the images belong to its source.
+    """
     return not manifest.is_copy and any(image.base is not None for image in _tops(manifest))
 
 
@@ -114,7 +117,7 @@ def _set_paths(chains: Iterable[list[Image]], manifest: Manifest) -> None:
 
 
 def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
-    """Return whether no other snapshot needs the images, by whichever name, and no QEMU uses one of them."""
+    """Return whether no other snapshot needs the images, under any path, and no QEMU uses one of them."""
     paths = {image.path for chain in chains for image in chain}
     needed = [each for name, found in snapshot_files.manifests() if name != full_name for each in found["files"]]
     if paths & {each["path"] for each in needed} or any(map(is_locked, paths)):

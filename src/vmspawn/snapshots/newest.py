@@ -28,7 +28,10 @@ class NewestDisks:
     """The overlays of one save, and the manifest of MACHINE@current if the disks outlive the machine."""
 
     def __init__(self, machine: str, files: KeptFiles, *, is_lasting: bool) -> None:
-        """Prepare the overlays. `is_lasting` is False for a copy whose disks end with it: they have no names."""
+        """Prepare the overlays.
+
+        `is_lasting` is False for a copy whose disks are not kept: the overlays have no names.
+        """
         self._folder = path_of(f"{machine}@{CURRENT}")
         self._manifest = os.path.join(self._folder, snapshot_files.MANIFEST)
         self._files = files
@@ -96,7 +99,8 @@ class NewestDisks:
         for option in manifest.options:
             if option.name in incoming.BOOT_FILES and option.value and not option.value.startswith("/"):
                 self._keep(folder, option.value)
-        # Images without a name have one in each snapshot's directory. MACHINE@current outlives the snapshots.
+        # An image without a name of its own has one in each snapshot's directory. It gets another in the directory of
+        # MACHINE@current, which outlives the snapshots.
         own = path_of(manifest.full_name)
         moved = {
             path: self._keep(folder, os.path.basename(path))
@@ -167,13 +171,13 @@ def _with_overlays(manifest: Manifest, frozen: Sequence[Frozen]) -> dict[str, An
 def replace_file(path: str, make: Callable[[str], object]) -> None:
     """Replace a file by the file that `make` makes at a path. If that fails, the old file stays. Raises OSError."""
     new = path + ".new"
-    # A manager that was killed may have left it.
+    # A manager that was killed may have left this file.
     _discard(new)
     try:
         make(new)
         os.rename(new, path)
     finally:
-        # Of two links to one file, rename(2) leaves both.
+        # If both are links to one file, rename(2) does nothing and leaves both.
         _discard(new)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Removes snapshots on request, and with a machine's last snapshot the overlays of its disks.
+"""Removes snapshots on request. After a machine's last snapshot, writes the machine's overlays to the images below.
 
 This module is on vmctl's start path and imports next to nothing.
 """

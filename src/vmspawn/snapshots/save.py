@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Saves a running machine: RAM, devices and disks.
 
-1. Devices and disks that cannot be saved are found; if there are any, the save fails.
-2. Disk changes, and commands of QMP sessions and of the manager itself, are held back.
+1. Disk changes, and commands of QMP sessions and of the manager itself, are held back.
+2. Devices and disks that cannot be saved are found; if there are any, the save fails.
 3. While the guest runs, the overlays are opened, and space on the disk is reserved.
 4. The guest is stopped, and QEMU writes its state.
 5. The overlays are inserted, all or none, and the images below become read-only.
@@ -56,7 +56,8 @@ class Saved(NamedTuple):
 
     manifest: Manifest
     pause: float
-    #: Each disk's name, the image, which no longer changes, and the overlay, which is "" if it has no name.
+    #: For each disk: its name, the path of the image, which no longer changes, and the path of the overlay, which is ""
+    #: if the overlay has no name.
     disks: list[tuple[str, str, str]]
 
 
@@ -114,7 +115,7 @@ def _free_name(machine: str) -> str:
 
 
 class _Save:
-    """One save of a machine that the calling task holds."""
+    """One save of a machine. The caller holds back all other users of QEMU (`Running.held`)."""
 
     def __init__(
         self,

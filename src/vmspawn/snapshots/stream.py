@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Makes QEMU write its whole state to an open file.
 
-Since version 8.2, QEMU accepts the migration URI `file:`, and refuses regular files for the URI `fd:`. `file:` takes a
-descriptor set, whose descriptor must be open for writing only; `fd:` takes a descriptor of `getfd`, or an inherited one
-by its number.
+QEMU accepts the migration URI `file:` since version 8.2. Later versions refuse regular files for the URI `fd:`. `file:`
+takes a descriptor set, whose descriptor must be open for writing only; `fd:` takes a descriptor of `getfd`, or an
+inherited one by its number.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Starts the built-in guest from a snapshot of a booted guest, the *warm snapshot* (`warm=True`).
 
-The first start makes the snapshot (`warm_maker.py`); others that start at the same time wait for it. The cache keeps it
-under a key of everything that it depends on: QEMU's binary, the accelerator and processor, the guest's kernel and
-initramfs, this package, and the machine's configuration without the fields that may differ between copies.
-
-This module is on the start path and imports next to nothing.
+The first start makes the snapshot (`warm_maker.py`); other starts at the same time wait for it. The cache keeps it
+under a key, the fingerprint of everything that the snapshot depends on: QEMU's binary, the accelerator and processor,
+the guest's kernel and initramfs, this package, and the machine's configuration without the fields that may differ
+between copies.
 """
 
 from __future__ import annotations

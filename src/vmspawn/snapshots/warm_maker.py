@@ -132,7 +132,7 @@ class _Collector:
 def main() -> None:
     """Make the snapshot that the argument and standard input describe."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=MachineConfig)
-    # The machine ends with the process that waits for the snapshot.
+    # The machine ends if this process is killed.
     own = config._replace(name=f"warm-{os.getpid()}", console="headless", die_with_program=True)
     try:
         asyncio.run(make(sys.argv[1], own))
