@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Adds the man pages, completion scripts and the systemd unit to the wheel, as vmspawn/extras.
+"""Adds the man pages, completion scripts, the systemd unit and the compiled agents to the wheel.
 
-`vmctl install-extras` copies them from there. An editable install has none.
+The agents are in vmspawn/agent. All other files are in vmspawn/extras, from which `vmctl install-extras` copies them.
+An editable install has none of these files.
 """
 
 import importlib.util
@@ -38,10 +39,10 @@ class CustomBuildHook(BuildHookInterface[Any]):
 
 
 def agents(root: Path, folder: Path) -> dict[str, Path]:
-    """Compile the agent that runs in guests, for each architecture that there is a compiler for.
+    """Compile the agent for each architecture for which this host has a compiler; returns the paths by architecture.
 
-    It is data to the host, so the wheel still fits every host. Without a compiler the wheel has none, and vmspawn
-    compiles it when it is first needed.
+    The agent runs only in guests, so the wheel still fits every host. If the wheel has no agent for an architecture,
+    vmspawn compiles that agent at its first use.
     """
     sys.path.insert(0, str(root / "src"))
     try:

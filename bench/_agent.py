@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Splits the time of a command in the guest into the host's part and the guest's: `python -m bench._agent [AGENT]`.
 
-It measures the built-in guest under TCG. Ports that are plugged in advance show the time of the message alone.
+It measures the built-in guest under TCG. With a pause between the ports and the message, the figures show the time of
+the message alone.
 """
 
 import statistics
@@ -46,7 +47,7 @@ def one(machine: AgentMachine, number: int, pause: float) -> dict[str, float]:
 
 
 def table(machine: AgentMachine, pause: float) -> None:
-    """Print the medians of all stages."""
+    """Print the median and the 90th percentile of each stage."""
     rounds = [one(machine, number, pause) for number in range(ROUNDS)]
     print(f"pause {pause * 1000:.0f} ms")
     for name in rounds[0]:

@@ -27,7 +27,8 @@ QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
 
-#: Prints lines of hexadecimal digits as od writes them. The marks are split, so that the command's echo has none.
+#: Prints lines of hexadecimal digits as od writes them. The marks are split, so that the echo of the command does not
+#: contain them.
 COMMAND = "printf 'be''gin>'; head -c {} /dev/zero | od -v -tx1 | head -c {}; printf '<e''nd'\n"
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Measures the time of commands in the guest and the speed of their streams, in the built-in guest under TCG.
 
-A loop of the guest's shell splits the time of `machine.run("true")` into the host's part and the guest's. A command's
-stream is compared with a raw virtio-serial port of the same machine, `vmctl exec` with `vmctl status`, and a boot with
-the controller with a boot without it. Each comparison alternates between its two sides. QEMU's processor time depends
-less on other work of the host than the clock does.
+A loop in the guest's shell measures the guest's part of the time of `machine.run("true")`. A command's stream is
+compared with a raw virtio-serial port of the same machine, and `vmctl exec` with `vmctl status`. A boot with the
+virtio-serial controller for commands is compared with a boot without it. Each comparison alternates between its two
+sides. Other load on the host changes QEMU's processor time less than the time by the clock.
 """
 
 import asyncio
@@ -89,7 +89,7 @@ def processor_time(pid: int) -> float:
 
 
 async def plug_raw(machine: vmspawn.Machine, path: str) -> tuple[socket.socket, str]:
-    """Plug a port into the controller of the commands; return its socket and its device in the guest."""
+    """Plug a port into the controller for commands; return its socket and its device in the guest."""
     address = {"type": "unix", "data": {"path": path}}
     backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
     device = {"driver": "virtserialport", "id": "raw", "chardev": "raw", "name": "raw", "bus": f"{CONTROLLER}.0"}

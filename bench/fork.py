@@ -4,13 +4,13 @@
 All figures are taken in turn in one run, with the built-in guest:
 
 1. A boot and a copy, each until a command in the guest has ended.
-2. A copy until QEMU reports that its processors run; the copy loads its memory, or maps it (`--ram-backing=file`).
-   Beside it, until they report the same, a bare QEMU, and a QEMU with the copy's arguments that boots: no copy can be
-   faster than the latter.
+2. A copy until its QEMU reports that the processors run. One copy loads its memory, and another maps its memory
+   (`--ram-backing=file`). For comparison: a bare QEMU, and a QEMU that boots with the copy's arguments, each until it
+   reports the same. No copy can be faster than the QEMU that boots.
 3. The pause of a save, beside cp(1) of its state.
 4. Twenty copies at once: the time of each until its first command has ended, and the memory of each.
 
-The runtime directory is in memory, as /run is: vmspawn waits until its files there are on the disk.
+The runtime directory is in memory, as /run is, because vmspawn calls fsync(2) on files there.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ async def copied_together(snapshot: Snapshot) -> tuple[list[float], list[float]]
         async with snapshot.fork(f"bench-{number}") as copy:
             await copy.run("true", check=True)
             answered = time.perf_counter() - begun
-            # Pages are shared by those that run.
+            # Copies share pages only while they run.
             await all_have_answered.wait()
             memory = proportional(copy.pid)
             await all_have_answered.wait()

@@ -31,7 +31,7 @@ BOOT_TIMEOUT = 120.0
 
 
 def rounds(count: int, pause: float, **works: Callable[[], object]) -> dict[str, float]:
-    """Return the median of each function, after one round that is not counted."""
+    """Return the median seconds of each function, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(count + 1):
         time.sleep(pause)
@@ -44,7 +44,7 @@ def rounds(count: int, pause: float, **works: Callable[[], object]) -> dict[str,
 
 
 def compare_starts(lab: Lab) -> None:
-    """Compare a boot to its shell with the fixture `vm`: set-up alone, and set-up with its end and leak check."""
+    """Compare the fixture `vm` with a boot: the set-up alone, and the set-up with the tear-down and the leak check."""
     setup: list[float] = []
 
     def boot() -> None:
@@ -63,7 +63,7 @@ def compare_starts(lab: Lab) -> None:
 
 
 def ways(machine: sync.Machine, **more: list[str]) -> dict[str, float]:
-    """Return the seconds of `true` in the guest by `machine.run`, by `vmctl exec`, and by `more` commands."""
+    """Return the seconds of `true` in the guest: by the library, by `vmctl exec`, and by the commands in `more`."""
     commands = {"vmctl": [*VMCTL, "exec", machine.name, "true"], **more}
     with sync.connect(machine.name) as connected:
         return rounds(

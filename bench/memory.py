@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Measures snapshots and copies of machines with much memory, in the state and in a file (`ram_backing`).
+"""Measures snapshots and copies of machines with much memory, in both forms of `ram_backing`.
 
 The guest fills half of its memory with the content of a disk. The figures are the pause of the save, the time to start
 a copy until its processors run, the time until a command in it has ended, the same for twenty copies at once, and the
@@ -38,7 +38,7 @@ async def measure(folder: Path) -> None:
 
 
 def make_content(path: Path, size: int) -> Path:
-    """Make a file of a number of MB that cannot be compressed."""
+    """Make a file of `size` MB that cannot be compressed."""
     with open(path, "wb") as file:
         for _ in range(size):
             file.write(os.urandom(1 << 20))

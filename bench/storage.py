@@ -27,7 +27,7 @@ from vmspawn.host import runtime
 
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 
-#: The number of attaches of one disk, for each of the two.
+#: The number of attaches of one disk, for vmspawn and for the raw client each.
 ROUNDS = 50
 #: The number of disks in the measurement of many disks, and the number of its rounds.
 MANY = 100
@@ -130,8 +130,8 @@ class Raw:
         self.execute({"execute": command, "arguments": arguments}, fds)
 
 
-class Side(NamedTuple):
-    """A machine with the functions that attach and detach through vmspawn, and the raw client."""
+class Machine(NamedTuple):
+    """A running machine: functions that attach and detach through vmspawn, the raw client, and the console."""
 
     attach: Callable[[str, str, str], None]
     detach: Callable[[str], None]
@@ -143,19 +143,19 @@ class Side(NamedTuple):
 
 
 @contextlib.contextmanager
-def machine(folder: Path) -> Iterator[Side]:
+def machine(folder: Path) -> Iterator[Machine]:
     """Run a machine under a `vmspawn` of its own."""
     command = [sys.executable, "-m", "vmspawn.cli.spawn", "-q", "-M", "control", "--guest=builtin"]
     command += ["--console=headless", f"--qemu={QEMU}", *(f"--qemu-arg={each}" for each in monitor(folder))]
     process = subprocess.Popen(command)
     try:
         wait_for(Path(runtime.runtime_root()) / "control" / runtime.CONTROL)
-        with Client("control") as client, side(folder, "control") as (raw, console):
+        with Client("control") as client, connected(folder, "control") as (raw, console):
 
             def detach(name: str) -> None:
                 client.call("io.vmspawn.Machine.DetachStorage", {"name": name})
 
-            yield Side(functools.partial(attach, client), detach, raw, console)
+            yield Machine(functools.partial(attach, client), detach, raw, console)
     finally:
         # QEMU would survive a manager that is killed.
         subprocess.run([sys.executable, "-m", "vmspawn.cli.ctl", "terminate", "control"], check=False)
@@ -176,7 +176,7 @@ def monitor(folder: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def side(folder: Path, name: str) -> Iterator[tuple[Raw, Console]]:
+def connected(folder: Path, name: str) -> Iterator[tuple[Raw, Console]]:
     """Yield the raw client and the console of a machine whose guest is up."""
     console = Console(name)
     with console.socket:
@@ -214,7 +214,7 @@ class Times(NamedTuple):
     raw_detach: float
 
 
-def one_disk(machine: Side, bus: str, path: str) -> Times:
+def one_disk(machine: Machine, bus: str, path: str) -> Times:
     """Attach and detach one disk through vmspawn and the raw client in turn. Each begins half of the rounds."""
     attaches: dict[bool, list[float]] = {True: [], False: []}
     detaches: dict[bool, list[float]] = {True: [], False: []}
@@ -230,7 +230,7 @@ def one_disk(machine: Side, bus: str, path: str) -> Times:
     return Times(*(statistics.median(each[ours]) for each in (attaches, detaches) for ours in (True, False)))
 
 
-def many_disks(machine: Side, folder: Path) -> tuple[float, float]:
+def many_disks(machine: Machine, folder: Path) -> tuple[float, float]:
     """Attach MANY SCSI disks through vmspawn and the raw client in turn; returns the seconds until the last reply."""
     paths = [image(folder, f"disk{number}") for number in range(MANY)]
     found: dict[bool, list[float]] = {True: [], False: []}

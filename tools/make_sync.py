@@ -46,7 +46,7 @@ FUNCTIONS = [("connect", "connect")]
 #: Wrappers that are written by hand, since they wrap asyncio's streams too: the class, and its module.
 WRITTEN = {"Execution": ".api.blocking_execution"}
 
-#: Parts that programs do not need: the console's input.
+#: Methods that only other modules of vmspawn call.
 HIDDEN = {"Console": {"show", "shows", "finish", "is_full"}}
 
 WRAPPED = {name for _, name, _ in CLASSES}
@@ -120,7 +120,7 @@ def decorators(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
 
 
 def method(node: ast.FunctionDef | ast.AsyncFunctionDef, *, is_overloaded: bool) -> str:
-    """Return a wrapper's method."""
+    """Return the source text of a method of a wrapper."""
     is_coroutine = isinstance(node, ast.AsyncFunctionDef)
     marks = decorators(node)
     annotation = ast.unparse(node.returns) if node.returns else "None"
@@ -160,7 +160,7 @@ def is_public(name: str) -> bool:
 
 
 def wrapper(module: ModuleType, name: str, base: str) -> str:
-    """Return the class that wraps a class."""
+    """Return the source text of the wrapper of a class."""
     tree = ast.parse(inspect.getsource(getattr(module, name))).body[0]
     assert isinstance(tree, ast.ClassDef)
     generic = "[Any]" if any(ast.unparse(each).startswith("Generic") for each in tree.bases) else ""
@@ -189,7 +189,7 @@ def wrapper(module: ModuleType, name: str, base: str) -> str:
 
 
 def function(module: ModuleType, name: str) -> str:
-    """Return a function that wraps the module's function for an asynchronous context manager."""
+    """Return the source text of the wrapper of a function that returns an asynchronous context manager."""
     tree = ast.parse(inspect.getsource(getattr(module, name))).body[0]
     assert isinstance(tree, ast.AsyncFunctionDef)
     assert decorators(tree) == {"asynccontextmanager"}
@@ -201,8 +201,8 @@ def function(module: ModuleType, name: str) -> str:
     return f"{head}{document(tree, '    ')}    return {value}\n"
 
 
-#: The names that the text may use, and their modules, except names of the wrapped modules.
-_STANDARD = {
+#: Names that the generated text may use in addition to those of the wrapped modules, and the modules that define them.
+_MODULES_OF_NAMES = {
     "Any": "typing",
     "Self": "typing",
     "cast": "typing",
@@ -223,7 +223,7 @@ def imports(text: str, modules: list[ModuleType]) -> str:
     tree = ast.parse(text)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     lines_by_name = {name: line for module in modules for name, line in imported(module)}
-    lines_by_name |= {name: f"from {home} import {name}" for name, home in _STANDARD.items()}
+    lines_by_name |= {name: f"from {home} import {name}" for name, home in _MODULES_OF_NAMES.items()}
     made = {f"_{module.__name__.rpartition('.')[2]}" for module in modules}
     lines = {f"from .api import {name[1:]} as {name}" for name in used & made}
     lines |= {lines_by_name[name] for name in used if name in lines_by_name and name not in WRAPPED}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Finds the compiled agent. A wheel contains it; in a source tree it is compiled once, and kept in the cache.
 
-This module is on the start path. The compiler's modules are imported only to compile.
+vmspawn imports this module at each start, so the modules that compile are imported only when they are needed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 The guest is hostile: its input is bounded, and a line that is not a valid message is `Malformed`.
 
-The messages are structs of msgspec, which are created ten times as fast as dataclasses: a manager loads this module at
-its start.
+The messages are structs of msgspec, because each manager loads this module at its start, and Python defines a struct in
+a small fraction of the time that it needs for a dataclass.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def signal(id: str, number: int) -> bytes:
 
 
 def hang_up(id: str) -> bytes:
-    """Kill a command and all its children, as the end of the status port does."""
+    """Kill a command and all its children, as closing the status port does."""
     return _message("hangup", _name(id))
 
 
@@ -217,8 +217,8 @@ def _message(*words: str | bytes) -> bytes:
 class Ready(msgspec.Struct, frozen=True):
     """The agent is ready. The nonce is that of the `sync` that it answers, or None if the agent announces itself.
 
-    Another process id than before means that the agent was started again. Its commands continue, but messages can no
-    longer resize, signal or kill them.
+    If the process id differs from the last one, the agent was restarted. The commands of the previous agent continue,
+    but messages can no longer resize, signal or kill them.
     """
 
     nonce: str | None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shows a machine's console in another process than its manager, for `vmctl console`.
+"""Shows a machine's console in a process other than the machine's manager, for `vmctl console`.
 
 The loop uses poll(2), because importing asyncio would slow the command down.
 """

@@ -65,7 +65,10 @@ class Input:
             self.fd = -1
 
     def read(self) -> bytes:
-        """Return the available bytes, or b"" at end of file. Raises BlockingIOError before data, or OSError."""
+        """Return the available bytes, or b"" at end of file.
+
+        Raises BlockingIOError if no data is available yet, or another OSError.
+        """
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         if not poll.poll(0):

@@ -103,5 +103,5 @@ def is_foreground(fd: int) -> bool:
     try:
         return os.isatty(fd) and os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
-        # tcgetpgrp(3) fails for a terminal that is not the controlling one, which stops no background processes.
+        # tcgetpgrp(3) fails if this is not the controlling terminal. Other terminals do not stop background processes.
         return os.isatty(fd)

@@ -21,7 +21,7 @@ from .kernel import Kernel, find_kernel
 from .modules import modules_alias, modules_dep
 from .packages import Fetcher
 
-#: Modules that are loaded at boot, in this order, the console's first. Some kernels have some of them built in.
+#: Modules that are loaded at boot, in this order, those for the console first. Some kernels have some of them built in.
 BOOT_MODULES = (
     "virtio_pci",
     "virtio_console",
@@ -53,7 +53,7 @@ _SCRATCH_PREFIX = ".new-"
 
 
 def build(architecture: str = "x86_64", on_progress: Callable[[str], None] = lambda phrase: None) -> BuiltinGuest:
-    """Return the guest in the cache, which is built if it does not exist.
+    """Return the guest from the cache. Build it if the cache does not contain it.
 
     `on_progress` is called with a short phrase for users at each step. Builds may run in parallel: each publishes its
     guest atomically, and the first guest stays. A failed build leaves nothing behind.
@@ -97,7 +97,7 @@ def _build(architecture: str, cache: Path, on_progress: Callable[[str], None]) -
 
 
 def _agent(architecture: str, on_progress: Callable[[str], None]) -> bytes | None:
-    """Return the compiled agent, or None if it cannot be compiled. A guest without it cannot run commands."""
+    """Return the compiled agent, or None if it cannot be compiled. A guest without the agent cannot run commands."""
     try:
         return Path(build_agent(architecture)).read_bytes()
     except StartError as error:
@@ -149,7 +149,8 @@ def _publish(new: Path, final: Path, architecture: str) -> BuiltinGuest:
 def _remove_old(cache: Path, guest: BuiltinGuest, architecture: str) -> None:
     """Remove the scratch directories of killed builds, and unused guests of other versions of this package.
 
-    A snapshot of a running machine needs the files that the machine was started with.
+    Guests that were used recently are kept, because a snapshot of a running machine needs the files that the machine
+    was started with.
     """
     for directory in cache.iterdir():
         is_scratch = directory.name.startswith(_SCRATCH_PREFIX)

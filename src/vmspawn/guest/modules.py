@@ -21,7 +21,10 @@ _ZSTD_SECONDS = 30
 
 
 class Modules:
-    """The modules below a directory such as `/lib/modules/6.1.0-amd64`. Names have underscores only, as in lsmod."""
+    """The modules below a directory such as `/lib/modules/6.1.0-amd64`.
+
+    Names have underscores instead of dashes, as in lsmod.
+    """
 
     def __init__(self, directory: Path, *, version: str = "") -> None:
         """Find the modules in `directory`, which may be a build tree. `version` is the directory's name by default."""

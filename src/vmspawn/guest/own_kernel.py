@@ -57,7 +57,7 @@ def find_modules(directory: str | None, version: str) -> Modules | None:
 
 
 def initrd(modules: Modules | None, kernel: str) -> bytes:
-    """Return the initrd with the modules of a kernel, whose version is empty if it is unknown.
+    """Return the initrd with the modules of a kernel. `kernel` is its version, or an empty string if that is unknown.
 
     Raises GuestError if a module cannot be read, or was built for another kernel.
     """
