@@ -12,7 +12,7 @@ SUSPEND_TO_RAM = 0x2400
 PVPANIC = 0x505
 PANICKED = 1
 
-#: The port that starts the ib700 watchdog, and its shortest timeout, 0.
+#: The port that starts the ib700 watchdog, and the value for its shortest timeout, 0 s.
 IB700 = 0x443
 AT_ONCE = 0x0F
 
@@ -37,7 +37,7 @@ def make_reading_boot_sector(path: Path) -> Path:
     code = b"".join(
         (
             b"\xb8\x01\x02",  # mov ax, 0x0201: read one sector
-            b"\xbb\x00\x80",  # mov bx, 0x8000: to here
+            b"\xbb\x00\x80",  # mov bx, 0x8000: the address to read to
             b"\xb9\x01\x00",  # mov cx, 1: cylinder 0, sector 1
             b"\xba\x81\x00",  # mov dx, 0x81: head 0, second disk
             b"\xcd\x13",  # int 0x13

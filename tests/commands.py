@@ -37,7 +37,7 @@ def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedP
 
 
 def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:
-    """Return a command's error: one line, and at most one more line with a hint."""
+    """Check that a command's error is one line, and at most one more with a hint. Returns the first line."""
     lines = [line for line in done.stderr.splitlines() if "no KVM" not in line]
     assert "Traceback" not in done.stderr
     assert len(lines) in (1, 2), done.stderr
@@ -65,10 +65,10 @@ class Spawned:
         """Read until `text` was printed."""
         deadline = time.monotonic() + timeout
         while text not in self.output[stream]:
-            assert self._read(deadline - time.monotonic()), f"{text!r} did not come; there is: {self.output}"
+            assert self._read(deadline - time.monotonic()), f"{text!r} was not printed; the output is: {self.output}"
 
     def ended_before(self, text: str) -> int | None:
-        """Read until `text` was printed, or until the end. Returns the exit status at the end, else None."""
+        """Read until `text` was printed, or until vmspawn ended. Returns the exit status, or None if vmspawn runs."""
         deadline = time.monotonic() + DEADLINE
         while text not in self.output["stderr"]:
             if not self._read(deadline - time.monotonic()):

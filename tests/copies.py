@@ -15,7 +15,7 @@ from vmspawn.machine.running import Running
 
 
 def inner(machine: api.Machine) -> Running:
-    """Return the running machine of a machine of the library."""
+    """Return the internal `Running` of a `vmspawn.Machine`."""
     return machine._running
 
 
@@ -47,6 +47,6 @@ def left() -> set[str]:
 
 
 def locked(path: Path) -> bool:
-    """Return whether no vmspawn command can change a file."""
+    """Return whether a file is part of a snapshot, so that no vmspawn command opens it for writing."""
     found = os.stat(path)
     return bool(snapshot_files.owner_of(found.st_dev, found.st_ino))

@@ -17,7 +17,7 @@ from tests.interop.box import mirror
 from tests.ovmf import cache
 
 SUITE = "trixie"
-#: Debian 12. Its systemd 252 takes keys from credentials, but not units.
+#: Debian 12. Its systemd 252 accepts SSH keys as credentials, but not units.
 OLDER = "bookworm"
 PACKAGES = ("systemd", "systemd-sysv", "udev", "dbus", "systemd-boot-efi", "e2fsprogs", "ca-certificates")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes bootable disk images without root: by BIOS through syslinux, and by UEFI through systemd-boot."""
+"""Makes disk images that boot by BIOS (syslinux) or UEFI (systemd-boot). It needs no root privileges."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ _ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 _ESP_START = 2048
 _SECTOR = 512
 
-#: The code of the first sector, which starts the partition that is marked as bootable by BIOS.
+#: The code of the first sector. It starts the partition with the attribute LegacyBIOSBootable.
 _BOOT_CODE = Path("/usr/lib/syslinux/mbr/gptmbr.bin")
 
 _PROGRAMS = {"syslinux": "syslinux", "mcopy": "mtools", "mkfs.vfat": "dosfstools", "sfdisk": "fdisk"}

@@ -3,7 +3,8 @@
 
 An order is a line: the machine's name, an operation, a number N, a moment, and the operation's arguments. The manager
 dies `before` or `after` its Nth write of the state, or after QEMU has answered its Nth batch of commands (`command`).
-The answer is `died` or `finished`. Each order runs in a new process, forked from one that has imported everything.
+The answer is `died` or `finished`. Each order runs in a new process, which is forked after all modules
+were imported.
 """
 
 import asyncio
@@ -80,7 +81,7 @@ OPERATIONS: dict[str, Callable[..., Awaitable[None]]] = {
 def die_at(count: int, when: str) -> None:
     """Die before or after the `count`th write of the state from now on, or after the `count`th batch of commands."""
     if when == "command":
-        return die_behind(count)
+        return die_after_commands(count)
     write = MachineDirectory.write
     left = count
 
@@ -97,7 +98,7 @@ def die_at(count: int, when: str) -> None:
     return None
 
 
-def die_behind(count: int) -> None:
+def die_after_commands(count: int) -> None:
     """Die after QEMU has answered `count` batches of commands."""
     execute_all = Monitor.execute_all
     left = count

@@ -9,7 +9,6 @@ FIGURES: list[tuple[str, str]] = []
 
 
 def figure(what: str, value: object) -> None:
-    """Add a figure."""
     FIGURES.append((what, str(value)))
 
 

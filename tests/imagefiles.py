@@ -52,7 +52,7 @@ def vmdk_delta_without_a_hint(folder: Path) -> Path:
 
 
 def vmdk_delta_hinted_where_qemu_looks(folder: Path) -> Path:
-    """Make an image whose header points to another descriptor than the one that QEMU reads."""
+    """Make an image whose header points to a descriptor that QEMU does not read."""
     path = vmdk_delta(folder)
     clean = b"# Disk DescriptorFile\nversion=1\nparentCID=ffffffff\n"
     path.write_bytes(path.read_bytes().ljust(MIB, b"\0") + clean.ljust(512, b"\0"))

@@ -15,7 +15,7 @@ class Loop:
     """A loop device that can be resized while it is in use."""
 
     def __init__(self, file: Path, size: int, *options: str) -> None:
-        """`options` are options of losetup. Skips the test where there can be no loop device."""
+        """`options` are options of losetup. Skips the test if no loop device can be made."""
         self._file = make_raw(file, size)
         done = _losetup("--find", "--show", *options, str(file))
         if done.returncode:

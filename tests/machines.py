@@ -28,7 +28,7 @@ from vmspawn.storage.backing import Backing
 
 
 class Machine(api.Machine):
-    """A machine of the library, with access to its parts."""
+    """A `vmspawn.Machine` with access to its internal parts."""
 
     def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
         # Tests of the control socket serve it themselves.
@@ -67,7 +67,7 @@ class Machine(api.Machine):
         return self.inner.storage
 
     @property
-    def directory(self) -> runtime.MachineDirectory:  # type: ignore[override] # a test looks deeper than a program
+    def directory(self) -> runtime.MachineDirectory:  # type: ignore[override] # tests use the internal object
         return self.inner.directory
 
     @property
@@ -153,7 +153,7 @@ class Snapshot:
 
     @classmethod
     async def take(cls, machine: Machine) -> "Snapshot":
-        """Ask QEMU through its monitor, and read both processes' files from /proc."""
+        """Ask QEMU through its monitor, and count the open files of QEMU and of this process in /proc."""
         nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
         fdsets = await machine.monitor.execute("query-fdsets")
         pci = await machine.monitor.execute("query-pci")
@@ -205,7 +205,7 @@ def _qdev_ids(found: Any) -> list[str]:
 
 
 def is_gone(name: str) -> bool:
-    """Return whether the runtime directory has nothing of a machine."""
+    """Return whether a machine has no runtime directory."""
     return not os.path.exists(os.path.join(runtime.runtime_root(), name))
 
 
@@ -227,7 +227,8 @@ async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> 
 async def detach_by_reset(machine: Machine, *names: str) -> None:
     """Detach disks of a machine in its firmware, which releases PCI devices only at a reset after the request.
 
-    A firmware that was reset may reset itself once more, so a disk may be removed sooner.
+    After a reset, the firmware may reset itself once more. That also removes disks whose removal is pending, so a disk
+    may be gone already.
     """
 
     async def detach(name: str) -> None:

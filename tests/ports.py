@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs managers that manage only ports; one of them kills itself at a chosen point.
+"""Runs managers that manage only virtio-serial ports; one of them kills itself at a chosen point.
 
-`python -m tests.ports MACHINE OPERATION POINT` adopts a machine's ports and does one operation. It dies at the
-point with that number: points are before and after each write of the journal, and after each command that QEMU has
-executed. So it leaves QEMU in the state after a truncated stream of commands. It prints `died` or `finished`.
+`python -m tests.ports MACHINE OPERATION POINT` adopts a machine's ports and does one operation. Points are before and
+after each write of the journal, and after each command that QEMU has executed. The process dies at point number POINT,
+and so leaves QEMU in the state after a truncated stream of commands. It prints `died` or `finished`.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ GUEST_NAME = "org.vmspawn.test"
 
 
 class Manager:
-    """A monitor, a journal, the mechanism, and ports. `managed` opens and closes one."""
+    """A monitor, a journal, the hot-plug mechanism and ports. `managed` opens and closes a manager."""
 
     def __init__(self, directory: MachineDirectory, saved: dict[str, Any]) -> None:
         connected = socket.socket(socket.AF_UNIX)

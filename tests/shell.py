@@ -49,7 +49,7 @@ class Shell:
         return shell
 
     async def reconnect(self, path: str) -> None:
-        """Connect to the console of the same guest at another manager, and skip the output that was read before."""
+        """Read the old connection to its end, then connect to the console of the same guest at another manager."""
         async with asyncio.timeout(COMMAND_TIMEOUT):
             with contextlib.suppress(ConnectionError):
                 while data := await self._reader.read(65536):

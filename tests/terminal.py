@@ -109,7 +109,7 @@ class Tty:
         start = 0
         while not (match := expression.search(bytes(self.shown[start:]))):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{pattern!r} was not shown; there is: {self.shown[-3000:]!r}"
+            assert ready, f"{pattern!r} was not shown; the output is: {self.shown[-3000:]!r}"
             # A match is shorter than a few lines.
             start = max(0, len(self.shown) - 400)
             self._read()
@@ -142,7 +142,7 @@ class Tty:
             ended = False
             while not ended:
                 ready, _, _ = select.select([self.master, pidfd], [], [], max(0.0, deadline - time.monotonic()))
-                assert ready, f"the program did not end; there is: {self.shown[-3000:]!r}"
+                assert ready, f"the program did not end; the output is: {self.shown[-3000:]!r}"
                 if self.master in ready:
                     self._read()
                 ended = pidfd in ready

@@ -104,7 +104,7 @@ def _check_command(command: Command, message: Message | Malformed) -> None:
 
 
 def varlink(data: bytes) -> None:
-    """Check that a call is found and its parameters are converted, or that it is refused with a Varlink error."""
+    """Check that a call is parsed and its parameters are converted, or that it is refused by a Varlink error."""
     try:
         request = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -182,7 +182,7 @@ _READING_MAX = 1 << 20
 
 
 class _Image:
-    """An image that begins with the content; or if `kind` is odd, has a third of it at each of VHDX's tables."""
+    """An image that begins with the content. If `kind` is odd, a third of the content is at each of VHDX's tables."""
 
     def __init__(self, kind: int, content: bytes) -> None:
         self._pieces = [(0, content)]
@@ -247,9 +247,9 @@ _REGISTRY = build_registry(cast(Running, None), Inside(cast(Running, None)))
 def archive(data: bytes) -> None:
     """Check that any archive writes only into the work directory, and that only ordinary files are moved to the target.
 
-    These are regular files, directories, and links to a path in the target.
+    Ordinary files are regular files, directories, and symbolic links to a path in the target.
 
-    A line is a member: its type, permissions, name, target and content.
+    Each line of the input describes a member: its type, permissions, name, link target and content.
     """
     with tempfile.TemporaryDirectory() as folder:
         outside, work, target = (os.path.join(folder, name) for name in ("outside", "work", "target"))

@@ -19,7 +19,7 @@ def needs_a_compiler(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", sorted(compiler.MACHINES))
-def test_it_is_compiled_once(architecture: str, tmp_path: Path) -> None:
+def test_the_agent_is_compiled_once(architecture: str, tmp_path: Path) -> None:
     needs_a_compiler(architecture)
     path = Path(build(architecture, str(tmp_path)))
     assert compiler.unfit(path, architecture) == ""
@@ -30,14 +30,14 @@ def test_it_is_compiled_once(architecture: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_it_needs_no_library(tmp_path: Path) -> None:
+def test_the_agent_is_small_and_needs_no_library(tmp_path: Path) -> None:
     architecture = next((each for each in compiler.MACHINES if compiler.is_native(each)), None)
     if architecture is None:
         pytest.skip("there is no agent for this host's architecture")
     needs_a_compiler(architecture)
     content = Path(build(architecture, str(tmp_path))).read_bytes()
     assert b"ld-linux" not in content
-    # The program is in base64 twice, beside other credentials, in tables of 64 KiB.
+    # SMBIOS tables have at most 64 KiB, for the program in base64 and other credentials.
     assert sum(map(len, install.delivery(content).values())) < 20_000
 
 
@@ -67,7 +67,7 @@ def _only(folder: Path, name: str) -> Path:
     return path
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StartError, match="file"):
         build("x86_64", str(tmp_path / "file" / "below"))

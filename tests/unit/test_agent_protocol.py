@@ -117,7 +117,7 @@ def test_commands_that_cannot_be_sent_are_refused(command: Run) -> None:
         protocol.run(command)
 
 
-def test_what_is_too_long_is_named() -> None:
+def test_an_error_names_the_part_that_is_too_long() -> None:
     for command, name in (
         (Run("c", "s", "p", [b"x" * protocol.ARGUMENT_MAX]), "an argument"),
         (Run("c", "s", "p", environment={b"A": b"x" * protocol.ARGUMENT_MAX}), "an environment variable"),
@@ -131,13 +131,13 @@ def test_a_hundred_kilobytes_of_anything_fit() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "-", "-a", "A", "a b", "a" * 65, "ä", "a\n"])
-def test_names_are_checked(name: str) -> None:
+def test_invalid_identifiers_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="identifier"):
         protocol.ping(name)
 
 
 @pytest.mark.parametrize("number", [0, 65, -1])
-def test_signals_are_checked(number: int) -> None:
+def test_invalid_signals_are_refused(number: int) -> None:
     with pytest.raises(UsageError):
         protocol.signal("c", number)
 

@@ -14,16 +14,16 @@ from vmspawn.agent.build import build
 UNIT = "usr/lib/systemd/system/vmspawn-agent.service"
 
 
-def test_it_prints_the_program() -> None:
+def test_the_program_is_printed() -> None:
     done = subprocess.run([*VMCTL, "agent"], capture_output=True, check=True)
     assert done.stdout == Path(build("x86_64")).read_bytes()
 
 
-def test_it_prints_the_unit() -> None:
+def test_the_unit_is_printed() -> None:
     assert vmctl("agent", "--unit").stdout == install.installed_unit().decode()
 
 
-def test_it_installs_both_in_a_tree(tmp_path: Path) -> None:
+def test_the_program_and_the_unit_are_installed_in_a_tree(tmp_path: Path) -> None:
     for _ in range(2):
         assert vmctl("agent", f"--root={tmp_path}").returncode == 0
     program = tmp_path / install.INSTALLED_PATH.lstrip("/")
@@ -33,7 +33,7 @@ def test_it_installs_both_in_a_tree(tmp_path: Path) -> None:
     assert wanted.read_bytes() == install.installed_unit()
 
 
-def test_a_tree_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_tree_is_refused(tmp_path: Path) -> None:
     done = vmctl("agent", f"--root={tmp_path}/nowhere")
     assert done.returncode == 2
     assert "not a directory" in one_line(done, "vmctl")

@@ -17,7 +17,7 @@ from vmspawn.api.options import DiskOptions, MachineOptions
 from vmspawn.boot.config import check_config
 
 
-def test_the_names_are_those_that_are_exported() -> None:
+def test_dir_lists_the_exported_names() -> None:
     assert dir(vmspawn) == sorted([*vmspawn.__all__, "sync"])
     assert dir(vmspawn.sync) == sorted(vmspawn.sync.__all__)
     assert {"Machine", "connect", "Disk", "Limits", "AttachedDisk", "End", "Event"} <= set(vmspawn.__all__)
@@ -45,7 +45,7 @@ def contains_any(hint: object) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(vmspawn.__all__))
-def test_nothing_is_any(name: str) -> None:
+def test_every_parameter_and_result_has_a_type_that_is_not_any(name: str) -> None:
     thing = getattr(vmspawn, name)
     if inspect.isclass(thing):
         for field, hint in typing.get_type_hints(thing).items():
@@ -63,7 +63,7 @@ def test_the_keyword_arguments_are_the_fields_of_a_configuration_and_of_a_disk()
     assert set(typing.get_type_hints(DiskOptions)) == set(vmspawn.Disk._fields) - {"path"}
 
 
-def test_the_fields_of_a_configuration_are_taken_as_they_are() -> None:
+def test_the_fields_of_a_configuration_make_the_same_configuration() -> None:
     config = check_config(
         vmspawn.MachineConfig(guest="builtin", ram=64 * MIB, extra_disks=(vmspawn.Disk("/a/b", "c"),))
     )
@@ -117,7 +117,7 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_field(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("agent", "no"), ("cpus", True), ("cpus", 1.5), ("time_limit", "90s")])
-def test_texts_and_numbers_are_not_guessed(name: str, value: object) -> None:
+def test_values_are_not_converted_to_unlike_types(name: str, value: object) -> None:
     options: dict[str, Any] = {name: value}
     with pytest.raises(TypeError, match=rf"^{name}= must be .*, not {type(value).__name__}$"):
         vmspawn.Machine(**options)
@@ -162,7 +162,7 @@ def test_a_wrong_keyword_is_an_error_of_the_type_checker_too() -> None:
 
 @pytest.mark.parametrize("machine", [vmspawn.Machine, vmspawn.ConnectedMachine])
 def test_both_kinds_of_machines_have_the_same_verbs(machine: type) -> None:
-    """mypy compares the results; see the assignments below."""
+    """mypy checks the types of the results, in `as_controls`."""
     verbs = {name: member for name, member in vars(Control).items() if not name.startswith("_")}
     assert len(verbs) > 15
     for name, expected in verbs.items():
@@ -175,5 +175,5 @@ def test_both_kinds_of_machines_have_the_same_verbs(machine: type) -> None:
         assert inspect.getdoc(found), name
 
 
-def of_one_shape(machine: vmspawn.Machine, connected: vmspawn.ConnectedMachine) -> list[Control]:
+def as_controls(machine: vmspawn.Machine, connected: vmspawn.ConnectedMachine) -> list[Control]:
     return [machine, connected]

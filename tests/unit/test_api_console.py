@@ -19,7 +19,7 @@ def console(*shown: bytes) -> Console:
     return made
 
 
-async def test_it_finds_earlier_output_and_consumes_it() -> None:
+async def test_expect_finds_earlier_output_and_consumes_it() -> None:
     shown = console(b"Booting\r\nbox login: ")
     found = await shown.expect(r"(\w+) login: ")
     assert (found[1], shown.before) == ("box", "Booting\n")
@@ -29,7 +29,7 @@ async def test_it_finds_earlier_output_and_consumes_it() -> None:
     assert shown.text == "Booting\nbox login: root\nbox login: "
 
 
-async def test_it_waits_for_output_in_pieces() -> None:
+async def test_expect_waits_for_output_in_pieces() -> None:
     shown = console()
     waiting = asyncio.create_task(shown.expect(re.compile("^done$", re.MULTILINE)))
     for piece in (b"do", b"ne", b"\r", b"\n"):
@@ -46,7 +46,7 @@ async def test_a_timeout_shows_the_last_lines_harmlessly() -> None:
     assert shown.before == "one\n\n \n\ntwo \x1b[31mred\x07\n"
 
 
-async def test_the_end_is_an_error_of_its_own() -> None:
+async def test_the_end_of_the_console_is_an_error_of_its_own() -> None:
     shown = console(b"panic\n")
     waiting = asyncio.create_task(shown.expect("login"))
     await asyncio.sleep(0)
@@ -71,7 +71,7 @@ async def test_the_kept_output_is_bounded() -> None:
 
 
 @given(st.lists(st.sampled_from([b"a", b"\r", b"\n", "\u00e9".encode(), b"\xff"])), st.data())
-def test_pieces_make_no_difference(parts: list[bytes], data: st.DataObject) -> None:
+def test_the_text_does_not_depend_on_the_pieces_of_the_output(parts: list[bytes], data: st.DataObject) -> None:
     whole = b"".join(parts)
     cut = data.draw(st.integers(0, len(whole)))
     assert console(whole[:cut], whole[cut:]).text == console(whole).text

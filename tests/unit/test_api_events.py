@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests waiting for events with given events: later ones, earlier ones, and discarded ones."""
+"""Tests waiting for events that a test records: later, earlier and discarded events."""
 
 import asyncio
 

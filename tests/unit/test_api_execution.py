@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that a command whose streams are being opened ends with the program's interest in it."""
+"""Tests that a command is ended if the program cancels `attach` while the command's streams are opened."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vmspawn.agent.protocol import STDERR, STDIN, STDOUT
 from vmspawn.api.execution import End, attend
 
 
-class Far:
-    """The other ends of a command's streams."""
+class Command:
+    """A command without output. `theirs` are the guest's ends of its streams."""
 
     def __init__(self) -> None:
         pairs = {name: socket.socketpair() for name in (STDIN, STDOUT, STDERR)}
@@ -37,9 +37,9 @@ class Far:
 
 
 @pytest.mark.parametrize("turns", range(1, 8))
-async def test_a_command_is_ended_if_its_program_gives_up_while_the_streams_are_opened(turns: int) -> None:
-    far = Far()
-    opening = asyncio.create_task(attend(far))
+async def test_a_command_is_ended_if_opening_its_streams_is_cancelled(turns: int) -> None:
+    command = Command()
+    opening = asyncio.create_task(attend(command))
     for _ in range(turns):
         await asyncio.sleep(0)
     if opening.cancel():
@@ -47,10 +47,10 @@ async def test_a_command_is_ended_if_its_program_gives_up_while_the_streams_are_
             await opening
     else:
         await (await opening).close()
-    assert far.is_closed
-    for each in far.theirs:
+    assert command.is_closed
+    for each in command.theirs:
         with each:
             each.settimeout(10)
-            # The transports close their sockets in their next turn.
+            # The transports close their sockets in the next iteration of the event loop.
             await asyncio.sleep(0)
             assert each.recv(1) == b""

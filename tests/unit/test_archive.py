@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests archives: GNU tar and busybox's tar exchange them without loss, and hostile ones are refused."""
+"""Tests archives: vmspawn exchanges them with GNU tar and busybox's tar without loss, and refuses hostile ones."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def look(top: Path) -> dict[str, tuple[object, ...]]:
-    """Return the kind, mode, time, and content or target of each file below a directory, and groups of hard links."""
+    """Return a directory and all files below: mode, time, content or link target, and number of hard links."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted([top, *top.rglob("*")]):
         status = path.lstat()
@@ -85,14 +85,14 @@ def unpacked(data: bytes, folder: Path, root: str, *, skip_special: bool = False
 
 
 @tars
-def test_a_packed_tree_is_whole_for_every_tar(tree: Path, tmp_path: Path, tar: list[str]) -> None:
+def test_every_tar_unpacks_a_packed_tree_whole(tree: Path, tmp_path: Path, tar: list[str]) -> None:
     target = tmp_path / "target"
     target.mkdir()
     packer = Packer([str(tree)])
     subprocess.run([*tar, "-x", "-p", "-f", "-", "-C", str(target)], input=b"".join(packer.blocks()), check=True)
     expected = look(tree)
     if tar[0] == "busybox":
-        # It sets no time on a link.
+        # busybox sets no time on a symbolic link.
         expected = {name: row[:1] + row[2:] for name, row in expected.items()}
         assert {name: row[:1] + row[2:] for name, row in look(target / "tree").items()} == expected
         assert (target / "tree" / "locked").stat().st_mtime == 5 * 10**8
@@ -114,7 +114,7 @@ def test_a_tree_of_every_tar_is_unpacked_whole(tree: Path, tmp_path: Path, tar: 
     assert look(target / "tree") == look(tree)
 
 
-def test_our_own_archive_is_unpacked_whole(tree: Path, tmp_path: Path) -> None:
+def test_a_packed_tree_is_unpacked_whole(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     unpacked(b"".join(Packer([str(tree)]).blocks()), tmp_path / "target", "tree")
     assert look(tmp_path / "target" / "tree") == look(tree)
@@ -219,7 +219,7 @@ def test_a_hostile_archive_is_refused(tmp_path: Path, data: bytes, why: str) -> 
 
 
 @pytest.mark.parametrize("target", ["busybox", "../usr/lib/os-release", "/proc/self/fd"])
-def test_the_file_that_a_link_leads_to_is_copied_instead(tmp_path: Path, target: str) -> None:
+def test_an_archive_of_one_symbolic_link_is_refused_or_skipped(tmp_path: Path, target: str) -> None:
     with pytest.raises(CopyFailed, match=f"'top' is a symbolic link, to '{target}'") as caught:
         unpacked(link("top", target) + END, tmp_path, "top")
     assert caught.value.hint == "copy the file that the link leads to"
@@ -260,7 +260,7 @@ def endless(block: Callable[[int], bytes]) -> io.BufferedReader:
     return io.BufferedReader(Endless(), 1 << 16)
 
 
-def test_a_million_entries_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_files_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacking, "ENTRIES_MAX", 1000)
     stream = endless(lambda number: member(f"top/{number}") if number else TOP)
     with pytest.raises(CopyFailed, match="more than 1000 files"):
@@ -268,13 +268,13 @@ def test_a_million_entries_are_too_many(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_endless_name_is_refused(tmp_path: Path) -> None:
-    """It is sent in members of type L, none of which is followed by a file."""
+    """The name is sent in members of type L, none of which is followed by a file."""
     stream = endless(lambda _: member("n", tarfile.GNUTYPE_LONGNAME, content=b"top\0"))
     with pytest.raises(CopyFailed, match="two long names"):
         unpack(stream, str(tmp_path), root="top")
 
 
-def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_length_of_all_names_together_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacking, "_NAMES_MAX", 100_000)
     stream = endless(lambda number: link(f"top/{number}", "x" * 90) if number else TOP)
     with pytest.raises(CopyFailed, match="names of more than"):
@@ -286,13 +286,15 @@ def number(value: int) -> bytes:
     return b"%011o\0" % value if value < 8**11 else b"\x80" + value.to_bytes(11, "big")
 
 
-def test_folders_in_each_other_are_bounded(tmp_path: Path) -> None:
+def test_the_depth_of_nested_directories_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(CopyFailed, match="directories nested more than 256 levels deep"):
         unpacked(b"".join(member("top" + "/a" * depth, tarfile.DIRTYPE) for depth in range(257)), tmp_path, "top")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_gets_its_permissions_after_those_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_gets_its_permissions_after_the_directories_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = member("top", tarfile.DIRTYPE, mode=0o777) + member("top/a", tarfile.DIRTYPE, mode=0o777)
     data += member("top/a/b", tarfile.DIRTYPE, mode=0o777) + END
     changed: list[str] = []
@@ -329,14 +331,14 @@ def sparse_header(pieces: list[tuple[int, int]], size: int, stored: int, *, more
         ([(1 << 70, 512)], 1 << 80, 512, "file of"),
     ],
 )
-def test_a_wrong_map_of_a_sparse_file(
+def test_a_wrong_map_of_a_sparse_file_is_refused(
     tmp_path: Path, pieces: list[tuple[int, int]], size: int, stored: int, why: str
 ) -> None:
     with pytest.raises(CopyFailed, match=why):
         unpack(io.BytesIO(sparse_header(pieces, size, stored) + bytes(4096)), str(tmp_path), root="top")
 
 
-def test_an_endless_map_of_a_sparse_file(tmp_path: Path) -> None:
+def test_an_endless_map_of_a_sparse_file_is_refused(tmp_path: Path) -> None:
     entry = b"".join(b"%011o\0%011o\0" % (1, 1) for _ in range(21)) + b"\1" + bytes(7)
     stream = endless(lambda number: entry if number else sparse_header([(0, 1)], 1 << 30, 1, more=True))
     with pytest.raises(CopyFailed, match="more than 100000 pieces"):
@@ -380,7 +382,7 @@ def hostile_archives(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=60)
 @given(hostile_archives(), st.booleans())
-def test_nothing_is_ever_written_elsewhere(data: bytes, skip: bool) -> None:
+def test_a_hostile_archive_changes_nothing_outside_of_its_directory(data: bytes, skip: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         outside, inside = Path(folder, "outside"), Path(folder, "inside")
         outside.mkdir()
@@ -420,7 +422,7 @@ def test_a_file_that_shrinks_meanwhile_is_not_copied(tmp_path: Path) -> None:
         list(blocks)
 
 
-def test_what_cannot_be_packed(tmp_path: Path) -> None:
+def test_special_files_equal_names_and_paths_without_a_name_are_not_packed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CopyFailed, match="device, a socket or a pipe"):
         Packer([str(tmp_path)])
@@ -432,7 +434,7 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
             name_of(path)
 
 
-def test_a_folder_that_is_there_gets_the_new_files(tmp_path: Path) -> None:
+def test_an_existing_directory_gets_the_new_files(tmp_path: Path) -> None:
     top = tmp_path / "top"
     (top / "sub").mkdir(parents=True)
     (top / "old").write_bytes(b"old")
@@ -447,7 +449,7 @@ def test_a_folder_that_is_there_gets_the_new_files(tmp_path: Path) -> None:
     assert stat.S_IMODE((top / "fresh").stat().st_mode) == 0o700
 
 
-def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+def test_a_file_does_not_replace_a_directory(tmp_path: Path) -> None:
     (tmp_path / "top" / "x").mkdir(parents=True)
     (tmp_path / "top" / "a").write_bytes(b"old")
     with pytest.raises(CopyFailed, match="one of them is a directory"):
@@ -455,7 +457,7 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     assert (tmp_path / "top" / "a").read_bytes() == b"old"
 
 
-def test_an_archive_that_ends_is_told_from_one_that_is_cut() -> None:
+def test_a_complete_archive_is_distinguished_from_a_truncated_archive() -> None:
     assert [each.name for each in Reader(io.BytesIO(TOP + END)).members()] == ["top"]
     with pytest.raises(Truncated):
         list(Reader(io.BytesIO(TOP)).members())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the part of `./dev box make` that needs neither root nor minutes."""
+"""Tests `./dev box make` with a box that exists. Making a box needs root and takes minutes."""
 
 import os
 import subprocess

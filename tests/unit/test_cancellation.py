@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that work is cancelled only where it allows that, and that threads end before their callers go on."""
+"""Tests that work is cancelled only where it allows cancellation, and that callers wait for their threads."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from vmspawn.aio.programs import check_cancelled
 from vmspawn.aio.threads import run_cancellable
 
 
-async def test_a_cancellation_waits_for_the_work_that_forbids_it() -> None:
+async def test_a_cancellation_waits_for_work_that_does_not_allow_it() -> None:
     cancellation, begun, go_on = Cancellation(), asyncio.Event(), asyncio.Event()
     steps = []
 
@@ -34,7 +34,7 @@ async def test_a_cancellation_waits_for_the_work_that_forbids_it() -> None:
     assert steps == ["past it"]
 
 
-async def test_an_await_that_allows_it_is_cancelled_at_once_and_cleaned_up() -> None:
+async def test_an_await_that_allows_cancellation_is_cancelled_at_once_and_cleaned_up() -> None:
     cancellation, begun, cleaned = Cancellation(), asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -54,7 +54,7 @@ async def test_an_await_that_allows_it_is_cancelled_at_once_and_cleaned_up() -> 
     assert cleaned.is_set()
 
 
-async def test_results_and_errors_pass() -> None:
+async def test_the_caller_gets_results_and_errors() -> None:
     async def work() -> int:
         return 5
 
@@ -66,7 +66,7 @@ async def test_results_and_errors_pass() -> None:
         await Cancellation().run(fail())
 
 
-async def test_a_thread_that_looks_is_cancelled_and_one_that_succeeds_is_undone() -> None:
+async def test_a_thread_that_checks_is_cancelled_and_the_result_of_a_thread_that_does_not_is_undone() -> None:
     begun, go_on = threading.Event(), threading.Event()
     undone: list[int] = []
 

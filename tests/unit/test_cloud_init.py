@@ -33,7 +33,7 @@ def directory() -> Iterator[MachineDirectory]:
 
 
 def seeded(directory: MachineDirectory, user_data: str = "", *, key: bool = True) -> Path:
-    """Return the image."""
+    """Make a seed, and return the path of its image."""
     config = MachineConfig(name="my_web", image="/x", cloud_init=user_data, pass_ssh_key=key)
     pytest.importorskip("pycdlib")
     (disk,) = cloud_init.with_seed(config, directory).extra_disks
@@ -72,7 +72,7 @@ def test_another_program_reads_the_image(directory: MachineDirectory, tmp_path: 
     assert ask("-R", "-x", "/vendor-data").startswith(b"#cloud-config\n")
 
 
-def test_a_seed_without_a_file_or_a_key(directory: MachineDirectory) -> None:
+def test_a_seed_needs_neither_user_data_nor_a_key(directory: MachineDirectory) -> None:
     image = seeded(directory, key=False).read_bytes()
     assert b"CIDATA" in image
     assert b'"public-keys": []' in image
@@ -82,7 +82,7 @@ def test_a_seed_without_a_file_or_a_key(directory: MachineDirectory) -> None:
 @pytest.mark.parametrize(
     ("content", "why"), [(None, "No such file"), (b"runcmd: []\n", "without a header"), (b"#" * (17 << 20), "16 MiB")]
 )
-def test_user_data_that_cannot_be_used(
+def test_user_data_that_cannot_be_used_is_refused(
     directory: MachineDirectory, tmp_path: Path, content: bytes | None, why: str
 ) -> None:
     path = tmp_path / "user-data"
@@ -92,7 +92,9 @@ def test_user_data_that_cannot_be_used(
         seeded(directory, str(path))
 
 
-def test_user_data_from_a_pipe(directory: MachineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_data_may_come_from_a_pipe(
+    directory: MachineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a shell's --cloud-init=<(COMMAND). vmspawn stops waiting for a pipe that is never written."""
     script = "echo '#cloud-config'; head -c 200000 /dev/zero | tr '\\0' '#'"
     with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as process:
@@ -107,7 +109,9 @@ def test_user_data_from_a_pipe(directory: MachineDirectory, tmp_path: Path, monk
         seeded(directory, str(tmp_path))
 
 
-def test_the_package_is_not_installed(directory: MachineDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_package_that_is_not_installed(
+    directory: MachineDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pycdlib", None)
     config = MachineConfig(name="web", image="/x", cloud_init="")
     with refused("^--cloud-init= needs the Python package pycdlib", NotInstalled) as caught:
@@ -115,13 +119,13 @@ def test_the_package_is_not_installed(directory: MachineDirectory, monkeypatch: 
     assert "pipx inject vmspawn pycdlib" in caught.value.hint
 
 
-def test_the_option() -> None:
-    """Its value follows an equals sign, so that a kernel argument may follow."""
+def test_the_value_of_the_option_follows_an_equals_sign() -> None:
+    """The word after an option without an equals sign is a kernel argument."""
     config = parse(["--image=/x", "--cloud-init", "quiet"])[0]
     assert (config.cloud_init, config.kernel_arguments, config.pass_ssh_key) == ("", ("quiet",), True)
     config = parse(["--image=/x", "--cloud-init=data", "--pass-ssh-key=no"])[0]
     assert (config.cloud_init, config.pass_ssh_key, config.forwards) == ("data", False, ())
     assert parse(["--image=/x"])[0].cloud_init is None
-    for wishes in (["--guest=builtin"], ["--linux=/x"]):
+    for options in (["--guest=builtin"], ["--linux=/x"]):
         with refused("^--cloud-init= needs an image"):
-            parse([*wishes, "--cloud-init"])
+            parse([*options, "--cloud-init"])

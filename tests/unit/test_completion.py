@@ -19,7 +19,7 @@ SCRIPTS = completion.scripts()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_shell_reads_it(name: str) -> None:
+def test_the_shell_accepts_its_script(name: str) -> None:
     shell = name.partition("/")[0].removesuffix("-completion")
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
@@ -33,7 +33,7 @@ def long_options(actions: Iterable[argparse.Action]) -> set[str]:
 
 
 def hidden_options(parser: Parser) -> set[str]:
-    """Return the long options that the help leaves out, all of one group."""
+    """Return the long options that the help omits."""
     groups = [group for group in parser._action_groups if group in parser.hidden_groups]
     return long_options(action for group in groups for action in group._group_actions)
 
@@ -44,7 +44,7 @@ def shown_options(parser: Parser) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
-def test_it_knows_every_option(path: str) -> None:
+def test_a_script_has_every_option(path: str) -> None:
     verbs = man._subparsers(vmctl.build_parser()).values()
     parsers = [vmspawn_command.build_parser()] if "vmspawn" in path else [vmctl.build_parser(), *verbs]
     prefix = "-l " if path.startswith("fish") else "--"
@@ -54,12 +54,12 @@ def test_it_knows_every_option(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if "vmspawn" in path])
-def test_it_omits_the_options_that_the_help_omits(path: str) -> None:
+def test_a_script_omits_the_options_that_the_help_omits(path: str) -> None:
     known = set(re.findall(r"(?:--|-l )([a-z][a-z0-9-]*)", SCRIPTS[path]))
     assert not {name.removeprefix("--") for name in hidden_options(vmspawn_command.build_parser())} & known
 
 
-def test_it_knows_every_verb_but_its_own() -> None:
+def test_vmctls_script_has_every_verb_except_the_hidden_verb_that_it_calls() -> None:
     verbs = man._subparsers(vmctl.build_parser())
     bash = next(
         line for line in SCRIPTS["bash-completion/vmctl"].splitlines() if line.startswith("_shtab_vmctl_subparsers=")

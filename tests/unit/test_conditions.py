@@ -35,7 +35,7 @@ def test_a_condition_is_parsed_as_it_is_written(text: str) -> None:
         ("console=" + "(" * 5000 + ")" * 5000, "not a regular expression: maximum recursion depth"),
     ],
 )
-def test_what_is_refused(text: str, why: str) -> None:
+def test_invalid_conditions_are_refused_with_a_hint(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
         parse(text)
     assert caught.value.hint

@@ -27,7 +27,7 @@ from vmspawn.host.runtime import NAME_MAX, check_name
         ("1T", 1 << 40),
     ],
 )
-def test_sizes(text: str, size: int) -> None:
+def test_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_size(text, option="--ram=") == size
 
 
@@ -56,7 +56,7 @@ def test_sizes(text: str, size: int) -> None:
         "9" * 9999,
     ],
 )
-def test_invalid_sizes(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--ram=.* is not a size"):
         parse_size(text, option="--ram=")
 
@@ -87,7 +87,7 @@ def test_a_name_never_leads_out_of_the_runtime_directory(name: str) -> None:
     assert len(name) <= NAME_MAX
 
 
-def test_a_name_has_an_end() -> None:
+def test_a_name_has_a_maximum_length() -> None:
     assert check_name("n" * NAME_MAX) == "n" * NAME_MAX
     with pytest.raises(UsageError, match="invalid machine name"):
         check_name("n" * (NAME_MAX + 1))
@@ -111,7 +111,7 @@ def test_a_name_has_an_end() -> None:
         ({"image": "/x", "kernel_arguments": ("a", "b\0")}, "kernel_arguments= contains a NUL character"),
     ],
 )
-def test_contradictions_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         check_config(MachineConfig(**options))
     assert "\n" not in str(caught.value)

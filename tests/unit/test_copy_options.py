@@ -26,7 +26,7 @@ def test_one_copy_may_have_what_several_cannot_share() -> None:
     CopyOptions(forwards=(Forward(22),)).check(20)
 
 
-def test_they_are_options_of_vmspawn() -> None:
+def test_the_options_of_a_copy_become_options_of_vmspawn() -> None:
     options = CopyOptions(keep_disks=True, console_log="/log", forwards=(Forward(53, 0, "127.0.0.2", "udp"),), parent=7)
     expected = {"--console=headless", "--keep", "--log=/log", "--forward=127.0.0.2:0:53/udp", "--parent-pid=7"}
     assert set(options.arguments()) == expected

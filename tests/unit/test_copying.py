@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests copies from a command that breaks the rules of archives. The command is a process of this host."""
+"""Tests copying files from and to a guest: invalid archives, and invalid paths. Commands run on this host."""
 
 import os
 import socket

@@ -34,12 +34,12 @@ from vmspawn.errors import StartError, UsageError
         ("a:naïve", "naïve".encode()),
     ],
 )
-def test_values_have_cs_escapes(text: str, value: bytes) -> None:
+def test_values_may_have_the_escapes_of_c(text: str, value: bytes) -> None:
     assert parse_set(text) == Credential("a", value)
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_can_be_written(value: bytes) -> None:
+def test_escapes_can_express_any_bytes(value: bytes) -> None:
     assert unescape("", "".join(f"\\x{each:02x}" for each in value)) == value
 
 
@@ -50,12 +50,12 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["novalue", ":x", "a/b:x", "..:x", "ü:x", "n" * 256 + ":x", r"a:\q", "a:\\"])
-def test_invalid_credentials(text: str) -> None:
+def test_invalid_credentials_are_refused(text: str) -> None:
     with refused("--set-credential="):
         parse_set(text)
 
 
-def test_two_of_one_name_are_refused() -> None:
+def test_two_credentials_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="two credentials named a"):
         parse(["--guest=builtin", "--set-credential=a:1", "--set-credential=a:2"])
 
@@ -65,7 +65,7 @@ def test_a_credential_is_loaded_from_a_file(tmp_path: Path) -> None:
     assert load(parse_load(f"a:{tmp_path}/file")) == b"\0secret\n"
 
 
-def test_a_name_is_a_credential_that_we_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_stands_for_a_credential_that_vmspawn_received(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "given").write_bytes(b"x")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     assert load(parse_load("a:given")) == b"x"
@@ -87,7 +87,7 @@ def test_a_credential_is_loaded_from_a_socket(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_a_credential_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_a_credential_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="cannot load the credential a from /proc/nonexistent: No such file"):
         load(parse_load("a:/proc/nonexistent"))
     with (tmp_path / "large").open("wb") as file:
@@ -98,7 +98,7 @@ def test_a_credential_that_cannot_be_loaded(tmp_path: Path) -> None:
         parse_load("a:")
 
 
-def test_the_guest_gets_it_in_base64() -> None:
+def test_the_guest_gets_a_credential_in_base64() -> None:
     name, _, value = smbios.of_credential("a.b", b"\0\xff").partition(b"=")
     assert name == b"io.systemd.credential.binary:a.b"
     assert base64.b64decode(value) == b"\0\xff"

@@ -22,7 +22,7 @@ def test_a_short_plain_name_is_its_own_serial(name: str) -> None:
     assert serial_for(name) == name
 
 
-def test_another_name_is_hashed() -> None:
+def test_the_serial_of_a_name_with_a_space_is_a_hash() -> None:
     # printf %s 'my disk' | sha256sum | cut -c1-20
     assert serial_for("my disk") == "514d464627a195887561"
 
@@ -33,17 +33,17 @@ def test_every_name_gives_a_serial_that_every_bus_can_carry(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\x00", "x" * (DISK_NAME_MAX + 1)])
-def test_names_that_no_disk_may_have(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(BadConfig, match="invalid disk name"):
         check_disk_name(name)
 
 
 @pytest.mark.parametrize("name", ["disk", "pool:volume", "two words", "größe", "a/b", "x" * DISK_NAME_MAX])
-def test_names_that_a_disk_may_have(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     assert check_disk_name(name) == name
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemFailure, match="No such file or directory"):
         open_disk(str(tmp_path / "none"), read_only=False)
 
@@ -69,12 +69,12 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
         (os.O_RDWR | os.O_DSYNC, "O_SYNC"),
     ],
 )
-def test_descriptors_that_qemu_could_not_use(tmp_path: Path, flags: int, message: str) -> None:
+def test_descriptors_that_qemu_could_not_use_are_refused(tmp_path: Path, flags: int, message: str) -> None:
     fd = os.open(make_raw(tmp_path / "disk"), flags)
     try:
         with pytest.raises(BadConfig, match=message):
             inspect_descriptor(fd)
-        fcntl.fcntl(fd, fcntl.F_GETFD)  # still the caller's
+        fcntl.fcntl(fd, fcntl.F_GETFD)  # the caller's descriptor is still open
     finally:
         os.close(fd)
 
@@ -165,6 +165,6 @@ def test_extra_disk_takes_a_format_and_a_bus_in_front_of_the_path(text: str, exp
 
 
 @pytest.mark.parametrize("text", ["", "qcow2:", "raw:nvme:"])
-def test_extra_disk_without_a_path(text: str) -> None:
+def test_extra_disk_without_a_path_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="names no path"):
         parse_extra_drive(text)

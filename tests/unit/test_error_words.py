@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests that errors are leaves of one tree, name fields instead of options, and take untrusted text as values only.
 
-Below cli/, no string has an option, except
+Outside cli/, no string contains an option, except
 
 - an argument of another program, in the files that start programs;
 - a command that is named with its options, for example `see: vmspawn --firmware=list`.
@@ -72,7 +72,7 @@ def raised(path: Path) -> Iterator[ast.Call]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_text_of_others_is_never_in_a_template(path: Path) -> None:
+def test_untrusted_text_is_never_in_a_template(path: Path) -> None:
     for call in raised(path):
         templates = [*call.args, *(each.value for each in call.keywords if each.arg == "hint")]
         assert not any(isinstance(node, ast.JoinedStr) for each in templates for node in ast.walk(each))

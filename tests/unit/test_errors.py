@@ -47,7 +47,7 @@ def test_each_command_has_options_of_its_own() -> None:
 
 
 @given(st.text())
-def test_text_of_others_is_never_a_template(text: str) -> None:
+def test_untrusted_text_is_never_a_template(text: str) -> None:
     for each in (text, "{cpus=}", "{text}"):
         assert UsageError(each, hint=each).spelled(VMSPAWN) == (each, each)
         assert UsageError.with_fields("{text}", text=each).spelled(VMSPAWN) == (each, "")

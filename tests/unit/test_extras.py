@@ -74,7 +74,7 @@ def test_files_are_installed_where_programs_look_and_removal_leaves_other_files(
     assert contents(share) == before
 
 
-def test_it_can_be_installed_again_with_other_files_in_the_place_of_the_old(
+def test_a_second_installation_replaces_the_files_of_the_first(
     sources: str, destination: Destination, share: Path
 ) -> None:
     before = contents(share)
@@ -121,7 +121,7 @@ def test_a_file_that_was_changed_is_neither_overwritten_nor_removed(
     assert not (share / "vmspawn").exists()
 
 
-def test_a_folder_that_others_use_since_stays(sources: str, destination: Destination, share: Path) -> None:
+def test_a_directory_with_files_of_others_is_not_removed(sources: str, destination: Destination, share: Path) -> None:
     extras.install(wanted(sources, destination), destination.record)
     other = share / "zsh/site-functions/_other"
     other.write_text("theirs\n")
@@ -210,7 +210,7 @@ def test_a_users_unit_is_wanted_by_the_users_default_target(sources: str, destin
 
 
 @given(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1).map(lambda text: f"/opt/{text}"))
-def test_the_units_command_is_read_as_the_path_that_it_was(path: str) -> None:
+def test_quoting_a_path_for_the_unit_keeps_the_path(path: str) -> None:
     """The test unquotes by the rules of systemd.syntax(7): specifiers, then quotes and backslashes."""
     quoted = extras._quote_for_unit(path)
     if quoted.startswith('"'):

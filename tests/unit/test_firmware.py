@@ -126,7 +126,7 @@ def test_a_descriptor_that_the_user_names_must_fit(folders: tuple[Path, Path]) -
         (["--efi-nvram-template=/t", "--efi-nvram-state=/s"], FirmwareWish(nvram_template="/t", nvram_state="/s")),
     ],
 )
-def test_options(arguments: list[str], wish: FirmwareWish) -> None:
+def test_firmware_options_are_parsed(arguments: list[str], wish: FirmwareWish) -> None:
     config, _ = parse(["--image=/x", *arguments])
     assert config.firmware == wish
 
@@ -143,7 +143,7 @@ def test_options(arguments: list[str], wish: FirmwareWish) -> None:
         (["--efi-nvram-state=x"], "is not a path"),
     ],
 )
-def test_contradictions(arguments: list[str], message: str) -> None:
+def test_contradictory_firmware_options_are_refused_with_a_hint(arguments: list[str], message: str) -> None:
     with refused(message) as caught:
         parse(["--image=/x", *arguments])
     assert caught.value.hint
@@ -176,7 +176,7 @@ EFI_PROGRAM = (b"MZ".ljust(60, b"\0") + (64).to_bytes(4, "little") + b"PE\0\0").
 LINUX = EFI_PROGRAM + b"HdrS"
 
 
-def test_a_kernel_that_qemu_can_start_goes_through_uefi_only_by_a_wish(
+def test_a_kernel_that_qemu_can_start_is_started_by_uefi_only_on_request(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     descriptor(folders[1] / "50-a.json")
@@ -189,7 +189,7 @@ def test_a_kernel_that_qemu_can_start_goes_through_uefi_only_by_a_wish(
 
 
 def test_options_that_need_uefi_choose_uefi(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """A machine of type virt has SMBIOS with UEFI only."""
+    """A machine of type virt has SMBIOS only with UEFI."""
     targets = [{"architecture": "aarch64", "machines": ["virt-*"]}]
     descriptor(folders[1] / "50-a.json", targets=targets)
     kernel = tmp_path / "kernel"
@@ -212,7 +212,7 @@ def test_an_efi_program_needs_uefi(folders: tuple[Path, Path], tmp_path: Path) -
     assert uefi.choose(parse([f"--linux={program}"])[0], "x86_64", print) is not None
 
 
-def test_variables_that_are_to_be_kept_are_a_firm_wish_for_uefi(folders: tuple[Path, Path]) -> None:
+def test_a_file_for_the_variables_requires_uefi(folders: tuple[Path, Path]) -> None:
     config, _ = parse(["--guest=builtin", "--efi-nvram-state=/s"])
     with pytest.raises(StartError, match="no UEFI firmware"):
         uefi.choose(config, "x86_64", print)

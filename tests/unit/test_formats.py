@@ -110,7 +110,7 @@ def test_images_that_name_no_other_file_are_accepted(
 
 
 def test_a_renamed_image_names_no_other_file(tmp_path: Path) -> None:
-    """A VMDK names its extent, which is itself, by its first name."""
+    """The descriptor in a VMDK names the VMDK itself as its extent, by the name at its creation."""
     assert named_by(make(tmp_path / "image", "vmdk").rename(tmp_path / "other"), "vmdk") == []
 
 
@@ -172,7 +172,7 @@ def test_the_hint_for_a_format_that_a_disk_cannot_have_converts_the_image(tmp_pa
 
 
 @pytest.mark.parametrize("content", RAW)
-def test_a_raw_disk_is_taken_for_nothing_else(tmp_path: Path, content: str) -> None:
+def test_a_raw_disk_is_not_taken_for_another_format(tmp_path: Path, content: str) -> None:
     (tmp_path / "image").touch()
     with backing_of(RAW[content](tmp_path)) as backing:
         assert choose_format(backing, None, what="image") == "raw"

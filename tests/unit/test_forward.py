@@ -46,7 +46,7 @@ def test_any_text_is_a_forward_or_is_refused(text: str) -> None:
         ("8080:80/tcp", Forward(80, 8080)),
     ],
 )
-def test_what_is_left_out(text: str, forward: Forward) -> None:
+def test_omitted_parts_have_defaults(text: str, forward: Forward) -> None:
     assert parse(text) == to_forward(text) == parse_host(text) == forward
 
 
@@ -64,7 +64,7 @@ def test_what_is_left_out(text: str, forward: Forward) -> None:
         ("٣:80", "not understood"),
     ],
 )
-def test_what_is_refused(text: str, why: str) -> None:
+def test_invalid_forwards_are_refused(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         parse(text)
 
@@ -75,7 +75,7 @@ def test_a_number_is_the_guests_port() -> None:
         to_forward(0)
 
 
-def test_a_forward_brings_a_network() -> None:
+def test_a_forward_enables_the_network() -> None:
     config, _ = parse_command(["--guest=builtin", "--forward=8080:80", "--forward=0:53/udp"])
     assert config.forwards == (Forward(80, 8080), Forward(53, 0, protocol="udp"))
     assert config.has_network
@@ -86,7 +86,7 @@ def test_a_forward_brings_a_network() -> None:
 
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-def test_who_has_a_port_is_seen(bound: str, protocol: str) -> None:
+def test_the_process_that_has_a_port_is_found(bound: str, protocol: str) -> None:
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET, kind) as taken:
         taken.bind((bound, 0))

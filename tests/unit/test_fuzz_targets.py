@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the fuzz targets of `./dev fuzz` with their seeds, and with a few inputs that hypothesis makes of the seeds."""
+"""Tests the targets of `./dev fuzz` with their seeds, and with a few inputs that hypothesis makes from the seeds."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from tests.fuzz.targets import TARGETS
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-def test_a_target_holds(name: str, data: st.DataObject) -> None:
+def test_a_target_passes_with_its_seeds_and_with_changed_seeds(name: str, data: st.DataObject) -> None:
     target, seeds = TARGETS[name]
     for seed in seeds:
         target(seed)

@@ -35,7 +35,7 @@ async def test_a_lone_task_waits_for_those_inside_and_later_ones_wait() -> None:
     assert order == ["inside", "left", "alone", "later"]
 
 
-async def test_a_task_that_gives_up_waiting_lets_the_others_go_on() -> None:
+async def test_a_task_that_gives_up_waiting_lets_other_tasks_continue() -> None:
     gate = Gate()
     async with gate.together():
         with pytest.raises(Timeout):
@@ -45,7 +45,7 @@ async def test_a_task_that_gives_up_waiting_lets_the_others_go_on() -> None:
             pass
 
 
-async def test_two_are_alone_one_after_the_other() -> None:
+async def test_lone_tasks_pass_one_after_the_other() -> None:
     gate, inside = Gate(), 0
 
     async def alone() -> None:

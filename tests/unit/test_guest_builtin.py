@@ -47,7 +47,7 @@ def names_in(directory: Path) -> set[str]:
         ({"VMSPAWN_CACHE_DIR": "", "XDG_CACHE_HOME": "", "HOME": "/tmp"}, "/tmp/.cache/vmspawn/guest"),
     ],
 )
-def test_the_cache_is_where_the_environment_says(
+def test_the_environment_determines_the_cache_directory(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], directory: str
 ) -> None:
     for name in ("VMSPAWN_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
@@ -61,7 +61,7 @@ def test_an_empty_cache_has_no_guest() -> None:
     assert builtin.find() is None
 
 
-def test_finding_loads_no_module_that_the_package_has_not_loaded() -> None:
+def test_the_module_that_finds_the_guest_loads_few_others() -> None:
     script = "import sys, vmspawn; old = {*sys.modules}; import vmspawn.guest.builtin; print(*{*sys.modules} - old)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert set(done.stdout.split()) == {
@@ -115,7 +115,7 @@ def test_a_build_removes_the_guests_of_other_versions_after_a_month_without_use(
     for name in ("x86_64-old", "aarch64-old", ".new-stale"):
         os.utime(cache / name, (0, 0))
     build.build()
-    # A running machine that was started with the other guest may be saved.
+    # A snapshot of a running machine needs the files of the guest that the machine was started with.
     assert names_in(cache) == {f"x86_64-{builtin.fingerprint()}", "x86_64-used", "aarch64-old", ".new-fresh"}
 
 

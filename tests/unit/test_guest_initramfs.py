@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the archive writer, with a reader of the same format."""
+"""Tests the writer of initramfs archives, with a reader for the same format."""
 
 import io
 import shutil
@@ -89,7 +89,7 @@ def test_the_same_input_makes_the_same_bytes() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("cpio"), reason="there is no cpio")
-def test_cpio_unpacks_it(tmp_path: Path) -> None:
+def test_cpio_unpacks_an_archive(tmp_path: Path) -> None:
     def write(archive: Initramfs) -> None:
         archive.add_file("etc/motd", b"hello")
         archive.add_link("etc/issue", "motd")

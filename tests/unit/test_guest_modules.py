@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the kernel's modules, with files that the tests make."""
+"""Tests reading the kernel's modules and listing them for modprobe, with files that the tests make."""
 
 import gzip
 import lzma

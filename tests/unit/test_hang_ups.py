@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests noticing the closed far ends of sockets without reading from them."""
+"""Tests that the closed far end of a socket is noticed without reading from the socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def hang_ups() -> AsyncIterator[HangUps]:
 
 
 @pytest.mark.parametrize("way", ["close", "shutdown"])
-async def test_the_end_is_noticed_and_data_stays(hang_ups: HangUps, way: str) -> None:
+async def test_the_end_of_a_stream_is_noticed_and_unread_data_stays(hang_ups: HangUps, way: str) -> None:
     near, far = socket.socketpair()
     with near, far:
         noticed = asyncio.Event()
@@ -43,7 +43,7 @@ async def test_the_end_is_noticed_and_data_stays(hang_ups: HangUps, way: str) ->
         assert unread(near) == 0
 
 
-async def test_what_is_forgotten_is_not_reported_though_another_has_a_copy(hang_ups: HangUps) -> None:
+async def test_a_forgotten_socket_is_not_reported_while_a_copy_of_it_is_open(hang_ups: HangUps) -> None:
     near, far = socket.socketpair()
     copy = near.dup()
     other_near, other_far = socket.socketpair()

@@ -91,7 +91,7 @@ def test_nothing_is_lost_added_or_moved(keys: list[tuple[bytes, float]], timer: 
 
 
 @given(typing)
-def test_the_timer_changes_nothing_but_the_moment(keys: list[tuple[bytes, float]]) -> None:
+def test_the_keys_and_bytes_do_not_depend_on_the_timer(keys: list[tuple[bytes, float]]) -> None:
     assert type_slowly(keys, timer=True) == type_slowly(keys, timer=False)
 
 

@@ -18,8 +18,8 @@ from vmspawn.inside.agent import Agent
 pytestmark = pytest.mark.asyncio
 
 
-class Far:
-    """The agent's end of the control port, with the reports of vmspawn's end."""
+class FarEnd:
+    """The agent's end of the control port. It records the messages and restarts that vmspawn's end reports."""
 
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
@@ -39,7 +39,7 @@ class Far:
 
     async def read(self) -> list[list[str]]:
         """Return the messages that have come."""
-        # The task that waits for the agent connects in its first turn.
+        # The task that waits for the agent connects when it first runs.
         await asyncio.sleep(0)
         data = await asyncio.get_running_loop().sock_recv(self.sockets[-1], 65536)
         return [line.split()[:-1] for line in data.decode().splitlines() if line]
@@ -56,15 +56,15 @@ class Far:
 
 
 @pytest_asyncio.fixture
-async def far() -> AsyncIterator[Far]:
-    far = Far()
+async def far() -> AsyncIterator[FarEnd]:
+    far = FarEnd()
     yield far
     far.agent.close()
     for each in far.sockets:
         each.close()
 
 
-async def test_a_session_begins_with_our_nonce(far: Far) -> None:
+async def test_a_session_begins_with_the_nonce_that_vmspawn_sent(far: FarEnd) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     [[word, nonce]] = await far.read()
     assert word == "sync"
@@ -76,7 +76,7 @@ async def test_a_session_begins_with_our_nonce(far: Far) -> None:
     assert far.agent.session == nonce
 
 
-async def test_an_agent_that_comes_up_late_gets_sync_again(far: Far) -> None:
+async def test_an_agent_that_comes_up_late_gets_sync_again(far: FarEnd) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     first = await far.read()
     await far.send("ready - 1 7 run ;\n")
@@ -86,7 +86,7 @@ async def test_an_agent_that_comes_up_late_gets_sync_again(far: Far) -> None:
     assert far.restarts == 0
 
 
-async def test_a_sync_whose_answer_is_lost_is_sent_again(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sync_whose_answer_is_lost_is_sent_again(far: FarEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmspawn.inside.agent._SYNC_INTERVAL", 0.01)
     waiting = asyncio.ensure_future(far.agent.ready())
     first = await far.read()
@@ -97,7 +97,7 @@ async def test_a_sync_whose_answer_is_lost_is_sent_again(far: Far, monkeypatch: 
     assert (far.agent.session, far.restarts) == (first[0][1], 0)
 
 
-async def test_a_guest_that_does_not_read_gets_one_sync(far: Far) -> None:
+async def test_a_guest_that_does_not_read_gets_one_sync(far: FarEnd) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     [[_, nonce]] = await far.read()
     # More than the socket takes.
@@ -117,7 +117,7 @@ async def test_a_guest_that_does_not_read_gets_one_sync(far: Far) -> None:
     await waiting
 
 
-async def test_an_agent_that_was_started_again_is_a_new_session(far: Far) -> None:
+async def test_an_agent_that_was_started_again_is_a_new_session(far: FarEnd) -> None:
     await far.session()
     before = far.agent.session
     await far.send("ready - 1 8 run ;\n")
@@ -125,7 +125,7 @@ async def test_an_agent_that_was_started_again_is_a_new_session(far: Far) -> Non
     assert (nonce != before, far.restarts) == (True, 1)
 
 
-async def test_another_version_is_refused(far: Far) -> None:
+async def test_another_version_of_the_protocol_is_refused(far: FarEnd) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     [[_, nonce]] = await far.read()
     await far.send(f"ready {nonce} 2 7 run ;\n")
@@ -133,7 +133,7 @@ async def test_another_version_is_refused(far: Far) -> None:
         await waiting
 
 
-async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
+async def test_ports_are_counted_until_the_guest_knows_them(far: FarEnd) -> None:
     await far.session()
     waiting = asyncio.ensure_future(far.agent.knows_ports("a-1", 4, 10))
     for count in (0, 3, 4):
@@ -142,8 +142,8 @@ async def test_ports_are_counted_until_the_guest_knows_them(far: Far) -> None:
     assert await waiting
 
 
-async def test_an_agent_that_does_not_answer_is_waited_for(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that is too busy to answer is not taken for one that does not notice its ports."""
+async def test_an_agent_that_does_not_answer_is_waited_for(far: FarEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that is too busy to answer is not taken for a guest that does not notice its ports."""
     monkeypatch.setattr("vmspawn.inside.agent._ASK_AGAIN", 0.02)
     monkeypatch.setattr("vmspawn.inside.agent._ANSWER_MAX", 0.0)
     await far.session()
@@ -155,7 +155,7 @@ async def test_an_agent_that_does_not_answer_is_waited_for(far: Far, monkeypatch
     assert await waiting
 
 
-async def test_a_guest_that_notices_ports_slowly_has_more_time(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_that_notices_ports_slowly_has_more_time(far: FarEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each change of the count starts the timeout again; without a change, the third question would be the last."""
     monkeypatch.setattr("vmspawn.inside.agent._ANSWER_MAX", 0.0)
     await far.session()
@@ -166,7 +166,7 @@ async def test_a_guest_that_notices_ports_slowly_has_more_time(far: Far, monkeyp
     assert not await asyncio.wait_for(waiting, 20)
 
 
-async def test_questions_end_with_the_connection(far: Far) -> None:
+async def test_questions_end_with_the_connection(far: FarEnd) -> None:
     await far.session()
     waiting = asyncio.ensure_future(far.agent.has_connected("a-1", 4, 10))
     await far.read()
@@ -177,8 +177,8 @@ async def test_questions_end_with_the_connection(far: Far) -> None:
         await far.agent.knows_ports("a-1", 4, 10)
 
 
-async def test_a_set_that_is_connected_and_unplugged_at_once(far: Far) -> None:
-    """Both questions are answered, each by its own kind of answer, though they name the same set."""
+async def test_two_questions_about_one_set_get_their_own_answers(far: FarEnd) -> None:
+    """A set of ports may be connected and unplugged at once."""
     await far.session()
     connecting = asyncio.ensure_future(far.agent.has_connected("a-1", 4, 10))
     assert await far.read() == [["connected", "a-1"]]
@@ -191,7 +191,7 @@ async def test_a_set_that_is_connected_and_unplugged_at_once(far: Far) -> None:
     assert await connecting
 
 
-async def test_a_new_connection_is_made_for_who_waits_when_one_is_lost(far: Far) -> None:
+async def test_a_lost_connection_is_replaced_for_a_waiting_task(far: FarEnd) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     [[_, first]] = await far.read()
     far.sockets[-1].close()
@@ -204,7 +204,7 @@ async def test_a_new_connection_is_made_for_who_waits_when_one_is_lost(far: Far)
     await waiting
 
 
-async def test_who_waits_at_the_end_is_woken(far: Far) -> None:
+async def test_a_waiting_task_is_woken_when_the_agent_is_closed(far: FarEnd) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     await far.read()
     far.agent.close()
@@ -215,7 +215,7 @@ async def test_who_waits_at_the_end_is_woken(far: Far) -> None:
     assert len(far.sockets) == 1
 
 
-async def test_who_waits_when_the_guest_is_reset_waits_for_the_next_session(far: Far) -> None:
+async def test_a_waiting_task_gets_the_next_session_after_a_reset(far: FarEnd) -> None:
     waiting = asyncio.ensure_future(far.agent.ready())
     [[_, first]] = await far.read()
     far.agent.restart()
@@ -226,18 +226,18 @@ async def test_who_waits_when_the_guest_is_reset_waits_for_the_next_session(far:
         await waiting
 
 
-async def test_an_agent_is_asked_until_it_answers(far: Far) -> None:
+async def test_an_agent_is_asked_until_it_answers(far: FarEnd) -> None:
     await far.session()
     waiting = asyncio.ensure_future(far.agent.answers())
     assert await far.read() == [["ping", "answer"]]
-    # Again after a moment.
+    # The ping is repeated.
     assert await far.read() == [["ping", "answer"]]
     assert not waiting.done()
     await far.send("pong answer ;\n")
     await waiting
 
 
-async def test_invalid_messages_change_nothing(far: Far) -> None:
+async def test_invalid_messages_change_nothing(far: FarEnd) -> None:
     await far.session()
     await far.send("x" * 100_000 + "\npong nobody ;\nready\n\0\xff\nlost a-1 ;\n")
     async with asyncio.timeout(20):
@@ -246,17 +246,17 @@ async def test_invalid_messages_change_nothing(far: Far) -> None:
     assert far.messages == [Lost("a-1")]
 
 
-async def test_a_flood_leaves_others_their_turn(far: Far) -> None:
+async def test_a_flood_of_messages_leaves_time_for_other_tasks(far: FarEnd) -> None:
     await far.session()
     loop = asyncio.get_running_loop()
     flood = asyncio.ensure_future(loop.sock_sendall(far.sockets[-1], b"ready\n" * 1_000_000))
     await asyncio.sleep(0.3)
-    # The unread rest stays with the sender.
+    # The agent waits: vmspawn does not read everything at once.
     assert not flood.done()
     flood.cancel()
 
 
-async def test_a_port_that_is_not_there(far: Far) -> None:
+async def test_a_missing_port_is_reported(far: FarEnd) -> None:
     def refuse() -> socket.socket:
         raise ConnectionRefusedError(111, "Connection refused")
 
@@ -265,7 +265,7 @@ async def test_a_port_that_is_not_there(far: Far) -> None:
         await agent.ready()
 
 
-async def test_a_copy_gets_a_seed_and_the_time(far: Far) -> None:
+async def test_a_copy_gets_a_seed_and_the_time(far: FarEnd) -> None:
     await far.session("run,fork")
     begun = time.time()
     waking = asyncio.ensure_future(far.agent.wake_copy())
@@ -276,7 +276,7 @@ async def test_a_copy_gets_a_seed_and_the_time(far: Far) -> None:
     await waking
 
 
-async def test_a_guest_may_refuse_to_set_its_clock(far: Far) -> None:
+async def test_a_guest_may_refuse_to_set_its_clock(far: FarEnd) -> None:
     await far.session("run,fork")
     waking = asyncio.ensure_future(far.agent.wake_copy())
     [[_, seed, *_]] = await far.read()
@@ -285,7 +285,7 @@ async def test_a_guest_may_refuse_to_set_its_clock(far: Far) -> None:
         await waking
 
 
-async def test_an_older_agent_cannot_set_the_clock(far: Far) -> None:
+async def test_an_older_agent_cannot_set_the_clock(far: FarEnd) -> None:
     await far.session()
     with pytest.raises(NotSupported, match="too old"):
         await far.agent.wake_copy()

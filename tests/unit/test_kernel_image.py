@@ -38,14 +38,14 @@ def pe(*sections: bytes, signature: bytes = b"PE\0\0", magic: bytes = b"") -> by
         (pe(b".text", b".osrel", b".linux", b".initrd"), UKI),
     ],
 )
-def test_kinds(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_the_kind_of_a_kernel_is_detected(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "kernel").write_bytes(content)
     assert kind_of(str(tmp_path / "kernel")) == expected
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300).map(lambda rest: b"MZ" + rest))
-def test_nothing_that_a_file_holds_is_an_error(tmp_path: Path, content: bytes) -> None:
+def test_no_content_of_a_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "kernel").write_bytes(content)
     assert kind_of(str(tmp_path / "kernel")) in (EFI, LINUX, OTHER, UKI)
     assert architecture_of(str(tmp_path / "kernel")) == version_of(str(tmp_path / "kernel")) == ""
@@ -61,6 +61,6 @@ def test_nothing_that_a_file_holds_is_an_error(tmp_path: Path, content: bytes) -
         (pe(b".text", signature=b"XX\0\0"), ""),
     ],
 )
-def test_the_architecture(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_the_architecture_of_a_kernel_is_detected(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "kernel").write_bytes(content)
     assert architecture_of(str(tmp_path / "kernel")) == expected

@@ -10,7 +10,7 @@ from vmspawn.boot.qemu import why_not_opened
 
 
 @pytest.mark.parametrize(("number", "is_named"), [(errno.EACCES, True), (errno.ENOENT, False), (errno.ENODEV, False)])
-def test_only_a_missing_permission_is_a_matter_of_the_group(number: int, is_named: bool) -> None:
+def test_only_a_missing_permission_is_reported_with_the_group(number: int, is_named: bool) -> None:
     text = why_not_opened(OSError(number, os.strerror(number)))
     assert text.startswith(f"/dev/kvm cannot be opened: {os.strerror(number)}")
     assert text.endswith("add yourself to the group kvm") is is_named

@@ -90,7 +90,7 @@ def test_a_module_imports_only_from_its_layer_and_below(path: Path) -> None:
 
 
 def modules_of(package: Path) -> dict[str, set[str]]:
-    """Return each module of the package with its relative imports, at any place."""
+    """Return each module of the package with its relative imports, including imports inside functions."""
     files = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
     return {name: set(imported_modules(name, path, set(files))) - {name} for name, path in files.items()}
 
@@ -110,7 +110,7 @@ def imported_in(tree: ast.AST, name: str, modules: set[str]) -> Iterator[str]:
                 yield from ({child, parent} & modules) if child not in modules else {child}
 
 
-def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+def import_cycles(imports: dict[str, set[str]]) -> list[list[str]]:
     """Return the groups of modules that import each other directly or indirectly, each sorted."""
     reached: dict[str, set[str]] = {name: set(found) for name, found in imports.items()}
     changed = True
@@ -124,14 +124,14 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     return sorted(list(group) for group in groups if group)
 
 
-def test_circles_are_found() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-    assert circles({"a": {"b"}, "b": set()}) == []
+def test_import_cycles_are_found() -> None:
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert import_cycles({"a": {"b"}, "b": set()}) == []
 
 
 def test_no_modules_import_each_other() -> None:
     """This includes imports inside functions and for type checkers."""
-    assert circles(modules_of(PACKAGE)) == []
+    assert import_cycles(modules_of(PACKAGE)) == []
 
 
 #: The layers that hot-plug, and its users other than disks, may import from.
@@ -198,8 +198,8 @@ def test_the_commands_load_no_unneeded_module(module: str) -> None:
     assert not loaded & SLOW
 
 
-#: A program that prints the start path's classes that typing took long to create: named tuples that are no Records, and
-#: classes with string annotations, which it has compiled.
+#: A program that prints the classes that the start of vmspawn creates slowly: named tuples that are not Records, and
+#: classes whose string annotations `typing` has compiled.
 _COMPILED = """
 import sys, typing
 import vmspawn.cli.spawn.main

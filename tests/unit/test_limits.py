@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the conversion of I/O limits to those of QEMU."""
+"""Tests the checks of I/O limits, and their conversion to QEMU's parameters."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from vmspawn.storage.limits import LIMIT_MAX, NO_LIMITS, Limits, check_limits
 RATES = st.integers(0, LIMIT_MAX)
 
 
-def test_no_limits_reset_all_former_limits() -> None:
+def test_empty_limits_reset_all_former_limits() -> None:
     assert not NO_LIMITS.has_any
     assert set(NO_LIMITS.to_qemu().values()) == {0}
     # There are six rates and their bursts (qapi/block-core.json, ThrottleLimits).
@@ -27,7 +27,7 @@ def test_a_burst_is_never_below_its_limit_which_qemu_would_refuse(limits: Limits
 
 
 @given(RATES, RATES, RATES)
-def test_a_total_excludes_its_parts(total: int, read: int, write: int) -> None:
+def test_a_total_limit_excludes_limits_of_its_parts(total: int, read: int, write: int) -> None:
     limits = Limits(iops=total, iops_read=read, iops_write=write)
     if total and (read or write):
         with pytest.raises(BadConfig, match="exclude each other"):

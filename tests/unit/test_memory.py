@@ -29,7 +29,7 @@ def test_memory_that_does_not_fit_is_refused() -> None:
         memory.in_file(1 << 60, Owned(stack, stack))
 
 
-def test_the_option_and_its_values() -> None:
+def test_memory_is_anonymous_unless_a_file_is_requested() -> None:
     assert parse(["--guest=builtin"])[0].ram_backing == "anonymous"
     assert parse(["--guest=builtin", "--ram-backing=file"])[0].ram_backing == "file"
     with pytest.raises(UsageError, match="ram_backing='swap' is not known"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the service manager's requests in the environment."""
+"""Tests the watchdog interval that the service manager requests in the environment."""
 
 import os
 

@@ -35,14 +35,14 @@ def kernel(path: Path, content: bytes) -> str:
     return str(path)
 
 
-def test_a_build_tree_has_its_configuration(tmp_path: Path) -> None:
+def test_a_kernels_configuration_is_found_in_its_build_tree(tmp_path: Path) -> None:
     image = kernel(tmp_path / "arch/x86/boot/bzImage", b"image")
     assert kernel_config.read(image) == {}
     (tmp_path / ".config").write_bytes(CONFIG)
     assert kernel_config.read(image) == FOUND
 
 
-def test_a_folder_of_modules_has_it(tmp_path: Path) -> None:
+def test_a_kernels_configuration_is_found_beside_its_modules(tmp_path: Path) -> None:
     image = kernel(tmp_path / "vmlinuz", b"image")
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "config").write_bytes(CONFIG)
@@ -50,7 +50,7 @@ def test_a_folder_of_modules_has_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress], ids=["plain", "gzip", "xz"])
-def test_a_kernel_has_it_itself(tmp_path: Path, compress: object) -> None:
+def test_a_kernels_configuration_is_found_in_the_kernel_itself(tmp_path: Path, compress: object) -> None:
     assert callable(compress)
     inside = bytes(5000) + b"IKCFG_ST" + gzip.compress(CONFIG) + b"IKCFG_ED" + bytes(5000)
     image = b"setup code \x1f\x8b\x08 that looks like gzip" + compress(inside) + b"what follows"
@@ -58,12 +58,12 @@ def test_a_kernel_has_it_itself(tmp_path: Path, compress: object) -> None:
 
 
 @given(st.binary(max_size=400), st.sampled_from([b"", b"IKCFG_ST", b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"BZh9"]))
-def test_any_file_is_read(data: bytes, magic: bytes) -> None:
+def test_any_file_is_read_without_an_error(data: bytes, magic: bytes) -> None:
     list(kernel_config._unpacked(magic + data))
     assert kernel_config._parse(kernel_config._embedded(magic + data)) == {}
 
 
-def test_a_kernel_that_lacks_something_is_refused_by_its_names() -> None:
+def test_an_error_names_the_options_that_a_kernel_lacks() -> None:
     own_kernel.check("k", WHOLE, None, commands=True, userland="")
     own_kernel.check("k", {}, None, commands=True, userland="ro")
     lacking = {**WHOLE, "CONFIG_TMPFS": "m"}
@@ -77,7 +77,7 @@ def test_a_kernel_that_lacks_something_is_refused_by_its_names() -> None:
         own_kernel.check("k", WHOLE, None, commands=True, userland="rw")
 
 
-def test_modules_have_to_be_there(tmp_path: Path) -> None:
+def test_missing_modules_are_refused(tmp_path: Path) -> None:
     options = {**WHOLE, "CONFIG_VIRTIO_PCI": "m", "CONFIG_VIRTIO_CONSOLE": "m"}
     with pytest.raises(GuestError, match="CONFIG_VIRTIO_PCI, CONFIG_VIRTIO_CONSOLE as modules") as caught:
         own_kernel.check("k", options, None, commands=True, userland="")
@@ -96,7 +96,7 @@ def test_modules_of_another_kernel_are_refused(tmp_path: Path) -> None:
         own_kernel.initrd(modules, "1.1")
 
 
-def test_where_modules_are_found(tmp_path: Path) -> None:
+def test_modules_are_found_in_a_root_a_modules_directory_and_a_build_tree(tmp_path: Path) -> None:
     make_modules(tmp_path / "lib/modules/6.1", {"a": ""})
     for path in (tmp_path, tmp_path / "lib/modules/6.1"):
         found = own_kernel.find_modules(str(path), "6.1")
@@ -116,7 +116,7 @@ def test_where_modules_are_found(tmp_path: Path) -> None:
             own_kernel.find_modules(str(path), "6.1")
 
 
-def test_nothing_to_load_is_a_list_without_names() -> None:
+def test_an_initrd_without_modules_has_an_empty_list() -> None:
     listed = {each.path: each.content for each in entries(own_kernel.initrd(None, ""))}
     assert listed["etc/modules"] == b""
 
@@ -135,12 +135,12 @@ def test_nothing_to_load_is_a_list_without_names() -> None:
         ({"image": "i", "directory": "/"}, "both name the guest's root"),
     ],
 )
-def test_contradictions(options: dict[str, Any], why: str) -> None:
+def test_contradictory_options_are_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         check(MachineConfig()._replace(**options))
 
 
-def test_what_goes_together() -> None:
+def test_a_kernel_and_a_directory_can_be_combined_with_the_guest() -> None:
     config = check(MachineConfig(guest="builtin", linux="k", directory="/", directory_rw=True, modules="m"))
     assert config.is_userland
     assert not check(MachineConfig(directory="/")).is_userland

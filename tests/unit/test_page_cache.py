@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests reads from the page cache only."""
+"""Tests reads that the page cache answers without waiting for the disk."""
 
 import asyncio
 import errno
@@ -15,7 +15,7 @@ from vmspawn.storage.page_cache import read_cached
 
 
 def cached_file(path: Path, data: bytes) -> int:
-    """Write a file whose pages are in the page cache. Skips the test where cached pages cannot be recognized."""
+    """Write a file whose pages are in the page cache. Skips the test if cached pages cannot be recognized."""
     path.write_bytes(data)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -48,7 +48,7 @@ def test_pages_that_are_not_cached_are_left_to_the_caller(tmp_path: Path) -> Non
     os.close(fd)
 
 
-def test_errors_of_the_file_are_errors() -> None:
+def test_other_errors_are_raised() -> None:
     reading, writing = os.pipe()
     with pytest.raises(OSError, match=os.strerror(errno.ESPIPE)):
         read_cached(reading, 512, 0)

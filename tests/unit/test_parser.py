@@ -19,7 +19,7 @@ def value_of(action: argparse.Action) -> str:
 
 
 def words(parser: argparse.ArgumentParser) -> list[str]:
-    """Return as many positional arguments as a verb accepts, without arguments of unlimited number."""
+    """Return one argument for each positional of a verb."""
     positionals = [each for each in parser._actions if not each.option_strings]
     return [f"{each.dest}{number}:a=b" for number, each in enumerate(positionals)]
 
@@ -65,7 +65,7 @@ def test_an_option_without_its_value_takes_no_argument(verb: str, capsys: pytest
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_behind_two_dashes_all_is_an_argument(verb: str) -> None:
+def test_everything_after_two_dashes_is_an_argument(verb: str) -> None:
     positionals = ["-odd", "--", "--odd=1 2", "-"][: len(words(VERBS[verb]))]
     found = vars(VERBS[verb].parse_args(["--", *positionals]))
     names = [each.dest for each in VERBS[verb]._actions if not each.option_strings]
@@ -82,7 +82,7 @@ def test_options_end_at_the_arguments_of_a_command() -> None:
     assert config.kernel_arguments == ("--verbose",)
 
 
-def test_a_verb_that_runs_a_command_ends_its_options_there() -> None:
+def test_the_options_of_a_verb_that_runs_a_command_end_at_the_command() -> None:
     parser = Parser(prog="x")
     parser.add_argument("--user")
     parser.add_argument("machine")
@@ -140,7 +140,7 @@ def test_no_option_can_be_abbreviated(verb: str, capsys: pytest.CaptureFixture[s
         assert f"did you mean {name}?" in capsys.readouterr().err
 
 
-def test_values_that_begin_with_a_dash_need_the_equals_sign_or_a_space() -> None:
+def test_a_value_that_begins_with_a_dash_follows_an_equals_sign_or_contains_a_space() -> None:
     for arguments in (["--qemu-arg=-x"], ["--qemu-arg=-x y"], ["--qemu-arg", "-x y"]):
         config, _ = vmspawn_command.parse(["--guest=builtin", *arguments])
         assert config.qemu_arguments[0].startswith("-x")
@@ -167,7 +167,7 @@ def test_help_has_each_verb_once_under_a_heading(capsys: pytest.CaptureFixture[s
         assert heading in lines
 
 
-def test_help_for_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_with_a_verb_shows_the_help_of_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     options = vmctl.build_parser().parse_args(["help", "attach-disk"])
     with pytest.raises(SystemExit, match="0"):
         options.action(options)

@@ -45,8 +45,8 @@ def root_of(path: Path, *, bus: str = "virtio-blk", qcow2_image: bool = False) -
 
 @needs_sfdisk
 @pytest.mark.parametrize("first", [1 << 52, (1 << 55) - 1, (1 << 64) - 1])
-def test_a_gpt_whose_entries_are_nowhere_has_none(tmp_path: Path, first: int) -> None:
-    """A guest can write that to its own disk."""
+def test_a_gpt_whose_entries_are_past_the_end_of_the_disk_has_no_partitions(tmp_path: Path, first: int) -> None:
+    """A guest can write any number to its own disk."""
     path = partitioned(tmp_path / "disk", f"type={ROOT}")
     with path.open("r+b") as file:
         file.seek(512 + 72)
@@ -55,7 +55,7 @@ def test_a_gpt_whose_entries_are_nowhere_has_none(tmp_path: Path, first: int) ->
 
 
 @pytest.mark.parametrize(("field", "length"), [(24, 8), (40, 8)], ids=["size", "first-level table"])
-def test_a_qcow2_image_with_numbers_that_cannot_be(tmp_path: Path, field: int, length: int) -> None:
+def test_a_qcow2_image_with_impossible_numbers_is_refused(tmp_path: Path, field: int, length: int) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "disk"), "4M"], check=True)
     with (tmp_path / "disk").open("r+b") as file:
         file.seek(field)
@@ -78,12 +78,12 @@ def test_a_qcow2_image_with_numbers_that_cannot_be(tmp_path: Path, field: int, l
         ),
     ],
 )
-def test_gpt(tmp_path: Path, lines: list[str], root: str) -> None:
+def test_the_root_is_chosen_in_a_gpt(tmp_path: Path, lines: list[str], root: str) -> None:
     assert root_of(partitioned(tmp_path / "image", *lines)) == root
 
 
 @needs_sfdisk
-def test_mbr(tmp_path: Path) -> None:
+def test_the_root_is_chosen_in_an_mbr(tmp_path: Path) -> None:
     image = partitioned(tmp_path / "image", "type=ef", "type=83", label="dos\nlabel-id: 0x1234abcd")
     assert root_of(image) == "root=PARTUUID=1234abcd-02"
 
@@ -106,7 +106,7 @@ def test_an_image_without_partitions_is_the_root_as_a_whole(tmp_path: Path, bus:
 
 @needs_sfdisk
 @pytest.mark.parametrize("options", [[], ["-c"], ["-o", "cluster_size=512"], ["-o", "cluster_size=2M"]])
-def test_qcow2(tmp_path: Path, options: list[str]) -> None:
+def test_the_root_is_chosen_in_a_qcow2_image(tmp_path: Path, options: list[str]) -> None:
     raw = partitioned(tmp_path / "raw", f"type={ROOT}, uuid={UUIDS[0]}")
     image = tmp_path / "image"
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", *options, str(raw), str(image)], check=True)
@@ -154,7 +154,7 @@ def add_boot_code(path: Path) -> Path:
         ("dos", ["type=83, bootable"], True, ""),
     ],
 )
-def test_predicting_whether_bios_can_boot_an_image(
+def test_an_image_that_bios_cannot_boot_is_recognized(
     tmp_path: Path, label: str, lines: list[str], code: bool, expected: str
 ) -> None:
     path = partitioned(tmp_path / "disk", *lines, label=label)
@@ -162,6 +162,6 @@ def test_predicting_whether_bios_can_boot_an_image(
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096])
-def test_an_image_without_a_boot_sector(tmp_path: Path, size: int) -> None:
+def test_an_image_without_a_boot_sector_is_recognized(tmp_path: Path, size: int) -> None:
     (tmp_path / "disk").write_bytes(bytes(size))
     assert bios_problem_of(tmp_path / "disk") == "has no boot sector"

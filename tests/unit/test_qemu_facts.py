@@ -30,7 +30,7 @@ def test_every_citation_names_a_heading() -> None:
     assert not {(name, heading) for name, heading in cited if heading not in headings()}
 
 
-def test_nothing_else_of_the_kind_is_cited() -> None:
+def test_no_notes_outside_of_the_repository_are_cited() -> None:
     """A reader cannot look up a file that is not in the repository."""
     notes = re.compile(r"\b(QMP|HOTPLUG|FORK|GUEST|VSOCK|VARLINK|DESIGN|HOUSE|WORDS|STYLE)\.md")
     assert not {path.name for path in sources() if notes.search(path.read_text())}

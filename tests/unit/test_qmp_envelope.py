@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the commands and the errors of messages. The errors are QEMU's (qapi/qmp-dispatch.c, qmp-spec.rst)."""
+"""Tests turning messages into commands or refusals. The errors are QEMU's (qapi/qmp-dispatch.c, qmp-spec.rst)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vmspawn.qmp.syntax.scanner import Scanner
 def read_text(text: bytes, *, oob: bool = False) -> Command | Refusal:
     """Read the only message of a text through the scanner, as sessions do."""
     scanner = Scanner(PULL)
-    # A number or keyword ends only before another byte.
+    # A number or a keyword is complete only when another byte follows.
     scanner.feed(text + b"\n")
     message = scanner.next()
     assert message is not None
@@ -94,7 +94,7 @@ def test_a_member_is_known_however_it_is_spelt(key: bytes) -> None:
     assert command(b'{"%b":"stop"}' % key).name == b"stop"
 
 
-def test_only_a_client_with_oob_may_overtake() -> None:
+def test_only_a_client_with_oob_may_send_out_of_band_commands() -> None:
     text = b'{"exec-oob":"migrate-pause","id":1}'
     assert command(text, oob=True) == Command(b'{"exec-oob":"migrate-pause"', b"migrate-pause", b"", b"1", True)
     assert refusal(text) == {"error": error("QMP input member 'exec-oob' is unexpected"), "id": 1}
@@ -183,7 +183,7 @@ def test_invalid_json_keeps_the_error_of_the_scanner() -> None:
     ],
 )
 def test_usual_commands_take_the_fast_path(text: bytes) -> None:
-    """The programs are qemu.qmp, libvirt and json.dumps. This ensures that the property below is not vacuous."""
+    """qemu.qmp, libvirt and json.dumps write these forms. If they did not match, the last test would test nothing."""
     assert USUAL.fullmatch(text)
 
 

@@ -14,7 +14,7 @@ from vmspawn.qmp.syntax.scanner import Scanner
 
 DIALECTS = (dialect_of("JSON parse error, expecting value"), dialect_of("1:1: JSON parse error, expecting value"))
 
-#: Commands and invalid input, as clients of both kinds write them.
+#: Commands and invalid input, in standard JSON and in QEMU's dialect.
 STREAM = (
     b'{"execute":"query-name","id":[1,{"a":null}]} {\'execute\':\'x\', "id": \'it\\\'s\'}\n'
     b'{"execute" : "a", "arguments": {"b": -1.5e3, "c": "\\u00e9 \xc3\xa9"}} ] {"a" 1} \xff {"execute":"b","id":0} '
@@ -70,7 +70,7 @@ def test_a_member_that_is_given_twice_is_refused(dialect: Dialect) -> None:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_brackets_nest_as_deep_as_qemu_allows(dialect: Dialect) -> None:
+def test_brackets_nested_deeper_than_qemu_allows_are_refused(dialect: Dialect) -> None:
     deep = b'{"a":' + b"[" * limits.NESTING
     found = scan(dialect, [deep])
     assert isinstance(found[0], Malformed)
@@ -91,7 +91,7 @@ def test_a_message_without_end_is_refused_at_the_bound(dialect: Dialect) -> None
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_message_of_all_that_is_allowed_is_taken(dialect: Dialect) -> None:
+def test_a_message_of_the_maximum_size_is_accepted(dialect: Dialect) -> None:
     head, tail = b'{"execute":"a","arguments":{"b":"', b'"}}'
     text = head + b"x" * (limits.COMMAND_SIZE - len(head + tail)) + tail
     (found,) = scan(dialect, [text[at : at + (1 << 20)] for at in range(0, len(text), 1 << 20)])
@@ -110,7 +110,7 @@ def test_a_number_without_end_is_refused_at_the_bound(dialect: Dialect) -> None:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_many_tokens_are_looked_at_in_several_turns(dialect: Dialect) -> None:
+def test_many_tokens_are_inspected_in_several_turns(dialect: Dialect) -> None:
     """Tokens that only QEMU accepts, for example strings in single quotes, are inspected one by one."""
     few, many = (b"{" + b",".join(b"'%d':1" % n for n in range(count)) + b"}" for count in (8, limits.STEPS_PER_TURN))
     scanner = Scanner(dialect)

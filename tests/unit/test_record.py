@@ -33,7 +33,7 @@ class Known(NamedTuple):
 
 
 @given(st.integers(), st.text(), st.lists(st.integers()).map(tuple))
-def test_it_has_what_a_named_tuple_has(a: int, b: str, c: tuple[int, ...]) -> None:
+def test_a_record_equals_a_named_tuple(a: int, b: str, c: tuple[int, ...]) -> None:
     made, known = Made(a, b, c), Known(a, b, c)
     assert tuple(made) == tuple(known)
     assert hash(made) == hash(known)
@@ -56,7 +56,7 @@ def test_defaults_and_names_fill_in_fields() -> None:
     ("values", "named", "reason"),
     [((1,), {}, "'b'"), ((1, "x", (), 4), {}, "3 fields"), ((1, "x"), {"d": 4}, "d"), ((1, "x"), {"a": 4}, "a")],
 )
-def test_a_wrong_value_is_named(values: tuple[Any, ...], named: dict[str, Any], reason: str) -> None:
+def test_an_error_names_the_wrong_value(values: tuple[Any, ...], named: dict[str, Any], reason: str) -> None:
     made: Any = Made
     with pytest.raises(TypeError, match=reason):
         made(*values, **named)

@@ -29,17 +29,17 @@ def registration(*arguments: str) -> Registration:
 
 
 @pytest.mark.parametrize("text", ["yes", "1", "true", "on", "Y", "TRUE"])
-def test_systemds_spellings_of_yes(text: str) -> None:
+def test_systemds_spellings_of_yes_are_accepted(text: str) -> None:
     assert boolean("--register=", text) == "yes"
 
 
 @pytest.mark.parametrize("text", ["no", "0", "false", "off", "n"])
-def test_systemds_spellings_of_no(text: str) -> None:
+def test_systemds_spellings_of_no_are_accepted(text: str) -> None:
     assert boolean("--register=", text) == "no"
 
 
 @pytest.mark.parametrize("text", ["", "maybe", "auto", "2"])
-def test_invalid_booleans(text: str) -> None:
+def test_invalid_booleans_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="neither yes nor no"):
         boolean("--keep=", text)
 
@@ -66,13 +66,13 @@ def test_root_registers_with_the_systems_machined_and_others_with_their_own() ->
         (["--property=MemoryMax"], "--property=MemoryMax has no value"),
     ],
 )
-def test_contradictions(arguments: list[str], message: str) -> None:
+def test_contradictory_options_are_refused_with_a_hint(arguments: list[str], message: str) -> None:
     with refused(message) as caught:
         registration(*arguments)
     assert caught.value.hint
 
 
-def test_without_slice_and_properties_qemu_is_started_as_it_is() -> None:
+def test_without_slice_and_properties_qemu_is_started_without_systemd_run() -> None:
     assert scope.prefix(Registration(), "a") == []
 
 
@@ -81,7 +81,7 @@ def test_a_slice_without_systemd_is_refused(no_path: None) -> None:
         scope.prefix(Registration(slice="a.slice"), "a")
 
 
-async def test_without_machined_only_a_firm_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_machined_only_an_explicit_registration_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/nonexistent")
     said: list[str] = []
 

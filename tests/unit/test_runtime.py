@@ -28,7 +28,7 @@ def directory(name: str) -> Iterator[MachineDirectory]:
     created.remove()
 
 
-def test_the_folder_is_for_its_owner_only(directory: MachineDirectory) -> None:
+def test_the_directory_is_for_its_owner_only(directory: MachineDirectory) -> None:
     assert stat.S_IMODE(os.stat(directory.path).st_mode) == 0o700
 
 
@@ -76,7 +76,7 @@ def test_a_symbolic_link_is_not_a_machine(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_another_user_is_refused(name: str) -> None:
+def test_a_directory_of_another_user_is_refused(name: str) -> None:
     path = os.path.join(runtime.runtime_root(), name)
     os.makedirs(path)
     os.chown(path, 65534, 65534)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that a device comes, or the state is saved, but not both."""
+"""Tests that no device is plugged in while the state is about to be saved."""
 
 import asyncio
 
 from vmspawn.qmp.saving import Saving
 
 
-async def test_a_device_waits_for_all_that_save() -> None:
+async def test_a_device_waits_until_all_savers_have_ended() -> None:
     saving = Saving()
     saving.begin()
     saving.begin()

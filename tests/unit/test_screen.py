@@ -17,13 +17,13 @@ def shown(*pieces: bytes) -> Screen:
     return screen
 
 
-def test_nothing_shown_needs_no_reset() -> None:
+def test_a_screen_without_output_needs_no_reset() -> None:
     assert shown().reset() == b""
     assert shown().at_line_start
 
 
 @pytest.mark.parametrize(("text", "expected"), [(b"a\r\n", True), (b"a", False), (b"a\r", False)])
-def test_positions_for_lines_of_vmspawn(text: bytes, expected: bool) -> None:
+def test_the_start_of_a_line_is_recognized(text: bytes, expected: bool) -> None:
     assert shown(text).at_line_start is expected
 
 
@@ -34,7 +34,7 @@ def test_the_alternate_screen_is_left_if_it_was_entered(cut: int) -> None:
 
 
 @given(st.lists(st.sampled_from([ENTER, LEAVE, b"text", b"\x1b[31m"])))
-def test_only_the_last_of_them_counts(pieces: list[bytes]) -> None:
+def test_only_the_last_switch_of_screens_counts(pieces: list[bytes]) -> None:
     switches = [piece for piece in pieces if piece in (ENTER, LEAVE)]
     together, apart = shown(b"".join(pieces)), shown(*pieces)
     assert together.reset() == apart.reset()

@@ -19,12 +19,12 @@ from vmspawn.helpers.virtiofsd import Virtiofsd
         (r"/a\:b:/c\\d", Share("/a:b", "/c\\d")),
     ],
 )
-def test_source_and_target(text: str, share: Share) -> None:
+def test_source_and_target_are_parsed(text: str, share: Share) -> None:
     assert parse_share("--bind=", text, read_only=False) == share
 
 
 @pytest.mark.parametrize("text", ["", ":", "/a:", ":/b", "/a:/b:/c", "/a:b", "/a\\"])
-def test_invalid_binds(text: str) -> None:
+def test_invalid_binds_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--bind="):
         parse_share("--bind=", text, read_only=False)
 
@@ -43,7 +43,7 @@ def test_binds_keep_their_order_and_their_mode() -> None:
         (["--image=/x", "--bind=/a:/t", "--bind-ro=/b:/t"], "/t is bound already"),
     ],
 )
-def test_contradictions(arguments: list[str], message: str) -> None:
+def test_contradictory_options_are_refused_with_a_hint(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         parse_arguments(arguments)
     assert caught.value.hint

@@ -71,7 +71,7 @@ def test_another_firmware_or_processor_is_refused(tmp_path: Path) -> None:
     firmware.write_bytes(b"two")
     with pytest.raises(StartError, match=f"another firmware than the present {firmware}"):
         same_host.check(found)
-    # Without a state, the machine boots.
+    # A machine without a state boots, with any firmware.
     same_host.check(found._replace(state=None))
     firmware.unlink()
     with pytest.raises(StartError, match="cannot read the firmware"):
@@ -140,21 +140,21 @@ def test_a_snapshot_in_use_stays(tmp_path: Path, folder: Path) -> None:
         directory.remove("web@clean")
 
 
-def test_folders_that_others_may_fill_are_refused(folder: Path) -> None:
+def test_directories_that_other_users_may_write_to_are_refused(folder: Path) -> None:
     made("web@clean")
     (folder / "web@clean").chmod(0o777)
     with pytest.raises(StartError, match="other users may write"):
         directory.OpenSnapshot("web@clean")
 
 
-def test_modes_keep_others_out(folder: Path) -> None:
+def test_other_users_have_no_access(folder: Path) -> None:
     made("web@clean")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert (folder / "web@clean" / "manifest.json").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("text", ["", "@x", "web@", "web@a/b", "web@.x", "a b@c"])
-def test_invalid_snapshot_names(text: str) -> None:
+def test_invalid_snapshot_names_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         directory.parse_name(text)
 
@@ -176,7 +176,7 @@ def test_the_newest_disks_are_found_without_a_name_if_there_is_no_snapshot() -> 
     assert directory.find("web", "") == "web@clean"
 
 
-def test_only_one_process_has_a_snapshot_alone() -> None:
+def test_only_one_process_locks_a_snapshot_exclusively() -> None:
     made("web@current")
     first, second = OpenSnapshot("web@current"), OpenSnapshot("web@current")
     assert not first.lock_alone()
@@ -188,7 +188,7 @@ def test_only_one_process_has_a_snapshot_alone() -> None:
 def test_a_lock_on_a_manifest_that_was_removed_does_not_count(folder: Path) -> None:
     made("web@current")
     with closing(OpenSnapshot("web@current")) as snapshot:
-        # Another process that gets the lock while this one converts its own may rename the directory like this.
+        # While this process converts its lock, another process may get the lock and rename the directory like this.
         os.rename(folder / "web@current", folder / ".new-web@current-removed-1")
         with pytest.raises(NoSuchSnapshot):
             snapshot.lock_alone()
@@ -213,7 +213,7 @@ def test_a_snapshot_stays_locked_when_its_manifest_is_replaced() -> None:
         snapshot.replace(found._replace(created=2.0))
         with pytest.raises(SnapshotInUse):
             OpenSnapshot("web@current", wait=False)
-        # Another process merges it.
+        # A merge by another process skips the locked snapshot.
         assert not merge.merge("web")
     with closing(OpenSnapshot("web@current", wait=False)) as snapshot:
         assert snapshot.manifest.created == 2.0
@@ -243,7 +243,7 @@ def test_the_newest_disks_are_not_discarded_while_snapshots_need_the_older_ones(
     directory.check_discards_nothing("web@clean")
 
 
-def test_disks_that_a_snapshot_needs_are_not_merged() -> None:
+def test_nothing_is_merged_without_a_snapshot_or_without_disks() -> None:
     assert not merge.merge("web")
     made("web@current")
     # There are no disks.

@@ -12,7 +12,7 @@ from vmspawn.aio.sockets import connect, listen
 SHORT = 0.01
 
 
-def test_a_full_queue_ends_the_wait(tmp_path: Path) -> None:
+def test_connecting_to_a_listener_with_a_full_queue_times_out(tmp_path: Path) -> None:
     address = str(tmp_path / "socket")
     # A queue of length 0 takes one connection.
     with listen(address, 0) as listener, connect(address, timeout=SHORT):

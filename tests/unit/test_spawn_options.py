@@ -22,19 +22,19 @@ GIB = 1 << 30
         ("1G:4G:3", GIB, Growth(4 * GIB, 3), f"size={GIB}B,maxmem={4 * GIB}B,slots=3"),
     ],
 )
-def test_ram(text: str, size: int, growth: Growth | None, argument: str) -> None:
+def test_ram_has_a_size_a_maximum_and_slots(text: str, size: int, growth: Growth | None, argument: str) -> None:
     config, _ = parse(["--guest=builtin", f"--ram={text}"])
     assert (config.ram, config.ram_growth) == (size, growth)
     assert size_argument(size, growth) == argument
 
 
 @pytest.mark.parametrize("text", ["2G:1G", "1G:1G", "1G:2G:0", "1G:2G:257", "1G:2G:x", "1G:2G:1:1", ":1G", "1G:"])
-def test_invalid_ram(text: str) -> None:
+def test_invalid_ram_is_refused(text: str) -> None:
     with refused("--ram="):
         parse(["--guest=builtin", f"--ram={text}"])
 
 
-def wishes(*arguments: str) -> list[str]:
+def check_unsupported(*arguments: str) -> list[str]:
     return unsupported_options.check(build_parser().parse_args(list(arguments)))
 
 
@@ -43,12 +43,12 @@ def wishes(*arguments: str) -> list[str]:
     ["--tpm=no", "--vsock=off", "--tpm-state=auto", "--coco=no", "--notify-ready=0", "--no-pager"],
 )
 def test_values_that_disable_a_feature_are_accepted(argument: str) -> None:
-    assert wishes(argument) == []
+    assert check_unsupported(argument) == []
 
 
 @pytest.mark.parametrize("argument", ["--tpm=auto", "--vsock=auto"])
-def test_auto_disables_a_feature_and_can_report_it(argument: str) -> None:
-    (line,) = wishes(argument)
+def test_auto_disables_a_feature_and_reports_it(argument: str) -> None:
+    (line,) = check_unsupported(argument)
     assert line.startswith(argument)
 
 
@@ -62,9 +62,9 @@ def test_auto_disables_a_feature_and_can_report_it(argument: str) -> None:
         *("--forward-journal-max-file-size=1M", "--forward-journal-max-files=3"),
     ],
 )
-def test_an_explicit_wish_is_refused_in_one_line_with_a_hint(argument: str) -> None:
+def test_an_unsupported_option_is_refused_in_one_line_with_a_hint(argument: str) -> None:
     with pytest.raises(UsageError, match="is not supported yet") as caught:
-        wishes(argument)
+        check_unsupported(argument)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
 
@@ -76,13 +76,13 @@ def test_extra_disks_use_the_images_bus_by_default() -> None:
 
 
 def test_options_without_effect_on_an_optical_image_are_reported() -> None:
-    wishes = ("--ephemeral", "--grow-image=1G", "--discard-disk=no")
-    optical, _ = parse(["--image=/x", *wishes, "--image-disk-type=scsi-cd"])
+    options = ("--ephemeral", "--grow-image=1G", "--discard-disk=no")
+    optical, _ = parse(["--image=/x", *options, "--image-disk-type=scsi-cd"])
     assert [line.split()[0] for line in without_effect(optical)] == ["--ephemeral", "--grow-image=", "--discard-disk="]
-    assert not list(without_effect(parse(["--image=/x", *wishes])[0]))
+    assert not list(without_effect(parse(["--image=/x", *options])[0]))
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for option, start in (("--version", f"vmspawn {VERSION}\n"), ("--help", "usage: vmspawn [OPTION…]")):
         with pytest.raises(SystemExit, match="0"):
             parse([option])
@@ -98,7 +98,7 @@ def test_the_former_names_of_options_are_known() -> None:
     former = ("--qemu-smp=3", "--qemu-mem=1G", "--qemu-kvm=no", "--qemu-vsock=no", "--qemu-gui")
     config, _ = parse(["--guest=builtin", *former])
     assert (config.cpus, config.ram, config.kvm, config.console) == (3, GIB, "no", "gui")
-    assert wishes("--qemu-vsock=auto")
+    assert check_unsupported("--qemu-vsock=auto")
 
 
 def test_an_empty_path_is_none() -> None:
@@ -117,7 +117,7 @@ def test_an_empty_path_is_none() -> None:
         (["--bind-ro=/"], "--bind-ro=/ would hide the guest's root"),
     ],
 )
-def test_invalid_combinations(arguments: list[str], message: str) -> None:
+def test_invalid_values_are_refused_with_a_hint(arguments: list[str], message: str) -> None:
     with refused(message) as caught:
         parse(["--image=/x", *arguments])
     assert caught.value.hint
@@ -153,19 +153,19 @@ def test_unknown_options_get_a_hint(arguments: list[str], message: str, capsys: 
         ("--tpm=no", "--tpm="),
     ],
 )
-def test_a_machine_that_is_adopted_is_taken_as_it_is(argument: str, name: str) -> None:
+def test_an_adoption_refuses_options_that_configure_the_start(argument: str, name: str) -> None:
     parse(["--adopt", "-M", "a", "--console=headless", "--log=/l", "--shutdown-timeout=1", "--quiet"])
     with pytest.raises(UsageError, match=f"and {name} configures its start"):
         parse(["--adopt", "-M", "a", argument])
 
 
-def test_several_initrds() -> None:
+def test_several_initrds_are_accepted() -> None:
     config, _ = parse(["--linux=/k", "--initrd=/a", "--initrd=/b", "--initrd=/c"])
     assert (config.initrd, config.more_initrds) == ("/a", ("/b", "/c"))
 
 
 @pytest.mark.parametrize(("text", "discard"), [("yes", True), ("off", False)])
-def test_discard(text: str, discard: bool) -> None:
+def test_discard_is_enabled_or_disabled(text: str, discard: bool) -> None:
     assert parse(["--image=/x", f"--discard-disk={text}"])[0].discard_disk is discard
     with pytest.raises(UsageError, match="--discard-disk=maybe is neither yes nor no"):
         parse(["--image=/x", "--discard-disk=maybe"])

@@ -30,7 +30,7 @@ def access(folder: str = "/run/vmspawn") -> Access:
 
 
 def settings_of(arguments: Sequence[str]) -> dict[str, str]:
-    """Return what ssh itself understands."""
+    """Return the settings that ssh itself reads from its arguments and its configuration."""
     done = subprocess.run(["ssh", "-G", *arguments], capture_output=True, text=True, check=True)
     found = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
     # ssh replaces %% when it opens a file.
@@ -83,7 +83,7 @@ def test_a_guest_gets_nothing_that_the_user_forwards_to_all_hosts(tmp_path: Path
     assert found["forwardagent"] == "yes"
 
 
-def test_the_forward_to_the_server_is_the_way() -> None:
+def test_ssh_connects_through_the_forward_to_the_server() -> None:
     others = [Forward(80, 1), Forward(22, 2, protocol="udp")]
     assert access_of("web", others, "key") is None
     found = access_of("web", [*others, Forward(22, 3, "0.0.0.0"), Forward(22, 4)], "key")
@@ -91,7 +91,7 @@ def test_the_forward_to_the_server_is_the_way() -> None:
     assert (found.address, found.port) == ("127.0.0.1", 3)
 
 
-def test_a_key_brings_a_forward_to_the_server() -> None:
+def test_a_key_adds_a_forward_to_the_server() -> None:
     options = ["--image=/x", "--pass-ssh-key=yes"]
     assert parse(options)[0].forwards == (Forward(22),)
     assert parse([*options, "--forward=80:80"])[0].forwards == (Forward(80, 80), Forward(22))
@@ -112,7 +112,7 @@ def test_the_key_needs_smbios() -> None:
     assert smbios.needs_uefi(config, "aarch64")
 
 
-def test_our_credentials_are_added_to_the_users() -> None:
+def test_vmspawns_credentials_are_added_to_the_users() -> None:
     config = MachineConfig(
         credentials=(Credential("keys", b"of the user"), Credential("other", b"x")), binds=(Share("/a", "/b", False),)
     )

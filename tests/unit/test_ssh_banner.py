@@ -25,13 +25,13 @@ async def test_a_server_is_recognized_by_its_banner(banner: bytes, expected: boo
         assert await asking is expected
 
 
-async def test_a_server_that_sends_nothing_is_given_up() -> None:
+async def test_a_server_that_sends_nothing_is_not_recognized() -> None:
     """QEMU keeps the connection of a guest that was reset meanwhile."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert not await _is_ssh_server("127.0.0.1", server.getsockname()[1], timeout=0.1)
 
 
-async def test_a_port_without_a_listener() -> None:
+async def test_a_port_without_a_listener_is_no_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address, port = server.getsockname()
     assert not await _is_ssh_server(address, port)

@@ -27,7 +27,7 @@ def test_the_module_is_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(make_sync.WRAPPED))
-def test_it_has_all_that_the_asynchronous_class_has(name: str) -> None:
+def test_a_blocking_class_has_the_members_of_the_asynchronous_class(name: str) -> None:
     hidden = make_sync.HIDDEN.get(name, set())
     theirs = {each for each in dir(getattr(vmspawn, name)) if not each.startswith("_")} - hidden
     assert theirs == {each for each in dir(getattr(vmspawn.sync, name)) if not each.startswith("_")}
@@ -37,7 +37,7 @@ def test_it_has_all_that_the_asynchronous_class_has(name: str) -> None:
             assert list(inspect.signature(found).parameters) == list(inspect.signature(expected).parameters)
 
 
-def test_a_command_has_all_that_the_asynchronous_one_has() -> None:
+def test_a_blocking_command_has_the_members_of_the_asynchronous_command() -> None:
     theirs = {name for name in dir(vmspawn.Execution) if not name.startswith("_")} - {"open"}
     ours = {name for name in dir(vmspawn.sync.Execution) if not name.startswith("_")}
     assert ours == theirs | {"stdin", "stdout", "stderr", "status"}
@@ -99,7 +99,7 @@ def test_an_interrupted_call_is_cancelled_and_cleans_up_first() -> None:
 @pytest.mark.parametrize("run", [call, finish])
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_an_interruption_between_any_two_instructions_leaves_no_lock_behind(run: Callable[..., object]) -> None:
-    """The interruption comes before the nth instruction of this thread, for each n until the call ends before it."""
+    """The interruption comes before the nth instruction of this thread: n is increased until the call ends first."""
     count = left = 0
     begun: list[int] = []
     ended: list[int] = []
@@ -138,7 +138,7 @@ def test_an_interruption_between_any_two_instructions_leaves_no_lock_behind(run:
     assert begun == ended
 
 
-def test_a_cancelled_call_wakes_those_who_wait_for_its_end() -> None:
+def test_a_cancelled_call_is_done_and_has_no_result() -> None:
     started = threading.Event()
 
     async def work() -> None:
@@ -199,7 +199,7 @@ def test_a_call_on_the_loop_itself_is_refused() -> None:
         call(work())
 
 
-async def test_it_can_be_called_where_a_loop_runs() -> None:
+async def test_a_call_works_in_a_thread_that_runs_an_event_loop() -> None:
     """A notebook is an example."""
 
     async def work() -> int:
@@ -223,7 +223,7 @@ def in_child(check: object) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_child_has_a_loop_of_its_own_and_its_parents_machines_are_not_its() -> None:
+def test_a_forked_child_has_its_own_loop_and_cannot_use_its_parents_machines() -> None:
     async def thread() -> str:
         return threading.current_thread().name
 

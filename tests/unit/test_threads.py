@@ -28,7 +28,7 @@ def is_open(fd: int) -> bool:
     return False
 
 
-async def test_the_loop_goes_on_while_a_file_is_opened(pipe: tuple[int, int]) -> None:
+async def test_the_event_loop_continues_while_a_file_is_opened(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
 
     def open_slowly() -> int:

@@ -23,7 +23,7 @@ def test_the_pipe_and_the_log_make_one_text(emptied: int, died: int) -> None:
 
 
 @pytest.mark.parametrize("piped", [b"", b"login: ", b"a"])
-def test_nothing_is_lost_where_one_is_short(piped: bytes) -> None:
+def test_nothing_is_lost_if_the_pipe_or_the_log_is_short(piped: bytes) -> None:
     assert unread.join(piped, b"") == piped
     assert unread.join(b"", piped) == piped
     assert unread.join(piped, piped) == piped
@@ -31,7 +31,7 @@ def test_nothing_is_lost_where_one_is_short(piped: bytes) -> None:
 
 @pytest.fixture
 def as_in_qemu() -> Iterator[None]:
-    """Apply QEMU's file size limit, with the signal ignored, as in every Python and its children."""
+    """Apply QEMU's file size limit. SIGXFSZ is ignored, as in every Python process and its children."""
     assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN
     with bounded():
         yield
@@ -43,7 +43,7 @@ def append(log: ConsoleLog) -> int:
 
 
 def fill(writer: int) -> None:
-    """Write byte by byte until nothing more fits, as a serial port does at the end."""
+    """Write until nothing more fits: blocks, and then single bytes, as a serial port writes."""
     for size in (4096, 1):
         with contextlib.suppress(OSError):
             while os.write(writer, b"z" * size):
@@ -79,8 +79,8 @@ def test_the_limit_applies_to_processes_started_meanwhile() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
 
 
-def test_nothing_is_kept_where_qemu_could_not_be_bounded() -> None:
-    """A process that does not ignore the signal would be killed."""
+def test_there_is_no_log_if_qemu_would_be_killed_at_its_bound() -> None:
+    """SIGXFSZ would kill a QEMU that does not ignore it."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
         assert ConsoleLog.make() is None
@@ -134,7 +134,7 @@ def test_a_pipe_keeps_as_much_as_fits() -> None:
         os.close(sink)
 
 
-def test_a_process_without_a_log_has_none() -> None:
+def test_a_log_is_found_only_in_a_process_with_a_log() -> None:
     assert ConsoleLog.of(os.getpid()) is None
     log = ConsoleLog.make()
     assert log is not None

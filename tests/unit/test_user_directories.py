@@ -27,7 +27,7 @@ HOME = pwd.getpwuid(os.geteuid()).pw_dir
         ({"HOME": "/proc/nonexistent"}, None),
     ],
 )
-def test_the_paths_of_the_directories(
+def test_the_environment_or_the_password_entry_determines_the_directory(
     environment: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("XDG_STATE_HOME", "HOME"):
@@ -38,7 +38,7 @@ def test_the_paths_of_the_directories(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a password entry")
-def test_a_user_without_a_home_has_none() -> None:
+def test_a_user_without_a_home_has_no_directories() -> None:
     source = Path(user_directories.__file__).read_text()
     script = f"{source}\nprint(user_directory('XDG_STATE_HOME', 'state'))"
     done = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests whether a kernel can mount a directory as its root, by the files beside it and by its initrd."""
+"""Tests predicting whether a kernel can mount a directory as its root, from its initrd and files beside it."""
 
 import gzip
 import io
@@ -79,7 +79,7 @@ def test_the_configuration_of_a_build_tree_decides(tmp_path: Path) -> None:
         ("kernel/fs/ext4/ext4.ko\n", "", ""),
     ],
 )
-def test_the_lists_of_modules_in_the_directory_tell(tmp_path: Path, built_in: str, modules: str, said: str) -> None:
+def test_the_lists_of_modules_in_the_directory_decide(tmp_path: Path, built_in: str, modules: str, said: str) -> None:
     """The version is read from the kernel's header, not from the file's name."""
     linux = make_kernel(tmp_path, version="5.4-test")
     assert version_of(str(linux)) == "5.4-test"
@@ -109,7 +109,7 @@ def test_the_lists_of_modules_in_the_directory_tell(tmp_path: Path, built_in: st
         (b"", "lacks the module"),
     ],
 )
-def test_an_initrd_is_read_where_that_is_possible(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_initrd_is_searched_for_the_module_if_it_can_be_read(tmp_path: Path, content: bytes, said: str) -> None:
     linux = make_kernel(tmp_path)
     (tmp_path / "initrd").write_bytes(content)
     found = why_not(str(tmp_path), str(linux), [str(tmp_path / "initrd")])
@@ -131,7 +131,7 @@ def test_an_archive_of_cpio_is_read(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400), st.sampled_from([lambda data: data, gzip.compress]))
-def test_nothing_that_an_initrd_holds_is_an_error(tmp_path: Path, rest: bytes, pack: Callable[[bytes], bytes]) -> None:
+def test_no_content_of_an_initrd_is_an_error(tmp_path: Path, rest: bytes, pack: Callable[[bytes], bytes]) -> None:
     linux = make_kernel(tmp_path)
     (tmp_path / "initrd").write_bytes(pack(b"070701" + rest))
     assert isinstance(why_not(str(tmp_path), str(linux), [str(tmp_path / "initrd")]), str)

@@ -21,7 +21,7 @@ from vmspawn.errors import UsageError
         ("fs:a:virtio-scsi:read-only=auto,create-size=1K", "virtio-scsi", {"createSizeBytes": 1024}),
     ],
 )
-def test_valid_volumes(text: str, config: str, parameters: dict[str, Any]) -> None:
+def test_valid_volumes_are_parsed(text: str, config: str, parameters: dict[str, Any]) -> None:
     volume = parse("--bind-volume=", text)
     assert (volume.disk_name, volume.config, volume.parameters) == ("fs:a", config, parameters)
 
@@ -42,13 +42,13 @@ def test_valid_volumes(text: str, config: str, parameters: dict[str, Any]) -> No
         ("fs:a:ro=perhaps", "neither yes nor no"),
     ],
 )
-def test_invalid_volumes(text: str, message: str) -> None:
+def test_invalid_volumes_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         parse("--bind-volume=", text)
     assert caught.value.hint
 
 
-def test_a_provider_that_is_not_there_is_named(qemu: str) -> None:
+def test_an_error_names_a_missing_provider(qemu: str) -> None:
     done = vmspawn(f"--qemu={qemu}", "--guest=builtin", "--bind-volume=nowhere:a")
     assert done.returncode == 1
     assert "there is no storage provider nowhere" in done.stderr

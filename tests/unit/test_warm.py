@@ -32,7 +32,7 @@ def choices(accelerator: str = "tcg", binary: QemuBinary = BINARY, **options: An
         {"qemu": "/usr/bin/qemu-system-x86_64"},
     ],
 )
-def test_what_copies_may_differ_in_has_no_part_in_the_key(options: dict[str, Any]) -> None:
+def test_options_that_copies_may_differ_in_do_not_change_the_key(options: dict[str, Any]) -> None:
     assert warm.key(choices(**options)) == warm.key(choices())
 
 
@@ -55,11 +55,11 @@ def test_what_copies_may_differ_in_has_no_part_in_the_key(options: dict[str, Any
         {"binary": BINARY._replace(path="/bin/false")},
     ],
 )
-def test_everything_else_has(options: dict[str, Any]) -> None:
+def test_everything_else_changes_the_key(options: dict[str, Any]) -> None:
     assert warm.key(choices(**options)) != warm.key(choices())
 
 
-def test_the_size_of_a_window_has_no_part_in_the_key() -> None:
+def test_the_size_of_a_window_does_not_change_the_key() -> None:
     small, large = ConsoleTerminal("xterm", 24, 80), ConsoleTerminal("xterm", 50, 200)
     assert warm.key(choices(terminal=small)) == warm.key(choices(terminal=large))
 
@@ -73,6 +73,6 @@ def test_the_size_of_a_window_has_no_part_in_the_key() -> None:
         ({"console": "native"}, "warm=True does not work with console='native'"),
     ],
 )
-def test_what_a_copy_cannot_have_is_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_a_copy_cannot_have_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_config(MachineConfig(guest="builtin", warm=True)._replace(**options))

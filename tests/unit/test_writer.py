@@ -28,7 +28,6 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 async def read(theirs: socket.socket, count: int) -> bytes:
-    """Read `count` bytes."""
     loop, data = asyncio.get_running_loop(), b""
     async with asyncio.timeout(DEADLINE):
         while len(data) < count:
@@ -138,7 +137,7 @@ async def test_a_reader_that_is_gone_is_reported_once_and_nothing_is_kept(
 
 
 async def test_small_pieces_that_wait_are_joined(pair: tuple[socket.socket, socket.socket]) -> None:
-    """Input that is typed byte by byte while the guest reads nothing costs about as many bytes in the queue."""
+    """Input that is typed byte by byte while the guest does not read takes little more memory than its bytes."""
     ours, theirs = pair
     sizes: list[int] = []
 
