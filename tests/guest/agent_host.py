@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Talks to the agent for its tests, as the manager does: the control port, and commands on ports.
+"""Talks to the agent in the guest as the manager does, for tests: on the control port and on ports of commands.
 
-It uses raw QMP to a QEMU with the built-in guest, in one thread, with a deadline on every wait.
+The module uses raw QMP to a QEMU with the built-in guest, in one thread, with a deadline on every wait.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ MACHINES = {
     "aarch64": ("-machine", "virt,gic-version=3", "-cpu", "cortex-a57"),
 }
 
-_TERMINAL = (protocol.STATUS, protocol.STDIN)
+#: The ports of a command on a terminal.
+_TERMINAL_PORTS = (protocol.STATUS, protocol.STDIN)
 
 _Found = TypeVar("_Found")
 
 
 def initrd_with(path: Path, guest: str, agent: bytes) -> Path:
-    """Make an initramfs with the agent, by appending an archive: the kernel unpacks all of them."""
+    """Make an initrd with the agent: append an archive to the guest's initrd. The kernel unpacks all its archives."""
     with open(path, "wb") as file:
         file.write(Path(guest).read_bytes())
         archive = Initramfs(file)
@@ -52,7 +53,7 @@ def initrd_with(path: Path, guest: str, agent: bytes) -> Path:
 
 
 class Monitor:
-    """QMP on a socket, with descriptors. Events are skipped, except by `wait_deleted`."""
+    """A QMP client on a connected socket. It can send descriptors. Only `wait_deleted` uses the events."""
 
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
@@ -129,10 +130,10 @@ class Command:
         self._reader = protocol.status_reader()
         self._unread: dict[str, bytes] = {}
         for stream in protocol.PORTS:
-            if (stream != protocol.STDIN or run.stdin) and (stream in _TERMINAL or run.size is None):
+            if (stream != protocol.STDIN or run.stdin) and (stream in _TERMINAL_PORTS or run.size is None):
                 self.sockets[stream], self.numbers[stream] = machine.plug(self._id(stream), run.ports, stream)
         for _ in self.sockets:
-            machine.plugged()
+            machine.wait_plugged()
 
     def _id(self, stream: str) -> str:
         return f"x{self.run.id}-{stream}"
@@ -140,13 +141,13 @@ class Command:
     def read_status(self, seconds: float = ANSWER_SECONDS) -> None:
         """Read from the status port."""
         port = self.sockets[protocol.STATUS]
-        assert select.select([port], [], [], seconds)[0], f"no status within {seconds:g} s; there is {self.status}"
+        assert select.select([port], [], [], seconds)[0], f"no status within {seconds:g} s; so far: {self.status}"
         data = port.recv(4096)
-        assert data, f"the status port is closed; there is {self.status}"
+        assert data, f"the status port is closed; so far: {self.status}"
         self.status += self._reader.feed(data)
 
     def wait(self, kind: type[_Found]) -> _Found:
-        """Wait for a message on the status port."""
+        """Wait for a message of this type on the status port."""
         while True:
             for message in self.status:
                 if isinstance(message, kind):
@@ -168,12 +169,12 @@ class Command:
         self.sockets[protocol.STDIN].shutdown(socket.SHUT_WR)
 
     def read_until(self, what: bytes, stream: str = protocol.STDIN) -> bytes:
-        """Read until some text has come. The rest is for the next call."""
+        """Read up to the end of a text. The next call begins there."""
         found, port = self._unread.pop(stream, b""), self.sockets[stream]
         while what not in found:
-            assert select.select([port], [], [], ANSWER_SECONDS)[0], f"no {what!r}; there is {found!r}"
+            assert select.select([port], [], [], ANSWER_SECONDS)[0], f"no {what!r} in {found!r}"
             data = port.recv(65536)
-            assert data, f"closed before {what!r}; there is {found!r}"
+            assert data, f"closed before {what!r}: {found!r}"
             found += data
         end = found.index(what) + len(what)
         self._unread[stream] = found[end:]
@@ -222,7 +223,7 @@ class Command:
             self.machine.monitor.command("chardev-remove", id=self._id(stream))
             port.close()
             self.machine.free.append(self.numbers[stream])
-        # Wait until the guest has handled it: QEMU drops port notifications when its queue of 32 is full.
+        # Wait until the guest has handled the removals: QEMU drops port notifications when its queue of 32 is full.
         self.machine.ping()
 
 
@@ -286,7 +287,7 @@ class AgentMachine:
         self.control.close()
 
     def receive(self, kind: type[_Found], seconds: float = ANSWER_SECONDS) -> _Found:
-        """Wait for a message on the control port, and consume it and all before it."""
+        """Wait for a message of this type on the control port. Consumes the message and all earlier ones."""
         deadline = time.monotonic() + seconds
         assert self.control is not None
         while True:
@@ -327,7 +328,7 @@ class AgentMachine:
         self.messages.remove(protocol.Pong(nonce))
 
     def plug(self, device: str, id: str, stream: str) -> tuple[socket.socket, int]:
-        """Plug a port in, and return its socket and its number. `plugged` reads the replies."""
+        """Plug a port in, and return its socket and its number. `wait_plugged` reads the replies."""
         ours, theirs = socket.socketpair()
         self._stack.callback(ours.close)
         number = self.free.pop(0)
@@ -347,7 +348,7 @@ class AgentMachine:
             )
         return ours, number
 
-    def plugged(self) -> None:
+    def wait_plugged(self) -> None:
         """Wait until a port is plugged in."""
         for _ in range(3):
             self.monitor.reply()

@@ -30,10 +30,12 @@ from vmspawn.host.runtime import CONSOLE
 
 MACHINE = "io.vmspawn.Machine"
 
-#: The number of times that a test kills the manager: by default, at a scale of more than 1, and in `./dev soak`.
+#: The number of times that a test kills the manager: 6 by default, 300 at a scale above 1, and 1000 at a scale of 10 or
+#: more, as in `./dev soak`.
 KILLS = 6 if SCALE <= 1 else 300 if SCALE < 10 else 1000
 
-#: The manager is killed within this many seconds after an operation began. An attach takes 0.01 s, a detach 0.1 s.
+#: The maximum number of seconds from the start of an operation until the manager is killed. An attach takes 0.01 s, a
+#: detach 0.1 s.
 MOMENTS = {"attach": 0.02, "detach": 0.15, "replace": 0.02, "qmp": 0.05, "idle": 0.01}
 
 BUSES = ("virtio-blk", "nvme", "virtio-scsi")
@@ -104,7 +106,7 @@ class Work:
             os.close(fd)
 
     def _qmp(self, client: Client, extra: list[dict[str, Any]], chosen: dict[str, Any]) -> None:
-        """Run QMP commands without end, which leave names of descriptors and descriptor sets behind."""
+        """Run many QMP commands. They leave named descriptors and descriptor sets behind."""
         connected, _ = client.upgrade(f"{MACHINE}.AcquireQMP")
         connected.sendall(b'{"execute":"qmp_capabilities"}')
         fd = os.open(os.devnull, os.O_RDWR)
@@ -120,7 +122,7 @@ class Work:
 
 
 @pytest.mark.scaled
-async def test_the_guest_never_notices(guest: Survivor, tmp_path: Path) -> None:
+async def test_the_guest_loses_no_writes_when_its_managers_are_killed(guest: Survivor, tmp_path: Path) -> None:
     seed = random.randrange(1 << 32) if SCALE > 1 else 8
     choices = random.Random(seed)
     log = make_raw(tmp_path / "log", 64 * MIB)
@@ -164,8 +166,8 @@ async def write_while_managers_die(
         seen = written
     count = await stop_writer(shell)
     figure("managers killed", KILLS)
-    figure("from starting the next one until it has the machine", milliseconds(adoptions))
-    figure("records that the guest wrote meanwhile, all there", count)
+    figure("time from the start of the next manager until it manages the machine", milliseconds(adoptions))
+    figure("records that the guest wrote meanwhile, none lost", count)
     return count
 
 
@@ -190,7 +192,7 @@ async def check(guest: Survivor, shell: Shell, folder: Path, where: str) -> None
 
 
 def settled(guest: Survivor) -> list[dict[str, Any]]:
-    """Wait until all operations have ended, and return the disks."""
+    """Wait until all removals have ended, and return the disks."""
     for disk in guest.disks():
         if disk["state"] == "detaching":
             vmctl("detach-disk", guest.name, disk["name"])
@@ -226,14 +228,16 @@ def processes_of(name: str) -> set[int]:
 
 @pytest.mark.scaled
 @pytest.mark.parametrize("transport", ["serial"] if SCALE <= 1 else ["serial", "virtio"])
-async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, transport: str) -> None:
-    """The guest writes to a disk when it has printed, because nobody reads the console then."""
+async def test_output_printed_without_a_manager_is_shown_after_the_adoption(
+    qemu: str, tmp_path: Path, transport: str
+) -> None:
+    """No process reads the console while the guest prints, so the guest reports the end of its output on a disk."""
     mark = make_raw(tmp_path / "mark", MIB)
     options = ("--guest=builtin", "--console=headless", f"--console-transport={transport}")
     with survivor(fresh_name(), f"--qemu={qemu}", f"--extra-drive={mark}", *options) as guest:
         async with shell_of(guest) as shell:
             for number in range(1 if SCALE <= 1 else 3):
-                await shell.run(f"(sh -c '{_LATE}' {number} </dev/null &)")
+                await shell.run(f"(sh -c '{_PRINT_ON_REQUEST}' {number} </dev/null &)")
                 await asyncio.to_thread(guest.kill_manager)
                 await asyncio.to_thread(let_print, guest, mark, b"over%d" % number)
                 await asyncio.to_thread(guest.adopt)
@@ -245,13 +249,13 @@ async def test_what_was_printed_meanwhile_is_shown(qemu: str, tmp_path: Path, tr
 
 @pytest.mark.soak
 async def test_lost_output_is_reported(qemu: str, tmp_path: Path) -> None:
-    """The guest prints more than is kept without a manager, repeatedly, and is not blocked."""
+    """Twice, the guest prints more than is kept while it has no manager. It is not blocked."""
     mark = make_raw(tmp_path / "mark", MIB)
     options = ("--guest=builtin", "--console=headless", f"--extra-drive={mark}")
     with survivor(fresh_name(), f"--qemu={qemu}", *options) as guest:
         async with shell_of(guest) as shell:
             for number in range(2):
-                await shell.run(f"(sh -c '{_LATE.replace('seq 1000', 'seq 90000')}' {number} </dev/null &)")
+                await shell.run(f"(sh -c '{_PRINT_ON_REQUEST.replace('seq 1000', 'seq 90000')}' {number} </dev/null &)")
                 await asyncio.to_thread(guest.kill_manager)
                 await asyncio.to_thread(let_print, guest, mark, b"over%d" % number)
                 await asyncio.to_thread(guest.adopt)
@@ -261,8 +265,8 @@ async def test_lost_output_is_reported(qemu: str, tmp_path: Path) -> None:
                 await shell.run("echo and goes on")
 
 
-#: Waits for a word on the disk, prints, and writes a word to the disk.
-_LATE = (
+#: A script that waits for the word `go` on the disk, prints, and writes the word `over` with its argument to the disk.
+_PRINT_ON_REQUEST = (
     'until dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | grep -q "^go"; do usleep 10000; done; '
     "echo begin-$0; for n in $(seq 1000); do echo $n meanwhile; done; "
     "echo over$0 | dd of=/dev/vda bs=512 count=1 conv=sync,fsync 2>/dev/null"
@@ -270,7 +274,7 @@ _LATE = (
 
 
 def let_print(guest: Survivor, path: Path, content: bytes) -> None:
-    """Write the word, and wait until the guest has written `content`, by asking QEMU repeatedly."""
+    """Write the word `go`, and wait until the guest has written `content`. Sends a QMP command between two looks."""
     with open(path, "r+b") as disk:
         disk.write(b"go".ljust(512, b"\0"))
     deadline = time.monotonic() + 60
@@ -282,8 +286,8 @@ def let_print(guest: Survivor, path: Path, content: bytes) -> None:
 
 @pytest.mark.scaled
 @pytest.mark.parametrize("manager", ["alive", "dead"])
-async def test_qemu_is_killed(qemu: str, tmp_path: Path, manager: str) -> None:
-    """The image is consistent up to the last record whose write the guest saw completed."""
+async def test_a_qcow2_image_is_consistent_after_qemu_is_killed(qemu: str, tmp_path: Path, manager: str) -> None:
+    """The image has each record that the guest had synced and counted."""
     for _ in range(max(1, min(20, round(SCALE)))):
         image = make_qcow2(tmp_path / "log", 64 * MIB)
         with survivor(fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--warm", "--console=headless") as guest:

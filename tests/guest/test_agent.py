@@ -60,11 +60,11 @@ def test_an_exit_status_comes_back(machine: AgentMachine, status: int) -> None:
 
 
 @pytest.mark.parametrize("signal", [SIGKILL, SIGTERM])
-def test_a_signal_comes_back(machine: AgentMachine, signal: int) -> None:
+def test_the_signal_that_ended_a_command_comes_back(machine: AgentMachine, signal: int) -> None:
     assert machine.run("sh", "-c", f"kill -{signal} $$").end == Signalled(signal, 0, 0)
 
 
-def test_streams_are_apart(machine: AgentMachine) -> None:
+def test_stdout_and_stderr_stay_apart(machine: AgentMachine) -> None:
     done = machine.run("sh", "-c", "echo out; echo err >&2; echo more; exit 5")
     assert (done.stdout, done.stderr, done.status) == (b"out\nmore\n", b"err\n", 5)
 
@@ -85,7 +85,7 @@ def test_the_end_of_input_is_seen(machine: AgentMachine) -> None:
     assert machine.run("wc", "-c", data=b"12345").stdout == b"5\n"
 
 
-def test_without_a_port_for_it_the_input_is_empty(machine: AgentMachine) -> None:
+def test_a_command_without_a_port_for_stdin_reads_from_dev_null(machine: AgentMachine) -> None:
     assert machine.run("readlink", "/proc/self/fd/0", stdin=False).stdout == b"/dev/null\n"
 
 
@@ -119,7 +119,7 @@ def test_many_arguments_arrive(machine: AgentMachine) -> None:
     assert machine.run("sh", "-c", "echo $#", "sh", *([b"x"] * 20_000)).stdout == b"20000\n"
 
 
-def test_the_environment_is_the_users(machine: AgentMachine) -> None:
+def test_the_environment_is_that_of_a_login(machine: AgentMachine) -> None:
     assert dict(line.split("=", 1) for line in machine.run("env").stdout.decode().splitlines()) == {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -135,23 +135,23 @@ def test_variables_are_added_and_replaced(machine: AgentMachine) -> None:
     assert done.stdout == b"/tmp|%b" % value
 
 
-def test_a_path_of_ones_own_is_searched(machine: AgentMachine) -> None:
+def test_a_command_is_searched_in_the_path_of_its_own_environment(machine: AgentMachine) -> None:
     shell(machine, "printf '#!/bin/sh\\necho mine\\n' >/tmp/mine; chmod +x /tmp/mine")
     assert machine.run("mine", environment={b"PATH": b"/nowhere:/tmp:/bin"}).stdout == b"mine\n"
     assert machine.run("mine").status == 127
 
 
-def test_a_command_begins_at_home_or_where_it_is_told(machine: AgentMachine) -> None:
+def test_a_command_starts_in_the_home_directory_or_in_the_given_one(machine: AgentMachine) -> None:
     assert machine.run("pwd").stdout == b"/root\n"
     assert machine.run("pwd", directory=b"/sys/class").stdout == b"/sys/class\n"
     assert machine.run("pwd", user=b"4242").stdout == b"/\n"
 
 
-def test_a_directory_that_is_missing_is_not_the_commands_failure(machine: AgentMachine) -> None:
+def test_a_missing_directory_is_a_failure_with_status_125(machine: AgentMachine) -> None:
     assert machine.run("pwd", directory=b"/missing").end == Failed(125, errno.ENOENT, "chdir")
 
 
-def test_a_user_has_an_id_and_groups(machine: AgentMachine) -> None:
+def test_a_command_runs_with_the_ids_groups_and_home_of_its_user(machine: AgentMachine) -> None:
     shell(
         machine,
         "echo 'ann:x:1001:1002:Ann:/home/ann:/bin/sh' >>/etc/passwd; mkdir -p /home/ann;"
@@ -173,21 +173,23 @@ def test_a_user_has_an_id_and_groups(machine: AgentMachine) -> None:
         ("/etc", 126, errno.EACCES),
     ],
 )
-def test_what_cannot_be_executed(machine: AgentMachine, command: str, status: int, reason: int) -> None:
+def test_a_command_that_cannot_be_executed_fails_as_in_a_shell(
+    machine: AgentMachine, command: str, status: int, reason: int
+) -> None:
     assert machine.run(command).end == Failed(status, reason, "exec")
 
 
-def test_a_script_without_an_interpreter_is_the_shells(machine: AgentMachine) -> None:
+def test_a_script_without_an_interpreter_is_run_by_the_shell(machine: AgentMachine) -> None:
     shell(machine, "echo 'echo $0 $#' >/tmp/script; chmod +x /tmp/script")
     assert machine.run("/tmp/script", "a", "b").stdout == b"/tmp/script 2\n"
 
 
-def test_signals_are_as_at_boot(machine: AgentMachine) -> None:
+def test_a_command_blocks_and_ignores_no_signals(machine: AgentMachine) -> None:
     output = machine.run("grep", "-E", "Sig(Blk|Ign)", "/proc/self/status").stdout
     assert output.split()[1::2] == [b"0" * 16, b"0" * 16]
 
 
-def test_many_run_at_once(machine: AgentMachine) -> None:
+def test_32_commands_run_at_once(machine: AgentMachine) -> None:
     commands = []
     for number in range(32):
         # One at a time: QEMU's queue of port notifications has room for ten ports
@@ -214,7 +216,7 @@ def test_children_in_the_background_live_on_and_are_not_waited_for(machine: Agen
     wait_in_guest(machine, "[ -e /tmp/lived ]")
 
 
-def test_output_in_the_background_has_an_end(machine: AgentMachine) -> None:
+def test_a_background_process_that_prints_ends_after_its_command(machine: AgentMachine) -> None:
     done = machine.run("sh", "-c", "yes & sleep 0.1; echo done >&2")
     assert (done.status, done.stderr) == (0, b"done\n")
     wait_in_guest(machine, "! pidof yes")
@@ -225,7 +227,7 @@ FAMILY = "setsid sleep 1111 & sleep 1112 & (sleep 1113 &) ; echo all; wait"
 
 @pytest.mark.parametrize("way", ["unplug", "message"])
 @pytest.mark.parametrize("has_group", [True, False])
-def test_a_hang_up_ends_everything_that_was_started(machine: AgentMachine, way: str, has_group: bool) -> None:
+def test_a_hang_up_ends_all_processes_of_a_command(machine: AgentMachine, way: str, has_group: bool) -> None:
     if not has_group:
         shell(machine, "mount --move /sys/fs/cgroup /mnt")
     command = machine.start("sh", "-c", FAMILY)
@@ -250,7 +252,7 @@ def test_a_signal_reaches_the_command(machine: AgentMachine) -> None:
     command.unplug()
 
 
-def test_a_reader_that_goes_is_a_broken_pipe(machine: AgentMachine) -> None:
+def test_a_command_whose_reader_disconnects_gets_sigpipe(machine: AgentMachine) -> None:
     command = machine.start("yes")
     command.read_until(b"y\n", "stdout")
     command.sockets["stdout"].close()
@@ -258,7 +260,7 @@ def test_a_reader_that_goes_is_a_broken_pipe(machine: AgentMachine) -> None:
     command.unplug()
 
 
-def test_a_command_that_closes_its_input_is_told_of(machine: AgentMachine) -> None:
+def test_the_host_learns_that_a_command_has_closed_its_input(machine: AgentMachine) -> None:
     command = machine.start("sh", "-c", "exec <&-; read line <>/dev/zero")
     command.wait(Started)
     command.sockets["stdin"].sendall(b"data")
@@ -266,7 +268,7 @@ def test_a_command_that_closes_its_input_is_told_of(machine: AgentMachine) -> No
     command.unplug()
 
 
-def test_output_that_nobody_reads_waits(machine: AgentMachine) -> None:
+def test_a_command_whose_output_is_not_read_waits(machine: AgentMachine) -> None:
     command = machine.start("head", "-c", str(8 * MIB), "/dev/zero")
     command.wait(Started)
     assert shell(machine, "echo others run") == "others run\n"
@@ -311,7 +313,7 @@ def test_a_terminal_has_job_control(machine: AgentMachine) -> None:
     command.unplug()
 
 
-def test_the_last_words_on_a_terminal_arrive(machine: AgentMachine) -> None:
+def test_the_last_output_on_a_terminal_arrives(machine: AgentMachine) -> None:
     command = terminal(machine, "sh", "-c", "head -c 20000 /dev/zero | tr '\\0' x; echo end")
     assert len(command.read_until(b"end\r\n")) == 20_005
     assert command.end() == Exited(0, 20_005, 0)
@@ -328,7 +330,7 @@ def test_a_terminal_that_is_unplugged_ends_its_session(machine: AgentMachine) ->
 # The control port
 
 
-def test_answers_a_ping(machine: AgentMachine) -> None:
+def test_the_agent_answers_a_ping(machine: AgentMachine) -> None:
     machine.send(protocol.ping("abc-1"))
     assert machine.receive(Pong) == Pong("abc-1")
 
@@ -347,14 +349,14 @@ def test_an_id_in_use_is_refused(machine: AgentMachine) -> None:
     assert command.communicate(b"still there").stdout == b"still there"
 
 
-def test_a_part_of_a_message_is_forgotten_by_the_next_session(machine: AgentMachine) -> None:
+def test_a_new_session_discards_an_incomplete_message(machine: AgentMachine) -> None:
     message = protocol.run(Run("half", machine.session, "half", [b"touch", b"/tmp/half", b"/tmp/whole"]))
     machine.send(message[: message.index(b" /tmp/whole")])
     machine.start_session()
     assert shell(machine, "ls /tmp/half 2>/dev/null || echo none") == "none\n"
 
 
-def test_a_new_manager_finds_the_agent_at_rest(machine: AgentMachine) -> None:
+def test_an_agent_without_a_manager_uses_little_processor_time(machine: AgentMachine) -> None:
     pid = machine.start_session().pid
     ticks = f"cut -d' ' -f14,15 /proc/{pid}/stat"
     before = sum(map(int, shell(machine, ticks).split()))
@@ -362,9 +364,9 @@ def test_a_new_manager_finds_the_agent_at_rest(machine: AgentMachine) -> None:
     command.read_until(b"on\n", "stdout")
     machine.send(b"run half")
     machine.disconnect()
-    # Spend a second without a host
+    # Spend a second without a manager
     command.read_until(b"off\n", "stdout")
-    # A command that still ends when the session begins would be killed.
+    # The next session would kill a command that has not ended
     assert command.end() == Exited(0, 7, 0)
     machine.connect()
     assert machine.receive(Ready).pid == pid
@@ -411,7 +413,7 @@ def test_bad_messages_are_refused_one_by_one(machine: AgentMachine) -> None:
     assert machine.run("true").status == 0
 
 
-def test_junk_is_survived(machine: AgentMachine) -> None:
+def test_the_agent_survives_random_messages(machine: AgentMachine) -> None:
     pid = machine.start_session().pid
     chance = random.Random(4)
     good = protocol.run(Run("junk", machine.session, "junk", [b"echo", b"a b"], {b"A": b"b"}))
@@ -438,7 +440,7 @@ def test_commands_outlive_the_agent(machine: AgentMachine) -> None:
 
 
 @pytest.mark.soak
-def test_ports_that_never_come_are_not_waited_for_for_ever(machine: AgentMachine) -> None:
+def test_a_command_whose_ports_never_come_is_refused(machine: AgentMachine) -> None:
     machine.send(protocol.run(Run("portless", machine.session, "none", [b"true"])))
     assert machine.receive(Refused) == Refused("portless", errno.ETIMEDOUT, "ports")
 
@@ -446,7 +448,7 @@ def test_ports_that_never_come_are_not_waited_for_for_ever(machine: AgentMachine
 # Failures in the guest
 
 
-def test_without_proc_and_on_a_read_only_root(machine: AgentMachine) -> None:
+def test_commands_run_without_proc_and_on_a_read_only_root(machine: AgentMachine) -> None:
     shell(machine, "mount -o remount,ro / && umount -l /proc")
     done = machine.run("sh", "-c", "echo fine; : >/read-only")
     assert (done.stdout, done.status) == (b"fine\n", 1)
@@ -457,13 +459,13 @@ def test_without_proc_and_on_a_read_only_root(machine: AgentMachine) -> None:
     wait_in_guest(machine, "! runs 'sleep 1116'")
 
 
-def test_a_command_that_eats_all_memory_is_killed_alone(machine: AgentMachine) -> None:
+def test_a_command_that_uses_all_memory_is_killed_alone(machine: AgentMachine) -> None:
     pid = machine.start_session().pid
     assert machine.run("tail", "/dev/zero").end == Signalled(SIGKILL, 0, 0)
     assert machine.start_session().pid == pid
 
 
-def test_nothing_is_left_in_the_guest(machine: AgentMachine) -> None:
-    # Two processes: the agent, and the supervisor of the command that counts
+def test_commands_leave_no_processes_behind(machine: AgentMachine) -> None:
+    # Two processes remain: the agent, and the supervisor of the command that counts them.
     wait_in_guest(machine, "[ $(pidof agent | wc -w) = 2 ]")
     assert shell(machine, "ps -o stat | grep -c Z || :") == "0\n"

@@ -123,7 +123,7 @@ class Guest:
             self._events.append(message)
 
     def has_ended(self, seconds: float) -> bool:
-        """Wait for the machine's end. Returns False after this many seconds."""
+        """Wait for the machine's end. Returns False on timeout."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -137,7 +137,7 @@ class Guest:
         self.command("device_add", **device, drive=node["node-name"], id=name)
 
     def detach(self, name: str) -> None:
-        """Ask the guest to release the device, and wait until it has. The block node stays."""
+        """Ask the guest to release the device, and wait until the device is removed. The block node stays."""
         self.command("device_del", id=name)
         while not self._gone(self._next_event(), name):
             pass
@@ -234,7 +234,7 @@ def test_links_disks_by_the_names_that_udev_gives(guest: Guest, link: str, devic
         (SCSI_CD, "sr[0-9]", "scsi-0QEMU_QEMU_CD-ROM_"),
     ],
 )
-def test_says_that_a_disk_came_and_went(guest: Guest, device: dict[str, str], name: str, link: str) -> None:
+def test_reports_a_disk_that_comes_and_goes(guest: Guest, device: dict[str, str], name: str, link: str) -> None:
     for attempt in range(3):
         serial = f"plug-{attempt}"
         guest.attach(serial, {**device, "serial": serial})
@@ -245,14 +245,14 @@ def test_says_that_a_disk_came_and_went(guest: Guest, device: dict[str, str], na
         assert guest.run(f"ls /dev/disk/by-id | grep -c {serial}") == "0\n"
 
 
-def test_says_that_a_disk_is_read_only(guest: Guest) -> None:
+def test_reports_that_a_disk_is_read_only(guest: Guest) -> None:
     guest.attach("fixed", {**VIRTIO_BLK, "serial": "fixed"}, read_only=True)
     found = guest.expect(came("vd[a-z]", "fixed", mode="read-only"))[1]
     guest.detach("fixed")
     guest.expect(went(found))
 
 
-def test_says_a_dash_where_a_disk_has_no_serial(guest: Guest) -> None:
+def test_prints_a_dash_for_a_disk_without_a_serial_number(guest: Guest) -> None:
     guest.attach("nameless", VIRTIO_BLK)
     found = guest.expect(came("vd[a-z]", "-"))[1]
     guest.detach("nameless")
@@ -268,7 +268,7 @@ def test_links_a_scsi_disk_by_its_world_wide_name(guest: Guest) -> None:
     guest.expect(went(found))
 
 
-def test_misses_none_of_many_disks_at_once(guest: Guest) -> None:
+def test_reports_each_of_many_disks_that_come_at_once(guest: Guest) -> None:
     names = {f"many-{number}" for number in range(20)}
     for name in names:
         guest.attach(name, {**SCSI_DISK, "serial": name})
@@ -282,7 +282,7 @@ def test_misses_none_of_many_disks_at_once(guest: Guest) -> None:
 
 
 def start_a_job(guest: Guest) -> None:
-    """Start an endless job, and wait for its message, because the shell would handle keys before that."""
+    """Start an endless job, and wait for its message: until then, the shell itself would handle the keys."""
     guest.type("sh -c 'echo st\"\"arted; exec sleep 1000'\n")
     guest.expect("started\n")
 
@@ -329,7 +329,7 @@ def test_keeps_a_file_system_on_a_disk(guest: Guest, tmp_path: Path) -> None:
     guest.expect(went(found))
 
 
-def test_loads_a_file_system_when_it_is_wanted(guest: Guest) -> None:
+def test_loads_the_module_of_a_file_system_at_a_mount(guest: Guest) -> None:
     guest.run("mount -t iso9660 /dev/sr0 /mnt 2>/dev/null")
     assert guest.run("grep -c iso9660 /proc/filesystems") == "1\n"
 
@@ -338,7 +338,7 @@ def test_loads_a_file_system_when_it_is_wanted(guest: Guest) -> None:
 def test_powers_off_at_the_power_button(qemu: str, machine: str) -> None:
     with booted(qemu, machine) as guest:
         guest.wait_for_shell()
-        powers_off(guest)
+        press_power_button(guest)
 
 
 @pytest.mark.soak
@@ -346,20 +346,20 @@ def test_powers_off_at_the_power_button(qemu: str, machine: str) -> None:
 def test_powers_off_at_the_power_button_of_virt() -> None:
     with booted("qemu-system-aarch64", "virt") as guest:
         guest.wait_for_shell()
-        powers_off(guest)
+        press_power_button(guest)
 
 
-def powers_off(guest: Guest) -> None:
+def press_power_button(guest: Guest) -> None:
     guest.command("system_powerdown")
     assert "\nvmspawn-guest: power button pressed, powering off\n" in guest.drain()
     assert guest.process.returncode == 0
 
 
-def test_hears_a_power_button_that_came_later(qemu: str) -> None:
+def test_reacts_to_a_power_button_that_appears_later(qemu: str) -> None:
     with booted(qemu) as guest:
         guest.wait_for_shell()
         guest.run("rmmod button && modprobe button && until pidof dd; do usleep 10000; done")
-        powers_off(guest)
+        press_power_button(guest)
 
 
 def test_reboots_at_ctrl_alt_del(qemu: str) -> None:
@@ -370,7 +370,7 @@ def test_reboots_at_ctrl_alt_del(qemu: str) -> None:
 
 
 @pytest.mark.parametrize(("command", "line"), [("poweroff", "powering off"), ("reboot", "rebooting")])
-def test_does_as_its_user_says(qemu: str, command: str, line: str) -> None:
+def test_powers_off_and_reboots_by_command(qemu: str, command: str, line: str) -> None:
     with booted(qemu) as guest:
         guest.wait_for_shell()
         guest.type(f"{command}\n")
@@ -378,7 +378,7 @@ def test_does_as_its_user_says(qemu: str, command: str, line: str) -> None:
         assert guest.process.returncode == 0
 
 
-def test_uses_the_console_that_the_kernel_was_told(qemu: str) -> None:
+def test_uses_the_console_that_the_kernel_arguments_name(qemu: str) -> None:
     options = ("-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console")
     with booted(qemu, "q35", *options, console="hvc0", arguments="systemd.tty.term.hvc0=linux") as guest:
         guest.wait_for_shell()

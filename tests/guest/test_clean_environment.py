@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the wheel in a user's environment: the pytest plugin beside other plugins, parallel tests, killed test runs,
-testinfra, Ansible, and a user's program under type checkers."""
+"""Tests the wheel in a user's environment.
+
+The wheel is used by pytest with other plugins, by parallel and by killed test runs, by testinfra, by Ansible, and by
+type checkers of a user's program.
+"""
 
 import json
 import os
@@ -47,7 +50,7 @@ class Environment:
         return [str(self.folder / "bin" / name), *arguments]
 
     def pytest(self, project: Path, *arguments: str) -> str:
-        """Run pytest, and return its output. Fails if it leaves something of its machines behind."""
+        """Run pytest, and return its output. Fails if a process or a directory of its machines is left."""
         command = self.command("pytest", "-p", "no:cacheprovider", *arguments)
         done = subprocess.run(
             command, cwd=project, env=self.variables, capture_output=True, text=True, timeout=RUN_TIMEOUT
@@ -57,7 +60,7 @@ class Environment:
         return done.stdout
 
     def left(self) -> list[str]:
-        """Return the directories of machines, and the processes that name one."""
+        """Return the directories of machines, and the processes with such a directory on their command lines."""
         found = [str(each) for each in self.runtime.iterdir()]
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
@@ -74,18 +77,18 @@ def environment(tmp_path_factory: pytest.TempPathFactory, runtime_directory: Pat
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    # A socket's path is short.
+    # The path of a socket has to be short.
     machines = runtime_directory / "w"
     machines.mkdir()
     found = Environment(folder, machines)
     done = subprocess.run(found.command("pip", "install", "-q", str(wheel), *PACKAGES), capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"pip cannot install what this needs: {done.stderr}")
+        pytest.skip(f"pip cannot install the packages: {done.stderr}")
     yield found
     shutil.rmtree(machines)
 
 
-def test_the_tutorial_of_a_newcomer(environment: Environment, tmp_path: Path) -> None:
+def test_the_tests_of_the_tutorial_pass(environment: Environment, tmp_path: Path) -> None:
     files = blocks("testing.md", "file")
     for name, text in files:
         (tmp_path / name).write_text(text)
@@ -127,7 +130,9 @@ pytestmark = pytest.mark.anyio
     ],
     ids=["strict", "auto", "anyio", "anyio-alone"],
 )
-def test_asynchronous_tests(environment: Environment, tmp_path: Path, more: str, options: list[str]) -> None:
+def test_an_asynchronous_test_passes_under_pytest_asyncio_and_anyio(
+    environment: Environment, tmp_path: Path, more: str, options: list[str]
+) -> None:
     (tmp_path / "test_it.py").write_text(ASYNCHRONOUS + more)
     warnings = ["-W", "error", "-o", "asyncio_default_fixture_loop_scope=function"]
     assert "1 passed" in environment.pytest(tmp_path, *options, *(warnings if "no:asyncio" not in options else ()))
@@ -187,7 +192,7 @@ def test_it(vm):
     assert "1 passed" in environment.pytest(tmp_path)
 
 
-def test_type_checkers_pass_right_uses_and_find_wrong_ones(environment: Environment, tmp_path: Path) -> None:
+def test_type_checkers_accept_right_uses_and_report_wrong_ones(environment: Environment, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict"}))
     for checker in (["mypy", "--strict"], ["pyright", f"--pythonpath={environment.folder}/bin/python"]):
@@ -218,9 +223,9 @@ def test_it(vm, number):
 """
 
 
-def test_two_hundred_tests_on_four_workers(environment: Environment, tmp_path: Path) -> None:
+def test_two_hundred_tests_pass_on_four_workers(environment: Environment, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(MANY.format(count=200))
-    # A machine that ends while vmspawn prepares the next command's ports must close these too.
+    # If a machine ends while vmspawn prepares ports for the next command, vmspawn must close these ports.
     warnings = ["-W", "error::ResourceWarning", "-W", "error::pytest.PytestUnraisableExceptionWarning"]
     assert "200 passed" in environment.pytest(tmp_path, "-n", "4", "-q", *warnings)
 
@@ -235,7 +240,8 @@ def test_nothing_is_left_of_runs_that_are_killed(environment: Environment, tmp_p
         ) as run:
             moment = moments.uniform(0.5, 12)
             time.sleep(moment)
-            # Its workers are in its process group; the workers of the other runs notice that pytest is gone.
+            # Every second run is killed with its workers, which are in its process group. The workers of the other runs
+            # notice that pytest is gone.
             os.killpg(run.pid, signal.SIGKILL) if attempt % 2 else run.kill()
         deadline = time.monotonic() + DEADLINE
         while left := environment.left():

@@ -44,16 +44,16 @@ def receive_raw(machine: Seated, count: int) -> None:
     machine.expect(rb"ready\n")
 
 
-def test_commands_run_and_the_terminal_is_known(seat: Seated) -> None:
+def test_the_guest_knows_the_terminals_type_and_size(seat: Seated) -> None:
     assert seat.run("echo $TERM; stty size").splitlines()[-2:] == [b"xterm-256color", b"24 80"]
 
 
-def test_the_first_line_says_which_keys_there_are(seat: Seated) -> None:
+def test_the_first_line_lists_the_key_sequences(seat: Seated) -> None:
     first = bytes(seat.everything).splitlines()[0]
     assert all(keys in first for keys in (b"^]", b"^]^]p", b"^]^]r"))
 
 
-def test_the_keys_of_the_terminal_go_to_the_guest(seat: Seated) -> None:
+def test_ctrl_c_interrupts_a_program_in_the_guest_and_not_vmspawn(seat: Seated) -> None:
     # The message comes from the foreground process, which Ctrl-C interrupts.
     seat.type(b"sh -c 'echo star\"\"ted; exec sleep 1000'\n")
     seat.expect(rb"started\r\n")
@@ -67,7 +67,7 @@ def test_100_kilobytes_are_pasted_and_come_back_unchanged(serial: Seated) -> Non
     serial.type(EVERYTHING)
     serial.expect(rb"<")
     serial.expect(rb">\r\n")
-    # The pasted bytes contain "<" and ">", so read up to the last mark.
+    # The pasted bytes contain both marks, so continue to the last ">".
     while len(serial.before) < len(EVERYTHING):
         so_far = serial.before + b">\r\n"
         serial.expect(rb">\r\n")
@@ -76,7 +76,7 @@ def test_100_kilobytes_are_pasted_and_come_back_unchanged(serial: Seated) -> Non
 
 
 @pytest.mark.parametrize("typed", [b"\x1dx", b"\x1d\x1dx", b"\x1dp", b"\x1dr", b"\x1d\x1d\x03", b"p\x1d"])
-def test_what_is_no_key_of_ours_reaches_the_guest(serial: Seated, typed: bytes) -> None:
+def test_input_that_is_no_key_sequence_reaches_the_guest(serial: Seated, typed: bytes) -> None:
     receive_raw(serial, len(typed))
     serial.type(typed)
     serial.expect(rb"<")
@@ -85,7 +85,7 @@ def test_what_is_no_key_of_ours_reaches_the_guest(serial: Seated, typed: bytes) 
 
 
 def test_slow_escapes_reach_the_guest(serial: Seated) -> None:
-    """Each ^] is typed after the guest has received the previous one, so after its second."""
+    """Each ^] is typed after the guest has received the previous one, which vmspawn holds back for a second."""
     serial.type(b"stty raw -echo; echo rea''dy; dd bs=1 count=4 2>/dev/null | od -An -v -tx1 -w1; stty sane\n")
     serial.expect(rb"ready\n")
     for _ in range(3):
@@ -96,14 +96,14 @@ def test_slow_escapes_reach_the_guest(serial: Seated) -> None:
     serial.expect(PROMPT)
 
 
-def test_the_window_is_followed(seat: Seated) -> None:
+def test_the_guest_gets_each_new_size_of_the_window(seat: Seated) -> None:
     seat.resize(41, 133)
     seat.run('until [ "$(stty size)" = "41 133" ]; do usleep 50000; done')
     seat.resize(24, 80)
     seat.run('until [ "$(stty size)" = "24 80" ]; do usleep 50000; done')
 
 
-def test_ctrl_alt_delete_reboots_and_the_new_guest_knows_the_window(seat: Seated) -> None:
+def test_ctrl_alt_delete_reboots_and_the_guest_gets_the_windows_size_again(seat: Seated) -> None:
     seat.resize(33, 99)
     seat.type(REBOOT)
     seat.expect(READY)
@@ -112,7 +112,7 @@ def test_ctrl_alt_delete_reboots_and_the_new_guest_knows_the_window(seat: Seated
     seat.resize(24, 80)
 
 
-# Other viewers.
+# Other viewers
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def visitor(serial: Seated) -> Iterator[Tty]:
         yield tty
 
 
-def test_several_see_and_type(serial: Seated, visitor: Tty) -> None:
+def test_several_clients_see_the_console_and_type(serial: Seated, visitor: Tty) -> None:
     with terminal() as third:
         process = third.start([*VMCTL, "console", serial.name, "--read-only"])
         third.expect(PROMPT)
@@ -180,11 +180,11 @@ def resident(pid: int) -> int:
     return int(found[1]) << 10
 
 
-def test_a_pipe_types_and_shows(serial: Seated) -> None:
+def test_a_client_on_pipes_types_and_shows_output(serial: Seated) -> None:
     with background([*VMCTL, "console", serial.name, "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as piped:
         assert piped.stdin is not None
         assert piped.stdout is not None
-        # A pipe has no key sequences.
+        # ^U discards an incomplete line.
         piped.stdin.write(b"\x15echo pi''ped\n")
         piped.stdin.close()
         shown = b""
@@ -195,7 +195,7 @@ def test_a_pipe_types_and_shows(serial: Seated) -> None:
     serial.expect(rb"piped\r\n")
 
 
-# The end of a booted guest.
+# The end of a booted guest
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def guest(qemu: str) -> Iterator[Seated]:
         yield machine
 
 
-def test_acpi_power_off_by_key_and_the_screen_is_fit_for_use(qemu: str, tmp_path: Path) -> None:
+def test_keys_power_the_guest_off_and_the_terminal_is_restored(qemu: str, tmp_path: Path) -> None:
     """The guest leaves colours, a hidden cursor, the alternate screen, line drawing and an unfinished title behind."""
     with seated(f"--qemu={qemu}", "--guest=builtin", f"--log={tmp_path / 'log'}") as guest:
         guest.expect(READY)
@@ -229,7 +229,7 @@ def test_acpi_power_off_by_key_and_the_screen_is_fit_for_use(qemu: str, tmp_path
     assert any(line.rstrip().endswith("shell$ qqq") for line in screen.display)
 
 
-def test_poweroff_with_wait_tells_what_the_guest_does(guest: Seated) -> None:
+def test_poweroff_with_wait_reports_a_paused_guest_and_its_end(guest: Seated) -> None:
     assert vmctl("pause", guest.name).returncode == 0
     with background([*VMCTL, "poweroff", guest.name, "--wait"], stderr=subprocess.PIPE, text=True) as waiting:
         assert waiting.stderr is not None
@@ -241,7 +241,7 @@ def test_poweroff_with_wait_tells_what_the_guest_does(guest: Seated) -> None:
     assert said.splitlines()[-1] == "vmctl: the guest powered off"
 
 
-def test_a_panic_is_told_to_everybody(guest: Seated) -> None:
+def test_a_panic_is_reported_on_the_terminal_and_as_events(guest: Seated) -> None:
     with background([*VMCTL, "events", guest.name, "--json=short"], stdout=subprocess.PIPE) as events:
         assert events.stdout is not None
         assert b"READY" in events.stdout.readline()

@@ -45,7 +45,7 @@ def left_behind(machine: Machine) -> str:
     return shell(machine, "find /tmp /root -name '.vmspawn-copy-*'")
 
 
-def test_a_tree_there_and_back(machine: Machine, tree: Path, tmp_path: Path) -> None:
+def test_a_tree_is_copied_to_the_guest_and_back_unchanged(machine: Machine, tree: Path, tmp_path: Path) -> None:
     os.utime(tree / "empty", (0, 0))
     copy(str(tree), f"{machine.name}:/tmp/there")
     assert (
@@ -53,7 +53,7 @@ def test_a_tree_there_and_back(machine: Machine, tree: Path, tmp_path: Path) -> 
         == "content\n555 500000000 root\n"
     )
     copy(f"{machine.name}:/tmp/there", str(tmp_path / "back"))
-    # busybox gives a symbolic link no time.
+    # busybox does not set the times of symbolic links.
     expected = {name: row[:1] + row[2:] if "link" in name or "far" in name else row for name, row in look(tree).items()}
     found = look(tmp_path / "back").items()
     assert {name: row[:1] + row[2:] if "link" in name or "far" in name else row for name, row in found} == expected
@@ -61,7 +61,7 @@ def test_a_tree_there_and_back(machine: Machine, tree: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob(".vmspawn*"))
 
 
-def test_where_it_goes(machine: Machine, tmp_path: Path) -> None:
+def test_the_target_is_a_new_name_a_directory_or_a_file_to_replace(machine: Machine, tmp_path: Path) -> None:
     shell(machine, "rm -rf /tmp/where; mkdir /tmp/where")
     for name in ("one", "two"):
         (tmp_path / name).write_text(name)
@@ -80,14 +80,14 @@ def test_where_it_goes(machine: Machine, tmp_path: Path) -> None:
     }
 
 
-def test_aliases_as_machinectl_has_them(machine: Machine, tmp_path: Path) -> None:
+def test_copy_to_and_copy_from_work_as_in_machinectl(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("alias")
     assert vmctl("copy-to", machine.name, str(tmp_path / "file"), "/tmp/alias").returncode == 0
     assert vmctl("copy-from", machine.name, "/tmp/alias", str(tmp_path / "back")).returncode == 0
     assert (tmp_path / "back").read_text() == "alias"
 
 
-def test_a_folder_of_the_guest_gets_new_files(machine: Machine, tmp_path: Path) -> None:
+def test_a_directory_is_merged_into_one_of_the_guest(machine: Machine, tmp_path: Path) -> None:
     shell(
         machine,
         "rm -rf /tmp/merge; mkdir -p /tmp/merge/top/sub; echo old >/tmp/merge/top/old; echo x >/tmp/merge/top/a",
@@ -99,7 +99,7 @@ def test_a_folder_of_the_guest_gets_new_files(machine: Machine, tmp_path: Path) 
     assert shell(machine, "cd /tmp/merge/top; cat old a sub/.hidden") == "old\nnewhidden"
 
 
-def test_holes(machine: Machine, tmp_path: Path) -> None:
+def test_holes_stay_holes_in_both_directions(machine: Machine, tmp_path: Path) -> None:
     path = make_sparse(tmp_path / "sparse")
     copy(str(path), f"{machine.name}:/tmp")
     assert int(shell(machine, "du -k /tmp/sparse").split()[0]) < 2048
@@ -133,7 +133,9 @@ def test_holes(machine: Machine, tmp_path: Path) -> None:
         (("{guest}:/", "{host}"), "no name to copy it under"),
     ],
 )
-def test_what_cannot_be_copied(machine: Machine, tmp_path: Path, arguments: tuple[str, ...], why: str) -> None:
+def test_an_impossible_copy_is_refused_with_the_reason(
+    machine: Machine, tmp_path: Path, arguments: tuple[str, ...], why: str
+) -> None:
     for name in ("file", "other", "tmp"):
         (tmp_path / name).write_text(name)
     values = {"host": str(tmp_path), "guest": machine.name}
@@ -144,7 +146,7 @@ def test_what_cannot_be_copied(machine: Machine, tmp_path: Path, arguments: tupl
     assert left_behind(machine) == ""
 
 
-def test_a_full_guest_has_no_half_file(machine: Machine, tmp_path: Path) -> None:
+def test_a_full_guest_keeps_the_old_file(machine: Machine, tmp_path: Path) -> None:
     shell(machine, "mkdir -p /tmp/small; mount -t tmpfs -o size=1M tmpfs /tmp/small; echo old >/tmp/small/large")
     (tmp_path / "large").write_bytes(os.urandom(8 * MIB))
     done = vmctl("copy", str(tmp_path / "large"), f"{machine.name}:/tmp/small/large")
@@ -153,7 +155,7 @@ def test_a_full_guest_has_no_half_file(machine: Machine, tmp_path: Path) -> None
     assert shell(machine, "ls -A /tmp/small; cat /tmp/small/large; umount /tmp/small") == "large\nold\n"
 
 
-def test_a_full_host_has_no_half_file(machine: Machine, tmp_path: Path) -> None:
+def test_a_write_error_on_the_host_keeps_the_old_file(machine: Machine, tmp_path: Path) -> None:
     shell(machine, "dd if=/dev/urandom of=/tmp/two bs=1M count=2 status=none")
     (tmp_path / "two").write_text("old")
     script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
@@ -168,7 +170,7 @@ def test_a_full_host_has_no_half_file(machine: Machine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_copy_that_is_interrupted_leaves_nothing(machine: Machine, tmp_path: Path, number: signal.Signals) -> None:
-    """The file is larger than the guest's /tmp; the guest itself reports when the copy has begun."""
+    """The file is larger than the guest's /tmp. A command in the guest reports that the copy has begun."""
     with open(tmp_path / "large", "wb") as file:
         file.write(os.urandom(MIB) * 200)
     command = [*VMCTL, "copy", str(tmp_path / "large"), f"{machine.name}:/tmp/half"]
@@ -192,7 +194,7 @@ runpy.run_module("vmspawn.cli.ctl", run_name="__main__")
 """
 
 
-def test_a_progress_bar_on_a_terminal(machine: Machine, tmp_path: Path) -> None:
+def test_a_progress_bar_is_shown_on_a_terminal(machine: Machine, tmp_path: Path) -> None:
     with open(tmp_path / "large", "wb") as file:
         file.write(os.urandom(MIB) * 48)
     with terminal() as tty:
@@ -203,7 +205,7 @@ def test_a_progress_bar_on_a_terminal(machine: Machine, tmp_path: Path) -> None:
     assert shell(machine, "stat -c %s /tmp/large; rm /tmp/large") == f"{48 * MIB}\n"
 
 
-async def test_a_program_copies(machine: Machine, tmp_path: Path) -> None:
+async def test_the_library_copies_and_skips_special_files_on_request(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("from a program")
     calls: list[tuple[int, int]] = []
     async with vmspawn.connect(machine.name) as connected:
@@ -218,8 +220,8 @@ async def test_a_program_copies(machine: Machine, tmp_path: Path) -> None:
     assert calls[-1][0] == calls[-1][1]
 
 
-async def test_a_program_that_is_cancelled_leaves_nothing(machine: Machine, tmp_path: Path) -> None:
-    """The source is a named pipe in the guest without a writer."""
+async def test_a_copy_that_is_cancelled_leaves_nothing(machine: Machine, tmp_path: Path) -> None:
+    """The file is so large that the copy can be cancelled before it ends."""
     shell(machine, "rm -rf /tmp/slow; mkdir /tmp/slow; dd if=/dev/zero of=/tmp/slow/f bs=1M count=50 status=none")
     started = asyncio.Event()
     async with vmspawn.connect(machine.name) as connected:
@@ -234,7 +236,7 @@ async def test_a_program_that_is_cancelled_leaves_nothing(machine: Machine, tmp_
     assert os.listdir(tmp_path) == []
 
 
-def test_the_example_of_the_docs(machine: Machine, tmp_path: Path) -> None:
+def test_the_example_of_the_docs_works(machine: Machine, tmp_path: Path) -> None:
     done = run_example("copy.md", "copy", tmp_path, {"demo": machine.name})
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "kernel.log").read_text()

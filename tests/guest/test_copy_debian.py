@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests copies and conditions with an unmodified Debian, which has systemd and GNU tar."""
+"""Tests copies, and the conditions of `wait_for`, with Debian, which has systemd and GNU tar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 def boot_options(suite: str, folder: Path) -> dict[str, Any]:
-    """Return the options that boot a suite. The systemd of the older one takes no agent, so its image contains it."""
+    """Return the options that boot a suite of Debian.
+
+    The older suite's systemd does not take the agent as a credential, so the agent is installed in its image.
+    """
     if suite == debian.SUITE:
         return {"image": str(debian.disk())}
     tree = debian.tree(suite)
@@ -33,7 +36,7 @@ def boot_options(suite: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("suite", [debian.SUITE, debian.OLDER])
 @pytest.mark.asyncio
-async def test_a_debian_is_waited_for_and_copied_to(qemu: str, suite: str, tree: Path, tmp_path: Path) -> None:
+async def test_a_debian_is_waited_for_and_copied_to_and_from(qemu: str, suite: str, tree: Path, tmp_path: Path) -> None:
     debian.need()
     async with Machine(
         **boot_options(suite, tmp_path),

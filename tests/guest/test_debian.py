@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests an unmodified Debian: it boots by BIOS and by UEFI, from raw and qcow2 images and from a directory; its udev
-finds hot-plugged disks, and its power button shuts it down."""
+"""Tests an unmodified Debian.
+
+It boots by BIOS and by UEFI, from raw and qcow2 images and from a directory. Its udev finds hot-plugged disks. The
+power button shuts it down.
+"""
 
 import asyncio
 import hashlib
@@ -59,7 +62,7 @@ class Console:
                     assert data, f"the console ended before {pattern!r}: {self.text[-2000:]!r}"
                     self.text += data.decode(errors="replace").replace("\r", "")
         except TimeoutError:
-            raise AssertionError(f"{pattern!r} did not come: {self.text[-3000:]!r}") from None
+            raise AssertionError(f"the guest did not print {pattern!r}: {self.text[-3000:]!r}") from None
         self.text = self.text[match.end() :]
 
     async def run(self, command: str) -> str:
@@ -93,7 +96,7 @@ async def booted(qemu: str, **options: Any) -> AsyncIterator[tuple[Machine, Cons
 
 
 async def power_off(machine: Machine) -> None:
-    """Press the power button until the guest powers off, as SIGTERM does: logind may miss the first press."""
+    """Press the power button until the guest powers off, as SIGTERM makes vmspawn do: logind may miss a press."""
     shutdown = Shutdown(machine.inner, lambda line: None, Notifier())
     shutdown.request("the test")
     try:
@@ -122,7 +125,7 @@ def make_shared(folder: Path) -> Path:
     return folder
 
 
-async def test_bios_boots_it_and_udev_sees_what_is_plugged_in(qemu: str, tmp_path: Path) -> None:
+async def test_bios_boots_debian_and_udev_finds_hot_plugged_disks(qemu: str, tmp_path: Path) -> None:
     image = debian.disk()
     before = checksum(image)
     async with booted(qemu, image=str(image), ephemeral=True, kernel_arguments=("not.for=bios",)) as (machine, console):
@@ -163,7 +166,7 @@ async def test_uefi_boots_a_qcow2_with_kernel_arguments(
     assert image.with_name(image.name + nvram.SUFFIX).stat().st_size > 0
 
 
-async def test_a_kernel_of_the_users_finds_its_root_on_the_image(qemu: str) -> None:
+async def test_a_users_kernel_finds_its_root_on_the_image(qemu: str) -> None:
     linux, initrd = debian.kernel()
     options = {"linux": str(linux), "initrd": str(initrd), "image": str(debian.disk()), "ephemeral": True}
     async with booted(qemu, **options, kernel_arguments=("rw",)) as (machine, console):
@@ -188,7 +191,7 @@ async def test_a_unified_kernel_image_is_started_by_uefi(
         await power_off(machine)
 
 
-async def test_a_directory_boots(qemu: str) -> None:
+async def test_debian_boots_from_a_directory(qemu: str) -> None:
     async with booted(qemu, directory=str(debian.tree())) as (machine, console):
         assert await console.run("findmnt -no FSTYPE /") == "virtiofs"
         await power_off(machine)

@@ -79,7 +79,7 @@ async def test_an_image_is_replaced_under_a_writer(guest: Booted, tmp_path: Path
 
 
 async def wait_for_writes(machine: Machine, count: int) -> int:
-    """Wait until the guest has made that many writes. No event reports them, so QEMU is asked repeatedly."""
+    """Wait until the guest has made `count` writes. No event reports writes, so this function polls QEMU."""
     async with asyncio.timeout(30):
         while (done := (await machine.storage.statistics())["disk"].writes) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -99,7 +99,7 @@ async def test_the_guest_sees_another_size_at_once(guest: Booted, tmp_path: Path
     device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), bus)
 
     async def size_in_the_guest(size: int) -> int:
-        """Wait up to ten seconds until the guest has handled QEMU's interrupt for a new size."""
+        """Return the size in the guest. Waits up to ten seconds until the guest has handled QEMU's interrupt."""
         seen = f"$(cat /sys/block/{device}/size)"
         waiting = f"n=0; until [ {seen} = {size // 512} ] || [ $((n += 1)) -gt 1000 ]; do usleep 10000; done"
         return int((await shell.run(f"{waiting}; echo {seen}")).split()[-1]) * 512
@@ -111,7 +111,7 @@ async def test_the_guest_sees_another_size_at_once(guest: Booted, tmp_path: Path
     await detach(guest, device)
 
 
-async def test_an_nvme_disk_keeps_its_size_and_says_why(guest: Booted, tmp_path: Path) -> None:
+async def test_resizing_an_nvme_disk_is_refused_with_the_reason(guest: Booted, tmp_path: Path) -> None:
     device = await attach(guest, make_raw(tmp_path / "image", 4 * MIB), "nvme")
     with pytest.raises(ConfigNotSupported, match="bus nvme cannot change its size") as caught:
         await guest.machine.resize("disk", 8 * MIB)
@@ -166,8 +166,8 @@ async def test_a_guest_that_removes_a_disk_itself_is_noticed(guest: Booted, tmp_
     await shell.run(f"[ ! -e /sys/block/{device} ]")
 
 
-async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tmp_path: Path) -> None:
-    """The guest does not see the disk. The removal is pending with a reason, the image is closed; a reset ends it."""
+async def test_a_guest_without_acpi_releases_a_disk_only_at_a_reset(qemu: str, tmp_path: Path) -> None:
+    """The guest does not see the disk. Its removal is pending until a reset; force closes the image before that."""
     image = make_raw(tmp_path / "image", 4 * MIB)
     async with booted(qemu, kernel_arguments=("acpi=off",)) as (machine, _):
         before = await Snapshot.take(machine)
@@ -190,8 +190,8 @@ async def test_a_guest_without_acpi_cannot_let_go_but_is_forced_to(qemu: str, tm
         assert await Snapshot.take(machine) == before
 
 
-async def test_a_removal_by_the_attention_button_takes_its_time_and_is_no_failure(qemu: str, tmp_path: Path) -> None:
-    """Without ACPI the guest takes five seconds. QEMU refuses a second request, and the first one still succeeds."""
+async def test_a_removal_by_the_attention_button_completes_after_its_delay(qemu: str, tmp_path: Path) -> None:
+    """Without ACPI hot-plug, the guest waits five seconds. QEMU refuses a second request; the first still succeeds."""
     native = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
     async with booted(qemu, qemu_arguments=native) as (machine, shell):
         before = await Snapshot.take(machine)

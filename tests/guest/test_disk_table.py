@@ -25,7 +25,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 SECTOR = 512
 
 
-# Guests of another architecture are ten times slower.
+#: virt is for the long tests only: guests of another architecture are ten times slower.
 MACHINE_TYPES = ["q35", "pc", pytest.param("virt", marks=pytest.mark.soak)]
 
 
@@ -37,7 +37,7 @@ async def guest(request: pytest.FixtureRequest, qemu: str) -> AsyncIterator[Boot
 
 @dataclass
 class Specimen:
-    """One disk of the table."""
+    """A disk of one kind: its format, whether it is a block device of the host, and whether it is read-only."""
 
     number: int
     image_format: str
@@ -75,7 +75,7 @@ async def run(*command: str) -> str:
 
 @contextmanager
 def detached_at_the_end() -> Iterator[list[str]]:
-    """Return a list of loop devices that are removed at the end."""
+    """Yield a list for loop devices, which are detached at the end."""
     import subprocess
 
     loops: list[str] = []
@@ -103,7 +103,7 @@ async def make(specimen: Specimen, folder: Path, loops: list[str]) -> None:
 
 
 def specimens(bus: str, folder: Path) -> list[Specimen]:
-    """Return all kinds of disks for a bus."""
+    """Return a disk of each kind for a bus."""
     modes = [True] if bus == "scsi-cd" else [False, True]
     blocks = [False, True] if os.geteuid() == 0 and shutil.which("losetup") else [False]
     table = itertools.product(["raw", "qcow2"], blocks, modes)
@@ -114,7 +114,7 @@ def specimens(bus: str, folder: Path) -> list[Specimen]:
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "nvme-ns", "virtio-scsi", "scsi-cd"])
-async def test_every_kind_of_disk_comes_is_used_and_goes(guest: Booted, tmp_path: Path, bus: str) -> None:
+async def test_every_kind_of_disk_is_attached_used_and_detached(guest: Booted, tmp_path: Path, bus: str) -> None:
     machine, shell = guest
     if bus == "nvme-ns" and not machine.storage._context.layout.namespaces.places:
         pytest.skip("this QEMU cannot plug in namespaces")
@@ -142,7 +142,7 @@ async def attach(machine: Machine, specimen: Specimen, bus: str) -> None:
 
 
 async def recognise(shell: Shell, table: list[Specimen], bus: str) -> None:
-    """Wait until the guest has printed each disk's size, serial number and mode."""
+    """Wait until the guest has printed a line for each disk, and check the serial number and the mode."""
     by_size = {specimen.size: specimen for specimen in table}
     for _ in table:
         line = r"block (\S+) came: (\d+) bytes, serial (\S+), (read-write|read-only)\n"

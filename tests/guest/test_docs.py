@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs the examples of docs/api.md, docs/testing.md and docs/qmp.md."""
+"""Runs the examples of docs/api.md, docs/testing.md and docs/qmp.md, and checks that docs/api.md is complete."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str] | None = N
     return done.stdout
 
 
-def test_the_library_s_examples(tmp_path: Path) -> None:
+def test_the_examples_of_the_library_run(tmp_path: Path) -> None:
     output = run([sys.executable, "-c", "\n".join(text for _, text in blocks("api.md", "run"))], tmp_path)
     assert "GenericError" in output
     assert output.endswith("the machine was terminated\n")
@@ -52,7 +52,7 @@ def test_every_method_of_a_machine_is_documented() -> None:
         assert name.startswith("_") or f"`{name}" in text, name
 
 
-def test_the_tutorial(tmp_path: Path) -> None:
+def test_the_tests_of_the_tutorial_pass(tmp_path: Path) -> None:
     files = blocks("testing.md", "file")
     for name, text in files:
         (tmp_path / name).write_text(text)
@@ -115,7 +115,7 @@ OUTPUT = {
 
 
 @pytest.mark.parametrize("language", sorted(OUTPUT))
-def test_programs_that_speak_qmp(demo: tuple[Path, dict[str, str]], language: str) -> None:
+def test_each_program_that_uses_qmp_prints_its_result(demo: tuple[Path, dict[str, str]], language: str) -> None:
     folder, environment = demo
     suffix, command = PROGRAMS[language]
     if not shutil.which(command[0]):

@@ -48,13 +48,13 @@ async def machine(qemu: str) -> AsyncIterator[Machine]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mortal(qemu: str) -> AsyncIterator[Machine]:
-    """Yield one machine for tests that reset it. The last test suspends it, after which it cannot be powered off."""
+    """Yield one machine for tests that reset it. The last of them suspends it, and then it cannot be powered off."""
     async with started(qemu, control=True) as machine:
         yield machine
 
 
 async def objects(machine: Machine) -> tuple[set[str], set[str]]:
-    """Return QEMU's character devices and devices."""
+    """Return the names of QEMU's character devices, and of its devices."""
     chardevs = {each["label"] for each in await machine.monitor.execute("query-chardev")}
     devices = {each["name"] for each in await machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})}
     return chardevs, devices
@@ -78,14 +78,14 @@ async def until_runs(machine: Machine, command: str) -> None:
 
 
 async def start_client(machine: Machine) -> asyncio.Task[subprocess.CompletedProcess[str]]:
-    """Start `vmctl exec` with a command that something else ends, and wait until the command runs."""
+    """Start `vmctl exec` with a command that does not end by itself, and wait until the command runs."""
     client = asyncio.create_task(asyncio.to_thread(vmctl, "exec", machine.name, "sleep", "81234"))
     await until_runs(machine, "sleep 81234")
     return client
 
 
 async def execute_once_started(machine: Machine, script: str) -> Execution:
-    """Start a script that ends its own command, and let it begin only when the manager has reported its start."""
+    """Start a command, and let its script begin only after the manager has reported the start."""
     command = await machine.execute(["sh", "-c", f"read -r line; {script}"])
     assert command.stdin is not None
     command.stdin.write(b"\n")
@@ -122,7 +122,7 @@ async def test_an_exit_status_comes_back(machine: Machine, status: int) -> None:
     assert (done.status, done.stdout, done.stderr) == (status, "", "")
 
 
-async def test_a_signal_is_128_and_its_number(machine: Machine) -> None:
+async def test_a_signal_is_reported_as_128_plus_its_number(machine: Machine) -> None:
     assert (await machine.run("kill -9 $$")).status == 137
 
 
@@ -131,7 +131,7 @@ async def test_stdout_and_stderr_stay_apart(machine: Machine) -> None:
     assert (done.stdout, done.stderr) == ("out\nmore\n", "err\n")
 
 
-async def test_every_byte_comes_through_and_back(machine: Machine) -> None:
+async def test_every_byte_passes_both_ways(machine: Machine) -> None:
     data = EVERY_BYTE * 4096
     done = await machine.run(["cat"], input=data, text=False)
     assert done.stdout == data
@@ -144,7 +144,7 @@ async def test_arguments_are_passed_as_they_are(machine: Machine) -> None:
     assert done.stdout.split(b"\0")[:-1] == [each if isinstance(each, bytes) else each.encode() for each in arguments]
 
 
-async def test_a_hundred_kilobytes_of_arguments(machine: Machine) -> None:
+async def test_a_hundred_kilobytes_of_arguments_arrive(machine: Machine) -> None:
     arguments = [f"{number:0100d}" for number in range(1000)]
     done = await machine.run(["sh", "-c", 'echo $#; echo "$1000" | wc -c; shift 999; echo "$1"', "sh", *arguments])
     assert done.stdout.splitlines()[0] == "1000"
@@ -156,18 +156,18 @@ async def test_a_nul_is_refused(machine: Machine) -> None:
         await machine.run(["echo", "a\0b"])
 
 
-async def test_environment_directory_and_user(machine: Machine) -> None:
+async def test_a_command_gets_its_environment_directory_and_user(machine: Machine) -> None:
     done = await machine.run('echo "$A" "$PWD" "$(id -u)"', env={"A": "b c"}, cwd="/tmp", user="1234")
     assert done.stdout == "b c /tmp 1234\n"
 
 
-async def test_a_directory_that_is_not_there(machine: Machine) -> None:
+async def test_a_missing_directory_is_reported(machine: Machine) -> None:
     done = await machine.run("true", cwd="/nowhere")
     assert done.status in (125, 126, 127)
     assert "No such file" in done.stderr
 
 
-async def test_a_program_that_is_not_there(machine: Machine) -> None:
+async def test_a_program_that_is_missing_or_not_executable_fails_as_in_a_shell(machine: Machine) -> None:
     with pytest.raises(CommandFailed) as failed:
         await machine.execute(["no-such-program"])
     assert failed.value.status == 127
@@ -175,7 +175,7 @@ async def test_a_program_that_is_not_there(machine: Machine) -> None:
     assert done.status == 126
 
 
-async def test_a_failure_is_an_exception_for_who_asks(machine: Machine) -> None:
+async def test_a_failure_is_an_exception_with_check(machine: Machine) -> None:
     with pytest.raises(CommandFailed, match="status 3: why") as failed:
         await machine.run("echo out; echo why >&2; exit 3", check=True)
     assert (failed.value.status, failed.value.stdout) == (3, b"out\n")
@@ -188,7 +188,7 @@ async def test_a_command_that_takes_too_long_is_killed(machine: Machine) -> None
     assert done.stdout == "0\n"
 
 
-async def test_streams_while_it_runs(machine: Machine) -> None:
+async def test_streams_can_be_used_while_the_command_runs(machine: Machine) -> None:
     async with await machine.execute(["cat"]) as command:
         assert command.stdin is not None
         assert command.stdout is not None
@@ -200,13 +200,13 @@ async def test_streams_while_it_runs(machine: Machine) -> None:
         assert await command.stdout.read() == b""
 
 
-async def test_no_stdin(machine: Machine) -> None:
+async def test_a_command_without_stdin_reads_an_empty_input(machine: Machine) -> None:
     async with await machine.execute(["cat"], stdin=False) as command:
         assert command.stdin is None
         assert await command.wait() == 0
 
 
-async def test_signals(machine: Machine) -> None:
+async def test_terminate_sends_sigterm(machine: Machine) -> None:
     script = 'trap "echo got; exit 5" TERM; echo ready; while :; do sleep 0.05; done'
     async with await machine.execute(["sh", "-c", script]) as command:
         assert command.stdout is not None
@@ -216,7 +216,7 @@ async def test_signals(machine: Machine) -> None:
         assert await command.wait() == 5
 
 
-async def test_a_terminal(machine: Machine) -> None:
+async def test_a_terminal_is_resized_and_interrupts_its_command(machine: Machine) -> None:
     async with await machine.execute([], size=(30, 100)) as command:
         assert command.stdin is not None
         assert command.stdout is not None
@@ -224,7 +224,7 @@ async def test_a_terminal(machine: Machine) -> None:
         command.stdin.write(b"stty size; tty; echo do'ne'\n")
         assert b"30 100" in await command.stdout.readuntil(b"done")
         await command.resize(40, 120)
-        # The size and the keys take different ways.
+        # The new size and the keys arrive on different ports, in any order.
         command.stdin.write(b"until stty size | grep '40 120'; do usleep 10000; done; echo do'ne'\n")
         assert b"\n40 120" in await command.stdout.readuntil(b"done\r\n")
         command.stdin.write(b"sleep 1000\n")
@@ -240,14 +240,14 @@ async def test_a_terminal(machine: Machine) -> None:
 # The end of a client and of its commands
 
 
-async def test_children_in_the_background_live(machine: Machine) -> None:
+async def test_children_in_the_background_live_on(machine: Machine) -> None:
     done = await machine.run("sleep 54321 >/dev/null 2>&1 & echo started")
     assert done.stdout == "started\n"
     assert (await machine.run("ps -o args | grep -c '^sleep 54321'")).stdout == "1\n"
     await machine.run("kill $(ps -o pid,args | awk '/sleep 54321$/ {print $1}')")
 
 
-async def test_who_goes_ends_the_command(machine: Machine) -> None:
+async def test_closing_a_command_ends_all_its_processes(machine: Machine) -> None:
     async with await machine.execute(["sh", "-c", "(setsid sleep 64321 &); echo x; exec sleep 64321"]) as command:
         assert command.stdout is not None
         await command.stdout.readline()
@@ -259,7 +259,7 @@ async def test_who_goes_ends_the_command(machine: Machine) -> None:
 
 
 async def test_the_streams_of_a_killed_command_end(machine: Machine) -> None:
-    """Its transports keep their descriptors until the streams end, so later streams must not get the same numbers."""
+    """The command's transports keep their descriptors until the streams end, so later streams get other descriptors."""
     async with await machine.execute(["cat"]) as command:
         assert command.stdin is not None
         assert command.stdout is not None
@@ -288,12 +288,12 @@ async def test_a_status_port_that_breaks_the_protocol_ends_the_command(machine: 
     await until(is_gone, "the command lives")
 
 
-async def test_nothing_is_left(machine: Machine) -> None:
+async def test_commands_leave_no_ports_and_descriptors_behind(machine: Machine) -> None:
     async def beside_ports() -> tuple[int, int]:
-        """Return the numbers of character devices and of our descriptors, without those of idle ports."""
+        """Return the numbers of character devices and of this process's descriptors, except those of idle ports."""
         chardevs, devices = await objects(machine)
         ports = len([name for name in devices if name.startswith("stream")])
-        # Our end of a stream, and a copy of QEMU's.
+        # A port has two descriptors in this process: its end of the socket pair, and a copy of QEMU's end.
         return len(chardevs) - ports, len(os.listdir("/proc/self/fd")) - 2 * ports
 
     await machine.run("true")
@@ -315,7 +315,7 @@ async def test_nothing_is_left(machine: Machine) -> None:
 # Load
 
 
-async def test_thirty_two_commands_at_once(machine: Machine) -> None:
+async def test_thirty_two_commands_run_at_once(machine: Machine) -> None:
     numbers = list(range(COMMANDS_MAX))
     random.shuffle(numbers)
     done = await asyncio.gather(*(machine.run(["cat"], input=str(number) * 1000) for number in numbers))
@@ -340,7 +340,7 @@ async def test_a_disk_is_detached_while_thirty_two_commands_run(machine: Machine
     assert (await machine.run("true")).status == 0
 
 
-async def test_no_port_is_free_for_a_command(machine: Machine) -> None:
+async def test_a_command_without_a_free_port_is_refused(machine: Machine) -> None:
     await until_idle(machine)
     pool = machine._inside.commands._ports._pool
     taken = [pool.take() for _ in range(pool.free)]
@@ -357,7 +357,7 @@ async def test_no_port_is_free_for_a_command(machine: Machine) -> None:
     assert [each.stdout for each in done] == ["x"] * (KEPT + 1)
 
 
-async def test_output_that_nobody_reads_waits(machine: Machine) -> None:
+async def test_a_command_whose_output_is_not_read_waits(machine: Machine) -> None:
     before = _resident()
     async with await machine.execute(["sh", "-c", "echo started >&2; exec cat /dev/zero"]) as command:
         assert command.stderr is not None
@@ -375,7 +375,7 @@ def _resident() -> int:
 # Failures
 
 
-async def test_a_pause_only_waits(machine: Machine) -> None:
+async def test_a_pause_does_not_end_a_command(machine: Machine) -> None:
     async with await machine.execute(["cat"]) as command:
         assert command.stdin is not None
         assert command.stdout is not None
@@ -390,7 +390,7 @@ async def test_a_pause_only_waits(machine: Machine) -> None:
     assert (await machine.run("true")).status == 0
 
 
-async def test_the_agent_is_killed(machine: Machine) -> None:
+async def test_commands_outlive_the_agent(machine: Machine) -> None:
     async with await machine.execute(["sh", "-c", "read line; echo $line; exit 6"]) as command:
         assert command.stdin is not None
         await machine.run("kill -9 $(pidof agent | tr ' ' '\\n' | sort -n | head -n 1)")
@@ -400,7 +400,7 @@ async def test_the_agent_is_killed(machine: Machine) -> None:
         assert await command.wait() == 6
 
 
-async def test_a_full_guest(machine: Machine) -> None:
+async def test_commands_run_beside_full_and_read_only_file_systems(machine: Machine) -> None:
     done = await machine.run("mount -t tmpfs -o size=4k tmpfs /mnt; cd /mnt; cat /dev/zero >fill; echo $?; umount /mnt")
     assert "No space" in done.stderr
     await machine.run("cd /; umount /mnt")
@@ -410,7 +410,7 @@ async def test_a_full_guest(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("by_guest", [False, True])
-async def test_the_machine_is_reset_in_the_middle(mortal: Machine, by_guest: bool) -> None:
+async def test_a_reset_ends_the_commands(mortal: Machine, by_guest: bool) -> None:
     client = await start_client(mortal)
     command = await execute_once_started(mortal, "reboot -f" if by_guest else "sleep 1000")
     if not by_guest:
@@ -418,14 +418,14 @@ async def test_the_machine_is_reset_in_the_middle(mortal: Machine, by_guest: boo
     with pytest.raises(NotConnected, match="rebooted"):
         await command.wait()
     await command.close()
-    # The agent is not up yet, and is waited for.
+    # The agent is not up yet, so commands wait for it.
     with pytest.raises(Timeout, match="did not answer"):
         await mortal.execute(["true"], start_timeout=0.05)
     assert (await mortal.run("echo back")).stdout == "back\n"
     await expect_failure(client, "the guest was rebooted")
 
 
-async def test_the_guest_is_suspended_in_the_middle(mortal: Machine) -> None:
+async def test_a_suspension_ends_the_commands(mortal: Machine) -> None:
     client = await start_client(mortal)
     command = await execute_once_started(mortal, "echo mem >/sys/power/state; sleep 1000")
     with pytest.raises(NotConnected, match="suspended"):
@@ -436,7 +436,7 @@ async def test_the_guest_is_suspended_in_the_middle(mortal: Machine) -> None:
     assert (await mortal.run("echo awake")).stdout == "awake\n"
 
 
-async def test_the_machine_ends_in_the_middle(qemu: str) -> None:
+async def test_a_power_off_ends_the_commands(qemu: str) -> None:
     async with started(qemu, control=True) as machine:
         client = await start_client(machine)
         command = await execute_once_started(machine, "poweroff -f; sleep 1000")
@@ -448,7 +448,7 @@ async def test_the_machine_ends_in_the_middle(qemu: str) -> None:
             await machine.run("true")
 
 
-async def test_without_an_agent(qemu: str) -> None:
+async def test_a_machine_without_an_agent_refuses_commands(qemu: str) -> None:
     settings: dict[str, Any] = {"guest": "builtin", "console": "headless", "agent": False, "control": True}
     async with Machine(qemu=qemu, name=fresh_name(), **settings) as machine:
         with pytest.raises(NotSupported, match="without a port for the agent"):
@@ -459,10 +459,10 @@ async def test_without_an_agent(qemu: str) -> None:
         assert "restart the machine to run commands in it" in done.stderr
 
 
-async def test_another_manager_ends_what_was_left(qemu: str) -> None:
+async def test_an_adoption_ends_the_commands_of_the_previous_manager(qemu: str) -> None:
     async with started(qemu) as machine:
         command = await machine.execute(["sh", "-c", "exec sleep 74321"])
-        # Close the port, as the end of the manager's process does.
+        # Close the agent's port, as the end of the manager's process does.
         machine._inside.commands.agent.close()
         await machine.leave()
         await command.close()

@@ -35,7 +35,7 @@ def machine(qemu: str) -> Iterator[Spawned]:
 
 
 def run_at_once(machine: Spawned) -> None:
-    """Run the first command as soon as there is a machine of that name: it waits for the start and for the agent."""
+    """Run a command as soon as there is a machine of this name. The command waits for the start and for the agent."""
     deadline = time.monotonic() + DEADLINE
     done = vmctl("exec", machine.name, "true")
     while any(each in done.stderr for each in ("there is no machine", "does not run")):
@@ -65,12 +65,12 @@ def until(machine: Spawned, command: str, *, expected: bool) -> None:
 # vmctl exec
 
 
-def test_streams_and_status(machine: Spawned) -> None:
+def test_the_commands_streams_and_status_are_passed_on(machine: Spawned) -> None:
     done = execute(machine, "sh", "-c", "cat; echo err >&2; exit 7", data=b"in\n")
     assert (done.returncode, done.stdout, done.stderr) == (7, b"in\n", b"err\n")
 
 
-def test_the_examples_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
+def test_the_examples_of_the_docs_work(machine: Spawned, tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     for content, found in (("hello", "hello"), ("bye", "status 1")):
         (tmp_path / "src" / "file").write_text(f"{content}\n")
@@ -87,14 +87,14 @@ def test_options_end_at_the_command(machine: Spawned) -> None:
     assert execute(machine, "-e", "A=x y", "-u", "77", "--", "sh", "-c", 'echo "$A"; id -u').stdout == b"x y\n77\n"
 
 
-def test_arguments_that_are_not_text(machine: Spawned) -> None:
+def test_arguments_that_are_not_text_arrive_as_they_are(machine: Spawned) -> None:
     given = [b"\xff\xfe", b"", b"a\nb", b"'\"$(id)", b"%", b";"]
     command = [*map(str.encode, VMCTL), b"exec", machine.name.encode(), b"printf", b"%s\\0", *given]
     done = subprocess.run(command, capture_output=True, timeout=DEADLINE, check=True)
     assert done.stdout.split(b"\0")[:-1] == given
 
 
-def test_many_bytes_in_and_out(machine: Spawned) -> None:
+def test_four_megabytes_come_back_unchanged(machine: Spawned) -> None:
     data = os.urandom(4 * MIB)
     done = execute(machine, "cat", data=data)
     assert (done.returncode, hashlib.sha256(done.stdout).digest()) == (0, hashlib.sha256(data).digest())
@@ -102,8 +102,8 @@ def test_many_bytes_in_and_out(machine: Spawned) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_gigabyte_in_and_out(machine: Spawned) -> None:
-    """A gigabyte passes through a small buffer and comes back unchanged."""
+def test_a_gigabyte_comes_back_unchanged(machine: Spawned) -> None:
+    """The buffers on the way are much smaller."""
     block = os.urandom(MIB)
     command = [*VMCTL, "exec", machine.name, "cat"]
     sent, received = hashlib.sha256(), hashlib.sha256()
@@ -127,7 +127,7 @@ def test_a_gigabyte_in_and_out(machine: Spawned) -> None:
     assert received.digest() == sent.digest()
 
 
-def test_a_reader_that_has_seen_enough(machine: Spawned) -> None:
+def test_exec_ends_with_141_when_its_reader_ends(machine: Spawned) -> None:
     script = f"{' '.join(VMCTL)} exec {machine.name} yes | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, timeout=DEADLINE, check=True)
     assert done.stdout == "y\n141\n"
@@ -137,18 +137,20 @@ def test_a_reader_that_has_seen_enough(machine: Spawned) -> None:
     ("arguments", "status"),
     [(("no-such-program",), 127), (("/etc/passwd",), 126), (("sh", "-c", "kill -9 $$"), 137)],
 )
-def test_what_a_shell_reports(machine: Spawned, arguments: tuple[str, ...], status: int) -> None:
+def test_exec_ends_with_the_status_that_a_shell_reports(
+    machine: Spawned, arguments: tuple[str, ...], status: int
+) -> None:
     assert execute(machine, *arguments).returncode == status
 
 
-def test_why_a_command_did_not_start(machine: Spawned) -> None:
+def test_the_error_explains_why_a_command_did_not_start(machine: Spawned) -> None:
     assert "no-such-program: No such file" in one_line(vmctl("exec", machine.name, "no-such-program"), "vmctl")
     no_user = vmctl("exec", machine.name, "--uid=mallory", "true")
     assert "the guest has no user mallory" in one_line(no_user, "vmctl")
     assert "/nowhere: No such file" in one_line(vmctl("exec", machine.name, "--chdir=/nowhere", "true"), "vmctl")
 
 
-def test_a_time_limit(machine: Spawned) -> None:
+def test_a_time_limit_ends_the_command_with_status_124(machine: Spawned) -> None:
     done = vmctl("exec", machine.name, "--time-limit=0.5", "sleep", "55555")
     assert done.returncode == 124
     assert "0.5 s" in one_line(done, "vmctl")
@@ -164,14 +166,14 @@ def test_a_time_limit(machine: Spawned) -> None:
         (("exec", "no-such-machine", "-E", "=x", "true"), "name is empty"),
     ],
 )
-def test_what_is_not_the_commands_is_125(arguments: tuple[str, ...], message: str) -> None:
+def test_errors_of_exec_itself_are_status_125(arguments: tuple[str, ...], message: str) -> None:
     done = vmctl(*arguments)
     assert done.returncode == 125
     assert message in one_line(done, "vmctl")
 
 
-def test_status_has_no_events_of_commands(machine: Spawned) -> None:
-    """Ports for commands are opened and closed all the time. The events of the machine itself stay."""
+def test_status_shows_no_events_of_ports_for_commands(machine: Spawned) -> None:
+    """Such events would displace those of the machine itself, because each command opens and closes ports."""
     assert execute(machine, "true").returncode == 0
     for verb in ("pause", "resume"):
         assert vmctl(verb, machine.name).returncode == 0
@@ -181,7 +183,7 @@ def test_status_has_no_events_of_commands(machine: Spawned) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_who_goes_ends_the_command(machine: Spawned, number: signal.Signals) -> None:
+def test_the_end_of_the_client_ends_the_command(machine: Spawned, number: signal.Signals) -> None:
     sleep = f"sleep {70000 + number}"
     script = f"setsid {sleep} & exec {sleep}"
     with background([*VMCTL, "exec", machine.name, "sh", "-c", script], stdin=subprocess.DEVNULL) as process:
@@ -194,7 +196,7 @@ def test_who_goes_ends_the_command(machine: Spawned, number: signal.Signals) -> 
 # A terminal
 
 
-def test_a_shell_on_a_terminal(machine: Spawned) -> None:
+def test_a_shell_gets_the_terminals_size_and_keys(machine: Spawned) -> None:
     with terminal() as tty:
         process = tty.start([*VMCTL, "shell", machine.name])
         tty.expect(b"vmspawn# ")
@@ -211,7 +213,7 @@ def test_a_shell_on_a_terminal(machine: Spawned) -> None:
         assert tty.wait(process) == 9
 
 
-def test_a_user_leaves_a_terminal(machine: Spawned) -> None:
+def test_three_escapes_disconnect_the_terminal_and_end_the_command(machine: Spawned) -> None:
     with terminal() as tty:
         process = tty.start([*VMCTL, "exec", "-t", machine.name, "sleep", "88888"])
         until(machine, "sleep 88888", expected=True)
@@ -221,7 +223,7 @@ def test_a_user_leaves_a_terminal(machine: Spawned) -> None:
     until(machine, "sleep 88888", expected=False)
 
 
-# The manager's and the machine's end
+# The end of the manager and of the machine
 
 
 @contextmanager
@@ -239,7 +241,7 @@ def expect_failure(process: subprocess.Popen[str], message: str) -> None:
     assert message in process.stderr.read()
 
 
-def test_the_manager_is_killed_and_the_machine_is_terminated(qemu: str) -> None:
+def test_a_killed_manager_and_a_terminated_machine_end_the_command(qemu: str) -> None:
     with spawned("--guest=builtin", "--warm", f"--qemu={qemu}", "--console=headless") as running:
         running.wait_for("is running")
         with sleeping(running.name, 99999) as process:
@@ -268,7 +270,7 @@ def run(qemu: str, command: str, *options: str, data: bytes = b"") -> subprocess
     return subprocess.run(arguments, input=data, capture_output=True, timeout=2 * DEADLINE, check=False)
 
 
-def test_a_machine_in_a_pipeline(qemu: str, tmp_path: Path) -> None:
+def test_run_passes_on_the_streams_and_the_status_of_its_command(qemu: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     archive = subprocess.run(["tar", "c", "-C", str(tmp_path), "file"], capture_output=True, check=True).stdout
     log = tmp_path / "log"
@@ -291,7 +293,9 @@ def test_a_machine_in_a_pipeline(qemu: str, tmp_path: Path) -> None:
         ("sleep 1000", ("--time-limit=2",), 124, b"was ended after 2 s"),
     ],
 )
-def test_a_machine_that_fails(qemu: str, command: str, options: tuple[str, ...], status: int, message: bytes) -> None:
+def test_run_reports_the_failure_of_its_machine(
+    qemu: str, command: str, options: tuple[str, ...], status: int, message: bytes
+) -> None:
     done = run(qemu, command, *options)
     assert done.returncode == status, done
     assert message in done.stderr

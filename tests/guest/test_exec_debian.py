@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests commands in an unmodified Debian, which gets the agent as a credential, however it is booted."""
+"""Tests commands in Debian, booted in several ways.
+
+Debian 13 gets the agent as a credential. In Debian 12, the agent is installed.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +71,15 @@ async def use(machine: Machine) -> None:
 
 
 @pytest.mark.asyncio
-async def test_booted_by_bios(qemu: str) -> None:
+async def test_commands_run_in_a_debian_booted_by_bios(qemu: str) -> None:
     async with booted(qemu) as machine:
         await use(machine)
 
 
 @pytest.mark.asyncio
-async def test_booted_by_uefi(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_commands_run_in_a_debian_booted_by_uefi(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ovmf.install(tmp_path / "config")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     async with booted(qemu) as machine:
@@ -83,14 +88,14 @@ async def test_booted_by_uefi(qemu: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.asyncio
-async def test_booted_by_its_kernel(qemu: str) -> None:
+async def test_commands_run_in_a_debian_booted_from_its_kernel(qemu: str) -> None:
     linux, initrd = debian.kernel()
     async with booted(qemu, linux=str(linux), initrd=str(initrd), kernel_arguments=("rw",)) as machine:
         await use(machine)
 
 
 @pytest.mark.asyncio
-async def test_an_older_systemd_with_the_agent_installed(qemu: str, tmp_path: Path) -> None:
+async def test_commands_run_in_an_older_debian_with_the_agent_installed(qemu: str, tmp_path: Path) -> None:
     tree = debian.tree(debian.OLDER)
     assert vmctl("agent", f"--root={tree}").returncode == 0
     linux, initrd = debian.kernel(debian.OLDER)

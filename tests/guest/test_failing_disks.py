@@ -57,7 +57,7 @@ async def attached(guest: tuple[Machine, Shell], disk: Disk) -> tuple[AttachedDi
 
 
 async def break_writes(machine: Machine, attachment: AttachedDisk) -> None:
-    """Make QEMU fail every write below the disk's pivot, with raw QMP."""
+    """Insert a node that fails every write, below the disk's pivot node."""
     image = attachment.images[0]
     options = {
         "driver": "blkdebug",
@@ -66,16 +66,17 @@ async def break_writes(machine: Machine, attachment: AttachedDisk) -> None:
         "inject-error": [{"event": "none", "iotype": "write", "errno": 5, "once": False}],
     }
     await machine.monitor.execute("blockdev-add", options)
-    await stand_on(machine, attachment, "broken")
+    await put_pivot_on(machine, attachment, "broken")
 
 
-async def stand_on(machine: Machine, attachment: AttachedDisk, node: str) -> None:
+async def put_pivot_on(machine: Machine, attachment: AttachedDisk, node: str) -> None:
+    """Make a node the child of the disk's pivot node."""
     options = nodes.pivot_node(attachment.identifiers, attachment.images[0], attachment.disk, read_only=False)
     await machine.monitor.execute("blockdev-reopen", {"options": [{**options, "file": node}]})
 
 
-async def mend(machine: Machine, attachment: AttachedDisk) -> None:
-    await stand_on(machine, attachment, attachment.images[0].top_node)
+async def repair_writes(machine: Machine, attachment: AttachedDisk) -> None:
+    await put_pivot_on(machine, attachment, attachment.images[0].top_node)
     await machine.monitor.execute("blockdev-del", {"node-name": "broken"})
 
 
@@ -84,7 +85,7 @@ def write(device: str, *, at: int = 0, mib: int = 1) -> str:
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
-async def test_an_error_is_reported_by_the_disks_name(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
+async def test_an_error_is_reported_with_the_disks_name(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
     machine, shell = guest
     disk = Disk(str(make_raw(tmp_path / "disk")), bus=bus, on_error="report")
     attachment, device = await attached(guest, disk)
@@ -97,13 +98,13 @@ async def test_an_error_is_reported_by_the_disks_name(guest: tuple[Machine, Shel
     assert machine.running
     assert attachment.failures > 0
     assert attachment.last_failure == "write: Input/output error"
-    await mend(machine, attachment)
+    await repair_writes(machine, attachment)
     await shell.run(write(device))
     await machine.detach("disk")
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
-async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
+async def test_a_stopped_guest_continues_once_it_is_resumed(
     guest: tuple[Machine, Shell], tmp_path: Path, bus: str
 ) -> None:
     """The request then succeeds, and the guest never sees the error."""
@@ -117,7 +118,7 @@ async def test_a_guest_that_was_stopped_goes_on_once_it_is_resumed(
         await wait_for(events, "STOP")
     assert data["action"] == "stop"
     assert machine.run_state == "io-error"
-    await mend(machine, attachment)
+    await repair_writes(machine, attachment)
     await machine.resume()
     await writing
     assert machine.running
@@ -157,7 +158,9 @@ async def test_a_full_host_stops_the_guest_until_there_is_room(
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
-async def test_an_image_that_is_cut_short_under_us(guest: tuple[Machine, Shell], tmp_path: Path, bus: str) -> None:
+async def test_the_machine_continues_when_an_image_is_truncated(
+    guest: tuple[Machine, Shell], tmp_path: Path, bus: str
+) -> None:
     """Reads beyond the end fail or return zeroes, depending on QEMU's version; the machine and the disk continue."""
     machine, shell = guest
     path = make_raw(tmp_path / "disk", 32 * MIB)
@@ -170,7 +173,7 @@ async def test_an_image_that_is_cut_short_under_us(guest: tuple[Machine, Shell],
     assert [each.name for each in machine.storage] == []
 
 
-async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], tmp_path: Path) -> None:
+async def test_nvme_disks_can_only_report_errors_to_the_guest(guest: tuple[Machine, Shell], tmp_path: Path) -> None:
     machine, _ = guest
     path = str(make_raw(tmp_path / "disk"))
     for on_error in ("stop", "enospc"):
@@ -182,8 +185,8 @@ async def test_nvme_disks_can_only_tell_the_guest(guest: tuple[Machine, Shell], 
     await machine.detach("disk")
 
 
-async def test_an_adoption_tells_which_disk_stopped_the_guest(qemu: str, tmp_path: Path) -> None:
-    """The previous manager received the event."""
+async def test_an_adoption_reports_which_disk_stopped_the_guest(qemu: str, tmp_path: Path) -> None:
+    """Only the previous manager received the event."""
     machine = Machine(guest="builtin", warm=True, qemu=qemu, name=fresh_name(), console="headless")
     await machine.__aenter__()
     try:

@@ -25,7 +25,7 @@ def kernel(qemu: str) -> tuple[str, ...]:
     return (f"--qemu={qemu}", f"--linux={guest.kernel}", "--ram=256M", "--console=headless")
 
 
-def test_a_printed_panic_is_reported_and_is_no_success(kernel: tuple[str, ...]) -> None:
+def test_a_printed_panic_is_reported_and_the_exit_status_is_1(kernel: tuple[str, ...]) -> None:
     with spawned(*kernel, "panic=0") as machine:
         machine.wait_for(PANIC)
         status = json.loads(vmctl("status", machine.name, "--json=short").stdout)
@@ -36,7 +36,7 @@ def test_a_printed_panic_is_reported_and_is_no_success(kernel: tuple[str, ...]) 
         assert machine.wait() == 1
 
 
-def test_a_panic_that_reboots_is_no_success_where_the_machine_does_not_reboot(kernel: tuple[str, ...]) -> None:
+def test_a_panic_ends_a_machine_that_does_not_reboot_with_status_1(kernel: tuple[str, ...]) -> None:
     with spawned(*kernel, "--qemu-arg=-no-reboot", "panic=-1") as machine:
         assert machine.wait() == 1
     assert PANIC in machine.output["stderr"]

@@ -28,7 +28,7 @@ from vmspawn.storage.limits import Limits
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-#: The machine type, and the place of the memory. Guests of another architecture are ten times slower.
+#: The machine type, and the backing of the memory. Guests of another architecture are ten times slower.
 MACHINES = [
     pytest.param(("q35", "anonymous"), id="q35"),
     *(
@@ -55,7 +55,7 @@ async def saved(guest: Booted, name: str = "") -> AsyncIterator[Snapshot]:
         await snapshot.remove()
 
 
-async def test_a_copy_begins_where_the_source_stood_and_neither_sees_the_other(guest: Booted) -> None:
+async def test_a_copy_begins_in_the_state_of_the_source_and_is_independent(guest: Booted) -> None:
     await guest.shell.run("echo before >/tmp/mark")
     async with saved(guest) as snapshot:
         await guest.shell.run("echo source >/tmp/mark")
@@ -68,7 +68,7 @@ async def test_a_copy_begins_where_the_source_stood_and_neither_sees_the_other(g
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "virtio-scsi"])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-async def test_a_hot_plugged_disk_is_shared_below_and_each_writes_for_itself(
+async def test_copies_share_the_image_of_a_hot_plugged_disk_and_each_writes_separately(
     guest: Booted, tmp_path: Path, bus: str, image_format: str
 ) -> None:
     name = fresh_name()
@@ -98,12 +98,12 @@ async def write(shell: Shell, by_id: str, text: str, block: int) -> None:
 
 
 async def read(shell: Shell, by_id: str, block: int) -> str:
-    # The guest's cache does not show the content of the disk.
+    # Drop the guest's cache, which may differ from the disk.
     command = f"dd if={by_id} bs=4096 skip={block} count=1 2>/dev/null | tr -d '\\0'"
     return await shell.run(f"echo 3 >/proc/sys/vm/drop_caches; {command}")
 
 
-async def test_copies_attach_resize_limit_and_replace(guest: Booted, tmp_path: Path) -> None:
+async def test_disks_of_a_copy_can_be_attached_resized_limited_and_replaced(guest: Booted, tmp_path: Path) -> None:
     name = fresh_name()
     path = make_raw(tmp_path / name, 64 * MIB)
     await guest.machine.attach(Disk(str(path)))
@@ -125,7 +125,7 @@ async def test_copies_attach_resize_limit_and_replace(guest: Booted, tmp_path: P
     await guest.machine.detach(name)
 
 
-async def test_a_copy_of_a_copy(guest: Booted, tmp_path: Path) -> None:
+async def test_a_copy_can_be_copied(guest: Booted, tmp_path: Path) -> None:
     name = fresh_name()
     attached = await guest.machine.attach(Disk(str(make_raw(tmp_path / name))))
     await guest.shell.wait_for(rf"serial {name}")
@@ -142,8 +142,8 @@ async def test_a_copy_of_a_copy(guest: Booted, tmp_path: Path) -> None:
     await guest.machine.detach(name)
 
 
-async def test_a_command_goes_on_in_the_source_and_ends_in_the_copy(guest: Booted) -> None:
-    """A copy keeps the ports that no command has, so that its first command needs no new ones."""
+async def test_a_command_continues_in_the_source_and_ends_in_the_copy(guest: Booted) -> None:
+    """A copy keeps the idle ports, so that its first command needs no new ports."""
     await guest.machine.run("true", check=True)
     command = await guest.machine.execute(["sleep", "74322"])
     await until_a_set_is_idle(guest.machine)
@@ -156,14 +156,14 @@ async def test_a_command_goes_on_in_the_source_and_ends_in_the_copy(guest: Boote
         }
         assert (await copy.run(count)).stdout == "0\n"
         async with snapshot.fork() as other:
-            # The first copy's command used that copy's set; the set in the other copy is still idle.
+            # The command in the first copy used the set of that copy. In the other copy the same set is still idle.
             assert idle_sets(other) == {kept}
     assert (await guest.machine.run(count)).stdout == "1\n"
     await command.close()
 
 
 def idle_sets(machine: api.Machine) -> set[str]:
-    """Return the sets of ports that no command has."""
+    """Return the ids of the sets of ports that no command uses."""
     return {each.id for each in machine._inside.commands._streams._idle}
 
 
@@ -173,7 +173,7 @@ async def until_a_set_is_idle(machine: api.Machine) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_paused_guest_is_paused_again_and_its_copy_is_paused(guest: Booted) -> None:
+async def test_a_paused_guest_stays_paused_and_its_copy_is_paused(guest: Booted) -> None:
     await guest.machine.pause()
     async with saved(guest) as snapshot:
         assert await guest.machine.status() == "paused"
@@ -185,7 +185,7 @@ async def test_a_paused_guest_is_paused_again_and_its_copy_is_paused(guest: Boot
     await guest.shell.run("true")
 
 
-async def test_commands_of_sessions_and_changes_of_disks_wait(guest: Booted, tmp_path: Path) -> None:
+async def test_commands_of_sessions_and_changes_of_disks_wait_for_a_snapshot(guest: Booted, tmp_path: Path) -> None:
     path = make_raw(tmp_path / fresh_name())
     async with guest.machine.qmp() as qmp:
         saving = asyncio.create_task(guest.machine.snapshot())
@@ -203,7 +203,9 @@ async def test_commands_of_sessions_and_changes_of_disks_wait(guest: Booted, tmp
     await snapshot.remove()
 
 
-async def test_what_cannot_be_saved_is_named_before_anything_is_paused(guest: Booted, tmp_path: Path) -> None:
+async def test_an_object_that_cannot_be_saved_is_reported_before_the_guest_is_paused(
+    guest: Booted, tmp_path: Path
+) -> None:
     machine, before = guest.machine, left()
     path = make_raw(tmp_path / fresh_name())
     await machine.attach(Disk(str(path)))
@@ -222,7 +224,7 @@ async def test_what_cannot_be_saved_is_named_before_anything_is_paused(guest: Bo
     await machine.detach(path.name)
 
 
-async def test_twenty_copies_at_once(guest: Booted) -> None:
+async def test_twenty_copies_run_at_once(guest: Booted) -> None:
     await guest.shell.run("echo twenty >/tmp/mark")
     async with saved(guest) as snapshot:
 
@@ -234,7 +236,7 @@ async def test_twenty_copies_at_once(guest: Booted) -> None:
     assert inner(guest.machine).is_running
 
 
-async def test_copies_have_random_numbers_and_a_clock_of_their_own(guest: Booted) -> None:
+async def test_each_copy_has_its_own_random_numbers_and_the_hosts_time(guest: Booted) -> None:
     """The agent in the guest sets both."""
     await guest.shell.run("head -c 16 /dev/urandom >/dev/null")
     await guest.shell.run("date -s @1000000000")
@@ -269,8 +271,8 @@ async def test_a_copy_with_a_new_identity_has_a_name_and_runs_its_hooks(guest: B
 _BUSES = ("virtio-blk", "virtio-scsi", "nvme")
 
 
-#: Snapshots of one disk. Each one adds an overlay, so that later ones take longer.
-_MOMENTS_OF_A_DISK = 20
+#: The number of snapshots with one disk. Each snapshot adds an overlay, so later snapshots take longer.
+_SNAPSHOTS_OF_A_DISK = 20
 
 
 @pytest.mark.scaled
@@ -282,9 +284,9 @@ _MOMENTS_OF_A_DISK = 20
     ],
 )
 async def test_the_log_of_every_copy_is_whole(guest: Booted, tmp_path: Path, bus: str, moments: int) -> None:
-    """The guest writes while it is saved, at random moments: 100 on each bus in the soak, and 1000 with scale 100."""
-    for done in range(0, scaled(moments), _MOMENTS_OF_A_DISK):
-        await check_logs_of_copies(guest, tmp_path, bus, min(_MOMENTS_OF_A_DISK, scaled(moments) - done))
+    """The guest writes while it is saved at random moments: twice, in `./dev soak` 100 times on each bus."""
+    for done in range(0, scaled(moments), _SNAPSHOTS_OF_A_DISK):
+        await check_logs_of_copies(guest, tmp_path, bus, min(_SNAPSHOTS_OF_A_DISK, scaled(moments) - done))
     figure(f"{guest.machine.config.machine_type}, {bus}: whole logs of copies from random moments", scaled(moments))
 
 
@@ -302,7 +304,7 @@ async def check_logs_of_copies(guest: Booted, folder: Path, bus: str, moments: i
         await guest.shell.run(f"until [ $(cat /tmp/count) -ge {wanted} ]; do usleep 1000; done")
         async with saved(guest) as snapshot, snapshot.fork() as copy:
             if number == 0:
-                # The image ends at the moment of the save.
+                # After the first save, the guest writes to an overlay; the image has the earlier records.
                 verify(path, wanted)
             assert await check_log(copy, attached.by_id, folder) >= wanted
     written = await stop_writer(guest.shell)
@@ -320,7 +322,7 @@ async def check_log(machine: api.Machine, device: str, folder: Path) -> int:
     return verify(log, len(done.stdout) // RECORD)
 
 
-async def test_disks_that_block_are_detached_if_wanted(guest: Booted, tmp_path: Path) -> None:
+async def test_disks_that_block_a_snapshot_are_detached_on_request(guest: Booted, tmp_path: Path) -> None:
     path = make_raw(tmp_path / fresh_name())
     try:
         await guest.machine.attach(Disk(str(path), bus="nvme-ns"))

@@ -31,7 +31,9 @@ def boot_options(how: str, folder: Path, patch: pytest.MonkeyPatch) -> dict[str,
 
 @pytest.mark.parametrize("how", ["kernel", "uefi"])
 @pytest.mark.asyncio
-async def test_a_copy_of_a_debian(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+async def test_a_copy_of_a_debian_continues_from_its_state(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     debian.need()
     options = boot_options(how, tmp_path, monkeypatch)
     begun = time.perf_counter()

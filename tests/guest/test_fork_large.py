@@ -81,7 +81,7 @@ async def write_all(machine: api.Machine, devices: list[str], text: str) -> None
 
 
 async def read_all(machine: api.Machine, devices: list[str]) -> list[str]:
-    """Read the text at the beginning of each disk, and not from the guest's cache."""
+    """Read the text at the beginning of each disk, after dropping the guest's cache."""
     command = f"echo 3 >/proc/sys/vm/drop_caches; for each in {' '.join(devices)}; do head -n 1 $each; done"
     return (await machine.run(command, check=True, timeout=TIMEOUT)).stdout.split()
 

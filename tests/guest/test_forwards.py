@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests traffic through forwards to the built-in guest, which configures its network by DHCP."""
+"""Tests traffic through forwarded ports to the built-in guest, which configures its network by DHCP."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_a_connection_reaches_the_guest(machine: Spawned) -> None:
     assert f"127.0.0.1:{port} is forwarded to port 80 of the guest" in machine.output["stderr"]
 
 
-def test_a_forward_of_a_running_machine(machine: Spawned) -> None:
+def test_a_forward_is_added_to_a_running_machine_and_removed(machine: Spawned) -> None:
     done = vmctl("forward", machine.name, "0:80", "-j")
     port = json.loads(done.stdout)["port"]
     assert page(port) == b"hello\n"
@@ -61,11 +61,11 @@ def test_a_datagram_reaches_the_guest(machine: Spawned) -> None:
         client.sendto(b"datagram", ("127.0.0.1", port))
     deadline = time.monotonic() + DEADLINE
     while count() == before:
-        assert time.monotonic() < deadline, "the datagram did not come"
+        assert time.monotonic() < deadline, "the datagram did not arrive"
 
 
-def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
-    """The machine of the docs is called web."""
+def test_the_example_of_the_docs_works(machine: Spawned, tmp_path: Path) -> None:
+    """In the docs, the machine is called web."""
     assert vmctl("exec", machine.name, "killall", "httpd").returncode == 0
     done = run_example("network.md", "forwards", tmp_path, {"web": machine.name})
     assert (done.returncode, done.stderr) == (0, "")

@@ -17,7 +17,7 @@ from tests.shell import Shell
 from tests.survivors import survivor
 from vmspawn.host.runtime import CONSOLE
 
-#: Counts each file after it has been synced to the disk.
+#: Writes one file after the other, and counts each file after it has been synced to the disk.
 _WRITER = "n=0; while echo record $n >/mnt/$n && sync; do n=$((n + 1)); echo $n >/tmp/new; mv /tmp/new /tmp/files; done"
 
 #: The minimum number of files that the guest writes before QEMU is killed.
@@ -25,7 +25,7 @@ _FILES = 10
 
 
 @pytest.mark.scaled
-async def test_a_file_system_survives_qemu(qemu: str, tmp_path: Path) -> None:
+async def test_a_file_system_is_consistent_after_qemu_is_killed(qemu: str, tmp_path: Path) -> None:
     for _ in range(max(1, min(20, round(SCALE)))):
         image = await asyncio.to_thread(make_ext4, tmp_path)
         with survivor(fresh_name(), f"--qemu={qemu}", "--guest=builtin", "--warm", "--console=headless") as guest:

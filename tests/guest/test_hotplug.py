@@ -43,7 +43,9 @@ async def seen_by_the_guest(shell: Shell, serial: str) -> tuple[str, int, str]:
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-async def test_a_disk_comes_is_written_and_goes(guest: Booted, tmp_path: Path, bus: str, image_format: str) -> None:
+async def test_a_disk_is_attached_written_and_detached(
+    guest: Booted, tmp_path: Path, bus: str, image_format: str
+) -> None:
     machine, shell = guest
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / f"disk-{bus}", 64 * MIB)
     attached = await machine.attach(Disk(str(path), bus=bus, format=image_format))
@@ -91,7 +93,7 @@ async def test_a_disk_with_a_long_name_has_a_hashed_serial(guest: Booted, tmp_pa
     await machine.detach("my disk")
 
 
-async def test_a_block_device_of_the_host(guest: Booted, tmp_path: Path) -> None:
+async def test_a_block_device_of_the_host_is_attached_and_written(guest: Booted, tmp_path: Path) -> None:
     machine, shell = guest
     path = make_raw(tmp_path / "backing", 8 * MIB)
     process = await asyncio.create_subprocess_exec(
@@ -112,7 +114,7 @@ async def test_a_block_device_of_the_host(guest: Booted, tmp_path: Path) -> None
     assert path.read_bytes().startswith(PATTERN)
 
 
-async def test_all_ports_are_used_and_used_again(guest: Booted, tmp_path: Path) -> None:
+async def test_all_ports_can_be_used_again(guest: Booted, tmp_path: Path) -> None:
     """Eight disks use eight ports, twice. They are attached and detached in parallel."""
     machine, shell = guest
     for _ in range(2):
@@ -126,7 +128,7 @@ async def test_all_ports_are_used_and_used_again(guest: Booted, tmp_path: Path) 
         assert {match[1] for match in went} == {match[1] for match in came}
 
 
-async def test_a_paused_guest_lets_go_once_it_runs_again(guest: Booted, tmp_path: Path) -> None:
+async def test_a_paused_guest_releases_a_disk_once_it_runs_again(guest: Booted, tmp_path: Path) -> None:
     machine, shell = guest
     await machine.attach(Disk(str(make_raw(tmp_path / "disk", MIB))))
     await seen_by_the_guest(shell, "disk")

@@ -27,7 +27,9 @@ def machine(qemu: str, image: Path, **options: Any) -> Machine:
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-async def test_an_ephemeral_image_takes_writes_and_is_untouched(qemu: str, tmp_path: Path, image_format: str) -> None:
+async def test_an_ephemeral_image_can_be_written_and_its_file_is_unchanged(
+    qemu: str, tmp_path: Path, image_format: str
+) -> None:
     image = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", 16 * MIB)
     if image_format == "raw":
         with image.open("r+b") as file:
@@ -105,7 +107,7 @@ async def test_an_ephemeral_image_has_the_last_bytes_of_a_file_that_ends_within_
     assert image.stat().st_size == MIB + 7
 
 
-def test_ephemeral_is_for_the_image_alone(tmp_path: Path) -> None:
+def test_ephemeral_is_refused_with_extra_drives_or_without_an_image(tmp_path: Path) -> None:
     extra = vmspawn(f"--image={tmp_path}/a", "--ephemeral", f"--extra-drive={tmp_path}/b")
     assert extra.returncode == 2
     assert "--ephemeral does not work with --extra-drive=" in extra.stderr

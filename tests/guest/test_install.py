@@ -21,7 +21,7 @@ from vmspawn.version import VERSION
 PROJECT = Path(__file__).parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
 
-#: vmspawn's run-time dependencies, the only packages of this environment that the clean one can import.
+#: vmspawn's run-time dependencies. The clean environment can import no other packages of this environment.
 DEPENDENCIES = ("asyncvarlink", "msgspec")
 
 DEADLINE = 120.0
@@ -60,7 +60,7 @@ class Installation(NamedTuple):
         subprocess.run([*PIP, "--python", str(self.venv / "bin/python"), *arguments], check=True, timeout=DEADLINE)
 
     def command(self, program: str) -> list[str]:
-        """Return the command line of an installed program, for a separate user outside the checkout."""
+        """Return the command line that runs an installed program in this user's home directory."""
         cache = os.environ.get("VMSPAWN_CACHE_DIR") or os.path.join(
             os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vmspawn"
         )
@@ -118,7 +118,7 @@ def test_a_machine_runs_outside_the_checkout(installed: Installation) -> None:
     assert is_gone(machine.name)
 
 
-def test_it_runs_as_a_module(installed: Installation) -> None:
+def test_the_package_runs_as_a_module(installed: Installation) -> None:
     assert installed.run("python", "-m", "vmspawn", "--version") == f"vmspawn {VERSION}\n"
     found = installed.run("python", "-c", "import vmspawn; print(vmspawn.__file__)")
     assert Path(found).is_relative_to(installed.venv)
@@ -149,10 +149,10 @@ def test_extras_are_installed_for_a_user_and_removed(installed: Installation) ->
     assert installed.run("vmctl", "install-extras", "--user", "--remove") == "Nothing is installed.\n"
 
 
-def test_nothing_is_left_of_it(wheel: Path, tmp_path: Path) -> None:
+def test_uninstalling_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
     installation = Installation.make(tmp_path, wheel)
     assert any("vmspawn" in path for path in contents(installation.venv))
-    # Running a command compiles its modules, whose files must be removed too.
+    # The command compiles vmspawn's modules. The compiled files must be removed too.
     installation.run("vmctl", "list", "--quiet")
     installation.pip("uninstall", "--yes", "vmspawn")
     assert not {path for path in contents(installation.venv) if "vmspawn" in path or "vmctl" in path}

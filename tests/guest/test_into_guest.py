@@ -24,7 +24,7 @@ STRINGS = "tr '\\0' '\\n' </sys/firmware/dmi/tables/DMI"
 
 @pytest_asyncio.fixture
 async def machine(qemu: str) -> AsyncIterator[Machine]:
-    """Boot a guest with all of these."""
+    """Boot a guest with SMBIOS strings, credentials, a UUID, memory that can grow, and a network card."""
     async with Machine(
         qemu=qemu,
         guest="builtin",
@@ -61,7 +61,7 @@ async def test_the_guest_finds_what_it_was_given(machine: Machine) -> None:
     await machine.monitor.execute("device_add", {"driver": "pc-dimm", "id": "dimm0", "memdev": "more"})
 
 
-async def test_several_initrds_are_one(qemu: str, tmp_path: Path) -> None:
+async def test_several_initrds_are_passed_as_one(qemu: str, tmp_path: Path) -> None:
     guest = build()
     with (tmp_path / "more").open("wb") as file:
         more = Initramfs(file)

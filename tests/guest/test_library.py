@@ -12,7 +12,7 @@ import vmspawn.sync
 DEADLINE = 60.0
 
 
-def test_both_kinds_of_machines_type_on_the_console_and_read_it(vm: vmspawn.sync.Machine) -> None:
+def test_a_started_and_a_connected_machine_type_on_the_console_and_read_it(vm: vmspawn.sync.Machine) -> None:
     ours = vm.console
     with vmspawn.sync.connect(vm.name) as connected:
         theirs = connected.console

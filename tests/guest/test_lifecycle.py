@@ -60,7 +60,7 @@ def test_a_tray_that_stays_locked_is_reported_in_time_and_stays_shut(qemu: str, 
         assert done.returncode == 1
         assert "the guest has locked the tray of cd and has not opened it within 0.5 s" in done.stderr
         assert "use --force" in done.stderr
-        # No operation continues in the background: another change is accepted at once, and the medium is inserted.
+        # No operation continues in the background: the next change fails as well, and the medium stays inserted.
         again = vmctl("insert-media", machine.name, "cd", str(medium), "--timeout=0")
         assert again.returncode == 1
         assert b"the medium" in machine.run("exec 3<&-; head -n 1 /dev/sr0")
@@ -77,7 +77,7 @@ SLOW_BUTTON = (
 
 
 @pytest.mark.parametrize("insist", [False, True], ids=["once", "twice"])
-def test_sigterm_while_the_guest_shuts_down_already(qemu: str, *, insist: bool) -> None:
+def test_sigterm_during_a_shutdown_waits_and_a_second_one_ends_the_machine(qemu: str, *, insist: bool) -> None:
     """One signal waits for the shutdown that has begun; two end the machine."""
     with seated(f"--qemu={qemu}", "--guest=builtin", "--warm") as machine:
         machine.expect(READY.encode())
@@ -97,7 +97,7 @@ def test_sigterm_while_the_guest_shuts_down_already(qemu: str, *, insist: bool) 
         assert (b"the machine was terminated" if insist else b"the guest powered off") in machine.shown
 
 
-def test_poweroff_and_reboot_by_vmctl_and_the_kernel_arguments(qemu: str) -> None:
+def test_vmctl_reboots_and_powers_off_a_guest_with_kernel_arguments(qemu: str) -> None:
     arguments = ("--cpus=2", "vmspawn.test=here", "loglevel=7")
     with spawned("--ram=128M", f"--qemu={qemu}", "--guest=builtin", *arguments) as running:
         boot(running)

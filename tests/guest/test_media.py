@@ -49,7 +49,7 @@ def first_medium(machine: Machine) -> str:
     return image.path
 
 
-async def test_the_installers_flow(guest: Booted, tmp_path: Path) -> None:
+async def test_media_are_ejected_and_inserted_as_for_an_installer(guest: Booted, tmp_path: Path) -> None:
     """The medium is present at boot, is ejected, and another one is inserted."""
     machine, shell = guest
     first = first_medium(machine)
@@ -63,7 +63,7 @@ async def test_the_installers_flow(guest: Booted, tmp_path: Path) -> None:
     assert await shell.run("head -n 1 /dev/sr0") == "first medium"
 
 
-async def test_a_tray_that_the_guest_has_locked(guest: Booted) -> None:
+async def test_a_tray_that_the_guest_has_locked_opens_only_by_force(guest: Booted) -> None:
     machine, shell = guest
     first = first_medium(machine)
     await shell.run("exec 3</dev/sr0")
@@ -77,7 +77,7 @@ async def test_a_tray_that_the_guest_has_locked(guest: Booted) -> None:
     assert await shell.run("head -n 1 /dev/sr0") == "first medium"
 
 
-async def test_a_reset_unlocks_the_tray_and_no_event_says_so(guest: Booted) -> None:
+async def test_a_reset_unlocks_the_tray_without_an_event(guest: Booted) -> None:
     """This test must be the last in the file, because the reset ends the shell."""
     machine, shell = guest
     first = first_medium(machine)

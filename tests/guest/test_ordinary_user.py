@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the ways to reach a guest as an unprivileged user. Root runs the other tests.
+"""Tests the ways to reach a guest as an unprivileged user, when root runs the tests.
 
-The user is `nobody`, with a home and a runtime directory of his own.
+The user is `nobody`, with a separate home and a separate runtime directory.
 """
 
 import json
@@ -37,7 +37,7 @@ TIMEOUT = 4 * DEADLINE
 
 
 class User:
-    """Runs commands of this checkout as the user."""
+    """Runs commands of this checkout as the unprivileged user."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -78,7 +78,7 @@ class User:
 
     @contextmanager
     def machine(self, *options: str) -> Iterator[None]:
-        """Start a machine named `mine`, and end it on exit. Nothing of it is left then."""
+        """Start a machine named `mine`. On exit, end it, and check that it leaves nothing in the runtime directory."""
         command = [sys.executable, "-m", "vmspawn.cli.spawn", "-M", "mine", "--guest=builtin", "--console=headless"]
         # If a test fails, QEMU ends with its manager.
         with self.start(*command, "--die-with-parent", *options) as process:
@@ -116,7 +116,7 @@ def port_of(user: User) -> int:
     return int(forward["port"])
 
 
-def test_commands_copies_and_forwards(qemu: str, user: User) -> None:
+def test_commands_copies_and_forwards_work_without_privileges(qemu: str, user: User) -> None:
     (user.home / "file").write_bytes(os.urandom(100_000))
     with user.machine(f"--qemu={qemu}", "--forward=0:80"):
         assert user.vmctl("exec", "mine", "id", "-u") == "0\n"
@@ -129,7 +129,7 @@ def test_commands_copies_and_forwards(qemu: str, user: User) -> None:
         assert (user.home / "back").stat().st_uid == NOBODY
 
 
-def test_ssh(qemu: str, user: User) -> None:
+def test_ssh_works_without_privileges(qemu: str, user: User) -> None:
     """The guest's root has another home directory, because virtiofsd cannot read /root with the user's rights."""
     if not (has_virtiofsd() and virtiofsd.find().is_rust):
         pytest.skip("the virtiofsd that is installed runs only as root")

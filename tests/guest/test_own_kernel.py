@@ -60,7 +60,7 @@ def run(
     return subprocess.run(arguments, input=data, capture_output=True, timeout=2 * DEADLINE, check=False, cwd=folder)
 
 
-def test_the_users_kernel_with_its_modules(qemu: str, kernel: tuple[str, str]) -> None:
+def test_the_guest_runs_on_the_users_kernel_with_its_modules(qemu: str, kernel: tuple[str, str]) -> None:
     linux, modules = kernel
     command = "uname -r; cat /etc/modules; grep -c . /proc/modules"
     done = run(qemu, command, f"--linux={linux}", f"--modules={modules}")
@@ -72,8 +72,10 @@ def test_the_users_kernel_with_its_modules(qemu: str, kernel: tuple[str, str]) -
 
 
 @needs_virtiofsd
-def test_a_command_in_the_hosts_userland(qemu: str, kernel: tuple[str, str], tmp_path: Path) -> None:
-    """The command sees this directory, and its changes stay in the guest."""
+def test_a_command_runs_in_the_hosts_userland_and_changes_only_the_guest(
+    qemu: str, kernel: tuple[str, str], tmp_path: Path
+) -> None:
+    """The command starts in the directory in which vmspawn was started."""
     linux, modules = kernel
     (tmp_path / "file").write_text("of the host\n")
     command = "pwd; cat file - ; python3 -c 'print(6 * 7)'; echo changed >file; cat file; exit 3"
@@ -86,8 +88,8 @@ def test_a_command_in_the_hosts_userland(qemu: str, kernel: tuple[str, str], tmp
 
 
 @needs_virtiofsd
-def test_another_tree_that_may_be_written_to(qemu: str, tmp_path: Path) -> None:
-    """The tree has only busybox. The kernel is the built-in guest's own."""
+def test_a_command_writes_to_another_tree_with_directory_rw(qemu: str, tmp_path: Path) -> None:
+    """The tree has only busybox. The guest runs on its own kernel."""
     for name in ("bin", "proc", "sys", "dev", "run", "work"):
         (tmp_path / name).mkdir()
     shutil.copy(shutil.which("busybox") or "", tmp_path / "bin" / "busybox")
@@ -122,7 +124,9 @@ def test_files_are_copied_by_the_userlands_own_tools(qemu: str, tree: Path, tmp_
     assert (tmp_path / "again").stat().st_blocks * 512 < 2 * MIB
 
 
-def test_a_kernel_that_lacks_something_is_not_started(qemu: str, kernel: tuple[str, str], tmp_path: Path) -> None:
+def test_a_kernel_that_lacks_a_required_option_is_not_started(
+    qemu: str, kernel: tuple[str, str], tmp_path: Path
+) -> None:
     linux, modules = kernel
     image = tmp_path / "arch/x86/boot/bzImage"
     image.parent.mkdir(parents=True)
@@ -148,10 +152,10 @@ def without(modules: str, folder: Path, *names: str) -> Path:
 
 
 @needs_virtiofsd
-def test_a_kernel_without_virtiofs_says_so_when_it_gets_there(
+def test_a_kernel_without_virtiofs_is_reported_from_the_guest(
     qemu: str, kernel: tuple[str, str], tmp_path: Path
 ) -> None:
-    """vmspawn cannot know that before the start: there is no configuration, and the modules are missing."""
+    """vmspawn cannot know this before the start: without the kernel's configuration, the option may be built in."""
     linux, modules = kernel
     copy = without(modules, tmp_path, "virtiofs", "overlay")
     done = run(qemu, "true", f"--linux={linux}", f"--modules={copy}", "--directory=/")
@@ -173,7 +177,7 @@ def test_a_kernel_without_ports_ends_the_command(qemu: str, kernel: tuple[str, s
 
 @pytest.fixture
 def build_tree(kernel: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A kernel's build tree: Debian's headers of the kernel, with its image and its modules. `vmspawn` is a command."""
+    """Make a kernel's build tree from Debian's headers, the kernel's image and its modules. Adds `vmspawn` to PATH."""
     linux, modules = kernel
     headers = Path(f"/usr/src/linux-headers-{kernel_image.version_of(linux)}")
     if not headers.exists():
@@ -192,7 +196,7 @@ def build_tree(kernel: tuple[str, str], tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.soak
 @needs_virtiofsd
-def test_the_example_of_the_docs(build_tree: Path) -> None:
+def test_the_example_of_the_docs_works(build_tree: Path) -> None:
     done = run_example("kernel.md", "kernel", build_tree, {})
     version = kernel_image.version_of(str(build_tree / "arch/x86/boot/bzImage"))
     assert (done.returncode, done.stdout) == (0, f"{version}\n{version}\n{build_tree}\n"), done.stderr

@@ -42,7 +42,7 @@ def transcript(text: str) -> list[tuple[str, str]]:
     return commands
 
 
-def typed(command: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+def run(command: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Run a command of a session, and return its exit status and output."""
     done = subprocess.run(
         ["sh", "-c", command],
@@ -56,20 +56,20 @@ def typed(command: str, folder: Path, environment: dict[str, str]) -> tuple[int,
     return done.returncode, done.stdout
 
 
-def test_the_session(commands: dict[str, str], tmp_path: Path) -> None:
+def test_the_session_prints_the_output_in_the_readme(commands: dict[str, str], tmp_path: Path) -> None:
     with spawned("--guest=builtin", name="demo") as machine:
         machine.wait_for("vmspawn-guest: ready", stream="stdout")
         for command, output in transcript(example("session")):
-            done = typed(command, tmp_path, commands)
+            done = run(command, tmp_path, commands)
             # The guest notices a new size when its driver handles the interrupt, so a reader may come first.
             deadline = time.monotonic() + 30
             while command.startswith("vmctl exec demo cat") and done[1] != output and time.monotonic() < deadline:
-                done = typed(command, tmp_path, commands)
+                done = run(command, tmp_path, commands)
             assert done == (0, output), command
         assert machine.wait() == 0
 
 
-def test_commands_in_the_guest(commands: dict[str, str], tmp_path: Path) -> None:
+def test_the_commands_in_the_guest_print_their_output(commands: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README)
     with spawned("--guest=builtin", name="demo") as machine:
         machine.wait_for("is running")
@@ -86,7 +86,7 @@ def test_commands_in_the_guest(commands: dict[str, str], tmp_path: Path) -> None
     assert done.stdout == "Linux\nHELLO\nREADME.md\n"
 
 
-def test_the_commands(commands: dict[str, str], tmp_path: Path) -> None:
+def test_the_commands_for_disks_succeed(commands: dict[str, str], tmp_path: Path) -> None:
     with spawned("--guest=builtin", name="demo") as machine:
         machine.wait_for("vmspawn-guest: ready", stream="stdout")
         script = "set -e\n" + example("commands")
@@ -100,7 +100,7 @@ def test_the_commands(commands: dict[str, str], tmp_path: Path) -> None:
     assert "the guest powered off" in machine.output["stderr"]
 
 
-def test_the_python_example(tmp_path: Path) -> None:
+def test_the_python_example_works(tmp_path: Path) -> None:
     make_raw(tmp_path / "data.raw")
     done = subprocess.run(
         [sys.executable, "-c", example("python")], cwd=tmp_path, capture_output=True, text=True, timeout=60

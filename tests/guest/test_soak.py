@@ -26,7 +26,7 @@ from vmspawn.host import runtime
 #: The number of cycles: 30 by default, 2,000 in `./dev soak`, 20,000 at a scale of 100.
 CYCLES = 30 if SCALE <= 1 else round(200 * SCALE)
 
-#: Cycles after which every code path has run, so that the manager must not change any more.
+#: The number of cycles after which every code path has run, so that the manager must not grow any more.
 WARM = min(200, CYCLES // 2)
 
 SESSIONS = 20
@@ -35,13 +35,13 @@ BUSES = ("virtio-blk", "nvme", "virtio-scsi")
 #: The factor by which the manager may be larger or slower at the end.
 GROWTH = 1.05
 
-#: True if times are compared, which takes a second machine and minutes.
+#: Whether times are compared, which takes a second machine and minutes.
 TIMED = SCALE >= 10
 
 #: Cycles of each machine for one comparison. The ratio of a pair varies by 25 %, the median of 300 pairs by 2 %.
 PAIRS = 300
 
-#: The maximum number of comparisons at the end, as long as the manager seems slower: noise disappears, growth
+#: The maximum number of comparisons at the end. A manager that seems slower is compared again: noise disappears, growth
 #: does not.
 COMPARISONS = 5
 
@@ -103,7 +103,7 @@ def listeners(machine: str) -> Iterator[Listeners]:
 
 @contextlib.asynccontextmanager
 async def booted(qemu: str) -> AsyncIterator[Spawned]:
-    """Boot a guest that handles disks, and do not use its console afterwards."""
+    """Boot a guest, which handles disks, and disconnect from its console once it is up."""
     with spawned(f"--qemu={qemu}", "--guest=builtin", "--console=headless") as machine:
         machine.wait_for("is running")
         shell = await Shell.connect(os.path.join(runtime.runtime_root(), machine.name, "console"))
@@ -176,20 +176,20 @@ def compare(one: Subject, other: Subject) -> Times:
 
 
 def judge(aged: Subject, young: Subject, before: Times) -> Times:
-    """Return the slowdown of a machine relative to a fresh one, the least of several comparisons."""
+    """Return the slowdown of a machine relative to a fresh machine: the smallest of several comparisons."""
     slower = Times(*[float("inf")] * 3)
     for _ in range(COMPARISONS):
         found = compare(aged, young).over(before)
         slower = Times(*(min(pair) for pair in zip(slower, found, strict=True)))
         if max(slower) <= GROWTH:
             break
-    for what, value in zip(("attach", "detach", "the manager's processor time"), slower, strict=True):
-        figure(f"{what}, in the end by that after {WARM} cycles", f"{value:.3f}")
+    for what, value in zip(("attach: time", "detach: time", "manager's processor time"), slower, strict=True):
+        figure(f"{what} at the end, relative to {WARM} cycles", f"{value:.3f}")
     return slower
 
 
 def run(machines: list[Spawned], folder: Path) -> tuple[State, State, Times | None]:
-    """Return the first machine's state after some cycles and after all cycles, and its slowdown."""
+    """Return the first machine's state after `WARM` cycles and after all cycles, and its slowdown."""
     with contextlib.ExitStack() as stack:
         aged, *spared = [stack.enter_context(subject(machine, folder)) for machine in machines]
         for each in (aged, *spared):
@@ -199,13 +199,16 @@ def run(machines: list[Spawned], folder: Path) -> tuple[State, State, Times | No
         aged.run(CYCLES - WARM)
         end = aged.state()
         figure("attach/detach cycles over all buses, beside 20 sessions", CYCLES)
-        figure(f"resident, after {WARM} cycles and in the end", f"{warm.resident >> 10} kB, {end.resident >> 10} kB")
-        figure("descriptors, then and in the end", f"{warm.descriptors}, {end.descriptors}")
+        figure(
+            f"manager's resident memory after {WARM} cycles and at the end",
+            f"{warm.resident >> 10} kB, {end.resident >> 10} kB",
+        )
+        figure("manager's file descriptors, then and at the end", f"{warm.descriptors}, {end.descriptors}")
         return warm, end, judge(aged, spared[0], before[0]) if spared else None
 
 
 @pytest.mark.soak
-async def test_the_manager_grows_neither_larger_nor_slower(qemu: str, tmp_path: Path) -> None:
+async def test_the_manager_neither_grows_nor_slows_down(qemu: str, tmp_path: Path) -> None:
     """The slowdown is relative to a fresh machine on the same busy host."""
     async with contextlib.AsyncExitStack() as stack:
         machines = [await stack.enter_async_context(booted(qemu)) for _ in range(2 if TIMED else 1)]

@@ -13,7 +13,7 @@ import pytest
 from tests.commands import DEADLINE, Spawned, run_example, spawned, vmctl
 from tests.guest.test_own_kernel import needs_virtiofsd
 
-#: The server: dropbear comes without a service that would start on this host.
+#: The SSH server. The package dropbear-bin has no service that would start on this host.
 SERVER = "dropbear"
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
     ),
 ]
 
-#: Starts the server. root's shell must not read what this host's root has set up.
+#: Starts the server in the guest, without the startup files of this host's root, which root's shell would read.
 START = f"""
 rm -f /root/.bashrc /root/.profile /root/.bash_profile
 mkdir -p /etc/dropbear
@@ -45,7 +45,7 @@ def machine(qemu: str) -> Iterator[Spawned]:
 
 @pytest.fixture(scope="module")
 def config(machine: Spawned, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The file that `vmctl ssh-config` prints."""
+    """Write the output of `vmctl ssh-config` to a file, and return its path."""
     path = tmp_path_factory.mktemp("config") / "a config"
     path.write_text(vmctl("ssh-config", machine.name).stdout)
     return str(path)
@@ -55,14 +55,14 @@ def run(*command: str, data: str | None = None) -> subprocess.CompletedProcess[s
     return subprocess.run(command, input=data, capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
-def test_a_command_with_its_status(machine: Spawned) -> None:
+def test_ssh_runs_a_command_and_exits_with_its_status(machine: Spawned) -> None:
     done = vmctl("ssh", machine.name, "echo out; echo err >&2; exit 7")
     assert (done.returncode, done.stdout) == (7, "out\n")
     assert "err\n" in done.stderr
     assert vmctl("ssh", f"nobody@{machine.name}", "true").returncode == 255
 
 
-def test_ssh_and_scp_with_the_configuration(machine: Spawned, config: str, tmp_path: Path) -> None:
+def test_ssh_and_scp_work_with_the_configuration(machine: Spawned, config: str, tmp_path: Path) -> None:
     done = run("ssh", "-F", config, f"vmspawn/{machine.name}", "cat >/tmp/typed", data="typed\n")
     assert done.returncode == 0, done.stderr
     if not os.path.exists("/usr/lib/openssh/sftp-server"):
@@ -73,7 +73,7 @@ def test_ssh_and_scp_with_the_configuration(machine: Spawned, config: str, tmp_p
 
 
 @pytest.mark.soak
-def test_rsync_with_the_configuration(machine: Spawned, config: str, tmp_path: Path) -> None:
+def test_rsync_works_with_the_configuration(machine: Spawned, config: str, tmp_path: Path) -> None:
     if not shutil.which("rsync"):
         pytest.skip("rsync is not installed")
     (tmp_path / "from").mkdir()
@@ -87,7 +87,7 @@ def test_rsync_with_the_configuration(machine: Spawned, config: str, tmp_path: P
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_ansible_with_the_configuration(machine: Spawned, config: str, tmp_path: Path) -> None:
+def test_ansible_works_with_the_configuration(machine: Spawned, config: str, tmp_path: Path) -> None:
     if not shutil.which("ansible-playbook"):
         pytest.skip("ansible-playbook is not installed")
     tasks = [
@@ -122,8 +122,8 @@ def test_the_host_key_is_pinned(machine: Spawned) -> None:
         known.write_text(before)
 
 
-def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
-    """The machine of the docs is called web."""
+def test_the_example_of_the_docs_works(machine: Spawned, tmp_path: Path) -> None:
+    """In the docs, the machine is called web."""
     if not os.path.exists("/usr/lib/openssh/sftp-server"):
         pytest.skip("openssh-sftp-server is not installed")
     done = run_example("ssh.md", "ssh", tmp_path, {"web": machine.name})

@@ -26,7 +26,7 @@ write_files: [{path: /etc/made, content: by user data}]
 
 @contextmanager
 def booted(qemu: str, suite: str, image: Path, *options: str) -> Iterator[Spawned]:
-    """Boot the image of a suite, which keeps its changes, until its SSH server answers."""
+    """Boot the image of a suite, and wait until its SSH server answers. The image keeps the guest's changes."""
     linux, initrd = debian.kernel(suite)
     common = (f"--qemu={qemu}", f"--image={image}", f"--linux={linux}", f"--initrd={initrd}", "--ram=1G")
     arguments = (f"root=LABEL={debian.LABEL}", "rw")
@@ -45,7 +45,7 @@ def run(machine: str, *command: str) -> str:
 
 @pytest.mark.parametrize("suite", [debian.SUITE, debian.OLDER])
 def test_each_start_of_a_cloud_image_can_be_logged_into(qemu: str, suite: str, tmp_path: Path) -> None:
-    """cloud-init configures it once. Root has the key of each start."""
+    """cloud-init configures the image only once. Each start adds a key to root's keys."""
     debian.need()
     image = debian.root(tmp_path / "cloud", debian.cloud_tree(suite))
     (tmp_path / "user-data").write_text(USER_DATA)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that each verb wakes or ends a guest that is suspended to memory (S3) as documented."""
+"""Tests how resume, reboot and poweroff affect a guest that is suspended to memory (S3)."""
 
 import json
 import time

@@ -16,7 +16,7 @@ from tests.disks import make_disk, need_tools
 from tests.machines import fresh_name
 from vmspawn.guest.build import build
 
-#: Seconds. UEFI takes about ten under emulation on an idle host.
+#: Seconds. UEFI takes about ten seconds under emulation on an idle host.
 BOOT_TIMEOUT = 110.0
 
 #: Options for firmware that supports Secure Boot, without a file for its variables.
@@ -118,7 +118,7 @@ def test_only_firmware_with_keys_refuses_a_loader_that_it_has_no_key_for(
     boot(spawn, f"--qemu={qemu}", "--ram=512M", f"--image={unsigned}", *firmware, until=said)
 
 
-def test_without_a_wish_qemu_starts_a_kernel_by_itself_and_finds_its_disk(
+def test_by_default_qemu_starts_a_kernel_directly_and_the_kernel_gets_its_disk(
     qemu: str, spawn: list[Spawned], kernel: tuple[str, ...], tmp_path: Path
 ) -> None:
     """UEFI is installed, but would take several times as long."""
@@ -129,7 +129,7 @@ def test_without_a_wish_qemu_starts_a_kernel_by_itself_and_finds_its_disk(
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["image.raw"]
 
 
-def test_list_and_describe(config_home: Path) -> None:
+def test_firmware_is_listed_and_described(config_home: Path) -> None:
     listed = run(config_home, "--firmware=list").stdout.split()
     assert [Path(each).name for each in listed][-1] == "60-edk2-x86_64.json"
     assert "secure-boot" in run(config_home, "--firmware-features=list").stdout.split()
@@ -140,7 +140,7 @@ def test_list_and_describe(config_home: Path) -> None:
     assert {"enrolled-keys", "secure-boot"} <= set(json.loads(enrolled.stdout)["features"])
 
 
-def test_uefi_that_is_not_there_is_missed_only_if_it_was_a_firm_wish(tmp_path: Path) -> None:
+def test_missing_uefi_is_an_error_if_an_option_requires_it(tmp_path: Path) -> None:
     image = make_raw(tmp_path / "image", 1 << 20)
     hidden = tmp_path / "config"
     for path in ovmf.install(hidden).iterdir():
@@ -152,7 +152,7 @@ def test_uefi_that_is_not_there_is_missed_only_if_it_was_a_firm_wish(tmp_path: P
         assert "install it" in done.stderr
 
 
-def test_the_variables_file_that_cannot_be_made_is_named(qemu: str, config_home: Path, tmp_path: Path) -> None:
+def test_a_variables_file_that_cannot_be_created_is_named(qemu: str, config_home: Path, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "image", 1 << 20)
     done = run(config_home, f"--image={image}", f"--qemu={qemu}", f"--efi-nvram-state={tmp_path}/none/state")
     assert done.returncode == 1
@@ -161,7 +161,7 @@ def test_the_variables_file_that_cannot_be_made_is_named(qemu: str, config_home:
 
 @pytest.mark.skipif(not shutil.which("qemu-system-aarch64"), reason="qemu-system-aarch64 is not installed")
 @pytest.mark.parametrize("option", ["--set-credential=a:b", "--smbios11=x"])
-def test_what_only_uefi_could_hand_on_is_refused_without_it(tmp_path: Path, option: str) -> None:
+def test_options_that_need_uefi_are_refused_without_it(tmp_path: Path, option: str) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"no PE image")
     done = run(tmp_path, "--machine-type=virt", f"--linux={kernel}", option)

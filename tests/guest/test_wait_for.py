@@ -41,12 +41,12 @@ def guest(machine: Spawned, command: str) -> None:
 
 def test_a_machine_that_is_about_to_start_is_waited_for(machine: Spawned) -> None:
     """This is the first test: vmspawn has just been started."""
-    # Without (?m), a prompt that follows the line would be in the way.
+    # With (?m), `$` also matches before a prompt that follows the line.
     done = wait(machine.name, "agent", "booted", f"console=(?m){READY}$")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_port_that_is_listened_on_later(machine: Spawned) -> None:
+def test_a_port_is_waited_for_until_a_program_listens_on_it(machine: Spawned) -> None:
     late = wait(machine.name, "port=8000", "agent", timeout=1)
     assert late.returncode == 1
     line = f"vmctl: machine {machine.name}: timed out waiting for port=8000 (nothing listens on it in the guest)"
@@ -57,7 +57,7 @@ def test_a_port_that_is_listened_on_later(machine: Spawned) -> None:
     assert wait(machine.name, "port=8000", "port=8001").returncode == 0
 
 
-def test_a_disk_that_the_guest_has_taken(machine: Spawned, tmp_path: Path) -> None:
+def test_a_disk_is_waited_for_and_a_missing_disk_is_an_error(machine: Spawned, tmp_path: Path) -> None:
     assert vmctl("attach-disk", machine.name, str(make_raw(tmp_path / "disk"))).returncode == 0
     assert wait(machine.name, "disk=disk").returncode == 0
     assert "no disk" in one_line(wait(machine.name, "disk=none"), "vmctl")
@@ -75,14 +75,14 @@ def test_an_ssh_server_is_asked_through_the_forward(machine: Spawned) -> None:
     assert wait(machine.name, "ssh").returncode == 0
 
 
-def test_a_console_that_does_not_show_it(machine: Spawned) -> None:
+def test_a_timeout_reports_the_last_line_of_the_console(machine: Spawned) -> None:
     late = wait(machine.name, "console=never", "off", timeout=2)
     assert late.returncode == 1
     assert "console=never (the last line is: " in late.stderr
     assert "off (it still runs)" in late.stderr
 
 
-async def test_a_program_waits(machine: Spawned) -> None:
+async def test_the_library_waits_for_conditions(machine: Spawned) -> None:
     async with vmspawn.connect(machine.name) as connected:
         await connected.wait_for("booted", f"console={READY}", timeout=DEADLINE)
         with pytest.raises(NoSuchStorage):
@@ -91,7 +91,7 @@ async def test_a_program_waits(machine: Spawned) -> None:
             await connected.wait_for("agent", "port=9", timeout=0.5)
 
 
-def test_the_example_of_the_docs(machine: Spawned, tmp_path: Path) -> None:
+def test_the_example_of_the_docs_works(machine: Spawned, tmp_path: Path) -> None:
     done = run_example("wait.md", "wait", tmp_path, {"demo": machine.name, "8000": "8003"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -116,7 +116,7 @@ async def test_a_guest_that_reboots_is_asked_again_and_one_that_ends_is_not(qemu
     assert wait(name, "off", "off").returncode == 0
 
 
-def test_usage() -> None:
+def test_invalid_conditions_and_missing_machines_are_refused() -> None:
     start = time.monotonic()
     for arguments, why in (((), "nothing to wait for"), (("--for=ready",), "no condition ready")):
         done = vmctl("wait", "nobody", *arguments)

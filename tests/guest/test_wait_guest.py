@@ -24,7 +24,9 @@ async def guest(qemu: str) -> AsyncIterator[Booted]:
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "nvme-ns", "virtio-scsi"])
-async def test_the_disk_is_there_at_once(guest: Booted, qemu: str, tmp_path: Path, bus: str) -> None:
+async def test_the_guest_has_the_disk_when_the_attach_returns(
+    guest: Booted, qemu: str, tmp_path: Path, bus: str
+) -> None:
     machine, shell = guest
     if bus == "nvme-ns" and not find_qemu(qemu).has_namespaces:
         pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
@@ -36,7 +38,7 @@ async def test_the_disk_is_there_at_once(guest: Booted, qemu: str, tmp_path: Pat
             await machine.detach("disk")
 
 
-async def test_a_guest_that_stands_still_takes_nothing(guest: Booted, tmp_path: Path) -> None:
+async def test_the_wait_for_a_paused_guest_times_out(guest: Booted, tmp_path: Path) -> None:
     machine, _ = guest
     await machine.pause()
     try:
@@ -48,7 +50,7 @@ async def test_a_guest_that_stands_still_takes_nothing(guest: Booted, tmp_path: 
     await machine.detach("disk")
 
 
-async def test_of_an_optical_drive_nobody_can_tell(guest: Booted, tmp_path: Path) -> None:
+async def test_the_wait_is_refused_for_an_optical_drive(guest: Booted, tmp_path: Path) -> None:
     machine, _ = guest
     with pytest.raises(ConfigNotSupported, match="cannot tell"):
         await machine.attach(Disk(str(make_raw(tmp_path / "cd", MIB)), bus="scsi-cd"), wait_guest=True)

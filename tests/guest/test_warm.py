@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests starting the built-in guest from a copy that has booted."""
+"""Tests starting the built-in guest from a snapshot of a booted guest."""
 
 import asyncio
 import os
@@ -24,8 +24,8 @@ from vmspawn.images.snapshot_files import MANIFEST
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make a cache with the built-in guest and without warm snapshots. Returns the directory of warm snapshots."""
+def warm_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Make a cache with the built-in guest and without warm snapshots. Yields the directory for warm snapshots."""
     build()
     folder = tmp_path_factory.mktemp("cache")
     for name in ("guest", "agent"):
@@ -39,11 +39,13 @@ def warm(qemu: str) -> Machine:
     return Machine(guest="builtin", warm=True, qemu=qemu, name=fresh_name(), console="headless")
 
 
-def copies(folder: Path) -> list[Path]:
+def warm_snapshots(folder: Path) -> list[Path]:
     return [each.parent for each in folder.glob(f"*/{MANIFEST}")]
 
 
-async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies: Path, tmp_path: Path) -> None:
+async def test_machines_that_start_at_the_same_time_share_one_boot(
+    qemu: str, warm_directory: Path, tmp_path: Path
+) -> None:
     async def use(machine: Machine) -> str:
         async with machine:
             await machine.console.expect("vmspawn-guest: ready", timeout=10)
@@ -56,21 +58,21 @@ async def test_who_comes_at_the_same_time_shares_one_boot(qemu: str, warm_copies
 
     found = await asyncio.gather(*(use(warm(qemu)) for _ in range(3)))
     assert len(set(found)) == 3
-    (copy,) = copies(warm_copies)
-    assert not [each for each in everything_below(str(warm_copies)) if each.startswith(".")]
+    (made,) = warm_snapshots(warm_directory)
+    assert not [each for each in everything_below(str(warm_directory)) if each.startswith(".")]
     assert not [each for each in runtime.machine_names() if each.startswith("warm-")]
 
-    # A copy that cannot be used is made again.
-    (copy / MANIFEST).write_text("{}")
+    # A warm snapshot that cannot be used is made again.
+    (made / MANIFEST).write_text("{}")
     async with warm(qemu) as machine:
         await machine.run("true", check=True)
         snapshot = await machine.snapshot()
         async with snapshot.fork() as fork:
             await fork.run("true", check=True)
         await snapshot.remove()
-    assert copies(warm_copies) == [copy]
+    assert warm_snapshots(warm_directory) == [made]
 
-    # The command does the same.
+    # `vmspawn --warm` starts from a warm snapshot too.
     options = ("--guest=builtin", "--warm", f"--qemu={qemu}", f"--machine={fresh_name()}")
     done = await asyncio.to_thread(vmspawn, *options, "--run=exit 7")
     assert (done.returncode, done.stderr) == (7, "")
@@ -88,11 +90,11 @@ def kill_while_it_boots(qemu: str) -> None:
         process.kill()
 
 
-async def test_a_start_waits_for_a_boot_whose_starter_was_killed(qemu: str, warm_copies: Path) -> None:
-    for each in copies(warm_copies):
+async def test_a_start_waits_for_a_boot_whose_starter_was_killed(qemu: str, warm_directory: Path) -> None:
+    for each in warm_snapshots(warm_directory):
         shutil.rmtree(each)
     await asyncio.to_thread(kill_while_it_boots, qemu)
     async with warm(qemu) as machine:
         await machine.run("true", check=True)
-    assert len(copies(warm_copies)) == 1
-    assert not [each for each in everything_below(str(warm_copies)) if each.startswith(".")]
+    assert len(warm_snapshots(warm_directory)) == 1
+    assert not [each for each in everything_below(str(warm_directory)) if each.startswith(".")]

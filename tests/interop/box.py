@@ -57,15 +57,16 @@ PACKAGES = (
     "openssh-client",
 )
 
-#: Seconds within which a box must boot (it takes three), and within which a command in it must end by default.
+#: Seconds within which a box must boot (it takes three), within which a command in it must end by default, and within
+#: which debootstrap or pip must end.
 BOOT_TIMEOUT = 90.0
 RUN_TIMEOUT = 60.0
 MAKE_TIMEOUT = 1800.0
 
-#: The box ends when the process that booted it is killed.
-_GO_WITH_US = ("setpriv", "--pdeathsig=KILL", "--")
+#: Ends the box when the process that booted it is killed.
+_DIE_WITH_PARENT = ("setpriv", "--pdeathsig=KILL", "--")
 
-#: The project's development dependencies that no test imports.
+#: The beginnings of the names of development dependencies that no test imports.
 _NOT_NEEDED = ("mypy", "ruff", "types-")
 
 
@@ -83,7 +84,7 @@ def why_not() -> str:
     if "overlay" not in Path("/proc/filesystems").read_text().split():
         return "this kernel has no overlay file system"
     if _cgroup_root() is None:
-        return "this host has no cgroup2 hierarchy that one can write to"
+        return "this host has no writable cgroup2 hierarchy"
     if not is_made():
         return f"there is no tree at {TREE}; make it with: ./dev box make"
     return ""
@@ -95,7 +96,7 @@ def is_made() -> bool:
 
 
 def make() -> None:
-    """Build the tree by debootstrap, from the mirror that this host's apt uses. Raises BoxError."""
+    """Build the tree with debootstrap, from the mirror that this host's apt uses. Raises BoxError."""
     if TREE.exists():
         raise BoxError(f"there is a box already, in {TREE}; to make another, first: rm -r {TREE}")
     debootstrap = shutil.which("debootstrap")
@@ -108,7 +109,7 @@ def make() -> None:
     command = [debootstrap, "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(partial), mirror()]
     done = subprocess.run([*command, script], stdin=subprocess.DEVNULL, timeout=MAKE_TIMEOUT, check=False)
     if done.returncode != 0:
-        raise BoxError(f"debootstrap failed; what it left is in {partial}")
+        raise BoxError(f"debootstrap failed; its incomplete tree is in {partial}")
     partial.rename(TREE)
 
 
@@ -132,7 +133,7 @@ def _cgroup_root() -> Path | None:
 
 
 def _python_packages() -> Path:
-    """Return the directory of packages for the box's Python, which are fetched once for each version and list."""
+    """Return the directory of packages for the box's Python. Fetches them if the version or the list has changed."""
     version = subprocess.run(
         ["chroot", str(TREE), "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
         capture_output=True,
@@ -217,7 +218,7 @@ class Box:
         command = ["unshare", "--fork", "--kill-child", *namespaces, str(PROJECT / "tests/interop/box-init")]
         with (self._state / "log").open("wb") as log:
             return subprocess.Popen(
-                [*_GO_WITH_US, "sh", "-c", script, str(self._cgroup), *command],
+                [*_DIE_WITH_PARENT, "sh", "-c", script, str(self._cgroup), *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -235,9 +236,11 @@ class Box:
             with contextlib.suppress(TimeoutError):
                 message = ready.recv(4096)
             if self._holder.poll() is not None:
-                raise BoxError(f"the box died: {(self._state / 'log').read_text(errors='replace').strip()}")
+                raise BoxError(
+                    f"the box ended while it booted: {(self._state / 'log').read_text(errors='replace').strip()}"
+                )
             if time.monotonic() > deadline:
-                raise BoxError(f"the box's systemd did not say that it is up within {BOOT_TIMEOUT:g} s")
+                raise BoxError(f"the box's systemd did not report that it is up within {BOOT_TIMEOUT:g} s")
 
     @property
     def python(self) -> Path:
@@ -314,12 +317,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev box", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
     verbs.add_parser("make", help=f"build the tree at {TREE}")
-    verbs.add_parser("test", help="run the ordinary tests in a box, with its Python, QEMU and virtiofsd; as pytest")
+    verbs.add_parser(
+        "test", help="run the ordinary tests in a box, with its Python, QEMU and virtiofsd; takes pytest's arguments"
+    )
     run = verbs.add_parser("run", help="boot a box, run a command or a shell in it as a unit, and end the box")
     run.add_argument("command", nargs=argparse.REMAINDER, help="the command (default: bash)")
     options, rest = parser.parse_known_args()
     if rest and options.verb != "test":
-        parser.error(f"what is {rest[0]}?")
+        parser.error(f"unknown argument: {rest[0]}")
     try:
         if options.verb == "make":
             make()
@@ -339,7 +344,7 @@ def _run_in_new_box(command: list[str]) -> int:
 
 
 def _test_in_new_box(arguments: Sequence[str]) -> int:
-    """Run pytest in a box as a service, with its output on our standard output. The checkout is read-only there."""
+    """Run pytest in a box as a service. Its output is this process's output. The checkout is read-only in the box."""
     with Box() as box:
         for architecture in ("x86_64", "aarch64"):
             box.take_guest(architecture)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Defines the fixtures of the tests in the box: one booted box, and machines in it."""
+"""Defines the fixtures of the tests in the box, a container (see box.py): one booted box, and machines in it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -44,7 +44,7 @@ def spawn(box: Box) -> Iterator[Callable[..., BoxedMachine]]:
 
 @pytest.fixture
 def idle(box: Box, spawn: Callable[..., BoxedMachine]) -> BoxedMachine:
-    """Start a machine whose guest is its firmware."""
+    """Start a machine that stays in its firmware."""
     machine = spawn(f"--image={make_image(box)}", "--firmware=bios", "--ram=64M", "--console=headless")
     machine.wait_for("is running")
     return machine

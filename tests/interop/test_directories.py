@@ -27,7 +27,8 @@ def test_a_virtiofsd_that_dies_is_named_and_ends_the_machine(box: Box, spawn: Ca
 
 UID = 1234
 
-#: Creates an ordinary user with a runtime directory and an image.
+#: Makes directories and an image for an unprivileged user. `$become` runs a command as this user, and `$spawn` is the
+#: command that starts a machine.
 AS_USER = f"""
 set -e
 mkdir -p /run/user/{UID} /var/tmp/user/shared
@@ -39,7 +40,7 @@ spawn="$spawn --bind=/var/tmp/user/shared:/mnt"
 """
 
 
-def test_a_user_without_rights_shares_directories(box: Box) -> None:
+def test_an_unprivileged_user_shares_a_directory(box: Box) -> None:
     script = f"""{AS_USER}
     $become $spawn 2>/tmp/users.log &
     tail --pid=$! --follow --lines=+1 /tmp/users.log | grep --quiet --max-count=1 "is running"
@@ -51,7 +52,7 @@ def test_a_user_without_rights_shares_directories(box: Box) -> None:
 
 
 def test_a_virtiofsd_that_cannot_start_is_named(box: Box) -> None:
-    """Below chroot(2), no process may make the user namespace in which virtiofsd confines itself."""
+    """Below chroot(2), no process may create the user namespace in which virtiofsd confines itself."""
     script = f"{AS_USER}\nmkdir -p /tmp/root; mount --rbind / /tmp/root; exec chroot /tmp/root $become $spawn"
     done = box.run("unshare", "--mount", "bash", "-c", script, check=False)
     assert done.returncode == 1

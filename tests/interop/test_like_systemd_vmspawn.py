@@ -16,7 +16,7 @@ def options(text: str) -> set[str]:
 
 def test_every_option_of_systemd_vmspawn_is_known_here(box: Box) -> None:
     theirs = options(box.run("systemd-vmspawn", "--help").stdout)
-    # These are accepted, and have no effect.
+    # vmspawn accepts these options without an effect, and --help does not list them.
     silent = {"--no-pager", "--no-ask-password"}
     assert theirs - options(box.run("vmspawn", "--help").stdout) == silent
 

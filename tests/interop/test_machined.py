@@ -17,7 +17,7 @@ MACHINED = "/run/systemd/machine/io.systemd.Machine"
 #: The members of a registration that do not depend on the manager.
 KEPT = ("leader", "controlAddress", "unit", "service", "class")
 
-#: Starts a user's service manager for root, with the bus that machined needs, and machined.
+#: Starts root's user service manager (user@0.service), and in it machined and the bus that machined needs.
 USERS_MANAGER = r"""
 set -e
 export XDG_RUNTIME_DIR=/run/user/0
@@ -35,7 +35,8 @@ systemctl --user daemon-reload
 systemctl --user start dbus.socket dbus.service systemd-machined.socket
 """
 
-#: Runs a machine there, and prints the record of the user's machined, machinectl's list, and the record after the end.
+#: Runs a machine in that service manager. Prints the record of the user's machined, machinectl's list, and the record
+#: after the machine's end.
 USERS_MACHINE = """
 list="varlinkctl call --json=short $XDG_RUNTIME_DIR/systemd/machine/io.systemd.Machine io.systemd.Machine.List"
 systemd-run --user --quiet --service-type=notify --unit=users vmspawn --image={image} --firmware=bios --ram=64M \
@@ -49,7 +50,7 @@ while [ "$(systemctl --user show --property=ActiveState --value users)" != inact
 $list '{{"name":"users"}}' 2>&1 || :
 """
 
-#: Options for a machine whose guest is its firmware.
+#: Options for a machine that stays in its firmware.
 IDLE = ("--firmware=bios", "--ram=64M", "--console=headless")
 
 
@@ -71,7 +72,7 @@ def test_a_machine_is_registered_with_what_machinectl_needs(box: Box, spawn: Spa
     assert found["unit"] == f"machine-{machine.name}.scope"
 
 
-def test_machinectl_list_and_status(box: Box, idle: BoxedMachine) -> None:
+def test_machinectl_lists_a_machine_and_shows_its_status(box: Box, idle: BoxedMachine) -> None:
     listed = json.loads(box.run("machinectl", "list", "--output=json").stdout)
     assert [(each["class"], each["service"]) for each in listed if each["machine"] == idle.name] == [("vm", "vmspawn")]
     status = box.run("machinectl", "status", idle.name).stdout
@@ -79,7 +80,7 @@ def test_machinectl_list_and_status(box: Box, idle: BoxedMachine) -> None:
     assert f"machine-{idle.name}.scope" in status
 
 
-def test_machinectl_pause_and_resume(idle: BoxedMachine) -> None:
+def test_machinectl_pauses_and_resumes_a_machine(idle: BoxedMachine) -> None:
     idle.machinectl("pause")
     assert idle.call("io.systemd.MachineInstance.Describe") == {"running": False, "status": "paused"}
     idle.machinectl("resume")
@@ -92,7 +93,7 @@ def test_machinectl_terminate_ends_the_machine_and_its_registration(idle: BoxedM
     assert idle.registration() is None
 
 
-def test_machinectl_reboot_and_poweroff(spawn: Spawn) -> None:
+def test_machinectl_reboots_and_powers_off_a_guest(spawn: Spawn) -> None:
     machine = boot_builtin(spawn)
     machine.output["stdout"] = ""
     machine.machinectl("reboot")
@@ -103,7 +104,7 @@ def test_machinectl_reboot_and_poweroff(spawn: Spawn) -> None:
     assert machine.registration() is None
 
 
-def test_machinectl_bind_volume_and_unbind_volume(box: Box, spawn: Spawn) -> None:
+def test_machinectl_binds_and_unbinds_a_volume(box: Box, spawn: Spawn) -> None:
     machine = boot_builtin(spawn)
     volume = f"fs:{machine.name}.volume"
     box.run("machinectl", "bind-volume", machine.name, f"{volume}:nvme:create=new,size=8M,template=sparse-file")
@@ -119,7 +120,7 @@ def test_stopping_the_unit_shuts_the_guest_down(box: Box, spawn: Spawn) -> None:
     found = machine.registration()
     assert found is not None
     assert found["unit"] == machine.unit
-    # Only the manager gets the signal; with KillMode=mixed, systemd then kills the remaining processes.
+    # Only the manager gets the signal, as when systemd stops a unit with KillMode=mixed.
     box.run("systemctl", "kill", "--kill-whom=main", f"--signal={signal.SIGTERM.name}", machine.unit)
     assert machine.wait() == 0
     assert "the guest powered off" in machine.output["stderr"]
@@ -133,7 +134,7 @@ def test_a_machine_whose_qemu_is_killed_is_not_registered_any_more(box: Box, idl
     assert idle.registration() is None
 
 
-def test_slice_and_properties_are_those_of_a_scope_of_qemus_own(box: Box, spawn: Spawn) -> None:
+def test_slice_and_properties_apply_to_qemus_own_scope(box: Box, spawn: Spawn) -> None:
     settings = ("--slice=test-vm.slice", "--property=CollectMode=inactive-or-failed")
     machine = spawn(f"--image={make_image(box)}", *IDLE, *settings, name="with-dash")
     machine.wait_for("is running")
@@ -178,7 +179,7 @@ def test_an_adopted_machine_stays_registered_and_is_unregistered_at_its_end(box:
 
 
 def kill_manager(box: Box, name: str) -> None:
-    """Kill the manager of a machine, and wait until it has gone."""
+    """Kill the manager of a machine, and wait until it has ended."""
     pid = manager_of(box, name)
     box.run("bash", "-c", f"kill -KILL {pid}; tail --pid={pid} --follow /dev/null")
 
@@ -198,23 +199,23 @@ def command_line(path: Path) -> list[str]:
         return []  # The process ended after it was listed.
 
 
-def test_register_no_leaves_the_machine_alone(box: Box, spawn: Spawn) -> None:
+def test_a_machine_with_register_no_is_not_registered(box: Box, spawn: Spawn) -> None:
     machine = spawn(f"--image={make_image(box)}", *IDLE, "--register=no")
     machine.wait_for("is running")
     assert machine.registration() is None
 
 
-def test_the_users_machined_that_is_not_there_is_missed_only_if_it_was_a_firm_wish(box: Box, spawn: Spawn) -> None:
+def test_a_missing_machined_of_the_user_is_an_error_only_with_register_yes(box: Box, spawn: Spawn) -> None:
     machine = spawn(f"--image={make_image(box)}", *IDLE, "--user", "--register=auto")
     machine.wait_for("is running")
     assert "register" not in machine.output["stderr"]
-    firm = spawn(f"--image={make_image(box)}", *IDLE, "--user", "--register=yes")
-    assert firm.wait() == 1
-    assert "cannot register the machine: systemd-machined does not run" in firm.output["stderr"]
-    assert not box.path(f"/run/vmspawn/{firm.name}").exists()
+    required = spawn(f"--image={make_image(box)}", *IDLE, "--user", "--register=yes")
+    assert required.wait() == 1
+    assert "cannot register the machine: systemd-machined does not run" in required.output["stderr"]
+    assert not box.path(f"/run/vmspawn/{required.name}").exists()
 
 
-def test_a_users_machined_knows_the_machine_as_well(box: Box) -> None:
+def test_a_users_machined_registers_the_users_machine(box: Box) -> None:
     """In the box no login starts the user's machined and bus, so the test starts both."""
     done = box.run("bash", "-c", f"{USERS_MANAGER}\n{USERS_MACHINE.format(image=make_image(box))}")
     registered, listed, ended = done.stdout.split("---")
@@ -224,7 +225,7 @@ def test_a_users_machined_knows_the_machine_as_well(box: Box) -> None:
     assert "NoSuchMachine" in ended
 
 
-def test_a_name_that_machined_has_already_is_refused(box: Box, spawn: Spawn) -> None:
+def test_a_name_that_machined_already_has_is_refused_only_with_register_yes(box: Box, spawn: Spawn) -> None:
     first = spawn(f"--image={make_image(box)}", *IDLE)
     first.wait_for("is running")
     elsewhere = ("--setenv=VMSPAWN_RUNTIME_DIR=/run/elsewhere", f"--unit=test-{first.name}-again.service")

@@ -13,7 +13,7 @@ from tests.interop.machines import machine_registration
 
 NAME = "by-unit"
 
-#: A drop-in for a quicker boot, and for a watchdog whose interval is shorter than the boot.
+#: Settings for a drop-in: options for a quicker boot, and a watchdog whose interval is shorter than the boot.
 OPTIONS = "--machine=%i --ram=512M --firmware=bios"
 WATCHDOG = "WatchdogSec=5s"
 
@@ -26,7 +26,7 @@ def image(box: Box) -> None:
 
 @contextmanager
 def drop_in(box: Box, template: str, command: str) -> Iterator[str]:
-    """Set another command for the image's instance of a template unit. The instance is killed at the end."""
+    """Override the command of the image's instance of a template unit. Kills the instance at the end."""
     unit = f"{template}@{NAME}.service"
     folder = box.path(f"/run/systemd/system/{unit}.d")
     folder.mkdir(exist_ok=True)
@@ -38,14 +38,14 @@ def drop_in(box: Box, template: str, command: str) -> Iterator[str]:
 
 @pytest.fixture
 def unit(box: Box, image: None) -> Iterator[str]:
-    """Install vmspawn's unit."""
+    """Install vmspawn's unit, and return the name of the instance that runs the image."""
     box.path("/run/systemd/system/vmspawn@.service").write_bytes((PROJECT / "systemd/vmspawn@.service").read_bytes())
     command = "vmspawn --adopt-or-start --quiet --keep-unit --console=headless --network-user-mode"
     with drop_in(box, "vmspawn", command) as installed:
         yield installed
 
 
-def test_machinectl_starts_it_by_systemds_own_unit_with_our_command(box: Box, image: None) -> None:
+def test_machinectl_starts_an_image_by_systemds_own_unit_with_vmspawns_command(box: Box, image: None) -> None:
     """The unit's sandbox and options are unchanged, except the option for a TAP device, which vmspawn does not have."""
     theirs = box.run("systemctl", "cat", f"systemd-vmspawn@{NAME}.service").stdout
     command = next(line for line in theirs.splitlines() if line.startswith("ExecStart=systemd-vmspawn "))

@@ -17,7 +17,7 @@ def next_event(stream: IO[str]) -> str:
     return str(json.loads(stream.readline().lstrip("\x1e"))["event"])
 
 
-def test_list_interfaces_and_methods(box: Box, idle: BoxedMachine) -> None:
+def test_interfaces_and_methods_are_listed(box: Box, idle: BoxedMachine) -> None:
     interfaces = box.run("varlinkctl", "list-interfaces", idle.control).stdout.split()
     assert {INSTANCE, "io.systemd.VirtualMachineInstance", "io.vmspawn.Machine", "org.varlink.service"} <= set(
         interfaces
@@ -27,7 +27,7 @@ def test_list_interfaces_and_methods(box: Box, idle: BoxedMachine) -> None:
     assert f"{INSTANCE}.AddStorage" in methods
 
 
-def test_introspect_is_what_varlinkctl_itself_finds_valid(box: Box, idle: BoxedMachine) -> None:
+def test_varlinkctl_finds_each_introspected_interface_valid(box: Box, idle: BoxedMachine) -> None:
     for interface in box.run("varlinkctl", "list-interfaces", idle.control).stdout.split():
         text = box.run("varlinkctl", "introspect", idle.control, interface).stdout
         assert f"interface {interface}" in text
@@ -42,7 +42,7 @@ def test_introspect_is_what_varlinkctl_itself_finds_valid(box: Box, idle: BoxedM
         assert validated.returncode == 0, validated.stderr
 
 
-def test_call(idle: BoxedMachine) -> None:
+def test_call_prints_the_reply(idle: BoxedMachine) -> None:
     assert idle.call(f"{INSTANCE}.Describe") == {"running": True, "status": "running"}
 
 

@@ -38,7 +38,7 @@ def test_a_volume_is_created_at_boot_and_cannot_be_unbound(box: Box, spawn: Call
         assert "StorageImmutable" in done.stderr or "boot" in done.stderr
 
 
-def test_vmctl_binds_and_unbinds(box: Box, idle: BoxedMachine) -> None:
+def test_vmctl_binds_and_unbinds_a_volume(box: Box, idle: BoxedMachine) -> None:
     name = f"{fresh_name()}.volume"
     box.run("vmctl", "bind-volume", idle.name, f"fs:{name}:virtio-scsi:create=new,size=4M,template=sparse-file")
     assert disks(box, idle)[f"fs:{name}"]["bus"] == "virtio-scsi"
@@ -51,7 +51,7 @@ def test_vmctl_binds_and_unbinds(box: Box, idle: BoxedMachine) -> None:
     assert disks(box, idle)[f"fs:{name}"]["readOnly"] is True
 
 
-def test_a_volume_that_is_not_there_ends_the_start_in_one_line(box: Box) -> None:
+def test_a_missing_volume_ends_the_start_with_the_reason(box: Box) -> None:
     done = box.run("vmspawn", f"--image={make_image(box)}", *IDLE, "--bind-volume=fs:none:create=open", check=False)
     assert done.returncode == 1
     assert "cannot get the volume fs:none: there is no such volume" in done.stderr
