@@ -30,7 +30,6 @@ from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
 from ..boot.started import Incoming, Started
 from ..boot.state import Fork
 from ..errors import StartError, UsageError
-from ..host.runtime import MachineDirectory
 from ..hotplug import places
 from ..images import snapshot_files
 from ..network.forward import NETDEV
