@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test with every QEMU and machine type that the options name, unless its marker names one."""
+    """Run each test with every QEMU and every machine type of the options. Those in the test's marker replace them."""
     marked = {name for mark in metafunc.definition.iter_markers("vm") for name in mark.kwargs}
     for fixture, field in (("vm_qemu", "qemu"), ("vm_machine_type", "machine_type")):
         values = metafunc.config.getoption(fixture)

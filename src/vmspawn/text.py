@@ -7,7 +7,7 @@ from typing import Any
 
 
 def utf8(text: str) -> str:
-    """Return the text with `\\xff` in place of each byte that is not valid UTF-8, so that the text can be encoded."""
+    """Return the text, with each byte that is not valid UTF-8 escaped as in `\\xff`, so that it can be encoded."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 

@@ -128,8 +128,8 @@ def test_holes_stay_holes_in_both_directions(machine: Machine, tmp_path: Path) -
         (("{guest}:/a", "{guest}:/b"), "one side has to be in a guest"),
         (("{host}/file", "{guest}:"), "is empty"),
         (("{guest}:", "{host}"), "is empty"),
-        (("{host}", "{guest}:/etc/passwd"), "/etc/passwd is in the way: one of both is a directory"),
-        (("{host}/tmp", "{guest}:/"), "/tmp is in the way: one of both is a directory"),
+        (("{host}", "{guest}:/etc/passwd"), "cannot replace /etc/passwd: only one of the two is a directory"),
+        (("{host}/tmp", "{guest}:/"), "cannot replace /tmp: only one of the two is a directory"),
         (("{guest}:/", "{host}"), "no name to copy it under"),
     ],
 )

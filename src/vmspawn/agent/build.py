@@ -21,7 +21,8 @@ _INPUTS = ("agent.c", "kernel.h", "compiler.py")
 def build(architecture: str, folder: str | None = None) -> str:
     """Return the path of the agent for an architecture. Compile it unless this version is in the directory `folder`.
 
-    Without `folder`, use the agent that a wheel contains, or else a directory in the user's cache. Raises StartError.
+    Without `folder`, return the agent that the wheel contains; if there is none, `folder` is a directory in the user's
+    cache. Raises StartError.
     """
     packaged = os.path.join(_FOLDER, f"agent-{architecture}")
     if folder is None and os.path.exists(packaged):

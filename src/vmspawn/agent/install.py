@@ -22,9 +22,10 @@ INSTALLED_PATH = "/usr/lib/vmspawn/vmspawn-agent"
 
 _RUN_PATH = "/run/vmspawn-agent"
 
-# The unit does not run in an initrd, whose processes are killed when the root is switched. It starts with the first
-# devices, and the agent waits for ports that appear later. systemd kills only the agent's own process, because commands
-# outlive the agent. A command that is killed for its use of memory is not a failure of the service.
+# The unit does not run in an initrd, whose processes are killed when the root is switched. It starts as
+# soon as systemd has made the static device nodes, and the agent waits for ports that appear later. systemd kills only
+# the agent's own process, because commands outlive the agent. A command that is killed for its use of memory is not a
+# failure of the service.
 _UNIT = """\
 [Unit]
 Description=vmspawn agent

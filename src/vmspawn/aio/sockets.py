@@ -69,7 +69,7 @@ def peer_process(connected: socket.socket) -> tuple[int, int]:
 
 
 def is_allowed(connected: socket.socket) -> bool:
-    """Return whether the peer belongs to root or to this user. File modes may allow others, which are refused."""
+    """Return whether the peer's user is root or this process's user. Callers disconnect all other peers."""
     return peer_process(connected)[1] in (0, os.geteuid())
 
 

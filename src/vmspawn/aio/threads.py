@@ -42,7 +42,7 @@ async def open_in_thread(
 
 
 async def run_and_close(call: Callable[[], _T], close: Callable[[], None]) -> _T:
-    """Return what `call` returns in a worker thread. Raises what it raises.
+    """Run `call` in a worker thread, and return its result. Raises its errors.
 
     A thread cannot be stopped: after a cancellation, `call` still runs to its end. `close` is called after `call` has
     ended, or at once if no thread can be started.
@@ -68,11 +68,11 @@ async def run_and_close(call: Callable[[], _T], close: Callable[[], None]) -> _T
 
 
 async def run_cancellable(call: Callable[[], _T], *, undo: Callable[[_T], None] | None = None) -> _T:
-    """Return what `call` returns in a worker thread. Raises what it raises.
+    """Run `call` in a worker thread, and return its result. Raises its errors.
 
-    After a cancellation, `check_cancelled` raises in the thread, and the program that the thread waits for is killed.
-    This function then waits for the end of `call`. If `call` succeeded nevertheless, `undo` is called with the result,
-    in a thread.
+    After a cancellation, `programs.check_cancelled` raises Cancelled in the thread, and a program that the thread has
+    started with `programs.run` is killed. This function then waits for the end of `call`. If `call` succeeded
+    nevertheless, `undo` is called with the result, in a thread.
     """
     canceller = Canceller()
 

@@ -153,8 +153,9 @@ class Call(Generic[_T]):
             else:
                 self.future.set_result(task.result())
         finally:
-            # The last reference to the task is dropped here, in the event loop's thread. In the main thread, an
-            # interruption during asyncio's callback for a dropped task would be lost: Python ignores its exceptions.
+            # The last reference to the task is dropped here, in the event loop's thread. asyncio has a weak reference
+            # to it with a callback, whose exceptions Python ignores: in the main thread, a KeyboardInterrupt in it
+            # would be lost.
             self._task = None
             self._end.reach()
 

@@ -82,7 +82,7 @@ class ConnectedMachine(Guest):
         return f"<ConnectedMachine {self._name!r}>"
 
     async def _record_events(self, events: AsyncIterator[Event]) -> None:
-        # A caller's own stream raises the errors that end the subscription, such as EventsLost.
+        # No caller awaits this task. A stream from `machine.events()` raises its own errors, such as EventsLost.
         with suppress(VmspawnError):
             async for event in events:
                 self._record.put(event)

@@ -199,7 +199,7 @@ def _data_size(status: os.stat_result) -> int:
 
 
 def _pieces(fd: int, status: os.stat_result) -> tuple[Piece, ...] | None:
-    """Return the data of a file with large holes, in whole units; None for any other file."""
+    """Return the ranges that contain data of a file with large holes, in whole units; None for any other file."""
     size = status.st_size
     if size - status.st_blocks * 512 < _HOLES_MIN:
         return None

@@ -52,7 +52,7 @@ def _conflicts(source: str, target: str) -> Iterator[tuple[str, str]]:
 
 
 def _move(source: str, target: str, path: str, new: list[tuple[str, str]]) -> None:
-    """Move the archive's file or directory `path` from `source` to `target`. Adds each path that it moves to `new`."""
+    """Move the archive's member `path` from `source` to `target`. Appends each path and its target to `new`."""
     if not (_is_folder(source) and _is_folder(target)):
         os.replace(source, target)
         new.append((path, target))

@@ -5,8 +5,8 @@ The format is that of GNU tar's --format=gnu and of busybox's tar, without pax h
 headers of any size into memory, so only its parser of single headers is used. The use of memory is bounded.
 
 1. A header is 512 bytes with a checksum.
-2. A name that is longer than 100 bytes follows an extra header of type L before the member's header. A link's target
-   of this length follows an extra header of type K.
+2. An extra header of type L, with a name that is longer than 100 bytes, comes before the header of the member with this
+   name. An extra header of type K has the target of a link in the same way.
 3. A header of type S has a map of the file's data, which continues in the blocks after it.
 4. The content follows, padded to 512 bytes. Two blocks of zeros end the archive.
 """
@@ -199,7 +199,7 @@ def _entries(block: bytes) -> Iterator[Piece]:
 
 
 def _check(pieces: tuple[Piece, ...], size: int, stored: int) -> None:
-    """Raise CopyFailed unless the pieces are in order, within the file, and as long as the stored data."""
+    """Raise CopyFailed unless the pieces are in order, lie within the file, and have the stored data's total size."""
     if size > _SIZE_MAX:
         raise CopyFailed(f"the guest's archive has a file of {size} bytes")
     end = 0

@@ -24,7 +24,8 @@ from .reader import Kind, Member, Piece, Reader
 #: The maximum number of files, directories and links in one archive. Linux's source tree has 100 000.
 ENTRIES_MAX = 500_000
 
-#: The maximum number of bytes of the names of directories and symbolic links, which are kept until the end.
+#: The maximum number of characters that are kept until the end: names of directories, names and targets of symbolic
+#: links, and lines about skipped members.
 _NAMES_MAX = 64 << 20
 
 #: Data is written in blocks of this size. A block of zeros becomes a hole.

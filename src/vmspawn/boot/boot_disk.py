@@ -45,7 +45,7 @@ class BootDisk(Record):
 
     @property
     def is_leaving(self) -> bool:
-        """Never true: a disk that QEMU starts with stays."""
+        """Never true: no disk is detached before QEMU has started."""
         return False
 
     @property

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Parses the arguments of both commands.
 
-This parser replaces three rules of argparse that surprise users. It sorts the arguments before argparse parses them:
+This parser sorts the arguments before argparse parses them. It replaces three rules of argparse that surprise users:
 
 1. Options may stand before, between and after positional arguments. `--` ends them, and for a verb that runs a command
    they end at the command.
-2. Every word that begins with a dash is an option. An unknown option is refused, even if it contains a space.
+2. A word that begins with a dash is an option, except `-` itself, and a value that contains a space. An unknown option
+   is refused, even if it contains a space.
 3. No option can be abbreviated.
 """
 
@@ -149,7 +150,7 @@ class Parser(argparse.ArgumentParser):
         return self._near(name, _options(self))
 
     def error(self, message: str) -> NoReturn:
-        """Report a mistake and exit with 2."""
+        """Report a mistake, and exit with the status `exit_usage`."""
         hint = self._near("", ())
         if message.startswith(_SURPLUS):
             message = "unexpected argument: " + message.removeprefix(_SURPLUS)

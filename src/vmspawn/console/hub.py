@@ -58,8 +58,8 @@ class Console:
     """One machine's console. Owns `typed`, `source`, `listener` and `log`.
 
     Input is written to the non-blocking pipe `typed`, output is read from the non-blocking pipe `source`, and clients
-    connect to `listener`. `log` is QEMU's log, which is emptied after each read. `unread` is the output that the guest
-    printed while it had no manager.
+    connect to `listener`. `log` is QEMU's log of the console, which is emptied after each read. `unread` is the output
+    that the guest printed while it had no manager.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Translates exceptions into Varlink errors.
 
-On systemd's interface an error has the name and the parameters of systemd's definition. On `io.vmspawn.Machine` each
-error has a message and a hint. If the message or the hint contains the name of an option, the error also has a template
-of both, because the command line and Python spell an option differently.
+On systemd's interfaces, an error that systemd defines has systemd's name and parameters. Each other error is one of
+`io.vmspawn.Machine`, and has a message and a hint. If the message or the hint contains the name of an option, the error
+also has a template of both, because the command line and Python spell an option differently.
 """
 
 import os

@@ -430,8 +430,8 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
 
         `keepDisks` keeps the copies' disks when they end. `newIdentity` gives their guests host names, machine IDs and
         MAC addresses of their own. `console` is headless, the default, or gui. `log` is the absolute path of the file
-        that the console's output is appended to. `forwards` are all ports of the host that are forwarded to the copies.
-        `dieWithCaller` ends the copies when the process that has connected to this socket dies.
+        that the console's output is appended to. `forwards` are the copies' forwards; those of the source are not
+        copied. `dieWithCaller` ends the copies when the process that has connected to this socket dies.
         """
         from . import snapshots
 

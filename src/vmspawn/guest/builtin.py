@@ -39,8 +39,8 @@ _AGENT_FILES = ("agent.c", "kernel.h")
 
 #: Kernel arguments. Most of them skip work that is slow under TCG: self-tests of ciphers (0.4 s), patching locks for a
 #: single CPU (0.2 s), page-table isolation (0.2 s), and zeroing allocated memory. Debian's kernel zeroes memory by
-#: default, which takes a sixth of the processor time of a command's output. no_timer_check skips the timer check, which
-#: may panic on a busy host.
+#: default, which takes a sixth of the processor time while a command's output is transferred. no_timer_check skips the
+#: timer check, which may panic on a busy host.
 ARGUMENTS = {
     "x86_64": ("quiet", "panic=-1", "cryptomgr.notests", "noreplace-smp", "no_timer_check", "init_on_alloc=0"),
     "aarch64": ("quiet", "panic=-1", "cryptomgr.notests", "kpti=off"),
@@ -100,6 +100,6 @@ def cache_directory() -> str:
 
 
 def fingerprint() -> str:
-    """Return a short hash of the guest's and the agent's files: no other version of this package finds this guest."""
+    """Return a short hash of the guest's and the agent's files. A version with other files builds another guest."""
     paths = [os.path.join(ROOTFS, name) for name in FILES] + [os.path.join(_AGENT, name) for name in _AGENT_FILES]
     return fingerprint_files(paths, FORMAT)

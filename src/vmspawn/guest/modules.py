@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads a kernel's modules, their dependencies, and the list of built-in modules.
 
-depmod writes `modules.dep` when a package is installed, so an unpacked package has none. The dependencies come from the
-`.modinfo` section of each module instead, where depmod reads them too.
+depmod writes `modules.dep` when a package is installed, so an unpacked package has none. The dependencies come from
+`depends=` in the `.modinfo` section of each module instead, which the kernel's build writes.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ _LOG_MAX = 1 << 16
 
 
 class Helper:
-    """A running helper process and its log. Owns both. `what` describes the service, as in `shared /srv`."""
+    """A running helper process and its log. Owns both. `what` is a predicate: `served /srv to the guest`."""
 
     __slots__ = ("_log", "name", "pid", "what")
 

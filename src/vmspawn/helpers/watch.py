@@ -42,7 +42,7 @@ class Watch:
         return lost
 
     def failed(self) -> str:
-        """Describe the failure of a helper, or return an empty string. An exit after QEMU's exit is not a failure."""
+        """Describe the end of a helper whose status is not 0 or not known. Returns an empty string if there is none."""
         return self._describe(lambda process: process.ended.is_set() and process.status != 0)
 
     def _describe(self, blamed: Callable[[Process], bool]) -> str:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keeps the guest's output while there is no manager, in QEMU's log of the console, which is bounded.
+"""Keeps the guest's output while there is no manager, in QEMU's log of the console.
 
-QEMU drops the output while there is no manager, but logs it first, without a bound. So the log is a file in memory
-whose end is just below QEMU's limit on file sizes: QEMU appends until the log is full, and continues without it.
-Truncating the file empties the log, and QEMU appends again. The file has no name; the next manager finds it among
-QEMU's open files.
+QEMU drops the output while there is no manager, but appends it to the log first. QEMU does not limit the log's size.
+So the log is a memfd that begins, by its size, just below QEMU's limit on file sizes (RLIMIT_FSIZE): QEMU appends until
+the limit is reached, and continues without the log. Truncating the file to its first size empties the log, and QEMU
+appends again. The file has no name; the next manager finds it among QEMU's open files.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ KEPT_MAX = 1 << 20
 
 _NAME = "vmspawn-console-log"
 
-# Larger than any image. It is not the largest possible size: at that position the kernel refuses every write, because
-# it checks the sum of position and count before it checks the end of the file.
+# The limit on file sizes, larger than any image. It is 1 MiB below the largest offset, because at that offset the
+# kernel refuses every write before it applies the limit: position plus count would overflow.
 _END = (1 << 63) - (1 << 20)
 _BEGIN = _END - KEPT_MAX
 

@@ -3,7 +3,8 @@
 
 The runtime directory is `$VMSPAWN_RUNTIME_DIR`, else `/run/vmspawn` for root, else `$XDG_RUNTIME_DIR/vmspawn`. A
 machine's directory is `NAME/` in it, with mode 0700. The manager holds a flock(2) on the machine's directory as long as
-it lives, so an unlocked directory is a leftover. Each start imports this module, so it imports very little.
+it lives, so an unlocked directory has no manager; its QEMU may still run. Each start imports this module, so it imports
+very little.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class MachineDirectory:
 
     @classmethod
     def take_over(cls, name: str) -> MachineDirectory:
-        """Lock the directory of a dead manager, and keep its files.
+        """Lock the directory of a dead manager, remove its control socket, and keep its other files.
 
         Raises NotConnected if there is no directory, StartError if it has a living manager, or belongs to another user.
         """

@@ -97,7 +97,7 @@ class Register(Generic[_A]):
 
 
 def _restored(attachment: _A) -> _A:
-    """Restore the manager's part of the steps that a loaded attachment has done; returns the attachment."""
+    """Call `restore` of the completed steps of a loaded attachment; returns the attachment."""
     done = attachment.done
     steps = [step for step in attachment.steps() if step.name in done]
     attachment.done = [step.name for step in steps]

@@ -40,7 +40,7 @@ _SYNC_INTERVAL_MAX = 10.0
 #: Seconds after which a question is asked again: the agent drops an answer that it cannot send within a second.
 _ASK_AGAIN = 5.0
 
-#: The maximum number of seconds of the wait for one answer that count towards a timeout.
+#: Of the wait for one answer, at most so many seconds count towards a timeout.
 _ANSWER_MAX = 1.0
 
 #: Seconds between two pings of an agent that does not answer.
@@ -88,7 +88,7 @@ class Agent:
         self._forked: asyncio.Future[None] = self._loop.create_future()
         #: The nonce of the session, which each command names.
         self.session = ""
-        #: The number of written bytes at which the last `sync` has left the write queue.
+        #: The last `sync` has left the write queue when the writer has written so many bytes.
         self._sync_end = 0
 
     async def ready(self) -> None:

@@ -51,7 +51,7 @@ COMMANDS_MAX = 32
 
 _RECEIVE_SIZE = 4096
 
-#: Seconds to wait for the machine's end after a status port has ended: the machine's end would be the reason.
+#: Seconds to wait for the machine's end after a status port was closed, because the machine's end closes it too.
 _END_TIMEOUT = 5.0
 
 #: Seconds between two checks whether QEMU has read all of an input that has ended.

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Copies files to and from a guest, as tar archives through commands in the guest.
 
-The calls block, and use a thread for each stream. The caller passes a function that starts a command.
+The calls block, and use threads for standard error and for the command's end. The caller passes a function that starts
+a command.
 
 A copy is made in a work directory beside its target, and moved to its place when it is complete. The work directory is
-.vmspawn-copy-XXXX. It remains in the guest if the guest or the command ends before the copy is complete.
+.vmspawn-copy-XXXX. It remains in the guest if this process is killed, or the guest no longer answers, before the
+copy is complete.
 """
 
 from __future__ import annotations
@@ -91,10 +93,10 @@ is_folder() {{ [ -d "$1" ] && [ ! -L "$1" ]; }}
 place() {{
     if is_folder "$1" && is_folder "$2"; then
         for each in "$1"/* "$1"/.[!.]* "$1"/..?*; do
-            if [ -e "$each" ] || [ -L "$each" ]; then place "$each" "$2/${{each##*/}}" || return; fi
+            if [ -e "$each" ] || [ -L "$each" ]; then place "$each" "${{2%/}}/${{each##*/}}" || return; fi
         done
     elif is_folder "$2" || {{ is_folder "$1" && {{ [ -e "$2" ] || [ -L "$2" ]; }}; }}; then
-        echo "$2 is in the way: one of both is a directory" >&2
+        echo "cannot replace $2: only one of the two is a directory" >&2
         return 82
     else
         mv -f -T "$1" "$2"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Passes the size of the console's window to the guest.
 
-QEMU's command `chardev-window-size-changed` is tried once; no release up to 11.1 has it. The
-built-in guest also gets the size through its own port.
+QEMU's command `chardev-window-size-changed` is used for a virtio console until it fails; no release up to 11.1 has it.
+The built-in guest also gets the size through its own port.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ TEXT_MAX = 300
 #: Ids of the ports that are plugged in for commands in the guest.
 _COMMAND_PORT = re.compile(r"stream\d+")
 
-#: The events that have the id of a device, with the name of that field.
+#: The events about a device, with the name of the field that contains the device's id.
 _DEVICE_FIELDS = {"VSERPORT_CHANGE": "id", "DEVICE_DELETED": "device"}
 
 

@@ -85,4 +85,4 @@ class Keys:
 
 
 def _again(key: Key) -> str:
-    return f"^]^]{chr(key.value[-1])} again"
+    return f"typing ^]^]{chr(key.value[-1])} again"

@@ -21,4 +21,7 @@ def tidy_disks(machine: Running, messages: Messages) -> None:
         messages.report(error.hint)
     current = f"{machine.name}@{directory.CURRENT}"
     if current in snapshot_files.names() and not failures:
-        messages.notice(f"snapshots need the disks of {machine.name}; to boot from the disks: vmspawn --fork={current}")
+        messages.notice(
+            f"snapshots need the images of {machine.name}, so its newest data is in {current}; "
+            f"to boot from it: vmspawn --fork={current}"
+        )

@@ -63,6 +63,6 @@ SESSIONS = 1024
 #: that stays silent serves another program, because QEMU serves one client per socket.
 GREETING_TIMEOUT = 15.0
 
-#: Seconds for a client to read its queued output after QEMU's exit, for QEMU to answer the sessions' commands before
-#: they are held, and for QEMU to close the descriptors of ended sessions.
+#: Seconds for a client to read its queued output after QEMU's exit, for QEMU to answer the commands in flight before a
+#: save holds back the sessions' commands, and for QEMU to close the descriptors of ended sessions.
 DRAIN_TIMEOUT = 5.0

@@ -9,8 +9,8 @@ from typing import Any
 from .events import Event
 from .monitor import COMMAND_TIMEOUT, Monitor
 
-# By event: a member, its value, and the state that the next STOP enters if the member has this value (QEMU's
-# qapi/run-state.json, RunState).
+# For each event: a member of its data, the member's value, and the state that the next STOP enters if the member has
+# this value (QEMU's qapi/run-state.json, RunState).
 _REASONS = {
     "BLOCK_IO_ERROR": ("action", "stop", "io-error"),
     "GUEST_PANICKED": ("action", "pause", "guest-panicked"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Delays plugging in a device that QEMU cannot save while a QMP session is about to save the machine's state.
+"""Delays the plug-in of devices that QEMU cannot save, while a QMP session is about to save the machine's state.
 
 Once a migration has begun, QEMU itself refuses `device_add` (docs/qemu.md, "Saving and loading state").
 """

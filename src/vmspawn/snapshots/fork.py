@@ -425,7 +425,7 @@ def _remove_if_empty(folder: str) -> None:
 
 
 def _controllers(manifest: Manifest) -> list[str]:
-    """Return QEMU's arguments for the controllers of hot-plugged disks, in the order of their sections."""
+    """Return QEMU's arguments for the controllers of hot-plugged disks, in the order of the controllers' records."""
     import json
 
     arguments = []

@@ -16,7 +16,7 @@ _FIELDS = (
 )
 
 #: Advice for a snapshot that was saved with another QEMU, firmware or processor.
-HINT = "its copies may fail on this host; to start one nevertheless, force the version"
+HINT = "its copies may fail on this host; the option force-version starts one nevertheless"
 
 
 def processor(accelerator: str) -> str:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Admits disks by one set of rules, for boot disks and hot-plugged disks alike.
 
-A disk is admitted in four steps:
+A disk is admitted in five steps:
 
 1. `check_disk` checks the options that the user requested.
-2. `check_name_is_free` and `check_not_attached` compare the disk with the machine's other disks.
+2. `check_name_is_free` compares the name with those of the machine's other disks.
 3. `make_image` checks the image. It does not read the image, because that could block; the caller has called
 `formats.choose_format`, which reads the image.
-4. `take_place` reserves a place.
+4. `check_not_attached` and the checks of serial number and boot index compare the disk with the other disks.
+5. `take_place` reserves a place.
 
 Only the last step acquires something, so that a refusal in an earlier step leaves nothing to undo.
 
@@ -138,7 +139,7 @@ def find_name(neighbours: Iterable[_Neighbour], name: str) -> _Neighbour | None:
 
 
 def find_file(neighbours: Iterable[_Neighbour], backing: Backing, *, share: bool = False) -> _Neighbour | None:
-    """Return the disk that uses the same file in a way that excludes another use, or None.
+    """Return a disk that uses the same file, unless both uses are read-only or both are shared; else None.
 
     QEMU's image lock does not detect a descriptor that is passed twice.
     """

@@ -337,7 +337,7 @@ class Storage:
 
     async def _take_away(self, attached: AttachedDisk) -> None:
         if attached.unwinding is not None and attached.has_device and not buses.TABLE[attached.disk.bus].is_guest_asked:
-            # QEMU is about to remove the device, and would keep a node that is changed meanwhile.
+            # QEMU is about to remove the device. A node that was changed meanwhile would stay.
             return
         # The guest is asked to release the disk after the image is closed.
         self._hotplug.begin_removal(attached)

@@ -18,7 +18,7 @@ from .verbs import PROGRAM, Verbs
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
     execute = verbs.add_for_machine("exec", _exec, "run a command in the guest", "[OPTION…] [--] COMMAND [ARGUMENT…]")
-    execute.add_argument("command", metavar="COMMAND", help="program in the guest; its PATH is searched")
+    execute.add_argument("command", metavar="COMMAND", help="program in the guest, found through the command's PATH")
     execute.end_options_here()
     execute.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="argument, passed unchanged")
     execute.add_argument("-n", "--no-stdin", action="store_true", help="run the command without standard input")
@@ -83,7 +83,10 @@ def _run(options: argparse.Namespace, arguments: list[str], user: str | None, *,
 
 
 def _environment(settings: list[str], *, terminal: bool) -> dict[str, str]:
-    """Return the variables that --setenv= sets. Without a value, a variable is copied from vmctl. Raises UsageError."""
+    """Return the variables of --setenv= and, on a terminal, vmctl's TERM. Raises UsageError.
+
+    A variable without a value is copied from vmctl's environment.
+    """
     found = {"TERM": os.environ["TERM"]} if terminal and os.environ.get("TERM") else {}
     for each in settings:
         name, equals, value = each.partition("=")

@@ -34,7 +34,7 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
     arguments = {}
     for word in words:
         if word.startswith("-"):
-            raise UsageError(f"options end at a command's arguments: {word}", hint="write it before the command")
+            raise UsageError(f"the option {word} follows the command", hint="write options before the command")
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UsageError(f"{word!r} is not an argument", hint="write KEY=VALUE, or one JSON object")

@@ -25,7 +25,9 @@ def add(verbs: Verbs) -> None:
     ssh = verbs.add("ssh", _ssh, "log into the guest, or run a command there, by SSH",
                     "[USER@]MACHINE [OPTION…] [COMMAND…]")  # fmt: skip
     ssh.exit_usage = EXIT_OWN_FAILURE
-    ssh.add_argument("machine", metavar="[USER@]MACHINE", help="name of the machine; see: vmctl list (user: root)")
+    ssh.add_argument(
+        "machine", metavar="[USER@]MACHINE", help="user (default: root) and name of the machine; see: vmctl list"
+    )
     ssh.add_argument("command", metavar="COMMAND", nargs="*", help="command that the user's shell runs in the guest")
     ssh.end_options_here()
     ssh.add_argument("-t", "--tty", action="store_true", help="run the command on a terminal")
@@ -44,7 +46,9 @@ def _ssh(options: argparse.Namespace) -> None:
         access = _access(name, options.timeout)
         program = find_program("ssh")
         if program is None:
-            raise NotInstalled("ssh is not installed", hint="install it (Debian: openssh-client; Fedora: openssh)")
+            raise NotInstalled(
+                "ssh is not installed", hint="install it (Debian: openssh-client; Fedora: openssh-clients)"
+            )
         arguments = ["ssh", *(["-t"] if options.tty else []), *access.options(user if at else "root")]
         # ssh parses options after the host's name too.
         arguments += ["--", *options.command] if options.command else []

@@ -33,7 +33,7 @@ class Verbs:
         self._heading = self._command.headings.setdefault(title, [])
 
     def add(self, name: str, action: Action, text: str, arguments: str = "") -> Parser:
-        """Add a verb. `arguments` are its arguments in the usage, which contain `[OPTION…]` if options end early."""
+        """Add a verb. `arguments` is the usage after its name; `[OPTION…]` is appended unless it contains that."""
         self._heading.append(name)
         parser: Parser = self._subparsers.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
         parser.prog, parser.verb, parser.command = PROGRAM, name, self._command
@@ -76,5 +76,5 @@ def add_disk(parser: argparse.ArgumentParser) -> None:
 
 
 def disk_name(text: str) -> str:
-    """Return a disk's name with control characters escaped, as it is shown, so that both spellings find the disk."""
+    """Escape control characters as disks' default names do, so that a file's name finds its disk, escaped or not."""
     return printable(text)

@@ -21,8 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--firmware",
         metavar="auto|uefi|bios|none|PATH|list|describe",
         default="auto",
-        help="boot with this kind of firmware, or the firmware of a descriptor; list prints the descriptors, describe "
-        "the one that would be used (default: %(default)s)",
+        help="boot with this kind of firmware, or the firmware of a descriptor; list prints the paths of all "
+        "descriptors, describe prints the descriptor that would be used (default: %(default)s)",
     )
     group.add_argument(
         "--firmware-features",

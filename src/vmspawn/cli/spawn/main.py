@@ -86,7 +86,7 @@ def configure(options: argparse.Namespace) -> MachineConfig:
         adopt.refuse_others(options, build_parser())
         return adopt.read(options)
     if options.fork:
-        refusal = "--fork= cannot change the machine that it copies, and {name} configures a start"
+        refusal = "{name} does not work with --fork=, because the snapshot determines the machine"
         adopt.refuse_others(options, build_parser(), beside=fork.BESIDE, refusal=refusal, hint="leave out {name}")
         return fork.read(options)
     config = MachineConfig(

@@ -105,7 +105,7 @@ class _Lines:
         self.received = bytearray()
 
     async def first(self) -> bytes:
-        """Read the greeting. Its beginning shows the end of all messages on this monitor."""
+        """Read the greeting. Its first bytes show how each message on this monitor ends."""
         await self._receive()
         if self.received.startswith(b"{\r\n"):
             self.end = _PRETTY_END

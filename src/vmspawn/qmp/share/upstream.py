@@ -26,7 +26,7 @@ class Call(msgspec.Struct, eq=False):
     """A command, from the time it begins to wait until its reply."""
 
     command: Command
-    #: Called with the reply. The reply to a doubtful command has the id -1 if QEMU could not parse the command.
+    #: Called with the reply. If QEMU could not parse the command (`Command.is_doubtful`), the reply has the id -1.
     on_reply: Callable[[Call, Reply], None]
     #: True if the command uses a descriptor.
     is_taking_descriptor: bool = False

@@ -4,7 +4,7 @@
 QMP has no line framing: a message ends where its brackets balance. The scanner follows QEMU's lexer and streamer byte
 for byte (qobject/json-lexer.c, json-streamer.c) in three points: the bytes of a message, the end of an invalid message,
 and the byte at which reading resumes after it. Strings may have single quotes. A lexical error ends a message at once;
-reading resumes at the next bracket, comma, colon or control character.
+reading resumes at the next bracket, comma or colon, or at a byte that QEMU's lexer treats as a control character.
 
 There are four ways to read a message, the fastest first:
 
@@ -58,7 +58,7 @@ class Scanner:
         self._reader = Reader(dialect, self._buffer)
         # The number of bytes that were removed from the buffer.
         self._origin = 0
-        # The offsets in the buffer of the message, and of the first byte that was not scanned.
+        # Offsets in the buffer: the message's start, and the first byte that was not scanned.
         self._start = self._position = 0
         self._mode = _Mode.TOKEN
         # The offset of the open string, and its quote.
@@ -146,7 +146,7 @@ class Scanner:
             message = parse(chunk)
         except msgspec.DecodeError:
             return None
-        # Only a message in brackets ends without further bytes.
+        # The scanner reads messages that are not objects: a number or a keyword ends only at a further byte.
         if message.members is None or message.doubt is not Doubt.NONE:
             return None
         self._pass(chunk)
