@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that the key of a warm snapshot changes with everything that it depends on, and with nothing else."""
+"""Tests the key of a warm snapshot, which changes with everything that it depends on, and the locks of the cache."""
 
+import fcntl
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,3 +80,56 @@ def test_the_size_of_a_window_does_not_change_the_key() -> None:
 def test_options_that_a_copy_cannot_have_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_config(MachineConfig(guest="builtin", warm=True)._replace(**options))
+
+
+def flock(path: Path, kind: int) -> int:
+    fd = os.open(path, os.O_RDWR)
+    fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    return fd
+
+
+def test_a_removed_lock_file_is_not_a_lock(tmp_path: Path) -> None:
+    """Otherwise, another process could lock a new file of the same name, and both would make the snapshot."""
+    path = tmp_path / "key.lock"
+    is_locked, is_done = threading.Event(), threading.Event()
+
+    def lock() -> None:
+        with warm._locked(str(path)):
+            is_locked.set()
+            is_done.wait(20)
+
+    with warm._locked(str(path)):
+        waiter = threading.Thread(target=lock)
+        waiter.start()
+        while sum(os.path.samefile(f"/proc/self/fd/{fd}", path) for fd in open_descriptors()) < 2:
+            pass  # the waiter has not opened the file yet
+        path.unlink()
+    try:
+        assert is_locked.wait(20)
+        with pytest.raises(BlockingIOError):
+            flock(path, fcntl.LOCK_EX)
+    finally:
+        is_done.set()
+        waiter.join(20)
+
+
+def open_descriptors() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
+def test_the_oldest_snapshots_are_removed_unless_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path))
+    cached = tmp_path / "warm"
+    for number in range(12):
+        (cached / f"key{number}").mkdir(parents=True)
+        (cached / f"key{number}" / "manifest.json").touch()
+        (cached / f"key{number}.lock").touch()
+        os.utime(cached / f"key{number}", (number, number))
+    used = flock(cached / "key1" / "manifest.json", fcntl.LOCK_SH)
+    made = flock(cached / "key2.lock", fcntl.LOCK_EX)
+    warm._remove_oldest()
+    os.close(used)
+    os.close(made)
+    kept = {each.name for each in cached.iterdir()}
+    keys = {"key1", *(f"key{number}" for number in range(5, 12))}
+    assert kept == keys | {f"{key}.lock" for key in keys} | {"key2.lock"}

@@ -148,18 +148,35 @@ def _open(path: str, notice: Callable[[str], None]) -> OpenSnapshot | None:
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[int]:
     """Hold a lock file; yields its descriptor. Raises Cancelled if the work of this thread is cancelled."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _lock(path)
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                check_cancelled()
-                time.sleep(_LOCK_INTERVAL)
         yield fd
     finally:
         os.close(fd)
+
+
+def _lock(path: str) -> int:
+    """Lock a file; returns its descriptor. Starts again if another process has removed the file meanwhile."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            _wait_for_lock(fd)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(fd)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _wait_for_lock(fd: int) -> None:
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            check_cancelled()
+            time.sleep(_LOCK_INTERVAL)
 
 
 def _make(path: str, config: MachineConfig, notice: Callable[[str], None], lock: int) -> None:
@@ -188,6 +205,16 @@ def _remove_oldest() -> None:
                 # Each QEMU that uses it has a shared lock.
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
-                os.unlink(path + ".lock")
             finally:
                 os.close(fd)
+            _remove_lock(path + ".lock")
+
+
+def _remove_lock(path: str) -> None:
+    """Remove a lock file. Raises OSError if another process has locked it."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    finally:
+        os.close(fd)
