@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests forced detaches: the host gets its file back at once, or learns that its own storage hangs."""
+"""Tests forced detaches, by which the host gets its file back at once, storage that hangs, and cancelled attaches."""
 
 import asyncio
 import contextlib
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import DEADLINE
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, event_named, idle_machine, unchanged
+from tests.machines import Snapshot, detach_by_reset, event_named, idle_machine, unchanged
 from tests.qemu.qmp_fixtures import wait_until
 from tests.qemu.storage_model import open_images
 from vmspawn import Disk
@@ -56,6 +57,26 @@ async def test_force_gives_the_host_its_file_back_at_once(
         with contextlib.suppress(NoSuchStorage):
             await machine.detach("disk", timeout=20)
         assert await Snapshot.take(machine) == before
+
+
+async def test_the_pending_removal_of_a_cancelled_attach_has_events(qemu: str, tmp_path: Path) -> None:
+    """A device that QEMU has plugged in after the cancellation needs the guest, as any other device."""
+    async with idle_machine(qemu, tmp_path) as machine, unchanged(machine):
+        detaching, detached = (
+            asyncio.create_task(event_named(machine, name, timeout=DEADLINE))
+            for name in ("StorageDetaching", "StorageDetached")
+        )
+        attaching = asyncio.create_task(machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-blk")))
+        async with asyncio.timeout(DEADLINE):
+            # The commands are sent when the steps are entered.
+            while not any(each.done for each in machine.storage if not each.is_boot):  # noqa: ASYNC110 - nothing reports it
+                await asyncio.sleep(0)
+        attaching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attaching
+        assert (await detaching)["name"] == "disk"
+        await detach_by_reset(machine, "disk")
+        assert await detached == {"name": "disk"}
 
 
 @pytest.mark.soak

@@ -249,6 +249,24 @@ async def test_a_device_removed_by_raw_qmp_detaches_its_disk(machine: Machine, t
     assert not [each for each in machine.storage if not each.is_boot]
 
 
+async def test_a_failed_attach_has_no_events(machine: Machine, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"QFI\xfb" + bytes(1 << 16))
+    names = set()
+    with machine.events() as events:
+        with pytest.raises(QmpError, match="refused blockdev-add"):
+            await machine.attach(Disk(str(broken), bus="virtio-scsi", format="qcow2"))
+        await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
+        await machine.detach("disk")
+        async with asyncio.timeout(DEADLINE):
+            async for event in events:
+                if event.name.startswith("Storage"):
+                    names.add((event.data or {})["name"])
+                if event.name == DETACHED_EVENT and "disk" in names:
+                    break
+    assert names == {"disk"}
+
+
 async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "disk"))
     loop = asyncio.get_running_loop()

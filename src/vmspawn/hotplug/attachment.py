@@ -44,6 +44,8 @@ class Removal:
     refusals: int = 0
     #: The reason why the last request or attempt failed, or an empty string.
     answer: str = ""
+    #: True if an event has reported that the device is being detached.
+    is_reported: bool = False
 
     @property
     def seconds(self) -> float:

@@ -188,7 +188,6 @@ class Hotplug:
         return attachment.unwinding
 
     async def _undo_all(self, attachment: Attachment, removal: Removal) -> None:
-        was_attached = attachment.settled.is_set()
         # An outdated journal is harmless here: an adoption finds the steps undone.
         with contextlib.suppress(SystemFailure):
             self.save(attachment)
@@ -206,7 +205,8 @@ class Hotplug:
         self._registers[attachment.kind].remove(attachment)
         with contextlib.suppress(SystemFailure):
             self.save(attachment)
-        if was_attached and attachment.events is not None:
+        # A failed attach has no events, except if its device had to be detached from the guest.
+        if attachment.events is not None and (removal.is_reported or not attachment.has_failed):
             self.publish(attachment.events.detached, attachment)
 
     async def _explain_refusal(self, attachment: Attachment, error: VmspawnError) -> str:
@@ -222,6 +222,7 @@ class Hotplug:
 
         def on_request() -> None:
             if attachment.events is not None:
+                removal.is_reported = True
                 why = pending.why(attachment, self.run_state)
                 self.publish(attachment.events.detaching, attachment, requests=removal.requests, reason=why)
 
