@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -136,14 +138,36 @@ async def test_a_save_and_a_controller_that_cannot_be_saved_exclude_each_other(q
                     assert await is_refused(session, command)
             # Commands that have run, were refused, or came from a client that is gone, no longer block anything.
             assert not await is_refused(session, ("migrate", {"uri": "unix:/proc/nonexistent"}))
-            assert not await is_refused(
-                session, ("qom-set", {"path": "/nonexistent", "property": "drive", "value": "n"})
-            )
-            leaving = asyncio.create_task(session.execute("x-query-virtio-status", {"path": BACKEND}))
+            leaving = asyncio.create_task(session.execute("human-monitor-command", {"command-line": "savevm tag"}))
             await asyncio.sleep(0)
         await asyncio.gather(leaving, return_exceptions=True)
         async with asyncio.timeout(10), saving.device_comes():
             pass
+
+
+async def test_a_controller_waits_for_no_command_that_does_not_save(qemu: str, tmp_path: Path) -> None:
+    commands: tuple[Words, ...] = (
+        ("block_resize", {"node-name": "n", "size": 1 << 20}),
+        ("qom-set", {"path": "/machine/peripheral/d", "property": "write-cache", "value": "n"}),
+        ("x-query-virtio-status", {"path": BACKEND}),
+        ("human-monitor-command", {"command-line": "info version"}),
+        ("human-monitor-command", {"command-line": 7}),
+    )
+    async with idle_machine(qemu, tmp_path, qemu_arguments=DEVICE) as machine, machine.qmp() as session:
+        (server,) = machine.sessions
+        # While QEMU is stopped, each command stays without a reply.
+        for number, command in enumerate(commands, server.commands + 1):
+            os.kill(machine.pid, signal.SIGSTOP)
+            try:
+                running = asyncio.create_task(session.execute_all([Command(*command)]))
+                async with asyncio.timeout(10):
+                    while server.commands < number:  # noqa: ASYNC110 - nothing reports it
+                        await asyncio.sleep(0)
+                    async with machine.inner.hotplug.saving.device_comes():
+                        assert server.queued
+            finally:
+                os.kill(machine.pid, signal.SIGCONT)
+            await running
 
 
 async def test_a_controller_waits_until_a_save_has_begun(qemu: str, tmp_path: Path) -> None:

@@ -38,14 +38,32 @@ _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _ABORT_MARKER = "unknown-dev-features2"
 
 
+def is_save(command: Command) -> bool:
+    """Return whether a command of RULES saves the machine's state."""
+    if command.name == b"human-monitor-command":
+        return bool(_HUMAN_SAVE.match(_human_line(_arguments(command) or {})))
+    return RULES[command.name] is _saving
+
+
 def questions(command: Command, saving: Saving) -> Questions:
-    """Find out whether QEMU would crash on a command of RULES. The caller has called `saving.begin`."""
-    try:
-        arguments = msgspec.json.decode(command.arguments or b"{}", type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    """Find out whether QEMU would crash on a command of RULES. Before a save, the caller has called `saving.begin`."""
+    arguments = _arguments(command)
+    if arguments is None:
         return None  # QEMU will report the error
     problem = yield from RULES[command.name](arguments, saving)
     return problem and f"The command {command.name.decode()} is refused: {problem}"
+
+
+def _arguments(command: Command) -> dict[str, Any] | None:
+    """Return the command's arguments, or None if they are not valid."""
+    try:
+        return msgspec.json.decode(command.arguments or b"{}", type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _human_line(arguments: Mapping[str, Any]) -> str:
+    return str(arguments.get("command-line", ""))
 
 
 def _saving(arguments: Mapping[str, Any], saving: Saving) -> Questions:
@@ -100,7 +118,7 @@ def _setting(arguments: Mapping[str, Any], saving: Saving) -> Questions:
 
 def _human(arguments: Mapping[str, Any], saving: Saving) -> Questions:
     """Apply the rules to a command of QEMU's human monitor."""
-    line = str(arguments.get("command-line", ""))
+    line = _human_line(arguments)
     if _HUMAN_SAVE.match(line):
         return (yield from _saving({}, saving))
     if _HUMAN_STATUS.match(line):

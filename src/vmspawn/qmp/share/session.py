@@ -69,7 +69,7 @@ class Session:
     """
 
     __slots__ = (
-        "_connection", "_has_ended", "_has_oob", "_inquires", "_is_scheduled", "_loop", "_on_left", "_overtaking",
+        "_connection", "_has_ended", "_has_oob", "_is_saving", "_is_scheduled", "_loop", "_on_left", "_overtaking",
         "_passed", "_queue", "_running", "_scanner", "_schedule", "_shared", "bytes_in", "commands", "events", "peer",
         "read_only", "state",
     )  # fmt: skip
@@ -107,8 +107,8 @@ class Session:
         self._running: Call | None = None
         self._queue: deque[Command | Refusal] = deque()
         self._overtaking: Call | None = None
-        # True from the session's first question to QEMU about a command until the reply to the command.
-        self._inquires = False
+        # True from the first question to QEMU about a command that saves the state, until the reply to the command.
+        self._is_saving = False
         # True if the client has closed its sending side.
         self._has_ended = False
         # True if `_resume` is scheduled, after the other sessions' turn.
@@ -278,13 +278,15 @@ class Session:
             if problem is not None:
                 return self._connection.write(replies.failure(problem, id=command.id))
         if command.name in crashes.RULES and not command.is_oob:
-            self._shared.saving.begin()
-            self._inquires = True
+            if crashes.is_save(command):
+                self._shared.saving.begin()
+                self._is_saving = True
             return self._inquire(command, crashes.questions(command, self._shared.saving), None)
         self._submit(command)
 
     def _submit(self, command: Command) -> None:
-        call = Call(command, self._on_last_reply if self._inquires else self._on_reply)
+        is_save = self._is_saving and not command.is_oob
+        call = Call(command, self._on_saved if is_save else self._on_reply)
         if _is_watched(command):
             problem = self._shared.descriptors.claim(self, command)
             if problem is not None:
@@ -309,28 +311,28 @@ class Session:
             self._running = None
             if end.value is None:
                 return self._submit(command)
-            self._end_inquiry()
+            self._end_saving()
             self._connection.write(replies.failure(end.value, id=command.id))
             return self._next()
 
         def on_answer(_: Call, reply: Reply) -> None:
             if self.state is State.CLOSED:
                 self._running = None
-                self._end_inquiry()
+                self._end_saving()
                 return self._check_left()
             self._inquire(command, questions, replies.returned(reply))
 
         self._running = Call(Command(body), on_answer)
         self._schedule.submit(self._running)
 
-    def _end_inquiry(self) -> None:
-        if self._inquires:
-            self._inquires = False
+    def _end_saving(self) -> None:
+        if self._is_saving:
+            self._is_saving = False
             self._shared.saving.end()
 
-    def _on_last_reply(self, call: Call, reply: Reply) -> None:
-        """Handle the reply to a command about which the session has queried QEMU."""
-        self._end_inquiry()
+    def _on_saved(self, call: Call, reply: Reply) -> None:
+        """Handle the reply to a command that saves the state."""
+        self._end_saving()
         self._on_reply(call, reply)
 
     def _is_movable(self, call: Call) -> bool:
@@ -411,7 +413,7 @@ class Session:
         if self._running is not None and self._schedule.withdraw(self._running):
             close(self._running.fd)
             self._running = None
-            self._end_inquiry()
+            self._end_saving()
         self._queue.clear()
         self._passed.close()
         self._check_left()
@@ -425,7 +427,7 @@ class Session:
         if self._running is not None:
             close(self._running.fd)
         self._running = self._overtaking = None
-        self._end_inquiry()
+        self._end_saving()
         self._queue.clear()
 
 
