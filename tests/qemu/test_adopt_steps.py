@@ -62,6 +62,27 @@ async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dy
                 assert last.pid == pid
 
 
+async def test_an_adoption_reports_whether_an_interrupted_attach_had_a_device(
+    qemu: str, tmp_path: Path, doomed: Dying
+) -> None:
+    """Nothing proves that an empty optical drive is complete, so it is undone although QEMU has its device."""
+    async with idle_machine(qemu, tmp_path) as machine:
+        name = machine.name
+        await machine.multiplexer()
+        await machine.leave()
+        try:
+            for when, note in (
+                ("after", "disk has no device in QEMU; its remains are removed"),
+                ("command", "the attach of disk was interrupted; it is undone"),
+            ):
+                assert await asyncio.to_thread(doomed.order, name, "attach_empty", 1, when) == "died"
+                async with adopted(name) as second:
+                    assert second.adoption_notes == [note]
+                    await settle(second)
+        finally:
+            await end_adopted(name)
+
+
 async def test_an_adoption_cuts_no_image_that_has_grown_since(qemu: str, tmp_path: Path, doomed: Dying) -> None:
     """The adoption resizes the disk to its image, which may have grown since."""
     make_files(tmp_path)

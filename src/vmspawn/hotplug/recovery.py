@@ -47,15 +47,19 @@ async def settle(
             await settle_attached(attachment)
             continue
         if attachment.events is not None:
-            note(_FOUND[attachment.state].format(name=attachment.name))
+            note(_note(attachment))
         if attachment.state is State.DETACHING:
             await settle_detaching(attachment)
         hotplug.unwind(attachment)
 
 
-#: The messages about attachments that are removed, by the state in the journal.
-_FOUND = {
-    State.ATTACHING: "{name} has no device in QEMU; its remains are removed",
-    State.DETACHING: "the detach of {name} continues",
-    State.ATTACHED: "{name} was removed meanwhile",
-}
+def _note(attachment: Attachment) -> str:
+    """Return the message about an attachment that is removed."""
+    name = attachment.name
+    if attachment.state is State.DETACHING:
+        return f"the detach of {name} continues"
+    if attachment.state is State.ATTACHED:
+        return f"{name} was removed meanwhile"
+    if attachment.gone.is_set():
+        return f"{name} has no device in QEMU; its remains are removed"
+    return f"the attach of {name} was interrupted; it is undone"
