@@ -146,7 +146,7 @@ class Run:
                 await each.gone.wait()
                 assert each.unwinding is not None
                 await asyncio.wait({each.unwinding})
-        while not self.paused and storage._context.deferred_fdsets:
+        while not self.paused and storage._context.hotplug.deferred:
             # The removal is on its way, on the same monitor.
             await self.machine.monitor.execute("query-status")
         names = {each.name for each in storage}

@@ -62,11 +62,6 @@ class Register(Generic[_A]):
         self._next_number += 1
         return self._next_number - 1
 
-    @property
-    def next_number(self) -> int:
-        """The number that `fresh_number` returns next."""
-        return self._next_number
-
     def numbers_used_up_to(self, number: int) -> None:
         """Mark numbers up to `number` as used."""
         self._next_number = max(self._next_number, number + 1)

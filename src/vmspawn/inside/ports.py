@@ -134,11 +134,6 @@ class Ports:
     def __iter__(self) -> Iterator[AttachedPort]:
         return iter(self._register)
 
-    @property
-    def free(self) -> int:
-        """The number of ports that can still be attached."""
-        return self._pool.free
-
     async def attach(self, guest_name: str) -> AttachedPort:
         """Attach a port. Raises NoFreePort or an error of `Hotplug.attach`; then nothing is left behind."""
         place = self._pool.take()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 
 from ..boot.started import Incoming
 from ..boot.state import SavedLoading, SavedSaving
@@ -49,7 +50,7 @@ async def _until_loaded(events: EventStream) -> None:
     except TimeoutError:
         raise Timeout(f"QEMU has not loaded its state within {_TIMEOUT:g} s") from None
     if status != "completed":
-        raise SystemFailure("QEMU could not load its state", 5)
+        raise SystemFailure("QEMU could not load its state", errno.EIO)
 
 
 async def _forget_ram_file(monitor: Monitor, *, has_ram_file: bool) -> None:

@@ -238,7 +238,7 @@ class _Talk:
             if not data:
                 self._process.kill()
                 said = self._process.stderr.read().decode(errors="replace") if self._process.stderr else ""
-                raise SystemFailure(f"QEMU cannot open the images ({said.strip()})", 5)
+                raise SystemFailure(f"QEMU cannot open the images ({said.strip()})", errno.EIO)
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return dict(json.loads(line))

@@ -9,6 +9,7 @@ inherited one by its number.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 
 from ..boot.incoming import STATE_FDSET
@@ -53,7 +54,7 @@ async def save(
             ended.cancel()
         status = await ended
     if status != "completed":
-        raise SystemFailure(await _why(monitor, status), 5)
+        raise SystemFailure(await _why(monitor, status), errno.EIO)
     return scheme
 
 

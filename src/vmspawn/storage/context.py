@@ -8,7 +8,6 @@ from typing import Any, Final
 from ..errors import NoSuchStorage
 from ..hotplug.hotplug import Hotplug
 from ..hotplug.places import Layout
-from ..hotplug.qemu_objects import QemuObject
 from ..hotplug.register import Register
 from ..qmp.monitor import Monitor
 from ..qmp.run_state import RunState
@@ -39,11 +38,6 @@ class Context:
     def run_state(self) -> RunState:
         """QEMU's run state."""
         return self.hotplug.run_state
-
-    @property
-    def deferred_fdsets(self) -> set[QemuObject]:
-        """Descriptor sets whose removal QEMU 7.2 delays until the guest runs again."""
-        return self.hotplug.deferred
 
     def find(self, name: str) -> AttachedDisk:
         """Return the disk of that name. Raises NoSuchStorage."""

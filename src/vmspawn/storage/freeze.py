@@ -13,6 +13,7 @@ If a manager dies meanwhile, its journal has both images of each disk, and `reco
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
@@ -141,7 +142,7 @@ class Freeze:
         read_only = {each["node-name"]: bool(each["ro"]) for each in found}
         for each in self.frozen:
             if not read_only.get(each.base.top_node):
-                raise SystemFailure(f"QEMU keeps the image of {each.disk.name} open for writing", 5)
+                raise SystemFailure(f"QEMU keeps the image of {each.disk.name} open for writing", errno.EIO)
 
     async def finish(self) -> None:
         """Remove the read-only descriptors from the sets; QEMU's nodes have duplicates."""
