@@ -51,8 +51,8 @@ class Gate:
                     await self._is_empty.wait()
             except TimeoutError:
                 raise Timeout(
-                    f"the machine is busy with an operation on a disk, which has taken {timeout:g} s",
-                    hint="try again when it is done",
+                    f"another change of the machine's devices has not ended within {timeout:g} s",
+                    hint="try again when it has ended",
                 ) from None
             yield
         finally:
