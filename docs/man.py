@@ -17,10 +17,6 @@ from vmspawn.version import VERSION
 
 SOURCES = Path(__file__).parent / "man"
 
-#: Lines of a source that are replaced by the parser's options and verbs.
-_OPTIONS = "@OPTIONS@"
-_VERBS = "@VERBS@"
-
 
 def escape(text: str) -> str:
     """Escape text for roff(7): hyphens, backslashes, and control characters at the start of a line."""
@@ -89,7 +85,7 @@ def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def page(name: str, parser: argparse.ArgumentParser) -> str:
-    """Return one man page. Its source is man(7) with lines to replace."""
+    """Return one man page. In its source, the lines @OPTIONS@ and @VERBS@ stand for the parser's options and verbs."""
     lines = [f'.TH {name.upper()} 1 "" "vmspawn {VERSION}" "vmspawn"']
     for line in (SOURCES / f"{name}.man").read_text().splitlines():
         match line:

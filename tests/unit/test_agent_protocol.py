@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -213,3 +216,17 @@ def test_a_stream_may_be_split_anywhere(stream: list[bytes], cuts: list[int]) ->
         found += reader.feed(data[start:end])
         start = max(start, end)
     assert found == protocol.control_reader().feed(data)
+
+
+def test_the_bounds_are_those_of_the_agent() -> None:
+    source = Path(protocol.__file__).with_name("agent.c").read_text()
+    section = re.search(r"These bounds are the same in protocol.py.*?\n\n", source, re.DOTALL)
+    assert section
+    bounds = dict(re.findall(r"#define (\w+) (.+)", section[0]))
+    assert eval(bounds.pop("MESSAGE_MAX")) == protocol.MESSAGE_MAX
+    assert eval(bounds.pop("WORDS_MAX")) == protocol.WORDS_MAX
+    assert int(bounds.pop("ENVIRONMENT_MAX")) == protocol.ENVIRONMENT_MAX
+    name_max = int(bounds.pop("NAME_MAX"))
+    assert protocol._NAME.fullmatch("x" * name_max)
+    assert not protocol._NAME.fullmatch("x" * (name_max + 1))
+    assert not bounds

@@ -2,6 +2,7 @@
 """Tests finding the built-in guest in the cache, and building it there."""
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from tests.unit.test_guest_initramfs import entries
 from tests.unit.test_guest_modules import make_modules
+from vmspawn.agent import build as agent_build
 from vmspawn.errors import GuestError
 from vmspawn.guest import build, builtin, busybox, kernel
 from vmspawn.guest.kernel import Kernel
@@ -83,6 +85,17 @@ def test_a_changed_script_is_another_guest(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(builtin, "ROOTFS", str(tmp_path / "rootfs"))
     assert builtin.fingerprint() == before
     with open(tmp_path / "rootfs/init", "a") as file:
+        file.write("\n")
+    assert builtin.fingerprint() != before
+
+
+@pytest.mark.parametrize("changed", agent_build._INPUTS)
+def test_another_agent_is_another_guest(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = builtin.fingerprint()
+    copy = Path(shutil.copytree(builtin._AGENT, tmp_path / "agent"))
+    monkeypatch.setattr(builtin, "_AGENT", str(copy))
+    assert builtin.fingerprint() == before
+    with open(copy / changed, "a") as file:
         file.write("\n")
     assert builtin.fingerprint() != before
 

@@ -18,12 +18,14 @@
 #define CONTROL_PORT "io.vmspawn.agent"
 #define COMMAND_PORT "io.vmspawn.exec."
 
-/* The bounds are the same in protocol.py. */
-#define LINE_MAX (512 * 1024)
+/* These bounds are the same in protocol.py. */
+#define MESSAGE_MAX (512 * 1024)
 #define WORDS_MAX (32 * 1024)
 #define ENVIRONMENT_MAX 1024
-#define RUNS_MAX 64
 #define NAME_MAX 64
+
+/* The maximum number of commands that run at once. */
+#define RUNS_MAX 64
 
 /* Milliseconds within which the ports of a command must appear, and killed processes must die. */
 #define PORTS_TIMEOUT 10000
@@ -1265,7 +1267,7 @@ static struct {
         bool connected;
         bool skip; /* The rest of a line that is too long */
         char session[NAME_MAX + 1];
-        char line[LINE_MAX];
+        char line[MESSAGE_MAX];
         size_t length;
         struct run runs[RUNS_MAX];
 } agent;
@@ -1605,7 +1607,7 @@ static void handle_input(size_t position) {
         }
         agent.length -= start;
         memmove(agent.line, agent.line + start, agent.length);
-        if (agent.length == LINE_MAX) {
+        if (agent.length == MESSAGE_MAX) {
                 if (!agent.skip)
                         answer_refused("-", EMSGSIZE, "message");
                 agent.skip = true;
@@ -1633,7 +1635,7 @@ static void open_control_port(void) {
 /* Reads all available input. Returns an error if the port is gone. */
 static long read_control(void) {
         for (;;) {
-                long n = sys_read(agent.control, agent.line + agent.length, LINE_MAX - agent.length);
+                long n = sys_read(agent.control, agent.line + agent.length, MESSAGE_MAX - agent.length);
                 size_t before = agent.length;
 
                 if (n == -EINTR)

@@ -33,9 +33,9 @@ FILES = (
     "lib/vmspawn/window",
 )
 
-#: The sources of the agent. The initramfs contains the compiled agent.
+#: The files that the compiled agent in the initramfs depends on (as in agent/build.py).
 _AGENT = os.path.join(os.path.dirname(os.path.dirname(ROOTFS)), "agent")
-_AGENT_FILES = ("agent.c", "kernel.h")
+_AGENT_FILES = ("agent.c", "kernel.h", "compiler.py")
 
 #: Kernel arguments. Most of them skip work that is slow under TCG: self-tests of ciphers (0.4 s), patching locks for a
 #: single CPU (0.2 s), page-table isolation (0.2 s), and zeroing allocated memory. Debian's kernel zeroes memory by
