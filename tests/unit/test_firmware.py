@@ -2,12 +2,15 @@
 """Tests finding firmware by QEMU's descriptors: the order of directories and files, machines, features."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import MIB
 from tests.refusals import refused
+from tests.small_disks import PAGE, small_disk
 from vmspawn.boot import firmware, nvram, uefi
 from vmspawn.boot.firmware import Blob, FirmwareWish
 from vmspawn.cli.spawn.main import parse
@@ -252,3 +255,17 @@ def test_a_template_that_cannot_be_read_leaves_no_variables(tmp_path: Path) -> N
     with pytest.raises(StartError, match="cannot create the UEFI variables"):
         nvram.open_state(str(tmp_path / "none" / "state"), Blob("/proc/nonexistent", "raw"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_variables_that_do_not_fit_on_the_disk_get_no_name(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    template.write_bytes(bytes(16 * PAGE))
+    with small_disk(tmp_path / "small", MIB) as small:
+        path = small.folder / "image.efinvramstate"
+        small.fill(pages_left=4)
+        with pytest.raises(StartError, match="No space left on device"):
+            nvram.open_state(str(path), Blob(str(template), "raw"))
+        assert list(small.folder.iterdir()) == []
+        small.empty()
+        os.close(nvram.open_state(str(path), Blob(str(template), "raw")))
+        assert path.read_bytes() == template.read_bytes()

@@ -87,6 +87,9 @@ def _copy(template: Blob, target: int) -> None:
     try:
         with open(template.path, "rb") as source:
             while data := source.read(_COPY_SIZE):
-                os.write(target, data)
+                # A short write precedes the error of a full disk.
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(target, rest) :]
     except OSError as error:
         raise StartError(f"cannot copy the UEFI variables' template {template.path}: {error.strerror}") from None
