@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from ..errors import NotConnected, UsageError, VolumeError
+from ..errors import NotConnected, ProtocolError, UsageError, VolumeError
 from ..record import Record
 
 _INTERFACE = "io.systemd.StorageProvider"
@@ -62,7 +62,7 @@ def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
             reply = service.call(f"{_INTERFACE}.Acquire", parameters)
             if reply.get("type") == "dir":
                 raise VolumeError(f"{failure}: it is a directory", hint="name a volume that is a file or a device")
-            return service.take_descriptor(int(reply["fileDescriptorIndex"]))
+            return service.take_descriptor(reply.get("fileDescriptorIndex"))
     except NotConnected:
         raise VolumeError(
             f"{failure}: there is no storage provider {volume.provider}", hint="see: storagectl providers"
@@ -70,6 +70,8 @@ def acquire(volume: Volume, *, user: bool, read_only: bool) -> int:
     except VarlinkError as error:
         reason, hint = _EXPLAINED.get(error.leaf, (str(error), ""))
         raise VolumeError(f"{failure}: {reason}", hint=hint) from None
+    except ProtocolError as error:
+        raise VolumeError(f"{failure}: {error}", hint="see the log of the storage provider") from None
 
 
 def _socket_path(provider: str, *, user: bool) -> str:

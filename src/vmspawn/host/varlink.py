@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from ..aio.sockets import connect, peer_process
@@ -53,7 +53,7 @@ def _describe(name: str, parameters: dict[str, Any]) -> str:
 class Client:
     """A blocking connection to a service. Use it in `with`, or close it.
 
-    Owns the socket, and descriptors of replies that were not taken. `service` is the service's name in errors. All
+    Owns the socket, and the descriptors that were not taken. `service` is the service's name in errors. All
     calls raise VarlinkError if the service answers with an error, NotConnected if the service has ended, and Timeout if
     it does not answer.
     """
@@ -64,8 +64,10 @@ class Client:
         self._socket.settimeout(timeout)
         self._timeout = timeout
         self._buffer = bytearray()
-        #: Descriptors that came with the replies so far, in order.
-        self._descriptors: list[int] = []
+        #: The descriptors of the last reply that were not taken, by index.
+        self._descriptors: dict[int, int] = {}
+        #: The descriptors of later replies. The number is the size of the buffer when they were received.
+        self._received: list[tuple[int, list[int]]] = []
         self._method = ""
 
     @classmethod
@@ -93,8 +95,14 @@ class Client:
     def close(self) -> None:
         """Close the connection and the descriptors that were not taken."""
         self._socket.close()
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        self._close_descriptors()
+        for _, descriptors in self._received:
+            _close_all(descriptors)
+        self._received = []
+
+    def _close_descriptors(self) -> None:
+        _close_all(self._descriptors.values())
+        self._descriptors = {}
 
     def call(self, method: str, parameters: dict[str, Any] | None = None, *, fds: Sequence[int] = ()) -> dict[str, Any]:
         """Call a method and return its reply's parameters. The caller keeps `fds`, which are passed to the service."""
@@ -152,15 +160,15 @@ class Client:
         received, self._buffer = bytes(self._buffer), bytearray()
         return self._socket, received
 
-    def take_descriptor(self, index: int) -> int:
-        """Remove the descriptor at `index` from the received descriptors, and return it. The caller owns it.
+    def take_descriptor(self, index: object) -> int:
+        """Return the descriptor to which the last reply refers by `index`. The caller owns it.
 
-        Raises VmspawnError.
+        Descriptors that are not taken before the next reply are closed. Raises ProtocolError.
         """
-        if not 0 <= index < len(self._descriptors):
-            raise ProtocolError(
-                f"{self.service} refers to descriptor {index}, but sent {len(self._descriptors)} descriptors"
-            )
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise ProtocolError(f"{self.service} answered without the index of a descriptor")
+        if index not in self._descriptors:
+            raise ProtocolError(f"{self.service} refers to descriptor {index}, but has not sent it")
         return self._descriptors.pop(index)
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -179,7 +187,19 @@ class Client:
         while b"\0" not in self._buffer:
             self._receive_some(method)
         message, _, self._buffer = self._buffer.partition(b"\0")
+        self._accept_descriptors(len(message) + 1)
         return _decode(message, self.service, method)
+
+    def _accept_descriptors(self, size: int) -> None:
+        """Replace the descriptors by those of the next reply, which was the first `size` bytes of the buffer.
+
+        The kernel never joins a message that has descriptors with the following message. So the descriptors belong to
+        the reply that contains the last byte that was received with them.
+        """
+        self._close_descriptors()
+        found = [fd for end, descriptors in self._received if end <= size for fd in descriptors]
+        self._received = [(end - size, descriptors) for end, descriptors in self._received if end > size]
+        self._descriptors = dict(enumerate(found))
 
     def _receive_some(self, method: str) -> None:
         try:
@@ -190,10 +210,11 @@ class Client:
             raise self._late(method) from None
         except OSError as error:
             raise self._lost(error) from None
-        self._descriptors += descriptors
+        self._buffer += data
+        if descriptors:
+            self._received.append((len(self._buffer), descriptors))
         if not data:
             raise NotConnected(f"{self.service} closed the connection")
-        self._buffer += data
         if len(self._buffer) > _REPLY_MAX:
             raise ProtocolError(f"{self.service} answered {method} with more than {_REPLY_MAX >> 20} MiB")
 
@@ -260,9 +281,17 @@ def _decode(message: bytes | bytearray, path: str, method: str) -> tuple[dict[st
 
     try:
         reply = json.loads(message)
-        parameters = reply.get("parameters") or {}
-    except (ValueError, AttributeError):
+        parameters, name = reply.get("parameters") or {}, reply.get("error")
+        if not isinstance(parameters, dict):
+            raise TypeError("the parameters are not an object")
+        error = VarlinkError(name, parameters) if name else None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
         raise ProtocolError(f"{path} answered {method} with a message that is not Varlink") from None
-    if name := reply.get("error"):
-        raise VarlinkError(name, parameters)
+    if error is not None:
+        raise error
     return parameters, bool(reply.get("continues"))
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for each in descriptors:
+        os.close(each)

@@ -15,11 +15,10 @@ _STREAMS = ("stdin", "stdout", "stderr", "terminal")
 
 def take_streams(client: Client, started: Mapping[str, Any]) -> dict[str, socket.socket]:
     """Return the command's streams by name, from the first reply. The caller owns them."""
-    # Taking a descriptor shortens the list, so the last one is taken first.
-    names = sorted((each for each in _STREAMS if started.get(each) is not None), key=lambda name: -int(started[name]))
+    names = [each for each in _STREAMS if started.get(each) is not None]
     with contextlib.ExitStack() as undo:
         streams = {
-            name: undo.enter_context(socket.socket(fileno=client.take_descriptor(int(started[name])))) for name in names
+            name: undo.enter_context(socket.socket(fileno=client.take_descriptor(started[name]))) for name in names
         }
         undo.pop_all()
     return streams
