@@ -57,6 +57,25 @@ def test_a_kernels_configuration_is_found_in_the_kernel_itself(tmp_path: Path, c
     assert kernel_config.read(kernel(tmp_path / "vmlinuz", image)) == FOUND
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        gzip.compress(CONFIG * 1000)[:-20],
+        gzip.compress(CONFIG)[:12] + b"\xff" * 20,
+        gzip.compress(CONFIG)[:-8] + bytes(8),
+        gzip.compress(CONFIG + bytes(kernel_config._CONFIG_SIZE_MAX)),
+    ],
+    ids=["truncated", "garbage", "checksum", "bomb"],
+)
+def test_a_configuration_that_cannot_be_unpacked_is_passed_over(tmp_path: Path, damaged: bytes) -> None:
+    image = kernel(tmp_path / "vmlinuz", b"image")
+    for name in ("config", "build/.config"):
+        kernel(tmp_path / "modules" / name, damaged)
+    assert kernel_config.read(image, str(tmp_path / "modules")) == {}
+    (tmp_path / "modules/build/.config").write_bytes(CONFIG)
+    assert kernel_config.read(image, str(tmp_path / "modules")) == FOUND
+
+
 @given(st.binary(max_size=400), st.sampled_from([b"", b"IKCFG_ST", b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"BZh9"]))
 def test_any_file_is_read_without_an_error(data: bytes, magic: bytes) -> None:
     list(kernel_config._unpacked(magic + data))

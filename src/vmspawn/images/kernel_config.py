@@ -8,7 +8,6 @@ compressed as a whole, so reading the configuration takes a second or two.
 from __future__ import annotations
 
 import bz2
-import gzip
 import lzma
 import os
 import re
@@ -25,6 +24,9 @@ _START, _END = b"IKCFG_ST", b"IKCFG_ED"
 #: The maximum size of an unpacked kernel in bytes.
 _SIZE_MAX = 256 << 20
 
+#: The maximum size of an unpacked configuration in bytes. Distributions' configurations have 300 KiB.
+_CONFIG_SIZE_MAX = 16 << 20
+
 _ZSTD_SECONDS = 30
 
 _SETTING = re.compile(rb"^(CONFIG_\w+)=(.*)$", re.MULTILINE)
@@ -38,10 +40,10 @@ def read(linux: str, modules: str | None = None) -> dict[str, str]:
     for path in _places(linux, modules):
         try:
             with open(path, "rb") as file:
-                data = file.read(_SIZE_MAX)
+                data = file.read(_CONFIG_SIZE_MAX)
         except OSError:
             continue
-        if found := _parse(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data):
+        if found := _parse(_unpacked_config(data) if data.startswith(b"\x1f\x8b") else data):
             return found
     with open(linux, "rb") as file:
         return _parse(_embedded(file.read(_SIZE_MAX)))
@@ -72,11 +74,19 @@ def _embedded(image: bytes) -> bytes:
         start = content.find(_START)
         end = content.find(_END, start)
         if 0 <= start < end:
-            try:
-                return gzip.decompress(content[start + len(_START) : end])
-            except (OSError, EOFError, zlib.error):
-                return b""
+            return _unpacked_config(content[start + len(_START) : end])
     return b""
+
+
+def _unpacked_config(data: bytes) -> bytes:
+    """Return the content of a configuration in gzip format, or an empty result if it is damaged or too large."""
+    unpacking = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        content = unpacking.decompress(data, _CONFIG_SIZE_MAX)
+    except zlib.error:
+        return b""
+    # A part of the configuration would look like a kernel that lacks options.
+    return content if unpacking.eof else b""
 
 
 def _gzip(data: bytes) -> bytes:
