@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmspawn.archive import unpack as unpacking
-from vmspawn.archive.pack import UNIT, Packer, data_of, name_of
+from vmspawn.archive.pack import UNIT, Packer, SparseFile, data_of, name_of
 from vmspawn.archive.place import place
-from vmspawn.archive.reader import Kind, Reader, Truncated
+from vmspawn.archive.reader import Kind, Piece, Reader, Truncated
 from vmspawn.archive.unpack import Unpacked, unpack
-from vmspawn.errors import CopyFailed, UsageError, VmspawnError
+from vmspawn.errors import CopyFailed, SystemFailure, UsageError, VmspawnError
 
 TARS = [["tar"], ["busybox", "tar"]]
 MIB = 1 << 20
@@ -461,3 +461,14 @@ def test_a_complete_archive_is_distinguished_from_a_truncated_archive() -> None:
     assert [each.name for each in Reader(io.BytesIO(TOP + END)).members()] == ["top"]
     with pytest.raises(Truncated):
         list(Reader(io.BytesIO(TOP)).members())
+
+
+def test_an_error_names_a_file_that_opens_and_cannot_be_read() -> None:
+    path = "/sys/class/net/lo/speed"
+    if not os.path.exists(path):
+        pytest.skip(f"there is no {path}, which the kernel refuses to read")
+    with pytest.raises(SystemFailure, match=f"cannot read '{path}': Invalid argument"):
+        list(Packer([path]).blocks())
+    file = SparseFile(path, "speed", UNIT, 0, (Piece(0, UNIT),))
+    with pytest.raises(SystemFailure, match=f"cannot read '{path}': Invalid argument"):
+        list(data_of(file, file.pieces))

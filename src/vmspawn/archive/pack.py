@@ -125,6 +125,8 @@ class Packer:
         fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             yield from self._content(fd, entry)
+        except OSError as error:
+            raise _failure(error, entry.path) from None
         finally:
             os.close(fd)
 
@@ -160,7 +162,7 @@ def data_of(file: SparseFile, pieces: Sequence[Piece]) -> Iterator[bytes]:
         finally:
             os.close(fd)
     except OSError as error:
-        raise _failure(error) from None
+        raise _failure(error, file.path) from None
 
 
 def check_path(path: str) -> None:
@@ -220,5 +222,6 @@ def _pieces(fd: int, status: os.stat_result) -> tuple[Piece, ...] | None:
     return tuple(found)
 
 
-def _failure(error: OSError) -> SystemFailure:
-    return SystemFailure(f"cannot read {error.filename!r}", error.errno or errno.EIO)
+def _failure(error: OSError, path: str = "") -> SystemFailure:
+    """Return the error for a failed system call. If the call used a descriptor, `path` is the descriptor's file."""
+    return SystemFailure(f"cannot read {path or error.filename!r}", error.errno or errno.EIO)
