@@ -61,9 +61,6 @@ def check(registration: Registration) -> None:
         raise UsageError.with_fields(
             setting + " needs a scope unit, and {registration.keep_unit=True} makes none", hint="leave out one of them"
         )
-    if registration.keep_unit and registration.mode == "no":
-        # As in systemd-vmspawn.
-        return
     for each in registration.properties:
         if "=" not in each.lstrip("="):
             raise UsageError.with_fields(
