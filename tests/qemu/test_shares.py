@@ -10,6 +10,7 @@ import pytest
 from tests.commands import Spawned, qemu_pid, spawned, vmctl, vmspawn
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
+from tests.survivors import survivor, wait_until_dead
 from vmspawn.errors import StartError
 from vmspawn.helpers import virtiofsd
 
@@ -71,6 +72,24 @@ def test_a_virtiofsd_that_dies_is_named_and_ends_the_machine(options: tuple[str,
     assert process_is_gone(qemu)
     assert all(process_is_gone(pid) for pid in pids)
     assert is_gone(machine.name)
+
+
+def test_a_virtiofsd_that_dies_without_a_manager_is_named_and_ends_the_machine(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    with survivor(fresh_name(), *options) as machine:
+        pids = servers(machine.manager)
+        machine.kill_manager()
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until_dead(pids[0])
+        assert not process_is_gone(machine.pid)
+        machine.adopt()
+        assert machine.manager.wait() == 1
+        reason = f"virtiofsd, which served {tmp_path}/one to the guest, ended while there was no manager"
+        assert reason in machine.manager.output["stderr"]
+        assert process_is_gone(machine.pid)
+        assert all(process_is_gone(pid) for pid in pids)
+        assert is_gone(machine.name)
 
 
 def test_virtiofsd_ends_with_a_qemu_that_dies(options: tuple[str, ...]) -> None:

@@ -87,13 +87,13 @@ def _console(directory: MachineDirectory, pid: int, undo: ExitStack) -> SharedCo
 
 
 def _helpers(state: State, undo: ExitStack) -> Iterator[Helper]:
-    """Yield the helpers that still run. If a helper has ended, QEMU ends too."""
+    """Yield the helpers. One that has ended has the process id 0; QEMU continues without it."""
     for each in state.helpers:
-        if runtime.start_time(each.pid) == each.started:
-            # The log of a helper ends with the manager that started it.
-            helper = Helper(each.name, each.what, each.pid, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-            undo.callback(helper.leave)
-            yield helper
+        pid = each.pid if each.pid and runtime.start_time(each.pid) == each.started else 0
+        # The log of a helper ends with the manager that started it.
+        helper = Helper(each.name, each.what, pid, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        undo.callback(helper.leave)
+        yield helper
 
 
 @contextlib.contextmanager

@@ -11,14 +11,14 @@ _LOG_MAX = 1 << 16
 
 
 class Helper:
-    """A running helper process and its log. Owns both. `what` is a predicate: `served /srv to the guest`."""
+    """A helper process and its log. Owns both. `what` is a predicate: `served /srv to the guest`."""
 
     __slots__ = ("_log", "name", "pid", "what")
 
     def __init__(self, name: str, what: str, pid: int, log: int) -> None:
         self.name = name
         self.what = what
-        #: The process id, or 0 after the process was reaped: the kernel may then reuse the number.
+        #: The process id, or 0 after the process has ended: the kernel may then reuse the number.
         self.pid = pid
         self._log = log
 

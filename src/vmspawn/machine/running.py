@@ -247,12 +247,13 @@ class Running:
 
     async def _terminate_once_up(self) -> None:
         """Terminate the machine after its start has completed, because a start would report QEMU's end as a failure."""
-        await self._is_up.wait()
+        await first_of(self._is_up, self._process.ended)
         await self.terminate()
 
     async def give_up(self) -> None:
-        """Undo a start that failed late: end a launched machine, and leave an adopted one running."""
-        await (self.leave() if self._origin.lives_on else self.end())
+        """Undo a start that failed late: end a launched machine, and leave an adopted one unless it ends anyway."""
+        is_ending = self._quit.has_asked or self._process.ended.is_set()
+        await (self.leave() if self._origin.lives_on and not is_ending else self.end())
 
     async def _close_connections(self) -> None:
         self._time_limit.close()
@@ -273,7 +274,8 @@ class Running:
         return Tasks.result(self._end)
 
     async def _until_end(self) -> End:
-        lost = await self._watch.until_ended(self._process, self.terminate)
+        terminate = self._terminate_once_up if self._origin.lives_on else self.terminate
+        lost = await self._watch.until_ended(self._process, terminate)
         if lost:
             return End("helper-died", lost, False)
         # QEMU's last messages may still be unread in the socket.
