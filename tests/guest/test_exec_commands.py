@@ -133,6 +133,22 @@ def test_exec_ends_with_141_when_its_reader_ends(machine: Spawned) -> None:
     assert done.stdout == "y\n141\n"
 
 
+@pytest.mark.parametrize("command", ["echo lost", "yes"])
+def test_output_that_cannot_be_written_is_an_error_of_exec(machine: Spawned, command: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*VMCTL, "exec", machine.name, "sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+    assert done.returncode == 125
+    assert done.stderr == "vmctl: cannot write the command's output: No space left on device\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [(("no-such-program",), 127), (("/etc/passwd",), 126), (("sh", "-c", "kill -9 $$"), 137)],

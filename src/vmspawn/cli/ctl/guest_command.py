@@ -17,13 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from errno import EIO
 from types import FrameType
 from typing import Any, NamedTuple
 
 from ...console.hotkeys import Hotkeys, Key
 from ...console.terminal import Screen, Terminal, window_size
 from ...control.client import Client
-from ...errors import NotConnected, Timeout, VmspawnError
+from ...errors import NotConnected, SystemFailure, Timeout, VmspawnError
 from ...timeouts import REPLY_GRACE
 from ..disconnect import watching
 from ..entrypoint import EXIT_OWN_FAILURE, EXIT_TIMED_OUT
@@ -131,6 +132,8 @@ class _Output:
         self.total = 0
         #: True when no more bytes will be written.
         self.is_done = False
+        #: The error number that ended the copying, or 0. A reader that closes its pipe is not an error.
+        self.errno = 0
         #: True while the thread waits for the guest; False while it waits for the reader of vmctl's output.
         self.is_waiting = True
         threading.Thread(target=self._move, daemon=True).start()
@@ -140,9 +143,7 @@ class _Output:
         view = memoryview(buffer)
         # Closing the socket makes the command's next write fail with SIGPIPE.
         with contextlib.suppress(OSError), self._source:
-            while count := self._source.recv_into(buffer):
-                self.is_waiting = False
-                self._write(view[:count])
+            while (count := self._source.recv_into(buffer)) and self._write(view[:count]):
                 with self._changed:
                     self.total += count
                     self.is_waiting = True
@@ -151,11 +152,20 @@ class _Output:
             self.is_done = True
             self._changed.notify()
 
-    def _write(self, data: memoryview) -> None:
+    def _write(self, data: memoryview) -> bool:
+        """Write all of `data`. Returns False if that fails."""
+        self.is_waiting = False
         if self._screen is not None:
             self._screen.show(bytes(data))
-        while data:
-            data = data[os.write(self._target, data) :]
+        try:
+            while data:
+                data = data[os.write(self._target, data) :]
+        except BrokenPipeError:
+            return False
+        except OSError as error:
+            self.errno = error.errno or EIO
+            return False
+        return True
 
     def has(self, count: int) -> bool:
         """Return whether `count` bytes were written, or no more will be written."""
@@ -241,11 +251,16 @@ class _Command:
         return exit_status(end)
 
     def _drain(self, changed: threading.Condition, outputs: Sequence[tuple[_Output, int]]) -> None:
-        """Wait until all output is written. Raises NotConnected if the guest stops sending it."""
+        """Wait until all output is written.
+
+        Raises NotConnected if the guest stops sending it, SystemFailure if it cannot be written.
+        """
         while not all(output.has(count) for output, count in outputs):
             idle = [output for output, count in outputs if not output.has(count) and output.is_waiting]
             if not changed.wait(_OUTPUT_TIMEOUT) and idle:
                 raise NotConnected("the guest did not send all output of the command")
+        if number := next((output.errno for output, _ in outputs if output.errno), 0):
+            raise SystemFailure("cannot write the command's output", number)
 
     def _end(self) -> dict[str, Any] | None:
         """Wait for the command's end. Returns None if the time limit passes, or the user types ^]^]^]."""
