@@ -21,7 +21,7 @@ from .. import sync
 from ..api import machine as api
 from ..api.blocking import Blocking, background
 from ..api.launching import start_copy
-from ..api.options import check_names, to_config
+from ..api.options import CopyOptions, check_names, to_config
 from ..boot.qemu import find_qemu
 from ..errors import CommandFailed, GuestError, StartError, UsageError, VmspawnError
 from ..sizes import bytes_of
@@ -38,10 +38,7 @@ _READY_TIMEOUT = 120.0
 _ADOPT_TIMEOUT = 60.0
 
 #: The options that may differ between a copy and its snapshot.
-_OPTIONS_OF_COPIES = (
-    *("name", "console", "console_log", "qmp_log", "shutdown_timeout"),
-    *("die_with_program", "die_with_parent"),
-)
+_OPTIONS_OF_COPIES = ("name", *CopyOptions.__annotations__)
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_]+")
 
