@@ -285,3 +285,15 @@ def test_damaged_manifests_are_skipped(folder: Path) -> None:
     made("web@clean")
     (folder / "web@clean" / "manifest.json").write_text(json.dumps([1]))
     assert list(snapshot_files.manifests()) == []
+
+
+def test_a_snapshot_in_another_directory_is_removed(folder: Path, tmp_path: Path) -> None:
+    """The directory of all snapshots may be on another file system, and need not exist."""
+    new = NewFolder("web@warm", str(tmp_path / "warm"))
+    new.make()
+    new.write(snapshot_files.MANIFEST, described("web@warm").to_json())
+    new.finish()
+    with closing(OpenSnapshot("web@warm", str(tmp_path / "warm"))) as snapshot:
+        snapshot.remove()
+    assert os.listdir(tmp_path / "warm") == []
+    assert not folder.exists()

@@ -247,7 +247,7 @@ class OpenSnapshot:
         """Remove the snapshot. Raises NoSuchSnapshot, SnapshotInUse, StartError."""
         _check_unused(self._full_name, self)
         # The directory is renamed first, so that other processes never see a snapshot that lacks files.
-        hidden = os.path.join(root(), f"{UNFINISHED}{self._full_name}-removed-{os.getpid()}")
+        hidden = os.path.join(os.path.dirname(self.path), f"{UNFINISHED}{self._full_name}-removed-{os.getpid()}")
         os.rename(self.path, hidden)
         _remove(hidden)
 
