@@ -53,7 +53,7 @@ class Console:
         self._buffer = b""
 
     def wait_for(self, text: str) -> str:
-        """Read lines until one contains `text`, and return it. Raises Timeout."""
+        """Read lines until one contains `text`, and return it. Raises MachineEnded, Timeout."""
         deadline = time.monotonic() + _STEP_TIMEOUT
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
@@ -69,7 +69,7 @@ class Console:
             except TimeoutError:
                 raise Timeout(f"the guest did not print {text!r} within {_STEP_TIMEOUT:g} s") from None
             if not data:
-                raise Timeout(f"the guest ended before it printed {text!r}")
+                raise MachineEnded(f"the guest ended before it printed {text!r}")
             self._buffer += data
 
     def _show(self, line: str) -> str:
