@@ -19,12 +19,6 @@ _enabled = os.environ.get(VARIABLE, "").lower() == _DEBUG
 _start = time.monotonic()
 
 
-def enable() -> None:
-    """Enable the log."""
-    global _enabled
-    _enabled = True
-
-
 def enabled() -> bool:
     """Return whether the log is enabled, for callers whose messages are expensive to make."""
     return _enabled
