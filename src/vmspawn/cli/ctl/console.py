@@ -13,7 +13,7 @@ from ...control.client import Client, connect
 from ...errors import NotConnected, VmspawnError
 from ...host import runtime
 from ..disconnect import watching
-from .replies import client_for
+from .replies import client_for, report
 from .verbs import Verbs
 
 _STDIN, _STDOUT = 0, 1
@@ -48,7 +48,7 @@ def _console(options: argparse.Namespace) -> None:
                 client.call("io.vmspawn.Machine.ResizeConsole", {"rows": rows, "columns": columns})
 
     keys = "; ^]^]^] detaches" if os.isatty(_STDIN) else ""
-    _say(options, f"attached to machine {options.machine}{keys}")
+    report(options, f"attached to machine {options.machine}{keys}")
     with console, watching(options.machine, console) as disconnect:
         attachment = ConsoleAttachment(console, _STDIN, _STDOUT, read_only=options.read_only, on_resize=resized)
         number = attachment.run()
@@ -58,7 +58,7 @@ def _console(options: argparse.Namespace) -> None:
         if attachment.has_hung_up:
             disconnect.check()
     how = "has ended" if attachment.has_hung_up else "continues"
-    _say(options, f"machine {options.machine} {how}")
+    report(options, f"machine {options.machine} {how}")
 
 
 def _connect(machine: str) -> socket.socket:
@@ -68,8 +68,3 @@ def _connect(machine: str) -> socket.socket:
         raise NotConnected(
             f"cannot attach to {machine}: it shares no console", hint="it was started with --console=native"
         ) from None
-
-
-def _say(options: argparse.Namespace, line: str) -> None:
-    if not options.quiet:
-        print(f"vmctl: {line}", file=sys.stderr, flush=True)

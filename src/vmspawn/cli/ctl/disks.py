@@ -189,7 +189,8 @@ def _detach(options: argparse.Namespace) -> None:
         timeout = 0.0
     parameters = {"name": options.disk, "timeoutUSec": int(timeout * 1e6), "force": options.force}
     with failing_to("detach", options.disk):
-        disk = _find(options)
+        with Client(options.machine) as client:
+            disk = _find(client, options.disk)
         try:
             pending = _wait_for_detach(options, parameters, timeout)
         except VarlinkError as error:
@@ -235,10 +236,9 @@ def _is_of_copy(overlay: str) -> bool:
     return False
 
 
-def _find(options: argparse.Namespace) -> dict[str, Any] | None:
-    with Client(options.machine) as client:
-        found = client.call(f"{MACHINE}.ListStorage")["storage"]
-    return next((each for each in found if each["name"] == options.disk), None)
+def _find(client: Client, name: str) -> dict[str, Any] | None:
+    found = client.call(f"{MACHINE}.ListStorage")["storage"]
+    return next((each for each in found if each["name"] == name), None)
 
 
 def _detaching_client(options: argparse.Namespace, timeout: float) -> Client:
@@ -261,8 +261,7 @@ def _wait_for_detach(options: argparse.Namespace, parameters: dict[str, Any], ti
         with Client(options.machine) as observer:
             shown = False
             while not client.is_answered(within=1.0):
-                disks = observer.call(f"{MACHINE}.ListStorage")["storage"]
-                disk = next((disk for disk in disks if disk["name"] == options.disk), None)
+                disk = _find(observer, options.disk)
                 if disk and disk["removal"]:
                     _show_progress(disk)
                     shown = True
@@ -291,11 +290,10 @@ def _replace(options: argparse.Namespace) -> None:
 
 
 def _disk(client: Client, name: str) -> dict[str, Any]:
-    for disk in client.call(f"{MACHINE}.ListStorage")["storage"]:
-        if disk["name"] == name:
-            found: dict[str, Any] = disk
-            return found
-    raise NoSuchStorage(f"there is no disk named {name}", hint=f"see: vmctl list-disks {client.machine}")
+    disk = _find(client, name)
+    if disk is None:
+        raise NoSuchStorage(f"there is no disk named {name}", hint=f"see: vmctl list-disks {client.machine}")
+    return disk
 
 
 def _resize(options: argparse.Namespace) -> None:

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...control.client import REPLY_TIMEOUT, Client
 from ...errors import VmspawnError
 from ...text import printable
+from ...timeouts import REPLY_GRACE
 from ..tables import print_json, print_table
 
 INSTANCE = "io.systemd.MachineInstance"
 MACHINE = "io.vmspawn.Machine"
-
-#: Seconds within which the manager must reply after the time for the guest has passed.
-_GRACE = 10.0
 
 
 def client_for(options: argparse.Namespace) -> Client:
@@ -32,7 +31,7 @@ def client_waiting_for_guest(options: argparse.Namespace, usual: float) -> Clien
     """
     if options.timeout is None:
         return Client(options.machine, timeout=REPLY_TIMEOUT + usual)
-    return Client(options.machine, timeout=options.timeout + _GRACE)
+    return Client(options.machine, timeout=options.timeout + REPLY_GRACE)
 
 
 class failing_to:
@@ -74,6 +73,12 @@ def say(options: argparse.Namespace, text: str) -> None:
     """Print a line, unless the output is JSON or `quiet` is set."""
     if not options.quiet and options.json == "off":
         print(printable(text))
+
+
+def report(options: argparse.Namespace, line: str) -> None:
+    """Print a line on standard error, unless `quiet` is set."""
+    if not options.quiet:
+        print(f"vmctl: {line}", file=sys.stderr, flush=True)
 
 
 def answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> None:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from ...control.client import Client, VarlinkError
 from ...errors import NotConnected
 from ...machine import run_states
-from .replies import INSTANCE
+from .replies import INSTANCE, report
 
 
 def change(options: argparse.Namespace, client: Client) -> None:
@@ -31,9 +30,3 @@ def change(options: argparse.Namespace, client: Client) -> None:
     if rule.remark:
         advice = f"; {rule.hint}: vmctl {rule.remedy} {options.machine}" if rule.remedy else ""
         report(options, f"{rule.remark}{advice}")
-
-
-def report(options: argparse.Namespace, line: str) -> None:
-    """Print a line on standard error, unless `quiet` is set."""
-    if not options.quiet:
-        print(f"vmctl: {line}", file=sys.stderr, flush=True)

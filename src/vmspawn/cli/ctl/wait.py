@@ -13,8 +13,8 @@ from ...control.client import Client, VarlinkError
 from ...errors import MachineEnded, NotConnected, Timeout
 from ...timeouts import POWER_BUTTON_INTERVAL, REACTION_TIMEOUT, SHUTDOWN_TIMEOUT
 from ..disconnect import watching
-from .replies import INSTANCE, client_for
-from .state_change import change, report
+from .replies import INSTANCE, client_for, report
+from .state_change import change
 
 #: Seconds within which the manager must clean up after the end of its machine.
 _CLEANUP_TIMEOUT = 15.0
