@@ -17,7 +17,7 @@ from asyncvarlink.serviceerrors import InvalidParameter
 from ..agent.protocol import STDERR, STDIN, STDOUT, TTY, Exited, Failed
 from ..inside.commands import Commands, Ended, Execution, Wanted
 from ..text import printable
-from .progress import Progress, nothing
+from .progress import Progress, empty_reply
 
 
 def wanted(
@@ -75,7 +75,7 @@ async def _could_not_start(execution: Execution) -> bool:
 def _started(execution: Execution) -> Progress:
     streams = execution.streams
     return {
-        **nothing("started", execution.id),
+        **empty_reply("started", execution.id),
         "stdin": _descriptor(streams.get(STDIN)),
         "stdout": _descriptor(streams.get(STDOUT)),
         "stderr": _descriptor(streams.get(STDERR)),
@@ -90,8 +90,8 @@ def _descriptor(stream: socket.socket | None) -> FileDescriptor | None:
 
 def _ended(id: str, end: Ended, command: Wanted) -> Progress:
     if isinstance(end, Failed):
-        return {**nothing("failed", id), "status": end.status, "message": failure(end, command)}
-    totals: Progress = {**nothing("exited", id), "stdoutBytes": end.stdout, "stderrBytes": end.stderr}
+        return {**empty_reply("failed", id), "status": end.status, "message": failure(end, command)}
+    totals: Progress = {**empty_reply("exited", id), "stdoutBytes": end.stdout, "stderrBytes": end.stderr}
     if isinstance(end, Exited):
         return {**totals, "status": end.status}
     return {**totals, "state": "killed", "signal": end.signal}

@@ -31,7 +31,7 @@ class Progress(typing.TypedDict):
     message: str | None
 
 
-def nothing(state: str, id: str) -> Progress:
+def empty_reply(state: str, id: str) -> Progress:
     """Return a reply that has only the state and the id."""
     return {
         "state": state,
