@@ -20,7 +20,7 @@ class Peer:
 
     @classmethod
     def of(cls, connected: socket.socket) -> Peer:
-        """Return the process that connected a socket. Raises OSError if it is not a Unix socket."""
+        """Return the process that connected a unix socket. For other sockets, see `peer_process`."""
         pid, uid = peer_process(connected)
         try:
             with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
