@@ -61,11 +61,13 @@ async def objects(machine: Machine) -> tuple[set[str], set[str]]:
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Wait until a condition holds."""
-    async with asyncio.timeout(DEADLINE):
-        while not await condition():  # noqa: ASYNC110 - the guest and QEMU set no asyncio.Event
-            await asyncio.sleep(0.02)
-    assert await condition(), what
+    """Wait until a condition holds. If it does not, the test fails with the message `what`."""
+    try:
+        async with asyncio.timeout(DEADLINE):
+            while not await condition():  # noqa: ASYNC110 - the guest and QEMU set no asyncio.Event
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        pytest.fail(f"{what} after {DEADLINE:g} s")
 
 
 async def until_runs(machine: Machine, command: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.interop.box import Box
 from tests.interop.conftest import make_image
 from tests.interop.machines import BoxedMachine
+from tests.machines import fresh_name
 
 Spawn = Callable[..., BoxedMachine]
 
@@ -247,6 +248,26 @@ def test_vmctl_finds_a_machine_with_another_runtime_directory(box: Box, spawn: S
     assert machine.name in [each["name"] for each in listed]
     box.run("vmctl", "pause", machine.name)
     assert "paused" in box.run("vmctl", "status", machine.name).stdout
+
+
+def test_vmctl_finds_the_machines_of_systemd_vmspawn(box: Box) -> None:
+    name = fresh_name()
+    image = make_image(box)
+    options = ("--firmware=bios", "--ram=256M", "--console=headless", "--kvm=no", "--vsock=no", "--tpm=no")
+    unit = ("--service-type=notify", f"--unit=test-{name}.service")
+    box.run(
+        *("systemd-vmspawn", f"--image={image}", "--notify-ready=no", "--register=yes", *options, f"--machine={name}"),
+        unit=unit,
+    )
+    try:
+        listed = json.loads(box.run("vmctl", "list", "--json=short").stdout)
+        assert {"name": name, "status": "running"}.items() <= next(
+            each for each in listed if each["name"] == name
+        ).items()
+        box.run("vmctl", "pause", name)
+        assert "paused" in box.run("vmctl", "status", name).stdout
+    finally:
+        box.run("vmctl", "terminate", name)
 
 
 def test_a_unit_of_type_notify_is_up_once_the_machine_runs(box: Box, spawn: Spawn) -> None:

@@ -56,23 +56,3 @@ def test_a_missing_volume_ends_the_start_with_the_reason(box: Box) -> None:
     assert done.returncode == 1
     assert "cannot get the volume fs:none: there is no such volume" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_vmctl_finds_the_machines_of_systemd_vmspawn(box: Box, spawn: Callable[..., BoxedMachine]) -> None:
-    name = fresh_name()
-    image = make_image(box)
-    options = ("--firmware=bios", "--ram=256M", "--console=headless", "--kvm=no", "--vsock=no", "--tpm=no")
-    unit = ("--service-type=notify", f"--unit=test-{name}.service")
-    box.run(
-        *("systemd-vmspawn", f"--image={image}", "--notify-ready=no", "--register=yes", *options, f"--machine={name}"),
-        unit=unit,
-    )
-    try:
-        listed = json.loads(box.run("vmctl", "list", "--json=short").stdout)
-        assert {"name": name, "status": "running"}.items() <= next(
-            each for each in listed if each["name"] == name
-        ).items()
-        box.run("vmctl", "pause", name)
-        assert "paused" in box.run("vmctl", "status", name).stdout
-    finally:
-        box.run("vmctl", "terminate", name)
