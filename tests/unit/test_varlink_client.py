@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,42 +111,40 @@ REPLIES = [
 
 @pytest.mark.parametrize(("reply", "reason"), REPLIES)
 def test_a_storage_provider_that_violates_the_protocol_is_named(
-    reply: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reply: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with _provider(reply, tmp_path, monkeypatch), pytest.raises(VolumeError, match=reason) as caught:
+    with _provider(reply, monkeypatch), pytest.raises(VolumeError, match=reason) as caught:
         acquire(Volume("fs", "data", "", {}), user=True, read_only=False)
     assert str(caught.value).startswith("cannot get the volume fs:data: ")
 
 
-def test_a_volume_is_the_descriptor_of_the_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with _provider(b'{"parameters":{"fileDescriptorIndex":0}}', tmp_path, monkeypatch):
+def test_a_volume_is_the_descriptor_of_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _provider(b'{"parameters":{"fileDescriptorIndex":0}}', monkeypatch) as folder:
         fd = acquire(Volume("fs", "data", "", {}), user=True, read_only=False)
-        assert os.path.samestat(os.fstat(fd), os.stat(tmp_path))
+        assert os.path.samestat(os.fstat(fd), os.stat(folder))
         os.close(fd)
 
 
 @contextlib.contextmanager
-def _provider(reply: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run a storage provider that answers one call, with the descriptor of `folder`."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    path = folder / "systemd/io.systemd.StorageProvider/fs"
-    path.parent.mkdir(parents=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        # The path of the directory may be too long for a socket's address.
-        parent = os.open(path.parent, os.O_PATH)
-        listener.bind(f"/proc/self/fd/{parent}/fs")
-        os.close(parent)
+def _provider(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a storage provider that answers one call. Yields the directory whose descriptor it sends."""
+    # The path of tmp_path may be too long for a socket's address.
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        path = Path(folder, "systemd/io.systemd.StorageProvider/fs")
+        path.parent.mkdir(parents=True)
+        listener.bind(str(path))
         listener.listen()
         listener.settimeout(DEADLINE)
         thread = threading.Thread(target=_answer, args=(listener, reply, folder))
         thread.start()
         try:
-            yield
+            yield folder
         finally:
             thread.join()
 
 
-def _answer(listener: socket.socket, reply: bytes, folder: Path) -> None:
+def _answer(listener: socket.socket, reply: bytes, folder: str) -> None:
     connected, _ = listener.accept()
     fd = os.open(folder, os.O_RDONLY)
     with connected:
