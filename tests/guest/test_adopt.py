@@ -19,7 +19,7 @@ import pytest
 from tests.commands import DEADLINE, vmctl, vmspawn
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.figures import figure, milliseconds
-from tests.guest.writing import answer, records_written, start_writer, stop_writer, verify
+from tests.guest.writing import ask, records_written, start_writer, stop_writer, verify
 from tests.machines import fresh_name, is_gone, links_of
 from tests.qemu.qmp_fixtures import SCALE
 from tests.shell import Shell
@@ -180,7 +180,7 @@ async def check(guest: Survivor, shell: Shell, folder: Path, where: str) -> None
     # An NVMe disk has more names, with its namespace's number and identifier.
     seen = "$(ls /dev/disk/by-id | grep -v ^nvme-nvme | sed 's/_[0-9]*$//' | sort -u | xargs)"
     waiting = f'n=0; until [ "{seen}" = "{names}" ] || [ $((n += 1)) -gt 100 ]; do usleep 10000; done'
-    assert answer(await shell.run(f"{waiting}; echo {seen}")) == names, where
+    assert await ask(shell, f"{waiting}; echo {seen}") == names, where
     found = await asyncio.to_thread(look, guest)
     # A raw image has two nodes.
     assert len(found["nodes"]) == 2 * len(disks), f"{where}: {found['nodes']} for {disks}"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.commands import vmctl
 from tests.conftest import MIB
-from tests.guest.writing import answer
+from tests.guest.writing import ask
 from tests.machines import fresh_name
 from tests.qemu.qmp_fixtures import SCALE
 from tests.shell import Shell
@@ -37,7 +37,7 @@ async def test_a_file_system_is_consistent_after_qemu_is_killed(qemu: str, tmp_p
             await shell.run(f"mkdir -p /mnt; modprobe ext4; mount -t ext4 {device} /mnt")
             await shell.run(f"(setsid sh -c '{_WRITER}' </dev/null >/dev/null 2>&1 &)")
             await shell.run(f"until [ -s /tmp/files ] && [ $(cat /tmp/files) -ge {_FILES} ]; do usleep 10000; done")
-            count = int(answer(await shell.run("cat /tmp/files")))
+            count = int(await ask(shell, "cat /tmp/files"))
             guest.kill_qemu()
             shell.close()
         await asyncio.to_thread(check, image, tmp_path / "copy", count)

@@ -34,12 +34,13 @@ async def start_writer(shell: Shell, device: str) -> None:
 async def records_written(shell: Shell) -> int:
     """Return the number of records on the disk. Fails if the writer met an error."""
     await shell.run("[ ! -e /tmp/failed ] || { cat /tmp/error; false; }")
-    return int(answer(await shell.run("cat /tmp/count")))
+    return int(await ask(shell, "cat /tmp/count"))
 
 
-def answer(output: str) -> str:
-    """Return a command's output without the guest's own messages."""
-    return "\n".join(line for line in output.splitlines() if line and not line.startswith("vmspawn-guest:"))
+async def ask(shell: Shell, command: str) -> str:
+    """Return the output of a command that prints one line. The guest's own messages may come before and after it."""
+    output = await shell.run(f'echo "answer: $({command})"')
+    return next(line for line in output.splitlines() if line.startswith("answer: ")).removeprefix("answer: ")
 
 
 async def stop_writer(shell: Shell) -> int:
