@@ -83,10 +83,11 @@ def test_a_virtiofsd_that_dies_without_a_manager_is_named_and_ends_the_machine(
         os.kill(pids[0], signal.SIGKILL)
         wait_until_dead(pids[0])
         assert not process_is_gone(machine.pid)
-        machine.adopt()
-        assert machine.manager.wait() == 1
+        done = vmctl("adopt", machine.name)
         reason = f"virtiofsd, which served {tmp_path}/one to the guest, ended while there was no manager"
-        assert reason in machine.manager.output["stderr"]
+        assert (done.returncode, done.stdout) == (1, "")
+        assert reason in done.stderr
+        wait_until_dead(machine.pid)
         assert process_is_gone(machine.pid)
         assert all(process_is_gone(pid) for pid in pids)
         assert is_gone(machine.name)

@@ -24,7 +24,8 @@ class Watch:
 
     def __init__(self, helpers: Sequence[Helper]) -> None:
         self._watched = [(helper, Process(helper.pid)) for helper in helpers if helper.pid]
-        self._lost = next((each.describe("ended while there was no manager") for each in helpers if not each.pid), "")
+        #: A description of a helper that ended while there was no manager, or an empty string.
+        self.lost = next((each.describe("ended while there was no manager") for each in helpers if not each.pid), "")
 
     async def until_ended(self, qemu: Process, terminate: Callable[[], Awaitable[None]]) -> str:
         """Wait until QEMU has ended. Returns an empty string.
@@ -32,9 +33,9 @@ class Watch:
         If a helper dies first, or has ended before the adoption, ends QEMU with `terminate` and returns a description
         of the helper's end.
         """
-        if self._lost:
+        if self.lost:
             await asyncio.gather(terminate(), qemu.ended.wait())
-            return self._lost
+            return self.lost
         if not self._watched:
             await qemu.ended.wait()
             return ""

@@ -251,9 +251,8 @@ class Running:
         await self.terminate()
 
     async def give_up(self) -> None:
-        """Undo a start that failed late: end a launched machine, and leave an adopted one unless it ends anyway."""
-        is_ending = self._quit.has_asked or self._process.ended.is_set()
-        await (self.leave() if self._origin.lives_on and not is_ending else self.end())
+        """Undo a start that failed late: end a launched machine, and leave an adopted one running."""
+        await (self.leave() if self._origin.lives_on else self.end())
 
     async def _close_connections(self) -> None:
         self._time_limit.close()
@@ -296,6 +295,11 @@ class Running:
     def name(self) -> str:
         """The machine's name."""
         return self.config.name or ""
+
+    @property
+    def has_lost_helper(self) -> bool:
+        """True if a helper of an adopted machine ended while there was no manager. Such a machine is being ended."""
+        return bool(self._watch.lost)
 
     @property
     def has_ended(self) -> bool:

@@ -68,7 +68,8 @@ async def _start(started: Started, messages: Messages) -> Running | None:
         if is_ours:
             return await run_unless_ended(started, start)
         machine = await start
-        messages.notice(f"adopted machine {machine.name} (QEMU is process {machine.pid})")
+        if not machine.has_lost_helper:
+            messages.notice(f"adopted machine {machine.name} (QEMU is process {machine.pid})")
         return machine
     except VmspawnError:
         raise
@@ -114,6 +115,10 @@ class _Supervision:
     async def run(self, on_ready: Callable[[bool], None], job: Job | None) -> End:
         """Serve the machine until it has ended. Raises StartError, OSError."""
         machine, messages, closing = self._machine, self._messages, self._closing
+        if machine.has_lost_helper:
+            closing.callback(self._tidy_disks)
+            closing.push_async_callback(machine.end)
+            return await machine.wait()
         Signals(self._shutdown, self._front).listen()
         inside = Inside(machine)
         try:
