@@ -44,7 +44,7 @@ class Removal:
     refusals: int = 0
     #: The reason why the last request or attempt failed, or an empty string.
     answer: str = ""
-    #: True if an event has reported that the device is being detached.
+    #: True if an event or an error has reported that the removal is under way.
     is_reported: bool = False
 
     @property

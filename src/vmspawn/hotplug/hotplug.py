@@ -167,6 +167,7 @@ class Hotplug:
         task = self.unwind(attachment)
         await asyncio.wait({task}, timeout=deadline - asyncio.get_running_loop().time())
         if not task.done():
+            self.begin_removal(attachment).is_reported = True
             return False
         self.tasks.result(task)
         return True
@@ -205,7 +206,7 @@ class Hotplug:
         self._registers[attachment.kind].remove(attachment)
         with contextlib.suppress(SystemFailure):
             self.save(attachment)
-        # A failed attach has no events, except if its device had to be detached from the guest.
+        # A failed attach has no events, except if clients know of its removal.
         if attachment.events is not None and (removal.is_reported or not attachment.has_failed):
             self.publish(attachment.events.detached, attachment)
 

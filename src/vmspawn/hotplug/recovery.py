@@ -50,6 +50,7 @@ async def settle(
             note(_note(attachment))
         if attachment.state is State.DETACHING:
             await settle_detaching(attachment)
+        attachment.has_failed = attachment.state is State.ATTACHING
         hotplug.unwind(attachment)
 
 
