@@ -124,6 +124,7 @@ def test_a_program_that_is_killed_while_its_machine_starts(start: Start, moment:
 
 @pytest.mark.parametrize("how", ["before the directory", "after the directory"])
 def test_a_program_that_is_killed_beside_the_making_of_the_directory(start: Start, how: str) -> None:
+    """Before, there is no directory, and only the watcher must end."""
     name = fresh_name()
     with start(name, how) as program:
         assert program.wait(timeout=DEADLINE) == -signal.SIGKILL

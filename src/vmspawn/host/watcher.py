@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import time
+from typing import Any
 
 #: Seconds within which a killed process must end, and a living program must remove the directory.
 _END_TIMEOUT = 10.0
@@ -83,7 +84,7 @@ def _remove_unused(path: str, files: list[str]) -> None:
     Leaves the directory if another machine uses it: a machine whose manager has died has no lock, but a QEMU.
     """
     lock = _lock(path)
-    if lock >= 0 and os.fstat(lock).st_ino == _inode(path) and not _qemus(path):
+    if lock >= 0 and os.fstat(lock).st_ino == _inode(path) and not (_qemus(path) or _saved_qemu(path)):
         _remove(path, files)
 
 
@@ -125,14 +126,29 @@ def _errors_of(pid: str) -> str:
 
 
 def _helpers(path: str) -> list[int]:
-    import json
-
+    """Return the process ids of the living helpers in the machine's state."""
     try:
-        with open(os.path.join(path, _STATE), "rb") as file:
-            found = [(int(pid), int(started)) for _name, _what, pid, started in json.load(file)["helpers"]]
+        found = [(int(pid), int(started)) for _name, _what, pid, started in _state(path)["helpers"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [pid for pid, started in found if pid > 0 and _start_time(pid) == started]
+
+
+def _saved_qemu(path: str) -> int:
+    """Return the process id of QEMU in the machine's state if it lives, else 0. Its log may not be visible here."""
+    try:
+        qemu = _state(path)["qemu"]
+        pid, started = int(qemu["pid"]), int(qemu["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return pid if pid > 0 and _start_time(pid) == started else 0
+
+
+def _state(path: str) -> dict[str, Any]:
+    import json
+
+    with open(os.path.join(path, _STATE), "rb") as file:
+        return dict(json.load(file))
 
 
 def _kill(pid: int) -> None:
