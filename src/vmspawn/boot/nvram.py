@@ -75,6 +75,7 @@ def _create(path: str, template: Blob, hint: str) -> int:
         ) from None
     try:
         _copy(template, fd)
+        os.fsync(fd)
         os.rename(partial, path)
     except BaseException:
         os.close(fd)
