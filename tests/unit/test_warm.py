@@ -4,11 +4,14 @@
 import fcntl
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import DEADLINE
+from tests.machines import links_of
 from vmspawn import MachineConfig, UsageError
 from vmspawn.boot.config import ConsoleTerminal, check_config
 from vmspawn.boot.plan import Choices, Kernel
@@ -84,8 +87,17 @@ def test_options_that_a_copy_cannot_have_are_refused(options: dict[str, Any], me
 
 def flock(path: Path, kind: int) -> int:
     fd = os.open(path, os.O_RDWR)
-    fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
+
+
+def times_open(path: Path) -> int:
+    """Return the number of this process's descriptors of a file."""
+    return links_of(os.getpid()).count(str(path))
 
 
 def test_a_removed_lock_file_is_not_a_lock(tmp_path: Path) -> None:
@@ -96,25 +108,23 @@ def test_a_removed_lock_file_is_not_a_lock(tmp_path: Path) -> None:
     def lock() -> None:
         with warm._locked(str(path)):
             is_locked.set()
-            is_done.wait(20)
+            is_done.wait(DEADLINE)
 
     with warm._locked(str(path)):
-        waiter = threading.Thread(target=lock)
+        waiter = threading.Thread(target=lock, daemon=True)
         waiter.start()
-        while sum(os.path.samefile(f"/proc/self/fd/{fd}", path) for fd in open_descriptors()) < 2:
-            pass  # the waiter has not opened the file yet
+        deadline = time.monotonic() + DEADLINE
+        while times_open(path) < 2:
+            assert time.monotonic() < deadline, "the thread has not opened the file"
+            time.sleep(0.01)
         path.unlink()
     try:
-        assert is_locked.wait(20)
+        assert is_locked.wait(DEADLINE)
         with pytest.raises(BlockingIOError):
             flock(path, fcntl.LOCK_EX)
     finally:
         is_done.set()
-        waiter.join(20)
-
-
-def open_descriptors() -> list[str]:
-    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+        waiter.join(DEADLINE)
 
 
 def test_the_oldest_snapshots_are_removed_unless_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

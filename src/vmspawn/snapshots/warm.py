@@ -196,7 +196,8 @@ def _remove_oldest() -> None:
     """Make room for another snapshot."""
     found = []
     for entry in os.scandir(directory()):
-        if os.path.exists(os.path.join(entry.path, MANIFEST)):
+        with contextlib.suppress(OSError):
+            os.stat(os.path.join(entry.path, MANIFEST))
             found.append((entry.stat().st_mtime, entry.path))
     for _, path in sorted(found, reverse=True)[_KEPT - 1 :]:
         with contextlib.suppress(OSError):
