@@ -159,7 +159,11 @@ class _Output:
             self._screen.show(bytes(data))
         try:
             while data:
-                data = data[os.write(self._target, data) :]
+                # Another process may have made the file non-blocking.
+                with contextlib.suppress(BlockingIOError):
+                    data = data[os.write(self._target, data) :]
+                    continue
+                _wait_until_writable(self._target)
         except BrokenPipeError:
             return False
         except OSError as error:
@@ -170,6 +174,12 @@ class _Output:
     def has(self, count: int) -> bool:
         """Return whether `count` bytes were written, or no more will be written."""
         return self.is_done or self.total >= count
+
+
+def _wait_until_writable(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
 
 
 class _Input:
