@@ -149,7 +149,7 @@ def machine(folder: Path) -> Iterator[Machine]:
     command += ["--console=headless", f"--qemu={QEMU}", *(f"--qemu-arg={each}" for each in monitor(folder))]
     process = subprocess.Popen(command)
     try:
-        wait_for(Path(runtime.runtime_root()) / "control" / runtime.CONTROL)
+        wait_for(Path(runtime.runtime_root()) / "control" / runtime.CONSOLE)
         with Client("control") as client, connected(folder, "control") as (raw, console):
 
             def detach(name: str) -> None:
@@ -269,7 +269,7 @@ def boot(qemu_path: str, *options: str) -> float:
     begin = time.perf_counter()
     process = subprocess.Popen([*command, f"--qemu={qemu_path}", *options])
     try:
-        wait_for(Path(runtime.runtime_root()) / "boot" / runtime.CONTROL)
+        wait_for(Path(runtime.runtime_root()) / "boot" / runtime.CONSOLE)
         with (console := Console("boot")).socket:
             console.wait_for(READY)
         took = time.perf_counter() - begin

@@ -201,7 +201,7 @@ class Machine(BlockingMachine[_machine.Machine]):
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
         Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
-        QEMU does not answer; then nothing is left behind.
+        QEMU does not answer; the attach is undone then, in the background if that takes long.
         """
         return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
@@ -262,8 +262,8 @@ class Machine(BlockingMachine[_machine.Machine]):
     ) -> Execution:
         """Start a command in the guest: `with machine.execute(["cat"]) as command:`.
 
-        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
-        terminal. A terminal without a command runs the login shell.
+        `stdin`, `stdout` and `stderr` of the result are streams of bytes. With `size`, in rows and columns, the command
+        has a terminal. A terminal without a command runs the login shell.
 
         Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
         `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
@@ -318,8 +318,9 @@ class Machine(BlockingMachine[_machine.Machine]):
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
-        `timeout` seconds, and the errors of `execute`.
+        Without `check`, a command that cannot be started has the status 126 or 127, as in a shell; with `check`, raises
+        CommandFailed if the status is not 0. Raises Timeout if the command takes longer than `timeout` seconds, and the
+        other errors of `execute`.
         """
         found: Completed[str] | Completed[bytes] = self._call(
             lambda inner: cast(Any, inner).run(
@@ -554,7 +555,7 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
         Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
-        QEMU does not answer; then nothing is left behind.
+        QEMU does not answer; the attach is undone then, in the background if that takes long.
         """
         return self._call(lambda inner: inner.attach(disk, wait_guest=wait_guest, timeout=timeout, **options))
 
@@ -615,8 +616,8 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     ) -> Execution:
         """Start a command in the guest: `with machine.execute(["cat"]) as command:`.
 
-        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
-        terminal. A terminal without a command runs the login shell.
+        `stdin`, `stdout` and `stderr` of the result are streams of bytes. With `size`, in rows and columns, the command
+        has a terminal. A terminal without a command runs the login shell.
 
         Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
         `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
@@ -671,8 +672,9 @@ class ConnectedMachine(Blocking[_connect.ConnectedMachine]):
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
-        `timeout` seconds, and the errors of `execute`.
+        Without `check`, a command that cannot be started has the status 126 or 127, as in a shell; with `check`, raises
+        CommandFailed if the status is not 0. Raises Timeout if the command takes longer than `timeout` seconds, and the
+        other errors of `execute`.
         """
         found: Completed[str] | Completed[bytes] = self._call(
             lambda inner: cast(Any, inner).run(
@@ -782,7 +784,7 @@ class Events(Blocking[_events.Events[Any]]):
 
         mark = machine.events.mark
         machine.detach("data", timeout=60)
-        event = machine.events.wait("DEVICE_DELETED", where={"device": "data"}, since=mark, timeout=10)
+        event = machine.events.wait("StorageDetached", where={"name": "data"}, since=mark, timeout=10)
 
     Calling the object returns a stream of the events from now on:
 
@@ -812,7 +814,7 @@ class Events(Blocking[_events.Events[Any]]):
     ) -> Event:
         """Wait for an event with one of these names, or for any event without names, and return it.
 
-        `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
+        `where` is a part of the event's data, such as `{"name": "disk0"}`, or a function of the event. `since` is a
         `mark`: events after it are searched first; 0 stands for the first event. `timeout` is in seconds; None waits
         for ever.
 

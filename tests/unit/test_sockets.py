@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests connecting to unix sockets."""
+"""Tests connecting to unix sockets, and waiting for descriptors."""
 
+import fcntl
+import os
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
-from vmspawn.aio.sockets import connect, listen
+from vmspawn.aio.sockets import connect, is_readable, listen
 
 #: Seconds that a test waits for an error that must come.
 SHORT = 0.01
@@ -31,3 +34,20 @@ def test_a_connected_socket_blocks_without_a_timeout(tmp_path: Path) -> None:
 def test_an_address_without_a_listener_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         connect(str(tmp_path / "none"), timeout=SHORT)
+
+
+def test_a_descriptor_of_any_number_is_waited_for() -> None:
+    reading, writing = os.pipe()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard <= 2000:
+        pytest.skip("this user cannot have 2000 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2001), hard))
+    try:
+        high = fcntl.fcntl(reading, fcntl.F_DUPFD_CLOEXEC, 2000)
+        assert not is_readable(high, within=SHORT)
+        os.close(writing)
+        assert is_readable(high, within=0)
+        os.close(high)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(reading)

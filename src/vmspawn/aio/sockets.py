@@ -7,6 +7,7 @@ Each start imports this module, so it imports very little.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
@@ -71,6 +72,16 @@ def peer_process(connected: socket.socket) -> tuple[int, int]:
 def is_allowed(connected: socket.socket) -> bool:
     """Return whether the peer's user is root or this process's user. Callers disconnect all other peers."""
     return peer_process(connected)[1] in (0, os.geteuid())
+
+
+def is_readable(fd: int, *, within: float) -> bool:
+    """Wait up to `within` seconds until reading from a descriptor would not block; returns whether it would not.
+
+    select(2) fails for descriptors of 1024 and more, which programs that use the library may have.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(math.ceil(1000 * max(0.0, within))))
 
 
 def has_hung_up(connected: socket.socket) -> bool:

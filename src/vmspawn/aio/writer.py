@@ -42,8 +42,9 @@ class Writer:
     """The write queue of a non-blocking descriptor. The caller keeps the descriptor.
 
     `send` writes bytes, returns their number, and raises BlockingIOError if it would block; `send_fds` does the same
-    with file descriptors, which the caller keeps. `on_empty` is called when the queue has become empty, `on_lost` once
-    after a failed write. Data after that, or after `close`, is dropped.
+    with file descriptors, which the caller keeps. `on_empty` is called when the event loop has emptied the queue, not
+    if everything was sent at once. `on_lost` is called once after a failed write. Data after that, or after `close`, is
+    dropped.
     """
 
     __slots__ = (

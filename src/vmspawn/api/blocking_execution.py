@@ -89,7 +89,7 @@ class Execution(Blocking[execution.Execution]):
     def wait(self) -> int:
         """Wait for the command's end, and return its status. Unread output may keep the command from ending.
 
-        Raises NotConnected if the machine ends first.
+        Raises NotConnected if the machine ends first, or if a part of the output does not arrive.
         """
         return self._call(lambda inner: inner.wait())
 

@@ -57,8 +57,8 @@ class Guest(ABC):
     ) -> Execution:
         """Start a command in the guest: `async with await machine.execute(["cat"]) as command:`.
 
-        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
-        terminal. A terminal without a command runs the login shell.
+        `stdin`, `stdout` and `stderr` of the result are streams of bytes. With `size`, in rows and columns, the command
+        has a terminal. A terminal without a command runs the login shell.
 
         Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
         `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
@@ -115,8 +115,9 @@ class Guest(ABC):
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
-        `timeout` seconds, and the errors of `execute`.
+        Without `check`, a command that cannot be started has the status 126 or 127, as in a shell; with `check`, raises
+        CommandFailed if the status is not 0. Raises Timeout if the command takes longer than `timeout` seconds, and the
+        other errors of `execute`.
         """
 
         async def start() -> Execution:

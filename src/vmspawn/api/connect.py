@@ -284,7 +284,7 @@ class ConnectedMachine(Guest):
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
         Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
-        QEMU does not answer; then nothing is left behind.
+        QEMU does not answer; the attach is undone then, in the background if that takes long.
         """
         disk = to_disk(disk, options)
         named = with_defaults(disk)

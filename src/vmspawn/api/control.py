@@ -79,7 +79,7 @@ class Saved(Protocol):
 
 
 class Control(Protocol):
-    """The methods of a machine. Each raises NotConnected if the machine does not run."""
+    """The methods of a machine. Those that need a running machine raise NotConnected without one."""
 
     @property
     def name(self) -> str:
@@ -148,8 +148,8 @@ class Control(Protocol):
     ) -> Execution:
         """Start a command in the guest: `async with await machine.execute(["cat"]) as command:`.
 
-        The streams are like the streams of asyncio's subprocesses. With `size`, in rows and columns, the command has a
-        terminal. A terminal without a command runs the login shell.
+        `stdin`, `stdout` and `stderr` of the result are streams of bytes. With `size`, in rows and columns, the command
+        has a terminal. A terminal without a command runs the login shell.
 
         Raises CommandFailed if the command cannot be started, Timeout if the agent in the guest does not answer within
         `start_timeout` seconds, NoFreePort, NotSupported or NotConnected.
@@ -197,8 +197,9 @@ class Control(Protocol):
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest until it ends. A string is a command line for the guest's `sh`.
 
-        With `check`, raises CommandFailed if the status is not 0. Raises Timeout if the command takes longer than
-        `timeout` seconds, and the errors of `execute`.
+        Without `check`, a command that cannot be started has the status 126 or 127, as in a shell; with `check`, raises
+        CommandFailed if the status is not 0. Raises Timeout if the command takes longer than `timeout` seconds, and the
+        other errors of `execute`.
         """
 
     async def snapshot(self, name: str = "") -> Saved:
@@ -285,7 +286,7 @@ class Control(Protocol):
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
         Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
-        QEMU does not answer; then nothing is left behind.
+        QEMU does not answer; the attach is undone then, in the background if that takes long.
         """
 
     async def detach(self, name: str, *, timeout: float = DETACH_TIMEOUT, force: bool = False) -> bool:

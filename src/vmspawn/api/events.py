@@ -74,7 +74,7 @@ class Events(Generic[_Stream]):
 
         mark = machine.events.mark
         await machine.detach("data", timeout=60)
-        event = await machine.events.wait("DEVICE_DELETED", where={"device": "data"}, since=mark, timeout=10)
+        event = await machine.events.wait("StorageDetached", where={"name": "data"}, since=mark, timeout=10)
 
     Calling the object returns a stream of the events from now on:
 
@@ -111,7 +111,7 @@ class Events(Generic[_Stream]):
     ) -> Event:
         """Wait for an event with one of these names, or for any event without names, and return it.
 
-        `where` is a part of the event's data, such as `{"device": "disk0"}`, or a function of the event. `since` is a
+        `where` is a part of the event's data, such as `{"name": "disk0"}`, or a function of the event. `since` is a
         `mark`: events after it are searched first; 0 stands for the first event. `timeout` is in seconds; None waits
         for ever.
 

@@ -208,7 +208,7 @@ class Execution:
     async def wait(self) -> int:
         """Wait for the command's end, and return its status. Unread output may keep the command from ending.
 
-        Raises NotConnected if the machine ends first.
+        Raises NotConnected if the machine ends first, or if a part of the output does not arrive.
         """
         return await asyncio.shield(self._waiting)
 

@@ -24,7 +24,8 @@ async def start(config: MachineConfig) -> Running:
 
     Raises the errors of `launch` and `run`. Leaves nothing behind after an error, or when it is cancelled.
     """
-    # `notice` is called before each step, so the work can be cancelled between two steps.
+    # The work can be cancelled while it waits for a program, when it has a notice, and before the first step that has
+    # to be undone (`on_begin`).
     begin = warm.start if config.warm else launch
     launch_it = partial(begin, config, notice=lambda _: check_cancelled(), on_begin=check_cancelled)
     return await run(await run_cancellable(launch_it, undo=Started.give_up))

@@ -312,7 +312,7 @@ class Machine(Guest):
         disk's node in /dev. Raises Timeout after `timeout` seconds; the disk stays attached.
 
         Also raises StorageExists, BadConfig, ConfigNotSupported, NoFreePort, QmpError, SystemFailure, or Timeout if
-        QEMU does not answer; then nothing is left behind.
+        QEMU does not answer; the attach is undone then, in the background if that takes long.
         """
         storage = self._running.storage
         disk = to_disk(disk, options)

@@ -21,7 +21,8 @@ def place(work: str, root: str, target: str, unpacked: Unpacked) -> None:
     try:
         for path, final in _conflicts(source, target):
             raise CopyFailed(
-                f"cannot put {path!r} in the place of {final!r}: one of them is a directory", hint="remove it first"
+                f"cannot put {path!r} in the place of {final!r}: one of them is a directory",
+                hint=f"remove {final!r} first",
             )
         new: list[tuple[str, str]] = []
         _move(source, target, root, new)

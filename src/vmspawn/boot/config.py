@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Holds a machine's configuration, and checks it as far as possible without touching a file.
 
-This module is on the start path and imports next to nothing.
+This module is on the start path (docs/architecture.md), so it imports only modules of the start path.
 """
 
 from __future__ import annotations
@@ -218,7 +218,10 @@ def _check_boot(config: MachineConfig) -> None:
             "{modules=} needs {guest=builtin} and {linux=}", hint="name the kernel that the modules belong to"
         )
     if config.ephemeral and not config.image:
-        raise UsageError.with_fields("{ephemeral=True} works only with {image=}", hint=_LEAVE_ONE_OUT)
+        raise UsageError.with_fields(
+            "{ephemeral=True} works only with {image=}",
+            hint="name an image with {image=}, or leave out {ephemeral=True}",
+        )
     if config.ephemeral and config.extra_disks:
         raise UsageError.with_fields("{ephemeral=True} does not work with {extra_disks=}", hint=_LEAVE_ONE_OUT)
     if config.binds and config.guest:

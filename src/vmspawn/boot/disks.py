@@ -33,7 +33,7 @@ class _Wanted(Record):
 
     @property
     def spelled(self) -> str:
-        """A placeholder for the field and its value in an error's template. The error passes the value as `value`."""
+        """The field and its value in a template for `with_fields`, whose argument `value` is the value."""
         return f"{{{self.field}={{value}}}}"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 
+from ..aio.sockets import is_readable
 from ..errors import StartError
 from ..host import runtime
 from ..host.runtime import MachineDirectory
@@ -54,4 +54,4 @@ def _ends_after(process: int, number: signal.Signals) -> bool:
     # The process may have ended by itself.
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, number)
-    return bool(select.select([process], [], [], _END_TIMEOUT)[0])
+    return is_readable(process, within=_END_TIMEOUT)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shares the guest's console: shows its output to any number of viewers, and passes their input to the guest.
+"""Shares the guest's console: shows its output to all viewers, and passes their input to the guest.
 
-A viewer first gets the last 64 KiB of output, or after an adoption all output that the guest printed without a manager.
+A viewer first gets the last 64 KiB of output, and at least all earlier output that the manager started with: what the
+guest printed without a manager, or before the snapshot of a warm start.
 A slow viewer slows the console down for all viewers, as a slow terminal does, and each viewer decides how long to wait
 for its reader. So memory is bounded, and no output is dropped.
 """
@@ -58,8 +59,8 @@ class Console:
     """One machine's console. Owns `typed`, `source`, `listener` and `log`.
 
     Input is written to the non-blocking pipe `typed`, output is read from the non-blocking pipe `source`, and clients
-    connect to `listener`. `log` is QEMU's log of the console, which is emptied after each read. `unread` is the output
-    that the guest printed while it had no manager.
+    connect to `listener`. `log` is QEMU's log of the console, which is emptied after each read. `unread` is earlier
+    output: the guest printed it while it had no manager, or before the snapshot of a warm start.
     """
 
     def __init__(

@@ -2,8 +2,9 @@
 """Serves one Varlink connection with asyncvarlink's interfaces and conversions, and limits what a client can use.
 
 A client is served one call at a time, and its next call is read only after the reply has been sent. So each
-client uses at most one message, one call and the socket's buffers. The connection peeks for the end of a message before
-it receives anything. So descriptors stay with their message, and all bytes behind the message stay in the socket.
+client uses at most one message, one call, `UNSENT_MAX` bytes of replies and the socket's buffers. The connection peeks
+for the end of a message before it receives anything. So descriptors stay with their message, and all bytes behind the
+message stay in the socket.
 """
 
 import asyncio

@@ -13,7 +13,7 @@ DESCRIPTORS = 4096
 def allow_descriptors() -> None:
     """Raise the soft limit of descriptors, for this process and for QEMU, which inherits it.
 
-    The default of 1024 exists for select(2), which neither process uses.
+    The default of 1024 protects programs that pass descriptors to select(2). Neither QEMU nor vmspawn does.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Calls Varlink services: machines' control sockets, and services of the host such as systemd-machined.
 
-`Client` makes blocking calls, for commands and starts; `call` is for the manager's event loop.
+`Client` makes blocking calls, for vmctl and for the start of a machine; `call` is for the manager's event loop.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from ..aio.sockets import connect, peer_process
+from ..aio.sockets import connect, is_readable, peer_process
 from ..errors import NotConnected, ProtocolError, Template, Timeout, UsageError, VmspawnError
 from . import runtime
 
@@ -66,7 +65,7 @@ class Client:
         self._buffer = bytearray()
         #: The descriptors of the last reply that were not taken, by index.
         self._descriptors: dict[int, int] = {}
-        #: The descriptors of later replies. The number is the size of the buffer when they were received.
+        #: The descriptors of later replies. The number is the position in the buffer at which their data ends.
         self._received: list[tuple[int, list[int]]] = []
         self._method = ""
 
@@ -115,7 +114,7 @@ class Client:
 
     def is_answered(self, *, within: float) -> bool:
         """Wait up to `within` seconds for a reply; returns whether there is one."""
-        return bool(self._buffer) or bool(select.select([self._socket], [], [], within)[0])
+        return bool(self._buffer) or is_readable(self._socket.fileno(), within=within)
 
     def finish(self, method: str) -> dict[str, Any]:
         """Return the reply to the call of `begin`."""
@@ -139,7 +138,7 @@ class Client:
         self._method = method
 
     def first_reply(self) -> dict[str, Any]:
-        """Return the first reply to `subscribe`, which has the deadline of any call."""
+        """Return the first reply to `subscribe`. Waits as long as for the reply to `call`."""
         return self._receive(self._method)[0]
 
     def next_reply(self, seconds: float) -> dict[str, Any] | None:

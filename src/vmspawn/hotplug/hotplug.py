@@ -82,9 +82,8 @@ class Hotplug:
     async def attach(self, attachment: Attachment, finish: Callable[[], Awaitable[None]] | None = None) -> None:
         """Do all steps, then call `finish`; returns when QEMU has plugged in the device.
 
-        Raises what `Monitor.execute` raises, SystemFailure, or the error that the attachment's `vanished` returns, and
-        leaves nothing behind.
-        After a cancellation, a task of the machine undoes the steps.
+        Raises what `Monitor.execute` raises, SystemFailure, or the error that the attachment's `vanished` returns. The
+        steps are undone first; after `_UNWIND_TIMEOUT` or a cancellation, a task of the machine continues the undo.
         """
         register = self._registers[attachment.kind]
         register.add(attachment)

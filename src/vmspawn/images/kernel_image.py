@@ -26,7 +26,7 @@ _VERSION_FIELD, _SECTOR, _VERSION_MAX = 0x20E, 0x200, 256
 _LINUX_MAGICS = ((0x202, b"HdrS"), (56, b"ARM\x64"))
 _START_SIZE = 0x206
 
-#: The offset of an initramfs, in bytes, is a multiple of this number (the kernel's buffer-format.txt).
+#: In a file of several initramfs archives, each begins at a multiple of this number of bytes (buffer-format.rst).
 INITRD_ALIGNMENT = 4
 
 #: Not a PE image: only QEMU can start it.

@@ -40,7 +40,7 @@ _SYNC_INTERVAL_MAX = 10.0
 #: Seconds after which a question is asked again: the agent drops an answer that it cannot send within a second.
 _ASK_AGAIN = 5.0
 
-#: Of the wait for one answer, at most so many seconds count towards a timeout.
+#: Seconds. A longer wait for one answer counts only so much towards a timeout.
 _ANSWER_MAX = 1.0
 
 #: Seconds between two pings of an agent that does not answer.
@@ -171,7 +171,7 @@ class Agent:
             await first_of(self._next_message, timeout=_PING_INTERVAL)
 
     def _ask_again(self) -> None:
-        """Mark the open questions to be sent again: the agent that got them may have been killed."""
+        """Answer the open questions with -1, so that they are sent again: their agent may have been killed."""
         for _, _, counted in self._questions:
             if not counted.done():
                 counted.set_result(-1)

@@ -319,7 +319,10 @@ class Streams:
         return True
 
     def close(self) -> None:
-        """Close the streams of idle sets and of sets being connected. Callers of `take` get NotConnected."""
+        """Close the streams of idle sets. Callers of `take` get NotConnected.
+
+        The streams of a set that is being connected are closed when they are connected.
+        """
         self._is_closed = True
         for each in self._idle:
             each.close()

@@ -129,7 +129,7 @@ class _Wait:
             case Condition("ssh"):
                 await self._until_ssh()
             case _:
-                raise UsageError(f"the machine's manager does not wait for {self.condition}")
+                raise UsageError(f"the machine's manager does not support the condition {self.condition}")
 
     async def _until_port(self, port: int) -> None:
         self._why = "nothing listens on it in the guest"

@@ -32,7 +32,8 @@ _ENDS = ("completed", "failed", "cancelled")
 async def load(monitor: Monitor, incoming: Incoming) -> None:
     """Load the state, and resume the guest if it was running when it was saved.
 
-    Raises NotConnected if QEMU ends, as it does if the state does not fit its devices; SystemFailure, QmpError.
+    Raises NotConnected if QEMU ends, as it does if the state does not fit its devices; SystemFailure, QmpError,
+    Timeout.
     """
     await set_up(monitor, has_ram_file=incoming.has_ram_file)
     with monitor.events() as events:

@@ -26,12 +26,12 @@ _FAILURE_TIMEOUT = 2.0
 #: Seconds within which the process must end after the end of the machine or after SIGTERM.
 _EXIT_TIMEOUT = 10.0
 
-#: The prefix of the built-in guest's messages about features that its kernel lacks, and the message about the ports for
-#: commands, after which the guest does not power off by itself.
+#: The prefix of the built-in guest's messages about features that its kernel lacks.
 _LACKS = "vmspawn-guest: the kernel lacks "
+#: The message about the ports for commands. After it, the guest does not power off by itself.
 _LACKS_PORTS = f"{_LACKS}CONFIG_VIRTIO_CONSOLE".encode()
 
-#: The number of bytes of the console that are kept, and of its last lines that are printed if the machine fails.
+#: The maximum size of the kept output in bytes, and the maximum number of its last lines that are printed.
 _KEPT = 64 * 1024
 _LINES = 50
 
@@ -97,9 +97,10 @@ class Job:
         await machine.terminate()
 
     async def finish(self, end: End) -> None:
-        """Wait for the process after the machine's end, and show the console's last lines if the machine failed.
+        """Wait for the process after the machine's end, and print the console's last lines if the machine failed.
 
-        The process notices the end of the machine by itself.
+        Lines about features that the guest's kernel lacks are always printed. The process notices the end of the
+        machine by itself.
         """
         if self._process is not None and self._process.poll() is None:
             try:

@@ -7,11 +7,11 @@ This module is on vmctl's start path and imports next to nothing.
 from __future__ import annotations
 
 import os
-import select
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from ..aio.sockets import is_readable
 from ..errors import StartError, Timeout, UsageError
 from ..host.runtime import MachineDirectory
 from ..network.forward import Forward
@@ -129,7 +129,7 @@ class _Manager:
     def wait(self, deadline: float) -> StartError | Timeout | None:
         """Wait until the manager has started its machine. Returns the error if the manager fails."""
         try:
-            if not select.select([self._waiting], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not is_readable(self._waiting, within=deadline - time.monotonic()):
                 return Timeout(f"the manager of {self.name} (process {self._pid}) has not started it in time")
             if told := os.read(self._waiting, 1):
                 self.is_clock_set = told == b"1"

@@ -12,13 +12,13 @@ import contextlib
 import errno
 import json
 import os
-import select
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..aio.programs import CANCELLER, check_cancelled
+from ..aio.sockets import is_readable
 from ..errors import NoSuchSnapshot, QmpError, SnapshotInUse, SystemFailure, Timeout, VmspawnError
 from ..images import snapshot_files
 from ..storage.image import Image
@@ -232,7 +232,7 @@ class _Talk:
     def _message(self) -> Mapping[str, Any]:
         deadline = time.monotonic() + _TIMEOUT
         while b"\n" not in self._buffer:
-            if not select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not is_readable(self._output.fileno(), within=deadline - time.monotonic()):
                 raise Timeout(f"QEMU has not answered for {_TIMEOUT:g} s")
             data = os.read(self._output.fileno(), 65536)
             if not data:

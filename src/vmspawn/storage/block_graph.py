@@ -55,7 +55,7 @@ class BlockGraph:
         )
 
     def size(self, node: str) -> int:
-        """Return the bytes of a node's content, or 0 if there is no node of that name."""
+        """Return the size of a node's content in bytes, or 0 if there is no node of that name."""
         return int(self._nodes[node]["image"]["virtual-size"]) if node in self._nodes else 0
 
     def file(self, node: str) -> str:

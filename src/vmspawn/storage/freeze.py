@@ -96,7 +96,10 @@ class Freeze:
         return {each["node-name"]: int(each["image"]["virtual-size"]) for each in found}
 
     async def _lend(self, descriptors: Sequence[int]) -> None:
-        """Pass the read-only descriptors to QEMU. An adoption removes their sets: no image in the journal has them."""
+        """Pass the read-only descriptors to QEMU.
+
+        An adoption removes their descriptor sets, because the journal lists them as parts of no image.
+        """
         try:
             commands = []
             for each, fd in zip(self.frozen, descriptors, strict=True):

@@ -214,7 +214,7 @@ class LabMachine(sync.Machine):
         self._before = self._call(lambda inner: leaks.UnownedObjects.of(inner._running))
 
     def _attach(self, number: int, disk: Disk | str | os.PathLike[str]) -> None:
-        """Attach a disk. A size makes an empty image."""
+        """Attach a disk. If `disk` is a size, such as `64M`, attach a new, empty image of that size."""
         size = bytes_of(disk) if isinstance(disk, str) else None
         if size is None:
             self.attach(disk)

@@ -93,8 +93,8 @@ class Session:
 def relay(connected: socket.socket, received: bytes) -> bool:
     """Copy standard input to the socket, and the socket to standard output, until the socket ends.
 
-    Returns whether the socket ended before standard input. Raises NotConnected if the socket ended before QEMU had
-    taken all input and answered all commands.
+    Returns whether the socket ended before standard input. Raises NotConnected if the socket ended before all input
+    that was read had been sent, or after the end of the input, if a command has no reply.
     """
     connected.setblocking(False)
     output = Output(_STDOUT)

@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fork", metavar="MACHINE[@NAME]", help="start a copy of a machine from its snapshot")
     copy_options.add_directory(group, "directory of the snapshots")
     copy_options.add(group)
-    # The process that a copy of `vmctl fork --die-with-parent` must not outlive.
+    # The process id of a process that the copy must not outlive, for `vmctl fork --die-with-parent`.
     group.add_argument("--parent-pid", metavar="PID", type=whole_number, default=0, help=argparse.SUPPRESS)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Chooses the command that QEMU gets next, and the monitor that the command is sent to.
 
-Commands are sent in the order in which they come. Each session has at most one in-band command in flight, so sessions
-take turns. Large commands, which QEMU reads slowly, go to the bulk monitor, one at a time.
+Commands are sent in the order in which they come, except that out-of-band commands go first, and a command that must
+wait for another does not delay those after it. Each session has at most one in-band command in flight, so sessions take
+turns. Large commands, which QEMU reads slowly, go to the bulk monitor, one at a time.
 
 QEMU sends the events of a large command to the sessions' monitor before it replies on the bulk monitor. The client must
 get these events before the reply. So the reply is held until QEMU has answered a fence: a command without an effect,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads the lines that QEMU writes to a monitor, and replaces their ids.
 
-QEMU escapes line breaks in strings, so a line is a message. It is ASCII and ends with CR LF. The id is at the end of a
-success and at the start of an error: `{"return": …, "id": 1}`, `{"id": 1, "error": {"class": …, "desc": …}}`. Lines are
-spliced, not decoded, except lines in another form, from a monitor with `pretty=on`.
+QEMU escapes line breaks in strings, so a message is one line, or several on a monitor with `pretty=on`. It is ASCII and
+ends with CR LF. The id is at the end of a success and at the start of an error: `{"return": …, "id": 1}`,
+`{"id": 1, "error": {"class": …, "desc": …}}`. The id is replaced without decoding the message, unless the message has
+another form, as with `pretty=on`.
 """
 
 from __future__ import annotations
