@@ -131,7 +131,7 @@ def _helpers(path: str) -> list[int]:
         found = [(int(pid), int(started)) for _name, _what, pid, started in _state(path)["helpers"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [pid for pid, started in found if pid > 0 and _start_time(pid) == started]
+    return [pid for pid, started in found if _lives(pid, started)]
 
 
 def _saved_qemu(path: str) -> int:
@@ -141,7 +141,11 @@ def _saved_qemu(path: str) -> int:
         pid, started = int(qemu["pid"]), int(qemu["started"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    return pid if pid > 0 and _start_time(pid) == started else 0
+    return pid if _lives(pid, started) else 0
+
+
+def _lives(pid: int, started: int) -> bool:
+    return pid > 0 and _start_time(pid) == started
 
 
 def _state(path: str) -> dict[str, Any]:
