@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -263,6 +266,53 @@ async def test_a_missing_port_is_reported(far: FarEnd) -> None:
     agent = Agent(refuse, on_message=lambda _: None, on_restart=lambda: None)
     with pytest.raises(NotConnected, match="refused"):
         await agent.ready()
+
+
+async def test_a_full_queue_of_connections_is_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "port")
+
+    def connect() -> socket.socket:
+        with contextlib.ExitStack() as undo:
+            connected = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            connected.setblocking(False)
+            connected.connect(path)
+            undo.pop_all()
+        return connected
+
+    agent = Agent(connect, on_message=lambda _: None, on_restart=lambda: None)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, contextlib.closing(agent):
+        listener.bind(path)
+        # QEMU listens with this backlog, too, so that two connections fill the queue.
+        listener.listen(1)
+        connect().close()
+        connect().close()
+        with pytest.raises(BlockingIOError):
+            connect()
+        waiting = asyncio.ensure_future(agent.ready())
+        done, _ = await asyncio.wait({waiting}, timeout=0.2)
+        assert not done
+        for _ in range(2):
+            listener.accept()[0].close()
+        listener.settimeout(10)
+        accepted, _ = await asyncio.to_thread(listener.accept)
+        with accepted:
+            accepted.setblocking(False)
+            loop = asyncio.get_running_loop()
+            sync = await loop.sock_recv(accepted, 4096)
+            await loop.sock_sendall(accepted, b"ready %s 1 7 run ;\n" % sync.split()[1])
+            await waiting
+
+
+async def test_a_port_that_goes_while_its_queue_is_full_is_reported() -> None:
+    reasons = [BlockingIOError(errno.EAGAIN, "full"), BlockingIOError(errno.EAGAIN, "full")]
+
+    def connect() -> socket.socket:
+        raise reasons.pop() if reasons else ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    agent = Agent(connect, on_message=lambda _: None, on_restart=lambda: None)
+    async with asyncio.timeout(10):
+        with pytest.raises(NotConnected, match="refused"):
+            await agent.ready()
 
 
 async def test_a_copy_gets_a_seed_and_the_time(far: FarEnd) -> None:

@@ -43,6 +43,9 @@ _ASK_AGAIN = 5.0
 #: Seconds. A longer wait for one answer counts only so much towards a timeout.
 _ANSWER_MAX = 1.0
 
+#: Seconds between two attempts to connect while QEMU's queue of connections is full.
+_CONNECT_INTERVAL = 0.05
+
 #: Seconds between two pings of an agent that does not answer.
 _PING_INTERVAL = 0.5
 
@@ -62,6 +65,8 @@ class Agent:
     ) -> None:
         """Prepare a connection. `connect` returns a new connection to the port, or raises OSError.
 
+        If `connect` raises BlockingIOError, because QEMU's queue of connections is full, it is called again later.
+
         `on_message` gets each message about a command. `on_restart` is called when the agent was restarted, and may not
         know the commands that were sent.
         """
@@ -78,6 +83,8 @@ class Agent:
         #: Set when the connection is lost or closed.
         self._disconnected = asyncio.Event()
         self._is_closed = False
+        #: The next attempt to connect, while QEMU's queue of connections is full.
+        self._next_attempt: asyncio.TimerHandle | None = None
         #: The number of received messages.
         self.heard = 0
         self._next_message = asyncio.Event()
@@ -225,17 +232,33 @@ class Agent:
             self._socket = self._writer = None
 
     def _open(self) -> None:
+        """Connect and begin a session, at once or as soon as QEMU's queue has room. Raises NotConnected."""
         if self._is_closed:
             raise _closed()
+        self._disconnected.clear()
         try:
             connected = self._connect()
+        except BlockingIOError:
+            # QEMU's queue holds two connections, also those that were closed again. It is full if a guest is reset
+            # several times before QEMU accepts the connection of the first reset.
+            if self._next_attempt is None:
+                self._next_attempt = self._loop.call_later(_CONNECT_INTERVAL, self._open_again)
+            return
         except OSError as error:
             raise NotConnected(f"cannot reach the agent's port: {error.strerror}") from None
         self._socket = connected
-        self._disconnected.clear()
         self._writer = Writer.of_socket(connected, on_lost=lambda _: self._disconnect())
         self._loop.add_reader(connected, self._on_readable, connected)
         self._begin_session()
+
+    def _open_again(self) -> None:
+        self._next_attempt = None
+        if self._socket is None and not self._is_closed:
+            try:
+                self._open()
+            except NotConnected:
+                # Callers of `ready` try it themselves, and raise the error.
+                self._disconnected.set()
 
     def _begin_session(self) -> None:
         self._in_session.clear()
