@@ -113,12 +113,12 @@ async def test_qemu_dies_at_each_step_of_a_merge(ended: Ended, monkeypatch: pyte
         ended.restore()
         steps = 0
 
-        def counted(self: merge._Talk, *arguments: Any, last: int = step) -> None:
+        def counted(self: merge._Talk, *arguments: Any, last: int = step) -> Any:
             nonlocal steps
             steps += 1
             if steps == last:
                 self._process.kill()
-            execute(self, *arguments)
+            return execute(self, *arguments)
 
         monkeypatch.setattr(merge._Talk, "execute", counted)
         (error,) = await asyncio.gather(asyncio.to_thread(removal.remove, f"{ended.name}@s"), return_exceptions=True)

@@ -27,8 +27,11 @@ from . import directory
 from .directory import CURRENT, OpenSnapshot, is_locked
 from .manifest import Manifest
 
-#: Seconds that a QEMU without a guest may take for one step, such as writing one overlay.
+#: Seconds that a QEMU without a guest may take to answer, and to exit.
 _TIMEOUT = 600.0
+
+#: Seconds without progress after which the writing of an overlay fails. A large overlay may take hours.
+_PROGRESS_TIMEOUT = 600.0
 
 
 def after_end(*machines: str) -> list[SystemFailure]:
@@ -213,27 +216,44 @@ class _Talk:
         self._events: list[Mapping[str, Any]] = []
         self._message()
 
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
-        """Run a command. Raises QmpError, SystemFailure, Timeout."""
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Run a command, and return its result. Raises QmpError, SystemFailure, Timeout."""
         self._input.write(json.dumps({"execute": command, "arguments": arguments or {}}).encode())
         while "event" in (message := self._message()):
             self._events.append(message)
         if error := message.get("error"):
             raise QmpError(command, error["class"], error["desc"])
+        return message["return"]
 
     def event(self, job: str, *names: str) -> Mapping[str, Any]:
-        """Wait for an event of a job with one of the names, and return its data. Raises SystemFailure, Timeout."""
+        """Wait for an event of a job with one of the names, and return its data.
+
+        Waits for as long as the job makes progress. Raises QmpError, SystemFailure, Timeout.
+        """
+        offset = self._offset(job)
         while True:
             for event in self._events:
                 if event["event"] in names and event["data"].get("device") == job:
                     return dict(event["data"])
-            self._events = [self._message()]
+            self._events.clear()
+            try:
+                self._events.append(self._message(_PROGRESS_TIMEOUT))
+            except Timeout:
+                before, offset = offset, self._offset(job)
+                # The event may have come before the answer.
+                if offset == before and not self._events:
+                    raise Timeout(f"QEMU has written nothing for {_PROGRESS_TIMEOUT:g} s") from None
 
-    def _message(self) -> Mapping[str, Any]:
-        deadline = time.monotonic() + _TIMEOUT
+    def _offset(self, job: str) -> int:
+        """Return the number of bytes that a job has processed, or -1 if it has ended."""
+        jobs = self.execute("query-block-jobs")
+        return next((each["offset"] for each in jobs if each["device"] == job), -1)
+
+    def _message(self, timeout: float = _TIMEOUT) -> Mapping[str, Any]:
+        deadline = time.monotonic() + timeout
         while b"\n" not in self._buffer:
             if not is_readable(self._output.fileno(), within=deadline - time.monotonic()):
-                raise Timeout(f"QEMU has not answered for {_TIMEOUT:g} s")
+                raise Timeout(f"QEMU has not answered for {timeout:g} s")
             data = os.read(self._output.fileno(), 65536)
             if not data:
                 self._process.kill()
