@@ -13,8 +13,9 @@ import pytest
 
 from vmspawn.errors import NoSuchSnapshot, SnapshotExists, SnapshotInUse, StartError, UsageError
 from vmspawn.images import snapshot_files
-from vmspawn.snapshots import directory, manifest, merge, newest, open_files, same_host
+from vmspawn.snapshots import directory, manifest, merge, open_files, same_host
 from vmspawn.snapshots.directory import NewFolder, OpenSnapshot
+from vmspawn.snapshots.durable_files import replace_file
 from vmspawn.snapshots.manifest import Firmware, Manifest, SnapshotFile, Source, State
 from vmspawn.storage import backing
 
@@ -272,11 +273,11 @@ def test_a_kept_file_is_replaced_or_stays(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
     with pytest.raises(OSError, match="no space"):
-        newest.replace_file(str(kept), fill_the_disk)
+        replace_file(str(kept), fill_the_disk)
     assert kept.read_text() == "old"
     # The second time, both are links to one file, which rename(2) would leave in place.
     for _ in range(2):
-        newest.replace_file(str(kept), lambda path: os.link(other, path))
+        replace_file(str(kept), lambda path: os.link(other, path))
         assert kept.read_text() == "new"
         assert sorted(os.listdir(tmp_path)) == ["kept", "other"]
 

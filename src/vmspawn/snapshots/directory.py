@@ -21,6 +21,7 @@ from ..host import runtime
 from ..images import snapshot_files
 from ..images.snapshot_files import MANIFEST, UNFINISHED, root
 from . import manifest as manifests
+from .durable_files import write_file
 from .manifest import Manifest
 
 #: The file of a warm snapshot that contains the console's output until the snapshot was made.
@@ -88,10 +89,7 @@ class NewFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file. Raises OSError."""
-        with open(self.create(name), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(os.path.join(self.path, name), content)
 
     def finish(self) -> None:
         """Give the directory its name. Raises SnapshotExists, OSError."""

@@ -29,7 +29,7 @@ from ..boot.plan import Plan
 from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
 from ..boot.started import Incoming, Started
 from ..boot.state import Fork
-from ..errors import StartError, UsageError
+from ..errors import SnapshotExists, StartError, UsageError
 from ..hotplug import places
 from ..images import snapshot_files
 from ..network.forward import NETDEV
@@ -40,6 +40,7 @@ from ..storage.image import Image
 from ..timeouts import SHUTDOWN_TIMEOUT
 from . import same_host
 from .directory import CURRENT, OpenSnapshot, path_of
+from .durable_files import replace_file, write_file
 from .manifest import Manifest, SnapshotFile
 from .names import free_name
 from .open_files import copy_content
@@ -63,7 +64,7 @@ def fork(
     `parent` is a process that the copy must not outlive, or 0. `on_begin` is called before the first step that has to
     be undone.
 
-    Raises NoSuchSnapshot, SnapshotInUse, StartError, UsageError; nothing is left behind then.
+    Raises NoSuchSnapshot, SnapshotInUse, SnapshotExists, StartError, UsageError; nothing is left behind then.
     """
     with contextlib.closing(OpenSnapshot(full_name, wait=False)) as snapshot:
         config = _config(snapshot.manifest, given)
@@ -244,8 +245,19 @@ class _Copy:
         )
 
     def _make_folder(self) -> None:
-        """Make the directory of the disks that are kept. A failed start removes it, unless it has other files."""
-        os.makedirs(self._folder, 0o700, exist_ok=True)
+        """Make the directory of the disks that are kept. A failed start removes it, unless it has other files.
+
+        Raises SnapshotExists if the disks of an earlier machine of this name are there.
+        """
+        name = self._config.name or ""
+        # A manager that was killed may have left overlays without a manifest.
+        snapshot_files.tidy_current(name, set())
+        if os.path.lexists(self._folder):
+            raise SnapshotExists(
+                f"{name}@{CURRENT} has the disks of an earlier machine {name}",
+                hint=f"choose another name for the copy, or remove these disks: vmctl remove-snapshot {name}@{CURRENT}",
+            )
+        os.makedirs(self._folder, 0o700)
         self._owned.undo.callback(_remove_if_empty, self._folder)
 
     def _with_path(self, option: Option) -> Option:
@@ -396,10 +408,8 @@ class _Copy:
             state=None,
         )
         path = os.path.join(self._folder, snapshot_files.MANIFEST)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        replace_file(path, lambda new: write_file(new, current.to_json()))
         self._owned.undo.callback(os.unlink, path)
-        with open(fd, "wb") as file:
-            file.write(current.to_json())
 
     def _own(self, number: int, fd: int, name: str) -> int:
         """Copy a small file. The new file is removed with the machine unless the disks are kept."""

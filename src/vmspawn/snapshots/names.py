@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+
 from ..host import runtime
+from ..images import snapshot_files
 
 
 def free_name(machine: str) -> str:
-    """Return a name for a copy that no machine has."""
+    """Return a name for a copy that no machine has, and no copy whose disks were kept."""
     taken = set(runtime.machine_names())
     stem = machine[: runtime.NAME_MAX - 8]
-    return next(name for n in range(1, len(taken) + 2) if (name := f"{stem}-fork{n}") not in taken)
+    names = (f"{stem}-fork{number}" for number in itertools.count(1))
+    return next(
+        name for name in names if name not in taken and not os.path.lexists(snapshot_files.current_folder(name))
+    )

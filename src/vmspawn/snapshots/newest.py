@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..storage.backing import set_direct
 from ..storage.freeze import Frozen, Wanted
 from ..storage.image import Image
 from .directory import CURRENT, path_of
+from .durable_files import replace_file, write_file
 from .kept_files import KeptFiles, link_or_copy
 from .manifest import Manifest, SnapshotFile
 from .open_files import keep, path_of_descriptor
@@ -119,11 +120,9 @@ class NewestDisks:
             files=(*files, *(SnapshotFile.growing(each.overlay.path) for each in frozen)),
             state=None,
         )
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with open(os.open(self._manifest + ".new", flags, 0o600), "wb") as file:
-            file.write(current.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._manifest + ".new")
+        write_file(self._manifest + ".new", current.to_json())
 
     def _keep(self, folder: str, name: str) -> str:
         """Keep a file of the new snapshot, which is in `folder`, for MACHINE@current too. Returns its path there."""
@@ -166,21 +165,3 @@ def _with_overlays(manifest: Manifest, frozen: Sequence[Frozen]) -> dict[str, An
         for each in storage["attachments"]
     ]
     return {**manifest.attachments, "storage": {**storage, "attachments": disks}}
-
-
-def replace_file(path: str, make: Callable[[str], object]) -> None:
-    """Replace a file by the file that `make` makes at a path. If that fails, the old file stays. Raises OSError."""
-    new = path + ".new"
-    # A manager that was killed may have left this file.
-    _discard(new)
-    try:
-        make(new)
-        os.rename(new, path)
-    finally:
-        # If both are links to one file, rename(2) does nothing and leaves both.
-        _discard(new)
-
-
-def _discard(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)

@@ -192,6 +192,8 @@ class _Save:
         files.find_descriptors(recorded, sets)
         images = [image for disk in disks for top in disk.images for image in top.chain]
         await self._in_thread(partial(files.list_images, images))
+        # A manager that was killed, and whose QEMU ended, may have left overlays.
+        await self._in_thread(self._tidy_newest)
         await self._freeze.prepare(self._make_overlays, self._open_read_only)
         descriptors = await self._in_thread(partial(files.list_descriptors, recorded))
         firmware = await self._in_thread(partial(files.firmware, recorded))
@@ -274,6 +276,10 @@ class _Save:
     def _tidy(self) -> None:
         """Remove the snapshot, and overlays that no disk uses."""
         self._folder.discard()
+        self._tidy_newest()
+
+    def _tidy_newest(self) -> None:
+        """Remove overlays that neither a disk nor a snapshot uses from the directory of MACHINE@current."""
         used = {image.path for disk in self._machine.storage for image in disk.images}
         snapshot_files.tidy_current(self._machine.name, used)
 
