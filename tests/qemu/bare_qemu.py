@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs a QEMU with one native monitor and nothing of vmspawn between the test and QEMU, for facts about QEMU itself."""
+"""Runs a QEMU with one monitor, to which the test connects without vmspawn, for facts about QEMU itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MACHINES = {
 
 
 class Monitor(Client):
-    """A native monitor. Keeps the events that come before a reply."""
+    """A client of QEMU's own monitor. Keeps the events that come before a reply."""
 
     def __init__(self, connected: socket.socket, machine: Machine) -> None:
         super().__init__(connected)

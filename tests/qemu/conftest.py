@@ -15,14 +15,14 @@ from tests.qemu.qmp_fixtures import PC, Kind, Machine, Server, Side, kinds, shar
 
 @pytest.fixture(scope="session", params=list(Kind), ids=lambda kind: kind.name.lower())
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """Return the form in which QEMU is started with its monitors: a parameter for each form that it supports."""
+    """Return the option that defines QEMU's monitors. A test runs once for each option that this QEMU supports."""
     assert isinstance(request.param, Kind)
     return request.param
 
 
 @pytest.fixture(scope="module")
 def both(qemu: str, kind: Kind) -> Iterator[tuple[Machine, Server]]:
-    """Start a QEMU with a PC, whose monitors 2 and 3 are for native clients, and a multiplexer."""
+    """Start a QEMU with a q35 machine, and a multiplexer. Monitors 2 and 3 are left for clients of QEMU itself."""
     with shared(qemu, monitors=4, arguments=PC, kind=kind) as made:
         yield made
 
@@ -35,7 +35,7 @@ def side(request: pytest.FixtureRequest, both: tuple[Machine, Server]) -> Iterat
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deselect the tests of features that a QEMU lacks, instead of skipping each."""
+    """Remove the tests of an option for monitors that their QEMU lacks, instead of skipping each."""
     items[:] = [item for item in items if _is_possible(item)]
 
 
@@ -56,7 +56,7 @@ def options(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, .
 async def machine(
     request: pytest.FixtureRequest, qemu: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[machines.Machine]:
-    """Run a machine of either type with eight ports, whose guest is its firmware."""
+    """Run a machine of type q35 or pc that has eight ports and stays in its firmware."""
     folder = tmp_path_factory.mktemp("machine")
     async with idle_machine(qemu, folder, machine_type=request.param, hotplug_ports=8) as running:
         yield running

@@ -32,7 +32,7 @@ SCALE = float(os.environ.get("VMSPAWN_TEST_SCALE", "1"))
 NEGOTIATE = b'{"execute":"qmp_capabilities"}'
 NEGOTIATE_OOB = b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}'
 
-#: A machine with a free place for a device, and a place that `d0` uses.
+#: A machine with two root ports: the device `d0` is in port0, and port1 is empty.
 PC = (
     *("-machine", "q35", "-accel", "tcg", "-m", "64"),
     *("-device", "pcie-root-port,id=port0,slot=1,chassis=1", "-device", "virtio-rng-pci,id=d0,bus=port0"),
@@ -48,7 +48,7 @@ def scaled(number: int) -> int:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Poll a condition without an event; `what` names it in the error."""
+    """Poll until a condition holds that no event reports. `what` names the condition in the error."""
     deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {DEADLINE:g} s"
@@ -71,7 +71,7 @@ class Client:
             self.socket.sendall(data)
 
     def line(self) -> bytes:
-        """Return the next line with its end; empty at end of file."""
+        """Return the next line including its newline, or empty bytes at end of file."""
         while b"\n" not in self._buffer:
             try:
                 data = self.socket.recv(65536)
@@ -120,7 +120,7 @@ class Client:
         return self
 
     def quiet(self) -> bool:
-        """Return whether there is no input to read at the moment."""
+        """Return whether no input arrives within 50 ms."""
         return not self._buffer and not select.select([self.socket], [], [], 0.05)[0]
 
     def at_end(self) -> bool:
@@ -141,10 +141,10 @@ def _id_of(line: bytes) -> object:
 
 
 class Kind(Enum):
-    """The form in which QEMU is started with a monitor."""
+    """The option that defines a monitor on QEMU's command line."""
 
     OPTION = "-mon"
-    #: Since QEMU 11.1, where the option is deprecated.
+    #: Since QEMU 11.1, which deprecates `-mon`.
     OBJECT = "-object monitor-qmp"
 
 
@@ -156,7 +156,7 @@ def kinds(qemu: str) -> tuple[Kind, ...]:
 
 
 class Machine:
-    """A QEMU without a machine that serves monitors. A context manager."""
+    """A QEMU with monitors, and by default without a machine. A context manager."""
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class Server:
 
 
 class Side:
-    """One of the two ways to be a client of a shared QEMU: native, or by sessions. A context manager."""
+    """One of the two sides that a client can use: QEMU's own monitors (native), or sessions. A context manager."""
 
     def __init__(self, who: str, machine: Machine, server: Server) -> None:
         self.native = who == "native"

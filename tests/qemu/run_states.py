@@ -29,8 +29,8 @@ _FAILS = {
     "inject-error": [{"event": "none", "iotype": "read", "errno": 5}],
 }
 
-#: QEMU's options, and the value that the guest writes to a port, for the states that QEMU enters by itself.
-_BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
+#: For each run state, QEMU's options, and the I/O port and the value that the guest writes to it, if any.
+_SETUPS: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
     "prelaunch": (("-S",), None),
     "inmigrate": (("-incoming", "defer"), None),
     "guest-panicked": (("-device", "pvpanic", "-action", "panic=pause"), (PVPANIC, PANICKED)),
@@ -48,7 +48,7 @@ _BY_ITSELF: dict[str, tuple[tuple[str, ...], tuple[int, int] | None]] = {
 @contextlib.asynccontextmanager
 async def machine_in(state: str, qemu: str, folder: Path) -> AsyncIterator[Machine]:
     """Start a machine, and bring it into a run state."""
-    arguments, write = _BY_ITSELF[state]
+    arguments, write = _SETUPS[state]
     if state == "io-error":
         image = make_reading_boot_sector(folder / "boot")
     else:

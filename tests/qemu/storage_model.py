@@ -72,9 +72,9 @@ class ExpectedDisk:
         return "detaching" if self.detaching else "attached"
 
     def nodes(self) -> Iterable[str]:
-        """Yield the drivers of the disk's block nodes, except boot disks."""
+        """Yield the drivers of the disk's block nodes."""
         if self.forced:
-            # Below the pivot is a node that fails every request.
+            # Below the throttle filter, blkdebug fails every request.
             yield from ("throttle", "blkdebug", "null-co")
         elif self.image is not None:
             yield from ("throttle", "file")
@@ -120,12 +120,13 @@ class Picture:
     objects: Counter[str]
     #: The number of times that QEMU has each file open.
     open_images: Counter[str]
-    #: The number of descriptors in sets that can still be opened, and of the manager's own descriptors of images.
+    #: The number of descriptors in QEMU's descriptor sets.
     passed: int = 0
+    #: The number of images' descriptors that the manager has open.
     own: int = 0
 
     def changed_by(self, before: Picture) -> Picture:
-        """Return the differences to a picture that was taken when the boot disk was the machine's only disk."""
+        """Return the differences to a picture that was taken when the machine had only its boot disks."""
         return Picture(
             {name: disk for name, disk in self.disks.items() if name not in before.disks},
             {name: state for name, state in self.journal.items() if name not in before.journal},
@@ -152,11 +153,11 @@ class Model:
         return [file for file in self.files if file.format == image_format and file not in used]
 
     def holds(self, file: ImageFile, *, writing: bool) -> bool:
-        """Return whether a disk has the file, and one of the two uses writes to it."""
+        """Return whether a disk has the file, and the disk or the new user of the file (`writing`) writes to it."""
         return any(disk.image is file and (writing or not disk.read_only) for disk in self.disks.values())
 
     def picture(self) -> Picture:
-        """Return the disks except the boot disk. The count of ports starts from the number without any disk."""
+        """Return a picture without the boot disks. `ports_free` is minus the number of ports that the disks use."""
         disks = self.disks.values()
         return Picture(
             disks={disk.name: (disk.state, disk.forced, disk.size) for disk in disks},
@@ -195,7 +196,7 @@ def _journal(path: Path) -> dict[str, str]:
 
 
 def _state(entry: dict[str, Any]) -> str:
-    """Return a state of the journal; an attach that is journaled, and whose device exists, counts as attached."""
+    """Return an entry's state. The entry of an attached disk with an image is not rewritten: it is `attaching`."""
     made = entry["state"] == "attaching" and entry["images"]
     return "attached" if made else str(entry["state"])
 

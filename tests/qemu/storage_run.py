@@ -57,7 +57,7 @@ SHORT = 0.05
 PORTS = 3
 
 #: The arguments of `attach_invalid` and `replace_by_invalid`.
-UNATTACHABLE = ("wrong format", "unsaid format", "broken", "no file", "empty", "no medium", "boot disk")
+UNATTACHABLE = ("wrong format", "missing format", "broken", "no file", "empty", "no medium", "boot disk")
 UNUSABLE = ("itself", "broken", "wrong format", "read-only")
 
 _T = TypeVar("_T")
@@ -70,7 +70,7 @@ class Run:
     """
 
     def __init__(self, qemu: str, folder: Path) -> None:
-        """`folder` is for the images. `end` must follow."""
+        """Start a machine whose images are in `folder`. Call `end` afterwards."""
         self.folder = folder
         self.model = Model()
         self.paused = False
@@ -136,7 +136,7 @@ class Run:
                     return picture
 
     async def _settle(self) -> set[str]:
-        """Wait for removals, and remove disks that disappeared by themselves from the model; returns their names."""
+        """Wait for removals, and remove disks that disappeared from the model; returns the other disks' names."""
         storage = self.machine.storage
         devices = await self.machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})
         present = {each["name"] for each in devices}
@@ -147,7 +147,7 @@ class Run:
                 assert each.unwinding is not None
                 await asyncio.wait({each.unwinding})
         while not self.paused and storage._context.hotplug.deferred:
-            # The removal is on its way, on the same monitor.
+            # The removal of these objects is under way, on the same monitor.
             await self.machine.monitor.execute("query-status")
         names = {each.name for each in storage}
         for disk in self.disks():
@@ -156,7 +156,7 @@ class Run:
         return names
 
     def may_vanish(self, disk: ExpectedDisk) -> bool:
-        """Return whether a disk may disappear at any moment, by a reset of the firmware itself."""
+        """Return whether a disk may disappear at any moment, because the firmware may reset itself."""
         return disk.asked and self.was_reset
 
     def _attachment(self, disk: ExpectedDisk) -> AttachedDisk | None:
@@ -245,7 +245,7 @@ class Run:
         qcow2 = self.path(self.file("qcow2", 1 << 20, reuse=True))
         refused: dict[str, tuple[Disk, Error]] = {
             "wrong format": (Disk(raw, "x", "virtio-scsi", "qcow2"), BadConfig),
-            "unsaid format": (Disk(qcow2, "x", "virtio-scsi"), BadConfig),
+            "missing format": (Disk(qcow2, "x", "virtio-scsi"), BadConfig),
             "broken": (Disk(self._broken(), "x", "virtio-scsi", "qcow2"), QmpError),
             "no file": (Disk(str(self.folder / "none"), "x", "virtio-scsi"), SystemFailure),
             "empty": (Disk(str(make_raw(self.folder / "empty", 0)), "x", "virtio-scsi"), BadConfig),
@@ -273,7 +273,7 @@ class Run:
 
     def detach(self, disk: ExpectedDisk, *, force: bool = False) -> None:
         """Detach a disk. Firmware does not release PCI disks."""
-        # After the first request, a reset of the firmware itself completes the removal.
+        # After the first request, the removal completes if the firmware resets itself.
         disk.asked = disk.on_pci
         self.expect(self._detach(disk, force=force), StoragePending if disk.on_pci and not force else None, disk)
         if not disk.on_pci:
@@ -346,7 +346,7 @@ class Run:
             self.expect(self.machine.replace_backing(disk.name, backing), SystemFailure)
 
     def _broken(self) -> str:
-        """Make a file that begins like a qcow2 image, and is not."""
+        """Make a file that begins like a qcow2 image but is not one."""
         path = self.folder / "broken"
         path.write_bytes(b"QFI\xfb" + bytes(1 << 16))
         return str(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests AcquireQMP on the control socket, in both ways, with third-party clients."""
+"""Tests AcquireQMP on the control socket, with a passed descriptor and by an upgrade, with third-party clients."""
 
 import asyncio
 import contextlib
@@ -159,7 +159,7 @@ def use_qmp_shell(path: str) -> str:
 
 
 async def test_the_reference_varlink_client_acquires_without_a_descriptor(machine: Machine) -> None:
-    """The client passes no descriptors, so it must upgrade; it has the messages for that, but no function."""
+    """The client cannot receive descriptors, so it upgrades. It has only private functions for that."""
 
     def use() -> list[dict[str, Any]]:
         with (
@@ -183,7 +183,6 @@ async def test_the_reference_varlink_client_acquires_without_a_descriptor(machin
 
 
 async def test_bytes_sent_ahead_of_the_upgrade_are_served(machine: Machine) -> None:
-    """The result does not depend on how the call and the bytes after it are split."""
     ahead = b'{"execute":"qmp_capabilities"}' + b'{"execute":"query-status","id":%d}' * 200 % tuple(range(200))
 
     def use() -> list[dict[str, Any]]:
@@ -217,7 +216,7 @@ async def test_the_upgrade_call_may_be_split_at_every_byte(machine: Machine) -> 
         assert negotiated == {"return": {}}
 
 
-async def test_a_method_without_upgrade_is_refused_and_the_connection_goes_on(machine: Machine) -> None:
+async def test_an_upgrade_of_another_method_is_refused_and_the_connection_continues(machine: Machine) -> None:
     def use() -> tuple[Any, Any]:
         with call(machine, "io.systemd.MachineInstance.Describe", upgrade=True) as connection:
             refused = connection.recv(4096)
@@ -252,7 +251,7 @@ async def test_events_reach_every_session_and_every_subscriber(machine: Machine)
                 assert [(await anext(stream)).name for _ in range(2)] == ["STOP", "RESUME"]
 
 
-async def test_a_read_only_session_may_look_and_not_touch(machine: Machine) -> None:
+async def test_a_read_only_session_runs_queries_and_refuses_changes(machine: Machine) -> None:
     connection = await in_thread(lambda: acquire(machine, readOnly=True))
 
     def use() -> list[dict[str, Any]]:

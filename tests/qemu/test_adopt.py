@@ -53,7 +53,7 @@ def test_disks_keep_their_names_places_and_serials(machine: Survivor, tmp_path: 
     machine.attach(tmp_path / "three", "--bus=virtio-scsi")
 
 
-def test_a_manager_in_the_background(machine: Survivor) -> None:
+def test_vmctl_adopt_starts_a_manager_in_the_background(machine: Survivor) -> None:
     machine.kill_manager()
     done = vmctl("adopt", machine.name)
     assert (done.returncode, done.stdout) == (0, f"Adopted {machine.name}\n")
@@ -66,7 +66,7 @@ def test_a_manager_in_the_background(machine: Survivor) -> None:
     wait_until_dead(machine.pid)
 
 
-#: Verbs of vmctl that keep running, with the output and the message of each when it is connected.
+#: Verbs of vmctl that keep running, with the stream and the text that each prints when it is connected.
 WATCHERS = (
     (("console",), "stderr", "attached to machine"),
     (("events",), "stdout", "READY"),
@@ -75,7 +75,7 @@ WATCHERS = (
 )
 
 
-def test_watching_verbs_report_that_the_machine_runs_on(machine: Survivor) -> None:
+def test_verbs_that_keep_running_report_that_the_machine_continues(machine: Survivor) -> None:
     """Each verb reports that it has lost the manager, and hints at the next command."""
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
@@ -93,7 +93,7 @@ def test_watching_verbs_report_that_the_machine_runs_on(machine: Survivor) -> No
             assert hint.strip() == f"adopt it with: vmctl adopt {machine.name}"
 
 
-def test_a_log_that_cannot_be_written_leaves_the_machine_to_others(machine: Survivor) -> None:
+def test_an_adoption_that_fails_for_its_log_can_be_repeated(machine: Survivor) -> None:
     machine.kill_manager()
     done = vmspawn("--adopt", "-M", machine.name, "--console=headless", "--log=/proc/nonexistent/log")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
@@ -118,7 +118,7 @@ def test_a_living_manager_keeps_its_machine(machine: Survivor) -> None:
         (("--adopt", "--adopt-or-start", "-M", "nobody"), 2, "not allowed with argument"),
     ],
 )
-def test_machines_that_cannot_be_adopted(arguments: tuple[str, ...], status: int, message: str) -> None:
+def test_an_impossible_adoption_is_reported(arguments: tuple[str, ...], status: int, message: str) -> None:
     done = vmspawn(*arguments)
     assert done.returncode == status
     assert message in done.stderr
@@ -142,7 +142,7 @@ def test_a_disk_that_was_removed_meanwhile_is_noticed(machine: Survivor, tmp_pat
     assert {disk["name"] for disk in machine.disks()} == {"boot", "kept", "gone"}
 
 
-def test_qemu_killed_without_a_manager(machine: Survivor) -> None:
+def test_an_adoption_reports_that_qemu_has_ended(machine: Survivor) -> None:
     machine.kill_manager()
     machine.kill_qemu()
     done = vmspawn("--adopt", "-M", machine.name)
@@ -151,7 +151,7 @@ def test_qemu_killed_without_a_manager(machine: Survivor) -> None:
     assert is_gone(machine.name)
 
 
-def test_qemu_killed_after_an_adoption(machine: Survivor) -> None:
+def test_the_end_of_an_adopted_qemu_is_reported(machine: Survivor) -> None:
     machine.kill_manager()
     machine.adopt()
     machine.kill_qemu()
@@ -175,7 +175,7 @@ def test_an_adopted_machine_ends_as_any_other(machine: Survivor) -> None:
 LAST_WORDS = b"No bootable device."
 
 
-def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_path: Path) -> None:
+def test_an_adoption_empties_a_full_log_of_the_console(qemu: str, tmp_path: Path) -> None:
     """The guest is firmware, which prints the same at each reset."""
     image = make_raw(tmp_path / "boot", 1 << 20)
     speaks = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
@@ -189,7 +189,7 @@ def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_
         reset_until(machine, lambda: log.is_full)
         shown = tmp_path / "first"
         machine.adopt(f"--log={shown}")
-        # The output of the firmware without a manager is first.
+        # The output of the time without a manager: zeroes, and a mark where output is missing.
         assert bytes(KEPT_MAX // 2) in shown.read_bytes()
         assert MISSING in shown.read_bytes()
         machine.kill_manager()
@@ -202,7 +202,7 @@ def test_the_log_of_the_console_is_of_use_again_once_it_was_full(qemu: str, tmp_
 
 
 def reset_until(machine: Survivor, condition: Callable[[], bool]) -> None:
-    """Reset a machine without a manager until a condition holds; QEMU's replies pace the loop."""
+    """Reset a machine without a manager, and wait until a condition holds. QEMU's replies pace the loop."""
     deadline = time.monotonic() + DEADLINE
     with machine.monitor() as monitor:
         assert monitor.execute("system_reset") == {"return": {}}
@@ -271,7 +271,7 @@ def run(connected: socket.socket, command: str, *, fd: int = -1, **arguments: An
     return found
 
 
-def test_adopt_or_start(qemu: str, tmp_path: Path) -> None:
+def test_adopt_or_start_starts_a_machine_and_adopts_it_later(qemu: str, tmp_path: Path) -> None:
     name = fresh_name()
     image = make_raw(tmp_path / "boot", 1 << 20)
     arguments = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--adopt-or-start")

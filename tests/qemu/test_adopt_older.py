@@ -34,7 +34,9 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (sys.executable, "-c", start)
 
 
-def test_it_is_adopted_with_its_disks(qemu: str, tmp_path: Path, older: tuple[str, ...]) -> None:
+def test_a_machine_of_an_older_vmspawn_is_adopted_with_its_disks(
+    qemu: str, tmp_path: Path, older: tuple[str, ...]
+) -> None:
     name = fresh_name()
     boot = make_raw(tmp_path / "boot", 1 << 20)
     arguments = (f"--qemu={qemu}", f"--image={boot}", "--ram=64M", "--console=headless", "--hotplug-ports=4")
@@ -87,7 +89,7 @@ def copies_have_the_disks(name: str) -> None:
     copy = fresh_name()
     done = vmctl("fork", f"{name}@s", copy)
     assert done.returncode == 0, done.stderr
-    # Its machines had no port for an agent.
+    # The older vmspawn gave its machines no port for an agent.
     assert done.stdout.splitlines()[1] == f"the clock shows the time of the snapshot: no agent runs in {copy}"
     places = [{each["name"]: each["place"] for each in disks(machine)} for machine in (name, copy)]
     assert places[0] == places[1]

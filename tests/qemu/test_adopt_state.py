@@ -61,7 +61,7 @@ def plug_in_with_long_names(machine: Survivor, path: Path, *, threaded: bool) ->
 
 
 def state_of_version(version: int, machine: Survivor, path: Path) -> dict[str, Any]:
-    """Return the state that a manager of that version left of a machine with that disk.
+    """Return the state that a manager of that version wrote for a machine with that disk.
 
     Version 1 has fewer members, and not the place of the controller with an I/O thread.
     """
@@ -144,8 +144,8 @@ def test_a_damaged_state_is_reported(machine: Survivor, damage: bytes) -> None:
     machine.adopt()
 
 
-def test_a_manager_that_died_before_it_knew_qemus_process(machine: Survivor) -> None:
-    """The state is written before QEMU starts; the process's id is then found by QEMU itself."""
+def test_qemu_is_found_if_its_process_id_is_not_in_the_state(machine: Survivor) -> None:
+    """The state is written before QEMU starts. A manager that finds no process id in the state asks QEMU's monitor."""
     machine.kill_manager()
     state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
     edit_state(machine, qemu={**state["qemu"], "pid": 0, "started": 0})
@@ -153,8 +153,8 @@ def test_a_manager_that_died_before_it_knew_qemus_process(machine: Survivor) -> 
     assert json.loads(vmctl("status", machine.name, "--json=short").stdout)["processId"] == machine.pid
 
 
-def test_the_files_of_the_package_may_change_while_it_runs(machine: Survivor) -> None:
-    """QEMU's binary may be another one after an upgrade, so its capabilities are in the state."""
+def test_qemus_binary_may_change_while_a_machine_runs(machine: Survivor) -> None:
+    """After an upgrade, the binary is not the one that runs, so the state has the capabilities of the running QEMU."""
     machine.kill_manager()
     state = json.loads((Path(machine.folder) / runtime.STATE).read_text())
     edit_state(machine, qemu={**state["qemu"], "path": shutil.which("true")})

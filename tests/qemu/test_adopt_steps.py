@@ -21,7 +21,7 @@ from vmspawn.storage.limits import Limits
 STEPS_MAX = 60
 
 
-# The disks before, and the operation during which the manager dies. The arguments name files below.
+# The operations before, and the operation during which the manager dies. Their arguments are files of `make_files`.
 SCENES = [
     ("", "attach raw1"),
     ("", "attach qcow1 qcow2"),
@@ -44,7 +44,9 @@ SCENES = [
 
 
 @pytest.mark.parametrize(("before", "doing"), SCENES, ids=lambda scene: scene.replace(" ", "-"))
-async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dying, before: str, doing: str) -> None:
+async def test_a_disk_is_repaired_after_its_manager_died_at_any_step(
+    qemu: str, tmp_path: Path, doomed: Dying, before: str, doing: str
+) -> None:
     make_files(tmp_path)
     async with idle_machine(qemu, tmp_path) as machine:
         name, pid = machine.name, machine.pid
@@ -65,7 +67,7 @@ async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dy
 async def test_an_adoption_reports_whether_an_interrupted_attach_had_a_device(
     qemu: str, tmp_path: Path, doomed: Dying
 ) -> None:
-    """Nothing proves that an empty optical drive is complete, so it is undone although QEMU has its device."""
+    """Nothing proves that an empty optical drive is complete, so its attach is undone although QEMU has its device."""
     async with idle_machine(qemu, tmp_path) as machine:
         name = machine.name
         await machine.multiplexer()
@@ -83,7 +85,7 @@ async def test_an_adoption_reports_whether_an_interrupted_attach_had_a_device(
             await end_adopted(name)
 
 
-async def test_an_adoption_cuts_no_image_that_has_grown_since(qemu: str, tmp_path: Path, doomed: Dying) -> None:
+async def test_an_adoption_truncates_no_image_that_has_grown(qemu: str, tmp_path: Path, doomed: Dying) -> None:
     """The adoption resizes the disk to its image, which may have grown since."""
     make_files(tmp_path)
     paths = [tmp_path / "raw1", tmp_path / "raw2"]
@@ -144,7 +146,7 @@ def order(doing: str, step: int, when: str, folder: Path) -> list[object]:
 
 
 def words(folder: Path, arguments: list[str]) -> list[str]:
-    """Return the arguments of an operation; the first one that names a file is replaced by its path."""
+    """Return the arguments of an operation. The first one is replaced by a path if it names a file."""
     return [str(folder / word) if number == 0 and not word.isdigit() else word for number, word in enumerate(arguments)]
 
 
@@ -158,7 +160,7 @@ async def settle(machine: Machine) -> None:
     for each in machine.storage:
         if each.unwinding is not None:
             await asyncio.wait({each.unwinding}, timeout=20)
-            assert each.unwinding.done(), f"{each.name} was not taken apart: {machine.adoption_notes}"
+            assert each.unwinding.done(), f"the removal of {each.name} did not end: {machine.adoption_notes}"
 
 
 async def agrees_with_qemu(machine: Machine, folder: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the library with machines of its own, which do not block the event loop, and with other processes' machines."""
+"""Tests the library with machines that it starts, and with connections to machines by their control sockets."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ async def machine(qemu: str, tmp_path: Path) -> AsyncIterator[Machine]:
         yield running
 
 
-async def test_it_attaches_changes_and_detaches_a_disk(machine: Machine, tmp_path: Path) -> None:
+async def test_a_connection_attaches_changes_and_detaches_a_disk(machine: Machine, tmp_path: Path) -> None:
     async with vmspawn.connect(machine.name) as connected:
         disk = Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi", limits=Limits(iops=500, burst=2))
         attached = await connected.attach(disk)
@@ -49,7 +49,7 @@ async def test_it_attaches_changes_and_detaches_a_disk(machine: Machine, tmp_pat
         assert [each.disk.name for each in await connected.disks()] == [each.name for each in machine.storage]
 
 
-async def test_it_changes_media(machine: Machine, tmp_path: Path) -> None:
+async def test_a_connection_changes_media(machine: Machine, tmp_path: Path) -> None:
     async with vmspawn.connect(machine.name) as connected:
         await connected.attach(Disk("", "cd", "scsi-cd"))
         medium = make_raw(tmp_path / "medium", MIB)
@@ -60,7 +60,7 @@ async def test_it_changes_media(machine: Machine, tmp_path: Path) -> None:
         assert {each.disk.name: each.size for each in await connected.disks()}["cd"] == 0
 
 
-async def test_errors_are_those_of_a_machine_of_ones_own(machine: Machine, tmp_path: Path) -> None:
+async def test_a_connection_raises_the_same_errors_as_a_started_machine(machine: Machine, tmp_path: Path) -> None:
     boot = next(each.name for each in machine.storage if each.is_boot)
     async with vmspawn.connect(machine.name) as connected:
         for control in (machine, connected):
@@ -76,7 +76,7 @@ async def test_errors_are_those_of_a_machine_of_ones_own(machine: Machine, tmp_p
                 await qmp.execute("nonsense")
 
 
-async def test_its_life_and_its_end(machine: Machine) -> None:
+async def test_a_connection_changes_the_run_state_and_reports_the_end(machine: Machine) -> None:
     async with vmspawn.connect(machine.name) as connected, connected.events() as events:
         waiting = asyncio.create_task(connected.wait())
         await connected.pause()
@@ -101,13 +101,13 @@ async def test_its_life_and_its_end(machine: Machine) -> None:
         assert names[-1] == MACHINE_ENDED
 
 
-async def test_a_machine_that_does_not_exist() -> None:
+async def test_a_connection_to_a_machine_that_does_not_exist_fails() -> None:
     with pytest.raises(vmspawn.NotConnected, match="there is no machine named nobody"):
         async with vmspawn.connect("nobody"):
             pass
 
 
-async def test_a_path_is_enough_for_a_disk_and_sizes_are_texts(machine: Machine, tmp_path: Path) -> None:
+async def test_a_disk_may_be_a_path_and_a_size_may_be_a_string(machine: Machine, tmp_path: Path) -> None:
     async with vmspawn.connect(machine.name) as connected:
         await connected.attach(make_raw(tmp_path / "first"), bus="virtio-scsi", name="data")
         await machine.attach(str(make_raw(tmp_path / "second")), bus="virtio-scsi", read_only=True)
@@ -123,7 +123,7 @@ async def test_a_path_is_enough_for_a_disk_and_sizes_are_texts(machine: Machine,
                 await control.attach(tmp_path / "first", buss="nvme")  # type: ignore[call-arg]
 
 
-async def test_events_are_waited_for_also_if_they_came_before(machine: Machine) -> None:
+async def test_a_wait_finds_events_that_came_before_it(machine: Machine) -> None:
     async with vmspawn.connect(machine.name) as connected:
         for control in (machine, connected):
             mark = control.events.mark
@@ -139,7 +139,7 @@ async def test_events_are_waited_for_also_if_they_came_before(machine: Machine) 
                 await control.events.wait("RESET", timeout=DEADLINE)
 
 
-async def test_a_console_of_qemus_own_cannot_be_read(qemu: str, tmp_path: Path) -> None:
+async def test_a_native_console_cannot_be_read(qemu: str, tmp_path: Path) -> None:
     async with served_machine(qemu, tmp_path, console="native", qemu_arguments=("-monitor", "none")) as machine:
         async with vmspawn.connect(machine.name) as connected:
             with pytest.raises(vmspawn.NotSupported, match="shares no console"):
@@ -148,7 +148,7 @@ async def test_a_console_of_qemus_own_cannot_be_read(qemu: str, tmp_path: Path) 
             vmspawn.Machine.console.fget(machine)  # type: ignore[attr-defined]
 
 
-async def test_reading_ends_with_the_connection(machine: Machine) -> None:
+async def test_the_console_and_the_events_end_with_the_connection(machine: Machine) -> None:
     async with vmspawn.connect(machine.name) as connected:
         console = connected.console
         events = connected.events
@@ -181,7 +181,7 @@ async def test_a_start_that_is_cancelled_while_qemu_is_probed_leaves_nothing(tmp
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 5, 20, 100])
 async def test_a_start_that_is_cancelled_later_leaves_nothing(qemu: str, tmp_path: Path, turns: int) -> None:
-    """The start is cancelled at each turn of the loop, from the first moment at which there is something to undo."""
+    """The start is cancelled some turns of the loop after the first moment at which there is something to undo."""
     name = fresh_name()
     machine = vmspawn.Machine(
         image=str(make_raw(tmp_path / "boot", MIB)), name=name, qemu=qemu, ram=64 * MIB, console="headless"

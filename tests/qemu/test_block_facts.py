@@ -77,12 +77,12 @@ def test_a_blockdev_add_that_fails_leaves_nothing(q35: Monitor, image: Path) -> 
     q35.succeed("blockdev-del", node_name="n0")
 
 
-def test_a_node_that_is_not_there_is_not_found(q35: Monitor) -> None:
+def test_an_unknown_node_cannot_be_removed(q35: Monitor) -> None:
     assert q35.fail("blockdev-del", node_name="n0") == "Failed to find node with node-name='n0'"
 
 
 @pytest.mark.parametrize("driver", ["virtio-blk-pci", "scsi-hd"])
-def test_a_device_that_fails_releases_its_node(q35: Monitor, image: Path, driver: str) -> None:
+def test_a_device_add_that_fails_releases_its_node(q35: Monitor, image: Path, driver: str) -> None:
     """QEMU 7.2 keeps the node of an nvme device forever."""
     q35.add_file(image, "n0", read_only=False)
     q35.fail("device_add", id="d0", driver=driver, **DEVICES[driver], physical_block_size=3)
@@ -109,7 +109,7 @@ def test_a_size_is_rounded_up_to_sectors(q35: Monitor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_set_has_a_descriptor_of_exactly_the_nodes_access_mode(q35: Monitor, image: Path, read_only: bool) -> None:
+def test_a_node_needs_a_descriptor_of_exactly_its_access_mode(q35: Monitor, image: Path, read_only: bool) -> None:
     fitting, other = (os.O_RDONLY, os.O_RDWR) if read_only else (os.O_RDWR, os.O_RDONLY)
     node: dict[str, Any] = {"driver": "file", "node_name": "n0", "filename": "/dev/fdset/7", "read_only": read_only}
     pass_file(q35, image, other, 7)
@@ -159,7 +159,7 @@ def test_each_driver_takes_its_kind_of_file(q35: Monitor, image: Path) -> None:
     assert refusal == f"'host_device' driver requires '{image}' to be either a character or block device"
 
 
-# The pivot.
+# The pivot: the throttle filter between a disk's device and its image.
 
 PIVOT: dict[str, Any] = {"driver": "throttle", "node-name": "pivot", "throttle-group": "group"}
 

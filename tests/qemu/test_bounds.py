@@ -28,7 +28,7 @@ async def test_a_slow_reader_learns_that_events_are_lost(qemu: str, tmp_path: Pa
             assert slow.is_overrun
             assert not other.is_overrun
             assert len([event async for event in slow]) == EVENT_QUEUE_MAX
-        # The number of events that are shown later has the same limit.
+        # The recent events, which `vmctl status` shows, have limits of their own.
         assert len(machine.recent_events.events) == EVENTS
         machine.monitor.publish(Event("TEST", {"text": "x" * TEXT_MAX}))
         assert len(machine.recent_events.events[-1].text) == TEXT_MAX

@@ -75,7 +75,9 @@ def send_all_it_takes(connected: socket.socket, data: bytes) -> int:
 
 
 @pytest.mark.parametrize(("size", "answered"), [(MESSAGE_MAX, True), (MESSAGE_MAX + 1, False)])
-async def test_a_call_is_as_large_as_it_may_be_and_no_larger(machine: Machine, size: int, answered: bool) -> None:
+async def test_a_call_at_the_size_limit_is_answered_and_a_larger_one_is_not(
+    machine: Machine, size: int, answered: bool
+) -> None:
     """The message has as many descriptors as the kernel allows."""
     reader, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
     with writer.get_extra_info("socket").dup() as raw:
@@ -88,7 +90,7 @@ async def test_a_call_is_as_large_as_it_may_be_and_no_larger(machine: Machine, s
     writer.close()
 
 
-async def test_descriptors_without_end_end_the_connection(machine: Machine) -> None:
+async def test_too_many_descriptors_end_the_connection(machine: Machine) -> None:
     """The limit applies to all messages together, even if each has few descriptors."""
     _, writer = await asyncio.open_unix_connection(machine.directory.file(runtime.CONTROL))
     fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 100))]
@@ -123,7 +125,7 @@ async def test_one_subscriber_too_many_takes_the_place_of_the_first(machine: Mac
         writer.close()
 
 
-async def test_a_client_is_served_when_a_descriptor_becomes_free(machine: Machine) -> None:
+async def test_clients_are_served_once_descriptors_are_available(machine: Machine) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before[1] < DESCRIPTORS:
         pytest.skip("this user may not have so many descriptors")
@@ -289,7 +291,7 @@ async def test_only_a_few_commands_are_in_flight_at_once(machine: Machine) -> No
         clients = [await stack.enter_async_context(machine.qmp()) for _ in range(10)]
         await asyncio.gather(*(client.execute("query-name") for client in clients for _ in range(10)))
     counts = [0]
-    for line in Path(machine.config.qmp_log).read_text().splitlines():  # noqa: ASYNC240 - nobody waits meanwhile
+    for line in Path(machine.config.qmp_log).read_text().splitlines():  # noqa: ASYNC240 - nothing else runs meanwhile
         _, monitor, direction, message = line.split(" ", 3)
         if monitor == "sessions" and '"event"' not in message and '"QMP"' not in message:
             counts.append(counts[-1] + (1 if direction == "->" else -1))

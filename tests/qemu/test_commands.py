@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests vmspawn and vmctl as processes, on a real QEMU without a guest, and the one-line errors of mistakes."""
+"""Tests vmspawn and vmctl as processes, on a real QEMU without a guest, and their one-line errors."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spa
         yield running
 
 
-def test_a_machine_runs_when_it_is_ready_and_is_removed_when_terminated(qemu: str, image: Path) -> None:
+def test_a_machine_starts_and_leaves_nothing_when_terminated(qemu: str, image: Path) -> None:
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
         running.wait_for("is running")
         pid = qemu_pid(running.name)
@@ -112,7 +112,7 @@ def test_a_guest_that_does_not_power_off_in_time_is_ended(qemu: str, image: Path
     assert is_gone(running.name)
 
 
-def test_a_signal_while_it_starts_leaves_nothing(qemu: str, image: Path) -> None:
+def test_a_signal_during_the_start_leaves_nothing(qemu: str, image: Path) -> None:
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0") as running:
         running.signal(signal.SIGTERM)
         running.wait()
@@ -326,7 +326,7 @@ def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None
             assert watcher.wait(timeout=20) == 0
 
 
-def test_sigterm_at_any_moment_of_a_start(qemu: str, image: Path) -> None:
+def test_sigterm_at_any_moment_of_a_start_leaves_nothing(qemu: str, image: Path) -> None:
     """Before there is anything to undo, the signal ends the process; later it ends the machine without a failure."""
     killed = ended = 0
     while ended < 15:

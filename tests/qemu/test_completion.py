@@ -15,7 +15,7 @@ from tests.conftest import make_raw
 
 DEADLINE = 60.0
 
-#: Names that a shell must quote, and that do harm if it does not.
+#: Names of disks. A shell must quote the second and the third, and would otherwise run the command in the third.
 NAMES = ["data", "a disk", "$(touch harm)"]
 
 

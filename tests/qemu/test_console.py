@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the console, the keys, the signals and the streams of machines whose guest is their firmware."""
+"""Tests keys, signals, consoles, notifications and `--wait` with machines whose guest is their firmware."""
 
 import fcntl
 import os
@@ -60,7 +60,7 @@ def test_a_guest_that_does_not_react_can_be_forced_by_the_same_keys(options: tup
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_asks_and_a_second_one_ends(machine: Seated, number: signal.Signals) -> None:
+def test_a_signal_asks_the_guest_and_a_second_one_ends_the_machine(machine: Seated, number: signal.Signals) -> None:
     machine.wait_until_raw()
     machine.signal(number)
     machine.expect(rb"%b: asked the guest to power off" % number.name.encode())
@@ -69,7 +69,7 @@ def test_a_signal_asks_and_a_second_one_ends(machine: Seated, number: signal.Sig
     assert is_gone(machine.name)
 
 
-def test_sigquit_ends_at_once(machine: Seated) -> None:
+def test_sigquit_ends_the_machine_at_once(machine: Seated) -> None:
     machine.wait_until_raw()
     machine.signal(signal.SIGQUIT)
     assert machine.ended() == 0
@@ -103,7 +103,7 @@ def test_a_guest_that_was_never_started_is_ended_at_once(options: tuple[str, ...
         assert b"SIGTERM: the guest cannot power off: it was not started; ending the machine" in machine.shown
 
 
-def test_qemu_killed_under_us(machine: Seated) -> None:
+def test_the_death_of_qemu_is_reported(machine: Seated) -> None:
     machine.wait_until_raw()
     os.kill(qemu_pid(machine.name), signal.SIGKILL)
     assert machine.ended() == 1
@@ -149,7 +149,7 @@ def test_an_ignored_sigchld_does_not_hide_how_qemu_ended(options: tuple[str, ...
         assert b"QEMU died of SIGKILL" in tty.shown
 
 
-def test_it_stops_and_goes_on_as_a_job_of_a_shell(options: tuple[str, ...]) -> None:
+def test_vmspawn_stops_and_continues_as_a_job_of_a_shell(options: tuple[str, ...]) -> None:
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
         tty.expect(rb"\$ ")
@@ -234,7 +234,9 @@ def test_headless_serves_the_console_all_the_same(options: tuple[str, ...]) -> N
         (["--console-transport=pigeon"], 2, "invalid choice: 'pigeon'"),
     ],
 )
-def test_contradictions_are_reported(options: tuple[str, ...], arguments: list[str], status: int, message: str) -> None:
+def test_an_impossible_console_or_log_is_reported(
+    options: tuple[str, ...], arguments: list[str], status: int, message: str
+) -> None:
     done = vmspawn(*options, "-M", "wrong", *arguments)
     assert (done.returncode, "Traceback" in done.stderr) == (status, False)
     assert message in done.stderr
@@ -276,7 +278,7 @@ def test_a_service_manager_is_notified(options: tuple[str, ...], notifications: 
         assert received(notifications) == {"STOPPING": "1", "STATUS": "The machine was terminated"}
 
 
-def test_a_watchdog_hears_of_us_in_time_until_the_end(
+def test_a_watchdog_is_notified_while_the_machine_runs(
     options: tuple[str, ...], notifications: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
@@ -287,7 +289,9 @@ def test_a_watchdog_hears_of_us_in_time_until_the_end(
         assert running.wait() == 0
 
 
-def test_without_a_service_manager_nothing_happens(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notification_socket_that_does_not_exist_is_ignored(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/proc/nonexistent/notify")
     with spawned(*options, "--console=headless") as running:
         running.wait_for("is running")
@@ -298,7 +302,7 @@ def test_without_a_service_manager_nothing_happens(options: tuple[str, ...], mon
 # Waiting.
 
 
-def test_waiting_for_a_reset_and_for_the_end(options: tuple[str, ...]) -> None:
+def test_wait_returns_at_a_reset_and_at_the_end(options: tuple[str, ...]) -> None:
     with spawned(*options, "--console=headless") as running:
         running.wait_for("is running")
         done = vmctl("reboot", running.name, "--wait")
@@ -311,7 +315,7 @@ def test_waiting_for_a_reset_and_for_the_end(options: tuple[str, ...]) -> None:
         assert running.wait() == 0
 
 
-def test_waiting_for_a_guest_that_does_not_power_off(options: tuple[str, ...]) -> None:
+def test_wait_times_out_if_the_guest_does_not_power_off(options: tuple[str, ...]) -> None:
     with spawned(*options, "--console=headless") as running:
         running.wait_for("is running")
         done = vmctl("poweroff", running.name, "--wait", "--timeout=0.5")
@@ -320,7 +324,7 @@ def test_waiting_for_a_guest_that_does_not_power_off(options: tuple[str, ...]) -
         assert f"vmctl terminate {running.name}" in done.stderr
 
 
-def test_waiting_for_a_machine_whose_qemu_dies(options: tuple[str, ...]) -> None:
+def test_wait_reports_the_death_of_qemu(options: tuple[str, ...]) -> None:
     with spawned(*options, "--console=headless") as running:
         running.wait_for("is running")
         with background([*VMCTL, "poweroff", running.name, "--wait"], stderr=subprocess.PIPE, text=True) as waiting:

@@ -29,7 +29,7 @@ def test_a_signal_ends_an_attachment_and_not_the_machine(headless: Spawned, numb
     assert vmctl("status", headless.name).returncode == 0
 
 
-def test_an_attachment_stops_and_goes_on_as_a_job_of_a_shell(headless: Spawned) -> None:
+def test_an_attachment_stops_and_continues_as_a_job_of_a_shell(headless: Spawned) -> None:
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
         tty.type(" ".join([*VMCTL, "console", headless.name, "\n"]).encode())

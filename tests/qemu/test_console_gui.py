@@ -24,7 +24,7 @@ def test_gui_without_a_display_is_refused(options: tuple[str, ...], monkeypatch:
 
 @pytest.fixture
 def windowed(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Yield a QEMU that shows its windows on a Broadway of the test: vmspawn passes on no variables of GTK."""
+    """Yield a script that runs QEMU on a Broadway server, because vmspawn passes no variables of GTK to QEMU."""
     broadway = shutil.which("broadwayd")
     displays = subprocess.run([qemu, "-display", "help"], capture_output=True, text=True, check=False).stdout
     if broadway is None or "gtk" not in displays.split():

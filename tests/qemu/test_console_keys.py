@@ -15,10 +15,10 @@ from tests.commands import DEADLINE, Spawned, idle, vmctl
 from tests.conftest import make_raw
 from tests.terminal import END, POWER_OFF, REBOOT, Seated, Tty, attached, seated
 
-#: Seconds between two pieces: repeated keys, and a slow person, which leaves a busy host time to read.
+#: Seconds between two pieces, as of a repeated key and of a slow typist, who leaves a busy host time to read.
 SPEEDS = (0.02, 0.25)
 
-#: The number of bytes that are typed at once, and the pause between.
+#: The sizes of the pieces, and the pause between two pieces.
 CASES = [((3,), 0.0), *product(((1, 2), (2, 1), (1, 1, 1)), SPEEDS)]
 
 
@@ -66,13 +66,13 @@ def headless(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sp
 
 
 @pytest.mark.parametrize(("sizes", "pause"), CASES)
-def test_keys_that_ask_the_guest(machine: Seated, sizes: tuple[int, ...], pause: float) -> None:
+def test_keys_ask_the_guest_to_reboot_or_power_off(machine: Seated, sizes: tuple[int, ...], pause: float) -> None:
     for keys, what in ((REBOOT, b"reboot"), (POWER_OFF, b"power off")):
         press(machine, split(keys, sizes), pause, shows(machine, rb"asked the guest to %b\r\n" % what))
 
 
 def test_keys_that_are_too_slow_are_for_the_guest(machine: Seated) -> None:
-    """Afterwards the same keys in time take effect: the slow ones have left nothing."""
+    """Keys that are typed in time afterwards take effect, because the slow ones are not remembered."""
     machine.type_slowly(split(END, (1, 1, 1)), 1.5)
     machine.type_slowly(split(REBOOT, (1, 2)), 1.5)
     machine.type(POWER_OFF)
@@ -81,7 +81,7 @@ def test_keys_that_are_too_slow_are_for_the_guest(machine: Seated) -> None:
 
 
 @pytest.mark.parametrize(("sizes", "pause"), CASES)
-def test_keys_that_detach(headless: Spawned, sizes: tuple[int, ...], pause: float) -> None:
+def test_keys_detach_from_the_console(headless: Spawned, sizes: tuple[int, ...], pause: float) -> None:
     with attached(headless.name) as tty:
         (process,) = tty.processes
         press(tty, split(END, sizes), pause, lambda seconds: tty.wait(process, timeout=seconds))
@@ -90,7 +90,7 @@ def test_keys_that_detach(headless: Spawned, sizes: tuple[int, ...], pause: floa
 
 
 @pytest.mark.parametrize(("sizes", "pause"), CASES)
-def test_keys_that_end_the_machine(qemu: str, tmp_path: Path, sizes: tuple[int, ...], pause: float) -> None:
+def test_keys_end_the_machine(qemu: str, tmp_path: Path, sizes: tuple[int, ...], pause: float) -> None:
     image = make_raw(tmp_path / "image", 1 << 20)
     with seated(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as machine:
         machine.expect(rb"is running")

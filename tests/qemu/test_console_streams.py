@@ -34,7 +34,7 @@ def test_a_terminal_that_goes_away_is_like_sighup(options: tuple[str, ...]) -> N
         assert is_gone(machine.name)
 
 
-def test_a_terminal_that_is_taken_away_is_fit_for_the_next_one(options: tuple[str, ...]) -> None:
+def test_the_settings_of_a_terminal_that_hangs_up_are_restored(options: tuple[str, ...]) -> None:
     """The death of a session's leader hangs up its terminal; getty, for example, then opens the terminal again."""
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
@@ -65,7 +65,7 @@ def test_a_machine_that_ignores_sighup_outlives_its_terminal(options: tuple[str,
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("console", ["interactive", "read-only"])
-def test_standard_streams_that_are_closed(options: tuple[str, ...], closed: str, console: str) -> None:
+def test_a_machine_runs_with_closed_standard_streams(options: tuple[str, ...], closed: str, console: str) -> None:
     name = "closed"
     command = " ".join([*VMSPAWN, "-M", name, *options, f"--console={console}", closed])
     with background(["sh", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
@@ -77,7 +77,7 @@ def test_standard_streams_that_are_closed(options: tuple[str, ...], closed: str,
     assert is_gone(name)
 
 
-def test_output_to_a_file_and_input_from_one(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_standard_input_and_output_may_be_files(options: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"x" * 200)
     with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
         target.write(b"before\n")
@@ -117,7 +117,7 @@ def test_a_background_job_leaves_the_terminal_alone(options: tuple[str, ...]) ->
 
 # Files that are full.
 
-#: The size limit of files, which the file has already. The error is EFBIG, where a full disk has ENOSPC.
+#: The size limit of files, which the file has already reached. The error is EFBIG; that of a full disk is ENOSPC.
 LIMIT = 16 << 20
 
 

@@ -195,7 +195,7 @@ async def test_add_storage_refuses_bad_parameters(
     assert await Snapshot.take(machine) == before
 
 
-async def test_a_burst_of_nothing_is_refused_and_not_overlooked(machine: Machine) -> None:
+async def test_a_burst_of_0_percent_is_refused(machine: Machine) -> None:
     (boot,) = (each.name for each in machine.storage)
 
     def limit(burst: int | None) -> Any:

@@ -201,7 +201,7 @@ async def test_the_socket_is_for_its_owner_only(machine: Machine) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_another_user_is_turned_away_even_where_the_files_let_it_in(machine: Machine) -> None:
+async def test_another_user_is_refused_even_if_the_modes_of_the_files_allow_it(machine: Machine) -> None:
     path = machine.directory.file(CONTROL)
     folders = [os.path.dirname(path), os.path.dirname(os.path.dirname(path))]
     for folder in folders:
@@ -227,7 +227,7 @@ async def test_another_user_is_turned_away_even_where_the_files_let_it_in(machin
 
 
 async def test_a_subscriber_that_never_reads_is_disconnected_at_its_limit(machine: Machine) -> None:
-    """The unread events are limited, and a subscriber that reads is not disturbed."""
+    """The unread events of a subscriber are limited."""
 
     def use() -> bool:
         with caller(machine) as silent:

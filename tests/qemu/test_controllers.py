@@ -170,7 +170,7 @@ async def test_the_controller_needs_a_port(namespaces: str, tmp_path: Path) -> N
         assert "needs a port for its controller" in caught.value.hint
 
 
-async def test_many_at_once_share_one_controller(namespaces: str, tmp_path: Path) -> None:
+async def test_many_namespaces_at_once_share_one_controller(namespaces: str, tmp_path: Path) -> None:
     async with idle_machine(namespaces, tmp_path) as machine:
         free = machine.storage.ports_free
         await asyncio.gather(*(attach(machine, tmp_path, f"disk{n}", "nvme-ns") for n in range(8)))
@@ -332,7 +332,7 @@ async def test_a_removed_scsi_controller_is_plugged_in_again(qemu: str, tmp_path
         assert machine.storage.ports_free == free - thread
 
 
-async def test_the_first_controller_is_removed_without_a_manager(qemu: str, tmp_path: Path) -> None:
+async def test_a_removed_scsi_controller_is_plugged_in_again_after_an_adoption(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, machine_type="pc") as machine:
         async with machine.qmp() as session:
             await session.execute("device_del", {"id": "scsi0"})

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def source(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Machine, Snapshot]]:
-    """A machine with a forward, and its snapshot."""
+    """Run a machine with a forward. Yields the machine and its snapshot."""
     folder = tmp_path_factory.mktemp("source")
     async with idle_machine(qemu, folder, control=True, network_user=True, forwards=["0:22"]) as machine:
         snapshot = await machine.snapshot("s")
@@ -68,11 +68,11 @@ async def test_options_of_the_source_alone_are_refused(source: Source, qemu: str
     async with idle_machine(qemu, tmp_path) as machine:
         with pytest.raises(UsageError, match="forwards= needs a network card"):
             await machine.fork(forwards=[80]).__aenter__()
-        # Its snapshot was temporary.
+        # The snapshot for the copy is removed.
         assert snapshots_of(machine) == []
 
 
-async def test_a_machine_is_forked_without_a_snapshot_of_its_own(source: Source) -> None:
+async def test_the_fork_of_a_machine_leaves_no_snapshot(source: Source) -> None:
     machine, snapshot = source
     async with connect(machine.name) as connected:
         for each in (machine, connected):
@@ -127,7 +127,7 @@ async def test_vmctl_refuses_a_name_that_is_in_use(source: Source) -> None:
     assert left() == before
 
 
-async def test_vmspawn_starts_a_copy_with_a_forward(source: Source) -> None:
+async def test_vmspawn_refuses_a_copy_with_a_taken_port_or_a_native_console(source: Source) -> None:
     name = fresh_name()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         forward = f"--forward={taken.getsockname()[1]}:80"

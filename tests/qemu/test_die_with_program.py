@@ -113,7 +113,7 @@ def test_nothing_is_left_of_a_machine_whose_program_dies(start: Start, how: str)
 
 
 @pytest.mark.parametrize("moment", [0.05, 0.15, 0.25, 0.35, 0.45, 0.6])
-def test_a_program_that_is_killed_while_its_machine_starts(start: Start, moment: float) -> None:
+def test_nothing_is_left_if_a_program_dies_while_its_machine_starts(start: Start, moment: float) -> None:
     name = fresh_name()
     with start(name, "SIGKILL") as program:
         time.sleep(moment)
@@ -123,7 +123,7 @@ def test_a_program_that_is_killed_while_its_machine_starts(start: Start, moment:
 
 
 @pytest.mark.parametrize("how", ["before the directory", "after the directory"])
-def test_a_program_that_is_killed_beside_the_making_of_the_directory(start: Start, how: str) -> None:
+def test_nothing_is_left_if_a_program_dies_before_or_after_it_makes_the_directory(start: Start, how: str) -> None:
     """Before, there is no directory, and only the watcher must end."""
     name = fresh_name()
     with start(name, how) as program:

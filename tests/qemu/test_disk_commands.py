@@ -162,7 +162,7 @@ def test_an_impossible_change_is_reported_in_one_line(
     assert len(hint) <= 1
 
 
-def test_a_hint_spells_the_field_as_its_reader_does(machine: Spawned) -> None:
+def test_a_hint_names_an_option_to_users_and_an_argument_to_clients(machine: Spawned) -> None:
     done = vmctl("resize-disk", machine.name, "boot", "512")
     assert done.stderr.splitlines()[1].strip() == "allow the loss with --shrink"
     with Client(machine.name) as client, pytest.raises(VarlinkError) as caught:
@@ -170,7 +170,7 @@ def test_a_hint_spells_the_field_as_its_reader_does(machine: Spawned) -> None:
     assert caught.value.hint == "allow the loss with shrink=True"
 
 
-def test_a_usage_error_keeps_its_exit_status_after_its_prefix(machine: Spawned) -> None:
+def test_a_usage_error_with_a_prefix_has_exit_status_2(machine: Spawned) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
     command = [*VMCTL, "bind-volume", machine.name, "fs:a", "--user"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE, check=False)
@@ -183,7 +183,7 @@ def test_a_usage_error_keeps_its_exit_status_after_its_prefix(machine: Spawned) 
     )
 
 
-def test_a_bus_that_this_qemu_lacks_is_refused_with_one_that_it_has(
+def test_a_bus_that_qemu_lacks_is_refused_and_another_one_is_suggested(
     qemu: str, tmp_path: Path, machine: Spawned
 ) -> None:
     image = make_raw(tmp_path / "image", MIB)
@@ -197,7 +197,7 @@ def test_a_bus_that_this_qemu_lacks_is_refused_with_one_that_it_has(
 
 
 def test_a_pending_removal_is_shown_and_can_be_left_or_forced(qemu: str, tmp_path: Path) -> None:
-    """On a terminal, the reason of the wait is shown. Firmware never releases a disk, so this has its own machine."""
+    """On a terminal, the reason of the wait is shown. The test has its own machine: firmware releases no disk."""
     with idle(qemu, tmp_path) as machine:
         run("attach-disk", machine.name, str(make_raw(tmp_path / "data", MIB)))
         assert run("detach-disk", machine.name, "data", "--no-wait").startswith(

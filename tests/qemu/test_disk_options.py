@@ -21,7 +21,7 @@ from vmspawn.storage.limits import Limits
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_left")]
 
 
-async def test_a_shared_image_is_written_from_two_machines(machine: Machine, qemu: str, tmp_path: Path) -> None:
+async def test_a_shared_image_is_attached_to_two_machines(machine: Machine, qemu: str, tmp_path: Path) -> None:
     disk = Disk(str(make_raw(tmp_path / "image", MIB)), bus="virtio-scsi", share=True)
     async with idle_machine(qemu, tmp_path) as other:
         await machine.attach(disk)
@@ -103,7 +103,7 @@ async def test_an_io_thread_comes_and_goes_with_its_disk(machine: Machine, tmp_p
         (Disk("image", boot_index=-2), "boot index of -2"),
     ],
 )
-async def test_invalid_options(machine: Machine, tmp_path: Path, disk: Disk, message: str) -> None:
+async def test_invalid_options_are_refused(machine: Machine, tmp_path: Path, disk: Disk, message: str) -> None:
     make_raw(tmp_path / "image", MIB)
     with pytest.raises(BadConfig, match=message):
         await machine.attach(disk._replace(path=str(tmp_path / disk.path)))
@@ -121,7 +121,7 @@ async def test_the_bus_auto_is_virtio_blk_while_there_are_ports(machine: Machine
     await detach_by_reset(machine, "disk")
 
 
-async def test_statistics_are_those_of_the_disk(machine: Machine, tmp_path: Path) -> None:
+async def test_each_disk_has_statistics(machine: Machine, tmp_path: Path) -> None:
     for bus in ("virtio-scsi", "scsi-cd"):
         await machine.attach(Disk(str(make_raw(tmp_path / bus, MIB)), bus, bus))
     found = await machine.storage.statistics()
@@ -132,7 +132,7 @@ async def test_statistics_are_those_of_the_disk(machine: Machine, tmp_path: Path
 
 
 async def test_a_removed_threaded_controller_is_plugged_in_again(machine: Machine, tmp_path: Path) -> None:
-    """However the controller with an I/O thread is removed, its port is free, and the next disk plugs in another."""
+    """After the controller with an I/O thread is removed, its port is free, and the next disk plugs in another."""
     free = machine.storage.ports_free
     for name in ("one", "two"):
         await machine.attach(Disk(str(make_raw(tmp_path / name)), bus="virtio-scsi", thread=True))

@@ -23,7 +23,7 @@ async def running(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 #: Disks that are invalid whatever their image is.
-UNTHINKABLE = [
+INVALID = [
     {"bus": "floppy"},
     {"name": "a\nb"},
     {"name": "x" * 256},
@@ -47,7 +47,7 @@ UNTHINKABLE = [
 ]
 
 
-@pytest.mark.parametrize("options", UNTHINKABLE, ids=str)
+@pytest.mark.parametrize("options", INVALID, ids=str)
 @pytest.mark.asyncio(loop_scope="module")
 async def test_invalid_disks_get_the_same_errors(running: Machine, tmp_path: Path, options: dict[str, Any]) -> None:
     disk = Disk(str(make_raw(tmp_path / "disk")), **options)
@@ -62,7 +62,7 @@ async def test_invalid_disks_get_the_same_errors(running: Machine, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "named"), [({"image_disk_type": "floppy"}, "bus 'floppy'"), ({"image_format": "cow"}, "format 'cow'")]
 )
-def test_the_image_is_a_disk_as_the_others(options: dict[str, Any], named: str) -> None:
+def test_the_image_has_the_rules_of_other_disks(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=f"unknown .*{named}"):
         check_config(MachineConfig(image="/x.raw", **options))
 
@@ -110,14 +110,14 @@ async def test_unsuitable_images_get_the_same_errors(
 
 
 #: Pairs of disks of which the second is invalid beside the first.
-UNEQUAL = [
+CONFLICTING = [
     ({"serial": "same"}, {"serial": "same"}),
     ({"serial": "other"}, {"name": "other"}),
     ({"serial": "same", "bus": "nvme"}, {"serial": "same", "bus": "nvme"}),
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), UNEQUAL, ids=str)
+@pytest.mark.parametrize(("first", "second"), CONFLICTING, ids=str)
 @pytest.mark.asyncio(loop_scope="module")
 async def test_two_disks_have_two_serial_numbers(
     running: Machine, qemu: str, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
@@ -130,7 +130,7 @@ async def test_two_disks_have_two_serial_numbers(
         await idle_machine(qemu, tmp_path, extra_disks=(one, two)).__aenter__()
     assert str(booted.value) == str(plugged.value)
     assert "serial number" in str(plugged.value)
-    # On another bus, the disk has another path in the guest.
+    # On another bus, the same serial number is allowed, because the disk has another path in the guest.
     await running.attach(one._replace(bus="virtio-scsi"))
     await running.attach(two._replace(bus="scsi-cd", serial="same"))
     for each in (one, two):
@@ -138,7 +138,7 @@ async def test_two_disks_have_two_serial_numbers(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_options_that_only_hotplugged_disks_can_have(running: Machine, qemu: str, tmp_path: Path) -> None:
+async def test_some_options_are_only_for_hotplugged_disks(running: Machine, qemu: str, tmp_path: Path) -> None:
     threaded = Disk(str(make_raw(tmp_path / "threaded")), bus="virtio-scsi", thread=True)
     await running.attach(threaded)
     await running.detach("threaded")
@@ -160,7 +160,7 @@ async def test_a_boot_disk_has_the_options_that_a_hotplugged_one_has(qemu: str, 
         assert disk.limits == Limits(iops=100)
 
 
-async def test_a_namespace_needs_a_controller(qemu: str, tmp_path: Path) -> None:
+async def test_a_namespace_is_refused_if_qemu_cannot_plug_it_in(qemu: str, tmp_path: Path) -> None:
     disk = Disk(str(make_raw(tmp_path / "disk")), bus="nvme-ns")
     async with idle_machine(qemu, tmp_path) as machine:
         if machine.storage._context.layout.namespaces.places:

@@ -82,7 +82,7 @@ async def test_nothing_is_left_of_a_failed_attach(idle: Machine, tmp_path: Path,
 
 
 @pytest.mark.parametrize("bus", ["virtio-blk", "nvme", "virtio-scsi"])
-async def test_an_odd_size_without_the_page_cache(idle: Machine, tmp_path: Path, bus: str) -> None:
+async def test_an_odd_size_without_the_page_cache_is_refused(idle: Machine, tmp_path: Path, bus: str) -> None:
     image = make_raw(tmp_path / "odd.raw", MIB + 512 + 1)
     free = idle.storage.ports_free
     with pytest.raises(BadConfig, match="O_DIRECT") as caught:
@@ -215,7 +215,7 @@ async def mirror(session: Monitor, node: str, target: Path) -> None:
                     return
 
 
-# Displaced disks.
+# Displaced disks: a QMP client has put another file in the place of the image.
 
 
 async def displace(machine: Machine, how: str, folder: Path) -> Path:

@@ -50,7 +50,7 @@ def test_a_machine_that_cannot_be_inspected_is_listed(tmp_path: Path) -> None:
     assert one_line(refused, "vmctl").startswith("vmctl: cannot reach machine other: ")
 
 
-def test_without_a_current_directory(tmp_path: Path) -> None:
+def test_a_removed_current_directory_is_reported(tmp_path: Path) -> None:
     script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
     done = subprocess.run(
         ["sh", "-c", script, "sh", *VMSPAWN, "--image=image"],

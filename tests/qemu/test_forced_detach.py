@@ -60,7 +60,7 @@ async def test_force_gives_the_host_its_file_back_at_once(
 
 
 async def test_the_pending_removal_of_a_cancelled_attach_has_events(qemu: str, tmp_path: Path) -> None:
-    """A device that QEMU has plugged in after the cancellation needs the guest, as any other device."""
+    """A device that QEMU plugs in after the cancellation is removed only when the guest releases it."""
     async with idle_machine(qemu, tmp_path) as machine, unchanged(machine):
         detaching, detached = (
             asyncio.create_task(event_named(machine, name, timeout=DEADLINE))
@@ -68,7 +68,7 @@ async def test_the_pending_removal_of_a_cancelled_attach_has_events(qemu: str, t
         )
         attaching = asyncio.create_task(machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-blk")))
         async with asyncio.timeout(DEADLINE):
-            # The commands are sent when the steps are entered.
+            # When the attach has entered its steps, it has sent their commands.
             while not any(each.done for each in machine.storage if not each.is_boot):  # noqa: ASYNC110 - nothing reports it
                 await asyncio.sleep(0)
         attaching.cancel()
@@ -80,10 +80,10 @@ async def test_the_pending_removal_of_a_cancelled_attach_has_events(qemu: str, t
 
 
 @pytest.mark.soak
-async def test_a_disk_on_storage_that_hangs(qemu: str, tmp_path: Path) -> None:
-    """QEMU hangs while it closes the file, or queries it if the host has dropped its size from the cache.
+async def test_a_detach_from_storage_that_hangs_times_out_and_completes_later(qemu: str, tmp_path: Path) -> None:
+    """QEMU hangs while it closes the file, or while it queries the size if the host has dropped that from its cache.
 
-    Clients get that error before their own timeouts, and the detach continues by itself.
+    Clients get the error before their own timeouts, and the detach continues by itself.
     """
     async with idle_machine(qemu, tmp_path) as machine:
         with fuse_file(tmp_path) as (path, server):
@@ -113,7 +113,7 @@ def fuse_file(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     command = ["qemu-storage-daemon", f"--blockdev={node}", f"--export={export}", f"--pidfile={pid_file}"]
     server = subprocess.Popen(command)
     try:
-        wait_until(pid_file.exists, "qemu-storage-daemon is up")
+        wait_until(pid_file.exists, "the start of qemu-storage-daemon")
         yield str(path), server
     finally:
         server.send_signal(signal.SIGCONT)

@@ -30,7 +30,7 @@ def forwards(monitor: Monitor) -> list[tuple[str, ...]]:
     return re.findall(r"^  (TCP|UDP)\[HOST_FORWARD\] +\d+ +(\S+) +(\d+) +10.0.2.15 +(\d+) ", text, re.MULTILINE)
 
 
-def test_success_is_no_text(monitor: Monitor) -> None:
+def test_success_is_an_empty_text(monitor: Monitor) -> None:
     assert human(monitor, f"hostfwd_add {NETDEV} tcp:127.0.0.1:0-:22") == ""
     assert human(monitor, f"hostfwd_add {NETDEV} udp:127.0.0.1:0-:53") == ""
 
@@ -58,7 +58,7 @@ def test_ipv6_is_refused(monitor: Monitor) -> None:
     assert answer == "Invalid host forwarding rule 'tcp:[::1]:0-:22' (Bad host address)\r\n"
 
 
-def test_a_machine_without_a_network(monitor: Monitor) -> None:
+def test_an_unknown_netdev_is_refused(monitor: Monitor) -> None:
     assert human(monitor, "hostfwd_add nobody tcp::0-:22") == "unrecognized netdev id 'nobody'\r\n"
 
 

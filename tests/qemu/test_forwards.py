@@ -29,7 +29,7 @@ async def machine(qemu: str, tmp_path: Path) -> AsyncIterator[Machine]:
         yield running
 
 
-async def test_they_are_added_listed_and_removed(machine: Machine) -> None:
+async def test_forwards_are_added_listed_and_removed(machine: Machine) -> None:
     (at_start,) = await machine.forwards()
     assert at_start._replace(port=0) == Forward(22)
     assert at_start.port
@@ -48,7 +48,7 @@ async def test_they_are_added_listed_and_removed(machine: Machine) -> None:
     assert await machine.forwards() == [at_start]
 
 
-async def test_a_port_that_is_taken_names_its_holder(machine: Machine) -> None:
+async def test_the_error_about_a_taken_port_names_its_holder(machine: Machine) -> None:
     (at_start,) = await machine.forwards()
     taken = socket.create_server(("127.0.0.1", 0))
     with taken, pytest.raises(PortInUse, match=r"process \d+ \(.*\) has the port"):
@@ -60,7 +60,7 @@ async def test_a_port_that_is_taken_names_its_holder(machine: Machine) -> None:
     assert await machine.forwards() == [at_start]
 
 
-async def test_a_client_that_asks_for_nonsense(machine: Machine) -> None:
+async def test_an_invalid_forward_is_refused_with_the_name_of_the_parameter(machine: Machine) -> None:
     def ask() -> list[str]:
         with caller(machine) as client:
             calls: list[dict[str, Any]] = [
@@ -74,7 +74,7 @@ async def test_a_client_that_asks_for_nonsense(machine: Machine) -> None:
     assert await in_thread(ask) == ["guestPort", "port", "address", "protocol"]
 
 
-async def test_a_machine_without_a_network(qemu: str, tmp_path: Path) -> None:
+async def test_a_machine_without_a_network_refuses_forwards(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as running:
         assert await running.forwards() == []
         with pytest.raises(NotSupported, match="no user-mode network") as refused:
@@ -82,7 +82,7 @@ async def test_a_machine_without_a_network(qemu: str, tmp_path: Path) -> None:
         assert refused.value.spelled(partial(as_option, "vmctl"))[1] == "start it with --network-user-mode"
 
 
-def test_they_survive_the_manager(qemu: str, tmp_path: Path) -> None:
+def test_forwards_survive_the_manager(qemu: str, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "boot", 1 << 20)
     options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--forward=0:22")
     with survivor(fresh_name(), *options) as machine:
@@ -101,7 +101,7 @@ def test_they_survive_the_manager(qemu: str, tmp_path: Path) -> None:
         assert one_line(again, "vmctl").endswith(f"no forward from 127.0.0.1:{port}")
 
 
-def test_a_start_with_a_port_that_is_taken(qemu: str, tmp_path: Path) -> None:
+def test_a_start_with_a_taken_port_fails(qemu: str, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "boot", 1 << 20)
     name = fresh_name()
     with socket.create_server(("127.0.0.1", 0)) as taken:

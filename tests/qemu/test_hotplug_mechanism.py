@@ -17,7 +17,7 @@ from vmspawn.host import runtime
 from vmspawn.host.runtime import MachineDirectory
 from vmspawn.hotplug.attachment import State
 
-#: More points than any operation has.
+#: More points at which a manager can die (tests/ports.py) than any operation has.
 POINTS_MAX = 40
 DEADLINE = 60.0
 
@@ -50,7 +50,7 @@ async def manager(bare: tuple[str, int]) -> AsyncIterator[Manager]:
         yield manager
 
 
-async def is_clean(manager: Manager) -> None:
+async def check_clean(manager: Manager) -> None:
     """Check that QEMU has no remains of ports, and that all places are free."""
     assert await manager.seen() == (set(), set())
     assert not list(manager.ports)
@@ -64,7 +64,7 @@ async def until_clean(manager: Manager) -> None:
     async with asyncio.timeout(DEADLINE):
         while unwinding := [port.unwinding for port in manager.ports if port.unwinding is not None]:
             await asyncio.wait(unwinding)
-    await is_clean(manager)
+    await check_clean(manager)
 
 
 async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) -> None:
@@ -75,7 +75,7 @@ async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) ->
     name = await manager.monitor.execute("qom-get", {"path": f"/machine/peripheral/{port.device}", "property": "name"})
     assert name == GUEST_NAME
     assert await manager.ports.detach(port)
-    await is_clean(manager)
+    await check_clean(manager)
     assert len(links_of(bare[1])) == before
 
 
@@ -101,16 +101,16 @@ async def test_streams_come_and_go(manager: Manager, bare: tuple[str, int], way:
         assert len(links_of(bare[1])) == before
     for port in ports:
         assert await manager.ports.detach(port)
-    await is_clean(manager)
+    await check_clean(manager)
 
 
-async def test_a_port_that_is_not_there_cannot_be_connected(manager: Manager, bare: tuple[str, int]) -> None:
+async def test_a_detached_port_cannot_be_connected(manager: Manager, bare: tuple[str, int]) -> None:
     before = len(links_of(bare[1]))
     port = await manager.ports.attach(GUEST_NAME)
     assert await manager.ports.detach(port)
     with pytest.raises(QmpError):
         await manager.ports.connect([port])
-    await is_clean(manager)
+    await check_clean(manager)
     assert len(links_of(bare[1])) == before
 
 
@@ -129,7 +129,7 @@ async def test_a_refused_port_leaves_nothing(manager: Manager) -> None:
         await manager.ports.attach(GUEST_NAME)
     for port in both:
         assert await manager.ports.detach(port)
-    await is_clean(manager)
+    await check_clean(manager)
 
 
 async def test_a_port_that_a_client_removes_is_undone(manager: Manager) -> None:
@@ -150,7 +150,9 @@ async def test_a_cancelled_attach_leaves_nothing(manager: Manager) -> None:
 
 
 @pytest.mark.parametrize("operation", ["attach", "connect", "detach"])
-async def test_a_manager_dies_at_each_point(bare: tuple[str, int], operation: str) -> None:
+async def test_a_port_is_whole_or_undone_after_its_manager_died_at_any_point(
+    bare: tuple[str, int], operation: str
+) -> None:
     name, _ = bare
     outcomes = set()
     for point in range(1, POINTS_MAX):
