@@ -57,7 +57,7 @@ class FirmwareWish(Record):
         return self.kind if "/" in self.kind else None
 
     @property
-    def firm(self) -> str:
+    def field_requiring_uefi(self) -> str:
         """The field that requires UEFI, as an error's template, or an empty string."""
         if self.path is not None or self.kind == "uefi":
             return "{firmware.kind=}"

@@ -192,7 +192,7 @@ def make_plan(
         config,
         chosen.binary.architecture,
         report.detail,
-        smbios=found is not None or smbios.is_without_uefi(chosen.binary.architecture),
+        smbios=found is not None or smbios.is_available_without_uefi(chosen.binary.architecture),
     )
     own = {shares.FSTAB_CREDENTIAL: shares.fstab(config.binds), **ssh_key.credentials(config, directory)}
     texts = _strings(chosen, arguments)

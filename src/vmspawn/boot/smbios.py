@@ -44,7 +44,7 @@ def needs_uefi(config: MachineConfig, architecture: str) -> bool:
     return architecture not in _BY_ITSELF and bool(wishes(config))
 
 
-def is_without_uefi(architecture: str) -> bool:
+def is_available_without_uefi(architecture: str) -> bool:
     """Return whether guests of an architecture have SMBIOS without UEFI."""
     return architecture in _BY_ITSELF
 

@@ -32,7 +32,7 @@ def choose(config: MachineConfig, architecture: str, detail: Callable[[str], Non
     if kind == kernel_image.OTHER:
         _refuse_with_uefi(config)
         return None
-    is_needed = kind in kernel_image.NEED_UEFI or bool(wish.firm)
+    is_needed = kind in kernel_image.NEED_UEFI or bool(wish.field_requiring_uefi)
     is_direct = config.guest is not None or kind == kernel_image.LINUX
     if is_direct and not is_needed and not smbios.needs_uefi(config, architecture):
         return None
@@ -60,9 +60,9 @@ def _refuse_without_uefi(config: MachineConfig, kind: str | None) -> None:
 
 def _refuse_with_uefi(config: MachineConfig) -> None:
     """Raise UsageError if the user requires UEFI, for a kernel that UEFI cannot start."""
-    if config.firmware.firm:
+    if field := config.firmware.field_requiring_uefi:
         raise UsageError.with_fields(
-            config.firmware.firm + " needs UEFI, which cannot start {path}: it is not a PE image",
+            field + " needs UEFI, which cannot start {path}: it is not a PE image",
             hint="leave out one of them, or name a kernel that was built with CONFIG_EFI_STUB",
             path=config.linux,
         )
