@@ -60,9 +60,9 @@ class Schedule:
         # command that uses one.
         self._is_consuming = False
         self._oob = oob
-        main.on_idle = self._idle
+        main.on_read_complete = self._on_read_complete
         if bulk is not None:
-            bulk.on_idle = self._idle
+            bulk.on_read_complete = self._on_read_complete
 
     def hold(self, on_drained: Callable[[], None]) -> None:
         """Hold all commands except urgent ones; `on_drained` is called when QEMU has answered the sent commands."""
@@ -78,7 +78,7 @@ class Schedule:
         if self._bulk is not None:
             self._next_bulk(self._bulk)
 
-    def _idle(self) -> None:
+    def _on_read_complete(self) -> None:
         self._next()
         self._check_drained()
 

@@ -56,7 +56,7 @@ class Upstream:
         "_unnamed",
         "_writer",
         "in_flight",
-        "on_idle",
+        "on_read_complete",
     )  # fmt: skip
 
     def __init__(
@@ -92,8 +92,8 @@ class Upstream:
         self._next = 0
         #: The number of in-band commands in flight.
         self.in_flight = 0
-        #: Called when all replies that were read together were passed on.
-        self.on_idle: Callable[[], None] = lambda: None
+        #: Called when all messages that were read together have been passed on.
+        self.on_read_complete: Callable[[], None] = lambda: None
         self._loop.add_reader(self._socket, self._readable)
         if negotiated.received:
             self._loop.call_soon(self._received, negotiated.received)
@@ -156,13 +156,13 @@ class Upstream:
     def _received(self, data: bytes) -> None:
         if not self._input and data.endswith(self._end) and data.find(self._end) == len(data) - len(self._end):
             self._message(data)
-            return self.on_idle()
+            return self.on_read_complete()
         searched = max(0, len(self._input) - len(self._end))
         self._input += data
         while (found := self._input.find(self._end, searched)) >= 0:
             self._message(self._take(found + len(self._end)))
             searched = 0
-        self.on_idle()
+        self.on_read_complete()
 
     def _take(self, end: int) -> bytes:
         """Remove a complete message from the input."""
