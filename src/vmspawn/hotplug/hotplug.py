@@ -139,7 +139,7 @@ class Hotplug:
                 raise result
         for step in steps:
             step.made()
-        self.removed(*spent)
+        self.record_deferred(*spent)
 
     async def _give_up(self, attachment: Attachment, error: BaseException) -> None:
         """Undo a failed or cancelled attach, before the caller raises `error`."""
@@ -229,7 +229,7 @@ class Hotplug:
         log.debug(f"{attachment.name}: undoes {DEVICE}")
         await ask_until_gone(self.monitor, self.run_state, attachment, removal, on_request)
         attachment.done.remove(DEVICE)
-        self.undone(attachment)
+        self.save_after_undo(attachment)
 
     # Single steps.
 
@@ -243,7 +243,7 @@ class Hotplug:
     def enter_step(self, attachment: Attachment, name: str) -> None:
         """Enter a step in the journal before it is done."""
         attachment.enter_step(name)
-        self.begun(attachment)
+        self.save_before_step(attachment)
 
     async def undo_steps(self, attachment: Attachment, names: Iterable[str]) -> None:
         """Undo the named steps that were done, except the device, and remove them from the journal.
@@ -259,15 +259,15 @@ class Hotplug:
         for step in steps:
             step.end()
             attachment.done.remove(step.name)
-        self.undone(attachment)
+        self.save_after_undo(attachment)
 
     async def remove(self, *objects: QemuObject) -> None:
         """Remove objects in the given order; a missing object is not an error. Raises what `remove_objects` raises."""
         await remove_objects(self.monitor, objects)
-        self.removed(*objects)
+        self.record_deferred(*objects)
 
-    def removed(self, *objects: QemuObject) -> None:
-        """Note removed objects that QEMU 7.2 keeps until the guest runs."""
+    def record_deferred(self, *objects: QemuObject) -> None:
+        """Record the removed objects that QEMU 7.2 keeps until the guest runs."""
         if not self.run_state.is_running:
             self.deferred.update(each for each in objects if each.kind.is_deferred)
 
@@ -278,12 +278,12 @@ class Hotplug:
         """Write the journal after a change of an attachment. Raises SystemFailure."""
         self._registers[attachment.kind].save(attachment)
 
-    def begun(self, attachment: Attachment) -> None:
+    def save_before_step(self, attachment: Attachment) -> None:
         """Write the journal before a step of an attached device is done."""
         if attachment.state is not State.ATTACHING:
             self.save(attachment)
 
-    def undone(self, attachment: Attachment) -> None:
+    def save_after_undo(self, attachment: Attachment) -> None:
         """Write the journal after a step of an attached device was undone."""
         if attachment.state is State.ATTACHED:
             self.save(attachment)

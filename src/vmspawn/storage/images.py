@@ -29,12 +29,12 @@ async def build(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> None:
     """Make an image's nodes. Raises what `Monitor.execute` raises; some nodes may exist then."""
     commands = image_nodes.commands(attached.disk, image)
     spent = image_nodes.spent(image)
-    hotplug.begun(attached)
+    hotplug.save_before_step(attached)
     for result in await hotplug.monitor.execute_all(commands, behind=[each.removal for each in spent]):
         if isinstance(result, QmpError):
             raise result
     image_nodes.made(image)
-    hotplug.removed(*spent)
+    hotplug.record_deferred(*spent)
 
 
 async def release(hotplug: Hotplug, image: Image) -> None:
@@ -82,4 +82,4 @@ async def dismantle(hotplug: Hotplug, attached: AttachedDisk, image: Image) -> N
         each.done = []
     if image in attached.images:
         attached.images.remove(image)
-    hotplug.undone(attached)
+    hotplug.save_after_undo(attached)
