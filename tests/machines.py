@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Provides machines for tests, and snapshots to check that an operation left nothing behind."""
+"""Provides machines for tests, and compares their resources to check that an operation left nothing behind."""
 
 import asyncio
 import contextlib
@@ -141,8 +141,8 @@ def idle_machine(qemu: str, folder: Path, **options: Any) -> Machine:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """The objects that a disk may leave behind."""
+class Resources:
+    """The resources of a machine that a disk may leave in use."""
 
     nodes: frozenset[str]
     fdsets: tuple[int, ...]
@@ -152,7 +152,7 @@ class Snapshot:
     own_files: int
 
     @classmethod
-    async def take(cls, machine: Machine) -> "Snapshot":
+    async def of(cls, machine: Machine) -> "Resources":
         """Ask QEMU through its monitor, and count the open files of QEMU and of this process in /proc."""
         nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
         fdsets = await machine.monitor.execute("query-fdsets")
@@ -170,9 +170,9 @@ class Snapshot:
 @contextlib.asynccontextmanager
 async def unchanged(machine: Machine) -> AsyncIterator[None]:
     """Check that the block leaves nothing behind in the machine."""
-    before = await Snapshot.take(machine)
+    before = await Resources.of(machine)
     yield
-    after = await Snapshot.take(machine)
+    after = await Resources.of(machine)
     assert after == before, f"{after} differs from {before}"
 
 

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Machine, Snapshot, event_named, unchanged
+from tests.machines import Machine, Resources, event_named, unchanged
 from tests.shell import Booted, Shell, booted
 from vmspawn import Disk
 from vmspawn.errors import ConfigNotSupported, StoragePending
@@ -170,7 +170,7 @@ async def test_a_guest_without_acpi_releases_a_disk_only_at_a_reset(qemu: str, t
     """The guest does not see the disk. Its removal is pending until a reset; force closes the image before that."""
     image = make_raw(tmp_path / "image", 4 * MIB)
     async with booted(qemu, kernel_arguments=("acpi=off",)) as (machine, _):
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         await machine.attach(Disk(str(image), "disk"))
         asked = asyncio.create_task(event_named(machine, DETACHING_EVENT))
         await asyncio.sleep(0)
@@ -187,14 +187,14 @@ async def test_a_guest_without_acpi_releases_a_disk_only_at_a_reset(qemu: str, t
         await asyncio.sleep(0)
         await machine.reboot()
         assert await late == {"name": "disk"}
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
 
 
 async def test_a_removal_by_the_attention_button_completes_after_its_delay(qemu: str, tmp_path: Path) -> None:
     """Without ACPI hot-plug, the guest waits five seconds. QEMU refuses a second request; the first still succeeds."""
     native = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
     async with booted(qemu, qemu_arguments=native) as (machine, shell):
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk"))
         await shell.wait_for(r"block (\S+) came")
         with pytest.raises(StoragePending, match="has not released disk"):
@@ -204,4 +204,4 @@ async def test_a_removal_by_the_attention_button_completes_after_its_delay(qemu:
         assert removal.requests >= 2
         assert "already in the process of unplug" in removal.answer
         await machine.detach("disk", timeout=30)
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before

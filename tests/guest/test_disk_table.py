@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB
-from tests.machines import Machine, Snapshot
+from tests.machines import Machine, Resources
 from tests.shell import Booted, Shell, booted, qemu_for
 from vmspawn import Disk
 from vmspawn.storage.buses import NAMESPACE_SERIAL
@@ -122,7 +122,7 @@ async def test_every_kind_of_disk_is_attached_used_and_detached(guest: Booted, t
     with detached_at_the_end() as loops:
         for specimen in table:
             await make(specimen, tmp_path, loops)
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         await asyncio.gather(*(attach(machine, specimen, bus) for specimen in table))
         await recognise(shell, table, bus)
         for specimen in table:
@@ -130,7 +130,7 @@ async def test_every_kind_of_disk_is_attached_used_and_detached(guest: Booted, t
         await asyncio.gather(*(machine.detach(specimen.name) for specimen in table))
         went = {(await shell.wait_for(r"block (\S+) went"))[1] for _ in table}
         assert went == {specimen.device for specimen in table}
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
         for specimen in table:
             await check_content(specimen, tmp_path)
 

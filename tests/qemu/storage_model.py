@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_raw
-from tests.machines import Machine, Snapshot, links_of
+from tests.machines import Machine, Resources, links_of
 from vmspawn.errors import BadConfig, ConfigNotSupported, StoragePending, VmspawnError
 from vmspawn.host.runtime import STATE
 
@@ -211,7 +211,7 @@ def open_images(pid: int, folder: Path) -> Counter[str]:
     return Counter(os.path.basename(link) for link in links_of(pid) if link.startswith(f"{folder}/"))
 
 
-def check_equal(actual: Picture | Snapshot, expected: Picture | Snapshot) -> None:
+def check_equal(actual: Picture | Resources, expected: Picture | Resources) -> None:
     """Fail with the names of the differences."""
     names = [each.name for each in fields(actual)]
     different = [name for name in names if getattr(actual, name) != getattr(expected, name)]

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from tests.background import Background
 from tests.conftest import make_raw
-from tests.machines import Machine, Snapshot, event_named, idle_machine
+from tests.machines import Machine, Resources, event_named, idle_machine
 from tests.qemu.storage_model import (
     PCI_BUSES,
     Error,
@@ -82,7 +82,7 @@ class Run:
         self.namespaces = find_qemu(qemu).has_namespaces
         # Older QEMUs remove a descriptor set only while the guest runs (docs/qemu.md, "Descriptor sets").
         self._sets_linger = int(self.machine.inner.qemu_version.partition(".")[0]) < 9
-        self._before = self.wait(_snapshot(self.machine))
+        self._before = self.wait(_resources(self.machine))
         self._empty = self.wait(look(self.machine, folder))
 
     def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -95,7 +95,7 @@ class Run:
             if check:
                 self.wait(self._clear())
                 check_equal(self.wait(self._look()), self._empty)
-                check_equal(self.wait(_snapshot(self.machine)), self._before)
+                check_equal(self.wait(_resources(self.machine)), self._before)
         finally:
             self._stack.close()
 
@@ -425,9 +425,9 @@ class Run:
         await self._settle()
 
 
-async def _snapshot(machine: Machine) -> Snapshot:
-    """Take a snapshot without query-pci, which shows devices behind ports only after the firmware's start."""
-    return replace(await Snapshot.take(machine), pci_devices=frozenset())
+async def _resources(machine: Machine) -> Resources:
+    """Return the resources without query-pci, which shows devices behind ports only after the firmware's start."""
+    return replace(await Resources.of(machine), pci_devices=frozenset())
 
 
 async def _start(qemu: str, folder: Path) -> Machine:

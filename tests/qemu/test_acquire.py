@@ -18,7 +18,7 @@ import varlink
 from qemu.qmp import QMPClient
 
 from tests.callers import served_machine
-from tests.machines import Machine, Snapshot, idle_machine, open_files
+from tests.machines import Machine, Resources, idle_machine, open_files
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
 from vmspawn.machine.ending import MachineEvents
@@ -283,7 +283,7 @@ async def test_disks_come_and_go_beside_busy_sessions(
     path = make_raw(tmp_path_factory.mktemp("disk") / "disk")
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(machine.qmp()) for _ in range(8)]
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         stop = asyncio.Event()
 
         async def ask(client: Any) -> int:
@@ -299,7 +299,7 @@ async def test_disks_come_and_go_beside_busy_sessions(
             await machine.detach("disk")
         stop.set()
         assert all(await asyncio.gather(*asking))
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
 
 
 async def test_fifty_sessions_see_the_end_of_qemu(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests import dying
 from tests.conftest import make_qcow2, make_raw
 from tests.dying import Dying
-from tests.machines import Machine, Snapshot, adopted, end_adopted, idle_machine, links_of
+from tests.machines import Machine, Resources, adopted, end_adopted, idle_machine, links_of
 from vmspawn.hotplug.attachment import State
 from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
 from vmspawn.storage.attached_disk import AttachedDisk
@@ -54,7 +54,7 @@ async def test_a_disk_is_repaired_after_its_manager_died_at_any_step(
         await machine.leave()
         try:
             async with adopted(name) as first:
-                clean = await Snapshot.take(first)
+                clean = await Resources.of(first)
             for when in ("before", "after"):
                 await die_at_each_step(doomed, name, tmp_path, before, doing, when, clean)
         finally:
@@ -113,7 +113,7 @@ async def test_an_adoption_truncates_no_image_that_has_grown(qemu: str, tmp_path
 
 
 async def die_at_each_step(
-    doomed: Dying, name: str, folder: Path, before: str, doing: str, when: str, clean: Snapshot
+    doomed: Dying, name: str, folder: Path, before: str, doing: str, when: str, clean: Resources
 ) -> None:
     for step in range(1, STEPS_MAX):
         async with adopted(name) as machine:
@@ -127,7 +127,7 @@ async def die_at_each_step(
             for each in machine.storage:
                 if not each.is_boot:
                     await machine.detach(each.name)
-            assert await snapshot(machine) == clean, f"{doing}, step {step}, {when}: {machine.adoption_notes}"
+            assert await resources(machine) == clean, f"{doing}, step {step}, {when}: {machine.adoption_notes}"
         if outcome == "finished":
             return
     raise AssertionError(f"{doing} never came to its end")
@@ -202,9 +202,9 @@ async def limits_of(machine: Machine, attachment: AttachedDisk) -> Limits:
     return Limits.from_qemu(await machine.monitor.execute("qom-get", arguments))
 
 
-async def snapshot(machine: Machine) -> Snapshot:
-    """Take a snapshot without the SCSI controller with an I/O thread, which stays for the next disk that needs it."""
-    found = await Snapshot.take(machine)
+async def resources(machine: Machine) -> Resources:
+    """Return the resources without the SCSI controller with an I/O thread, kept for the next disk that needs it."""
+    found = await Resources.of(machine)
     planned = machine.storage._context.controllers.place_of(THREADED_SCSI_CONTROLLER) is not None
     assert (THREADED_SCSI_CONTROLLER in found.pci_devices) is planned
     devices = found.pci_devices - {THREADED_SCSI_CONTROLLER}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MIB, make_raw
-from tests.machines import Snapshot, idle_machine
+from tests.machines import Resources, idle_machine
 from tests.small_disks import mounted
 from vmspawn import Disk, Event, MachineConfig
 from vmspawn.boot.adopt import adopt
@@ -46,12 +46,12 @@ async def test_a_change_that_cannot_be_journaled_is_not_made(qemu: str, tmp_path
     """Without room in the runtime directory, an attach fails with the reason; a detach and an adoption work."""
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "before")), bus="virtio-scsi"))
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         fill(small_root / "filler")
         with pytest.raises(SystemFailure, match="cannot write the machine's state") as caught:
             await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
         assert caught.value.errno_name == "ENOSPC"
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
         await machine.detach("before")
         # The file has a complete state, although an old one.
         name = machine.name

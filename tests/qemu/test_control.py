@@ -14,7 +14,7 @@ import varlink
 
 from tests.callers import INSTANCE, caller, in_thread, served_machine
 from tests.conftest import make_raw
-from tests.machines import Machine, Snapshot, detach_by_reset
+from tests.machines import Machine, Resources, detach_by_reset
 from vmspawn.host.runtime import CONTROL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -115,7 +115,7 @@ async def test_subscribing_without_more_is_refused(machine: Machine) -> None:
 @pytest.mark.parametrize("config", [None, "virtio-blk", "nvme", "virtio-scsi", "scsi-cd"])
 async def test_add_storage_takes_a_descriptor(machine: Machine, tmp_path: Path, config: str | None) -> None:
     path = make_raw(tmp_path / "disk")
-    before = await Snapshot.take(machine)
+    before = await Resources.of(machine)
 
     def add() -> dict[str, Any]:
         with caller(machine) as client, open(path, "r+b") as image:
@@ -138,7 +138,7 @@ async def test_add_storage_takes_a_descriptor(machine: Machine, tmp_path: Path, 
         # Firmware releases a PCI device at a reset; the reply came in time nevertheless.
         assert removed["error"] == "io.vmspawn.Machine.StoragePending"
         await detach_by_reset(machine, "pool:disk")
-    assert await Snapshot.take(machine) == before
+    assert await Resources.of(machine) == before
 
 
 def flags(path: Path, name: str) -> tuple[int, str]:
@@ -162,9 +162,9 @@ async def test_add_storage_refuses_descriptors_that_make_no_disk(machine: Machin
             for fd in fds:
                 os.close(fd)
 
-    before = await Snapshot.take(machine)
+    before = await Resources.of(machine)
     assert await in_thread(add) == f"{INSTANCE}.BadConfig"
-    assert await Snapshot.take(machine) == before
+    assert await Resources.of(machine) == before
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,9 @@ async def test_add_storage_refuses_bad_parameters(
             fds = [image.fileno()] if with_fd else None
             return client.call(f"{INSTANCE}.AddStorage", fds, **parameters)["error"]
 
-    before = await Snapshot.take(machine)
+    before = await Resources.of(machine)
     assert await in_thread(add) == error
-    assert await Snapshot.take(machine) == before
+    assert await Resources.of(machine) == before
 
 
 async def test_a_burst_of_0_percent_is_refused(machine: Machine) -> None:

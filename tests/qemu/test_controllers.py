@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_raw
-from tests.machines import Machine, Snapshot, idle_machine
+from tests.machines import Machine, Resources, idle_machine
 from tests.qemu.bare_qemu import bare
 from vmspawn import Disk
 from vmspawn.boot.qemu import find_qemu
@@ -123,7 +123,7 @@ async def test_the_controller_comes_with_the_first_namespace_and_goes_with_the_l
     namespaces: str, tmp_path: Path
 ) -> None:
     async with idle_machine(namespaces, tmp_path) as machine, machine.qmp() as session, asyncio.timeout(2 * DEADLINE):
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         assert "nvme0" not in before.pci_devices
         await attach(machine, tmp_path, "one", "nvme-ns")
         await attach(machine, tmp_path, "two", "nvme-ns")
@@ -133,7 +133,7 @@ async def test_the_controller_comes_with_the_first_namespace_and_goes_with_the_l
         await machine.detach("two")
         await until_gone(machine, "nvme0")
         await until_free(machine, before.ports_free)
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
         assert await save(session, tmp_path / "socket") == "completed"
 
 
@@ -228,7 +228,7 @@ async def test_an_adopted_controller_goes_with_the_last_namespace(namespaces: st
 async def test_namespaces_go_with_their_controller(namespaces: str, tmp_path: Path, is_adopted: bool) -> None:
     """QEMU keeps namespaces after the guest has ejected their controller."""
     async with idle_machine(namespaces, tmp_path) as machine:
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         await attach(machine, tmp_path, "one", "nvme-ns")
         if not is_adopted:
             async with machine.qmp() as session:
@@ -236,7 +236,7 @@ async def test_namespaces_go_with_their_controller(namespaces: str, tmp_path: Pa
             await until_gone(machine, "nvme0")
             await until_free(machine, before.ports_free)
             await until_detached(machine, "one")
-            assert await Snapshot.take(machine) == before
+            assert await Resources.of(machine) == before
             await attach(machine, tmp_path, "one", "nvme-ns")
             return
         await machine.leave()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Machine, Snapshot, idle_machine, links_of
+from tests.machines import Machine, Resources, idle_machine, links_of
 from vmspawn import Disk, Limits
 from vmspawn.errors import (
     BadConfig,
@@ -69,7 +69,7 @@ async def idle(qemu: str, tmp_path: Path) -> AsyncIterator[Machine]:
 async def test_nothing_is_left_of_a_failed_attach(idle: Machine, tmp_path: Path, bus: str) -> None:
     """There are more attempts than ports. QEMU 7.2 keeps a failed nvme device's nodes, but not the image."""
     image = make_raw(tmp_path / "disk.raw", MIB)
-    before = await Snapshot.take(idle)
+    before = await Resources.of(idle)
     with other_user(image) as pid:
         for _ in range(before.ports_free + 2):
             with pytest.raises(SystemFailure, match=rf"^qemu-io \(process {pid}\) uses the image of disk.raw"):

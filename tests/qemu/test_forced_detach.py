@@ -14,7 +14,7 @@ import pytest
 
 from tests.commands import DEADLINE
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Snapshot, detach_by_reset, event_named, idle_machine, unchanged
+from tests.machines import Resources, detach_by_reset, event_named, idle_machine, unchanged
 from tests.qemu.qmp_fixtures import wait_until
 from tests.qemu.storage_model import open_images
 from vmspawn import Disk
@@ -37,7 +37,7 @@ async def test_force_gives_the_host_its_file_back_at_once(
     """
     path = (make_raw if image_format == "raw" else make_qcow2)(tmp_path / "image", 4 * MIB)
     async with idle_machine(qemu, tmp_path, machine_type=machine_type) as machine:
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         await machine.attach(Disk(str(path), "disk", bus, image_format))
         await machine.detach("disk", timeout=0, force=True)
         assert "image" not in open_images(machine.pid, tmp_path)
@@ -56,7 +56,7 @@ async def test_force_gives_the_host_its_file_back_at_once(
             await machine.reboot()
         with contextlib.suppress(NoSuchStorage):
             await machine.detach("disk", timeout=20)
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
 
 
 async def test_the_pending_removal_of_a_cancelled_attach_has_events(qemu: str, tmp_path: Path) -> None:

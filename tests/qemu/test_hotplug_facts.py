@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.machines import Machine, Snapshot, detach_by_reset, idle_machine, unchanged
+from tests.machines import Machine, Resources, detach_by_reset, idle_machine, unchanged
 from vmspawn import Disk
 from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
 from vmspawn.storage.backing import inspect_descriptor, open_disk
@@ -45,7 +45,7 @@ async def test_all_places_are_used_given_back_and_used_again(
 ) -> None:
     """On pc, the last place is slot 31: while it is in use, QEMU 11.1 finds no slot itself although others are free."""
     async with idle_machine(qemu, tmp_path, machine_type=machine_type, hotplug_ports=ports) as machine:
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         for turn in range(2):
             # The boot disk of pc uses one of the slots.
             count = machine.storage.ports_free
@@ -57,7 +57,7 @@ async def test_all_places_are_used_given_back_and_used_again(
                 await machine.attach(Disk(str(make_raw(tmp_path / f"more{turn}", MIB))))
             assert "hotplug_ports=" in caught.value.hint
             await remove_all(machine)
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
 
 
 async def test_a_port_is_in_use_until_the_guest_releases_it(qemu: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest_asyncio
 from tests.commands import DEADLINE
 from tests.conftest import make_qcow2, make_raw
 from tests.imagefiles import make
-from tests.machines import Machine, Snapshot, event_named, idle_machine, links_of, unchanged
+from tests.machines import Machine, Resources, event_named, idle_machine, links_of, unchanged
 from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Disk
 from vmspawn.errors import (
@@ -223,7 +223,7 @@ async def test_a_guest_that_does_not_release_a_disk_makes_the_removal_pending(
     The test has its own machine, because a firmware that was reset resets itself once more, some time later.
     """
     async with idle_machine(qemu, tmp_path) as machine:
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus=bus))
         with pytest.raises(StoragePending, match=r"has not released disk.*waited 0\.2 s"):
             await machine.detach("disk", timeout=0.2)
@@ -237,7 +237,7 @@ async def test_a_guest_that_does_not_release_a_disk_makes_the_removal_pending(
         await machine.reboot()
         assert await late == {"name": "disk"}
         await again
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
 
 
 async def test_a_device_removed_by_raw_qmp_detaches_its_disk(machine: Machine, tmp_path: Path) -> None:

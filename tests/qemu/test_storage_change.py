@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.loop import Loop
-from tests.machines import Machine, Snapshot, detach_by_reset, event_named, idle_machine
+from tests.machines import Machine, Resources, detach_by_reset, event_named, idle_machine
 from tests.qemu.storage_model import open_images
 from vmspawn import Disk
 from vmspawn.errors import (
@@ -114,11 +114,11 @@ async def test_a_refused_replacement_changes_nothing(
     make_raw(tmp_path / "raw", MIB)
     (tmp_path / "broken").write_bytes(b"QFI\xfb" + bytes(1 << 16))
     await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
-    attached = await Snapshot.take(machine)
+    attached = await Resources.of(machine)
     with pytest.raises(error, match=message) as caught:
         await machine.replace("disk", str(tmp_path / path), **options)
     assert "\n" not in str(caught.value)
-    assert await Snapshot.take(machine) == attached
+    assert await Resources.of(machine) == attached
     assert (await machine.sizes())["disk"] == MIB
     await machine.detach("disk")
 
@@ -128,7 +128,7 @@ async def test_a_replacement_that_another_machine_writes_to_names_it(
 ) -> None:
     taken = str(make_raw(tmp_path / "taken", MIB))
     await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "disk", "virtio-scsi"))
-    attached = await Snapshot.take(machine)
+    attached = await Resources.of(machine)
     async with idle_machine(qemu, tmp_path) as other:
         await other.attach(Disk(taken, bus="virtio-scsi"))
         with pytest.raises(
@@ -136,7 +136,7 @@ async def test_a_replacement_that_another_machine_writes_to_names_it(
         ) as caught:
             await machine.replace("disk", taken)
         assert caught.value.errno == errno.EBUSY
-    assert (await Snapshot.take(machine)).nodes == attached.nodes
+    assert (await Resources.of(machine)).nodes == attached.nodes
     await machine.detach("disk")
 
 
@@ -427,11 +427,11 @@ async def test_limits_of_an_optical_drive_stay_with_another_medium(machine: Mach
 
 async def test_a_medium_that_qemu_cannot_open_leaves_the_old_one(machine: Machine, tmp_path: Path) -> None:
     await machine.attach(Disk(str(make_raw(tmp_path / "first", MIB)), "cd", "scsi-cd"))
-    attached = await Snapshot.take(machine)
+    attached = await Resources.of(machine)
     (tmp_path / "broken").write_bytes(b"QFI\xfb" + bytes(1 << 16))
     with pytest.raises(QmpError, match="refused blockdev-add"):
         await machine.insert_media("cd", str(tmp_path / "broken"), format="qcow2")
-    assert await Snapshot.take(machine) == attached
+    assert await Resources.of(machine) == attached
     assert (await machine.sizes())["cd"] == MIB
     await machine.detach("cd")
 

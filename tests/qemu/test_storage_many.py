@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import MIB, make_raw
-from tests.machines import Machine, Snapshot, idle_machine
+from tests.machines import Machine, Resources, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Disk
 from vmspawn.boot.qemu import find_qemu
@@ -31,7 +31,7 @@ async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path
     # Firmware does not release the controller of namespaces, so a namespace at boot keeps the controller.
     at_boot = [Disk(str(tmp_path / names.pop()), bus=bus)] if bus == "nvme-ns" else []
     async with idle_machine(qemu, tmp_path, extra_disks=tuple(at_boot)) as machine:
-        before = await Snapshot.take(machine)
+        before = await Resources.of(machine)
         await attach_all(machine, tmp_path, names, bus)
         assert len(addresses(machine)) + len(at_boot) == PLACES
         with pytest.raises(NoFreePort, match="all 256 are in use") as caught:
@@ -40,7 +40,7 @@ async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path
         await use_places_again(machine, tmp_path, names, bus)
         await asyncio.gather(*(machine.detach(name) for name in names))
         assert addresses(machine) == set()
-        assert await Snapshot.take(machine) == before
+        assert await Resources.of(machine) == before
 
 
 async def attach_all(machine: Machine, folder: Path, names: list[str], bus: str) -> None:
@@ -85,22 +85,22 @@ async def test_many_machines_in_one_process_do_not_meet(qemu: str, tmp_path: Pat
     async with contextlib.AsyncExitStack() as stack:
         starting = (stack.enter_async_context(idle_machine(qemu, tmp_path)) for _ in range(min(20, scaled(4))))
         machines = await asyncio.gather(*starting)
-        before = [await Seen.take(machine) for machine in machines]
+        before = [await MachineResources.of(machine) for machine in machines]
         await asyncio.gather(*(come_and_go(machine, tmp_path) for machine in machines))
-        assert [await Seen.take(machine) for machine in machines] == before
+        assert [await MachineResources.of(machine) for machine in machines] == before
 
 
-class Seen(NamedTuple):
-    """The part of a snapshot that belongs to one machine."""
+class MachineResources(NamedTuple):
+    """The part of `Resources` that belongs to one machine."""
 
     nodes: frozenset[str]
     fdsets: tuple[int, ...]
     qemu_files: int
 
     @classmethod
-    async def take(cls, machine: Machine) -> "Seen":
-        """Take a snapshot."""
-        found = await Snapshot.take(machine)
+    async def of(cls, machine: Machine) -> "MachineResources":
+        """Ask QEMU, and count its open files."""
+        found = await Resources.of(machine)
         return cls(found.nodes, found.fdsets, found.qemu_files)
 
 
