@@ -41,12 +41,12 @@ def everything_below(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
 
 
-def left() -> set[str]:
-    """Return the entries of the directory of snapshots."""
+def snapshot_paths() -> set[str]:
+    """Return the paths of all entries of the directory of snapshots, relative to it."""
     return everything_below(snapshot_files.root())
 
 
-def locked(path: Path) -> bool:
+def is_part_of_snapshot(path: Path) -> bool:
     """Return whether a file is part of a snapshot, so that no vmspawn command opens it for writing."""
     found = os.stat(path)
     return bool(snapshot_files.owner_of(found.st_dev, found.st_ino))

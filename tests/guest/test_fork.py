@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
-from tests.copies import forked, inner, left, locked
+from tests.copies import forked, inner, is_part_of_snapshot, snapshot_paths
 from tests.figures import figure
 from tests.guest.writing import RECORD, records_written, start_writer, stop_writer, verify
 from tests.machines import fresh_name
@@ -85,7 +85,7 @@ async def test_copies_share_the_image_of_a_hot_plugged_disk_and_each_writes_sepa
             await write(shell, attached.by_id, "copy", 1)
             assert await read(shell, attached.by_id, 1) == "copy"
             assert await read(other, attached.by_id, 1) == ""
-            assert locked(path)
+            assert is_part_of_snapshot(path)
             await copy.detach(attached.name)
             await shell.wait_for("vmspawn-guest: block .* went")
         assert await read(guest.shell, attached.by_id, 1) == "source"
@@ -206,7 +206,7 @@ async def test_commands_of_sessions_and_changes_of_disks_wait_for_a_snapshot(gue
 async def test_an_object_that_cannot_be_saved_is_reported_before_the_guest_is_paused(
     guest: Booted, tmp_path: Path
 ) -> None:
-    machine, before = guest.machine, left()
+    machine, before = guest.machine, snapshot_paths()
     path = make_raw(tmp_path / fresh_name())
     await machine.attach(Disk(str(path)))
     mark = machine.events.mark
@@ -220,7 +220,7 @@ async def test_an_object_that_cannot_be_saved_is_reported_before_the_guest_is_pa
     stops = [each.name for each in machine.events.recent[mark - machine.events.mark :] if each.name == "STOP"]
     await machine.resume()
     assert stops == ["STOP"], "only the test has paused the machine"
-    assert left() == before
+    assert snapshot_paths() == before
     await machine.detach(path.name)
 
 

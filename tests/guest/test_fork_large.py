@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MIB, make_raw
-from tests.copies import inner, locked
+from tests.copies import inner, is_part_of_snapshot
 from tests.figures import figure
 from tests.shell import booted
 from vmspawn import Disk
@@ -57,10 +57,10 @@ async def test_a_copy_has_256_hot_plugged_disks(qemu: str, tmp_path: Path) -> No
             assert await read_all(copy, devices[:2]) == ["copy"] * 2
             assert await read_all(other, devices) == ["saved"] * len(CHECKED)
         assert await read_all(machine, devices) == ["source"] * len(CHECKED)
-        assert locked(paths[0])
+        assert is_part_of_snapshot(paths[0])
         await snapshot.remove()
     # After the machine has ended, each disk is one file again.
-    assert not any(map(locked, paths))
+    assert not any(map(is_part_of_snapshot, paths))
     contents = [path.read_bytes() for path in paths]
     assert [number for number, content in enumerate(contents) if content.startswith(b"source\n")] == list(CHECKED)
     assert sum(content == bytes(MIB) for content in contents) == DISKS - len(CHECKED)

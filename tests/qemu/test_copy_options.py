@@ -15,7 +15,7 @@ import pytest_asyncio
 from tests.callers import caller, in_thread
 from tests.commands import VMCTL, background, one_line, vmctl
 from tests.commands import vmspawn as run_vmspawn
-from tests.copies import inner, left
+from tests.copies import inner, snapshot_paths
 from tests.machines import Machine, fresh_name, idle_machine, is_gone
 from tests.qemu.test_die_with_program import nothing_left
 from vmspawn import Snapshot, connect
@@ -118,13 +118,13 @@ async def test_vmctl_refuses_options_that_a_copy_cannot_have(source: Source) -> 
 
 
 async def test_vmctl_refuses_a_name_that_is_in_use(source: Source) -> None:
-    before, machine = left(), source[0].name
+    before, machine = snapshot_paths(), source[0].name
     done = await in_thread(vmctl, "fork", machine, machine)
     assert done.stderr.splitlines() == [
         f"vmctl: a machine named {machine} is already running",
         "       choose another name with NEW",
     ]
-    assert left() == before
+    assert snapshot_paths() == before
 
 
 async def test_vmspawn_refuses_a_copy_with_a_taken_port_or_a_native_console(source: Source) -> None:

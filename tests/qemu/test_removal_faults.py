@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import make_raw
-from tests.copies import left
+from tests.copies import snapshot_paths
 from tests.machines import fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from tests.qemu.test_snapshots import write
@@ -69,7 +69,9 @@ class Ended:
                 removal.remove(f"{self.name}@{name}")
             except NoSuchSnapshot:
                 continue
-        assert not [each for each in left() if self.name in each and not each.startswith(snapshot_files.UNFINISHED)]
+        assert not [
+            each for each in snapshot_paths() if self.name in each and not each.startswith(snapshot_files.UNFINISHED)
+        ]
 
     def check_data(self) -> None:
         """Check that the image has the newest data."""
@@ -99,7 +101,7 @@ async def test_a_removal_is_killed_at_each_step(ended: Ended) -> None:
         assert done.returncode in (0, -signal.SIGKILL)
         if done.returncode == 0:
             ended.check_data()
-            assert not [each for each in left() if ended.name in each]
+            assert not [each for each in snapshot_paths() if ended.name in each]
             return
         # Each directory that is left is a complete snapshot, or is not a snapshot.
         await asyncio.to_thread(ended.remove)
@@ -126,7 +128,7 @@ async def test_qemu_dies_at_each_step_of_a_merge(ended: Ended, monkeypatch: pyte
         if steps < step:
             assert error is None
             ended.check_data()
-            assert not [each for each in left() if ended.name in each]
+            assert not [each for each in snapshot_paths() if ended.name in each]
             return
         # QEMU may die after it has done everything.
         assert error is None or isinstance(error, SystemFailure)
@@ -150,4 +152,4 @@ async def test_the_disk_of_the_images_is_full(qemu: str, tmp_path: Path) -> None
         small.empty()
         await asyncio.to_thread(removal.remove, f"{machine.name}@{CURRENT}")
         assert path.read_bytes()[:4096] == bytes([1]) * 4096
-        assert not [each for each in left() if machine.name in each]
+        assert not [each for each in snapshot_paths() if machine.name in each]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MIB, make_raw
-from tests.copies import inner, left
+from tests.copies import inner, snapshot_paths
 from tests.machines import Machine, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
 from tests.qemu.test_snapshot_faults import STEPS_MAX, check_writable, clean_up, count_commands, is_whole, names_of
@@ -42,7 +42,7 @@ async def test_a_full_disk_is_found_before_anything_is_paused(qemu: str, tmp_pat
             # The first event is the pause by the test.
             assert (await anext(aiter(events))).name == "STOP"
         assert inner(machine).status == "paused"
-        assert not left()
+        assert not snapshot_paths()
 
 
 @pytest.mark.parametrize("keep_disks", [False, True], ids=["removed", "kept"])
@@ -52,24 +52,24 @@ async def test_a_copy_starts_or_leaves_nothing(qemu: str, tmp_path: Path, small:
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
         snapshot = await machine.snapshot("s")
-        name, before = fresh_name(), left()
+        name, before = fresh_name(), snapshot_paths()
         for pages in range(_PAGES_MAX):
             small.fill(pages_left=pages)
             failure = await start_and_end(snapshot, name, keep_disks=keep_disks)
             if not failure:
                 break
             assert "No space left" in failure, f"{pages} pages"
-            assert left() == before, f"{pages} pages"
+            assert snapshot_paths() == before, f"{pages} pages"
         else:
             raise AssertionError("the copy never started")
         assert pages > 1
         assert names_of(name) == ([f"{name}@{directory.CURRENT}"] if keep_disks else [])
         clean_up(name)
-        assert left() == before
+        assert snapshot_paths() == before
         assert await machine.status() == "running"
         await check_writable(machine)
     clean_up(machine.name)
-    assert not left()
+    assert not snapshot_paths()
 
 
 async def start_and_end(snapshot: Snapshot, name: str, *, keep_disks: bool) -> str:
@@ -106,7 +106,7 @@ async def test_the_disk_becomes_full_at_each_command_of_a_save(
             raise AssertionError("the save never came to its end")
     assert outcomes == {True, False}
     clean_up(machine.name)
-    assert not left()
+    assert not snapshot_paths()
 
 
 async def check_saved(machine: Machine, name: str) -> None:
@@ -115,7 +115,7 @@ async def check_saved(machine: Machine, name: str) -> None:
     await check_writable(machine)
     assert set(names_of(machine.name)) <= {name, f"{machine.name}@{directory.CURRENT}"}
     assert all(is_whole(each) for each in names_of(machine.name)), name
-    assert not [each for each in left() if snapshot_files.UNFINISHED in each or each.endswith(".new")], name
+    assert not [each for each in snapshot_paths() if snapshot_files.UNFINISHED in each or each.endswith(".new")], name
     if name in names_of(machine.name):
         directory.remove(name)
 
@@ -141,13 +141,13 @@ async def test_a_disk_that_is_full_at_a_removal_loses_nothing(qemu: str, tmp_pat
             await check_content(current)
         data.empty()
         small.fill()
-        before = left()
+        before = snapshot_paths()
         with pytest.raises(SystemFailure, match=r"stay on overlays.*No space left"):
             await current.remove()
-        assert left() == before
+        assert snapshot_paths() == before
         small.empty()
         await current.remove()
-        assert not left()
+        assert not snapshot_paths()
         with path.open("rb") as file:
             assert [file.read(1 << 16)[:4096] for _ in range(16)] == [bytes([each + 1]) * 4096 for each in range(16)]
 

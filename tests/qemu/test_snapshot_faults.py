@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_raw
-from tests.copies import left
+from tests.copies import snapshot_paths
 from tests.dying import Dying
 from tests.machines import Machine, adopted, end_adopted, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
@@ -61,7 +61,7 @@ async def survived(name: str, step: int) -> None:
         assert disk.images[0].top_node in writable, f"step {step}: {machine.adoption_notes}"
         known = {each for image in disk.images[0].chain for each in (image.file_node, image.top_node)}
         assert known <= {each["node-name"] for each in nodes}
-        assert not [each for each in left() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
+        assert not [each for each in snapshot_paths() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
         for snapshot in names_of(name):
             assert is_whole(snapshot)
         await machine.detach("disk")
@@ -93,7 +93,7 @@ async def test_the_manager_of_a_copy_dies_at_each_step(qemu: str, tmp_path: Path
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
         snapshot = await machine.snapshot("s")
-        name, before, content = machine.name, left(), path.read_bytes()
+        name, before, content = machine.name, snapshot_paths(), path.read_bytes()
         await machine.leave()
         try:
             # All of them in the soak.
@@ -103,7 +103,7 @@ async def test_the_manager_of_a_copy_dies_at_each_step(qemu: str, tmp_path: Path
                 assert outcome in ("died", "finished")
                 is_complete = await copy_survived(snapshot, copy)
                 assert is_complete or outcome == "died"
-                assert left() == before, f"step {step}"
+                assert snapshot_paths() == before, f"step {step}"
                 assert path.read_bytes() == content, f"step {step}"
                 if outcome == "finished":
                     return
@@ -132,7 +132,7 @@ async def copy_survived(snapshot: Snapshot, name: str) -> bool:
 
 
 async def test_qemu_dies_while_it_is_saved(qemu: str, tmp_path: Path) -> None:
-    before = left()
+    before = snapshot_paths()
     async with idle_machine(qemu, tmp_path) as machine:
         saving = asyncio.create_task(machine.snapshot())
         with machine.events() as events:
@@ -144,7 +144,7 @@ async def test_qemu_dies_while_it_is_saved(qemu: str, tmp_path: Path) -> None:
             await saving
         wait_until_dead(machine.pid)
         await machine.wait()
-    assert left() == before
+    assert snapshot_paths() == before
 
 
 @pytest.mark.scaled
@@ -162,7 +162,7 @@ async def test_qemu_dies_after_each_command_of_a_save(
             monkeypatch.undo()
             await machine.terminate()
             await machine.wait()
-        assert not [each for each in left() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
+        assert not [each for each in snapshot_paths() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
         assert all(is_whole(each) for each in names_of(machine.name)), f"step {step}"
         clean_up(machine.name)
         if len(steps) < step:
@@ -190,7 +190,7 @@ def count_commands(
 
 async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
-        before = left()
+        before = snapshot_paths()
         saving = asyncio.create_task(machine.snapshot())
         with machine.events() as events:
             async for event in events:
@@ -199,7 +199,7 @@ async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path
                     break
         with pytest.raises(asyncio.CancelledError):
             await saving
-        assert left() == before
+        assert snapshot_paths() == before
         assert await machine.status() == "running"
         assert all(len(each.images) == 1 and each.images[0].base is None for each in machine.storage)
         snapshot = await machine.snapshot()
@@ -223,7 +223,7 @@ async def test_a_save_that_is_cancelled_after_each_command(
             assert await machine.status() == "running", f"step {step}"
             saved = {f"{machine.name}@s{step}", f"{machine.name}@{directory.CURRENT}"}
             assert set(names_of(machine.name)) <= saved - ({f"{machine.name}@s{step}"} if cancelled else set())
-            assert not [each for each in left() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
+            assert not [each for each in snapshot_paths() if each.startswith(snapshot_files.UNFINISHED)], f"step {step}"
             await check_writable(machine)
             if not cancelled:
                 break
@@ -249,12 +249,12 @@ async def check_writable(machine: Machine) -> None:
         opened = directory.OpenSnapshot(f"{machine.name}@{directory.CURRENT}")
         opened.close()
         assert image.path in opened.manifest.images.values()
-        assert image.path.removeprefix(f"{snapshot_files.root()}/") in left()
+        assert image.path.removeprefix(f"{snapshot_files.root()}/") in snapshot_paths()
 
 
 async def test_a_disconnect_undoes_the_clients_save(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, control=True) as machine:
-        before = left()
+        before = snapshot_paths()
         _, writer = await asyncio.open_unix_connection(machine.directory.file(CONTROL))
         with machine.events() as events:
             writer.write(b'{"method":"io.vmspawn.Machine.Snapshot","more":true}\0')
@@ -267,7 +267,7 @@ async def test_a_disconnect_undoes_the_clients_save(qemu: str, tmp_path: Path) -
                     break
         # Holding the machine succeeds only when the save has released it.
         async with machine.inner.held(timeout=20):
-            assert left() == before
+            assert snapshot_paths() == before
         assert await machine.status() == "running"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import make_raw
-from tests.copies import inner, left
+from tests.copies import inner, snapshot_paths
 from tests.machines import Machine, idle_machine
 from vmspawn import Disk
 from vmspawn.boot.shares import Share
@@ -18,7 +18,7 @@ from vmspawn.helpers import virtiofsd
 
 async def refused(machine: Machine, *reasons: str, hint: str = "") -> None:
     """Check that a save is refused for these reasons, and that the guest was not paused."""
-    before = left()
+    before = snapshot_paths()
     with machine.monitor.events() as events:
         with pytest.raises(SnapshotBlocked) as caught:
             await machine.snapshot()
@@ -27,7 +27,7 @@ async def refused(machine: Machine, *reasons: str, hint: str = "") -> None:
     for reason in reasons:
         assert reason in str(caught.value)
     assert hint in caught.value.hint
-    assert left() == before
+    assert snapshot_paths() == before
 
 
 async def test_obstacles_that_clients_make(qemu: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_raw
-from tests.copies import left
+from tests.copies import snapshot_paths
 from tests.machines import fresh_name, idle_machine
 from tests.qemu.test_snapshot_faults import clean_up, names_of
 from vmspawn import Disk
@@ -80,19 +80,19 @@ async def test_a_copy_starts_after_one_that_was_killed(qemu: str, tmp_path: Path
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
         snapshot = await machine.snapshot("s")
-        name, before = fresh_name(), left()
+        name, before = fresh_name(), snapshot_paths()
         remained = False
         for number in range(1, _FILES_MAX):
             status = await run(_FORK_AND_DIE, snapshot.name, name, str(number))
             assert status in (-signal.SIGKILL, 7)
-            remained |= left() > before
+            remained |= snapshot_paths() > before
             # A complete MACHINE@current may be removed like that of a copy that has run.
             clean_up(name)
             async with snapshot.fork(name, keep_disks=True) as copy:
                 assert await copy.status() == "running"
             assert names_of(name) == [f"{name}@{CURRENT}"]
             clean_up(name)
-            assert left() == before, f"file {number}"
+            assert snapshot_paths() == before, f"file {number}"
             if status == 7:
                 break
         else:
@@ -108,11 +108,11 @@ async def test_kept_disks_are_not_replaced(qemu: str, tmp_path: Path) -> None:
         name = fresh_name()
         async with snapshot.fork(name, keep_disks=True):
             pass
-        kept = left()
+        kept = snapshot_paths()
         with pytest.raises(SnapshotExists, match=f"disks of an earlier machine {name}") as caught:
             await snapshot.fork(name, keep_disks=True).__aenter__()
         assert f"vmctl remove-snapshot {name}@{CURRENT}" in caught.value.hint
-        assert left() == kept
+        assert snapshot_paths() == kept
         clean_up(name)
         async with snapshot.fork(name, keep_disks=True):
             pass
@@ -137,9 +137,9 @@ async def test_copies_without_a_given_name_do_not_replace_kept_disks(qemu: str, 
 async def test_a_save_works_after_one_that_was_killed_with_its_qemu(qemu: str, tmp_path: Path) -> None:
     name = fresh_name()
     boot, *paths = (str(make_raw(tmp_path / each)) for each in ("boot", "one", "two"))
-    before = left()
+    before = snapshot_paths()
     assert await run(_SAVE_AND_DIE, name, qemu, boot, *paths) == -signal.SIGKILL
-    assert any(each.endswith(".qcow2") for each in left() - before)
+    assert any(each.endswith(".qcow2") for each in snapshot_paths() - before)
     disks = [Disk(path, bus="virtio-scsi") for path in paths]
     async with idle_machine(qemu, tmp_path, name=name, image=boot, extra_disks=disks) as machine:
         await machine.snapshot("s")
@@ -147,4 +147,4 @@ async def test_a_save_works_after_one_that_was_killed_with_its_qemu(qemu: str, t
         current.close()
         assert {disk.images[0].path for disk in machine.storage} <= set(current.manifest.images.values())
     clean_up(name)
-    assert left() == before
+    assert snapshot_paths() == before

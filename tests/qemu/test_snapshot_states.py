@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.copies import left
+from tests.copies import snapshot_paths
 from tests.qemu.run_states import machine_in, qemu_state
 from tests.qemu.test_snapshots import saved
 from vmspawn.errors import SnapshotBlocked
@@ -31,7 +31,7 @@ _CASES = [pytest.param(each, marks=pytest.mark.soak) if each in _RARE else each 
 
 @pytest.mark.parametrize("state", _CASES)
 async def test_a_state_is_refused_with_a_reason(state: str, qemu: str, tmp_path: Path) -> None:
-    before = left()
+    before = snapshot_paths()
     async with machine_in(state, qemu, tmp_path) as machine:
         # The events of the way into the state come before the reply.
         await machine.monitor.execute("query-status")
@@ -43,7 +43,7 @@ async def test_a_state_is_refused_with_a_reason(state: str, qemu: str, tmp_path:
             # Nothing was paused, and nothing resumed.
             events.close()
             assert not [event.name async for event in events if event.name in ("STOP", "RESUME", "MIGRATION")]
-    assert left() == before
+    assert snapshot_paths() == before
 
 
 @pytest.mark.parametrize("state", ["running", "paused"])

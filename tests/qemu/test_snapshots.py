@@ -14,7 +14,7 @@ import pytest
 from tests import ovmf
 from tests.commands import vmctl
 from tests.conftest import make_qcow2, make_raw
-from tests.copies import inner, left, locked
+from tests.copies import inner, is_part_of_snapshot, snapshot_paths
 from tests.machines import Machine, fresh_name, idle_machine, links_of
 from tests.qemu.qmp_fixtures import wait_until
 from vmspawn import Disk, Snapshot, connect
@@ -102,7 +102,7 @@ async def test_a_copy_has_the_disk_at_its_place_and_can_detach_it(
                     await copy.detach("disk")
                     assert not await mentions(copy, path)
             assert await mentions(machine, path)
-            assert locked(path)
+            assert is_part_of_snapshot(path)
         assert [each.disk.name for each in await machine.disks()][-1] == "disk"
 
 
@@ -128,9 +128,9 @@ async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_use_them(qe
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
         async with saved(machine) as first:
-            before = left()
+            before = snapshot_paths()
             async with first.fork() as copy:
-                assert left() == before
+                assert snapshot_paths() == before
                 second = await copy.snapshot()
                 assert not [each for each in snapshot_files.names() if each == f"{copy.name}@{directory.CURRENT}"]
                 async with second.fork() as third:
@@ -139,7 +139,7 @@ async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_use_them(qe
                     assert [image.path for image in disk.images[0].chain][-1] == str(path)
                     assert len(disk.images[0].chain) == 3
             await second.remove()
-            assert left() == before
+            assert snapshot_paths() == before
 
 
 async def test_kept_disks_are_the_copys_newest_and_start_again(qemu: str, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ async def test_names_are_taken_once(qemu: str, tmp_path: Path) -> None:
 
 async def test_objects_of_sessions_block_a_save(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
-        before = left()
+        before = snapshot_paths()
         async with machine.qmp() as qmp:
             await qmp.execute("device_add", {"driver": "virtio-rng-pci", "id": "theirs", "bus": "port3"})
             with pytest.raises(SnapshotBlocked, match="device theirs"):
@@ -355,7 +355,7 @@ async def test_objects_of_sessions_block_a_save(qemu: str, tmp_path: Path) -> No
             await qmp.execute("object-add", {"qom-type": "iothread", "id": "mine"})
             with pytest.raises(SnapshotBlocked, match="object mine"):
                 await machine.snapshot()
-        assert left() == before
+        assert snapshot_paths() == before
 
 
 async def test_disks_that_block_are_named(qemu: str, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
         done = await run("detach-disk", machine.name, "disk")
         assert f"the newest data is in {newest}; it is written to {path}" in done
     assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
-    assert not locked(path)
+    assert not is_part_of_snapshot(path)
 
 
 async def test_the_methods_of_the_control_socket(qemu: str, tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ async def test_overlays_that_cannot_be_written_are_reported_and_written_later(qe
     done = await asyncio.to_thread(vmctl, "remove-snapshot", current.name)
     assert (done.returncode, f"the disks of {machine.name} stay on overlays" in done.stderr) == (1, True)
     moved.rename(path)
-    assert locked(path)
+    assert is_part_of_snapshot(path)
     await current.remove()
     assert path.read_bytes()[:4096] == bytes([1]) * 4096
     assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
@@ -579,4 +579,4 @@ async def test_copies_start_after_their_source_has_ended(qemu: str, tmp_path: Pa
     await snapshot.remove()
     # What the source wrote later is on its disk again.
     assert path.read_bytes()[:4096] == b"\1" * 4096
-    assert not locked(path)
+    assert not is_part_of_snapshot(path)
