@@ -74,8 +74,8 @@ class BoxError(Exception):
     """The box could not be made or booted. The message has the reason."""
 
 
-def why_not() -> str:
-    """Return why a box cannot run on this host, or an empty string."""
+def reason_unavailable() -> str:
+    """Return the reason why a box cannot run on this host, or an empty string."""
     if os.geteuid() != 0:
         return "the box needs root"
     for program in ("unshare", "nsenter", "setpriv", "chroot", "mount"):
@@ -170,7 +170,7 @@ class Box:
     """A booted box. Owns the process that holds its namespaces; `close` ends all processes in it."""
 
     def __init__(self) -> None:
-        if reason := why_not():
+        if reason := reason_unavailable():
             raise BoxError(reason)
         self._python = _python_packages()
         self._state = Path(tempfile.mkdtemp(prefix="vmspawn-box-"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.box import Box, why_not
+from tests.interop.box import Box, reason_unavailable
 from tests.interop.machines import BoxedMachine
 
 
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def box() -> Iterator[Box]:
     """Boot a box. Skips the test with the reason if that is impossible."""
-    if reason := why_not():
+    if reason := reason_unavailable():
         pytest.skip(reason)
     with Box() as booted:
         booted.take_guest()
