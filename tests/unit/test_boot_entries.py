@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vmspawn.cli.spawn.main import parse
+from tests.spawn_config import parse_config
 from vmspawn.errors import StartError, UsageError
 from vmspawn.images import named_images
 from vmspawn.images.boot_entries import Entry, find
@@ -59,8 +59,8 @@ def test_a_name_alone_stands_for_an_image_or_a_directory(tmp_path: Path, monkeyp
     monkeypatch.setattr(named_images, "places", lambda: [str(tmp_path / "first"), str(tmp_path / "second")])
     (image,) = touch(tmp_path, "second/a.raw")
     (tmp_path / "first" / "b").mkdir(parents=True)
-    assert parse(["-M", "a"])[0].image == image
-    config, _ = parse(["-M", "b"])
+    assert parse_config(["-M", "a"]).image == image
+    config = parse_config(["-M", "b"])
     assert (config.directory, config.name) == (str(tmp_path / "first" / "b"), "b")
     with pytest.raises(UsageError, match="nothing to boot: no image is named c"):
-        parse(["-M", "c"])
+        parse_config(["-M", "c"])

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.refusals import refused
+from tests.spawn_config import parse_config
 from vmspawn.boot import cloud_init
 from vmspawn.boot.config import MachineConfig
-from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import NotInstalled, StartError
 from vmspawn.host import runtime
 from vmspawn.host.runtime import MachineDirectory
@@ -121,11 +121,11 @@ def test_an_error_names_the_package_that_is_not_installed(
 
 def test_the_value_of_the_option_follows_an_equals_sign() -> None:
     """The word after an option without an equals sign is a kernel argument."""
-    config = parse(["--image=/x", "--cloud-init", "quiet"])[0]
+    config = parse_config(["--image=/x", "--cloud-init", "quiet"])
     assert (config.cloud_init, config.kernel_arguments, config.pass_ssh_key) == ("", ("quiet",), True)
-    config = parse(["--image=/x", "--cloud-init=data", "--pass-ssh-key=no"])[0]
+    config = parse_config(["--image=/x", "--cloud-init=data", "--pass-ssh-key=no"])
     assert (config.cloud_init, config.pass_ssh_key, config.forwards) == ("data", False, ())
-    assert parse(["--image=/x"])[0].cloud_init is None
+    assert parse_config(["--image=/x"]).cloud_init is None
     for options in (["--guest=builtin"], ["--linux=/x"]):
         with refused("^--cloud-init= needs an image"):
-            parse([*options, "--cloud-init"])
+            parse_config([*options, "--cloud-init"])

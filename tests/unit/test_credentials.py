@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.refusals import refused
+from tests.spawn_config import parse_config
 from vmspawn.boot import credentials, smbios
 from vmspawn.boot.credentials import Credential, load
 from vmspawn.boot.extras import Owned
 from vmspawn.cli.credentials import parse_load, parse_set, unescape
-from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError, UsageError
 
 
@@ -57,7 +57,7 @@ def test_invalid_credentials_are_refused(text: str) -> None:
 
 def test_two_credentials_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="two credentials named a"):
-        parse(["--guest=builtin", "--set-credential=a:1", "--set-credential=a:2"])
+        parse_config(["--guest=builtin", "--set-credential=a:1", "--set-credential=a:2"])
 
 
 def test_a_credential_is_loaded_from_a_file(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 from tests.conftest import MIB
 from tests.refusals import refused
 from tests.small_disks import PAGE, small_disk
+from tests.spawn_config import parse_config
 from vmspawn.boot import firmware, nvram, uefi
 from vmspawn.boot.firmware import Blob, FirmwareWish
-from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError
 
 
@@ -130,7 +130,7 @@ def test_a_descriptor_that_the_user_names_must_fit(folders: tuple[Path, Path]) -
     ],
 )
 def test_firmware_options_are_parsed(arguments: list[str], wish: FirmwareWish) -> None:
-    config, _ = parse(["--image=/x", *arguments])
+    config = parse_config(["--image=/x", *arguments])
     assert config.firmware == wish
 
 
@@ -148,7 +148,7 @@ def test_firmware_options_are_parsed(arguments: list[str], wish: FirmwareWish) -
 )
 def test_contradictory_firmware_options_are_refused_with_a_hint(arguments: list[str], message: str) -> None:
     with refused(message) as caught:
-        parse(["--image=/x", *arguments])
+        parse_config(["--image=/x", *arguments])
     assert caught.value.hint
 
 
@@ -169,9 +169,9 @@ def test_uefi_is_not_asked_to_start_a_kernel_that_it_cannot_start(
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"no PE image")
     with refused(f"--.* needs UEFI, which cannot start {kernel}: it is not a PE image") as caught:
-        uefi.choose(parse([f"--linux={kernel}", option])[0], "x86_64", print)
+        uefi.choose(parse_config([f"--linux={kernel}", option]), "x86_64", print)
     assert caught.value.hint
-    assert uefi.choose(parse([f"--linux={kernel}"])[0], "x86_64", print) is None
+    assert uefi.choose(parse_config([f"--linux={kernel}"]), "x86_64", print) is None
 
 
 #: A kernel for x86 that is a PE image too, and an EFI program that is not a Linux kernel.
@@ -185,10 +185,10 @@ def test_a_kernel_that_qemu_can_start_is_started_by_uefi_only_on_request(
     descriptor(folders[1] / "50-a.json")
     kernel = tmp_path / "kernel"
     kernel.write_bytes(LINUX)
-    directly = parse([f"--linux={kernel}", "--set-credential=a:b"])[0]
+    directly = parse_config([f"--linux={kernel}", "--set-credential=a:b"])
     assert uefi.choose(directly, "x86_64", print) is None
-    assert uefi.choose(parse([f"--linux={kernel}", "--firmware=uefi"])[0], "x86_64", print) is not None
-    assert uefi.choose(parse(["--image=/x"])[0], "x86_64", print) is not None
+    assert uefi.choose(parse_config([f"--linux={kernel}", "--firmware=uefi"]), "x86_64", print) is not None
+    assert uefi.choose(parse_config(["--image=/x"]), "x86_64", print) is not None
 
 
 def test_options_that_need_uefi_choose_uefi(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -198,32 +198,32 @@ def test_options_that_need_uefi_choose_uefi(folders: tuple[Path, Path], tmp_path
     kernel = tmp_path / "kernel"
     kernel.write_bytes(LINUX)
     virt = ["--machine-type=virt", f"--linux={kernel}"]
-    assert uefi.choose(parse(virt)[0], "aarch64", print) is None
+    assert uefi.choose(parse_config(virt), "aarch64", print) is None
     for option in ("--set-credential=a:b", "--smbios11=x", "--bind=/tmp"):
-        assert uefi.choose(parse([*virt, option])[0], "aarch64", print) is not None
+        assert uefi.choose(parse_config([*virt, option]), "aarch64", print) is not None
 
 
 def test_an_efi_program_needs_uefi(folders: tuple[Path, Path], tmp_path: Path) -> None:
     program = tmp_path / "shell.efi"
     program.write_bytes(EFI_PROGRAM)
     with pytest.raises(StartError, match="no UEFI firmware") as missing:
-        uefi.choose(parse([f"--linux={program}"])[0], "x86_64", print)
+        uefi.choose(parse_config([f"--linux={program}"]), "x86_64", print)
     assert missing.value.hint == "install it (Debian: ovmf, Fedora: edk2-ovmf)"
     with refused(f"{program} is an EFI program, which --firmware=none cannot start"):
-        uefi.choose(parse([f"--linux={program}", "--firmware=none"])[0], "x86_64", print)
+        uefi.choose(parse_config([f"--linux={program}", "--firmware=none"]), "x86_64", print)
     descriptor(folders[1] / "50-a.json")
-    assert uefi.choose(parse([f"--linux={program}"])[0], "x86_64", print) is not None
+    assert uefi.choose(parse_config([f"--linux={program}"]), "x86_64", print) is not None
 
 
 def test_a_file_for_the_variables_requires_uefi(folders: tuple[Path, Path]) -> None:
-    config, _ = parse(["--guest=builtin", "--efi-nvram-state=/s"])
+    config = parse_config(["--guest=builtin", "--efi-nvram-state=/s"])
     with pytest.raises(StartError, match="no UEFI firmware"):
         uefi.choose(config, "x86_64", print)
     descriptor(folders[1] / "50-a.json")
     found = uefi.choose(config, "x86_64", print)
     assert found is not None
     assert found.executable.path == "/50-a.fd"
-    assert uefi.choose(parse(["--guest=builtin"])[0], "x86_64", print) is None
+    assert uefi.choose(parse_config(["--guest=builtin"]), "x86_64", print) is None
 
 
 def test_the_variables_are_kept_beside_the_image_unless_they_end_with_the_machine(tmp_path: Path) -> None:

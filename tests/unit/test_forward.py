@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.spawn_config import parse_config
 from vmspawn.api.options import to_forward
 from vmspawn.boot.config import MachineConfig
 from vmspawn.boot.config import check_config as check
-from vmspawn.cli.spawn.main import parse as parse_command
 from vmspawn.errors import UsageError
 from vmspawn.host import ports
 from vmspawn.network.forward import Forward, parse, parse_host
@@ -76,7 +76,7 @@ def test_a_number_is_the_guests_port() -> None:
 
 
 def test_a_forward_enables_the_network() -> None:
-    config, _ = parse_command(["--guest=builtin", "--forward=8080:80", "--forward=0:53/udp"])
+    config = parse_config(["--guest=builtin", "--forward=8080:80", "--forward=0:53/udp"])
     assert config.forwards == (Forward(80, 8080), Forward(53, 0, protocol="udp"))
     assert config.has_network
     assert not check(MachineConfig(guest="builtin")).has_network

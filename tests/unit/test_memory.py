@@ -6,10 +6,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.spawn_config import parse_config
 from vmspawn.boot import memory
 from vmspawn.boot.config import MachineConfig, check_config
 from vmspawn.boot.extras import Owned
-from vmspawn.cli.spawn.main import parse
 from vmspawn.errors import StartError, UsageError
 
 
@@ -30,7 +30,7 @@ def test_memory_that_does_not_fit_is_refused() -> None:
 
 
 def test_memory_is_anonymous_unless_a_file_is_requested() -> None:
-    assert parse(["--guest=builtin"])[0].ram_backing == "anonymous"
-    assert parse(["--guest=builtin", "--ram-backing=file"])[0].ram_backing == "file"
+    assert parse_config(["--guest=builtin"]).ram_backing == "anonymous"
+    assert parse_config(["--guest=builtin", "--ram-backing=file"]).ram_backing == "file"
     with pytest.raises(UsageError, match="ram_backing='swap' is not known"):
         check_config(MachineConfig(guest="builtin", ram_backing="swap"))

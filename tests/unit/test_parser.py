@@ -8,6 +8,7 @@ import pytest
 
 import vmspawn.cli.ctl.main as vmctl
 import vmspawn.cli.spawn.main as vmspawn_command
+from tests.spawn_config import parse_config
 from vmspawn.cli.parser import Parser, _options, _verbs
 
 #: The verbs without the hidden ones, which completion scripts call.
@@ -76,10 +77,10 @@ def test_everything_after_two_dashes_is_an_argument(verb: str) -> None:
 def test_options_end_at_the_arguments_of_a_command() -> None:
     found = vmctl.build_parser().parse_args(["qmp", "a", "--read-only", "b", "x=1", "--read-only", "--", "-q"])
     assert (found.read_only, found.quiet, found.arguments) == (True, False, ["x=1", "--read-only", "--", "-q"])
-    config, quiet = vmspawn_command.parse(["--guest=builtin", "-q", "ro", "--quiet", "--nosuch=1", "--"])
-    assert (quiet, config.kernel_arguments) == (True, ("ro", "--quiet", "--nosuch=1", "--"))
-    config, _ = vmspawn_command.parse(["--guest=builtin", "--", "--verbose"])
-    assert config.kernel_arguments == ("--verbose",)
+    arguments = ["--guest=builtin", "-q", "ro", "--quiet", "--nosuch=1", "--"]
+    assert vmspawn_command.build_parser().parse_args(arguments).quiet
+    assert parse_config(arguments).kernel_arguments == ("ro", "--quiet", "--nosuch=1", "--")
+    assert parse_config(["--guest=builtin", "--", "--verbose"]).kernel_arguments == ("--verbose",)
 
 
 def test_the_options_of_a_verb_that_runs_a_command_end_at_the_command() -> None:
@@ -125,7 +126,7 @@ def test_a_mistake_gets_a_line_and_a_hint(
 @pytest.mark.parametrize("argument", ["--nosuch=a b", "-Z a b", "--no such"])
 def test_an_unknown_option_is_never_a_kernel_argument(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        vmspawn_command.parse(["--guest=builtin", argument])
+        parse_config(["--guest=builtin", argument])
     assert capsys.readouterr().err.startswith("vmspawn: unknown option -")
 
 
@@ -142,13 +143,15 @@ def test_no_option_can_be_abbreviated(verb: str, capsys: pytest.CaptureFixture[s
 
 def test_a_value_that_begins_with_a_dash_follows_an_equals_sign_or_contains_a_space() -> None:
     for arguments in (["--qemu-arg=-x"], ["--qemu-arg=-x y"], ["--qemu-arg", "-x y"]):
-        config, _ = vmspawn_command.parse(["--guest=builtin", *arguments])
+        config = parse_config(["--guest=builtin", *arguments])
         assert config.qemu_arguments[0].startswith("-x")
 
 
 def test_short_options_can_be_joined() -> None:
-    config, quiet = vmspawn_command.parse(["-qxM", "name", "-i/image"])
-    assert (quiet, config.ephemeral, config.name, config.image) == (True, True, "name", "/image")
+    arguments = ["-qxM", "name", "-i/image"]
+    config = parse_config(arguments)
+    assert vmspawn_command.build_parser().parse_args(arguments).quiet
+    assert (config.ephemeral, config.name, config.image) == (True, "name", "/image")
 
 
 def test_help_has_each_verb_once_under_a_heading(capsys: pytest.CaptureFixture[str]) -> None:

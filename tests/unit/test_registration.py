@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.refusals import refused
-from vmspawn.cli.spawn.main import parse
+from tests.spawn_config import parse_config
 from vmspawn.cli.values import boolean
 from vmspawn.errors import StartError, UsageError
 from vmspawn.host import machined, scope
@@ -24,7 +24,7 @@ def no_path() -> Iterator[None]:
 
 
 def registration(*arguments: str) -> Registration:
-    config, _ = parse(["--guest=builtin", *arguments])
+    config = parse_config(["--guest=builtin", *arguments])
     return config.registration
 
 

@@ -3,9 +3,9 @@
 
 import pytest
 
+from tests.spawn_config import parse_config
 from vmspawn.boot.shares import Share, fstab
 from vmspawn.cli.spawn.directories import parse_share
-from vmspawn.cli.spawn.main import parse as parse_arguments
 from vmspawn.errors import UsageError
 from vmspawn.helpers.virtiofsd import Virtiofsd
 
@@ -30,7 +30,7 @@ def test_invalid_binds_are_refused(text: str) -> None:
 
 
 def test_binds_keep_their_order_and_their_mode() -> None:
-    config, _ = parse_arguments(["--image=/x", "--bind-ro=/a", "--bind=/b:/c d"])
+    config = parse_config(["--image=/x", "--bind-ro=/a", "--bind=/b:/c d"])
     assert config.binds == (Share("/a", "/a", True), Share("/b", "/c d"))
     assert fstab(config.binds) == b"mnt0 /a virtiofs ro,x-initrd.mount\nmnt1 /c\\040d virtiofs rw,x-initrd.mount\n"
 
@@ -45,7 +45,7 @@ def test_binds_keep_their_order_and_their_mode() -> None:
 )
 def test_contradictory_options_are_refused_with_a_hint(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        parse_arguments(arguments)
+        parse_config(arguments)
     assert caught.value.hint
 
 

@@ -4,10 +4,11 @@
 import pytest
 
 from tests.refusals import refused
+from tests.spawn_config import parse_config
 from vmspawn.boot.memory import Growth, size_argument
 from vmspawn.cli.spawn import unsupported_options
 from vmspawn.cli.spawn.disks import without_effect
-from vmspawn.cli.spawn.main import build_parser, configure, parse
+from vmspawn.cli.spawn.main import build_parser, configure
 from vmspawn.errors import UsageError, VmspawnError
 from vmspawn.images import snapshot_files
 from vmspawn.version import VERSION
@@ -24,7 +25,7 @@ GIB = 1 << 30
     ],
 )
 def test_ram_has_a_size_a_maximum_and_slots(text: str, size: int, growth: Growth | None, argument: str) -> None:
-    config, _ = parse(["--guest=builtin", f"--ram={text}"])
+    config = parse_config(["--guest=builtin", f"--ram={text}"])
     assert (config.ram, config.ram_growth) == (size, growth)
     assert size_argument(size, growth) == argument
 
@@ -32,7 +33,7 @@ def test_ram_has_a_size_a_maximum_and_slots(text: str, size: int, growth: Growth
 @pytest.mark.parametrize("text", ["2G:1G", "1G:1G", "1G:2G:0", "1G:2G:257", "1G:2G:x", "1G:2G:1:1", ":1G", "1G:"])
 def test_invalid_ram_is_refused(text: str) -> None:
     with refused("--ram="):
-        parse(["--guest=builtin", f"--ram={text}"])
+        parse_config(["--guest=builtin", f"--ram={text}"])
 
 
 def check_unsupported(*arguments: str) -> list[str]:
@@ -72,38 +73,38 @@ def test_an_unsupported_option_is_refused_in_one_line_with_a_hint(argument: str)
 
 def test_extra_disks_use_the_images_bus_by_default() -> None:
     disks = ("--extra-drive=/a", "--extra-drive=qcow2:/b", "--extra-drive=virtio-blk:/c")
-    config, _ = parse(["--image=/x", *disks, "--image-disk-type=nvme"])
+    config = parse_config(["--image=/x", *disks, "--image-disk-type=nvme"])
     assert [each.bus for each in config.extra_disks] == ["nvme", "nvme", "virtio-blk"]
 
 
 def test_options_without_effect_on_an_optical_image_are_reported() -> None:
     options = ("--ephemeral", "--grow-image=1G", "--discard-disk=no")
-    optical, _ = parse(["--image=/x", *options, "--image-disk-type=scsi-cd"])
+    optical = parse_config(["--image=/x", *options, "--image-disk-type=scsi-cd"])
     assert [line.split()[0] for line in without_effect(optical)] == ["--ephemeral", "--grow-image=", "--discard-disk="]
-    assert not list(without_effect(parse(["--image=/x", *options])[0]))
+    assert not list(without_effect(parse_config(["--image=/x", *options])))
 
 
 def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for option, start in (("--version", f"vmspawn {VERSION}\n"), ("--help", "usage: vmspawn [OPTION…]")):
         with pytest.raises(SystemExit, match="0"):
-            parse([option])
+            parse_config([option])
         assert capsys.readouterr().out.startswith(start)
 
 
 @pytest.mark.parametrize(("text", "kvm"), [("yes", "yes"), ("1", "yes"), ("off", "no"), ("auto", "auto"), ("", "auto")])
 def test_kvm_is_one_of_systemds_booleans_or_auto(text: str, kvm: str) -> None:
-    assert parse(["--guest=builtin", f"--kvm={text}"])[0].kvm == kvm
+    assert parse_config(["--guest=builtin", f"--kvm={text}"]).kvm == kvm
 
 
 def test_the_former_names_of_options_are_known() -> None:
     former = ("--qemu-smp=3", "--qemu-mem=1G", "--qemu-kvm=no", "--qemu-vsock=no", "--qemu-gui")
-    config, _ = parse(["--guest=builtin", *former])
+    config = parse_config(["--guest=builtin", *former])
     assert (config.cpus, config.ram, config.kvm, config.console) == (3, GIB, "no", "gui")
     assert check_unsupported("--qemu-vsock=auto")
 
 
 def test_an_empty_path_is_none() -> None:
-    config, _ = parse(["--image=/x", "--linux=", "--initrd=", "--directory=", "--machine="])
+    config = parse_config(["--image=/x", "--linux=", "--initrd=", "--directory=", "--machine="])
     assert (config.linux, config.initrd, config.directory, config.name) == (None, None, None, "x")
 
 
@@ -120,7 +121,7 @@ def test_an_empty_path_is_none() -> None:
 )
 def test_invalid_values_are_refused_with_a_hint(arguments: list[str], message: str) -> None:
     with refused(message) as caught:
-        parse(["--image=/x", *arguments])
+        parse_config(["--image=/x", *arguments])
     assert caught.value.hint
 
 
@@ -136,7 +137,7 @@ def test_invalid_values_are_refused_with_a_hint(arguments: list[str], message: s
 )
 def test_unknown_options_get_a_hint(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        parse(arguments)
+        parse_config(arguments)
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 2
@@ -155,21 +156,21 @@ def test_unknown_options_get_a_hint(arguments: list[str], message: str, capsys: 
     ],
 )
 def test_an_adoption_refuses_options_that_configure_the_start(argument: str, name: str) -> None:
-    parse(["--adopt", "-M", "a", "--console=headless", "--log=/l", "--shutdown-timeout=1", "--quiet"])
+    parse_config(["--adopt", "-M", "a", "--console=headless", "--log=/l", "--shutdown-timeout=1", "--quiet"])
     with pytest.raises(UsageError, match=f"and {name} configures its start"):
-        parse(["--adopt", "-M", "a", argument])
+        parse_config(["--adopt", "-M", "a", argument])
 
 
 def test_several_initrds_are_accepted() -> None:
-    config, _ = parse(["--linux=/k", "--initrd=/a", "--initrd=/b", "--initrd=/c"])
+    config = parse_config(["--linux=/k", "--initrd=/a", "--initrd=/b", "--initrd=/c"])
     assert (config.initrd, config.more_initrds) == ("/a", ("/b", "/c"))
 
 
 @pytest.mark.parametrize(("text", "discard"), [("yes", True), ("off", False)])
 def test_discard_is_enabled_or_disabled(text: str, discard: bool) -> None:
-    assert parse(["--image=/x", f"--discard-disk={text}"])[0].discard_disk is discard
+    assert parse_config(["--image=/x", f"--discard-disk={text}"]).discard_disk is discard
     with pytest.raises(UsageError, match="--discard-disk=maybe is neither yes nor no"):
-        parse(["--image=/x", "--discard-disk=maybe"])
+        parse_config(["--image=/x", "--discard-disk=maybe"])
 
 
 #: Values that users should not write, but that scripts do.

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.refusals import refused
+from tests.spawn_config import parse_config
 from vmspawn import MachineConfig
 from vmspawn.boot import shares, smbios
 from vmspawn.boot.config import check_config
 from vmspawn.boot.credentials import Credential
 from vmspawn.boot.plan import _credentials
 from vmspawn.boot.shares import Share
-from vmspawn.cli.spawn.main import parse
 from vmspawn.network.forward import Forward
 from vmspawn.network.openssh import Access, access_of
 
@@ -93,18 +93,18 @@ def test_ssh_connects_through_the_forward_to_the_server() -> None:
 
 def test_a_key_adds_a_forward_to_the_server() -> None:
     options = ["--image=/x", "--pass-ssh-key=yes"]
-    assert parse(options)[0].forwards == (Forward(22),)
-    assert parse([*options, "--forward=80:80"])[0].forwards == (Forward(80, 80), Forward(22))
-    assert parse([*options, "--forward=2222:22"])[0].forwards == (Forward(22, 2222),)
-    assert not parse(["--image=/x", "--pass-ssh-key=no"])[0].forwards
-    config = parse([*options, "--ssh-key-type=rsa"])[0]
+    assert parse_config(options).forwards == (Forward(22),)
+    assert parse_config([*options, "--forward=80:80"]).forwards == (Forward(80, 80), Forward(22))
+    assert parse_config([*options, "--forward=2222:22"]).forwards == (Forward(22, 2222),)
+    assert not parse_config(["--image=/x", "--pass-ssh-key=no"]).forwards
+    config = parse_config([*options, "--ssh-key-type=rsa"])
     assert (config.pass_ssh_key, config.ssh_key_type) == (True, "rsa")
 
 
 @pytest.mark.parametrize("more", [(), ("--directory=/", "--directory-rw"), ("--warm",)])
 def test_a_guest_without_a_server_is_refused(more: tuple[str, ...]) -> None:
     with refused("^--pass-ssh-key= .*the built-in guest has none"):
-        parse(["--guest=builtin", "--pass-ssh-key=yes", *more])
+        parse_config(["--guest=builtin", "--pass-ssh-key=yes", *more])
 
 
 def test_the_key_needs_smbios() -> None:

@@ -71,15 +71,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse(arguments: list[str]) -> tuple[MachineConfig, bool]:
-    """Return the configuration that the arguments describe, and whether to be quiet.
-
-    Raises UsageError, or exits as argparse does.
-    """
-    options = build_parser().parse_args(arguments)
-    return configure(options), options.quiet
-
-
 def configure(options: argparse.Namespace) -> MachineConfig:
     """Return the configuration that the options describe. Raises UsageError."""
     if options.adopt:
