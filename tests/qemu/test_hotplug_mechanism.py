@@ -60,14 +60,14 @@ async def check_clean(manager: Manager) -> None:
             await manager.monitor.execute("closefd", {"fdname": f"stream{number}"})
 
 
-async def until_clean(manager: Manager) -> None:
+async def wait_until_clean(manager: Manager) -> None:
     async with asyncio.timeout(DEADLINE):
         while unwinding := [port.unwinding for port in manager.ports if port.unwinding is not None]:
             await asyncio.wait(unwinding)
     await check_clean(manager)
 
 
-async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) -> None:
+async def test_a_port_is_attached_and_detached(manager: Manager, bare: tuple[str, int]) -> None:
     before = len(links_of(bare[1]))
     port = await manager.ports.attach(GUEST_NAME)
     assert port.state is State.ATTACHED
@@ -80,7 +80,9 @@ async def test_a_port_comes_and_goes(manager: Manager, bare: tuple[str, int]) ->
 
 
 @pytest.mark.parametrize("way", ["disconnect", "detach"])
-async def test_streams_come_and_go(manager: Manager, bare: tuple[str, int], way: str) -> None:
+async def test_streams_are_closed_by_a_disconnect_or_a_detach(
+    manager: Manager, bare: tuple[str, int], way: str
+) -> None:
     before = len(links_of(bare[1]))
     ports = [await manager.ports.attach(name) for name in (GUEST_NAME, "another")]
     for _ in range(3):
@@ -114,13 +116,13 @@ async def test_a_detached_port_cannot_be_connected(manager: Manager, bare: tuple
     assert len(links_of(bare[1])) == before
 
 
-async def test_a_refused_port_leaves_nothing(manager: Manager) -> None:
-    # Another client has made a character device by the name that vmspawn will use next.
+async def test_a_refused_port_leaves_nothing_behind(manager: Manager) -> None:
+    # Another client has made a character device with the name that vmspawn will use next.
     await manager.monitor.execute("chardev-add", {"id": "stream0", "backend": {"type": "null", "data": {}}})
     with pytest.raises(QmpError, match="chardev-add"):
         await manager.ports.attach(GUEST_NAME)
-    # vmspawn removes the object, because it has vmspawn's name.
-    await until_clean(manager)
+    # When vmspawn undoes the attach, it removes the other client's device too, because the names are the same.
+    await wait_until_clean(manager)
     one = await manager.ports.attach(GUEST_NAME)
     with pytest.raises(QmpError, match="A port already exists by name"):
         await manager.ports.attach(GUEST_NAME)
@@ -132,34 +134,32 @@ async def test_a_refused_port_leaves_nothing(manager: Manager) -> None:
     await check_clean(manager)
 
 
-async def test_a_port_that_a_client_removes_is_undone(manager: Manager) -> None:
+async def test_a_port_that_a_client_unplugs_leaves_nothing_behind(manager: Manager) -> None:
     port = await manager.ports.attach(GUEST_NAME)
     await manager.monitor.execute("device_del", {"id": port.device})
     async with asyncio.timeout(DEADLINE):
         await port.gone.wait()
-    await until_clean(manager)
+    await wait_until_clean(manager)
 
 
-async def test_a_cancelled_attach_leaves_nothing(manager: Manager) -> None:
+async def test_a_cancelled_attach_leaves_nothing_behind(manager: Manager) -> None:
     task = asyncio.create_task(manager.ports.attach(GUEST_NAME))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await until_clean(manager)
+    await wait_until_clean(manager)
 
 
 @pytest.mark.parametrize("operation", ["attach", "connect", "detach"])
-async def test_a_port_is_whole_or_undone_after_its_manager_died_at_any_point(
-    bare: tuple[str, int], operation: str
-) -> None:
+async def test_a_port_is_complete_or_absent_wherever_the_manager_dies(bare: tuple[str, int], operation: str) -> None:
     name, _ = bare
     outcomes = set()
     for point in range(1, POINTS_MAX):
         if operation != "attach":
             async with managed(name) as manager:
                 await manager.ports.attach(GUEST_NAME)
-        outcome = await asyncio.to_thread(order, name, operation, point)
+        outcome = await asyncio.to_thread(run_and_die, name, operation, point)
         async with managed(name) as manager:
             # The port is complete, or nothing of it is left.
             for port in list(manager.ports):
@@ -170,14 +170,15 @@ async def test_a_port_is_whole_or_undone_after_its_manager_died_at_any_point(
                     assert await manager.ports.detach(port)
                 else:
                     outcomes.add("undone")
-            await until_clean(manager)
+            await wait_until_clean(manager)
         if outcome == "finished":
             assert outcomes == ({"whole"} if operation == "connect" else {"whole", "undone"})
             return
         assert outcome == "died"
-    raise AssertionError(f"{operation} never came to its end")
+    raise AssertionError(f"{operation} has more than {POINTS_MAX - 1} points")
 
 
-def order(name: str, operation: str, point: int) -> str:
+def run_and_die(name: str, operation: str, point: int) -> str:
+    """Do an operation in a manager that dies at a point. Returns `died` or `finished`."""
     command = [sys.executable, "-m", "tests.ports", name, operation, str(point)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip()

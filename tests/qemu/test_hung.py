@@ -31,7 +31,7 @@ def stopped(orphan: Survivor) -> Survivor:
 
 
 def test_a_stopped_qemu_is_not_adopted(stopped: Survivor) -> None:
-    """Its sockets may accept connections or not: a few attempts fill their queues."""
+    """The first attempts connect to QEMU's sockets. They fill the sockets' queues, so later attempts cannot connect."""
     for _ in range(6):
         done = vmspawn("--adopt", "-M", stopped.name)
         assert done.returncode == 1
@@ -49,7 +49,7 @@ def test_a_stopped_qemu_without_a_manager_is_ended(stopped: Survivor) -> None:
     assert is_gone(stopped.name)
 
 
-def test_a_qemu_without_a_manager_is_ended_in_order(orphan: Survivor) -> None:
+def test_a_running_qemu_without_a_manager_is_ended(orphan: Survivor) -> None:
     done = vmctl("terminate", orphan.name, "--wait")
     assert done.returncode == 0
     assert process_is_gone(orphan.pid)
@@ -114,7 +114,7 @@ def test_a_verb_obeys_its_timeout_if_the_manager_is_stopped(machine: Spawned, ar
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_verb_names_the_state_of_a_stopped_qemu(machine: Spawned, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_a_verb_reports_that_qemu_is_stopped(machine: Spawned, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     image = make_raw(tmp_path / "disk.raw", 1 << 20)
     pid = qemu_pid(machine.name)
     os.kill(pid, signal.SIGSTOP)
@@ -142,7 +142,7 @@ def test_a_verb_that_waits_for_the_guest_obeys_its_timeout(machine: Spawned, arg
 
 
 @pytest.mark.soak
-def test_sessions_work_again_once_a_stopped_qemu_goes_on(machine: Spawned) -> None:
+def test_sessions_work_again_once_a_stopped_qemu_continues(machine: Spawned) -> None:
     pid = qemu_pid(machine.name)
     os.kill(pid, signal.SIGSTOP)
     for _ in range(2):

@@ -29,7 +29,7 @@ main()
 
 def test_a_manager_loads_nothing_large_that_it_can_do_without(qemu: str, tmp_path: Path) -> None:
     try:
-        # The first use of a source tree compiles the agent, which takes more.
+        # A manager that has to compile the agent, as at the first use of a source tree, loads more modules.
         build("x86_64")
     except StartError as error:
         pytest.skip(f"no agent: {error}")

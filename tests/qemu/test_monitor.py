@@ -23,30 +23,31 @@ async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
         yield machine
 
 
-def node(name: str) -> Command:
+def add_node(name: str) -> Command:
     return Command("blockdev-add", {"driver": "null-co", "node-name": name})
 
 
-def node_gone(name: str) -> Command:
+def remove_node(name: str) -> Command:
     return Command("blockdev-del", {"node-name": name})
 
 
 async def test_commands_sent_together_run_in_order(machine: Machine) -> None:
     """Each command depends on the one before it."""
     raw = Command("blockdev-add", {"driver": "raw", "node-name": "above", "file": "below"})
-    results = await machine.monitor.execute_all([node("below"), raw, node_gone("above"), node_gone("below")])
+    results = await machine.monitor.execute_all([add_node("below"), raw, remove_node("above"), remove_node("below")])
     assert results == [{}, {}, {}, {}]
 
 
-async def test_one_that_fails_does_not_stop_the_others(machine: Machine) -> None:
-    results = await machine.monitor.execute_all([node("one"), node("one"), Command("no-such"), node_gone("one")])
+async def test_a_command_that_fails_does_not_stop_the_others(machine: Machine) -> None:
+    commands = [add_node("one"), add_node("one"), Command("no-such"), remove_node("one")]
+    results = await machine.monitor.execute_all(commands)
     assert [isinstance(result, QmpError) for result in results] == [False, True, True, False]
     assert "one" in results[1].description
     assert (results[2].command, results[2].error_class) == ("no-such", "CommandNotFound")
 
 
 async def test_each_descriptor_comes_with_its_own_command(machine: Machine, tmp_path: Path) -> None:
-    """QEMU closes the unneeded descriptors of one sendmsg."""
+    """If one sendmsg passes several descriptors, QEMU keeps the first and closes the others."""
     paths = [tmp_path / name for name in ("first", "second")]
     files = []
     for path in paths:
@@ -66,7 +67,7 @@ async def test_each_descriptor_comes_with_its_own_command(machine: Machine, tmp_
 
 
 async def test_callers_get_the_replies_to_their_own_commands(machine: Machine) -> None:
-    """Some callers are cancelled before their reply."""
+    """Some callers are cancelled before their replies come."""
 
     async def ask(number: int) -> object:
         return await machine.monitor.execute("query-version" if number % 2 else "query-name")
@@ -84,8 +85,8 @@ async def test_callers_get_the_replies_to_their_own_commands(machine: Machine) -
             assert ("qemu" in result) == bool(number % 2)
 
 
-async def test_the_next_client_gets_no_reply_of_a_client_that_died(qemu: str, tmp_path: Path) -> None:
-    """A manager may die with commands in flight, and the next one connects to its monitor."""
+async def test_the_next_client_gets_no_reply_to_a_command_of_a_dead_client(qemu: str, tmp_path: Path) -> None:
+    """A manager may die with commands in flight, and the next manager connects to the same monitor."""
     path = str(tmp_path / "monitor")
     async with idle_machine(qemu, tmp_path, qemu_arguments=("-qmp", f"unix:{path},server=on,wait=off")):
         for _ in range(20):

@@ -25,7 +25,7 @@ def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spa
         yield running
 
 
-def test_disks_come_change_and_go(machine: Spawned, tmp_path: Path) -> None:
+def test_disks_are_attached_replaced_listed_and_detached(machine: Spawned, tmp_path: Path) -> None:
     name = machine.name
     (tmp_path / "other").mkdir()
     disk, other = make_raw(tmp_path / f"1{ODD}", 1 << 20), make_raw(tmp_path / "other" / ODD, 1 << 20)
@@ -36,7 +36,7 @@ def test_disks_come_change_and_go(machine: Spawned, tmp_path: Path) -> None:
     table = vmctl("list-disks", name).stdout.splitlines()
     assert len(table) == 3
     assert all(line.isprintable() for line in table)
-    # Programs get the path, except bytes that JSON cannot represent.
+    # JSON has the path itself; only the bytes that JSON cannot represent are escaped.
     paths = [each["path"] for each in json.loads(vmctl("list-disks", name, "--json=short").stdout)]
     assert paths[1] == f"{tmp_path}/other/odd\\xff\n\x1b[31m.img"
     assert vmctl("detach-disk", name, f"1{SPELT}").returncode == 0
@@ -61,7 +61,7 @@ def test_every_verb_takes_the_name_in_both_spellings(machine: Spawned, tmp_path:
         assert (done.returncode, done.stderr) == (0, ""), verb
 
 
-def test_file_names_have_bytes_where_the_locale_knows_none(machine: Spawned, tmp_path: Path) -> None:
+def test_characters_that_the_locale_lacks_are_escaped(machine: Spawned, tmp_path: Path) -> None:
     disk = make_raw(tmp_path / "größe.img", 1 << 20)
     environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
 
@@ -77,7 +77,7 @@ def test_file_names_have_bytes_where_the_locale_knows_none(machine: Spawned, tmp
     assert shown("detach-disk", machine.name, "größe.img") == b"Detached gr\\xf6\\xdfe.img\n"
 
 
-def test_errors_stay_on_their_line(machine: Spawned, tmp_path: Path) -> None:
+def test_an_error_about_an_unusual_name_is_one_line(machine: Spawned, tmp_path: Path) -> None:
     missing = vmctl("attach-disk", machine.name, str(tmp_path / ODD))
     assert one_line(missing, "vmctl") == f"vmctl: cannot attach {tmp_path}/{SPELT}: No such file or directory"
     unknown = vmctl("detach-disk", machine.name, f"2{ODD}")
@@ -86,8 +86,8 @@ def test_errors_stay_on_their_line(machine: Spawned, tmp_path: Path) -> None:
     assert one_line(image, "vmspawn") == f"vmspawn: cannot use --image={tmp_path}/{SPELT}: No such file or directory"
 
 
-def test_kernel_arguments_and_folders_have_bytes(qemu: str, tmp_path: Path) -> None:
-    """The names reach QEMU, which then exits because of another option; but virtiofsd in Rust accepts only UTF-8."""
+def test_options_may_contain_bytes_that_are_not_text(qemu: str, tmp_path: Path) -> None:
+    """QEMU gets the bytes, and exits because of another option. Only a virtiofsd written in Rust refuses them."""
     image = make_raw(tmp_path / "image", 1 << 20)
     (tmp_path / ODD).mkdir()
     options = (f"--image={image}", f"--qemu={qemu}", "--qemu-arg=-nonsense", "--console=headless")
@@ -99,7 +99,7 @@ def test_kernel_arguments_and_folders_have_bytes(qemu: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("program", [VMCTL, VMSPAWN], ids=["vmctl", "vmspawn"])
-def test_an_encoding_that_lacks_characters_of_the_help(program: list[str], encoding: str) -> None:
+def test_characters_of_the_help_that_the_encoding_lacks_are_escaped(program: list[str], encoding: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([*program, "--help"], capture_output=True, env=environment, timeout=DEADLINE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -19,8 +19,8 @@ from tests.machines import fresh_name, is_gone
 
 
 @pytest.fixture
-def orphan(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spawned]:
-    """Run a vmspawn whose package is removed when the machine is up."""
+def machine(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spawned]:
+    """Run a vmspawn whose package is removed once the machine is up."""
     package = tmp_path / "package"
     shutil.copytree(Path(vmspawn.__file__).parent, package / "vmspawn")
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path / "cache"))
@@ -42,8 +42,8 @@ def done(*arguments: str) -> str:
     return found.stdout
 
 
-def test_disks_come_change_and_go(orphan: Spawned, tmp_path: Path) -> None:
-    name, raw, qcow2 = orphan.name, make_raw(tmp_path / "raw"), make_qcow2(tmp_path / "qcow2")
+def test_disks_are_attached_changed_and_detached(machine: Spawned, tmp_path: Path) -> None:
+    name, raw, qcow2 = machine.name, make_raw(tmp_path / "raw"), make_qcow2(tmp_path / "qcow2")
     done("attach-disk", name, str(raw), "--bus=virtio-scsi", "--name=d")
     done("limit-disk", name, "d", "--iops=100")
     done("replace-disk", name, "d", str(qcow2), "--format=qcow2")
@@ -60,15 +60,15 @@ def test_disks_come_change_and_go(orphan: Spawned, tmp_path: Path) -> None:
     assert "package" not in refused.stderr
 
 
-def test_media_come_and_go(orphan: Spawned, tmp_path: Path) -> None:
+def test_media_are_ejected_and_inserted(machine: Spawned, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "iso", 1 << 20)
-    done("attach-disk", orphan.name, "--bus=scsi-cd", "--name=cd", str(image))
-    done("eject-media", orphan.name, "cd")
-    done("insert-media", orphan.name, "cd", str(image))
+    done("attach-disk", machine.name, "--bus=scsi-cd", "--name=cd", str(image))
+    done("eject-media", machine.name, "cd")
+    done("insert-media", machine.name, "cd", str(image))
 
 
-def test_sessions_events_and_the_console(orphan: Spawned) -> None:
-    name = orphan.name
+def test_sessions_events_and_the_console_work(machine: Spawned) -> None:
+    name = machine.name
     with background([*VMCTL, "events", name, "--json=short"], stdout=-1, text=True) as events:
         assert events.stdout is not None
         assert "READY" in events.stdout.readline()
@@ -84,20 +84,20 @@ def test_sessions_events_and_the_console(orphan: Spawned) -> None:
     assert name in done("status", name)
 
 
-def test_qemu_dies_and_is_reported(orphan: Spawned, tmp_path: Path) -> None:
-    os.kill(qemu_pid(orphan.name), signal.SIGKILL)
-    assert orphan.wait() == 1
-    assert "QEMU died of SIGKILL" in orphan.output["stderr"]
-    assert "Traceback" not in orphan.output["stderr"]
+def test_the_death_of_qemu_is_reported(machine: Spawned, tmp_path: Path) -> None:
+    os.kill(qemu_pid(machine.name), signal.SIGKILL)
+    assert machine.wait() == 1
+    assert "QEMU died of SIGKILL" in machine.output["stderr"]
+    assert "Traceback" not in machine.output["stderr"]
     (report,) = (tmp_path / "cache" / "reports").iterdir()
-    assert str(report) in orphan.output["stderr"]
-    assert is_gone(orphan.name)
+    assert str(report) in machine.output["stderr"]
+    assert is_gone(machine.name)
 
 
-def test_the_guest_is_asked_to_power_off_and_ended(orphan: Spawned) -> None:
-    done("poweroff", orphan.name)
-    orphan.signal(signal.SIGTERM)
-    orphan.wait_for("asked the guest to power off")
-    orphan.signal(signal.SIGTERM)
-    assert orphan.wait() == 0
-    assert "Traceback" not in orphan.output["stderr"]
+def test_sigterm_asks_the_guest_to_power_off_and_then_ends_the_machine(machine: Spawned) -> None:
+    done("poweroff", machine.name)
+    machine.signal(signal.SIGTERM)
+    machine.wait_for("asked the guest to power off")
+    machine.signal(signal.SIGTERM)
+    assert machine.wait() == 0
+    assert "Traceback" not in machine.output["stderr"]

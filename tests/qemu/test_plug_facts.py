@@ -38,7 +38,7 @@ def test_q35_takes_no_device_on_its_root_bus(q35: Monitor, driver: str, bus: dic
 
 
 def test_a_port_that_is_in_use_refuses_a_device_at_slot_0(q35: Monitor) -> None:
-    """Without `addr`, QEMU 7.2 accepts it and the guest loses both devices."""
+    """Without `addr`, QEMU 7.2 accepts the second device, and the guest loses both."""
     q35.succeed("device_add", driver="virtio-rng-pci", id="d0", bus="port0", addr="0x0")
     assert q35.fail("device_add", driver="virtio-rng-pci", id="d1", bus="port0", addr="0x0") == (
         "PCI: slot 0 function 0 not available for virtio-rng-pci, in use by virtio-rng-pci,id=d0"
@@ -95,7 +95,7 @@ def test_a_target_that_is_in_use_is_refused(q35: Monitor, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("machine_type", ["q35", "pc"])
-def test_a_scsi_disk_goes_without_the_guest(qemu: str, tmp_path: Path, machine_type: str) -> None:
+def test_a_scsi_disk_is_removed_without_the_guest(qemu: str, tmp_path: Path, machine_type: str) -> None:
     """There is one event, with `device`; the node can be removed after it."""
     with bare(qemu, machine_type) as monitor:
         monitor.add_file(make_raw(tmp_path / "image", MIB), "n0")
@@ -118,7 +118,7 @@ def test_a_request_before_the_guest_has_run_is_stuck_until_a_reset(q35: Monitor,
     q35.succeed("blockdev-del", node_name="n0")
 
 
-def test_a_device_that_is_gone_is_not_found(q35: Monitor) -> None:
+def test_a_device_that_does_not_exist_is_not_found(q35: Monitor) -> None:
     reply = q35.run("device_del", id="d0")
     assert reply["error"] == {"class": "DeviceNotFound", "desc": "Device 'd0' not found"}
 
@@ -148,7 +148,7 @@ def test_namespaces_can_be_plugged_in_where_their_bus_has_a_handler(qemu: str, t
 # Serial ports.
 
 
-def test_a_serial_port_comes_and_goes_without_the_guest(qemu: str) -> None:
+def test_a_serial_port_is_plugged_in_and_unplugged_without_the_guest(qemu: str) -> None:
     """getfd passes the port's socket, and chardev-add consumes the name. The port keeps its chardev busy."""
     ours, theirs = socket.socketpair()
     with ours, theirs, bare(qemu, "q35", "-device", "virtio-serial-pci,id=serial,max_ports=4") as monitor:
@@ -167,7 +167,7 @@ def test_a_serial_port_comes_and_goes_without_the_guest(qemu: str) -> None:
 
 
 def test_a_serial_port_gets_one_socket_after_the_other(qemu: str) -> None:
-    """QEMU closes the earlier socket. The type null closes the last one."""
+    """QEMU closes the socket that another one replaces. With the type null, QEMU only closes the socket."""
     null: dict[str, Any] = {"type": "null", "data": {}}
     with bare(qemu, "q35", "-device", "virtio-serial-pci,id=serial,max_ports=4") as monitor:
         monitor.succeed("chardev-add", id="backend0", backend=null)

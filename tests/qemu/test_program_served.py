@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests vmctl with a program's machine: the machine is served like any other, or vmctl reports that it is not."""
+"""Tests vmctl with a machine that a Python program runs: the program serves it, or vmctl reports that it does not."""
 
 import asyncio
 import json

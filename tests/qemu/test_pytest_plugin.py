@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the pytest plugin in test runs of its own, with machines whose guest is their firmware, for speed."""
+"""Tests the pytest plugin in separate runs of pytest. For speed, the machines boot nothing but their firmware."""
 
 import os
 import re
@@ -21,7 +21,7 @@ pytest_plugins = ["pytester"]
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, qemu: str) -> pytest.Pytester:
-    """Make a project whose machines boot nothing. pytester replaces the home directory, and so the cache."""
+    """Make a project whose machines boot nothing. They use this run's cache; pytester replaces the home directory."""
     monkeypatch.setenv("VMSPAWN_CACHE_DIR", CACHE)
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\nasyncio_mode = strict\n")
     pytester.makeconftest(
@@ -31,7 +31,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, qemu: st
 
         def pytest_collection_modifyitems(items):
             for number, item in enumerate(items):
-                # A marker of the test's own comes before it.
+                # The test's own marker takes precedence over this one.
                 item.add_marker(pytest.mark.vm(image=make(f"boot{number}.raw"), ram="64M", console="headless"))
 
         def make(name):
@@ -58,7 +58,7 @@ def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return done
 
 
-def test_nothing_but_pytest_is_loaded_until_a_machine_is_wanted() -> None:
+def test_the_import_of_the_plugin_loads_no_further_modules() -> None:
     script = (
         "import sys, pytest; before = set(sys.modules); import vmspawn.pytest_plugin; print(*set(sys.modules) - before)"
     )
@@ -66,7 +66,7 @@ def test_nothing_but_pytest_is_loaded_until_a_machine_is_wanted() -> None:
     assert set(done.stdout.split()) == {"vmspawn", "vmspawn.pytest_plugin"}
 
 
-def test_each_test_has_a_machine_of_its_own_and_a_session_has_one(project: pytest.Pytester) -> None:
+def test_each_test_and_each_call_of_the_factory_has_its_own_machine(project: pytest.Pytester) -> None:
     project.makepyfile(
         """
         import pytest
@@ -104,7 +104,7 @@ def test_each_test_has_a_machine_of_its_own_and_a_session_has_one(project: pytes
     run(project).assert_outcomes(passed=3)
 
 
-def test_asynchronous_tests_have_a_machine_on_any_loop(project: pytest.Pytester) -> None:
+def test_an_asynchronous_test_uses_the_machine_from_its_own_loop(project: pytest.Pytester) -> None:
     project.makepyfile(
         """
         import asyncio
@@ -133,7 +133,7 @@ def test_asynchronous_tests_have_a_machine_on_any_loop(project: pytest.Pytester)
     run(project).assert_outcomes(passed=1)
 
 
-def test_the_report_of_a_failure_has_the_machine(project: pytest.Pytester) -> None:
+def test_the_report_of_a_failure_describes_the_machine(project: pytest.Pytester) -> None:
     project.makepyfile(
         """
         import pytest
@@ -259,7 +259,7 @@ def test_a_test_runs_with_each_qemu(project: pytest.Pytester) -> None:
     done.stdout.fnmatch_lines(["*::test_it?/usr/bin/one?", "*::test_it?/usr/bin/two?"])
 
 
-def test_workers_run_side_by_side_and_their_reports_have_all(project: pytest.Pytester) -> None:
+def test_parallel_workers_run_machines_and_report_failures(project: pytest.Pytester) -> None:
     project.makepyfile(
         """
         import pytest
@@ -301,7 +301,7 @@ def test_the_machine_of_a_failed_test_is_kept_if_asked(project: pytest.Pytester,
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
-def test_its_options_are_in_the_help(project: pytest.Pytester) -> None:
+def test_the_help_lists_the_options_of_the_plugin(project: pytest.Pytester) -> None:
     done = project.runpytest_subprocess("--help", timeout=60)
     done.stdout.fnmatch_lines(["virtual machines (vmspawn):", "*--vm-qemu=PATH*", "*--vm-required*"])
     assert done.ret == pytest.ExitCode.OK

@@ -122,7 +122,9 @@ def test_a_program_may_write_everything_into_the_raw_stream_before_it_reads(mach
         assert session.wait(DEADLINE) == 0
 
 
-def test_a_raw_stream_that_takes_no_more_is_an_error(machine_to_end: Spawned, tmp_path: Path) -> None:
+def test_a_raw_stream_that_ends_before_it_took_all_commands_is_an_error(
+    machine_to_end: Spawned, tmp_path: Path
+) -> None:
     """QEMU obeys `quit`, and runs no later command."""
     source = tmp_path / "commands"
     source.write_bytes(b'{"execute":"qmp_capabilities"}{"execute":"quit"}' + b'{"execute":"query-version"}' * 300_000)
@@ -157,7 +159,7 @@ def test_a_raw_stream_that_is_cut_off_after_its_input_ended_is_an_error(machine_
         session.stdin.flush()
         assert "QMP" in session.stdout.readline()
         assert "return" in session.stdout.readline()
-        # It answers nothing from now on.
+        # From now on, QEMU does not answer.
         os.kill(qemu, signal.SIGSTOP)
         session.stdin.write('{"execute":"query-name"} {"execute":"query-status"}')
         session.stdin.close()
@@ -192,7 +194,7 @@ def test_sessions_are_listed_with_their_clients(machine: Spawned) -> None:
         assert row[:2] == [str(session.pid), str(os.geteuid())]
 
 
-def test_the_shell_completes_answers_and_shows_events(machine: Spawned, tmp_path: Path) -> None:
+def test_the_shell_shows_replies_errors_and_events(machine: Spawned, tmp_path: Path) -> None:
     shell = at_the_prompt(machine, tmp_path)
     shell.send("query-name\r")
     shell.expect(f'"name": "{machine.name}"')
@@ -213,7 +215,7 @@ def test_the_shell_keeps_keys_that_are_pressed_while_it_waits(machine: Spawned, 
     os.kill(pid, signal.SIGSTOP)
     try:
         shell.send("query-name\r")
-        # The prompt has ended when its line has.
+        # After the end of this line, the prompt reads no more keys.
         shell.expect("query-name.*\n")
         shell.send("query-status\r\x04")
     finally:
@@ -224,7 +226,7 @@ def test_the_shell_keeps_keys_that_are_pressed_while_it_waits(machine: Spawned, 
 
 
 def at_the_prompt(machine: Spawned, history: Path) -> Any:
-    """Start a shell on its own terminal."""
+    """Start the QMP shell on its own terminal, and wait for its prompt."""
     pytest.importorskip("prompt_toolkit")
     environment: Any = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(history)}
     shell = pexpect.spawn(
@@ -259,7 +261,7 @@ def query(path: str) -> list[Any]:
             return [json.loads(file.readline()) for _ in range(3)]
 
 
-def test_a_foreign_socket_is_shared_among_many(qemu: str, tmp_path: Path) -> None:
+def test_a_foreign_socket_is_shared_with_many_clients(qemu: str, tmp_path: Path) -> None:
     listen = str(tmp_path / "shared.sock")
     with Machine(qemu, 1) as foreign, sharing(str(foreign.path(0)), listen) as share:
         assert stat.S_IMODE(os.stat(listen).st_mode) == 0o600
@@ -292,7 +294,7 @@ def test_a_socket_in_use_is_reported(qemu: str, tmp_path: Path) -> None:
         assert "close the program that uses this socket" in done.stderr
 
 
-def test_monitors_that_cannot_be_shared(qemu: str, tmp_path: Path) -> None:
+def test_a_missing_monitor_and_a_path_in_use_are_reported(qemu: str, tmp_path: Path) -> None:
     done = vmctl("qmp-share", str(tmp_path / "none"), str(tmp_path / "listen"))
     assert (done.returncode, "No such file or directory" in done.stderr) == (1, True)
     make_script(tmp_path / "taken", "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the command that gets each descriptor, and the remains of clients, on a native monitor and on a session alike.
+"""Tests passed descriptors, and clients that disconnect, on a native monitor and on a session alike.
 
 The sources are QEMU's monitor/fds.c, chardev/char-socket.c and monitor/qmp.c.
 """
@@ -24,15 +24,15 @@ ADD = b'{"execute":"add-fd","id":%d}'
 
 @pytest.fixture(autouse=True)
 def nothing_left(both: Shared) -> Iterator[None]:
-    """Check that neither side has more descriptors open after a test than before, after the clients' disconnect."""
+    """Check that a test leaves no descriptor open in QEMU or in this process, once its clients have disconnected."""
     machine, server = both
     with Side("session", *both) as sessions:
         # QEMU 7.2 removes descriptor sets only while the machine runs.
         sessions.open().run("cont")
-    wait_until(lambda: not server.sessions(), "the end of the sessions before")
+    wait_until(lambda: not server.sessions(), "the end of earlier sessions")
     before = machine.descriptors(), len(os.listdir("/proc/self/fd"))
     yield
-    wait_until(lambda: (machine.descriptors(), len(os.listdir("/proc/self/fd"))) == before, "the closing of all")
+    wait_until(lambda: (machine.descriptors(), len(os.listdir("/proc/self/fd"))) == before, "the descriptors' closing")
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def files(tmp_path: Path) -> Iterator[list[int]]:
 
 
 def added(client: Client, machine: Machine) -> tuple[os.stat_result, int]:
-    """Return the file that QEMU took for the add-fd whose reply comes next, and the number of its set."""
+    """Read the reply to an add-fd; returns the status of the file that QEMU took, and the number of its set."""
     result = client.message()["return"]
     return os.stat(f"/proc/{machine.process.pid}/fd/{result['fd']}"), result["fdset-id"]
 
 
-def take(client: Client, machine: Machine, fd: int) -> None:
-    """Check that QEMU took this file for an add-fd, whose reply comes next, and remove the file from its set."""
+def check_taken(client: Client, machine: Machine, fd: int) -> None:
+    """Read the reply to an add-fd, check that QEMU took this file, and remove its set."""
     found, fdset = added(client, machine)
     assert os.path.samestat(found, os.fstat(fd))
     assert client.run("remove-fd", fdset_id=fdset) == {"return": {}}
 
 
-def test_pipelined_commands_get_each_its_own_descriptor(side: Side, files: list[int]) -> None:
+def test_pipelined_commands_each_get_their_own_descriptor(side: Side, files: list[int]) -> None:
     client = side.open()
     for number, fd in enumerate(files):
         client.send(ADD % number, [fd])
@@ -72,7 +72,7 @@ def test_a_descriptor_may_come_with_any_byte_of_its_command(side: Side, files: l
     client = side.open()
     client.send((ADD % 0)[:cut])
     client.send((ADD % 0)[cut:], files[:1])
-    take(client, side.machine, files[0])
+    check_taken(client, side.machine, files[0])
 
 
 def test_a_descriptor_waits_and_is_replaced_by_a_later_one(side: Side, files: list[int]) -> None:
@@ -80,18 +80,18 @@ def test_a_descriptor_waits_and_is_replaced_by_a_later_one(side: Side, files: li
     assert "return" in client.run("query-status", fds=files[:1])
     assert "return" in client.run("query-status")
     client.send(ADD % 0)
-    take(client, side.machine, files[0])
+    check_taken(client, side.machine, files[0])
     assert "return" in client.run("query-status", fds=files[1:2])
     assert "return" in client.run("query-status", fds=files[2:3])
     client.send(ADD % 0)
-    take(client, side.machine, files[2])
+    check_taken(client, side.machine, files[2])
     assert client.run("add-fd")["error"]["desc"] == "No file descriptor supplied via SCM_RIGHTS"
 
 
 def test_of_several_descriptors_the_first_is_taken(side: Side, files: list[int]) -> None:
     client = side.open()
     client.send(ADD % 0, files)
-    take(client, side.machine, files[0])
+    check_taken(client, side.machine, files[0])
     assert client.run("add-fd")["error"]["desc"] == "No file descriptor supplied via SCM_RIGHTS"
 
 
@@ -100,7 +100,7 @@ def test_a_command_that_fails_leaves_the_descriptor_for_the_next(side: Side, fil
     client = side.open()
     assert client.run("add-fd", fds=files[:1], nope=1)["error"]["desc"] == "Parameter 'nope' is unexpected"
     client.send(ADD % 0)
-    take(client, side.machine, files[0])
+    check_taken(client, side.machine, files[0])
 
 
 def test_a_name_is_known_to_its_own_monitor_alone(side: Side, files: list[int]) -> None:
@@ -114,7 +114,7 @@ def test_a_name_is_known_to_its_own_monitor_alone(side: Side, files: list[int]) 
     assert first.run("closefd", fdname="x")["error"] == refused
 
 
-def test_a_set_is_known_to_all(side: Side, files: list[int]) -> None:
+def test_a_set_is_known_to_all_monitors(side: Side, files: list[int]) -> None:
     first, second = side.open(), side.open()
     reply = first.run("add-fd", fds=files[:1], opaque="mine")["return"]
     assert second.run("query-fdsets") == {
@@ -127,7 +127,7 @@ def test_a_set_is_known_to_all(side: Side, files: list[int]) -> None:
 
 
 def test_the_first_commands_of_a_disconnected_client_run(side: Side) -> None:
-    """QEMU runs the first ones, drops the queued ones at the disconnect, and leaves none for the next client."""
+    """QEMU runs the first commands in order, and drops the queued ones at the disconnect."""
     client, other = side.open(), side.open()
     nodes = [f"node{number}" for number in range(40)]
     for node in nodes:
@@ -144,7 +144,7 @@ def test_the_first_commands_of_a_disconnected_client_run(side: Side) -> None:
 
 
 def wait_for_rest(client: Client) -> set[str]:
-    """Return the names of nodes, when no further nodes appear."""
+    """Wait until no further nodes appear; returns the names of all nodes."""
     seen: set[str] = set()
     while True:
         now = {node["node-name"] for node in client.run("query-named-block-nodes")["return"]}
@@ -154,7 +154,7 @@ def wait_for_rest(client: Client) -> set[str]:
 
 
 def test_the_next_client_of_a_monitor_begins_afresh(both: Shared) -> None:
-    """The next client gets nothing of half a command, of an enabled capability or of a descriptor."""
+    """A client's incomplete command, enabled capability and passed descriptor do not affect the next client."""
     machine, server = both
     with tempfile.TemporaryFile() as file:
         ways: tuple[Callable[[], Client], ...] = (lambda: machine.native(2), server.open)

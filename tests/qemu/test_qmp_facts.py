@@ -103,7 +103,7 @@ def test_a_number_ends_with_the_byte_behind_it(side: Side) -> None:
 BEFORE = [
     (b'{"execute":"query-status","id":7}', NOT_FOUND, "Expecting capabilities negotiation with 'qmp_capabilities'"),
     (b'{"execute":"nope","id":7}', NOT_FOUND, "Expecting capabilities negotiation with 'qmp_capabilities'"),
-    # Errors in the shape take precedence.
+    # Errors in the structure of the message take precedence.
     (b'{"id":7}', GENERIC, "QMP input lacks member 'execute'"),
     (b'{"exec-oob":"query-status","id":7}', GENERIC, "QMP input member 'exec-oob' is unexpected"),
     (
@@ -119,8 +119,10 @@ BEFORE = [
 
 
 @pytest.mark.parametrize(("sent", "error_class", "stable"), BEFORE)
-def test_before_the_negotiation(side: Side, sent: bytes, error_class: str, stable: str) -> None:
-    """No other command is accepted, and a failed negotiation has no effect."""
+def test_before_the_negotiation_no_other_command_is_accepted(
+    side: Side, sent: bytes, error_class: str, stable: str
+) -> None:
+    """A negotiation that failed has no effect."""
     client = side.greeted()
     client.line()
     for _ in range(2):
@@ -133,7 +135,7 @@ def test_before_the_negotiation(side: Side, sent: bytes, error_class: str, stabl
 
 
 @pytest.mark.parametrize("arguments", [b"", b',"arguments":{}', b',"arguments":{"enable":[]}'])
-def test_one_negotiates_once(side: Side, arguments: bytes) -> None:
+def test_a_second_negotiation_is_refused(side: Side, arguments: bytes) -> None:
     client = side.greeted()
     client.line()
     negotiate = b'{"execute":"qmp_capabilities"%b}' % arguments
@@ -186,7 +188,7 @@ IDS = [
 
 @pytest.mark.parametrize(("sent", "echoed"), IDS)
 def test_the_id_is_echoed_as_qemu_writes_the_value(side: Side, sent: bytes, echoed: bytes) -> None:
-    """This includes errors of every kind: in the shape, from the dispatcher, from the command."""
+    """This includes errors of every kind: in the structure, from the dispatcher, from the command."""
     client = side.open()
     client.send(b'{"execute":"query-name","id":%b}' % sent)
     assert client.line() == b'{"return": {}, "id": %b}\r\n' % echoed
@@ -195,7 +197,7 @@ def test_the_id_is_echoed_as_qemu_writes_the_value(side: Side, sent: bytes, echo
         assert client.line().startswith(b'{"id": %b, "error": {"class": ' % echoed)
 
 
-def test_a_message_without_an_id_is_answered_without(side: Side) -> None:
+def test_the_reply_to_a_message_without_an_id_has_no_id(side: Side) -> None:
     client = side.open()
     for members in (b'"execute":"query-name"', b'"execute":1', b'"execute":"nope"', b'"execute":"query-balloon"'):
         assert "id" not in client.execute(b"{%b}" % members)
@@ -216,7 +218,7 @@ def test_invalid_json_is_answered_without_an_id(side: Side, sent: bytes, stable:
     assert problem(reply) == (GENERIC, stable)
 
 
-# Errors of shape and of commands.
+# Errors in the structure of messages, and of commands.
 
 ERRORS = [
     (b'"arguments":{}', GENERIC, "QMP input lacks member 'execute'"),
@@ -246,14 +248,14 @@ ERRORS = [
 
 @pytest.mark.parametrize("id", [b"", b',"id":"an id"'])
 @pytest.mark.parametrize(("members", "error_class", "description"), ERRORS)
-def test_errors_keep_their_class(side: Side, members: bytes, error_class: str, description: str, id: bytes) -> None:
+def test_each_error_has_its_class(side: Side, members: bytes, error_class: str, description: str, id: bytes) -> None:
     reply = side.open().execute(b"{%b%b}" % (members, id))
     assert problem(reply) == (error_class, description)
     assert reply.get("id") == ("an id" if id else None)
 
 
 @pytest.mark.parametrize("sent", [b"[]", b"1 ", b'"query-name"', b"null ", b'["execute"]'])
-def test_a_message_is_an_object(side: Side, sent: bytes) -> None:
+def test_a_message_must_be_an_object(side: Side, sent: bytes) -> None:
     assert [problem(each) for each in answers(side.open(), sent)] == [(GENERIC, "QMP input must be a JSON object")]
 
 
@@ -268,7 +270,7 @@ def test_a_node_that_is_in_use_stays(side: Side) -> None:
         assert client.run("blockdev-del", node_name=node) == {"return": {}}
 
 
-def test_with_oob_a_command_has_one_name_and_must_be_fit_for_it(side: Side) -> None:
+def test_exec_oob_excludes_execute_and_needs_a_command_that_supports_it(side: Side) -> None:
     client = side.open(oob=True)
     clash = problem(client.execute(b'{"execute":"query-name","exec-oob":"query-yank"}'))
     assert clash[0] == GENERIC
@@ -327,8 +329,8 @@ def test_malformed_input_is_an_error_in_its_turn_and_the_next_command_runs(
 
 @pytest.mark.parametrize("recovery", [b"\xff", b"\x01"])
 @pytest.mark.parametrize("half", [b"{", b'{"execute":"qu', b'{"execute":"query-name","arguments":[[{"a":'])
-def test_a_byte_that_is_nowhere_allowed_ends_half_a_message(side: Side, half: bytes, recovery: bytes) -> None:
-    """tests/qtest/qmp-test.c does this, and so does a client that has lost the framing."""
+def test_a_byte_that_json_never_allows_ends_an_incomplete_message(side: Side, half: bytes, recovery: bytes) -> None:
+    """QEMU's tests/qtest/qmp-test.c sends this byte, and so does a client that has lost the framing."""
     (reply,) = answers(side.open(), half + recovery)
     assert problem(reply)[0] == GENERIC
     assert "JSON parse error" in problem(reply)[1]
@@ -355,8 +357,8 @@ def test_brackets_nest_1024_deep(side: Side) -> None:
 def preconfigured(qemu: str) -> Iterator[tuple[Machine, Server]]:
     """Start a QEMU that waits for its configuration.
 
-    After about one in some hundreds of such starts, QEMU 7.2 answers nothing after its greeting (docs/qemu.md). Once,
-    it closed its monitors. Such a QEMU is replaced.
+    About once in some hundreds of such starts, QEMU 7.2 answers nothing after its greeting (docs/qemu.md). One QEMU
+    closed its monitors instead. This function then starts another QEMU.
     """
     for attempt in range(3):
         with ExitStack() as stack:

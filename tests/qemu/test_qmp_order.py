@@ -54,7 +54,7 @@ OUT_OF_BAND = (
     b'"exec-oob":"query-yank","extra":1',
 )
 
-#: Fewer than the eight commands in a monitor's queue at which it stops reading, so that nothing overtakes any more.
+#: Fewer commands than a monitor's queue holds. When the queue of eight is full, no command overtakes.
 QUEUED = 6
 
 
@@ -121,7 +121,7 @@ def test_events_come_before_the_reply_of_the_command_that_caused_them(side: Side
 
 
 @pytest.mark.parametrize("who", ["native", "session"])
-def test_the_last_messages_are_the_event_the_reply_and_the_end(qemu: str, kind: Kind, who: str) -> None:
+def test_quit_is_followed_by_its_event_its_reply_and_the_end(qemu: str, kind: Kind, who: str) -> None:
     with shared(qemu, kind=kind) as made, Side(who, *made) as side, Side("session", *made) as others:
         client, watcher = side.open(), others.open()
         client.send(b'{"execute":"quit","id":1}')
@@ -182,7 +182,7 @@ def test_events_come_before_the_reply_of_a_large_command_too(side: Side, large: 
     """In a session, a large command goes to the bulk monitor, and its events come on the other monitor."""
     client, watcher = side.open(), side.open()
     with tempfile.TemporaryDirectory() as folder, closing(side.server.open().negotiate()) as busy:
-        # The name is too long for a file. Only the job finds that, after it was created and has run.
+        # The name is too long for a file. The job reports that only after it was created and started.
         name = f"{folder}/" + "x" * (limits.BULK_SIZE if large else 300)
         for number in range(5):
             busy.send(b'{"execute":"query-qmp-schema"}' * 20)

@@ -85,7 +85,7 @@ def test_read_only_sessions_change_nothing(machine: Spawned, tmp_path: Path) -> 
         assert reader.run("query-status")["return"]["status"] == "running"
 
 
-def test_it_ends_with_the_machine(machine: Spawned, tmp_path: Path) -> None:
+def test_the_server_ends_with_the_machine(machine: Spawned, tmp_path: Path) -> None:
     path = tmp_path / "demo.sock"
     with serving(machine.name, path) as process, closing(client(path)):
         vmctl("terminate", machine.name)

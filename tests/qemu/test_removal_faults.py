@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests removals of snapshots that die or fail at each step: the newest data of the disks is never lost."""
+"""Tests removals of snapshots that are killed or fail at each step: the newest data of the disks is never lost."""
 
 import asyncio
 import shutil
@@ -49,7 +49,7 @@ removal.remove(sys.argv[1])
 
 
 class Ended:
-    """A machine that has ended with one snapshot, whose disk has newer data in an overlay; it can be restored."""
+    """The files of a machine that has ended: a disk image, one snapshot, and an overlay with newer data."""
 
     def __init__(self, name: str, image: Path, kept: Path) -> None:
         self.name, self._image, self._kept = name, image, kept
@@ -92,8 +92,8 @@ async def ended(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 @pytest.mark.scaled
-async def test_a_removal_is_killed_at_each_step(ended: Ended) -> None:
-    # All of them in the soak.
+async def test_a_removal_that_is_killed_at_any_step_loses_no_data(ended: Ended) -> None:
+    # The soak tries every step, and other runs every third.
     for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 3):
         ended.restore()
         command = [sys.executable, "-c", _REMOVE_AND_DIE, f"{ended.name}@s", str(step)]
@@ -103,13 +103,13 @@ async def test_a_removal_is_killed_at_each_step(ended: Ended) -> None:
             ended.check_data()
             assert not [each for each in snapshot_paths() if ended.name in each]
             return
-        # Each directory that is left is a complete snapshot, or is not a snapshot.
+        # A directory that is left is a complete snapshot, or its name marks it as unfinished.
         await asyncio.to_thread(ended.remove)
         ended.check_data()
-    raise AssertionError("the removal never came to its end")
+    raise AssertionError(f"the removal has more than {STEPS_MAX - 1} steps")
 
 
-async def test_qemu_dies_at_each_step_of_a_merge(ended: Ended, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_merge_whose_qemu_dies_at_any_step_loses_no_data(ended: Ended, monkeypatch: pytest.MonkeyPatch) -> None:
     execute = merge._Talk.execute
     for step in range(1, STEPS_MAX):
         ended.restore()
@@ -135,10 +135,10 @@ async def test_qemu_dies_at_each_step_of_a_merge(ended: Ended, monkeypatch: pyte
         assert error is None or f"vmctl remove-snapshot {ended.name}@{CURRENT}" in error.hint
         await asyncio.to_thread(ended.remove)
         ended.check_data()
-    raise AssertionError("the merge never came to its end")
+    raise AssertionError(f"the merge has more than {STEPS_MAX - 1} steps")
 
 
-async def test_the_disk_of_the_images_is_full(qemu: str, tmp_path: Path) -> None:
+async def test_a_removal_can_be_repeated_when_the_disk_is_no_longer_full(qemu: str, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", 2 << 20) as small:
         path = make_raw(small.folder / "disk", 1 << 20)
         async with idle_machine(qemu, tmp_path) as machine:

@@ -67,7 +67,7 @@ async def test_a_verb_has_the_effect_in_the_table(state: str, verb: str, qemu: s
                 await _event(events, "RESET")
                 await _event(events, "RESUME")
             elif verb == "resume" and expected == state == "io-error":
-                # It repeated the request.
+                # The guest ran, and QEMU repeated the failed request.
                 await _event(events, "RESUME")
             await until(machine, expected)
         assert await machine.status() == expected

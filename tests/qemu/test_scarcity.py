@@ -20,7 +20,7 @@ FEWEST = 6
 MOST = 64
 
 
-def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
+def test_a_start_that_lacks_descriptors_leaves_nothing_behind(qemu: str, tmp_path: Path) -> None:
     """The limit grows by one each time, until QEMU starts, and exits because of an option that it does not support."""
     image = make_raw(tmp_path / "image", 1 << 20)
     options = [f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--qemu-arg=-nonsense"]
@@ -43,7 +43,7 @@ def test_a_start_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> No
     assert all("Too many open files" in line for line in lacking), lacking
 
 
-def test_an_adoption_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -> None:
+def test_an_adoption_that_lacks_descriptors_leaves_the_machine_running(qemu: str, tmp_path: Path) -> None:
     """QEMU continues to run each time, and its disks are still there when an adoption has enough descriptors."""
     with idle_survivor(qemu, tmp_path) as machine:
         machine.attach(make_raw(tmp_path / "disk", 1 << 20), "--bus=virtio-scsi")
@@ -68,8 +68,8 @@ def test_an_adoption_lacks_descriptors_at_any_point(qemu: str, tmp_path: Path) -
         assert vmctl("detach-disk", machine.name, "disk").returncode == 0
 
 
-def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:
-    """The manager survives without any of its descriptors; its client gets the reason, and the next one is served."""
+def test_a_manager_that_lacks_descriptors_continues_to_run(qemu: str, tmp_path: Path) -> None:
+    """A client whose call needs more descriptors gets the reason, and the next client is served."""
     disk = make_raw(tmp_path / "disk", 1 << 20)
     with idle(qemu, tmp_path) as machine:
         pid, name = machine.process.pid, machine.name
@@ -97,8 +97,8 @@ def test_a_manager_lacks_descriptors(qemu: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limits", ["20:4096", "64:64"], ids=["soft", "hard"])
-def test_a_limit_below_a_descriptor_that_the_caller_left_open(qemu: str, tmp_path: Path, limits: str) -> None:
-    """A shell leaves that descriptor by `exec 200<file`: QEMU could not close it, so QEMU does not inherit it."""
+def test_a_machine_starts_if_an_inherited_descriptor_is_above_the_limit(qemu: str, tmp_path: Path, limits: str) -> None:
+    """A shell passes on such a descriptor after `exec 200<file`. QEMU must not inherit it, as it cannot be closed."""
     image = make_raw(tmp_path / "image", 1 << 20)
     name = fresh_name()
     options = ["-M", name, f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--time-limit=2"]
@@ -126,7 +126,7 @@ def limit(pid: int, descriptors: int) -> None:
 @pytest.mark.parametrize(
     "command", [[*VMCTL, "list"], [*VMCTL, "--help"], [*VMSPAWN, "--help"], [*VMSPAWN, "--version"]]
 )
-def test_an_output_that_is_full(command: list[str]) -> None:
+def test_a_full_output_is_an_error(command: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE, check=False)
     program = "vmctl" if command[:3] == VMCTL else "vmspawn"
@@ -134,7 +134,7 @@ def test_an_output_that_is_full(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", [[*VMCTL, "list"], [*VMSPAWN, "--help"]])
-def test_a_reader_that_has_seen_enough(command: list[str]) -> None:
+def test_an_output_whose_reader_has_ended_is_not_an_error(command: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -144,7 +144,7 @@ def test_a_reader_that_has_seen_enough(command: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_standard_streams_that_are_closed() -> None:
+def test_output_to_a_closed_stream_is_dropped() -> None:
     """Output for one stream does not end up in another."""
     listed = closing(">&-", "list")
     assert (listed.returncode, listed.stdout, listed.stderr) == (0, "", "")

@@ -63,7 +63,7 @@ async def test_qemu_starts_no_program(machine: Machine, tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-async def test_the_user_may_bring_another_sandbox(qemu: str, tmp_path: Path) -> None:
+async def test_the_user_can_turn_the_sandbox_off(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, qemu_arguments=("-sandbox", "off")) as machine:
         assert {thread["Seccomp"] for thread in statuses(machine.pid)} == {"0"}
 
@@ -173,7 +173,7 @@ def stranger_hears(path: Path) -> bytes:
     return hears(path, "65534")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of a directory")
 @pytest.mark.parametrize("what", ["foreign", "open", "link", "file"])
 def test_a_runtime_directory_that_others_could_change_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -198,7 +198,7 @@ def test_a_runtime_directory_that_others_could_change_is_refused(
     assert not (tmp_path / "elsewhere" / "name").exists()
 
 
-async def test_a_machine_that_ends_leaves_neither_process_nor_folder(qemu: str, tmp_path: Path) -> None:
+async def test_a_machine_that_ends_leaves_neither_process_nor_directory(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         pid = machine.pid
     assert process_is_gone(pid)

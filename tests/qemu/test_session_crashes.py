@@ -22,27 +22,27 @@ from vmspawn import Disk
 from vmspawn.errors import NotSupported, QmpError
 from vmspawn.qmp.monitor import Command, Monitor
 
-Words = tuple[str, dict[str, Any]]
+Request = tuple[str, dict[str, Any]]
 
 DEVICE = ("-blockdev", "null-co,node-name=n", "-device", "virtio-blk-pci,id=d,drive=n")
 BACKEND = "/machine/peripheral/d/virtio-backend"
 
-STATUS: tuple[Words, ...] = (
+STATUS: tuple[Request, ...] = (
     ("x-query-virtio-status", {"path": BACKEND}),
     ("human-monitor-command", {"command-line": f"info virtio-status {BACKEND}"}),
 )
-SAME_NODE: tuple[Words, ...] = (
+SAME_NODE: tuple[Request, ...] = (
     ("qom-set", {"path": "/machine/peripheral/d", "property": "drive", "value": "n"}),
     ("qom-set", {"path": BACKEND, "property": "drive", "value": "n"}),
     ("human-monitor-command", {"command-line": 'qom-set /machine/peripheral/d "drive" n'}),
 )
 
 
-def name_of(command: Words) -> str:
+def name_of(command: Request) -> str:
     return str(command[1].get("command-line", "-".join((command[0], *map(str, command[1].values())))))
 
 
-def kills(qemu: str, command: Words) -> bool:
+def kills(qemu: str, command: Request) -> bool:
     """Return whether QEMU ends when the command is sent to its own monitor."""
     with bare(qemu, "q35", *DEVICE) as client:
         client.send(json.dumps({"execute": command[0], "arguments": command[1]}).encode())
@@ -54,7 +54,7 @@ def kills(qemu: str, command: Words) -> bool:
         return not line or not client.line()
 
 
-async def is_refused(session: Monitor, command: Words) -> bool:
+async def is_refused(session: Monitor, command: Request) -> bool:
     """Return whether a session refuses the command. QEMU must answer afterwards."""
     (found,) = await session.execute_all([Command(*command)])
     assert (await session.execute("query-status"))["status"]
@@ -62,14 +62,14 @@ async def is_refused(session: Monitor, command: Words) -> bool:
 
 
 @pytest.mark.parametrize("command", [*STATUS, *SAME_NODE], ids=name_of)
-async def test_a_session_refuses_exactly_what_would_end_this_qemu(qemu: str, tmp_path: Path, command: Words) -> None:
+async def test_a_session_refuses_exactly_what_would_end_this_qemu(qemu: str, tmp_path: Path, command: Request) -> None:
     fatal = kills(qemu, command)
     async with idle_machine(qemu, tmp_path, qemu_arguments=DEVICE) as machine, machine.qmp() as session:
         assert await is_refused(session, command) is fatal
 
 
-async def test_the_neighbours_of_such_a_command_reach_qemu(qemu: str, tmp_path: Path) -> None:
-    neighbours: tuple[Words, ...] = (
+async def test_commands_similar_to_a_refused_one_reach_qemu(qemu: str, tmp_path: Path) -> None:
+    similar: tuple[Request, ...] = (
         ("qom-set", {"path": "/machine/peripheral/d", "property": "drive", "value": "nonexistent"}),
         ("qom-set", {"path": "/machine/peripheral/d", "property": "drive", "value": ""}),
         ("qom-set", {"path": "/machine/peripheral/d", "property": "write-cache", "value": "n"}),
@@ -81,7 +81,7 @@ async def test_the_neighbours_of_such_a_command_reach_qemu(qemu: str, tmp_path: 
         ("block_resize", {"size": "large"}),
     )
     async with idle_machine(qemu, tmp_path, qemu_arguments=DEVICE) as machine, machine.qmp() as session:
-        for command in neighbours:
+        for command in similar:
             assert not await is_refused(session, command)
 
 
@@ -145,8 +145,8 @@ async def test_a_save_and_a_controller_that_cannot_be_saved_exclude_each_other(q
             pass
 
 
-async def test_a_controller_waits_for_no_command_that_does_not_save(qemu: str, tmp_path: Path) -> None:
-    commands: tuple[Words, ...] = (
+async def test_a_command_that_does_not_save_does_not_delay_a_controller(qemu: str, tmp_path: Path) -> None:
+    commands: tuple[Request, ...] = (
         ("block_resize", {"node-name": "n", "size": 1 << 20}),
         ("qom-set", {"path": "/machine/peripheral/d", "property": "write-cache", "value": "n"}),
         ("x-query-virtio-status", {"path": BACKEND}),
@@ -177,7 +177,7 @@ async def test_a_controller_waits_until_a_save_has_begun(qemu: str, tmp_path: Pa
         machine.inner.hotplug.saving.begin()
         disk = Disk(str(make_raw(tmp_path / "disk.raw", 1 << 20)), name="disk", bus="nvme-ns")
         attaching = asyncio.create_task(machine.attach(disk))
-        # Another disk comes meanwhile.
+        # Meanwhile, another disk can be attached.
         await machine.attach(Disk(str(make_raw(tmp_path / "other.raw", 1 << 20)), name="other"))
         devices = await machine.monitor.execute("qom-list", {"path": "/machine/peripheral"})
         assert "nvme0" not in {each["name"] for each in devices}

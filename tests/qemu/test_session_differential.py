@@ -116,7 +116,7 @@ _INFINITY = re.compile(rb"(?<=[ \[-])inf\b")
 
 
 def _spares_qemu(stream: bytes) -> bool:
-    """Return whether QEMU survives a stream with oob: it aborts with a full queue if a byte ends two messages: `1}`."""
+    """Return whether QEMU survives a stream with oob. If its queue is full, a byte that ends two messages aborts it."""
     scanner = Scanner(PULL)
     scanner.feed(stream)
     return sum(1 for _ in iter(scanner.next, None)) < OOB_QUEUE - 2 and not scanner.is_busy

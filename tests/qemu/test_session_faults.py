@@ -33,12 +33,14 @@ def both(qemu: str, kind: Kind) -> Iterator[Shared]:
 def nothing_left(both: Shared) -> Iterator[None]:
     """Check that a test leaves no session, no descriptor in either process, and no descriptor set in QEMU."""
     machine, server = both
-    wait_until(lambda: not server.sessions(), "the end of the sessions before")
+    wait_until(lambda: not server.sessions(), "the end of earlier sessions")
     before = open_descriptors(machine)
     yield
     wait_until(lambda: not server.sessions(), "the end of the sessions")
     wait_until(lambda: open_descriptors(machine) == before, "the closing of all descriptors")
-    with_session(server, lambda client: wait_until(lambda: client.run("query-fdsets") == {"return": []}, "no fdset"))
+    with_session(
+        server, lambda client: wait_until(lambda: client.run("query-fdsets") == {"return": []}, "the removal of sets")
+    )
 
 
 def open_descriptors(machine: Machine) -> tuple[int, int]:
@@ -92,7 +94,7 @@ def a_dying_client(server: Server, chance: random.Random, fd: int) -> Client:
 
 @pytest.mark.scaled
 def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
-    """Meanwhile the commands of the other clients get their own replies."""
+    """Meanwhile, another client gets the replies to its own commands."""
     _, server = both
     honest = server.open().negotiate()
     chance = a_chance()
@@ -105,14 +107,14 @@ def test_a_client_may_die_at_any_point_of_any_command(both: Shared) -> None:
 
 
 def test_a_client_that_does_not_read_is_held_back_alone(both: Shared) -> None:
-    """The session takes no more of its commands, while another is served. When it reads, it gets all its replies."""
+    """The client's session takes no more commands until the client reads. Meanwhile, another client is served."""
     _, server = both
     stalled = server.open().negotiate()
     honest = server.open().negotiate()
     session = server.sessions()[0]
     count = 60
     stalled.send(b'{"execute":"query-qmp-schema"}' * count)
-    wait_until(lambda: session.unread > limits.OUTPUT_HELD, "the bound of what it leaves unread")
+    wait_until(lambda: session.unread > limits.OUTPUT_HELD, "the limit of unread output")
     for _ in range(50):
         assert honest.execute(QUERY)["id"] == "x"
         assert session.unread < limits.OUTPUT_HELD + (1 << 20)
@@ -140,10 +142,8 @@ def test_a_client_may_write_everything_before_it_reads(both: Shared, who: str, c
     client.close()
 
 
-def test_a_client_that_has_sent_its_last_may_read_as_late_as_it_likes(
-    both: Shared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The deadline is for clients after QEMU's exit, not for a client that pauses."""
+def test_a_client_that_has_ended_its_input_may_read_late(both: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's queued output has a deadline only after QEMU's exit."""
     monkeypatch.setattr(limits, "DRAIN_TIMEOUT", 0.0)
     _, server = both
     client = server.open().negotiate()
@@ -157,8 +157,8 @@ def test_a_client_that_has_sent_its_last_may_read_as_late_as_it_likes(
     client.close()
 
 
-def test_a_client_that_reads_no_events_is_cut_off_alone(both: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client is disconnected at its limit, while another is served; its queue is freed."""
+def test_only_the_client_that_reads_no_events_is_disconnected(both: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is disconnected at its limit of unread output, while another client is served."""
     # With the usual limit, QEMU would need a minute for that many events.
     monkeypatch.setattr(limits, "OUTPUT_SIZE", 1 << 18)
     _, server = both
@@ -211,7 +211,7 @@ def test_half_a_command_delays_no_other_client(both: Shared) -> None:
     other.close()
 
 
-def test_a_command_that_is_too_large_gets_qemus_own_words(both: Shared) -> None:
+def test_a_command_that_is_too_large_gets_qemus_own_error(both: Shared) -> None:
     _, server = both
     client = server.open().negotiate()
     client.send(b'{"execute":"query-status","arguments":{"x":"')
@@ -223,7 +223,7 @@ def test_a_command_that_is_too_large_gets_qemus_own_words(both: Shared) -> None:
     client.close()
 
 
-def test_a_large_command_is_answered_after_its_events_and_delays_only_its_client(both: Shared) -> None:
+def test_a_large_command_is_answered_in_order_and_others_are_served(both: Shared) -> None:
     _, server = both
     client = server.open().negotiate()
     other = server.open().negotiate()
@@ -253,7 +253,7 @@ def test_a_name_of_getfd_belongs_to_one_client(both: Shared) -> None:
     second.close()
 
 
-def test_an_unused_descriptor_set_goes_with_its_client(both: Shared) -> None:
+def test_an_unused_descriptor_set_is_removed_with_its_client(both: Shared) -> None:
     _, server = both
     fd = a_file()
     client = server.open().negotiate()
@@ -303,7 +303,7 @@ def test_qemus_exit_ends_each_session_and_is_reported_once(qemu: str) -> None:
         assert all(client.at_end() for client in clients)
         for client in clients:
             client.close()
-        wait_until(lambda: bool(server.lost), "the word that QEMU is gone")
+        wait_until(lambda: bool(server.lost), "the report of QEMU's exit")
         assert len(server.lost) == 1
         assert "QEMU closed its monitor" in server.lost[0]
 
@@ -344,7 +344,7 @@ def test_waiting_for_a_monitor_in_use_times_out(qemu: str) -> None:
         holder.close()
 
 
-def test_an_out_of_band_command_overtakes(qemu: str) -> None:
+def test_an_out_of_band_command_overtakes_in_band_ones(qemu: str) -> None:
     with shared(qemu) as (_, server):
         client = server.open().negotiate(oob=True)
         slow = b'{"execute":"query-qmp-schema","id":%d}'

@@ -19,15 +19,15 @@ DEADLINE = 60.0
 
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 
-Words = tuple[str, dict[str, Any]]
+Request = tuple[str, dict[str, Any]]
 
 
-def human(line: str) -> Words:
+def human(line: str) -> Request:
     return "human-monitor-command", {"command-line": line}
 
 
 #: Commands with which QEMU starts a program at once.
-AT_ONCE: tuple[Words, ...] = (
+AT_ONCE: tuple[Request, ...] = (
     ("migrate", {"uri": "exec:true"}),
     ("migrate", {"channels": [{"channel-type": "main", "addr": {"transport": "exec", "args": ["/bin/true"]}}]}),
     ("netdev_add", {"type": "tap", "id": "n", "helper": "/bin/true"}),
@@ -40,7 +40,7 @@ AT_ONCE: tuple[Words, ...] = (
 )
 
 #: Commands with which QEMU starts a program when the guest connects, or when the device is removed.
-LATER: tuple[Words, ...] = (
+LATER: tuple[Request, ...] = (
     ("netdev_add", {"type": "user", "id": "n", "guestfwd": [{"str": "tcp:10.0.2.100:80-cmd:true"}]}),
     ("netdev_add", {"type": "user", "id": "n", "smb": "/tmp"}),
     ("netdev_add", {"type": "tap", "id": "n", "script": "no"}),
@@ -48,7 +48,7 @@ LATER: tuple[Words, ...] = (
 )
 
 #: Similar commands that start no program, whatever QEMU's reply is.
-HARMLESS: tuple[Words, ...] = (
+HARMLESS: tuple[Request, ...] = (
     ("netdev_add", {"type": "user", "id": "u"}),
     ("netdev_del", {"id": "u"}),
     ("netdev_add", {"type": "tap", "id": "t", "script": "no", "downscript": ""}),
@@ -62,12 +62,12 @@ HARMLESS: tuple[Words, ...] = (
 )
 
 
-def name_of(command: Words) -> str:
+def name_of(command: Request) -> str:
     return str(command[1].get("command-line", "-".join((command[0], *map(str, command[1].values())))))
 
 
 @pytest.mark.parametrize("command", AT_ONCE, ids=name_of)
-def test_qemu_itself_never_runs_it(qemu: str, command: Words) -> None:
+def test_qemu_itself_runs_no_command_that_a_session_refuses(qemu: str, command: Request) -> None:
     """A command that a session refuses could not succeed: QEMU dies, or refuses it too."""
     with qmp_fixtures.Machine(qemu, 1, SANDBOX) as machine:
         client = machine.native().negotiate()
@@ -91,7 +91,7 @@ async def test_a_session_refuses_commands_that_start_a_program(qemu: str, tmp_pa
         assert (await session.execute("query-status"))["running"] is True
 
 
-async def test_with_another_sandbox_a_session_refuses_nothing(qemu: str, tmp_path: Path) -> None:
+async def test_without_a_sandbox_a_session_lets_qemu_start_a_program(qemu: str, tmp_path: Path) -> None:
     witness = tmp_path / "was-run"
     async with (
         idle_machine(qemu, tmp_path, qemu_arguments=("-sandbox", "off")) as machine,
@@ -109,7 +109,7 @@ async def test_with_another_sandbox_a_session_refuses_nothing(qemu: str, tmp_pat
         assert witness.exists()
 
 
-async def test_an_end_by_the_sandbox_is_named(qemu: str, tmp_path: Path) -> None:
+async def test_a_death_by_the_sandbox_is_reported(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         try:
             await machine.monitor.execute("migrate", {"uri": "exec:true"})

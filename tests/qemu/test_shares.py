@@ -40,7 +40,7 @@ def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("machine_type", ["q35", "pc"])
-def test_each_directory_has_a_virtiofsd_that_goes_with_the_machine(options: tuple[str, ...], machine_type: str) -> None:
+def test_each_directory_has_a_virtiofsd_that_ends_with_the_machine(options: tuple[str, ...], machine_type: str) -> None:
     with spawned(*options, f"--machine-type={machine_type}") as machine:
         machine.wait_for("is running")
         pids = servers(machine)
@@ -104,7 +104,7 @@ def test_virtiofsd_ends_with_a_qemu_that_dies(options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("option", ["--directory=", "--bind="])
-def test_a_file_that_is_not_a_directory_is_named(tmp_path: Path, qemu: str, option: str) -> None:
+def test_a_path_that_is_not_a_directory_is_named(tmp_path: Path, qemu: str, option: str) -> None:
     (tmp_path / "file").touch()
     boot = () if option == "--directory=" else (f"--image={make_raw(tmp_path / 'image')}",)
     for path, reason in (("file", "Not a directory"), ("none", "No such file or directory")):

@@ -29,7 +29,9 @@ STEPS_MAX = 60
 
 
 @pytest.mark.parametrize("when", ["before", "after", "command"])
-async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dying, when: str) -> None:
+async def test_a_snapshot_is_complete_or_absent_wherever_the_manager_dies(
+    qemu: str, tmp_path: Path, doomed: Dying, when: str
+) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         name = machine.name
         await machine.leave()
@@ -40,16 +42,16 @@ async def test_a_manager_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dy
                     await first.attach(Disk(str(path), "disk", "virtio-scsi"))
                 outcome = await asyncio.to_thread(doomed.order, name, "snapshot", step, when, f"s{step}")
                 assert outcome in ("died", "finished")
-                await survived(name, step)
+                await check_survived(name, step)
                 if outcome == "finished":
                     return
-            raise AssertionError("the save never came to its end")
+            raise AssertionError(f"the save has more than {STEPS_MAX - 1} steps")
         finally:
             await end_adopted(name)
             clean_up(name)
 
 
-async def survived(name: str, step: int) -> None:
+async def check_survived(name: str, step: int) -> None:
     """Check that the machine runs with its disk, and that the snapshot is complete or absent."""
     async with adopted(name) as machine:
         assert await machine.status() == "running", f"step {step}: {machine.adoption_notes}"
@@ -88,7 +90,9 @@ def clean_up(machine: str) -> None:
 @pytest.mark.parametrize(
     "when", [*(pytest.param(each, marks=pytest.mark.soak) for each in ("before", "after")), "command"]
 )
-async def test_the_manager_of_a_copy_dies_at_each_step(qemu: str, tmp_path: Path, doomed: Dying, when: str) -> None:
+async def test_a_copy_is_complete_or_absent_wherever_its_manager_dies(
+    qemu: str, tmp_path: Path, doomed: Dying, when: str
+) -> None:
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
@@ -96,7 +100,7 @@ async def test_the_manager_of_a_copy_dies_at_each_step(qemu: str, tmp_path: Path
         name, before, content = machine.name, snapshot_paths(), path.read_bytes()
         await machine.leave()
         try:
-            # All of them in the soak.
+            # The soak tries every step, and other runs every fourth.
             for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 4):
                 copy = fresh_name()
                 outcome = await asyncio.to_thread(doomed.order, name, "fork", step, when, snapshot.name, copy)
@@ -131,7 +135,7 @@ async def copy_survived(snapshot: Snapshot, name: str) -> bool:
     return True
 
 
-async def test_qemu_dies_while_it_is_saved(qemu: str, tmp_path: Path) -> None:
+async def test_a_save_during_which_qemu_dies_leaves_nothing_behind(qemu: str, tmp_path: Path) -> None:
     before = snapshot_paths()
     async with idle_machine(qemu, tmp_path) as machine:
         saving = asyncio.create_task(machine.snapshot())
@@ -148,10 +152,10 @@ async def test_qemu_dies_while_it_is_saved(qemu: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.scaled
-async def test_qemu_dies_after_each_command_of_a_save(
+async def test_a_snapshot_is_complete_or_absent_wherever_qemu_dies(
     qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # All of them in the soak.
+    # The soak tries every step, and other runs every second.
     for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 2):
         path = make_raw(tmp_path / f"disk{step}")
         async with idle_machine(qemu, tmp_path) as machine:
@@ -167,13 +171,13 @@ async def test_qemu_dies_after_each_command_of_a_save(
         clean_up(machine.name)
         if len(steps) < step:
             return
-    raise AssertionError("the save never came to its end")
+    raise AssertionError(f"the save has more than {STEPS_MAX - 1} steps")
 
 
 def count_commands(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], step: int
 ) -> list[object]:
-    """Call `act` after QEMU has answered `step` batches of commands. Returns a list with an item for each."""
+    """Call `act` after QEMU has answered `step` batches of commands. Returns a list with an item for each batch."""
     execute_all = machine.monitor.execute_all
     steps: list[object] = []
 
@@ -188,7 +192,7 @@ def count_commands(
     return steps
 
 
-async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path) -> None:
+async def test_a_save_that_is_cancelled_leaves_nothing_behind(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         before = snapshot_paths()
         saving = asyncio.create_task(machine.snapshot())
@@ -208,12 +212,12 @@ async def test_a_save_that_is_cancelled_leaves_nothing(qemu: str, tmp_path: Path
 
 
 @pytest.mark.scaled
-async def test_a_save_that_is_cancelled_after_each_command(
+async def test_a_save_that_is_cancelled_after_any_command_leaves_no_snapshot(
     qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), "disk", "virtio-scsi"))
-        # All of them in the soak.
+        # The soak tries every step, and other runs every third.
         for step in range(1, STEPS_MAX, 1 if scaled(2) > 2 else 3):
             saving = asyncio.create_task(machine.snapshot(f"s{step}"))
             steps = count_commands(machine, monkeypatch, partial(cancel, saving), step)
@@ -228,7 +232,7 @@ async def test_a_save_that_is_cancelled_after_each_command(
             if not cancelled:
                 break
         else:
-            raise AssertionError("the save never came to its end")
+            raise AssertionError(f"the save has more than {STEPS_MAX - 1} steps")
     clean_up(machine.name)
 
 
@@ -237,8 +241,7 @@ def cancel(task: asyncio.Task[Any]) -> None:
 
 
 async def check_writable(machine: Machine) -> None:
-    """Check that the disk has one image, which QEMU can write to, and that MACHINE@current lists it if it is an
-    overlay."""
+    """Check that QEMU can write to the disk's only image. If the image is an overlay, MACHINE@current lists it."""
     (image,) = next(each.images for each in machine.storage if not each.is_boot)
     nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
     assert image.top_node in {each["node-name"] for each in nodes if not each["ro"]}

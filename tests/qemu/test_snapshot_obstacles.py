@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that everything that cannot be saved is named before the guest is paused, with the way out."""
+"""Tests that a save names everything that it cannot save, with a hint, before it pauses the guest."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from vmspawn.errors import SnapshotBlocked, StartError, StoragePending
 from vmspawn.helpers import virtiofsd
 
 
-async def refused(machine: Machine, *reasons: str, hint: str = "") -> None:
+async def check_refused(machine: Machine, *reasons: str, hint: str = "") -> None:
     """Check that a save is refused for these reasons, and that the guest was not paused."""
     before = snapshot_paths()
     with machine.monitor.events() as events:
@@ -30,28 +30,28 @@ async def refused(machine: Machine, *reasons: str, hint: str = "") -> None:
     assert snapshot_paths() == before
 
 
-async def test_obstacles_that_clients_make(qemu: str, tmp_path: Path) -> None:
+async def test_obstacles_that_clients_make_are_named(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
         async with machine.qmp() as qmp:
-            await job(machine, qmp)
-            await export(machine, qmp, machine.disk("disk").images[0].top_node, tmp_path / "nbd")
+            await check_job(machine, qmp)
+            await check_export(machine, qmp, machine.disk("disk").images[0].top_node, tmp_path / "nbd")
         assert (await machine.snapshot()).size > 0
         # The guest, which is only a firmware, does not release a PCI device.
         await machine.attach(Disk(str(make_raw(tmp_path / "going")), bus="virtio-blk"))
         with pytest.raises(StoragePending):
             await machine.detach("going", timeout=0)
-        await refused(machine, "disk going is detaching", hint=f"vmctl detach-disk {machine.name} going")
+        await check_refused(machine, "disk going is detaching", hint=f"vmctl detach-disk {machine.name} going")
 
 
-async def job(machine: Machine, qmp: Any) -> None:
-    """Copy a node without end."""
+async def check_job(machine: Machine, qmp: Any) -> None:
+    """Check that a save is refused while a job runs that copies a node without end."""
     for name in ("from", "to"):
         await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": name, "size": 1 << 30})
     await qmp.execute(
         "blockdev-mirror", {"job-id": "endless", "device": "from", "target": "to", "sync": "full", "speed": 1}
     )
-    await refused(machine, "job endless is under way", hint="job-cancel endless")
+    await check_refused(machine, "job endless is under way", hint="job-cancel endless")
     with machine.monitor.events() as events:
         await qmp.execute("block-job-cancel", {"device": "endless", "force": True})
         async for event in events:
@@ -61,21 +61,21 @@ async def job(machine: Machine, qmp: Any) -> None:
         await qmp.execute("blockdev-del", {"node-name": name})
 
 
-async def export(machine: Machine, qmp: Any, node: str, path: Path) -> None:
-    """Export a disk's image."""
+async def check_export(machine: Machine, qmp: Any, node: str, path: Path) -> None:
+    """Check that a save is refused while a disk's image is exported."""
     await qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(path)}}})
     await qmp.execute("block-export-add", {"type": "nbd", "id": "exported", "node-name": node})
-    await refused(machine, "block export exported is under way", hint="block-export-del exported")
+    await check_refused(machine, "block export exported is under way", hint="block-export-del exported")
     await qmp.execute("nbd-server-stop")
 
 
-async def test_obstacles_from_the_start(qemu: str, tmp_path: Path) -> None:
+async def test_obstacles_on_the_command_line_are_named(qemu: str, tmp_path: Path) -> None:
     arguments = (
         *("-device", "virtio-rng-pci,id=theirs,addr=0x1c", "-device", "virtio-rng-pci,addr=0x1d"),
         *("-object", "iothread,id=mine"),
     )
     async with idle_machine(qemu, tmp_path, console="native", qemu_arguments=arguments) as machine:
-        await refused(
+        await check_refused(
             machine,
             "its console is QEMU's own (native)",
             "vmspawn did not create device theirs, and a copy would lack it",
@@ -85,20 +85,20 @@ async def test_obstacles_from_the_start(qemu: str, tmp_path: Path) -> None:
         )
 
 
-async def test_disks_that_this_qemu_cannot_save(qemu: str, tmp_path: Path) -> None:
+async def test_a_disk_that_this_qemu_cannot_save_is_named(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "fast")), bus="nvme"))
         found = await inner(machine).monitor.execute("query-migrate")
         if not found.get("blocked-reasons"):
             pytest.skip("this QEMU saves NVMe controllers")
-        await refused(
+        await check_refused(
             machine,
             "disk fast is on bus nvme, which this QEMU cannot save",
             hint=f"vmctl detach-disk {machine.name} fast",
         )
 
 
-async def test_a_directory_of_the_host(qemu: str, tmp_path: Path) -> None:
+async def test_a_shared_directory_is_named(qemu: str, tmp_path: Path) -> None:
     try:
         program = virtiofsd.find()
     except StartError as error:
@@ -108,7 +108,7 @@ async def test_a_directory_of_the_host(qemu: str, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     async with idle_machine(qemu, tmp_path, binds=(Share(str(shared), "/mnt"),)) as machine:
-        await refused(
+        await check_refused(
             machine,
             f"directory {shared} of the host is shared with it by virtiofs",
             hint="start it without the directory",

@@ -23,17 +23,17 @@ _REFUSED = {
     "finish-migrate": "wait until the operation has completed",
 }
 
-#: States that differ from another one of the table by their names alone.
+#: States that only the soak tries, to save time.
 _RARE = ("prelaunch", "watchdog", "inmigrate", "shutdown")
 
 _CASES = [pytest.param(each, marks=pytest.mark.soak) if each in _RARE else each for each in _REFUSED]
 
 
 @pytest.mark.parametrize("state", _CASES)
-async def test_a_state_is_refused_with_a_reason(state: str, qemu: str, tmp_path: Path) -> None:
+async def test_a_save_is_refused_in_states_other_than_running_and_paused(state: str, qemu: str, tmp_path: Path) -> None:
     before = snapshot_paths()
     async with machine_in(state, qemu, tmp_path) as machine:
-        # The events of the way into the state come before the reply.
+        # The events that led to this state come before the reply.
         await machine.monitor.execute("query-status")
         with machine.monitor.events() as events:
             with pytest.raises(SnapshotBlocked, match=f"its guest is in state {state}") as caught:

@@ -100,13 +100,13 @@ async def test_a_copy_has_the_disk_at_its_place_and_can_detach_it(
                 # The guest would have to release a PCI device, and is only a firmware.
                 if options["bus"] != "virtio-blk":
                     await copy.detach("disk")
-                    assert not await mentions(copy, path)
-            assert await mentions(machine, path)
+                    assert not await has_open(copy, path)
+            assert await has_open(machine, path)
             assert is_part_of_snapshot(path)
         assert [each.disk.name for each in await machine.disks()][-1] == "disk"
 
 
-async def mentions(machine: api.Machine, path: Path) -> bool:
+async def has_open(machine: api.Machine, path: Path) -> bool:
     """Return whether QEMU has a file open."""
     return str(path) in links_of(machine.pid)
 
@@ -120,7 +120,7 @@ async def test_an_empty_drive_is_empty_in_the_copy(qemu: str, tmp_path: Path) ->
             await copy.insert_media("drive", str(medium))
             assert next(each.size for each in await copy.disks() if each.disk.name == "drive") == 64 << 20
             await copy.eject_media("drive")
-            assert not await mentions(copy, medium)
+            assert not await has_open(copy, medium)
 
 
 async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_use_them(qemu: str, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_use_them(qe
             assert snapshot_paths() == before
 
 
-async def test_kept_disks_are_the_copys_newest_and_start_again(qemu: str, tmp_path: Path) -> None:
+async def test_a_copy_whose_disks_were_kept_can_be_started_again(qemu: str, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
@@ -166,12 +166,12 @@ async def test_an_ephemeral_image_stays_unchanged_in_copies(qemu: str, tmp_path:
     async with source as machine, saved(machine) as snapshot, snapshot.fork() as copy:
         found = await nodes(copy)
         assert found["image-below"]["ro"]
-        assert await mentions(copy, image)
+        assert await has_open(copy, image)
         async with saved(copy) as second, second.fork() as third:
             assert "image-below" in await nodes(third)
 
 
-async def test_the_image_of_an_ephemeral_machine_goes_with_its_last_snapshot(qemu: str, tmp_path: Path) -> None:
+async def test_the_image_of_an_ephemeral_machine_is_removed_with_its_last_snapshot(qemu: str, tmp_path: Path) -> None:
     """The image has no name but those in the snapshots' directories."""
     image, path = make_raw(tmp_path / "image", 1 << 20), make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path, image=str(image), ephemeral=True) as machine:
@@ -231,7 +231,7 @@ async def test_memory_in_a_file_is_mapped_by_copies_and_left_out_of_the_state(qe
                 assert await low_memory(copy, tmp_path) == before[:_LOW_MEMORY]
                 await copy.resume()
                 await copy.reboot()
-                # The state of a copy of the copy has the memory, and that needs no file of the first snapshot.
+                # The copy's own snapshot has all of the memory, and needs no file of the first snapshot.
                 async with saved(copy) as second, second.fork() as third:
                     assert third.name
                     assert str(memory) not in links_of(third.pid)
@@ -249,7 +249,7 @@ async def test_a_machine_that_boots_from_the_newest_disks_has_memory_in_a_file_a
 
 
 def memory_file(snapshot: Snapshot) -> Path:
-    """Return the file with the memory of a machine that has 64 MB."""
+    """Return the file with the memory of a machine that has 64 MiB."""
     (found,) = (each for each in Path(directory.path_of(snapshot.name)).iterdir() if each.stat().st_size == 64 << 20)
     return found
 
@@ -272,7 +272,7 @@ async def low_memory(machine: api.Machine, folder: Path) -> bytes:
     return found
 
 
-async def test_a_machine_that_was_adopted(qemu: str, tmp_path: Path) -> None:
+async def test_an_adopted_machine_can_be_saved_and_copied(qemu: str, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
@@ -333,7 +333,7 @@ def change_binary(snapshot: Snapshot) -> str:
     return content
 
 
-async def test_names_are_taken_once(qemu: str, tmp_path: Path) -> None:
+async def test_each_snapshot_of_a_machine_has_its_own_name(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine, saved(machine) as snapshot:
         name = snapshot.name.partition("@")[2]
         assert name == "1"
@@ -358,7 +358,7 @@ async def test_objects_of_sessions_block_a_save(qemu: str, tmp_path: Path) -> No
         assert snapshot_paths() == before
 
 
-async def test_disks_that_block_are_named(qemu: str, tmp_path: Path) -> None:
+async def test_a_disk_that_blocks_a_save_is_named(qemu: str, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:
         try:
@@ -369,7 +369,7 @@ async def test_disks_that_block_are_named(qemu: str, tmp_path: Path) -> None:
             await machine.snapshot()
 
 
-async def test_the_guest_is_unchanged_and_qemu_resizes_afterwards(qemu: str, tmp_path: Path) -> None:
+async def test_disks_can_be_resized_during_a_save_and_the_guest_keeps_its_state(qemu: str, tmp_path: Path) -> None:
     """QEMU 7.2 aborts if a disk is resized between a save and `cont`."""
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path) as machine:
@@ -399,7 +399,7 @@ async def test_a_session_never_sees_the_save(qemu: str, tmp_path: Path) -> None:
         assert states <= {"running"}
 
 
-async def test_the_commands(qemu: str, tmp_path: Path) -> None:
+async def test_vmctl_saves_forks_lists_and_removes_snapshots(qemu: str, tmp_path: Path) -> None:
     """vmctl starts another manager for each copy."""
     path = make_raw(tmp_path / "disk")
     async with idle_machine(qemu, tmp_path, control=True) as machine:
@@ -437,7 +437,7 @@ async def test_the_commands(qemu: str, tmp_path: Path) -> None:
     assert not is_part_of_snapshot(path)
 
 
-async def test_the_methods_of_the_control_socket(qemu: str, tmp_path: Path) -> None:
+async def test_the_control_socket_saves_forks_lists_and_removes_snapshots(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, control=True) as machine, connect(machine.name) as connected:
         await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
         snapshot = await connected.snapshot("v")
@@ -457,7 +457,7 @@ async def test_the_methods_of_the_control_socket(qemu: str, tmp_path: Path) -> N
         await calls.call(machine.name, f"{MACHINE}.RemoveSnapshot", {"name": "v"})
 
 
-async def test_the_disks_are_one_file_each_again_after_the_last_copy(qemu: str, tmp_path: Path) -> None:
+async def test_each_disk_is_one_file_again_after_the_last_copy(qemu: str, tmp_path: Path) -> None:
     raw, qcow2 = make_raw(tmp_path / "raw"), make_qcow2(tmp_path / "qcow2")
     async with idle_machine(qemu, tmp_path) as machine:
         for path in (raw, qcow2):
@@ -500,8 +500,10 @@ async def test_overlays_that_cannot_be_written_are_reported_and_written_later(qe
 
 
 @pytest.mark.soak
-async def test_a_uefi_machine_and_its_variables(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy has variables of its own, and needs the same firmware."""
+async def test_a_copy_of_a_uefi_machine_has_its_own_variables(
+    qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy needs the same firmware."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     ovmf.install(tmp_path / "config")
     options = {"firmware": FirmwareWish(kind="uefi"), "ram": 256 << 20}
@@ -513,8 +515,8 @@ async def test_a_uefi_machine_and_its_variables(qemu: str, tmp_path: Path, monke
         for keep_disks in (False, True):
             async with snapshot.fork(keep_disks=keep_disks) as copy:
                 assert await copy.status() == "running"
-                assert await mentions(machine, variables)
-                assert not await mentions(copy, variables)
+                assert await has_open(machine, variables)
+                assert not await has_open(copy, variables)
                 assert "firmware-variables" in await nodes(copy)
                 async with saved(copy) as second, second.fork() as third:
                     assert await third.status() == "running"
@@ -541,8 +543,8 @@ async def run(*arguments: str) -> str:
     return done.stdout
 
 
-async def test_commands_in_the_guest_end_in_the_copy(qemu: str, tmp_path: Path) -> None:
-    """The commands' ports exist in the copy, because its guest has them, and are removed at once."""
+async def test_ports_of_commands_are_removed_from_the_copy(qemu: str, tmp_path: Path) -> None:
+    """At first, the ports exist in the copy, because they are part of the saved state."""
     async with idle_machine(qemu, tmp_path) as machine:
         port = await machine._inside.commands._ports.attach("io.vmspawn.test")
         async with saved(machine) as snapshot, snapshot.fork() as copy:
@@ -552,8 +554,8 @@ async def test_commands_in_the_guest_end_in_the_copy(qemu: str, tmp_path: Path) 
                 assert port.device not in await devices(third)
 
 
-async def test_ports_of_a_paused_copy_go_when_its_guest_runs(qemu: str, tmp_path: Path) -> None:
-    """QEMU crashes if they go before (docs/qemu.md, "Faults")."""
+async def test_ports_of_a_paused_copy_are_removed_when_its_guest_runs(qemu: str, tmp_path: Path) -> None:
+    """QEMU crashes if the ports are removed before (docs/qemu.md, "Faults")."""
     async with idle_machine(qemu, tmp_path) as machine:
         port = await machine._inside.commands._ports.attach("io.vmspawn.test")
         await machine.pause()
@@ -577,6 +579,6 @@ async def test_copies_start_after_their_source_has_ended(qemu: str, tmp_path: Pa
         await copy.detach("disk")
         assert path.read_bytes()[:4096] == bytes(4096)
     await snapshot.remove()
-    # What the source wrote later is on its disk again.
+    # The data that the source wrote after the snapshot is on its own disk again.
     assert path.read_bytes()[:4096] == b"\1" * 4096
     assert not is_part_of_snapshot(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the SSH key and the seed of a machine whose guest never boots: files, vmctl, adoption, and the end."""
+"""Tests the SSH key and the cloud-init seed of a machine whose guest never boots: files, vmctl, adoption, removal."""
 
 import base64
 import json
@@ -74,12 +74,12 @@ def test_the_configuration_names_the_forwarded_port(machine: Spawned) -> None:
 
 
 def test_vmctl_becomes_ssh(machine: Spawned) -> None:
-    """The guest never answers, so ssh waits. Options end at the command."""
+    """The guest never answers, so ssh waits. Words after the name of the machine are not options of vmctl."""
     command = ["ls", "-l", "--", "--timeout=1"]
     with background([*VMCTL, "ssh", "-t", f"me@{machine.name}", *command], stderr=subprocess.DEVNULL) as process:
         folder = Path(f"/proc/{process.pid}")
         deadline = time.monotonic() + DEADLINE
-        # The command line is there a moment after the name.
+        # The kernel sets the command line a moment after the name.
         while not (line := (folder / "cmdline").read_text()).startswith("ssh\0"):
             assert process.poll() is None
             assert time.monotonic() < deadline, "vmctl did not become ssh"
@@ -89,7 +89,7 @@ def test_vmctl_becomes_ssh(machine: Spawned) -> None:
     assert words[1] == "-t"
     assert 'User="me"' in words
     assert words[-6:] == [f"vmspawn/{machine.name}", "--", *command]
-    # Python ignores this signal, and ssh leaves it as it is.
+    # Python ignores this signal. vmctl must undo that, because ssh does not.
     assert not ignored >> (signal.SIGXFSZ - 1) & 1
 
 
@@ -114,7 +114,7 @@ def test_failures_are_one_line(machine: Spawned, tmp_path: Path, monkeypatch: py
     assert "ssh is not installed" in refusal(machine.name)
 
 
-def test_a_machine_without_a_key(qemu: str, tmp_path: Path) -> None:
+def test_a_machine_without_a_key_is_reported(qemu: str, tmp_path: Path) -> None:
     with idle(qemu, tmp_path) as running:
         assert "has no SSH key" in refusal(running.name)
         done = vmctl("ssh-config", running.name)
@@ -122,7 +122,7 @@ def test_a_machine_without_a_key(qemu: str, tmp_path: Path) -> None:
     assert "--pass-ssh-key=yes" in done.stderr
 
 
-def test_it_survives_the_manager_and_goes_with_the_machine(qemu: str, tmp_path: Path) -> None:
+def test_the_key_survives_the_manager_and_is_removed_with_the_machine(qemu: str, tmp_path: Path) -> None:
     with survivor(fresh_name(), *options(qemu, tmp_path)) as machine:
         before = access(machine.name)
         Path(before["known_hosts"]).write_text("kept\n")
@@ -133,8 +133,8 @@ def test_it_survives_the_manager_and_goes_with_the_machine(qemu: str, tmp_path: 
     assert is_gone(machine.name)
 
 
-def test_a_copy_of_the_host_keys_goes_with_the_machine(qemu: str, tmp_path: Path) -> None:
-    """ssh-keygen -R keeps the list of host keys that it changes."""
+def test_the_backup_of_the_host_keys_is_removed_with_the_machine(qemu: str, tmp_path: Path) -> None:
+    """ssh-keygen -R keeps a copy of the list of host keys that it changes."""
     with spawned(*options(qemu, tmp_path)) as running:
         running.wait_for("is running")
         known = Path(access(running.name)["known_hosts"])
@@ -145,7 +145,7 @@ def test_a_copy_of_the_host_keys_goes_with_the_machine(qemu: str, tmp_path: Path
     assert is_gone(running.name)
 
 
-def test_a_key_that_cannot_be_made(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_cannot_be_made_is_reported(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = fresh_name()
     done = vmspawn("-M", name, *options(qemu, tmp_path), "--ssh-key-type=nonsense")
     assert done.returncode == 1
@@ -158,7 +158,7 @@ def test_a_key_that_cannot_be_made(qemu: str, tmp_path: Path, monkeypatch: pytes
     assert is_gone(name)
 
 
-def test_a_seed_for_cloud_init_goes_with_the_machine(qemu: str, tmp_path: Path) -> None:
+def test_a_seed_for_cloud_init_is_removed_with_the_machine(qemu: str, tmp_path: Path) -> None:
     pytest.importorskip("pycdlib")
     (tmp_path / "user-data").write_text("#cloud-config\n")
     image = make_raw(tmp_path / "boot", 1 << 20)

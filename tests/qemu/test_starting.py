@@ -20,7 +20,7 @@ from vmspawn.host.runtime import MachineDirectory
 def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
     """Return the options of a machine whose QEMU first reads a line from the FIFO `go`, and fails without a line."""
     os.mkfifo(tmp_path / "go")
-    # vmspawn asks a QEMU about its features before.
+    # vmspawn first starts QEMU to ask for its features. These starts do not wait.
     wait = f"read -r line <{tmp_path}/go || {{ echo no line >&2; exit 1; }}"
     held = f'case "$*" in --version | *"-qmp stdio"*) ;; *) {wait} ;; esac'
     script = make_script(tmp_path / "qemu", f'{held}\nexec {shutil.which(qemu)} "$@"')

@@ -75,7 +75,7 @@ def wait_for_status(monitor: Monitor, status: str) -> None:
 
 
 def test_the_state_is_saved_to_a_descriptor(machine: Monitor, tmp_path: Path) -> None:
-    """A disk on a pivot does not prevent a save. The image is inactive afterwards."""
+    """A disk on a throttle filter does not prevent a save."""
     machine.succeed("cont")
     machine.succeed("stop")
     assert save(machine, tmp_path / "state") == "completed"
@@ -97,7 +97,7 @@ def test_a_saved_state_is_loaded_by_a_qemu_with_the_same_devices(qemu: str, tmp_
         assert copy.succeed("query-status")["status"] == "running"
 
 
-def test_after_a_save_only_cont_and_stop_bring_paused_back(machine: Monitor, tmp_path: Path) -> None:
+def test_after_a_save_cont_and_stop_return_to_the_state_paused(machine: Monitor, tmp_path: Path) -> None:
     machine.succeed("cont")
     machine.succeed("stop")
     assert save(machine, tmp_path / "state") == "completed"
@@ -135,7 +135,7 @@ def test_qemu_reports_the_reason_of_its_end_and_exits_with_0(machine: Monitor, n
     assert machine.machine.process.wait(DEADLINE) == 0
 
 
-def test_no_device_comes_while_a_migration_runs(qemu: str, tmp_path: Path) -> None:
+def test_no_device_can_be_added_while_a_migration_runs(qemu: str, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as there, bare(qemu, "q35") as monitor:
         there.bind(str(tmp_path / "there"))
         there.listen()
@@ -147,7 +147,7 @@ def test_no_device_comes_while_a_migration_runs(qemu: str, tmp_path: Path) -> No
         with connected:
             reader = threading.Thread(target=read_all, args=(connected,))
             reader.start()
-            # It ends with QEMU.
+            # The thread ends with QEMU.
             refusal = monitor.fail("device_add", driver="virtio-rng-pci", bus="port0", addr="0x0")
             assert refusal == "device_add not allowed while migrating"
             monitor.machine.kill()

@@ -52,7 +52,7 @@ async def nothing_left(machine: Machine) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("read_only", [False, True])
-async def test_a_scsi_disk_comes_and_goes_without_the_guest(
+async def test_a_scsi_disk_is_attached_and_detached_without_the_guest(
     machine: Machine, tmp_path: Path, image_format: str, read_only: bool
 ) -> None:
     path = (make_qcow2 if image_format == "qcow2" else make_raw)(tmp_path / "disk")
@@ -132,7 +132,7 @@ async def test_an_image_that_another_machine_uses_is_refused(machine: Machine, q
         (Disk("disk", serial="x" * 21), BadConfig, "invalid serial"),
     ],
 )
-async def test_images_that_cannot_be_attached(
+async def test_images_that_cannot_be_attached_are_refused(
     machine: Machine, tmp_path: Path, disk: Disk, error: type[Exception], message: str
 ) -> None:
     make_raw(tmp_path / "disk")
@@ -158,8 +158,7 @@ async def test_a_writable_descriptor_makes_no_optical_disk(machine: Machine, tmp
         await machine.attach_backing(Disk("", "cd", "scsi-cd"), backing)
 
 
-async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path) -> None:
-    """The place of a device that failed is free again, and the last failure has a hint."""
+async def test_a_lack_of_ports_is_reported_with_a_hint(machine: Machine, tmp_path: Path) -> None:
     free = machine.storage.ports_free
     taken = [machine.storage._context.layout.pci.take() for _ in range(free)]
     with pytest.raises(NoFreePort, match="are in use") as caught:
@@ -169,7 +168,7 @@ async def test_all_ports_used_up_and_given_back(machine: Machine, tmp_path: Path
         machine.storage._context.layout.pci.release(place)
 
 
-async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Machine, tmp_path: Path) -> None:
+async def test_another_port_is_tried_if_qemu_refuses_the_device(machine: Machine, tmp_path: Path) -> None:
     """A QMP client has used the port: device_add fails, the attach is undone, and another port is tried."""
     stranger = make_raw(tmp_path / "stranger")
     await machine.monitor.execute("blockdev-add", {"driver": "file", "node-name": "foreign", "filename": str(stranger)})
@@ -184,7 +183,7 @@ async def test_a_device_that_qemu_refuses_after_the_nodes_were_added(machine: Ma
     with pytest.raises(StoragePending):
         await machine.detach(attached.name, timeout=0.1)
     await machine.monitor.execute("device_del", {"id": "foreign"})
-    # The firmware does not release a device; a reset does.
+    # The firmware does not release the devices; a reset removes them.
     await machine.reboot()
     await machine.detach(attached.name)
     async with asyncio.timeout(30):
@@ -208,7 +207,7 @@ async def test_an_unknown_disk_cannot_be_detached_and_others_are_named(machine: 
         await machine.detach(f"disk{number}")
 
 
-async def test_a_boot_disk_stays(machine: Machine) -> None:
+async def test_a_boot_disk_cannot_be_detached(machine: Machine) -> None:
     boot = next(each for each in machine.storage if each.is_boot)
     with pytest.raises(StorageImmutable, match="is a boot disk"):
         await machine.detach(boot.name)
@@ -218,7 +217,7 @@ async def test_a_boot_disk_stays(machine: Machine) -> None:
 async def test_a_guest_that_does_not_release_a_disk_makes_the_removal_pending(
     qemu: str, tmp_path: Path, bus: str
 ) -> None:
-    """Firmware ignores the request. The caller gets that error in time, may try again, and a reset ends the removal.
+    """Firmware ignores the request. The caller gets StoragePending in time and may try again. A reset removes the disk.
 
     The test has its own machine, because a firmware that was reset resets itself once more, some time later.
     """
@@ -240,7 +239,7 @@ async def test_a_guest_that_does_not_release_a_disk_makes_the_removal_pending(
         assert await Resources.of(machine) == before
 
 
-async def test_a_device_removed_by_raw_qmp_detaches_its_disk(machine: Machine, tmp_path: Path) -> None:
+async def test_a_disk_is_detached_if_a_qmp_client_removes_its_device(machine: Machine, tmp_path: Path) -> None:
     await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
     detached = asyncio.create_task(event_named(machine, DETACHED_EVENT))
     await asyncio.sleep(0)
@@ -249,7 +248,7 @@ async def test_a_device_removed_by_raw_qmp_detaches_its_disk(machine: Machine, t
     assert not [each for each in machine.storage if not each.is_boot]
 
 
-async def test_a_failed_attach_has_no_events(machine: Machine, tmp_path: Path) -> None:
+async def test_a_failed_attach_causes_no_events(machine: Machine, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(b"QFI\xfb" + bytes(1 << 16))
     names = set()
@@ -267,7 +266,7 @@ async def test_a_failed_attach_has_no_events(machine: Machine, tmp_path: Path) -
     assert names == {"disk"}
 
 
-async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path) -> None:
+async def test_a_cancelled_attach_is_undone(machine: Machine, tmp_path: Path) -> None:
     path = str(make_raw(tmp_path / "disk"))
     loop = asyncio.get_running_loop()
     # A thread opens the image, and cannot be stopped. At the end of this block, all threads have ended.
@@ -291,18 +290,18 @@ async def test_a_cancelled_attach_is_taken_back(machine: Machine, tmp_path: Path
             await asyncio.sleep(0.01)
 
 
-async def test_many_at_once_in_any_order(machine: Machine, tmp_path: Path) -> None:
+async def test_disks_are_attached_and_detached_concurrently(machine: Machine, tmp_path: Path) -> None:
     names = [f"disk{n}" for n in range(12)]
 
-    async def come_and_go(name: str) -> None:
+    async def attach_and_detach(name: str) -> None:
         await machine.attach(Disk(str(make_raw(tmp_path / name)), bus="virtio-scsi"))
         await machine.detach(name)
 
-    await asyncio.gather(*(come_and_go(name) for name in names))
+    await asyncio.gather(*(attach_and_detach(name) for name in names))
 
 
 @pytest.mark.scaled
-async def test_cycles_leave_nothing(machine: Machine, tmp_path: Path) -> None:
+async def test_repeated_attaches_and_detaches_leave_nothing_behind(machine: Machine, tmp_path: Path) -> None:
     """The fixture compares nodes, descriptor sets, devices, ports and open files of both processes."""
     path = str(make_raw(tmp_path / "disk"))
     for _ in range(scaled(40)):

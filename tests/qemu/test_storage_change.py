@@ -123,7 +123,7 @@ async def test_a_refused_replacement_changes_nothing(
     await machine.detach("disk")
 
 
-async def test_a_replacement_that_another_machine_writes_to_names_it(
+async def test_a_refused_replacement_names_the_machine_that_writes_to_it(
     machine: Machine, qemu: str, tmp_path: Path
 ) -> None:
     taken = str(make_raw(tmp_path / "taken", MIB))
@@ -177,7 +177,7 @@ async def throttling(machine: Machine) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("bus", ["virtio-scsi", "scsi-cd"])
-async def test_limits_come_change_and_go(machine: Machine, tmp_path: Path, bus: str) -> None:
+async def test_limits_are_set_changed_and_removed(machine: Machine, tmp_path: Path, bus: str) -> None:
     await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", bus))
     await machine.limit("disk", Limits(iops=100, bps=1 << 20, burst=3))
     assert await throttling(machine) == [
@@ -190,9 +190,7 @@ async def test_limits_come_change_and_go(machine: Machine, tmp_path: Path, bus: 
     await machine.detach("disk")
 
 
-async def test_limits_are_there_from_the_beginning_and_stay_with_another_image(
-    machine: Machine, tmp_path: Path
-) -> None:
+async def test_limits_apply_at_once_and_to_a_replacement(machine: Machine, tmp_path: Path) -> None:
     limits = Limits(iops_write=7)
     await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", limits=limits))
     assert await throttling(machine) == [{"iops-write": 7}]
@@ -210,7 +208,7 @@ async def test_limits_are_there_from_the_beginning_and_stay_with_another_image(
         (Limits(iops=1, burst=0.5), "burst of 0.5 is out of range"),
     ],
 )
-async def test_limits_that_cannot_be(machine: Machine, tmp_path: Path, limits: Limits, message: str) -> None:
+async def test_invalid_limits_are_refused(machine: Machine, tmp_path: Path, limits: Limits, message: str) -> None:
     await machine.attach(Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi"))
     with pytest.raises(BadConfig, match=message):
         await machine.limit("disk", limits)
@@ -253,7 +251,7 @@ async def test_a_disk_takes_the_size_that_its_image_was_given(machine: Machine, 
     await machine.detach("disk")
 
 
-async def test_an_image_that_became_empty_changes_no_disk(machine: Machine, tmp_path: Path) -> None:
+async def test_a_disk_does_not_take_the_size_of_an_image_that_became_empty(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "image", MIB)
     await machine.attach(Disk(str(path), "disk", "virtio-scsi"))
     os.truncate(path, 0)
@@ -295,7 +293,7 @@ async def test_a_file_that_ends_within_a_sector_keeps_its_length(
 async def test_a_file_that_has_grown_from_outside_is_not_cut(
     machine: Machine, tmp_path: Path, size: int, known: bool
 ) -> None:
-    """The file is cut neither to the disk's size nor to another."""
+    """Without shrink=True, the file is cut neither to the disk's size nor to another size."""
     path = make_raw(tmp_path / "image", MIB)
     backing = open_disk(str(path), read_only=False)
     await machine.attach_backing(Disk(str(path) if known else "", "disk", "virtio-scsi"), backing)
@@ -345,13 +343,13 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
 
 
 @pytest.mark.parametrize("size", [2 * MIB, 8 * MIB, 4 * MIB])
-@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("is_given", [True, False])
 async def test_a_disk_takes_the_size_that_its_block_device_was_given(
-    machine: Machine, loop: Loop, size: int, said: bool
+    machine: Machine, loop: Loop, size: int, is_given: bool
 ) -> None:
     await machine.attach(Disk(loop.path, "disk", "virtio-scsi"))
     loop.resize(size)
-    assert await machine.resize("disk", size if said else None) == size
+    assert await machine.resize("disk", size if is_given else None) == size
     assert (await machine.sizes())["disk"] == size
     await machine.detach("disk")
 
@@ -379,7 +377,9 @@ async def test_a_qcow2_image_on_a_block_device_has_a_size_of_its_own(machine: Ma
     await machine.detach("disk")
 
 
-async def test_disks_that_cannot_be_resized(machine: Machine, tmp_path: Path) -> None:
+async def test_a_resize_of_a_read_only_disk_or_to_a_part_of_a_sector_is_refused(
+    machine: Machine, tmp_path: Path
+) -> None:
     path = str(make_raw(tmp_path / "image", MIB))
     await machine.attach(Disk(path, "disk", "virtio-scsi", read_only=True))
     with pytest.raises(ConfigNotSupported, match="disk is read-only"):

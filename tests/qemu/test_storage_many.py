@@ -22,13 +22,13 @@ PLACES = 256
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bus", ["virtio-scsi", "nvme-ns"])
-async def test_256_disks_on_one_controller_and_no_more(qemu: str, tmp_path: Path, bus: str) -> None:
+async def test_a_controller_has_256_disks_and_no_more(qemu: str, tmp_path: Path, bus: str) -> None:
     if bus == "nvme-ns" and not find_qemu(qemu).has_namespaces:
         pytest.skip("this QEMU plugs no NVMe namespaces in while the machine runs")
     names = [f"disk{number}" for number in range(PLACES)]
     for name in (*names, "one-more"):
         make_raw(tmp_path / name, MIB)
-    # Firmware does not release the controller of namespaces, so a namespace at boot keeps the controller.
+    # Firmware does not release the controller of namespaces, so a boot disk keeps the controller in use.
     at_boot = [Disk(str(tmp_path / names.pop()), bus=bus)] if bus == "nvme-ns" else []
     async with idle_machine(qemu, tmp_path, extra_disks=tuple(at_boot)) as machine:
         before = await Resources.of(machine)
@@ -80,13 +80,13 @@ def _address(found: Place) -> int:
 
 @pytest.mark.slow
 @pytest.mark.scaled
-async def test_many_machines_in_one_process_do_not_meet(qemu: str, tmp_path: Path) -> None:
+async def test_many_machines_in_one_process_do_not_affect_each_other(qemu: str, tmp_path: Path) -> None:
     """Disks with the same names are attached and detached on all machines at once; each machine ends as it began."""
     async with contextlib.AsyncExitStack() as stack:
         starting = (stack.enter_async_context(idle_machine(qemu, tmp_path)) for _ in range(min(20, scaled(4))))
         machines = await asyncio.gather(*starting)
         before = [await MachineResources.of(machine) for machine in machines]
-        await asyncio.gather(*(come_and_go(machine, tmp_path) for machine in machines))
+        await asyncio.gather(*(attach_and_detach(machine, tmp_path) for machine in machines))
         assert [await MachineResources.of(machine) for machine in machines] == before
 
 
@@ -104,7 +104,7 @@ class MachineResources(NamedTuple):
         return cls(found.nodes, found.fdsets, found.qemu_files)
 
 
-async def come_and_go(machine: Machine, folder: Path) -> None:
+async def attach_and_detach(machine: Machine, folder: Path) -> None:
     """Attach and detach eight disks, twice."""
     names = [f"disk{number}" for number in range(8)]
     for name in names:

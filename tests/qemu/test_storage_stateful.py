@@ -49,7 +49,10 @@ class StorageMachine(RuleBasedStateMachine):
         self.run = Run(qemu, folder)
 
     def disk(self, which: int) -> ExpectedDisk:
-        """Return a disk. The firmware decides whether there is one, so no draw depends on that."""
+        """Return a disk; attaches one first if the machine has no disk.
+
+        No draw depends on the number of disks, because a reset of the firmware may remove disks at any time.
+        """
         if not self.run.model.disks:
             self.run.attach("a", "virtio-scsi")
         disks = self.run.disks()
@@ -149,7 +152,7 @@ def test_after_any_operations_the_machine_equals_the_model(qemu: str, tmp_path_f
             max_examples=scaled(RUNS),
             stateful_step_count=STEPS,
             deadline=None,
-            # The steps are the same every day, and random in a soak.
+            # The steps are the same in each usual run, and random in a soak.
             derandomize=SCALE == 1,
             suppress_health_check=list(HealthCheck),
         ),
@@ -190,7 +193,9 @@ REPLACE: dict[str, Any] = {"which": 0, "image_format": "qcow2", "size": MIB, "re
         ),
     ],
 )
-def test_former_failures(qemu: str, tmp_path: Path, steps: tuple[tuple[str, dict[str, Any]], ...]) -> None:
+def test_former_failures_do_not_return(
+    qemu: str, tmp_path: Path, steps: tuple[tuple[str, dict[str, Any]], ...]
+) -> None:
     machine = StorageMachine(qemu, tmp_path)
     try:
         for name, arguments in steps:

@@ -32,7 +32,7 @@ def machine(qemu: str, tmp_path: Path) -> Iterator[vmspawn.sync.Machine]:
         yield running
 
 
-def test_a_machine_of_ones_own(machine: vmspawn.sync.Machine, tmp_path: Path) -> None:
+def test_a_program_controls_its_own_machine(machine: vmspawn.sync.Machine, tmp_path: Path) -> None:
     assert machine.status() == "running"
     attached = machine.attach(make_raw(tmp_path / "data"), bus="virtio-scsi")
     assert [each.disk for each in machine.disks()][-1] == attached
@@ -56,7 +56,7 @@ def test_a_machine_of_ones_own(machine: vmspawn.sync.Machine, tmp_path: Path) ->
         assert [event.name for event in events] == ["MachineEnded"]
 
 
-def test_a_machine_of_another_process(machine: vmspawn.sync.Machine, tmp_path: Path) -> None:
+def test_a_program_controls_a_machine_that_it_connects_to(machine: vmspawn.sync.Machine, tmp_path: Path) -> None:
     with vmspawn.sync.connect(machine.name) as connected:
         connected.attach(make_raw(tmp_path / "data"), bus="virtio-scsi")
         assert connected.disks() == machine.disks()
@@ -72,7 +72,7 @@ def test_a_machine_of_another_process(machine: vmspawn.sync.Machine, tmp_path: P
         pass
 
 
-def test_threads_have_a_machine_each(qemu: str, tmp_path: Path) -> None:
+def test_each_thread_can_have_its_own_machine(qemu: str, tmp_path: Path) -> None:
     states: list[str] = []
 
     def live() -> None:
@@ -88,7 +88,7 @@ def test_threads_have_a_machine_each(qemu: str, tmp_path: Path) -> None:
     assert not blocking.background().open
 
 
-def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     machine = vmspawn.sync.Machine(image=tmp_path / "none", name=fresh_name())
     with pytest.raises(vmspawn.VmspawnError), machine:
         pass
@@ -97,7 +97,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 PROGRAM = """
 import signal, sys, time, vmspawn.sync
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 machine = vmspawn.sync.Machine(image=sys.argv[1], qemu=sys.argv[2], name=sys.argv[3], ram="64M", console="headless")
 machine.__enter__()
 print(machine.pid, flush=True)
@@ -111,7 +111,7 @@ def program(qemu: str, folder: Path, name: str, more: str) -> subprocess.Popen[s
 
 
 def test_a_program_that_exits_ends_its_machines(qemu: str, tmp_path: Path) -> None:
-    """An interactive interpreter that is left does the same."""
+    """An interactive interpreter ends its machines, too, when the user leaves it."""
     name = fresh_name()
     output, errors = program(qemu, tmp_path, name, "").communicate(timeout=DEADLINE)
     assert errors == ""
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_a_program_and_its_machines(qemu: str, tmp_path: Path, call:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-def test_a_fork_in_the_block_leaves_the_machine_to_its_parent(qemu: str, tmp_path: Path) -> None:
+def test_a_forked_process_leaves_the_machine_to_its_parent(qemu: str, tmp_path: Path) -> None:
     with made(qemu, tmp_path) as machine:
         pid = os.fork()
         if not pid:

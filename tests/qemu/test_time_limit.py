@@ -16,7 +16,7 @@ def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
     return (f"--qemu={qemu}", f"--image={make_raw(tmp_path / 'boot', 1 << 20)}", "--ram=64M", "--console=headless")
 
 
-def test_a_machine_is_ended_after_its_time_with_a_status_of_its_own(options: tuple[str, ...]) -> None:
+def test_a_machine_is_ended_at_its_limit_with_exit_status_124(options: tuple[str, ...]) -> None:
     with spawned(*options, "--time-limit=1.5") as machine:
         assert machine.wait() == 124
     assert "the machine was ended after 1.5 s" in machine.output["stderr"]
@@ -40,7 +40,7 @@ def test_the_limit_holds_for_the_next_manager(options: tuple[str, ...]) -> None:
     assert is_gone(machine.name)
 
 
-async def test_a_program_learns_it_as_the_reason(qemu: str, tmp_path: Path) -> None:
+async def test_a_program_gets_the_time_limit_as_the_reason_of_the_end(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path, time_limit=1.0) as machine:
         end = await machine.wait()
     assert (end.reason, end.clean) == ("time-limit", False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the explanation for an image that BIOS cannot boot, whose guest prints nothing."""
+"""Tests that vmspawn explains why a machine prints nothing if BIOS cannot boot its image."""
 
 from pathlib import Path
 
