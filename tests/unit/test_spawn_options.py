@@ -10,7 +10,6 @@ from vmspawn.cli.spawn import unsupported_options
 from vmspawn.cli.spawn.disks import without_effect
 from vmspawn.cli.spawn.main import build_parser, configure
 from vmspawn.errors import UsageError, VmspawnError
-from vmspawn.images import snapshot_files
 from vmspawn.version import VERSION
 
 GIB = 1 << 30
@@ -184,10 +183,7 @@ ODD_VALUES = (
     "option",
     [each.option_strings[-1] for each in build_parser()._actions if each.option_strings and each.nargs != 0],
 )
-def test_every_option_accepts_a_value_or_reports_the_error(
-    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(snapshot_files.VARIABLE, "")  # --snapshot-dir= changes it
+def test_every_option_accepts_a_value_or_reports_the_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = () if option in ("--image", "--guest", "--directory", "--linux") else ("--guest=builtin",)
     for value in ODD_VALUES:
         said = refusal([*base, f"{option}={value}"], capsys)
