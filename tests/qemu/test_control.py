@@ -46,6 +46,25 @@ async def test_introspection_returns_systemds_definitions(machine: Machine, name
     assert definitions(await in_thread(describe)) == definitions(expected)
 
 
+async def test_no_interface_has_two_symbols_of_one_name(machine: Machine) -> None:
+    """systemd's varlinkctl refuses such an interface."""
+
+    def describe() -> list[str]:
+        service = "org.varlink.service"
+        with caller(machine) as client:
+            names = client.call(f"{service}.GetInfo")["parameters"]["interfaces"]
+            found = [client.call(f"{service}.GetInterfaceDescription", interface=name) for name in names]
+            return [each["parameters"]["description"] for each in found]
+
+    found = [
+        re.findall(r"^(?:type|method|error)\s+(\w+)", description, re.MULTILINE)
+        for description in await in_thread(describe)
+    ]
+    assert any("ListSnapshots" in symbols for symbols in found)
+    for symbols in found:
+        assert sorted(symbols) == sorted(set(symbols))
+
+
 async def test_the_reference_client_can_introspect_and_call(machine: Machine) -> None:
     def use() -> tuple[list[str], dict[str, Any]]:
         with varlink.Client(address=f"unix:{machine.directory.file(CONTROL)}") as client:

@@ -446,7 +446,7 @@ class Machine(VarlinkInterface, name=errors.VMSPAWN):
         return await snapshots.fork(self._machine, snapshot or "", names or [], options)
 
     @varlinkmethod(return_parameter="snapshots")
-    async def ListSnapshots(self) -> list[snapshot_types.Snapshot]:
+    async def ListSnapshots(self) -> list[snapshot_types.ListedSnapshot]:
         """Return the machine's snapshots, the oldest first."""
         from . import snapshots
 

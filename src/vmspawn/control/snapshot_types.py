@@ -29,7 +29,7 @@ class Progress(typing.TypedDict):
 
 
 @varlink_type
-class Snapshot:
+class ListedSnapshot:
     """A snapshot. `sizeBytes` is the size of its own files; `forks` are the machines that were started from it."""
 
     name: str

@@ -19,7 +19,7 @@ from ..snapshots import background, directory, listing, removal, save
 from ..snapshots.names import free_name
 from .connection import CALLER
 from .forwards import to_forward
-from .snapshot_types import FrozenDisk, Progress, Snapshot, WantedForward
+from .snapshot_types import FrozenDisk, ListedSnapshot, Progress, WantedForward
 
 #: Seconds within which copies must start.
 _FORK_TIMEOUT = 60.0
@@ -90,10 +90,10 @@ async def fork(machine: Running, snapshot: str, names: list[str], options: backg
     return chosen
 
 
-async def list_all(machine: Running) -> list[Snapshot]:
+async def list_all(machine: Running) -> list[ListedSnapshot]:
     """Return the snapshots of a machine, the oldest first."""
     return [
-        Snapshot(each.name, int(each.created * 1e6), each.parent or None, each.size, each.disks, each.forks)
+        ListedSnapshot(each.name, int(each.created * 1e6), each.parent or None, each.size, each.disks, each.forks)
         for each in await asyncio.to_thread(listing.listed)
         if each.machine == machine.name
     ]
