@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
 import shutil
 import socket
 import subprocess
@@ -118,10 +117,6 @@ class Client:
         assert "QMP" in self.message()
         assert self.execute(NEGOTIATE_OOB if oob else NEGOTIATE) == {"return": {}}
         return self
-
-    def quiet(self) -> bool:
-        """Return whether no input arrives within 50 ms."""
-        return not self._buffer and not select.select([self.socket], [], [], 0.05)[0]
 
     def at_end(self) -> bool:
         """Wait for input; returns whether it is end of file."""

@@ -125,7 +125,7 @@ class Picture:
     #: The number of images' descriptors that the manager has open.
     own: int = 0
 
-    def changed_by(self, before: Picture) -> Picture:
+    def changes_since(self, before: Picture) -> Picture:
         """Return the differences to a picture that was taken when the machine had only its boot disks."""
         return Picture(
             {name: disk for name, disk in self.disks.items() if name not in before.disks},

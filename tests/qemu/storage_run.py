@@ -120,7 +120,7 @@ class Run:
 
     def check(self) -> None:
         """Compare the machine with the model."""
-        actual = self.wait(self._look()).changed_by(self._empty)
+        actual = self.wait(self._look()).changes_since(self._empty)
         expected = self.model.picture()
         if self._sets_linger and self.paused:
             assert set(expected.open_images) <= set(actual.open_images)

@@ -160,12 +160,8 @@ async def test_add_storage_takes_a_descriptor(machine: Machine, tmp_path: Path, 
     assert await Resources.of(machine) == before
 
 
-def flags(path: Path, name: str) -> tuple[int, str]:
-    return {
-        "O_PATH": (os.O_PATH, "BadConfig"),
-        "write-only": (os.O_WRONLY, "BadConfig"),
-        "O_SYNC": (os.O_RDWR | os.O_SYNC, "BadConfig"),
-    }[name]
+#: Flags of open(2) that make a descriptor unusable for a disk.
+FLAGS = {"O_PATH": os.O_PATH, "write-only": os.O_WRONLY, "O_SYNC": os.O_RDWR | os.O_SYNC}
 
 
 @pytest.mark.parametrize("kind", ["O_PATH", "write-only", "O_SYNC", "pipe"])
@@ -173,7 +169,7 @@ async def test_add_storage_refuses_descriptors_that_make_no_disk(machine: Machin
     path = make_raw(tmp_path / "disk")
 
     def add() -> Any:
-        fds = list(os.pipe()) if kind == "pipe" else [os.open(path, flags(path, kind)[0])]
+        fds = list(os.pipe()) if kind == "pipe" else [os.open(path, FLAGS[kind])]
         try:
             with caller(machine) as client:
                 return client.call(f"{INSTANCE}.AddStorage", fds[:1], fileDescriptorIndex=0, name="disk")["error"]

@@ -24,8 +24,6 @@ from vmspawn.host.runtime import CONTROL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-DEFINITIONS = Path(__file__).parents[1] / "definitions"
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Machine]:
