@@ -19,6 +19,10 @@ from tests.machines import fresh_name
 VMCTL = [sys.executable, "-m", "vmspawn.cli.ctl"]
 VMSPAWN = [sys.executable, "-m", "vmspawn.cli.spawn"]
 
+#: Options with which SeaBIOS prints to the serial port, and its last line if nothing boots.
+SERIAL_BIOS = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
+NOTHING_TO_BOOT = "No bootable device."
+
 #: The deadline of each wait, in seconds.
 DEADLINE = 60.0
 

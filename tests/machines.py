@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -212,6 +213,29 @@ def is_gone(name: str) -> bool:
 def process_is_gone(pid: int) -> bool:
     """Return whether no process has the id."""
     return runtime.start_time(pid) == 0
+
+
+def processes_of(name: str) -> list[str]:
+    """Return the processes that name a machine's directory (its watcher), or that write to its log (QEMU)."""
+    folder = os.path.join(os.path.realpath(runtime.runtime_root()), name)
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{pid}/fd/2").startswith(folder) or folder.encode() in Path(
+                f"/proc/{pid}/cmdline"
+            ).read_bytes().split(b"\0"):
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_nothing_left(name: str) -> None:
+    """Wait until a machine has no process and no directory."""
+    deadline = time.monotonic() + 60
+    while processes_of(name) or not is_gone(name):
+        assert time.monotonic() < deadline, f"left: {processes_of(name)}, directory gone: {is_gone(name)}"
+        time.sleep(0.05)
 
 
 async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> dict[str, Any]:

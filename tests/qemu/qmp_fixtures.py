@@ -10,15 +10,15 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.background import Background
 from vmspawn.qmp.share.multiplexer import Multiplexer
 from vmspawn.qmp.share.session import Session
 
@@ -220,13 +220,10 @@ class Server:
     """A multiplexer that runs on another thread. A context manager."""
 
     def __init__(self, connected: socket.socket, bulk: socket.socket | None = None) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
         #: The reasons of `on_lost`, one for each call.
         self.lost: list[str] = []
         self._stack = ExitStack()
-        self._stack.callback(self._stop)
+        self._background = self._stack.enter_context(Background(DEADLINE))
         self._monitors = connected, bulk
 
     def start(self, timeout: float = DEADLINE, *, deadline: float = DEADLINE) -> Server:
@@ -239,13 +236,13 @@ class Server:
             async with asyncio.timeout(deadline):
                 return await Multiplexer.connect(*self._monitors, on_lost=self.lost.append, timeout=timeout)
 
-        self.multiplexer: Multiplexer = self.wait(connected())
+        self.multiplexer = self.wait(connected())
         self._stack.callback(lambda: self.wait(self.multiplexer.close()))
         return self
 
-    def wait(self, coroutine: Any) -> Any:
+    def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run a coroutine on the multiplexer's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(DEADLINE)
+        return self._background.wait(work)
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Call a function on the multiplexer's loop."""
@@ -253,8 +250,7 @@ class Server:
         async def called() -> _T:
             return function()
 
-        result: _T = self.wait(called())
-        return result
+        return self.wait(called())
 
     def open(self, *, read_only: bool = False, initial: bytes = b"") -> Client:
         """Open a session, which greets; returns its client."""
@@ -265,11 +261,6 @@ class Server:
     def sessions(self) -> tuple[Session, ...]:
         """Return the multiplexer's sessions."""
         return self.call(lambda: self.multiplexer.sessions)
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(DEADLINE)
-        self._loop.close()
 
     def __enter__(self) -> Server:
         return self

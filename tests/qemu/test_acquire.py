@@ -17,7 +17,7 @@ import pytest_asyncio
 import varlink
 from qemu.qmp import QMPClient
 
-from tests.callers import served_machine
+from tests.callers import in_thread, served_machine
 from tests.machines import Machine, Resources, idle_machine, open_files
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.host.runtime import CONTROL
@@ -47,11 +47,6 @@ async def no_session_left(machine: Machine) -> AsyncIterator[None]:
         while machine.sessions:  # noqa: ASYNC110 - a session's end has no event; each turn of the loop may bring it
             await asyncio.sleep(0)
     assert open_files(os.getpid()) == before
-
-
-async def in_thread(work: Any, *arguments: Any) -> Any:
-    async with asyncio.timeout(60):
-        return await asyncio.to_thread(work, *arguments)
 
 
 def call(

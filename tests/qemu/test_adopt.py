@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests adopting a machine whose manager was killed, and the errors if that is impossible."""
 
-import array
 import contextlib
 import json
 import os
@@ -12,13 +11,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.commands import DEADLINE, VMCTL, Spawned, background, vmctl, vmspawn
+from tests.commands import DEADLINE, NOTHING_TO_BOOT, SERIAL_BIOS, VMCTL, Spawned, background, vmctl, vmspawn
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
+from tests.qemu.qmp_fixtures import Client
 from tests.survivors import RawMonitor, Survivor, idle_survivor, survivor, wait_until_dead
 from vmspawn.console.unread import MISSING
 from vmspawn.host import runtime
@@ -172,14 +171,10 @@ def test_an_adopted_machine_ends_as_any_other(machine: Survivor) -> None:
     assert process_is_gone(machine.pid)
 
 
-LAST_WORDS = b"No bootable device."
-
-
 def test_an_adoption_empties_a_full_log_of_the_console(qemu: str, tmp_path: Path) -> None:
     """The guest is firmware, which prints the same at each reset."""
     image = make_raw(tmp_path / "boot", 1 << 20)
-    speaks = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
-    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", *speaks)
+    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", *SERIAL_BIOS)
     with survivor(fresh_name(), *options) as machine:
         machine.kill_manager()
         log = ConsoleLog.of(machine.pid)
@@ -193,11 +188,11 @@ def test_an_adoption_empties_a_full_log_of_the_console(qemu: str, tmp_path: Path
         assert bytes(KEPT_MAX // 2) in shown.read_bytes()
         assert MISSING in shown.read_bytes()
         machine.kill_manager()
-        reset_until(machine, lambda: LAST_WORDS in log.read(log.size))
+        reset_until(machine, lambda: NOTHING_TO_BOOT.encode() in log.read(log.size))
         log.close()
         shown = tmp_path / "second"
         machine.adopt(f"--log={shown}")
-        assert LAST_WORDS in shown.read_bytes()
+        assert NOTHING_TO_BOOT.encode() in shown.read_bytes()
         assert MISSING not in shown.read_bytes()
 
 
@@ -226,10 +221,9 @@ def test_a_monitor_in_use_is_reported(machine: Survivor) -> None:
 def test_the_descriptors_of_former_sessions_are_closed(machine: Survivor, tmp_path: Path) -> None:
     """The remains are a name of getfd, which QEMU cannot list, and a descriptor set that nothing uses."""
     session = acquire(machine)
-    run(session, "qmp_capabilities")
     with open(make_raw(tmp_path / "passed", 4096), "rb") as file:
-        assert run(session, "getfd", fd=file.fileno(), fdname="left") == {"return": {}}
-        assert run(session, "add-fd", fd=file.fileno())["return"]["fdset-id"] == 0
+        assert session.run("getfd", fds=[file.fileno()], fdname="left") == {"return": {}}
+        assert session.run("add-fd", fds=[file.fileno()])["return"]["fdset-id"] == 0
     machine.kill_manager()
     session.close()
     machine.adopt()
@@ -241,34 +235,15 @@ def test_the_descriptors_of_former_sessions_are_closed(machine: Survivor, tmp_pa
     machine.adopt()
 
 
-def acquire(machine: Survivor) -> socket.socket:
-    """Return a QMP session on the control socket, by Varlink's upgrade."""
+def acquire(machine: Survivor) -> Client:
+    """Return a client of a QMP session on the control socket, by Varlink's upgrade."""
     connected = socket.socket(socket.AF_UNIX)
-    connected.settimeout(20)
+    connected.settimeout(DEADLINE)
     connected.connect(os.path.join(machine.folder, runtime.CONTROL))
     connected.sendall(b'{"method":"io.systemd.QemuMachineInstance.AcquireQMP","upgrade":true}\0')
-    data = b""
-    while b"\0" not in data:
-        data += connected.recv(1)
-    read_line(connected)
-    return connected
-
-
-def read_line(connected: socket.socket) -> dict[str, Any]:
-    data = b""
-    while not data.endswith(b"\n"):
-        data += connected.recv(1)
-    found: dict[str, Any] = json.loads(data)
-    return found
-
-
-def run(connected: socket.socket, command: str, *, fd: int = -1, **arguments: Any) -> dict[str, Any]:
-    data = json.dumps({"execute": command, "arguments": arguments}).encode()
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
-    connected.sendmsg([data], ancillary)
-    while "event" in (found := read_line(connected)):
-        pass
-    return found
+    while (byte := connected.recv(1)) != b"\0":
+        assert byte, "the connection ended before the reply"
+    return Client(connected).negotiate()
 
 
 def test_adopt_or_start_starts_a_machine_and_adopts_it_later(qemu: str, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests a lack of room: for unread events, and in the runtime directory."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from tests.conftest import MIB, make_raw
 from tests.machines import Resources, idle_machine
-from tests.small_disks import mounted
+from tests.small_disks import SmallDisk, mounted
 from vmspawn import Disk, Event, MachineConfig
 from vmspawn.boot.adopt import adopt
 from vmspawn.errors import SystemFailure
@@ -35,19 +34,19 @@ async def test_a_slow_reader_learns_that_events_are_lost(qemu: str, tmp_path: Pa
 
 
 @pytest.fixture
-def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def small_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
     """Mount a file system of 1 MiB as the runtime directory."""
-    with mounted(tmp_path / "run", 1 << 20, is_lazy=True) as folder:
+    with mounted(tmp_path / "run", MIB, is_lazy=True) as folder:
         monkeypatch.setenv("VMSPAWN_RUNTIME_DIR", str(folder))
-        yield folder
+        yield SmallDisk(folder)
 
 
-async def test_a_change_that_cannot_be_journaled_is_not_made(qemu: str, tmp_path: Path, small_root: Path) -> None:
+async def test_a_change_that_cannot_be_journaled_is_not_made(qemu: str, tmp_path: Path, small_root: SmallDisk) -> None:
     """Without room in the runtime directory, an attach fails with the reason; a detach and an adoption work."""
     async with idle_machine(qemu, tmp_path) as machine:
         await machine.attach(Disk(str(make_raw(tmp_path / "before")), bus="virtio-scsi"))
         before = await Resources.of(machine)
-        fill(small_root / "filler")
+        small_root.fill()
         with pytest.raises(SystemFailure, match="cannot write the machine's state") as caught:
             await machine.attach(Disk(str(make_raw(tmp_path / "disk")), bus="virtio-scsi"))
         assert caught.value.errno_name == "ENOSPC"
@@ -57,20 +56,10 @@ async def test_a_change_that_cannot_be_journaled_is_not_made(qemu: str, tmp_path
         name = machine.name
         await machine.leave()
         started = adopt(MachineConfig(name=name, console="headless"))
-        os.unlink(small_root / "filler")
+        small_root.empty()
         notes: list[str] = []
         again = await run(started, notice=notes.append)
         assert notes == ["before has no device in QEMU; its remains are removed"]
         backing = open_disk(str(tmp_path / "disk"), read_only=False)
         await again.storage.attach(Disk("", "disk", "virtio-scsi"), backing)
         await again.end()
-
-
-def fill(path: Path) -> None:
-    """Fill the file system."""
-    with open(path, "wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * MIB):
-                pass
-        except OSError:
-            pass

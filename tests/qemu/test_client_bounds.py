@@ -19,16 +19,16 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.machines import Machine, idle_machine
+from tests.callers import served_machine
+from tests.machines import Machine
 from vmspawn import Event
 from vmspawn.console.hotkeys import Key
 from vmspawn.console.hub import CLIENTS_MAX, INPUT_MAX
 from vmspawn.console.keyboard import TYPED_MAX, Keyboard
 from vmspawn.control.connection import DESCRIPTORS_MAX, MESSAGE_MAX
-from vmspawn.control.server import CONNECTIONS_MAX, ControlServer, build_registry
+from vmspawn.control.server import CONNECTIONS_MAX
 from vmspawn.host import runtime
 from vmspawn.host.limits import DESCRIPTORS, allow_descriptors
-from vmspawn.inside.inside import Inside
 from vmspawn.qmp import limits
 from vmspawn.qmp.share.session import Session
 
@@ -48,10 +48,8 @@ QUERY = b'{"execute":"query-name"}'
 async def machine(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Machine]:
     """Run a machine with a control socket, and with a transcript in `qmp.log`."""
     folder = tmp_path_factory.mktemp("idle")
-    async with idle_machine(qemu, folder, qmp_log=str(folder / "qmp.log")) as running:
-        server = ControlServer(running.directory, build_registry(running.inner, Inside(running.inner)))
+    async with served_machine(qemu, folder, qmp_log=str(folder / "qmp.log")) as running:
         yield running
-        server.close()
 
 
 async def end_of(reader: asyncio.StreamReader) -> bytes:

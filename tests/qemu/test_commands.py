@@ -13,6 +13,7 @@ import pytest
 
 from tests.commands import (
     DEADLINE,
+    VMCTL,
     VMSPAWN,
     Spawned,
     background,
@@ -302,19 +303,9 @@ def test_status_takes_the_only_machine(
 
 
 def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None:
-    import sys
-
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
         running.wait_for("is running")
-        command = [
-            sys.executable,
-            "-m",
-            "vmspawn.cli.ctl",
-            "events",
-            running.name,
-            "--json=short",
-            "--filter=STOP,SHUTDOWN",
-        ]
+        command = [*VMCTL, "events", running.name, "--json=short", "--filter=STOP,SHUTDOWN"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
             assert watcher.stdout is not None
             assert json.loads(watcher.stdout.readline()) == {"event": "READY"}

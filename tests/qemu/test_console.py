@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMCTL, VMSPAWN, background, qemu_pid, spawned, vmctl, vmspawn
+from tests.commands import (
+    DEADLINE,
+    NOTHING_TO_BOOT,
+    SERIAL_BIOS,
+    VMCTL,
+    VMSPAWN,
+    background,
+    qemu_pid,
+    spawned,
+    vmctl,
+    vmspawn,
+)
 from tests.machines import is_gone, process_is_gone
 from tests.terminal import END, POWER_OFF, REBOOT, Seated, seated, shell_job, terminal
 
@@ -130,9 +141,9 @@ def test_a_signal_that_ends_qemu_is_reported(machine: Seated) -> None:
 def test_a_guest_that_reboots_for_ever_can_be_ended(options: tuple[str, ...]) -> None:
     """SeaBIOS resets the machine when it finds nothing to boot."""
     loop = ("--qemu-arg=-boot", "--qemu-arg=reboot-timeout=1")
-    with seated(*options, *loop, "--qemu-arg=-machine", "--qemu-arg=graphics=off") as machine:
+    with seated(*options, *loop, *SERIAL_BIOS) as machine:
         for _ in range(3):
-            machine.expect(rb"No bootable device")
+            machine.expect(NOTHING_TO_BOOT.encode())
         machine.type(END)
         assert machine.ended() == 0
 

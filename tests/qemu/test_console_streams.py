@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMSPAWN, Spawned, background, qemu_pid, spawned, vmctl
+from tests.commands import (
+    DEADLINE,
+    NOTHING_TO_BOOT,
+    SERIAL_BIOS,
+    VMSPAWN,
+    Spawned,
+    background,
+    qemu_pid,
+    spawned,
+    vmctl,
+)
 from tests.conftest import make_raw
-from tests.machines import Machine, fresh_name, is_gone, process_is_gone
+from tests.machines import Machine, fresh_name, is_gone, links_of, process_is_gone
 from tests.terminal import seated, shell_job, terminal
-
-#: Options with which SeaBIOS prints to the serial port.
-SPEAKS = ("--qemu-arg=-machine", "--qemu-arg=graphics=off")
-LAST_WORDS = "No bootable device."
-
 
 # Terminals that disappear.
 
@@ -82,9 +87,10 @@ def test_standard_input_and_output_may_be_files(options: tuple[str, ...], tmp_pa
     with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
         target.write(b"before\n")
         target.flush()
-        command = [*VMSPAWN, "-M", "filed", *options, *SPEAKS, "--console=interactive", f"--log={tmp_path / 'log'}"]
+        log = f"--log={tmp_path / 'log'}"
+        command = [*VMSPAWN, "-M", "filed", *options, *SERIAL_BIOS, "--console=interactive", log]
         with background(command, stdin=source, stdout=target, stderr=subprocess.PIPE) as run:
-            while LAST_WORDS.encode() not in (tmp_path / "out").read_bytes():
+            while NOTHING_TO_BOOT.encode() not in (tmp_path / "out").read_bytes():
                 assert run.poll() is None
             assert vmctl("terminate", "filed", "--wait").returncode == 0
             run.communicate(timeout=DEADLINE)
@@ -95,9 +101,7 @@ def test_standard_input_and_output_may_be_files(options: tuple[str, ...], tmp_pa
 def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ...]) -> None:
     with spawned(*options) as running:
         running.wait_for("is running")
-        assert running.process.stdout is not None
-        running.process.stdout.close()
-        del running._open["stdout"]
+        running.hang_up("stdout")
         assert vmctl("status", running.name).returncode == 0
 
 
@@ -105,8 +109,8 @@ def test_a_background_job_leaves_the_terminal_alone(options: tuple[str, ...]) ->
     """A background job shows the console, and reads no keys."""
     with terminal() as tty:
         shell = tty.start(["bash", "--norc", "--noediting", "-i"], PS1="$ ")
-        tty.type(" ".join([*VMSPAWN, "-M", "behind", *options, *SPEAKS, "&", "\n"]).encode())
-        tty.expect(LAST_WORDS.encode())
+        tty.type(" ".join([*VMSPAWN, "-M", "behind", *options, *SERIAL_BIOS, "&", "\n"]).encode())
+        tty.expect(NOTHING_TO_BOOT.encode())
         assert tty.settings() == tty.settings_before
         tty.type(b"echo stays the she''ll\n")
         tty.expect(rb"stays the shell\r\n")
@@ -120,13 +124,15 @@ def test_a_background_job_leaves_the_terminal_alone(options: tuple[str, ...]) ->
 #: The size limit of files, which the file has already reached. The error is EFBIG; that of a full disk is ENOSPC.
 LIMIT = 16 << 20
 
+#: vmspawn with that limit.
+LIMITED = ("prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN)
+
 
 def test_a_transcript_that_cannot_be_written_is_reported_once(options: tuple[str, ...], tmp_path: Path) -> None:
     log = make_raw(tmp_path / "log", LIMIT)
-    limited = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN]
-    running = Spawned(fresh_name(), (*options, *SPEAKS, f"--log={log}", "--quiet"), program=limited)
+    running = Spawned(fresh_name(), (*options, *SERIAL_BIOS, f"--log={log}", "--quiet"), program=LIMITED)
     try:
-        running.wait_for(LAST_WORDS, stream="stdout")
+        running.wait_for(NOTHING_TO_BOOT, stream="stdout")
         said = f"cannot write {log}: File too large; the machine continues without it"
         assert said in vmctl("status", running.name).stdout
         assert vmctl("terminate", running.name, "--wait").returncode == 0
@@ -140,7 +146,7 @@ def test_a_transcript_that_cannot_be_written_is_reported_once(options: tuple[str
 def test_a_full_output_file_is_reported_once(options: tuple[str, ...], tmp_path: Path) -> None:
     """The console continues: its transcript is complete."""
     full, log = make_raw(tmp_path / "full", LIMIT), tmp_path / "log"
-    command = ["prlimit", f"--fsize={LIMIT}", "--", *VMSPAWN, "-M", "full", *options, *SPEAKS, f"--log={log}", "-q"]
+    command = [*LIMITED, "-M", "full", *options, *SERIAL_BIOS, f"--log={log}", "-q"]
     with (
         open(full, "ab") as target,
         background(command, stdin=subprocess.DEVNULL, stdout=target, stderr=subprocess.PIPE, text=True) as run,
@@ -148,7 +154,7 @@ def test_a_full_output_file_is_reported_once(options: tuple[str, ...], tmp_path:
         assert run.stderr is not None
         line = run.stderr.readline()
         assert line == "vmspawn: cannot write to standard output: File too large; the machine continues without it\n"
-        while LAST_WORDS.encode() not in log.read_bytes():
+        while NOTHING_TO_BOOT.encode() not in log.read_bytes():
             assert run.poll() is None
         assert vmctl("terminate", "full", "--wait").returncode == 0
         assert run.wait(timeout=DEADLINE) == 0
@@ -159,10 +165,5 @@ def test_a_full_output_file_is_reported_once(options: tuple[str, ...], tmp_path:
 async def test_a_transcript_is_closed_with_its_machine(qemu: str, tmp_path: Path) -> None:
     image, log = make_raw(tmp_path / "image", 1 << 20), tmp_path / "log"
     async with Machine(image=str(image), qemu=qemu, ram=64 << 20, console="headless", console_log=str(log)):
-        assert str(log) in open_paths()
-    assert str(log) not in open_paths()
-
-
-def open_paths() -> list[str]:
-    """Return the paths that this process has open."""
-    return [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")]
+        assert str(log) in links_of(os.getpid())
+    assert str(log) not in links_of(os.getpid())

@@ -16,8 +16,7 @@ from tests.callers import caller, in_thread
 from tests.commands import VMCTL, background, one_line, vmctl
 from tests.commands import vmspawn as run_vmspawn
 from tests.copies import inner, snapshot_paths
-from tests.machines import Machine, fresh_name, idle_machine, is_gone
-from tests.qemu.test_die_with_program import nothing_left
+from tests.machines import Machine, fresh_name, idle_machine, is_gone, wait_until_nothing_left
 from vmspawn import Snapshot, connect
 from vmspawn.errors import PortInUse, StartError, UsageError
 from vmspawn.images import snapshot_files
@@ -167,7 +166,7 @@ async def test_a_copy_ends_with_the_process_that_wanted_it(source: Source, comma
         assert name in (await in_thread(process.stdout.readline)).decode()
         assert not is_gone(name)
         process.kill()
-        await in_thread(nothing_left, name)
+        await in_thread(wait_until_nothing_left, name)
 
 
 async def test_varlink_refuses_options_that_a_copy_cannot_have(source: Source) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.commands import DEADLINE, VMSPAWN, vmctl
 from tests.conftest import make_raw
-from tests.machines import fresh_name, is_gone
+from tests.machines import fresh_name, is_gone, processes_of, wait_until_nothing_left
 from vmspawn.host import runtime
 
 PROGRAM = """
@@ -53,28 +53,6 @@ else:
 """
 
 
-def processes_of(name: str) -> list[str]:
-    """Return the processes that name a machine's directory (its watcher), or that write to its log (QEMU)."""
-    folder = os.path.join(os.path.realpath(runtime.runtime_root()), name)
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.readlink(f"/proc/{pid}/fd/2").startswith(folder) or folder.encode() in Path(
-                f"/proc/{pid}/cmdline"
-            ).read_bytes().split(b"\0"):
-                found.append(pid)
-        except OSError:
-            continue
-    return found
-
-
-def nothing_left(name: str) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while processes_of(name) or not is_gone(name):
-        assert time.monotonic() < deadline, f"left: {processes_of(name)}, directory gone: {is_gone(name)}"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def start(qemu: str, tmp_path: Path) -> Callable[[str, str], subprocess.Popen[str]]:
     image = make_raw(tmp_path / "boot", 1 << 20)
@@ -106,7 +84,7 @@ def test_nothing_is_left_of_a_machine_whose_program_dies(start: Start, how: str)
             program.kill()
         program.wait(timeout=DEADLINE)
         try:
-            nothing_left(name)
+            wait_until_nothing_left(name)
         finally:
             if how == "fork":
                 os.killpg(program.pid, signal.SIGKILL)
@@ -119,7 +97,7 @@ def test_nothing_is_left_if_a_program_dies_while_its_machine_starts(start: Start
         time.sleep(moment)
         program.kill()
         program.wait(timeout=DEADLINE)
-        nothing_left(name)
+        wait_until_nothing_left(name)
 
 
 @pytest.mark.parametrize("how", ["before the directory", "after the directory"])
@@ -128,7 +106,7 @@ def test_nothing_is_left_if_a_program_dies_before_or_after_it_makes_the_director
     name = fresh_name()
     with start(name, how) as program:
         assert program.wait(timeout=DEADLINE) == -signal.SIGKILL
-        nothing_left(name)
+        wait_until_nothing_left(name)
 
 
 def test_a_killed_program_leaves_an_older_machine_of_the_name_alone(start: Start, qemu: str, tmp_path: Path) -> None:
@@ -175,7 +153,7 @@ def test_vmspawn_dies_with_its_parent(qemu: str, tmp_path: Path, victim: str) ->
             parent.kill()
         else:
             os.kill(manager, signal.SIGKILL)
-        nothing_left(name)
+        wait_until_nothing_left(name)
         deadline = time.monotonic() + DEADLINE
         while runtime.start_time(manager):
             assert time.monotonic() < deadline

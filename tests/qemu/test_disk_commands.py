@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import pexpect
 import pytest
 
-from tests.commands import VMCTL, Spawned, idle, spawned, vmctl
+from tests.commands import VMCTL, Spawned, idle, qemu_pid, spawned, vmctl
 from tests.conftest import MIB, make_qcow2, make_raw
+from tests.machines import links_of
 from vmspawn.control.client import Client, VarlinkError
 
 DEADLINE = 60.0
@@ -205,8 +205,8 @@ def test_a_pending_removal_is_shown_and_can_be_left_or_forced(qemu: str, tmp_pat
         )
         # The reason needs the full width.
         size = (24, 200)
-        arguments = ["-m", "vmspawn.cli.ctl", "detach-disk", machine.name, "data", "--timeout=3"]
-        terminal = pexpect.spawn(sys.executable, arguments, timeout=DEADLINE, encoding="utf-8", dimensions=size)
+        arguments = [*VMCTL[1:], "detach-disk", machine.name, "data", "--timeout=3"]
+        terminal = pexpect.spawn(VMCTL[0], arguments, timeout=DEADLINE, encoding="utf-8", dimensions=size)
         terminal.expect(r"\d+ s, asked (once|\d+ times): the guest has not released data")
         terminal.expect("vmctl: cannot detach data: the guest has not released data")
         terminal.expect(pexpect.EOF)
@@ -218,13 +218,7 @@ def test_a_pending_removal_is_shown_and_can_be_left_or_forced(qemu: str, tmp_pat
         said = run("detach-disk", machine.name, "data", "--force", "--timeout=0")
         assert said.startswith("Detached data by force: the image is closed.")
         assert disk(machine, "data")["removal"]["forced"] is True
-        assert f"{tmp_path}/data" not in {os.path.realpath(path) for path in open_files(machine)}
-
-
-def open_files(machine: Spawned) -> list[str]:
-    from tests.commands import qemu_pid
-
-    return [str(entry) for entry in Path(f"/proc/{qemu_pid(machine.name)}/fd").iterdir()]
+        assert f"{tmp_path}/data" not in links_of(qemu_pid(machine.name))
 
 
 def test_an_attach_can_wait_for_the_guest(machine: Spawned, tmp_path: Path) -> None:

@@ -2,16 +2,13 @@
 """Tests a disk's options besides its image and bus, and its statistics."""
 
 import asyncio
-import contextlib
 import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
+from tests.loop import Loop
 from tests.machines import Machine, detach_by_reset, idle_machine
 from vmspawn import Disk
 from vmspawn.errors import BadConfig, SystemFailure
@@ -36,8 +33,8 @@ async def test_a_shared_image_is_attached_to_two_machines(machine: Machine, qemu
 
 
 async def test_a_block_device_is_shared_without_the_hosts_cache(machine: Machine, qemu: str, tmp_path: Path) -> None:
-    with loop_device(make_raw(tmp_path / "image", MIB)) as device:
-        disk = Disk(device, "disk", "virtio-scsi", cache="none", share=True)
+    with Loop(tmp_path / "image", MIB) as device:
+        disk = Disk(device.path, "disk", "virtio-scsi", cache="none", share=True)
         async with idle_machine(qemu, tmp_path) as other:
             await machine.attach(disk)
             await other.attach(disk)
@@ -48,21 +45,6 @@ async def test_a_block_device_is_shared_without_the_hosts_cache(machine: Machine
             with pytest.raises(SystemFailure, match=f"machine {machine.name} uses the image of disk"):
                 await other.attach(disk._replace(share=False))
             await machine.detach("disk")
-
-
-@contextlib.contextmanager
-def loop_device(image: Path) -> Iterator[str]:
-    """Make a block device on an image; skips the test if that is impossible."""
-    if os.geteuid() != 0 or not shutil.which("losetup"):
-        pytest.skip("loop devices are root's, and made by losetup")
-    made = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 async def test_options_reach_the_nodes(machine: Machine, tmp_path: Path) -> None:

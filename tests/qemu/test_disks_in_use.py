@@ -3,14 +3,14 @@
 
 import asyncio
 import contextlib
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import MIB, make_qcow2, make_raw
+from tests.image_users import other_user
 from tests.machines import Machine, Resources, idle_machine, links_of
 from vmspawn import Disk, Limits
 from vmspawn.errors import (
@@ -25,24 +25,6 @@ from vmspawn.errors import (
 from vmspawn.qmp.monitor import Monitor
 
 DEADLINE = 60.0
-
-
-@contextlib.contextmanager
-def other_user(image: Path) -> Iterator[int]:
-    """Run another program that has locked the image; yields its process id."""
-    with subprocess.Popen(
-        ["qemu-io", "-f", "raw", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("length\n")
-        process.stdin.flush()
-        # The program prints a prompt, and answers after it has opened the image.
-        while "MiB" not in process.stdout.readline():
-            assert process.poll() is None
-        yield process.pid
-        process.stdin.write("quit\n")
-        process.stdin.close()
 
 
 async def until_closed(machine: Machine, image: Path) -> None:

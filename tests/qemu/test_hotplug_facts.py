@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests vmspawn's handling of QEMU's faults and refusals in hot-plug: a one-line error, and nothing left behind."""
 
-import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator
@@ -11,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
+from tests.image_users import other_user
 from tests.machines import Machine, Resources, detach_by_reset, idle_machine, unchanged
 from vmspawn import Disk
 from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
@@ -140,17 +140,11 @@ async def test_an_image_that_another_machine_writes_is_refused_and_its_holder_na
 
 async def test_a_process_that_holds_an_image_is_named(machine: Machine, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "image", MIB)
-    holder = await asyncio.create_subprocess_exec(
-        "qemu-io", "-f", "raw", str(path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    # The reply shows that the process has opened and locked the image.
-    holder.stdin.write(b"length\n")
-    assert b"1 MiB" in await asyncio.wait_for(holder.stdout.readline(), 30)
-    with pytest.raises(SystemFailure, match=rf"qemu-io \(process {holder.pid}\) uses the image of image"):
+    with (
+        other_user(path) as pid,
+        pytest.raises(SystemFailure, match=rf"qemu-io \(process {pid}\) uses the image of image"),
+    ):
         await machine.attach(Disk(str(path), bus="virtio-scsi"))
-    await holder.communicate(b"quit\n")
     await machine.attach(Disk(str(path), bus="virtio-scsi"))
     await machine.detach("image")
 
