@@ -46,10 +46,14 @@ def scaled(number: int) -> int:
     return max(1, round(number * SCALE))
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Poll until a condition holds that no event reports. `what` names the condition in the error."""
+def wait_until(condition: Callable[[], bool], what: str, process: subprocess.Popen[Any] | None = None) -> None:
+    """Poll until a condition holds that no event reports. `what` names the condition in the error.
+
+    Fails at once if `process` ends before.
+    """
     deadline = time.monotonic() + DEADLINE
     while not condition():
+        assert process is None or process.poll() is None, f"the process ended before {what}"
         assert time.monotonic() < deadline, f"{what} did not happen within {DEADLINE:g} s"
         time.sleep(0.005)
 

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 from tests.commands import DEADLINE, NOTHING_TO_BOOT, SERIAL_BIOS, VMCTL, Spawned, background, vmctl, vmspawn
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
-from tests.qemu.qmp_fixtures import Client
+from tests.qemu.qmp_fixtures import Client, wait_until
 from tests.survivors import RawMonitor, Survivor, idle_survivor, survivor, wait_until_dead
 from vmspawn.console.unread import MISSING
 from vmspawn.host import runtime
@@ -181,14 +180,14 @@ def test_an_adoption_empties_a_full_log_of_the_console(qemu: str, tmp_path: Path
         assert log is not None
         # The test makes the log look as if the guest had printed all but ten bytes of the limit.
         os.ftruncate(log.fd, os.fstat(log.fd).st_size - log.size + KEPT_MAX - 10)
-        reset_until(machine, lambda: log.is_full)
+        reset_until(machine, lambda: log.is_full, "a full log")
         shown = tmp_path / "first"
         machine.adopt(f"--log={shown}")
         # The output of the time without a manager: zeroes, and a mark where output is missing.
         assert bytes(KEPT_MAX // 2) in shown.read_bytes()
         assert MISSING in shown.read_bytes()
         machine.kill_manager()
-        reset_until(machine, lambda: NOTHING_TO_BOOT.encode() in log.read(log.size))
+        reset_until(machine, lambda: NOTHING_TO_BOOT.encode() in log.read(log.size), "the firmware's output")
         log.close()
         shown = tmp_path / "second"
         machine.adopt(f"--log={shown}")
@@ -196,14 +195,11 @@ def test_an_adoption_empties_a_full_log_of_the_console(qemu: str, tmp_path: Path
         assert MISSING not in shown.read_bytes()
 
 
-def reset_until(machine: Survivor, condition: Callable[[], bool]) -> None:
-    """Reset a machine without a manager, and wait until a condition holds. QEMU's replies pace the loop."""
-    deadline = time.monotonic() + DEADLINE
+def reset_until(machine: Survivor, condition: Callable[[], bool], what: str) -> None:
+    """Reset a machine without a manager, and wait until a condition holds. `what` names it in the error."""
     with machine.monitor() as monitor:
         assert monitor.execute("system_reset") == {"return": {}}
-        while not condition():
-            assert time.monotonic() < deadline
-            monitor.execute("query-status")
+        wait_until(condition, what)
 
 
 def test_a_monitor_in_use_is_reported(machine: Survivor) -> None:

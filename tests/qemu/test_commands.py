@@ -28,6 +28,7 @@ from tests.commands import (
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.imagefiles import make
 from tests.machines import is_gone, process_is_gone
+from tests.qemu.qmp_fixtures import wait_until
 from tests.survivors import wait_until_dead
 from vmspawn.host import runtime
 
@@ -82,8 +83,7 @@ def test_discarded_data_is_freed_or_kept(qemu: str, tmp_path: Path, choice: str,
 
 def test_quiet_prints_nothing(qemu: str, image: Path) -> None:
     with spawned("-q", f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless") as running:
-        while vmctl("status", running.name).returncode != 0:
-            assert running.process.poll() is None
+        wait_until(lambda: vmctl("status", running.name).returncode == 0, "an answer to vmctl", running.process)
         vmctl("terminate", running.name)
         assert running.wait() == 0
     assert running.output == {"stdout": "", "stderr": ""}

@@ -21,6 +21,7 @@ from tests.commands import (
 )
 from tests.conftest import make_raw
 from tests.machines import Machine, fresh_name, is_gone, links_of, process_is_gone
+from tests.qemu.qmp_fixtures import wait_until
 from tests.terminal import seated, shell_job, terminal
 
 # Terminals that disappear.
@@ -74,8 +75,7 @@ def test_a_machine_runs_with_closed_standard_streams(options: tuple[str, ...], c
     name = "closed"
     command = " ".join([*VMSPAWN, "-M", name, *options, f"--console={console}", closed])
     with background(["sh", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while vmctl("status", name).returncode != 0:
-            assert run.poll() is None
+        wait_until(lambda: vmctl("status", name).returncode == 0, "an answer to vmctl", run)
         assert vmctl("poweroff", name).returncode == 0
         assert vmctl("terminate", name, "--wait").returncode == 0
         assert run.wait(timeout=DEADLINE) == 0
@@ -90,8 +90,9 @@ def test_standard_input_and_output_may_be_files(options: tuple[str, ...], tmp_pa
         log = f"--log={tmp_path / 'log'}"
         command = [*VMSPAWN, "-M", "filed", *options, *SERIAL_BIOS, "--console=interactive", log]
         with background(command, stdin=source, stdout=target, stderr=subprocess.PIPE) as run:
-            while NOTHING_TO_BOOT.encode() not in (tmp_path / "out").read_bytes():
-                assert run.poll() is None
+            wait_until(
+                lambda: NOTHING_TO_BOOT.encode() in (tmp_path / "out").read_bytes(), "the firmware's output", run
+            )
             assert vmctl("terminate", "filed", "--wait").returncode == 0
             run.communicate(timeout=DEADLINE)
             assert run.returncode == 0
@@ -154,8 +155,7 @@ def test_a_full_output_file_is_reported_once(options: tuple[str, ...], tmp_path:
         assert run.stderr is not None
         line = run.stderr.readline()
         assert line == "vmspawn: cannot write to standard output: File too large; the machine continues without it\n"
-        while NOTHING_TO_BOOT.encode() not in log.read_bytes():
-            assert run.poll() is None
+        wait_until(lambda: NOTHING_TO_BOOT.encode() in log.read_bytes(), "the firmware's output in the log", run)
         assert vmctl("terminate", "full", "--wait").returncode == 0
         assert run.wait(timeout=DEADLINE) == 0
         assert run.stderr.read() == ""

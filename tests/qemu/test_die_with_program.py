@@ -14,7 +14,8 @@ import pytest
 from tests.commands import DEADLINE, VMSPAWN, vmctl
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone, processes_of, wait_until_nothing_left
-from vmspawn.host import runtime
+from tests.qemu.qmp_fixtures import wait_until
+from tests.survivors import wait_until_dead
 
 PROGRAM = """
 import asyncio, os, signal, sys, threading
@@ -121,11 +122,7 @@ def test_a_killed_program_leaves_an_older_machine_of_the_name_alone(start: Start
         (older,) = processes_of(name)
         with start(name, "before the directory") as program:
             assert program.wait(timeout=DEADLINE) == -signal.SIGKILL
-        deadline = time.monotonic() + DEADLINE
-        while len(processes_of(name)) > 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert processes_of(name) == [older]
+        wait_until(lambda: processes_of(name) == [older], "the end of the watcher")
         assert not is_gone(name)
     finally:
         vmctl("adopt", name)
@@ -154,7 +151,4 @@ def test_vmspawn_dies_with_its_parent(qemu: str, tmp_path: Path, victim: str) ->
         else:
             os.kill(manager, signal.SIGKILL)
         wait_until_nothing_left(name)
-        deadline = time.monotonic() + DEADLINE
-        while runtime.start_time(manager):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until_dead(manager)

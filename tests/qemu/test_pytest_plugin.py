@@ -6,12 +6,12 @@ import re
 import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import MIB, make_raw
+from tests.qemu.qmp_fixtures import wait_until
 from vmspawn import sync
 from vmspawn.cache import cache_directory
 from vmspawn.host import runtime
@@ -326,10 +326,7 @@ def test_machines_die_with_a_run_that_is_killed(project: pytest.Pytester) -> Non
         run.kill()
     poll = select.poll()
     poll.register(machine, select.POLLIN)
-    assert poll.poll(60_000)
+    assert poll.poll(60_000), "QEMU has not ended"
     os.close(machine)
     # A process of the machine removes the machine's directory when QEMU is gone.
-    deadline = time.monotonic() + 60
-    while machines() - before:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not machines() - before, "the removal of the machine's directory")
