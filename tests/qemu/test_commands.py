@@ -89,21 +89,6 @@ def test_quiet_prints_nothing(qemu: str, image: Path) -> None:
     assert running.output == {"stdout": "", "stderr": ""}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_second_signal_ends_a_machine_whose_guest_does_not_listen(
-    qemu: str, image: Path, number: signal.Signals
-) -> None:
-    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
-        running.wait_for("is running")
-        pid = qemu_pid(running.name)
-        running.signal(number)
-        running.wait_for(f"{number.name}: asked the guest to power off")
-        running.signal(number)
-        assert running.wait() == 0
-    assert is_gone(running.name)
-    assert process_is_gone(pid)
-
-
 def test_a_guest_that_does_not_power_off_in_time_is_ended(qemu: str, image: Path) -> None:
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0.5") as running:
         running.wait_for("is running")

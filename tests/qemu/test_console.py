@@ -73,11 +73,13 @@ def test_a_guest_that_does_not_react_can_be_forced_by_the_same_keys(options: tup
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_the_guest_and_a_second_one_ends_the_machine(machine: Seated, number: signal.Signals) -> None:
     machine.wait_until_raw()
+    pid = qemu_pid(machine.name)
     machine.signal(number)
     machine.expect(rb"%b: asked the guest to power off" % number.name.encode())
     machine.signal(number)
     assert machine.ended() == 0
     assert is_gone(machine.name)
+    assert process_is_gone(pid)
 
 
 def test_sigquit_ends_the_machine_at_once(machine: Seated) -> None:

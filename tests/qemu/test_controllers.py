@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -316,20 +317,26 @@ async def test_a_session_passes_other_saves_to_qemu(qemu: str, tmp_path: Path) -
 # SCSI controllers that are removed.
 
 
-@pytest.mark.parametrize("thread", [False, True], ids=["first", "threaded"])
-async def test_a_removed_scsi_controller_is_plugged_in_again(qemu: str, tmp_path: Path, thread: bool) -> None:
-    """On pc, a guest can eject the first controller too."""
+@pytest.mark.parametrize(
+    ("machine_type", "thread"), [("pc", False), ("pc", True), ("q35", True)], ids=["first", "threaded", "threaded-q35"]
+)
+async def test_a_removed_scsi_controller_is_plugged_in_again(
+    qemu: str, tmp_path: Path, machine_type: str, thread: bool
+) -> None:
+    """On pc, a guest can eject the first controller too. The test also removes the controller that was plugged in."""
     controller = "scsi1" if thread else "scsi0"
-    async with idle_machine(qemu, tmp_path, machine_type="pc") as machine, machine.qmp() as session:
-        free = machine.storage.ports_free
-        await attach(machine, tmp_path, "one", "virtio-scsi", thread=thread)
-        await session.execute("device_del", {"id": controller})
-        await until_gone(machine, controller)
-        await until_detached(machine, "one")
-        await until_free(machine, free)
-        await attach(machine, tmp_path, "two", "virtio-scsi", thread=thread)
-        assert controller in await devices(machine)
-        assert machine.storage.ports_free == free - thread
+    async with idle_machine(qemu, tmp_path, machine_type=machine_type) as machine, machine.qmp() as session:
+        before = await Resources.of(machine)
+        for name in ("one", "two"):
+            await attach(machine, tmp_path, name, "virtio-scsi", thread=thread)
+            assert controller in await devices(machine)
+            assert machine.storage.ports_free == before.ports_free - thread
+            await session.execute("device_del", {"id": controller})
+            await until_gone(machine, controller)
+            await until_detached(machine, name)
+            await until_free(machine, before.ports_free)
+            without_controller = replace(before, pci_devices=before.pci_devices - {controller})
+            assert await Resources.of(machine) == without_controller
 
 
 async def test_a_removed_scsi_controller_is_plugged_in_again_after_an_adoption(qemu: str, tmp_path: Path) -> None:

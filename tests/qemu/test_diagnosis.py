@@ -22,7 +22,6 @@ from vmspawn.errors import ManagerFailed
 from vmspawn.machine.running import run
 from vmspawn.manager.report import REPORTS_MAX
 from vmspawn.manager.supervisor import supervise
-from vmspawn.qmp.transcript import SIZE_MAX, Transcript, without_secrets
 
 
 def arguments(qemu: str, folder: Path) -> tuple[str, ...]:
@@ -51,38 +50,6 @@ def test_a_transcript_has_all_messages_without_secrets(qemu: str, tmp_path: Path
     assert "hush-hush" not in text
     assert '"data":"(left out)"' in text
     assert re.search(r' sessions <- {"return": "\d+\.\d+', text)
-
-
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        (b'{"data":"a\\"b", "id":1}', b'{"data":"(left out)", "id":1}'),
-        (b'{"password" : "x"}', b'{"password" : "(left out)"}'),
-        (b'{"data": {"device": "d"}}', b'{"data": {"device": "d"}}'),
-        (b'{"name":"password"}', b'{"name":"password"}'),
-        (b'{"command-line":"set_password vnc x\\" y"}', b'{"command-line":"set_password (left out)"}'),
-        (b'{"command-line": "info block x"}', b'{"command-line": "info block x"}'),
-        (b'{"command-line":"stop"}', b'{"command-line":"stop"}'),
-        (b'{"return": "a\\"b", "id": 1}', b'{"return": "(left out)", "id": 1}'),
-        (b'{"return": "a\\r\\n", "id": 1}', b'{"return": "a\\r\\n", "id": 1}'),
-        (b'{"return": "", "id": 1}', b'{"return": "", "id": 1}'),
-    ],
-)
-def test_secrets_are_left_out_of_a_transcript(message: bytes, expected: bytes) -> None:
-    assert without_secrets(message) == expected
-
-
-def test_a_transcript_is_rotated_at_its_limit(tmp_path: Path) -> None:
-    path, old = tmp_path / "qmp.log", tmp_path / "qmp.log.old"
-    transcript = Transcript(str(path))
-    for _ in range(SIZE_MAX >> 20):
-        assert not old.exists()
-        transcript.sent("manager", b"x" * (1 << 20))
-    transcript.sent("manager", b"again")
-    transcript.close()
-    assert SIZE_MAX < old.stat().st_size < SIZE_MAX + (1 << 20)
-    assert path.read_text().endswith(" manager -> again\n")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_transcript_that_cannot_be_written_is_reported_and_nothing_is_left(qemu: str, tmp_path: Path) -> None:

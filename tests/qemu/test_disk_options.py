@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests a disk's options besides its image and bus, and its statistics."""
 
-import asyncio
 import os
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from tests.loop import Loop
 from tests.machines import Machine, detach_by_reset, idle_machine
 from vmspawn import Disk
 from vmspawn.errors import BadConfig, SystemFailure
-from vmspawn.hotplug.places import THREADED_SCSI_CONTROLLER
 from vmspawn.storage.limits import Limits
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_left")]
@@ -111,24 +109,3 @@ async def test_each_disk_has_statistics(machine: Machine, tmp_path: Path) -> Non
     assert found["virtio-scsi"].writes == 0
     for bus in ("virtio-scsi", "scsi-cd"):
         await machine.detach(bus)
-
-
-async def test_a_removed_threaded_controller_is_plugged_in_again(machine: Machine, tmp_path: Path) -> None:
-    """After the controller with an I/O thread is removed, its port is free, and the next disk plugs in another."""
-    free = machine.storage.ports_free
-    for name in ("one", "two"):
-        await machine.attach(Disk(str(make_raw(tmp_path / name)), bus="virtio-scsi", thread=True))
-        assert machine.storage.ports_free == free - 1
-        controller = next(each for each in machine.storage._context.controllers if each.name == "scsi1")
-        (disk,) = (each for each in machine.storage if each.name == name)
-        await machine.monitor.execute("device_del", {"id": THREADED_SCSI_CONTROLLER})
-        # The firmware releases the controller at a reset.
-        gone = asyncio.create_task(controller.gone.wait())
-        async with asyncio.timeout(60):
-            while not gone.done():
-                await machine.reboot()
-                await asyncio.wait({gone}, timeout=2)
-        unwinding = {each.unwinding for each in (controller, disk) if each.unwinding is not None}
-        await asyncio.wait(unwinding, timeout=30)
-        assert machine.storage.ports_free == free
-        assert all(each.is_boot for each in machine.storage)
