@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes guests of a few bytes: boot sectors that do one thing and halt."""
+"""Makes guests of a few bytes: boot sectors that do one thing."""
 
 from pathlib import Path
 
@@ -41,6 +41,23 @@ def make_reading_boot_sector(path: Path) -> Path:
             b"\xb9\x01\x00",  # mov cx, 1: cylinder 0, sector 1
             b"\xba\x81\x00",  # mov dx, 0x81: head 0, second disk
             b"\xcd\x13",  # int 0x13
+        )
+    )
+    return _make_image(path, code)
+
+
+def make_echoing_boot_sector(path: Path) -> Path:
+    """Make a raw image that boots, and writes each byte that the first serial port receives back to it."""
+    code = b"".join(
+        (
+            b"\xba\xfd\x03",  # 0: mov dx, 0x3fd: the line status
+            b"\xec",  # 3: in al, dx
+            b"\xa8\x01",  # 4: test al, 1: data is ready
+            b"\x74\xf8",  # 6: jz 0
+            b"\xba\xf8\x03",  # 8: mov dx, 0x3f8: the data
+            b"\xec",  # 11: in al, dx
+            b"\xee",  # 12: out dx, al
+            b"\xeb\xf1",  # 13: jmp 0
         )
     )
     return _make_image(path, code)

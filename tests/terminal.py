@@ -80,19 +80,21 @@ class Tty:
             if writable:
                 data = data[os.write(self.master, data[:512]) :]
 
-    def type_slowly(self, pieces: list[bytes], pause: float) -> None:
+    def type_slowly(self, pieces: list[bytes], pause: float) -> float:
         """Type pieces with pauses between them, and read the output meanwhile.
 
-        A pause begins when the program has read the piece before, so that a slow program does not shorten it.
+        A pause begins when the program has read the piece before, so that a slow program does not shorten it. Returns
+        the seconds until the program had read all pieces.
         """
-        for number, piece in enumerate(pieces):
-            if number:
-                self._wait_until_read()
-            next_at = time.monotonic() + (pause if number else 0.0)
+        began_at = next_at = time.monotonic()
+        for piece in pieces:
             while (left := next_at - time.monotonic()) > 0:
                 if select.select([self.master], [], [], left)[0]:
                     self._read()
             self.type(piece)
+            self._wait_until_read()
+            next_at = time.monotonic() + pause
+        return time.monotonic() - began_at
 
     def _wait_until_read(self) -> None:
         """Wait until the program has read everything that was typed."""

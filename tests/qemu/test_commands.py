@@ -98,13 +98,6 @@ def test_a_guest_that_does_not_power_off_in_time_is_ended(qemu: str, image: Path
     assert is_gone(running.name)
 
 
-def test_a_signal_during_the_start_leaves_nothing(qemu: str, image: Path) -> None:
-    with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0") as running:
-        running.signal(signal.SIGTERM)
-        running.wait()
-    assert is_gone(running.name)
-
-
 def test_qemus_death_is_reported_and_cleaned_up(qemu: str, image: Path) -> None:
     with spawned(f"--qemu={qemu}", f"--image={image}", "--ram=64M") as running:
         running.wait_for("is running")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bootsector import make_echoing_boot_sector
 from tests.commands import (
     DEADLINE,
     NOTHING_TO_BOOT,
@@ -83,26 +84,35 @@ def test_a_machine_runs_with_closed_standard_streams(options: tuple[str, ...], c
 
 
 def test_standard_input_and_output_may_be_files(options: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "in").write_bytes(b"x" * 200)
+    """The guest gets all bytes of the input, which it sends back."""
+    typed = bytes(range(256))
+    (tmp_path / "in").write_bytes(typed)
+    image, log = make_echoing_boot_sector(tmp_path / "boot"), tmp_path / "log"
     with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
         target.write(b"before\n")
         target.flush()
-        log = f"--log={tmp_path / 'log'}"
-        command = [*VMSPAWN, "-M", "filed", *options, *SERIAL_BIOS, "--console=interactive", log]
+        command = [*VMSPAWN, "-M", "filed", *options, f"--image={image}", "--console=interactive", f"--log={log}"]
         with background(command, stdin=source, stdout=target, stderr=subprocess.PIPE) as run:
-            wait_until(
-                lambda: NOTHING_TO_BOOT.encode() in (tmp_path / "out").read_bytes(), "the firmware's output", run
-            )
+            wait_until(lambda: typed in (tmp_path / "out").read_bytes(), "the echo of the input", run)
             assert vmctl("terminate", "filed", "--wait").returncode == 0
             run.communicate(timeout=DEADLINE)
             assert run.returncode == 0
-    assert (tmp_path / "out").read_bytes() == b"before\n" + (tmp_path / "log").read_bytes()
+    assert log.read_bytes() == typed
+    assert (tmp_path / "out").read_bytes() == b"before\n" + typed
 
 
-def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ...]) -> None:
-    with spawned(*options) as running:
-        running.wait_for("is running")
+def test_a_reader_that_goes_away_does_not_end_the_machine(options: tuple[str, ...], tmp_path: Path) -> None:
+    """The guest's output after that goes only to the log."""
+    log = tmp_path / "log"
+    with spawned(*options, *SERIAL_BIOS, f"--log={log}") as running:
+        running.wait_for(NOTHING_TO_BOOT, stream="stdout")
         running.hang_up("stdout")
+        assert vmctl("reboot", running.name).returncode == 0
+        wait_until(
+            lambda: log.read_bytes().count(NOTHING_TO_BOOT.encode()) == 2,
+            "the firmware's output after the reset",
+            running.process,
+        )
         assert vmctl("status", running.name).returncode == 0
 
 

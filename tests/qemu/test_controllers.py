@@ -345,5 +345,7 @@ async def test_a_removed_scsi_controller_is_plugged_in_again_after_an_adoption(q
             await session.execute("device_del", {"id": "scsi0"})
         await until_gone(machine, "scsi0")
         async with left_and_adopted(machine) as adopted:
+            assert "scsi0" not in await devices(adopted)
             await attach(adopted, tmp_path, "one", "virtio-scsi")
+            assert "scsi0" in await devices(adopted)
         await (await Machine.adopt(machine.name)).close()

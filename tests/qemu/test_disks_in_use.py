@@ -17,6 +17,7 @@ from vmspawn.errors import (
     BadConfig,
     ConfigNotSupported,
     NoFreePort,
+    NoSuchStorage,
     QmpError,
     StorageExists,
     StoragePending,
@@ -161,9 +162,15 @@ async def test_force_succeeds_only_if_the_image_is_closed(idle: Machine, tmp_pat
             assert str(image) in links_of(idle.pid)
         await session.execute("block-export-del", {"id": "exported"})
         await until_closed(idle, image)
-        with contextlib.suppress(Exception):
+        if bus == "virtio-blk":
+            # The firmware does not release the device.
             await idle.detach("disk", timeout=0.5, force=True)
-        assert not any(each.has_open_image for each in idle.storage if each.name == "disk")
+            assert not idle.disk("disk").has_open_image
+        else:
+            # The removal, which needs no guest, may have completed already.
+            with contextlib.suppress(NoSuchStorage):
+                await idle.detach("disk", timeout=DEADLINE, force=True)
+            assert names(idle) == set()
 
 
 async def test_a_pending_removal_names_the_users_of_the_image(idle: Machine, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest_asyncio
 
 from tests.conftest import MIB, make_qcow2, make_raw
 from tests.image_users import other_user
-from tests.machines import Machine, Resources, detach_by_reset, idle_machine, unchanged
+from tests.machines import Machine, Resources, detach_by_reset, idle_machine, links_of, unchanged
 from vmspawn import Disk
 from vmspawn.errors import BadConfig, NoFreePort, QmpError, StoragePending, SystemFailure
+from vmspawn.qmp.monitor import Command
 from vmspawn.storage.backing import inspect_descriptor, open_disk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -168,11 +170,16 @@ async def test_flags_of_a_descriptor_are_made_to_fit(machine: Machine, tmp_path:
 
 async def test_aio_that_qemu_lacks_is_refused_in_its_words(machine: Machine, tmp_path: Path) -> None:
     """io_uring needs both QEMU and the host. An explicit wish for it is never replaced by another choice."""
-    disk = Disk(str(make_raw(tmp_path / "image", MIB)), "disk", "virtio-scsi", aio="io_uring")
-    refusal = ""
-    try:
-        await machine.attach(disk)
-        await machine.detach("disk")
-    except QmpError as error:
-        refusal = str(error)
-    assert not refusal or "io_uring" in refusal
+    path = str(make_raw(tmp_path / "image", MIB))
+    disk = Disk(path, "disk", "virtio-scsi", aio="io_uring")
+    node = {"driver": "file", "node-name": "probe", "filename": path, "aio": "io_uring"}
+    (probed,) = await machine.monitor.execute_all([Command("blockdev-add", node)])
+    if isinstance(probed, QmpError):
+        assert "io_uring" in probed.description
+        with pytest.raises(QmpError, match=re.escape(probed.description)):
+            await machine.attach(disk)
+        return
+    await machine.monitor.execute("blockdev-del", {"node-name": "probe"})
+    await machine.attach(disk)
+    assert "anon_inode:[io_uring]" in links_of(machine.pid)
+    await machine.detach("disk")

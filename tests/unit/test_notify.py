@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests the watchdog interval that the service manager requests in the environment."""
+"""Tests the watchdog interval that the service manager requests in the environment, and the notifications in it."""
 
+import asyncio
 import os
 
 import pytest
 
 from vmspawn.host.notify import Notifier
+from vmspawn.manager.heartbeat import Heartbeat
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,17 @@ def test_a_watchdog_counts_only_for_the_watched_process(
             monkeypatch.setenv(name, value)
     assert Notifier().watchdog == seconds
     assert not {"WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
+
+
+async def test_a_watchdog_is_notified_three_times_in_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_PID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "3000000")
+    heartbeat = Heartbeat(Notifier())
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    heartbeat.begin()
+    assert heartbeat._next is not None
+    assert before + 1.0 <= heartbeat._next.when() <= loop.time() + 1.0
+    heartbeat.end()
+    assert heartbeat._next.cancelled()
