@@ -40,6 +40,13 @@ def vmspawn(*arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedP
     )
 
 
+def vmctl_output(*arguments: str) -> str:
+    """Run vmctl, which must succeed; returns its output."""
+    done = vmctl(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:
     """Check that a command's error is one line, and at most one more with a hint. Returns the first line."""
     lines = [line for line in done.stderr.splitlines() if "no KVM" not in line]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.commands import Spawned, qemu_pid, vmctl
+from tests.commands import Spawned, qemu_pid, vmctl, vmctl_output
 from tests.conftest import make_raw
 from tests.machines import fresh_name
 from vmspawn.host import runtime
@@ -50,12 +50,11 @@ class Survivor:
 
     def attach(self, path: Path, *arguments: str) -> None:
         """Run `vmctl attach-disk`, which must succeed."""
-        done = vmctl("attach-disk", self.name, str(path), *arguments)
-        assert done.returncode == 0, done.stderr
+        vmctl_output("attach-disk", self.name, str(path), *arguments)
 
     def disks(self) -> list[dict[str, Any]]:
         """Return the output of `vmctl list-disks`."""
-        found: list[dict[str, Any]] = json.loads(vmctl("list-disks", self.name, "--json=short").stdout)
+        found: list[dict[str, Any]] = json.loads(vmctl_output("list-disks", self.name, "--json=short"))
         return found
 
     def monitor(self) -> "RawMonitor":

@@ -17,8 +17,8 @@ from tests.conftest import make_raw
 from tests.copies import snapshot_paths
 from tests.machines import fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
-from tests.qemu.test_snapshots import write
 from tests.small_disks import small_disk
+from tests.snapshots import write
 from vmspawn import Disk
 from vmspawn.errors import NoSuchSnapshot, SystemFailure, VmspawnError
 from vmspawn.images import snapshot_files

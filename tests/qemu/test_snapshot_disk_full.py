@@ -12,9 +12,8 @@ from tests.conftest import MIB, make_raw
 from tests.copies import inner, snapshot_paths
 from tests.machines import Machine, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
-from tests.qemu.test_snapshot_faults import STEPS_MAX, check_writable, clean_up, count_commands, is_whole, names_of
-from tests.qemu.test_snapshots import write
 from tests.small_disks import PAGE, SmallDisk, small_disk
+from tests.snapshots import STEPS_MAX, check_writable, clean_up, count_commands, is_whole, names_of, write
 from vmspawn import Disk, Snapshot
 from vmspawn.errors import StartError, SystemFailure
 from vmspawn.images import snapshot_files

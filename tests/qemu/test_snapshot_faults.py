@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,15 @@ import pytest
 from tests.conftest import make_raw
 from tests.copies import snapshot_paths
 from tests.dying import Dying
-from tests.machines import Machine, adopted, end_adopted, fresh_name, idle_machine
+from tests.machines import adopted, end_adopted, fresh_name, idle_machine
 from tests.qemu.qmp_fixtures import scaled
+from tests.snapshots import STEPS_MAX, check_writable, clean_up, count_commands, is_whole, names_of
 from tests.survivors import wait_until_dead
 from vmspawn import Disk, Snapshot
 from vmspawn.errors import NotConnected, QmpError, StartError, SystemFailure
 from vmspawn.host.runtime import CONTROL
 from vmspawn.images import snapshot_files
 from vmspawn.snapshots import directory
-
-#: More steps than a save has.
-STEPS_MAX = 60
 
 
 @pytest.mark.parametrize("when", ["before", "after", "command"])
@@ -67,23 +64,6 @@ async def check_survived(name: str, step: int) -> None:
         for snapshot in names_of(name):
             assert is_whole(snapshot)
         await machine.detach("disk")
-
-
-def is_whole(snapshot: str) -> bool:
-    """Return whether all files of a snapshot exist."""
-    opened = directory.OpenSnapshot(snapshot)
-    opened.close()
-    return all(os.path.exists(os.path.join(opened.path, each.path)) for each in opened.manifest.files)
-
-
-def names_of(machine: str) -> list[str]:
-    return [each for each in snapshot_files.names() if each.startswith(f"{machine}@")]
-
-
-def clean_up(machine: str) -> None:
-    """Remove a machine's snapshots; the overlays that they depend on come last."""
-    for name in sorted(names_of(machine), key=lambda each: each.endswith(f"@{directory.CURRENT}")):
-        directory.remove(name)
 
 
 @pytest.mark.scaled
@@ -174,24 +154,6 @@ async def test_a_snapshot_is_complete_or_absent_wherever_qemu_dies(
     raise AssertionError(f"the save has more than {STEPS_MAX - 1} steps")
 
 
-def count_commands(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], step: int
-) -> list[object]:
-    """Call `act` after QEMU has answered `step` batches of commands. Returns a list with an item for each batch."""
-    execute_all = machine.monitor.execute_all
-    steps: list[object] = []
-
-    async def counted(*arguments: Any, **options: Any) -> list[Any]:
-        replies = await execute_all(*arguments, **options)
-        steps.append(arguments)
-        if len(steps) == step:
-            act()
-        return replies
-
-    monkeypatch.setattr(machine.monitor, "execute_all", counted)
-    return steps
-
-
 async def test_a_save_that_is_cancelled_leaves_nothing_behind(qemu: str, tmp_path: Path) -> None:
     async with idle_machine(qemu, tmp_path) as machine:
         before = snapshot_paths()
@@ -238,21 +200,6 @@ async def test_a_save_that_is_cancelled_after_any_command_leaves_no_snapshot(
 
 def cancel(task: asyncio.Task[Any]) -> None:
     task.cancel()
-
-
-async def check_writable(machine: Machine) -> None:
-    """Check that QEMU can write to the disk's only image. If the image is an overlay, MACHINE@current lists it."""
-    (image,) = next(each.images for each in machine.storage if not each.is_boot)
-    nodes = await machine.monitor.execute("query-named-block-nodes", {"flat": True})
-    assert image.top_node in {each["node-name"] for each in nodes if not each["ro"]}
-    assert {each["node-name"] for each in nodes if each["node-name"].startswith("image")} == {
-        name for disk in machine.storage for each in disk.images[0].chain for name in (each.file_node, each.top_node)
-    }
-    if image.base is not None:
-        opened = directory.OpenSnapshot(f"{machine.name}@{directory.CURRENT}")
-        opened.close()
-        assert image.path in opened.manifest.images.values()
-        assert image.path.removeprefix(f"{snapshot_files.root()}/") in snapshot_paths()
 
 
 async def test_a_disconnect_undoes_the_clients_save(qemu: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import make_raw
 from tests.copies import snapshot_paths
 from tests.machines import fresh_name, idle_machine
-from tests.qemu.test_snapshot_faults import clean_up, names_of
+from tests.snapshots import clean_up, names_of
 from vmspawn import Disk
 from vmspawn.errors import SnapshotExists
 from vmspawn.snapshots import directory

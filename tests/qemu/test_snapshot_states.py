@@ -7,7 +7,7 @@ import pytest
 
 from tests.copies import snapshot_paths
 from tests.qemu.run_states import machine_in, qemu_state
-from tests.qemu.test_snapshots import saved
+from tests.snapshots import saved
 from vmspawn.errors import SnapshotBlocked
 
 #: The hint for each state that cannot be saved. `internal-error` needs KVM.

@@ -5,18 +5,18 @@ import asyncio
 import contextlib
 import json
 import subprocess
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import ovmf
-from tests.commands import vmctl
+from tests.commands import vmctl, vmctl_output
 from tests.conftest import make_qcow2, make_raw
 from tests.copies import inner, is_part_of_snapshot, snapshot_paths
 from tests.machines import Machine, fresh_name, idle_machine, links_of
 from tests.qemu.qmp_fixtures import wait_until
+from tests.snapshots import names_of, saved, write
 from vmspawn import Disk, Snapshot, connect
 from vmspawn.api import machine as api
 from vmspawn.boot.firmware import FirmwareWish
@@ -38,23 +38,6 @@ from vmspawn.images import snapshot_files
 from vmspawn.snapshots import directory, same_host
 from vmspawn.snapshots.save import save
 from vmspawn.storage.limits import Limits
-
-
-@contextlib.asynccontextmanager
-async def saved(machine: api.Machine) -> AsyncIterator[Snapshot]:
-    """Take a snapshot; at the end, remove all snapshots of the machine."""
-    try:
-        yield await machine.snapshot()
-    finally:
-        clean_up(machine)
-
-
-def clean_up(machine: api.Machine) -> None:
-    """Remove a machine's snapshots, except those that others depend on."""
-    own = [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
-    for name in sorted(own, key=lambda each: each.endswith(f"@{directory.CURRENT}")):
-        with contextlib.suppress(SnapshotInUse):
-            directory.remove(name)
 
 
 async def devices(machine: api.Machine) -> set[str]:
@@ -132,7 +115,7 @@ async def test_overlays_of_a_copy_have_no_names_and_copies_of_copies_use_them(qe
             async with first.fork() as copy:
                 assert snapshot_paths() == before
                 second = await copy.snapshot()
-                assert not [each for each in snapshot_files.names() if each == f"{copy.name}@{directory.CURRENT}"]
+                assert f"{copy.name}@{directory.CURRENT}" not in snapshot_files.names()
                 async with second.fork() as third:
                     chain = inner(third).storage
                     disk = next(each for each in chain if each.name == "disk")
@@ -182,7 +165,7 @@ async def test_the_image_of_an_ephemeral_machine_is_removed_with_its_last_snapsh
     async with first.fork() as copy:
         assert "image-below" in await nodes(copy)
     await first.remove()
-    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    assert not names_of(machine.name)
     assert path.read_bytes()[:4096] == b"\1" * 4096
     assert image.read_bytes() == bytes(1 << 20)
 
@@ -194,10 +177,10 @@ async def test_an_image_without_a_name_is_not_written_to_while_a_snapshot_needs_
         snapshot = await machine.snapshot()
         before = unnamed_image(snapshot)
         await write(machine, machine.disk("image").device, 0)
-    assert f"{machine.name}@{directory.CURRENT}" in snapshot_files.names()
+    assert f"{machine.name}@{directory.CURRENT}" in names_of(machine.name)
     assert unnamed_image(snapshot) == before
     await snapshot.remove()
-    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    assert not names_of(machine.name)
 
 
 def unnamed_image(snapshot: Snapshot) -> bytes:
@@ -210,7 +193,7 @@ async def test_copies_of_an_ephemeral_machine_leave_nothing_behind(qemu: str, tm
     source = idle_machine(qemu, tmp_path, image=str(image), ephemeral=True)
     async with source as machine, machine.fork() as copy:
         assert copy.name
-    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    assert not names_of(machine.name)
 
 
 async def test_memory_in_a_file_is_mapped_by_copies_and_left_out_of_the_state(qemu: str, tmp_path: Path) -> None:
@@ -433,7 +416,7 @@ async def test_vmctl_saves_forks_lists_and_removes_snapshots(qemu: str, tmp_path
         newest = machine.disk("disk").images[0].path
         done = await run("detach-disk", machine.name, "disk")
         assert f"the newest data is in {newest}; it is written to {path}" in done
-    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    assert not names_of(machine.name)
     assert not is_part_of_snapshot(path)
 
 
@@ -470,8 +453,8 @@ async def test_each_disk_is_one_file_again_after_the_last_copy(qemu: str, tmp_pa
                 assert await copy.status() == "running"
             assert made.manifest.full_name not in snapshot_files.names()
             assert raw.read_bytes()[:4096] == bytes(4096)
-        assert f"{machine.name}@{directory.CURRENT}" in snapshot_files.names()
-    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+        assert f"{machine.name}@{directory.CURRENT}" in names_of(machine.name)
+    assert not names_of(machine.name)
     for path in (raw, qcow2):
         for number in range(2):
             command = ["qemu-io", "-f", path.name, "-c", f"read -P {number + 1} {number << 16} 4k", str(path)]
@@ -496,7 +479,7 @@ async def test_overlays_that_cannot_be_written_are_reported_and_written_later(qe
     assert is_part_of_snapshot(path)
     await current.remove()
     assert path.read_bytes()[:4096] == bytes([1]) * 4096
-    assert not [each for each in snapshot_files.names() if each.startswith(f"{machine.name}@")]
+    assert not names_of(machine.name)
 
 
 @pytest.mark.soak
@@ -530,17 +513,9 @@ async def test_a_copy_of_a_uefi_machine_has_its_own_variables(
         manifest_of(snapshot).write_text(text)
 
 
-async def write(machine: api.Machine, device: str, number: int) -> None:
-    """Write a block of a disk, as a guest would."""
-    command = f'qemu-io -d {device} "write -P {number + 1} {number << 16} 4k"'
-    said = await inner(machine).monitor.execute("human-monitor-command", {"command-line": command})
-    assert not said.strip(), said
-
-
 async def run(*arguments: str) -> str:
-    done = await asyncio.to_thread(vmctl, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run vmctl, which must succeed; returns its output."""
+    return await asyncio.to_thread(vmctl_output, *arguments)
 
 
 async def test_ports_of_commands_are_removed_from_the_copy(qemu: str, tmp_path: Path) -> None:

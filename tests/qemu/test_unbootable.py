@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from tests.commands import spawned
-from tests.unit.test_partitions import ESP, needs_sfdisk, partitioned
+from tests.partitions import ESP, needs_sfdisk, partitioned
 
 
 @needs_sfdisk

@@ -2,32 +2,17 @@
 """Tests the choice of root= with partition tables that sfdisk wrote, in raw images and in qcow2 images."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.partitions import ESP, LINUX, ROOT, USR, needs_sfdisk, partitioned
 from vmspawn.errors import StartError
 from vmspawn.images import qcow2
 from vmspawn.images.partitions import bios_problem, root_argument
 
-ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
-USR = "8484680C-9521-48C6-9C11-B0720656F69E"
-ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
-LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
 UUIDS = ["aaaaaaaa-1111-4222-8333-444444444444", "bbbbbbbb-1111-4222-8333-444444444444"]
-
-needs_sfdisk = pytest.mark.skipif(not shutil.which("sfdisk"), reason="sfdisk is not installed")
-
-
-def partitioned(path: Path, *lines: str, label: str = "gpt") -> Path:
-    """Make an image of 32 MiB with partitions of 1 MiB each, from lines of sfdisk's script format."""
-    with path.open("wb") as file:
-        file.truncate(32 << 20)
-    script = "\n".join((f"label: {label}", *(f"size=1MiB, {line}" for line in lines)))
-    subprocess.run(["sfdisk", "--quiet", str(path)], input=script, text=True, check=True)
-    return path
 
 
 def root_of(path: Path, *, bus: str = "virtio-blk", qcow2_image: bool = False) -> str:
