@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vmspawn
-from tests.commands import VMCTL, Spawned, background, qemu_pid, vmctl
+from tests.commands import VMCTL, Spawned, background, qemu_pid, vmctl, vmctl_output
 from tests.conftest import make_qcow2, make_raw
 from tests.machines import fresh_name, is_gone
 
@@ -36,35 +36,29 @@ def machine(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         running.close()
 
 
-def done(*arguments: str) -> str:
-    found = vmctl(*arguments)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
 def test_disks_are_attached_changed_and_detached(machine: Spawned, tmp_path: Path) -> None:
     name, raw, qcow2 = machine.name, make_raw(tmp_path / "raw"), make_qcow2(tmp_path / "qcow2")
-    done("attach-disk", name, str(raw), "--bus=virtio-scsi", "--name=d")
-    done("limit-disk", name, "d", "--iops=100")
-    done("replace-disk", name, "d", str(qcow2), "--format=qcow2")
-    done("resize-disk", name, "d", "128M")
-    assert "d" in done("list-disks", name)
-    done("detach-disk", name, "d")
-    done("attach-disk", name, str(raw), "--name=kept")
+    vmctl_output("attach-disk", name, str(raw), "--bus=virtio-scsi", "--name=d")
+    vmctl_output("limit-disk", name, "d", "--iops=100")
+    vmctl_output("replace-disk", name, "d", str(qcow2), "--format=qcow2")
+    vmctl_output("resize-disk", name, "d", "128M")
+    assert "d" in vmctl_output("list-disks", name)
+    vmctl_output("detach-disk", name, "d")
+    vmctl_output("attach-disk", name, str(raw), "--name=kept")
     assert vmctl("detach-disk", name, "kept", "--timeout=0.2").returncode == 1
-    done("detach-disk", name, "kept", "--force", "--timeout=0.2")
+    vmctl_output("detach-disk", name, "kept", "--force", "--timeout=0.2")
     vmdk = tmp_path / "vmdk"
     vmdk.write_bytes(b"KDMV" + bytes(1 << 16))
     refused = vmctl("attach-disk", name, str(vmdk), "--format=vmdk")
     assert refused.returncode == 1
-    assert "package" not in refused.stderr
+    assert "names other files as its extents" in refused.stderr
 
 
 def test_media_are_ejected_and_inserted(machine: Spawned, tmp_path: Path) -> None:
     image = make_raw(tmp_path / "iso", 1 << 20)
-    done("attach-disk", machine.name, "--bus=scsi-cd", "--name=cd", str(image))
-    done("eject-media", machine.name, "cd")
-    done("insert-media", machine.name, "cd", str(image))
+    vmctl_output("attach-disk", machine.name, "--bus=scsi-cd", "--name=cd", str(image))
+    vmctl_output("eject-media", machine.name, "cd")
+    vmctl_output("insert-media", machine.name, "cd", str(image))
 
 
 def test_sessions_events_and_the_console_work(machine: Spawned) -> None:
@@ -72,16 +66,16 @@ def test_sessions_events_and_the_console_work(machine: Spawned) -> None:
     with background([*VMCTL, "events", name, "--json=short"], stdout=-1, text=True) as events:
         assert events.stdout is not None
         assert "READY" in events.stdout.readline()
-        assert json.loads(done("qmp", name, "query-status"))["status"] == "running"
-        done("qmp", name, "--read-only", "query-block")
-        done("pause", name)
+        assert json.loads(vmctl_output("qmp", name, "query-status"))["status"] == "running"
+        vmctl_output("qmp", name, "--read-only", "query-block")
+        vmctl_output("pause", name)
         assert "STOP" in events.stdout.readline()
-        done("resume", name)
+        vmctl_output("resume", name)
     with background([*VMCTL, "console", name], stdin=subprocess.DEVNULL, stderr=-1, text=True) as console:
         assert console.stderr is not None
         assert "attached to machine" in console.stderr.readline()
-        done("reboot", name)
-    assert name in done("status", name)
+        vmctl_output("reboot", name)
+    assert name in vmctl_output("status", name)
 
 
 def test_the_death_of_qemu_is_reported(machine: Spawned, tmp_path: Path) -> None:
@@ -95,7 +89,7 @@ def test_the_death_of_qemu_is_reported(machine: Spawned, tmp_path: Path) -> None
 
 
 def test_sigterm_asks_the_guest_to_power_off_and_then_ends_the_machine(machine: Spawned) -> None:
-    done("poweroff", machine.name)
+    vmctl_output("poweroff", machine.name)
     machine.signal(signal.SIGTERM)
     machine.wait_for("asked the guest to power off")
     machine.signal(signal.SIGTERM)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import MIB, make_raw
 from tests.qemu.bare_qemu import Monitor, bare
-from tests.qemu.qmp_fixtures import DEADLINE
+from tests.qemu.qmp_fixtures import DEADLINE, wait_until
 
 #: A disk on a throttle filter, attached from boot.
 DISK = (
@@ -31,8 +31,13 @@ def disk(image: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def machine(qemu: str, tmp_path: Path) -> Iterator[Monitor]:
-    with bare(qemu, "q35", *disk(make_raw(tmp_path / "image", MIB))) as monitor:
+def image(tmp_path: Path) -> Path:
+    return make_raw(tmp_path / "image", MIB)
+
+
+@pytest.fixture
+def machine(qemu: str, image: Path) -> Iterator[Monitor]:
+    with bare(qemu, "q35", *disk(image)) as monitor:
         yield monitor
 
 
@@ -69,9 +74,7 @@ def save(monitor: Monitor, path: Path) -> str:
 
 def wait_for_status(monitor: Monitor, status: str) -> None:
     """Wait until QEMU is in a run state. No event reports the end of a save in every version."""
-    deadline = time.monotonic() + DEADLINE
-    while (found := monitor.succeed("query-status")["status"]) != status:
-        assert time.monotonic() < deadline, f"QEMU is {found} and not {status} after {DEADLINE:g} s"
+    wait_until(lambda: bool(monitor.succeed("query-status")["status"] == status), f"the run state {status}")
 
 
 def test_the_state_is_saved_to_a_descriptor(machine: Monitor, tmp_path: Path) -> None:
@@ -109,6 +112,27 @@ def test_after_a_save_cont_and_stop_return_to_the_state_paused(machine: Monitor,
     machine.succeed("stop")
     assert machine.succeed("query-status")["status"] == "paused"
     machine.succeed("block_resize", node_name="pivot", size=2 * MIB)
+
+
+def test_images_are_inactive_from_a_save_until_cont(machine: Monitor, image: Path, tmp_path: Path) -> None:
+    """QEMU keeps an inactive image open without locks, so that another QEMU can write to it."""
+    machine.succeed("cont")
+    machine.succeed("stop")
+    assert is_locked(image)
+    assert save(machine, tmp_path / "state") == "completed"
+    wait_for_status(machine, "postmigrate")
+    assert not is_locked(image)
+    assert str(image) in machine.open_files()
+    machine.succeed("cont")
+    assert is_locked(image)
+
+
+def is_locked(image: Path) -> bool:
+    """Return whether another program keeps this one from opening an image for writing."""
+    command = ["qemu-io", "-f", "raw", "-c", "length", str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0 or 'Failed to get "write" lock' in done.stderr, done.stderr
+    return done.returncode != 0
 
 
 def test_a_controller_with_its_own_drive_is_saved_or_refused_beforehand(qemu: str, tmp_path: Path) -> None:
