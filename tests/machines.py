@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,11 +240,19 @@ def wait_until_nothing_left(name: str) -> None:
 
 async def event_named(machine: Machine, name: str, *, timeout: float = 30.0) -> dict[str, Any]:
     """Wait for the next event with a name, and return its data."""
-    async with asyncio.timeout(timeout):
-        with machine.events() as events:
+    with machine.events() as events:
+        return await next_event(events, name, timeout=timeout)
+
+
+async def next_event(events: AsyncIterable[Any], name: str, *, timeout: float = 30.0) -> dict[str, Any]:
+    """Read events up to the next one with a name, and return its data."""
+    try:
+        async with asyncio.timeout(timeout):
             async for event in events:
                 if event.name == name:
                     return event.data or {}
+    except TimeoutError:
+        raise AssertionError(f"{name} did not come within {timeout:g} s") from None
     raise AssertionError(f"the machine ended before {name}")
 
 

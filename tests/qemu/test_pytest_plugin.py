@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import DEADLINE, background
 from tests.conftest import MIB, make_raw
 from tests.qemu.qmp_fixtures import wait_until
+from tests.survivors import wait_until_dead
 from vmspawn import sync
 from vmspawn.cache import cache_directory
 from vmspawn.host import runtime
@@ -321,12 +323,18 @@ def test_machines_die_with_a_run_that_is_killed(project: pytest.Pytester) -> Non
     fifo = project.path / "fifo"
     os.mkfifo(fifo)
     before = machines()
-    with subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], stdout=subprocess.DEVNULL) as run:
-        machine = os.pidfd_open(int(fifo.read_text()))
-        run.kill()
-    poll = select.poll()
-    poll.register(machine, select.POLLIN)
-    assert poll.poll(60_000), "QEMU has not ended"
-    os.close(machine)
+    with background([sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], stdout=subprocess.DEVNULL):
+        pid = int(read_fifo(fifo))
+    wait_until_dead(pid)
     # A process of the machine removes the machine's directory when QEMU is gone.
     wait_until(lambda: not machines() - before, "the removal of the machine's directory")
+
+
+def read_fifo(path: Path) -> bytes:
+    """Read what a program writes into a FIFO at once."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert select.select([fd], [], [], DEADLINE)[0], f"nothing was written to {path} within {DEADLINE:g} s"
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)

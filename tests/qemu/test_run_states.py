@@ -4,7 +4,6 @@
 `internal-error` needs KVM, and in `save-vm` QEMU answers no monitor.
 """
 
-import asyncio
 import json
 import typing
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import pytest
 
 from tests.bootsector import ACPI_CONTROL, SUSPEND_TO_RAM, make_boot_sector
 from tests.commands import one_line, spawned, vmctl
-from tests.machines import idle_machine
+from tests.machines import idle_machine, next_event
 from tests.qemu.run_states import machine_in, qemu_state, until
 from vmspawn.errors import NotSupported
 from vmspawn.machine.run_states import RULES
@@ -64,21 +63,13 @@ async def test_a_verb_has_the_effect_in_the_table(state: str, verb: str, qemu: s
             await verbs[verb]()
             if verb == "reboot" and state in _RUN_AGAIN:
                 # The guest has run, and stopped again in the same way.
-                await _event(events, "RESET")
-                await _event(events, "RESUME")
+                await next_event(events, "RESET")
+                await next_event(events, "RESUME")
             elif verb == "resume" and expected == state == "io-error":
                 # The guest ran, and QEMU repeated the failed request.
-                await _event(events, "RESUME")
+                await next_event(events, "RESUME")
             await until(machine, expected)
         assert await machine.status() == expected
-
-
-async def _event(events: typing.Any, name: str) -> None:
-    async with asyncio.timeout(15):
-        async for event in events:
-            if event.name == name:
-                return
-    raise AssertionError(f"{name} did not come")
 
 
 @pytest.mark.parametrize("state", ["prelaunch", "inmigrate", "shutdown", "suspended", "postmigrate"])

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tests a lack of descriptors, of disk space and of readers: each error is one line, and nothing is left behind."""
 
-import fcntl
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, idle, one_line, vmctl
+from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, idle, one_line, qemu_pid, vmctl
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone, links_of, process_is_gone
 from tests.survivors import idle_survivor
@@ -101,20 +101,18 @@ def test_a_machine_starts_if_an_inherited_descriptor_is_above_the_limit(qemu: st
     """A shell passes on such a descriptor after `exec 200<file`. QEMU must not inherit it, as it cannot be closed."""
     image = make_raw(tmp_path / "image", 1 << 20)
     name = fresh_name()
-    options = ["-M", name, f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "--time-limit=2"]
-    high = fcntl.fcntl(0, fcntl.F_DUPFD, 200)
+    options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless")
+    open_high = "import os, sys; os.dup2(0, 200); os.execvp(sys.argv[1], sys.argv[1:])"
+    program = [sys.executable, "-c", open_high, "prlimit", f"--nofile={limits}", "--", *VMSPAWN]
+    machine = Spawned(name, options, program=program)
     try:
-        done = subprocess.run(
-            ["prlimit", f"--nofile={limits}", "--", *VMSPAWN, *options],
-            pass_fds=[high],
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
+        machine.wait_for("is running")
+        assert Path(f"/proc/{machine.process.pid}/fd/200").exists()
+        assert not Path(f"/proc/{qemu_pid(name)}/fd/200").exists()
+        assert machine.terminate()
+        assert machine.wait() == 0
     finally:
-        os.close(high)
-    assert done.returncode == 124, done.stderr
+        machine.close()
     assert is_gone(name)
 
 

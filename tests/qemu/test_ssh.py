@@ -9,15 +9,15 @@ import shutil
 import signal
 import stat
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMCTL, Spawned, background, idle, one_line, spawned, vmctl, vmspawn
+from tests.commands import VMCTL, Spawned, background, idle, one_line, qemu_pid, spawned, vmctl, vmspawn
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone
+from tests.qemu.qmp_fixtures import wait_until
 from tests.survivors import survivor
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="ssh-keygen is not installed")
@@ -44,7 +44,7 @@ def access(name: str) -> dict[str, str]:
 
 def passed_strings(name: str) -> bytes:
     """Return the SMBIOS strings that QEMU was started with."""
-    pid = json.loads(vmctl("status", name, "--json=short").stdout)["processId"]
+    pid = qemu_pid(name)
     arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     paths = [found[1].decode() for each in arguments if (found := re.fullmatch(rb"type=11,path=/proc/self(/.*)", each))]
     return b"\n".join(Path(f"/proc/{pid}{path}").read_bytes() for path in paths)
@@ -78,13 +78,15 @@ def test_vmctl_becomes_ssh(machine: Spawned) -> None:
     command = ["ls", "-l", "--", "--timeout=1"]
     with background([*VMCTL, "ssh", "-t", f"me@{machine.name}", *command], stderr=subprocess.DEVNULL) as process:
         folder = Path(f"/proc/{process.pid}")
-        deadline = time.monotonic() + DEADLINE
-        # The kernel sets the command line a moment after the name.
-        while not (line := (folder / "cmdline").read_text()).startswith("ssh\0"):
+
+        def is_ssh() -> bool:
             assert process.poll() is None
-            assert time.monotonic() < deadline, "vmctl did not become ssh"
+            return (folder / "cmdline").read_text().startswith("ssh\0")
+
+        # The kernel sets the command line a moment after the name.
+        wait_until(is_ssh, "the execution of ssh")
         assert (folder / "comm").read_text() == "ssh\n"
-        words = line.split("\0")[:-1]
+        words = (folder / "cmdline").read_text().split("\0")[:-1]
         ignored = int(re.findall(r"SigIgn:\s*(\w+)", (folder / "status").read_text())[0], 16)
     assert words[1] == "-t"
     assert 'User="me"' in words

@@ -7,13 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import spawned, vmspawn
-from tests.conftest import make_raw
 from tests.machines import idle_machine, is_gone
-
-
-@pytest.fixture
-def options(qemu: str, tmp_path: Path) -> tuple[str, ...]:
-    return (f"--qemu={qemu}", f"--image={make_raw(tmp_path / 'boot', 1 << 20)}", "--ram=64M", "--console=headless")
 
 
 def test_a_machine_is_ended_at_its_limit_with_exit_status_124(options: tuple[str, ...]) -> None:
