@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.background import Background
+from tests.commands import DEADLINE
 from tests.conftest import make_raw
 from tests.machines import Machine, Resources, event_named, idle_machine
 from tests.qemu.storage_model import (
@@ -49,8 +50,6 @@ from vmspawn.storage.attached_disk import DETACHED_EVENT, DETACHING_EVENT, Attac
 from vmspawn.storage.backing import inspect_descriptor, open_disk
 from vmspawn.storage.limits import NO_LIMITS, Limits
 
-#: Seconds that any operation may take on a busy host.
-DEADLINE = 60.0
 #: Seconds that a detach waits for firmware, which does not release disks.
 SHORT = 0.05
 #: Ports of the machine: few, so that they run out.
@@ -80,8 +79,7 @@ class Run:
         self.machine = self.wait(_start(qemu, folder))
         self._stack.callback(lambda: self.wait(self.machine.close()))
         self.namespaces = find_qemu(qemu).has_namespaces
-        # Older QEMUs remove a descriptor set only while the guest runs (docs/qemu.md, "Descriptor sets").
-        self._sets_linger = int(self.machine.inner.qemu_version.partition(".")[0]) < 9
+        self._sets_linger = self.wait(_do_sets_linger(self.machine))
         self._before = self.wait(_resources(self.machine))
         self._empty = self.wait(look(self.machine, folder))
 
@@ -428,6 +426,23 @@ class Run:
 async def _resources(machine: Machine) -> Resources:
     """Return the resources without query-pci, which shows devices behind ports only after the firmware's start."""
     return replace(await Resources.of(machine), pci_devices=frozenset())
+
+
+async def _do_sets_linger(machine: Machine) -> bool:
+    """Return whether QEMU removes a descriptor set only while the guest runs (docs/qemu.md, "Descriptor sets")."""
+    await machine.pause()
+    fd = os.open(os.devnull, os.O_RDONLY)
+    try:
+        number = (await machine.monitor.execute("add-fd", fds=[fd]))["fdset-id"]
+    finally:
+        os.close(fd)
+    await machine.monitor.execute("remove-fd", {"fdset-id": number})
+    found = await machine.monitor.execute("query-fdsets")
+    await machine.resume()
+    do_linger = number in {each["fdset-id"] for each in found}
+    if do_linger:
+        await machine.monitor.execute("remove-fd", {"fdset-id": number})
+    return do_linger
 
 
 async def _start(qemu: str, folder: Path) -> Machine:
