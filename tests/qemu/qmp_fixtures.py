@@ -38,12 +38,20 @@ PC = (
     *("-device", "pcie-root-port,id=port1,slot=2,chassis=2"),
 )
 
+#: The name and the arguments of a command.
+Request = tuple[str, dict[str, Any]]
+
 _T = TypeVar("_T")
 
 
 def scaled(number: int) -> int:
     """Return a number of rounds, multiplied by VMSPAWN_TEST_SCALE."""
     return max(1, round(number * SCALE))
+
+
+def request_id(command: Request) -> str:
+    """Return the name of a command in the names of tests."""
+    return str(command[1].get("command-line", "-".join((command[0], *map(str, command[1].values())))))
 
 
 def wait_until(condition: Callable[[], bool], what: str, process: subprocess.Popen[Any] | None = None) -> None:
@@ -65,6 +73,14 @@ class Client:
         self.socket = connected
         self.socket.settimeout(DEADLINE)
         self._buffer = b""
+
+    @classmethod
+    def connect(cls, path: str | Path) -> Client:
+        """Connect to a path, and negotiate."""
+        connected = socket.socket(socket.AF_UNIX)
+        connected.settimeout(DEADLINE)
+        connected.connect(str(path))
+        return cls(connected).negotiate()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send bytes, with descriptors along with the first byte. The caller keeps the descriptors."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
+from tests.commands import DEADLINE
 from tests.machines import fresh_name, links_of
 from tests.ports import CONTROLLER, GUEST_NAME, Manager, managed
 from vmspawn.errors import NoFreePort, QmpError
@@ -19,7 +20,6 @@ from vmspawn.hotplug.attachment import State
 
 #: More points at which a manager can die (tests/ports.py) than any operation has.
 POINTS_MAX = 40
-DEADLINE = 60.0
 
 
 @pytest.fixture
@@ -181,4 +181,4 @@ async def test_a_port_is_complete_or_absent_wherever_the_manager_dies(bare: tupl
 def run_and_die(name: str, operation: str, point: int) -> str:
     """Do an operation in a manager that dies at a point. Returns `died` or `finished`."""
     command = [sys.executable, "-m", "tests.ports", name, operation, str(point)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip()
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=DEADLINE).stdout.strip()

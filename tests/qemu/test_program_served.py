@@ -8,19 +8,15 @@ import subprocess
 from pathlib import Path
 
 from tests.commands import one_line, vmctl
-from tests.machines import Machine, idle_machine, is_gone
+from tests.machines import idle_machine, is_gone
 
 
 async def ctl(*arguments: str) -> subprocess.CompletedProcess[str]:
     return await asyncio.to_thread(vmctl, *arguments)
 
 
-def served(qemu: str, folder: Path, *, control: bool) -> Machine:
-    return idle_machine(qemu, folder, control=control)
-
-
 async def test_vmctl_controls_a_machine_of_a_program(qemu: str, tmp_path: Path) -> None:
-    async with served(qemu, tmp_path, control=True) as machine:
+    async with idle_machine(qemu, tmp_path, control=True) as machine:
         listed = await ctl("list", "--json=short")
         assert machine.name in {each["name"] for each in json.loads(listed.stdout) if each["status"] == "running"}
         assert (await ctl("pause", machine.name)).returncode == 0
@@ -32,7 +28,7 @@ async def test_vmctl_controls_a_machine_of_a_program(qemu: str, tmp_path: Path) 
 
 
 async def test_vmctl_reports_that_a_machine_is_not_served(qemu: str, tmp_path: Path) -> None:
-    async with served(qemu, tmp_path, control=False) as machine:
+    async with idle_machine(qemu, tmp_path, control=False) as machine:
         for verb in ("status", "terminate", "pause"):
             refused = await ctl(verb, machine.name)
             assert refused.returncode == 1

@@ -5,10 +5,8 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,10 +15,10 @@ from typing import Any
 import pexpect
 import pytest
 
-from tests.commands import VMCTL, Spawned, idle, make_script, qemu_pid, sharing, vmctl
-from tests.qemu.qmp_fixtures import Client, Machine
-
-DEADLINE = 60.0
+from tests.commands import DEADLINE, VMCTL, Spawned, idle, make_script, qemu_pid, sharing, vmctl
+from tests.qemu.qmp_fixtures import Client, Machine, wait_until
+from vmspawn.cli.ctl.replies import MACHINE
+from vmspawn.control import client as control
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +161,7 @@ def test_a_raw_stream_that_is_cut_off_after_its_input_ended_is_an_error(machine_
         os.kill(qemu, signal.SIGSTOP)
         session.stdin.write('{"execute":"query-name"} {"execute":"query-status"}')
         session.stdin.close()
-        deadline = time.monotonic() + DEADLINE
-        while not session_of(machine_to_end, session.pid)["queued"]:
-            assert time.monotonic() < deadline, "the session took no command"
+        wait_until(lambda: session_of(machine_to_end, session.pid)["queued"] > 0, "the session's first command")
         os.kill(qemu if victim == "QEMU" else machine_to_end.process.pid, signal.SIGKILL)
         assert session.wait(DEADLINE) == 1
         message = session.stderr.read()
@@ -178,7 +174,8 @@ def test_a_raw_stream_that_is_cut_off_after_its_input_ended_is_an_error(machine_
 
 def session_of(machine: Spawned, pid: int) -> dict[str, Any]:
     """Return the manager's record of a client's session."""
-    found = json.loads(vmctl("list-sessions", machine.name, "--json=short").stdout)
+    with control.Client(machine.name) as caller:
+        found = caller.call(f"{MACHINE}.ListSessions")["sessions"]
     return next(entry for entry in found if entry["processId"] == pid)
 
 
@@ -194,10 +191,18 @@ def test_sessions_are_listed_with_their_clients(machine: Spawned) -> None:
         assert row[:2] == [str(session.pid), str(os.geteuid())]
 
 
-def test_the_shell_shows_replies_errors_and_events(machine: Spawned, tmp_path: Path) -> None:
+def test_the_shell_completes_commands_and_shows_replies_errors_and_events(machine: Spawned, tmp_path: Path) -> None:
     shell = at_the_prompt(machine, tmp_path)
-    shell.send("query-name\r")
-    shell.expect(f'"name": "{machine.name}"')
+    for word, completed, rest, reply in (
+        ("query-nam", "query-name", "", f'"name": "{machine.name}"'),
+        ("qom-list pa", "path=", "/machine", '"name": "peripheral"'),
+    ):
+        shell.send(word)
+        # The menu shows the completed word; Tab takes it.
+        shell.expect(completed.removeprefix("query-"))
+        shell.send(f"\t{rest}\r")
+        shell.expect(reply)
+        shell.expect(f"{machine.name}>")
     shell.send("stop\r")
     shell.expect("STOP")
     shell.send("cont\r")
@@ -252,13 +257,10 @@ def assert_left(shell: Any) -> None:
 # Sharing a QEMU that another program started.
 
 
-def query(path: str) -> list[Any]:
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(DEADLINE)
-        client.connect(path)
-        client.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-status","id":"x"}')
-        with client.makefile("rb") as file:
-            return [json.loads(file.readline()) for _ in range(3)]
+def check_served(path: str) -> None:
+    """Check that QEMU answers a client at the path."""
+    with closing(Client.connect(path)) as client:
+        assert client.execute(b'{"execute":"query-status","id":"x"}')["id"] == "x"
 
 
 def test_a_foreign_socket_is_shared_with_many_clients(qemu: str, tmp_path: Path) -> None:
@@ -266,13 +268,13 @@ def test_a_foreign_socket_is_shared_with_many_clients(qemu: str, tmp_path: Path)
     with Machine(qemu, 1) as foreign, sharing(str(foreign.path(0)), listen) as share:
         assert stat.S_IMODE(os.stat(listen).st_mode) == 0o600
         for _ in range(5):
-            assert query(listen)[2]["id"] == "x"
+            check_served(listen)
         share.send_signal(signal.SIGINT)
         assert share.wait(timeout=DEADLINE) == 0
         assert not os.path.exists(listen)
         # QEMU's own socket has not changed, and can be shared again.
         with sharing(str(foreign.path(0)), listen):
-            assert query(listen)[2]["id"] == "x"
+            check_served(listen)
 
 
 def test_sharing_ends_with_qemu_and_reports_it(qemu: str, tmp_path: Path) -> None:
@@ -312,21 +314,19 @@ HELD = 6144
 def test_a_client_that_does_not_read_costs_little_memory(qemu: str, tmp_path: Path, question: bytes) -> None:
     """Only this client is held back, each time that it connects; another client is served meanwhile."""
     listen = str(tmp_path / "shared.sock")
-    with Machine(qemu, 1) as foreign, sharing(str(foreign.path(0)), listen) as share, closing(client(listen)) as honest:
+    with (
+        Machine(qemu, 1) as foreign,
+        sharing(str(foreign.path(0)), listen) as share,
+        closing(Client.connect(listen)) as honest,
+    ):
         honest.run("query-qmp-schema")
         before = resident(share.pid)
         for _ in range(2):
-            with closing(client(listen)) as stalled:
+            with closing(Client.connect(listen)) as stalled:
                 peak = ask_until_held_back(stalled, question, lambda: look(honest, share.pid))
             assert peak < before + HELD
             assert honest.run("query-name") == {"return": {}}
             assert resident(share.pid) < before + HELD
-
-
-def client(path: str) -> Client:
-    connected = socket.socket(socket.AF_UNIX)
-    connected.connect(path)
-    return Client(connected).negotiate()
 
 
 def ask_until_held_back(stalled: Client, question: bytes, meanwhile: Callable[[], int]) -> int:

@@ -2,9 +2,7 @@
 """Tests `vmctl qmp-socket`, which serves QMP sessions at a path, for programs that only accept a path."""
 
 import json
-import os
 import signal
-import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -13,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import VMCTL, Spawned, idle, vmctl
+from tests.commands import DEADLINE, VMCTL, Spawned, idle, vmctl
 from tests.qemu.qmp_fixtures import Client
 from vmspawn.host import runtime
-
-DEADLINE = 60.0
 
 
 @pytest.fixture
@@ -39,18 +35,11 @@ def serving(machine: str, listen: Path, *options: str) -> Iterator[subprocess.Po
             process.terminate()
 
 
-def client(path: Path) -> Client:
-    connected = socket.socket(socket.AF_UNIX)
-    connected.settimeout(DEADLINE)
-    connected.connect(str(path))
-    return Client(connected).negotiate()
-
-
 def test_each_client_has_a_session_of_its_own(machine: Spawned, tmp_path: Path) -> None:
     path = tmp_path / "demo.sock"
     with serving(machine.name, path) as process:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        with closing(client(path)) as one, closing(client(path)) as other:
+        with closing(Client.connect(path)) as one, closing(Client.connect(path)) as other:
             assert one.run("query-name") == {"return": {"name": machine.name}}
             assert other.run("query-status")["return"]["status"] == "running"
             sessions = json.loads(vmctl("list-sessions", machine.name, "--json=short").stdout)
@@ -62,32 +51,22 @@ def test_each_client_has_a_session_of_its_own(machine: Spawned, tmp_path: Path) 
 
 def test_descriptors_are_passed_on(machine: Spawned, tmp_path: Path) -> None:
     path = tmp_path / "demo.sock"
-    with serving(machine.name, path), socket.socket(socket.AF_UNIX) as connected:
-        connected.settimeout(DEADLINE)
-        connected.connect(str(path))
-        stream = connected.makefile("rb")
-        stream.readline()
-        connected.sendall(b'{"execute":"qmp_capabilities"}')
-        assert json.loads(stream.readline()) == {"return": {}}
-        fd = os.open("/dev/null", os.O_RDWR)
-        command = b'{"execute":"add-fd","arguments":{"fdset-id":77}}'
-        socket.send_fds(connected, [command], [fd])
-        os.close(fd)
-        assert json.loads(stream.readline())["return"]["fdset-id"] == 77
-        connected.sendall(b'{"execute":"remove-fd","arguments":{"fdset-id":77}}')
-        assert json.loads(stream.readline()) == {"return": {}}
+    with serving(machine.name, path), closing(Client.connect(path)) as sender:
+        with open("/dev/null", "r+b") as null:
+            assert sender.run("add-fd", fds=[null.fileno()], fdset_id=77)["return"]["fdset-id"] == 77
+        assert sender.run("remove-fd", fdset_id=77) == {"return": {}}
 
 
 def test_read_only_sessions_change_nothing(machine: Spawned, tmp_path: Path) -> None:
     path = tmp_path / "demo.sock"
-    with serving(machine.name, path, "--read-only"), closing(client(path)) as reader:
+    with serving(machine.name, path, "--read-only"), closing(Client.connect(path)) as reader:
         assert "read-only" in reader.run("stop")["error"]["desc"]
         assert reader.run("query-status")["return"]["status"] == "running"
 
 
 def test_the_server_ends_with_the_machine(machine: Spawned, tmp_path: Path) -> None:
     path = tmp_path / "demo.sock"
-    with serving(machine.name, path) as process, closing(client(path)):
+    with serving(machine.name, path) as process, closing(Client.connect(path)):
         vmctl("terminate", machine.name)
         assert process.wait(DEADLINE) == 0
     assert not path.exists()

@@ -10,19 +10,17 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import make_raw
 from tests.machines import Machine, idle_machine
 from tests.qemu.bare_qemu import bare
+from tests.qemu.qmp_fixtures import Request, request_id
 from tests.qemu.run_states import machine_in, migrate, until
 from vmspawn import Disk
 from vmspawn.errors import NotSupported, QmpError
 from vmspawn.qmp.monitor import Command, Monitor
-
-Request = tuple[str, dict[str, Any]]
 
 DEVICE = ("-blockdev", "null-co,node-name=n", "-device", "virtio-blk-pci,id=d,drive=n")
 BACKEND = "/machine/peripheral/d/virtio-backend"
@@ -36,10 +34,6 @@ SAME_NODE: tuple[Request, ...] = (
     ("qom-set", {"path": BACKEND, "property": "drive", "value": "n"}),
     ("human-monitor-command", {"command-line": 'qom-set /machine/peripheral/d "drive" n'}),
 )
-
-
-def name_of(command: Request) -> str:
-    return str(command[1].get("command-line", "-".join((command[0], *map(str, command[1].values())))))
 
 
 def kills(qemu: str, command: Request) -> bool:
@@ -61,7 +55,7 @@ async def is_refused(session: Monitor, command: Request) -> bool:
     return f"command {command[0]} is refused: " in str(found)
 
 
-@pytest.mark.parametrize("command", [*STATUS, *SAME_NODE], ids=name_of)
+@pytest.mark.parametrize("command", [*STATUS, *SAME_NODE], ids=request_id)
 async def test_a_session_refuses_exactly_what_would_end_this_qemu(qemu: str, tmp_path: Path, command: Request) -> None:
     fatal = kills(qemu, command)
     async with idle_machine(qemu, tmp_path, qemu_arguments=DEVICE) as machine, machine.qmp() as session:

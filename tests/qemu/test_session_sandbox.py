@@ -6,20 +6,15 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.machines import idle_machine
-from tests.qemu import qmp_fixtures
+from tests.qemu.qmp_fixtures import DEADLINE, Machine, Request, request_id
 from vmspawn.errors import NotConnected, QmpError
 from vmspawn.qmp.monitor import Command
 
-DEADLINE = 60.0
-
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-
-Request = tuple[str, dict[str, Any]]
 
 
 def human(line: str) -> Request:
@@ -62,14 +57,10 @@ HARMLESS: tuple[Request, ...] = (
 )
 
 
-def name_of(command: Request) -> str:
-    return str(command[1].get("command-line", "-".join((command[0], *map(str, command[1].values())))))
-
-
-@pytest.mark.parametrize("command", AT_ONCE, ids=name_of)
+@pytest.mark.parametrize("command", AT_ONCE, ids=request_id)
 def test_qemu_itself_runs_no_command_that_a_session_refuses(qemu: str, command: Request) -> None:
     """A command that a session refuses could not succeed: QEMU dies, or refuses it too."""
-    with qmp_fixtures.Machine(qemu, 1, SANDBOX) as machine:
+    with Machine(qemu, 1, SANDBOX) as machine:
         client = machine.native().negotiate()
         client.send(json.dumps({"execute": command[0], "arguments": command[1]}).encode())
         while b'"event"' in (line := client.line()):

@@ -3,17 +3,15 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from tests.commands import DEADLINE
 from tests.conftest import make_qcow2, make_raw
 from tests.imagefiles import make
-from tests.machines import Machine, Resources, event_named, idle_machine, links_of, unchanged
+from tests.machines import Machine, Resources, event_named, idle_machine, links_of
 from tests.qemu.qmp_fixtures import scaled
 from vmspawn import Disk
 from vmspawn.errors import (
@@ -31,23 +29,7 @@ from vmspawn.hotplug.qemu_objects import device_ids
 from vmspawn.storage.attached_disk import DETACHED_EVENT
 from vmspawn.storage.backing import open_disk
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["q35", "pc"])
-async def machine(
-    request: pytest.FixtureRequest, qemu: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Machine]:
-    folder = tmp_path_factory.mktemp("idle")
-    async with idle_machine(qemu, folder, machine_type=request.param, hotplug_ports=4) as running:
-        yield running
-
-
-@pytest_asyncio.fixture(loop_scope="module", autouse=True)
-async def nothing_left(machine: Machine) -> AsyncIterator[None]:
-    """Check that each test leaves the machine as it found it."""
-    async with unchanged(machine):
-        yield
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])

@@ -13,11 +13,10 @@ import pytest
 
 import vmspawn
 import vmspawn.sync
+from tests.commands import DEADLINE
 from tests.conftest import MIB, make_raw
 from tests.machines import fresh_name, is_gone, process_is_gone
 from vmspawn.api import blocking
-
-DEADLINE = 60.0
 
 
 def made(qemu: str, folder: Path) -> vmspawn.sync.Machine:
