@@ -518,6 +518,13 @@ async def run(*arguments: str) -> str:
     return await asyncio.to_thread(vmctl_output, *arguments)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait long for the agent, which these guests do not have."""
+    monkeypatch.setattr("vmspawn.inside.streams._SETTLE_TIMEOUT", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_ports_of_commands_are_removed_from_the_copy(qemu: str, tmp_path: Path) -> None:
     """At first, the ports exist in the copy, because they are part of the saved state."""
     async with idle_machine(qemu, tmp_path) as machine:
@@ -529,6 +536,7 @@ async def test_ports_of_commands_are_removed_from_the_copy(qemu: str, tmp_path: 
                 assert port.device not in await devices(third)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_ports_of_a_paused_copy_are_removed_when_its_guest_runs(qemu: str, tmp_path: Path) -> None:
     """QEMU crashes if the ports are removed before (docs/qemu.md, "Faults")."""
     async with idle_machine(qemu, tmp_path) as machine:
