@@ -413,9 +413,14 @@ async def test_vmctl_saves_forks_lists_and_removes_snapshots(qemu: str, tmp_path
         await run("terminate", started["machines"][0], "--wait")
         gone = lambda: started["snapshot"] not in snapshot_files.names()  # noqa: E731
         await asyncio.to_thread(wait_until, gone, "the snapshot's end")
+        newest, other = machine.disk("disk").images[0].path, make_raw(tmp_path / "other")
+        done = await run("replace-disk", machine.name, "disk", str(other))
+        assert f"the newest data is in {newest}; it is written to {path}" in done
+        await run("snapshot", machine.name, "t")
         newest = machine.disk("disk").images[0].path
         done = await run("detach-disk", machine.name, "disk")
-        assert f"the newest data is in {newest}; it is written to {path}" in done
+        assert f"the newest data is in {newest}; it is written to {other}" in done
+        await run("remove-snapshot", f"{machine.name}@t")
     assert not names_of(machine.name)
     assert not is_part_of_snapshot(path)
 

@@ -2,6 +2,7 @@
 """Tests snapshots on the disk: the snapshot that a file is part of, the protection of files, and refusals."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -298,3 +299,16 @@ def test_a_snapshot_in_another_directory_is_removed(folder: Path, tmp_path: Path
         snapshot.remove()
     assert os.listdir(tmp_path / "warm") == []
     assert not folder.exists()
+
+
+def test_overlays_without_a_manifest_stay_while_a_process_makes_them(folder: Path) -> None:
+    current = folder / "web@current"
+    current.mkdir(parents=True, mode=0o700)
+    (current / "drive0-1.qcow2").touch()
+    lock = os.open(current, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    snapshot_files.tidy_current("web", set())
+    assert (current / "drive0-1.qcow2").exists()
+    os.close(lock)
+    snapshot_files.tidy_current("web", set())
+    assert not current.exists()

@@ -25,8 +25,11 @@ UNFINISHED = ".new-"
 
 def root() -> str:
     """Return the directory of all snapshots: `$VMSPAWN_SNAPSHOT_DIR`, or the user's default."""
-    if explicit := os.environ.get(VARIABLE):
-        return os.path.abspath(explicit)
+    # Without symbolic links, because the paths of files in it are compared with the paths of open files.
+    return os.path.realpath(os.environ.get(VARIABLE) or _default_root())
+
+
+def _default_root() -> str:
     if os.geteuid() == 0:
         return "/var/lib/vmspawn/snapshots"
     base = user_directory("XDG_STATE_HOME", ".local/state")
@@ -43,19 +46,50 @@ def names() -> list[str]:
 
 
 def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each snapshot's name and manifest. Skips manifests that cannot be read."""
+    """Yield each snapshot's name and manifest. Skips manifests that cannot be read or are damaged."""
     for name in names():
         with contextlib.suppress(OSError, ValueError):
-            found = _load(os.path.join(root(), name, MANIFEST))
-            if isinstance(found, dict):
-                yield name, found
+            yield name, _load(os.path.join(root(), name, MANIFEST))
 
 
-def _load(path: str) -> Any:
+def unreadable() -> list[str]:
+    """Return the names of the snapshots whose manifests cannot be read or are damaged."""
+    found = []
+    for name in names():
+        try:
+            _load(os.path.join(root(), name, MANIFEST))
+        except FileNotFoundError:
+            continue  # the snapshot was removed meanwhile
+        except (OSError, ValueError):
+            found.append(name)
+    return found
+
+
+def _load(path: str) -> dict[str, Any]:
+    """Read a manifest. Raises OSError, or ValueError if it is damaged."""
     import json
 
     with open(path, "rb") as file:
-        return json.load(file)
+        found = json.load(file)
+    if not _has_shape(found):
+        raise ValueError(f"{path} is damaged")
+    return dict(found)
+
+
+def _has_shape(found: Any) -> bool:
+    """Return whether a manifest has the fields that are read here and in lists of snapshots."""
+    try:
+        [str(each["name"]) for each in found["attachments"].get("storage", {}).get("attachments", ())]
+        return (
+            all(isinstance(each["path"], str) for each in found["files"])
+            and all(isinstance(each[name], int) for each in found["files"] for name in ("device", "inode"))
+            and all(isinstance(each, str) for each in found["images"].values())
+            and all(isinstance(found[name], str) for name in ("machine", "parent"))
+            and isinstance(found["created"], int | float)
+            and "state" in found
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def current_folder(machine: str) -> str:
@@ -84,29 +118,57 @@ def settle_current(machine: str, used: set[str]) -> None:
 
 
 def tidy_current(machine: str, used: set[str]) -> None:
-    """Remove the remains of a failed save from the directory of a machine's newest overlays."""
+    """Remove the remains of a failed save from the directory of a machine's newest overlays.
+
+    `used` are the paths of images that are not removed. Does nothing if another process is making files in the
+    directory, or if a manifest cannot be read, because it may list the overlays.
+    """
+    import fcntl
+
     folder = current_folder(machine)
     try:
-        names = os.listdir(folder)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return  # there is none, or something else has its name
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not unreadable():
+            _tidy(fd, folder, used)
     except OSError:
         return
-    listed = {path for _, found in manifests() for path in found.get("images", {}).values()} | used
+    finally:
+        os.close(fd)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def _tidy(fd: int, folder: str, used: set[str]) -> None:
+    names = os.listdir(fd)
+    listed = {path for _, found in manifests() for path in found["images"].values()} | used
+    identities = set(filter(None, map(_identity, listed)))
     for name in names:
         path = os.path.join(folder, name)
         is_overlay = name.endswith(".qcow2")
-        if (is_overlay and path not in listed) or (not is_overlay and MANIFEST not in names):
+        is_listed = path in listed or _identity(path) in identities
+        if (is_overlay and not is_listed) or (not is_overlay and MANIFEST not in names):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(name, dir_fd=fd)
     with contextlib.suppress(OSError):
-        os.unlink(os.path.join(folder, MANIFEST + ".new"))
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
+        os.unlink(MANIFEST + ".new", dir_fd=fd)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def owner_of(device: int, inode: int) -> str:
     """Return the name of the snapshot that a file is part of, or an empty string."""
     for name, manifest in manifests():
-        for each in manifest.get("files", ()):
+        for each in manifest["files"]:
             if _is_file(each, device, inode):
                 return name
     return ""

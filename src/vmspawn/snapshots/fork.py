@@ -10,6 +10,7 @@ This module is on the start path and imports next to nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ from ..timeouts import SHUTDOWN_TIMEOUT
 from . import same_host
 from .directory import CURRENT, OpenSnapshot, path_of
 from .durable_files import replace_file, write_file
-from .manifest import Manifest, SnapshotFile
+from .manifest import DETACHED, Manifest, SnapshotFile
 from .names import free_name
 from .open_files import copy_content
 
@@ -252,13 +253,18 @@ class _Copy:
         name = self._config.name or ""
         # A manager that was killed may have left overlays without a manifest.
         snapshot_files.tidy_current(name, set())
-        if os.path.lexists(self._folder):
+        try:
+            os.mkdir(self._folder, 0o700)
+        except FileExistsError:
             raise SnapshotExists(
                 f"{name}@{CURRENT} has the disks of an earlier machine {name}",
                 hint=f"choose another name for the copy, or remove these disks: vmctl remove-snapshot {name}@{CURRENT}",
-            )
-        os.makedirs(self._folder, 0o700)
+            ) from None
         self._owned.undo.callback(_remove_if_empty, self._folder)
+        # Until the manifest lists the overlays, other processes must not take them for remains.
+        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._owned.lent.callback(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _with_path(self, option: Option) -> Option:
         """Return the option with an absolute path, if it names a file in the snapshot's directory."""
@@ -380,6 +386,8 @@ class _Copy:
         manifest = self._manifest
         overlays = {each.name: each.image for each in disks if each.image is not None and each.image.is_writable}
         attachments = {name: dict(section) for name, section in manifest.attachments.items()}
+        # These disks belong to the source.
+        attachments["storage"].pop(DETACHED, None)
         attachments["storage"]["attachments"] = [
             {**each, "images": [overlays[each["name"]].to_state()]} if each["name"] in overlays else each
             for each in attachments["storage"]["attachments"]

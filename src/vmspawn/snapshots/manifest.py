@@ -12,10 +12,16 @@ from typing import Any, NamedTuple
 
 from ..boot.incoming import Option
 from ..errors import StartError
+from ..images import snapshot_files
 
 #: The version of the manifest's format. Older versions are read, newer ones are refused.
 #: 1: had neither the firmware, nor the host's processor, nor `is_copy`.
 VERSION = 2
+
+
+#: The key in MACHINE@current's section of the disks for disks that were detached or got another image. Their overlays
+#: have data that is not in the images below yet.
+DETACHED = "detached"
 
 
 class SnapshotFile(NamedTuple):
@@ -161,4 +167,7 @@ def load(content: bytes, what: str) -> Manifest:
             }
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StartError(f"the manifest of snapshot {what} is damaged: {error!r}") from None
+        raise StartError(
+            f"the manifest of snapshot {what} is damaged: {error!r}",
+            hint=f"restore it; if nothing of the snapshot is needed: rm -r {os.path.join(snapshot_files.root(), what)}",
+        ) from None

@@ -25,7 +25,7 @@ from ..storage.image import Image
 from ..storage.saved import load_image
 from . import directory
 from .directory import CURRENT, OpenSnapshot, is_locked
-from .manifest import Manifest
+from .manifest import DETACHED, Manifest
 
 #: Seconds that a QEMU without a guest may take to answer, and to exit.
 _TIMEOUT = 600.0
@@ -110,7 +110,8 @@ def can_be_merged(manifest: Manifest) -> bool:
 
 
 def _tops(manifest: Manifest) -> Iterable[Image]:
-    for record in manifest.attachments.get("storage", {}).get("attachments", ()):
+    storage = manifest.attachments.get("storage", {})
+    for record in (*storage.get("attachments", ()), *storage.get(DETACHED, ())):
         yield from map(load_image, record["images"][:1])
 
 
@@ -121,6 +122,8 @@ def _set_paths(chains: Iterable[list[Image]], manifest: Manifest) -> None:
 
 def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
     """Return whether no other snapshot needs the images, under any path, and no QEMU uses one of them."""
+    if snapshot_files.unreadable():
+        return False  # it may need the images
     paths = {image.path for chain in chains for image in chain}
     needed = [each for name, found in snapshot_files.manifests() if name != full_name for each in found["files"]]
     if paths & {each["path"] for each in needed} or any(map(is_locked, paths)):

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from ..boot import incoming
 from ..boot.overlay import empty_overlay
+from ..errors import SnapshotExists
 from ..images import snapshot_files
 from ..storage.backing import set_direct
 from ..storage.freeze import Frozen, Wanted
 from ..storage.image import Image
-from .directory import CURRENT, path_of
+from ..storage.saved import load_image
+from .directory import CURRENT, check_ours, path_of
 from .durable_files import replace_file, write_file
 from .kept_files import KeptFiles, link_or_copy
-from .manifest import Manifest, SnapshotFile
+from .manifest import DETACHED, Manifest, SnapshotFile, load
 from .open_files import keep, path_of_descriptor
 
 
@@ -33,16 +35,45 @@ class NewestDisks:
 
         `is_lasting` is False for a copy whose disks are not kept: the overlays have no names.
         """
+        self._machine = machine
         self._folder = path_of(f"{machine}@{CURRENT}")
         self._manifest = os.path.join(self._folder, snapshot_files.MANIFEST)
         self._files = files
         self._is_lasting = is_lasting
+        #: The MACHINE@current that the new one replaces.
+        self._previous: Manifest | None = None
+
+    def open_previous(self, images: Iterable[Image], begun: float, *, is_copy: bool) -> None:
+        """Read the MACHINE@current that the new one replaces, if there is one.
+
+        `images` are the machine's images. `begun` is the time at which QEMU was started. Raises SnapshotExists if an
+        earlier machine of this name made it; StartError if it is damaged or not in a directory of its own.
+        """
+        if not self._is_lasting:
+            return
+        if os.path.lexists(self._folder):
+            check_ours(self._folder)
+        try:
+            with open(self._manifest, "rb") as file:
+                previous = load(file.read(), f"{self._machine}@{CURRENT}")
+        except FileNotFoundError:
+            return
+        has_overlays = any(os.path.dirname(image.path) == self._folder for image in images)
+        # A copy with disks that are kept wrote it before its QEMU was started.
+        if not (is_copy or has_overlays or previous.created >= begun):
+            raise SnapshotExists(
+                f"{self._machine}@{CURRENT} has the newest data of an earlier machine {self._machine}",
+                hint="start this machine with another name, or end it and remove that machine's snapshots; see: "
+                "vmctl list-snapshots",
+            )
+        self._previous = previous
 
     def make_overlays(self, wanted: Sequence[Wanted]) -> list[Image]:
         """Make overlays, all or none. Raises OSError."""
         made: list[Image] = []
         if self._is_lasting and wanted:
             os.makedirs(self._folder, 0o700, exist_ok=True)
+            check_ours(self._folder)
         try:
             made.extend(map(self._make_overlay, wanted))
         except BaseException:
@@ -120,6 +151,8 @@ class NewestDisks:
             files=(*files, *(SnapshotFile.growing(each.overlay.path) for each in frozen)),
             state=None,
         )
+        if self._previous is not None:
+            current = with_detached(current, self._previous, self._folder)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._manifest + ".new")
         write_file(self._manifest + ".new", current.to_json())
@@ -154,6 +187,29 @@ class NewestDisks:
             finally:
                 os.close(fd)
         return found
+
+
+def with_detached(current: Manifest, previous: Manifest, folder: str) -> Manifest:
+    """Return MACHINE@current with the previous one's overlays in `folder` that belong to no attached disk any more.
+
+    They have the newest data of disks that were detached, or that got another image.
+    """
+    attached = set(current.images.values())
+    images, kept = dict(current.images), []
+    storage = previous.attachments["storage"]
+    for record in (*storage["attachments"], *storage.get(DETACHED, ())):
+        for top in map(load_image, record["images"][:1]):
+            path = previous.images.get(top.number, "")
+            if os.path.dirname(path) == folder and path not in attached and os.path.exists(path):
+                kept.append(record)
+                images |= {image.number: previous.images[image.number] for image in top.chain}
+    listed = {each.path for each in current.files}
+    needed = set(images.values()) - listed
+    return current._replace(
+        attachments={**current.attachments, "storage": {**current.attachments["storage"], DETACHED: kept}},
+        images=images,
+        files=(*current.files, *(each for each in previous.files if each.path in needed)),
+    )
 
 
 def _with_overlays(manifest: Manifest, frozen: Sequence[Frozen]) -> dict[str, Any]:

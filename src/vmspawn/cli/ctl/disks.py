@@ -207,13 +207,19 @@ def _detach(options: argparse.Namespace) -> None:
         )
     else:
         say(options, f"Detached {options.disk}")
-    if options.json == "off" and disk is not None and disk["backingFiles"] and not disk["readOnly"]:
-        say(options, f"{options.disk}: {_newest_data(options.machine, disk)}")
+    if disk is not None:
+        _say_where_data_is(options, disk)
     return None
 
 
+def _say_where_data_is(options: argparse.Namespace, disk: dict[str, Any]) -> None:
+    """Report the overlay that has the newest data of a disk that was detached, or of an image that was replaced."""
+    if options.json == "off" and disk["backingFiles"] and not disk["readOnly"]:
+        say(options, f"{options.disk}: {_newest_data(options.machine, disk)}")
+
+
 def _newest_data(machine: str, disk: dict[str, Any]) -> str:
-    """Return a line about the overlay of a detached disk.
+    """Return a line about the overlay of a disk that was detached, or of an image that was replaced.
 
     A disk has an overlay after a snapshot of its machine, and in a copy.
     """
@@ -284,9 +290,10 @@ def _replace(options: argparse.Namespace) -> None:
             "format": options.format,
             "shrink": options.shrink,
         }
-        read_only = _disk(client, options.disk)["readOnly"]
-        reply = call_with_image(client, "ReplaceStorage", options.path, wanted, read_only=read_only)
+        disk = _disk(client, options.disk)
+        reply = call_with_image(client, "ReplaceStorage", options.path, wanted, read_only=disk["readOnly"])
     answer(options, reply, f"Replaced the image of {options.disk} by {options.path}, {format_size(reply['sizeBytes'])}")
+    _say_where_data_is(options, disk)
 
 
 def _disk(client: Client, name: str) -> dict[str, Any]:
