@@ -2,6 +2,7 @@
 """Tests that a machine with `die_with_program` leaves nothing behind, however the program dies."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import DEADLINE, VMSPAWN, vmctl
+from tests.commands import DEADLINE, VMSPAWN, make_script, spawned, vmctl
 from tests.conftest import make_raw
 from tests.machines import fresh_name, is_gone, processes_of, wait_until_nothing_left
 from tests.qemu.qmp_fixtures import wait_until
@@ -35,7 +36,12 @@ async def run(name, qemu, image, how):
     async with Machine(**options, die_with_program=True) as machine:
         if how == "fork" and os.fork() == 0:
             signal.pause()
+        if how == "leave":
+            await machine._running.leave()
+            machine._stop_serving()
         print("up", machine.pid, flush=True)
+        if how == "leave":
+            signal.pause()
         if how == "os._exit":
             os._exit(3)
         if how == "sys.exit":
@@ -130,7 +136,9 @@ def test_a_killed_program_leaves_an_older_machine_of_the_name_alone(start: Start
 
 
 @pytest.mark.parametrize("victim", ["parent", "manager"])
-def test_vmspawn_dies_with_its_parent(qemu: str, tmp_path: Path, victim: str) -> None:
+def test_vmspawn_dies_with_its_parent(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
+    """The watcher kills QEMU while the manager lives. The manager reports the reason, and not a fault of QEMU."""
+    monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path / "cache"))
     name = fresh_name()
     image = make_raw(tmp_path / "boot", 1 << 20)
     options = [f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--console=headless", "-M", name]
@@ -152,3 +160,38 @@ def test_vmspawn_dies_with_its_parent(qemu: str, tmp_path: Path, victim: str) ->
             os.kill(manager, signal.SIGKILL)
         wait_until_nothing_left(name)
         wait_until_dead(manager)
+        if victim == "parent":
+            assert parent.stderr.read() == "vmspawn: the machine was ended: the process that started vmspawn ended\n"
+        assert not (tmp_path / "cache" / "reports").exists()
+
+
+def test_a_start_fails_with_the_reason_if_the_parent_ends(qemu: str, tmp_path: Path) -> None:
+    """The process that becomes QEMU kills the parent, and stops, so that the watcher kills it before it is QEMU."""
+    name = fresh_name()
+    image, pid = make_raw(tmp_path / "boot", 1 << 20), tmp_path / "parent"
+    stops = f'case "$*" in *"-name {name},"*) kill -KILL "$(cat {pid})"; kill -STOP $$;; esac'
+    script = make_script(tmp_path / "qemu", f'{stops}\nexec {shutil.which(qemu)} "$@"')
+    options = [f"--qemu={script}", f"--image={image}", "--ram=64M", "--console=headless", "-M", name]
+    command = ["sh", "-c", 'echo $$ > "$0"; "$@"; true', str(pid), *VMSPAWN, "--die-with-parent", *options]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=DEADLINE, check=False)
+    assert done.stderr.splitlines()[-1] == "vmspawn: the machine was ended: the process that started vmspawn ended"
+    wait_until_nothing_left(name)
+
+
+def test_another_manager_reports_that_the_program_ended(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMSPAWN_CACHE_DIR", str(tmp_path / "cache"))
+    name = fresh_name()
+    with start(name, "leave") as program:
+        assert program.stdout is not None
+        assert "up" in program.stdout.readline()
+        with spawned("--adopt", "--console=headless", name=name) as manager:
+            manager.wait_for("is running")
+            program.kill()
+            program.wait(timeout=DEADLINE)
+            assert manager.wait() == 0
+            last = manager.output["stderr"].splitlines()[-1]
+            assert last == "vmspawn: the machine was ended: the program that started the machine ended"
+        wait_until_nothing_left(name)
+    assert not (tmp_path / "cache" / "reports").exists()

@@ -37,6 +37,8 @@ QEMU_SIZE = "qemu-console-size"
 QEMU_AGENT = "qemu-agent"
 STATE = "state.json"
 LOG = "qemu.log"
+#: The reason for which the watcher ended the machine.
+ENDED = "ended"
 #: The SSH key of the machine, its public half, and the host keys that its guest has shown. When ssh or ssh-keygen
 #: changes the file of host keys, it keeps the old file with the suffix .old.
 SSH_KEY = "ssh-key"
@@ -57,6 +59,7 @@ FILES = (
     STATE,
     STATE + ".new",
     LOG,
+    ENDED,
     MANAGER_LOG,
     SSH_KEY,
     SSH_PUBLIC_KEY,
@@ -245,6 +248,13 @@ class MachineDirectory:
         try:
             with open(self.file(LOG), encoding="utf-8", errors="replace") as log:
                 return log.read()
+        except OSError:
+            return ""
+
+    def read_ended(self) -> str:
+        """Read the reason for which the watcher ended the machine. Returns an empty string if it did not end it."""
+        try:
+            return self.read(ENDED).decode(errors="replace")
         except OSError:
             return ""
 

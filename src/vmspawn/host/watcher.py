@@ -28,6 +28,7 @@ _STARTING = 0.3
 
 _LOG = "qemu.log"
 _STATE = "state.json"
+_ENDED = "ended"
 
 
 def command(path: str, files: tuple[str, ...], processes: tuple[int, ...]) -> list[str]:
@@ -57,16 +58,31 @@ def _main(path: str, files: str, *processes: str) -> None:
         poll.poll()
     if watched[0] >= 0 and not select.select([watched[0]], [], [], 0)[0]:
         # The program lives, and cleans up after QEMU's end.
+        _record(path, inode, "parent-ended")
         _kill_all(path)
         select.select([watched[0]], [], [], _END_TIMEOUT)
     lock = _lock(path)
     if _inode(path) != inode:
         return  # the directory was removed, or belongs to another machine
+    _record(path, inode, "program-ended")
     _kill_all(path)
     if lock >= 0:
         time.sleep(_STARTING)
         _kill_all(path)
+    else:
+        _wait_for_manager(path, inode)
     _remove(path, files.split(","))
+
+
+def _record(path: str, inode: int, reason: str) -> None:
+    """Write the reason for the machine's end, which the manager reads after QEMU's end. Keeps an earlier reason."""
+    with contextlib.suppress(OSError):
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        if os.fstat(directory).st_ino == inode:
+            file = os.open(_ENDED, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
+            os.write(file, reason.encode())
+            os.close(file)
+        os.close(directory)
 
 
 def _read_inode(program: int) -> int:
@@ -189,6 +205,26 @@ def _lock(path: str) -> int:
         except OSError:
             time.sleep(0.02)
     return -1
+
+
+def _wait_for_manager(path: str, inode: int) -> None:
+    """Wait until a manager that has adopted the machine has removed the directory. It reads the reason there first."""
+    deadline = time.monotonic() + _END_TIMEOUT
+    while _inode(path) == inode and _start_time(_lock_holder(inode)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _lock_holder(inode: int) -> int:
+    """Return the process id of the process that has locked the directory, which may have ended, or 0.
+
+    A child that holds the lock of its parent has another process id.
+    """
+    with contextlib.suppress(OSError), open("/proc/locks", "rb") as file:
+        for lock in map(bytes.split, file):
+            # A line is `1: FLOCK ADVISORY WRITE 1234 00:1b:5678 0 EOF`.
+            if lock[1] == b"FLOCK" and lock[5].endswith(b":%d" % inode):
+                return int(lock[4])
+    return 0
 
 
 def _remove(path: str, files: list[str]) -> None:

@@ -26,6 +26,12 @@ _CAUSES = {
     "host-ui": ("the machine was ended from QEMU's own user interface", True),
 }
 
+#: The `message` of the End for the reasons that the watcher (host/watcher.py) records before it kills QEMU.
+BY_WATCHER = {
+    "parent-ended": "the machine was ended: the process that started vmspawn ended",
+    "program-ended": "the machine was ended: the program that started the machine ended",
+}
+
 _PANIC = "guest-panic"
 
 #: Ends that the host requested, and that did not need the guest's cooperation.
@@ -43,8 +49,9 @@ class End(NamedTuple):
             print(end.message)
 
     `reason` is QEMU's ShutdownCause, `qemu-killed` if QEMU did not obey `quit`, `qemu-died`, `helper-died`,
-    `time-limit`, or `unknown` for a QEMU that another manager started and that reported no cause. `message` describes
-    the end for people. `clean` is True for an end that the guest or the user wanted.
+    `time-limit`, `parent-ended` or `program-ended` for a machine with `die_with_parent` or `die_with_program`, or
+    `unknown` for a QEMU that another manager started and that reported no cause. `message` describes the end for
+    people. `clean` is True for an end that the guest or the user wanted.
     """
 
     reason: str
@@ -52,10 +59,15 @@ class End(NamedTuple):
     clean: bool
 
     @classmethod
-    def of(cls, process: Process, cause: str, *, killed: bool, log: str) -> End:
-        """Describe QEMU's end from its reported `cause` and its `log`. `killed` is True if vmspawn killed QEMU."""
+    def of(cls, process: Process, cause: str, *, killed: bool, by_watcher: str, log: str) -> End:
+        """Describe QEMU's end from its reported `cause` and its `log`.
+
+        `killed` is True if this manager killed QEMU. `by_watcher` is the reason for which the watcher killed it.
+        """
         if killed:
             return cls("qemu-killed", "the machine was terminated; QEMU did not obey and was killed", True)
+        if by_watcher in BY_WATCHER and (process.status == -signal.SIGKILL or (process.status is None and not cause)):
+            return cls(by_watcher, BY_WATCHER[by_watcher], True)
         if process.status is None and not cause:
             # Another manager started QEMU, and only QEMU's parent process gets its exit status.
             return cls("unknown", "QEMU ended without reporting a reason", False)

@@ -31,7 +31,7 @@ from ..qmp.saving import Saving
 from ..qmp.transcript import Transcript
 from ..storage.attach import Storage
 from .console_size import Window
-from .ending import End, MachineEvents
+from .ending import BY_WATCHER, End, MachineEvents
 from .guest_failure import GuestFailure
 from .open_console import open_console
 from .origins import origin_of
@@ -202,7 +202,7 @@ class Running:
         return error
 
     def _explain(self) -> StartError:
-        if failed := self._watch.failed():
+        if failed := BY_WATCHER.get(self.directory.read_ended()) or self._watch.failed():
             return StartError(failed)
         origin = self._started.origin
         disks = origin.disks if isinstance(origin, Launched) else ()
@@ -285,7 +285,8 @@ class Running:
             cause = "host-qmp-quit"
         if self._console is not None and cause != "guest-shutdown":
             await first_of(self._console.drained, timeout=_DRAIN_TIMEOUT)
-        end = End.of(self._process, cause, killed=self._quit.has_killed, log=log)
+        by_watcher = self.directory.read_ended()
+        end = End.of(self._process, cause, killed=self._quit.has_killed, by_watcher=by_watcher, log=log)
         limit = self._time_limit
         return end.after(panic=self._guest_failure.panic, limit=limit.seconds if limit.is_over else None)
 
