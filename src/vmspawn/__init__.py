@@ -13,11 +13,9 @@
 `hint` is advice.
 """
 
-# Each name is imported when it is first used, because the commands must start fast.
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+# Each name is imported when it is first used, because the commands must start fast. This file imports nothing, not even
+# `typing`: until an entry point of a command is called, SIGINT prints a traceback of the imports.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from . import sync as sync

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs the command vmspawn for `python -m vmspawn`."""
 
-from .cli.spawn.main import main
+from .cli.spawn.__main__ import main
 
 main()

@@ -198,6 +198,15 @@ def test_the_commands_load_no_unneeded_module(module: str) -> None:
     assert not loaded & SLOW
 
 
+@pytest.mark.parametrize("command", ["spawn", "ctl"])
+def test_an_entry_point_loads_nothing_before_it_is_called(command: str) -> None:
+    """A module that is loaded before that prints a traceback if SIGINT interrupts it."""
+    module = f"vmspawn.cli.{command}.__main__"
+    script = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert set(done.stdout.split()) == {"vmspawn", "vmspawn.cli", f"vmspawn.cli.{command}", module}
+
+
 #: A program that prints the classes that the start of vmspawn creates slowly: named tuples that are not Records, and
 #: classes whose string annotations `typing` has compiled.
 _COMPILED = """

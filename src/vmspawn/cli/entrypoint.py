@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from errno import EDQUOT, EFBIG, EIO, ENOENT, ENOSPC
@@ -80,12 +81,20 @@ def run(program: str, work: Callable[[], int]) -> NoReturn:
 
 
 def _status(work: Callable[[], int]) -> int:
+    # The entry point has set SIG_DFL. Only `work` has something to undo after SIGINT.
+    is_default = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     try:
+        if is_default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = work()
+        sys.stdout.flush()
     except SystemExit as asked:
         # argparse calls sys.exit with a number.
         status = int(asked.code or 0)
-    sys.stdout.flush()
+        sys.stdout.flush()
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status
 
 

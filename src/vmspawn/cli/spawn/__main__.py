@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs the command vmspawn for `python -m vmspawn.cli.spawn`."""
+"""Runs the command vmspawn, for its script and for `python -m vmspawn.cli.spawn`."""
 
-from .main import main
+from .. import set_default_sigint
 
-main()
+
+def main() -> None:
+    """Run vmspawn and exit."""
+    set_default_sigint()
+    from .main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
