@@ -11,13 +11,16 @@ import signal
 import sys
 from collections.abc import Callable
 from errno import EDQUOT, EFBIG, EIO, ENOENT, ENOSPC
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .. import log
 from ..console.streams import ensure_standard_streams
 from ..errors import SystemFailure, UsageError, VmspawnError
 from ..text import printable
 from .spelling import as_option
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -78,6 +81,18 @@ def run(program: str, work: Callable[[], int]) -> NoReturn:
         # The rest of the output is lost. The interpreter must not try to flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def exit_on_signals() -> None:
+    """Make SIGTERM and SIGHUP raise SystemExit, so that the program cleans up. Signals that are ignored stay so."""
+    import signal
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 def _status(work: Callable[[], int]) -> int:

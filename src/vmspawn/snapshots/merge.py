@@ -20,6 +20,7 @@ from typing import Any
 from ..aio.programs import CANCELLER, check_cancelled
 from ..aio.sockets import is_readable
 from ..errors import NoSuchSnapshot, QmpError, SnapshotInUse, SystemFailure, Timeout, VmspawnError
+from ..host import die_with_parent
 from ..images import snapshot_files
 from ..storage.image import Image
 from ..storage.saved import load_image
@@ -161,7 +162,9 @@ def _commit(qemu: str, chains: list[list[Image]]) -> None:
     pipe = subprocess.PIPE
     canceller = CANCELLER.get()
     check_cancelled()
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as process:
+    # QEMU does not exit at the end of its standard input.
+    bound = die_with_parent.command(command)
+    with subprocess.Popen(bound, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as process:
         try:
             if canceller is not None:
                 canceller.watch(process)

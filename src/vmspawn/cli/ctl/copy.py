@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from ...errors import UsageError
 from ...text import printable
 from ...timeouts import COMMAND_START_TIMEOUT
+from ..entrypoint import exit_on_signals
 from ..parser import Parser
 from .verbs import Verbs
 
@@ -80,9 +80,8 @@ def _perform(options: argparse.Namespace, machine: str, sources: list[str], targ
     def start(arguments: Sequence[bytes], has_input: bool) -> GuestProcess:
         return GuestProcess(machine, arguments, stdin=has_input, timeout=timeout)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # sys.exit raises SystemExit, so that the copy removes its temporary directories.
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    # The copy then removes its temporary directories.
+    exit_on_signals()
     with ProgressBar(is_wanted=not options.quiet) as bar:
         copying = Copying(start, skip_special=options.skip_special, on_progress=bar.show if bar.is_shown else None)
         copy: Callable[[Sequence[str], str], None] = copying.to_guest if to_guest else copying.from_guest

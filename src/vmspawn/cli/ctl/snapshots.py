@@ -17,6 +17,7 @@ from ...control.client import REPLY_TIMEOUT, Client
 from ...errors import UsageError
 from ...host import runtime
 from .. import copy_options
+from ..entrypoint import exit_on_signals
 from ..parser import Parser
 from ..spelling import as_option
 from ..tables import format_duration, format_size
@@ -197,5 +198,7 @@ def _remove(options: argparse.Namespace) -> None:
     machine, name = directory.parse_name(options.snapshot)
     if not name:
         raise UsageError("the name of the snapshot is missing", hint=f"write {machine}@NAME; see: vmctl list-snapshots")
+    # An interrupted merge ends its QEMU first.
+    exit_on_signals()
     removal.remove(f"{machine}@{name}")
     say(options, f"Removed {machine}@{name}")

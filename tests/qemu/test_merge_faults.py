@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tests that the QEMU of a merge ends with the merge."""
+
+import asyncio
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.commands import VMCTL
+from tests.conftest import make_raw
+from tests.copies import snapshot_paths
+from tests.machines import fresh_name, idle_machine
+from tests.snapshots import write
+from tests.survivors import wait_until_dead
+from vmspawn import Disk
+from vmspawn.images import snapshot_files
+from vmspawn.snapshots import removal
+from vmspawn.snapshots.directory import CURRENT
+
+SIZE = 1 << 20
+
+#: Seconds within which vmctl must start the merge.
+START_MAX = 60
+
+#: Reports its process id, and becomes a QEMU whose output nobody reads.
+_SILENT_QEMU = """#!/bin/sh
+echo $$ > {report}
+exec 3>&1 {qemu} "$@" > /dev/null
+"""
+
+
+class Ended:
+    """A machine that has ended, with one disk, the snapshot `s`, and an overlay with newer data."""
+
+    def __init__(self, name: str, disk: Path) -> None:
+        self.name, self.disk = name, disk
+
+    def remove(self, snapshot: str) -> None:
+        """Remove a snapshot, as vmctl does."""
+        removal.remove(f"{self.name}@{snapshot}")
+
+    def check_merged(self, disk: Path) -> None:
+        """Check that the disk has the newest data, and that nothing is left of the snapshots."""
+        assert disk.read_bytes()[:4096] == bytes([1]) * 4096
+        assert not [each for each in snapshot_paths() if self.name in each]
+
+
+async def end_with_overlay(qemu: str, folder: Path, disk: Path) -> Ended:
+    async with idle_machine(qemu, folder, name=fresh_name()) as machine:
+        await machine.attach(Disk(str(disk), "disk", "virtio-scsi"))
+        await machine.snapshot("s")
+        await write(machine, machine.disk("disk").device, 0)
+    return Ended(machine.name, disk)
+
+
+@pytest_asyncio.fixture
+async def ended(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ended]:
+    monkeypatch.setenv(snapshot_files.VARIABLE, str(tmp_path / "snapshots"))
+    yield await end_with_overlay(qemu, tmp_path, make_raw(tmp_path / "disk", SIZE))
+
+
+@contextmanager
+def other_qemu(ended: Ended, program: Path) -> Iterator[None]:
+    """Make merges run another program as QEMU."""
+    path = Path(snapshot_files.current_folder(ended.name), snapshot_files.MANIFEST)
+    found = json.loads(path.read_bytes())
+    qemu, found["qemu"]["path"] = found["qemu"]["path"], str(program)
+    path.write_text(json.dumps(found))
+    yield
+    # The merge has replaced the manifest.
+    found = json.loads(path.read_bytes())
+    found["qemu"]["path"] = qemu
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+async def test_the_qemu_of_a_merge_ends_with_vmctl(
+    ended: Ended, qemu: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    report, silent = tmp_path / "report", tmp_path / "qemu"
+    os.mkfifo(report)
+    silent.write_text(_SILENT_QEMU.format(report=shlex.quote(str(report)), qemu=shlex.quote(qemu)))
+    silent.chmod(0o700)
+    reader = os.open(report, os.O_RDONLY | os.O_NONBLOCK)
+    with other_qemu(ended, silent):
+        command = [*VMCTL, "remove-snapshot", f"{ended.name}@s"]
+        process = await asyncio.to_thread(subprocess.Popen, command, stderr=subprocess.PIPE)
+        with process:
+            assert select.select([reader], [], [], START_MAX)[0], "vmctl has not started QEMU"
+            # The line is written at once.
+            pid = int(os.read(reader, 32))
+            os.close(reader)
+            try:
+                process.send_signal(number)
+                wait_until_dead(pid)
+                # As of a shell, if vmctl handles the signal.
+                assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    ended.remove(CURRENT)
+    ended.check_merged(ended.disk)
