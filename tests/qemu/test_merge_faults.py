@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tests that the QEMU of a merge ends with the merge."""
+"""Tests the errors of merges, and that the QEMU of a merge ends with the merge."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.commands import VMCTL
+from tests.commands import VMCTL, one_line, vmctl, vmctl_output
 from tests.conftest import make_raw
 from tests.copies import snapshot_paths
 from tests.machines import fresh_name, idle_machine
@@ -66,6 +66,15 @@ async def end_with_overlay(qemu: str, folder: Path, disk: Path) -> Ended:
 async def ended(qemu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ended]:
     monkeypatch.setenv(snapshot_files.VARIABLE, str(tmp_path / "snapshots"))
     yield await end_with_overlay(qemu, tmp_path, make_raw(tmp_path / "disk", SIZE))
+
+
+async def test_the_error_for_a_missing_image_names_it_once(ended: Ended, tmp_path: Path) -> None:
+    moved = ended.disk.rename(tmp_path / "moved")
+    done = vmctl("remove-snapshot", f"{ended.name}@s")
+    assert one_line(done, "vmctl").endswith(f"to the images: cannot open {ended.disk}: No such file or directory")
+    moved.rename(ended.disk)
+    vmctl_output("remove-snapshot", f"{ended.name}@{CURRENT}")
+    ended.check_merged(ended.disk)
 
 
 @contextmanager

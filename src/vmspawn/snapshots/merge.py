@@ -62,13 +62,20 @@ def merge(machine: str) -> bool:
         return _merge(machine)
     except (VmspawnError, OSError, subprocess.SubprocessError) as error:
         number = getattr(error, "errno", None) or errno.EIO
-        reason = str(error).removesuffix(f": {os.strerror(number)}")
         raise SystemFailure(
-            f"the disks of {machine} stay on overlays, because the overlays cannot be written to the images: {reason}",
+            f"the disks of {machine} stay on overlays, because the overlays cannot be written to the images"
+            + _reason(error, number),
             number,
             hint=f"nothing is lost; to boot from the disks: vmspawn --fork={machine}@{CURRENT}; "
             f"to try again: vmctl remove-snapshot {machine}@{CURRENT}",
         ) from None
+
+
+def _reason(error: Exception, number: int) -> str:
+    """Return the reason of a failure with a colon in front, without the text of the error number, which follows it."""
+    if isinstance(error, OSError):
+        return f": cannot open {error.filename}" if error.filename else ""
+    return f": {str(error).removesuffix(f': {os.strerror(number)}')}"
 
 
 def _merge(machine: str) -> bool:
