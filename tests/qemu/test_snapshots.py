@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -298,9 +299,11 @@ async def test_changed_files_and_other_binaries_are_refused(
             with pytest.raises(StartError, match="has changed since"):
                 await snapshot.fork().__aenter__()
             manifest_of(snapshot).write_text(content)
+            modified = path.stat().st_mtime_ns
             path.touch()
             with pytest.raises(StartError, match="changed since"):
                 await snapshot.fork().__aenter__()
+            os.utime(path, ns=(modified, modified))
 
 
 def manifest_of(snapshot: Snapshot) -> Path:

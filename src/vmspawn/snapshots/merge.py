@@ -12,6 +12,8 @@ import contextlib
 import errno
 import json
 import os
+import shlex
+import stat
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -26,7 +28,7 @@ from ..storage.image import Image
 from ..storage.saved import load_image
 from . import directory
 from .directory import CURRENT, OpenSnapshot, is_locked
-from .manifest import DETACHED, Manifest
+from .manifest import DETACHED, Manifest, SnapshotFile
 
 #: Seconds that a QEMU without a guest may take to answer, and to exit.
 _TIMEOUT = 600.0
@@ -62,12 +64,12 @@ def merge(machine: str) -> bool:
         return _merge(machine)
     except (VmspawnError, OSError, subprocess.SubprocessError) as error:
         number = getattr(error, "errno", None) or errno.EIO
+        advice = getattr(error, "hint", "") or f"to boot from the disks: vmspawn --fork={machine}@{CURRENT}"
         raise SystemFailure(
             f"the disks of {machine} stay on overlays, because the overlays cannot be written to the images"
             + _reason(error, number),
             number,
-            hint=f"nothing is lost; to boot from the disks: vmspawn --fork={machine}@{CURRENT}; "
-            f"to try again: vmctl remove-snapshot {machine}@{CURRENT}",
+            hint=f"nothing is lost; {advice}; to try again: vmctl remove-snapshot {machine}@{CURRENT}",
         ) from None
 
 
@@ -93,6 +95,7 @@ def _merge(machine: str) -> bool:
         _set_paths(chains, snapshot.manifest)
         if not can_be_merged(snapshot.manifest) or not _are_free(full_name, chains):
             return False
+        _check_images(snapshot, chains)
         _expect_changes(snapshot, chains)
         _commit(snapshot.manifest.qemu.path, chains)
         with contextlib.suppress(NoSuchSnapshot):
@@ -138,6 +141,43 @@ def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
         return False
     identities = {(found.st_dev, found.st_ino) for found in map(os.stat, paths)}
     return not identities & {(each["device"], each["inode"]) for each in needed}
+
+
+def _check_images(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> None:
+    """Check that the images below the overlays are the files that the snapshot was made of. Raises SystemFailure.
+
+    Files in the snapshot's directory are not checked: some are copies of the recorded files.
+    """
+    recorded = {each.path: each for each in snapshot.manifest.files}
+    for image in (image for chain in chains for image in chain[1:]):
+        if os.path.dirname(image.path) != snapshot.path:
+            _check_image(image, recorded.get(image.path))
+
+
+def _check_image(image: Image, was: SnapshotFile | None) -> None:
+    path = image.path
+    found = os.stat(path)
+    if image.backing is not None and image.backing.is_block_device:
+        # The time of a device's file changes with each event of the device, so only the device's number is compared.
+        if not stat.S_ISBLK(found.st_mode) or image.backing.identity != (found.st_rdev,):
+            raise _changed(f"{path} is not the block device that the snapshot was made of", f"put it back at {path}")
+        return
+    is_unchanged = was is not None and (was.size, was.mtime_ns) == (found.st_size, found.st_mtime_ns)
+    # The number of a file system can change when the host boots.
+    if was is None or found.st_ino != was.inode or not (is_unchanged or found.st_dev == was.device):
+        raise _changed(f"{path} is not the file that the snapshot was made of", f"put the original file back at {path}")
+    # An interrupted merge may have changed a file whose recorded size is -1.
+    if was.size >= 0 and not is_unchanged:
+        seconds, fraction = divmod(was.mtime_ns, 10**9)
+        raise _changed(
+            f"{path} has changed since the snapshot was made",
+            "restore its content from a backup; if only its time has changed: "
+            f"touch -d @{seconds}.{fraction:09} {shlex.quote(path)}",
+        )
+
+
+def _changed(message: str, advice: str) -> SystemFailure:
+    return SystemFailure(message, errno.ESTALE, hint=advice)
 
 
 def _expect_changes(snapshot: OpenSnapshot, chains: Iterable[list[Image]]) -> None:
