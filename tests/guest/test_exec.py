@@ -239,6 +239,14 @@ async def test_a_terminal_is_resized_and_interrupts_its_command(machine: Machine
         assert await command.wait() == 4
 
 
+async def test_the_end_of_a_terminals_input_does_not_end_its_output(machine: Machine) -> None:
+    async with await machine.execute(["sh", "-c", "cat; echo; seq 1 300"], size=(24, 80)) as command:
+        async with asyncio.timeout(DEADLINE):
+            output, errors = await command.communicate(b"unfinished line")
+        assert output.endswith(b"".join(b"%d\r\n" % number for number in range(1, 301)))
+        assert (await command.wait(), errors) == (0, b"")
+
+
 # The end of a client and of its commands
 
 

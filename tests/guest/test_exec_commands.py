@@ -229,6 +229,16 @@ def test_a_shell_gets_the_terminals_size_and_keys(machine: Spawned) -> None:
         assert tty.wait(process) == 9
 
 
+@pytest.mark.parametrize("data", [b"", b"line\n", b"unfinished line"])
+def test_a_terminals_input_ends_and_its_output_arrives(machine: Spawned, data: bytes) -> None:
+    script = 'cat >/tmp/typed; seq 1 300; echo "<$(cat /tmp/typed)>"; exit 3'
+    done = execute(machine, "-t", "sh", "-c", script, data=data)
+    numbers = "".join(f"{number}\r\n" for number in range(1, 301))
+    # The terminal echoes the input before.
+    assert done.stdout.decode().endswith(f"{numbers}<{data.decode().strip()}>\r\n")
+    assert (done.returncode, done.stderr) == (3, b"")
+
+
 def test_three_escapes_disconnect_the_terminal_and_end_the_command(machine: Spawned) -> None:
     with terminal() as tty:
         process = tty.start([*VMCTL, "exec", "-t", machine.name, "sleep", "88888"])

@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
@@ -15,6 +15,7 @@ from typing import Generic, Protocol, Self, TypeVar
 from ..agent.protocol import STDERR, STDIN, TTY
 from ..aio.waiting import first_of
 from ..errors import CommandFailed, NotConnected, Timeout, UsageError
+from ..inside.terminal_input import end_of_input
 
 _AnyText = TypeVar("_AnyText", str, bytes)
 
@@ -131,6 +132,25 @@ class _Output(asyncio.StreamReaderProtocol):
             self.reader.feed_eof()
 
 
+class _TerminalWriter(asyncio.StreamWriter):
+    """Types on a terminal, which has one stream for both directions."""
+
+    _last = b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Type the bytes."""
+        self._last = bytes(data)[-1:] or self._last
+        super().write(data)
+
+    def writelines(self, data: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Type the bytes of all parts."""
+        self.write(b"".join(data))
+
+    def write_eof(self) -> None:
+        """Type the end of the input. The stream stays open for the output."""
+        self.write(end_of_input(self._last))
+
+
 class _Streams:
     """The asyncio streams of a command. Their transports own the sockets."""
 
@@ -158,7 +178,7 @@ class _Streams:
         else:
             self.stdout = output.reader
         if name == TTY:
-            self.stdin = asyncio.StreamWriter(transport, output, output.reader, loop)
+            self.stdin = _TerminalWriter(transport, output, output.reader, loop)
 
     def close(self) -> None:
         """Close the streams without waiting until unsent input is written. May be called again."""
@@ -188,7 +208,8 @@ class Execution:
             print(await command.stdout.readline())
 
     Use it in an `async with` statement, whose end ends the command if it still runs. `stdin` is None for a command
-    without input. With a terminal, `stdin` and `stdout` are the terminal, and `stderr` is None.
+    without input. With a terminal, `stdin` and `stdout` are the terminal, `stderr` is None, and `stdin.write_eof`
+    types Ctrl-D.
     """
 
     def __init__(self, remote: Remote, streams: _Streams) -> None:

@@ -25,6 +25,7 @@ from ...console.hotkeys import Hotkeys, Key
 from ...console.terminal import Screen, Terminal, window_size
 from ...control.client import Client
 from ...errors import NotConnected, SystemFailure, Timeout, VmspawnError
+from ...inside.terminal_input import end_of_input
 from ...timeouts import REPLY_GRACE
 from ..disconnect import watching
 from ..entrypoint import EXIT_OWN_FAILURE, EXIT_TIMED_OUT
@@ -183,21 +184,34 @@ def _wait_until_writable(fd: int) -> None:
 
 
 class _Input:
-    """Copies vmctl's input to a command, in a separate thread. Typing ^] three times on a terminal ends the command."""
+    """Copies vmctl's input to a command, in a separate thread.
 
-    def __init__(self, target: socket.socket, on_leave: Callable[[], None] | None) -> None:
+    If vmctl's input is a terminal, typing ^] three times ends the command.
+    """
+
+    def __init__(self, target: socket.socket, on_leave: Callable[[], None] | None, *, is_typed: bool) -> None:
+        """Begin to copy. `is_typed` is True if the command runs on a terminal, which `target` types on."""
         self._target = target
+        self._is_typed = is_typed
         self._on_leave = on_leave
         self._hotkeys = Hotkeys() if on_leave is not None else None
         threading.Thread(target=self._move, daemon=True).start()
 
     def _move(self) -> None:
         # A command that reads no more input closes the socket; the rest of the input is dropped.
+        last = b""
         with contextlib.suppress(OSError):
             while data := self._read():
                 self._target.sendall(data)
+                last = data
             if self._hotkeys is None:
-                self._target.shutdown(socket.SHUT_WR)
+                self._end(last)
+
+    def _end(self, last: bytes) -> None:
+        if self._is_typed:
+            self._target.sendall(end_of_input(last))
+        else:
+            self._target.shutdown(socket.SHUT_WR)
 
     def _read(self) -> bytes:
         if self._hotkeys is None:
@@ -252,7 +266,8 @@ class _Command:
             if name in streams
         ]
         if (target := streams.get("terminal") or streams.get("stdin")) is not None:
-            _Input(target, self._leave if self._terminal is not None else None)
+            on_leave = self._leave if self._terminal is not None else None
+            _Input(target, on_leave, is_typed="terminal" in streams)
         end = self._end()
         if end is None:
             return EXIT_TIMED_OUT if not self._left else EXIT_OWN_FAILURE
