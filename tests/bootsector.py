@@ -63,6 +63,34 @@ def make_echoing_boot_sector(path: Path) -> Path:
     return _make_image(path, code)
 
 
+def make_panicking_boot_sector(path: Path, text: bytes) -> Path:
+    """Make a raw image that boots, prints a text on the first serial port, and reports a panic."""
+    code = b"".join(
+        (
+            b"\x31\xc0",  # 0: xor ax, ax
+            b"\x8e\xd8",  # 2: mov ds, ax
+            b"\xfc",  # 4: cld
+            b"\xbe\x23\x7c",  # 5: mov si, 0x7c23: the text
+            b"\xba\xfd\x03",  # 8: mov dx, 0x3fd: the line status
+            b"\xec",  # 11: in al, dx
+            b"\xa8\x20",  # 12: test al, 0x20: there is room for a byte
+            b"\x74\xfb",  # 14: jz 11
+            b"\xac",  # 16: lodsb
+            b"\x84\xc0",  # 17: test al, al
+            b"\x74\x06",  # 19: jz 27
+            b"\xba\xf8\x03",  # 21: mov dx, 0x3f8: the data
+            b"\xee",  # 24: out dx, al
+            b"\xeb\xed",  # 25: jmp 8
+            b"\xba" + PVPANIC.to_bytes(2, "little"),  # 27: mov dx, port
+            b"\xb0" + PANICKED.to_bytes(1, "little"),  # 30: mov al, value
+            b"\xee",  # 32: out dx, al
+            b"\xeb\xfe",  # 33: jmp 33
+            text + b"\0",  # 35
+        )
+    )
+    return _make_image(path, code)
+
+
 def _make_image(path: Path, code: bytes) -> Path:
     with open(path, "wb") as file:
         file.write((code + _HALT).ljust(510, b"\0") + b"\x55\xaa")

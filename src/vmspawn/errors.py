@@ -27,6 +27,7 @@ from errno import errorcode
 from typing import Self
 
 from .record import Record
+from .text import printable
 
 #: Spells a field with its value, or by its name alone if the value is None.
 Spelling = Callable[[str, object], str]
@@ -164,7 +165,7 @@ class CommandFailed(VmspawnError):
     def of(cls, status: int, stdout: bytes, stderr: bytes) -> Self:
         """Make the error for a command that has ended."""
         lines = stderr.decode(errors="replace").splitlines()
-        last = next((f": {line}" for line in reversed(lines) if line.strip()), "")
+        last = next((f": {printable(line)}" for line in reversed(lines) if line.strip()), "")
         how = f"was ended by signal {status - 128}" if status > 128 else f"failed with status {status}"
         return cls(f"the command {how}{last}", status=status, stdout=stdout, stderr=stderr)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bootsector import make_panicking_boot_sector
 from tests.commands import DEADLINE, VMCTL, VMSPAWN, Spawned, background, one_line, run_example, spawned, vmctl
 from tests.machines import fresh_name
 from tests.terminal import terminal
@@ -327,6 +328,17 @@ def test_run_reports_the_failure_of_its_machine(
     assert message in done.stderr
     assert b"vmctl" not in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_run_shows_the_end_of_the_console_without_control_sequences(qemu: str, tmp_path: Path) -> None:
+    image = make_panicking_boot_sector(tmp_path / "image", b"\r\nstart \x1b[6n\x1b]0;title\x07\x1b[c\x9b6n\x07end\r\n")
+    arguments = ["-M", fresh_name(), f"--image={image}", f"--qemu={qemu}", "--run=true", "--machine-type=q35"]
+    devices = ["--qemu-arg=-device", "--qemu-arg=pvpanic"]
+    done = subprocess.run([*VMSPAWN, *arguments, *devices], capture_output=True, timeout=DEADLINE, check=False)
+    lines = done.stderr.decode().splitlines()
+    assert "start \ufffd6n\\x07end" in lines
+    assert all(line.isprintable() for line in lines)
+    assert done.returncode == 125
 
 
 @pytest.mark.soak

@@ -32,6 +32,7 @@ WHOLE = (
         (b"Kernel panic - not syncing: cut sho", []),
         (b"echo 'Kernel panic - not syncing: no'\r\n", []),
         (b"[    1.806718] ---[ end " + ROOT, []),
+        (b"Kernel panic - not syncing: \x1b[6n\x07\r\n", [r"\x1b[6n\x07"]),
         (ROOT + b"rebooted\r\n" + ROOT, [MESSAGE, MESSAGE]),
     ],
 )

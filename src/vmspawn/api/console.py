@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from ..errors import MachineEnded, Timeout
-from ..text import printable
+from ..text import console_lines
 
 #: Characters of the console that are kept.
 TEXT_MAX = 1 << 20
@@ -21,11 +21,6 @@ EXPECT_TIMEOUT = 30.0
 _SHOWN = 20
 
 _LINE_END = re.compile(r"\r+\n")
-
-#: Control sequences: colours, cursor movements and queries (ECMA-48, "CSI").
-_CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-
-_EMPTY_LINES = re.compile(r"\n([ \t]*\n){2,}")
 
 
 class Console:
@@ -131,8 +126,8 @@ class Console:
 
     def last_lines(self, count: int) -> list[str]:
         """Return the console's last lines, safe to print. One empty line replaces several."""
-        text = _EMPTY_LINES.sub("\n\n", _CONTROL_SEQUENCE.sub("", self.text).rstrip())
-        return [printable(line).rstrip() for line in text.split("\n")[-count:]] if text else []
+        lines = console_lines(self.text)
+        return [line for line, last in zip(lines, ["", *lines], strict=False) if line or last][-count:]
 
     # The methods of a viewer (`Viewer` in console/hub.py).
 

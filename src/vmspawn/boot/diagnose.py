@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from ..errors import StartError
+from ..text import printable
 from .boot_disk import BootDisk
 
 
@@ -24,7 +25,8 @@ def explain_failure(machine: str, disks: Iterable[BootDisk], end: str, log: str)
             f"cannot use {blamed.disk.path}: {_holder(machine, blamed)} uses the image (QEMU could not lock it)",
             hint="shut down the other machine, or use a copy of the image",
         )
-    message = lines[0].partition("qemu-system-")[2].partition(": ")[2] or lines[0]
+    first = printable(lines[0])
+    message = first.partition("qemu-system-")[2].partition(": ")[2] or first
     if blamed is not None:
         message = f"{blamed.disk.path}: {message.rpartition('}: ')[2]}"
     return StartError(f"QEMU could not start: {message}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from ..text import printable
+
 _MARK = b"Kernel panic - not syncing"
 
 # The message begins a line, or follows a timestamp and, with CONFIG_PRINTK_CALLER, the caller's id. The last line of a
@@ -31,7 +33,7 @@ class PanicFinder:
         self._tail = b""
 
     def feed(self, data: bytes) -> list[str]:
-        """Take output; returns the messages that it completes."""
+        """Take output; returns the messages that it completes, safe to print."""
         seen = self._tail + data
         if _MARK not in seen:
             self._tail = seen[-_TAIL:]
@@ -39,7 +41,7 @@ class PanicFinder:
         found = list(_MESSAGE.finditer(seen))
         rest = seen[found[-1].end() - 1 :] if found else seen
         self._tail = rest[-_TAIL:]
-        return [(each[1] or b"").decode(errors="replace").strip()[:_LENGTH_MAX] for each in found]
+        return [printable((each[1] or b"").decode(errors="replace").strip())[:_LENGTH_MAX] for each in found]
 
 
 class OutputWatch:

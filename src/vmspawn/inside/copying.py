@@ -26,6 +26,7 @@ from ..archive import pack, place, unpack
 from ..archive.pack import UNIT, Packer, SparseFile
 from ..archive.reader import Truncated
 from ..errors import CopyFailed, SystemFailure, UsageError, VmspawnError
+from ..text import printable
 
 _T = TypeVar("_T")
 
@@ -438,7 +439,7 @@ class _Streams:
         if self._end.status:
             lines = [line for line in self._messages.decode(errors="replace").splitlines() if line.strip()]
             why = lines[-1] if lines else f"the command in the guest ended with status {self._end.status}"
-            raise CopyFailed(f"cannot copy {self._what}: {why}", hint=_HINTS.get(self._end.status, ""))
+            raise CopyFailed(f"cannot copy {self._what}: {printable(why)}", hint=_HINTS.get(self._end.status, ""))
 
 
 def _places(target: str, *, several: bool) -> tuple[str, str, str, str]:

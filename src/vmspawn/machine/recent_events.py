@@ -12,6 +12,7 @@ from .. import log
 from ..qmp.events import Event
 from ..qmp.monitor import Monitor
 from ..storage.failures import FAILED_EVENT
+from ..text import printable
 
 #: The number of events that are kept. The removal of a disk causes four.
 EVENTS = 16
@@ -27,7 +28,7 @@ _DEVICE_FIELDS = {"VSERPORT_CHANGE": "id", "DEVICE_DELETED": "device"}
 
 
 class Entry(NamedTuple):
-    """An event, with its time in seconds since the epoch."""
+    """An event, with its time in seconds since the epoch. The text is safe to print."""
 
     when: float
     text: str
@@ -63,7 +64,7 @@ class RecentEvents:
         words = [
             f"{name}={value}" for name, value in (event.data or {}).items() if isinstance(value, str | int) and value
         ]
-        text = " ".join([event.name, *words])[:TEXT_MAX]
+        text = printable(" ".join([event.name, *words]))[:TEXT_MAX]
         self.events.append(Entry(time.time(), text))
         log.debug(f"event {text}")
         if event.name == FAILED_EVENT:

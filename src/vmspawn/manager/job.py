@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from ..aio.waiting import first_of
 from ..machine.ending import End
 from ..machine.running import Running
+from ..text import console_lines
 
 #: The exit status of a command whose end is not known.
 EXIT_FAILURE = 125
@@ -59,8 +60,8 @@ class Tail:
         return True
 
     def lines(self) -> list[str]:
-        """Return the last lines."""
-        return self._kept.decode(errors="replace").splitlines()[-_LINES:]
+        """Return the last lines, safe to print."""
+        return console_lines(self._kept.decode(errors="replace"))[-_LINES:]
 
 
 class Job:
@@ -109,7 +110,7 @@ class Job:
                 await self._end_process()
         for line in self._tail.lines():
             if not end.clean or line.startswith(_LACKS):
-                print(line.rstrip("\r"), file=sys.stderr)
+                print(line, file=sys.stderr)
 
     async def _end_process(self) -> None:
         """End the process if it runs, by SIGKILL if SIGTERM does not end it."""

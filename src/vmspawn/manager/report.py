@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..cache import cache_directory
 from ..errors import UsageError
 from ..host import runtime
+from ..text import printable
 from ..version import VERSION
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def _head(machine: Running) -> list[str]:
 def _history(machine: Running) -> list[str]:
     lines = ["", "--- last events"]
     for each in machine.recent_events.events:
-        lines.append(f"{time.strftime('%H:%M:%S', time.localtime(each.when))} {each.text}")
+        lines.append(f"{time.strftime('%H:%M:%S', time.localtime(each.when))} {printable(each.text)}")
     for name in (runtime.STATE, runtime.LOG):
-        lines += ["", f"--- {name}", _end_of(machine, name)]
+        lines += ["", f"--- {name}", *map(printable, _end_of(machine, name).splitlines())]
     return lines
 
 

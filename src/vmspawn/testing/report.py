@@ -115,8 +115,9 @@ def _disks(machine: sync.Machine) -> str:
         rows.append((each.disk.name, each.disk.bus, each.disk.format, size, each.state, each.path or "-"))
         if each.last_failure:
             rows.append(("", "", "", "", "failed:", each.last_failure))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
     return "\n".join(lines) if disks else ""
 
 

@@ -24,6 +24,7 @@ from ...storage.disk import (
     is_only_read,
 )
 from ...storage.limits import BURST_MAX
+from ...text import printable
 from ...timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from ..parser import Parser
 from ..tables import format_size, print_json, terminal_width
@@ -279,7 +280,7 @@ def _wait_for_detach(options: argparse.Namespace, parameters: dict[str, Any], ti
 def _show_progress(disk: dict[str, Any]) -> None:
     removal = disk["removal"]
     asked = "once" if removal["requests"] == 1 else f"{removal['requests']} times"
-    text = f"{removal['pendingUSec'] / 1e6:.0f} s, asked {asked}: {removal['reason']}"
+    text = printable(f"{removal['pendingUSec'] / 1e6:.0f} s, asked {asked}: {removal['reason']}")
     print(f"\r\033[K{text[: terminal_width(sys.stderr.fileno()) - 1]}", end="", file=sys.stderr, flush=True)
 
 

@@ -26,6 +26,7 @@ from ...console.terminal import Screen, Terminal, window_size
 from ...control.client import Client
 from ...errors import NotConnected, SystemFailure, Timeout, VmspawnError
 from ...inside.terminal_input import end_of_input
+from ...text import printable
 from ...timeouts import REPLY_GRACE
 from ..disconnect import watching
 from ..entrypoint import EXIT_OWN_FAILURE, EXIT_TIMED_OUT
@@ -117,7 +118,7 @@ def _next(client: Client, seconds: float) -> dict[str, Any]:
 
 def _failed(program: str, reply: Mapping[str, Any]) -> int:
     """Report that a command could not be started, and return its exit status."""
-    print(f"{program}: cannot run the command: {reply['message']}", file=sys.stderr)
+    print(f"{program}: cannot run the command: {printable(reply['message'])}", file=sys.stderr)
     return int(reply["status"])
 
 

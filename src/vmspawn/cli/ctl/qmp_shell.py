@@ -23,6 +23,7 @@ from prompt_toolkit.patch_stdout import patch_stdout
 
 from ...errors import NotConnected, QmpError, UsageError
 from ...qmp.monitor import Monitor
+from ...text import printable
 from ...user_directories import user_directory
 from .qmp_session import parse_arguments
 
@@ -97,9 +98,9 @@ class _Shell:
             command, arguments = _parse(line)
             result = await monitor.execute(command, arguments)
         except UsageError as error:
-            print(error)
+            print(printable(str(error)))
         except QmpError as error:
-            print(f"{error.error_class}: {error.description}")
+            print(printable(f"{error.error_class}: {error.description}"))
         except NotConnected:
             return
         else:
@@ -108,7 +109,7 @@ class _Shell:
     async def _show_events(self, monitor: Monitor) -> None:
         with monitor.events() as events:
             async for event in events:
-                print(f"{event.name} {json.dumps(event.data) if event.data else ''}".rstrip())
+                print(printable(f"{event.name} {json.dumps(event.data) if event.data else ''}".rstrip()))
 
 
 @contextlib.contextmanager

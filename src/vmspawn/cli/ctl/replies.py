@@ -78,7 +78,7 @@ def say(options: argparse.Namespace, text: str) -> None:
 def report(options: argparse.Namespace, line: str) -> None:
     """Print a line on standard error, unless `quiet` is set."""
     if not options.quiet:
-        print(f"vmctl: {line}", file=sys.stderr, flush=True)
+        print(f"vmctl: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def answer(options: argparse.Namespace, reply: dict[str, Any], text: str) -> None:
