@@ -51,11 +51,16 @@ def _entry(action: argparse.Action, more: dict[str, str]) -> Iterator[str]:
             yield from map(escape, more[name].splitlines())
 
 
+def _is_shown(action: argparse.Action) -> bool:
+    """Return whether an action is an option that the help shows."""
+    return bool(action.option_strings) and action.help != argparse.SUPPRESS
+
+
 def options(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yield the options of a parser, group by group."""
     more = details()
     for group in parser._action_groups:
-        actions = [each for each in group._group_actions if each.option_strings and each.help != argparse.SUPPRESS]
+        actions = [each for each in group._group_actions if _is_shown(each)]
         if not actions:
             continue
         yield f".SS {escape((group.title or 'Options').capitalize())}"
@@ -71,7 +76,7 @@ def verbs(parser: argparse.ArgumentParser) -> Iterator[str]:
         usage = (verb.usage or name).removeprefix("vmctl ").replace(" [OPTION…]", "")
         yield f".B {escape(usage)}"
         yield escape(verb.description or "")
-        own = [each for each in verb._actions if each.option_strings and not set(each.option_strings) & shared]
+        own = [each for each in verb._actions if _is_shown(each) and not set(each.option_strings) & shared]
         for action in own:
             yield ".br"
             yield f"\\fB{escape(option_names(action))}\\fR: {escape(help_of(action))}"

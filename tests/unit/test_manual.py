@@ -41,6 +41,13 @@ def test_every_verb_is_in_the_man_page() -> None:
     assert all(f".B {verb} " in text or f".B {verb}\n" in text for verb in man._subparsers(vmctl.build_parser()))
 
 
+@pytest.mark.parametrize("name", ["vmspawn.1", "vmctl.1"])
+def test_hidden_options_are_in_no_man_page(name: str) -> None:
+    text = man.pages()[name]
+    assert "SUPPRESS" not in text
+    assert not re.search(r"\\-\\-(program|parent\\-pid|ready\\-fd)\b", text)
+
+
 def test_values_keep_their_spelling() -> None:
     text = man.pages()["vmctl.1"]
     assert "agent, booted, console=REGEX" in text
