@@ -250,6 +250,13 @@ def test_vmctl_attaches_lists_and_detaches(machine: Spawned, tmp_path: Path) -> 
         (["detach-disk", "{machine}", "nobody"], 1, "cannot detach nobody: there is no disk named nobody"),
         (["detach-disk", "{machine}", "boot"], 1, "is a boot disk"),
         (["detach-disk", "{machine}", "image", "--timeout=soon"], 2, "--timeout"),
+        (["attach-disk", "{machine}", "{image}", "--timeout=0"], 2, "--timeout=0 leaves attach-disk no time"),
+        (["status", "{machine}", "--timeout=0"], 2, "--timeout=0 leaves status no time"),
+        (["pause", "{machine}", "--timeout=0"], 2, "cannot pause {machine}: --timeout=0 leaves pause no time"),
+        (["snapshot", "{machine}", "--timeout=0"], 2, "--timeout=0 leaves snapshot no time"),
+        (["fork", "{machine}", "--timeout=0"], 2, "--timeout=0 leaves fork no time"),
+        (["adopt", "{machine}", "--timeout=0"], 2, "--timeout=0 leaves adopt no time"),
+        (["qmp", "--timeout=0", "{machine}", "query-status"], 2, "--timeout=0 leaves qmp no time"),
         (["status", "nobody"], 1, "there is no machine named nobody"),
         (["status", "../up"], 2, "invalid machine name"),
         (["dance", "{machine}"], 2, "there is no verb dance"),
@@ -262,7 +269,7 @@ def test_a_failed_verb_is_reported_in_one_line(
     boot = json.loads(vmctl("list-disks", machine.name, "--json=short").stdout)[0]["path"]
     done = vmctl(*(argument.format(machine=machine.name, image=image, boot=boot) for argument in arguments))
     assert done.returncode == status, done.stderr
-    assert message in one_line(done, "vmctl")
+    assert message.format(machine=machine.name) in one_line(done, "vmctl")
     assert done.stdout == ""
 
 

@@ -18,6 +18,10 @@ __all__ = ["REPLY_TIMEOUT", "Client", "VarlinkError", "connect"]
 REPLY_TIMEOUT = 45.0
 
 
+#: The beginnings of methods that change nothing.
+_READING = ("Acquire", "Describe", "List", "Subscribe", "Wait")
+
+
 class Client(varlink.Client):
     """A connection to a machine's control socket."""
 
@@ -32,6 +36,8 @@ class Client(varlink.Client):
             pid = runtime.running_qemu(os.path.join(runtime.runtime_root(), self.machine))
             if trouble := runtime.process_trouble(pid):
                 error.hint = f"QEMU (process {pid}) {trouble}"
+        if not method.rpartition(".")[2].startswith(_READING):
+            error.hint = "; ".join(filter(None, (error.hint, "the request may still take effect")))
         return error
 
 

@@ -11,7 +11,7 @@ import sys
 from ...errors import NotConnected, StartError, Timeout
 from ...host import runtime
 from ...snapshots.background import failure
-from .replies import say
+from .replies import reply_timeout, say
 from .verbs import Verbs
 
 #: Seconds within which the new manager must adopt the machine.
@@ -27,7 +27,7 @@ def _adopt(options: argparse.Namespace) -> None:
     """Start a manager in the background, and wait until it has adopted the machine."""
     name = runtime.check_name(options.machine)
     folder = os.path.join(runtime.runtime_root(), name)
-    timeout = _ADOPT_TIMEOUT if options.timeout is None else options.timeout
+    timeout = reply_timeout(options, _ADOPT_TIMEOUT)
     try:
         log = os.open(
             os.path.join(folder, runtime.MANAGER_LOG), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600

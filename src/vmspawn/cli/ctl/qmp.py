@@ -9,13 +9,13 @@ import socket
 import sys
 from typing import Any
 
-from ...control.client import REPLY_TIMEOUT, Client
+from ...control.client import Client
 from ...errors import NotConnected, NotInstalled, UsageError
 from ...host import runtime
 from ..disconnect import watching
 from ..tables import print_json
 from .qmp_session import Session, parse_arguments, relay
-from .replies import MACHINE, client_for, show
+from .replies import MACHINE, client_for, reply_timeout, show
 from .verbs import Verbs
 
 
@@ -44,7 +44,7 @@ def _qmp(options: argparse.Namespace) -> None:
     arguments = parse_arguments(options.arguments)
     if not (options.stdio or options.command) and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("the QMP shell needs a terminal", hint="add a command, or use --stdio for a raw stream")
-    timeout = REPLY_TIMEOUT if options.timeout is None else options.timeout
+    timeout = reply_timeout(options)
     with Client(options.machine, timeout=timeout) as client:
         connected, received = client.upgrade("io.vmspawn.Machine.AcquireQMP", {"readOnly": options.read_only})
         with watching(options.machine, connected) as disconnect:
@@ -140,5 +140,5 @@ def _share(options: argparse.Namespace) -> None:
             print(f"sharing {options.socket} on {options.listen}; Ctrl-C ends it", file=sys.stderr, flush=True)
 
     _refuse_managed_socket(options.socket)
-    timeout = GREETING_TIMEOUT if options.timeout is None else options.timeout
+    timeout = reply_timeout(options, GREETING_TIMEOUT)
     asyncio.run(share_socket(options.socket, options.listen, on_ready=on_ready, timeout=timeout))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...console.streams import Output
 from ...errors import NotConnected, QmpError, Timeout, UsageError
+from ...qmp.share.read_only import allows
 from .qmp_tally import Tally
 
 _STDIN, _STDOUT = 0, 1
@@ -68,7 +69,12 @@ class Session:
         except OSError as error:
             raise NotConnected(f"lost the connection: {error.strerror}") from None
         while True:
-            reply = self._read()
+            try:
+                reply = self._read()
+            except Timeout as error:
+                if not allows(command.encode()):
+                    error.hint = "the command may still take effect"
+                raise
             if problem := reply.get("error"):
                 raise QmpError(command, problem.get("class", ""), problem.get("desc", ""))
             if "return" in reply:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...control.client import REPLY_TIMEOUT, Client
-from ...errors import VmspawnError
+from ...errors import UsageError, VmspawnError
 from ...text import printable
 from ...timeouts import REPLY_GRACE
 from ..tables import print_json, print_table
@@ -18,9 +18,18 @@ INSTANCE = "io.systemd.MachineInstance"
 MACHINE = "io.vmspawn.Machine"
 
 
+def reply_timeout(options: argparse.Namespace, usual: float = REPLY_TIMEOUT) -> float:
+    """Return the time to wait for an answer: `--timeout=`, or `usual`. Raises UsageError for 0."""
+    if options.timeout is None:
+        return usual
+    if not options.timeout:
+        raise UsageError(f"--timeout=0 leaves {options.verb} no time", hint="write a time in seconds, or leave it out")
+    return float(options.timeout)
+
+
 def client_for(options: argparse.Namespace) -> Client:
-    """Connect to the machine that the options name."""
-    return Client(options.machine, timeout=REPLY_TIMEOUT if options.timeout is None else options.timeout)
+    """Connect to the machine that the options name. Raises UsageError for `--timeout=0`."""
+    return Client(options.machine, timeout=reply_timeout(options))
 
 
 def client_waiting_for_guest(options: argparse.Namespace, usual: float) -> Client:

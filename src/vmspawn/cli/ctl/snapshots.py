@@ -22,7 +22,7 @@ from ..parser import Parser
 from ..spelling import as_option
 from ..tables import format_duration, format_size
 from .forwards import forward_text
-from .replies import MACHINE, answer, say, show
+from .replies import MACHINE, answer, reply_timeout, say, show
 from .verbs import Verbs
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def save(
 ) -> dict[str, Any]:
     """Save a machine, with progress on a terminal, and return the last reply."""
     parameters = {"name": name or None, "temporary": temporary, "detachBlocking": detach}
-    timeout = _PROGRESS_TIMEOUT if options.timeout is None else options.timeout
+    timeout = reply_timeout(options, _PROGRESS_TIMEOUT)
     is_shown = not options.quiet and options.json == "off" and sys.stderr.isatty()
     found: dict[str, Any] = {}
     with Client(machine, timeout=timeout) as client:
@@ -113,13 +113,13 @@ def _fork(options: argparse.Namespace) -> None:
     names = [runtime.check_name(each) for each in options.names] or [free_name(machine)]
     if len(set(names)) < len(names):
         raise UsageError("two copies have the same name", hint="give each copy another name")
+    timeout = reply_timeout(options, _FORK_TIMEOUT)
     with _spelled_as_options():
         wanted = _wanted(options)
         if not name:
             # Check before the machine is saved, because a snapshot for copies that cannot be started is useless.
             background.check(names, wanted)
         full_name = f"{machine}@{name}" if name else save(options, machine, "", temporary=True)["snapshot"]
-        timeout = _FORK_TIMEOUT if options.timeout is None else options.timeout
         # The lock keeps the snapshot from being removed until a copy runs.
         with _removed_on_failure(machine), closing(directory.OpenSnapshot(full_name, wait=False)):
             stale = background.start_copies(full_name, names, wanted, timeout=timeout)

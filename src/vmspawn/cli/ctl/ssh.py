@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from ...control.client import REPLY_TIMEOUT, Client
+from ...control.client import Client
 from ...errors import NotConnected, NotInstalled, NotSupported, UsageError, VmspawnError
 from ...host.runtime import check_name, machine_names
 from ...network.forward import Forward
@@ -16,7 +16,7 @@ from ...network.openssh import Access, access_of, key_of
 from ...search_path import find_program
 from ..entrypoint import EXIT_OWN_FAILURE, complain
 from ..tables import print_json
-from .replies import MACHINE
+from .replies import MACHINE, reply_timeout
 from .verbs import PROGRAM, Verbs
 
 
@@ -43,7 +43,7 @@ def _ssh(options: argparse.Namespace) -> None:
     try:
         if at and not user:
             raise UsageError("the name of the user is empty", hint="write MACHINE to log in as root")
-        access = _access(name, options.timeout)
+        access = _access(name, reply_timeout(options))
         program = find_program("ssh")
         if program is None:
             raise NotInstalled(
@@ -64,14 +64,14 @@ def _ssh(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    found = [_access(name, options.timeout) for name in options.machines] or _all(options.timeout)
+    found = [_access(name, reply_timeout(options)) for name in options.machines] or _all(reply_timeout(options))
     if options.json != "off":
         print_json([each._asdict() for each in found], options.json)
     else:
         print("\n".join(each.configuration() for each in found), end="")
 
 
-def _all(timeout: float | None) -> list[Access]:
+def _all(timeout: float) -> list[Access]:
     """Return the SSH access to each machine that has a key and a forward."""
     found = []
     for name in machine_names():
@@ -83,9 +83,9 @@ def _all(timeout: float | None) -> list[Access]:
     return found
 
 
-def _access(machine: str, timeout: float | None) -> Access:
+def _access(machine: str, timeout: float) -> Access:
     """Return the SSH access to a machine. Raises NotSupported without a key or a forward, NotConnected, UsageError."""
-    with Client(check_name(machine), timeout=REPLY_TIMEOUT if timeout is None else timeout) as client:
+    with Client(check_name(machine), timeout=timeout) as client:
         listed = client.call(f"{MACHINE}.ListForwards")["forwards"]
     key = key_of(machine)
     if not key:
