@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests import ovmf
 from tests.commands import vmctl, vmctl_output
 from tests.conftest import make_qcow2, make_raw
 from tests.copies import inner, is_part_of_snapshot, snapshot_paths
-from tests.machines import Machine, fresh_name, idle_machine, links_of
+from tests.machines import Machine, fresh_name, idle_machine, is_gone, links_of
 from tests.qemu.qmp_fixtures import wait_until
 from tests.snapshots import names_of, saved, write
 from vmspawn import Disk, Snapshot, connect
@@ -426,6 +427,38 @@ async def test_vmctl_saves_forks_lists_and_removes_snapshots(qemu: str, tmp_path
         await run("remove-snapshot", f"{machine.name}@t")
     assert not names_of(machine.name)
     assert not is_part_of_snapshot(path)
+
+
+@contextlib.contextmanager
+def obstructed(machine: str) -> Iterator[None]:
+    """Make a directory for a copy's disks that cannot be cleaned, as only the copy's manager finds out."""
+    folder = Path(directory.path_of(f"{machine}@{directory.CURRENT}"))
+    (folder / "directory").mkdir(parents=True)
+    try:
+        yield
+    finally:
+        (folder / "directory").rmdir()
+        folder.rmdir()
+
+
+async def test_a_copy_that_cannot_start_does_not_hide_the_others(qemu: str, tmp_path: Path) -> None:
+    """The other copies are named, and no copy starts if a name is known to be impossible."""
+    async with idle_machine(qemu, tmp_path, control=True) as machine, saved(machine) as snapshot:
+        good, bad = fresh_name(), fresh_name()
+        await run("fork", snapshot.name, bad, "--keep")
+        await run("terminate", bad, "--wait")
+        refused = await asyncio.to_thread(vmctl, "fork", snapshot.name, good, bad, "--keep")
+        assert refused.returncode == 1
+        assert f"vmctl: {bad}@current has the disks of an earlier machine {bad}\n" in refused.stderr
+        assert is_gone(good)
+        directory.remove(f"{bad}@{directory.CURRENT}")
+        with obstructed(bad):
+            failed = await asyncio.to_thread(vmctl, "fork", snapshot.name, good, bad, "--keep")
+        assert failed.returncode == 1
+        assert f"cannot start {bad}: {bad}@current has the disks" in failed.stderr
+        assert f"started nevertheless: {good};" in failed.stderr
+        await run("terminate", good, "--wait")
+        directory.remove(f"{good}@{directory.CURRENT}")
 
 
 async def test_the_control_socket_saves_forks_lists_and_removes_snapshots(qemu: str, tmp_path: Path) -> None:

@@ -83,7 +83,10 @@ def to_options(
 
 
 async def fork(machine: Running, snapshot: str, names: list[str], options: background.CopyOptions) -> list[str]:
-    """Start copies of a machine's snapshot; returns their names. Raises UsageError, StartError, Timeout."""
+    """Start copies of a machine's snapshot; returns their names.
+
+    Raises UsageError, StartError, SnapshotExists, Timeout.
+    """
     chosen = [check_name(each) for each in names] or [free_name(machine.name)]
     full_name = directory.find(machine.name, snapshot)
     await asyncio.to_thread(partial(background.start_copies, timeout=_FORK_TIMEOUT), full_name, chosen, options)

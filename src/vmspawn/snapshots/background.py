@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 from ..aio.sockets import is_readable
-from ..errors import StartError, Timeout, UsageError
+from ..errors import SnapshotExists, StartError, Timeout, UsageError
 from ..host.runtime import MachineDirectory
+from ..images import snapshot_files
+from ..images.snapshot_files import MANIFEST
 from ..network.forward import Forward
 from ..record import Record
 
@@ -80,27 +82,42 @@ class CopyOptions(Record):
 
 
 def check(names: Sequence[str], options: CopyOptions) -> None:
-    """Raise UsageError or StartError for copies that cannot be started."""
+    """Raise UsageError, StartError or SnapshotExists for copies that cannot be started."""
     options.check(len(names))
     for name in names:
         # Checked here, because a manager's own error would advise an option that vmctl fork does not have.
         MachineDirectory.create(name).remove()
+        if options.keep_disks and os.path.exists(os.path.join(snapshot_files.current_folder(name), MANIFEST)):
+            raise SnapshotExists(
+                f"{name}@current has the disks of an earlier machine {name}",
+                hint=f"choose another name for the copy, or remove these disks: vmctl remove-snapshot {name}@current",
+            )
 
 
 def start_copies(full_name: str, names: Sequence[str], options: CopyOptions, *, timeout: float) -> list[str]:
     """Start copies of a snapshot at once, and wait until all of them run. A copy that fails does not end the others.
 
     Returns the names of the copies whose clock shows the time of the save, because no agent in the guest has set it.
-    Raises UsageError, StartError, Timeout.
+    Raises UsageError, StartError, SnapshotExists, Timeout. The error's hint names the copies that run.
     """
     check(names, options)
     shared = [f"--fork={full_name}", *options.arguments()]
     started = [_Manager(name, [f"--machine={name}", *shared]) for name in names]
     deadline = time.monotonic() + timeout
-    failures = [error for each in started if (error := each.wait(deadline)) is not None]
+    failures = {each.name: error for each in started if (error := each.wait(deadline)) is not None}
     if failures:
-        raise failures[0]
+        raise _joined(failures, [name for name in names if name not in failures])
     return [each.name for each in started if not each.is_clock_set]
+
+
+def _joined(failures: dict[str, StartError | Timeout], running: Sequence[str]) -> StartError | Timeout:
+    """Return one error for the copies that failed. Its hint names the copies that run."""
+    first = next(iter(failures.values()))
+    if len(failures) + len(running) == 1:
+        return first
+    message = "; ".join(f"cannot start {name}: {error}" for name, error in failures.items())
+    hint = f"started nevertheless: {', '.join(running)}" if running else ""
+    return type(first)(message, hint="; ".join(filter(None, (hint, first.hint))))
 
 
 class _Manager:
