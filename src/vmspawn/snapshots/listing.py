@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from errno import EIO, ENOENT
 from typing import Any, NamedTuple
 
+from ..errors import SystemFailure
 from ..host import runtime
 from ..images import snapshot_files
 
@@ -27,11 +29,25 @@ class Listed(NamedTuple):
     has_state: bool
 
 
-def listed() -> list[Listed]:
-    """List all snapshots, the oldest first."""
+def listed(*, must_exist: bool = False) -> list[Listed]:
+    """List all snapshots, the oldest first.
+
+    Raises SystemFailure if their directory cannot be read, or, with `must_exist`, if it does not exist.
+    """
+    _check_readable(must_exist=must_exist)
     forks = _forks()
     found = [_describe(name, manifest, forks.get(name, [])) for name, manifest in snapshot_files.manifests()]
     return sorted(found, key=lambda each: each.created)
+
+
+def _check_readable(*, must_exist: bool) -> None:
+    folder = snapshot_files.root()
+    try:
+        # The dot can be looked up only if the directory's entries can be.
+        os.scandir(os.path.join(folder, ".")).close()
+    except OSError as error:
+        if error.errno != ENOENT or must_exist:
+            raise SystemFailure(f"cannot read the directory of snapshots {folder}", error.errno or EIO) from None
 
 
 def _describe(name: str, manifest: dict[str, Any], forks: list[str]) -> Listed:

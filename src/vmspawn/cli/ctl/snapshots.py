@@ -181,7 +181,8 @@ def _forwards(machine: str) -> list[dict[str, Any]]:
 def _list(options: argparse.Namespace) -> None:
     from ...snapshots.listing import listed
 
-    found = [each._asdict() for each in listed() if options.machine in (None, each.machine)]
+    snapshots = listed(must_exist=options.snapshot_dir is not None)
+    found = [each._asdict() for each in snapshots if options.machine in (None, each.machine)]
     columns = ("SNAPSHOT", "SIZE", "AGE", "PARENT", *(("DISKS", "FORKS") if options.long else ()))
 
     def row(each: dict[str, Any]) -> tuple[str, ...]:
