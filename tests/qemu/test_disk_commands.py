@@ -138,6 +138,7 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
         (["resize-disk", "{machine}", "boot", "++1M"], 2, "SIZE +1M is not a size"),
         (["resize-disk", "{machine}", "boot", "--shrink", "4_0M"], 2, "SIZE 4_0M is not a size"),
         (["attach-disk", "--boot-index", "1_0", "{machine}", "{image}"], 2, "1_0 is not a whole number"),
+        (["attach-disk", "--boot-index=-1", "{machine}", "{image}"], 2, "-1 is not a whole number from 0"),
         (["limit-disk", "{machine}", "boot", "--burst=2"], 2, "--burst= needs a limit"),
         (["limit-disk", "{machine}", "boot", "--iops=1", "--burst=0"], 2, "0 is not a factor from 1 to 1000"),
         (["limit-disk", "{machine}", "boot", "--iops=1", "--burst=nan"], 2, "nan is not a factor from 1 to 1000"),

@@ -39,6 +39,13 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def position(text: str) -> int:
+    """Parse a whole number that is not negative, for argparse."""
+    if not is_whole(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
+    return int(text)
+
+
 def number(text: str, least: float, most: float, what: str) -> float:
     """Parse a number in these bounds, for argparse. The error for another text is `… is not {what}`."""
     if re.fullmatch(_NUMBER, text) and text not in ("", ".") and least <= (value := float(text)) <= most:

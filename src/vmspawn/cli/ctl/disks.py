@@ -28,7 +28,7 @@ from ...text import printable
 from ...timeouts import DETACH_TIMEOUT, DRIVER_TIMEOUT
 from ..parser import Parser
 from ..tables import format_size, print_json, terminal_width
-from ..values import number, parse_size, whole_number
+from ..values import number, parse_size, position
 from .images import add_format, add_path, call_with_image
 from .replies import MACHINE, answer, client_for, client_waiting_for_guest, failing_to, say
 from .verbs import Verbs, add_disk, disk_name
@@ -97,7 +97,7 @@ def _add_attach_options(parser: Parser) -> None:
         action="store_true",
         help="wait until the guest uses the disk (30 s, or --timeout=)",
     )
-    parser.add_argument("--boot-index", metavar="N", type=whole_number, help="position in the boot order")
+    parser.add_argument("--boot-index", metavar="N", type=position, help="position in the boot order; 0 is the first")
     _add_limit_options(parser)
 
 
