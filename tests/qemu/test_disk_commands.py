@@ -147,6 +147,8 @@ def test_the_tables_have_a_line_for_each_disk(machine: Spawned, tmp_path: Path) 
         (["limit-disk", "{machine}", "boot", "--iops=1", "--iops-read=1"], 1, "exclude each other"),
         (["insert-media", "{machine}", "boot", "{image}"], 1, "has no media"),
         (["attach-disk", "{machine}", "{image}", "--bus=nvme", "--iothread"], 1, "bus nvme cannot have an I/O thread"),
+        (["unbind-volume", "{machine}", "fs:no"], 1, "cannot unbind fs:no: there is no disk of that name"),
+        (["unbind-volume", "{machine}", "boot"], 1, "cannot unbind boot: it is a boot disk"),
         (["attach-disk", "{machine}", "--bus=scsi-cd"], 2, "no image"),
         (["detach-disk", "{machine}", "boot", "--force"], 1, "cannot be detached while the machine runs"),
     ],
