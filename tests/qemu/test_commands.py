@@ -303,6 +303,16 @@ def test_events_are_shown_until_the_machine_ends(qemu: str, image: Path) -> None
             assert watcher.wait(timeout=20) == 0
 
 
+def test_a_filter_for_an_event_that_qemu_lacks_gets_a_warning(machine: Spawned) -> None:
+    command = [*VMCTL, "events", machine.name, "--filter=STOP,STPO,StorageAttached"]
+    with background(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        assert watcher.stderr is not None
+        assert watcher.stdout.readline().endswith("READY\n")
+        watcher.terminate()
+        assert watcher.stderr.read() == "vmctl: QEMU has no event STPO; did you mean STOP?\n"
+
+
 def test_sigterm_at_any_moment_of_a_start_leaves_nothing(qemu: str, image: Path) -> None:
     """Before there is anything to undo, the signal ends the process; later it ends the machine without a failure."""
     options = (f"--qemu={qemu}", f"--image={image}", "--ram=64M", "--shutdown-timeout=0")

@@ -4,25 +4,47 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
-from ...control.client import VarlinkError
-from ...errors import NotConnected
+from ...control.client import Client, VarlinkError
+from ...errors import NotConnected, VmspawnError
 from ...text import printable
 from ..disconnect import watching
 from ..tables import print_json
-from .replies import INSTANCE, client_for
+from .qmp_session import Session
+from .replies import INSTANCE, MACHINE, client_for, report
 from .verbs import Verbs
+
+#: Seconds within which QEMU must list its events. Without the list, vmctl checks no names.
+_SCHEMA_TIMEOUT = 10.0
+
+#: The events that are vmspawn's, not QEMU's.
+OWN_EVENTS = (
+    "MachineEnded",
+    "StorageAttached",
+    "StorageChanged",
+    "StorageDetached",
+    "StorageDetaching",
+    "StorageFailed",
+)
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb."""
     events = verbs.add_for_machine("events", _events, "print a machine's events as they happen")
-    events.add_argument("--filter", metavar="EVENT[,EVENT…]", default="", help="print only these events")
+    events.add_argument(
+        "--filter",
+        metavar="EVENT[,EVENT…]",
+        default="",
+        help="print only these events; names that QEMU lacks get a warning",
+    )
 
 
 def _events(options: argparse.Namespace) -> None:
     wanted = [name for name in options.filter.split(",") if name]
+    if unchecked := set(wanted).difference(OWN_EVENTS):
+        _warn_about_unknown(options, unchecked)
     with client_for(options) as client, watching(options.machine, client.connection) as disconnect:
         try:
             for event in client.stream(f"{INSTANCE}.SubscribeEvents", {"filter": wanted}):
@@ -33,6 +55,23 @@ def _events(options: argparse.Namespace) -> None:
                 raise
         except NotConnected:
             disconnect.check()
+
+
+def _warn_about_unknown(options: argparse.Namespace, names: set[str]) -> None:
+    """Warn about names of events that QEMU does not have. No warning is possible while QEMU does not answer."""
+    with contextlib.suppress(VmspawnError), Client(options.machine, timeout=_SCHEMA_TIMEOUT) as client:
+        connected, received = client.upgrade(f"{MACHINE}.AcquireQMP", {"readOnly": True})
+        schema = Session(connected, received, _SCHEMA_TIMEOUT).execute("query-qmp-schema", {})
+        known = {*OWN_EVENTS, *(each["name"] for each in schema if each["meta-type"] == "event")}
+        for name in sorted(names - known):
+            report(options, f"QEMU has no event {printable(name)}{_suggestion(name, known)}")
+
+
+def _suggestion(name: str, known: set[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name.upper(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _print_event(event: dict[str, Any], mode: str) -> None:
