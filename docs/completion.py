@@ -24,7 +24,7 @@ SOURCES = Path(__file__).parent / "completion"
 #: The path of a command's script for each shell. Each shell expects that file name.
 SHELLS = {"bash": "bash-completion/{}", "zsh": "zsh/_{}", "fish": "fish/{}.fish"}
 
-_FILES = frozenset({"PATH", "FILE", "SOCKET", "LISTEN"})
+_FILES = frozenset({"PATH", "FILE", "SOCKET", "LISTEN", "SOURCE", "TARGET"})
 
 #: The shell functions that complete arguments with these metavars.
 _NAMES = {
@@ -32,6 +32,7 @@ _NAMES = {
     "DISK": {"bash": "_vmctl_disks", "zsh": "_vmctl_disks", "fish": "(__vmctl_disks)"},
     "[USER@]MACHINE": {"bash": "_vmctl_machines", "zsh": "_vmctl_machines", "fish": "(__vmctl_machines)"},
     "MACHINE[@NAME]": {"bash": "_vmctl_snapshots", "zsh": "_vmctl_snapshots", "fish": "(__vmctl_snapshots)"},
+    "MACHINE@NAME": {"bash": "_vmctl_snapshots", "zsh": "_vmctl_snapshots", "fish": "(__vmctl_snapshots)"},
 }
 
 _BOOLEAN = ("yes", "no")

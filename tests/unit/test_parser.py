@@ -25,6 +25,17 @@ def words(parser: argparse.ArgumentParser) -> list[str]:
     return [f"{each.dest}{number}:a=b" for number, each in enumerate(positionals)]
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_fits_80_columns_and_its_usage_names_all_arguments(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = VERBS[verb]
+    assert [line for line in parser.format_help().splitlines() if len(line) > 80] == []
+    metavars = [str(each.metavar) for each in parser._actions if not each.option_strings]
+    assert [each for each in metavars if each not in (parser.usage or "")] == []
+
+
 def forms(action: argparse.Action) -> Iterator[list[str]]:
     """Yield all forms of an option."""
     for name in action.option_strings:

@@ -20,12 +20,8 @@ _SKIP = "leave out devices, sockets, named pipes, and links of the guest that le
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
     copy = verbs.add("copy", _copy, "copy files to or from the guest", "SOURCE… TARGET")
-    copy.add_argument(
-        "paths",
-        metavar="PATH",
-        nargs="+",
-        help="file or directory; the sources or the target are in the guest: MACHINE:PATH",
-    )
+    copy.add_argument("sources", metavar="SOURCE", nargs="+", help="file or directory; MACHINE:PATH in the guest")
+    copy.add_argument("target", metavar="TARGET", help="path on the other side; MACHINE:PATH in the guest")
     _add_options(copy)
     for name, direction, text, arguments in (
         ("copy-to", "to", "copy a file or directory to the guest", "SOURCE [TARGET]"),
@@ -44,9 +40,9 @@ def _add_options(parser: Parser) -> None:
 
 
 def _copy(options: argparse.Namespace) -> None:
-    *sources, target = map(_split, options.paths)
+    sources, target = list(map(_split, options.sources)), _split(options.target)
     machines = {machine for machine, _ in sources}
-    if not sources or len(machines) != 1 or (target[0] is None) == (machines == {None}):
+    if len(machines) != 1 or (target[0] is None) == (machines == {None}):
         raise UsageError(
             "one side has to be in a guest, and the other on this host",
             hint="write MACHINE:PATH for one side, and ./FILE for a name with a colon",

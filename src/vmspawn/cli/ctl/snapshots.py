@@ -47,7 +47,7 @@ def add(verbs: Verbs) -> None:
         help="detach disks that cannot be saved, and attach them again afterwards",
     )
     fork = verbs.add("fork", _fork, "start copies of a machine from a snapshot", "MACHINE[@NAME] [NEW…]")
-    _add_snapshot(fork)
+    _add_snapshot(fork, "MACHINE[@NAME]")
     fork.add_argument("names", metavar="NEW", nargs="*", help="names of the copies (default: one, MACHINE-forkN)")
     copy_options.add(fork)
     fork.add_argument(
@@ -69,13 +69,13 @@ def add(verbs: Verbs) -> None:
     listing.add_argument("machine", metavar="MACHINE", nargs="?", help="list only the snapshots of this machine")
     listing.add_argument("-l", "--long", action="store_true", help="also show disks and copies")
     remove = verbs.add("remove-snapshot", _remove, "remove a snapshot", "MACHINE@NAME")
-    _add_snapshot(remove)
+    _add_snapshot(remove, "MACHINE@NAME")
     for verb in (fork, listing, remove):
         copy_options.add_directory(verb, "directory of the snapshots, as in vmspawn --snapshot-dir=")
 
 
-def _add_snapshot(parser: Parser) -> None:
-    parser.add_argument("snapshot", metavar="MACHINE[@NAME]", help="name of the snapshot; see: vmctl list-snapshots")
+def _add_snapshot(parser: Parser, metavar: str) -> None:
+    parser.add_argument("snapshot", metavar=metavar, help="name of the snapshot; see: vmctl list-snapshots")
 
 
 def _snapshot(options: argparse.Namespace) -> None:

@@ -29,8 +29,9 @@ _EXPLAINED: dict[str, tuple[type[VmspawnError], str, str]] = {
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
-    bind = verbs.add_for_machine("bind-volume", _bind, "attach a volume of a storage provider", volumes.SYNTAX)
-    bind.add_argument("volume", metavar=volumes.SYNTAX, help="volume, bus, and how to create the volume")
+    bind = verbs.add_for_machine("bind-volume", _bind, "attach a volume of a storage provider", "VOLUME")
+    bind.description = f"{bind.description}\nVOLUME is {volumes.SYNTAX}."
+    bind.add_argument("volume", metavar="VOLUME", help="volume, bus, and how to create the volume")
     bind.add_argument("--user", action="store_true", default=os.geteuid() != 0, help="use the user's providers")
     bind.add_argument("--system", dest="user", action="store_false", help="use the system's providers")
     unbind = verbs.add_for_machine("unbind-volume", _unbind, "detach a volume", "PROVIDER:VOLUME")
