@@ -53,7 +53,7 @@ def test_arguments_are_pairs_or_an_object(machine: Spawned, arguments: list[str]
         (["qom-list"], 1, "Parameter 'path' is missing"),
         (["qom-list", "path"], 2, "'path' is not an argument"),
         (["qom-list", "{broken"], 2, "the arguments are not JSON"),
-        (["stop", "--read-only"], 1, "this session is read-only"),
+        (["stop", "--read-only"], 1, "vmspawn refused stop: this session is read-only"),
         ([], 2, "the QMP shell needs a terminal"),
         (["query-status", "--stdio"], 2, "--stdio takes no command"),
     ],

@@ -10,8 +10,9 @@ import sys
 from typing import Any
 
 from ...control.client import Client
-from ...errors import NotConnected, NotInstalled, UsageError
+from ...errors import NotConnected, NotInstalled, NotSupported, QmpError, UsageError
 from ...host import runtime
+from ...qmp.share.read_only import allows
 from ..disconnect import watching
 from ..tables import print_json
 from .qmp_session import Session, parse_arguments, relay
@@ -68,7 +69,17 @@ def _talk(
     if not options.command:
         return _shell(connected, received, options.machine)
     mode = options.json if options.json != "off" else "pretty" if sys.stdout.isatty() else "short"
-    print_json(Session(connected, received, timeout).execute(options.command, arguments), mode)
+    try:
+        print_json(Session(connected, received, timeout).execute(options.command, arguments), mode)
+    except QmpError:
+        if options.read_only and not allows(os.fsencode(options.command)):
+            # The manager refused the command, not QEMU.
+            raise NotSupported(
+                f"vmspawn refused {options.command}: this session is read-only",
+                hint="it allows commands that change nothing, such as query-*, qom-list and qom-get; "
+                "for others, leave out --read-only",
+            ) from None
+        raise
     return False
 
 
