@@ -92,6 +92,7 @@ def test_media_come_and_go(machine: Spawned, tmp_path: Path) -> None:
     assert run("insert-media", machine.name, "cd", str(medium)) == f"Inserted {medium} into cd\n"
     assert disk(machine, "cd")["path"] == str(medium)
     assert run("eject-media", machine.name, "cd") == "Ejected the medium of cd\n"
+    assert run("eject-media", machine.name, "cd") == "cd had no medium\n"
     assert disk(machine, "cd")["sizeBytes"] == 0
     assert disk(machine, "cd")["node"] is None
     run("detach-disk", machine.name, "cd")

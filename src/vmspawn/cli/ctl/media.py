@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from ...control.client import Client
 from ...timeouts import TRAY_TIMEOUT
 from .images import add_format, add_path, call_with_image
 from .replies import MACHINE, client_waiting_for_guest, failing_to, say
@@ -46,5 +47,11 @@ def _eject(options: argparse.Namespace) -> None:
         client_waiting_for_guest(options, TRAY_TIMEOUT) as client,
         failing_to("eject", f"the medium of {options.disk}"),
     ):
+        was_empty = _is_empty_drive(client, options.disk)
         client.call(f"{MACHINE}.EjectMedia", {"name": options.disk, "force": options.force, **_timeout(options)})
-    say(options, f"Ejected the medium of {options.disk}")
+    say(options, f"{options.disk} had no medium" if was_empty else f"Ejected the medium of {options.disk}")
+
+
+def _is_empty_drive(client: Client, name: str) -> bool:
+    disks = client.call(f"{MACHINE}.ListStorage", {"sizes": False})["storage"]
+    return any(each["name"] == name and each["node"] is None for each in disks)
