@@ -92,6 +92,26 @@ async def test_a_name_that_is_used_again_does_not_replace_the_newest_data(qemu: 
     assert written(path) == [1]
 
 
+async def test_disks_may_follow_others_that_are_detached(qemu: str, tmp_path: Path) -> None:
+    """MACHINE@current then lists no image of the machine, which it belongs to nevertheless, also after an adoption."""
+    first, second = make_raw(tmp_path / "first"), make_raw(tmp_path / "second")
+    async with idle_machine(qemu, tmp_path, image_disk_type="scsi-cd") as machine:
+        device = await attached(machine, first)
+        await machine.snapshot("a")
+        await write(machine, device, 1)
+        await machine.detach("disk")
+        device = await attached(machine, second)
+        await machine.leave()
+        machine = await Machine.adopt(machine.name)
+        overlays = os.path.join(snapshot_files.root(), f"{machine.name}@{CURRENT}")
+        assert not [image.path for disk in machine.storage for image in disk.images if image.path.startswith(overlays)]
+        await machine.snapshot("b")
+        await write(machine, device, 2)
+        await machine.close()
+    remove_all(machine.name)
+    assert (written(first), written(second)) == ([1], [2])
+
+
 @pytest.mark.parametrize("by_fork", [False, True])
 async def test_a_link_in_place_of_the_newest_disks_is_not_followed(qemu: str, tmp_path: Path, by_fork: bool) -> None:
     precious = tmp_path / "precious"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..boot.incoming import Recorded, value_of
 from ..boot.state import CONFIG_FIELDS
+from ..host.runtime import start_time
 from ..machine.running import Running
 from ..storage.attached_disk import AttachedDisk
 from ..storage.freeze import Frozen
@@ -77,7 +78,14 @@ def describe(
         firmware=prepared.firmware,
         processor=prepared.processor,
         is_copy=machine.fork is not None,
+        process=name_of_process(machine.pid),
     )
+
+
+def name_of_process(pid: int) -> str:
+    """Return a name for a process that no other process has, also after a restart of the host."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()} {pid} {start_time(pid)}"
 
 
 def _source(machine: Running) -> Source:

@@ -408,6 +408,7 @@ class _Copy:
             parent=manifest.full_name,
             is_temporary=False,
             is_copy=True,
+            process="",
             descriptors=names,
             options=tuple(self._with_path(option) for option in manifest.options),
             attachments=attachments,

@@ -129,6 +129,9 @@ class Manifest(NamedTuple):
     processor: str = ""
     #: True for a copy: its overlays are never written to the images below, which belong to its source.
     is_copy: bool = False
+    #: The machine's QEMU: the host's boot, the process id and the start time. Empty in older manifests, and for a copy
+    #: whose QEMU was not started yet.
+    process: str = ""
 
     @property
     def full_name(self) -> str:

@@ -43,11 +43,11 @@ class NewestDisks:
         #: The MACHINE@current that the new one replaces.
         self._previous: Manifest | None = None
 
-    def open_previous(self, images: Iterable[Image], begun: float, *, is_copy: bool) -> None:
+    def open_previous(self, images: Iterable[Image], process: str, *, is_copy: bool) -> None:
         """Read the MACHINE@current that the new one replaces, if there is one.
 
-        `images` are the machine's images. `begun` is the time at which QEMU was started. Raises SnapshotExists if an
-        earlier machine of this name made it; StartError if it is damaged or not in a directory of its own.
+        `images` are the machine's images, and `process` is its QEMU. Raises SnapshotExists if an earlier machine of the
+        name made it; StartError if it is damaged or not in a directory of its own.
         """
         if not self._is_lasting:
             return
@@ -60,7 +60,7 @@ class NewestDisks:
             return
         has_overlays = any(os.path.dirname(image.path) == self._folder for image in images)
         # A copy with disks that are kept wrote it before its QEMU was started.
-        if not (is_copy or has_overlays or previous.created >= begun):
+        if not (is_copy or has_overlays or previous.process == process):
             raise SnapshotExists(
                 f"{self._machine}@{CURRENT} has the newest data of an earlier machine {self._machine}",
                 hint="start this machine with another name, or end it and remove that machine's snapshots; see: "

@@ -29,7 +29,6 @@ from ..aio.threads import run_cancellable
 from ..boot import incoming
 from ..boot.incoming import Recorded
 from ..errors import QmpError, SnapshotBlocked, SnapshotExists, SystemFailure, VmspawnError
-from ..host.runtime import start_time
 from ..hotplug.attachment import State as AttachmentState
 from ..hotplug.qemu_objects import device_ids
 from ..images import snapshot_files
@@ -39,7 +38,7 @@ from ..storage.freeze import Frozen, Wanted
 from ..storage.image import Image
 from . import blockers, same_host, stream
 from .blockers import Blocker
-from .describing import Prepared, describe, sizes_of
+from .describing import Prepared, describe, name_of_process, sizes_of
 from .detaching import detach_blocking as detach_disks
 from .directory import CURRENT, NewFolder, check_name
 from .kept_files import STATE_FILE, KeptFiles
@@ -194,8 +193,8 @@ class _Save:
         images = [image for disk in disks for top in disk.images for image in top.chain]
         await self._in_thread(partial(files.list_images, images))
         if self._freeze.candidates:
-            begun, is_copy = _start_of(machine.pid), machine.fork is not None
-            await self._in_thread(partial(self._newest.open_previous, images, begun, is_copy=is_copy))
+            process, is_copy = name_of_process(machine.pid), machine.fork is not None
+            await self._in_thread(partial(self._newest.open_previous, images, process, is_copy=is_copy))
         # A manager that was killed, and whose QEMU ended, may have left overlays.
         await self._in_thread(self._tidy_newest)
         await self._freeze.prepare(self._make_overlays, self._open_read_only)
@@ -303,12 +302,6 @@ def _arguments(pid: int) -> list[str]:
     """Return the command line of a process."""
     with open(f"/proc/{pid}/cmdline", "rb") as file:
         return [os.fsdecode(each) for each in file.read().split(b"\0")[:-1]]
-
-
-def _start_of(pid: int) -> float:
-    """Return when a process was started, in seconds since the epoch."""
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time(pid) / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
 
 
 def _resident(pid: int) -> int:
