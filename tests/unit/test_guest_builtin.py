@@ -64,7 +64,10 @@ def test_an_empty_cache_has_no_guest() -> None:
 
 
 def test_the_module_that_finds_the_guest_loads_few_others() -> None:
-    script = "import sys, vmspawn; old = {*sys.modules}; import vmspawn.guest.builtin; print(*{*sys.modules} - old)"
+    script = (
+        "import __future__, sys, typing; import vmspawn; old = {*sys.modules}; "
+        "import vmspawn.guest.builtin; print(*{*sys.modules} - old)"
+    )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert set(done.stdout.split()) == {
         *("vmspawn.cache", "vmspawn.fingerprint", "vmspawn.user_directories", "vmspawn.guest", "vmspawn.guest.builtin")
