@@ -85,7 +85,6 @@ def run(program: str, work: Callable[[], int]) -> NoReturn:
 
 def exit_on_signals() -> None:
     """Make SIGTERM and SIGHUP raise SystemExit, so that the program cleans up. Signals that are ignored stay so."""
-    import signal
 
     def leave(number: int, _frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)

@@ -45,24 +45,22 @@ def names() -> list[str]:
     return [each for each in found if os.path.exists(os.path.join(root(), each, MANIFEST))]
 
 
-def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each snapshot's name and manifest. Skips manifests that cannot be read or are damaged."""
-    for name in names():
-        with contextlib.suppress(OSError, ValueError):
-            yield name, _load(os.path.join(root(), name, MANIFEST))
-
-
-def unreadable() -> list[str]:
-    """Return the names of the snapshots whose manifests cannot be read or are damaged."""
-    found = []
+def readings() -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield each snapshot's name and manifest, or None for a manifest that cannot be read or is damaged."""
     for name in names():
         try:
-            _load(os.path.join(root(), name, MANIFEST))
+            yield name, _load(os.path.join(root(), name, MANIFEST))
         except FileNotFoundError:
             continue  # the snapshot was removed meanwhile
         except (OSError, ValueError):
-            found.append(name)
-    return found
+            yield name, None
+
+
+def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each snapshot's name and manifest. Skips manifests that cannot be read or are damaged."""
+    for name, found in readings():
+        if found is not None:
+            yield name, found
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -132,8 +130,10 @@ def tidy_current(machine: str, used: set[str]) -> None:
         return  # there is none, or something else has its name
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not unreadable():
-            _tidy(fd, folder, used)
+        found = [manifest for _, manifest in readings()]
+        if None not in found:
+            listed = {path for each in filter(None, found) for path in each["images"].values()}
+            _tidy(fd, folder, listed | used)
     except OSError:
         return
     finally:
@@ -142,9 +142,8 @@ def tidy_current(machine: str, used: set[str]) -> None:
         os.rmdir(folder)
 
 
-def _tidy(fd: int, folder: str, used: set[str]) -> None:
+def _tidy(fd: int, folder: str, listed: set[str]) -> None:
     names = os.listdir(fd)
-    listed = {path for _, found in manifests() for path in found["images"].values()} | used
     identities = set(filter(None, map(_identity, listed)))
     for name in names:
         path = os.path.join(folder, name)
@@ -176,10 +175,4 @@ def owner_of(device: int, inode: int) -> str:
 
 def _is_file(entry: dict[str, Any], device: int, inode: int) -> bool:
     """Return whether an entry describes a file, by its present path, or by its inode at the time of the save."""
-    try:
-        found = os.stat(entry["path"])
-        if (found.st_dev, found.st_ino) == (device, inode):
-            return True
-    except (OSError, KeyError):
-        pass
-    return (entry.get("device"), entry.get("inode")) == (device, inode)
+    return (device, inode) in (_identity(entry["path"]), (entry["device"], entry["inode"]))

@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 from ..aio.sockets import is_readable
-from ..errors import SnapshotExists, StartError, Timeout, UsageError
+from ..errors import StartError, Timeout, UsageError
 from ..host.runtime import MachineDirectory
 from ..images import snapshot_files
 from ..images.snapshot_files import MANIFEST
 from ..network.forward import Forward
 from ..record import Record
+from .names import name_in_use
 
 #: The prefix of vmspawn's errors on standard error.
 _PREFIX = "vmspawn: "
@@ -88,10 +89,7 @@ def check(names: Sequence[str], options: CopyOptions) -> None:
         # Checked here, because a manager's own error would advise an option that vmctl fork does not have.
         MachineDirectory.create(name).remove()
         if options.keep_disks and os.path.exists(os.path.join(snapshot_files.current_folder(name), MANIFEST)):
-            raise SnapshotExists(
-                f"{name}@current has the disks of an earlier machine {name}",
-                hint=f"choose another name for the copy, or remove these disks: vmctl remove-snapshot {name}@current",
-            )
+            raise name_in_use(name)
 
 
 def start_copies(full_name: str, names: Sequence[str], options: CopyOptions, *, timeout: float) -> list[str]:

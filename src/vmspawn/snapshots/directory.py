@@ -298,14 +298,15 @@ def check_discards_nothing(full_name: str) -> None:
 
 
 def _check_unused(full_name: str, snapshot: OpenSnapshot) -> None:
-    for other in snapshot_files.unreadable():
-        if other != full_name:
+    for other, found in snapshot_files.readings():
+        if other == full_name:
+            continue
+        if found is None:
             raise SnapshotInUse(
                 f"{other} may be based on {full_name}, and its manifest cannot be read",
                 hint=f"if {other} is not needed: rm -r {path_of(other)}",
             )
-    for other, found in snapshot_files.manifests():
-        if other != full_name and any(os.path.dirname(each["path"]) == snapshot.path for each in found["files"]):
+        if any(os.path.dirname(each["path"]) == snapshot.path for each in found["files"]):
             raise SnapshotInUse(
                 f"{other} is based on {full_name}", hint=f"remove it first: vmctl remove-snapshot {other}"
             )

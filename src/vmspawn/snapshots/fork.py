@@ -30,7 +30,7 @@ from ..boot.plan import Plan
 from ..boot.qemu import QemuBinary, choose_accelerator, find_qemu
 from ..boot.started import Incoming, Started
 from ..boot.state import Fork
-from ..errors import SnapshotExists, StartError, UsageError
+from ..errors import StartError, UsageError
 from ..hotplug import places
 from ..images import snapshot_files
 from ..network.forward import NETDEV
@@ -43,7 +43,7 @@ from . import same_host
 from .directory import CURRENT, OpenSnapshot, path_of
 from .durable_files import replace_file, write_file
 from .manifest import DETACHED, Manifest, SnapshotFile
-from .names import free_name
+from .names import free_name, name_in_use
 from .open_files import copy_content
 
 
@@ -256,10 +256,7 @@ class _Copy:
         try:
             os.mkdir(self._folder, 0o700)
         except FileExistsError:
-            raise SnapshotExists(
-                f"{name}@{CURRENT} has the disks of an earlier machine {name}",
-                hint=f"choose another name for the copy, or remove these disks: vmctl remove-snapshot {name}@{CURRENT}",
-            ) from None
+            raise name_in_use(name) from None
         self._owned.undo.callback(_remove_if_empty, self._folder)
         # Until the manifest lists the overlays, other processes must not take them for remains.
         fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -133,10 +133,11 @@ def _set_paths(chains: Iterable[list[Image]], manifest: Manifest) -> None:
 
 def _are_free(full_name: str, chains: Iterable[list[Image]]) -> bool:
     """Return whether no other snapshot needs the images, under any path, and no QEMU uses one of them."""
-    if snapshot_files.unreadable():
-        return False  # it may need the images
+    manifests = dict(snapshot_files.readings())
+    if None in manifests.values():
+        return False  # the unreadable one may need the images
     paths = {image.path for chain in chains for image in chain}
-    needed = [each for name, found in snapshot_files.manifests() if name != full_name for each in found["files"]]
+    needed = [each for name, found in manifests.items() if found and name != full_name for each in found["files"]]
     if paths & {each["path"] for each in needed} or any(map(is_locked, paths)):
         return False
     identities = {(found.st_dev, found.st_ino) for found in map(os.stat, paths)}
